@@ -62,8 +62,7 @@ Every figure comes from a file in this folder, and the run that measured it chec
 
 _CPU_HEAD = """
 With {torch_threads} threads of torch on {cores} cores. Other virtual machines share the third-level
-cache, from which `copy_` gains more than an indexed copy, so ratios vary from minute to minute.
-`portakv demo` chooses the fastest number of threads when it runs, and prints it."""
+cache, from which `copy_` gains more than an indexed copy, so ratios vary from minute to minute."""
 
 _LINK_HEAD = """\
 *Of memcpy* is the time of one plain memcpy of the same bytes, between the device and the same

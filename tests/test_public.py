@@ -29,8 +29,7 @@ from portakv.integrations.lmcache import check
 from portakv.integrations.sglang.pools import OTHERS as SGLANG_OTHERS
 from portakv.integrations.vllm import moves
 from portakv.integrations.vllm.caches import TERM as HAND_OVER
-from portakv.integrations.vllm.tier_check import IDENTITY
-from portakv.integrations.vllm.tier_check import OTHERS as TIER_OTHERS
+from portakv.integrations.vllm.check import IDENTITY, TIER_OTHERS
 from portakv.serving.handover_tickets import HandoverTerms
 from portakv.serving.local import term_names
 

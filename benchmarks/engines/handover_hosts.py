@@ -104,19 +104,19 @@ def hand_over(owner: Worker, reader: Worker, tokens: int, number: int) -> float:
     """Offer the rows of a prompt, and pull them; return the seconds of the pull."""
     name = token_bytes(32)
     offer = OfferJob(f"p{number}", name, tokens, (owner.blocks,), LEASE)
-    owner.handover.begin(Handovers(offers=(offer,)))
+    owner.handover.begin(Handovers(offers=[offer]))
     endpoint = owner.handover.endpoint
     assert endpoint is not None
     ticket = Ticket.of(*endpoint, name)
     job = PullJob(number, f"d{number}", (ticket,), 0, tokens, (reader.blocks,))
     began = time.perf_counter()
-    reader.handover.begin(Handovers(pulls=(job,)))
+    reader.handover.begin(Handovers(pulls=[job]))
     while not (ended := reader.handover.ended_pulls()):
         if time.perf_counter() > began + LIMIT:
             raise RuntimeError(f"Expected rows in {LIMIT} s.")
         time.sleep(1e-4)
     seconds = time.perf_counter() - began
-    reader.handover.begin(Handovers(released=(ticket,)))
+    reader.handover.begin(Handovers(released=[ticket]))
     if not ended[0][1]:
         raise RuntimeError("Expected rows, got a pull that has failed.")
     return seconds

@@ -6,12 +6,14 @@
 // its sentence, or copies otherwise.
 #include <algorithm>
 #include <cstring>
+#include <functional>
 #include <type_traits>
 
 #include "core.h"
 #include "few.h"
 #include "form.h"
 #include "ids.h"
+#include "link.h"
 #include "plan.h"
 #include "rows.h"
 #include "tensors.h"
@@ -462,6 +464,9 @@ class Pair {
     portakv::check(written, dst_step_, dst_offset_, count, true, to, found);
   }
 
+  const portakv_copy_view &src() const { return src_; }
+  const portakv_copy_view &dst() const { return dst_; }
+
   // Return the most ids that lists of Python have.
   int64_t listed() const {
     return list_length(ask_.python, src_ids_) + list_length(ask_.python, dst_ids_);
@@ -652,6 +657,87 @@ int64_t plan_make(const Python &, Arguments arguments) {
   return portakv_plan_make(src, dst, src_step, dst_step, unit, out, arguments.number());
 }
 
+// --- Copies that other means make ---------------------------------------------------------------
+
+// Return the positions of a side whose ids lie in the host's memory.
+Positions positions_of(const portakv_copy_view &view, const End &end, int64_t count) {
+  Positions at{};
+  at.entries = view.entries;
+  at.addresses = view.entries == 1 ? view.addresses[0] : reinterpret_cast<intptr_t>(view.addresses);
+  at.ids = end.rows.ids;
+  if (at.ids != 0) {
+    at.id_bytes = end.rows.wide != 0 ? 8 : 4;
+    at.number = (end.rows.offset + count + end.step - 1) / end.step;
+  }
+  at.step = at.ids != 0 ? end.step : 1;
+  at.offset = end.rows.offset;
+  at.slots = end.rows.slots;
+  return at;
+}
+
+// Return how many groups the units of a copy form; see `portakv_runs_groups`.
+int64_t groups_of(const Positions &src, const Positions &dst, int64_t count, int64_t unit,
+                  int64_t src_limit, int64_t dst_limit, int64_t most) {
+  const bool plain = src.ids == 0 && dst.ids == 0 && src_limit == 0 && dst_limit == 0;
+  if (plain || count <= unit) return 1;
+  struct {
+    Positions src;
+    Positions dst;
+    int64_t count;
+  } const copy{src, dst, count};
+  const int64_t groups = portakv_runs_groups(reinterpret_cast<const int64_t *>(&copy), unit,
+                                             src_limit, dst_limit, most);
+  require(groups > 0);
+  return groups;
+}
+
+int64_t read_copy(const Python &python, Arguments arguments) {
+  Pair pair(python, arguments);
+  const int64_t unit = arguments.number();
+  const int64_t src_limit = arguments.number();
+  const int64_t dst_limit = arguments.number();
+  const int64_t host_limit = arguments.number();
+  auto &out = *arguments.pointer<CheckedCopy>();
+  Means means(arguments);
+  pair.check(means.lists);
+  require(pair.from_host != pair.to_host && !pair.found.guarded && !pair.found.skips);
+  require(!overlap(pair.from, pair.to));
+  for (const int64_t tokens : {pair.count, pair.from.rows.offset, pair.to.rows.offset,
+                               pair.from.rows.slots, pair.to.rows.slots}) {
+    require(tokens % unit == 0);
+  }
+  // The forms fit each other: there is a plan.
+  const size_t kv = read_form(pair.from.form).parts.size();
+  for (size_t k = 0; k < kv; k++) {
+    const int64_t read = pair.from.dtypes[k];
+    const int64_t written = pair.to.dtypes[k];
+    require(read == written || read == 0 || written == 0);
+  }
+  // A list was read to where kernels reach it. The host's own side is read during the call.
+  const int64_t *const first = means.end.list;
+  const auto listed = [&](const Ids &ids) {
+    const auto *const data = static_cast<const int64_t *>(ids.list.data);
+    return std::less_equal<>()(first, data) && std::less<>()(data, first + means.end.room);
+  };
+  place(pair.read, pair.from_host || listed(pair.read), means.lists, pair.from);
+  place(pair.written, pair.to_host || listed(pair.written), means.lists, pair.to);
+
+  out.src = positions_of(pair.src(), pair.from, pair.count);
+  out.dst = positions_of(pair.dst(), pair.to, pair.count);
+  out.count = pair.count;
+  const Positions &host = pair.from_host ? out.src : out.dst;
+  constexpr int64_t kSorted = int64_t{1} << 16;  // more units are counted in the order of their ids
+  const auto whole = [](const portakv_copy_view &view) {
+    return view.entries > 1 ? view.entry_bytes : 0;
+  };
+  out.src_whole = whole(pair.src());
+  out.dst_whole = whole(pair.dst());
+  out.rows = (pair.from_host ? pair.to : pair.from).rows;
+  out.groups = groups_of(out.src, out.dst, pair.count, unit, src_limit, dst_limit, kSorted);
+  out.host_groups = groups_of(host, host, pair.count, unit, host_limit, host_limit, 0);
+  return pair.count << 2;
+}
+
 Object answer(const Python &python, int64_t result) { return python.new_integer(result); }
 Object answer(const Python &, Object result) { return result; }
 
@@ -677,6 +763,7 @@ const PythonFunction kFunctions[] = {
     {"check_views", called<check_views, 12>, kFastCall, nullptr},
     {"check_chunk", called<check_chunk, 10>, kFastCall, nullptr},
     {"plan_make", called<plan_make, 7>, kFastCall, nullptr},
+    {"read_copy", called<read_copy, 17>, kFastCall, nullptr},
 };
 
 }  // namespace

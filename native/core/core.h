@@ -293,6 +293,12 @@ PORTAKV_API int64_t portakv_pieces_list(const int64_t *plan, const int64_t *requ
 // addresses as above.
 PORTAKV_API int64_t portakv_pieces_fold(const int64_t *runs, int64_t *out, int64_t room);
 
+// Count the runs of so many units of a copy in groups, see `portakv_runs_groups`, and about so many
+// pieces. `limits` are those of a request; a width of 0 below which rows fold: nothing folds. Write
+// both numbers, and return 0.
+PORTAKV_API int64_t portakv_pieces_count(const int64_t *plan, int64_t units, int64_t groups,
+                                         const int64_t *limits, int64_t *out);
+
 // --- The link between a device and the host ---------------------------------------------------
 //
 // Words and their order are those of link.h and link.cpp. Calls release the interpreter: a driver
@@ -308,9 +314,12 @@ enum {
   PORTAKV_LINK_REST = 3,   // a wait for a word
   PORTAKV_LINK_WORD = 4,   // the allocation of a word
   PORTAKV_LINK_EVENT = 5,  // an event that orders two streams
-  PORTAKV_LINK_STAGE = 6,  // the device's stage of a slice; its code may be PORTAKV_ROWS_UNITS
-  PORTAKV_LINK_IDS = 7     // the copy of ids to the device; their number
+  PORTAKV_LINK_STAGE = 6   // the device's stage of a slice; its code may be PORTAKV_ROWS_UNITS
 };
+
+// A code of `portakv_link_rows`: nothing was submitted, since the buffers are too small. The values
+// are the bytes of a buffer and its tokens.
+enum { PORTAKV_LINK_ROOM = -60 };
 
 typedef struct portakv_link_fault {
   int64_t code;  // the driver's error, or a code of this header
@@ -322,8 +331,8 @@ typedef struct portakv_link_fault {
 // Return a link; null if memory is short. `functions` are the addresses of cuMemcpyAsync,
 // cuMemcpy2DAsync_v2, cuMemcpyBatchAsync_v2, cuMemcpyBatchAsync, cuStreamWaitValue32_v2,
 // cuMemHostAlloc, cuThreadExchangeStreamCaptureMode, cuEventCreate, cuEventDestroy_v2,
-// cuEventRecord, cuStreamWaitEvent and cuMemcpyHtoDAsync_v2; 0 for one of the batches, or the
-// exchange, if the driver lacks it.
+// cuEventRecord, cuStreamWaitEvent and cuStreamQuery; 0 for one of the batches, or the exchange, if
+// the driver lacks it.
 PORTAKV_API portakv_link *portakv_link_open(const int64_t *functions);
 
 PORTAKV_API void portakv_link_close(portakv_link *link);
@@ -333,21 +342,23 @@ PORTAKV_API void portakv_link_close(portakv_link *link);
 // failed. Return the number of words, more than `room` if `out` is too small; or a code.
 PORTAKV_API int64_t portakv_link_schedule(const int64_t *order, int64_t *out, int64_t room);
 
+// Cut a copy of so many tokens into slices by `CutRules`. `offset` are tokens of the host's rows that
+// are passed over, and `idle` is 1 if nothing crosses. Write the tokens of a buffer, then for each
+// slice the first token and the number of its tokens. Return the number of words, as above.
+PORTAKV_API int64_t portakv_link_cut(const int64_t *rules, int64_t count, int64_t offset,
+                                     int64_t idle, int64_t *out, int64_t room);
+
 // Order pieces on a stream (`Crossing`). `columns` are the six of `portakv_pieces_list`, the last
 // three null if all pieces have one row. Return 0 or `fault->code`: pieces may be on their way.
 PORTAKV_API int64_t portakv_link_submit(portakv_link *link, const int64_t *const *columns,
                                         int64_t number, const int64_t *crossing,
                                         portakv_link_fault *fault);
 
-// The same for the pieces of a copy: its plan, and the request as for `portakv_pieces_list`.
-PORTAKV_API int64_t portakv_link_copy(portakv_link *link, const int64_t *plan,
-                                      const int64_t *request, const int64_t *crossing,
+// Submit a copy of rows (`CrossingCopy`) between a device and the host, its slices as the schedule
+// says. If a step fails, what was submitted stays ordered. Return 0 or `fault->code`, also
+// PORTAKV_RUNS_EDGES; the slice of a fault is the tokens of the slice that failed.
+PORTAKV_API int64_t portakv_link_rows(portakv_link *link, const int64_t *copy,
                                       portakv_link_fault *fault);
-
-// Submit a copy in slices (`SlicedCopy`), each as the schedule says. If a step fails, what was
-// submitted stays ordered. Return 0 or `fault->code`.
-PORTAKV_API int64_t portakv_link_run(portakv_link *link, const int64_t *copy,
-                                     portakv_link_fault *fault);
 
 // Write the nanoseconds inside calls of the driver and their number since the last call, and count
 // them from now on, or not. Launches of kernels count with the core's part in them.
@@ -454,6 +465,8 @@ typedef struct portakv_copy_view {
   int64_t writable;         // a copy may write it
   int64_t table_on_device;  // the device alone knows the addresses
   const portakv_watch *watch;  // its memory; null: that of raw addresses, which nothing shows
+  int64_t entries;      // of the addresses
+  int64_t entry_bytes;  // all bytes at each address; 0: unknown
 } portakv_copy_view;
 
 // The end of a copy: memory for its kernels, and an event after them. The caller keeps it, and gives
@@ -506,6 +519,14 @@ typedef struct portakv_copy_end {
 // without ids are written only if units are skipped.
 //
 // 5: `portakv_plan_make` with its arguments.
+//
+// 6: read and check a copy between views of a device and of pinned memory, whose ids lie on the host.
+//   torch .. count  as of 1
+//   unit        tokens that the copy moves together
+//   src_limit, dst_limit, host_limit  of groups of units; see `portakv_runs_groups`
+//   out         gets a CheckedCopy (link.h)
+//   end, stream     as of 1; nothing is recorded
+// The function returns the tokens times 4, or a code.
 PORTAKV_API void *portakv_python_function(int64_t number);
 
 // Return 0 if a write of the first or the last byte of a range of host memory would fail. It is then

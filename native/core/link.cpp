@@ -1,10 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "link.h"
 
-#if !defined(_WIN32)
-#include <sys/mman.h>
-#endif
-
 #include <algorithm>
 #include <atomic>
 #include <chrono>
@@ -59,7 +55,6 @@ constexpr unsigned kAtLeast = 0;       // CU_STREAM_WAIT_VALUE_GEQ
 constexpr unsigned kNoTiming = 2;      // CU_EVENT_DISABLE_TIMING
 constexpr int kThisThread = 1;         // CU_STREAM_CAPTURE_MODE_THREAD_LOCAL
 constexpr size_t kMostStreams = 256;   // whose bytes in a row are known
-constexpr size_t kMostInline = 65536;  // bytes that the driver takes along with its command
 
 // Words: addresses in this order; 0 for a function that the driver lacks.
 struct Driver {
@@ -80,44 +75,13 @@ struct Driver {
   int (*destroy_event)(Handle event);
   int (*record)(Handle event, Handle stream);
   int (*wait)(Handle stream, Handle event, unsigned flags);
-  int (*copy_inline)(uint64_t dst, const void *src, size_t nbytes, Handle stream);
+  int (*query)(Handle stream);
 };
 
 Handle handle_of(int64_t word) { return reinterpret_cast<Handle>(word); }
 
 // The legacy default stream, by both of its handles.
 bool legacy(int64_t stream) { return stream == 0 || stream == 1; }
-
-// Pageable memory for values that the driver takes along with its command. The caller's memory may
-// be pinned, and would be read after the call. So would these pages if somebody registered them
-// together with other memory: they are whole pages, off the heap.
-class Pages {
- public:
-  Pages() = default;
-  Pages(const Pages &) = delete;
-  Pages &operator=(const Pages &) = delete;
-  ~Pages() {
-#if !defined(_WIN32)
-    if (at_ != nullptr) munmap(at_, kMostInline);
-#endif
-  }
-
-  // Return the memory; raise if there is none.
-  void *get() {
-#if !defined(_WIN32)
-    if (at_ == nullptr) {
-      void *made = mmap(nullptr, kMostInline, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS,
-                        -1, 0);
-      if (made != MAP_FAILED) at_ = made;
-    }
-#endif
-    if (at_ == nullptr) throw std::bad_alloc();
-    return at_;
-  }
-
- private:
-  void *at_ = nullptr;
-};
 
 // A call that failed.
 struct Refused {
@@ -133,8 +97,6 @@ using namespace portakv;
 
 struct portakv_link {
   Driver driver;
-  std::mutex pages_mutex;
-  Pages pages;
   std::mutex mutex;  // of all members below but the times
   // By stream: the bytes that crossed since its last rest.
   std::unordered_map<int64_t, int64_t> in_a_row;
@@ -484,121 +446,153 @@ class PieceList {
 
 // --- A copy in slices -------------------------------------------------------------------------
 
-// The planes that some slices of a copy show. Words: the members in their order.
-struct SlicePlanes {
-  int64_t kernels;          // of the device's stage: a portakv_kernels,
-  int64_t stage;            // the words of its plan
-  int64_t options;          // and those of its RowsOptions
-  portakv_rows_side rows;   // the device's, from the first position of the copy on
-  portakv_rows_side dense;  // of a buffer; its address is set for each slice
-  int64_t plan;             // of the link's stage, between dense rows and the host's
-  Positions host;           // from the first position of the copy on
-  int64_t whole;            // all bytes at each address of the host; see `PiecesRequest`
-  Edges edges;              // of the host's allocations
-};
-static_assert(sizeof(SlicePlanes) == 27 * sizeof(int64_t), "planes are words");
-
-// Words: the members in their order.
+// Some positions of a copy.
 struct SliceCut {
-  int64_t planes;  // their number
-  int64_t start;   // the first position
+  int64_t start;
   int64_t count;
 };
 
-// Values that a stream brings to a device before all else. Words: the members.
-struct Sent {
-  int64_t from;
-  int64_t to;
-  int64_t nbytes;  // 0: there are none
+// The slices of a copy, and the buffers that they pass through.
+struct Slices {
+  std::vector<SliceCut> cuts;  // in the order of their moves
+  int64_t first;               // the token of a block at which a slice begins in its buffer
+  int64_t slots;               // tokens of a buffer
 };
 
-// Words: the members in their order. The stream of the crossing is not read.
-struct SlicedCopy {
-  SliceOrder order;
-  Crossing crossing;
-  int64_t streams[4];  // by `StreamOf`
-  int64_t events;      // pointer to handles: of each buffer, and by `EventOf`
-  int64_t memory;      // pointer to the addresses of the buffers
-  int64_t planes;      // pointer to `SlicePlanes`, and their number
-  int64_t several;
-  int64_t cuts;        // pointer to a `SliceCut` for each slice
-  Limits limits;
-  Edges registered;    // where two registrations meet
-  Sent ids;            // of the device's rows
-};
-
-// Launch the kernels between the device's rows and a buffer for one slice.
-int launch_stage(const SlicePlanes &planes, const Plan &plan, bool downward, int64_t buffer,
-                 const SliceCut &cut, Handle stream) {
-  portakv_rows_side rows = planes.rows;
-  rows.offset += cut.start;
-  portakv_rows_side dense = planes.dense;
-  dense.addresses = &buffer;
-  const auto &kernels = *reinterpret_cast<const portakv_kernels *>(planes.kernels);
-  RowsOptions options;
-  std::memcpy(&options, reinterpret_cast<const void *>(planes.options), sizeof options);
-  return static_cast<int>(run_rows(kernels, plan, options, downward ? rows : dense,
-                                   downward ? dense : rows, cut.count, 0, stream));
+// Return the positions of about `target` bytes: a multiple of the quantum, at least one.
+int64_t multiple_of(int64_t target, const DenseRows &dense) {
+  const int64_t each = product(dense.quantum, dense.nbytes);  // of `tokens` quanta
+  return std::max<int64_t>(1, product(target, dense.tokens) / std::max<int64_t>(1, each)) *
+         dense.quantum;
 }
 
-// Executes the schedule of a copy by CUDA's driver.
-class SlicedRun {
+int64_t bytes_of(int64_t count, const DenseRows &dense) {
+  return product(count, dense.nbytes) / dense.tokens;
+}
+
+// Return the tokens of a buffer for slices of up to `count` tokens. They are one of few numbers, so
+// that buffers seldom grow.
+int64_t slots_of(const CutRules &rules, int64_t count, int64_t first) {
+  const DenseRows &dense = rules.dense;
+  if (dense.slots != 0) {
+    if (count + first > dense.slots) throw Malformed("a slice is longer than its buffer");
+    return dense.slots;
+  }
+  int64_t slots = dense.quantum;
+  while (slots < count) slots = product(slots, 2);
+  slots = std::min(slots, multiple_of(rules.sizes.largest, dense));
+  slots = std::max(slots, (count + dense.quantum - 1) / dense.quantum * dense.quantum);
+  return slots + (first != 0 ? dense.block : 0);
+}
+
+// Cut a copy into slices that grow, in the order of their positions: small slices come first on
+// their way down, and last on their way up. `offset`: tokens of the host that are passed over.
+Slices cut_slices(const CutRules &rules, int64_t count, int64_t offset, bool idle) {
+  const DenseRows &dense = rules.dense;
+  const SliceSizes &sizes = rules.sizes;
+  Slices slices{{}, offset % dense.block, 0};
+  // If the link is busy, nothing waits for the first slice.
+  int64_t target = idle ? sizes.smallest : sizes.largest;
+  const bool whole = bytes_of(count, dense) <= sizes.whole;
+  int64_t most = 0;
+  for (int64_t start = 0; start < count;) {
+    const int64_t taken = whole ? count : std::min(multiple_of(target, dense), count - start);
+    slices.cuts.push_back({start, taken});
+    most = std::max(most, taken);
+    start += taken;
+    target = std::min(target * sizes.growth, sizes.largest);
+  }
+  if (rules.downward == 0) std::reverse(slices.cuts.begin(), slices.cuts.end());
+  slices.slots = slots_of(rules, most, slices.first);
+  return slices;
+}
+
+// Take buffers for the slices of a copy. Detached, the first slice takes the buffer after the last
+// slice of the copy before.
+SliceOrder order_of(const StagingBuffers &staging, int64_t slices, int64_t downward) {
+  auto *const turn = reinterpret_cast<BufferTurn *>(staging.turn);
+  const bool alone = slices == 1 && staging.detached == 0;
+  const SliceOrder order{slices,   staging.number, turn->first,     turn->used,
+                         downward, alone,          staging.detached};
+  if (staging.detached == 0) return order;
+  for (int64_t slice = 0; slice < std::min(slices, staging.number); slice++) {
+    turn->used |= int64_t{1} << buffer_of(order, slice);
+  }
+  turn->first = (turn->first + slices) % staging.number;
+  return order;
+}
+
+// A copy of rows between a device and the host, from its checked sides to the driver.
+class RowsCrossing {
  public:
-  SlicedRun(portakv_link &link, const SlicedCopy &copy)
-      : link_(link),
-        copy_(copy),
-        planes_(reinterpret_cast<const SlicePlanes *>(copy.planes)),
-        cuts_(reinterpret_cast<const SliceCut *>(copy.cuts)) {
-    for (int64_t i = 0; i < copy.several; i++) {
-      plans_.push_back(read_plan(reinterpret_cast<const int64_t *>(planes_[i].plan)));
-      stages_.push_back(read_plan(reinterpret_cast<const int64_t *>(planes_[i].stage)));
-    }
+  RowsCrossing(portakv_link &link, const int64_t *words) : link_(link) {
+    std::memcpy(&call_, words, sizeof call_);
+    std::memcpy(&plan_, reinterpret_cast<const void *>(call_.plan), sizeof plan_);
+    std::memcpy(&copy_, reinterpret_cast<const void *>(call_.copy), sizeof copy_);
+    crosses_ = read_plan(reinterpret_cast<const int64_t *>(plan_.plan));
   }
 
-  void run() {
-    const SliceOrder &order = copy_.order;
-    const auto execute = [this](const ScheduleStep &step) {
+  // Submit the copy, in slices by dense rows or as its pieces, and record its end.
+  void run(portakv_link_fault &fault) {
+    if (plan_.kernels == 0) {
+      PiecesRequest request = request_of(copy_.src, copy_.dst, copy_.count);
+      request.merged = plan_.merged;
+      request.edged = call_.edged;
+      submit(request, call_.stream);
+    } else {
+      in_slices(fault);
+    }
+    const auto *const end = reinterpret_cast<const portakv_copy_end *>(call_.end);
+    if (end == nullptr || end->event == nullptr) return;
+    check(called(link_, [&] { return end->record(end->event, handle_of(call_.stream)); }),
+          PORTAKV_LINK_EVENT);
+  }
+
+ private:
+  bool down() const { return plan_.cut.downward != 0; }
+  const Positions &host() const { return down() ? copy_.dst : copy_.src; }
+
+  void in_slices(portakv_link_fault &fault) {
+    std::memcpy(&staging_, reinterpret_cast<const void *>(call_.staging), sizeof staging_);
+    const DenseRows &dense = plan_.cut.dense;
+    const bool idle = bytes_of(copy_.count, dense) <= plan_.cut.sizes.whole || at_rest();
+    slices_ = cut_slices(plan_.cut, copy_.count, host().offset, idle);
+    const int64_t room = bytes_of(slices_.slots, dense);
+    if (room > staging_.nbytes) throw Refused{PORTAKV_LINK_ROOM, 0, {room, slices_.slots}};
+    stage_ = read_plan(reinterpret_cast<const int64_t *>(plan_.stage));
+    std::memcpy(&options_, reinterpret_cast<const void *>(plan_.options), sizeof options_);
+
+    const int64_t number = static_cast<int64_t>(slices_.cuts.size());
+    order_ = order_of(staging_, number, plan_.cut.downward);
+    int64_t at = 0;
+    const auto execute = [&](const ScheduleStep &step) {
       const int error = perform(step);
       check(error, failing_);
     };
     try {
-      send();
-      first_steps(order, execute);
-      for (at_ = 0; at_ < order.slices; at_++) slice_steps(order, at_, execute);
-      at_ = order.slices - 1;
-      last_steps(order, execute);
+      first_steps(order_, execute);
+      for (; at < number; at++) slice_steps(order_, at, execute);
+      at = number - 1;
+      last_steps(order_, execute);
     } catch (...) {
-      failed_steps(order, [this](const ScheduleStep &step) { perform(step); });
+      failed_steps(order_, [&](const ScheduleStep &step) { perform(step); });
+      fault.slice = slices_.cuts[static_cast<size_t>(at)].count;
       throw;
     }
   }
 
-  // The number of the slice whose step was the last one.
-  int64_t at() const { return at_; }
-
- private:
-  // Bring the ids: they have left the host's memory when this returns.
-  void send() {
-    const Sent &ids = copy_.ids;
-    if (ids.nbytes == 0) return;
-    const size_t nbytes = static_cast<size_t>(ids.nbytes);
-    if (nbytes > kMostInline) throw Malformed("more values than a command takes");
-    const std::lock_guard<std::mutex> lock(link_.pages_mutex);
-    void *pages = link_.pages.get();
-    std::memcpy(pages, reinterpret_cast<const void *>(ids.from), nbytes);
-    check(called(link_,
-                 [&] {
-                   return link_.driver.copy_inline(static_cast<uint64_t>(ids.to), pages, nbytes,
-                                                   handle_of(copy_.streams[kBefore]));
-                 }),
-          PORTAKV_LINK_IDS, ids.nbytes / 8);
+  // Return true if nothing is under way on the stream of slices.
+  bool at_rest() {
+    return called(link_, [&] { return link_.driver.query(handle_of(staging_.link)); }) == 0;
   }
 
+  // Execute a step of the schedule; return the driver's answer.
   int perform(const ScheduleStep &step) {
     const Driver &driver = link_.driver;
-    const int64_t stream = copy_.streams[step.stream];
+    const int64_t streams[] = {call_.stream, staging_.half, staging_.link, call_.before};
+    const int64_t stream = streams[step.stream];
     const auto event = [&] {
-      return handle_of(reinterpret_cast<const int64_t *>(copy_.events)[step.number]);
+      return handle_of(reinterpret_cast<const int64_t *>(staging_.events)[step.number]);
     };
     failing_ = PORTAKV_LINK_EVENT;
     switch (step.kind) {
@@ -606,15 +600,9 @@ class SlicedRun {
         return called(link_, [&] { return driver.wait(handle_of(stream), event(), 0); });
       case kRecord:
         return called(link_, [&] { return driver.record(event(), handle_of(stream)); });
-      case kStage: {
+      case kStage:
         failing_ = PORTAKV_LINK_STAGE;
-        const SliceCut &cut = cuts_[step.number];
-        return called(link_, [&] {
-          return launch_stage(planes_[cut.planes], stages_[static_cast<size_t>(cut.planes)],
-                              copy_.order.downward != 0, buffer(step.number), cut,
-                              handle_of(stream));
-        });
-      }
+        return called(link_, [&] { return launch(step.number, handle_of(stream)); });
       case kCross:
         cross(step.number, stream);
         return 0;
@@ -623,45 +611,74 @@ class SlicedRun {
   }
 
   int64_t buffer(int64_t slice) const {
-    return reinterpret_cast<const int64_t *>(copy_.memory)[buffer_of(copy_.order, slice)];
+    return reinterpret_cast<const int64_t *>(staging_.memory)[buffer_of(order_, slice)];
   }
 
+  // Launch the kernels between the device's rows and a buffer for one slice.
+  int launch(int64_t slice, Handle stream) {
+    const SliceCut &cut = slices_.cuts[static_cast<size_t>(slice)];
+    const int64_t address = buffer(slice);
+    portakv_rows_side rows = copy_.rows;
+    rows.offset += cut.start;
+    portakv_rows_side dense{};
+    dense.addresses = &address;
+    dense.offset = slices_.first;
+    dense.slots = slices_.slots;
+    const auto &kernels = *reinterpret_cast<const portakv_kernels *>(plan_.kernels);
+    return static_cast<int>(run_rows(kernels, stage_, options_, down() ? rows : dense,
+                                     down() ? dense : rows, cut.count, 0, stream));
+  }
+
+  // Submit the pieces of one slice.
   void cross(int64_t slice, int64_t stream) {
-    const SliceCut &cut = cuts_[slice];
-    const SlicePlanes &planes = planes_[cut.planes];
-    const bool down = copy_.order.downward != 0;
-    PiecesRequest request{};
+    const SliceCut &cut = slices_.cuts[static_cast<size_t>(slice)];
     Positions dense{};
     dense.addresses = buffer(slice);
     dense.entries = 1;
     dense.step = 1;
-    dense.offset = planes.dense.offset;
-    dense.slots = planes.dense.slots;
-    Positions host = planes.host;
-    host.offset += cut.start;
-    request.src = down ? dense : host;
-    request.dst = down ? host : dense;
-    request.count = cut.count;
-    request.limits = copy_.limits;
-    (down ? request.dst_whole : request.src_whole) = planes.whole;
+    dense.offset = slices_.first;
+    dense.slots = slices_.slots;
+    Positions rows = host();
+    rows.offset += cut.start;
+    PiecesRequest request =
+        request_of(down() ? dense : rows, down() ? rows : dense, cut.count);
+    (down() ? request.src_whole : request.dst_whole) = 0;
     request.merged = 1;
     request.edged = 1;
-    request.registered = copy_.registered;
-    (down ? request.dst_edges : request.src_edges) = planes.edges;
-    Crossing crossing = copy_.crossing;
-    crossing.stream = stream;
-    Submission(link_, crossing)
-        .submit(pieces_.list(plans_[static_cast<size_t>(cut.planes)], request));
+    submit(request, stream);
+  }
+
+  PiecesRequest request_of(const Positions &src, const Positions &dst, int64_t count) const {
+    PiecesRequest request{};
+    request.src = src;
+    request.dst = dst;
+    request.count = count;
+    request.limits = plan_.limits;
+    request.src_whole = copy_.src_whole;
+    request.dst_whole = copy_.dst_whole;
+    request.registered = call_.registered;
+    request.src_edges = call_.edges[0];
+    request.dst_edges = call_.edges[1];
+    return request;
+  }
+
+  void submit(const PiecesRequest &request, int64_t stream) {
+    const Crossing crossing{plan_.cut.downward == 0, stream, call_.aside, plan_.rules};
+    Submission(link_, crossing).submit(pieces_.list(crosses_, request));
   }
 
   portakv_link &link_;
-  const SlicedCopy &copy_;
-  const SlicePlanes *planes_;
-  const SliceCut *cuts_;
-  std::vector<Plan> plans_;   // of the link's stage, for each planes
-  std::vector<Plan> stages_;  // of the device's stage
+  CrossingCopy call_;
+  CrossingPlan plan_;
+  CheckedCopy copy_;
+  Plan crosses_;
   PieceList pieces_;
-  int64_t at_ = 0;
+  // Of a copy in slices.
+  StagingBuffers staging_{};
+  Slices slices_{};
+  SliceOrder order_{};
+  Plan stage_;  // of the device
+  RowsOptions options_{};
   int64_t failing_ = 0;
 };
 
@@ -722,6 +739,22 @@ int64_t portakv_link_schedule(const int64_t *words, int64_t *out, int64_t room) 
   });
 }
 
+int64_t portakv_link_cut(const int64_t *words, int64_t count, int64_t offset, int64_t idle,
+                         int64_t *out, int64_t room) {
+  return guarded([&] {
+    CutRules rules;
+    std::memcpy(&rules, words, sizeof rules);
+    const Slices slices = cut_slices(rules, count, offset, idle != 0);
+    Writer writer(out, room);
+    writer.word(slices.slots);
+    for (const SliceCut &cut : slices.cuts) {
+      writer.word(cut.start);
+      writer.word(cut.count);
+    }
+    return writer.count();
+  });
+}
+
 portakv_link *portakv_link_open(const int64_t *functions) {
   auto *link = new (std::nothrow) portakv_link();
   static_assert(sizeof(Driver) == 12 * sizeof(int64_t), "functions are words");
@@ -745,30 +778,8 @@ int64_t portakv_link_submit(portakv_link *link, const int64_t *const *columns, i
   });
 }
 
-int64_t portakv_link_copy(portakv_link *link, const int64_t *plan_words, const int64_t *request,
-                          const int64_t *words, portakv_link_fault *fault) {
-  return judged(fault, [&] {
-    Crossing crossing;
-    std::memcpy(&crossing, words, sizeof crossing);
-    PiecesRequest asked;
-    std::memcpy(&asked, request, sizeof asked);
-    PieceList pieces;
-    Submission(*link, crossing).submit(pieces.list(read_plan(plan_words), asked));
-  });
-}
-
-int64_t portakv_link_run(portakv_link *link, const int64_t *words, portakv_link_fault *fault) {
-  return judged(fault, [&] {
-    SlicedCopy copy;
-    std::memcpy(&copy, words, sizeof copy);
-    SlicedRun run(*link, copy);
-    try {
-      run.run();
-    } catch (...) {
-      fault->slice = run.at();
-      throw;
-    }
-  });
+int64_t portakv_link_rows(portakv_link *link, const int64_t *words, portakv_link_fault *fault) {
+  return judged(fault, [&] { RowsCrossing(*link, words).run(*fault); });
 }
 
 void portakv_link_time(portakv_link *link, int on, int64_t *out) {

@@ -7,13 +7,16 @@
 #include <cstdint>
 #include <initializer_list>
 
+#include "core.h"
+#include "pieces.h"
+
 namespace portakv {
 
 // --- The schedule -----------------------------------------------------------------------------
 //
 // A copy crosses in slices. Each has two stages: the device's, between its rows and dense rows in a
 // buffer, and the link's, between that buffer and the host's rows. This is the one description of
-// who waits for what. Two executors follow it: `portakv_link_run`, by CUDA's driver and the kernels
+// who waits for what. Two executors follow it: `portakv_link_rows`, by CUDA's driver and the kernels
 // that copy rows, and `Passage` of portakv/interconnect/passage.py, by the torch of any device.
 
 // Words: the members in their order.
@@ -132,6 +135,91 @@ struct Crossing {
   int64_t stream;
   int64_t aside;  // replaces the legacy default stream, which rejects batches
   SubmitRules rules;
+};
+
+// --- Copies of rows ---------------------------------------------------------------------------
+
+// Bytes of slices. Words: the members.
+struct SliceSizes {
+  int64_t whole;     // the most of a copy that is one slice
+  int64_t smallest;  // the first slice, if the link is free
+  int64_t largest;
+  int64_t growth;    // each slice is at most so many times as long as the slice before it
+};
+
+// How dense rows lie in a buffer. Words: the members.
+struct DenseRows {
+  int64_t block;    // tokens of a block; 1 if the rows are not paged
+  int64_t quantum;  // every slice but the last is a multiple of so many tokens
+  int64_t nbytes;   // of `tokens` tokens
+  int64_t tokens;
+  int64_t slots;    // tokens of a buffer; 0: as many as the slices need
+};
+
+// How a copy is cut into slices. Words: the members.
+struct CutRules {
+  int64_t downward;  // 1: from the device to the host
+  DenseRows dense;
+  SliceSizes sizes;
+};
+
+// What the copies between two forms have in common. Words: the members.
+struct CrossingPlan {
+  CutRules cut;
+  int64_t kernels;   // of the device's stage: a portakv_kernels; 0: pieces cross without stages
+  int64_t stage;     // the words of its plan
+  int64_t options;   // and those of its RowsOptions
+  int64_t plan;      // of what crosses
+  int64_t merged;    // see `PiecesRequest`, for pieces that cross without stages
+  Limits limits;
+  SubmitRules rules;
+};
+
+// Buffers of detached copies, which take them in turns. Words: the members.
+struct BufferTurn {
+  int64_t first;  // the buffer of the next slice
+  int64_t used;   // see `SliceOrder`
+};
+
+// The buffers of a stream's copies. Words: the members.
+struct StagingBuffers {
+  int64_t half;    // the streams of the device's stages, and of the slices that cross
+  int64_t link;
+  int64_t events;  // pointer to handles: of each buffer, and by `EventOf`
+  int64_t memory;  // pointer to the addresses of the buffers
+  int64_t number;
+  int64_t nbytes;    // of a buffer
+  int64_t detached;  // see `SliceOrder`
+  int64_t turn;      // pointer to a BufferTurn, which a copy writes if it is detached
+};
+
+// The checked sides of a copy between a device and the host. Ids lie in the host's memory; those of
+// the device's rows do not if it crosses in slices, for which `rows` alone describes them.
+// Words: the members.
+struct CheckedCopy {
+  Positions src;
+  Positions dst;
+  int64_t count;
+  int64_t groups;       // of units that follow each other on both sides
+  int64_t host_groups;  // on the host's
+  int64_t src_whole;    // see `PiecesRequest`
+  int64_t dst_whole;
+  portakv_rows_side rows;  // the device's, as kernels of its stage read them
+};
+static_assert(sizeof(CheckedCopy) == 27 * sizeof(int64_t), "a copy is words");
+
+// One copy. Words: the members.
+struct CrossingCopy {
+  int64_t plan;     // pointer to a CrossingPlan
+  int64_t staging;  // pointer to StagingBuffers
+  int64_t copy;     // pointer to a CheckedCopy
+  int64_t stream;
+  int64_t before;  // the stream whose present work comes before the slices
+  int64_t aside;   // see `Crossing`
+  int64_t end;    // pointer to a portakv_copy_end whose event is recorded after the copy; 0: none
+  int64_t edged;  // see `PiecesRequest`
+  Edges registered;
+  Edges edges[2];  // of the allocations of the host's rows, or of both sides
 };
 
 }  // namespace portakv

@@ -448,9 +448,100 @@ void Areas::look_up(int64_t address) {
   end_ = next == edges_.end() ? INT64_MAX : *next;
 }
 
+namespace {
+
+// --- How many -----------------------------------------------------------------------------------
+
+// After how many units the pitch of a side changes; 0: never.
+int64_t limit_of(const Side &side) {
+  return side.units.size() > 1 ? side.units.back().extent : 0;
+}
+
+// How many rows of a width become one piece; 0: no number does.
+int64_t least_height(int64_t width, const Limits &limits) {
+  if (limits.below == 0 || (limits.below <= limits.apart && limits.apart <= width)) return 0;
+  // Wide rows cross faster as entries of a batch, so that only many of them fold.
+  return width < limits.below ? limits.least : limits.tall;
+}
+
+// Merge loops into a run that they continue on both sides. Return the width of the run.
+int64_t absorb(std::vector<Loop> &loops, int64_t width) {
+  for (size_t i = 0; i < loops.size(); i++) {
+    const Loop loop = loops[i];
+    if (loop.src_stride != width || loop.dst_stride != width || loop.tabled()) continue;
+    loops.erase(loops.begin() + static_cast<std::ptrdiff_t>(i));
+    return absorb(loops, product(width, loop.extent));
+  }
+  return width;
+}
+
+// Add the runs of a nest to `count`, and about as many pieces as `write_pieces` makes of them.
+void add_nest(const Nest &nest, int64_t units, int64_t groups, const Limits &limits,
+              RunCount &count) {
+  // Units that follow each other on both sides form one run for each group.
+  const Step &src = nest.src.units.back();
+  const Step &dst = nest.dst.units.back();
+  const bool joined = src.stride == nest.run && dst.stride == nest.run && src.table == 0 &&
+                      dst.table == 0;
+  const int64_t lines = joined ? groups : units;
+  int64_t width = nest.run;
+  std::vector<Loop> loops = nest.loops;
+
+  // All groups have one known length: there is one group, or each group is a whole block.
+  const int64_t either[] = {limit_of(nest.src), limit_of(nest.dst)};
+  const int64_t block = either[0] != 0 && either[1] != 0 ? std::min(either[0], either[1])
+                                                         : std::max(either[0], either[1]);
+  if (joined && (groups == 1 || (block != 0 && units == product(groups, block)))) {
+    width = absorb(loops, product(nest.run, units / groups));
+  }
+
+  int64_t around = 1;
+  for (const Loop &loop : loops) around = product(around, loop.extent);
+  const int64_t runs = product(lines, around);
+  const int64_t longest = product(nest.run, units) / lines;
+  const int64_t least = least_height(std::max(width, longest), limits);
+  int64_t pieces = runs;
+  // Rows that may become one piece: their number, their pitches, and the pieces that are left.
+  const auto fold = [&](int64_t height, int64_t src_pitch, int64_t dst_pitch, int64_t left) {
+    const bool many = least != 0 && height >= least;
+    const bool apart = width <= std::min(src_pitch, dst_pitch);
+    if (many && apart && std::max(src_pitch, dst_pitch) <= limits.pitch) {
+      pieces = std::min(pieces, left);
+    }
+  };
+  for (const Loop &loop : loops) {
+    if (!loop.tabled()) fold(loop.extent, loop.src_stride, loop.dst_stride, runs / loop.extent);
+  }
+  if (!joined) fold(units / groups, src.stride, dst.stride, product(groups, around));
+  count.runs += runs;
+  count.pieces += pieces;
+}
+
+}  // namespace
+
+RunCount count_runs(const Plan &plan, int64_t units, int64_t groups, const Limits &limits) {
+  RunCount count{0, 0};
+  if (units == 0) return count;
+  for (const Nest &nest : plan.nests) add_nest(nest, units, groups, limits, count);
+  return count;
+}
+
 }  // namespace portakv
 
 using namespace portakv;
+
+int64_t portakv_pieces_count(const int64_t *plan, int64_t units, int64_t groups,
+                             const int64_t *words, int64_t *out) {
+  return guarded([&]() -> int64_t {
+    Limits limits;
+    std::memcpy(&limits, words, sizeof limits);
+    if (units < 0 || groups < 1) throw Malformed("a copy has no such groups");
+    const RunCount count = count_runs(read_plan(plan), units, groups, limits);
+    out[0] = count.runs;
+    out[1] = count.pieces;
+    return 0;
+  });
+}
 
 int64_t portakv_pieces_list(const int64_t *plan, const int64_t *words, int64_t *out,
                             int64_t room) {

@@ -62,6 +62,16 @@ class Columns;
 // Write the pieces of a copy; raise `NeedsEdges` and `Outside`.
 void write_pieces(const Plan &plan, const PiecesRequest &request, Columns &out);
 
+// How many runs a copy has, with neighbours merged, and about how many pieces.
+struct RunCount {
+  int64_t runs;
+  int64_t pieces;
+};
+
+// Count the runs of so many units in groups, in each of which the units follow each other on both
+// sides. Nothing is expanded. `limits.below` is 0 if nothing folds.
+RunCount count_runs(const Plan &plan, int64_t units, int64_t groups, const Limits &limits);
+
 // Return the addresses of several lists, sorted, each once.
 std::vector<int64_t> sorted_edges(const std::vector<Edges> &several);
 

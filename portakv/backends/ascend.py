@@ -116,8 +116,9 @@ class Ascend(Backend):
         return replace(decision, reason=by) if decision.accepted else decision
 
     def prepare(self, plan: CopyPlan) -> Launch:
-        rows = KernelRows(self._kernel, plan, self.device) if self._kernel else None
-        return _Launch(self.device, rows or _OpRows(plan, self.device))
+        if self._kernel:
+            return KernelRows(self._kernel, plan, self.device)
+        return _OpRows(plan, self.device)
 
 
 def _vendor() -> ModuleType:
@@ -149,25 +150,17 @@ def _vendor() -> ModuleType:
     return vendor
 
 
-class _Launch(MoveLaunch):
-    # The kernel and the ops are launched on the current device, wherever their tensors are.
-    def __init__(self, device: torch.device, rows: KernelRows | _OpRows) -> None:
-        self.device = device
-        self._rows = rows
-        if isinstance(rows, _OpRows):
-            self.tables = False, False
+class _OpRows(MoveLaunch):
+    """Execute a plan by the paged ops if they serve it, else by rows.
 
-    @torch.no_grad()
-    def carry(self, move: Move, status: torch.Tensor | None) -> None:
-        self._rows(move, status)
+    The ops are launched on the current device, wherever their tensors are.
+    """
 
-
-class _OpRows:
-    """Execute a plan by the paged ops if they serve it, else by rows."""
+    tables = False, False
 
     def __init__(self, plan: CopyPlan, device: torch.device) -> None:
         self._unit = plan.unit
-        self._device = device
+        self.device = device
         self._op = _paged_op(plan)
         # Rows of even size move as float16, which is never computed with.
         even = all(size % 2 == 0 for size in (plan.vector, *plan.src.widths))
@@ -177,7 +170,8 @@ class _OpRows:
         nests = plan.nests if not pairs else plan.nests[2 * pairs :] if plan.src.kv % 2 else ()
         self._rows = [StridedCopy(nest, plan.unit, _OPS) for nest in nests]
 
-    def __call__(self, move: Move, status: torch.Tensor | None) -> None:
+    @torch.no_grad()
+    def carry(self, move: Move, status: torch.Tensor | None) -> None:
         if self._pairs:
             self._paged(move)
         for rows in self._rows:
@@ -191,11 +185,11 @@ class _OpRows:
         ids = move.src_index if gathers else move.dst_index
         dense = move.dst_index if gathers else move.src_index
         if gathers:
-            blocks = ids.units(count, self._unit, self._device).to(torch.int32)
-            tokens = torch.full((1,), count, dtype=torch.int32, device=self._device)
+            blocks = ids.units(count, self._unit, cache.device).to(torch.int32)
+            tokens = torch.full((1,), count, dtype=torch.int32, device=cache.device)
             more: dict[str, object] = {"block_tables": blocks[None], "seq_lens": tokens}
         else:
-            slots = ids.ids_on(self._device)[ids.offset : ids.offset + count]
+            slots = ids.ids_on(cache.device)[ids.offset : ids.offset + count]
             more = {"slot_mapping": slots, "cache_mode": "Norm"}
         op = getattr(torch.ops.npu, self._op).default
         pages = planes(cache, self._dtype)

@@ -24,6 +24,7 @@ import torch
 
 from portakv.backends._sides import SideArguments
 from portakv.backends._vendor_rows import GuardedRows
+from portakv.backends.base import MoveLaunch
 from portakv.errors import TransferError, Unsupported
 from portakv.plan.loops import Loop
 from portakv.plan.plan import CopyPlan, Move, Nest
@@ -182,16 +183,16 @@ def _type(library: ctypes.CDLL, name: str, functions: Sequence[str]) -> None:
         entry.argtypes = arguments
 
 
-class KernelRows:
+class KernelRows(MoveLaunch):
     """Execute a plan by the kernel, which skips and guards; by indexing if the kernel does not take
     it.
 
-    Calls order their work on the current stream of ``device``, which is the current device.
+    The kernel is launched on the current device, wherever its memory is.
     """
 
     def __init__(self, kernel: Kernel, plan: CopyPlan, device: torch.device) -> None:
         self._kernel = kernel
-        self._device = device
+        self.device = device
         self._rest = GuardedRows(plan, device, _ELEMENT) if refusal(plan) else None
         if self._rest is not None:
             return
@@ -200,11 +201,13 @@ class KernelRows:
             words = [bytearray(nest) for nest in self._arguments.nests]
             self._nests = [torch.frombuffer(x, dtype=torch.int64).to(device) for x in words]
 
-    def __call__(self, move: Move, status: torch.Tensor | None) -> None:
+    @torch.no_grad()
+    def carry(self, move: Move, status: torch.Tensor | None) -> None:
         if self._rest is not None:
             self._rest(move, status)
             return
-        words = StatusWords(0 if status is None else self._kernel.blocks, self._device)
+        device = move.dst.device
+        words = StatusWords(0 if status is None else self._kernel.blocks, device)
         nests = [nest.data_ptr() for nest in self._nests]
         copies = self._arguments.copies(nests, move, words.address)
         memory: list[Memory] = []
@@ -212,7 +215,7 @@ class KernelRows:
             memory = reached(move, [*map(_read_only, self._nests), *words.memory])
         # Read the handle last: torch_npu queues ops on the host, and this read empties that queue
         # (NPUStream::stream in its csrc/core/npu/NPUStream.cpp).
-        stream = torch.get_device_module(self._device).current_stream(self._device).npu_stream
+        stream = torch.get_device_module(device).current_stream(device).npu_stream
         for copy in copies:
             self._kernel.launch(copy, memory, stream)
         if status is not None:

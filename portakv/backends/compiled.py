@@ -13,6 +13,7 @@ import shutil
 import sys
 import sysconfig
 import threading
+from collections.abc import Callable
 from functools import cached_property
 from importlib.util import find_spec
 from math import prod
@@ -79,11 +80,8 @@ class Compiled(Backend):
                 why="it has to be compiled first; make the same call once before the capture"
             )
         with self._lock:
-            nests = [_NestArguments(nest, plan) for nest in plan.nests]
-            copies = [(nest, self._copying(nest.shape)) for nest in nests]
-            for nest, program in copies:
-                nest.set_lost(program.lost)
-            return _CompiledLaunch(plan, copies, self._reporting(plan), self.device)
+            nests = [_NestLaunch(nest, plan, self._copying) for nest in plan.nests]
+            return _CompiledLaunch(plan, nests, self._reporting(plan), self.device)
 
     def _lost_bytes(self, nbytes: int) -> torch.Tensor:
         """Return memory for rows that are not to be moved; it is never read."""
@@ -131,12 +129,12 @@ class _CompiledLaunch(MoveLaunch):
     def __init__(
         self,
         plan: CopyPlan,
-        copies: list[tuple[_NestArguments, Program]],
+        nests: list[_NestLaunch],
         report: Program | None,
         device: torch.device,
     ) -> None:
         self._unit = plan.unit
-        self._copies = copies
+        self._nests = nests
         self._report = report
         self._device = device
         self._per_id = [step // plan.unit for step in (plan.src_step, plan.dst_step)]
@@ -150,8 +148,8 @@ class _CompiledLaunch(MoveLaunch):
         try:
             # A view without slots has no memory, and every id is bad.
             if move.src.slots and move.dst.slots:
-                for nest, program in self._copies:
-                    program(nest.launch(move, units))
+                for nest in self._nests:
+                    nest(move, units)
         finally:
             if side is not None:
                 torch.cuda.current_stream(self._device).wait_stream(side)
@@ -165,7 +163,17 @@ class _CompiledLaunch(MoveLaunch):
         before the copy and this returns None: a fork would gain nothing there.
         """
         device = self._device
-        arguments = self._to_report(move, units, status, report.lost.data_ptr())
+        word = status.data_ptr()
+        lost = report.lost.data_ptr()
+        low = min(word, lost) // ALIGNMENT * ALIGNMENT
+        memory = memory_from(low, device, torch.int64)
+        places = (word - low) // 8, (lost - low) // 8
+        arguments: list[Argument] = [memory, units, self._unit, *places]
+        for view, index, per_id in zip(move[:2], move[2:4], self._per_id, strict=True):
+            if index.ids is not None:
+                first = index.offset // self._unit
+                ids = id_arguments(index.ids.data_ptr(), device, first, per_id)
+                arguments += [*ids, view.slots // self._unit, per_id]
         if device.type == "cpu" or capturing(device):
             report(arguments)
             return None
@@ -177,34 +185,17 @@ class _CompiledLaunch(MoveLaunch):
             report(arguments)
         return side  # type: ignore[no-any-return]
 
-    def _to_report(self, move: Move, units: int, status: torch.Tensor, lost: int) -> list[Argument]:
-        device = self._device
-        word = status.data_ptr()
-        low = min(word, lost) // ALIGNMENT * ALIGNMENT
-        memory = memory_from(low, device, torch.int64)
-        arguments: list[Argument] = [
-            memory,
-            units,
-            self._unit,
-            (word - low) // 8,
-            (lost - low) // 8,
-        ]
-        for view, index, per_id in zip(move[:2], move[2:4], self._per_id, strict=True):
-            if index.ids is not None:
-                first = index.offset // self._unit
-                ids = id_arguments(index.ids.data_ptr(), device, first, per_id)
-                arguments += [*ids, view.slots // self._unit, per_id]
-        return arguments
 
+class _NestLaunch:
+    """One nest: its program, and the arguments of its launches."""
 
-class _NestArguments:
-    """One nest: the ``shape`` of its program, and the arguments of its launches."""
-
-    def __init__(self, nest: Nest, plan: CopyPlan) -> None:
+    def __init__(
+        self, nest: Nest, plan: CopyPlan, program_of: Callable[[CopyShape], Program]
+    ) -> None:
         width = min(nest.vector, 8)
         self._src = _SideArguments(nest, plan, "src", nest.loops)
         self._dst = _SideArguments(nest, plan, "dst", nest.loops)
-        self.shape = self._src.copy = self._dst.copy = CopyShape(
+        shape = CopyShape(
             ELEMENTS[width],
             nest.run // width,
             nest.vector // width,
@@ -212,23 +203,16 @@ class _NestArguments:
             self._src.shape,
             self._dst.shape,
         )
-        self._lost: torch.Tensor | None = None
+        self._shape = self._src.copy = self._dst.copy = shape
+        self._program = program_of(shape)
+        self._dst.reached = (self._program.lost.data_ptr(),)
 
-    def set_lost(self, lost: torch.Tensor) -> None:
-        """Set the memory of one run, on the device, that takes the rows which must not move.
-
-        It is retained here, since arguments contain only its address.
-        """
-        self._lost = lost
-        self._dst.reached = (lost.data_ptr(),)
-
-    def launch(self, move: Move, units: int) -> list[Argument]:
-        """Return the arguments of one launch."""
+    def __call__(self, move: Move, units: int) -> None:
+        """Copy so many units, ordered on the current stream."""
         src, _ = self._src.arguments(move.src, move.src_index)
         dst, low = self._dst.arguments(move.dst, move.dst_index)
-        assert self._lost is not None
-        lost = (self._lost.data_ptr() - low) // self.shape.grain
-        return [units, *src, *dst, *[lost] * self.shape.has_ids]
+        lost = (self._program.lost.data_ptr() - low) // self._shape.grain
+        self._program([units, *src, *dst, *[lost] * self._shape.has_ids])
 
 
 class _SideArguments(SideArguments):
@@ -309,34 +293,24 @@ def _missing(device: torch.device) -> str | None:
     for switch in ("TORCH_COMPILE_DISABLE", "TORCHDYNAMO_DISABLE"):
         if os.environ.get(switch, "0") not in ("", "0"):
             return f"torch.compile is switched off by {switch}"
-    why = _missing_for_gpu() if device.type == "cuda" else _missing_for_cpu()
-    if why is not None:
-        return why
+    if device.type == "cuda":
+        if find_spec("triton") is None:
+            return "inductor needs the package triton for GPUs, and it is not installed"
+        compilers = (os.environ.get("CC"), "cc", "gcc", "clang")
+        if not any(shutil.which(compiler) for compiler in compilers if compiler):
+            return "Triton finds no C compiler for its launchers; install gcc, or set CC"
+    else:
+        compiler = os.environ.get("CXX") or ("clang++" if sys.platform == "darwin" else "g++")
+        if shutil.which(compiler) is None:
+            return f"inductor's C++ compiler {compiler!r} is not there; install g++, or set CXX"
+        # torch 2.13 joins the words of the compiler's command by spaces, and does not quote them.
+        package = str(Path(torch.__file__).parent)
+        if " " in package:
+            return (
+                f"inductor cannot pass a path with a space to the compiler, and torch lies in "
+                f"{package}"
+            )
     folder = sysconfig.get_path("include")
     if not (Path(folder) / "Python.h").exists():
         return f"Python's headers are not in {folder}; install them (Debian: python3-dev)"
-    return None
-
-
-def _missing_for_gpu() -> str | None:
-    """Return what compiling for a GPU lacks, as a sentence, or None."""
-    if find_spec("triton") is None:
-        return "inductor needs the package triton for GPUs, and it is not installed"
-    compilers = (os.environ.get("CC"), "cc", "gcc", "clang")
-    if not any(shutil.which(compiler) for compiler in compilers if compiler):
-        return "Triton finds no C compiler for its launchers; install gcc, or set CC"
-    return None
-
-
-def _missing_for_cpu() -> str | None:
-    """Return what compiling for the CPU lacks, as a sentence, or None."""
-    compiler = os.environ.get("CXX") or ("clang++" if sys.platform == "darwin" else "g++")
-    if shutil.which(compiler) is None:
-        return f"inductor's C++ compiler {compiler!r} is not there; install g++, or set CXX"
-    # torch 2.13 joins the words of the compiler's command by spaces, and does not quote them.
-    package = str(Path(torch.__file__).parent)
-    if " " in package:
-        return (
-            f"inductor cannot pass a path with a space to the compiler, and torch lies in {package}"
-        )
     return None

@@ -61,6 +61,10 @@ class Reference(Backend):
 
     name = "reference"
 
+    def __init__(self, device: torch.device) -> None:
+        super().__init__(device)
+        self._ops = _OPS.get(device.type, _NESTED)
+
     @classmethod
     def probe(cls, device: torch.device) -> Decision:
         return Decision(cls.name, True, "plain torch indexing runs on any torch device")
@@ -69,10 +73,7 @@ class Reference(Backend):
         return Capabilities(places=places_on(self.device), encodings=frozenset({PACK}))
 
     def prepare(self, plan: CopyPlan) -> Launch:
-        return self._launch_of(plan)
+        return StridedLaunch(plan, self._ops)
 
     def prepare_pack(self, plan: PackPlan) -> ReferencePack:
-        return ReferencePack(plan, self.device, self._launch_of)
-
-    def _launch_of(self, plan: CopyPlan) -> StridedLaunch:
-        return StridedLaunch(plan, _OPS.get(self.device.type, _NESTED))
+        return ReferencePack(plan, self.device, self._ops)

@@ -9,12 +9,11 @@ pattern survives and equal values give equal bytes.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 
-from portakv.backends.base import MoveLaunch
+from portakv.backends.strided import Ops, copies_of
 from portakv.layout.packing import (
     COUNTS_AT,
     FLAG_AT,
@@ -27,7 +26,7 @@ from portakv.layout.packing import (
     sampled,
 )
 from portakv.plan.packing import PackPlan
-from portakv.plan.plan import CopyPlan, Move
+from portakv.plan.plan import Move
 from portakv.runtime.devices import inside
 from portakv.view.dense import dense_blocks
 from portakv.view.form import Form
@@ -37,8 +36,6 @@ from portakv.view.view import KVView
 #: The most values that are packed together, which bounds the temporary memory.
 MOST_VALUES = 4 << 20
 _EXPONENTS = 256
-#: Return the launch of a plan of rows.
-RowsLaunch = Callable[[CopyPlan], MoveLaunch]
 
 
 class ReferencePack:
@@ -46,11 +43,10 @@ class ReferencePack:
 
     tables = False, False
 
-    def __init__(self, plan: PackPlan, device: torch.device, launch_of: RowsLaunch) -> None:
+    def __init__(self, plan: PackPlan, device: torch.device, ops: Ops) -> None:
         self._plan = plan
         self._device = device
-        self._launch_of = launch_of
-        self._launches: dict[tuple[Form, Form, int, int, int], MoveLaunch] = {}
+        self._ops = ops
         raw = plan.raw
         self._planes = plan.packed.encoding
         values = raw.layers * raw.heads * sum(plane.values for plane in self._planes)
@@ -126,16 +122,8 @@ class ReferencePack:
 
     def _copy(self, move: Move) -> None:
         """Copy rows by plain indexing, on the current stream."""
-        src = move.src.form
-        dst = move.dst.form
-        plan = CopyPlan(src, dst, *move.steps)
-        for first, tokens, unit in plan.split(move):
-            key = (src, dst, *move.steps, unit)
-            launch = self._launches.get(key)
-            if launch is None:
-                part = plan if unit == plan.unit else CopyPlan(src, dst, *move.steps, unit)
-                launch = self._launches[key] = self._launch_of(part)
-            launch.carry(move.part(first, tokens), None)
+        for copy, part in copies_of(move, self._ops):
+            copy(part)
 
 
 # --- Planes and slots -----------------------------------------------------------------------------

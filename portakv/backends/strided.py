@@ -9,8 +9,6 @@ loop over tokens. Ids must be clean: neither negative nor past the end.
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterator, Sequence
-from dataclasses import dataclass
-from functools import cached_property
 from itertools import chain, groupby, product
 from math import gcd, prod
 from operator import itemgetter, mul
@@ -20,9 +18,8 @@ import numpy as np
 import torch
 
 from portakv.backends.base import MoveLaunch
-from portakv.plan.loops import Loop
 from portakv.plan.plan import CopyPlan, Move, Nest, Side
-from portakv.view.form import Form, Steps
+from portakv.view.form import Form
 from portakv.view.index import Index
 from portakv.view.view import KVView
 
@@ -118,13 +115,16 @@ class Units(NamedTuple):
 
 
 class StridedCopy:
-    """One nest of a plan, whose units are ``unit`` tokens, as torch calls."""
+    """One nest of a plan, whose units are ``unit`` tokens, as torch calls.
 
-    def __init__(self, nest: Nest, unit: int, ops: Ops) -> None:
+    ``lasting``: views retain the tensors that this copy makes of them, for later calls.
+    """
+
+    def __init__(self, nest: Nest, unit: int, ops: Ops, lasting: bool = True) -> None:
         self._unit = unit
         self._ops = ops
-        self._src = _Rows(nest, "src", unit, ops)
-        self._dst = _Rows(nest, "dst", unit, ops)
+        self._src = _Rows(nest, "src", unit, ops, lasting)
+        self._dst = _Rows(nest, "dst", unit, ops, lasting)
 
     def __call__(self, move: Move) -> None:
         """Copy whole units, ordered on the current stream of their device."""
@@ -201,6 +201,18 @@ class StridedLaunch(MoveLaunch):
             copy.copy(src, dst, units)
 
 
+def copies_of(move: Move, ops: Ops) -> Iterator[tuple[StridedCopy, Move]]:
+    """Yield copies that make a copy together, each with its part: the body in the largest units,
+    head and tail by token. The views retain nothing of them."""
+    src = move.src.form
+    dst = move.dst.form
+    plan = CopyPlan(src, dst, *move.steps)
+    for first, tokens, unit in plan.split(move):
+        part = plan if unit == plan.unit else CopyPlan(src, dst, *move.steps, unit)
+        for nest in part.nests:
+            yield StridedCopy(nest, unit, ops, lasting=False), move.part(first, tokens)
+
+
 def _run(
     ops: Ops, within: bool, sources: _Tensors, read: _Picked, targets: _Tensors, written: _Picked
 ) -> None:
@@ -253,59 +265,6 @@ def _grids(moves: list[int]) -> list[_Grid]:
     return [_Grid(move, 1, 0, 1, 0) for move in moves]
 
 
-@dataclass(frozen=True)
-class _RowShape:
-    """The rows that the units of one side consist of.
-
-    Attributes:
-        size, stride: of a row, in elements.
-        walk: extents and strides, in rows, of the loops from a unit's first row to its other rows.
-        grain: bytes that numbers of rows are counted in.
-    """
-
-    size: list[int]
-    stride: list[int]
-    walk: list[tuple[int, int]]
-    grain: int
-
-    @cached_property
-    def reach(self) -> int:
-        """The distance from a unit's first row to its last, in grains."""
-        return sum((extent - 1) * stride for extent, stride in self.walk)
-
-    @cached_property
-    def each(self) -> int:
-        """The rows of a unit."""
-        return prod(extent for extent, _ in self.walk)
-
-    @cached_property
-    def packed(self) -> bool:
-        """True if the rows of a unit follow each other."""
-        rows = 1
-        for extent, stride in reversed(self.walk):
-            if stride != rows:
-                return False
-            rows *= extent
-        return True
-
-
-def _row_shape(
-    nest: Nest, units: Steps, loops: list[tuple[int, int]], inner: list[Loop], ops: Ops, width: int
-) -> _RowShape:
-    """Return the rows of one side, which has ``loops`` (extent, stride) inside its units."""
-    if ops.holes:
-        sizes = [*((n, s // width) for n, s in loops), (nest.run // width, 1)]
-        grain = gcd(*(step.stride for step in units)) or width
-        return _RowShape([n for n, _ in sizes], [s for _, s in sizes], [], grain)
-    row = gcd(
-        nest.run,
-        *(step.stride for side in (nest.src, nest.dst) for step in side.units),
-        *(stride for x in inner for stride in (x.src_stride, x.dst_stride)),
-    )
-    walk = [(n, s // row) for n, s in (*loops, (nest.run // row, row)) if n > 1]
-    return _RowShape([row // width], [1], walk, row)
-
-
 class _Rows:
     """The rows that the units of one side become.
 
@@ -315,7 +274,7 @@ class _Rows:
     of both sides are multiples of, and a unit takes several rows, which the loops walk through.
     """
 
-    def __init__(self, nest: Nest, name: str, unit: int, ops: Ops) -> None:
+    def __init__(self, nest: Nest, name: str, unit: int, ops: Ops, lasting: bool) -> None:
         outer = [x for x in nest.loops if x.tabled or (ops.by_plane and x.over_planes)]
         inner = [x for x in nest.loops if x not in outer]
         side: Side = getattr(nest, name)
@@ -324,18 +283,40 @@ class _Rows:
         self._side = side
         self._unit = unit
         self._width = width
+        self._made: dict[Hashable, Any] | None = None if lasting else {}
         self._dtype = ELEMENTS[width]
         self._flat = len(side.units) == 1 and not side.tabled
         self._pitch = side.units[0].stride if self._flat else 0
-        shape = _row_shape(nest, side.units, loops, inner, ops, width)
-        self._shape = shape
+        # The extents and strides of a row, in elements; the loops from a unit's first row to its
+        # other rows, in rows; and the bytes that numbers of rows are counted in.
+        self._walk: list[tuple[int, int]] = []
+        if ops.holes:
+            self._size = [*(extent for extent, _ in loops), nest.run // width]
+            self._stride = [*(stride // width for _, stride in loops), 1]
+            self._grain = gcd(*(step.stride for step in side.units)) or width
+        else:
+            self._grain = row = gcd(
+                nest.run,
+                *(step.stride for each in nest.sides for step in each.units),
+                *(stride for x in inner for stride in (x.src_stride, x.dst_stride)),
+            )
+            self._size = [row // width]
+            self._stride = [1]
+            self._walk = [(n, s // row) for n, s in (*loops, (nest.run // row, row)) if n > 1]
+        extents = [extent for extent, _ in self._walk]
+        # The rows of a unit, and the distance from the first to the last, in grains.
+        self._each = prod(extents)
+        self._reach = sum((extent - 1) * stride for extent, stride in self._walk)
+        follow = all(
+            stride == prod(extents[depth + 1 :]) for depth, (_, stride) in enumerate(self._walk)
+        )
         # True if the rows of a unit follow each other, and the next unit follows them.
-        self._dense = ops.holes or (shape.packed and self._pitch == shape.each * shape.grain)
+        self._dense = ops.holes or (follow and self._pitch == self._each * self._grain)
         # From a row of consecutive units to the next in bytes, and from a unit to the next in rows.
-        self._near = self._pitch if ops.holes else shape.grain
-        self._apart = 1 if ops.holes else self._pitch // shape.grain
+        self._near = self._pitch if ops.holes else self._grain
+        self._apart = 1 if ops.holes else self._pitch // self._grain
         # Each of several addresses has few units, often in order.
-        self._evenly = (ops.evenly or side.tabled) and not shape.walk
+        self._evenly = (ops.evenly or side.tabled) and not self._walk
         places = product(*(range(x.extent) for x in outer))
         tables = [getattr(x, f"{name}_table") for x in outer]
         strides = [getattr(x, f"{name}_stride") for x in outer]
@@ -368,9 +349,9 @@ class _Rows:
             place = _HOST if self._side.tabled else side.rows.device
             numbers = torch.arange(first, first + units, dtype=torch.int64, device=place)
         elif self._flat:
-            factor = self._pitch // self._shape.grain
+            factor = self._pitch // self._grain
             return 0, numbers if factor == 1 else numbers * factor, None
-        entries, numbers = self._side.locate(numbers, self._shape.grain)
+        entries, numbers = self._side.locate(numbers, self._grain)
         return 0, numbers.to(side.rows.device), entries
 
     def loops(self, offset: int, units: int) -> tuple[int, list[tuple[int, int]]] | None:
@@ -401,24 +382,30 @@ class _Rows:
         if self._evenly and numbers.is_cpu:
             first, step = _rise(numbers)
             if step:
-                start = first * self._shape.grain
-                pitch = step * self._shape.grain
+                start = first * self._grain
+                pitch = step * self._grain
                 return self.over(view, entry, start, [(numbers.numel(), pitch)]), None
+        made = self._tensors_of(view)
         key = (self, entry)
-        known: _Tensors | None = view.derived.get(key)
+        known: _Tensors | None = made.get(key)
         if known is None:
-            known = view.derived[key] = _unbound(self._whole(view, entry))
-        return known, self._walked(numbers) if self._shape.walk else numbers
+            known = made[key] = _unbound(self._whole(view, entry))
+        return known, self._walked(numbers) if self._walk else numbers
+
+    def _tensors_of(self, view: Rows) -> dict[Hashable, Any]:
+        """Return the tensors that were made of a view: those that it keeps, or of this copy."""
+        return view.derived if self._made is None else self._made
 
     def _whole(self, view: Rows, entry: int) -> list[_Grids]:
-        """Return tensors over all rows of an entry, which the view keeps."""
+        """Return tensors over all rows of an entry."""
+        made = self._tensors_of(view)
         key = (self, entry, _WHOLE)
-        known: list[_Grids] | None = view.derived.get(key)
+        known: list[_Grids] | None = made.get(key)
         if known is None:
             # A tensor made in inference mode could not be written outside of it.
             with torch.inference_mode(False):
-                loops = [(self._rows_of(view), self._shape.grain)]
-                known = view.derived[key] = self._over(view, entry, 0, loops)
+                loops = [(self._rows_of(view), self._grain)]
+                known = made[key] = self._over(view, entry, 0, loops)
         return known
 
     def _consecutive(
@@ -428,19 +415,19 @@ class _Rows:
         if isinstance(at, slice):
             if self._dense:
                 start = start + at.start * self._pitch
-                rows = (at.stop - at.start) * self._shape.each
+                rows = (at.stop - at.start) * self._each
                 return self._part(view, entry, start, rows), None
             at = torch.arange(at.start, at.stop)
         at = at * self._apart
-        rows = int(at[-1]) + self._shape.reach + 1
+        rows = int(at[-1]) + self._reach + 1
         at = at.to(view.device)
         return self.over(view, entry, start, [(rows, self._near)]), self._walked(at)
 
     def _part(self, view: Rows, entry: int, start: int, rows: int) -> _Tensors:
         """Return the tensors over so many rows that follow each other from byte ``start`` on."""
         whole: list[_Grids] | None = None
-        if self._near == self._shape.grain and start % self._near == 0:
-            whole = view.derived.get((self, entry, _WHOLE))
+        if self._near == self._grain and start % self._near == 0:
+            whole = self._tensors_of(view).get((self, entry, _WHOLE))
             # How many rows lie at raw addresses may not be known.
             if whole is None and not view.raw:
                 whole = self._whole(view, entry)
@@ -451,7 +438,7 @@ class _Rows:
 
     def _walked(self, rows: torch.Tensor) -> torch.Tensor:
         """Return all rows of units that begin at ``rows``, unit after unit."""
-        for extent, stride in self._shape.walk:
+        for extent, stride in self._walk:
             inner = torch.arange(extent, device=rows.device) * stride
             rows = (rows[:, None] + inner).reshape(-1)
         return rows
@@ -469,8 +456,8 @@ class _Rows:
         self, view: Rows, entry: int, start: int, loops: Sequence[tuple[int, int]]
     ) -> list[_Grids]:
         """Return the same as one tensor for each grid."""
-        size = [*[extent for extent, _ in loops], *self._shape.size]
-        stride = [*[pitch // self._width for _, pitch in loops], *self._shape.stride]
+        size = [*[extent for extent, _ in loops], *self._size]
+        stride = [*[pitch // self._width for _, pitch in loops], *self._stride]
         entry = self._side.table + entry
         start = self._side.offset + start
         made = []
@@ -487,9 +474,7 @@ class _Rows:
         first, *bounded = self._side.units
         blocks = view.slots // self._unit // prod(step.extent for step in bounded)
         steps = [(blocks, first), *((step.extent, step) for step in bounded)]
-        last: int = (
-            sum((n - 1) * (x.stride // self._shape.grain) for n, x in steps) + self._shape.reach
-        )
+        last: int = sum((n - 1) * (x.stride // self._grain) for n, x in steps) + self._reach
         return max(last + 1, 0)
 
 
@@ -574,56 +559,15 @@ def _copy_bytes(target: torch.Tensor, source: torch.Tensor) -> None:
 HOST_OPS = Ops(16, False, True, True, _pick_on_host, _put_on_host, _copy_bytes)
 
 
-class HostRows:
-    """Copies between rows of two forms on the host, which must not share memory.
+def copy_on_host(move: Move) -> None:
+    """Copy rows of the host between views that share no memory; ids must be on the host, and clean.
 
-    Steps are as in `CopyPlan`; counts are multiples of ``unit``.
+    Raises:
+        LayoutError: the memory of a view was freed or replaced; nothing was written.
     """
-
-    def __init__(self, src: Form, dst: Form, src_step: int, dst_step: int, unit: int) -> None:
-        widest = CopyPlan(src, dst, src_step, dst_step)
-        self._narrow = CopyPlan(src, dst, src_step, dst_step, unit)
-        self._wide = widest if widest.unit > unit and widest.unit % unit == 0 else None
-        self._nests = {
-            plan.unit: [StridedCopy(nest, plan.unit, HOST_OPS) for nest in plan.nests]
-            for plan in (self._narrow, self._wide or self._narrow)
-        }
-
-    def copy(
-        self, src: KVView, dst: KVView, src_index: Index, dst_index: Index, count: int
-    ) -> None:
-        """Copy ``count`` positions; ids must be on the host, and clean.
-
-        Raises:
-            LayoutError: the memory of a view was freed or replaced.
-        """
-        src.check_memory()
-        dst.check_memory()
-        calls = list[_Planes]()
-        start = 0
-        move = Move(src, dst, src_index, dst_index, count)
-        for unit, past in self._parts(src_index, dst_index, count):
-            for nest in self._nests[unit]:
-                calls += nest.planes(move.part(start, past - start))
-            start = past
-        # Prepare every call before the first copy, so that an error writes nothing.
-        for call in calls:
-            _run(HOST_OPS, False, *call)
-
-    def _parts(self, src_index: Index, dst_index: Index, count: int) -> list[tuple[int, int]]:
-        """Return head, whole units and tail: the unit of each, and the position where it ends."""
-        wide = self._wide
-        narrow = self._narrow.unit
-        if wide is None:
-            return [(narrow, count)]
-        sides = ("src", src_index), ("dst", dst_index)
-        heads = {
-            -index.offset % wide.unit
-            for side, index in sides
-            if index.ids is not None or wide.aligned(side)
-        }
-        if len(heads) > 1:  # the two sides never begin a unit together
-            return [(narrow, count)]
-        head = min(heads.pop() if heads else 0, count)
-        whole = (count - head) // wide.unit * wide.unit
-        return [(narrow, head), (wide.unit, head + whole), (narrow, count)]
+    move.src.check_memory()
+    move.dst.check_memory()
+    # Prepare every call before the first copy, so that an error writes nothing.
+    calls = [call for copy, part in copies_of(move, HOST_OPS) for call in copy.planes(part)]
+    for call in calls:
+        _run(HOST_OPS, False, *call)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from portakv.cli.console import Column, print_json, print_prose, print_table
+from portakv.cli.console import columns_of, print_json, print_prose, print_table
 from portakv.cli.sides import check_cache, in_bytes, in_time, read_above_zero, requested_accelerator
 from portakv.errors import PortaKVError
 from portakv.interconnect.costs import Point, Table
@@ -79,10 +79,9 @@ def show(
 ) -> None:
     """Print the rates of every measured point, and the path of the table."""
     names = list(dict.fromkeys(strategy for strategy, _ in table.points))
-    columns = [Column("direction", whole=True)]
-    numbers = ["bytes of a run", "runs", "payload", *(f"{name}, GB/s" for name in names)]
-    columns += [Column(title, right=True) for title in numbers]
-    columns += [Column("fastest", whole=True), Column("takes", right=True)]
+    numbers = ["bytes of a run", "runs", "payload", *(f"{name}, GB/s" for name in names), "takes"]
+    titles = ["direction", *numbers[:-1], "fastest", "takes"]
+    columns = columns_of(titles, prose=numbers, right=numbers)
     lines = []
     for (direction, size, runs), points in rows.items():
         pinned = {name: point for name, point in points.items() if name != "pageable"} or points

@@ -47,6 +47,13 @@ class Column:
     right: bool = False  # the cells are numbers, aligned to the right
 
 
+def columns_of(
+    titles: Sequence[str], prose: Sequence[str] = (), right: Sequence[str] = ()
+) -> list[Column]:
+    """Return columns of names, but for those of ``prose``; those of ``right`` are aligned there."""
+    return [Column(title, title not in prose, title in right) for title in titles]
+
+
 def output_width() -> int:
     """Return the characters of a line: ``COLUMNS``, else the terminal's, else `PIPED_WIDTH`."""
     return shutil.get_terminal_size(fallback=(PIPED_WIDTH, 24)).columns

@@ -13,8 +13,8 @@ import io
 import os
 import textwrap
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext, redirect_stdout, suppress
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext, redirect_stdout, suppress
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from statistics import median
@@ -24,8 +24,8 @@ import torch
 
 from portakv import __version__
 from portakv.cli.backends import Candidate, candidates_for, print_candidates
-from portakv.cli.console import Column, Report, installing, print_json, print_table
-from portakv.cli.sides import in_bytes, in_time
+from portakv.cli.console import Report, columns_of, installing, print_json, print_table
+from portakv.cli.sides import Shape, in_bytes, in_time
 from portakv.connector.connector import AdaptiveConnector
 from portakv.copy.rows import copy_blocks
 from portakv.errors import PortaKVError, Unsupported
@@ -47,48 +47,36 @@ POISON = 0x5A5AC3C35A5AC3C3
 Work = Callable[[], object]
 
 
-@dataclass(frozen=True)
-class Scenario:
-    """Paged caches ``[2, blocks, block_size, heads, dim]`` in fp16, and the tokens to move."""
-
-    layers: int = 32
-    tokens: int = 128
-    heads: int = 32
-    dim: int = 128
-    block_size: int = 16
-    blocks: int = 32
-    full_layers: int = 0  # the layers before `fitted` reduced them; 0: ``layers``
-
-    @property
-    def slots(self) -> int:
-        """Return the tokens that fit the pool."""
-        return self.blocks * self.block_size
-
-    @property
-    def payload(self) -> int:
-        """Return the bytes that one copy moves."""
-        return self.layers * 2 * self.tokens * self.heads * self.dim * 2
-
-    @property
-    def pool(self) -> int:
-        """Return the bytes of the paged caches."""
-        return self.payload // self.tokens * self.slots
-
-    @property
-    def needed(self) -> int:
-        """Return the bytes that the demo needs: two pools, three chunks, and memory for checks."""
-        return 2 * self.pool + 3 * self.payload + 4 * self.pool // self.layers
-
-
 #: The first scenario of PortaKV.
-FOUNDING = Scenario()
+FOUNDING = Shape(
+    name="founding",
+    model="a 7B model with multi-head attention",
+    source="the numbers of Llama-2 7B",
+    cache="layer | kv block token head dim",
+    chunk="kv layer token (head dim)",
+    layers=32,
+    heads=32,
+    dim=128,
+    dtype="float16",
+    block_size=16,
+    tokens=128,
+)
 
 
-def fitted(scenario: Scenario, free: int | None) -> Scenario:
+def pool_bytes(s: Shape) -> int:
+    """Return the bytes of the paged caches."""
+    return s.payload // s.tokens * s.slots
+
+
+def fitted(scenario: Shape, free: int | None) -> Shape:
     """Return the scenario, with fewer layers if it needs more than half of ``free`` bytes."""
     reduced = scenario
-    while free is not None and reduced.layers > 1 and reduced.needed > free // 2:
-        reduced = replace(reduced, layers=reduced.layers // 2, full_layers=scenario.layers)
+    while free is not None and reduced.layers > 1:
+        pool = pool_bytes(reduced)
+        # Two pools, three chunks, and memory for checks.
+        if 2 * pool + 3 * reduced.payload + 4 * pool // reduced.layers <= free // 2:
+            break
+        reduced = replace(reduced, layers=reduced.layers // 2)
     return reduced
 
 
@@ -113,7 +101,7 @@ class Founding:
         slots_of_blocks: the slots of these blocks' tokens, by plain arithmetic.
     """
 
-    def __init__(self, device: torch.device, s: Scenario) -> None:
+    def __init__(self, device: torch.device, s: Shape) -> None:
         self.device = device
         self.scenario = s
         draw = torch.Generator().manual_seed(0)
@@ -198,14 +186,11 @@ class _Move(NamedTuple):
     wrong: Callable[[], int] | None = None
 
 
-def measured(
-    founding: Founding, backends: Sequence[str], forced: bool
-) -> tuple[list[Row], int | None]:
+def measured(founding: Founding, backends: Sequence[str], forced: bool) -> list[Row]:
     """Check every copy of every backend, then time the right copies in rounds.
 
     Returns:
-        A row for each copy, plain torch first and `copy_` before all; and the number of CPU
-        threads, or None on an accelerator.
+        A row for each copy, plain torch first and `copy_` before all.
 
     Raises:
         Unsupported: a ``forced`` backend does not accept a copy.
@@ -213,18 +198,15 @@ def measured(
     moves = [*_plain(founding), *(move for name in backends for move in _moves(founding, name))]
     rows = [_checked(founding, move, forced) for move in moves]
     timed = [i for i, row in enumerate(rows) if row.right or row.backend == "torch"]
-    works = [moves[i].run for i in timed]
-    threads = fastest_threads(works) if founding.device.type == "cpu" else None
-    with torch_threads(threads):
-        times = interleaved(founding.device, works)
+    times = interleaved(founding.device, [moves[i].run for i in timed])
     for i, own in zip(timed, times, strict=True):
         rows[i] = replace(rows[i], seconds=own, ratio=times[0] / own)
-    return rows, threads
+    return rows
 
 
-def interleaved(device: torch.device, works: Sequence[Work], rounds: int = 0) -> list[float]:
-    """Return each work's median seconds in ``rounds`` or `ROUNDS` rounds, after a warm-up round."""
-    taken = [[seconds(device, work) for work in works] for _ in range((rounds or ROUNDS) + 1)]
+def interleaved(device: torch.device, works: Sequence[Work]) -> list[float]:
+    """Return each work's median seconds in `ROUNDS` rounds, after a warm-up round."""
+    taken = [[seconds(device, work) for work in works] for _ in range(ROUNDS + 1)]
     return [median(times) for times in zip(*taken[1:], strict=True)]
 
 
@@ -241,31 +223,6 @@ def seconds(device: torch.device, work: Work) -> float:
     last.record()
     last.synchronize()
     return first.elapsed_time(last) / 1e3 / REPEATS
-
-
-def fastest_threads(works: Sequence[Work]) -> int:
-    """Return the number of torch's threads with which these copies take the least time now.
-
-    One thread can be the fastest if the cores have other work: a copy of a few milliseconds waits
-    for the slowest thread.
-    """
-    most = torch.get_num_threads()
-    taken = dict[int, float]()
-    for count in dict.fromkeys((most, max(1, most // 2), 1)):
-        with torch_threads(count):
-            taken[count] = sum(interleaved(torch.device("cpu"), works, 3))
-    return min(taken, key=taken.__getitem__)
-
-
-@contextmanager
-def torch_threads(count: int | None) -> Iterator[None]:
-    """Set the number of torch's threads inside the context; None changes nothing."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(count or before)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def _checked(founding: Founding, move: _Move, forced: bool) -> Row:
@@ -305,30 +262,48 @@ def _plain(f: Founding) -> list[_Move]:
 def _moves(f: Founding, backend: str) -> list[_Move]:
     """Return gather and scatter, by slots with a connector and by block ids with `copy_blocks`."""
     s = f.scenario
-    dense = "kv layer token (head dim)"
     reader, writer = (AdaptiveConnector(f.device, backend) for _ in range(2))
     reader.register_kv_caches(f.pool)
     writer.register_kv_caches(f.target)
-    pool, target = (KVView(x, "layer | kv block token head dim") for x in (f.pool, f.target))
-    chunk, stored = (KVView(x, dense, heads=s.heads) for x in (f.chunk, f.stored))
+    pool, target = (KVView(x, s.cache) for x in (f.pool, f.target))
+    chunk, stored = (KVView(x, s.chunk, heads=s.heads) for x in (f.chunk, f.stored))
 
-    def out(call: str, rows: str, ids: torch.Tensor, run: Work) -> _Move:
-        row = Row(backend, call, f"{rows} -> chunk", s.payload)
-        return _Move(row, run, partial(f.wrong_in_chunk, ids))
+    def move(call: str, route: str, checked: int, run: Work, wrong: Callable[[], int]) -> _Move:
+        return _Move(Row(backend, call, route, checked), run, wrong)
 
-    def back(call: str, rows: str, ids: torch.Tensor, run: Work) -> _Move:
-        row = Row(backend, call, f"chunk -> {rows}", s.pool)
-        return _Move(row, run, partial(f.wrong_in_target, ids))
-
-    slots = (f"{s.tokens} slots", f.slots)
-    blocks = (f"{len(f.blocks)} blocks", f.slots_of_blocks)
+    slots = f"{s.tokens} slots"
+    blocks = f"{len(f.blocks)} blocks"
     index = Index(f.slots)
     by_block = partial(copy_blocks, backend=backend)
     return [
-        out("from_gpu", *slots, partial(reader.from_gpu, f.chunk, slot_mapping=index)),
-        back("to_gpu", *slots, partial(writer.to_gpu, f.stored, slot_mapping=index)),
-        out("copy_blocks", *blocks, partial(by_block, pool, chunk, f.blocks, None)),
-        back("copy_blocks", *blocks, partial(by_block, stored, target, None, f.blocks)),
+        move(
+            "from_gpu",
+            f"{slots} -> chunk",
+            s.payload,
+            partial(reader.from_gpu, f.chunk, slot_mapping=index),
+            partial(f.wrong_in_chunk, f.slots),
+        ),
+        move(
+            "to_gpu",
+            f"chunk -> {slots}",
+            pool_bytes(s),
+            partial(writer.to_gpu, f.stored, slot_mapping=index),
+            partial(f.wrong_in_target, f.slots),
+        ),
+        move(
+            "copy_blocks",
+            f"{blocks} -> chunk",
+            s.payload,
+            partial(by_block, pool, chunk, f.blocks, None),
+            partial(f.wrong_in_chunk, f.slots_of_blocks),
+        ),
+        move(
+            "copy_blocks",
+            f"chunk -> {blocks}",
+            pool_bytes(s),
+            partial(by_block, stored, target, None, f.blocks),
+            partial(f.wrong_in_target, f.slots_of_blocks),
+        ),
     ]
 
 
@@ -352,6 +327,10 @@ def run_demo(*, device: str | None = None, json: bool = False) -> int:
     return 0 if report["ok"] else 1
 
 
+#: What the report has of the scenario.
+_SHOWN = ("layers", "tokens", "heads", "dim", "block_size", "blocks", "dtype")
+
+
 def _demo(device: str | None) -> Report:
     """Run and print the three parts; return them as JSON."""
     choice = choose(usual_device() if device is None else device)
@@ -365,8 +344,8 @@ def _demo(device: str | None) -> Report:
     names = [choice.name] if forced else REGISTRY.automatic(where)
     serving = [n for n in names if REGISTRY.ask(n, where, check=True)[0] is not None]
     _print_scenario(scenario, where, serving)
-    rows, threads = measured(Founding(where, scenario), serving, forced is not None)
-    _print_rows(rows, threads)
+    rows = measured(Founding(where, scenario), serving, forced is not None)
+    _print_rows(rows)
     candidates = candidates_for(where)
     _print_choice(candidates, where, forced, serving)
     identical = bool(model["skipped"]) or (model["identical"] and model["control_differs"])
@@ -379,12 +358,10 @@ def _demo(device: str | None) -> Report:
         "forced": forced,
         "model": model,
         "scenario": {
-            **asdict(scenario),
-            "full_layers": scenario.full_layers or scenario.layers,
-            "dtype": "float16",
+            **{name: getattr(scenario, name) for name in _SHOWN},
+            "full_layers": FOUNDING.layers,
             "payload_bytes": scenario.payload,
         },
-        "threads": threads,
         "moves": [*map(asdict, rows)],
         "chosen": choice.name,
         "candidates": candidates,
@@ -440,25 +417,24 @@ def _print_heading(device: torch.device, forced: str | None) -> None:
     _show("The model is a small Llama with random weights; nothing is downloaded.\n")
 
 
-def _print_scenario(s: Scenario, device: torch.device, serving: Sequence[str]) -> None:
+def _print_scenario(s: Shape, device: torch.device, serving: Sequence[str]) -> None:
     _show(f"\n2. {in_bytes(s.payload)} of KV cache through {', '.join(serving)}\n")
     text = (
         f"{s.tokens} tokens of {s.layers} layers, keys and values, {s.heads} heads of {s.dim} "
         f"fp16 numbers, between paged caches of {s.blocks} blocks of {s.block_size} tokens "
-        f"({in_bytes(s.pool)}) and a dense chunk."
+        f"({in_bytes(pool_bytes(s))}) and a dense chunk."
     )
-    if s.full_layers:
+    if s.layers < FOUNDING.layers:
         text += (
-            f" Scaled down: {s.full_layers} layers would take more than half of the free memory "
+            f" Scaled down: {FOUNDING.layers} layers would take more than half of the free memory "
             f"of {device}."
         )
     _show(_folded(text))
 
 
-def _print_rows(rows: Sequence[Row], threads: int | None) -> None:
+def _print_rows(rows: Sequence[Row]) -> None:
     numbers = ("time", "vs copy_")
-    names = ("backend", "call", "what moves", *numbers, "bytes")
-    columns = [Column(name, whole=True, right=name in numbers) for name in names]
+    columns = columns_of(("backend", "call", "what moves", *numbers, "bytes"), right=numbers)
     _show("")
     print_table(columns, [_cells(row) for row in rows])
     _show("")
@@ -479,11 +455,6 @@ def _print_rows(rows: Sequence[Row], threads: int | None) -> None:
         "vs copy_: the time of torch's copy_ of the same bytes from one dense chunk to another "
         f"/ this time; 1.00x is as fast. Medians of {ROUNDS} rounds of all copies."
     )
-    if threads is not None and threads < torch.get_num_threads():
-        text += (
-            f" All use {threads} of {torch.get_num_threads()} threads, with which they are the "
-            f"fastest now: the cores have other work, too."
-        )
     _show("\n" + _folded(text))
 
 

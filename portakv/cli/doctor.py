@@ -14,7 +14,6 @@ import platform
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from importlib import metadata
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,7 +22,7 @@ import torch
 from portakv import __version__
 from portakv.arguments import kind_of, whole
 from portakv.cli.backends import candidates_for, forced_backend
-from portakv.cli.console import Column, Report, installing, print_json, print_prose, print_table
+from portakv.cli.console import Report, columns_of, installing, print_json, print_prose, print_table
 from portakv.cli.store import check_installed
 from portakv.errors import InvalidTerms
 from portakv.integrations import (
@@ -31,6 +30,7 @@ from portakv.integrations import (
     MATRIX,
     Integration,
     installed,
+    is_here,
     untested,
     why_not,
 )
@@ -91,24 +91,19 @@ CHOICES: dict[str, Catalog[object]] = {
 }
 
 
-#: The engines whose configuration an option checks.
-ENGINES = {
-    "--kv-transfer-config": "vLLM",
-    "--l2-adapter": "LMCache's server",
-    "--hicache-config": "SGLang",
-}
-#: The options that check a configuration of an engine instead.
+#: The options that check a configuration of an engine instead: the engine, and what is checked.
 CONFIGURATIONS = {
-    "--kv-transfer-config": "check vLLM's configuration of this name, and nothing else",
-    "--l2-adapter": "check LMCache's configuration of this name, and nothing else",
-    "--hicache-config": "check SGLang's --hicache-storage-backend-extra-config, and nothing else",
+    "--kv-transfer-config": ("vLLM", "vLLM's configuration of this name"),
+    "--l2-adapter": ("LMCache's server", "LMCache's configuration of this name"),
+    "--hicache-config": ("SGLang", "SGLang's --hicache-storage-backend-extra-config"),
 }
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Add the options that check a configuration of an engine instead."""
-    for option, description in CONFIGURATIONS.items():
-        parser.add_argument(option, metavar="JSON", help=f"{description}: a text or a file")
+    for option, (_, what) in CONFIGURATIONS.items():
+        about = f"check {what}, and nothing else: a text or a file"
+        parser.add_argument(option, metavar="JSON", help=about)
     parser.add_argument(
         "--model",
         metavar="FOLDER",
@@ -206,12 +201,17 @@ def _integration(name: str, served: Sequence[str]) -> Report:
         for other in served
         if other not in kinds
     ]
+    package = installed(releases.package)
+    found = None
+    if package is not None:  # a distribution may have another name than the module
+        name_of, version = package
+        found = version if name_of == releases.package else f"{name_of} {version}"
     extra = integration.extra
     if extra and _extra(extra)["missing"]:
         notes.append(f"The line needs the extra {extra}: {installing(extra)} brings it.")
     return {
         "plug": name,
-        "found": _found(releases.package),
+        "found": found,
         "serves": str(releases),
         "devices": kinds,
         "answer": "rejected" if reasons else answer,
@@ -259,16 +259,6 @@ def _obstacles(integration: Integration, kind: str, requested: str) -> Iterator[
         )
 
 
-def _found(package: str) -> str | None:
-    """Return the installed version of an engine, with its distribution's name if that is another
-    one."""
-    found = installed(package)
-    if found is None:
-        return None
-    name, version = found
-    return version if name == package else f"{name} {version}"
-
-
 def _device(device: torch.device) -> Report:
     """Return the backend that would be chosen for a device, and the registry's reason."""
     taken = next((one for one in candidates_for(device) if one["chosen"]), None)
@@ -285,16 +275,8 @@ def _device(device: torch.device) -> Report:
 def _extra(extra: str) -> Report:
     """Return the modules of an extra that are not installed."""
     modules, gives = EXTRAS[extra]
-    missing = [module for module in modules if not _is_here(module)]
+    missing = [module for module in modules if not is_here(module)]
     return {"extra": extra, "missing": missing, "gives": gives}
-
-
-def _is_here(module: str) -> bool:
-    """Return whether a module could be imported. Only its parent packages are imported."""
-    try:
-        return find_spec(module) is not None
-    except (ImportError, ValueError):  # a missing parent, or a module without a spec
-        return False
 
 
 def _print(report: Report) -> None:
@@ -329,7 +311,7 @@ _TITLES = {"plug": "integration", "found": "installed"}
 
 def _table(reports: Sequence[Report], *keys: str) -> None:
     rows = [[_text(report[key]) for key in keys] for report in reports]
-    columns = [Column(_TITLES.get(key, key), whole=key not in ("reason", "gives")) for key in keys]
+    columns = columns_of([_TITLES.get(key, key) for key in keys], prose=("reason", "gives"))
     print_table(columns, rows)
 
 
@@ -347,7 +329,7 @@ def _check_config(
     then does not say that the engine starts, and neither does it if something was not checked.
 
     Args:
-        option: one of `ENGINES`.
+        option: one of `CONFIGURATIONS`.
         config: JSON, or the path of a file with it, after an @ or without.
         model: a folder with the ``config.json`` of a model; None: not known.
         as_json: print one JSON value.
@@ -369,7 +351,7 @@ def _check_config(
     ):
         for sentence in sentences:
             print_prose(f"{kind}: {sentence}")
-    print(_answer(ENGINES[option], findings))
+    print(_answer(CONFIGURATIONS[option][0], findings))
     return code
 
 
@@ -379,7 +361,7 @@ def _findings(
     """Return what is wrong with a configuration, for a model of known sizes."""
     # Imported here: they need the extra `serving`, and no other report does.
     if option == "--kv-transfer-config":
-        from portakv.integrations.vllm.connectors_check import connector_findings_of
+        from portakv.integrations.vllm.check import connector_findings_of
 
         return connector_findings_of(config, sizes, block_size)
     if option == "--l2-adapter":

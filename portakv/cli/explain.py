@@ -10,24 +10,21 @@ from __future__ import annotations
 
 import argparse
 import importlib
-import re
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, replace
 from functools import partial
 from http.client import HTTPException
 from pathlib import Path
 from typing import Any, NamedTuple
-from urllib.error import URLError
 from urllib.parse import urlsplit
-from urllib.request import urlopen
 
 import torch
 
 from portakv.backends.base import Decision
 from portakv.backends.pack_kernel import PackKernel, refusal
 from portakv.cli.backends import candidates_for_plan, forced_backend, print_candidates
-from portakv.cli.console import Column, Report, installing, print_json, print_prose, print_table
+from portakv.cli.console import Report, columns_of, installing, print_json, print_prose, print_table
 from portakv.cli.sides import (
     Side,
     add_extents,
@@ -41,6 +38,7 @@ from portakv.cli.sides import (
     requested_accelerator,
 )
 from portakv.cli.store import check_installed, explain_folder
+from portakv.cli.top import read_page, samples_in
 from portakv.copy.call import executor_of
 from portakv.errors import BackendUnavailable, InvalidTerms, PortaKVError, Unsupported
 from portakv.interconnect.choose import Host
@@ -148,9 +146,14 @@ def run(args: argparse.Namespace) -> int:
     return _explain_plan(args)
 
 
+def _device_of(name: str | None) -> torch.device:
+    """Return a named device, by default that of this machine."""
+    return usual_device() if name is None else usable_device(name)
+
+
 def _explain_plan(args: argparse.Namespace) -> int:
     """Print the plan of a copy between two layouts, and the answer of each candidate."""
-    device = usual_device() if args.device is None else usable_device(args.device)
+    device = _device_of(args.device)
     layouts = (args.src, args.dst)
     steps = (args.src_step, args.dst_step)
     extents = extents_of(args)
@@ -169,6 +172,13 @@ def _explain_plan(args: argparse.Namespace) -> int:
     plan = CopyPlan(src.view.form, dst.view.form, src.step, dst.step)
     _, taken = prepare(plan, choice)  # the same as a copy does
     why = taken.trace[-1].reason if peer else _why(taken)
+    notes = []
+    guarded = taken.can.guards and taken.can.skips_negative
+    if (src.step or dst.step) and not guarded and taken.backend.device.type != "cpu":
+        notes.append(
+            "Ids on the device are checked before launch, with one synchronisation; ids on the "
+            "host need none."
+        )
     report: Report = {
         "source": _side_json(src),
         "destination": _side_json(dst),
@@ -183,7 +193,7 @@ def _explain_plan(args: argparse.Namespace) -> int:
         "forced": taken.forced,
         "backend": taken.name,
         "why": why,
-        "notes": _notes(taken, ids=bool(src.step or dst.step)),
+        "notes": notes,
         "candidates": candidates_for_plan(plan, taken),
     }
     if args.json:
@@ -195,23 +205,22 @@ def _explain_plan(args: argparse.Namespace) -> int:
 
 def _print_caches(json: bool) -> int:
     # This process has made no copy: the sizes are those after import.
-    kinds = Counter((c.name, c.limit) for c in caches())
-    sizes = Counter[tuple[str, int]]()
+    sizes = defaultdict[tuple[str, int], list[int]](list)
     for each in caches():
-        sizes[each.name, each.limit] += len(each)
+        sizes[each.name, each.limit].append(len(each))
     if json:
         rows = [
-            {"name": name, "size": sizes[name, limit], "limit": limit, "caches": count}
-            for (name, limit), count in kinds.items()
+            {"name": name, "size": sum(own), "limit": limit, "caches": len(own)}
+            for (name, limit), own in sizes.items()
         ]
         print_json({"caches": rows})
         return 0
-    columns = [Column("cache", whole=True), Column("entries at most", right=True)]
+    titles = ["cache", "entries at most"]
     print_table(
-        columns,
+        columns_of(titles, prose=titles[1:], right=titles[1:]),
         [
-            [name, f"{limit}" if count == 1 else f"{limit} in each of {count}"]
-            for (name, limit), count in kinds.items()
+            [name, f"{limit}" if len(own) == 1 else f"{limit} in each of {len(own)}"]
+            for (name, limit), own in sizes.items()
         ],
     )
     print()
@@ -232,7 +241,7 @@ def _why(taken: Choice) -> str:
 
 
 def _print_plan(report: Report, src: Side, dst: Side) -> None:
-    columns = [Column("", whole=True), Column("source"), Column("destination")]
+    columns = columns_of(["", "source", "destination"], prose=["source", "destination"])
     first = _facts(src, report["source"])
     second = _facts(dst, report["destination"])
     print_table(columns, [[name, first[name], second[name]] for name in first])
@@ -262,16 +271,6 @@ def _index_in_words(side: Side) -> str:
         return "slot mapping: an id for each token" if side.step else "none: consecutive tokens"
     table = "block table: " if side.step == side.view.block_size else ""
     return f"{table}an id for {side.step} tokens"
-
-
-def _notes(taken: Choice, ids: bool) -> list[str]:
-    guarded = taken.can.guards and taken.can.skips_negative
-    if not ids or guarded or taken.backend.device.type == "cpu":
-        return []
-    return [
-        "Ids on the device are checked before launch, with one synchronisation; ids on the "
-        "host need none."
-    ]
 
 
 def _side_json(side: Side) -> Report:
@@ -331,7 +330,7 @@ def _explain_encoding(args: argparse.Namespace) -> int:
     The image is the second layout, or the first one if that alone has pages. Raises the errors that
     the copy would raise.
     """
-    device = usual_device() if args.device is None else usable_device(args.device)
+    device = _device_of(args.device)
     pack = _pack_of(args.encoding)
     extents = replace(extents_of(args), dtype=args.dtype or torch.bfloat16)
     rows, image = _rows_and_image(args.src, args.dst)
@@ -461,8 +460,8 @@ def _plane_json(plane: PackedPlane) -> Report:
 
 
 def _print_encoding(report: Report) -> None:
-    columns = [Column("a plane of", whole=True), Column("raw", right=True)]
-    columns += [Column(name, right=True) for name in ("slot", "ratio", "codes", "escapes")]
+    numbers = ["raw", "slot", "ratio", "codes", "escapes"]
+    columns = columns_of(["a plane of", *numbers], prose=numbers, right=numbers)
     rows = [
         [
             f"{plane['values']} values",
@@ -479,8 +478,7 @@ def _print_encoding(report: Report) -> None:
     print(f"\nA block has {sizes['raw']} B raw and {sizes['packed']} B packed.\n")
     print(report["ways"][0]["plan"])
     print()
-    columns = [Column("", whole=True), Column("backend", whole=True)]
-    columns += [Column("answer", whole=True), Column("reason")]
+    columns = columns_of(["", "backend", "answer", "reason"], prose=["reason"])
     answers = [
         [way["does"], x["backend"], "chosen" if x["accepted"] else "rejected", x["reason"]]
         for way in report["ways"]
@@ -588,9 +586,15 @@ def _explain_host(args: argparse.Namespace) -> int:
     terms = Terms(args.overlap or "compute", args.max_thread_blocks, args.max_gbps)
     direction = args.direction or "d2h"
     memory = "pageable" if args.pageable else "pinned"
-    known = _known(args)
-    costs = known.costs
-    out = dict(known.left_out)
+    device = requested_accelerator(args.device)
+    if device is None:
+        costs = args.table or unmeasured("there is no accelerator to measure")
+        out = dict[str, str]()
+        note = "There is no accelerator here; the answers assume that every strategy serves one."
+    else:
+        costs = args.table or costs_of(device)
+        out = dict(Host(device).out)
+        note = f"On {device}."
     for name in ORDER:
         if (name == "pageable") != (memory == "pageable"):
             out.setdefault(name, f"it does not copy {memory} memory")
@@ -611,7 +615,7 @@ def _explain_host(args: argparse.Namespace) -> int:
         "terms": {**asdict(terms), "text": _in_words(terms)},
         "measured": costs.measured,
         "origin": costs.origin,
-        "note": known.note,
+        "note": note,
         "engines": [
             _alternative_json(alternative, picked.strategy, nbytes)
             for alternative in picked.alternatives
@@ -652,23 +656,6 @@ def _in_words(terms: Terms) -> str:
     return text
 
 
-class _Known(NamedTuple):
-    """The facts about a device that a choice needs."""
-
-    costs: Table
-    left_out: Mapping[str, str]  # the strategies that do not serve the device, and why
-    note: str
-
-
-def _known(args: argparse.Namespace) -> _Known:
-    device = requested_accelerator(args.device)
-    costs: Table | None = args.table
-    if device is None:
-        note = "There is no accelerator here; the answers assume that every strategy serves one."
-        return _Known(costs or unmeasured("there is no accelerator to measure"), {}, note)
-    return _Known(costs or costs_of(device), Host(device).out, f"On {device}.")
-
-
 def _print_host(report: Report) -> None:
     ends = ["the device", f"{report['host_memory']} host memory"]
     first, last = ends if report["direction"] == "d2h" else ends[::-1]
@@ -679,7 +666,7 @@ def _print_host(report: Report) -> None:
     print()
     numbers = ("takes", "GB/s", "host")
     names = ("strategy", "answer", *numbers, "cost of", "why not")
-    columns = [Column(name, whole=name != "why not", right=name in numbers) for name in names]
+    columns = columns_of(names, prose=["why not"], right=numbers)
     rows = []
     for one in report["engines"]:
         times = [in_time(one[x]) if one[x] else "" for x in ("seconds", "host_seconds")]
@@ -698,14 +685,18 @@ def _explain_peer(device: str | None, as_json: bool) -> int:
 
     Raises `Unsupported` if a package that migration needs is not installed.
     """
-    _check_migration()
+    try:
+        importlib.import_module("portakv.migrate")
+    except ImportError as error:
+        why = f"{error.__cause__ or error}; {installing('migrate')} brings it"
+        raise Unsupported("Expected the packages that migration needs", why) from error
     import msgspec
     import zmq
 
     from portakv.migrate.shared_memory import host_id
     from portakv.migrate.transports import forced
 
-    where = usual_device() if device is None else usable_device(device)
+    where = _device_of(device)
     versions = {"msgspec": version_of(msgspec), "pyzmq": version_of(zmq)}
     versions["libzmq"] = zmq.zmq_version()
     report: Report = {
@@ -725,14 +716,6 @@ def _explain_peer(device: str | None, as_json: bool) -> int:
     else:
         _print_peers(report)
     return 0
-
-
-def _check_migration() -> None:
-    try:
-        importlib.import_module("portakv.migrate")
-    except ImportError as error:
-        why = f"{error.__cause__ or error}; {installing('migrate')} brings it"
-        raise Unsupported("Expected the packages that migration needs", why) from error
 
 
 def _mapped_memory(device: torch.device) -> Iterator[Decision]:
@@ -800,7 +783,7 @@ def _print_peers(report: Report) -> None:
     for transport in report["movers"]:
         title = f"moved, through staging buffers on {transport['slots']}"
         tables.setdefault(title, []).append(transport)
-    columns = [Column("subject", whole=True), Column("answer"), Column("why")]
+    columns = columns_of(["subject", "answer", "why"], prose=["answer", "why"])
     for title, decisions in tables.items():
         rows = []
         for decision in decisions:
@@ -828,14 +811,6 @@ def _print_peers(report: Report) -> None:
     print_prose(f"This host is {channel['host']}; peers with the same identity map its memory.")
 
 
-#: Seconds to wait for the engine's answer, and its bytes at most.
-PATIENCE = 10.0
-MOST = 64 << 20
-#: A counter of the connector as Prometheus's text has it, with its labels and its value.
-SAMPLE = re.compile(r"vllm:portakv_(\w+)_total(?:\{(.*)\})?\s+([-+.\deE]+)")
-LABEL = re.compile(r'(\w+)="((?:[^"\\]|\\.)*)"')
-
-
 class HookCost(NamedTuple):
     """What a hook costs a step, in seconds.
 
@@ -849,14 +824,6 @@ class HookCost(NamedTuple):
     side: str
     idle: float | None
     mean: float
-
-
-class _Sample(NamedTuple):
-    """A counter of one engine."""
-
-    name: str
-    labels: Mapping[str, str]
-    value: float
 
 
 def _explain_hooks(url: str, as_json: bool) -> int:
@@ -873,7 +840,13 @@ def _explain_hooks(url: str, as_json: bool) -> int:
     from portakv.serving.costs import LIMIT
 
     url = _metrics_of(url)
-    text = _read_metrics(url)
+    try:
+        text = read_page(url)
+    except (OSError, HTTPException) as error:
+        raise PortaKVError(
+            f"Expected the metrics of an engine at {url}, got an error: {error}. Start the server, "
+            f"or correct the address."
+        ) from None
     steps, costs = costs_in(text)
     if not costs:
         raise PortaKVError(
@@ -881,17 +854,15 @@ def _explain_hooks(url: str, as_json: bool) -> int:
             f"They come with the first step of the engine: send it a request, or start it with "
             f"--kv-transfer-config."
         )
-    medians = medians_in(text)
     idle = sum(cost.idle or 0.0 for cost in costs)
     measured = any(cost.idle is not None for cost in costs)
     if as_json:
         hooks = [cost._asdict() for cost in costs]
-        seconds = idle if measured else None
-        about = {"url": url, "limit": LIMIT, "idle": seconds, "idle_medians": medians}
+        about = {"url": url, "limit": LIMIT, "idle": idle if measured else None}
         print_json({**about, "steps": steps, "hooks": hooks})
         return 0
-    columns = [Column("hook", whole=True), Column("side")]
-    columns += [Column("a step without work", right=True), Column("a step", right=True)]
+    numbers = ["a step without work", "a step"]
+    columns = columns_of(["hook", "side", *numbers], prose=["side", *numbers], right=numbers)
     rows = [[cost.hook, cost.side, _time(cost.idle), _time(cost.mean)] for cost in costs]
     total = _time(idle if measured else None)
     print_table(columns, [*rows, ["all", "", total, _time(sum(cost.mean for cost in costs))]])
@@ -906,12 +877,6 @@ def _explain_hooks(url: str, as_json: bool) -> int:
         "Means since the engine has started: of its scheduler, and of a worker. They include the "
         "time in which other processes had the core, so a busy machine has longer ones."
     )
-    if medians:
-        parts = " and ".join(f"{in_time(x)} ({side})" for side, x in medians.items())
-        print_prose(
-            f"The median of steps without work is about {parts}, estimated from counts of steps "
-            f"within some times."
-        )
     return 0
 
 
@@ -933,72 +898,26 @@ def _metrics_of(url: str) -> str:
     return parts._replace(path=parts.path if parts.path.strip("/") else "/metrics").geturl()
 
 
-def _read_metrics(url: str) -> str:
-    """Return what a server answers."""
-    try:
-        with urlopen(url, timeout=PATIENCE) as answer:
-            text: bytes = answer.read(MOST)
-    except (URLError, HTTPException, OSError) as error:
-        raise PortaKVError(
-            f"Expected the metrics of an engine at {url}, got an error: {error}. Start the server, "
-            f"or correct the address."
-        ) from None
-    return text.decode("utf-8", "replace")
-
-
-def _samples(text: str) -> Iterator[_Sample]:
-    """Yield the connector's counters in the metrics of a server."""
-    for line in text.splitlines():
-        found = SAMPLE.match(line)
-        if found:
-            yield _Sample(found[1], dict(LABEL.findall(found[2] or "")), float(found[3]))
-
-
-def medians_in(text: str) -> dict[str, float]:
-    """Return an estimate of the median seconds of steps without work, by side: of all engines of a
-    server, on a line between the ends of the bucket that has the median.
-
-    A side whose median is longer than the longest bucket has the end of that one.
-    """
-    from portakv.serving.costs import BOUNDS
-
-    within = defaultdict[str, defaultdict[float, float]](lambda: defaultdict(float))
-    steps = defaultdict[str, float](float)
-    for name, labels, value in _samples(text):
-        side = labels.get("side", "")
-        if name == "idle_steps_within" and "seconds" in labels:
-            within[side][float(labels["seconds"])] += value
-        elif name == "idle_steps":
-            steps[side] += value
-    medians = dict[str, float]()
-    for side, counts in sorted(within.items()):
-        half = steps[side] / 2
-        before = 0.0
-        for bound, many in sorted(counts.items()):
-            medians[side] = bound
-            if many >= half > before:
-                start = max((each for each in BOUNDS if each < bound), default=0.0)
-                medians[side] = start + (bound - start) * (half - before) / (many - before)
-                break
-            before = many
-    return medians
-
-
 def costs_in(text: str) -> tuple[dict[str, dict[str, float]], list[HookCost]]:
     """Return the steps of each side, and what each hook costs: of all engines of a server."""
-    sums = defaultdict[tuple[str, str, str], float](float)  # by name, side and hook
-    for name, labels, value in _samples(text):
-        sums[name, labels.get("side", ""), labels.get("hook", "")] += value
+    sums = defaultdict[tuple[str, str, str], float](float)  # by counter, side and hook
+    for sample in samples_in(text):
+        if sample.engine:
+            own = sample.labels
+            sums[sample.name, own.get("side", ""), own.get("hook", "")] += sample.value
 
-    names = ("steps", "idle_steps")
-    sides = dict.fromkeys(side for name, side, _ in sums if name in names)
-    steps = {side: {name: sums[name, side, ""] for name in names} for side in sides}
-    hooks = {(side, hook) for name, side, hook in sums if name.endswith("hook_seconds")}
+    steps = dict[str, dict[str, float]]()
+    for (name, side, _), many in sums.items():
+        if name in ("steps_total", "idle_steps_total"):
+            both = steps.setdefault(side, {"steps": 0.0, "idle_steps": 0.0})
+            both[name.removesuffix("_total")] = many
+
     costs = list[HookCost]()
-    for side, hook in sorted(hooks):
-        many = sums["steps", side, ""]
-        idle_steps = sums["idle_steps", side, ""]
-        idle = sums["idle_hook_seconds", side, hook] / idle_steps if idle_steps else None
-        if many:
-            costs.append(HookCost(hook, side, idle, sums["hook_seconds", side, hook] / many))
+    for (name, side, hook), seconds in sorted(sums.items()):
+        of = steps.get(side)
+        if name == "hook_seconds_total" and of and of["steps"]:
+            idle = None
+            if of["idle_steps"]:
+                idle = sums.get(("idle_hook_seconds_total", side, hook), 0.0) / of["idle_steps"]
+            costs.append(HookCost(hook, side, idle, seconds / of["steps"]))
     return steps, costs

@@ -11,6 +11,7 @@ import argparse
 from portakv.cli.console import (
     Column,
     Report,
+    columns_of,
     fit_widths,
     output_width,
     print_json,
@@ -55,7 +56,7 @@ def run(args: argparse.Namespace) -> int:
     names = ["name", "layout", "engine", "releases"]
     # The numbers of LMCache's formats tell a reader the least, and come last.
     presets = sorted(PRESETS.values(), key=lambda preset: preset.name.startswith("lmcache-"))
-    columns = [Column(name, whole=name != "engine") for name in names]
+    columns = columns_of(names, prose=["engine"])
     rows = [[str(getattr(preset, name)) for name in names] for preset in presets]
     if sum(fit_widths(columns, rows, NO_LIMIT)) + GAPS > output_width():
         # One line a layout is worth more than its releases, which `portakv layouts NAME` prints.
@@ -75,9 +76,9 @@ def _run_one(name: str, json: bool) -> int:
     text, _ = resolve(name)
     preset = PRESETS.get(name.strip()) or Preset("", text, "")
     same = [p.name for p in PRESETS.values() if p.layout == text and p.name != preset.name]
-    facts = {**_facts(preset), "picture": draw(text), "same_layout": same}
+    picture = draw(text)
     if json:
-        print_json(facts)
+        print_json({**_facts(preset), "picture": picture, "same_layout": same})
         return 0
     described = {
         "name": preset.name,
@@ -91,7 +92,7 @@ def _run_one(name: str, json: bool) -> int:
     }
     head, *rows = [[key, value] for key, value in described.items() if value]
     print_table([Column(head[0], whole=True), Column(head[1])], rows)
-    print(f"\n{facts['picture']}")
+    print(f"\n{picture}")
     return 0
 
 
@@ -122,7 +123,8 @@ def draw(layout_text: str) -> str:
     if layout.open_end:
         places[-1] += " .."  # the last group may cover several trailing dimensions
     groups = layout.containers + layout.dims
-    left = [_branch(depth, group) for depth, group in enumerate(groups)]
+    left = [f"{'   ' * (depth - 1)}└─ {group}" for depth, group in enumerate(groups)]
+    left[0] = str(groups[0])
     wide = max(map(len, left))
     middle = max(map(len, places))
     lines = [
@@ -130,10 +132,6 @@ def draw(layout_text: str) -> str:
         for name, place, group in zip(left, places, groups, strict=True)
     ]
     return "\n".join([_expression(layout), "", *lines])
-
-
-def _branch(depth: int, group: Group) -> str:
-    return f"{'   ' * (depth - 1)}└─ {group}" if depth else str(group)
 
 
 def _meaning(group: Group, layout: Layout) -> str:

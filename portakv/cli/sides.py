@@ -13,7 +13,7 @@ import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from math import inf
 from pathlib import Path
 from types import MappingProxyType, ModuleType
@@ -343,35 +343,19 @@ class Shape:
         return self.cache.partition("|")[0].split() == ["layer"]
 
 
-def load_shapes(path: Path = SHAPES) -> Mapping[str, Shape]:
-    """Return the shapes of a file by name, in its order.
+def load_shapes() -> Mapping[str, Shape]:
+    """Return the shapes of real models' caches by name, in the order of their file.
 
     An entry with ``like`` has every field that it does not write from the shape of that name.
 
     Raises:
-        ValueError: a field is wrong.
         PortaKVError: Python 3.10 without tomli, which reads such files.
     """
-    tomllib = _toml_reader()
     results: dict[str, Shape] = {}
-    for entry in tomllib.loads(path.read_text(encoding="utf-8"))["shape"]:
-        name = entry.get("name")
+    for entry in _toml_reader().loads(SHAPES.read_text(encoding="utf-8"))["shape"]:
         like = entry.pop("like", None)
-        try:
-            if like is not None and like not in results:
-                raise ValueError(
-                    f"expected like to name an earlier shape, got {like!r}. Move it up"
-                )
-            if name in results:
-                raise ValueError(
-                    "expected a separate name for each shape, got this name twice. Rename one"
-                )
-            fields = {**(asdict(results[like]) if like else {}), **entry}
-            shape = Shape(**{**fields, "index": tuple(fields.get("index", INDEX_KINDS))})
-            _check_shape(shape)
-        except (TypeError, ValueError) as error:
-            raise ValueError(f"{path.name}, shape {name!r}: {error}.") from error
-        results[name] = shape
+        shape = Shape(**{**(asdict(results[like]) if like else {}), **entry})
+        results[shape.name] = replace(shape, index=tuple(shape.index))
     return MappingProxyType(results)
 
 
@@ -385,24 +369,3 @@ def _toml_reader() -> ModuleType:
             f"Shapes are read by tomli on Python 3.10, and it is not installed. Run "
             f"{installing('cuda')}, or name two layouts with --layout."
         ) from error
-
-
-def _check_shape(shape: Shape) -> None:
-    if not shape.source.strip():
-        raise ValueError(
-            "expected a source that says where the numbers come from, got none. Name it"
-        )
-    if not isinstance(getattr(torch, shape.dtype, None), torch.dtype):
-        raise ValueError(f"expected dtype to name a torch dtype, got {shape.dtype!r}. Correct it")
-    if not shape.index or not set(shape.index) <= set(INDEX_KINDS):
-        raise ValueError(
-            f"expected index to be some of {INDEX_KINDS}, got {shape.index}. Correct it"
-        )
-    numbers = (shape.layers, shape.kv, shape.heads, shape.dim, shape.block_size, shape.tokens)
-    broken = "blocks" in shape.index and shape.tokens % shape.block_size
-    if min(*numbers, shape.pool, shape.objects) < 1 or broken:
-        raise ValueError(
-            f"expected every number to be at least 1, and whole blocks if the index is `blocks`, "
-            f"got {shape.tokens} tokens in blocks of {shape.block_size} and extents {numbers}. "
-            f"Correct the numbers"
-        )

@@ -19,17 +19,17 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager, nullcontext, suppress
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
 from portakv.arguments import invalid
-from portakv.cli.console import Column, Report, installing, print_json, print_prose, print_table
+from portakv.cli.console import Report, columns_of, installing, print_json, print_prose, print_table
 from portakv.cli.sides import in_bytes, read_bytes
 from portakv.core.xxh3 import checksum
 from portakv.errors import InvalidTerms, PeerError, StoreBusy, StoreError
@@ -79,30 +79,6 @@ LOOK = 0.25
 _ENDS = (signal.SIGTERM, signal.SIGINT)
 
 
-class Watching(NamedTuple):
-    """Where operators and routers watch a store; empty: nowhere.
-
-    Attributes:
-        metrics: the address and port for Prometheus.
-        events: the endpoint to which routers subscribe.
-        replays: the endpoint of events that a router has missed.
-        topic: of the events.
-    """
-
-    metrics: str = ""
-    events: str = ""
-    replays: str = ""
-    topic: str = ""
-
-    @classmethod
-    def of(cls, args: argparse.Namespace) -> Watching:
-        """Return what a command line names; see `add_watching`."""
-        return cls(args.metrics, args.events, args.event_replays, args.event_topic)
-
-
-NOWHERE = Watching()
-
-
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Add the verb's options."""
     parser.add_argument("action", choices=("show", "check", "wipe", "serve"))
@@ -122,7 +98,17 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--bucket-options", metavar="JSON", help="serve: its options, such as the endpoint"
     )
-    add_watching(parser)
+    texts = {
+        "metrics": ("HOST:PORT", "answer Prometheus there, such as 127.0.0.1:9464"),
+        "events": ("ENDPOINT", "publish blocks to routers there, such as tcp://127.0.0.1:5557"),
+        "event-replays": ("ENDPOINT", "send routers the events that they have missed from there"),
+        "event-topic": (
+            "TEXT",
+            "the topic of the events, such as kv@POD@MODEL for llm-d (default: empty)",
+        ),
+    }
+    for name, (metavar, what) in texts.items():
+        parser.add_argument(f"--{name}", metavar=metavar, default="", help=f"serve: {what}")
 
 
 def _object(option: str, words: str) -> dict[str, Any]:
@@ -141,11 +127,7 @@ def run(args: argparse.Namespace) -> int:
     store."""
     require_linux("`portakv store`")
     if args.action == "serve":
-        terms = {name: getattr(args, name) for name in ("host", "staging", "capacity", "bucket")}
-        if args.bucket_options is not None:
-            terms["bucket_options"] = _object("--bucket-options", args.bucket_options)
-        given = {x: n for x, n in terms.items() if n is not None}
-        return _serve(args.folder, given, args.json, Watching.of(args))
+        return _serve(args)
     if len(args.folder) > 1:
         args.misunderstood(f"Expected one folder for {args.action}, got {len(args.folder)}.")
     (args.folder,) = args.folder
@@ -244,10 +226,9 @@ def _print(reports: Sequence[Report]) -> None:
     # The encoding of raw forms is empty.
     filled = {name for one in reports for name, value in one.items() if value not in (None, "")}
     names = [name for name in _COLUMNS if name in filled]
-    columns = [
-        Column(name.replace("_", " "), whole=name != "model", right=name in _NUMBERS)
-        for name in names
-    ]
+    titles = [name.replace("_", " ") for name in names]
+    numbers = [name.replace("_", " ") for name in _NUMBERS]
+    columns = columns_of(titles, prose=["model"], right=numbers)
     print_table(columns, [[_cell(name, one.get(name)) for name in names] for one in reports])
     processes = {one.get("open_in", "-") for one in reports} - {"-"}
     for process in sorted(processes):
@@ -450,80 +431,47 @@ def explain_folder(folder: str, as_json: bool) -> int:
     return 1 if why else 0
 
 
-def add_watching(parser: argparse.ArgumentParser) -> None:
-    """Add the options of `Watching`."""
-    parser.add_argument(
-        "--metrics",
-        metavar="HOST:PORT",
-        default="",
-        help="serve: answer Prometheus there, such as 127.0.0.1:9464",
-    )
-    parser.add_argument(
-        "--events",
-        metavar="ENDPOINT",
-        default="",
-        help="serve: publish blocks to routers there, such as tcp://127.0.0.1:5557",
-    )
-    parser.add_argument(
-        "--event-replays",
-        metavar="ENDPOINT",
-        default="",
-        help="serve: send routers the events that they have missed from there",
-    )
-    parser.add_argument(
-        "--event-topic",
-        metavar="TEXT",
-        default="",
-        help="serve: the topic of the events, such as kv@POD@MODEL for llm-d (default: empty)",
-    )
-
-
-def _serve(
-    folders: Sequence[str],
-    others: Mapping[str, object],
-    as_json: bool,
-    watching: Watching = NOWHERE,
-) -> int:
+def _serve(args: argparse.Namespace) -> int:
     """Serve folders until a signal ends it.
-
-    Args:
-        others: other terms of the store, by their names in `StoreTerms`.
 
     Raises `InvalidTerms` for wrong terms, `StoreError` for a folder that cannot be used, or
     without the packages of the server, `PeerError` for an address that is in use, and `Unsupported`
     for metrics without their package.
     """
+    given = {name: getattr(args, name) for name in ("host", "staging", "capacity", "bucket")}
+    if args.bucket_options is not None:
+        given["bucket_options"] = _object("--bucket-options", args.bucket_options)
     check_installed("portakv store serve")
     from portakv.serving.local import StoreTerms
     from portakv.serving.server.server import StoreServer
 
-    terms = StoreTerms.of({"folder": (*folders,), **others})
+    others = {name: value for name, value in given.items() if value is not None}
+    terms = StoreTerms.of({"folder": (*args.folder,), **others})
     with ExitStack() as stack:
         ended = stack.enter_context(_until_a_signal())
-        events = events_of(watching, stack)
+        events = events_of(args, stack)
         store_server = stack.enter_context(StoreServer(terms, events=events))
-        if watching.metrics:
-            _answer_prometheus(watching.metrics, store_server, stack)
-        served = False
-        if not store_server.serves:
-            _print_serving(store_server, as_json)
-        while not ended.wait(0.0 if store_server.serves != served else LOOK):
+        if args.metrics:
+            _answer_prometheus(args.metrics, store_server, stack)
+        served = store_server.serves
+        _print_serving(store_server, args.json)
+        while not ended.wait(LOOK):
             if store_server.serves != served:
                 served = store_server.serves
-                _print_serving(store_server, as_json)
+                _print_serving(store_server, args.json)
     return 0
 
 
-def events_of(watching: Watching, stack: ExitStack) -> EventPublisher | None:
+def events_of(args: argparse.Namespace, stack: ExitStack) -> EventPublisher | None:
     """Return what publishes events to routers until the stack ends; None without an endpoint.
 
     Raises `PeerError` for an endpoint that cannot be bound.
     """
-    if not watching.events:
+    if not args.events:
         return None
     from portakv.serving.kv_events import EventPublisher
 
-    made = EventPublisher(watching.events, watching.replays, watching.topic)
+    made = EventPublisher(args.events, args.event_replays, args.event_topic)
     stack.callback(made.close)
     return made
 

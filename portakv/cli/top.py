@@ -8,13 +8,14 @@ import itertools
 import re
 import sys
 import time
-import urllib.request
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from http.client import HTTPException
 from pathlib import Path
-from typing import NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
+from urllib.request import urlopen
 
-from portakv.cli.console import Column, print_json, print_table
+from portakv.cli.console import columns_of, print_json, print_table
 from portakv.cli.sides import in_bytes, in_time
 from portakv.cli.store import check_installed
 from portakv.errors import InvalidTerms, PeerError, StoreError
@@ -30,8 +31,8 @@ engine. On a terminal the table is shown again and again until Ctrl-C; else once
 Without --json, rows in which nothing moves are left out, unless --all is given."""
 
 #: A line of a metrics page: name, labels, value.
-SAMPLE = re.compile(r"^(vllm:)?portakv_(\w+?)(?:\{(.*)\})?\s+([-+.\deEinfNa]+)")
-LABEL = re.compile(r'(\w+)="((?:[^"\\]|\\.)*)"')
+_SAMPLE = re.compile(r"^(vllm:)?portakv_(\w+?)(?:\{(.*)\})?\s+([-+.\deEinfNa]+)")
+_LABEL = re.compile(r'(\w+)="((?:[^"\\]|\\.)*)"')
 #: Clears a terminal.
 _CLEAR = "\033[H\033[2J"
 _URLS = ("http://", "https://")
@@ -40,6 +41,15 @@ _MOST = 64 << 20  # bytes of a page
 
 #: The values of a reading: name, series and labels.
 Key: TypeAlias = tuple[str, str, frozenset[tuple[str, str]]]
+
+
+class Sample(NamedTuple):
+    """A figure of PortaKV on a metrics page; ``engine``: vLLM has it among its own."""
+
+    engine: bool
+    name: str
+    labels: Mapping[str, str]
+    value: float
 
 
 class Reading(NamedTuple):
@@ -137,36 +147,47 @@ def _of_process(where: str) -> dict[Key, float]:
 def _of_page(url: str) -> dict[Key, float]:
     """Return the values of a metrics page."""
     try:
-        with urllib.request.urlopen(url, timeout=_LONGEST) as answer:
-            text = answer.read(_MOST).decode(errors="replace")
-    except (OSError, ValueError) as error:
+        text = read_page(url)
+    except (OSError, ValueError, HTTPException) as error:
         raise PeerError(
             f"Expected a metrics page, got none from {url}: {error}. Check the address."
         ) from None
     values = dict[Key, float]()
-    for line in text.splitlines():
-        match = SAMPLE.match(line)
-        if match is None:
-            continue
-        engine, name, labels, value = match.groups()
-        known = f"engine_{name}" if engine else name
-        known = known if known in METRICS else name  # an engine has figures of tiers, too
+    for sample in samples_in(text):
+        known = f"engine_{sample.name}" if sample.engine else sample.name
+        known = known if known in METRICS else sample.name  # an engine has figures of tiers, too
         front, _, end = known.rpartition("_")
         series = ""
         if known not in METRICS and front in METRICS:
             known = front
             series = end
         if known in METRICS and series != "bucket":
-            own = METRICS[known].labels
-            pairs = [(x, y) for x, y in LABEL.findall(labels or "") if x in own or x == "store"]
-            key = known, series, frozenset(pairs)
-            values[key] = values.get(key, 0.0) + float(value)
+            own = {*METRICS[known].labels, "store"}
+            pairs = frozenset((x, y) for x, y in sample.labels.items() if x in own)
+            key = known, series, pairs
+            values[key] = values.get(key, 0.0) + sample.value
     if not values:
         raise PeerError(
             f"Expected figures whose names begin with {PREFIX}, got none from {url}. Pass the "
             f"page of a process that uses PortaKV."
         )
     return values
+
+
+def read_page(url: str) -> str:
+    """Return the text of a metrics page."""
+    with urlopen(url, timeout=_LONGEST) as answer:
+        page: bytes = answer.read(_MOST)
+    return page.decode(errors="replace")
+
+
+def samples_in(text: str) -> Iterator[Sample]:
+    """Yield the figures of PortaKV on a metrics page."""
+    for line in text.splitlines():
+        match = _SAMPLE.match(line)
+        if match is not None:
+            engine, name, labels, value = match.groups()
+            yield Sample(bool(engine), name, dict(_LABEL.findall(labels or "")), float(value))
 
 
 # --- what has changed -----------------------------------------------------------------------------
@@ -182,20 +203,25 @@ class _Grown:
 
     def by(self, labels: Sequence[str], name: str, series: str = "") -> dict[str, float]:
         """Return the growth of a metric a second, by the values of labels."""
-        sums = defaultdict[str, float](float)
-        for key, value in self._now.items():
-            if key[:2] == (name, series):
-                # A process that was started again counts from 0.
-                grown = value - self._before.get(key, 0.0)
-                sums[_named(key[2], labels)] += (value if grown < 0 else grown) / self._seconds
-        return dict(sums)
+
+        def grown(key: Key, value: float) -> float:
+            more = value - self._before.get(key, 0.0)
+            # A process that was started again counts from 0.
+            return (value if more < 0 else more) / self._seconds
+
+        return self._sums(labels, name, series, grown)
 
     def levels(self, labels: Sequence[str], name: str) -> dict[str, float]:
         """Return the values of a gauge now, by the values of labels."""
+        return self._sums(labels, name, "", lambda key, value: value)
+
+    def _sums(
+        self, labels: Sequence[str], name: str, series: str, of: Callable[[Key, float], float]
+    ) -> dict[str, float]:
         sums = defaultdict[str, float](float)
         for key, value in self._now.items():
-            if key[:2] == (name, ""):
-                sums[_named(key[2], labels)] += value
+            if key[:2] == (name, series):
+                sums[_named(key[2], labels)] += of(key, value)
         return dict(sums)
 
     def mean(self, labels: Sequence[str], name: str) -> dict[str, float]:
@@ -212,97 +238,105 @@ def _named(pairs: Iterable[tuple[str, str]], labels: Sequence[str]) -> str:
     return f"{texts['store']}: {own}".strip() if "store" in texts else own
 
 
+class _Kind(NamedTuple):
+    """Rows by the values of labels: the figure of each column.
+
+    Attributes:
+        kind: of the rows.
+        labels: whose values name a row.
+        label: what a name has after them.
+        rate, each: of counters.
+        seconds: of a histogram.
+        waiting, wait: of gauges.
+    """
+
+    kind: str
+    labels: tuple[str, ...] = ()
+    label: str = ""
+    rate: str = ""
+    each: str = ""
+    seconds: str = ""
+    waiting: str = ""
+    wait: str = ""
+
+
+_KINDS = (
+    _Kind(
+        "link",
+        ("queue",),
+        rate="queue_ran_bytes_total",
+        waiting="queue_bytes",
+        wait="queue_oldest_seconds",
+    ),
+    _Kind(
+        "tier",
+        ("tier", "op"),
+        rate="tier_bytes_total",
+        each="tier_blocks_total",
+        seconds="tier_seconds",
+    ),
+    _Kind("pull", label="in flight", waiting="pulls_in_flight", wait="pull_oldest_seconds"),
+    _Kind("pull", ("strategy",), rate="pull_bytes_total"),
+    _Kind("pull", ("result",), each="pull_seconds/count", seconds="pull_seconds"),
+    _Kind("offer", ("state",), each="offers_ended_total"),
+    _Kind("weights", label="pulled", rate="weight_bytes_total"),
+    _Kind("copy", ("strategy", "src", "dst"), rate="copy_bytes_total", each="copies_total"),
+    _Kind("keeper", label="sessions", waiting="keeper_sessions"),
+    _Kind("keeper", label="leases", waiting="keeper_leases", wait="keeper_oldest_lease_seconds"),
+    _Kind("keeper", label="requests", waiting="keeper_requests"),
+    _Kind("engine", label="promised tokens", each="engine_promised_tokens_total"),
+    _Kind("engine", label="computed tokens", each="engine_computed_tokens_total"),
+    _Kind("engine", label="landed blocks", each="engine_landed_blocks_total"),
+    _Kind("engine", label="stored blocks", each="engine_stored_blocks_total"),
+    _Kind("engine", label="failed loads", each="engine_failed_loads_total"),
+)
+
+
 def rows_of(before: Reading, now: Reading) -> list[Row]:
     """Return what moves between two readings of a process, by kind."""
     grown = _Grown(before, now)
-    return [*_links(grown), *_tiers(grown), *_pulls(grown), *_copies(grown), *_others(grown)]
-
-
-def _links(grown: _Grown) -> list[Row]:
-    rate = grown.by(["queue"], "queue_ran_bytes_total")
-    wait = grown.levels(["queue"], "queue_oldest_seconds")
-    slow = grown.levels(["queue"], "queue_slow")
-    return [
-        Row(
-            "link",
-            name,
-            rate.get(name),
-            waiting=nbytes,
-            wait=wait.get(name),
-            note="a task runs too long" if slow.get(name) else "",
-        )
-        for name, nbytes in grown.levels(["queue"], "queue_bytes").items()
+    notes = {**_slow_links(grown), **_bad_results(grown)}
+    rows = [
+        row._replace(note=notes.get((row.kind, row.name), ""))
+        for kind in _KINDS
+        for row in _rows_of_kind(kind, grown)
     ]
-
-
-def _tiers(grown: _Grown) -> list[Row]:
-    labels = ["tier", "op"]
-    rate = grown.by(labels, "tier_bytes_total")
-    blocks = grown.by(labels, "tier_blocks_total")
-    results = grown.by([*labels, "result"], "tier_blocks_total")
-    seconds = grown.mean(labels, "tier_seconds")
-    rows = list[Row]()
-    for name in dict.fromkeys([*blocks, *rate, *seconds]):
-        bad = {
-            each.removeprefix(f"{name} "): many
-            for each, many in results.items()
-            if each.startswith(f"{name} ") and not each.endswith((" hit", " miss")) and many
-        }
-        note = ", ".join(f"{many:.3g}/s {result}" for result, many in bad.items())
-        rows.append(
-            Row("tier", name, rate.get(name), blocks.get(name), seconds.get(name), note=note)
-        )
-    return rows
-
-
-def _pulls(grown: _Grown) -> list[Row]:
-    rows = list[Row]()
-    for name, many in grown.levels([], "pulls_in_flight").items():
-        oldest = grown.levels([], "pull_oldest_seconds").get(name)
-        rows.append(Row("pull", f"{name} in flight".strip(), waiting=many, wait=oldest))
-    for name, rate in grown.by(["strategy"], "pull_bytes_total").items():
-        rows.append(Row("pull", name, rate))
-    seconds = grown.mean(["result"], "pull_seconds")
-    for name, each in grown.by(["result"], "pull_seconds", "count").items():
-        rows.append(Row("pull", name, each=each, seconds=seconds.get(name)))
-    for name, each in grown.by(["state"], "offers_ended_total").items():
-        rows.append(Row("offer", name, each=each))
-    for name, rate in grown.by([], "weight_bytes_total").items():
-        rows.append(Row("weights", name or "pulled", rate))
-    return rows
-
-
-def _copies(grown: _Grown) -> list[Row]:
-    labels = ["strategy", "src", "dst"]
-    each = grown.by(labels, "copies_total")
-    return [
-        Row("copy", name, rate, each.get(name))
-        for name, rate in grown.by(labels, "copy_bytes_total").items()
-    ]
-
-
-def _others(grown: _Grown) -> list[Row]:
-    rows = list[Row]()
-    for kind in ("sessions", "leases", "requests"):
-        for name, many in grown.levels([], f"keeper_{kind}").items():
-            wait = None
-            if kind == "leases":
-                wait = grown.levels([], "keeper_oldest_lease_seconds").get(name)
-            rows.append(Row("keeper", f"{name} {kind}".strip(), waiting=many, wait=wait))
     for form, left in grown.levels(["url"], "remote_left_alone").items():
-        note = "left alone after failures" if left else ""
-        rows.append(Row("bucket", form, note=note))
-    rows += _disks(grown)
-    for what in (
-        "promised_tokens",
-        "computed_tokens",
-        "landed_blocks",
-        "stored_blocks",
-        "failed_loads",
-    ):
-        for name, each in grown.by([], f"engine_{what}_total").items():
-            rows.append(Row("engine", f"{name} {what.replace('_', ' ')}".strip(), each=each))
-    return rows
+        rows.append(Row("bucket", form, note="left alone after failures" if left else ""))
+    return [*rows, *_disks(grown)]
+
+
+def _rows_of_kind(kind: _Kind, grown: _Grown) -> Iterator[Row]:
+    """Yield a row for each name that a figure of a kind has."""
+    each, _, series = kind.each.partition("/")
+    columns = {
+        "rate": grown.by(kind.labels, kind.rate),
+        "each": grown.by(kind.labels, each, series),
+        "seconds": grown.mean(kind.labels, kind.seconds),
+        "waiting": grown.levels(kind.labels, kind.waiting),
+        "wait": grown.levels(kind.labels, kind.wait),
+    }
+    for name in dict.fromkeys(name for values in columns.values() for name in values):
+        figures: dict[str, Any] = {column: own.get(name) for column, own in columns.items()}
+        yield Row(kind.kind, f"{name} {kind.label}".strip())._replace(**figures)
+
+
+def _slow_links(grown: _Grown) -> dict[tuple[str, str], str]:
+    """Return a note for each link with a task that runs too long."""
+    slow = grown.levels(["queue"], "queue_slow")
+    return {("link", name): "a task runs too long" for name, one in slow.items() if one}
+
+
+def _bad_results(grown: _Grown) -> dict[tuple[str, str], str]:
+    """Return a note for each tier with results that are neither hits nor misses."""
+    notes = dict[tuple[str, str], str]()
+    for text, many in grown.by(["tier", "op", "result"], "tier_blocks_total").items():
+        name, _, result = text.rpartition(" ")
+        if many and result not in ("hit", "miss"):
+            note = f"{many:.3g}/s {result}"
+            before = notes.get(("tier", name))
+            notes["tier", name] = f"{before}, {note}" if before else note
+    return notes
 
 
 def _disks(grown: _Grown) -> list[Row]:
@@ -322,16 +356,9 @@ def _disks(grown: _Grown) -> list[Row]:
 
 # --- as a table -----------------------------------------------------------------------------------
 
-_COLUMNS = (
-    Column("kind", whole=True),
-    Column("name"),
-    Column("bytes/s", right=True),
-    Column("each/s", right=True),
-    Column("takes", right=True),
-    Column("waiting", right=True),
-    Column("oldest", right=True),
-    Column("note"),
-)
+_NUMBERS = ("bytes/s", "each/s", "takes", "waiting", "oldest")
+_PROSE = ("name", *_NUMBERS, "note")
+_COLUMNS = columns_of(("kind", *_PROSE), prose=_PROSE, right=_NUMBERS)
 _SIZED = ("link",)  # whose waiting are bytes
 
 

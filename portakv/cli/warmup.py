@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 
 from portakv.backends.rows_kernel import kernels_of
-from portakv.cli.console import Column, Report, print_json, print_prose, print_table
+from portakv.cli.console import Report, columns_of, print_json, print_prose, print_table
 from portakv.cli.sides import (
     Extents,
     Side,
@@ -119,8 +119,9 @@ def run(args: argparse.Namespace) -> int:
             }
         )
         return 0
-    columns = [Column("kernels of"), Column("for", whole=True)]
-    columns += [Column("compiled", right=True), Column("cached", right=True)]
+    numbers = ["compiled", "cached"]
+    titles = ["kernels of", "for", *numbers]
+    columns = columns_of(titles, prose=["kernels of", *numbers], right=numbers)
     print_table(columns, [[str(value) for value in one.values()] for one in warmed])
     compiled = sum(one["compiled"] for one in warmed)
     cached = sum(one["kept"] for one in warmed)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from math import gcd
 from typing import NamedTuple, TypeAlias
 
@@ -105,43 +105,6 @@ def common_device(src: KVView, dst: KVView) -> torch.device:
         f"type, got {src.device} as source and {dst.device} as destination. Go through a host "
         f"buffer."
     )
-
-
-def current(device: torch.device) -> AbstractContextManager[object]:
-    """Make a device the current one: once, instead of a query about every device that is not."""
-    apart = torch.accelerator.current_device_index() != device.index
-    return inside(device if apart else None)
-
-
-def seen_by_reader(src: KVView, context: Context) -> KVView:
-    """Return rows of another device, to be read on the context's device and stream.
-
-    The stream waits for the present work of the current stream of the rows' device.
-
-    Raises:
-        DeviceMismatch: devices of two types.
-        Unsupported: in graph capture.
-    """
-    reader, stream, captured = context
-    peer = src.as_peer(reader)
-    owner = src.memory_device
-    if captured or capturing(owner):
-        why = (
-            f"a graph would have to hold the streams of {owner} and {reader}; make the copy outside"
-        )
-        raise refuse_capture("A copy between two devices", why)
-    work = stream or torch.accelerator.current_stream(reader.index)
-    work.wait_stream(torch.accelerator.current_stream(owner.index))
-    return peer
-
-
-def order_after(src: KVView, made: Transfer) -> None:
-    """Make the current stream of the source's device wait for a copy of it.
-
-    So nothing overwrites the source too early; `Tensor.copy_` orders both devices the same way.
-    """
-    for last in made.completions[-1:]:  # of several layers, which end in order
-        last.wait(torch.accelerator.current_stream(src.memory_device.index))
 
 
 def executor_of(src: KVView, dst: KVView, choice: Choice, terms: Terms | None) -> Choice:
@@ -258,20 +221,15 @@ def settle(
 
     Raises as `copy_rows`.
     """
-    src, dst, src_index, dst_index, count = move
     if passed is None:
-        check_writable(dst)
-        src.check_memory()
-        dst.check_memory()
-    ready = prepared(src.form, dst.form, src_index.plan_step, dst_index.plan_step, None, choice)
+        check_views(move)
+    ready = prepared(move.src.form, move.dst.form, *move.steps, None, choice)
     error = None if passed is None else passed.error
-    if count == 0:
+    if move.count == 0:
         return Settled(move, (), error, False)
 
     skips = check_ids(move, context, strict) if passed is None else passed.skips
-    clean = (src_index.on_host and dst_index.on_host) or (
-        src_index.is_clean(count, src.slots) and dst_index.is_clean(count, dst.slots)
-    )
+    clean = move.is_clean
     guarded = skips or not clean
     pieces = _pieces(ready, move, choice, context)
     if guarded and not _take(pieces, clean):
@@ -281,7 +239,7 @@ def settle(
         error = error or found
         if move.count == 0:
             return Settled(move, (), error, False)
-        ready = prepared(src.form, dst.form, *move.steps, None, choice)
+        ready = prepared(move.src.form, move.dst.form, *move.steps, None, choice)
         pieces = _pieces(ready, move, choice, context)
 
     if passed is None:
@@ -291,29 +249,22 @@ def settle(
     return Settled(move, pieces, error, guarded)
 
 
-def check_executable(move: Move, choice: Choice, context: Context) -> None:
-    """Raise what `settle` raises for a copy that its choice does not execute; move nothing."""
-    settle(move._replace(count=0), choice, context, passed=Passed(skips=False))
-
-
 def _pieces(ready: Prepared, move: Move, choice: Choice, context: Context) -> list[Piece]:
-    """Return the body of a copy in the largest units, and its head and tail by token."""
+    """Return the body of a copy in the largest units, and its head and tail by token; pick a
+    strategy for each if its launch does so for each copy."""
     pieces = []
     for first, tokens, unit in ready.plan.split(move):
-        part = ready
+        used = ready
         if unit != ready.plan.unit:
-            part = prepared(move.src.form, move.dst.form, *move.steps, unit, choice)
-        pieces.append(_piece(part, first, move.part(first, tokens), context))
+            used = prepared(move.src.form, move.dst.form, *move.steps, unit, choice)
+        part = move.part(first, tokens)
+        carried = used.carried
+        # Inside a capture nothing can be prepared.
+        picks = None if context.captured else used.picks
+        if picks is not None:
+            used, carried = picks.picked_for(part)
+        pieces.append(Piece(used, carried, first, part, picks))
     return pieces
-
-
-def _piece(ready: Prepared, first: int, move: Move, context: Context) -> Piece:
-    """Return a part with what executes it; pick a strategy if the launch does so for each copy."""
-    picks = ready.picks
-    if picks is None or context.captured:  # inside a capture nothing can be prepared
-        return Piece(ready, ready.carried, first, move, None)
-    picked, carried = picks.picked_for(move)
-    return Piece(picked, carried, first, move, picks)
 
 
 def _take(pieces: Sequence[Piece], clean: bool) -> bool:
@@ -349,44 +300,39 @@ def drop_bad_ids(move: Move, unit: int) -> tuple[Move, SlotError | None]:
 
     It waits once for the device if ids are there. If nothing is dropped, no later check is needed.
     """
-    views = (move.src, move.dst)
-    indices = (move.src_index, move.dst_index)
-    count = move.count
+    src, dst, src_index, dst_index, count = move
 
     # Units divide the offsets and the count, so that none is cut.
-    unit = gcd(unit, *(index.offset for index in indices), count)
-    device = next((x.ids.device for x in indices if x.ids is not None), move.src.device)
+    unit = gcd(unit, src_index.offset, dst_index.offset, count)
+    listed = src_index.ids if dst_index.ids is None else dst_index.ids
+    device = src.device if listed is None else listed.device
 
     # An index without ids is a range, whose length was checked.
-    listed = [
-        (x.units(count, unit, device), view.slots // unit)
-        for x, view in zip(indices, views, strict=True)
-        if x.ids is not None
-    ]
-    good = [(number >= 0) & (number < slots) for number, slots in listed]
-    usable = (good[0] & good[1] if len(good) == 2 else good[0]).nonzero()[:, 0]
+    good = []
+    for index, view in ((src_index, src), (dst_index, dst)):
+        if index.ids is not None:
+            numbers = index.units(count, unit, device)
+            good.append((numbers >= 0) & (numbers < view.slots // unit))
+    usable = (good[0] & good[-1]).nonzero()[:, 0]
     if usable.numel() * unit == count:
-        for index, view in zip(indices, views, strict=True):
-            index.mark_clean(count, view.slots)
+        move.mark_clean()
         return move, None
 
     # Negative ids are padding: only an id past the end is an error.
-    numbers = [x.units(count, unit, device) for x in indices]
-    bad = [number >= view.slots // unit for number, view in zip(numbers, views, strict=True)]
+    read = src_index.units(count, unit, device)
+    written = dst_index.units(count, unit, device)
+    bad = read >= src.slots // unit
     error = None
-    at = (bad[0] | bad[1]).nonzero()[:, 0]
+    at = (bad | (written >= dst.slots // unit)).nonzero()[:, 0]
     if at.numel():
         first = int(at[0])
-        side = 0 if bool(bad[0][first]) else 1
-        slot = int(numbers[side][first]) * unit
-        view = views[side]
-        error = bad_slot(first * unit, slot, view.slots)
+        numbers, view = (read, src) if bool(bad[first]) else (written, dst)
+        error = bad_slot(first * unit, int(numbers[first]) * unit, view.slots)
 
-    src_index, dst_index = (Index(number[usable], step=unit) for number in numbers)
-    usable_tokens = usable.numel() * unit
-    src_index.mark_clean(usable_tokens, move.src.slots)
-    dst_index.mark_clean(usable_tokens, move.dst.slots)
-    return Move(move.src, move.dst, src_index, dst_index, usable_tokens), error
+    indices = Index(read[usable], step=unit), Index(written[usable], step=unit)
+    rest = Move(src, dst, *indices, usable.numel() * unit)
+    rest.mark_clean()
+    return rest, error
 
 
 def without_left_out(
@@ -404,13 +350,6 @@ def without_left_out(
         return move, passed
     rest = Move(move.src, move.dst, done.src_index, done.dst_index, done.count)
     return rest, passed._replace(skips=False, error=error)
-
-
-def note_clean(part: Move) -> None:
-    """Remember that ids on a device are those of a part of a copy without bad ids."""
-    for index, view in ((part.src_index, part.src), (part.dst_index, part.dst)):
-        if not index.on_host:
-            index.mark_clean(part.count, view.slots)
 
 
 def _check_capture(pieces: Sequence[Piece], context: Context) -> None:
@@ -434,7 +373,8 @@ def check(move: Move, context: Context, strict: bool) -> Passed:
 
     Raises as `settle`.
     """
-    check_memory(move)
+    check_views(move)
+    check_disjoint(move)
     return Passed(bool(move.count) and check_ids(move, context, strict))
 
 
@@ -447,12 +387,6 @@ def check_rows(move: Move, context: Context, strict: bool) -> Passed:
     skips = bool(move.count) and check_ids(move, context, strict)
     check_writable(move.dst)
     return Passed(skips)
-
-
-def check_memory(move: Move) -> None:
-    """Raise if memory was replaced or cannot be written, or if a row is both read and written."""
-    check_views(move)
-    check_disjoint(move)
 
 
 def check_views(move: Move) -> None:
@@ -592,20 +526,18 @@ class _Launching:
         them from there.
         """
         src, dst, src_index, dst_index, count = move
-        src_new = src_index.listed
-        dst_new = dst_index.listed
-        few = src_new <= PinnedIds.MOST and dst_new <= PinnedIds.MOST
+        few = 0 < max(src_index.listed, dst_index.listed) <= PinnedIds.MOST
         lists = None
-        if ready.reads_pinned_ids and few and (src_new or dst_new) and not self._sends_ids:
+        if ready.reads_pinned_ids and few and not self._sends_ids:
             lists = PinnedIds.acquire() or acquire_after_ends()
         if lists is None:
             return ready.place_both(move)
         self._lists.append(lists)
-        if src_new:
+        if src_index.listed:
             src_index = src_index.reading(lists.write(0, src_index.host_ids()))
         else:
             src_index = ready.place(src_index)
-        if dst_new:
+        if dst_index.listed:
             dst_index = dst_index.reading(lists.write(1, dst_index.host_ids()))
         else:
             dst_index = ready.place(dst_index)
@@ -639,10 +571,8 @@ class _Launching:
 
 def memory_of_host(src: KVView, dst: KVView) -> tuple[torch.Tensor, ...]:
     """Return what retains the memory of the sides of a copy that are not on its device."""
-    return (
-        *(() if src.form.place == "device" else src.retained),
-        *(() if dst.form.place == "device" else dst.retained),
-    )
+    sides = [view for view in (src, dst) if view.form.place != "device"]
+    return tuple([memory for view in sides for memory in view.retained])
 
 
 def bring_tables(

@@ -60,7 +60,6 @@ MEASURED = 16 << 20
 #: Copies that are timed, unless they take longer than `SECONDS` together.
 ROUNDS = 5
 SECONDS = 0.1
-_SEED_VALUES = 1 << 16
 #: The escapes of the planes of each kv, int64 ``[blocks, planes]``.
 Counts = tuple[npt.NDArray[np.int64], ...]
 
@@ -173,17 +172,12 @@ def _numbers_of(blocks: Ids | None, view: KVView, size: int) -> npt.NDArray[np.i
     ids = np.arange(count) if whole else index.host_ids()
     if not len(ids):
         raise SlotError("Expected blocks to be numbers of blocks, got none. Pass at least one.")
-    _check_blocks(ids, count)
-    return ids
-
-
-def _check_blocks(ids: npt.NDArray[np.int64], blocks: int) -> None:
-    """Raise `SlotError` for numbers that are not those of so many blocks."""
-    for wrong in ids[(ids < 0) | (ids >= blocks)][:1]:
+    for wrong in ids[(ids < 0) | (ids >= count)][:1]:
         raise SlotError(
-            f"Expected blocks to be numbers from 0 to {blocks - 1}, which the view has, got "
+            f"Expected blocks to be numbers from 0 to {count - 1}, which the view has, got "
             f"{wrong}. Correct it."
         )
+    return ids
 
 
 def check_terms(pack: Any, link_gbps: Any, packing_gbps: Any) -> None:
@@ -496,12 +490,9 @@ def _fill(rows: KVView) -> None:
     """Fill rows with normal values, which fit into packed slots. Leaves torch's own random numbers
     as they are."""
     generator = torch.Generator(device="cpu").manual_seed(0)
-    seed = torch.randn(_SEED_VALUES, generator=generator, dtype=torch.float32, device="cpu")
-    values = seed.to(torch.bfloat16)
     for tensor in rows.tensors:
-        flat = tensor.view(-1)
-        repeated = values.to(flat.device).repeat(-(-flat.numel() // _SEED_VALUES))
-        flat.copy_(repeated[: flat.numel()])
+        shape = tensor.shape
+        tensor.copy_(torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu"))
 
 
 def _pinned(nbytes: int) -> torch.Tensor:

@@ -30,16 +30,16 @@ from portakv.copy.call import (
     context_of,
     drop_bad_ids,
     follow_current,
-    note_clean,
     without_left_out,
 )
 from portakv.copy.fp8 import decode_rows, encode_rows
 from portakv.copy.handle import BlockTransfer
 from portakv.copy.options import USUAL, CopyOptions
+from portakv.core.link import Cut
 from portakv.errors import PackOverflow, PortaKVError, SlotError, Unsupported
 from portakv.interconnect.pack_slices import PackStages, issue_slices, pack_stages
 from portakv.interconnect.passage import Cross
-from portakv.interconnect.slices import Sizes, Slice
+from portakv.interconnect.slices import Sizes
 from portakv.layout.encodings import FP8, PACK
 from portakv.plan.packing import Move, PackPlan, check_sides
 from portakv.registry import STRATEGIES, choose
@@ -114,10 +114,8 @@ def slots_of(move: Move) -> Move:
     rows = Move(move.src.as_slots(), move.dst.as_slots(), src_index, dst_index, move.count // size)
 
     # Ids on a device that passed a check are not read again.
-    sides = ((move.src, rows.src, src_index), (move.dst, rows.dst, dst_index))
-    for index, (view, slots, made) in zip(indices, sides, strict=True):
-        if not index.on_host and index.is_clean(move.count, view.slots):
-            made.mark_clean(rows.count, slots.slots)
+    if move.is_clean:
+        rows.mark_clean()
     return rows
 
 
@@ -167,8 +165,7 @@ def without_bad_ids(
     ``passed``: its checks. ``can``: the capabilities of the backend that reads the ids, which may
     skip bad ids itself. None: it does not. Waits at most once for ids on a device.
     """
-    clean = move.src_index.is_clean(move.count, move.src.slots)
-    clean = clean and move.dst_index.is_clean(move.count, move.dst.slots)
+    clean = move.is_clean
     if clean and not passed.skips:
         return Checked(move, passed.error, False)
     if can is not None and can.skips_negative and (clean or can.guards):
@@ -300,43 +297,31 @@ def _launch(checked: Checked, ready: Prepared, context: Context) -> Packed:
     with inside(device if stream is None else stream):
         overflow = overflow_words(move, ready.plan.unit, device)
         try:
-            return _enqueue(checked, ready, context, placed, word, overflow)
+            status = None if word is None else word.tensor
+            pending = ready.pack(placed, stream, status, overflow)
+            packs = not move.src.form.encoding
+            report = OverflowReport.of(move, ready.plan.unit, device, packs, overflow)
         except BaseException:  # also an interrupt; kernels that run may write the words
             if on_device:
                 pool = event_pool(device)
                 hold(Completion(pool.recorded(stream), retained=(placed, overflow), pool=pool))
             raise
+        ends = event_pool(device) if on_device else None
+        event = None if ends is None else ends.recorded(stream)
 
-
-def _enqueue(
-    checked: Checked,
-    ready: Prepared,
-    context: Context,
-    placed: Move,
-    word: StatusWord | None,
-    overflow: torch.Tensor,
-) -> Packed:
-    """Launch a copy whose ids are placed, on the current stream, and return its end."""
-    move = checked.move
-    device, stream, _ = context
-    on_device = device.type != "cpu"
-    status = None if word is None else word.tensor
-    pending = ready.pack(placed, stream, status, overflow)
-    report = OverflowReport.of(move, ready.plan.unit, device, not move.src.form.encoding, overflow)
     pendings: list[Pending] = [] if pending is None else [pending]
     if not (on_device or pendings):
         error = checked.error or report()
         completions = () if error is None else (Completion(error=error),)
         return Packed(checked, Transfer(completions, None, ready.carried), report, stream)
-    pool = event_pool(device) if on_device else None
     completion = Completion(
-        event=None if pool is None else pool.recorded(stream),
+        event=event,
         pendings=pendings,
         words=() if word is None else [(word, 0)],
         error=checked.error,
         late_error=report,
         retained=(move.src, move.dst, placed, overflow),
-        pool=pool,
+        pool=ends,
     )
     hold(completion)
     retained = (move.src, move.dst, placed)
@@ -411,10 +396,12 @@ class OverflowReport:
 
         Numbers that only the device has are sent to the host, ordered on the current stream.
         """
-        src, dst = (
-            _to_host(index.units(move.count, unit, _numbered_on(index, device)))
-            for index in (move.src_index, move.dst_index)
-        )
+        numbers = []
+        for index in (move.src_index, move.dst_index):
+            # Numbers are made without waiting for a device.
+            home = torch.device("cpu") if index.on_host else device
+            numbers.append(_to_host(index.units(move.count, unit, home)))
+        src, dst = numbers
         return cls(src, dst, packs, words)
 
     def __call__(self) -> PackOverflow | None:
@@ -442,11 +429,6 @@ class OverflowReport:
             src,
             dst,
         )
-
-
-def _numbered_on(index: Index, device: torch.device) -> torch.device:
-    """Return where the numbers of an index's blocks are made without waiting for a device."""
-    return torch.device("cpu") if index.on_host else device
 
 
 def _to_host(numbers: torch.Tensor) -> torch.Tensor:
@@ -582,9 +564,8 @@ class _ByCopies:
             max_thread_blocks=options.max_thread_blocks,
         )
 
-    def __call__(self, each: Slice, dense: KVView, nth: int, stream: torch.Stream) -> None:
+    def __call__(self, cut: Cut, dense: KVView, nth: int, stream: torch.Stream) -> None:
         """Copy a slice on a stream."""
-        cut = each.cut
         far_index = self._index.shifted(cut.start // self._tokens)
         count = cut.count // self._tokens
         if dense.form.encoding:
@@ -594,7 +575,7 @@ class _ByCopies:
             move = Move(dense, self._far, Index(), far_index, count)
         if self._options.stream is not stream:
             self._options = replace(self._options, stream=stream)
-        note_clean(move)
+        move.mark_clean()
         passed = Passed(False, context=Context(self._device, stream, captured=False))
         transfer = self._submit(move, self._options, passed)
         if not transfer.ordered:  # no stream orders the use of its memory
@@ -696,7 +677,7 @@ class DenseCopy:
             overlap=options.overlap if crosses else "compute",
             max_thread_blocks=options.max_thread_blocks if crosses else None,
         )
-        note_clean(move)
+        move.mark_clean()
         transfer = self._submit(move, plain, self._passed)
         if not transfer.ordered:  # no stream orders the use of the dense memory
             _wait_for_end(transfer)

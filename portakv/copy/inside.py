@@ -25,11 +25,13 @@ from portakv.copy.call import Context, Piece, Settled, launch, memory_of_host
 from portakv.copy.counting import TOGETHER, Counted
 from portakv.copy.handle import BlockTransfer, skipped_tokens
 from portakv.copy.options import CopyOptions
-from portakv.core.call import SKIPS, TO_THE_END, TOKENS, OpenedView, Watch, calls
+from portakv.core.call import OTHERWISE, SKIPS, TO_THE_END, TOKENS, OpenedView, Watch, calls
+from portakv.core.link import COUNT
 from portakv.core.view import dtype_words, name_of
 from portakv.errors import LayoutError, PortaKVError, SlotError
-from portakv.interconnect.choose import across
-from portakv.interconnect.strategy import PINNED, Strategy
+from portakv.interconnect.choose import HostLaunch, across
+from portakv.interconnect.link import CheckedCopy
+from portakv.interconnect.strategy import PINNED, Strategy, StrategyLaunch
 from portakv.interconnect.zero_copy import ZeroCopy
 from portakv.plan.move import Move
 from portakv.registry.prepared import PREPARED, prepared
@@ -88,6 +90,7 @@ def open_view(view: KVView, memory: Watch | None) -> OpenedView:
         form.table_on_device,
         memory,
         with_versions(view),
+        (view.entries, view.entry_bytes if view.entries > 1 else 0),
         (form, view.addresses, view.table if looked_up else None),
     )
 
@@ -272,7 +275,7 @@ def copied(
         kernels = choice.backend.row_kernels
         if kernels is None:
             return _launched(src, dst, read, written, count, tokens, choice, began)
-        by = kernels, kernels.carried
+        by = _Executor(kernels, kernels.carried)
     if True in (read.on_host, written.on_host) and tokens > LISTED * min(read.step, written.step):
         return None  # more ids than kernels read from pinned memory
     if by is None and False not in (read.on_host, written.on_host):  # the number of runs is known
@@ -282,7 +285,7 @@ def copied(
     if by is None:
         return None
     # The core compares the tokens of both sides.
-    made = _issue(src, dst, read, written, TO_THE_END if count is None else tokens, *by)
+    made = _issue(src, dst, read, written, TO_THE_END if count is None else tokens, by)
     if made is None:
         return None
     transfer, result = made
@@ -293,6 +296,23 @@ def copied(
         skipped = skipped_tokens(Move(src, dst, *indices, tokens))
     step = read.plan_step or written.plan_step
     return BlockTransfer.of_views(transfer, src, dst, step, tokens, skipped, began)
+
+
+class _Executor(NamedTuple):
+    """What makes a copy.
+
+    Attributes:
+        kernels: the row kernels that make it, or whose device orders it.
+        carried: what executes it, and why.
+        launch: of a strategy that makes it by other means, or of all strategies, one of which is
+            picked by the ids.
+        new: ids are a caller's for one call.
+    """
+
+    kernels: RowKernels
+    carried: tuple[str, str]
+    launch: StrategyLaunch | None = None
+    new: bool = False
 
 
 class _Side(NamedTuple):
@@ -353,8 +373,7 @@ def _issue(
     read: _Side,
     written: _Side,
     tokens: int,
-    kernels: RowKernels,
-    carried: tuple[str, str],
+    by: _Executor,
 ) -> tuple[Transfer, int] | None:
     """Make a copy by the core, and return its end and the core's result; None: the core does not
     make it."""
@@ -367,10 +386,17 @@ def _issue(
     tabled = [view for view, each in ((src, from_view), (dst, to_view)) if each.tabled]
     if tabled and not has_tables(device, tabled):  # the general way sends them there
         return None
+    kernels, carried, launch, _ = by
+    crossing = None
     copy: Callable[..., int] = calls().copy_views
+    views: tuple[int, ...] = reader.address, from_view.address, to_view.address
+    if launch is None:
+        views = kernels.address, *views
+    else:
+        crossing = _Crossing(launch, by, src, dst)
+        copy = crossing.copy
     if tabled:
         copy = partial(after_tables, tabled, device, copy)
-    views = kernels.address, reader.address, from_view.address, to_view.address
     from_ids, from_step, from_offset, on_host, _ = read
     to_ids, to_step, to_offset, to_host, _ = written
 
@@ -393,7 +419,45 @@ def _issue(
         raise
     if made is not None:
         increment_version(to_view.versions)
+        if crossing is not None:
+            made[0].carried = crossing.carried
     return made
+
+
+class _Crossing:
+    """A copy between a device and pinned memory by a strategy that orders copies of the driver.
+
+    Attributes:
+        carried: the strategy, and why; known once the core has read the ids.
+    """
+
+    def __init__(
+        self,
+        launch: StrategyLaunch,
+        by: _Executor,
+        src: KVView,
+        dst: KVView,
+    ) -> None:
+        self.carried = by.carried
+        self._launch = launch
+        self._new = by.new
+        self._down = src.form.place == "device"
+        self._views = (src, dst) if self._down else (dst, src)  # of the device, and of the host
+
+    def copy(self, *arguments: Any) -> int:
+        """Make the copy, as `Calls.copy_views` does; the kernels are left out of the arguments."""
+        *sides, end, stream = arguments
+        launch = self._launch
+        checked = CheckedCopy(*self._views, self._down, stream, end)
+        result = calls().read_copy(*sides, *launch.counted, checked.address, end, stream)
+        if result < 0 or not isinstance(launch, HostLaunch):
+            return result if result < 0 else launch.cross(checked)
+        number, groups, host_groups = checked.words[COUNT : COUNT + 3]
+        picked = launch.pick_counted(number, groups, host_groups, self._views[1], self._new)
+        if picked is None:
+            return OTHERWISE
+        means, self.carried = picked
+        return means.cross(checked) if isinstance(means, StrategyLaunch) else OTHERWISE
 
 
 def has_tables(device: torch.device, views: Sequence[KVView]) -> bool:
@@ -545,9 +609,8 @@ def _across_link(
     count: int,
     new: bool,
     options: CopyOptions,
-) -> tuple[RowKernels, tuple[str, str]] | None:
-    """Return the kernels that copy between a device and pinned memory, and the strategy with the
-    reason for it."""
+) -> _Executor | None:
+    """Return what copies between a device and pinned memory."""
     places = src.form.place, dst.form.place
     if places not in PINNED or src.temporary or dst.temporary:
         return None
@@ -561,11 +624,19 @@ def _across_link(
             choice = across(choice, options.terms)
         ready = prepared(src.form, dst.form, *steps, None, choice)
         host = dst if down else src
-        if ready.picks is not None:
-            return ready.picks.kernels_for(count, host, new)
+        launch = ready.launch
+        if isinstance(launch, HostLaunch):
+            by_kernels = launch.kernels_for(count, host, new)
+            if by_kernels is not None:
+                return _Executor(*by_kernels)
+        by = ready.choice.backend
+        if not isinstance(by, Strategy) or not isinstance(launch, StrategyLaunch):
+            return None
+        if by.refuses(host):
+            return None
+        if isinstance(by, ZeroCopy):
+            return _Executor(by.kernels[src.form.place], ready.carried)
+        kernels = by.half.backend.row_kernels
     except PortaKVError:  # the general way says it in its turn
         return None
-    by = ready.choice.backend
-    if not isinstance(by, ZeroCopy) or by.refuses(host):
-        return None
-    return by.kernels[src.form.place], ready.carried
+    return None if kernels is None else _Executor(kernels, ready.carried, launch, new)

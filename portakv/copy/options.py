@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field, fields
 from functools import partial
 from typing import Any, Literal, TypeAlias, get_args
@@ -95,7 +95,7 @@ class CopyOptions:
 
     def check_only(self, what: str, names: Collection[str]) -> None:
         """Raise `InvalidTerms` if another option than these is set; ``what`` has no use for it."""
-        for name in _NAMES:
+        for name in NAMES:
             if name not in names and not _same(getattr(self, name), getattr(USUAL, name)):
                 raise InvalidTerms(
                     f"Expected options for {what} among {', '.join(names)}, got {name}. Leave "
@@ -104,11 +104,12 @@ class CopyOptions:
 
 
 _NO_TERMS = Terms()
-_NAMES = tuple(each.name for each in fields(CopyOptions) if each.init)
+#: The options, in the order of their keywords.
+NAMES = tuple(each.name for each in fields(CopyOptions) if each.init)
 #: The options of a copy that passes none.
 USUAL = CopyOptions()
 #: Those of all keywords, in their order.
-USUAL_VALUES = tuple(getattr(USUAL, name) for name in _NAMES)
+USUAL_VALUES = tuple(getattr(USUAL, name) for name in NAMES)
 
 
 def _same(value: object, usual: object) -> bool:
@@ -116,17 +117,10 @@ def _same(value: object, usual: object) -> bool:
     return value is usual or (isinstance(value, str) and value == usual)
 
 
-def merged(options: CopyOptions | None, values: Sequence[object]) -> CopyOptions:
-    """Return the options of a call that takes ``options`` or all keywords, ``values`` in the order
-    of `CopyOptions`; raise as `options_from`."""
-    usual = all(map(_same, values, USUAL_VALUES))
-    return options_from(options, {} if usual else dict(zip(_NAMES, values, strict=True)))
-
-
 def refuse_options(extents: Iterable[str]) -> None:
     """Raise `InvalidTerms` if the name of an extent is that of an option."""
     for name in extents:
-        if name in _NAMES:
+        if name in NAMES:
             raise InvalidTerms(
                 f"Expected {name} in options, got it as a keyword. Pass "
                 f"options=CopyOptions({name}=...)."
@@ -139,9 +133,9 @@ def options_from(options: CopyOptions | None, keywords: dict[str, Any]) -> CopyO
     Raises:
         InvalidTerms: both, a keyword that is not an option, or a value that an option cannot have.
     """
-    for name in keywords.keys() - set(_NAMES):
+    for name in keywords.keys() - set(NAMES):
         raise InvalidTerms(
-            f"Expected terms among {', '.join(sorted(_NAMES))}, got {name}. Leave {name} out."
+            f"Expected terms among {', '.join(sorted(NAMES))}, got {name}. Leave {name} out."
         )
     passed = {name: x for name, x in keywords.items() if not _same(x, getattr(USUAL, name))}
     if options is None:

@@ -23,6 +23,7 @@ from portakv.errors import LayoutError, Unsupported
 from portakv.layout.encodings import FP8_DTYPES, Rope
 from portakv.plan.move import Move
 from portakv.runtime.transfer import Transfer
+from portakv.view.dense import dense_blocks
 from portakv.view.form import Form
 from portakv.view.index import Ids, Index
 from portakv.view.view import KVView
@@ -97,7 +98,7 @@ def _copy_rotated(move: Move, rope: Rope, options: CopyOptions) -> Transfer:
         step = max(1, *sizes, *move.steps)
         most = SLICE // (raw.layers * raw.heads * max(raw.widths) * step)
         tokens = min(move.count, max(1, most) * step)
-        tensors = _dense_rows(raw, tokens, dense.device)
+        tensors = [one[0] for one in dense_blocks(raw, tokens, 1, dense.device).tensors]
         cosines, sines = _turns(rope, tensors[rope.kv])
         for first in range(0, move.count, tokens):
             part = move.part(first, min(tokens, move.count - first))
@@ -178,17 +179,6 @@ def _check_keys(raw: Form, rope: Rope) -> None:
         why = f"it takes {', '.join(FP8_DTYPES)} only"
         raise Unsupported(f"A rotation of keys of {dtype}", why)
     rope.rotary(raw.widths[rope.kv] // int(getattr(torch, dtype).itemsize))
-
-
-def _dense_rows(raw: Form, tokens: int, device: torch.device) -> list[torch.Tensor]:
-    """Return dense memory for rows of so many tokens, a tensor for each kv."""
-    dtypes = [getattr(torch, name or "uint8") for name in raw.dtypes]
-    return [
-        torch.empty(
-            (raw.layers, raw.heads, tokens, width // dtype.itemsize), dtype=dtype, device=device
-        )
-        for width, dtype in zip(raw.widths, dtypes, strict=True)
-    ]
 
 
 def _turns(rope: Rope, keys: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -10,7 +10,7 @@ import torch
 from portakv.arguments import shown
 from portakv.copy.handle import BlockTransfer
 from portakv.copy.inside import copied
-from portakv.copy.options import USUAL, USUAL_VALUES, Check, CopyOptions, merged
+from portakv.copy.options import NAMES, USUAL, USUAL_VALUES, Check, CopyOptions, options_from
 from portakv.copy.request import whole
 from portakv.copy.submit import submit
 from portakv.errors import LayoutError, SlotError
@@ -167,7 +167,7 @@ def options_of(options: CopyOptions | None, *keywords: object) -> CopyOptions:
             return USUAL
         if type(options) is CopyOptions:
             return options
-    return merged(options, keywords)
+    return options_from(options, dict(zip(NAMES, keywords, strict=True)))
 
 
 def _copied_blocks(

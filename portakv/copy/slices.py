@@ -14,7 +14,6 @@ import torch
 from portakv.copy.call import (
     Context,
     Passed,
-    check_executable,
     check_ids,
     check_views,
     drop_bad_ids,
@@ -66,7 +65,8 @@ def in_slices(
     context.check_may_slice()
     if passed is None:
         check_views(move)
-    check_executable(layer_of(move, 0) if by_layer else move, choice, context)
+    whole = layer_of(move, 0) if by_layer else move
+    settle(whole._replace(count=0), choice, context, passed=_PASSED)  # refuses what none executes
     move, guarded = _read(move, context, passed)
     if passed is None:
         check_disjoint(guarded)

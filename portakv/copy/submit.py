@@ -5,19 +5,17 @@ from __future__ import annotations
 
 from time import perf_counter
 
+import torch
+
 from portakv.copy.call import (
     Context,
     Passed,
-    check_executable,
     common_device,
     context_of,
-    current,
     detached,
     executor_of,
     in_layers,
     launch,
-    order_after,
-    seen_by_reader,
     settle,
 )
 from portakv.copy.encodings import copy_encoded
@@ -26,6 +24,7 @@ from portakv.copy.options import CopyOptions
 from portakv.copy.slices import in_slices
 from portakv.plan.move import Move
 from portakv.registry.registry import Choice, choose
+from portakv.runtime.devices import capturing, inside, refuse_capture
 
 
 def submit(move: Move, options: CopyOptions, passed: Passed | None = None) -> BlockTransfer:
@@ -60,15 +59,34 @@ def submit(move: Move, options: CopyOptions, passed: Passed | None = None) -> Bl
 def _from_peer(
     move: Move, options: CopyOptions, began: float, passed: Passed | None
 ) -> BlockTransfer:
-    """Issue a copy of another device's rows, which the destination's device reads."""
+    """Issue a copy of another device's rows, which the destination's device reads.
+
+    Raises:
+        DeviceMismatch: devices of two types.
+        Unsupported: in graph capture.
+        PortaKVError: as `issue`.
+    """
     device = move.dst.device
+    owner = move.src.memory_device
     context = context_of(passed, device, options.stream)
-    seen = move._replace(src=seen_by_reader(move.src, context))
-    with current(device):
+    seen = move._replace(src=move.src.as_peer(device))
+    if context.captured or capturing(owner):
+        why = (
+            f"a graph would have to hold the streams of {owner} and {device}; make the copy outside"
+        )
+        raise refuse_capture("A copy between two devices", why)
+    # The present work of the stream of the rows' device comes first.
+    work = options.stream or torch.accelerator.current_stream(device.index)
+    work.wait_stream(torch.accelerator.current_stream(owner.index))
+    # Make the device the current one: once, instead of a query about every device that is not.
+    apart = torch.accelerator.current_device_index() != device.index
+    with inside(device if apart else None):
         choice = choose(device, options.backend)
         made = issue(seen, choice, context, options, began, passed)
     if not (options.detached or options.sliced):
-        order_after(move.src, made)
+        # Nothing overwrites the source too early; `Tensor.copy_` orders both devices the same way.
+        for last in made.completions[-1:]:  # of several layers, which end in order
+            last.wait(torch.accelerator.current_stream(owner.index))
     return made
 
 
@@ -105,4 +123,4 @@ def issue(
 def check_issue(move: Move, choice: Choice, context: Context, options: CopyOptions) -> None:
     """Raise what `issue` raises for a copy that nothing here executes; move nothing."""
     executor = executor_of(move.src, move.dst, choice, options.terms)
-    check_executable(move, executor, context)
+    settle(move._replace(count=0), executor, context, passed=Passed(skips=False))

@@ -18,6 +18,7 @@ import torch
 from portakv.core.library import python_function
 
 # The codes of `core.h`.
+OTHERWISE = -50
 DRIVER = -1000
 #: An end or a count: as many as there are.
 TO_THE_END = -1
@@ -163,6 +164,8 @@ class _View(ctypes.Structure):
         ("writable", ctypes.c_int64),
         ("table_on_device", ctypes.c_int64),
         ("watch", ctypes.c_void_p),
+        ("entries", ctypes.c_int64),
+        ("entry_bytes", ctypes.c_int64),
     )
 
 
@@ -182,6 +185,7 @@ class OpenedView:
         table_on_device: the device alone knows the addresses.
         watch: its memory; None: raw addresses.
         versions: the tensors whose versions a copy raises that writes the view.
+        entries: of the addresses, and all bytes at each of them; 0: unknown.
         kept: objects that have the form and the addresses.
 
     Attributes:
@@ -205,6 +209,7 @@ class OpenedView:
         table_on_device: bool,
         watch: Watch | None,
         versions: tuple[torch.Tensor, ...],
+        entries: tuple[int, int],
         kept: object,
     ) -> None:
         self.tabled = table != 0
@@ -224,6 +229,7 @@ class OpenedView:
             writable,
             table_on_device,
             watch.address if watch else 0,
+            *entries,
         )
         self.address = ctypes.addressof(self._words)
 
@@ -242,9 +248,10 @@ class Calls(NamedTuple):
     query_end: Callable[[int], int]
     check_views: Callable[..., tuple[int, int, int] | int]
     check_chunk: Callable[..., tuple[int, int, int, tuple[Any, ...]] | int]
+    read_copy: Callable[..., int]
 
 
 @cache
 def calls() -> Calls:
     """Return the functions."""
-    return Calls(*map(python_function, range(5)))
+    return Calls(*map(python_function, (0, 1, 2, 3, 4, 6)))

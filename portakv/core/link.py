@@ -12,20 +12,20 @@ from collections.abc import Sequence
 from ctypes import c_char_p, c_int, c_int64, c_void_p
 from functools import cache
 from struct import Struct
-from struct import error as StructError
 from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 
 from portakv.core.library import library, pylibrary
 from portakv.core.plan import NO_MEMORY
-from portakv.core.runs import Int64, pack_request
+from portakv.core.runs import Int64
 from portakv.errors import PortaKVError
 
 # The codes of `core.h`.
 OUTSIDE = -20
 EDGES = -21
-COPY, BATCH, REST, WORD, EVENT, STAGE, IDS = range(1, 8)
+ROOM = -60
+COPY, BATCH, REST, WORD, EVENT, STAGE = range(1, 7)
 
 # The kinds of a step, and the streams; `link.h` has them.
 WAIT, RECORD, STAGED, CROSSED = range(4)
@@ -46,7 +46,7 @@ FUNCTIONS = (
     "cuEventDestroy_v2",
     "cuEventRecord",
     "cuStreamWaitEvent",
-    "cuMemcpyHtoDAsync_v2",
+    "cuStreamQuery",
 )
 #: Events of a schedule besides those of the buffers.
 EVENTS = 3
@@ -54,11 +54,11 @@ EVENTS = 3
 _order = Struct("=7q").pack
 #: A `Crossing`: the direction, the stream, the stream aside, and the five rules.
 pack_crossing = Struct("=8q").pack
-#: The words of `SlicePlanes`: those before both sides, and those after them.
-pack_stage = Struct("=3q").pack
-pack_host = Struct("=12q").pack
-#: A `SlicedCopy`.
-pack_sliced = Struct("=35q").pack
+#: A `CrossingCopy`.
+pack_copy = Struct("=14q").pack
+#: Words of a `CheckedCopy`, and the place of its tokens. Both numbers of groups follow them.
+CHECKED = 27
+COUNT = 16
 
 
 class SliceOrder(NamedTuple):
@@ -81,6 +81,36 @@ class Schedule(NamedTuple):
     slices: list[list[Step]]
     after: list[Step]
     failed: list[Step]
+
+
+class Cut(NamedTuple):
+    """A slice of a copy: its first position, and the number of its positions."""
+
+    start: int
+    count: int  # type: ignore[assignment]  # hides tuple.count
+
+
+def cut_copy(rules: array[int], count: int, offset: int, idle: bool) -> tuple[int, list[Cut]]:
+    """Return the tokens of a buffer, and the slices in the order of their moves.
+
+    Args:
+        rules: `CutRules` of `link.h`.
+        count: tokens of the copy.
+        offset: tokens of the host's rows that are passed over.
+        idle: nothing crosses.
+    """
+    room = 64
+    while True:
+        out = array("q", bytes(8 * room))
+        cut = _functions().cut
+        number = cut(rules.buffer_info()[0], count, offset, idle, out.buffer_info()[0], room)
+        if number < 0:
+            raise PortaKVError("Expected rules that cut a copy. Report this as a bug.")
+        if number <= room:
+            break
+        room = number
+    slots, *words = out[:number]
+    return slots, [Cut(*pair) for pair in zip(words[::2], words[1::2], strict=True)]
 
 
 class Fault(NamedTuple):
@@ -140,21 +170,10 @@ class Link:
             return _refused(fault)
         return None
 
-    def copy(self, plan: int, request: Sequence[int], crossing: bytes) -> Fault | None:
-        """Order the pieces of a copy; `list_pieces` describes the request."""
-        try:
-            words = pack_request(*request)
-        except StructError:  # a number past 64 bits
-            return Fault(OUTSIDE, 0, 0, (0, 0))
+    def rows(self, copy: bytes) -> Fault | None:
+        """Submit a copy of rows, by `pack_copy`."""
         fault = _Fault()
-        if _functions().copy(self._link, plan, words, crossing, _at(fault)):
-            return _refused(fault)
-        return None
-
-    def run(self, copy: bytes) -> Fault | None:
-        """Submit a copy in slices, by `pack_sliced`."""
-        fault = _Fault()
-        if _functions().run(self._link, copy, _at(fault)):
+        if _functions().rows(self._link, copy, _at(fault)):
             return _refused(fault)
         return None
 
@@ -195,11 +214,11 @@ def _address(driver: ctypes.CDLL, name: str) -> int:
 
 class _Functions(NamedTuple):
     schedule: Any
+    cut: Any
     open: Any
     close: Any
     submit: Any
-    copy: Any
-    run: Any
+    rows: Any
     time: Any
 
 
@@ -211,6 +230,9 @@ def _functions() -> _Functions:
     schedule = pylibrary().portakv_link_schedule
     schedule.argtypes = (c_char_p, c_void_p, c_int64)
     schedule.restype = c_int64
+    cut = pylibrary().portakv_link_cut
+    cut.argtypes = (c_void_p, c_int64, c_int64, c_int64, c_void_p, c_int64)
+    cut.restype = c_int64
     make = core.portakv_link_open
     make.argtypes = (c_void_p,)
     make.restype = c_void_p
@@ -220,13 +242,10 @@ def _functions() -> _Functions:
     submit = core.portakv_link_submit
     submit.argtypes = (c_void_p, c_void_p, c_int64, c_char_p, c_void_p)
     submit.restype = c_int64
-    copy = core.portakv_link_copy
-    copy.argtypes = (c_void_p, c_void_p, c_char_p, c_char_p, c_void_p)
-    copy.restype = c_int64
-    run = core.portakv_link_run
-    run.argtypes = (c_void_p, c_char_p, c_void_p)
-    run.restype = c_int64
+    rows = core.portakv_link_rows
+    rows.argtypes = (c_void_p, c_char_p, c_void_p)
+    rows.restype = c_int64
     time = core.portakv_link_time
     time.argtypes = (c_void_p, c_int, c_void_p)
     time.restype = None
-    return _Functions(schedule, make, close, submit, copy, run, time)
+    return _Functions(schedule, cut, make, close, submit, rows, time)

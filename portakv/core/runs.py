@@ -9,6 +9,7 @@ the address of a plan's words.
 from __future__ import annotations
 
 import ctypes
+from array import array
 from collections.abc import Callable, Sequence
 from functools import cache
 from struct import Struct
@@ -44,6 +45,7 @@ class _Functions(NamedTuple):
     runs_groups: Callable[[bytes, int, int, int, int], int]
     pieces_list: Callable[[int, bytes, int, int], int]
     pieces_fold: Callable[[bytes, int, int], int]
+    pieces_count: Callable[[int, int, int, int, int], int]
 
 
 @cache
@@ -56,6 +58,7 @@ def _functions() -> _Functions:
         "runs_groups": [words, number, number, number, number],
         "pieces_list": [pointer, words, pointer, number],
         "pieces_fold": [words, pointer, number],
+        "pieces_count": [pointer, number, number, pointer, pointer],
     }
     core = pylibrary()
     functions: dict[str, Any] = {}
@@ -101,6 +104,17 @@ def count_groups(
         return None
     number = _functions().runs_groups(words, unit, src_limit, dst_limit, most)
     return None if number == _OUTSIDE else _known(number)
+
+
+def count_pieces(plan: int, units: int, groups: int, limits: array[int]) -> tuple[int, int]:
+    """Return how many runs so many units in groups have, and about how many pieces.
+
+    ``limits``: of folding.
+    """
+    out = (ctypes.c_int64 * 2)()
+    at = ctypes.addressof(out)
+    _known(_functions().pieces_count(plan, units, groups, limits.buffer_info()[0], at))
+    return out[0], out[1]
 
 
 class NeedsEdges(Exception):

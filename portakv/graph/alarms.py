@@ -21,7 +21,7 @@ from functools import partial
 from typing import NamedTuple
 from weakref import ref
 
-from portakv.graph.meter import Family, Meter, Metered, Sample, Source, figures_of
+from portakv.graph.meter import Family, Meter, Sample, Source, figures_of
 from portakv.graph.trace import Figures
 from portakv.runtime.devices import this_process
 from portakv.runtime.interrupts import uninterrupted
@@ -152,11 +152,11 @@ class Alarms:
 
     def __init__(
         self,
-        *sources: Source | Metered,
+        *sources: Source,
         clock: Callable[[], float] = time.monotonic,
         log: RateLimitedLog | None = None,
         new: bool = False,
-        **stores: Source | Metered,
+        **stores: Source,
     ) -> None:
         self._meter = Meter(*sources, **stores)
         self._clock = clock
@@ -213,7 +213,7 @@ class Alarms:
 class _Weak:
     """The figures of a source that is not kept alive; none once it is gone."""
 
-    def __init__(self, source: Source | Metered) -> None:
+    def __init__(self, source: Source) -> None:
         self._source = ref(source)
 
     @property
@@ -249,7 +249,7 @@ class Watch:
         self._stopping = threading.Event()
         self.thread: threading.Thread | None = None
 
-    def add(self, source: Source | Metered) -> None:
+    def add(self, source: Source) -> None:
         """Look at a source that has just opened, until it is gone."""
         weak = _Weak(source)
         alarms = Alarms(weak, clock=self._clock, log=self._log, new=True)
@@ -297,7 +297,7 @@ class Watch:
         return True
 
 
-def watch(source: Source | Metered) -> None:
+def watch(source: Source) -> None:
     """Warn of faults of a source that lasts, from the thread of this process.
 
     The source is not kept alive. In a forked process, sources that were opened before the fork are
@@ -308,15 +308,10 @@ def watch(source: Source | Metered) -> None:
 
     Raises `InvalidTerms` for an object without figures.
     """
-    uninterrupted(partial(_watch_of_process().add, source))
-
-
-def _watch_of_process() -> Watch:
-    """Return the watch of this process; a forked process makes another."""
     global here
     if here.process.forked:
         here = Watch()
-    return here
+    uninterrupted(partial(here.add, source))
 
 
 #: The watch of this process.

@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from heapq import heappop, heappush
+from heapq import heapify, heappop, heappush
 from traceback import clear_frames
 from typing import Literal, TypeAlias, TypeVar, cast, get_args
 from weakref import WeakKeyDictionary
@@ -21,18 +21,18 @@ import numpy as np
 
 from portakv import arguments
 from portakv.errors import InvalidTerms, TransferCancelled, TransferError
-from portakv.graph.running import Pace, Running
 from portakv.graph.task import Lease, Mask, Pool, Task, Workers, check_pool
-from portakv.graph.timers import Timers, Unrun
 from portakv.graph.trace import COUNTED, Counts, Figures, Ran, Trace
 from portakv.runtime.devices import this_process
 from portakv.runtime.interrupts import Condition, uninterrupted
-from portakv.runtime.worker import EXIT_SECONDS
+from portakv.runtime.worker import EXIT_SECONDS, RateLimit
 
 T = TypeVar("T")
 
 #: How soon a task is due.
 Priority: TypeAlias = Literal["urgent", "normal", "background"]
+#: How a task ends that did not run.
+Unrun: TypeAlias = Literal["cancelled", "late", "dropped"]
 #: Seconds after its submission at which a task of each priority is due.
 SLACK = {"urgent": 0.0, "normal": 0.05, "background": 2.0}
 #: Seconds between two steps of `Graph.run_steps`, in which a thread wakes that sleeps on the lock.
@@ -40,6 +40,15 @@ YIELD = 2e-4
 #: Seconds of `Graph.run_steps` after which other threads get the lock: its steps run together
 #: until then, since a thread that sleeps may wait 5 ms for the interpreter.
 HOLD = 1e-3
+#: Figures of queues, and their attributes.
+QUEUE_FIGURES = {
+    "queue_bytes": "queued_bytes",
+    "queue_ran_bytes_total": "ran_bytes",
+    "queue_oldest_seconds": "oldest_wait",
+    "queue_slow": "slow",
+}
+#: The most seconds for which a thread sleeps.
+LONGEST = 3600.0
 
 
 @dataclass
@@ -59,7 +68,11 @@ class _Waiting:
 class Queue(Workers):
     """A queue of tasks with ``width`` workers, which `Graph.queue` makes.
 
-    ``queued_bytes`` are the bytes of tasks that were submitted for it and have not ended.
+    Attributes:
+        max_gbps: the most 10^9 bytes of tasks that start in a second; None: no limit.
+        queued_bytes: of tasks that were submitted for it and have not ended.
+        ran_bytes: of tasks that have run.
+        running: the tasks that run, with their starts.
     """
 
     def __init__(
@@ -69,10 +82,14 @@ class Queue(Workers):
         self.name = name
         self.width = max(1, width)
         self.stall = stall_seconds
-        self.pace = Pace(max_gbps, graph.clock)
+        self.max_gbps = max_gbps
         self.tier = name.partition(":")[0]
         self.change = Condition(graph.lock)
         self.queued_bytes = 0
+        self.ran_bytes = 0
+        self.running = dict[Task, float]()
+        self._limit = None if max_gbps is None else RateLimit(max_gbps, graph.clock)
+        self._next_start = 0.0  # of a task, by the limit
         self.threads = list[threading.Thread]()  # of the workers
         # True while a worker that ended a task takes the next: to wake another costs more than a
         # task.
@@ -80,12 +97,6 @@ class Queue(Workers):
         # (due, number, task): urgent and normal ones, the background's, and those of these that
         # are `Task.alone`, so that none of them holds up another kind.
         self.heaps = [list[tuple[float, int, Task]]() for _ in range(3)]
-        self.running = Running()
-
-    @property
-    def max_gbps(self) -> float | None:
-        """Return the most 10^9 bytes of tasks that start in a second; None: no limit."""
-        return self.pace.max_gbps
 
     @property
     def oldest_wait(self) -> float:
@@ -98,7 +109,8 @@ class Queue(Workers):
     def slow(self) -> bool:
         """Return True if a task has run longer than ``stall_seconds``; new background tasks are
         dropped."""
-        return self.running.longest(self.graph.clock()) > self.stall
+        now = self.graph.clock()
+        return now - min(self.running.values(), default=now) > self.stall
 
     def push(self, task: Task, /) -> None:
         """Queue a task for the workers."""
@@ -133,17 +145,19 @@ class Queue(Workers):
                 now = self.graph.sweep()
                 kinds = 1
                 # One worker is left for tasks that are not of the background.
-                if self.running.background < max(1, self.width - 1):
-                    kinds = 2 if self.running.alone else 3
+                background = [task for task in self.running if task.schedule.background]
+                if len(background) < max(1, self.width - 1):
+                    kinds = 2 if any(task.alone for task in background) else 3
                 heaps = [heap for heap in self.heaps[:kinds] if heap]
-                start = self.pace.next_start
+                start = self._next_start
                 if start > now or not heaps:
                     self.change.wait(start - now if start > now else None)
                 elif (task := heappop(min(heaps))[2]).state == "queued":  # it was not cancelled
                     task.outcome.state = "running"
-                    self.running.add(task, now)
-                    if self.pace.max_gbps:
-                        self.pace.start(task.nbytes)
+                    self.running[task] = now
+                    if self._limit is not None:
+                        self._limit.start_of(task.nbytes)
+                        self._next_start = self._limit.start_of(0)
                         self.change.notify()  # another worker waits until then
                     return task
         return None
@@ -162,7 +176,8 @@ class Queue(Workers):
                 error = caught
                 landed = None
             with graph.lock:
-                start = self.running.remove(task)
+                start = self.running.pop(task)
+                self.ran_bytes += task.nbytes
                 end = graph.clock()
                 schedule = task.schedule
                 what = schedule.number, task.name, task.blocks, task.nbytes, (*task.ran_before(),)
@@ -209,7 +224,9 @@ class Graph:
         self.counts = Counts()
         self.live = set[Task]()
         self.todo = list[Task]()
-        self.timers = Timers()
+        # The times at which tasks end that have not run: when, number, state at the end, task.
+        self.timers = list[tuple[float, int, Unrun, Task]]()
+        self._sleepers = set[threading.Lock]()  # one locked lock for each thread in `pause`
         self.waiting = WeakKeyDictionary[Pool, _Waiting]()
 
     def queue(
@@ -352,15 +369,11 @@ class Graph:
             self.settle()
             self.sweep()
         except BaseException as error:  # raised by a pool, or an interrupt
-            self._fail(tasks, error)
+            for task in tasks:
+                if task in self.live and task.state != "running":
+                    self.end(task, None, "failed", error)
+            self.settle()
             raise
-
-    def _fail(self, tasks: Sequence[Task], error: BaseException) -> None:
-        """End the tasks that do not run by an error."""
-        for task in tasks:
-            if task in self.live and task.state != "running":
-                self.end(task, None, "failed", error)
-        self.settle()
 
     def _enter(self, task: Task, due: float, background: bool) -> None:
         """Register a new task. Tasks of other transfers that it waits for become as urgent."""
@@ -427,28 +440,50 @@ class Graph:
         return cancelled
 
     def end_at(self, when: float, task: Task, state: Unrun) -> None:
-        """Cancel a task at a time, by `sweep`."""
-        self.timers.add(when, task, state, self.live)
+        """Cancel a task at a time, by `sweep`; under the lock."""
+        # Most timers are of tasks that ended in time.
+        if len(self.timers) > 2 * len(self.live) + 100:
+            self.timers = [x for x in self.timers if not x[3].outcome.ended]
+            heapify(self.timers)
+        heappush(self.timers, (when, task.schedule.number, state, task))
+        if self.timers[0][3] is task:
+            self.wake()
 
     def pause(self, task: Task, until: float, now: float) -> None:
-        """Wait for the end of a task, for a timer, or until a time; perhaps for less."""
-        self.timers.pause(task, until, now)
+        """Sleep until the end of a task, a time, or the time of the next timer; perhaps for less.
+
+        Takes no lock of the graph, so an interrupt leaves no lock locked.
+        """
+        sleeper = threading.Lock()
+        sleeper.acquire()
+        self._sleepers.add(sleeper)
+        task.schedule.watched = True
+        if not task.outcome.ended:  # the thread that ends it from now on wakes this thread
+            until = min(until, now + LONGEST, *(timer[0] for timer in self.timers[:1]))
+            sleeper.acquire(timeout=max(0.0, until - now))
+        self._sleepers.discard(sleeper)
 
     def wake(self) -> None:
         """Wake the threads in `pause`; under the lock."""
-        self.timers.wake()
+        for sleeper in tuple(self._sleepers):
+            self._sleepers.discard(sleeper)
+            sleeper.release()
 
     def sweep(self) -> float:
         """Cancel tasks that are late, and return the time. Workers and waiting callers call it."""
         now = self.clock()
-        if self.timers.expired(now):
+        if self._expired(now):
             self.run(partial(self._sweep, now))
         return now
 
+    def _expired(self, now: float) -> bool:
+        """Return True if the time of the first timer has come, or its task has ended."""
+        return any(timer[0] <= now or timer[3].outcome.ended for timer in self.timers[:1])
+
     def _sweep(self, now: float) -> None:
         """Cancel tasks that are late, under the lock."""
-        while (timer := self.timers.pop(now)) is not None:
-            task, state = timer
+        while self._expired(now):
+            *_, state, task = heappop(self.timers)
             waits = task.state == "leasing" and task.lease and task.lease.until is not None
             if state == "late" or waits:
                 self.cancel(task, state)
@@ -600,8 +635,8 @@ class Graph:
         schedule.followers = []
         if schedule.watched:
             self.wake()
-        on_end = outcome.on_end
-        outcome.on_end = None
+        on_end = task.on_end
+        task.on_end = None
         if on_end:
             on_end()
         if lease:
@@ -648,14 +683,8 @@ class Graph:
         """Return the figures, under the lock."""
         figures = self.trace.statistics() | self.counts.statistics()
         queues = [*self.queues.values()]
-        figures["queue_bytes"] = [{"queue": x.name, "value": x.queued_bytes} for x in queues]
-        figures["queue_ran_bytes_total"] = [
-            {"queue": x.name, "value": x.running.ran_bytes} for x in queues
-        ]
-        figures["queue_oldest_seconds"] = [
-            {"queue": x.name, "value": x.oldest_wait} for x in queues
-        ]
-        figures["queue_slow"] = [{"queue": x.name, "value": x.slow} for x in queues]
+        for name, attribute in QUEUE_FIGURES.items():
+            figures[name] = [{"queue": x.name, "value": getattr(x, attribute)} for x in queues]
         return figures
 
     def close(self, timeout: float = EXIT_SECONDS) -> bool:

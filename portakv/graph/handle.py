@@ -6,7 +6,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from typing import Literal, NamedTuple, TypeAlias, cast
+from typing import Literal, TypeAlias, cast
 
 import numpy as np
 import torch
@@ -20,39 +20,6 @@ from portakv.runtime.transfer import Completion, Pending, Transfer
 
 #: How blocks that do not land are reported: the end raises, or it does not.
 Missing: TypeAlias = Literal["raise", "skip"]
-
-
-class _Allowed(NamedTuple):
-    """The blocks that may be missing at the end, and the function that explains missing blocks."""
-
-    skip: bool  # any block
-    excused: Mask | bool
-    why: Callable[[Mask], str] | None
-
-
-class _Issued:
-    """Copies of a handle that were issued, which no worker makes.
-
-    Attributes:
-        ends: the end of each copy.
-        blocks: the blocks that the copies move.
-        ordered: True once a stream waits for the copies.
-    """
-
-    __slots__ = ("blocks", "ends", "ordered")
-
-    def __init__(self, transfer: Transfer, blocks: Mask) -> None:
-        self.ends = transfer.completions
-        self.blocks = blocks
-        self.ordered = False
-
-    def are_there(self) -> bool:
-        """Return True if a reader of the blocks finds their bytes, unless a copy failed."""
-        return self.ordered or all(each.ended() for each in self.ends)
-
-    def failed(self) -> bool:
-        """Return True if a copy failed."""
-        return any(each.error is not None for each in self.ends)
 
 
 class Handle(Transfer):
@@ -78,10 +45,14 @@ class Handle(Transfer):
     """
 
     __slots__ = (
-        "_allowed",
         "_barriers",
+        "_excused",
         "_graph",
         "_issued",
+        "_issued_blocks",
+        "_ordered",
+        "_skip",
+        "_why",
         "cancelled",
         "form",
         "layers",
@@ -105,8 +76,13 @@ class Handle(Transfer):
         self.layers = [Handle(graph, layer, missing=missing, why=why) for layer in layers]
         self._graph = graph
         self._barriers = (*layers, *barriers)
-        self._allowed = _Allowed(missing == "skip", excused, why)
-        self._issued: _Issued | None = None
+        self._skip = missing == "skip"
+        self._excused = excused
+        self._why = why
+        # The ends of copies that were issued, which no worker makes, and the blocks that they move.
+        self._issued: Sequence[Completion] = ()
+        self._issued_blocks: Mask | None = None
+        self._ordered = False  # a stream waits for these copies
         self.cancelled = False
         self.form = ""
         self.released: Transfer | None = None
@@ -136,7 +112,8 @@ class Handle(Transfer):
 
         The handle ends after it, too.
         """
-        self._issued = _Issued(transfer, blocks)
+        self._issued = transfer.completions
+        self._issued_blocks = blocks
         self.completions = (*transfer.completions, *self.completions)
         self._retained = transfer
 
@@ -145,7 +122,7 @@ class Handle(Transfer):
 
         Also while another thread captures a graph.
         """
-        for completion in () if self._issued is None else self._issued.ends:
+        for completion in self._issued:
             event = completion.event
             with nullcontext() if event is None else ignoring_captures(event.device):
                 if not completion.ended():
@@ -155,7 +132,7 @@ class Handle(Transfer):
     @property
     def is_issued(self) -> bool:
         """Return whether all copies were issued: `wait` orders a stream, and blocks no host."""
-        return self._issued is not None and bool(self._issued.ends) and not self._barriers
+        return bool(self._issued) and not self._barriers
 
     @property
     def landed(self) -> Mask:
@@ -163,18 +140,18 @@ class Handle(Transfer):
 
         After `wait`, the blocks of a copy that was issued count: the stream finds their bytes.
         """
-        return self._landed(self._issued is not None and self._issued.are_there())
+        return self._landed(self._ordered or all(each.ended() for each in self._issued))
 
     def _landed(self, there: bool) -> Mask:
         """Return the blocks that workers landed, and those that were issued if they are there."""
         landed = np.array(self._barriers[-1].landed if self._barriers else (), np.bool_)
-        issued = self._issued
-        if issued is None:
+        blocks = self._issued_blocks
+        if blocks is None:
             return landed
-        there = there and not issued.failed()
+        there = there and not any(each.error for each in self._issued)
         if not self._barriers:
-            return issued.blocks & there
-        return np.where(issued.blocks, there, landed)
+            return blocks & there
+        return np.where(blocks, there, landed)
 
     def when_ended(self, call: Callable[[], object]) -> None:
         """Have a function called once when workers have ended their part, or now if they have.
@@ -200,14 +177,12 @@ class Handle(Transfer):
 
     def cancel(self) -> bool:
         """Start no further block; return True if some blocks will not be moved."""
-        left = bool(self._barriers) and self._graph.run(self._cancel)
+        graph = self._graph
+        left = False
+        if self._barriers:  # each retains the tasks that it follows
+            left = any(graph.run(lambda: [graph.cancel(barrier) for barrier in self._barriers]))
         self.cancelled = self.cancelled or left
         return left
-
-    def _cancel(self) -> bool:
-        """Cancel all barriers; each retains the tasks that it follows."""
-        left = [self._graph.cancel(barrier) for barrier in self._barriers]
-        return any(left)
 
     def wait(self, stream: torch.Stream | None = None) -> None:
         """Make the current stream (or ``stream``) wait; block the host until workers have ended.
@@ -215,8 +190,7 @@ class Handle(Transfer):
         No stream has the work of workers. Raises the same errors as `done` after that.
         """
         super().wait(stream)
-        if self._issued is not None:
-            self._issued.ordered = True
+        self._ordered = True
         if self._barriers:
             self._finish()
 
@@ -242,15 +216,14 @@ class Handle(Transfer):
                 "Wait there."
             )
         kind = TransferCancelled if isinstance(barrier.error, TransferCancelled) else TransferError
-        allowed = self._allowed
-        if not ((landed | allowed.excused).all() or (allowed.skip and kind is TransferError)):
+        if not ((landed | self._excused).all() or (self._skip and kind is TransferError)):
             counts = f"{landed.sum()} of {len(landed)} blocks landed."
             raise kind(f"{counts} {self._explain(barrier, landed)}") from barrier.error
 
     def _explain(self, barrier: Task, landed: Mask) -> str:
         """Return why blocks did not land, and how the caller may proceed."""
         sentences = []
-        details = self._allowed.why(landed) if self._allowed.why else ""
+        details = self._why(landed) if self._why else ""
         if details:
             sentences.append(f"{details}.")
         if barrier.error:

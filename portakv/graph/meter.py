@@ -7,18 +7,18 @@ Nothing is counted for a meter that its sources do not count anyway: it reads th
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, TypeAlias
 
 from portakv.arguments import invalid
 from portakv.graph.metrics import METRICS, Kind, Metric
-from portakv.graph.trace import Figures
+from portakv.graph.trace import Figures, Samples
 
 #: What ends the names of the series of a histogram.
 _SERIES = ("bucket", "sum", "count")
 _EXPECTED = "an object with figures, such as a Graph, a BlockStore or a Reader"
 
 
-class Source(Protocol):
+class Counted(Protocol):
     """A `Graph`, a `BlockStore`, or an object with figures of the same form."""
 
     def statistics(self) -> Figures:
@@ -30,6 +30,10 @@ class Metered(Protocol):
 
     def figures(self) -> Figures:
         """Return figures by name, in the form of `Graph.statistics`."""
+
+
+#: What has figures.
+Source: TypeAlias = Counted | Metered
 
 
 class Sample(NamedTuple):
@@ -62,8 +66,8 @@ class Meter:
     Raises `InvalidTerms` for an object without figures.
     """
 
-    def __init__(self, *sources: Source | Metered, **stores: Source | Metered) -> None:
-        self._sources = list[tuple[dict[str, str], Source | Metered]]()
+    def __init__(self, *sources: Source, **stores: Source) -> None:
+        self._sources = list[tuple[dict[str, str], Source]]()
         for name, source in stores.items():
             self._sources.append(({"store": name}, _checked(name, source)))
         for source in sources:
@@ -84,7 +88,7 @@ class Meter:
         return [family for family in families.values() if family.samples]
 
 
-def figures_of(source: Source | Metered) -> Figures:
+def figures_of(source: Source) -> Figures:
     """Return the figures of a source, as they are now."""
     figures = getattr(source, "figures", None)
     if callable(figures):
@@ -93,14 +97,12 @@ def figures_of(source: Source | Metered) -> Figures:
     return source.statistics()  # type: ignore[union-attr]
 
 
-def by_label(
-    name: str, counts: Mapping[str, float], keys: Iterable[str]
-) -> list[dict[str, str | float]]:
+def by_label(name: str, counts: Mapping[str, float], keys: Iterable[str]) -> Samples:
     """Return samples of some of a source's counts, with their names as the label ``name``."""
     return [{name: key, "value": counts.get(key, 0)} for key in keys]
 
 
-def _checked(name: str, source: Source | Metered) -> Source | Metered:
+def _checked(name: str, source: Source) -> Source:
     if any(callable(getattr(source, each, None)) for each in ("figures", "statistics")):
         return source
     raise invalid(name, _EXPECTED, source)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from portakv.errors import Unsupported
 from portakv.extras import installing
-from portakv.graph.meter import Family, Meter, Metered, Sample, Source
+from portakv.graph.meter import Family, Meter, Sample, Source
 from portakv.graph.metrics import METRICS, NAMESPACE, Metric
 from portakv.runtime import tracing
 
@@ -45,9 +45,9 @@ class _Readings:
 
 
 def observe(
-    *sources: Source | Metered,
+    *sources: Source,
     meter_provider: MeterProvider | None = None,
-    **stores: Source | Metered,
+    **stores: Source,
 ) -> None:
     """Have OpenTelemetry read the figures of sources whenever it exports.
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from portakv.errors import Unsupported
 from portakv.extras import installing
-from portakv.graph.meter import Meter, Metered, Source
+from portakv.graph.meter import Meter, Source
 from portakv.graph.metrics import PREFIX
 
 if TYPE_CHECKING:
@@ -24,7 +24,7 @@ class Collector:
     `Unsupported` if the package is not installed.
     """
 
-    def __init__(self, *sources: Source | Metered, **stores: Source | Metered) -> None:
+    def __init__(self, *sources: Source, **stores: Source) -> None:
         self._meter = Meter(*sources, **stores)
         try:
             from prometheus_client.core import Metric

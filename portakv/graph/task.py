@@ -98,12 +98,6 @@ def check_pool(pool: object) -> None:
         raise arguments.invalid("pool", "an object with take() and give()", pool)
 
 
-def _check_queue(queue: object) -> None:
-    """Raise `InvalidTerms` for an object that is not a queue of a graph."""
-    if not isinstance(queue, Workers):
-        raise arguments.invalid("queue", "a Queue", queue, "Take it from Graph.queue(name).")
-
-
 @dataclass(eq=False, slots=True)
 class Schedule:
     """The place of a task among the tasks of its graph, which changes it under the graph's lock.
@@ -146,10 +140,9 @@ class Outcome:
         landed: the blocks that landed.
         short: the queue of the first task before a barrier that did not move all of its blocks,
             without an error; else empty.
-        on_end: see `Task.on_end`.
     """
 
-    __slots__ = ("cut", "ended", "error", "landed", "left", "on_end", "short", "state")
+    __slots__ = ("cut", "ended", "error", "landed", "left", "short", "state")
 
     def __init__(self, blocks: int) -> None:
         self.state = "new"
@@ -159,7 +152,6 @@ class Outcome:
         self.landed: Mask = np.zeros(blocks, np.bool_)
         self.left: Mask = self.landed
         self.short = ""
-        self.on_end: Callable[[], object] | None = None
 
     @property
     def is_short(self) -> bool:
@@ -198,6 +190,8 @@ class Task:
     Attributes:
         alone: a background task that keeps the interpreter rather than a device. A queue runs one
             of them at a time, as more would only make urgent work wait; set it before `submit`.
+        on_end: a function that is called once at the end, under the graph's lock; set it under that
+            lock.
         schedule: its place among the tasks of its graph.
         outcome: its state and its result.
     """
@@ -213,6 +207,7 @@ class Task:
     eligible: Mask | Sequence[bool] | Callable[[], Mask] | None = None
     name: str = ""
     alone: bool = field(default=False, init=False)
+    on_end: Callable[[], object] | None = field(default=None, init=False)
     schedule: Schedule = field(init=False)
     outcome: Outcome = field(init=False)
 
@@ -223,8 +218,9 @@ class Task:
         arguments.whole("nbytes", self.nbytes)
         arguments.flag("rescue", self.rescue)
         arguments.text("name", self.name, least=0)
-        if self.queue is not None:
-            _check_queue(self.queue)
+        if self.queue is not None and not isinstance(self.queue, Workers):
+            do = "Take it from Graph.queue(name)."
+            raise arguments.invalid("queue", "a Queue", self.queue, do)
         if self.lease is not None:
             arguments.instance("lease", self.lease, Lease)
         self.after = self._dependencies()
@@ -254,18 +250,6 @@ class Task:
     def landed(self) -> Mask:
         """Return the blocks that landed, bool ``[blocks]``, which are known after the end."""
         return self.outcome.landed
-
-    @property
-    def on_end(self) -> Callable[[], object] | None:
-        """Return the function that is called once at the end, under the graph's lock.
-
-        Set it under that lock.
-        """
-        return self.outcome.on_end
-
-    @on_end.setter
-    def on_end(self, call: Callable[[], object] | None) -> None:
-        self.outcome.on_end = call
 
     def _dependencies(self) -> list[Dependency]:
         """Return the checked ``after``; raise `InvalidTerms` for other objects than tasks."""

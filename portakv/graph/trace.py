@@ -17,8 +17,10 @@ import numpy as np
 from portakv.arguments import invalid
 from portakv.errors import PortaKVError
 
-#: Samples by the name of a figure: labels, and a "value".
-Figures: TypeAlias = dict[str, list[dict[str, str | float]]]
+#: Samples of a figure: labels, and a "value".
+Samples: TypeAlias = list[dict[str, str | float]]
+#: Samples by the name of a figure.
+Figures: TypeAlias = dict[str, Samples]
 #: One entry of Chrome's trace format.
 Event = dict[str, Any]
 #: Bounds of the histogram of the seconds that tasks ran.
@@ -47,9 +49,14 @@ class Ran(NamedTuple):
 
 class Spent:
     """The seconds of many tasks: their sum, and the tasks up to each bound and above the one before
-    it."""
+    it.
+
+    Attributes:
+        waited: the seconds that the tasks waited for a worker.
+    """
 
     def __init__(self) -> None:
+        self.waited = 0.0
         self._sum = 0.0
         self._ran = [0] * len(BOUNDS)
 
@@ -61,7 +68,7 @@ class Spent:
     def samples(self, name: str, labels: Mapping[str, str]) -> Figures:
         """Return the series of a histogram, in the form of `Graph.statistics`."""
         ran = [*self._ran]
-        buckets: list[dict[str, str | float]] = [
+        buckets: Samples = [
             {**labels, "le": le, "value": many}
             for le, many in zip(SECONDS, accumulate(ran), strict=True)
         ]
@@ -90,11 +97,11 @@ class Counts:
     def statistics(self) -> Figures:
         """Return the figures, in the form of `Graph.statistics`."""
         self.sum_up()
-        blocks: list[dict[str, str | float]] = [
+        blocks: Samples = [
             {"tier": tier, "op": op, "result": result, "value": n}
             for (tier, op, result), n in self.blocks.items()
         ]
-        nbytes: list[dict[str, str | float]] = [
+        nbytes: Samples = [
             {"tier": tier, "op": op, "value": n} for (tier, op), n in self.nbytes.items()
         ]
         return {"tier_blocks_total": blocks, "tier_bytes_total": nbytes}
@@ -116,12 +123,12 @@ class Trace:
         self.ran: deque[Ran] = deque(maxlen=limit)
         self.notes: deque[Note] = deque(maxlen=NOTES)
         self._seconds = defaultdict[tuple[str, str], Spent](Spent)
-        self._waited = defaultdict[tuple[str, str], float](float)
 
     def add(self, tier: str, task: Ran, waited: float = 0.0) -> None:
         """Record a task that ran, after it had ``waited`` so many seconds for a worker."""
-        self._seconds[tier, task.name].add(task.end - task.start)
-        self._waited[tier, task.name] += waited
+        spent = self._seconds[tier, task.name]
+        spent.add(task.end - task.start)
+        spent.waited += waited
         self.ran.append(task)
 
     def note(self, name: str, at: float, details: dict[str, Any]) -> None:
@@ -130,13 +137,12 @@ class Trace:
 
     def statistics(self) -> Figures:
         """Return the seconds, in the form of `Graph.statistics`."""
-        figures = defaultdict[str, list[dict[str, str | float]]](list)
+        figures = defaultdict[str, Samples](list)
         for (tier, op), spent in self._seconds.items():
-            series = spent.samples("tier_seconds", {"tier": tier, "op": op})
-            for name, samples in series.items():
+            labels = {"tier": tier, "op": op}
+            for name, samples in spent.samples("tier_seconds", labels).items():
                 figures[name] += samples
-            wait: dict[str, str | float] = {"tier": tier, "op": op}
-            figures["tier_wait_seconds_total"].append({**wait, "value": self._waited[tier, op]})
+            figures["tier_wait_seconds_total"].append({**labels, "value": spent.waited})
         return {**figures}
 
     def events(self) -> list[Event]:

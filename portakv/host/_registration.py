@@ -229,7 +229,7 @@ class Registration:
                         "memory on separate pages."
                     )
             live.append(self)
-            add_boundaries(at for at, _ in self.pieces[1:])
+            count_boundaries([at for at, _ in self.pieces[1:]], 1)
 
     def _register(self) -> None:
         code = 0
@@ -295,38 +295,25 @@ class Registration:
             live.remove(self)
             between = [at for at, _ in self.pieces[1:]]
             if between:
-                dropped.append(partial(drop_boundaries, between))
+                dropped.append(partial(count_boundaries, between, -1))
 
 
-def add_boundaries(addresses: Iterable[int]) -> None:
-    """Let no copy cross these addresses."""
+def count_boundaries(addresses: Iterable[int], by: int) -> None:
+    """Let no copy cross these addresses; ``by`` 1 adds them, -1 removes them. Addresses that others
+    added too stay."""
     with _lock:
-        _boundaries.update(addresses)
+        for address in addresses:
+            _boundaries[address] += by
         _update()
 
 
-def drop_boundaries(addresses: Iterable[int]) -> None:
-    """Undo `add_boundaries` of the same addresses; addresses that others added too stay."""
-    with _lock:
-        _boundaries.subtract(addresses)
-        _update()
-
-
-def adopt(pieces: Iterable[tuple[int, int]]) -> None:
-    """Let no copy cross from one of the pieces that other code registered into another."""
+def count_pieces(pieces: Iterable[tuple[int, int]], by: int) -> None:
+    """Let no copy cross from one of the pieces that other code registered into another; ``by`` 1
+    adds the pieces, -1 removes them."""
     with _lock:
         for address, nbytes in pieces:
-            _begins[address] += 1
-            _ends[address + nbytes] += 1
-        _update()
-
-
-def disown(pieces: Iterable[tuple[int, int]]) -> None:
-    """Undo `adopt` of the same pieces."""
-    with _lock:
-        for address, nbytes in pieces:
-            _begins[address] -= 1
-            _ends[address + nbytes] -= 1
+            _begins[address] += by
+            _ends[address + nbytes] += by
         _update()
 
 

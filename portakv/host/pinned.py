@@ -288,8 +288,8 @@ class Adopted:
 
     def __init__(self, pieces: Sequence[tuple[int, int]]) -> None:
         self.pieces = tuple(sorted(pieces))
-        _registration.adopt(self.pieces)
-        forget = partial(_registration.disown, self.pieces)
+        _registration.count_pieces(self.pieces, 1)
+        forget = partial(_registration.count_pieces, self.pieces, -1)
         self._dropped = weakref.finalize(self, _registration.dropped.append, forget)
         self._dropped.atexit = False
 

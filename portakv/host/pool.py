@@ -333,9 +333,13 @@ class PinnedPool:
                     self._refuse()
                     self._check_possible(count, size)  # each time, as growth is in pieces
                     if not wait or self._is_first(caller):
-                        blocks = self._try(caller, count, size, owner)
-                        if blocks is not None:
+                        grow = time.monotonic() >= caller.grow_at
+                        blocks = self._take(count, size, owner, grow)
+                        if isinstance(blocks, list):
                             return blocks
+                        if grow:
+                            caller.refused = blocks
+                            caller.grow_at = time.monotonic() + GROW_AGAIN
                     now = time.monotonic()
                     if now >= until:
                         raise self._exhausted(caller, count, size, within) from caller.refused
@@ -346,17 +350,6 @@ class PinnedPool:
                 if caller.waits:
                     self._waiting.pop(id(caller), None)
                     self._changed.notify_all()
-
-    def _try(self, caller: _Caller, count: int, size: int, owner: str) -> list[Block] | None:
-        """Return blocks, perhaps of new memory; None if there are not enough now."""
-        grow = time.monotonic() >= caller.grow_at
-        blocks = self._take(count, size, owner, grow)
-        if isinstance(blocks, list):
-            return blocks
-        if grow:
-            caller.refused = blocks
-            caller.grow_at = time.monotonic() + GROW_AGAIN
-        return None
 
     def close(self) -> None:
         """Release the memory; tensors of blocks in use still retain their memory.
@@ -520,6 +513,8 @@ class PinnedPool:
     def _take(
         self, count: int, nbytes: int, owner: str, grow: bool
     ) -> list[Block] | HostMemoryError | None:
+        """Return blocks, with ``grow`` perhaps of new memory; None if there are not enough now, or
+        why there was no memory for more."""
         units = self._units(nbytes)
         runs = self._find()
         missing = (count - runs.count(units)) * units

@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import logging
 import warnings
+from collections.abc import Callable, Mapping
 from contextlib import suppress
-from importlib import metadata
+from importlib import import_module, metadata
 from importlib.util import find_spec
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import portakv
 from portakv.errors import PortaKVError
@@ -228,6 +229,20 @@ def log_through(engine: logging.Logger) -> None:
         own.setLevel(engine.getEffectiveLevel())
 
 
+def lazy_names(package: str, modules: Mapping[str, str]) -> Callable[[str], Any]:
+    """Return the ``__getattr__`` of a package that loads each name at its first use.
+
+    ``modules``: by name, the module in the package.
+    """
+
+    def load(name: str) -> Any:
+        if name not in modules:
+            raise AttributeError(f"module {package!r} has no attribute {name!r}")
+        return getattr(import_module(f"{package}.{modules[name]}"), name)
+
+    return load
+
+
 def installed(package: str) -> tuple[str, str] | None:
     """Return the name and the version of the distribution that provides a module, None if missing.
 
@@ -236,7 +251,7 @@ def installed(package: str) -> tuple[str, str] | None:
     """
     with suppress(metadata.PackageNotFoundError):  # the distribution may have another name
         return package, str(metadata.version(package))  # None if its metadata is broken
-    if not _is_here(package):
+    if not is_here(package):
         return None
     for name in metadata.packages_distributions().get(package, ()):
         with suppress(metadata.PackageNotFoundError):  # it was removed meanwhile
@@ -244,10 +259,12 @@ def installed(package: str) -> tuple[str, str] | None:
     return None
 
 
-def _is_here(package: str) -> bool:
-    """Return whether a module could be imported, and import nothing."""
+def is_here(module: str) -> bool:
+    """Return whether a module could be imported. Only its parent packages are imported."""
     try:
-        return find_spec(package) is not None
+        return find_spec(module) is not None
+    except ImportError:  # a parent is missing
+        return False
     except ValueError:  # an imported module without a spec
         return True
 

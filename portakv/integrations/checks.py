@@ -7,13 +7,13 @@ import difflib
 import os
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from portakv.arguments import size_text
-from portakv.errors import InvalidTerms, PortaKVError
+from portakv.errors import PortaKVError
 from portakv.integrations import why_not
 from portakv.integrations.interfaces import lacks
 from portakv.serving.bucket import bucket_of
@@ -45,6 +45,14 @@ class Findings:
     notes: list[str] = field(default_factory=list)
     unchecked: list[str] = field(default_factory=list)
 
+    @contextmanager
+    def catching(self, where: str = "") -> Iterator[None]:
+        """Note the error of a refused term, after the key that has it; the rest is left out."""
+        try:
+            yield
+        except PortaKVError as error:
+            self.errors.append(f"{where}: {error}" if where else str(error))
+
 
 def unknown_keys(config: Mapping[str, Any], known: Iterable[str], owner: str) -> Iterator[str]:
     """Yield a sentence for each key that ``owner`` does not have."""
@@ -63,11 +71,13 @@ def means_ours(name: object, names: Iterable[str]) -> bool:
     return bool(is_close) or text.lower().startswith("porta")
 
 
-def other_values(config: Mapping[str, Any], expected: Mapping[str, str]) -> Iterator[str]:
-    """Yield a sentence for each key that must have one value, and has another one."""
-    for name, value in expected.items():
-        if config.get(name) != value:
-            yield f"Expected {name} {value!r}, got {config.get(name)!r}. Correct it."
+def other_values(config: Mapping[str, Any], expected: Mapping[str, Iterable[str]]) -> Iterator[str]:
+    """Yield a sentence for each key that must have one of some values, and has another one."""
+    for name, values in expected.items():
+        allowed = [*values]
+        if config.get(name) not in allowed:
+            one_of = " or ".join(map(repr, allowed))
+            yield f"Expected {name} {one_of}, got {config.get(name)!r}. Correct it."
 
 
 def check_release(
@@ -107,10 +117,8 @@ def check_places(terms: StoreTerms, findings: Findings, where: str) -> None:
 
 def check_space(terms: StoreTerms, findings: Findings, where: str) -> None:
     """Check as `check_places` does, but no memory."""
-    try:
+    with findings.catching(where):
         terms.check_usable()
-    except InvalidTerms as error:
-        findings.errors.append(f"{where}: {error}")
     findings.warnings += short_of(terms)
     findings.notes += new_folders(terms)
     check_bucket(terms, findings, where)
@@ -175,17 +183,14 @@ def check_bucket(terms: StoreTerms, findings: Findings, where: str) -> None:
     """
     if terms.bucket is None:
         return
-    try:
+    with findings.catching(where):
         bucket = bucket_of(terms.bucket, {**terms.bucket_options, **ONE_TRY})
-    except PortaKVError as error:
-        findings.errors.append(f"{where}: {error}")
-        return
-    if not bucket.check():
-        findings.warnings.append(
-            f"The bucket {bucket.url} does not answer here: {bucket.last_error}. An engine starts "
-            f"without its blocks, and uses it once it answers. Correct the address, the "
-            f"credentials in the environment or bucket_options."
-        )
+        if not bucket.check():
+            findings.warnings.append(
+                f"The bucket {bucket.url} does not answer here: {bucket.last_error}. An engine "
+                f"starts without its blocks, and uses it once it answers. Correct the address, the "
+                f"credentials in the environment or bucket_options."
+            )
 
 
 def gib(nbytes: int) -> str:

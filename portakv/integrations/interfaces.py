@@ -184,6 +184,11 @@ def differences(integration: str) -> list[str]:
     return [text for each in INTERFACES[integration] if (text := _difference(each))]
 
 
+def names_in(module: str, *names: str) -> tuple[str, ...]:
+    """Return names of a module as `lacks` takes them."""
+    return tuple(f"{module}:{name}" for name in names)
+
+
 def lacks(names: Iterable[str]) -> list[str]:
     """Return those names that the installed packages do not define.
 
@@ -289,9 +294,7 @@ def _parameters(function: ast.FunctionDef) -> tuple[tuple[str, ...], set[str]]:
     """Return the names of a function's parameters without ``self``, and of those with a default."""
     arguments = function.args
     names = [each.arg for each in (*arguments.posonlyargs, *arguments.args)]
-    optional = {*names[len(names) - len(arguments.defaults) :]} - {"self", "cls"}
-    if not arguments.defaults:
-        optional = set()
+    optional = {*names[len(names) - len(arguments.defaults) :]}
     if names[:1] in (["self"], ["cls"]):
         del names[0]
     for each, default in zip(arguments.kwonlyargs, arguments.kw_defaults, strict=True):

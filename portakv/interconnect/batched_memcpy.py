@@ -6,10 +6,14 @@ No kernel runs on the device. The host pays for each piece.
 
 from __future__ import annotations
 
+from array import array
+
 import torch
 
 from portakv.backends.base import Capabilities, Decision, Launch
-from portakv.interconnect.link import link_of
+from portakv.core.call import OTHERWISE
+from portakv.core.link import COUNT
+from portakv.interconnect.link import CheckedCopy, CudaLink, link_of, uncut
 from portakv.interconnect.strategy import PINNED, Move, Strategy, StrategyLaunch
 from portakv.plan.plan import CopyPlan
 from portakv.runtime import streams
@@ -44,6 +48,9 @@ class _BatchedMemcpyLaunch(StrategyLaunch):
         super().__init__(plan, device)
         self.bare = _Copies(plan, device)  # see `Prepared`
 
+    def cross(self, copy: CheckedCopy) -> int:
+        return self.bare.cross(copy)
+
     def enqueue(self, move: Move, stream: torch.Stream | None, status: torch.Tensor | None) -> None:
         try:
             self.bare.enqueue(move, stream, status)
@@ -60,6 +67,16 @@ class _Copies(StrategyLaunch):
         super().__init__(plan, device)
         self._plan = plan
         self._link = link_of(device)
+        self._words: array[int] | None = None  # of the plan, for a link by the driver
+        if isinstance(self._link, CudaLink):
+            self._words = self._link.words_of(plan, uncut(self.downward))
+
+    def cross(self, copy: CheckedCopy) -> int:
+        link = self._link
+        if self._words is None or not isinstance(link, CudaLink):
+            return OTHERWISE
+        fault = link.pieces(self._words, copy)
+        return copy.words[COUNT] << 2 if fault is None else link.refused(fault)
 
     def enqueue(self, move: Move, stream: torch.Stream | None, status: torch.Tensor | None) -> None:
         # Every id is checked on the host before anything is moved.

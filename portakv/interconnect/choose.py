@@ -43,7 +43,6 @@ _log = logging.getLogger(__name__)
 _NO_TERMS = Terms()
 _NONE = frozenset[str]()
 _PICKS = 1024  # cached by one launch
-_FEW = 64  # units whose groups are counted in the time of one pick
 _UNSTAGED = ("batched_memcpy", "zero_copy")  # these take no memory of the device
 
 
@@ -138,8 +137,8 @@ class HostLaunch(StrategyLaunch):
         self._readies: dict[str, Prepared] = {}  # the same, as callers call them directly
         self._whole = RunCounter(plan, fold_below=below)
         self._of_host = RunCounter.of_host(plan, below)
+        self.counted = plan.unit, *self._whole.limits, self._of_host.limits[1]
         self._picks: Bounded[tuple[object, ...], Pick] = Bounded("picks of strategies", _PICKS)
-        self._last = threading.local()
 
     def pick(self, move: Move, guarded: bool = False, quick: bool = False) -> Pick:
         """Return the strategy that a transfer takes; move nothing.
@@ -180,23 +179,9 @@ class HostLaunch(StrategyLaunch):
             picked = self._pick_by(1, 1, count, limits)
             if picked.strategy == "zero_copy":
                 return picked
-            few = not waits and count <= _FEW * self.plan.unit  # counted sooner than compared
-            if not few and self._any_groups(picked, count, limits):
-                return picked
         groups = self._whole.groups(move.src_index, move.dst_index, count)
         host_groups = self._of_host.groups(host_index, host_index, count)
         return self._pick_by(groups, host_groups, count, limits)
-
-    def _any_groups(self, picked: Pick, count: int, limits: _Limits) -> bool:
-        """Return whether any groups have the strategy of the fewest.
-
-        The most groups on one side or on both are the dearest for one strategy or for both.
-        """
-        most = max(1, count // self.plan.unit)
-        corners = ((most, 1), (1, most), (most, most))
-        return all(
-            self._pick_by(*groups, count, limits).strategy == picked.strategy for groups in corners
-        )
 
     def _pick_by(self, groups: int, host_groups: int, count: int, limits: _Limits) -> Pick:
         """Pick for so many groups of neighbours on both sides together, and on the host."""
@@ -250,6 +235,25 @@ class HostLaunch(StrategyLaunch):
             return None
         self._host.log(picked.strategy, picked.why)
         return strategy.kernels[self.plan.src.place], (picked.strategy, picked.why)
+
+    def pick_counted(
+        self, count: int, groups: int, host_groups: int, host: KVView, new: bool
+    ) -> tuple[Launch, tuple[str, str]] | None:
+        """Return the launch that makes a copy whose groups were counted, with the strategy and the
+        reason for it; None: the strategy that was picked does not take it.
+
+        Args:
+            groups, host_groups: of units that follow each other, on both sides and on the host's.
+            host: the view of the host.
+            new: ids are a caller's for one call.
+        """
+        picked = self._pick_by(groups, host_groups, count, _Limits(self.out, _NONE, new))
+        launch = self.prepared(picked.strategy)
+        strategy = self.strategies.get(picked.strategy)
+        if launch is None or strategy is None or strategy.refuses(host):
+            return None
+        self._host.log(picked.strategy, picked.why)
+        return launch, (picked.strategy, picked.why)
 
     def picked_for(self, move: Move) -> tuple[Prepared, tuple[str, str]]:
         """See `Picks`; raise as the function `pick` does."""
@@ -326,14 +330,7 @@ class HostLaunch(StrategyLaunch):
             _, carried = instead
             pending = self.launch_by(carried[0], move, stream, status)
         self._host.log(*carried)
-        self._last.carried = carried
         return pending
-
-    @property
-    def carried(self) -> tuple[str, str] | None:
-        """Return the strategy of this thread's last transfer, and why, as a phrase. None before the
-        first transfer."""
-        return getattr(self._last, "carried", None)
 
     def prepared(self, name: str) -> Launch | None:
         """Return the launch of a strategy, prepared at its first use. None: it cannot be

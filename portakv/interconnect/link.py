@@ -8,15 +8,18 @@ core lists the pieces and calls the driver, by the rules below. Other devices co
 from __future__ import annotations
 
 import threading
+from array import array
 from bisect import bisect_right
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache, cached_property
 from typing import NoReturn
 
 import torch
 
+from portakv.core.call import DRIVER
 from portakv.core.link import (
     BATCH,
+    CHECKED,
     COPY,
     EDGES,
     EVENT,
@@ -25,13 +28,22 @@ from portakv.core.link import (
     WORD,
     Fault,
     Link,
+    pack_copy,
     pack_crossing,
 )
 from portakv.errors import TransferError
-from portakv.interconnect.pieces import ALL, Pieces, Uncrossed, pieces_of, request_of
+from portakv.interconnect.pieces import (
+    ALL,
+    Pieces,
+    Uncrossed,
+    check_copy,
+    limits_of,
+    pieces_of,
+    whole_bytes,
+)
 from portakv.plan.move import Move
 from portakv.plan.plan import CopyPlan
-from portakv.plan.runs import outside
+from portakv.plan.runs import outside, side_words
 from portakv.runtime import cuda
 from portakv.runtime.devices import inside
 from portakv.runtime.streams import own_stream
@@ -203,22 +215,43 @@ class CudaLink:
         merged: bool = False,
     ) -> None:
         """Copy as `TorchLink.carry` does."""
-        words = plan.words.buffer_info()[0]
-        to_device = move.dst.form.place == "device"
+        check_copy(plan, move)
+        downward = move.src.form.place == "device"
+        copy = CheckedCopy.of(move, downward, cuda.raw(stream, self.device.index))
+        words = self.words_of(plan, uncut(downward), merged=merged)
 
-        def submit(uncrossed: Uncrossed) -> Fault | None:
-            request = request_of(plan, move, self.fold_below, merged, uncrossed)
-            return self.core.copy(words, request, self._crossing(to_device, stream))
-
-        def both() -> Fault | None:
-            fault = submit(Uncrossed())
-            if fault is not None and fault.code == EDGES:
-                fault = submit(Uncrossed(move.src, move.dst))
+        def submit() -> Fault | None:
+            fault = self.pieces(words, copy)
             if fault is not None and fault.code == OUTSIDE:
                 raise outside(move)
             return fault
 
-        self.ordered(both)
+        self.ordered(submit)
+
+    def words_of(
+        self,
+        plan: CopyPlan,
+        cut: Sequence[int],
+        stage: Sequence[int] = (0, 0, 0),
+        merged: bool = False,
+    ) -> array[int]:
+        """Return the words of a `CrossingPlan` of ``link.h``, which are read while the plan lives.
+
+        Args:
+            plan: of what crosses.
+            cut: the words of `CutRules`.
+            stage: of the device, as `RowsLaunch.words`; none: copies cross as their pieces.
+            merged: as for `pieces_of`, for copies without a stage.
+        """
+        words = *cut, *stage, plan.words.buffer_info()[0], merged
+        return array("q", [*words, *limits_of(self.fold_below), *rules()])
+
+    def pieces(self, words: array[int], copy: CheckedCopy) -> Fault | None:
+        """Submit a copy as its pieces, by the words of its plan; return what was refused."""
+        fault = self.rows(words, copy, Uncrossed())
+        if fault is not None and fault.code == EDGES:
+            fault = self.rows(words, copy, Uncrossed(copy.rows, copy.host))
+        return fault
 
     def ordered(self, submit: Callable[[], Fault | None]) -> None:
         """Call what submits work to the driver, with the device current in this thread.
@@ -239,11 +272,51 @@ class CudaLink:
 
     def crossing(self, to_device: bool, handle: int) -> tuple[int, ...]:
         """Return the words of a stream that pieces cross on, and of the rules."""
-        aside = 0
-        if handle in _NULL_STREAMS and self.core.batches:
-            aside = cuda.raw(self._other_stream, self.device.index)
-        rules = IN_A_ROW, FIRST_DESCRIPTORS, MOST_DESCRIPTORS, GROWTH, LEAST_BATCH
-        return to_device, handle, aside, *rules
+        return to_device, handle, self._aside(handle), *rules()
+
+    def rows(
+        self,
+        plan: array[int],
+        copy: CheckedCopy,
+        uncrossed: Uncrossed,
+        staging: array[int] | None = None,
+        before: int | None = None,
+    ) -> Fault | None:
+        """Submit a copy of rows by one call of the core; return what was refused.
+
+        Args:
+            plan: the words of a `CrossingPlan` of ``link.h``.
+            uncrossed: addresses that no piece crosses.
+            staging: the words of the buffers; None: pieces cross without.
+            before: the handle of the stream whose present work comes before slices; None: of the
+                copy's stream.
+        """
+        return self.core.rows(
+            pack_copy(
+                plan.buffer_info()[0],
+                0 if staging is None else staging.buffer_info()[0],
+                copy.address,
+                copy.stream,
+                copy.stream if before is None else before,
+                self._aside(copy.stream),
+                copy.end,
+                uncrossed.edged,
+                *uncrossed.words,
+            )
+        )
+
+    def refused(self, fault: Fault) -> int:
+        """Return the result of a call of the core that was refused before any work, for lack of a
+        context; raise the error of any other."""
+        if fault.code != cuda.NO_CONTEXT:
+            self._refuse(fault)
+        return DRIVER - cuda.NO_CONTEXT
+
+    def _aside(self, handle: int) -> int:
+        """Return the stream that replaces one that rejects batches; 0: none."""
+        if handle not in _NULL_STREAMS or not self.core.batches:
+            return 0
+        return cuda.raw(self._other_stream, self.device.index)
 
     def _crossing(self, to_device: bool, stream: torch.Stream | None) -> bytes:
         return pack_crossing(*self.crossing(to_device, cuda.raw(stream, self.device.index)))
@@ -270,6 +343,72 @@ class CudaLink:
             f"Earlier copies may have moved. Check that the memory still exists and is pinned, and "
             f"earlier errors."
         )
+
+
+def uncut(downward: bool) -> tuple[int, ...]:
+    """Return the words of `CutRules` of ``link.h`` for copies that cross without slices."""
+    return (downward, *[0] * 9)
+
+
+def rules() -> tuple[int, ...]:
+    """Return how pieces are submitted, as the core reads it."""
+    return IN_A_ROW, FIRST_DESCRIPTORS, MOST_DESCRIPTORS, GROWTH, LEAST_BATCH
+
+
+class CheckedCopy:
+    """A copy across the link whose sides fit each other.
+
+    Args:
+        rows, host: the views of the device and of the host.
+        downward: from the device to the host.
+        stream: the handle of the copy's stream.
+        end: the address of the `portakv_copy_end` whose event follows the copy; 0: none.
+        words: `CheckedCopy` of ``link.h``; None: the core writes them.
+
+    Attributes:
+        address: of these words.
+    """
+
+    __slots__ = ("address", "downward", "end", "host", "rows", "stream", "words")
+
+    def __init__(
+        self,
+        rows: KVView,
+        host: KVView,
+        downward: bool,
+        stream: int,
+        end: int = 0,
+        words: array[int] | None = None,
+    ) -> None:
+        self.rows = rows
+        self.host = host
+        self.downward = downward
+        self.stream = stream
+        self.end = end
+        self.words = array("q", bytes(8 * CHECKED)) if words is None else words
+        self.address = self.words.buffer_info()[0]
+
+    @classmethod
+    def of(
+        cls, move: Move, downward: bool, stream: int, staged: bytes | None = None
+    ) -> CheckedCopy:
+        """Return a copy with ids on the host; raise for a number that no view has.
+
+        ``staged``: the device's rows as `KernelsLaunch.side` describes them to the kernels of a
+        stage, with ids on the device; None: pieces cross without a stage.
+        """
+        src, dst, src_index, dst_index, count = move
+        rows, host = (src, dst) if downward else (dst, src)
+        unread = (0,) * 8
+        from_words = unread if staged and downward else side_words(src, src_index)
+        to_words = unread if staged and not downward else side_words(dst, dst_index)
+        wholes = whole_bytes(src), whole_bytes(dst)
+        try:
+            words = array("q", (*from_words, *to_words, count, 0, 0, *wholes))
+        except OverflowError:  # a number past 64 bits
+            raise outside(move) from None
+        words.frombytes(staged or bytes(48))
+        return cls(rows, host, downward, stream, 0, words)
 
 
 @cache

@@ -12,10 +12,11 @@ from dataclasses import replace
 
 import torch
 
+from portakv.core.link import Cut
 from portakv.interconnect.link import link_of
 from portakv.interconnect.passage import Cross, Passage
-from portakv.interconnect.slices import BothStages, Sizes, Slice, cuts, sliced
-from portakv.interconnect.staging import dense_rows, staging
+from portakv.interconnect.slices import BothStages, Sizes, SlicedRows
+from portakv.interconnect.staging import DenseRows, staging
 from portakv.interconnect.strategy import finish
 from portakv.plan.packing import Move, PackPlan
 from portakv.plan.plan import CopyPlan
@@ -23,8 +24,8 @@ from portakv.registry.prepared import Prepared, prepared
 from portakv.registry.registry import Choice
 from portakv.runtime import streams
 from portakv.runtime.bounded import Bounded
+from portakv.runtime.pinned_ids import PinnedIds
 from portakv.view.form import Form, same_form
-from portakv.view.index import Index
 from portakv.view.view import KVView
 
 
@@ -45,9 +46,9 @@ class PackStages(BothStages):
     ) -> None:
         plan = PackPlan(src, dst, *steps)
         far = dst if downward else src
-        dense = dense_rows(far)
+        dense = DenseRows(far)
         per_token = far.token_bytes / (far.block_size if far.opaque else 1)
-        super().__init__(plan, dense, per_token)
+        super().__init__(plan, dense)
         self.downward = downward
         self.choice = choice
         #: Bytes of dense rows for each byte of raw rows.
@@ -60,10 +61,6 @@ class PackStages(BothStages):
         self.carried = made[0].carried
         if dense.any_length:
             self.usual = made
-
-    def part(self, rows: KVView, host: KVView) -> PackStages:
-        """Return the stages of all planes; no slice has fewer."""
-        return self
 
     def of(self, dense: KVView, slots: int) -> tuple[Prepared, CopyPlan]:
         """Return the device's stage, prepared for buffers of ``slots`` slots, and the link's
@@ -111,16 +108,15 @@ def pack_stages(move: Move, downward: bool, choice: Choice) -> PackStages:
     return known
 
 
-class PackSlice(Slice):
-    """A slice of whole blocks, of which one side is packed."""
+class PackedRows(SlicedRows):
+    """Rows in slices of whole blocks, of which one side is packed."""
 
-    def crossing(self, dense: KVView) -> Move:
+    def crossing(self, cut: Cut, dense: KVView) -> Move:
         """Return the copy between a buffer and the rows or slots of the other side."""
-        planes = self.planes
-        far = planes.host
-        inside = planes.buffer_index
-        outside = self.host_index
-        count = self.cut.count
+        far = self.host
+        inside = self.inside
+        outside = self.host_index(cut)
+        count = cut.count
         if far.form.encoding:
             size = far.form.block_size
             inside = inside.of_blocks(size)
@@ -128,28 +124,9 @@ class PackSlice(Slice):
             count = count // size
             dense = dense.as_slots()
             far = far.as_slots()
-        if planes.stages.downward:
+        if self.stages.downward:
             return Move(dense, far, inside, outside, count)
         return Move(far, dense, outside, inside, count)
-
-
-def _slices(
-    stages: PackStages,
-    ends: tuple[KVView, KVView],
-    far_index: Index,
-    count: int,
-    sizes: Sizes,
-) -> list[Slice]:
-    """Return the slices of a copy.
-
-    Args:
-        ends: the rows of the device, and the other side.
-        far_index: the index of the other side; its ids are on the host if slices cross by a link.
-        sizes: in bytes of raw rows.
-    """
-    smaller = Sizes(*(max(1, int(size * stages.share)) for size in sizes))
-    cut = cuts(ends[1].form, (), count, stages.quantum, stages.downward, smaller)
-    return sliced(stages, cut, ends, far_index, False, smaller.largest, PackSlice)
 
 
 def issue_slices(
@@ -186,33 +163,26 @@ def issue_slices(
     buffers = staging(device, work, work is not current, packs=True)
     if not buffers.link.query():  # nothing waits for the first slice
         sizes = sizes._replace(smallest=sizes.largest)
-    slices = _slices(stages, (near, far), far_index, move.count, sizes)
+    smaller = Sizes(*(max(1, int(size * stages.share)) for size in sizes))
+    slices = PackedRows(stages, near, far, far_index, move.count, smaller)
     unit = stages.plan.unit
 
     def transform(nth: int, ready: Prepared, part: Move, stream: torch.Stream) -> None:
-        first = slices[nth].cut.start // unit
+        first = slices.cuts[nth].start // unit
         own = words[first : first + part.count // unit]
         finish(ready.pack(part, stream, None, own))
 
-    if cross is None:
-        cross = _by_link(device)
-    passage = Passage(stages.downward, buffers, work, slices, transform, cross)
+    link = link_of(device)
+
+    def by_link(cut: Cut, dense: KVView, _: int, stream: torch.Stream) -> None:
+        slices.cross(link, cut, dense, stream)
+
+    lists: list[PinnedIds] = []
+    passage = Passage(buffers, work, slices, lists, transform, cross or by_link)
     try:
         with buffers.lock:
             passage.settle(near_index, current)
-            with passage.begun():
-                for nth in range(len(slices)):
-                    passage.move(nth)
+            passage.issue()
     finally:
         # Also if something failed while slices were in progress.
-        streams.completion(device, work, *far.retained, words)
-
-
-def _by_link(device: torch.device) -> Cross:
-    """Return the function that copies the pieces of a slice by the link."""
-    link = link_of(device)
-
-    def cross(each: Slice, dense: KVView, _: int, stream: torch.Stream) -> None:
-        each.cross(link, dense, stream)
-
-    return cross
+        streams.completion(device, work, *far.retained, words, lists=lists)

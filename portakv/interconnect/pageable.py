@@ -11,22 +11,24 @@ all rows: a copy by this strategy blocks.
 
 from __future__ import annotations
 
-from typing import NamedTuple, cast
+from typing import NamedTuple
 
 import numpy as np
 import torch
 
 from portakv.backends.base import Capabilities, Launch
-from portakv.backends.strided import HostRows
+from portakv.backends.strided import copy_on_host
+from portakv.core.link import Cut
+from portakv.interconnect.link import link_of
 from portakv.interconnect.passage import Passage, by_backend
 from portakv.interconnect.pieces import Pieces
-from portakv.interconnect.slices import RowSlice, Sizes
-from portakv.interconnect.staged import StagedLaunch
+from portakv.interconnect.slices import Sizes, SlicedRows, Stages
 from portakv.interconnect.staging import BUFFERS, bounce_buffers, staging
-from portakv.interconnect.strategy import PAGEABLE, Move, Strategy
+from portakv.interconnect.strategy import PAGEABLE, Move, Strategy, StrategyLaunch
 from portakv.plan.plan import CopyPlan
+from portakv.runtime import streams
+from portakv.runtime.pinned_ids import PinnedIds
 from portakv.view.form import Form
-from portakv.view.index import Index
 from portakv.view.view import KVView
 
 #: Each slice costs the caller about 0.1 ms, and during the first slice only the link is busy, or
@@ -47,22 +49,6 @@ class Pageable(Strategy):
 
     def prepare(self, plan: CopyPlan) -> Launch:
         return _PageableLaunch(plan, self)
-
-
-class _BouncedSlice(RowSlice):
-    """A slice that crosses to or from a bounce buffer, in one copy."""
-
-    def between(self, dense: KVView, bounce: KVView) -> Pieces:
-        """Return the rows that both buffers hold."""
-        planes = self.planes
-        used = extent(dense.form, planes.slots, planes.buffer_index.offset, self.cut.count)
-        pitch = used.width if used.height == 1 else used.pitch
-        in_buffer = dense.origins[0] + used.start
-        in_bounce = bounce.origins[0] + used.start
-        src = in_buffer if planes.stages.downward else in_bounce
-        dst = in_bounce if planes.stages.downward else in_buffer
-        piece = (dst, src, used.width, used.height, pitch, pitch)
-        return Pieces(*np.array([piece], dtype=np.int64).T)
 
 
 class Extent(NamedTuple):
@@ -94,15 +80,13 @@ def extent(form: Form, slots: int, first: int, count: int) -> Extent:
     return Extent(begin * stride, (end - begin) * stride, nbytes // pitch, pitch)
 
 
-class _PageableLaunch(StagedLaunch):
+class _PageableLaunch(StrategyLaunch):
     """A prepared copy: the copy of `staged`, with a second hop."""
 
-    kind = _BouncedSlice
-
     def __init__(self, plan: CopyPlan, strategy: Strategy) -> None:
-        # A backend without a kernel needs a call for each layer of a slice, so whole layers are
-        # cut.
-        super().__init__(plan, strategy, "form" if strategy.half.can.guards else "planes")
+        super().__init__(plan, strategy.device)
+        self.stages = Stages.tried(plan, strategy.half, strategy.device)
+        self._link = link_of(strategy.device)
         self._buffers = bounce_buffers(strategy.device)
 
     def enqueue(self, move: Move, stream: torch.Stream | None, status: torch.Tensor | None) -> None:
@@ -111,60 +95,51 @@ class _PageableLaunch(StagedLaunch):
         work = stream or current
         device_buffers = staging(self.device, work)
         buffers = self._buffers
-        slices = self.slices(rows, host, host_index.to_host(), move.count)
-        number = len(slices)
+        slices = SlicedRows(self.stages, rows, host, host_index.to_host(), move.count, SIZES)
+        number = len(slices.cuts)
 
-        def cross(each: RowSlice, dense: KVView, nth: int, link: torch.Stream) -> None:
+        def cross(cut: Cut, dense: KVView, nth: int, link: torch.Stream) -> None:
             at = nth % BUFFERS
-            bounce = each.planes.view(buffers, at)
+            bounce = slices.view(buffers, at)
             src, dst = (dense, bounce) if self.downward else (bounce, dense)
-            pieces = cast("_BouncedSlice", each).between(dense, bounce)
             buffers.wait(at)
             buffers.begin(at, link)
-            self.link.copy(pieces, src, dst, link)
+            self._link.copy(_between(slices, cut, src, dst), src, dst, link)
             buffers.end(at, link)
 
-        passage = Passage(self.downward, device_buffers, work, slices, by_backend, cross)
-        with buffers.lock, device_buffers.lock:
-            buffers.reserve(max(each.nbytes for each in passage.planes))
-            passage.settle(device_index, current)
-            with passage.begun():
-                if self.downward:  # slices cross while the host copies earlier slices
-                    for nth in range(min(BUFFERS, number)):
-                        passage.move(nth)
-                for nth in range(number):
-                    self._hop(slices[nth], nth % BUFFERS)
-                    if not self.downward:
-                        passage.move(nth)
-                    elif nth + BUFFERS < number:
-                        passage.move(nth + BUFFERS)
+        lists: list[PinnedIds] = []
+        passage = Passage(device_buffers, work, slices, lists, by_backend, cross)
+        try:
+            with buffers.lock, device_buffers.lock:
+                buffers.reserve(slices.nbytes)
+                passage.settle(device_index, current)
+                with passage.begun():
+                    if self.downward:  # slices cross while the host copies earlier slices
+                        for nth in range(min(BUFFERS, number)):
+                            passage.move(nth)
+                    for nth in range(number):
+                        self._hop(slices, nth)
+                        if not self.downward:
+                            passage.move(nth)
+                        elif nth + BUFFERS < number:
+                            passage.move(nth + BUFFERS)
+        finally:
+            if lists:
+                streams.completion(self.device, work, lists=lists)
 
-    def cutting(
-        self, host: KVView, host_index: Index, idle: bool
-    ) -> tuple[tuple[str, ...], bool, Sizes]:
-        """Cut as `StagedLaunch.cutting` does, wherever the host's memory is.
-
-        If planes lie outside the positions, the positions are cut, so that the host copies few long
-        pieces. Buffers are not of the exact size, so that transfers of any length share few plans.
-        """
-        return self.stages.dense.outside, False, SIZES
-
-    def _hop(self, each: RowSlice, at: int) -> None:
+    def _hop(self, slices: SlicedRows, nth: int) -> None:
         """Copy on the host between its rows and a bounce buffer, after nothing crosses there."""
-        planes = each.planes
-        bounce = planes.view(self._buffers, at)
-        plan = planes.stages.plan
-        src = bounce
-        dst = planes.host
-        src_index = planes.buffer_index
-        dst_index = each.host_index
-        steps: tuple[int, int] = (0, plan.dst_step)
-        if not self.downward:
-            src = planes.host
-            dst = bounce
-            src_index = each.host_index
-            dst_index = planes.buffer_index
-            steps = (plan.src_step, 0)
-        hop = HostRows(src.form, dst.form, *steps, plan.unit)
+        at = nth % BUFFERS
+        cut = slices.cuts[nth]
+        hop = slices.crossing(cut, slices.view(self._buffers, at))
         self._buffers.wait(at)
-        hop.copy(src, dst, src_index, dst_index, each.cut.count)
+        copy_on_host(hop)
+
+
+def _between(slices: SlicedRows, cut: Cut, src: KVView, dst: KVView) -> Pieces:
+    """Return the rows of a slice that both buffers hold, as one piece."""
+    used = extent(src.form, slices.slots, slices.inside.offset, cut.count)
+    pitch = used.width if used.height == 1 else used.pitch
+    start, target = (each.origins[0] + used.start for each in (src, dst))
+    piece = (target, start, used.width, used.height, pitch, pitch)
+    return Pieces(*np.array([piece], dtype=np.int64).T)

@@ -8,17 +8,23 @@ neighbours follow them.
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Sequence
 from itertools import chain
-from math import prod
 from typing import NamedTuple
 
 import numpy as np
 
-from portakv.core.runs import NeedsEdges, count_groups, fold_runs, list_pieces, pointer_to
+from portakv.core.runs import (
+    NeedsEdges,
+    count_groups,
+    count_pieces,
+    fold_runs,
+    list_pieces,
+    pointer_to,
+)
 from portakv.host import pinned
 from portakv.host.memcpy import MAX_PITCH
-from portakv.plan.loops import Loop, Nest
 from portakv.plan.plan import CopyPlan, Move
 from portakv.plan.runs import Int64, Runs, check_count, index_words, outside, side_words
 from portakv.view.form import Steps
@@ -106,12 +112,17 @@ def request_of(
 ) -> tuple[int, ...]:
     """Return the words of a request for pieces, which are read while ``uncrossed`` lives; raise as
     `CopyPlan.runs` does."""
+    check_copy(plan, move)
     src, dst, src_index, dst_index, count = move
-    plan.check_sides(src, dst, src_index, dst_index)
-    check_count(plan.unit, count)
     sides = *side_words(src, src_index), *side_words(dst, dst_index)
     whole = whole_bytes(src), whole_bytes(dst)
     return (*sides, count, *limits_of(below), *whole, merged, uncrossed.edged, *uncrossed.words)
+
+
+def check_copy(plan: CopyPlan, move: Move) -> None:
+    """Raise as `CopyPlan.runs` does for a copy that a plan does not describe."""
+    plan.check_sides(move.src, move.dst, move.src_index, move.dst_index)
+    check_count(plan.unit, move.count)
 
 
 def limits_of(below: int) -> tuple[int, ...]:
@@ -213,7 +224,8 @@ class RunCounter:
         self._dense = dense
         self._bytes = plan.token_bytes
         self._runs = plan.runs_per_unit
-        self._below = fold_below
+        self._limits = array("q", limits_of(fold_below))
+        self._words = plan.words
 
     @classmethod
     def of_host(cls, plan: CopyPlan, fold_below: int = ALL) -> RunCounter:
@@ -243,11 +255,18 @@ class RunCounter:
         # Whoever copies finds the sentence for a range past the end of a list.
         return units if groups is None else groups
 
+    @property
+    def limits(self) -> tuple[int, int]:
+        """Return after how many units the pitch of the source and of the destination changes; 0:
+        never."""
+        src, dst = (_limit(side.units) for side in self._nests[0].sides)
+        return src, dst
+
     def shape(self, groups: int, count: int) -> Shape:
         """Return the shape of ``count`` positions in ``groups`` groups."""
         units = count // self._unit
-        parts = [_of_nest(nest, units, groups, self._below) for nest in self._nests]
-        return Shape(count * self._bytes, sum(p[0] for p in parts), sum(p[1] for p in parts))
+        runs, pieces = count_pieces(self._words.buffer_info()[0], units, groups, self._limits)
+        return Shape(count * self._bytes, runs, pieces)
 
     def unmerged(self, count: int) -> Shape:
         """Return the shape for a kernel that follows the plan's loops and merges nothing."""
@@ -258,53 +277,3 @@ class RunCounter:
 def _limit(steps: Steps) -> int:
     """Return after how many units the pitch changes; 0: never."""
     return steps[-1].extent if len(steps) > 1 else 0
-
-
-def _of_nest(nest: Nest, units: int, groups: int, below: int) -> tuple[int, int]:
-    """Return the average runs and pieces of one nest, folded as `to_2d_copies` does with this
-    ``below`` (0: nothing folds)."""
-    if not units:
-        return 0, 0
-
-    # Units that follow each other on both sides form one run for each group.
-    src = nest.src.units[-1]
-    dst = nest.dst.units[-1]
-    joined = src.stride == dst.stride == nest.run and not (src.table or dst.table)
-    lines = groups if joined else units
-    width = nest.run
-    loops = list(nest.loops)
-
-    limits = [limit for side in (nest.src, nest.dst) if (limit := _limit(side.units))]
-    # All groups have one known length: there is one group, or each group is a whole block.
-    if joined and (groups == 1 or (limits and units == groups * min(limits))):
-        width, loops = _absorb(loops, nest.run * (units // groups))
-
-    around = prod(loop.extent for loop in loops)
-    runs = pieces = lines * around
-    least = _least_height(max(width, nest.run * units // lines), below)
-
-    # Rows that may become one 2-D copy: their number, their pitches, and the resulting pieces.
-    rows = [(x.extent, x.src_stride, x.dst_stride, runs // x.extent) for x in loops if not x.tabled]
-    if not joined:
-        rows.append((units // groups, src.stride, dst.stride, groups * around))
-    for height, *pitches, folded in rows:
-        if height >= least and width <= min(pitches) and max(pitches) <= MAX_PITCH:
-            pieces = min(pieces, folded)
-    return runs, pieces
-
-
-def _least_height(width: int, below: int) -> int:
-    """Return how many rows of this width become one 2-D copy."""
-    if not below or below <= APART <= width:
-        return ALL
-    # Wide rows cross faster as entries of a batch, so that only many of them fold.
-    return LEAST_HEIGHT if width < below else TALL
-
-
-def _absorb(loops: list[Loop], width: int) -> tuple[int, list[Loop]]:
-    """Merge loops into a run that they continue on both sides; return its width and the other
-    loops."""
-    for loop in loops:
-        if loop.src_stride == loop.dst_stride == width and not loop.tabled:
-            return _absorb([x for x in loops if x is not loop], width * loop.extent)
-    return width, loops

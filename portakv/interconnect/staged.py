@@ -9,18 +9,28 @@ slice is gathered, or the last one scattered. A smaller one is one slice on the 
 
 from __future__ import annotations
 
+from array import array
+from typing import NamedTuple
+
 import torch
 
 from portakv.backends.base import Capabilities, Launch
-from portakv.host import pinned
-from portakv.interconnect.link import CudaLink, link_of
-from portakv.interconnect.passage import Passage, by_backend
-from portakv.interconnect.slices import RowSlice, Sizes, Slice, Stages, cuts, sliced
-from portakv.interconnect.staging import Order, staging
-from portakv.interconnect.strategy import PINNED, Move, Strategy, StrategyLaunch
-from portakv.interconnect.submission import submit
+from portakv.backends.rows_launch import RowsLaunch
+from portakv.core.call import OTHERWISE
+from portakv.core.link import COUNT, OUTSIDE, ROOM, STAGE, Cut, Fault
+from portakv.errors import Unsupported
+from portakv.interconnect.link import CheckedCopy, CudaLink, link_of
+from portakv.interconnect.passage import Passage, by_backend, first_of, place_rows
+from portakv.interconnect.pieces import Uncrossed
+from portakv.interconnect.slices import BothStages, Sizes, SlicedRows, Stages
+from portakv.interconnect.staging import Staging, staging
+from portakv.interconnect.strategy import PINNED, Move, Strategy, StrategyLaunch, read_on
 from portakv.plan.plan import CopyPlan
-from portakv.runtime import streams
+from portakv.plan.runs import outside
+from portakv.registry.prepared import Prepared
+from portakv.runtime import cuda, streams
+from portakv.runtime.devices import inside
+from portakv.runtime.pinned_ids import PinnedIds
 from portakv.view.index import Index
 from portakv.view.view import KVView
 
@@ -46,64 +56,236 @@ class Staged(Strategy):
         return StagedLaunch(plan, self)
 
 
+class _Settled(NamedTuple):
+    """Both stages of copies as the core reads them.
+
+    Attributes:
+        words: a `CrossingPlan` of ``link.h``.
+        plan: of the link's stage, whose words are read.
+        ready, launch: the device's stage.
+    """
+
+    words: array[int]
+    plan: CopyPlan
+    ready: Prepared
+    launch: RowsLaunch
+
+
+class StagedCrossing:
+    """The copies between two forms, each by one call of the core, which cuts it into slices.
+
+    Args:
+        stages: both stages of the copies.
+        link: of the device.
+        device: the rows' device.
+    """
+
+    def __init__(self, stages: BothStages, link: CudaLink, device: torch.device) -> None:
+        self._stages = stages
+        self._link = link
+        self._device = device
+        # None: not known yet.
+        self._settled: _Settled | None = None
+        self._declines = False  # another backend executes the device's stage
+        if stages.usual is not None:
+            self._settle(*stages.usual, 0)
+
+    def cross(self, copy: CheckedCopy) -> int:
+        """Submit a copy, as `StrategyLaunch.cross` does."""
+        current = torch.accelerator.current_stream(self._device.index)
+        buffers = staging(self._device, current)
+        with buffers.lock:
+            try:
+                if self.stage(buffers) is None or self._settled is None:
+                    return OTHERWISE
+                fault = self._submit(self._settled, copy, buffers)
+            except (torch.OutOfMemoryError, Unsupported):  # nothing was submitted
+                return OTHERWISE
+        if fault is None:
+            return copy.words[COUNT] << 2
+        if fault.code != cuda.NO_CONTEXT:
+            self._refuse(fault, copy)
+        return self._link.refused(fault)
+
+    def stage(self, buffers: Staging) -> Prepared | None:
+        """Return the device's stage; None: the core does not launch its kernels.
+
+        The caller holds the lock of the buffers, and the stream that their memory is allocated on
+        is current.
+        """
+        if self._settled is None and not self._declines:
+            self._settle_fixed(buffers)
+        return None if self._settled is None else self._settled.ready
+
+    def carry(self, move: Move, index: Index, buffers: Staging, work: int, before: int) -> None:
+        """Submit a copy after `stage`, with the same stream current.
+
+        Args:
+            move: the copy, with ids of the host's rows on the host.
+            index: of the device's rows, as its stage reads it.
+            work, before: the handles of the copy's stream, and of the stream whose present work
+                comes first.
+
+        Raises:
+            TransferError: the driver refused a call; what was submitted stays ordered.
+            SlotError: a position of the host lies outside of its list or its view.
+            Unsupported: a view has more units than the kernels count.
+        """
+        settled = self._settled
+        assert settled is not None
+        downward = self._stages.downward
+        rows = move.src if downward else move.dst
+        stage = settled.launch
+        side = stage.side(rows, index, stage.tables[0 if downward else 1])
+        copy = CheckedCopy.of(move, downward, work, side)
+
+        def submit() -> Fault | None:
+            fault = self._submit(settled, copy, buffers, before)
+            if fault is not None:
+                if fault.code == OUTSIDE:
+                    raise outside(move)
+                self._refuse(fault, copy)
+            return fault
+
+        self._link.ordered(submit)
+
+    def _submit(
+        self,
+        settled: _Settled,
+        copy: CheckedCopy,
+        buffers: Staging,
+        before: int | None = None,
+    ) -> Fault | None:
+        """Submit a copy, with buffers that are large enough; return what was refused."""
+        # Without several allocations there are no edges besides those of registrations.
+        uncrossed = Uncrossed(copy.host) if copy.host.entries > 1 else Uncrossed()
+
+        def submit() -> Fault | None:
+            return self._link.rows(settled.words, copy, uncrossed, buffers.words, before)
+
+        fault = submit()
+        if fault is not None and fault.code == ROOM:
+            buffers.reserve(fault.values[0])
+            fault = submit()
+        return fault
+
+    def _refuse(self, fault: Fault, copy: CheckedCopy) -> None:
+        """Raise the error of a slice that the kernels' launch or the driver refused."""
+        if fault.what == STAGE and self._settled is not None:
+            self._settled.launch.refuse(fault.code, copy.rows.slots, 0, fault.slice)
+
+    def _settle_fixed(self, buffers: Staging) -> None:
+        """Prepare both stages for buffers of one length, since their form depends on it."""
+        stages = self._stages
+        quantum = stages.quantum
+        quanta = max(WHOLE, LARGEST) // stages.dense.nbytes(quantum)
+        # A copy that is one slice may end inside a quantum, and begin inside a block.
+        slots = (max(1, quanta) + 1) * quantum + stages.dense.block_size
+        buffers.reserve(stages.dense.nbytes(slots))
+        try:
+            ready, plan = stages.of(buffers.view(0, stages.dense, slots), slots)
+        except Unsupported:  # a backend that may take buffers of other lengths
+            self._declines = True
+        else:
+            self._settle(ready, plan, slots)
+
+    def _settle(self, ready: Prepared, plan: CopyPlan, slots: int) -> None:
+        """Describe the copies for the core, if it launches the kernels of their device's stage.
+
+        ``slots``: of the buffers; 0: any.
+        """
+        stage = ready.launch
+        if not isinstance(stage, RowsLaunch):
+            self._declines = True
+            return
+        rules = self._stages.rules(Sizes(WHOLE, SMALLEST, LARGEST), slots)
+        words = self._link.words_of(plan, rules, stage.words)
+        self._settled = _Settled(words, plan, ready, stage)
+
+
 class StagedLaunch(StrategyLaunch):
-    """A prepared copy, in slices of its ``kind``."""
+    """A prepared copy, in slices."""
 
-    kind: type[RowSlice] = Slice
-
-    def __init__(self, plan: CopyPlan, strategy: Strategy, order: Order = "form") -> None:
+    def __init__(self, plan: CopyPlan, strategy: Strategy) -> None:
         super().__init__(plan, strategy.device)
         self._detached = strategy.terms.detached
-        self._host = plan.dst if self.downward else plan.src
-        self.stages = Stages.tried(plan, strategy.half, strategy.device, order)
+        self.stages = Stages.tried(plan, strategy.half, strategy.device)
         self.link = link_of(strategy.device)
+        self._crossing: StagedCrossing | None = None
+        if isinstance(self.link, CudaLink):
+            self._crossing = StagedCrossing(self.stages, self.link, strategy.device)
+
+    def cross(self, copy: CheckedCopy) -> int:
+        if self._crossing is None or self._detached:
+            return OTHERWISE
+        return self._crossing.cross(copy)
 
     def enqueue(self, move: Move, stream: torch.Stream | None, status: torch.Tensor | None) -> None:
-        rows, host, device_index, host_index = self.ends(move)
+        host = move.dst if self.downward else move.src
+        if self.downward:
+            move = move._replace(dst_index=move.dst_index.to_host())
+        else:
+            move = move._replace(src_index=move.src_index.to_host())
         current = torch.accelerator.current_stream(self.device.index)
         work = stream or current
         buffers = staging(self.device, work, self._detached)
-        slices = self.slices(rows, host, host_index.to_host(), move.count, buffers.link.query())
-
-        def cross(each: RowSlice, dense: KVView, _: int, link: torch.Stream) -> None:
-            each.cross(self.link, dense, link)
-
-        passage = Passage(self.downward, buffers, work, slices, by_backend, cross)
+        lists: list[PinnedIds] = []
         try:
             with buffers.lock:
-                by_driver = isinstance(self.link, CudaLink)
-                passage.settle(device_index, current, by_driver)
-                if isinstance(self.link, CudaLink) and passage.by_kernels:
-                    submit(self.link, passage, host_index.to_host())
-                else:
-                    with passage.begun():
-                        for nth in range(len(slices)):
-                            passage.move(nth)
+                if not self._by_core(move, buffers, work, current, lists):
+                    self._by_torch(move, buffers, work, current, lists)
         finally:
             # No allocator knows of the link's copies. The host's memory is retained until they end,
             # also if something failed while they were in progress.
-            streams.completion(self.device, work, *host.retained, lists=passage.lists)
+            streams.completion(self.device, work, *host.retained, lists=lists)
 
-    def slices(
-        self, rows: KVView, host: KVView, host_index: Index, count: int, idle: bool = True
-    ) -> list[RowSlice]:
-        """Return the slices of a transfer. ``idle``: no earlier slice of this staging is crossing
-        the link."""
-        outside, exact, sizes = self.cutting(host, host_index, idle)
-        stages = self.stages
-        cut = cuts(self._host, outside, count, stages.quantum, self.downward, sizes)
-        return sliced(stages, cut, (rows, host), host_index, exact, sizes.largest, self.kind)
+    def _by_core(
+        self,
+        move: Move,
+        buffers: Staging,
+        work: torch.Stream,
+        current: torch.Stream,
+        lists: list[PinnedIds],
+    ) -> bool:
+        """Submit a copy by one call of the core; return False if the core does not launch the
+        kernels of the device's stage.
 
-    def cutting(
-        self, host: KVView, host_index: Index, idle: bool
-    ) -> tuple[tuple[str, ...], bool, Sizes]:
-        """Return how a transfer is cut: the axes ``outside`` of positions that may be cut; whether
-        nothing may lie between planes; and the sizes."""
+        ``current``: the device's current stream. ``lists``: as for `place_rows`.
+        """
+        if self._crossing is None:
+            return False
+        rows, _, device_index, _ = self.ends(move)
+        first = first_of(buffers, work, current)
+        with inside(None if first is current else first):
+            ready = self._crossing.stage(buffers)
+            if ready is None:
+                return False
+            index = read_on(work, place_rows(rows, device_index, ready, self.downward, lists))
+            handles = [cuda.raw(each, self.device.index) for each in (work, first)]
+            try:
+                self._crossing.carry(move, index, buffers, *handles)
+            finally:
+                rows.record_table(work)
+        return True
+
+    def _by_torch(
+        self,
+        move: Move,
+        buffers: Staging,
+        work: torch.Stream,
+        current: torch.Stream,
+        lists: list[PinnedIds],
+    ) -> None:
+        """Issue a copy by the torch of the device; the arguments are those of `_by_core`."""
+        rows, host, device_index, host_index = self.ends(move)
         # If the link is busy, nothing waits for the first slice. All slices are then as large as
         # possible, and wait least often for a model that leaves little of the device free.
-        sizes = Sizes(WHOLE, SMALLEST if idle else LARGEST, LARGEST)
-        if host_index.ids is None and len(host.origins) == 1 and not pinned.boundaries():
-            outside = self.stages.dense.outside
-            return outside, bool(outside), sizes
-        # Ids scatter the rows of a plane anyway, and several allocations scatter the planes.
-        return (), False, sizes
+        sizes = Sizes(WHOLE, SMALLEST if buffers.link.query() else LARGEST, LARGEST)
+        slices = SlicedRows(self.stages, rows, host, host_index, move.count, sizes)
+
+        def cross(cut: Cut, dense: KVView, _: int, link: torch.Stream) -> None:
+            slices.cross(self.link, cut, dense, link)
+
+        passage = Passage(buffers, work, slices, lists, by_backend, cross)
+        passage.settle(device_index, current)
+        passage.issue()

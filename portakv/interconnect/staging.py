@@ -12,8 +12,8 @@ import threading
 from array import array
 from collections.abc import Mapping
 from contextlib import suppress
-from functools import cache, lru_cache
-from itertools import pairwise, takewhile
+from functools import cache
+from itertools import pairwise
 from math import prod
 from typing import Any, Literal, NamedTuple, TypeAlias
 
@@ -23,7 +23,9 @@ from portakv.core.link import EVENTS, SliceOrder
 from portakv.errors import PortaKVError
 from portakv.host import pinned
 from portakv.layout.encodings import pack_parameters_of
+from portakv.runtime import cuda
 from portakv.runtime.bounded import Bounded
+from portakv.runtime.devices import inside
 from portakv.runtime.streams import own_stream
 from portakv.view.bound import bind_layout
 from portakv.view.form import Form, KVRows
@@ -42,9 +44,8 @@ BUFFERS = 3
 _PAGE = 4096  # bytes, at multiples of which images of stored blocks begin
 _APART = 256  # bytes: buffers begin at multiples, so that vectors are as wide as they can be
 STREAMS = 8  # the most streams with cached staging
-#: The order of dense rows: the form's own; the same with planes that lie outside tokens outside of
-#: blocks at separate addresses, layers first; or an order that all backends know.
-Order: TypeAlias = Literal["form", "planes", "layer"]
+#: The order of dense rows: the form's own, or an order that all backends know.
+Order: TypeAlias = Literal["form", "layer"]
 _UNBOUNDED = 0
 _OUTERMOST = 1 << 62  # the stride of an axis of extent 1, which is never used
 
@@ -63,8 +64,6 @@ class DenseRows:
 
     Attributes:
         block_size: tokens of a block; 1 if the form is not paged.
-        outside: which of ``kv`` and ``layer`` lie outside the tokens, outermost first; an axis of
-            extent 1 does not.
         any_length: blocks, or tokens, lie outermost, so that buffers of any length have one form.
     """
 
@@ -85,9 +84,7 @@ class DenseRows:
             extents["heads"] = form.heads
         layout, self._shape = _described(form, extents, order)
         self._bound = bind_layout(layout, **extents)
-        names = [name for name, n in zip(layout.split(), self._shape, strict=False) if n != 1]
         self.any_length = self._shape[0] == _UNBOUNDED
-        self.outside = tuple(takewhile(lambda name: name in ("kv", "layer"), names))
 
     def nbytes(self, slots: int) -> int:
         """Return the bytes of a buffer for ``slots`` slots, a multiple of `block_size`."""
@@ -103,15 +100,9 @@ class DenseRows:
         )
 
 
-@lru_cache(maxsize=256)
-def dense_rows(form: Form, order: Order = "form") -> DenseRows:
-    """Return the dense rows of a form; made once."""
-    return DenseRows(form, order)
-
-
 def _described(form: Form, extents: Mapping[str, Any], order: Order) -> tuple[str, list[int]]:
     """Return the layout and shape (0: unbounded) of dense rows."""
-    own = None if order == "layer" else _in_order(form, order == "planes")
+    own = None if order == "layer" else _in_order(form)
     if own is not None:
         layout, shape = own
         sizes = [extent or 1 for extent in shape]
@@ -130,19 +121,10 @@ def _described(form: Form, extents: Mapping[str, Any], order: Order) -> tuple[st
     return "layer token (kv head dim)", [form.layers, _UNBOUNDED, each]
 
 
-def _in_order(form: Form, planes_outside: bool) -> tuple[str, list[int]] | None:
+def _in_order(form: Form) -> tuple[str, list[int]] | None:
     """Return the layout and shape of the form's own order in memory, outermost first. None: no
-    layout has this order.
-
-    ``planes_outside``: move planes outside of blocks at separate addresses.
-    """
+    layout has this order."""
     factors = _outermost_first(form)
-    if planes_outside:
-        apart = [each for each in factors if each.name == "block" and each.table]
-        rest = [each for each in factors if each not in apart]
-        planes = [*takewhile(lambda each: each.name in ("kv", "layer") or each.extent == 1, rest)]
-        inside = rest[len(planes) :]
-        factors = [*sorted(planes, key=lambda each: each.name == "kv"), *apart, *inside]
     names = [factor.name for factor in factors]
     shape = [factor.extent for factor in factors]
     if len(set(form.widths)) > 1:
@@ -265,11 +247,13 @@ class Staging(Buffers):
         self.link: torch.Stream = own_stream(device)
         self.buffers = DETACHED_RING if detached else RING
         self.events: list[torch.Event | None] = [None] * (self.buffers + EVENTS)
-        self._turn = 0
-        self._used = 0  # a bit for each buffer that a detached transfer used
+        self._words: array[int] | None = None
+        # `BufferTurn` of ``link.h``: the buffer of the next slice of a detached transfer, and a bit
+        # for each buffer that one used.
+        self._turn = array("q", [0, 0])
 
     def reserve(self, nbytes: int) -> None:
-        """Allocate ``nbytes`` for each buffer on the current stream, which is ``half`` if transfers
+        """Allocate ``nbytes`` for each buffer on the current stream, or on ``half`` if transfers
         are detached.
 
         Buffers that are too small are freed. The allocator reuses their memory only on that stream,
@@ -280,8 +264,10 @@ class Staging(Buffers):
             return
         each = -(-nbytes // _APART) * _APART
         self._memory = []  # nothing is retained if the allocation fails
-        self._used = 0
-        memory = torch.empty(self.buffers * each, dtype=torch.uint8, device=self._device)
+        self._words = None
+        self._turn[1] = 0
+        with inside(self.half if self.detached else None):
+            memory = torch.empty(self.buffers * each, dtype=torch.uint8, device=self._device)
         # Slices, not `split`: a vendor's torch may lack it.
         self._memory = [memory[at * each : (at + 1) * each] for at in range(self.buffers)]
         if self.detached:
@@ -298,12 +284,42 @@ class Staging(Buffers):
         alone = slices == 1 and not self.detached
         if not self.detached:
             return SliceOrder(slices, self.buffers, 0, 0, downward, alone, False)
-        first = self._turn
-        order = SliceOrder(slices, self.buffers, first, self._used, downward, alone, True)
+        first, used = self._turn
+        order = SliceOrder(slices, self.buffers, first, used, downward, alone, True)
         for nth in range(min(slices, self.buffers)):
-            self._used |= 1 << (first + nth) % self.buffers
-        self._turn = (first + slices) % self.buffers
+            self._turn[1] |= 1 << (first + nth) % self.buffers
+        self._turn[0] = (first + slices) % self.buffers
         return order
+
+    def record(self, number: int, stream: torch.Stream) -> None:
+        """Have an event mark the present work of a stream."""
+        event = self.events[number]
+        if event is None:
+            self.events[number] = mark(stream)
+        else:
+            event.record(stream)
+
+    @property
+    def words(self) -> array[int]:
+        """Return the buffers as `StagingBuffers` of ``link.h``, on a CUDA device."""
+        if self._words is None:
+            self._handles = self.handles()
+            self._addresses = array("q", self.addresses)
+            index = self._device.index
+            self._words = array(
+                "q",
+                [
+                    cuda.raw(self.half, index),
+                    cuda.raw(self.link, index),
+                    self._handles.buffer_info()[0],
+                    self._addresses.buffer_info()[0],
+                    self.buffers,
+                    self._memory[0].numel() if self._memory else 0,
+                    self.detached,
+                    self._turn.buffer_info()[0],
+                ],
+            )
+        return self._words
 
     def handles(self) -> array[int]:
         """Return the driver's handles of all events, on a CUDA device."""

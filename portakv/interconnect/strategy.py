@@ -11,6 +11,8 @@ import torch
 
 from portakv.arguments import flag, one_of, rate, whole
 from portakv.backends.base import Backend, Decision, MoveLaunch, Pending
+from portakv.core.call import OTHERWISE
+from portakv.interconnect.link import CheckedCopy
 from portakv.plan.move import Move as Move
 from portakv.plan.plan import CopyPlan
 from portakv.registry.registry import Choice, choose
@@ -107,14 +109,30 @@ class Strategy(Backend):
 
 
 class StrategyLaunch(MoveLaunch):
-    """A launch across the link. ``downward``: from the device to the host."""
+    """A launch across the link.
+
+    Attributes:
+        downward: from the device to the host.
+        counted: the tokens of a unit, and after how many units the pitch of the source, of the
+            destination and of the host's rows changes; 0: never, or nothing depends on it.
+    """
 
     device: torch.device
     tables = False, False  # it sends the tables that its kernels read
 
     def __init__(self, plan: CopyPlan, device: torch.device) -> None:
         self.device = device
+        self.counted = plan.unit, 0, 0, 0
         self.downward = plan.src.place == "device"
+
+    def cross(self, copy: CheckedCopy) -> int:
+        """Submit a copy whose sides the core has read; return its tokens times 4, or a code of
+        `portakv_copy_function` of ``core.h``.
+
+        Raises:
+            TransferError: the driver refused a call; what was submitted stays ordered.
+        """
+        return OTHERWISE
 
     def ends(self, move: Move) -> tuple[KVView, KVView, Index, Index]:
         """Return the rows of the device, the rows of the host, and the index of each."""

@@ -4,9 +4,8 @@
 from __future__ import annotations
 
 import threading
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator
-from queue import Empty
+from collections.abc import Callable
+from queue import LifoQueue
 from typing import TYPE_CHECKING, Protocol, cast
 
 import torch
@@ -17,7 +16,6 @@ from portakv.migrate.pull_history import PullHistory
 from portakv.migrate.staging import Chunks, has_ended, staging
 from portakv.migrate.transport_channel import TransportChannel
 from portakv.migrate.transports.base import Lane, Moving, Transport, gone_peer, released_peer
-from portakv.runtime.inbox import Inbox
 
 if TYPE_CHECKING:
     from portakv.migrate.channel import Channel
@@ -60,36 +58,6 @@ class StagingBuffer:
         if grows:
             self.memory = staging(nbytes, self.memory.device, most, self._rows)
             self.chunks = Chunks(self.memory)
-
-
-class FreeBuffers:
-    """The free buffers of an agreement; the last used is taken first. Any thread may call it."""
-
-    def __init__(self, buffers: Iterable[StagingBuffer]) -> None:
-        self._free = deque[StagingBuffer]()
-        # One entry for each free buffer: a thread waits for an entry, and then takes a buffer.
-        self._entries = Inbox[None]()
-        for buffer in buffers:
-            self.put(buffer)
-
-    def __len__(self) -> int:
-        return len(self._free)
-
-    def __iter__(self) -> Iterator[StagingBuffer]:
-        return iter(tuple(self._free))
-
-    def put(self, buffer: StagingBuffer) -> None:
-        """Add a buffer."""
-        self._free.append(buffer)
-        self._entries.put(None)
-
-    def take(self, timeout: float) -> StagingBuffer | None:
-        """Return a buffer; None if none is free for ``timeout`` seconds."""
-        try:
-            self._entries.get(timeout)
-        except Empty:
-            return None
-        return self._free.pop()
 
 
 class Takes(Protocol):
@@ -140,8 +108,10 @@ class Staging:
         #: What takes slices of this owner now; see `staged_reader.StagedReceiver`.
         self.takers = set[Takes]()
         self.history = PullHistory()
-        empty = (StagingBuffer(staging(0, device), rows) for _ in range(count))
-        self.buffers = FreeBuffers(empty)
+        #: The free buffers; the last used is taken first.
+        self.buffers = LifoQueue[StagingBuffer]()
+        for _ in range(count):
+            self.buffers.put(StagingBuffer(staging(0, device), rows))
 
     def lane(self) -> Lane:
         """Return the lane to the owner; raise `PeerError` after `release`."""

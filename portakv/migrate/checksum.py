@@ -30,7 +30,7 @@ from portakv.graph.graph import Queue
 from portakv.graph.task import Task
 from portakv.migrate.messages import Box
 from portakv.migrate.messages import BoxPart as Rows
-from portakv.migrate.staging import chunk, chunk_bytes, page_of, staging
+from portakv.migrate.staging import chunk, page_of, rows_bytes, staging
 from portakv.runtime import cuda, hip
 from portakv.runtime.bounded import Bounded
 from portakv.runtime.cuda import KernelDriver
@@ -83,9 +83,9 @@ def words_of(
     part: torch.Tensor, start: tuple[int, ...], most: int
 ) -> tuple[torch.Tensor, Sequence[int]]:
     """Return a part as words of at most so many bytes, and the position of its first word in the
-    whole."""
+    whole. Axes before those of ``start`` are several parts."""
     if not start:
-        part = part[None]
+        part = part[..., None]
         start = (0,)
     size = part.element_size()
     unit = gcd(most, unit_of(size, start, part.shape))
@@ -96,19 +96,6 @@ def words_of(
         if last != 1 or any(x * size % unit for x in (*steps, part.storage_offset())):
             part = part.clone(memory_format=torch.contiguous_format)
     return part.view(WORDS[unit]), (*start[:-1], start[-1] * size // unit)
-
-
-def words_of_all(
-    parts: Sequence[torch.Tensor], start: tuple[int, ...], most: int
-) -> list[torch.Tensor]:
-    """Return several parts of one shape, dtype, strides and position as `words_of` does."""
-    (one, _) = words_of(parts[0], start, most)
-    size = parts[0].element_size()
-    unit = one.element_size()
-    shared = one.data_ptr() == parts[0].data_ptr()
-    if start and shared and not any(x.storage_offset() * size % unit for x in parts):
-        return [x.view(one.dtype) for x in parts]
-    return [words_of(x, start, most)[0] for x in parts]
 
 
 # ------------------------------------------------------------------------------------------------
@@ -493,32 +480,24 @@ class _Mixer:
         numbers = list[int]()
         sums = list[torch.Tensor]()
         for group in alike.values():
-            _, tensor, start, unit = group[0]
-            if not tensor.numel():
-                continue
-            (words, positions) = words_of(tensor, start, unit)
-            starts = [axis * AXIS + x for axis, x in enumerate(positions)]
-            numbers += [part.number for part in group]
-            if len(group) == 1:
-                sums.append(self.sum(words, starts).view(1))
-            else:
-                sums += self._sums_of(group, words.numel(), starts)
+            if group[0].tensor.numel():
+                numbers += [part.number for part in group]
+                sums += self._sums_of(group)
         if len(sums) == 1:
             return numbers, sums[0]
         return numbers, torch.cat([*sums, self.buffer[:0]])
 
-    def _sums_of(
-        self, group: Sequence[SummedPart], size: int, starts: Sequence[int]
-    ) -> Iterator[torch.Tensor]:
-        """Yield sums of parts of one shape and position, each of ``size`` words."""
-        _, _, start, unit = group[0]
-        most = max(1, self.batch.words // size)
+    def _sums_of(self, group: Sequence[SummedPart]) -> Iterator[torch.Tensor]:
+        """Yield sums of parts of one shape and position."""
+        _, tensor, start, unit = group[0]
+        width = gcd(unit, unit_of(tensor.element_size(), start, tensor.shape))
+        most = max(1, self.batch.words * width // tensor.nbytes)
         for at in range(0, len(group), most):
-            some = words_of_all([part.tensor for part in group[at : at + most]], start, unit)
-            if len(some) == 1:
-                yield self.sum(some[0], starts).view(1)
-            else:
-                yield self.sum(torch.stack(some), starts)
+            some = [part.tensor for part in group[at : at + most]]
+            together = some[0] if len(some) == 1 else torch.stack(some)
+            (words, positions) = words_of(together, start, unit)
+            starts = [axis * AXIS + x for axis, x in enumerate(positions)]
+            yield self.sum(words, starts).view(len(some))
 
     def _sum_in_parts(self, words: torch.Tensor, starts: Sequence[int]) -> torch.Tensor:
         """Split the words along their first axis that is longer than 1, and add up the parts."""
@@ -547,7 +526,7 @@ def checksum(view: KVView, index: Index, count: int, window: Box, first: int = 0
     sums = BoxSums()
 
     batch = max(1, _batch_of(view.device).nbytes // view.form.token_bytes) * size
-    buffer = staging(chunk_bytes(view, min(count, batch)), view.device)
+    buffer = staging(rows_bytes(view, view.layers, min(count, batch), view.heads), view.device)
     for start in range(0, count, batch):
         n = min(batch, count - start)
         part = index.part(start, n)

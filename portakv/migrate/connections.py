@@ -43,7 +43,6 @@ from portakv.migrate.messages import (
     Handshake,
     Hello,
     Message,
-    Named,
     Refused,
     Renew,
     Ticket,
@@ -55,10 +54,10 @@ from portakv.migrate.owner import exports_here
 from portakv.migrate.shards import Shard, device_of, unlike
 from portakv.migrate.transports import check_transport, choose, forced
 from portakv.migrate.transports.base import Transport
-from portakv.migrate.words import NamesOfOwner, Place, WordsOfOwner, open_names, open_words
+from portakv.migrate.words import NamesOfOwner, Place, WordsOfOwner, open_page
 from portakv.runtime.bounded import Bounded
 from portakv.runtime.devices import inside
-from portakv.runtime.interrupts import Condition, uninterrupted
+from portakv.runtime.interrupts import Condition, shielded
 from portakv.runtime.late_release import release
 from portakv.runtime.resources import reason
 from portakv.runtime.streams import own_stream
@@ -123,42 +122,27 @@ class NotMapped(Exception):
     """The memory of an owner cannot be mapped; the text says why, as a clause."""
 
 
-class Mapped(NamedTuple):
-    """The memory of an owner.
-
-    ``regions``: the same memory as bytes, whose last reference unmaps it.
-    """
-
-    shards: list[Shard]
-    events: list[torch.Event]
-    words: WordsOfOwner | None  # None if only the owner can say whether an offer holds
-    names: NamesOfOwner | None  # None if only the owner can say which offer has a name
-    regions: list[torch.Tensor]
-
-    def live_with(self, owner: object) -> None:
-        """Retain the memory as long as an object lives, and until no step may wait for this
-        process."""
-        finalize(owner, release, self.regions.clear).atexit = False
-
-
-def map_owner(address: str, handshake: Handshake, device: torch.device) -> Mapped:
-    """Map an owner's memory for a device of this process.
+def map_owner(owner: Connection, device: torch.device) -> None:
+    """Map the memory of an owner for a device of this process.
 
     Raises `NotMapped` if that fails, and `PeerError` if no views fit the regions that the owner
     describes.
     """
-    _check(address, handshake)  # checks the description before any memory is mapped
-    regions: list[torch.Tensor] = []
+    _check(owner.address, owner.handshake)  # before any memory is mapped
+    regions = list[torch.Tensor]()  # the memory as bytes, whose last reference unmaps it
     try:
-        return _mapped(handshake, device, regions)
+        _map(owner, device, regions)
     except BaseException as error:
         clear_frames(error.__traceback__)  # which refer to the memory
         release(regions.clear)
         raise
+    # The memory stays as long as the owner, and until no step may wait for this process.
+    finalize(owner, release, regions.clear).atexit = False
 
 
-def _mapped(handshake: Handshake, device: torch.device, regions: list[torch.Tensor]) -> Mapped:
-    """Map an owner's memory, and add each region as soon as it is mapped."""
+def _map(owner: Connection, device: torch.device, regions: list[torch.Tensor]) -> None:
+    """Map the memory of an owner, and add each region as soon as it is mapped."""
+    handshake = owner.handshake
     if missing := [region.why for region in handshake.regions if not region.handle]:
         raise NotMapped(f"the owner does not share it: {missing[0]}")
     try:
@@ -179,16 +163,18 @@ def _mapped(handshake: Handshake, device: torch.device, regions: list[torch.Tens
             # torch reports another device's memory as this device's: mark the views.
             shards = [Shard(x.view.as_peer(device), x.group.layers, x.group.heads) for x in shards]
         if here is not None:
-            events = [*here.events]
+            owner.events = [*here.events]
         else:
-            events = [shared_memory.open_event(one, device) for one in handshake.events]
+            owner.events = [shared_memory.open_event(one, device) for one in handshake.events]
     except shared_memory.NoDescriptor:  # another method would take descriptors, too
         raise
     except PortaKVError as error:
         raise NotMapped(str(error)) from error
-    words = open_words(handshake.words)
-    names = open_names(handshake.names, handshake.key)
-    return Mapped(shards, events, words, names, regions)
+    owner.words = open_page(WordsOfOwner, handshake.words)
+    owner.names = open_page(lambda page: NamesOfOwner(page, handshake.key), handshake.names)
+    # Last: pulls read an owner that has shards, and need its events to wait for the stream that
+    # writes the rows.
+    owner.shards = shards
 
 
 def _apart(device: torch.device) -> AbstractContextManager[object]:
@@ -219,15 +205,14 @@ MOST_BUFFERS = 64  # staging buffers of an owner; each has a worker here
 class Connection:
     """An owner: the answer to its handshake, and its shards and events if its memory is mapped."""
 
-    names: NamesOfOwner | None = None  # set if the memory is mapped
-
     def __init__(self, channel: Channel, address: str, handshake: Handshake) -> None:
         self.channel = channel
         self.address = address
         self.handshake = handshake
         self.shards = list[Shard]()
         self.events = list[torch.Event]()
-        self.words: WordsOfOwner | None = None  # set if the memory is mapped
+        self.words: WordsOfOwner | None = None  # None: only the owner says if an offer holds
+        self.names: NamesOfOwner | None = None  # None: only the owner says which offer has a name
         self.gone = False  # its process is gone, or was connected to anew
         self.why_not_mapped = ""
         self.staged: Staging | None = None  # set if the memory is not mapped
@@ -290,38 +275,10 @@ class Source(NamedTuple):
 Sources = Sequence[Source]
 
 
-class _Turns:
-    """Turns of threads, one at a time for each address."""
-
-    def __init__(self) -> None:
-        self._taken = set[str]()
-        self._change = Condition()
-
-    @contextmanager
-    def of(self, address: str, until: float) -> Iterator[None]:
-        """Have the turn of an address; raise `TransferTimeout` if another thread has it until the
-        time ``until``."""
-        wait = min(max(0.0, until - monotonic()), FOREVER)
-        with self._change:
-            if not self._change.wait_for(lambda: address not in self._taken, wait):
-                raise TransferTimeout(
-                    f"The handshake with {address} timed out after one of another call. Pull again "
-                    f"with a longer timeout."
-                )
-            self._taken.add(address)
-        try:
-            yield
-        finally:
-            with self._change:
-                self._taken.discard(address)
-                self._change.notify_all()
-
-
 class Connections:
     """The owners of one reader; see `Reader` for the arguments.
 
-    `of` and `close` have private halves, `_connect` and `_close`: no interrupt may cut these in
-    two, so a helper thread runs them for the main thread.
+    A helper thread connects and closes for the main thread: no interrupt may cut that in two.
     """
 
     def __init__(
@@ -337,7 +294,8 @@ class Connections:
         self._owners = dict[tuple[str, bytes], Connection]()
         self._closed = False
         self._lock = threading.Lock()  # for new owners and transports, and the end
-        self._turns = _Turns()
+        self._connecting = set[str]()  # addresses that a thread connects to
+        self._change = Condition()
 
     def __len__(self) -> int:
         return len(self._owners)
@@ -349,7 +307,7 @@ class Connections:
         """
         read = [Ticket.read(data) for data in packed]
         try:
-            sources = [Source.of(ticket, self.of(ticket, until)) for ticket in read]
+            owners = [self.of(ticket, until) for ticket in read]
         except PeerError as error:
             if monotonic() < until:
                 raise
@@ -357,24 +315,15 @@ class Connections:
                 f"The handshake of the pull timed out; no rows were committed. Increase timeout, "
                 f"or pull from another owner: {error}"
             ) from error
-        _check_signed(packed, sources)
-        return sources
+        return _signed(packed, read, owners)
 
     def resolve_connected(self, packed: Sequence[bytes]) -> list[Source] | None:
         """Return what `resolve` returns; None if an owner is not connected. Never blocks."""
-        sources = list[Source]()
-        connected = True
-        for data in packed:
-            ticket = Ticket.read(data)
-            owner = self._owners.get((ticket.address, ticket.epoch))
-            if owner is None:
-                connected = False  # the other tickets are checked all the same
-            else:
-                sources.append(Source.of(ticket, owner))
-        if not connected:
+        read = [Ticket.read(data) for data in packed]
+        owners = [self._owners.get((ticket.address, ticket.epoch)) for ticket in read]
+        if None in owners:
             return None
-        _check_signed(packed, sources)
-        return sources
+        return _signed(packed, read, owners)
 
     def of(self, ticket: Ticket, until: float = inf) -> Connection:
         """Return the owner of a ticket, and connect to it at the first call.
@@ -387,72 +336,63 @@ class Connections:
         """
         if (owner := self._owners.get((ticket.address, ticket.epoch))) is not None:
             return owner
-        return uninterrupted(partial(self._connect, ticket, until))
+        return self._connect(ticket, until)
 
     def prepare(self, address: str, epoch: bytes = ANY) -> None:
         """Connect to the owner at an address, unless that was done; raise as `of`."""
-        ticket = Ticket(epoch, ANY, address, 0, (b"",), (1,), 0.0)
-        if self._known(ticket) is None:
-            self._connect(ticket, inf)
+        if self.find(address, epoch) is None:
+            self._connect(Ticket(epoch, ANY, address, 0, (b"",), (1,), 0.0), inf)
 
-    def has(self, address: str) -> bool:
-        """Return True if the owner at an address is connected."""
-        return any(owner.address == address for owner in [*self._owners.values()])
-
-    def knows(self, address: str, epoch: bytes) -> bool:
-        """Return True if the owner of an epoch at an address is connected."""
-        return (address, epoch) in self._owners
-
-    def ticket_of(self, named: Named) -> bytes:
-        """Return the ticket that an owner's table has for a name; empty if only the owner can say
-        whether there is one."""
-        owner = self._owners.get((named.address, named.epoch))
-        if owner is None or owner.names is None:
-            return b""
-        return owner.names.find(named.epoch, named.name)
-
-    def _known(self, ticket: Ticket) -> Connection | None:
-        """Return the connection to the owner of a ticket, or to whoever has its address if its
-        epoch is `ANY`; None if there is none."""
-        if ticket.epoch != ANY:
-            return self._owners.get((ticket.address, ticket.epoch))
+    def find(self, address: str, epoch: bytes = ANY) -> Connection | None:
+        """Return the connection to the owner of an epoch at an address, or to whoever has the
+        address; None if there is none."""
+        if epoch != ANY:
+            return self._owners.get((address, epoch))
         owners = [*self._owners.values()]
-        return next((owner for owner in owners if owner.address == ticket.address), None)
+        return next((owner for owner in owners if owner.address == address), None)
 
+    @shielded
     def _connect(self, ticket: Ticket, until: float) -> Connection:
         """Connect to the owner of a ticket, unless another thread has.
 
         Only handshakes with one address wait for each other.
         """
-        with self._turns.of(ticket.address, until):
-            if (owner := self._known(ticket)) is not None:
+        with self._turn(ticket.address, until):
+            if (owner := self.find(ticket.address, ticket.epoch)) is not None:
                 return owner
             if self._closed:
                 raise closed_reader()
             owner = Connection(self.channel, ticket.address, self._shake_hands(ticket, until))
             for old in [x for x in [*self._owners.values()] if x.address == owner.address]:
                 self._forget(old)
-            self._map(owner)
-            if owner.why_not_mapped:
+            try:
+                map_owner(owner, self.device)
+            except NotMapped as error:
+                owner.why_not_mapped = str(error)
                 self._agree_or_raise(owner, ticket, until)
             self._add(owner)
             gone = partial(self._forget, owner, gone=True)
             owner.unwatch = self.channel.watch(ticket.address, gone)
         return owner
 
-    def _map(self, owner: Connection) -> None:
-        """Map the memory of an owner, or set why it cannot be mapped."""
+    @contextmanager
+    def _turn(self, address: str, until: float) -> Iterator[None]:
+        """Be the only thread that connects to an address; raise `TransferTimeout` if another one
+        does until the time ``until``."""
+        wait = min(max(0.0, until - monotonic()), FOREVER)
+        with self._change:
+            if not self._change.wait_for(lambda: address not in self._connecting, wait):
+                raise TransferTimeout(
+                    f"The handshake with {address} timed out after one of another call. Pull again "
+                    f"with a longer timeout."
+                )
+            self._connecting.add(address)
         try:
-            mapped = map_owner(owner.address, owner.handshake, self.device)
-            # The shards last: pulls read an owner that has shards, and need its events to wait
-            # for the stream that writes the rows.
-            mapped.live_with(owner)
-            owner.events = mapped.events
-            owner.words = mapped.words
-            owner.names = mapped.names
-            owner.shards = mapped.shards
-        except NotMapped as error:
-            owner.why_not_mapped = str(error)
+            yield
+        finally:
+            with self._change:
+                self._connecting.discard(address)
+                self._change.notify_all()
 
     def _agree_or_raise(self, owner: Connection, ticket: Ticket, until: float) -> None:
         """Agree with an owner on a transport; raise `Unsupported` if there is none for its rows."""
@@ -482,19 +422,16 @@ class Connections:
         """Renew the lease of a ticket's offer by the time ``until``; see `Reader.extend`."""
         parsed = Ticket.read(carried("ticket", ticket, "Pass Offer.ticket."))
         owner = self.of(parsed, until)
-        _check_signed([ticket], [Source.of(parsed, owner)])
+        _signed([ticket], [parsed], [owner])
         renewal = Renew(parsed.epoch, parsed.offer, seconds)
         answer = self.channel.ask(owner.address, renewal, Answer, until - monotonic())
         if answer.state != "held":
             raise parsed.gone(answer.why)
         return answer.seconds
 
+    @shielded
     def close(self) -> None:
-        """Release all owners."""
-        uninterrupted(self._close)
-
-    def _close(self) -> None:
-        """Say goodbye to each owner, forget it, and close the transports."""
+        """Say goodbye to each owner, release it, and close the transports."""
         with self._lock:  # a handshake that ends later adds nothing
             self._closed = True
         until = monotonic() + min(FAREWELL, self.channel.timeout)
@@ -592,11 +529,17 @@ def listed(tickets: bytes | Sequence[bytes]) -> list[bytes]:
     return packed
 
 
-def _check_signed(packed: Sequence[bytes], sources: Sources) -> None:
-    """Raise `PeerError` for a ticket without a MAC under the key of its owner."""
-    for data, source in zip(packed, sources, strict=True):
-        if not is_signed(data, source.owner.handshake.key):
+def _signed(
+    packed: Sequence[bytes], tickets: Sequence[Ticket], owners: Sequence[Connection | None]
+) -> list[Source]:
+    """Return tickets with their owners; raise `PeerError` for one without a MAC under the key of
+    its owner."""
+    sources = list[Source]()
+    for data, ticket, owner in zip(packed, tickets, owners, strict=True):
+        if owner is None or not is_signed(data, owner.handshake.key):
             raise no_ticket()
+        sources.append(Source.of(ticket, owner))
+    return sources
 
 
 def closed_reader() -> PeerError:
@@ -651,13 +594,6 @@ class Connector:
         self._lock = threading.Lock()
         self._attempts = dict[OwnerKey, Attempt]()
 
-    def has(self, owner: OwnerKey) -> bool:
-        """Return True if an owner is connected; with the epoch `ANY`, whoever has the address."""
-        address, epoch = owner
-        if epoch == ANY:
-            return self._owners.has(address)
-        return self._owners.knows(address, epoch)
-
     def begin(self, owner: OwnerKey) -> Attempt:
         """Return the handshake with an owner that is under way; begin one if there is none.
 
@@ -665,7 +601,7 @@ class Connector:
         `TransferError` if the graph is closed.
         """
         address, epoch = owner
-        if not self._owners.has(address):
+        if self._owners.find(address) is None:
             epoch = ANY
         with self._lock:
             attempt = self._attempts.get((address, epoch))

@@ -23,7 +23,7 @@ from portakv.layout.encodings import Pack
 from portakv.layout.language import Factor, Layout
 from portakv.migrate.messages import Described, Kind, decoder_of
 from portakv.migrate.shards import Shard
-from portakv.migrate.shared_memory import shared_empty
+from portakv.migrate.shared_memory import flat_bytes, shared_empty
 from portakv.view import KVView
 from portakv.view.bound import reach
 
@@ -50,8 +50,7 @@ class Regions:
 
     def flat(self) -> list[torch.Tensor]:
         """Return each allocation as a flat uint8 tensor."""
-        empty = (torch.empty(0, dtype=torch.uint8, device=x.device) for x in self.storages)
-        return [flat.set_(storage) for flat, storage in zip(empty, self.storages, strict=True)]
+        return [flat_bytes(storage) for storage in self.storages]
 
 
 def describe(shard: Shard, regions: Regions) -> Described:
@@ -225,8 +224,7 @@ def scratch_like(shard: Shard, size: int, tokens: int, *, listed: bool = False) 
 def _reach(kind: Kind) -> int:
     """Return the bytes from the first element of a tensor to past the last one."""
     name, shape, strides = kind
-    dtype: torch.dtype = getattr(torch, name)
-    return reach(shape, strides) * dtype.itemsize
+    return reach(shape, strides) * _dtype(name).itemsize
 
 
 def _resized(kind: Kind, layout: Layout, own: int, size: int, blocks: int) -> Kind:

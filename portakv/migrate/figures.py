@@ -9,20 +9,14 @@ from __future__ import annotations
 
 import sys
 import threading
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping
 from time import perf_counter
-from typing import Protocol
 
-from portakv.errors import PortaKVError
 from portakv.graph.meter import by_label
 from portakv.graph.trace import Figures as Figures
 from portakv.graph.trace import Spent
-from portakv.migrate.crossed import PullStatistics
 from portakv.runtime import tracing
-from portakv.runtime.tracing import Began as Began
-
-begin_span = tracing.begin
 
 _ENDS = ("taken", "expired", "revoked", "lost")
 _NOT_EVENTS = ("peers", "links", "kept_bytes")
@@ -66,15 +60,13 @@ def published_figures(counts: Mapping[str, int]) -> Figures:
     }
 
 
-class Ended(Protocol):
-    """A pull that has ended; see `portakv.migrate.pull.Pull`."""
-
-    @property
-    def age(self) -> float: ...
-    @property
-    def error(self) -> PortaKVError | None: ...
-    @property
-    def statistics(self) -> PullStatistics: ...
+def _histograms(name: str, spent: Mapping[str, Spent]) -> Figures:
+    """Return the seconds of work by its result, in the form of `Graph.statistics`."""
+    figures: Figures = {}
+    for result, seconds in [*spent.items()]:
+        for series, samples in seconds.samples(name, {"result": result}).items():
+            figures.setdefault(series, []).extend(samples)
+    return figures
 
 
 class PullCounts:
@@ -82,51 +74,24 @@ class PullCounts:
 
     def __init__(self) -> None:
         self.ends = Counter[str]()  # by result
-        self._nbytes = dict[str, int]()  # by strategy
-        self._spent = dict[str, Spent]()  # by result
+        self._nbytes = Counter[str]()  # by strategy
+        self._spent = defaultdict[str, Spent](Spent)  # by result
 
     def add(self, strategy: str, nbytes: int, committed: bool, seconds: float) -> None:
         """Count a pull that has ended."""
         if committed:
-            self._nbytes[strategy] = self._nbytes.get(strategy, 0) + nbytes
+            self._nbytes[strategy] += nbytes
         result = "committed" if committed else "failed"
         self.ends[result] += 1
-        spent = self._spent.get(result)
-        if spent is None:
-            spent = self._spent[result] = Spent()
-        spent.add(seconds)
-
-    @staticmethod
-    def end_span(began: Began, pull: Ended, traceparent: str) -> None:
-        """Record the span of a pull that has ended, if the process makes spans.
-
-        ``traceparent``: that of its ticket.
-        """
-        if began.at:
-            done = pull.statistics
-            attributes: dict[str, str | int] = {
-                "strategy": done.strategy,
-                "pull.blocks": done.blocks_requested,
-                "pull.size": done.nbytes,
-            }
-            if done.packed:
-                attributes["pull.wire_size"] = done.wire_nbytes
-                attributes["pull.blocks_raw"] = done.blocks_raw
-            for choice in done.choices[:1]:
-                attributes["pull.encoding"] = "raw" if choice.pack is None else choice.pack.text
-                attributes["pull.encoding_why"] = choice.why
-            tracing.end("portakv pull", began, attributes, pull.error, traceparent, pull.age)
+        self._spent[result].add(seconds)
 
     def figures(self) -> Figures:
         """Return the bytes and the seconds, in the form of `Graph.statistics`."""
-        nbytes: list[dict[str, str | float]] = [
-            {"strategy": strategy, "value": value} for strategy, value in [*self._nbytes.items()]
-        ]
-        figures: Figures = {"pull_bytes_total": nbytes}
-        for result, spent in [*self._spent.items()]:
-            for name, samples in spent.samples("pull_seconds", {"result": result}).items():
-                figures.setdefault(name, []).extend(samples)
-        return figures
+        counts = dict([*self._nbytes.items()])
+        return {
+            "pull_bytes_total": by_label("strategy", counts, counts),
+            **_histograms("pull_seconds", self._spent),
+        }
 
 
 class WeightCounts:
@@ -156,13 +121,10 @@ class WeightCounts:
     def figures(self) -> Figures:
         """Return the bytes and the seconds, in the form of `Graph.statistics`."""
         with self._lock:
-            figures: Figures = {"weight_bytes_total": [{"value": self._nbytes}]}
-            for result, spent in self._spent.items():
-                for name, samples in spent.samples(
-                    "weight_pull_seconds", {"result": result}
-                ).items():
-                    figures.setdefault(name, []).extend(samples)
-        return figures
+            return {
+                "weight_bytes_total": [{"value": self._nbytes}],
+                **_histograms("weight_pull_seconds", self._spent),
+            }
 
 
 #: Those of this process.

@@ -1,23 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Pulls of offers by name: a name is known before its offer is.
+"""Pulls that wait: for owners that are not connected, for offers by name, and for rows that are not
+complete.
 
 A caller looks into the tables of owners on this host. It asks the other owners, for a moment: most
 offers exist by then, and each thread that has to wake costs as much as a small pull. For offers
 that do not exist yet the reader's `Housekeeper` asks the owners which of the names they have
-offered, all names of one owner in one request, and starts a pull when all of its offers are there.
-The pull then has plain tickets, and goes on in a worker.
-
-A pull of plain tickets waits in the same way for handshakes with their owners.
+offered, all names of one owner in one request. It asks in the same way for marks, and has a worker
+begin or continue a pull that need not wait any longer.
 """
 
 from __future__ import annotations
 
 import threading
+from abc import ABC, abstractmethod
 from collections import defaultdict
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
 from time import monotonic
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple
 
 from portakv import arguments
 from portakv.errors import (
@@ -28,14 +27,13 @@ from portakv.errors import (
     TransferTimeout,
 )
 from portakv.graph.task import Task
-from portakv.migrate.channel import Channel
 from portakv.migrate.connections import (
     ANY,
     Attempt,
+    Connections,
     Connector,
     OwnerKey,
     Questions,
-    Source,
     Sources,
 )
 from portakv.migrate.messages import MOST_NAMES, Answer, Find, Found, Marked, Marks, Named, Ticket
@@ -43,11 +41,10 @@ from portakv.runtime.bounded import Bounded
 from portakv.runtime.devices import this_process
 from portakv.runtime.transfer import Completion, Transfer
 
-# ------------------------------------------------------------------------------------------------
-# The offers of a pull whose rows are not complete, and how far they are known to be.
-
-#: Stops a pull by an error.
-Stop: TypeAlias = Callable[[PortaKVError], object]
+#: The most seconds for which a call waits for the answers of owners.
+MOMENT = 1e-3
+#: Seconds without a question by a call, to an owner that did not answer one in time.
+LATE = 0.05
 
 
 def incomplete(sources: Sources) -> bool:
@@ -58,51 +55,114 @@ def incomplete(sources: Sources) -> bool:
     return False
 
 
-class Followed:
-    """The marks of a pull's offers.
+class Wanted(ABC):
+    """What a pull waits for. One worker at a time begins the pull or continues it.
 
-    Args:
-        sources: of the pull.
-        whole: a worker goes on only when all rows are complete.
-        advance: has a worker issue what the marks allow, or end the pull; returns its task.
+    Raises `PeerError` for bytes that are not a ticket.
 
     Attributes:
+        tickets: of the pull; those that are names are replaced when their offers exist.
+        names: the tickets that are still names, by their places.
+        owners: those of plain tickets that are not known to be connected, with a ticket of each.
+        attempts: the handshakes that the pull waits for.
+        since: when the pull was called.
+        queried: the owners have had the names in a request once.
+        sources: of the pull; none before its owners and offers are ``known``.
         marks: the last known mark of each source.
+        whole: a worker goes on only when all rows are complete.
         issued: set when nothing more will be issued.
+        task: of the last worker.
     """
 
-    def __init__(self, sources: Sources, whole: bool, advance: Callable[[], Task | None]) -> None:
-        self.sources = sources
-        self.marks = [0] * len(sources)
+    def __init__(self, tickets: list[bytes]) -> None:
+        self.tickets = tickets
+        self.names = dict[int, Named]()
+        self.owners = dict[OwnerKey, Ticket]()
+        self.attempts = dict[OwnerKey, Attempt]()
+        self.since = monotonic()
+        self.queried = False
+        self.known = False
+        self.sources: Sources = ()
+        self.marks = list[int]()
+        self.whole = False
         self.issued = threading.Event()
-        self._whole = whole
-        self._advance = advance
+        self.task: Task | None = None
         self._used: list[int] | None = None  # the marks that a worker has used
         self._turn = threading.Lock()  # a worker has it: no two issue copies of one pull
-        self._task: Task | None = None  # of the last worker
+        for at, data in enumerate(tickets):
+            named = Named.read(data)
+            if named is not None:
+                self.names[at] = named
+            else:
+                ticket = Ticket.read(data)
+                self.owners[ticket.address, ticket.epoch] = ticket
+
+    @abstractmethod
+    def stop(self, error: PortaKVError) -> object:
+        """Stop the pull by an error."""
+
+    @abstractmethod
+    def advance(self) -> None:
+        """Have a worker issue what the marks allow, or end the pull; set its task."""
 
     @property
     def complete(self) -> bool:
         """Return True if all rows of all offers are complete."""
         pairs = zip(self.sources, self.marks, strict=False)  # the sources may have been released
-        return all(mark >= source.end for source, mark in pairs)
+        return self.known and all(mark >= source.end for source, mark in pairs)
+
+    @property
+    def handshakes(self) -> list[str]:
+        """Return the addresses of owners whose handshake is under way."""
+        attempts = [*self.attempts.items()]
+        return [address for (address, _), attempt in attempts if not attempt.task.ended]
+
+    def look_up(self, owners: Connections) -> None:
+        """Find offers in the tables of their owners."""
+        for at, named in [*self.names.items()]:
+            owner = owners.find(named.address, named.epoch)
+            if owner is not None and owner.names is not None:
+                ticket = owner.names.find(named.epoch, named.name)
+                if ticket:
+                    self.take(at, ticket)
+
+    def take(self, at: int, answer: bytes | int) -> None:
+        """Keep the ticket or the mark that an owner has sent for a place."""
+        if isinstance(answer, bytes):
+            self.tickets[at] = answer
+            del self.names[at]
+        else:
+            self.marks[at] = max(self.marks[at], answer)
+
+    def know(self, sources: Sources) -> None:
+        """Wait for no owner and no offer any more, but for the rows of these sources."""
+        self.attempts.clear()
+        self.marks = [0] * len(sources)
+        self.sources = sources
+        self.known = True
 
     def look(self) -> None:
-        """Read the marks in shared memory; have a worker go on if it can."""
-        for number, source in enumerate(self.sources):
-            if source.ticket.progress:
-                self.marks[number] = max(self.marks[number], source.mark)
-        if self.complete or not (self._whole or self.marks == self._used):
+        """Have a worker go on if it can; read the marks in shared memory before."""
+        if not self.known:
+            if not self.names and not self.owners:
+                self.go_on()
+            return
+        self.read_marks()
+        if self.complete or not (self.whole or self.marks == self._used):
             self.go_on()
+
+    def read_marks(self) -> None:
+        """Read the marks in shared memory."""
+        for at, source in enumerate(self.sources):
+            if source.ticket.progress:
+                self.take(at, source.mark)
 
     def go_on(self) -> None:
         """Have a worker issue copies or end the pull, unless one does."""
-        if self._turn.acquire(blocking=False) or self._is_unrun():
-            self._task = self._advance()
-
-    def _is_unrun(self) -> bool:
-        """Return True if the last worker never ran, since the reader was closed."""
-        return self._task is not None and self._task.state == "cancelled"
+        task = self.task
+        unrun = task is not None and task.state == "cancelled"  # the reader was closed
+        if not self.issued.is_set() and (self._turn.acquire(blocking=False) or unrun):
+            self.advance()
 
     def take_marks(self) -> list[int]:
         """Return the marks for the worker whose turn it is."""
@@ -114,169 +174,9 @@ class Followed:
         self._turn.release()
 
     def end(self) -> None:
-        """Issue nothing more, and release the owners' memory."""
-        self._advance = lambda: None
-        self.sources = ()
+        """Issue nothing more."""
+        self.task = None
         self.issued.set()
-
-
-class _Unknown(NamedTuple):
-    """An offer of a pull, by its place among the sources."""
-
-    followed: Followed
-    at: int
-    source: Source
-    stop: Stop
-
-
-class Marker:
-    """Reads marks in shared memory, and asks owners for the others. One thread calls it."""
-
-    def __init__(self, channel: Channel) -> None:
-        self._questions = Questions(channel, "offers with marks", Marked)
-
-    def look(self, following: Sequence[tuple[Followed, Stop]]) -> None:
-        """Learn the marks of pulls, each with a function that stops the pull, and have workers go
-        on with them."""
-        batches = list[Sequence[_Unknown]]()
-        requests = list[tuple[OwnerKey, Marks]]()
-        for owner, places in _unknown(following).items():
-            if not self._questions.is_due(owner):
-                continue
-            for first in range(0, len(places), MOST_NAMES):
-                these = places[first : first + MOST_NAMES]
-                batches.append(these)
-                numbers = tuple(place.source.ticket.offer for place in these)
-                requests.append((owner, Marks(owner[1], numbers)))
-        for some, answer in zip(batches, self._questions.ask(requests), strict=True):
-            if answer is not None:
-                _take_names(answer, some)
-        for followed, _ in following:
-            followed.look()
-
-
-def _unknown(following: Sequence[tuple[Followed, Stop]]) -> dict[OwnerKey, list[_Unknown]]:
-    """Return the offers whose marks and ends only their owners can say, by owner."""
-    offers = defaultdict[OwnerKey, list[_Unknown]](list)
-    for followed, stop in following:
-        for number, source in enumerate(followed.sources):
-            if source.word is None:  # also of complete offers, which may end meanwhile
-                owner = source.ticket.address, source.ticket.epoch
-                offers[owner].append(_Unknown(followed, number, source, stop))
-    return offers
-
-
-def _take_names(answer: Any, places: Sequence[_Unknown]) -> None:
-    """Keep the marks of an answer; stop the pulls of offers that do not hold."""
-    if isinstance(answer, Answer):
-        for place in places:
-            place.stop(place.source.ticket.gone(answer.why))
-        return
-    error = answer
-    if isinstance(answer, Marked):
-        if len(places) == len(answer.marks) == len(answer.why):
-            for place, mark, why in zip(places, answer.marks, answer.why, strict=True):
-                if why:
-                    place.stop(place.source.ticket.gone(why))
-                else:
-                    marks = place.followed.marks
-                    marks[place.at] = max(marks[place.at], mark)
-            return
-        error = PeerError(
-            f"Expected answers for {len(places)} offers, got {len(answer.marks)} marks and "
-            f"{len(answer.why)} reasons. Use one release on both sides."
-        )
-    for place in places:
-        place.stop(error)
-
-
-#: The most seconds for which a call waits for the answers of owners.
-MOMENT = 1e-3
-#: Seconds without a question by a call, to an owner that did not answer one in time.
-LATE = 0.05
-
-
-@dataclass
-class Wanted:
-    """The tickets of a pull of which some are still names or of owners that are not connected, and
-    offers that are not complete.
-
-    ``start`` is called once, when no name and no such owner is left: it has a worker go on, or ends
-    a pull that has failed. ``followed`` is None before that, and if all offers are complete.
-    ``queried``: the owners have had the names in a request once. ``owners``: those of plain tickets
-    that are not known to be connected, with a ticket of each. ``attempts``: the handshakes that the
-    pull waits for. ``since``: when the pull was called. ``task``: begins the pull in a worker, once
-    it is started; None: the caller did.
-    """
-
-    tickets: list[bytes]
-    names: dict[int, Named]  # by their places among the tickets
-    owners: dict[OwnerKey, Ticket] = field(default_factory=dict)
-    attempts: dict[OwnerKey, Attempt] = field(default_factory=dict)
-    since: float = field(default_factory=monotonic)
-    start: Callable[[bool], object] = bool
-    started: threading.Event = field(default_factory=threading.Event)
-    once: threading.Lock = field(default_factory=threading.Lock)
-    followed: Followed | None = None
-    queried: bool = False
-    task: Task | None = None
-
-    @property
-    def waits(self) -> bool:
-        """Return True if the pull waits for an offer or a mark."""
-        followed = self.followed
-        return not self.started.is_set() or (followed is not None and not followed.issued.is_set())
-
-    @property
-    def handshakes(self) -> list[str]:
-        """Return the addresses of owners whose handshake is under way."""
-        attempts = [*self.attempts.items()]
-        return [address for (address, _), attempt in attempts if not attempt.task.ended]
-
-    def wait(self) -> None:
-        """Block the host until the pull waits for no offer and no mark."""
-        self.started.wait()
-        if self.followed is not None:
-            self.followed.issued.wait()
-
-    @classmethod
-    def of(cls, tickets: list[bytes]) -> Wanted:
-        """Return tickets of which some may be names; raise `PeerError` for other bytes."""
-        wanted = cls(tickets, {})
-        for at, data in enumerate(tickets):
-            named = Named.read(data)
-            if named is not None:
-                wanted.names[at] = named
-            else:
-                ticket = Ticket.read(data)
-                wanted.owners[ticket.address, ticket.epoch] = ticket
-        return wanted
-
-    def look_up(self, ticket_of: Callable[[Named], bytes]) -> None:
-        """Find offers in the tables of their owners."""
-        for at, named in [*self.names.items()]:
-            ticket = ticket_of(named)
-            if ticket:
-                self.tickets[at] = ticket
-                del self.names[at]
-
-    def begin(self, ended: bool = False) -> None:
-        """Start the pull, which waits no more, or end it; only the first call does."""
-        if self.once.acquire(blocking=False):
-            self.start(ended)
-            self.start = bool  # the pull retains no task that has ended
-            task = self.task
-            if task is not None and task.schedule.graph is None:
-                self.task = None  # it was not submitted
-            self.attempts.clear()
-            self.started.set()
-
-    def end(self) -> None:
-        """End a pull that was stopped while it waits; a worker does if it follows marks."""
-        if not self.started.is_set():
-            self.begin(ended=True)
-        elif self.followed is not None:
-            self.followed.go_on()
 
 
 class LateLayer(Transfer):
@@ -339,103 +239,91 @@ def forked_error() -> TransferError:
     )
 
 
-class _Place(NamedTuple):
-    """A name of a pull, by its place among the tickets, and the function that stops the pull."""
+class _Asked(NamedTuple):
+    """A name or an offer of a pull, of which only its owner can say more, and its place."""
 
     wanted: Wanted
     at: int
-    stop: Stop
-
-    @property
-    def named(self) -> Named:
-        """Return the name."""
-        return self.wanted.names[self.at]
+    subject: Named | Ticket
 
 
 class Finder:
-    """Asks owners for the offers of names, and for marks. One thread calls it; any may call
-    `find_now`.
+    """Connects to owners, and asks them for the offers of names and for marks. One thread calls it;
+    any may call `find_now`.
 
     Args:
-        channel: of the reader.
+        owners: of the reader.
         connector: connects to owners, in workers.
     """
 
-    def __init__(self, channel: Channel, connector: Connector) -> None:
-        self.marker = Marker(channel)
-        self._channel = channel
+    def __init__(self, owners: Connections, connector: Connector) -> None:
+        self._owners = owners
+        self._channel = channel = owners.channel
         # Owners that were late with an answer, with the time of the next question by a call.
         self._late: Bounded[OwnerKey, float] = Bounded("owners that were late", 1024)
-        self._questions = Questions(channel, "offers by name", Found)
+        self._names = Questions(channel, "offers by name", Found)
+        self._marks = Questions(channel, "offers with marks", Marked)
         self._connector = connector
 
     def find_now(self, wanted: Wanted) -> bool:
         """Ask the owners of a pull's names, which are connected, and wait for a moment; return True
         if all offers exist. What else they answer, they answer again to `look`."""
-        by_owner = defaultdict[OwnerKey, list[int]](list)
-        for at, named in wanted.names.items():
-            by_owner[named.address, named.epoch].append(at)
+        by_owner = _names_by_owner([wanted])
         now = monotonic()
-        if len(wanted.names) > MOST_NAMES or any(
-            now < self._late.get(owner, 0.0) for owner in by_owner
-        ):
+        late = any(now < self._late.get(owner, 0.0) for owner in by_owner)
+        if late or len(wanted.names) > MOST_NAMES:
             return False
-        requests = [
-            (address, Find(epoch, tuple(wanted.names[at].name for at in places)))
-            for (address, epoch), places in by_owner.items()
-        ]
+        requests = [(owner[0], _request(owner[1], some)) for owner, some in by_owner.items()]
         kind: Any = Found | Answer
         answers = self._channel.ask_all(requests, kind, MOMENT)
-        for (owner, places), answer in zip(by_owner.items(), answers, strict=True):
+        for (owner, some), answer in zip(by_owner.items(), answers, strict=True):
             if isinstance(answer, TransferTimeout):
                 self._late[owner] = monotonic() + LATE
-            elif isinstance(answer, Found) and len(answer.tickets) == len(places):
-                self._questions.note(owner)
-                for at, ticket in zip(places, answer.tickets, strict=True):
+            elif isinstance(answer, Found) and len(answer.tickets) == len(some):
+                self._names.note(owner)
+                for each, ticket in zip(some, answer.tickets, strict=True):
                     if ticket:
-                        wanted.tickets[at] = ticket
-                        del wanted.names[at]
+                        wanted.take(each.at, ticket)
         return not wanted.names
 
-    def look(self, waiting: Sequence[tuple[Wanted, Stop]]) -> None:
-        """Connect to the owners of pulls that wait, each with a function that stops the pull. Ask
-        for their names, and start the pulls that wait no more."""
-        for wanted, stop in waiting:
+    def look(self, waiting: Sequence[Wanted]) -> None:
+        """Connect to the owners of pulls that wait, ask for their names and marks, and have workers
+        go on with the pulls that can."""
+        marks = defaultdict[OwnerKey, list[_Asked]](list)
+        for wanted in waiting:
             for owner in [*wanted.owners]:
-                if self._connector.has(owner):
+                if self._owners.find(*owner):
                     del wanted.owners[owner]
                 else:
-                    self._connect(owner, wanted, stop)
-        self._ask(self._due_questions(waiting))
-        for wanted, _ in waiting:
-            if not wanted.names and not wanted.owners:
-                wanted.begin()
+                    self._connect(owner, wanted)
+            for at, (ticket, _, word) in enumerate(wanted.sources):
+                if word is None:  # also of complete offers, which may end meanwhile
+                    marks[ticket.address, ticket.epoch].append(_Asked(wanted, at, ticket))
 
-    def _due_questions(
-        self, waiting: Sequence[tuple[Wanted, Stop]]
-    ) -> list[tuple[OwnerKey, Sequence[_Place]]]:
-        """Return the names that connected owners may get a question about now, by owner; connect to
-        the other owners."""
-        wanted_names = defaultdict[OwnerKey, list[_Place]](list)
-        for wanted, stop in waiting:
-            for at, named in wanted.names.items():
-                wanted_names[named.address, named.epoch].append(_Place(wanted, at, stop))
-        questions = list[tuple[OwnerKey, Sequence[_Place]]]()
-        for owner, places in wanted_names.items():
+        due = {owner: some for owner, some in marks.items() if self._marks.is_due(owner)}
+        _ask(self._names, self._due_names(_names_by_owner(waiting)))
+        _ask(self._marks, due)
+        for wanted in waiting:
+            wanted.look()
+
+    def _due_names(
+        self, names: Mapping[OwnerKey, Sequence[_Asked]]
+    ) -> dict[OwnerKey, Sequence[_Asked]]:
+        """Return the names that connected owners may get a question about now; connect to the other
+        owners."""
+        due = dict[OwnerKey, Sequence[_Asked]]()
+        for owner, some in names.items():
             anyone = owner[0], ANY  # also an owner of another epoch answers
-            if not self._connector.has(anyone):
-                for place in places:
-                    self._connect(anyone, place.wanted, place.stop)
-                continue
-            if not self._questions.is_due(owner):
-                places = [place for place in places if not place.wanted.queried]
-                if not self._questions.is_due(owner, first=True):
-                    continue
-            starts = range(0, len(places), MOST_NAMES)
-            questions += [(owner, places[first : first + MOST_NAMES]) for first in starts]
-        return questions
+            if not self._owners.find(*anyone):
+                for each in some:
+                    self._connect(anyone, each.wanted)
+            elif self._names.is_due(owner):
+                due[owner] = some
+            elif self._names.is_due(owner, first=True):
+                due[owner] = [each for each in some if not each.wanted.queried]
+        return due
 
-    def _connect(self, owner: OwnerKey, wanted: Wanted, stop: Stop) -> None:
+    def _connect(self, owner: OwnerKey, wanted: Wanted) -> None:
         """Have a worker connect to an owner that a pull waits for; stop the pull if that failed."""
         error: PortaKVError | None = None
         attempt = wanted.attempts.get(owner)
@@ -455,45 +343,61 @@ class Finder:
             # error names the offer of this pull.
             del wanted.owners[owner]
         elif error is not None:
-            stop(error)
-
-    def _ask(self, questions: Sequence[tuple[OwnerKey, Sequence[_Place]]]) -> None:
-        """Ask owners, all at a time, for the offers of names; take the answers."""
-        requests = [
-            (owner, Find(owner[1], tuple(place.named.name for place in places)))
-            for owner, places in questions
-        ]
-        answers = self._questions.ask(requests)
-        for (_, places), answer in zip(questions, answers, strict=True):
-            for place in places:
-                place.wanted.queried = True
-            if answer is not None:
-                _take(answer, places)
+            wanted.stop(error)
 
 
-def _take(answer: Any, places: Sequence[_Place]) -> None:
-    """Keep the tickets of the offers that exist; stop the pulls of those that do not hold."""
+def _names_by_owner(waiting: Sequence[Wanted]) -> dict[OwnerKey, list[_Asked]]:
+    """Return the names that pulls wait for."""
+    names = defaultdict[OwnerKey, list[_Asked]](list)
+    for wanted in waiting:
+        for at, named in wanted.names.items():
+            names[named.address, named.epoch].append(_Asked(wanted, at, named))
+    return names
+
+
+def _ask(questions: Questions, by_owner: Mapping[OwnerKey, Sequence[_Asked]]) -> None:
+    """Ask owners, all at a time, for tickets or marks, and take the answers."""
+    batches = [
+        (owner, some[first : first + MOST_NAMES])
+        for owner, some in by_owner.items()
+        for first in range(0, len(some), MOST_NAMES)
+    ]
+    answers = questions.ask([(owner, _request(owner[1], some)) for owner, some in batches])
+    for (_, some), answer in zip(batches, answers, strict=True):
+        for each in some:
+            each.wanted.queried = True
+        if answer is not None:
+            _take(answer, some)
+
+
+def _request(epoch: bytes, some: Sequence[_Asked]) -> Find | Marks:
+    """Return the request for the tickets of names, or for the marks of offers."""
+    names = [each.subject.name for each in some if isinstance(each.subject, Named)]
+    offers = [each.subject.offer for each in some if isinstance(each.subject, Ticket)]
+    return Find(epoch, tuple(names)) if names else Marks(epoch, tuple(offers))
+
+
+def _take(answer: Any, some: Sequence[_Asked]) -> None:
+    """Keep the tickets or marks of an answer; stop the pulls of offers that do not hold."""
     if isinstance(answer, Answer):
-        for place in places:
-            place.stop(place.named.gone(answer.why))
+        for each in some:
+            each.wanted.stop(each.subject.gone(answer.why))
         return
     error = answer
-    if isinstance(answer, Found):
-        if len(places) == len(answer.tickets) == len(answer.why):
-            for place, ticket, why in zip(places, answer.tickets, answer.why, strict=True):
-                _take_one(place, ticket, why)
+    if isinstance(answer, Found | Marked):
+        found = isinstance(answer, Found)
+        values: Sequence[bytes | int] = getattr(answer, "tickets" if found else "marks")
+        if len(some) == len(values) == len(answer.why):
+            for each, value, why in zip(some, values, answer.why, strict=True):
+                if why:
+                    each.wanted.stop(each.subject.gone(why))
+                elif value:
+                    each.wanted.take(each.at, value)
             return
+        subjects, what = ("names", "tickets") if found else ("offers", "marks")
         error = PeerError(
-            f"Expected answers for {len(places)} names, got {len(answer.tickets)} tickets and "
+            f"Expected answers for {len(some)} {subjects}, got {len(values)} {what} and "
             f"{len(answer.why)} reasons. Use one release on both sides."
         )
-    for place in places:
-        place.stop(error)
-
-
-def _take_one(place: _Place, ticket: bytes, why: str) -> None:
-    if ticket:
-        place.wanted.tickets[place.at] = ticket
-        del place.wanted.names[place.at]
-    elif why:
-        place.stop(place.named.gone(why))
+    for each in some:
+        each.wanted.stop(error)

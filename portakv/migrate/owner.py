@@ -39,9 +39,8 @@ from portakv.runtime import tracing
 from portakv.runtime.bounded import Bounded
 from portakv.runtime.devices import capturing, refuse_capture
 from portakv.runtime.finished import Finished
-from portakv.runtime.interrupts import Condition, abandoned, uninterrupted
+from portakv.runtime.interrupts import Condition, abandoned, shielded, uninterrupted
 from portakv.runtime.streams import StreamFence, ignore_captures_elsewhere
-from portakv.runtime.tracing import UNTRACED, begin
 from portakv.runtime.transfer import event_pool
 from portakv.view.index import Ids, Index
 
@@ -83,25 +82,6 @@ _exports: WeakValueDictionary[tuple[bytes, torch.device], Exports] = WeakValueDi
 EVENTS = 64  # recorded after offers' rows, in turn: so many offers have separate events
 
 
-class DescribedShards(NamedTuple):
-    """Shards as data, and the allocations that they lie in."""
-
-    shards: tuple[messages.Described, ...]
-    storages: list[torch.UntypedStorage]
-
-
-def describe_all(shards: Sequence[Shard]) -> DescribedShards:
-    """Return shards as data; raise `LayoutError` if they lie in too many allocations."""
-    regions = Regions()
-    described = tuple(describe(shard, regions) for shard in shards)
-    if len(regions.storages) >= messages.MOST_REGIONS:
-        raise LayoutError(
-            f"Expected shards in at most {messages.MOST_REGIONS - 1} allocations, got "
-            f"{len(regions.storages)}. Make the tensors slices of fewer allocations."
-        )
-    return DescribedShards(described, regions.storages)
-
-
 class Exports:
     """The memory of one epoch of an owner.
 
@@ -116,7 +96,7 @@ class Exports:
 
     def __init__(
         self,
-        described: DescribedShards,
+        storages: Sequence[torch.UntypedStorage],
         epoch: bytes,
         device: torch.device,
         expose: str,
@@ -130,7 +110,7 @@ class Exports:
         if expose == "mapped":
             names.allocate()
         files = shared_memory.SharedFiles()
-        for storage in [*described.storages, self._proof.untyped_storage()]:
+        for storage in [*storages, self._proof.untyped_storage()]:
             described_as = storage.nbytes(), shared_memory.where(storage.device)
             try:
                 if expose != "mapped":
@@ -146,7 +126,7 @@ class Exports:
         self.events = list[torch.Event]()
         if self.allocations:
             self.events = _events(device)
-            hosts = [x.data_ptr() for x in described.storages if x.device.type == "cpu"]
+            hosts = [x.data_ptr() for x in storages if x.device.type == "cpu"]
             if not any(files.has_name(address) for address in hosts):
                 self.allocations.append(words.export(files))
                 self.words = self.allocations[-1].handle
@@ -229,17 +209,6 @@ def mark_event(device: torch.device) -> torch.Event | None:
             "Raising a mark", "its event has to be seen; raise it after the capture"
         )
     return event_pool(device).recorded(None)
-
-
-def progress_of(unit: Unit | None, layers: int, tokens: int) -> Progress | None:
-    """Return the mark of a new offer of so many layers and tokens; None if it has no unit.
-
-    Raises `InvalidTerms` for another unit.
-    """
-    if unit is None:
-        return None
-    arguments.one_of("progress", unit, get_args(Unit))
-    return Progress(unit, layers if unit == "layers" else tokens)
 
 
 class _Raise(NamedTuple):
@@ -340,16 +309,7 @@ class Raises:
 
 MOST_FOUND = 1 << 19  # bytes of the tickets in an answer
 MOST_NAMED = MOST_FOUND - (64 << 10)  # bytes of the ids in one of them
-_REMEMBERED = 4096  # ended offers for which an owner still reports the reason
-
-
-class EndedOffers(Bounded[bytes, str]):
-    """Why the last offers have ended, as clauses for readers."""
-
-    __slots__ = ()
-
-    def __init__(self, name: str) -> None:
-        super().__init__(name, _REMEMBERED)
+REMEMBERED = 4096  # ended offers for which an owner still reports the reason
 
 
 class Names:
@@ -362,7 +322,7 @@ class Names:
     def __init__(self, key: bytes) -> None:
         self.table = NameTable(key)
         self._offers = dict[bytes, Offer]()
-        self._ended = EndedOffers("ended names")
+        self._ended: Bounded[bytes, str] = Bounded("ended names", REMEMBERED)
 
     def check_new(self, name: object, nbytes: int) -> None:
         """Raise for a name that readers could not find, with so many bytes of ids.
@@ -436,10 +396,8 @@ class Names:
 # ------------------------------------------------------------------------------------------------
 # Check the arguments of `Owner.offer`, and record the span of an offer.
 
-begin_span = begin
 MOST_LEASE = 1e6  # seconds
 SECONDS = "a number of seconds above 0, at most 10^6"
-EXTENSION = "a number of seconds from 0 to 10^6"
 
 
 def block_lists(
@@ -476,17 +434,6 @@ def checked(
     limits = f"a number of seconds from the lease of {lease:g} s to 10^6"
     max_lease = arguments.number("max_lease", max_lease, lease, MOST_LEASE, limits)
     return tokens, readers, lease, max_lease
-
-
-def checked_extension(seconds: float) -> float:
-    """Return the seconds of `Offer.extend`; raise as it does."""
-    return arguments.number("seconds", seconds, 0.0, MOST_LEASE, EXTENSION)
-
-
-def end_span(began: tracing.Began, state: str, tokens: int) -> None:
-    """Record the span of an offer that has ended, if the process makes spans."""
-    if began.at:
-        tracing.end("portakv offer", began, {"offer.state": state, "offer.tokens": tokens})
 
 
 def block_list(name: str, shard: Shard, block_ids: Ids | None, tokens: int) -> BlockList:
@@ -540,8 +487,8 @@ class Offer:
     An offer ends when its readers have closed it, at its deadline, by `revoke`, or when readers
     that started to read it are gone.
 
-    Methods come in pairs, such as `end` and `_end`: no interrupt may cut the private half in two,
-    so a helper thread runs it for the main thread.
+    A helper thread runs the methods that change the offer for the main thread: no interrupt may cut
+    them in two. `holds` does not, since its callers may have the owner's lock.
 
     Attributes:
         ticket: bytes for the reader, which travel with the request. Any process that has the
@@ -553,7 +500,7 @@ class Offer:
     name = b""
     place = Place()
     entry = Entry()
-    began = UNTRACED
+    began = tracing.UNTRACED
     #: None: all rows were complete when the offer was made.
     progress: Progress | None = None
 
@@ -588,18 +535,15 @@ class Offer:
     @property
     def state(self) -> str:
         """Return "held"; after the end "taken", "expired", "revoked", or "lost" with a reader."""
-        return uninterrupted(self._look)
-
-    def _look(self) -> str:
-        """Return the state now, for a caller that may have the owner's lock."""
-        with self._owner.change:
-            if self._state == "held" and self._owner.now() > self.lease.until:
-                self._end("expired")  # a caller that has the lock must not wait for a helper
-            return self._state
+        uninterrupted(self.holds)
+        return self._state
 
     def holds(self) -> bool:
         """Return True if the offer holds, for a caller that may have the owner's lock."""
-        return self._look() == "held"
+        with self._owner.change:
+            if self._state == "held" and self._owner.now() > self.lease.until:
+                self._end("expired")  # a caller that has the lock must not wait for a helper
+            return self._state == "held"
 
     def end(self, state: str) -> None:
         """End the offer in a state, unless it has ended."""
@@ -619,7 +563,11 @@ class Offer:
                 owner.ended[self.number] = why = self._why_ended()
                 owner.names.end(self, why)
                 owner.counts[state] += 1
-                end_span(self.began, state, self.tokens)
+                attributes: dict[str, str | int] = {
+                    "offer.state": state,
+                    "offer.tokens": self.tokens,
+                }
+                tracing.end("portakv offer", self.began, attributes)
                 for stop in self.begun.values():
                     stop()
                 owner.ends.add(Ended(self, state, frozenset(self.through)))
@@ -633,18 +581,14 @@ class Offer:
             return "its readers have taken it"
         return messages.REASONS[self._state]
 
+    @shielded
     def taken(self, timeout: float | None = None) -> bool:
         """Wait until the offer has ended, at most ``timeout`` seconds; return True if it has.
 
         The owner may then use its blocks again.
         """
-        seconds = arguments.seconds("timeout", timeout, optional=True)
-        return uninterrupted(partial(self._wait, seconds))
-
-    def _wait(self, seconds: float) -> bool:
-        """Wait for the end; return early if the caller was interrupted."""
         owner = self._owner
-        until = owner.now() + seconds
+        until = owner.now() + arguments.seconds("timeout", timeout, optional=True)
         with owner.change:
             while self.state == "held":
                 now = owner.now()
@@ -657,18 +601,17 @@ class Offer:
         """End the offer immediately: no reader commits rows that it reads from now on."""
         self.end("revoked")
 
+    @shielded
     def extend(self, seconds: float) -> bool:
         """Hold the offer for ``seconds`` from now on, if its lease ends before; return False if it
         has ended.
 
         An owner may extend its offer beyond ``max_lease``, which limits readers.
         """
-        return uninterrupted(partial(self._extend, checked_extension(seconds)))
-
-    def _extend(self, seconds: float) -> bool:
-        """Set the end of the lease, unless the offer has ended."""
+        limits = "a number of seconds from 0 to 10^6"
+        seconds = arguments.number("seconds", seconds, 0.0, MOST_LEASE, limits)
         with self._owner.change:
-            if self._look() != "held":
+            if not self.holds():
                 return False
             self.lease.until = max(self.lease.until, self._owner.now() + seconds)
             self.lease.latest = max(self.lease.latest, self.lease.until)
@@ -708,7 +651,7 @@ class Offer:
                     "Expected an offer with a mark, got one whose rows were complete when it was "
                     "made. Pass progress= to Owner.offer."
                 )
-            if self._look() != "held":
+            if not self.holds():
                 raise OfferGone(
                     f"Expected an offer that holds, got one that has ended: {self._why_ended()}. "
                     f"Write no more rows for it, and make another offer."
@@ -742,8 +685,8 @@ class Ended(NamedTuple):
 class Owner:
     """A process that offers rows to readers.
 
-    Methods come in pairs, such as `close` and `_end`: no interrupt may cut the private half in two,
-    so a helper thread runs it for the main thread.
+    A helper thread runs the methods that change the owner for the main thread: no interrupt may cut
+    them in two.
 
     Args:
         channel: the channel at which readers reach it; a channel has at most one owner.
@@ -790,7 +733,7 @@ class Owner:
         self._key = secrets.token_bytes(32)  # signs tickets, also those of later epochs
         self._expose = expose
         self.offers = dict[bytes, Offer]()
-        self.ended = EndedOffers("ended offers")
+        self.ended: Bounded[bytes, str] = Bounded("ended offers", REMEMBERED)
         self.names = Names(self._key)
         self.words = Words()
         self.ends: Finished[Ended] = Finished()
@@ -827,14 +770,17 @@ class Owner:
             channel.serve(kind, answer)
         watch(self)
 
+    @shielded
     def reallocate(self, *shards: Shard) -> None:
         """Replace the views: all offers end, and readers connect again."""
-        uninterrupted(partial(self._reallocate, shards))
-
-    def _reallocate(self, shards: Sequence[Shard]) -> None:
-        """Describe the new views, end all offers, and begin a new epoch."""
         device = device_of(shards)
-        described = describe_all(shards)
+        regions = Regions()
+        described = tuple(describe(shard, regions) for shard in shards)
+        if len(regions.storages) >= messages.MOST_REGIONS:
+            raise LayoutError(
+                f"Expected shards in at most {messages.MOST_REGIONS - 1} allocations, got "
+                f"{len(regions.storages)}. Make the tensors slices of fewer allocations."
+            )
         with self.change:
             self.revoke_all()
             self.epoch = secrets.token_bytes(16)
@@ -843,12 +789,12 @@ class Owner:
             if self._exports is not None:
                 self._exports.close()
             pages = self.words, self.names.table
-            self._exports = Exports(described, self.epoch, device, self._expose, *pages)
+            self._exports = Exports(regions.storages, self.epoch, device, self._expose, *pages)
             self._events = self._exports.events
             self._turn = 0
             self._handshake = messages.Handshake(
                 epoch=self.epoch,
-                described=described.shards,
+                described=described,
                 regions=self._exports.regions,
                 slots=BUFFERS,
                 slot_bytes=self._gathers.buffer_bytes,
@@ -896,7 +842,9 @@ class Owner:
         tokens, readers, lease, last = checked(tokens, readers, lease, max_lease)
         mark = None
         if progress is not None:
-            mark = progress_of(progress, max(shard.view.layers for shard in self.shards), tokens)
+            arguments.one_of("progress", progress, get_args(Unit))
+            layers = max(shard.view.layers for shard in self.shards)
+            mark = Progress(progress, layers if progress == "layers" else tokens)
         lists = block_lists(self.shards, blocks, tokens)
         if name is not None:
             with self.change:
@@ -913,7 +861,7 @@ class Owner:
         made = Offer(self, lists, tokens, Lease(now + lease, now + last), readers, after)
         made.name = name or b""
         made.progress = mark
-        made.began = begin_span()
+        made.began = tracing.begin()
         try:
             return self._enter(made, event, lease)
         except BaseException:  # also an interrupt: no reader may get an offer without a handle
@@ -1010,36 +958,27 @@ class Owner:
         """
         return self.ends.fileno()
 
+    @shielded
     def revoke_all(self) -> None:
         """End every offer immediately."""
-        uninterrupted(self._revoke_all)
-
-    def _revoke_all(self) -> None:
-        """Revoke the offers one by one."""
         for offer in [*self.offers.values()]:
             offer.revoke()
 
+    @shielded
     def statistics(self) -> dict[str, int]:
         """Return the number of active offers, of ends by reason, of answers, and of buffers in
         use."""
-        return uninterrupted(self._statistics)
+        with self.change:
+            exports = sum(offer.state == "held" for offer in [*self.offers.values()])
+            return {**self.counts, "held": exports, "slots": self._gathers.buffers}
 
     def figures(self) -> Figures:
         """Return figures by the names of metrics, in the form of `Graph.statistics`."""
         return owner_figures(self.statistics())
 
-    def _statistics(self) -> dict[str, int]:
-        """Count the offers and buffers, under the lock."""
-        with self.change:
-            exports = sum(offer.state == "held" for offer in [*self.offers.values()])
-            return {**self.counts, "held": exports, "slots": self._gathers.buffers}
-
+    @shielded
     def close(self) -> None:
         """End every offer, and answer no further request."""
-        uninterrupted(self._end)
-
-    def _end(self) -> None:
-        """Free the channel, and release the offers, the exports and the staging buffers."""
         if not self.channel.free("an owner", self):
             return
         self._closed = True

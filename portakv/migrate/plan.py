@@ -127,14 +127,12 @@ class Step(NamedTuple):
         (start, _), heads = cut.piece.box
         piece = cut.piece._replace(box=((start + layers.start, start + layers.stop), heads))
         dst = cut.dst.slice(layers=window)
-        part = Cut(
-            cut.group,
-            piece,
-            None if cut.src is None else cut.src.slice(layers=window),
-            dst,
-            cut.layers[window],
-            token_bytes(dst.form),
-            cut.packed,
+        part = cut._replace(
+            piece=piece,
+            src=None if cut.src is None else cut.src.slice(layers=window),
+            dst=dst,
+            layers=cut.layers[window],
+            token_bytes=token_bytes(dst.form),
         )
         indices = self.src_index.shifted(first), self.dst_index.shifted(first)
         return Step(self.ticket, self.owner, part, *indices, self.first + first, tokens)
@@ -229,18 +227,12 @@ def check_packed(step: Step, verify: bool, auto: bool = False) -> None:
         raise Unsupported(what, why)
 
 
-class Planned(NamedTuple):
-    """The steps of a pull. ``skips``: an id of the owners or of the reader skips its positions."""
-
-    steps: list[Step]
-    skips: bool
-
-
 def planned(
     sources: Sources, shards: Sequence[Shard], blocks: Sequence[Index], first: int
-) -> Planned:
-    """Return the steps of a pull from token ``first`` on; raise as `Reader.pull` does."""
-    count = _check_tickets(sources, shards, first)
+) -> tuple[list[Step], bool]:
+    """Return the steps of a pull from token ``first`` on, and True if an id of the owners or of the
+    reader skips its positions; raise as `Reader.pull` does."""
+    count = _common_tokens([source.ticket for source in sources], shards, first)
     lists, skips = _indices(sources, shards, blocks, first, count)
 
     # Without skipped positions the cuts depend on the owners alone, and are cached.
@@ -260,15 +252,7 @@ def planned(
         source = sources[cut.piece.owner]
         src_index = src_indices[cut.piece.owner]
         steps.append(Step(source.ticket, source.owner, cut, src_index, dst_index, first, count))
-    return Planned(steps, skips)
-
-
-def _check_tickets(sources: Sources, shards: Sequence[Shard], first: int) -> int:
-    """Return the number of tokens to pull; raise `InvalidTerms` if the arguments do not match."""
-    ticket = sources[0].ticket
-    if len(sources) == 1 and len(ticket.ids) == len(shards) and 0 <= first < ticket.tokens:
-        return ticket.tokens - first  # the usual case
-    return _common_tokens([source.ticket for source in sources], shards, first)
+    return steps, skips
 
 
 def check_arguments(

@@ -34,7 +34,7 @@ from portakv.migrate.messages import REASONS, About, Answer, Check, Renew
 from portakv.migrate.named import LateLayer, Wanted, forked_error
 from portakv.migrate.words import fence
 from portakv.runtime.devices import this_process
-from portakv.runtime.interrupts import uninterrupted
+from portakv.runtime.interrupts import shielded
 from portakv.runtime.streams import StreamFence
 from portakv.runtime.transfer import Completion, Pending, Transfer
 
@@ -46,14 +46,6 @@ LAST_QUESTION = 0.5  # seconds after a pull's deadline in which owners may still
 
 
 Ending: TypeAlias = BlockTransfer | Task
-
-
-@dataclass
-class Ends:
-    """The copies and the tasks that bring one layer."""
-
-    copies: list[Transfer] = field(default_factory=list)
-    tasks: list[Task] = field(default_factory=list)
 
 
 @dataclass
@@ -69,8 +61,7 @@ class Requested:
     tend: Callable[[], object] | None = None
     #: Sources that receive no request for rows, so that the pull is reported to them.
     quiet: Sources = ()
-    #: Set if some tickets are names, when the pull has no sources before their offers exist, or if
-    #: some offers are not complete.
+    #: What the pull waits for, as long as it does: owners, offers by name, or rows.
     wanted: Wanted | None = None
     #: What each task that takes rows has taken so far.
     crossed: list[Crossed] = field(default_factory=list)
@@ -83,12 +74,18 @@ class Requested:
 
 class PartTransfer(Transfer):
     """A transfer that also ends with tasks of a graph, and raises the error of the first that
-    failed."""
+    failed.
 
-    def __init__(self, transfers: Sequence[Transfer], tasks: Sequence[Task]) -> None:
-        ends = [each for transfer in transfers for each in transfer.completions]
-        super().__init__([*ends, Completion(pendings=cast("tuple[Pending, ...]", tuple(tasks)))])
-        self.tasks = tasks
+    Whoever issues it may still add tasks and copies.
+    """
+
+    def __init__(self, tasks: Sequence[Task] = ()) -> None:
+        self.tasks = [*tasks]
+        super().__init__([Completion(pendings=cast("list[Pending]", self.tasks))])
+
+    def add(self, copy: Transfer) -> None:
+        """End with a copy, too."""
+        self.completions = [*self.completions, *copy.completions]
 
     def wait(self, stream: torch.Stream | None = None) -> None:
         """Block the host, because no stream orders the tasks. Raises the same errors as `done`."""
@@ -136,8 +133,6 @@ class Pull(Transfer):
     The rows are valid after `synchronize`, `wait` or `done` returned without an error: `OfferGone`
     if an offer did not hold, another `TransferError` if a peer or a copy failed,
     `TransferCancelled`. After an error the requested rows are undefined; no other row is modified.
-    No interrupt may cut `_cancel` in two, so a helper thread runs it for the main thread, which
-    calls `cancel`.
 
     Attributes:
         layers: with ``by_layer``, the end of each layer's bytes. A model may start on a layer
@@ -181,12 +176,12 @@ class Pull(Transfer):
         """
         if not self.look():
             return None
-        return self._verdict["error"] if len(self._times) > 1 else forked_error()
+        return self._verdict["error"] if self.concluded else forked_error()
 
     @property
     def published(self) -> bool:
         """Return True if every offer held, so the rows are valid; never block or raise."""
-        return len(self._times) > 1 and self._verdict["error"] is None
+        return self.concluded and self._verdict["error"] is None
 
     def wait(self, stream: torch.Stream | None = None) -> None:
         """Block the host, because only the end of the pull makes its rows valid. Raises the same
@@ -194,15 +189,12 @@ class Pull(Transfer):
         super().wait(stream)
         self._finish()
 
+    @shielded
     def cancel(self) -> bool:
         """Start no further copy, and commit nothing; return False if the pull has ended."""
-        return uninterrupted(self._cancel)
-
-    def _cancel(self) -> bool:
-        """Cancel the pull, unless it has ended or failed before."""
         # A thread that sees the verdict may end the pull before the next line.
         cancelled = self.stop(TransferCancelled(CANCELLED))
-        return cancelled or (self.stopped and len(self._times) == 1)
+        return cancelled or (self.stopped and not self.concluded)
 
     @property
     def statistics(self) -> PullStatistics:
@@ -212,7 +204,7 @@ class Pull(Transfer):
         of its shards.
         """
         landed = self.published
-        over = len(self._times) > 1
+        over = self.concluded
         requested = self.requested
         strategy, why = requested.strategy
         crossed = [*requested.crossed]
@@ -238,8 +230,8 @@ class Pull(Transfer):
     @property
     def age(self) -> float:
         """Return the seconds from the call until the end was noticed, or until now."""
-        times = self._times
-        return (times[-1] if len(times) > 1 else perf_counter()) - times[0]
+        now = perf_counter()
+        return (self._times[-1] if self.concluded else now) - self._times[0]
 
     def _finish(self) -> None:
         super()._finish()
@@ -265,7 +257,7 @@ class Pull(Transfer):
 
         Any thread may look, and several together.
         """
-        if len(self._times) > 1 or self._process.forked:
+        if self.concluded or self._process.forked:
             return True
         return self.begun and self._look_at_parts()
 
@@ -275,9 +267,9 @@ class Pull(Transfer):
         if task is not None:
             # A task that ran has ended the pull. One that never ran left that to others.
             # The task of a pull by name may have made others meanwhile.
-            if task.ended and self.task is task and len(self._times) == 1:
+            if task.ended and self.task is task and not self.concluded:
                 self.conclude(known(task.error) or TransferCancelled(CANCELLED))
-            return len(self._times) > 1
+            return self.concluded
         copies = self.copies
         try:
             for copy in copies:
@@ -293,10 +285,10 @@ class Pull(Transfer):
 
     def block(self) -> None:
         """Block the host until the pull has ended."""
-        wanted = self.requested.wanted
         while not self.look():
+            wanted = self.requested.wanted
             if wanted is not None:
-                wanted.wait()
+                wanted.issued.wait()
             task = self.task
             if task is not None:
                 task.wait()
@@ -413,9 +405,14 @@ class Pull(Transfer):
         return None
 
     def drop(self) -> None:
-        """Stop a pull of which a part could not be started, and wait for the copies in flight."""
+        """Stop a pull of which a part could not be started, and wait for the copies in flight.
+
+        The reader's thread ends a pull that waits.
+        """
         cancelled = TransferCancelled(CANCELLED)
         self.stop(cancelled)
+        if self.requested.wanted is not None or self.concluded:
+            return
         for copy in self.copies:
             with suppress(PortaKVError):  # the owner may be gone
                 copy.synchronize()
@@ -436,8 +433,9 @@ class Pull(Transfer):
         for one in reversed(endings):
             self._await(one)
         unfit = self.requested.unfit
-        for one in endings:
-            unfit += [error for error in _errors(one) if isinstance(error, PackOverflow)]
+        errors: list[BaseException | None] = [task.error for task in self.slices]
+        errors += [end.error for copy in self.copies for end in copy.completions]
+        unfit += [error for error in errors if isinstance(error, PackOverflow)]
         for check in () if self.over or unfit else checks:
             graph.submit([check], priority="urgent")
             self._await(check)
@@ -521,13 +519,8 @@ class Pull(Transfer):
             (owner.address, kind(one.epoch, one.offer, *terms)) for one, owner, _ in sources
         ]
         channel = sources[0].owner.channel
-        return channel.ask_all(requests, Answer, self._seconds_to_answer)
-
-    @property
-    def _seconds_to_answer(self) -> float:
-        """Return the seconds in which an owner has to answer."""
         left = self.until + LAST_QUESTION - monotonic()
-        return min(self.sources[0].owner.channel.timeout, max(0.0, left))
+        return channel.ask_all(requests, Answer, min(channel.timeout, max(0.0, left)))
 
 
 def _over(one: Ending, seconds: float) -> bool:
@@ -540,12 +533,6 @@ def _over(one: Ending, seconds: float) -> bool:
         one.synchronize(seconds)
         return True
     return False
-
-
-def _errors(one: Ending) -> list[BaseException]:
-    """Return the errors of a task or a copy that has ended."""
-    errors = [one.error] if isinstance(one, Task) else [end.error for end in one.completions]
-    return [error for error in errors if error is not None]
 
 
 def known(error: BaseException | None) -> PortaKVError | None:

@@ -11,8 +11,7 @@ import atexit
 import logging
 import os
 import threading
-from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -49,9 +48,9 @@ from portakv.migrate.connections import (
     listed,
 )
 from portakv.migrate.crossed import Crossed, Encoding, Pack, is_auto, pack_of
-from portakv.migrate.figures import Began, PullCounts, begin_span
+from portakv.migrate.figures import PullCounts
 from portakv.migrate.messages import Begin, Close, Message, Renew, any_named
-from portakv.migrate.named import Finder, Followed, LateLayer, Stop, Wanted, incomplete
+from portakv.migrate.named import Finder, LateLayer, Wanted, incomplete
 from portakv.migrate.plan import (
     Step,
     check_arguments,
@@ -61,13 +60,14 @@ from portakv.migrate.plan import (
     indices_of,
     planned,
 )
-from portakv.migrate.pull import CANCELLED, Ends, PartTransfer, Pull, fail, known
+from portakv.migrate.pull import CANCELLED, PartTransfer, Pull, fail, known
 from portakv.migrate.shards import Shard
 from portakv.migrate.staged_reader import StagedReceiver, verified
+from portakv.runtime import tracing
 from portakv.runtime.devices import capturing, refuse_capture
 from portakv.runtime.finished import Finished
 from portakv.runtime.inbox import Inbox
-from portakv.runtime.interrupts import uninterrupted
+from portakv.runtime.interrupts import shielded
 from portakv.runtime.streams import StreamFence, ignore_captures_elsewhere, own_stream
 from portakv.view.index import Ids, Index
 
@@ -97,7 +97,7 @@ class _Watched:
     begun: bool = False  # reported to the owners that do not learn it by a request for rows
     renew: float = 0.0  # when its leases are renewed next
     ended: bool = False  # reported to this process, perhaps not to all owners yet
-    span: Began = field(default_factory=begin_span)
+    span: tracing.Began = field(default_factory=tracing.begin)
 
 
 class Wakes:
@@ -158,7 +158,7 @@ class Housekeeper:
         self._busy = dict[str, float]()  # addresses, with the time of the next message
         self._wakes = Wakes()
         self._parked = True
-        self._closing = False
+        self.closing = False  # True once no thread looks after pulls any more
         self._lock = threading.Lock()  # for the beginning of the thread
         self._thread: threading.Thread | None = None
 
@@ -166,11 +166,6 @@ class Housekeeper:
     def pulls(self) -> list[Pull]:
         """Return the pulls that have not ended, or whose end is not reported yet."""
         return [*self._pulls]
-
-    @property
-    def ends(self) -> Counter[str]:
-        """Return the numbers of pulls by how they ended."""
-        return self.counts.ends
 
     def figures(self, owners: int) -> dict[str, list[dict[str, str | float]]]:
         """Return the figures of a reader that has so many owners; see `Reader.figures`."""
@@ -181,11 +176,6 @@ class Housekeeper:
             "pull_owners": [{"value": owners}],
             **self.counts.figures(),
         }
-
-    @property
-    def closing(self) -> bool:
-        """Return True once no thread looks after pulls any more."""
-        return self._closing
 
     def add(self, pull: Pull) -> None:
         """Look after a pull from now on."""
@@ -198,13 +188,13 @@ class Housekeeper:
         """Have the thread look immediately; begin it at the first call."""
         self._wakes.look()
         if self._thread is None:
-            uninterrupted(self._begin)
+            self._begin()
 
     def report(self) -> None:
         """Have the thread look soon, for a pull that has ended; begin it at the first call."""
         self._wakes.end()
         if self._thread is None:
-            uninterrupted(self._begin)
+            self._begin()
 
     def note_connection(self) -> None:
         """Have the thread look at pulls that may wait for the end of a handshake."""
@@ -218,9 +208,9 @@ class Housekeeper:
             wanted = pull.requested.wanted
             if wanted is not None:
                 task = wanted.task
-                if task is not None and wanted.started.is_set() and not pull.concluded:
-                    task.wait(max(0.0, until - monotonic()))  # then it is known what it waits for
-                if wanted.waits:
+                if task is not None:  # after it, it is known what the pull waits for
+                    task.wait(max(0.0, until - monotonic()))
+                if pull.requested.wanted is not None:
                     pull.cancel()
             try:
                 pull.synchronize(max(0.0, until - monotonic()))
@@ -229,10 +219,7 @@ class Housekeeper:
             except PortaKVError:  # its caller gets the error by which it ended
                 continue
 
-    def close(self) -> None:
-        """Report the ends of pulls that have ended, and stop the thread."""
-        uninterrupted(self._close)
-
+    @shielded
     def _begin(self) -> None:
         """Start the thread, unless another caller has."""
         with self._lock:
@@ -242,10 +229,11 @@ class Housekeeper:
                 self._thread = thread
                 atexit.register(self.close)
 
-    def _close(self) -> None:
-        """Stop the thread after its last messages."""
+    @shielded
+    def close(self) -> None:
+        """Report the ends of pulls that have ended, and stop the thread."""
         atexit.unregister(self.close)
-        self._closing = True
+        self.closing = True
         thread = self._thread
         if thread is not None:
             self._wakes.look()
@@ -272,12 +260,12 @@ class Housekeeper:
             most = PROMPT if self.finished.started else self._most
             pause = min(2 * pause, most) if self._pulls else FIRST_LOOK
             looked_after = self._look_at_all()
-            if self._closing:
+            if self.closing:
                 return
 
     def _look_at_all(self) -> bool:
         """Look at each pull; report the ends. Return True if there are pulls."""
-        if self._closing or not self._pulls:  # these are the last messages, or there are none
+        if self.closing or not self._pulls:  # these are the last messages, or there are none
             self._busy.clear()
         try:
             pulls = [*self._pulls.items()]
@@ -300,25 +288,23 @@ class Housekeeper:
         return bool(pulls)
 
     def _find(self, pulls: list[Pull]) -> None:
-        """Ask for the offers of pulls by name, and start those that wait no more; look at the marks
-        of pulls that wait for them."""
-        waiting = list[tuple[Wanted, Stop]]()
-        following = list[tuple[Followed, Stop]]()
+        """Ask for the offers and marks that pulls wait for, and have workers go on with these
+        pulls."""
+        waiting = list[Wanted]()
         for pull in pulls:
             wanted = pull.requested.wanted
-            if wanted is None or not wanted.waits:
+            if wanted is None:
                 continue
             pull.stop_after_failure()
-            if pull.over or self._closing:
-                wanted.end()
-            elif not wanted.started.is_set():
-                waiting.append((wanted, pull.stop))
-            elif wanted.followed is not None:
-                following.append((wanted.followed, pull.stop))
-        self._most = PROMPT if following else PAUSE if waiting else LOOK
+            if pull.over or self.closing:
+                wanted.go_on()
+            else:
+                waiting.append(wanted)
+        self._most = PAUSE if waiting else LOOK
+        if any(wanted.known for wanted in waiting):
+            self._most = PROMPT
         if self.finder is not None:
             self.finder.look(waiting)
-            self.finder.marker.look(following)
 
     def _report_end(self, pull: Pull, watched: _Watched) -> None:
         """Report the end of a pull to its owners and to `Reader.finished`.
@@ -340,11 +326,25 @@ class Housekeeper:
             self._pulls.pop(pull, None)
 
     def _count(self, pull: Pull, watched: _Watched) -> None:
-        """Count a pull that has ended, and record its span."""
+        """Count a pull that has ended, and record its span if the process makes spans."""
         requested = pull.requested
-        traceparent = next((each.ticket.traceparent for each in pull.sources), "")
         self.counts.add(requested.strategy[0], int(requested.nbytes), pull.published, pull.age)
-        self.counts.end_span(watched.span, pull, traceparent)
+        if not watched.span.at:
+            return
+        done = pull.statistics
+        attributes: dict[str, str | int] = {
+            "strategy": done.strategy,
+            "pull.blocks": done.blocks_requested,
+            "pull.size": done.nbytes,
+        }
+        if done.packed:
+            attributes["pull.wire_size"] = done.wire_nbytes
+            attributes["pull.blocks_raw"] = done.blocks_raw
+        for choice in done.choices[:1]:
+            attributes["pull.encoding"] = "raw" if choice.pack is None else choice.pack.text
+            attributes["pull.encoding_why"] = choice.why
+        parent = next((each.ticket.traceparent for each in pull.sources), "")
+        tracing.end("portakv pull", watched.span, attributes, pull.error, parent, pull.age)
 
     def _look_after(self, pull: Pull, watched: _Watched) -> None:
         """Stop a pull that cannot be committed any more; else renew its leases."""
@@ -358,9 +358,8 @@ class Housekeeper:
             return
         self._tend(pull, now - watched.began)
         wanted = pull.requested.wanted
-        waits = wanted is not None and wanted.waits
-        # A worker renews the others if it does not wait.
-        shared = [source for source in pull.sources if waits or source.word is not None]
+        # A worker renews the others if the pull does not wait.
+        shared = [each for each in pull.sources if wanted is not None or each.word is not None]
         if not watched.begun and now >= watched.began + min(BEGIN, _third(shared)):
             watched.begun = wanted is None or pull.requested.pieces > 0  # else it has not begun
             watched.renew = now + _third(shared)
@@ -433,73 +432,28 @@ class Request(NamedTuple):
     pack: Pack | None = None
     auto: bool = False
 
-    @classmethod
-    def of(
-        cls,
-        shards: Sequence[Shard],
-        blocks: Sequence[Ids | None],
-        first: int,
-        options: CopyOptions,
-        verify: bool,
-        encoding: Encoding | None = None,
-    ) -> Request:
-        """Return a request for lists of blocks, one for each shard; raise as `Reader.pull`."""
-        pack = pack_of(encoding)
-        indices = indices_of(shards, blocks)
-        return cls(indices, first, options, verify, pack, is_auto(encoding))
 
-    def check(self, tickets: Sequence[bytes], shards: Sequence[Shard]) -> None:
-        """Check the request for tickets whose owners are not connected; raise as `Reader.pull`."""
-        check_arguments(tickets, shards, self.indices, self.first)
+def late_events(sources: Sources) -> list[torch.Event]:
+    """Return the events of offers that have not been reached.
+
+    Rows up to a mark are complete when the mark is seen. Their offer's event may stand for a later
+    offer by then.
+    """
+    late = list[torch.Event]()
+    for ticket, owner, _ in sources:
+        if ticket.progress:
+            continue
+        event = owner.events[ticket.event] if 0 <= ticket.event < len(owner.events) else None
+        if event is not None and not event.query():
+            late.append(event)
+    return late
 
 
-class Issuer:
-    """Issues the pulls of one reader."""
-
-    def __init__(self, graph: Graph, shards: Sequence[Shard], device: torch.device) -> None:
-        self.graph = graph
-        self.shards = shards
-        self.device = device
-        self.pulls = graph.queue("pull", width=16)
-        self.checks = graph.queue("verify", width=16)
-        self.copies = graph.queue("copy", width=4)
-
-    def issue(self, pull: Pull, request: Request) -> tuple[list[Task], list[PartTransfer]]:
-        """Issue the copies of a pull whose sources are known.
-
-        Returns its tasks, which the caller submits, and the ends of its layers. Raises as
-        `Reader.pull` does.
-        """
-        issuing = Issuing(self, pull, request)
-        tasks = issuing.issue(issuing.plan)
-        issuing.count_blocks()  # what no copy needs comes after the copies
-        tasks += issuing.end(alone=True)
-        return tasks, issuing.layers()
-
-    def write_trace(self, path: str | os.PathLike[str]) -> None:
-        """Write the trace of the reader; see `Reader.trace`."""
-        self.graph.trace.write(path, TransferError)
-
-    def late_events(self, sources: Sources) -> list[torch.Event]:
-        """Return the events of offers that have not been reached.
-
-        Rows up to a mark are complete when the mark is seen. Their offer's event may stand for a
-        later offer by then.
-        """
-        late = list[torch.Event]()
-        for ticket, owner, _ in sources:
-            if ticket.progress:
-                continue
-            event = owner.events[ticket.event] if 0 <= ticket.event < len(owner.events) else None
-            if event is not None and not event.query():
-                late.append(event)
-        return late
-
-    def wait_for_events(self, sources: Sources) -> None:
-        """Order this reader's stream after the events of offers that have not been reached."""
-        for event in self.late_events(sources):
-            module = torch.get_device_module(self.device)  # events take streams of their module
-            event.wait(module.current_stream(self.device))
+def wait_for_events(sources: Sources, device: torch.device) -> None:
+    """Order the current stream after the events of offers that have not been reached."""
+    for event in late_events(sources):
+        module = torch.get_device_module(device)  # events take streams of their module
+        event.wait(module.current_stream(device))
 
 
 class Issuing:
@@ -517,7 +471,11 @@ class Issuing:
         self._issuer = issuer
         self._pull = pull
         self._request = request
-        self._layers = _Layers(issuer.shards) if request.options.by_layer else None
+        #: The end of each layer of each shard, of a pull by layer.
+        self.layers = list[list[PartTransfer]]()
+        if request.options.by_layer:
+            layers = [shard.view.layers for shard in issuer.shards]
+            self.layers = [[PartTransfer() for _ in range(count)] for count in layers]
         self._staged = set[bytes]()  # offers whose owners get requests for rows
         self._takers = list[StagedReceiver]()
 
@@ -546,7 +504,7 @@ class Issuing:
         pull = self._pull
         options = self._request.options
         requested = pull.requested
-        self._issuer.wait_for_events(pull.sources)
+        wait_for_events(pull.sources, self._issuer.device)
         tasks = list[Task]()
         staged = dict[bytes, list[Step]]()  # by offers whose owners send the rows
         for step in some:
@@ -554,13 +512,13 @@ class Issuing:
                 staged.setdefault(step.ticket.offer, []).append(step)
                 requested.strategy = step.owner.strategy
             elif self._long:
-                tasks += self._ending(step, self._copied(step))
+                tasks += self._copies_in_workers(step)
             else:
                 copy = _copy_of(step, options, self._rate([step]) if options.max_gbps else None)
                 self._copies.append(copy)
-                if self._layers is not None:
-                    self._layers.add_copy(step, copy)
-        self._slices += tasks
+                if self.layers:
+                    for layer, end in zip(step.cut.layers, copy.layers, strict=True):
+                        self.layers[step.cut.group][layer].add(end)
         for steps_of_offer in staged.values():
             tasks.append(self._take(steps_of_offer))
         self._staged |= staged.keys()
@@ -576,15 +534,15 @@ class Issuing:
         taker = StagedReceiver(self._issuer.graph, some, self._pull, rate, crossed)
         self._takers.append(taker)
         for each in taker.arrivals:
-            self._slices += self._ending(each.step, [(each.part.layers, each)])
+            self._add_task(each.step, each.part.layers, each)
         return taker.task
 
-    def _ending(self, step: Step, tasks: Iterable[tuple[range, Task]]) -> list[Task]:
-        """Return tasks that each bring some layers of a step, after their layers know them."""
-        listed = [*tasks]
-        if self._layers is not None:
-            self._layers.add_tasks(step, listed)
-        return [task for _, task in listed]
+    def _add_task(self, step: Step, layers: range, task: Task) -> None:
+        """Let the pull, and some layers of a step, end with a task."""
+        self._slices.append(task)
+        if self.layers:
+            for layer in step.cut.layers[layers.start : layers.stop]:
+                self.layers[step.cut.group][layer].tasks.append(task)
 
     def _rate(self, some: Sequence[Step]) -> float | None:
         """Return the share of steps in the rate of the pull; None: it has none."""
@@ -637,17 +595,9 @@ class Issuing:
         renew = Task(lambda *_: pull.renew_until(taker.task), 1, queue=issuer.pulls, name="renew")
         pull.requested.tend = partial(issuer.graph.submit, [renew], priority="urgent")
 
-    def layers(self) -> list[PartTransfer]:
-        """Return the ends of all layers, as far as they are issued."""
-        return [] if self._layers is None else self._layers.parts()
-
-    def layer(self, group: int, layer: int) -> PartTransfer:
-        """Return the end of a layer of a shard, as far as it is issued."""
-        assert self._layers is not None  # only pulls by layer have these
-        return self._layers.part(group, layer)
-
-    def _copied(self, step: Step) -> Iterator[tuple[range, Task]]:
-        """Yield the tasks that copy the rows of a step on the host, and the layers of each."""
+    def _copies_in_workers(self, step: Step) -> list[Task]:
+        """Return the tasks that copy the rows of a step on the host."""
+        tasks = list[Task]()
         options = self._request.options
         layers = step.cut.dst.layers
         each = 1 if options.by_layer else layers
@@ -655,36 +605,9 @@ class Issuing:
         for start in range(0, layers, each):
             some = range(start, start + each)
             copy = partial(_copy_layers, step, some, self._pull, options)
-            yield some, Task(copy, 1, queue=self._issuer.copies)
-
-
-class _Layers:
-    """The ends of each layer of each shard, of a pull by layer."""
-
-    def __init__(self, shards: Sequence[Shard]) -> None:
-        self._ends = [[Ends() for _ in range(shard.view.layers)] for shard in shards]
-
-    def add_copy(self, step: Step, copy: BlockTransfer) -> None:
-        """Add the layers of a copy."""
-        ends = self._ends[step.cut.group]
-        for nth, end in enumerate(copy.layers):
-            ends[step.cut.layers[nth]].copies.append(end)
-
-    def add_tasks(self, step: Step, tasks: Iterable[tuple[range, Task]]) -> None:
-        """Add tasks that each bring some layers of a step."""
-        ends = self._ends[step.cut.group]
-        for some, task in tasks:
-            for layer in some:
-                ends[step.cut.layers[layer]].tasks.append(task)
-
-    def part(self, group: int, layer: int) -> PartTransfer:
-        """Return the end of a layer of a shard."""
-        end = self._ends[group][layer]
-        return PartTransfer(end.copies, end.tasks)
-
-    def parts(self) -> list[PartTransfer]:
-        """Return the end of each layer."""
-        return [PartTransfer(x.copies, x.tasks) for ends in self._ends for x in ends]
+            tasks.append(Task(copy, 1, queue=self._issuer.copies))
+            self._add_task(step, some, tasks[-1])
+        return tasks
 
 
 def _copy_of(step: Step, options: CopyOptions, rate: float | None) -> BlockTransfer:
@@ -715,9 +638,9 @@ def _copy_layers(step: Step, layers: range, pull: Pull, options: CopyOptions, *_
 
 
 # ------------------------------------------------------------------------------------------------
-# Issue pulls whose offers are not complete, in workers, as the marks of the offers rise.
+# Issue the copies of pulls that wait, in workers, as their offers exist and their marks rise.
 
-WIDTH = 4  # pulls of which parts are issued together
+WIDTH = 8  # pulls of which parts are issued together
 
 
 class _Reach:
@@ -760,332 +683,280 @@ class _Reach:
         return reached < self.reached
 
 
-class _Parts:
-    """The parts of a pull that are not issued yet."""
+class LatePull(Wanted):
+    """A pull that waits, whose copies workers issue as their offers exist and become complete.
 
-    def __init__(self, issuing: Issuing) -> None:
-        self.settled = set[LateLayer]()  # layers of which all parts are issued
+    Attributes:
+        after: orders its copies after the stream of the caller; set when the pull begins to wait.
+    """
+
+    def __init__(self, issuer: Issuer, pull: Pull, tickets: list[bytes], request: Request) -> None:
+        super().__init__(tickets)
+        self._issuer = issuer
+        self.pull = pull
+        self._request = request
+        options = request.options
+        self.whole = not options.by_layer or options.max_gbps is not None
+        self.after: StreamFence | None = None
+        self._issuing: Issuing | None = None
+        self._reaches = list[_Reach]()
+        self._settled = set[LateLayer]()  # layers of which all parts are issued
+        pull.begun = False
+        if options.by_layer:
+            layers = sum(shard.view.layers for shard in issuer.shards)
+            pull.layers = [LateLayer() for _ in range(layers)]
+
+    def plan(self, sources: Sources) -> Issuing:
+        """Plan the copies of the pull, whose sources are known; raise as `Reader.pull`."""
+        self.pull.sources = sources
+        issuing = self._issuing = Issuing(self._issuer, self.pull, self._request)
+        issuing.count_blocks()
         self._reaches = [_Reach(step) for step in issuing.plan]
+        self.know(sources)
+        return issuing
+
+    def start(self) -> None:
+        """Have the reader's thread look at what the pull waits for; the pull then continues after
+        the work of the caller's stream."""
+        pull = self.pull
+        housekeeper = self._issuer.housekeeper
+        self.after = StreamFence(self._issuer.device)
+        if self.known:
+            self._note_begin()
+        pull.requested.wanted = self
+        housekeeper.add(pull)  # wakes its thread
+        if housekeeper.closing:  # its thread may have ended before
+            self.go_on()
+
+    def stop(self, error: PortaKVError) -> object:
+        return self.pull.stop(error)
 
     @property
-    def issued(self) -> bool:
-        """Return True if no part is left."""
-        return all(one.reached == one.end for one in self._reaches)
+    def _stopped(self) -> bool:
+        """Return True if nothing of the pull will be committed, or the reader closes."""
+        return self.pull.over or self._issuer.housekeeper.closing
 
-    def take(self, marks: list[int]) -> Iterator[Step]:
+    def advance(self) -> None:
+        try:
+            if self._stopped and not self.known:
+                raise TransferCancelled(CANCELLED)
+            begins = self._issuer.begins
+            self.task = Task(lambda *_: self._run(), 1, queue=begins, name="begin")
+            self._issuer.graph.submit([self.task], priority="urgent")
+        except PortaKVError as error:  # also of a graph that is closed
+            self._fail(error)
+
+    def end(self) -> None:
+        self.pull.requested.wanted = None
+        super().end()
+
+    def _fail(self, error: BaseException) -> None:
+        """End the pull by an error, after the copies and tasks in flight."""
+        fail(self.pull, error)
+        self.end()
+
+    # --- in a worker
+
+    def _run(self) -> None:
+        """Issue the parts that have become complete; end the pull if it was stopped, or if none is
+        left."""
+        try:
+            if self._issue():
+                self.pull.begun = True
+                if self.pull.task is None:  # else that task reports the end
+                    self._issuer.housekeeper.wake()
+                self.end()
+            else:
+                self.end_turn()
+                if self._issuer.housekeeper.closing:
+                    self.go_on()
+        except BaseException as error:
+            self._fail(error)
+
+    def _issue(self) -> bool:
+        """Issue what the marks allow; return True if that was the last part, and all rows are
+        complete: rows that this reader does not need may still be written until then."""
+        pull = self.pull
+        issuing = self._issuing
+        first = issuing is None
+        assert self.after is not None  # `start` has set it
+        if self._stopped:
+            raise TransferCancelled(CANCELLED)
+        with torch.inference_mode(False), self.after.inside():
+            if issuing is None:
+                sources = self._issuer.owners.resolve(self.tickets, pull.until)
+                if pull.over:  # also while the owners were resolved
+                    raise TransferCancelled(CANCELLED)
+                issuing = self.plan(sources)
+                if incomplete(sources):
+                    self._note_begin()
+                    self._issuer.housekeeper.wake()  # to look at the marks
+                self.read_marks()
+            tasks = issuing.issue([*self._parts()])
+        ended = self.complete and all(each.reached == each.end for each in self._reaches)
+        if ended:
+            tasks += issuing.end(alone=first)
+        if tasks:
+            self._issuer.graph.submit(tasks, priority="urgent")
+        self._settle(issuing)
+        return ended
+
+    def _parts(self) -> Iterator[Step]:
         """Yield the parts that have become complete, by the marks of the sources."""
-        for one in self._reaches:
-            part = one.part(marks[one.step.cut.piece.owner])
+        marks = self.take_marks()
+        if self.whole and not self.complete:
+            return
+        for each in self._reaches:
+            part = each.part(marks[each.step.cut.piece.owner])
             if part is not None:
                 yield part
 
-    def has(self, group: int, layer: int) -> bool:
-        """Return True if all parts of a layer of a group are issued."""
-        return all(one.has(layer) for one in self._reaches if one.step.cut.group == group)
+    def _note_begin(self) -> None:
+        """Have the reader's thread report the pull to the owners as begun."""
+        self.pull.requested.quiet = self.pull.sources
+        self.pull.requested.pieces = 1
 
-
-class Follower:
-    """Issues the pulls of one reader whose offers are not complete."""
-
-    def __init__(self, graph: Graph, issuer: Issuer, housekeeper: Housekeeper) -> None:
-        self._graph = graph
-        self._issuer = issuer
-        self._housekeeper = housekeeper
-        self._queue = graph.queue("follow", width=WIDTH)
-
-    def begin(self, pull: Pull, request: Request) -> Pull:
-        """Return a pull that follows the marks of its offers; raise as `Reader.pull` does."""
-        pull.requested.wanted = wanted = Wanted([], {})
-        wanted.started.set()
-        pull.layers = self.promised(request)
-        self.follow(pull, wanted, request, StreamFence(self._issuer.device))
-        try:
-            self._housekeeper.add(pull)
-            self.wake_for(wanted)
-            return pull
-        except BaseException:  # an interrupt: the caller gets no handle of rows that come later
-            pull.cancel()
-            self._housekeeper.wake()
-            raise
-
-    def wake_for(self, wanted: Wanted) -> None:
-        """Have the reader's thread look at marks, or a worker end the pull if the reader closes:
-        that thread may have ended before."""
-        self._housekeeper.wake()
-        if self._housekeeper.closing and wanted.followed is not None:
-            wanted.followed.go_on()
-
-    def promised(self, request: Request) -> list[LateLayer]:
-        """Return the ends of the layers of a pull whose copies do not exist yet."""
-        layers = sum(shard.view.layers for shard in self._issuer.shards)
-        return [LateLayer() for _ in range(layers * request.options.by_layer)]
-
-    def follow(self, pull: Pull, wanted: Wanted, request: Request, after: StreamFence) -> None:
-        """Issue a pull as its offers become complete, after a fence; raise as `Reader.pull`."""
-        issuing = Issuing(self._issuer, pull, request)
-        issuing.count_blocks()
-        options = request.options
-        whole = not options.by_layer or options.max_gbps is not None
-        parts = _Parts(issuing)
-
-        def advance() -> Task | None:
-            run = partial(self._advance, pull, followed, issuing, parts, after)
-            task = Task(lambda *_: run(), 1, queue=self._queue, name="follow")
-            try:
-                self._graph.submit([task], priority="urgent")
-            except PortaKVError as error:  # of a graph that is closed
-                fail(pull, error)
-                followed.end()
-                return None
-            return task
-
-        followed = Followed(pull.sources, whole, advance)
-        # The task is never submitted: the pull has not ended as long as it has this one.
-        pull.task = Task(None, 1, name="follow")
-        pull.requested.quiet = pull.sources
-        pull.requested.pieces = 1
-        wanted.followed = followed
-
-    def _advance(
-        self,
-        pull: Pull,
-        followed: Followed,
-        issuing: Issuing,
-        parts: _Parts,
-        after: StreamFence,
-    ) -> None:
-        """Issue the parts that have become complete, in a worker; end the pull if it was stopped,
-        or if none is left."""
-        try:
-            if pull.over or self._housekeeper.closing:
-                raise TransferCancelled(CANCELLED)
-            with torch.inference_mode(False), after.inside():
-                tasks = issuing.issue([*parts.take(followed.take_marks())])
-            if tasks:
-                self._graph.submit(tasks, priority="urgent")
-            self._settle(pull, issuing, parts)
-            # Rows that this reader does not need may still be written: the offer holds until then.
-            if not (parts.issued and followed.complete):
-                followed.end_turn()
-                if self._housekeeper.closing:
-                    followed.go_on()
-                return
-            final = issuing.end()
-            if final:
-                self._graph.submit(final, priority="urgent")
-            else:
-                pull.task = None
-            followed.end()
-            self._housekeeper.wake()
-        except BaseException as error:
-            fail(pull, error)
-            followed.end()
-
-    def _settle(self, pull: Pull, issuing: Issuing, parts: _Parts) -> None:
+    def _settle(self, issuing: Issuing) -> None:
         """Let the layers of which all copies are issued end with these."""
-        promises = iter(pull.layers)
-        for group, shard in enumerate(self._issuer.shards if pull.layers else ()):
+        promises = iter(self.pull.layers)
+        for group, shard in enumerate(self._issuer.shards if self.pull.layers else ()):
+            reaches = [each for each in self._reaches if each.step.cut.group == group]
             for layer in range(shard.view.layers):
                 promise = next(promises)
-                if not isinstance(promise, LateLayer) or promise in parts.settled:
+                if not isinstance(promise, LateLayer) or promise in self._settled:
                     continue
-                if parts.has(group, layer):
-                    promise.settle(issuing.layer(group, layer))
-                    parts.settled.add(promise)
+                if all(each.has(layer) for each in reaches):
+                    promise.settle(issuing.layers[group][layer])
+                    self._settled.add(promise)
 
 
 # ------------------------------------------------------------------------------------------------
-# Begin pulls that wait: for owners that are not connected yet and for offers by name, in a worker
-# when the offers exist, see `named`; and for the rows of offers that are not complete.
+# Begin pulls: immediately if their owners are connected and their offers exist, else in a worker
+# when they do; see `named`.
 
 
-class ByName:
-    """The pulls of one reader that wait for owners, offers or rows."""
+class Issuer:
+    """Begins the pulls of one reader."""
 
-    def __init__(
-        self, graph: Graph, owners: Connections, issuer: Issuer, housekeeper: Housekeeper
-    ) -> None:
-        self._graph = graph
-        self._owners = owners
-        self._issuer = issuer
-        self._housekeeper = housekeeper
-        self._follower = Follower(graph, issuer, housekeeper)
-        self._begins = graph.queue("named", width=WIDTH)
+    def __init__(self, graph: Graph, owners: Connections, housekeeper: Housekeeper) -> None:
+        self.graph = graph
+        self.owners = owners
+        self.housekeeper = housekeeper
+        self.shards = owners.shards
+        self.device = owners.device
+        self.pulls = graph.queue("pull", width=16)
+        self.checks = graph.queue("verify", width=16)
+        self.copies = graph.queue("copy", width=4)
+        self.begins = graph.queue("begin", width=WIDTH)
         self._connector = Connector(graph, owners, housekeeper.note_connection)
+        self._finder = Finder(owners, self._connector)
+        housekeeper.finder = self._finder
         #: The pull of the last call that has asked owners itself.
         self._asked: ref[Pull] | None = None
         self._stream: torch.Stream | None = None
 
-    def pull(self, tickets: list[bytes], request: Request, until: float) -> Pull | None:
-        """Return a pull whose copies were issued if its offers exist, as their owners' tables or
-        the owners say; else one that waits for them, and then begins after the caller's stream.
-        None if no ticket is a name.
+    def pull(self, tickets: list[bytes], request: Request, until: float) -> Pull:
+        """Return a pull whose copies were issued if its owners are connected, its offers exist and
+        their rows are complete; else one that waits, and then begins after the caller's stream.
 
-        The pull ends with the errors of its owners and rows.
+        The call raises the errors of its arguments, and of a pull of plain tickets that it begins
+        itself. Any other pull ends with those of its owners and rows.
         """
-        if not any_named(tickets):
-            return None
-        wanted = Wanted.of(tickets)
-        finder = self._have_finder()
-        pull = self._promised(request, until)
-        wanted.look_up(self._owners.ticket_of)
-        connected = all(self._owners.knows(*owner) for owner in wanted.owners)
-        if connected and not wanted.names:
-            return self._begin_here(pull, wanted, request)
-        if connected and self._may_ask(wanted):
-            self._asked = ref(pull)
-            try:
-                found = finder.find_now(wanted)
-            except BaseException:  # an interrupt: the next call does not wait for this pull
-                self._asked = None
-                raise
-            if found:
-                return self._begin_here(pull, wanted, request)
-        return self._waiting(pull, wanted, request)
-
-    def pull_connected(self, tickets: list[bytes], request: Request, until: float) -> Pull:
-        """Return a pull of plain tickets that begins in a worker when all of their owners are
-        connected, after the caller's stream.
-
-        The call raises the errors of its arguments. The pull ends with those of its owners and
-        rows.
-        """
-        request.check(tickets, self._issuer.shards)
-        self._have_finder()
-        pull = self._promised(request, until)
-        return self._waiting(pull, Wanted.of(tickets), request)
-
-    def _promised(self, request: Request, until: float) -> Pull:
-        """Return a pull that has not begun, with the layers that it will have."""
-        pull = Pull((), until, self._housekeeper.report)
-        pull.begun = False  # the next call looks at it
-        pull.layers = self._follower.promised(request)
+        pull = Pull((), until, self.housekeeper.report)
+        named = any_named(tickets)
+        sources = None if named else self.owners.resolve_connected(tickets)
+        late: LatePull | None = None
+        if sources is not None:
+            pull.sources = sources
+        else:
+            if not named:
+                check_arguments(tickets, self.shards, request.indices, request.first)
+            late = LatePull(self, pull, tickets, request)
+        try:
+            if late is None:
+                self._begin(pull, request)
+            elif self._exist(late):
+                self._begin_found(late, pull, request)
+            else:
+                late.start()
+        except BaseException:  # the caller does not get the handle of the copies in flight
+            pull.drop()
+            raise
         return pull
 
     def prepare(self, address: str) -> PartTransfer:
         """Connect to the owner at an address in a worker, and return the end."""
-        return PartTransfer((), [self._connector.begin((address, ANY)).task])
+        return PartTransfer([self._connector.begin((address, ANY)).task])
 
-    def _may_ask(self, wanted: Wanted) -> bool:
+    def _exist(self, late: LatePull) -> bool:
+        """Return True if the offers of a pull by name exist, as their owners' tables or the owners
+        say, and all owners are connected."""
+        late.look_up(self.owners)
+        if not all(self.owners.find(*owner) for owner in late.owners):
+            return False
+        return not late.names or (self._may_ask(late) and self._ask(late))
+
+    def _may_ask(self, late: LatePull) -> bool:
         """Return True if a call may ask owners itself: they are connected, and the pull of the last
         such call has ended, so that many pulls that begin together need one request."""
         last = None if self._asked is None else self._asked()
         if last is not None and not last.ended:
             return False
-        return all(self._owners.knows(one.address, one.epoch) for one in wanted.names.values())
+        return all(self.owners.find(one.address, one.epoch) for one in late.names.values())
 
-    def _begin_here(self, pull: Pull, wanted: Wanted, request: Request) -> Pull:
-        """Issue the copies of a pull whose offers exist, as those of plain tickets are issued."""
-        added = False
+    def _ask(self, late: LatePull) -> bool:
+        """Ask the owners of a pull's names for a moment; return True if all offers exist."""
+        self._asked = ref(late.pull)
         try:
-            pull.sources = self._owners.resolve(wanted.tickets, pull.until)
+            return self._finder.find_now(late)
+        except BaseException:  # an interrupt: the next call does not wait for this pull
+            self._asked = None
+            raise
+
+    def _begin_found(self, late: LatePull, pull: Pull, request: Request) -> None:
+        """Begin a pull by name whose offers exist; end it by the errors of its owners and rows."""
+        try:
+            pull.sources = self.owners.resolve(late.tickets, pull.until)
             with torch.inference_mode(False), self.apart(pull.sources):
-                if self.waits(pull):
-                    self._follower.begin(pull, request)
-                    pull.begun = True
-                    return pull
-                tasks, pull.layers = self._issuer.issue(pull, request)
-            pull.begun = True
-            self._housekeeper.add(pull)
-            added = True
-            if tasks:
-                self._graph.submit(tasks, priority="urgent")
-            elif self._issuer.device.type == "cpu":  # without a rate its copies have ended
-                pull.look()
+                self._begin(pull, request, late)
         except PortaKVError as error:
             fail(pull, error)
-            if not added:
-                self._housekeeper.add(pull)
-        except BaseException:  # an interrupt: the caller gets no handle of rows that come later
-            pull.drop()
-            raise
-        return pull
+            if not pull.begun:
+                self.housekeeper.add(pull)
+
+    def _begin(self, pull: Pull, request: Request, late: LatePull | None = None) -> None:
+        """Issue the copies of a pull whose sources are known; have workers do so as the rows become
+        complete."""
+        if incomplete(pull.sources):
+            late = late or LatePull(self, pull, [], request)
+            late.plan(pull.sources)
+            late.start()
+            return
+        issuing = Issuing(self, pull, request)
+        tasks = issuing.issue(issuing.plan)
+        issuing.count_blocks()  # what no copy needs comes after the copies
+        tasks += issuing.end(alone=True)
+        pull.layers = [layer for layers in issuing.layers for layer in layers]
+        pull.begun = True
+        self.housekeeper.add(pull)
+        if tasks:
+            self.graph.submit(tasks, priority="urgent")
+        elif self.device.type == "cpu":  # without a rate its copies have ended
+            pull.look()
 
     def apart(self, sources: Sources) -> AbstractContextManager[object]:
         """Make a private stream current, after the caller's, if an owner's device still writes the
         rows: the caller's stream must not wait for another process."""
-        if not self._issuer.late_events(sources):
+        if not late_events(sources):
             return nullcontext()
-        device = self._issuer.device
         if self._stream is None:
-            self._stream = own_stream(device)
-        return StreamFence(device).on(self._stream)
-
-    def _waiting(self, pull: Pull, wanted: Wanted, request: Request) -> Pull:
-        """Return a pull that waits for its offers, and then begins after the caller's stream."""
-        pull.requested.wanted = wanted
-        after = StreamFence(self._issuer.device)
-
-        def run(*_: object) -> None:
-            self._begin(pull, wanted, request, after)
-
-        pull.task = wanted.task = task = Task(run, 1, queue=self._begins, name="begin")
-        wanted.start = partial(self._start, pull, task)
-        pull.begun = True
-        try:
-            self._housekeeper.add(pull)  # wakes its thread
-            if self._housekeeper.closing:  # its thread may have ended before
-                wanted.begin(ended=True)
-            return pull
-        except BaseException:  # an interrupt: the caller gets no handle of rows that come later
-            pull.cancel()
-            raise
-
-    def waits(self, pull: Pull) -> bool:
-        """Return True if a pull has to wait for rows of its offers."""
-        return incomplete(pull.sources)
-
-    def follow(self, pull: Pull, request: Request) -> Pull:
-        """Return a pull that follows the marks of its offers; raise as `Reader.pull` does."""
-        self._have_finder()
-        return self._follower.begin(pull, request)
-
-    def _have_finder(self) -> Finder:
-        """Let the reader's thread ask owners for names and marks."""
-        finder = self._housekeeper.finder
-        if finder is None:
-            self._housekeeper.finder = finder = Finder(self._owners.channel, self._connector)
-        return finder
-
-    def _start(self, pull: Pull, task: Task, ended: bool) -> None:
-        """Have a worker begin a pull, or end a pull that was stopped before it began."""
-        try:
-            if ended:
-                raise TransferCancelled(CANCELLED)
-            self._graph.submit([task], priority="urgent")
-        except PortaKVError as error:  # also of a graph that is closed
-            fail(pull, error)
-
-    def _begin(self, pull: Pull, wanted: Wanted, request: Request, after: StreamFence) -> None:
-        """Issue the copies of a pull, in a worker; end a pull that was stopped before."""
-        promised = pull.layers
-        try:
-            with torch.inference_mode(False), after.inside():
-                sources = self._owners.resolve(wanted.tickets, pull.until)
-                if pull.over:  # also while the owners were resolved
-                    raise TransferCancelled(CANCELLED)
-                pull.sources = sources
-                if incomplete(sources):
-                    self._follower.follow(pull, wanted, request, after)
-                    self._follower.wake_for(wanted)
-                    return
-                tasks, layers = self._issuer.issue(pull, request)
-            if tasks:
-                self._graph.submit(tasks, priority="urgent")
-            for promise, layer in zip(promised, layers, strict=True):
-                if isinstance(promise, LateLayer):
-                    promise.settle(layer)
-            if not tasks:
-                pull.task = None
-                self._housekeeper.wake()
-        except BaseException as error:
-            fail(pull, error)
-        finally:
-            wanted.task = None
+            self._stream = own_stream(self.device)
+        return StreamFence(self.device).on(self._stream)
 
 
 #: The options that a pull takes.
 OPTIONS = ("by_layer", "overlap", "max_thread_blocks", "max_gbps")
+USUAL_TERMS = (USUAL.by_layer, USUAL.overlap, USUAL.max_thread_blocks, USUAL.max_gbps)
 
 PATIENCE = 7.0  # seconds for which `Reader.close` waits for pulls, which end within three
 
@@ -1118,12 +989,9 @@ class Reader:
         self.channel = channel
         self.shards = shards
         self.device = self._owners.device
-        self._issuer = Issuer(self._graph, shards, self.device)
         self._housekeeper = Housekeeper(self.device)
-        self._by_name = ByName(self._graph, self._owners, self._issuer, self._housekeeper)
+        self._issuer = Issuer(self._graph, self._owners, self._housekeeper)
         self._closed = False
-        #: The options of the last pull, as they were passed, and as they were checked.
-        self._last_options: tuple[tuple[object, ...], CopyOptions] = (), USUAL
         channel.claim("a reader", self)
 
     def pull(
@@ -1169,10 +1037,8 @@ class Reader:
             PackOverflow: blocks of a packed view that did not fit into it.
         """
         options = self._checked(options, by_layer, overlap, max_thread_blocks, max_gbps)
-        if type(first) is not int or first < 0:
-            first = arguments.whole("first", first)
-        if type(verify) is not bool:
-            arguments.flag("verify", verify)
+        first = arguments.whole("first", first)
+        arguments.flag("verify", verify)
         if capturing(self.device):
             raise refuse_capture("A pull", "it waits for the end of its copies; pull outside")
         self._check_open()
@@ -1180,50 +1046,20 @@ class Reader:
         if timeout is not None:
             seconds = arguments.seconds("timeout", timeout, optional=True)
         until = monotonic() + seconds
-        request = Request.of(self.shards, blocks, first, options, verify, encoding)
-        packed = listed(tickets)
-        by_name = self._by_name.pull(packed, request, until)
-        if by_name is not None:
-            return by_name
-        return self._start(packed, request, until)
+        pack = pack_of(encoding)
+        indices = indices_of(self.shards, blocks)
+        request = Request(indices, first, options, verify, pack, is_auto(encoding))
+        return self._issuer.pull(listed(tickets), request, until)
 
     def _checked(self, options: CopyOptions | None, *keywords: object) -> CopyOptions:
-        """Return the options of a pull that takes ``options`` or `OPTIONS` as keywords.
-
-        A pull that passes the same objects as the last one gets the same options: nothing can
-        change them.
-        """
-        passed = options, *keywords
-        before, checked = self._last_options
-        if len(before) == len(passed) and all(map(is_, passed, before)):
-            return checked
+        """Return the options of a pull that takes ``options`` or `OPTIONS` as keywords."""
+        if options is None and all(map(is_, keywords, USUAL_TERMS)):
+            return USUAL
         checked = options_from(options, dict(zip(OPTIONS, keywords, strict=True)))
         checked.check_only("a pull", OPTIONS)
         if checked.max_gbps is not None:
             arguments.rate("max_gbps", checked.max_gbps)
-        self._last_options = passed, checked
         return checked
-
-    def _start(self, packed: list[bytes], request: Request, until: float) -> Pull:
-        """Return a pull of plain tickets, after its copies were issued if its owners are connected
-        and its offers are complete."""
-        sources = self._owners.resolve_connected(packed)
-        if sources is None:
-            return self._by_name.pull_connected(packed, request, until)
-        pull = Pull(sources, until, self._housekeeper.report)
-        if self._by_name.waits(pull):
-            return self._by_name.follow(pull, request)
-        try:
-            tasks, pull.layers = self._issuer.issue(pull, request)
-            self._housekeeper.add(pull)
-            if tasks:
-                self._graph.submit(tasks, priority="urgent")
-            elif self.device.type == "cpu":  # without a rate its copies have ended
-                pull.look()
-            return pull
-        except BaseException:  # the caller does not get the handle of the copies in flight
-            pull.drop()
-            raise
 
     def _check_open(self) -> None:
         """Raise `PeerError` after `close`, and `TransferError` in a forked process."""
@@ -1245,7 +1081,7 @@ class Reader:
         """
         arguments.text("address", address)
         self._check_open()
-        return self._by_name.prepare(address)
+        return self._issuer.prepare(address)
 
     def extend(self, ticket: bytes, seconds: float, *, timeout: float | None = None) -> float:
         """Have the owner of a ticket keep its offer for ``seconds`` from now on; return the seconds
@@ -1296,7 +1132,7 @@ class Reader:
             InvalidTerms: not a path.
             TransferError: the file cannot be written.
         """
-        self._issuer.write_trace(path)
+        self._graph.trace.write(path, TransferError)
 
     def finished(self) -> list[Pull]:
         """Return the pulls that have ended since the last call, in the order of their ends.
@@ -1315,7 +1151,7 @@ class Reader:
     def statistics(self) -> dict[str, int]:
         """Return the numbers of pulls that are in flight or not reported to their owners yet
         (``pulls``), of pulls that were committed and that failed, and of owners now."""
-        ends = self._housekeeper.ends
+        ends = self._housekeeper.counts.ends
         return {
             "pulls": len(self._housekeeper.pulls),
             "committed": ends["committed"],

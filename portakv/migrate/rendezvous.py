@@ -10,7 +10,6 @@ import threading
 import weakref
 from collections.abc import Sequence
 from datetime import timedelta
-from functools import partial
 from time import monotonic, sleep
 from typing import Annotated, Any, Literal, cast
 
@@ -24,7 +23,7 @@ from portakv.arguments import instance, text, whole
 from portakv.errors import PeerError, TransferTimeout, Unsupported
 from portakv.migrate.channel import Channel
 from portakv.migrate.messages import Message, prepare
-from portakv.runtime.interrupts import uninterrupted
+from portakv.runtime.interrupts import shielded, uninterrupted
 
 KEYS = 1 << 14  # the most keys of one rendezvous
 Key = Annotated[str, Meta(max_length=1024)]
@@ -55,8 +54,7 @@ class ChannelStore(Store):
     """Keys and values of torch.distributed, stored here or by the channel at ``address``.
 
     Requests to that channel are messages of ``kind``. torch uses the store for as long as the group
-    exists: keep a reference, as `pair` does. No interrupt may cut `_do` in two, so a helper thread
-    runs it for the main thread, which calls `do`.
+    exists: keep a reference, as `pair` does.
 
     Attributes:
         over: set to True after the other side is gone; calls that wait for keys then end.
@@ -73,12 +71,9 @@ class ChannelStore(Store):
         self._lock = threading.Lock()
         self.over = False
 
+    @shielded
     def do(self, request: Keep) -> Kept:
         """Execute a request on the keys that are stored here, and return the answer."""
-        return uninterrupted(partial(self._do, request))
-
-    def _do(self, request: Keep) -> Kept:
-        """Read or change the stored keys, under the lock."""
         stored = self._values
         key = request.keys[0]
         with self._lock:

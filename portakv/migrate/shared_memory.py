@@ -196,7 +196,7 @@ def export(storage: torch.UntypedStorage, files: SharedFiles | None = None) -> H
 
     Raises `Unsupported` as `share` does.
     """
-    flat = _flat(storage)
+    flat = flat_bytes(storage)
     return Held(share(flat, files), flat)
 
 
@@ -216,7 +216,7 @@ class _Span:
         words: Any = handle, nbytes, self.first, *rest
         kind = "uint8", (nbytes,), (1,)
         message = structs.replace(self.message, words=words, kind=kind, offset=0)
-        return Held(sealed(message), _flat(self.storage))
+        return Held(sealed(message), flat_bytes(self.storage))
 
 
 def export_all(
@@ -232,7 +232,6 @@ def export_all(
     """
     files = SharedFiles()
     spans = dict[tuple[str, bytes], _Span]()
-    numbers = dict[tuple[str, bytes], int]()
     absolute = dict[str, tuple[tuple[str, bytes], int] | None]()
     shared = dict[tuple[torch.device, int, int], _Shared]()
     try:
@@ -243,7 +242,7 @@ def export_all(
             storage = tensor.untyped_storage()
             memory = tensor.device, storage.data_ptr(), storage.nbytes()
             if memory not in shared:
-                message = unsealed(share(_flat(storage), files), _Shared)
+                message = unsealed(share(flat_bytes(storage), files), _Shared)
                 assert message is not None
                 shared[memory] = message
                 _include(spans, message, storage)
@@ -256,10 +255,8 @@ def export_all(
             span.region().close()
         raise Unsupported(f"{what}[{name!r}]", error.why) from error
 
-    regions = list[Held]()
-    for key, span in spans.items():
-        numbers[key] = len(regions)
-        regions.append(span.region())
+    regions = [span.region() for span in spans.values()]
+    numbers = {key: number for number, key in enumerate(spans)}
     places = {
         name: place and (numbers[place[0]], place[1] - spans[place[0]].first)
         for name, place in absolute.items()
@@ -277,12 +274,12 @@ def _include(
         spans[key] = _Span(message, storage)
         return
     # One opening of the span serves for this memory too.
-    Held(sealed(message), _flat(storage)).close()
+    Held(sealed(message), flat_bytes(storage)).close()
     span.first = min(span.first, message.words[2])
     span.past = max(span.past, message.words[2] + message.words[1])
 
 
-def _flat(storage: torch.UntypedStorage) -> torch.Tensor:
+def flat_bytes(storage: torch.UntypedStorage) -> torch.Tensor:
     """Return a whole allocation as a flat uint8 tensor."""
     with torch.inference_mode(False):
         return torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)
@@ -367,6 +364,12 @@ class _Mapping(NamedTuple):
     offset: int  # of the first byte in the file
     named: bool  # other processes find it by a name, or did so before the name was removed
 
+    def follows(self, other: _Mapping) -> bool:
+        """Return True if the range is the next one of the same file, so that both are one."""
+        offset = other.offset + other.past - other.first
+        next_one = other.past, other.file, offset, other.named
+        return next_one == (self.first, self.file, self.offset, self.named)
+
 
 class SharedFiles:
     """The files in memory that this process has mapped, and their descriptors.
@@ -383,10 +386,12 @@ class SharedFiles:
                 continue
             first, past = (int(x, 16) for x in span.split("-"))
             device = os.makedev(*(int(x, 16) for x in where.split(":")))
-            name = "".join(path)
-            named = not name.endswith("(deleted)")
-            file = device, int(number)
-            self._mappings.append(_Mapping(first, past, file, int(start, 16), named))
+            named = not "".join(path).endswith("(deleted)")
+            mapping = _Mapping(first, past, (device, int(number)), int(start, 16), named)
+            if self._mappings and mapping.follows(self._mappings[-1]):
+                self._mappings[-1] = self._mappings[-1]._replace(past=past)
+            else:
+                self._mappings.append(mapping)
         self._firsts = [mapping.first for mapping in self._mappings]
         self._descriptors: dict[tuple[int, int], int] | None = None
         self.here = _here()
@@ -394,23 +399,9 @@ class SharedFiles:
     def handle(self, what: str, address: int, nbytes: int) -> tuple[bytes, int, int]:
         """Return the handle of host memory, its bytes, and its place in the file. Raise
         `Unsupported` if the memory is not one stretch of a file that is open here."""
-        mappings = self._mappings
-        index = bisect_right(self._firsts, address) - 1
-        if index < 0 or address >= mappings[index].past:
+        start = self._mapping_of(address)
+        if start is None or start.past < address + nbytes:
             raise Unsupported(what, _NOT_SHARED)
-        start = mappings[index]
-        while mappings[index].past < address + nbytes:
-            before = mappings[index]
-            index += 1
-            follows = _Mapping(
-                before.past,
-                0,
-                start.file,
-                before.offset + before.past - before.first,
-                start.named,
-            )
-            if index == len(mappings) or mappings[index]._replace(past=0) != follows:
-                raise Unsupported(what, _NOT_SHARED)
         descriptor = self._opened().get(start.file)
         if descriptor is None:
             why = "its file is not open here; have torch's sharing strategy 'file_descriptor'"
@@ -420,8 +411,15 @@ class SharedFiles:
     def has_name(self, address: int) -> bool:
         """Return True if other processes open the file of host memory by a name, so that they may
         write it after this process has died."""
+        mapping = self._mapping_of(address)
+        return mapping is not None and mapping.named
+
+    def _mapping_of(self, address: int) -> _Mapping | None:
+        """Return the mapping that contains an address; None if there is none."""
         index = bisect_right(self._firsts, address) - 1
-        return index >= 0 and address < self._mappings[index].past and self._mappings[index].named
+        if index < 0 or address >= self._mappings[index].past:
+            return None
+        return self._mappings[index]
 
     def _opened(self) -> dict[tuple[int, int], int]:
         if self._descriptors is None:

@@ -258,34 +258,15 @@ class Offered(NamedTuple):
         view = self.shards[part.group].view
         return Slots.requested(view, gather.encoding, part.first, part.count)
 
-    def sizes(self, gather: Gather) -> list[int]:
-        """Return the bytes of each part in a staging buffer; raise as `slots`."""
-        known = dict[tuple[int, int, int, int], int]()  # most parts are alike
-        sizes = list[int]()
-        for part in gather.parts:
-            layers = part.layers[1] - part.layers[0]
-            heads = part.heads[1] - part.heads[0]
-            slots = self.slots(gather, part)
-            key = part.group, layers, part.count, heads
-            if key not in known:
-                view = self.shards[part.group].view.as_bytes()
-                if slots is None:
-                    known[key] = rows_bytes(view, layers, part.count, heads)
-                else:
-                    known[key] = slots.nbytes(view, layers, part.count, heads)
-            sizes.append(known[key])
-        return sizes
+    def size(self, gather: Gather, part: BoxPart) -> int:
+        """Return the bytes of a part in a staging buffer; raise as `slots`."""
+        view = self.shards[part.group].view.as_bytes()
+        layers = part.layers[1] - part.layers[0]
+        heads = part.heads[1] - part.heads[0]
+        return rows_bytes(view, layers, part.count, heads, self.slots(gather, part))
 
-    def rows(self, part: BoxPart, slots: Slots | None = None) -> Rows:
-        """Return the rows of a part, as bytes if they are sent raw."""
-        return self._rows(part, as_bytes=slots is None)
-
-    def rows_to_sample(self, part: BoxPart) -> Rows:
-        """Return the rows of a part, with their types."""
-        return self._rows(part, as_bytes=False)
-
-    def _rows(self, part: BoxPart, as_bytes: bool) -> Rows:
-        """Return the rows of a part."""
+    def rows(self, part: BoxPart, as_bytes: bool = True) -> Rows:
+        """Return the rows of a part: as bytes, or with their types."""
         shard = self.shards[part.group]
         view = shard.view.as_bytes() if as_bytes else shard.view
         window = part_of(view, **slices(part.box, shard.group.box))
@@ -448,7 +429,7 @@ class Gathers:
             return Answer("busy", "earlier requests are not sent yet", seconds=1e-3)
 
         # Allocate in this thread, so that the reader gets the error if there is no memory.
-        sizes = offered.sizes(gather)
+        sizes = [offered.size(gather, part) for part in gather.parts]
         needs = max(sizes)
         count = self._reserve(peer, line.transport, len(gather.parts), needs)
         if not count:
@@ -481,30 +462,20 @@ class Gathers:
                     return Stopped(sending.parts)
         return Stopped(1 << 31)  # all parts were sent
 
-    def sum(self, request: Sum, offered: Offered) -> Answer:
-        """Have the worker compute a checksum; the reader repeats its request until it exists.
-
-        The caller has called `Offered.check` of the part.
-        """
-        return self._late.sum(request, partial(offered.rows, request.part), offered.after)
-
-    def choose(self, request: Choose, offered: Offered) -> Answer:
-        """Choose how rows cross; the reader repeats its request until the worker has a sample.
-
-        The caller has called `Offered.check` of the part. Raises as `LateAnswers.choose`.
-        """
-        part = request.part
-        view = offered.shards[part.group].view
-        rows = partial(offered.rows_to_sample, part)
-        return self._late.choose(request, view, rows, offered.after)
-
     def answer(self, peer: Peer, request: ForRows, offered: Offered) -> Answer:
-        """Answer a request for rows by `send`, `sum` or `choose`."""
+        """Have the worker send rows, compute their checksum, or take a sample of them to choose how
+        they cross. The reader repeats its request until the checksum or the sample exists.
+
+        The caller has called `Offered.check` of each part. Raises as `LateAnswers.choose`.
+        """
+        if isinstance(request, Gather):
+            return self.send(peer, request, offered)
+        part = request.part
         if isinstance(request, Sum):
-            return self.sum(request, offered)
-        if isinstance(request, Choose):
-            return self.choose(request, offered)
-        return self.send(peer, request, offered)
+            return self._late.sum(request, partial(offered.rows, part), offered.after)
+        view = offered.shards[part.group].view
+        rows = partial(offered.rows, part, as_bytes=False)
+        return self._late.choose(request, view, rows, offered.after)
 
     def _reserve(self, peer: Peer, transport: Transport, parts: int, needs: int) -> int:
         """Return the number of buffers that parts may cross in: as many as the total has room for.
@@ -627,7 +598,8 @@ class Gathers:
             if not sending.stopped and peer.id not in offered.spoilt and offered.holds():
                 slots = offered.slots(sending.gather, part)
                 with torch.inference_mode(False), offered.after.inside():
-                    self._fill(buffer, full, part.count, offered.rows(part, slots), slots)
+                    rows = offered.rows(part, as_bytes=slots is None)
+                    self._fill(buffer, full, part.count, rows, slots)
                     self._move(peer, line, sending, buffer, full, tag)
                 return
         except Exception:  # whatever failed, the reader must not wait for its bytes
@@ -647,7 +619,7 @@ class Gathers:
         full: torch.Tensor,
         count: int,
         rows: Rows,
-        slots: Slots | None = None,
+        slots: Slots | None,
     ) -> None:
         """Gather rows into a buffer, and pack them if they cross in slots; positions without rows,
         and padding, become zeros.
@@ -661,10 +633,7 @@ class Gathers:
         bring_ids(rows.ids, rows.view.device)  # once: all parts of the offer share them
 
         buffer.clean()
-        if slots is None:
-            planes, into = buffer.chunks.of(rows.view, count)
-        else:
-            planes, into = buffer.chunks.packed(rows.view, count, slots)
+        planes, into = buffer.chunks.of(rows.view, count, slots)
         written = sum(plane.nbytes for plane in planes)
         skips = rows.ids.check(count, rows.view.slots, "offered")
         if skips or written < full.nbytes:

@@ -15,8 +15,9 @@ from contextlib import contextmanager, suppress
 from functools import partial
 from itertools import groupby
 from math import inf
+from queue import Empty
 from time import monotonic, sleep
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -58,6 +59,8 @@ from portakv.migrate.transports.base import Lane, Moving
 from portakv.runtime.streams import StreamFence
 from portakv.runtime.worker import RateLimit
 
+T = TypeVar("T")
+
 # ------------------------------------------------------------------------------------------------
 # The slices in which the rows of a pull arrive in staging buffers.
 
@@ -97,7 +100,6 @@ class Arrival(Task):
         step: Step,
         part: Slice,
         whole: Task,
-        staged_bytes: int,
         slots: Slots | None = None,
     ) -> None:
         # Not the constructor of a task: no caller passes terms of slices that need its checks.
@@ -105,9 +107,8 @@ class Arrival(Task):
         self.step = step
         self.part = part
         self.whole = whole
-        self.staged_bytes = staged_bytes
-        self.slots = slots
         self._over = threading.Event()
+        self.cross_in(slots)
 
     def scattering(self, chunks: Chunks) -> Callable[[], BlockTransfer]:
         """Return a function that copies the rows of the slice from a staging buffer, after the work
@@ -117,7 +118,7 @@ class Arrival(Task):
         window = slice(layers.start, layers.stop)
         if self.slots is not None:
             dst = part_of(self.step.cut.dst, window)
-            packed = chunks.packed(dst, tokens, self.slots)[1]
+            packed = chunks.of(dst, tokens, self.slots)[1]
             return partial(scattered, packed, dst, dst_index, tokens)
         dst = part_of(self.step.cut.dst.as_bytes(), window)
         src = chunks.of(dst, tokens)[1]
@@ -134,14 +135,11 @@ class Arrival(Task):
         return 0 if self.slots is None else self.part.tokens // self.slots.unit
 
     def cross_in(self, slots: Slots | None) -> None:
-        """Have the slice, which was not requested yet, cross in other slots, or raw."""
+        """Have the slice, which was not requested yet, cross in slots, or raw."""
         view = self.step.cut.dst.as_bytes()
-        extents = len(self.part.layers), self.part.tokens, view.heads
+        layers, _, tokens = self.part
         self.slots = slots
-        if slots is None:
-            self.staged_bytes = rows_bytes(view, *extents)
-        else:
-            self.staged_bytes = slots.nbytes(view, *extents)
+        self.staged_bytes = rows_bytes(view, len(layers), tokens, view.heads, slots)
 
     def end_with(self, copy: BlockTransfer) -> int:
         """End the slice by its copy, which has ended; return the number of blocks that did not fit.
@@ -169,11 +167,9 @@ class Arrival(Task):
     def _raw_slices(self, blocks: Sequence[int], unit: int) -> Iterator[Arrival]:
         """Yield slices that bring blocks of this one raw, by their positions in it."""
         layers, first, _ = self.part
-        view = self.step.cut.dst.as_bytes()
         for start, count in runs(blocks):
             part = Slice(layers, first + start * unit, count * unit)
-            nbytes = rows_bytes(view, len(layers), part.tokens, view.heads)
-            again = Arrival(self.step, part, self.whole, nbytes)
+            again = Arrival(self.step, part, self.whole)
             again.whole_slice = self
             yield again
 
@@ -263,28 +259,15 @@ def arrivals(
     most = max(LEAST_ON_HOST if on_host else LEAST_ON_DEVICE, -(-int(nbytes) // slices))
     if max_gbps is not None:
         most = min(most, int(PACED * 1e9 * max_gbps))
-    made = [arrival for part in parts for arrival in _arrivals_of(part, most, whole)]
+    # Slices are cut by their raw bytes, so that a buffer has space for blocks that do not fit.
+    made = [
+        Arrival(step, part, whole, slots)
+        for step, slots in parts
+        for part in step.slices(most, 1 if slots is None else slots.unit)
+    ]
     if any(part.slots for part in parts):
         made.sort(key=lambda each: each.slots is None)  # slices of one encoding are one request
     return made
-
-
-def _arrivals_of(crossing: Crossing, most: int, whole: Task) -> Iterator[Arrival]:
-    """Yield the slices of one step, of at most ``most`` bytes if they can be so small.
-
-    They are cut by their raw bytes, so that a buffer has space for blocks that do not fit.
-    """
-    step, slots = crossing
-    view = step.cut.dst.as_bytes()
-    known = dict[tuple[int, int], int]()  # most slices are alike
-    for part in step.slices(most, 1 if slots is None else slots.unit):
-        key = len(part.layers), part.tokens
-        if key not in known:
-            if slots is None:
-                known[key] = rows_bytes(view, *key, view.heads)
-            else:
-                known[key] = slots.nbytes(view, *key, view.heads)
-        yield Arrival(step, part, whole, known[key], slots)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -311,7 +294,12 @@ def ask(
     chooses = isinstance(request, Choose)
     kind: Any = Answer | Chosen if chooses else Answer
     while not pull.over:
-        answer = _once(partial(asks, owner.address, request, kind), pull)
+        try:
+            answer = asks(owner.address, request, kind, stop=lambda: pull.over)
+        except TransferTimeout:
+            if pull.over:
+                break
+            raise
         if answer.state == "done":
             return answer
         if answer.state == "gone":
@@ -322,16 +310,6 @@ def ask(
         pause = answer.seconds if answer.seconds > 0 else 1e-3
         sleep(min(pause, 0.05))  # at most this long, because the pull may end meanwhile
     raise TransferCancelled(CANCELLED)
-
-
-def _once(asks: Callable[..., Answer], pull: Pull) -> Answer:
-    """Return an owner's answer; raise `TransferCancelled` if the pull has ended meanwhile."""
-    try:
-        return asks(stop=lambda: pull.over)
-    except TransferTimeout:
-        if pull.over:
-            raise TransferCancelled(CANCELLED) from None
-        raise
 
 
 def verified(step: Step, pull: Pull, *_: object) -> None:
@@ -490,7 +468,9 @@ class StagedReceiver:
             with torch.inference_mode(False), self._after.inside():
                 if self._crossed.auto:
                     leave_to_owner(self.arrivals, self._pull, self._crossed)
-                    self._note_choices()
+                    graph = self._graph
+                    for choice in self._crossed.choices:
+                        graph.trace.note("encoding", graph.clock(), choice.figures())
                 start = self._stage.history.begin()
                 self._take_each(self.arrivals)
                 if self._crossed.packed:
@@ -514,12 +494,6 @@ class StagedReceiver:
         finally:
             self._stage.takers.discard(self)
             self._release(error)
-
-    def _note_choices(self) -> None:
-        """Note the owner's choices of an encoding in the trace of the reader."""
-        graph = self._graph
-        for choice in self._crossed.choices:
-            graph.trace.note("encoding", graph.clock(), choice.figures())
 
     def _take_each(self, some: Sequence[Arrival]) -> None:
         """Take slices by requests for some of them, and issue their copies."""
@@ -583,13 +557,13 @@ class StagedReceiver:
     def _free_buffer(self, lane: Lane, nbytes: int) -> StagingBuffer:
         """Return a free staging buffer; empty the oldest of this pull if there is none."""
         pool = self._stage.buffers
-        buffer = pool.take(0.0)
-        until = monotonic() + PATIENCE
-        while buffer is None:
-            if self._in_flight:
-                self._scatter()
-            self._check(until)
-            buffer = pool.take(0.0 if self._in_flight else 0.05)
+
+        def take(seconds: float) -> StagingBuffer | None:
+            with suppress(Empty):
+                return pool.get(timeout=seconds)
+            return None
+
+        buffer = self._obtain(take)
         most = self._source.owner.handshake.slot_bytes
         try:
             buffer.prepare(lane, nbytes, most, self._await)
@@ -617,14 +591,13 @@ class StagedReceiver:
         """End the slices whose bytes and copies have ended, or wait for all."""
         while self._scattered:
             placing = self._scattered[0]
-            arrival, moving, _, copy = placing
-            if not wait and not moving.over.is_set():
+            if not wait and not placing.moving.over.is_set():
                 return
-            self._await(moving.wait)
+            self._await(placing.moving.wait)
             if not placing.has_ended(wait):
                 return
-            unfit = arrival.end_with(copy)
-            self._count(arrival, unfit)
+            unfit = placing.arrival.end_with(placing.copy)
+            self._count(placing.arrival, unfit)
             self._scattered.popleft()
 
     def _count(self, arrival: Arrival, unfit: int) -> None:
@@ -678,23 +651,20 @@ class StagedReceiver:
         owner = self._source.owner
         if owner.gone or lane.gone is not None:
             return
+        why = "The owner did not stop; its buffers did not cross."
         try:
             stop = Stop(tag, posted)
             answer = self._stage.channel.ask(owner.address, stop, Stopped, STOPPING)
-        except PortaKVError:
-            lane.close(PeerError("The owner did not stop; its buffers did not cross."))
-            lane.skip(range(tag + posted, tag + len(batch)))
-            return
-        rest = batch[posted : answer.parts]
-        if len(rest) > owner.handshake.slots:  # it has no buffers for so many
-            lane.close(PeerError("The owner sent too many slices; its buffers did not cross."))
-            lane.skip(range(tag + posted, tag + len(batch)))
-            return
-        try:
+            rest = batch[posted : answer.parts]
+            if len(rest) > owner.handshake.slots:  # it has no buffers for so many
+                why = "The owner sent too many slices; its buffers did not cross."
+                raise PeerError(why)
+            why = "A pull did not receive all slices that its owner sent."
             for number, arrival in enumerate(rest, posted):
                 lane.move(self._stage.spare(arrival.staged_bytes), tag + number)
         except Exception:  # such as no memory: the next pull would take these slices for its own
-            lane.close(PeerError("A pull did not receive all slices that its owner sent."))
+            lane.close(PeerError(why))
+            lane.skip(range(tag + posted, tag + len(batch)))
 
     def _pace(self, nbytes: int) -> None:
         """Wait for the turn of a slice at the pull's rate."""
@@ -711,9 +681,9 @@ class StagedReceiver:
     def _turn(self) -> Iterator[None]:
         """Hold the owner's turn, after a pull that has waited for it longer."""
         stage = self._stage
-        self._acquire(stage.next)
+        self._obtain(lambda seconds: stage.next.acquire(timeout=seconds))
         try:
-            self._acquire(stage.turn)
+            self._obtain(lambda seconds: stage.turn.acquire(timeout=seconds))
         finally:
             stage.next.release()
         try:
@@ -721,13 +691,15 @@ class StagedReceiver:
         finally:
             stage.turn.release()
 
-    def _acquire(self, lock: threading.Lock) -> None:
-        """Take a lock that other pulls hold; meanwhile empty the buffers, which they may need."""
+    def _obtain(self, take: Callable[[float], T | None]) -> T:
+        """Return what other pulls hold, from a function that waits for it for some seconds;
+        meanwhile empty the buffers of this pull, which they may need."""
         until = monotonic() + PATIENCE
-        while not lock.acquire(timeout=0.0 if self._in_flight else 0.05):
+        while not (taken := take(0.0 if self._in_flight else 0.05)):
             if self._in_flight:
                 self._scatter()
             self._check(until)
+        return taken
 
     def _check(self, until: float) -> None:
         """Raise if the pull no longer waits for a staging buffer."""

@@ -8,6 +8,7 @@ each token the heads. A packed chunk has blocks in place of tokens, and a slot f
 from __future__ import annotations
 
 import logging
+from math import prod
 from typing import Any, NamedTuple
 
 import torch
@@ -17,15 +18,14 @@ from portakv.errors import LayoutError, PackOverflow, PortaKVError
 from portakv.layout.encodings import Pack, PackedPlane, pack_parameters_of
 from portakv.registry.prepared import ASYNCHRONOUS
 from portakv.runtime.bounded import Bounded
+from portakv.runtime.rate_limited_log import RateLimitedLog
 from portakv.runtime.streams import ignoring_captures
 from portakv.view import Index, KVView
 
 _PARTS = 64  # slices of a view that the view retains
 _CHUNKS = 8  # forms of chunks that a staging buffer retains
 _INT64 = frozenset([torch.int64])
-_log = logging.getLogger(__name__)
-#: Devices for whose rows a warning was logged, as no memory could be pinned.
-_pageable: Bounded[torch.device, bool] = Bounded("devices without pinned staging", 64)
+_log = RateLimitedLog(logging.getLogger(__name__))
 _ALIGNED = 256  # bytes; the rows of each kv start at a multiple
 
 
@@ -34,15 +34,26 @@ def page_of(view: KVView) -> int:
     return view.form.block_size if view.opaque else 1
 
 
-def chunk_bytes(view: KVView, count: int) -> int:
-    """Return the bytes of a chunk for ``count`` tokens of a view."""
-    return rows_bytes(view, view.layers, count, view.heads)
-
-
-def rows_bytes(view: KVView, layers: int, count: int, heads: int) -> int:
+def rows_bytes(
+    view: KVView, layers: int, count: int, heads: int, slots: Slots | None = None
+) -> int:
     """Return the bytes of a chunk for some layers, tokens and heads of a view."""
-    rows = layers * count // page_of(view) * heads
-    return sum(-(-rows * width // _ALIGNED) * _ALIGNED for width in view.widths)
+    return sum([_aligned(prod(shape)) for shape in _shapes(view, layers, count, heads, slots)])
+
+
+def _shapes(
+    view: KVView, layers: int, count: int, heads: int, slots: Slots | None
+) -> list[tuple[int, ...]]:
+    """Return the shape of the tensor of each kv of a chunk, uint8."""
+    if slots is not None:
+        blocks = count // slots.unit
+        return [(layers, blocks, heads, plane.slot_bytes) for plane in slots.planes(view)]
+    return [(layers, count // page_of(view), heads * width) for width in view.widths]
+
+
+def _aligned(nbytes: int) -> int:
+    """Return the bytes after which the rows of the next kv start."""
+    return -(-nbytes // _ALIGNED) * _ALIGNED
 
 
 def staged_bytes(nbytes: int, most: int) -> int:
@@ -67,19 +78,11 @@ def staging(
                 with ignoring_captures(rows):
                     return torch.empty(nbytes, dtype=torch.uint8, device=device, pin_memory=True)
             except RuntimeError as error:
-                _report_pageable(rows, str(error))
+                text = (
+                    "Staging buffers on the host for %s are pageable, so transfers take longer: %s"
+                )
+                _log.warning(str(rows), text, rows, str(error).partition("\n")[0], lines=1)
         return torch.empty(nbytes, dtype=torch.uint8, device=device)
-
-
-def _report_pageable(rows: torch.device, why: str) -> None:
-    """Log once for each device why its staging buffers on the host are pageable."""
-
-    def report() -> bool:
-        text = "Staging buffers on the host for %s are pageable, so transfers take longer: %s"
-        _log.warning(text, rows, why.partition("\n")[0])
-        return True
-
-    _pageable.get_or_make(rows, report)
 
 
 def part_of(view: KVView, layers: slice, heads: slice | None = None) -> KVView:
@@ -150,38 +153,6 @@ class Slots(NamedTuple):
         """
         return [self.pack.plane(self.unit * width // 2) for width in view.form.raw_widths]
 
-    def nbytes(self, view: KVView, layers: int, count: int, heads: int) -> int:
-        """Return the bytes of a packed chunk for some layers, tokens and heads of a view."""
-        slots = layers * (count // self.unit) * heads
-        sizes = [slots * plane.slot_bytes for plane in self.planes(view)]
-        return sum([-(-size // _ALIGNED) * _ALIGNED for size in sizes])
-
-    def chunk(
-        self, view: KVView, count: int, buffer: torch.Tensor
-    ) -> tuple[list[torch.Tensor], KVView]:
-        """Return a packed chunk for ``count`` tokens of a view, which are whole blocks.
-
-        The tensors are, for each kv, uint8 ``[layers, blocks, heads, slot]``, in the first bytes of
-        ``buffer``.
-        """
-        made = list[torch.Tensor]()
-        at = 0
-        for plane in self.planes(view):
-            shape = view.layers, count // self.unit, view.heads, plane.slot_bytes
-            nbytes = shape[0] * shape[1] * shape[2] * shape[3]
-            made.append(buffer[at : at + nbytes].view(shape))
-            at += -(-nbytes // _ALIGNED) * _ALIGNED
-        dims = tuple([width // 2 for width in view.form.raw_widths])
-        slots = KVView(
-            made,
-            "kv | layer block head page",
-            kv=view.kv,
-            block_size=self.unit,
-            dim=dims,
-            encoding=self.pack,
-        )
-        return made, slots
-
 
 class Chunks:
     """The chunks that lie in the memory of a staging buffer, each made once."""
@@ -192,40 +163,40 @@ class Chunks:
             "chunks of buffers", _CHUNKS
         )
 
-    def of(self, view: KVView, count: int) -> tuple[list[torch.Tensor], KVView]:
+    def of(
+        self, view: KVView, count: int, slots: Slots | None = None
+    ) -> tuple[list[torch.Tensor], KVView]:
         """Return the chunk for ``count`` tokens of a view; see `chunk`."""
-        rows = view.kv, view.layers, view.heads, tuple(view.widths)
-        key = *rows, view.opaque, page_of(view), count
-        return self._made.get_or_make(key, lambda: chunk(view, count, self._memory))
-
-    def packed(self, view: KVView, count: int, slots: Slots) -> tuple[list[torch.Tensor], KVView]:
-        """Return the packed chunk for ``count`` tokens of a view; see `Slots.chunk`."""
-        key = view.kv, view.layers, view.heads, view.form.raw_widths, slots, count
-        return self._made.get_or_make(key, lambda: slots.chunk(view, count, self._memory))
+        rows = view.kv, view.layers, view.heads, tuple(view.widths), view.form.raw_widths
+        key = *rows, view.opaque, page_of(view), slots, count
+        return self._made.get_or_make(key, lambda: chunk(view, count, self._memory, slots))
 
 
 def chunk(
-    view: KVView, count: int, buffer: torch.Tensor | None = None
+    view: KVView, count: int, buffer: torch.Tensor, slots: Slots | None = None
 ) -> tuple[list[torch.Tensor], KVView]:
-    """Return a chunk for ``count`` tokens of a view (whole opaque pages), as tensors and as a view.
+    """Return a chunk for ``count`` tokens of a view, which are whole opaque pages or the whole
+    blocks of slots, as tensors and as a view.
 
     The tensors are, for each kv, uint8 ``[layers, tokens, heads * bytes]`` or ``[layers, pages,
-    bytes]``. The chunk lies in the first bytes of ``buffer`` (uint8; None: new memory on the view's
-    device).
+    bytes]``; packed ``[layers, blocks, heads, slot]``. They lie in the first bytes of ``buffer``,
+    uint8.
     """
-    if buffer is None:
-        buffer = staging(chunk_bytes(view, count), view.device)
-    size = page_of(view)
     made = list[torch.Tensor]()
     at = 0
-    for width in view.widths:
-        shape = view.layers, count // size, view.heads * width
-        nbytes = shape[0] * shape[1] * shape[2]
-        made.append(buffer[at : at + nbytes].view(shape))
-        at += -(-nbytes // _ALIGNED) * _ALIGNED
-    layout = "kv | layer block page" if view.opaque else "kv | layer token (head dim)"
-    paged: dict[str, Any] = {"block_size": size} if view.opaque else {"heads": view.heads}
-    return made, KVView(made, layout, kv=view.kv, dim=view.widths, **paged)
+    for shape in _shapes(view, view.layers, count, view.heads, slots):
+        made.append(buffer[at : at + prod(shape)].view(shape))
+        at += _aligned(prod(shape))
+    layout = "kv | layer token (head dim)"
+    terms: dict[str, Any] = {"heads": view.heads, "dim": view.widths}
+    if slots is not None:
+        layout = "kv | layer block head page"
+        dims = tuple([width // 2 for width in view.form.raw_widths])
+        terms = {"block_size": slots.unit, "dim": dims, "encoding": slots.pack}
+    elif view.opaque:
+        layout = "kv | layer block page"
+        terms = {"block_size": page_of(view), "dim": view.widths}
+    return made, KVView(made, layout, kv=view.kv, **terms)
 
 
 def has_ended(copy: BlockTransfer, wait: bool) -> bool:

@@ -19,9 +19,9 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from hashlib import blake2b
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, TypeVar
 
 import torch
 
@@ -29,6 +29,8 @@ from portakv.errors import PeerError, PortaKVError
 from portakv.migrate import shared_memory
 from portakv.migrate.messages import Ticket
 from portakv.runtime.devices import this_process
+
+T = TypeVar("T")
 
 PLACES = 8192  # offers that hold together and have a word; readers ask the owner about others
 _BITS = 3  # of an ended word, for the state
@@ -134,12 +136,13 @@ class WordsOfOwner:
         return "gone"
 
 
-def open_words(handle: bytes) -> WordsOfOwner | None:
-    """Map the page of an owner; None if it shares none that this process can map."""
+def open_page(open_handle: Callable[[bytes], T], handle: bytes) -> T | None:
+    """Return the words or the names of an owner by a function that maps them; None if the owner
+    shares none that this process can map."""
     if not handle:
         return None
     try:
-        return WordsOfOwner(handle)
+        return open_handle(handle)
     except PortaKVError:
         return None
 
@@ -348,13 +351,3 @@ class NamesOfOwner:
             return b""
         nbytes = int.from_bytes(head[_TAG:], "little")
         return key.masked(ring[at + _HEAD : at + _HEAD + nbytes], start)
-
-
-def open_names(handle: bytes, key: bytes) -> NamesOfOwner | None:
-    """Map the table of an owner; None if it shares none that this process can map."""
-    if not handle:
-        return None
-    try:
-        return NamesOfOwner(handle, key)
-    except PortaKVError:
-        return None

@@ -112,24 +112,17 @@ class Side:
 
 
 @dataclass(frozen=True, slots=True)
-class Nest:
-    """One loop nest. ``vector`` is the widest access in bytes that everything in it allows."""
+class TwoSides:
+    """The location of the units of two sides, and the loops of a unit, which both take together."""
 
     src: Side
     dst: Side
     loops: tuple[Loop, ...]
-    run: int
-    vector: int
 
     @property
     def sides(self) -> tuple[Side, Side]:
         """Return the source and the destination."""
         return self.src, self.dst
-
-    @property
-    def unit_bytes(self) -> int:
-        """Return the bytes that one unit moves in this nest."""
-        return prod(loop.extent for loop in self.loops) * self.run
 
     @property
     def src_tabled(self) -> bool:
@@ -140,6 +133,19 @@ class Nest:
     def dst_tabled(self) -> bool:
         """Return True if the destination looks addresses up in its table."""
         return self.dst.tabled or any(loop.dst_table for loop in self.loops)
+
+
+@dataclass(frozen=True, slots=True)
+class Nest(TwoSides):
+    """One loop nest. ``vector`` is the widest access in bytes that everything in it allows."""
+
+    run: int
+    vector: int
+
+    @property
+    def unit_bytes(self) -> int:
+        """Return the bytes that one unit moves in this nest."""
+        return prod(loop.extent for loop in self.loops) * self.run
 
 
 def _walk(table: int, stride: int) -> str:

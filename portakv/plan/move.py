@@ -37,6 +37,17 @@ class Move(NamedTuple):
         """Return True if all ids lie on the host, or there are none."""
         return self.src_index.on_host and self.dst_index.on_host
 
+    @property
+    def is_clean(self) -> bool:
+        """Return True if the ids of both sides need no guard, as `Index.is_clean` says."""
+        src_clean = self.src_index.is_clean(self.count, self.src.slots)
+        return src_clean and self.dst_index.is_clean(self.count, self.dst.slots)
+
+    def mark_clean(self) -> None:
+        """Note that no id of either side is negative or past the end of its view."""
+        self.src_index.mark_clean(self.count, self.src.slots)
+        self.dst_index.mark_clean(self.count, self.dst.slots)
+
     def part(self, first: int, tokens: int) -> Move:
         """Return ``tokens`` positions from position ``first`` on; shares ids and their copies."""
         if not first:

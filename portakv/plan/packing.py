@@ -15,13 +15,13 @@ import torch
 from portakv.core.plan import Refused, pack_words
 from portakv.errors import LayoutError, Unsupported
 from portakv.layout.encodings import DTYPES, PACK, PackedPlane
-from portakv.plan.loops import Loop, Side, WordReader, refusal_of
+from portakv.plan.loops import TwoSides, WordReader, refusal_of
 from portakv.plan.move import Move as Move
 from portakv.view.form import Form, Steps
 
 
 @dataclass(frozen=True, slots=True)
-class PackNest:
+class PackNest(TwoSides):
     """The planes of one unit, or those of one kv if the kv differ.
 
     Attributes:
@@ -33,29 +33,11 @@ class PackNest:
         raw_vector, packed_vector: the widest access of each side in bytes, a power of two up to 16.
     """
 
-    src: Side
-    dst: Side
-    loops: tuple[Loop, ...]
     plane: PackedPlane
     tokens: Steps
     dim: Steps
     raw_vector: int
     packed_vector: int
-
-    @property
-    def sides(self) -> tuple[Side, Side]:
-        """Return the source and the destination."""
-        return self.src, self.dst
-
-    @property
-    def src_tabled(self) -> bool:
-        """Return True if the source looks addresses up in its table."""
-        return self.src.tabled or any(loop.src_table for loop in self.loops)
-
-    @property
-    def dst_tabled(self) -> bool:
-        """Return True if the destination looks addresses up in its table."""
-        return self.dst.tabled or any(loop.dst_table for loop in self.loops)
 
 
 class PackPlan:

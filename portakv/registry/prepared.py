@@ -130,16 +130,9 @@ class Prepared:
     def place_both(self, move: Move) -> Move:
         """Return a copy with the ids of both sides placed as `place` places them."""
         src, dst, src_index, dst_index, count = move
-        device = self.ids_device
-        can = self.can
-        if can.index_on == "any":
-            return move
-        dtypes = can.index_dtypes
-        if src_index.temporary or dst_index.temporary:
-            bring((src_index, dst_index), device, dtypes)
-        return Move(
-            src, dst, src_index.placed(device, dtypes), dst_index.placed(device, dtypes), count
-        )
+        if self.can.index_on != "any" and src_index.temporary and dst_index.temporary:
+            bring((src_index, dst_index), self.ids_device, self.can.index_dtypes)
+        return Move(src, dst, self.place(src_index), self.place(dst_index), count)
 
     def pack(
         self,
@@ -218,8 +211,12 @@ def prepare(plan: AnyPlan, choice: Choice) -> tuple[Launch, Choice]:
     """
     known = registry.REGISTRY
     device = choice.backend.device
+    # The chosen backend comes first, then the candidates after it; only it if it is forced.
+    order = [] if choice.forced else known.automatic(device)
+    if choice.name in order:
+        order = order[order.index(choice.name) + 1 :]
     rejected: list[Decision] = []
-    for name in _order_after(choice, device):
+    for name in (choice.name, *order):
         backend, decision = known.ask(name, device, check=True)
         if name == choice.name:
             # The chosen backend may be one that takes no test pattern, or one with terms.
@@ -241,13 +238,6 @@ def prepare(plan: AnyPlan, choice: Choice) -> tuple[Launch, Choice]:
     if choice.forced:
         subject = f"backend {choice.name!r} was forced and does not take"
     raise Unsupported("This copy", f"{subject} its plan:\n{lines}\n{plan}")
-
-
-def _order_after(choice: Choice, device: torch.device) -> list[str]:
-    """Return the chosen backend and the candidates after it; only the chosen one if forced."""
-    order = [] if choice.forced else registry.REGISTRY.automatic(device)
-    later = order[order.index(choice.name) + 1 :] if choice.name in order else order
-    return [choice.name, *later]
 
 
 def _checked(launch: Launch, can: Capabilities, device: torch.device) -> Launch:
@@ -298,15 +288,11 @@ def bring(indices: Sequence[Index], device: torch.device, dtypes: frozenset[torc
         return
     from portakv.host.small import to_device  # not before it is needed
 
-    served = device, dtypes
-    if len(sent) == 1:
-        sent[0].add_copy(to_device(sent[0].host_ids(), device, torch.int64), served)
-        return
     listed = [index.host_ids() for index in sent]
     ids = to_device(np.concatenate(listed), device, torch.int64)
     parts = ids.split_with_sizes([each.size for each in listed])
     for index, part in zip(sent, parts, strict=True):
-        index.add_copy(part, served)
+        index.add_copy(part)
 
 
 def bring_table(

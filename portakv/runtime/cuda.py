@@ -285,29 +285,6 @@ def make_stream(device: torch.device, priority: int) -> int:
 # --- kernels --------------------------------------------------------------------------------------
 
 
-def load(source: str, names: Iterable[str], device: torch.device) -> dict[str, object]:
-    """Compile a source text, or read its binary from disk, and make its kernels resident.
-
-    Raises:
-        RuntimeError: the compilation failed, with NVRTC's log.
-        TransferError: the driver rejects the binary.
-    """
-    driver = bindings()
-    binary = nvrtc.compile_kernel(source, capability(device))
-    adopt(device)
-    with torch.cuda.device(device):
-        error, loaded = driver.cuLibraryLoadData(binary, [], [], 0, [], [], 0)
-        check(error, "Loading the kernel")
-        functions: dict[str, object] = {}
-        for name in names:
-            error, kernel = driver.cuLibraryGetKernel(loaded, name.encode())
-            check(error, "Finding the kernel")
-            # Modules load lazily; a first launch inside a capture must not load them.
-            error, functions[name] = driver.cuKernelGetFunction(kernel)
-            check(error, "Making the kernel resident")
-    return functions
-
-
 class Caller:
     """The checks that every call for one device makes first, in any thread.
 
@@ -347,8 +324,6 @@ class Caller:
         return inside(self.device)
 
 
-#: CUDA_ERROR_INVALID_CONTEXT, and HIP's error of that name: a thread that has no context yet.
-NO_CONTEXT = 201
 #: cuLaunchKernel, and hipModuleLaunchKernel: a function, the blocks along x, y and z, the threads
 #: along x, y and z, the bytes of shared memory, a stream, and the list of parameters.
 _LAUNCH = ctypes.CFUNCTYPE(
@@ -357,7 +332,12 @@ _LAUNCH = ctypes.CFUNCTYPE(
 
 
 class KernelDriver(Caller, ABC):
-    """Load and launch kernels on one device, by the driver of CUDA or of HIP."""
+    """Load and launch kernels on one device, by the driver of CUDA or of HIP.
+
+    ``named``: the driver in errors of launches.
+    """
+
+    named: ClassVar = "the CUDA driver"
 
     @property
     @abstractmethod
@@ -381,10 +361,6 @@ class KernelDriver(Caller, ABC):
     @abstractmethod
     def address(self, function: Any) -> int:
         """Return a kernel's handle as a number."""
-
-    @abstractmethod
-    def refuse(self, error: int, what: str) -> NoReturn:
-        """Raise `TransferError` for an error of these functions."""
 
     @abstractmethod
     def describe(self, error: int) -> str:
@@ -430,13 +406,33 @@ class KernelDriver(Caller, ABC):
         if error:
             self.refuse(error, what)
 
+    def refuse(self, error: int, what: str) -> NoReturn:
+        """Raise `TransferError` for an error of the function at `entry`."""
+        raise refused(self.describe(error), what, self.named)
+
 
 class CudaDriver(KernelDriver):
     """The kernels of an NVIDIA device."""
 
     def load(self, source: str, names: Iterable[str]) -> dict[str, object]:
-        """Load kernels as the function `load` does."""
-        return load(source, names, self.device)
+        """Compile a source text, or read its binary from disk, and make its kernels resident.
+
+        Raises as `KernelDriver.load`, with NVRTC's log.
+        """
+        driver = bindings()
+        binary = nvrtc.compile_kernel(source, capability(self.device))
+        adopt(self.device)
+        with torch.cuda.device(self.device):
+            error, loaded = driver.cuLibraryLoadData(binary, [], [], 0, [], [], 0)
+            check(error, "Loading the kernel")
+            functions: dict[str, object] = {}
+            for name in names:
+                error, kernel = driver.cuLibraryGetKernel(loaded, name.encode())
+                check(error, "Finding the kernel")
+                # Modules load lazily; a first launch inside a capture must not load them.
+                error, functions[name] = driver.cuKernelGetFunction(kernel)
+                check(error, "Making the kernel resident")
+        return functions
 
     @cached_property
     def entry(self) -> int:
@@ -454,10 +450,6 @@ class CudaDriver(KernelDriver):
     def address(self, function: Any) -> int:
         """Return a kernel's handle as a number."""
         return int(function)
-
-    def refuse(self, error: int, what: str) -> NoReturn:
-        """Raise `TransferError` for an error of the function at `entry`."""
-        raise refused(self.describe(error), what)
 
     def describe(self, error: int) -> str:
         """Return the name of an error."""

@@ -6,6 +6,7 @@ from __future__ import annotations
 import os
 from collections import deque
 from contextlib import suppress
+from threading import Lock
 from typing import Generic, TypeVar
 
 from portakv.errors import HostMemoryError
@@ -16,25 +17,6 @@ T = TypeVar("T")
 
 #: The most items that wait for a consumer.
 LIMIT = 65536
-
-
-class _Eventfd:
-    """An eventfd that is closed at the end of this object's life."""
-
-    def __init__(self) -> None:
-        self.fd = -1
-        require_linux("a descriptor of finished transfers")
-        try:
-            self.fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
-        except OSError as error:
-            raise HostMemoryError(
-                f"Expected a descriptor to be free for an eventfd, got: {error}. Close files, or "
-                f"raise the limit of open files."
-            ) from None
-
-    def __del__(self) -> None:
-        if self.fd >= 0:
-            os.close(self.fd)
 
 
 class _Waiting(Generic[T]):
@@ -53,30 +35,29 @@ class _Waiting(Generic[T]):
     def __init__(self, limit: int) -> None:
         self.items: deque[T] = deque(maxlen=limit)
         self.written = False
-        self._eventfd = dict[None, _Eventfd]()  # at most one: `setdefault` is one step
+        self.fd = -1  # there is none before `fileno`
+        self._making = Lock()
 
-    @property
-    def has_descriptor(self) -> bool:
-        """Return True if a consumer has asked for the descriptor."""
-        return bool(self._eventfd)
+    def __del__(self) -> None:
+        if self.fd >= 0:
+            os.close(self.fd)
 
     def fileno(self) -> int:
         """Return the descriptor, which is readable if items wait already."""
-        eventfd = self._eventfd.get(None)
-        if eventfd is None:
-            eventfd = self._eventfd.setdefault(None, _Eventfd())
+        with self._making:
+            if self.fd < 0:
+                self.fd = _eventfd()
         if self.items:  # they came before the descriptor; the add of a later one writes
             self.wake()
-        return eventfd.fd
+        return self.fd
 
     def wake(self) -> None:
         """Make the descriptor readable, if there is one."""
-        eventfd = self._eventfd.get(None)
-        if eventfd is None or self.written:
+        if self.fd < 0 or self.written:
             return
         try:
             self.written = True
-            os.eventfd_write(eventfd.fd, 1)
+            os.eventfd_write(self.fd, 1)
         except BlockingIOError:  # the counter is full, so the descriptor is readable
             pass
         except BaseException:  # an interrupt, maybe before the write
@@ -85,22 +66,33 @@ class _Waiting(Generic[T]):
 
     def clear(self) -> None:
         """Make the descriptor not readable until the next `wake`."""
-        eventfd = self._eventfd.get(None)
-        if eventfd is None:
+        if self.fd < 0:
             return
         try:
-            os.eventfd_read(eventfd.fd)
+            os.eventfd_read(self.fd)
         except BlockingIOError:  # nothing has come
             pass
         finally:
             self.written = False
 
 
+def _eventfd() -> int:
+    """Return a new descriptor; raise `HostMemoryError` if none is free."""
+    require_linux("a descriptor of finished transfers")
+    try:
+        return os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+    except OSError as error:
+        raise HostMemoryError(
+            f"Expected a descriptor to be free for an eventfd, got: {error}. Close files, or raise "
+            f"the limit of open files."
+        ) from None
+
+
 class Finished(Generic[T]):
     """A bounded queue of what has ended, with one consumer. Any thread may add to it.
 
     Nothing is kept before `start`, which `take` and `fileno` call. The oldest item is dropped when
-    ``limit`` items wait. No method blocks, takes a lock, or needs a thread. A forked process starts
+    ``limit`` items wait. No method blocks or needs a thread. A forked process starts
     with its own empty queue, and never reads the descriptor of its parent.
 
     Attributes:
@@ -126,7 +118,7 @@ class Finished(Generic[T]):
         Never with a descriptor, which may be readable although no item waits.
         """
         waiting = self._waiting.get(this_process())
-        return waiting is not None and not waiting.items and not waiting.has_descriptor
+        return waiting is not None and not waiting.items and waiting.fd < 0
 
     def start(self) -> None:
         """Keep the items that are added from now on. Does nothing after `close`."""

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from functools import cache, cached_property
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 
@@ -264,6 +264,7 @@ class Card(KernelDriver):
     """
 
     platform = "HIP"
+    named = "HIP"
 
     def __init__(self, device: torch.device, driver: Driver) -> None:
         super().__init__(device)
@@ -321,10 +322,6 @@ class Card(KernelDriver):
     def address(self, function: Any) -> int:
         """Return a kernel's handle as a number."""
         return int(function.value)
-
-    def refuse(self, error: int, what: str) -> NoReturn:
-        """Raise `TransferError` for an error of the function at `entry`."""
-        raise refused(self.describe(error), what, "HIP")
 
     def describe(self, error: int) -> str:
         """Describe an error of the runtime."""

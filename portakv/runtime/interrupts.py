@@ -12,10 +12,11 @@ import os
 import threading
 from collections import deque
 from collections.abc import Callable
-from functools import partial
+from functools import partial, wraps
 from queue import SimpleQueue
-from typing import Generic, TypeVar, cast
+from typing import Generic, ParamSpec, TypeVar, cast
 
+P = ParamSpec("P")
 T = TypeVar("T")
 
 #: The name of helpers, which outlive the objects whose work they run.
@@ -117,6 +118,17 @@ def uninterrupted(work: Callable[[], T], undo: Callable[[T], object] | None = No
         raise error
     finally:
         del error, task  # the traceback of the error holds this frame
+
+
+def shielded(work: Callable[P, T]) -> Callable[P, T]:
+    """Return a function or a method, each call of which no interrupt cuts in two; see
+    `uninterrupted`."""
+
+    @wraps(work)
+    def run(*args: P.args, **kwargs: P.kwargs) -> T:
+        return uninterrupted(partial(work, *args, **kwargs))
+
+    return run
 
 
 def alongside(work: Callable[[], T]) -> Callable[[], T]:

@@ -12,10 +12,9 @@ import os
 import struct
 import time
 from collections.abc import Mapping
-from typing import Protocol
+from typing import TypeAlias
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
 from portakv.errors import Unsupported
@@ -79,29 +78,6 @@ extern "C" __global__ void portakv_wait(Wait w) {
 _ARGUMENTS = struct.Struct("<5Q")
 
 
-class StreamWords(Protocol):
-    """The words of the layers of a device.
-
-    Attributes:
-        raised: uint32 ``[layers]``, which the host writes.
-    """
-
-    raised: npt.NDArray[np.uint32]
-
-    @property
-    def expired(self) -> int:
-        """Return the number of the latest step in which a wait reached its limit; 0: none did."""
-
-    def need(self, number: int) -> None:
-        """Have waits after the current stream's work wait for words of this number; 0: for none."""
-
-    def write(self, first: int, count: int, number: int, stream: torch.Stream | None) -> None:
-        """Note, after the work of a stream, that layers were copied in a step of this number."""
-
-    def wait(self, layer: int) -> None:
-        """Have the current stream wait for a layer; a graph that is captured gets the wait."""
-
-
 def is_before(word: int, number: int) -> bool:
     """Return whether a word has not reached a number."""
     return 0 < (number - word) % (LAST + 1) < _HALF
@@ -113,6 +89,10 @@ class HostWords:
     Args:
         layers: the number of layers.
         limit: seconds after which a wait ends.
+
+    Attributes:
+        raised: uint32 ``[layers]``, which the host writes.
+        expired: the number of the latest step in which a wait reached its limit; 0: none did.
     """
 
     def __init__(self, layers: int, limit: float) -> None:
@@ -123,11 +103,11 @@ class HostWords:
         self.expired = 0
 
     def need(self, number: int) -> None:
-        """See `StreamWords`."""
+        """Have waits after the current stream's work wait for words of this number; 0: for none."""
         self._needed = number
 
     def write(self, first: int, count: int, number: int, stream: torch.Stream | None) -> None:
-        """See `StreamWords`."""
+        """Note, after the work of a stream, that layers were copied in a step of this number."""
         self._copied[first : first + count] = number
 
     def lacks(self, layer: int) -> bool:
@@ -191,19 +171,19 @@ class CudaWords:
 
     @property
     def expired(self) -> int:
-        """See `StreamWords`."""
+        """Return the same as `HostWords.expired`."""
         return int(self._expired[0])
 
     def need(self, number: int) -> None:
-        """See `StreamWords`."""
+        """Have waits after the current stream's work wait for words of this number; 0: for none."""
         self._set(self._layers, 1, number, None)
 
     def write(self, first: int, count: int, number: int, stream: torch.Stream | None) -> None:
-        """See `StreamWords`."""
+        """Note, after the work of a stream, that layers were copied in a step of this number."""
         self._set(first, count, number, stream)
 
     def wait(self, layer: int) -> None:
-        """See `StreamWords`."""
+        """Have the current stream wait for a layer; a graph that is captured gets the wait."""
         there = self._there
         needed = there + 4 * self._layers
         expired = self._host + 4 * self._layers
@@ -226,6 +206,10 @@ class CudaWords:
         if error:
             name = cuda.error_name(error, cuda.library())
             raise cuda.refused(name, "A write of words by a stream")
+
+
+#: The words of the layers of a device.
+StreamWords: TypeAlias = HostWords | CudaWords
 
 
 def why_not(device: torch.device) -> str | None:

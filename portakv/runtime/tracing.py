@@ -57,20 +57,16 @@ class Tracer(Protocol):
         """
 
 
-class _Chosen:
-    """The tracer of this process."""
-
-    tracer: Tracer | None = None
-
-
+_tracer: Tracer | None = None  # of this process
 UNTRACED = Began("", 0)
 
 
 def use(tracer: Tracer | None) -> Tracer | None:
     """Make spans by a tracer from now on, in this process; None: make no more. Return the tracer
     before it."""
-    before = _Chosen.tracer
-    _Chosen.tracer = tracer
+    global _tracer
+    before = _tracer
+    _tracer = tracer
     return before
 
 
@@ -95,7 +91,7 @@ def under(traceparent: str) -> Iterator[None]:
 
 def begin() -> Began:
     """Return where a span begins, for the caller's `under` or its tracer's current span."""
-    tracer = _Chosen.tracer
+    tracer = _tracer
     traceparent = _under.get()
     if tracer is None:
         return Began(traceparent, 0) if traceparent else UNTRACED
@@ -116,7 +112,7 @@ def end(
         parent: the ``traceparent`` of another process; empty: the caller's.
         seconds: how long it took; None: until now.
     """
-    tracer = _Chosen.tracer
+    tracer = _tracer
     if tracer is None or not began.at:
         return
     ended = time.time_ns() if seconds is None else began.at + round(seconds * 1e9)

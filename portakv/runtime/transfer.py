@@ -519,15 +519,13 @@ def unreported_error(owner: Owner | None) -> PortaKVError | None:
 _holding_memory: deque[Completion] = deque()
 
 
-def hold_memory(completion: Completion, retire: bool = True) -> None:
+def hold_memory(completion: Completion) -> None:
     """Retain a completion, and so the memory that it uses, until it has ended.
 
-    With ``retire``, also release the oldest completions that have ended. Pass False if this may run
-    during another thread's graph capture: a query of an event would end the capture.
+    Also release the oldest completions that have ended.
     """
     _holding_memory.append(completion)
-    if retire:
-        copies_holding_memory()
+    copies_holding_memory()
 
 
 def retire() -> None:

@@ -18,6 +18,7 @@ from portakv.graph import Mask, Task
 from portakv.runtime.bounded import Bounded
 from portakv.serving.server.messages import MOST_KEYS
 from portakv.storage.store import FormStore
+from portakv.storage.tiers.base import Keys
 from portakv.storage.tiers.remote import Remote, check_remote
 
 #: Seconds that a lookup may take: less than a scheduler side's patience, so that a request gets the
@@ -109,7 +110,7 @@ class BucketAnswers:
     """
 
     def __init__(
-        self, begin: Callable[[Sequence[bytes]], object], now: Callable[[], float] = time.monotonic
+        self, begin: Callable[[Keys], object], now: Callable[[], float] = time.monotonic
     ) -> None:
         self._begin = begin
         self._now = now
@@ -126,7 +127,7 @@ class BucketAnswers:
         """Return a number that changes when answers become too old to be offered again."""
         return int((self._now() - self._since) / BELIEVED)
 
-    def leading(self, keys: Sequence[bytes], known: int) -> int | None:
+    def leading(self, keys: Keys, known: int) -> int | None:
         """Return how many leading blocks can be loaded, or None if a lookup is to end soon.
 
         No request waits for a bucket that did not answer the last lookup in time. Lookups go on
@@ -158,7 +159,7 @@ class BucketAnswers:
                 raise
         return None if self._answers else known
 
-    def ended(self, keys: Sequence[bytes], count: int, answers: bool) -> None:
+    def ended(self, keys: Keys, count: int, answers: bool) -> None:
         """Note the end of a lookup.
 
         Args:
@@ -185,63 +186,37 @@ class BucketAnswers:
         return len(self._open) < MOST
 
 
-class LookupWorkers:
-    """Looks up blocks of several groups in workers of a store's graph.
+def look_up(groups: Sequence[FormStore], keys: Keys, ended: Callable[[int, bool], object]) -> None:
+    """Have a worker look up blocks, and report how many lead, and whether that came in time.
 
     Args:
         groups: of one store. A block can be loaded if the stores of all groups have it.
+        keys: of the blocks.
+        ended: takes the report.
+
+    Raises `TransferError` after the store was closed.
     """
+    graph = groups[0].graph
+    until = graph.clock() + LOOKUP
 
-    def __init__(self, groups: Sequence[FormStore]) -> None:
-        self._groups = groups
-        self._graph = groups[0].graph
-        self._queue = self._graph.queue("lookup", WORKERS)
-
-    def begin(self, keys: Sequence[bytes], ended: Callable[[int, bool], object]) -> None:
-        """Have a worker look up keys, and report how many lead, and whether that came in time.
-
-        Raises `TransferError` after the store was closed.
-        """
-        until = self._graph.clock() + LOOKUP
-        work = partial(self._look_up, keys, until, ended)
-        task = Task(work, 1, queue=self._queue, name="lookup")
-        self._graph.submit([task], priority="urgent")
-
-    def _look_up(
-        self,
-        keys: Sequence[bytes],
-        until: float,
-        ended: Callable[[int, bool], object],
-        task: Task,
-        mask: Mask,
-    ) -> None:
-        """Look up keys in all groups, in a worker."""
+    def work(task: Task, mask: Mask) -> None:
         count = len(keys)
         try:
-            for group in self._groups:
-                left = max(0.0, until - self._graph.clock())
+            for group in groups:
+                left = max(0.0, until - graph.clock())
                 count = group.lookup(keys[:count], left) if count and left else 0
         except PortaKVError:  # it was closed
             count = 0
-        ended(count, count > 0 or self._graph.clock() < until)
+        ended(count, count > 0 or graph.clock() < until)
+
+    task = Task(work, 1, queue=graph.queue("lookup", WORKERS), name="lookup")
+    graph.submit([task], priority="urgent")
 
 
-class BucketLookups(BucketAnswers):
-    """What a scheduler knows of a bucket, whose process has the store.
-
-    Args:
-        groups: as `LookupWorkers` takes them.
-        now: returns the time in seconds.
-    """
-
-    def __init__(
-        self, groups: Sequence[FormStore], now: Callable[[], float] = time.monotonic
-    ) -> None:
-        super().__init__(self._ask, now)
-        self._workers = LookupWorkers(groups)
-
-    def _ask(self, keys: Sequence[bytes]) -> None:
-        self._workers.begin(keys, partial(self.ended, keys))
+def answers_of(groups: Sequence[FormStore]) -> BucketAnswers:
+    """Return what a scheduler knows of the bucket of a store of this process."""
+    answers = BucketAnswers(lambda keys: look_up(groups, keys, partial(answers.ended, keys)))
+    return answers
 
 
 class ServerBucket(BucketAnswers):
@@ -260,14 +235,12 @@ class ServerBucket(BucketAnswers):
         super().__init__(self._ask, now)
         self._wake = wake
         self._numbers = itertools.count(1)
-        self._later = deque[tuple[int, Sequence[bytes]]]()
-        self._sent: Bounded[int, Sequence[bytes]] = Bounded("lookups of a store server", 2 * MOST)
+        self._later = deque[tuple[int, Keys]]()
+        self._sent: Bounded[int, Keys] = Bounded("lookups of a store server", 2 * MOST)
         #: By key, until when a block is believed to be in the bucket.
         self._there: Bounded[bytes, float] = Bounded("blocks of a store server's bucket", 1 << 17)
 
-    def leading_in(
-        self, keys: Sequence[bytes], tiers: Sequence[Mapping[bytes, object]]
-    ) -> int | None:
+    def leading_in(self, keys: Keys, tiers: Sequence[Mapping[bytes, object]]) -> int | None:
         """Return how many leading blocks can be loaded, or None if a lookup is to end soon.
 
         Args:
@@ -287,9 +260,9 @@ class ServerBucket(BucketAnswers):
         """Return whether a lookup has found a block a short time ago."""
         return self._there.get(key, 0.0) > self._now()
 
-    def take(self) -> list[tuple[int, Sequence[bytes]]]:
+    def take(self) -> list[tuple[int, Keys]]:
         """Return the numbers and keys of lookups that the server does not know."""
-        made = list[tuple[int, Sequence[bytes]]]()
+        made = list[tuple[int, Keys]]()
         while self._later:
             made.append(self._later.popleft())
         return made
@@ -311,7 +284,7 @@ class ServerBucket(BucketAnswers):
         self._sent.clear()
         self._there.clear()
 
-    def _ask(self, keys: Sequence[bytes]) -> None:
+    def _ask(self, keys: Keys) -> None:
         some = keys[:MOST_KEYS]
         number = next(self._numbers)
         self._sent[number] = some

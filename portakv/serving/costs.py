@@ -3,17 +3,14 @@
 
 from __future__ import annotations
 
-import statistics
 import time
 from bisect import bisect_left
-from collections import defaultdict, deque
+from collections import defaultdict
 from collections.abc import Callable, Mapping
 from functools import wraps
 from itertools import accumulate
 from typing import Concatenate, ParamSpec, Protocol, TypeVar
 
-#: The idle steps that a median is of.
-LATEST = 512
 #: Seconds that the hooks of both sides may take together in a step without work.
 LIMIT = 2e-4
 #: The upper ends of the seconds by which idle steps are counted, for an estimate of their median.
@@ -39,7 +36,6 @@ class Costs:
         self._busy_seconds = defaultdict[str, float](float)  # in steps with work
         self._idle_steps = 0
         self._idle_seconds = defaultdict[str, float](float)
-        self._latest = deque[float](maxlen=LATEST)  # idle steps
         self._within = [0] * (len(BOUNDS) + 1)  # idle steps by `BOUNDS`, and longer ones
 
     def step(self, idle: bool) -> None:
@@ -48,14 +44,8 @@ class Costs:
         _add(self._idle_seconds if idle else self._busy_seconds, self.spent)
         if idle:
             self._idle_steps += 1
-            seconds = sum(self.spent.values())
-            self._latest.append(seconds)
-            self._within[bisect_left(BOUNDS, seconds)] += 1
+            self._within[bisect_left(BOUNDS, sum(self.spent.values()))] += 1
         self.spent.clear()
-
-    def median(self) -> float:
-        """Return the median of the seconds of the latest idle steps; 0.0 if there were none."""
-        return statistics.median(self._latest) if self._latest else 0.0
 
     def statistics(self) -> dict[str, float]:
         """Return counts of steps and the seconds of each hook: in all steps, and in idle ones.

@@ -73,7 +73,7 @@ class Handover:
         leads: this worker sends other engines renewals and releases; one of each engine does.
 
     Attributes:
-        model, terms: as they were passed.
+        shards, model, terms: as they were passed.
         owner: of the offers; None: this engine offers nothing.
         reader: of the pulls; None: this engine pulls nothing.
         pulling: the pulls that have not ended, or were not reported.
@@ -95,6 +95,7 @@ class Handover:
         address: str | None = None,
         leads: bool = True,
     ) -> None:
+        self.shards = shards
         self.model = model
         self.terms = terms
         self._leads = leads
@@ -159,20 +160,12 @@ class Handover:
 
     def ended_pulls(self) -> list[tuple[PullJob, bool]]:
         """Return the pulls that have ended since the last call, and whether their rows landed."""
-        ended = list[tuple[PullJob, bool]]()
-        going = list[_Pulling]()
-        for each in self.pulling:
-            job, pull = each
-            if pull is None:
-                ended.append((job, False))
-            elif pull.ended:
-                if pull.error is not None:
-                    _log_failed_pull(pull.error)
-                ended.append((job, pull.published))
-            else:
-                going.append(each)
-        self.pulling = going
-        return ended
+        ended = [each for each in self.pulling if each.pull is None or each.pull.ended]
+        for each in ended:
+            self.pulling.remove(each)
+            if each.pull is not None and each.pull.error is not None:
+                _log_failed_pull(each.pull.error)
+        return [(job, pull is not None and pull.published) for job, pull in ended]
 
     def ended_offers(self) -> list[str]:
         """Return how offers have ended since the last call. Looks at them now and then."""

@@ -10,9 +10,8 @@ import stat
 import sys
 from array import array
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from hashlib import sha256
-from math import inf
 from pathlib import Path
 from secrets import token_bytes
 from typing import Any, Literal, NamedTuple
@@ -288,17 +287,6 @@ class Endpoint(NamedTuple):
 
 
 @dataclass
-class _Next:
-    """What the next plan has."""
-
-    pulls: list[PullJob] = field(default_factory=list)
-    offers: list[OfferJob] = field(default_factory=list)
-    released: list[bytes] = field(default_factory=list)
-    revoked: bool = False
-    withdrawn: list[bytes] = field(default_factory=list)  # only if `revoked`
-
-
-@dataclass
 class _Needed:
     """Rows that a request needs, and when their lease is renewed next."""
 
@@ -321,8 +309,7 @@ class Tickets:
         self._endpoints: Sequence[Endpoint] = ()
         self._lease = 0.0
         self._needed = dict[str, _Needed]()  # by request
-        self._soonest = inf  # when a lease is to be renewed
-        self._next = _Next()
+        self._next = Handovers()
 
     @property
     def offers(self) -> bool:
@@ -336,9 +323,7 @@ class Tickets:
 
     def expect(self, request: str, rows: RemoteRows) -> None:
         """Take note that a request needs the rows of another engine."""
-        due = self._now() + _interval(rows)
-        self._needed[request] = _Needed(rows, due)
-        self._soonest = min(self._soonest, due)
+        self._needed[request] = _Needed(rows, self._now() + _interval(rows))
 
     def pull(self, job: PullJob) -> None:
         """Plan a pull of rows that a request expects."""
@@ -365,28 +350,22 @@ class Tickets:
 
     def plan(self) -> Handovers:
         """Return what the workers do in this step."""
-        renewals = self._renewals()
         made = self._next
-        if not (renewals or made.pulls or made.offers or made.released or made.revoked):
+        made.renewals = self._renewals()
+        if not (made.renewals or made.pulls or made.offers or made.released or made.revoked):
             return NO_HANDOVERS
-        self._next = _Next()
-        lists = tuple(made.pulls), tuple(made.offers), renewals, tuple(made.released)
-        return Handovers(*lists, revoked=made.revoked, withdrawn=tuple(made.withdrawn))
+        self._next = Handovers()
+        return made
 
-    def _renewals(self) -> tuple[Renewal, ...]:
+    def _renewals(self) -> list[Renewal]:
         """Return the leases that are to be renewed now."""
-        if not self._needed:
-            return ()
-        now = self._now()
-        if now < self._soonest:
-            return ()
         made = list[Renewal]()
+        now = self._now() if self._needed else 0.0
         for needed in self._needed.values():
             if needed.due <= now:
                 needed.due = now + _interval(needed.rows)
                 made.append(Renewal(needed.rows.tickets, needed.rows.lease))
-        self._soonest = min(needed.due for needed in self._needed.values())
-        return tuple(made)
+        return made
 
 
 def _interval(rows: RemoteRows) -> float:

@@ -33,7 +33,7 @@ from portakv.errors import (
 from portakv.layout.encodings import PACK
 from portakv.runtime.bounded import Bounded
 from portakv.runtime.rate_limited_log import RateLimitedLog
-from portakv.serving.bucket import BucketLookups, bucket_of, check_bucket
+from portakv.serving.bucket import BucketAnswers, answers_of, bucket_of, check_bucket
 from portakv.storage import BlockForm, BlockStore, Disk
 from portakv.storage.calls import Change
 from portakv.storage.form import HEADER, Range
@@ -43,31 +43,6 @@ from portakv.view import KVView
 
 # ------------------------------------------------------------------------------------------------
 # In place of a store, for an engine that only hands requests over.
-
-
-class NoStore:
-    """An index without blocks, in which a scheduler side finds nothing and saves nothing."""
-
-    losses = 0
-
-    def leading(self, keys: Sequence[bytes], /) -> int:
-        """Return that no block can be loaded."""
-        return 0
-
-    def has(self, key: bytes, /) -> bool:
-        """Return that no block is to be saved."""
-        return True
-
-    def record(self) -> None:
-        """Keep changes, of which there are none."""
-
-    def take_events(self) -> list[Change]:
-        """Return no change."""
-        return []
-
-    def bytes_of(self, counts: Mapping[str, int]) -> dict[str, int]:
-        """Return no bytes."""
-        return {}
 
 
 class NoBlocks:
@@ -82,18 +57,12 @@ class NoBlocks:
 
     def save(self, *args: Any, **terms: Any) -> NoReturn:
         """Raise `StoreError`."""
-        raise _no_store()
+        raise StoreError(
+            "Expected an engine with a store, got one that only hands requests over. Name a "
+            "folder, host or bucket in kv_connector_extra_config."
+        )
 
-    def load(self, *args: Any, **terms: Any) -> NoReturn:
-        """Raise `StoreError`."""
-        raise _no_store()
-
-
-def _no_store() -> StoreError:
-    return StoreError(
-        "Expected an engine with a store, got one that only hands requests over. Name a folder, "
-        "host or bucket in kv_connector_extra_config."
-    )
+    load = save
 
 
 # ------------------------------------------------------------------------------------------------
@@ -433,6 +402,14 @@ def log_start(terms: StoreTerms, what: str, found: int | None, server: str) -> N
     )
 
 
+def counted_bytes(counts: Mapping[str, int], size: int) -> dict[str, int]:
+    """Return the bytes of blocks of a size that a scheduler side has counted."""
+    return {
+        "landed_bytes": counts.get("landed_blocks", 0) * size,
+        "stored_bytes": counts.get("stored_blocks", 0) * size,
+    }
+
+
 def found_in(statistics: Mapping[str, Sequence[Mapping[str, Any]]], parts: int) -> int:
     """Return how many blocks of ``parts`` parts the disk of a store has."""
     slots = statistics.get("disk_slots", ())
@@ -535,7 +512,14 @@ def forms_of(
         if len(groups) > 1:
             notes = f"group {number} of {len(groups)} {notes}".rstrip()
         part = None if heads is None else heads[number]
-        rows = None if block_size is None else _rows_of(block_size, tokens)
+        rows = None
+        if block_size is not None:
+            rows, rest = divmod(block_size, tokens)
+            if rest:
+                raise InvalidTerms(
+                    f"Expected stored blocks of a multiple of {tokens} tokens, which a page has, "
+                    f"got {block_size}. Pass a multiple."
+                )
         of = partial(
             BlockForm.of, view, model, layers=layers, heads=part, block_size=rows, notes=notes
         )
@@ -572,16 +556,6 @@ def with_raw(forms: Mapping[str, BlockForm]) -> dict[str, BlockForm]:
     return {**forms, **raw}
 
 
-def _rows_of(block_size: int, tokens: int) -> int:
-    """Return how many rows of some tokens a stored block has. Raises `InvalidTerms`."""
-    if block_size % tokens:
-        raise InvalidTerms(
-            f"Expected stored blocks of a multiple of {tokens} tokens, which a page has, got "
-            f"{block_size}. Pass a multiple."
-        )
-    return block_size // tokens
-
-
 def alike_in(tiers: Sequence[Tier], forms: Sequence[BlockForm]) -> list[BlockForm]:
     """Return the other forms of blocks in a store: the raw ones, for blocks that do not fit into
     packed slots, and those of packed blocks that tiers have. Leaves lossy forms out."""
@@ -609,6 +583,25 @@ def _warn_of_packed(
             )
 
 
+def open_store(
+    forms: BlockForm | Mapping[str, BlockForm],
+    terms: StoreTerms,
+    tiers: Sequence[Tier],
+    patience: float,
+    **options: Any,
+) -> BlockStore:
+    """Open the store of terms, with their ``tiers``; wait for a folder that another process has,
+    at most so many seconds. ``options``: of `BlockStore`."""
+    until = time.monotonic() + patience
+    while True:
+        try:
+            return BlockStore(forms, staging=terms.staging, host=terms.host, tiers=tiers, **options)
+        except StoreBusy as error:
+            if time.monotonic() >= until:
+                raise StoreBusy(f"{error} {SHARE}") from None
+            time.sleep(PAUSE)
+
+
 class LocalIndex:
     """The index of the blocks that a process can load; it knows none without a store.
 
@@ -623,7 +616,7 @@ class LocalIndex:
         self._losses = 0
         self._number = 0  # of the latest change
         self._events: deque[Change] | None = None
-        self._bucket: BucketLookups | None = None
+        self._bucket: BucketAnswers | None = None
 
     @staticmethod
     def of(engine: str) -> LocalIndex:
@@ -667,22 +660,12 @@ class LocalIndex:
         names = [f"group {number}" for number, _ in enumerate(made)]
         forms = with_raw(dict(zip(names, made, strict=True)))
         only = made[0] if len(forms) == 1 else None
-        until = time.monotonic() + patience
-        while self._store is None:
-            try:
-                self._store = BlockStore(
-                    only or forms, staging=terms.staging, host=terms.host, tiers=tiers
-                )
-            except StoreBusy as error:
-                if time.monotonic() >= until:
-                    raise StoreBusy(f"{error} {SHARE}") from None
-                time.sleep(PAUSE)
-        store = self._store
+        self._store = store = open_store(only or forms, terms, tiers, patience)
         _warn_of_packed(groups, made, tiers)
         store.listen()  # later changes are kept
         self._groups = [store] if only else [store.of(name) for name in names]
         if terms.bucket is not None:
-            self._bucket = BucketLookups(self._groups)
+            self._bucket = answers_of(self._groups)
         self._losses += 1
         return [*self._groups]
 
@@ -718,7 +701,7 @@ class LocalIndex:
             return []
         made = [*self._events]
         self._events.clear()
-        first = next(iter(self._forms()), "")
+        first = "" if self._store is None else next(iter(self._store.forms))
         return [each for each in made if each.form in (first, f"{first}{RAW}")]
 
     @property
@@ -751,20 +734,12 @@ class LocalIndex:
 
     def bytes_of(self, counts: Mapping[str, int]) -> dict[str, int]:
         """Return the bytes of blocks that a scheduler side has counted."""
-        size = sum(group.form.payload_bytes for group in self._groups)
-        return {
-            "landed_bytes": counts.get("landed_blocks", 0) * size,
-            "stored_bytes": counts.get("stored_blocks", 0) * size,
-        }
+        return counted_bytes(counts, sum(group.form.payload_bytes for group in self._groups))
 
     def statistics(self) -> Mapping[str, Sequence[Mapping[str, object]]]:
         """Return the store's statistics; none without a store."""
         store = self._store
         return {} if store is None else store.statistics()
-
-    def _forms(self) -> Mapping[str, BlockForm]:
-        store = self._store
-        return {} if store is None else store.forms
 
     def _follow(self) -> None:
         """Take note of the changes of the store since the last call."""
@@ -779,6 +754,18 @@ class LocalIndex:
             self._number = change.number
         if self._events is not None:
             self._events += changes
+
+
+class NoStore(LocalIndex):
+    """An index without blocks, in which a scheduler side finds nothing and saves nothing."""
+
+    def has(self, key: bytes) -> bool:
+        """Return that no block is to be saved."""
+        return True
+
+    def bytes_of(self, counts: Mapping[str, int]) -> dict[str, int]:
+        """Return no bytes."""
+        return {}
 
 
 _indices: Bounded[str, LocalIndex] = Bounded("indices of engines", 256)

@@ -11,7 +11,7 @@ import logging
 import select
 import threading
 import time
-from collections import OrderedDict, deque
+from collections import Counter, OrderedDict, deque
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from functools import partial
 from itertools import compress
@@ -22,29 +22,27 @@ from typing import Any, Generic, Literal, NamedTuple, TypeAlias, TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from portakv.arguments import instance, invalid, items, octets, whole
+from portakv.arguments import invalid, items, octets, whole
 from portakv.errors import InvalidTerms, PortaKVError, TransferTimeout
-from portakv.graph import Mask, Priority
+from portakv.graph import Mask
 from portakv.runtime.bounded import Bounded
 from portakv.runtime.finished import Finished
 from portakv.runtime.rate_limited_log import SLOW_DEVICE, RateLimitedLog
 from portakv.serving.local import StoreTerms, log_start
 from portakv.serving.pages import (
     SAVE,
+    PageBlocks,
     PageJob,
     Pages,
     PageSize,
     PageStore,
+    ServerPageBlocks,
+    SizedPages,
     Usage,
     check_raw,
     check_shared,
-    page_key,
 )
 from portakv.serving.server.client import (
-    GRACE,
-    ServerBlocks,
-    ServerLocks,
-    ServerTransfer,
     StoreClient,
 )
 from portakv.serving.server.index import ServerIndex
@@ -52,12 +50,13 @@ from portakv.serving.server.server import StoreServer, place_of
 from portakv.serving.worker import Calls
 from portakv.storage.calls import Change
 from portakv.storage.eviction import Pins
-from portakv.view import IdList, KVView
+from portakv.storage.tiers.base import Keys
 
 # ------------------------------------------------------------------------------------------------
 # The pages of a store that an engine counts, and lookups whose answers it has not fetched.
 
 _logger = logging.getLogger(__name__)
+Kind: TypeAlias = Literal["save", "load"]
 Key = TypeVar("Key")
 Answer = TypeVar("Answer")
 
@@ -101,12 +100,6 @@ class Counted(Generic[Key]):
             return [self._pages.pop(name, None) for name in names]
 
 
-class _Lookup(NamedTuple, Generic[Answer]):
-    answer: Answer
-    keys: int
-    locked: Sequence[bytes]
-
-
 class Lookups(Generic[Answer]):
     """The answers of lookups, until they are fetched, with the names of the pages they locked.
 
@@ -123,33 +116,32 @@ class Lookups(Generic[Answer]):
         self._lock = threading.Lock()
         self._nothing = nothing
         self._most = most
-        self._open = OrderedDict[int, _Lookup[Answer]]()
+        # Answers, with the numbers of their keys, and the names of locked pages.
+        self._open = OrderedDict[int, tuple[Answer, int, Keys]]()
         # The numbers of keys of lookups whose answers find nothing now.
         self._empty: Bounded[int, int] = Bounded("lookups without an answer", EMPTY)
 
-    def add(
-        self, number: int, answer: Answer, keys: int, locked: Sequence[bytes]
-    ) -> Sequence[bytes]:
+    def add(self, number: int, answer: Answer, keys: int, locked: Keys) -> Keys:
         """Keep the answer of a lookup of so many keys.
 
         Returns the names whose locks are to end, since the answer of another lookup was not fetched
         in time.
         """
         with self._lock:
-            self._open[number] = _Lookup(answer, keys, locked)
+            self._open[number] = answer, keys, locked
             if len(self._open) <= self._most:
                 return ()
-            late, oldest = self._open.popitem(last=False)
-            self._empty[late] = oldest.keys
+            late, (_, keys, locked) = self._open.popitem(last=False)
+            self._empty[late] = keys
         self._log.warning(
             "unfetched",
             "A lookup of %d pages finds none: %d later ones came before its answer was fetched. "
             "Look at the engine's log.",
-            oldest.keys,
+            keys,
             self._most,
             lines=1,
         )
-        return oldest.locked
+        return locked
 
     def fetch(self, number: int) -> Answer | None:
         """Return the answer of a lookup, once; None if there is none."""
@@ -157,126 +149,8 @@ class Lookups(Generic[Answer]):
             found = self._open.pop(number, None)
             keys = self._empty.pop(number, None)
         if found is not None:
-            return found.answer
+            return found[0]
         return None if keys is None else self._nothing(keys)
-
-
-# ------------------------------------------------------------------------------------------------
-# The pages of one size in the store of a host's server.
-
-
-class ServerPages(Pages):
-    """The pages of one size of a `ServerPageStore`, which makes it.
-
-    ``saves`` has the loads in flight, too: `ServerPageStore.finished` cancels those that are late.
-    """
-
-    def __init__(
-        self,
-        terms: StoreTerms,
-        ended: Finished[PageJob],
-        size: PageSize,
-        kept: ServerBlocks,
-        locks: ServerLocks,
-        index: ServerIndex,
-        number: int,
-    ) -> None:
-        super().__init__(terms, ended, size, kept.form)
-        self._kept = kept
-        self._locks = locks
-        self._index = index
-        self._number = number
-
-    def holds(self, keys: Sequence[bytes]) -> Mask:
-        """Return which pages can be loaded, as far as is known here, bool ``[keys]``."""
-        return np.array(self._index.holds(self._number, [*map(page_key, keys)]), np.bool_)
-
-    def has(self, key: bytes) -> bool:
-        """Return whether a page can be loaded, as far as is known here."""
-        return self._index.holds(self._number, (page_key(key),))[0]
-
-    def lookup(self, keys: Sequence[bytes], timeout: float | None = 1.0) -> int:
-        """Return the number of leading pages that can be loaded; waits for nothing."""
-        return int(self.holds(keys).cumprod().sum())
-
-    def save(
-        self,
-        keys: Sequence[bytes],
-        view: KVView,
-        slots: IdList | None = None,
-        *,
-        after: Sequence[bytes | None] | None = None,
-        priority: Priority = "background",
-        deadline: float | None = SAVE,
-        tag: Hashable = None,
-        ended: Finished[PageJob] | None = None,
-    ) -> PageJob:
-        """Save pages as `Pages.save` does. A page that finds no free staging is dropped."""
-        job = PageJob("save", keys, self.size.nbytes, tag)
-        follows = [None if each is None else page_key(each) for each in after or [None] * len(keys)]
-        names = [*map(page_key, keys)]
-        places = range(view.slots) if slots is None else slots
-        transfer = self._kept.save(view, places, names, after=follows, priority=priority)
-        return self._followed(job, transfer, ended, deadline)
-
-    def load(
-        self,
-        keys: Sequence[bytes],
-        view: KVView,
-        slots: IdList | None = None,
-        *,
-        priority: Priority = "urgent",
-        deadline: float | None = None,
-        tag: Hashable = None,
-        ended: Finished[PageJob] | None = None,
-    ) -> PageJob:
-        """Load pages as `Pages.load` does."""
-        job = PageJob("load", keys, self.size.nbytes, tag)
-        places = range(view.slots) if slots is None else slots
-        names = [*map(page_key, keys)]
-        until = self._terms.deadline if deadline is None else deadline
-        transfer = self._kept.load(view, places, names, priority=priority, deadline=until)
-        return self._followed(job, transfer, ended, until + GRACE)
-
-    def pin(self, keys: Sequence[bytes]) -> Pins:
-        """Keep pages from eviction until `Pins.release`, as far as they are there.
-
-        Waits for the server's answer, two seconds at most, if one is known to have a page.
-        """
-        there = np.flatnonzero(self.holds(keys)).tolist()
-        pins = Pins(len(keys))
-        if there:
-            made = self._locks.pin([page_key(keys[at]) for at in there])
-            for place in np.flatnonzero(made.held).tolist():
-                pins.add(there[place], made.release)
-        return pins
-
-    def delete(self, keys: Sequence[bytes]) -> Mask:
-        """Forget pages, for all processes; return which were there, bool ``[keys]``.
-
-        Waits for the server's answer, two seconds at most.
-        """
-        return self._locks.delete([*map(page_key, keys)])
-
-    @property
-    def opened(self) -> object | None:
-        """Return what tells this store from one that was opened later: there is no later one."""
-        return self
-
-    def _followed(
-        self,
-        job: PageJob,
-        transfer: ServerTransfer,
-        ended: Finished[PageJob] | None,
-        limit: float | None,
-    ) -> PageJob:
-        """Have a queue take a job at its end; it is late after so many seconds."""
-        overdue = None
-        if limit is not None:
-            overdue = self.saves
-            overdue.add(job, job.began + limit)
-        job._follow(transfer, self._ended if ended is None else ended, overdue)
-        return job
 
 
 # ------------------------------------------------------------------------------------------------
@@ -304,7 +178,7 @@ def page_store(
     return store
 
 
-class ServerPageStore:
+class ServerPageStore(SizedPages):
     """Pages of bytes in the host memory of an engine, in the store of a server.
 
     Args:
@@ -319,9 +193,6 @@ class ServerPageStore:
         InvalidTerms: wrong terms, or pages that a server of the folder refuses, such as those of
             another model.
         StoreError: a folder that cannot be used.
-
-    Attributes:
-        ended: the jobs that have ended, unless a call names another queue.
     """
 
     def __init__(
@@ -332,9 +203,7 @@ class ServerPageStore:
         identity: str = "",
         patience: float = 10.0,
     ) -> None:
-        self.terms = instance("terms", terms, StoreTerms)
-        self.ended = Finished[PageJob]()
-        self.ended.start()
+        super().__init__(terms)
         check_shared(terms)
         check_raw(terms)
         forms = [size.form(model, identity) for size in sizes]
@@ -343,13 +212,9 @@ class ServerPageStore:
         self._store_server = StoreServer(terms, engine)
         self._client = StoreClient(place, forms, engine)
         self._index = ServerIndex(place, engine, len(forms))
-        self._pages = dict[PageSize, ServerPages]()
         for number, size in enumerate(sizes):
-            blocks = self._client.blocks[number]
-            locks = self._client.locks[number]
-            self._pages[size] = ServerPages(
-                terms, self.ended, size, blocks, locks, self._index, number
-            )
+            blocks = ServerPageBlocks(self._client.blocks[number], self._index, number)
+            self._sizes[size] = Pages(self, size, forms[number], blocks)
         try:
             if self._client.wait(patience):
                 self._index.wait(patience)
@@ -357,38 +222,15 @@ class ServerPageStore:
             self.close()
             raise
 
-    def pages(self, nbytes: int, runs: int = 1) -> ServerPages:
+    def pages(self, nbytes: int, runs: int = 1) -> Pages:
         """Return the pages of a size. Raises `InvalidTerms` for a size that the store lacks."""
         size = PageSize(nbytes, runs)
-        if size not in self._pages:
+        if size not in self._sizes:
             raise InvalidTerms(
-                f"Expected a size of {[*self._pages]}, got {size}. Pass all sizes when the store "
+                f"Expected a size of {[*self._sizes]}, got {size}. Pass all sizes when the store "
                 f"is made."
             )
-        return self._pages[size]
-
-    def every(self) -> list[ServerPages]:
-        """Return the pages of each size."""
-        return [*self._pages.values()]
-
-    def finished(self) -> list[PageJob]:
-        """Return the jobs that have ended since the last call. There is one consumer.
-
-        Jobs that are late are cancelled in this call: a consumer that sleeps on `fileno` makes it
-        now and then, too.
-        """
-        now = time.monotonic()
-        for pages in self.every():
-            for job in pages.saves.due(now):
-                job.cancel()
-        return self.ended.take()
-
-    def fileno(self) -> int:
-        """Return a descriptor that is readable while `finished` has jobs; -1 after `close`.
-
-        Raises `HostMemoryError` without a free descriptor.
-        """
-        return self.ended.fileno()
+        return self._sizes[size]
 
     def changes(self) -> list[Change]:
         """Return the pages that were stored or lost since the last call, by any process.
@@ -480,20 +322,20 @@ class PagePool:
         self._pages = store.pages(*self.size)
         self._deadline = store.terms.deadline
 
-    def lookup(self, keys: Sequence[bytes]) -> int:
+    def lookup(self, keys: Keys) -> int:
         """Return the number of leading pages that can be loaded; a bucket has a second to
         answer."""
         pages = self._pages
         return 0 if pages is None else pages.lookup(self._names(keys))
 
-    def holds(self, keys: Sequence[bytes]) -> Mask:
+    def holds(self, keys: Keys) -> Mask:
         """Return which pages can be loaded, as far as is known here, bool ``[keys]``."""
         pages = self._pages
         if pages is None:
             return np.zeros(len(keys), np.bool_)
         return pages.holds(self._names(keys))
 
-    def restorable(self, keys: Sequence[bytes], trailing: int | None = None) -> Mask:
+    def restorable(self, keys: Keys, trailing: int | None = None) -> Mask:
         """Return for each number of leading pages, less one, whether it can be restored, bool
         ``[keys]``.
 
@@ -508,9 +350,7 @@ class PagePool:
         able: Mask = missing[1:] == missing[first]
         return able
 
-    def save(
-        self, keys: Sequence[bytes], addresses: npt.ArrayLike, after: bytes | None = None
-    ) -> Mask:
+    def save(self, keys: Keys, addresses: npt.ArrayLike, after: bytes | None = None) -> Mask:
         """Store pages; return which of them are stored now, bool ``[keys]``.
 
         Args:
@@ -519,34 +359,29 @@ class PagePool:
                 lie one after the other ``[keys, 1]``.
             after: the key that the first page follows; None: it begins a prompt.
         """
-        pages = self._pages
-        if pages is None or not keys:
-            return np.zeros(len(keys), np.bool_)
         names = self._names(keys)
         first = None if after is None else self._names([after])[0]
-        view = pages.at(self._runs(addresses))
-        job = pages.save(
-            names,
-            view,
-            after=[first, *names[:-1]],
-            deadline=self._deadline,
-            ended=self._unread,
-        )
-        return self._landed(job)
+        follows = [first, *names[:-1]][: len(names)]
+        return self._moved("save", names, addresses, after=follows)
 
-    def load(self, keys: Sequence[bytes], addresses: npt.ArrayLike) -> Mask:
+    def load(self, keys: Keys, addresses: npt.ArrayLike) -> Mask:
         """Load pages; return which of them have come, with verified bytes, bool ``[keys]``.
 
         The others are not written. The arguments are those of `save`.
         """
+        return self._moved("load", self._names(keys), addresses)
+
+    def _moved(self, kind: Kind, names: Keys, addresses: npt.ArrayLike, **terms: Any) -> Mask:
+        """Save or load pages; return which of them landed."""
         pages = self._pages
-        if pages is None or not keys:
-            return np.zeros(len(keys), np.bool_)
+        if pages is None or not names:
+            return np.zeros(len(names), np.bool_)
+        call: Callable[..., PageJob] = pages.save if kind == "save" else pages.load
         view = pages.at(self._runs(addresses))
-        job = pages.load(self._names(keys), view, deadline=self._deadline, ended=self._unread)
+        job = call(names, view, deadline=self._deadline, ended=self._unread, **terms)
         return self._landed(job)
 
-    def _names(self, keys: Sequence[bytes]) -> list[bytes]:
+    def _names(self, keys: Keys) -> list[bytes]:
         """Return keys that no other pool has."""
         return [key + self._identity for key in keys] if self._identity else [*keys]
 
@@ -588,8 +423,6 @@ PAUSE = 5.0
 #: The most keys that wait to be deleted when the store has opened.
 DELETED = 65536
 
-Kind: TypeAlias = Literal["save", "load"]
-
 
 class Buffer(NamedTuple):
     """Bytes in the host memory of an engine.
@@ -615,9 +448,7 @@ class PageTask:
         fresh: the pages of a save that the store did not have before, bool ``[keys]``.
     """
 
-    def __init__(
-        self, kind: Kind, keys: Sequence[bytes], buffers: Sequence[Buffer], tag: Hashable
-    ) -> None:
+    def __init__(self, kind: Kind, keys: Keys, buffers: Sequence[Buffer], tag: Hashable) -> None:
         self.kind = kind
         self.keys = keys
         self.buffers = buffers
@@ -647,139 +478,6 @@ class PageTask:
         return [(nbytes, part) for (nbytes, _), part in parts.items()] or [(0, [])]
 
 
-class _Locks:
-    """The locks of pages, which add up. A batch of pins ends with the last lock of its pages.
-
-    ``waits``: a lock waits for a server, which may take two seconds, so that a thread makes it.
-    """
-
-    def __init__(self, waits: bool) -> None:
-        self._lock = threading.Lock()
-        self._by_key = dict[bytes, list[_Batch]]()
-        self._calls = Calls("portakv-pages-lock") if waits else None
-
-    def __len__(self) -> int:
-        return len(self._by_key)
-
-    def add(self, keys: Iterable[bytes], pins: Pins) -> None:
-        """Note a lock of each key, which the pins keep."""
-        batch = _Batch(pins)
-        with self._lock:
-            for key in keys:
-                self._by_key.setdefault(key, []).append(batch)
-                batch.left += 1
-
-    def call(self, lock: Callable[[], object]) -> None:
-        """Make a call that locks pages: here, or in the thread."""
-        if self._calls is None or not self._calls.add(lock):
-            lock()
-
-    def close(self, timeout: float) -> None:
-        """End the thread after its calls; wait at most so many seconds."""
-        if self._calls is not None:
-            self._calls.close(timeout)
-
-    def end(self, keys: Iterable[bytes]) -> None:
-        """End a lock of each key; ignore keys without one."""
-        ended = list[_Batch]()
-        with self._lock:
-            for key in keys:
-                batches = self._by_key.get(key)
-                if not batches:
-                    continue
-                batch = batches.pop()
-                if not batches:
-                    del self._by_key[key]
-                batch.left -= 1
-                if not batch.left:
-                    ended.append(batch)
-        for batch in ended:
-            batch.pins.release()
-
-
-class _Batch:
-    """The pins of a lookup, and the number of its locks that have not ended."""
-
-    def __init__(self, pins: Pins) -> None:
-        self.pins = pins
-        self.left = 0
-
-
-class _Waiting(NamedTuple):
-    """A task that waits until the store has opened for its sizes.
-
-    Attributes:
-        task: which has begun no job.
-        until: the time of the monotonic clock at which it ends without a page.
-    """
-
-    task: PageTask
-    until: float
-
-
-class Opening:
-    """An opening of the store for sizes that are new.
-
-    Its thread ends when the medium has answered. It may outlive the tasks that wait for it.
-
-    Args:
-        store: of the pages.
-        sizes: bytes of a page of each size.
-        closing: set before the store is closed.
-        ended: called at the end, in the thread.
-
-    Attributes:
-        sizes: as passed.
-        changes: of the pages, from the first opening until the end.
-        done: whether it has ended.
-    """
-
-    def __init__(
-        self,
-        store: PageStore | ServerPageStore,
-        sizes: set[int],
-        closing: threading.Event,
-        ended: Callable[[], object],
-    ) -> None:
-        self.sizes = sizes
-        self.changes = list[Change]()
-        self.done = False
-        self._store = store
-        self._closing = closing
-        self._ended = ended
-        try:
-            self.start()
-        except RuntimeError as error:  # the opening has failed
-            _log.warning("thread", "Pages are not stored or loaded: %s.", error)
-            self.done = True
-            ended()
-
-    def start(self) -> None:
-        """Start the thread; raise `RuntimeError` if the process can have no other."""
-        threading.Thread(target=self.run, name="portakv-pages-open", daemon=True).start()
-
-    def run(self) -> None:
-        """Open the store, and close it again if it was closed meanwhile."""
-        try:
-            for nbytes in self.sizes:
-                if not self._closing.is_set():
-                    self._open(nbytes)
-            if self._closing.is_set():
-                self._store.close()
-        except TransferTimeout as error:
-            _log.warning("close", "A store of pages was left open: %s", error)
-        finally:
-            self.done = True
-            self._ended()
-
-    def _open(self, nbytes: int) -> None:
-        try:
-            self._store.pages(nbytes)
-            self.changes += self._store.changes()  # later changes are kept
-        except PortaKVError as error:
-            _log.warning("open", "Pages are not stored or loaded: %s", error)
-
-
 class PageTasks:
     """The tasks of an engine over a store of pages.
 
@@ -803,17 +501,23 @@ class PageTasks:
         self.store = store
         self._ended = ended
         self._lost = lost
-        self._new = Finished[PageTask | None]()  # tasks of sizes to be opened, by the thread
-        self._new.start()
-        self._waiting = list[_Waiting]()  # of the thread
-        self._opening: Opening | None = None
+        self._wake = Finished[None]()
+        self._wake.start()
+        # Tasks until the store has opened for their sizes, and the times by which they end.
+        self._waiting = dict[PageTask, float]()
+        self._opens = False  # a call of `_open_for_waiting` follows
+        self._changes = deque[Change]()  # that an opening has seen, until the thread takes them
         self._deleted = deque[bytes](maxlen=DELETED)  # while the store was closed
         self._next_try = dict[int, float]()  # of sizes for which the store could not be opened
         self._loads = set[PageTask]()  # under way
         self._closing = threading.Event()
+        # The locks of pages add up. A batch of pins ends with the last lock of its pages.
+        self._lock = threading.Lock()
+        self._locks = dict[bytes, list[Pins]]()
+        self._locks_of = Counter[Pins]()
+        self._calls = Calls("portakv-pages-calls")
         self._thread = threading.Thread(target=self._run, name="portakv-pages", daemon=True)
         store.changes()  # later changes are kept
-        self._locks = _Locks(isinstance(store, ServerPageStore))
         self._thread.start()
 
     @property
@@ -827,7 +531,7 @@ class PageTasks:
         return len(self._locks)
 
     def begin(
-        self, kind: Kind, keys: Sequence[bytes], buffers: Sequence[Buffer], tag: Hashable = None
+        self, kind: Kind, keys: Keys, buffers: Sequence[Buffer], tag: Hashable = None
     ) -> PageTask:
         """Begin a task. Its buffers belong to it until its end.
 
@@ -840,12 +544,14 @@ class PageTasks:
         task = PageTask(kind, keys, buffers, tag)
         # A page that is saved after its deletion stays.
         if self._deleted or self._closed_sizes(task):
-            self._new.add(task)
+            limit = SAVE if kind == "save" else self.store.terms.deadline
+            self._waiting[task] = time.monotonic() + limit
+            self._open_later()
         else:
             self._begin(task)
         return task
 
-    def holds(self, keys: Sequence[bytes]) -> Mask:
+    def holds(self, keys: Keys) -> Mask:
         """Return which pages can be loaded in some size, bool ``[keys]``."""
         result = np.zeros(len(keys), np.bool_)
         for pages in self.store.every():
@@ -861,7 +567,7 @@ class PageTasks:
             return task.landed
         return self.holds(task.keys)
 
-    def lock(self, keys: Sequence[bytes]) -> npt.NDArray[np.int64]:
+    def lock(self, keys: Keys) -> npt.NDArray[np.int64]:
         """Lock the pages that can be loaded in some size; return their bytes, int64 ``[keys]``.
 
         A page that is not there has 0 bytes, and no lock. The store evicts no page before the last
@@ -872,21 +578,22 @@ class PageTasks:
         for pages in self.store.every():
             pins = pages.pin([keys[number] for number in left])
             locked = [*compress(left, pins.held)]
-            self._locks.add([keys[number] for number in locked], pins)
+            with self._lock:
+                for number in locked:
+                    self._locks.setdefault(keys[number], []).append(pins)
+                    self._locks_of[pins] += 1
             result[locked] = pages.size.nbytes
             left = [*compress(left, ~pins.held)]
         return result
 
-    def lock_later(
-        self, keys: Sequence[bytes], locked: Callable[[npt.NDArray[np.int64]], object]
-    ) -> None:
+    def lock_later(self, keys: Keys, locked: Callable[[npt.NDArray[np.int64]], object]) -> None:
         """Lock pages, and call with what `lock` returns: within this call, or in a thread if the
         store is that of a server."""
-        self._locks.call(partial(self._lock_then, keys, locked))
+        call = partial(self._lock_then, keys, locked)
+        if not isinstance(self.store, ServerPageStore) or not self._calls.add(call):
+            call()
 
-    def _lock_then(
-        self, keys: Sequence[bytes], locked: Callable[[npt.NDArray[np.int64]], object]
-    ) -> None:
+    def _lock_then(self, keys: Keys, locked: Callable[[npt.NDArray[np.int64]], object]) -> None:
         sizes = np.zeros(len(keys), np.int64)
         try:
             sizes = self.lock(keys)
@@ -895,9 +602,22 @@ class PageTasks:
 
     def unlock(self, keys: Iterable[bytes]) -> None:
         """End a lock of each page; ignore pages that are not locked."""
-        self._locks.end(keys)
+        ended = list[Pins]()
+        with self._lock:
+            for key in keys:
+                if key not in self._locks:
+                    continue
+                pins = self._locks[key].pop()
+                if not self._locks[key]:
+                    del self._locks[key]
+                self._locks_of[pins] -= 1
+                if not self._locks_of[pins]:
+                    del self._locks_of[pins]
+                    ended.append(pins)
+        for pins in ended:
+            pins.release()
 
-    def delete(self, keys: Sequence[bytes]) -> Mask:
+    def delete(self, keys: Keys) -> Mask:
         """Delete pages of any size, locked or not; return which were stored, bool ``[keys]``.
 
         While the store opens, no page is known to be stored. The pages are deleted, and reported
@@ -910,13 +630,12 @@ class PageTasks:
         after = self._opened()
         if (None in before or before != after) and not self._closing.is_set():
             self._deleted.extend(keys)
-            self._new.add(None)  # it may have opened by now
+            self._open_later()
         return result
 
-    def _opened(self) -> list[int | None]:
-        """Return what tells the stores of all sizes apart; None for a size that is closed."""
-        opened = [pages.opened for pages in self.store.every()]
-        return [None if made is None else id(made) for made in opened]
+    def _opened(self) -> list[PageBlocks | None]:
+        """Return the open stores of all sizes; None for a size that is closed."""
+        return [pages.blocks for pages in self.store.every()]
 
     def close(self, timeout: float = 10.0) -> None:
         """End the tasks, which are not reported, close the store, and end its locks, each within so
@@ -925,29 +644,72 @@ class PageTasks:
         Raises `TransferTimeout` as `BlockStore.close` does.
         """
         self._closing.set()
-        self._new.add(None)
+        self._wake.add(None)
         self._thread.join(timeout)
         try:
             self.store.close(timeout)
         finally:
-            self._new.close()
-            self._locks.close(timeout)
+            self._wake.close()
+            self._calls.close(timeout)
 
-    # --- the thread
+    # --- the thread that opens the store
+
+    def _open_later(self) -> None:
+        """Have the store opened for the tasks that wait, and deletions made."""
+        if not self._opens:
+            self._opens = True
+            self._calls.add(self._open_for_waiting)
+
+    def _open_for_waiting(self) -> None:
+        """Open the store for the tasks that wait, and begin them; close it again if it was closed
+        meanwhile."""
+        self._opens = False  # tasks that come from here on have another call
+        for task in [*self._waiting]:
+            for nbytes in self._closed_sizes(task):
+                if not self._closing.is_set():
+                    self._open(nbytes)
+            self._delete_again()
+            if self._waiting.pop(task, None) is not None:
+                self._begin(task)
+        self._delete_again()
+        self._wake.add(None)
+        if self._closing.is_set():
+            try:
+                self.store.close()
+            except TransferTimeout as error:
+                _log.warning("close", "A store of pages was left open: %s", error)
+
+    def _open(self, nbytes: int) -> None:
+        """Open the store for a size; after a failure, not again for `PAUSE` seconds."""
+        if time.monotonic() < self._next_try.get(nbytes, 0.0):
+            return
+        try:
+            self.store.pages(nbytes)
+            self._changes.extend(self.store.changes())  # later changes are kept
+        except PortaKVError as error:
+            _log.warning("open", "Pages are not stored or loaded: %s", error)
+            self._next_try[nbytes] = time.monotonic() + PAUSE
+
+    def _delete_again(self) -> None:
+        """Delete the pages whose deletion came while the store was closed."""
+        if self._deleted and None not in self._opened():
+            keys = [self._deleted.popleft() for _ in range(len(self._deleted))]
+            self.delete(keys)
+
+    # --- the thread that reports
 
     def _run(self) -> None:
         """Report what ends, until the store is closed."""
         poller = select.poll()
-        for fd in (self.store.fileno(), self._new.fileno()):
+        for fd in (self.store.fileno(), self._wake.fileno()):
             poller.register(fd, select.POLLIN)
         while not self._closing.is_set():
             poller.poll(SOON if self._loads else LOOK)
             self._look()
 
     def _look(self) -> None:
-        """Report the tasks that have ended and the pages that were lost; begin new tasks."""
-        # Taken before the end of an opening is read, which wakes this thread by the same queue.
-        began = [task for task in self._new.take() if task is not None]
+        """Report the tasks that have ended and the pages that were lost, and end late tasks."""
+        self._wake.take()
         ended = list[PageTask]()
         for job in self.store.finished():
             task, part = _of(job)
@@ -956,8 +718,7 @@ class PageTasks:
             if not task.left:
                 ended.append(task)
         self._loads.difference_update(ended)
-        changes = self._end_opening()
-        self._delete_again()
+        changes = [self._changes.popleft() for _ in range(len(self._changes))]
         changes += self.store.changes()
         gone = [change.key for change in changes if not change.stored]
         for task in ended:
@@ -965,57 +726,12 @@ class PageTasks:
         lost = [*compress(gone, ~self.holds(gone))]
         if lost:
             _report(self._lost, lost)
-        for task in began:
-            limit = SAVE if task.kind == "save" else self.store.terms.deadline
-            self._waiting.append(_Waiting(task, time.monotonic() + limit))
-        self._waiting = [each for each in self._waiting if not self._has_ended_waiting(each)]
-
-    def _delete_again(self) -> None:
-        """Delete the pages whose deletion came while the store was closed."""
-        if self._deleted and None not in self._opened():
-            keys = [self._deleted.popleft() for _ in range(len(self._deleted))]
-            self.delete(keys)
-
-    def _end_opening(self) -> list[Change]:
-        """Note the end of an opening; return the changes that it has seen.
-
-        After a failure a size is not tried again for `PAUSE` seconds.
-        """
-        opening = self._opening
-        if opening is None or not opening.done:
-            return []
-        self._opening = None
-        opened = {pages.size.nbytes for pages in self.store.every() if pages.opened is not None}
-        for nbytes in opening.sizes - opened:
-            self._next_try[nbytes] = time.monotonic() + PAUSE
-        return opening.changes
-
-    def _has_ended_waiting(self, waiting: _Waiting) -> bool:
-        """Begin a task whose sizes are open, or end it if it is late; return whether it was done.
-
-        The store opens for the sizes of the first task that waits. While it opens, it is closed
-        for all sizes.
-        """
         now = time.monotonic()
-        task = waiting.task
-        closed = self._closed_sizes(task)
-        tried = {nbytes for nbytes in closed if now < self._next_try.get(nbytes, 0.0)}
-        if self._opening is None:
-            if closed == tried:
-                self._begin(task)
-                return True
-            self._opening = Opening(
-                self.store, closed - tried, self._closing, lambda: self._new.add(None)
-            )
-        if now < waiting.until:
-            return False
-        line = "Pages are not stored or loaded: their folder does not open. %s"
-        _log.warning("late", line, SLOW_DEVICE)
-        parts = task.parts()
-        task.left = len(parts)
-        for _, part in parts:
-            self._fail(task, part)
-        return True
+        for task, until in [*self._waiting.items()]:
+            if now >= until and self._waiting.pop(task, None) is not None:
+                line = "Pages are not stored or loaded: their folder does not open. %s"
+                _log.warning("late", line, SLOW_DEVICE)
+                self._begin(task, late=True)
 
     def _closed_sizes(self, task: PageTask) -> set[int]:
         """Return the sizes of a task for which the store is to be opened.
@@ -1025,22 +741,25 @@ class PageTasks:
         every = {pages.size.nbytes: pages for pages in self.store.every()}
         sizes = {buffer.nbytes for buffer in task.buffers}
         known = {nbytes for nbytes in sizes if nbytes in every}
-        closed = {nbytes for nbytes in known if every[nbytes].opened is None}
+        closed = {nbytes for nbytes in known if every[nbytes].blocks is None}
         return closed | (sizes - known if task.kind == "save" else set())
 
-    def _begin(self, task: PageTask) -> None:
-        """Begin the jobs of a task; each ends by the queue of the store."""
-        every = {pages.size.nbytes: pages for pages in self.store.every()}
+    def _begin(self, task: PageTask, late: bool = False) -> None:
+        """Begin the jobs of a task; each ends by the queue of the store.
+
+        ``late``: all jobs fail.
+        """
+        by_size = {pages.size.nbytes: pages for pages in self.store.every() if not late}
         parts = task.parts()
         task.left = len(parts)
         if task.kind == "load":
             sleeps = not self._loads
             self._loads.add(task)
             if sleeps:  # the thread looks again soon
-                self._new.add(None)
+                self._wake.add(None)
         for nbytes, part in parts:
             try:
-                self._begin_part(task, part, every.get(nbytes))
+                self._begin_part(task, part, by_size.get(nbytes))
             except PortaKVError as error:
                 # The other parts have begun, so that the caller must not get an error.
                 _log.warning("begin", "Pages are not stored or loaded: %s", error)

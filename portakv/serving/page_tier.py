@@ -17,10 +17,12 @@ from typing import NamedTuple
 from portakv.errors import PortaKVError
 from portakv.runtime.bounded import Bounded
 from portakv.runtime.rate_limited_log import RateLimitedLog
-from portakv.serving.bucket import MISSING, LookupWorkers
+from portakv.serving.bucket import MISSING, look_up
 from portakv.serving.page_tasks import ServerPageStore
 from portakv.serving.pages import SAVE, PageJob, Pages, PageStore, page_key
 from portakv.serving.worker import Calls
+from portakv.storage.store import FormStore
+from portakv.storage.tiers.base import Keys
 
 _log = RateLimitedLog(logging.getLogger(__name__))
 #: Seconds for which a page that did not land is not offered again, unless it is saved meanwhile.
@@ -45,92 +47,6 @@ class TierEvents(NamedTuple):
 
     stored: list[bytes]
     lost: list[bytes]
-
-
-class _Jobs:
-    """The jobs that have not been reported, by their tags."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._open = dict[Hashable, PageJob | None]()  # None: it has not begun
-
-    def __len__(self) -> int:
-        return len(self._open)
-
-    def add(self, tag: Hashable) -> None:
-        """Note a job that is to begin."""
-        self._open[tag] = None
-
-    def begun(self, job: PageJob) -> None:
-        """Note a job that has begun, and may have been reported."""
-        with self._lock:
-            if job.tag in self._open:
-                self._open[job.tag] = job
-
-    def remove(self, job: PageJob) -> bool:
-        """Remove a job; return whether it was there."""
-        with self._lock:
-            there = job.tag in self._open
-            self._open.pop(job.tag, None)
-            return there
-
-    def all_begun(self) -> list[PageJob]:
-        """Return the jobs that have begun."""
-        with self._lock:
-            return [job for job in self._open.values() if job is not None]
-
-    def all_ended(self) -> list[PageJob]:
-        """Return the jobs that have ended, in the order in which they were added."""
-        return [job for job in self.all_begun() if job.done()]
-
-
-class _Followed:
-    """The last page of each chain of each request, which the next one follows."""
-
-    def __init__(self, chain_of: Callable[[bytes], Hashable]) -> None:
-        self.chain_of = chain_of
-        self._lasts = dict[Hashable, dict[Hashable, bytes]]()
-
-    def after(self, request: Hashable, keys: Sequence[bytes]) -> list[bytes | None]:
-        """Return for each page of a request the page that it follows, and note the last ones."""
-        result = list[bytes | None]()
-        lasts = self._lasts.setdefault(request, {})
-        for key in keys:
-            chain = self.chain_of(key)
-            result.append(lasts.get(chain))
-            lasts[chain] = key
-        return result
-
-    def forget(self, request: Hashable) -> None:
-        """Forget a request."""
-        self._lasts.pop(request, None)
-
-
-class _Events:
-    """The pages that were stored and lost; kept from the first call of `PageStore.changes` on."""
-
-    def __init__(self, store: PageStore | ServerPageStore) -> None:
-        self._store = store
-        self._stored = list[bytes]()
-        self._names: Bounded[bytes, bytes] = Bounded("keys of stored pages", REMEMBERED)
-        store.changes()
-
-    def add(self, keys: Sequence[bytes]) -> None:
-        """Note pages that were stored."""
-        self._stored += keys
-        for key in keys:
-            self._names[page_key(key)] = key
-
-    def take(self, has: Callable[[bytes], bool]) -> TierEvents:
-        """Return what was stored and lost since the last call."""
-        events = TierEvents([*self._stored], [])
-        self._stored.clear()
-        for change in self._store.changes():
-            key = None if change.stored else self._names.get(change.key)
-            if key is not None and not has(key):
-                del self._names[change.key]
-                events.lost.append(key)
-        return events
 
 
 class _Lookups:
@@ -172,8 +88,8 @@ class _Lookups:
         blocks = self._pages.blocks
         names = [page_key(key) for key in keys]
         try:
-            if blocks is not None:
-                LookupWorkers([blocks]).begin(names, partial(self._ended, keys))
+            if isinstance(blocks, FormStore):
+                look_up([blocks], names, partial(self._ended, keys))
                 return
         except PortaKVError:  # it was closed
             pass
@@ -184,7 +100,7 @@ class _Lookups:
         self._end(keys, self._now(), count)
         self._answers = answers
 
-    def _end(self, keys: Sequence[bytes], now: float, count: int = 0) -> None:
+    def _end(self, keys: Keys, now: float, count: int = 0) -> None:
         """Note that the lookup of keys has ended, and that only so many leading pages are there."""
         for key in keys[count:]:
             self._missing[key] = now + MISSING
@@ -212,6 +128,7 @@ class PageTier:
     Attributes:
         counts: pages that were loaded and stored, and those that did not land.
         pages: of the store.
+        reports: `events` are kept.
         view: of the engine's tier of host memory.
     """
 
@@ -230,18 +147,21 @@ class PageTier:
         self.pages = pages
         self.view = pages.over(memory)
         self._now = now
-        self._jobs = _Jobs()
-        self._followed = _Followed(chain_of)
+        self._chain_of = chain_of
+        self._lock = threading.Lock()  # of the jobs
+        # The jobs that have not been reported, by their tags; None: it has not begun.
+        self._jobs = dict[Hashable, PageJob | None]()
+        # The last page of each chain of each request, which the next one follows.
+        self._lasts = dict[Hashable, dict[Hashable, bytes]]()
         self._failed: Bounded[bytes, float] = Bounded("pages that did not land", REMEMBERED)
         self._touched = dict[bytes, float]()  # with the time of their first use since `step`
         self._lookups = None if store.terms.bucket is None else _Lookups(pages, now)
-        self._events = _Events(store) if reports else None
+        self.reports = reports
+        self._stored = list[bytes]()  # since the last `events`
+        self._names: Bounded[bytes, bytes] = Bounded("keys of stored pages", REMEMBERED)
+        if reports:
+            store.changes()  # later ones are kept
         self._calls = Calls("portakv tier")
-
-    @property
-    def reports(self) -> bool:
-        """Return whether `events` are kept."""
-        return self._events is not None
 
     @property
     def busy(self) -> bool:
@@ -264,52 +184,69 @@ class PageTier:
             return True
         if self._lookups is None or self._failed.get(key, 0.0) > self._now():
             return False
-        return self._lookups.look(key, (request, self._followed.chain_of(key)))
+        return self._lookups.look(key, (request, self._chain_of(key)))
 
-    def save(
-        self, number: Hashable, keys: Sequence[bytes], slots: Sequence[int], request: Hashable
-    ) -> None:
+    def save(self, number: Hashable, keys: Keys, slots: Sequence[int], request: Hashable) -> None:
         """Begin to save slots under keys, which are of a request and in its order."""
-        after = self._followed.after(request, keys)
+        after = list[bytes | None]()
+        lasts = self._lasts.setdefault(request, {})
+        for key in keys:
+            chain = self._chain_of(key)
+            after.append(lasts.get(chain))
+            lasts[chain] = key
         save = partial(self.pages.save, keys, self.view, slots, after=after, tag=number)
         self._submit(PageJob("save", keys, self.pages.size.nbytes, number), save)
 
-    def load(self, number: Hashable, keys: Sequence[bytes], slots: Sequence[int]) -> None:
+    def load(self, number: Hashable, keys: Keys, slots: Sequence[int]) -> None:
         """Begin to load pages into slots."""
         load = partial(self.pages.load, keys, self.view, slots, tag=number)
         self._submit(PageJob("load", keys, self.pages.size.nbytes, number), load)
 
     def _submit(self, refused: PageJob, call: Callable[[], PageJob]) -> None:
         """Have the thread begin a job. ``refused`` ends in its place if the store refuses it."""
-        self._jobs.add(refused.tag)
+        self._jobs[refused.tag] = None
         if not self._calls.add(partial(self._begin, refused, call)):
             self._refuse(refused, "Expected a tier that is open, got one that was closed.")
 
     def _begin(self, refused: PageJob, call: Callable[[], PageJob]) -> None:
         """Begin a job, in the thread."""
         try:
-            job = call()
+            self._note_begun(call())
         except Exception as error:  # class 4: the engine waits for the end of each job
             self._refuse(refused, error)
-            return
-        self._jobs.begun(job)
+
+    def _note_begun(self, job: PageJob) -> None:
+        """Note a job that has begun, unless it has been reported."""
+        with self._lock:
+            if job.tag in self._jobs:
+                self._jobs[job.tag] = job
 
     def _refuse(self, refused: PageJob, why: object) -> None:
         """End a job without a page."""
         text = "A %s of %d pages of an engine is refused: %s"
         _log.warning("refused", text, refused.kind, len(refused.keys), why)
-        self._jobs.begun(refused)
+        self._note_begun(refused)
         self._store.ended.add(refused)
 
     def ended(self) -> list[PageJob]:
         """Return the jobs that have ended since the last call."""
         finished = self._store.finished()
         if self._calls.closed:  # the queue of a store that was closed takes no jobs
-            finished += self._jobs.all_ended()
-        jobs = [job for job in finished if self._jobs.remove(job)]
-        for job in jobs:
-            self._note(job)
+            finished += [job for job in self._begun() if job.done()]
+        jobs = list[PageJob]()
+        for job in finished:
+            with self._lock:
+                reported = job.tag not in self._jobs
+                self._jobs.pop(job.tag, None)
+            if not reported:
+                self._note(job)
+                jobs.append(job)
         return jobs
+
+    def _begun(self) -> list[PageJob]:
+        """Return the jobs that have begun and were not reported, in order."""
+        with self._lock:
+            return [job for job in self._jobs.values() if job is not None]
 
     def drain(self) -> None:
         """Wait until all jobs have ended; `ended` returns them then.
@@ -318,11 +255,10 @@ class PageTier:
         pages.
         """
         self._calls.wait()
-        jobs = self._jobs.all_begun()
+        jobs = self._begun()
         until = time.monotonic() + SAVE
         for job in jobs:
-            if not job.wait(max(0.0, until - time.monotonic())):
-                job.cancel()
+            job.wait(max(0.0, until - time.monotonic()))
         for job in jobs:
             while not (job.give_up() or job.wait(PACE)):
                 continue
@@ -347,11 +283,18 @@ class PageTier:
 
     def forget(self, request: Hashable) -> None:
         """Forget a request that has ended."""
-        self._followed.forget(request)
+        self._lasts.pop(request, None)
 
     def events(self) -> TierEvents:
         """Return what was stored and lost since the last call; nothing without ``reports``."""
-        return TierEvents([], []) if self._events is None else self._events.take(self.pages.has)
+        events = TierEvents(self._stored, [])
+        self._stored = []
+        for change in self._store.changes() if self.reports else ():
+            key = None if change.stored else self._names.get(change.key)
+            if key is not None and not self.pages.has(key):
+                del self._names[change.key]
+                events.lost.append(key)
+        return events
 
     def close(self, timeout: float = 10.0) -> None:
         """Close the store, as `PageStore.close` does. `ended` then reports the jobs in flight."""
@@ -373,5 +316,7 @@ class PageTier:
             return
         for key in there if self._failed else ():
             self._failed.pop(key, None)
-        if self._events is not None:
-            self._events.add(there)
+        if self.reports:
+            self._stored += there
+            for key in there:
+                self._names[page_key(key)] = key

@@ -10,28 +10,32 @@ from __future__ import annotations
 import os
 import threading
 import time
-from collections.abc import Hashable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from contextlib import suppress
+from functools import partial
 from hashlib import blake2b
+from itertools import compress, takewhile
 from pathlib import Path
 from shutil import rmtree
-from typing import Any, Literal, NamedTuple, TypeAlias
+from typing import Any, Literal, NamedTuple, TypeAlias, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
 from portakv.arguments import instance, invalid, items, octets, seconds, text, whole
-from portakv.errors import InvalidTerms, PortaKVError, StoreBusy, StoreError, TransferTimeout
+from portakv.errors import InvalidTerms, PortaKVError, StoreError, TransferTimeout
 from portakv.graph import Handle, Mask, Priority
 from portakv.runtime.finished import Finished
-from portakv.runtime.transfer import Transfer
-from portakv.serving.local import PATIENCE, PAUSE, SHARE, StoreTerms, found_in
-from portakv.serving.server.client import Released, ServerTransfer
+from portakv.serving.local import PATIENCE, StoreTerms, found_in, open_store
+from portakv.serving.server.client import GRACE, ServerBlocks, ServerTransfer
+from portakv.serving.server.index import ServerIndex
+from portakv.serving.worker import is_done
 from portakv.storage import BlockForm, BlockStore
 from portakv.storage.calls import Change
 from portakv.storage.eviction import Pins
 from portakv.storage.store import FormStore
+from portakv.storage.tiers.base import Keys
 from portakv.storage.tiers.files import claim, unusable
 from portakv.storage.tiers.files import forms_in as every_form_in
 from portakv.view import IdList, KVView
@@ -39,6 +43,7 @@ from portakv.view import IdList, KVView
 # ------------------------------------------------------------------------------------------------
 # The sizes of pages, their keys, and the forms under which pages lie in folders.
 
+Result = TypeVar("Result")
 #: Bytes of a key of a store; keys of other lengths are hashed.
 KEY = 32
 
@@ -141,7 +146,7 @@ def sizes_in(terms: StoreTerms, model: str, identity: str = "") -> list[PageSize
 
 
 # ------------------------------------------------------------------------------------------------
-# A save or a load of pages; `Overdue`: the saves that have to end by a time.
+# A save or a load of pages.
 
 
 class PageJob:
@@ -154,10 +159,11 @@ class PageJob:
         nbytes: bytes of a page.
         began: when the call was made, in seconds of `time.monotonic`.
         seconds: from then to the end; 0 before the end.
+        handle: of the store, or the transfer of a server; None if there was no store.
     """
 
     def __init__(
-        self, kind: Literal["save", "load"], keys: Sequence[bytes], nbytes: int, tag: Hashable
+        self, kind: Literal["save", "load"], keys: Keys, nbytes: int, tag: Hashable
     ) -> None:
         self.kind = kind
         self.keys = keys
@@ -165,17 +171,12 @@ class PageJob:
         self.nbytes = nbytes
         self.began = time.monotonic()
         self.seconds = 0.0
-        self._handle: Handle | ServerTransfer | None = None
-        self._overdue: Overdue | None = None  # has the job until its end
+        self.handle: Handle | ServerTransfer | None = None
+        self._until: dict[PageJob, float] | None = None  # has the job until its end
         self._given_up: Mask | None = None  # the pages that had landed by then
 
     def __repr__(self) -> str:
         return f"PageJob({self.kind}, {len(self.keys)} pages, tag={self.tag!r})"
-
-    @property
-    def handle(self) -> Handle | ServerTransfer | None:
-        """Return the store's handle, or the server's transfer; None if there was no store."""
-        return self._handle
 
     @property
     def landed(self) -> Mask:
@@ -183,33 +184,34 @@ class PageJob:
         end."""
         if self._given_up is not None:
             return self._given_up
-        if self._handle is None:
+        if self.handle is None:
             return np.zeros(len(self.keys), np.bool_)
-        return self._handle.landed
+        return self.handle.landed
 
     def done(self) -> bool:
         """Return whether the job has ended, so that nothing uses the pages; never block or
         raise."""
-        if self._handle is None or self._given_up is not None:
+        if self.handle is None or self._given_up is not None:
             return True
-        return _has_ended(self._handle)
+        return is_done(self.handle)
 
     def wait(self, timeout: float | None = None) -> bool:
         """Block until the job has ended, at most so many seconds; return whether it has."""
         limit = seconds("timeout", timeout, optional=True)
-        if self._handle is not None and self._given_up is None:
+        if self.handle is not None and self._given_up is None:
             with suppress(PortaKVError):
-                self._handle.synchronize(limit)
+                self.handle.synchronize(limit)
         return self.done()
 
     def give_up(self) -> bool:
-        """End a save of `PageStore` that a tier holds, once nothing reads its pages.
+        """Cancel a job; end a save that a tier holds, once nothing reads its pages.
 
         Returns whether the job has ended. Pages that are being written may land later.
         """
-        released = None if self._handle is None else self._handle.released
-        unused = released is not None and _has_ended(released)
-        if unused and self._overdue is not None and self._overdue.remove(self):
+        self.cancel()
+        released = None if self.handle is None else self.handle.released
+        unused = released is not None and is_done(released)
+        if unused and self._until is not None and self._until.pop(self, None) is not None:
             self._given_up = self.landed.copy()
             self._add()
         return self.done()
@@ -219,63 +221,27 @@ class PageJob:
 
         The pages that are being moved are in use until the end.
         """
-        return self._handle is not None and self._handle.cancel()
+        return self.handle is not None and self.handle.cancel()
 
     def _follow(
-        self, handle: Handle | ServerTransfer, ended: Finished[PageJob], overdue: Overdue | None
+        self,
+        handle: Handle | ServerTransfer,
+        ended: Finished[PageJob],
+        until: dict[PageJob, float] | None,
     ) -> None:
         """Add the job to a queue at the end of its handle, or when it is given up."""
-        self._handle = handle
+        self.handle = handle
         self._ended = ended
-        self._overdue = overdue
+        self._until = until
         handle.when_ended(self._end)
 
     def _end(self) -> None:
-        if self._overdue is None or self._overdue.remove(self):
+        if self._until is None or self._until.pop(self, None) is not None:
             self._add()
 
     def _add(self) -> None:
         self.seconds = time.monotonic() - self.began
         self._ended.add(self)
-
-
-class Overdue:
-    """Saves with the times by which they have to end. The caller that removes a save ends it.
-
-    Any thread may call.
-    """
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._until = dict[PageJob, float]()
-        self._next = float("inf")  # no save is due before
-
-    def add(self, job: PageJob, until: float) -> None:
-        """Add a save that has to end by a time of `time.monotonic`."""
-        with self._lock:
-            self._until[job] = until
-            self._next = min(self._next, until)
-
-    def remove(self, job: PageJob) -> bool:
-        """Remove a save; return whether it was there."""
-        with self._lock:
-            return self._until.pop(job, None) is not None
-
-    def due(self, now: float) -> list[PageJob]:
-        """Return the saves whose times have come; they stay until `remove`."""
-        if now < self._next:
-            return []
-        with self._lock:
-            self._next = min(self._until.values(), default=float("inf"))
-            return [job for job, until in self._until.items() if until <= now]
-
-
-def _has_ended(transfer: Handle | ServerTransfer | Transfer | Released) -> bool:
-    """Return whether a transfer has ended, with or without an error."""
-    try:
-        return transfer.done()
-    except PortaKVError:
-        return True
 
 
 #: Seconds after which a save gives up the pages that are not stored: a disk that hangs must not
@@ -297,7 +263,92 @@ class Usage(NamedTuple):
     capacity: int
 
 
-class PageStore:
+class ServerPageBlocks:
+    """The pages of one size in the store of a server, with the calls of a `FormStore`.
+
+    What is there is known from a copy of the server's index.
+
+    Args:
+        blocks: of a rank of the server.
+        index: of the server.
+        number: of the size among those of the index.
+    """
+
+    def __init__(self, blocks: ServerBlocks, index: ServerIndex, number: int) -> None:
+        self.save = blocks.save
+        self.load = blocks.load
+        self.delete = blocks.delete
+        self.has_each = partial(index.holds, number)
+        self._blocks = blocks
+
+    def has(self, key: bytes) -> bool:
+        """Return whether a page can be loaded."""
+        return self.has_each((key,))[0]
+
+    def lookup(self, keys: Keys, timeout: float | None) -> int:
+        """Return the number of leading pages that can be loaded; waits for nothing."""
+        return sum(takewhile(bool, self.has_each(keys)))
+
+    def pin(self, keys: Keys) -> Pins:
+        """Keep pages from eviction; asks the server only if one is known to have a page."""
+        there = [*compress(range(len(keys)), self.has_each(keys))]
+        pins = Pins(len(keys))
+        if there:
+            made = self._blocks.pin([keys[at] for at in there])
+            for place in np.flatnonzero(made.held).tolist():
+                pins.add(there[place], made.release)
+        return pins
+
+    def touch(self, keys: Keys) -> None:
+        """Do nothing: a server records no use but that of loads."""
+
+
+#: The store of the pages of one size.
+PageBlocks: TypeAlias = "FormStore | ServerPageBlocks"
+
+
+class SizedPages:
+    """The pages of each size of a store, and their jobs: the base of stores of pages.
+
+    Attributes:
+        terms: where pages are stored.
+        ended: the jobs that have ended, unless a call names another queue.
+        until: of jobs that have not ended, by when they have to. The thread that removes a job
+            from here ends it.
+    """
+
+    def __init__(self, terms: StoreTerms) -> None:
+        self.terms = instance("terms", terms, StoreTerms)
+        self.ended = Finished[PageJob]()
+        self.ended.start()
+        self.until = dict[PageJob, float]()
+        self._sizes = dict[PageSize, Pages]()
+
+    def every(self) -> list[Pages]:
+        """Return the pages of each size."""
+        return [*self._sizes.values()]
+
+    def finished(self) -> list[PageJob]:
+        """Return the jobs that have ended since the last call. There is one consumer.
+
+        Jobs that are late end in this call if all workers or a server hang, and saves that a tier
+        holds past their deadline: a consumer that sleeps on `fileno` makes it now and then, too.
+        """
+        now = time.monotonic()
+        for job, until in [*self.until.items()]:
+            if until <= now:
+                job.give_up()
+        return self.ended.take()
+
+    def fileno(self) -> int:
+        """Return a descriptor that is readable while `finished` has jobs; -1 after `close`.
+
+        Raises `HostMemoryError` without a free descriptor.
+        """
+        return self.ended.fileno()
+
+
+class PageStore(SizedPages):
     """Pages of bytes in the host memory of an engine, in the stores of PortaKV.
 
     The store is in this process. No call but the constructor, `pages` of a new size and `close`
@@ -315,9 +366,6 @@ class PageStore:
     Raises:
         InvalidTerms: wrong arguments; sizes that no page has.
         StoreError, StoreBusy: memory for no page; a folder that another process has.
-
-    Attributes:
-        ended: the jobs that have ended, unless a call names another queue.
     """
 
     def __init__(
@@ -329,7 +377,7 @@ class PageStore:
         identity: str = "",
         patience: float = PATIENCE,
     ) -> None:
-        self.terms = instance("terms", terms, StoreTerms)
+        super().__init__(terms)
         if terms.shared:
             raise InvalidTerms(
                 "Expected terms of a store of this process, got shared=True. Leave it out, and "
@@ -339,15 +387,12 @@ class PageStore:
         self._model = text("model", model)
         self._identity = text("identity", identity, least=0, most=1 << 15)
         self._patience = seconds("patience", patience)
-        self.ended = Finished[PageJob]()
-        self.ended.start()
         self._lock = threading.Lock()  # of what is open
         self._store: BlockStore | None = None
-        self._sizes = dict[PageSize, Pages]()
         for size in items("sizes", sizes, "sizes of pages"):
             made = size if isinstance(size, PageSize) else PageSize(whole("sizes", size, 1))
             form = made.form(self._model, self._identity)
-            self._sizes[made] = Pages(terms, self.ended, made, form)
+            self._sizes[made] = Pages(self, made, form)
         if self._sizes:
             with self._lock:
                 self._open()
@@ -373,8 +418,13 @@ class PageStore:
             is_new = found is None
             if found is None:
                 form = size.form(self._model, self._identity)
-                found = Pages(self.terms, self.ended, size, form)
-                self._check_staging(found)
+                found = Pages(self, size, form)
+                nbytes = form.image_bytes
+                if nbytes > self.terms.staging:  # before anything is closed
+                    raise StoreError(
+                        f"Expected staging to have room for a page of {nbytes} bytes, got "
+                        f"{self.terms.staging}. Give it more."
+                    )
             if found.blocks is None:
                 self._close(self._patience)
                 self._sizes[size] = found
@@ -386,48 +436,12 @@ class PageStore:
                     raise
             return found
 
-    def _check_staging(self, pages: Pages) -> None:
-        """Raise `StoreError` for pages without room in staging, before anything is closed."""
-        nbytes = pages.form.image_bytes
-        if nbytes > self.terms.staging:
-            raise StoreError(
-                f"Expected staging to have room for a page of {nbytes} bytes, got "
-                f"{self.terms.staging}. Give it more."
-            )
-
-    def sizes(self) -> list[PageSize]:
-        """Return the sizes of the pages."""
-        return [*self._sizes]
-
-    def every(self) -> list[Pages]:
-        """Return the pages of each size."""
-        return [*self._sizes.values()]
-
-    def has(self, key: bytes) -> bool:
-        """Return whether a page of any size can be loaded, as far as is known here."""
-        return any(pages.has(key) for pages in [*self._sizes.values()])
-
     def finished(self) -> list[PageJob]:
-        """Return the jobs that have ended since the last call. There is one consumer.
-
-        Jobs that are late end in this call if all workers hang, and saves that a tier holds past
-        their deadline: a consumer that sleeps on `fileno` makes it now and then, too.
-        """
+        """Return the jobs that have ended since the last call, as `SizedPages.finished` does."""
         store = self._store
         if store is not None:
             store.graph.sweep()
-        now = time.monotonic()
-        for pages in self.every():
-            for job in pages.saves.due(now):
-                job.give_up()
-        return self.ended.take()
-
-    def fileno(self) -> int:
-        """Return a descriptor that is readable while `finished` has jobs; -1 after `close`.
-
-        Raises `HostMemoryError` without a free descriptor.
-        """
-        return self.ended.fileno()
+        return super().finished()
 
     def changes(self) -> list[Change]:
         """Return the pages that were stored or lost since the last call, in order.
@@ -454,12 +468,8 @@ class PageStore:
         if not disk:
             return Usage(store.rows.counts()["kept"] * store.rows.row_bytes, capacity)
         images = {pages.form.name: pages.form.image_bytes for pages in self.every()}
-        used = 0
-        for tier in store.statistics()["tiers"]:
-            folders = [each for each in tier.values() if isinstance(each, dict)]
-            if tier["tier"] == "disk":
-                used += sum(each["used"] for each in folders) * images.get(tier["form"], 0)
-        return Usage(used, capacity)
+        slots = [each for each in store.statistics()["disk_slots"] if each["state"] == "used"]
+        return Usage(sum(each["value"] * images[each["form"]] for each in slots), capacity)
 
     def statistics(self) -> dict[str, list[dict[str, Any]]]:
         """Return the figures of the store, as `BlockStore.statistics`; none while it is closed."""
@@ -518,29 +528,15 @@ class PageStore:
         """Open the store of all sizes, under the lock."""
         forms = {pages.form.name: pages.form for pages in self._sizes.values()}
         tiers = self.terms.tiers()
-        until = time.monotonic() + self._patience
-        store: BlockStore | None = None
-        while store is None:
-            try:
-                store = BlockStore(
-                    forms,
-                    staging=self.terms.staging,
-                    host=self.terms.host,
-                    tiers=tiers,
-                    full="wait",
-                    pin=False,  # nothing is copied to a device
-                )
-            except StoreBusy as error:
-                if time.monotonic() >= until:
-                    raise StoreBusy(f"{error} {SHARE}") from None
-                time.sleep(PAUSE)
+        options = {"full": "wait", "pin": False}  # nothing is copied to a device
+        store = open_store(forms, self.terms, tiers, self._patience, **options)
         self._store = store
         for pages in self._sizes.values():
             pages.blocks = store.of(pages.form.name)
 
 
 class Pages:
-    """The pages of one size of a `PageStore`, which makes it.
+    """The pages of one size of a store, which makes it.
 
     Calls while the store is closed find nothing, and their jobs have ended without a page.
 
@@ -548,23 +544,15 @@ class Pages:
         size: of the pages.
         form: of the stored pages.
         blocks: the store of the form; None while it is closed.
-        saves: those in flight that have a deadline.
     """
 
     def __init__(
-        self, terms: StoreTerms, ended: Finished[PageJob], size: PageSize, form: BlockForm
+        self, store: SizedPages, size: PageSize, form: BlockForm, blocks: PageBlocks | None = None
     ) -> None:
         self.size = size
         self.form = form
-        self.blocks: FormStore | None = None
-        self.saves = Overdue()
-        self._terms = terms  # of the store that makes it, as is the queue of its jobs
-        self._ended = ended
-
-    @property
-    def opened(self) -> object | None:
-        """Return what tells this store from one that was opened later; None while it is closed."""
-        return self.blocks
+        self.blocks = blocks
+        self._store = store
 
     def over(self, memory: object) -> KVView:
         """Return a view of memory of the engine, whose slots are pages.
@@ -635,32 +623,24 @@ class Pages:
         except StoreError:  # it was closed
             return False
 
-    def holds(self, keys: Sequence[bytes]) -> Mask:
+    def holds(self, keys: Keys) -> Mask:
         """Return which pages can be loaded, as far as is known here, bool ``[keys]``."""
         names = _names(keys)
-        blocks = self.blocks
-        result = np.zeros(len(names), np.bool_)
-        if blocks is not None:
-            with suppress(StoreError):  # it was closed
-                result[:] = blocks.has_each(names)
-        return result
+        there = self._asked(lambda blocks: blocks.has_each(names), [False] * len(names))
+        return np.array(there, np.bool_)
 
-    def lookup(self, keys: Sequence[bytes], timeout: float | None = 1.0) -> int:
+    def lookup(self, keys: Keys, timeout: float | None = 1.0) -> int:
         """Return the number of leading pages that can be loaded.
 
         Waits at most ``timeout`` seconds for buckets, as `BlockStore.lookup` does; for no other
-        tier.
+        tier, and for no server.
         """
         names = _names(keys)
-        blocks = self.blocks
-        if blocks is not None:
-            with suppress(StoreError):  # it was closed
-                return blocks.lookup(names, timeout)
-        return 0
+        return self._asked(lambda blocks: blocks.lookup(names, timeout), 0)
 
     def save(
         self,
-        keys: Sequence[bytes],
+        keys: Keys,
         view: KVView,
         slots: IdList | None = None,
         *,
@@ -692,23 +672,24 @@ class Pages:
         if after is not None:
             follows = [None if each is None else page_key(each) for each in after]
         job = PageJob("save", keys, self.size.nbytes, tag)
-        blocks = self.blocks
         handle = None
-        if blocks is not None and names:
-            with suppress(StoreError):  # it was closed
-                handle = blocks.save(
+        if names:
+            handle = self._asked(
+                lambda blocks: blocks.save(
                     view,
                     _slots(view, slots),
                     names,
                     after=follows,
                     priority=priority,
                     deadline=deadline,
-                )
+                ),
+                None,
+            )
         return self._begun(job, handle, ended, deadline)
 
     def load(
         self,
-        keys: Sequence[bytes],
+        keys: Keys,
         view: KVView,
         slots: IdList | None = None,
         *,
@@ -726,67 +707,69 @@ class Pages:
         """
         names = _names(keys)
         job = PageJob("load", keys, self.size.nbytes, tag)
-        blocks = self.blocks
+        until = self._store.terms.deadline if deadline is None else deadline
         handle = None
-        until = self._terms.deadline if deadline is None else deadline
-        if blocks is not None and names:
-            with suppress(StoreError):  # it was closed
-                handle = blocks.load(
+        if names:
+            handle = self._asked(
+                lambda blocks: blocks.load(
                     view,
                     _slots(view, slots),
                     names,
                     priority=priority,
                     deadline=until,
                     missing="skip",
-                )
-        return self._begun(job, handle, ended)
+                ),
+                None,
+            )
+        return self._begun(job, handle, ended, until + GRACE)
 
-    def pin(self, keys: Sequence[bytes]) -> Pins:
+    def pin(self, keys: Keys) -> Pins:
         """Keep pages from eviction until `Pins.release`, as far as they are there.
 
-        A pin costs a short look under the lock of the disk's index. Pages that are pinned for ever
-        leave no room for others.
+        A pin costs a short look under the lock of the disk's index, or the answer of a server, two
+        seconds at most. Pages that are pinned for ever leave no room for others.
         """
         names = _names(keys)
-        blocks = self.blocks
-        if blocks is not None:
-            with suppress(StoreError):  # it was closed
-                return blocks.pin(names)
-        return Pins(len(names))
+        return self._asked(lambda blocks: blocks.pin(names), Pins(len(names)))
 
-    def delete(self, keys: Sequence[bytes]) -> Mask:
-        """Forget pages; return which were there, bool ``[keys]``. See `BlockStore.delete`."""
+    def delete(self, keys: Keys) -> Mask:
+        """Forget pages; return which were there, bool ``[keys]``. See `BlockStore.delete`.
+
+        Waits for the answer of a server, two seconds at most.
+        """
         names = _names(keys)
-        blocks = self.blocks
-        if blocks is not None:
-            with suppress(StoreError):  # it was closed
-                return blocks.delete(names)
-        return np.zeros(len(names), np.bool_)
+        return self._asked(lambda blocks: blocks.delete(names), np.zeros(len(names), np.bool_))
 
-    def touch(self, keys: Sequence[bytes]) -> None:
+    def touch(self, keys: Keys) -> None:
         """Record the use of pages, the first key last, so that a prefix outlives its suffix."""
+        names = _names(keys)
+        self._asked(lambda blocks: blocks.touch(names), None)
+
+    def _asked(self, ask: Callable[[PageBlocks], Result], otherwise: Result) -> Result:
+        """Return the answer of the store; ``otherwise`` while it is closed."""
         blocks = self.blocks
         if blocks is not None:
             with suppress(StoreError):  # it was closed
-                blocks.touch(_names(keys))
+                return ask(blocks)
+        return otherwise
 
     def _begun(
         self,
         job: PageJob,
-        handle: Handle | None,
+        handle: Handle | ServerTransfer | None,
         ended: Finished[PageJob] | None,
-        give_up: float | None = None,
+        give_up: float | None,
     ) -> PageJob:
         """Have a queue take a job at its end, or so many seconds later if a tier holds it."""
-        queue = self._ended if ended is None else ended
+        queue = self._store.ended if ended is None else ended
         if handle is None:
             queue.add(job)
             return job
-        overdue = None
+        until = None
         if give_up is not None:
-            overdue = self.saves
-            overdue.add(job, job.began + give_up)
-        job._follow(handle, queue, overdue)
+            until = self._store.until
+            until[job] = job.began + give_up
+        job._follow(handle, queue, until)
         return job
 
 

@@ -6,14 +6,13 @@ All are plain values, which an engine may pickle. Numbers of loads and saves are
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections import Counter
 from dataclasses import dataclass, field
-from typing import TypeAlias, TypeVar
+from typing import TypeAlias
 
 #: For each group of layers, ids of the engine's blocks in the order of their tokens. -1: no block,
 #: or one that must not be touched.
 Blocks: TypeAlias = "tuple[tuple[int, ...], ...]"
-Key = TypeVar("Key", int, str)
 
 
 @dataclass(frozen=True)
@@ -91,7 +90,7 @@ class Renewal:
     seconds: float
 
 
-@dataclass(frozen=True)
+@dataclass
 class Handovers:
     """What the workers do in a step for hand-overs between engines.
 
@@ -104,18 +103,18 @@ class Handovers:
         withdrawn: names of offers that requests carry, and that no worker is to make any longer.
     """
 
-    pulls: tuple[PullJob, ...] = ()
-    offers: tuple[OfferJob, ...] = ()
-    renewals: tuple[Renewal, ...] = ()
-    released: tuple[bytes, ...] = ()
+    pulls: list[PullJob] = field(default_factory=list)
+    offers: list[OfferJob] = field(default_factory=list)
+    renewals: list[Renewal] = field(default_factory=list)
+    released: list[bytes] = field(default_factory=list)
     revoked: bool = False
-    withdrawn: tuple[bytes, ...] = ()
+    withdrawn: list[bytes] = field(default_factory=list)
 
 
 NO_HANDOVERS = Handovers()
 
 
-@dataclass(frozen=True)
+@dataclass
 class Plan:
     """What the workers do in a step.
 
@@ -130,37 +129,15 @@ class Plan:
         handovers: between engines.
     """
 
-    loads: tuple[Job, ...] = ()
-    saves: tuple[Job, ...] = ()
-    stop: tuple[int, ...] = ()
-    retained: tuple[str, ...] = ()
-    idle: bool = False
-    handovers: Handovers = NO_HANDOVERS
-
-
-NO_PLAN = Plan()
-
-
-@dataclass
-class NextPlan:
-    """What the workers do in the next step, as far as is known; see `Plan`."""
-
     loads: list[Job] = field(default_factory=list)
     saves: list[Job] = field(default_factory=list)
     stop: list[int] = field(default_factory=list)
     retained: list[str] = field(default_factory=list)
+    idle: bool = False
+    handovers: Handovers = field(default_factory=lambda: NO_HANDOVERS)
 
-    def plan(self, handovers: Handovers, idle: bool) -> Plan:
-        """Return the plan of a step; `NO_PLAN` if there is nothing to do.
 
-        ``idle``: the step computes nothing.
-        """
-        some = self.loads or self.saves or self.stop or self.retained
-        if not some and handovers is NO_HANDOVERS:
-            return NO_PLAN
-        idle = idle and bool(self.loads or handovers.pulls)
-        lists = tuple(self.loads), tuple(self.saves), tuple(self.stop), tuple(self.retained)
-        return Plan(*lists, idle=idle, handovers=handovers)
+NO_PLAN = Plan()
 
 
 @dataclass
@@ -168,61 +145,36 @@ class Report:
     """What one worker, or several, have seen since the last report.
 
     Attributes:
-        loaded: by the number of a load that has ended, the positions of its keys that did not land;
-            of a pull the position 0 stands for all of its rows.
+        missing: by the number of a load or save that has ended, the positions of its keys that did
+            not land, or were not stored; of a pull the position 0 stands for all of its rows.
         released: by the number of a save, in how many workers its blocks may be written again.
-        saved: by the number of a save that has ended, the positions of its keys that were not
-            stored.
         ends: by number, in how many workers a load, save or pull has ended.
         offers: by the state in which they have ended, how many offers of one worker each.
     """
 
-    loaded: dict[int, frozenset[int]] = field(default_factory=dict)
-    released: dict[int, int] = field(default_factory=dict)
-    saved: dict[int, frozenset[int]] = field(default_factory=dict)
-    ends: dict[int, int] = field(default_factory=dict)
-    offers: dict[str, int] = field(default_factory=dict)
+    missing: dict[int, frozenset[int]] = field(default_factory=dict)
+    released: Counter[int] = field(default_factory=Counter)
+    ends: Counter[int] = field(default_factory=Counter)
+    offers: Counter[str] = field(default_factory=Counter)
 
     @property
     def is_empty(self) -> bool:
         """Return whether nothing was seen."""
-        return not (self.loaded or self.released or self.saved or self.ends or self.offers)
+        return not (self.released or self.ends or self.offers)
 
-    def end_load(self, number: int, missing: frozenset[int] = frozenset()) -> None:
-        """Note that a load has ended in this worker."""
-        self.loaded[number] = self.loaded.get(number, frozenset()) | missing
-        self.ends[number] = self.ends.get(number, 0) + 1
-
-    def release(self, number: int) -> None:
-        """Note that this worker reads the blocks of a save no longer."""
-        self.released[number] = self.released.get(number, 0) + 1
-
-    def end_save(self, number: int, missing: frozenset[int] = frozenset()) -> None:
-        """Note that a save has ended in this worker."""
-        self.saved[number] = self.saved.get(number, frozenset()) | missing
-        self.ends[number] = self.ends.get(number, 0) + 1
-
-    def end_offer(self, state: str) -> None:
-        """Note that an offer of this worker has ended."""
-        self.offers[state] = self.offers.get(state, 0) + 1
+    def end(self, number: int, missing: frozenset[int] = frozenset()) -> None:
+        """Note that a load, save or pull has ended in this worker."""
+        self.missing[number] = self.missing.get(number, frozenset()) | missing
+        self.ends[number] += 1
 
     def merged(self, other: Report) -> Report:
         """Return what both reports say."""
-        return Report(
-            _united(self.loaded, other.loaded),
-            _added(self.released, other.released),
-            _united(self.saved, other.saved),
-            _added(self.ends, other.ends),
-            _added(self.offers, other.offers),
+        made = Report(
+            {**self.missing},
+            self.released + other.released,
+            self.ends + other.ends,
+            self.offers + other.offers,
         )
-
-
-def _united(
-    one: Mapping[int, frozenset[int]], other: Mapping[int, frozenset[int]]
-) -> dict[int, frozenset[int]]:
-    none = frozenset[int]()
-    return {key: one.get(key, none) | other.get(key, none) for key in {**one, **other}}
-
-
-def _added(one: Mapping[Key, int], other: Mapping[Key, int]) -> dict[Key, int]:
-    return {key: one.get(key, 0) + other.get(key, 0) for key in {**one, **other}}
+        for number, missing in other.missing.items():
+            made.missing[number] = made.missing.get(number, frozenset()) | missing
+        return made

@@ -15,6 +15,7 @@ from portakv.runtime.rate_limited_log import SLOW_DEVICE, RateLimitedLog
 from portakv.serving.local import PATIENCE, TOKENS, GroupView, LocalIndex, StoreTerms
 from portakv.storage import BlockForm, prefix_keys
 from portakv.storage.store import FormStore
+from portakv.storage.tiers.base import Keys
 from portakv.view import KVView
 
 _log = RateLimitedLog(logging.getLogger(__name__))
@@ -85,7 +86,7 @@ class Prefixes:
         octets("salt", salt)
         return prefix_keys(tokens, self.block_size, salt)
 
-    def lookup(self, keys: Sequence[bytes]) -> int:
+    def lookup(self, keys: Keys) -> int:
         """Return the number of leading blocks that the store has, as far as it answers in time."""
         try:
             return self._store.lookup(keys)
@@ -93,7 +94,7 @@ class Prefixes:
             _log.warning("lookup", "Prefixes are computed, as a store has failed: %s", error)
             return 0
 
-    def load(self, view: KVView, keys: Sequence[bytes]) -> int:
+    def load(self, view: KVView, keys: Keys) -> int:
         """Load the first blocks of a prompt into the first blocks of a view.
 
         Return how many leading blocks landed, with verified bytes. The other blocks of the view
@@ -126,7 +127,7 @@ class Prefixes:
             )
         return landed
 
-    def save(self, view: KVView, keys: Sequence[bytes]) -> Handle | None:
+    def save(self, view: KVView, keys: Keys) -> Handle | None:
         """Save the first blocks of a prompt from the first blocks of a view.
 
         Skip blocks that the store has. Return once the view may be written again, after at most

@@ -16,7 +16,7 @@ from contextlib import suppress
 from dataclasses import replace
 from itertools import product
 from secrets import token_bytes
-from typing import Literal, NamedTuple, TypeAlias, TypeVar
+from typing import Literal, TypeAlias, TypeVar
 
 from portakv.copy import copy_rows
 from portakv.copy.options import Overlap
@@ -69,28 +69,15 @@ def _exposures(terms: HandoverTerms) -> list[Expose]:
     return [terms.expose, "staging"]
 
 
-def _shards_of(handover: Handover) -> Sequence[Shard]:
-    """Return the caches of a worker."""
-    side = handover.reader or handover.owner
-    assert side is not None
-    return side.shards
-
-
-class _Side(NamedTuple):
-    """One side of a rehearsal, and the blocks that it uses, which are its first ones."""
-
-    handover: Handover
-    shards: Sequence[Shard]
-
-    def blocks(self, tokens: int) -> tuple[tuple[int, ...], ...]:
-        """Return the blocks of each shard for so many tokens."""
-        sizes = [shard.view.block_size or 1 for shard in self.shards]
-        return tuple(tuple(range(-(-tokens // size))) for size in sizes)
+def _blocks(handover: Handover, tokens: int) -> tuple[tuple[int, ...], ...]:
+    """Return the first blocks of each shard of one side of a rehearsal, for so many tokens."""
+    sizes = [shard.view.block_size or 1 for shard in handover.shards]
+    return tuple(tuple(range(-(-tokens // size))) for size in sizes)
 
 
 def _hand_over_and_back(handover: Handover, expose: Expose) -> None:
     """Hand the rows of the first blocks over to scratch memory, and pull them from there."""
-    own = _shards_of(handover)
+    own = handover.shards
     counts = [*_counts(own)]
     most = max(counts)
     scratch = [
@@ -109,16 +96,14 @@ def _hand_over_and_back(handover: Handover, expose: Expose) -> None:
         pulls=handover.owner is not None,
         address=address,
     )
-    here = _Side(handover, own)
-    there = _Side(peer, scratch)
     try:
         for tokens in counts:
             _copy(own, scratch, tokens)
             for idle in (False, True):
                 if handover.owner is not None:
-                    _hand_over(here, there, tokens, idle)
+                    _hand_over(handover, peer, tokens, idle)
                 if handover.reader is not None:
-                    _hand_over(there, here, tokens, idle)
+                    _hand_over(peer, handover, tokens, idle)
     finally:
         peer.close()
         _end_all(handover)
@@ -140,25 +125,23 @@ def _token_bytes(view: KVView) -> int:
     return max(1, view.layers * view.heads * sum(view.widths))
 
 
-def _hand_over(src: _Side, dst: _Side, tokens: int, idle: bool) -> None:
+def _hand_over(src: Handover, dst: Handover, tokens: int, idle: bool) -> None:
     """Offer rows of the first blocks of one side, pull them into those of the other side, and end
     the offer, by the calls that a worker makes in its steps.
 
     ``idle``: of an engine that does nothing else.
     """
-    owner = src.handover.owner
-    assert owner is not None
-    endpoint = src.handover.endpoint
+    endpoint = src.endpoint
     assert endpoint is not None
     name = token_bytes(32)
     ticket = Ticket.of(endpoint.address, endpoint.epoch, name)
-    offer = OfferJob("rehearsal", name, tokens, src.blocks(tokens), PATIENCE)
-    src.handover.begin(Handovers(offers=(offer,)))
-    pull = PullJob(0, "rehearsal", (ticket,), 0, tokens, dst.blocks(tokens))
-    dst.handover.begin(Handovers(pulls=(pull,)), idle)
-    landed = _await(dst.handover.ended_pulls, "the end of a pull")
-    dst.handover.tell((ticket,), EndNamed)
-    _await(src.handover.ended_offers, "the end of an offer")
+    offer = OfferJob("rehearsal", name, tokens, _blocks(src, tokens), PATIENCE)
+    src.begin(Handovers(offers=[offer]))
+    pull = PullJob(0, "rehearsal", (ticket,), 0, tokens, _blocks(dst, tokens))
+    dst.begin(Handovers(pulls=[pull]), idle)
+    landed = _await(dst.ended_pulls, "the end of a pull")
+    dst.tell((ticket,), EndNamed)
+    _await(src.ended_offers, "the end of an offer")
     if not all(ended for _, ended in landed):
         raise TransferTimeout("Expected the rows of a rehearsal, got none. See the lines above.")
 

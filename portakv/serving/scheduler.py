@@ -18,8 +18,9 @@ from portakv.errors import InvalidTerms
 from portakv.runtime import tracing
 from portakv.runtime.bounded import Bounded
 from portakv.serving.handover_tickets import Endpoint, RemoteRows, Tickets
-from portakv.serving.plan import NO_PLAN, Blocks, Job, NextPlan, Plan, PullJob, Report
+from portakv.serving.plan import NO_HANDOVERS, NO_PLAN, Blocks, Job, Plan, PullJob, Report
 from portakv.storage.keys import KeyChain
+from portakv.storage.tiers.base import Keys
 
 #: The most keys that are remembered because a load did not bring them.
 MOST_FAILED = 1 << 16
@@ -33,7 +34,7 @@ _NONE = frozenset[int]()
 class Index(Protocol):
     """What a scheduler side queries about the stored blocks."""
 
-    def leading(self, keys: Sequence[bytes], /) -> int | None:
+    def leading(self, keys: Keys, /) -> int | None:
         """Return how many leading blocks can be loaded; None if another host has yet to answer."""
 
     def has(self, key: bytes, /) -> bool:
@@ -167,25 +168,6 @@ class _Live:
     loads: bool = False
 
 
-@dataclass
-class _Keys:
-    """What is known of keys.
-
-    Attributes:
-        saving: the numbers of saves that have not ended.
-        failed: those that a load did not bring.
-        described: what blocks have been made of, if that is wanted.
-        generation: part of all keys, other bytes after `SchedulerSide.forget`.
-    """
-
-    saving: dict[bytes, int] = field(default_factory=dict)
-    failed: Bounded[bytes, None] = field(
-        default_factory=lambda: Bounded("keys that a load did not bring", MOST_FAILED)
-    )
-    described: Bounded[bytes, Described] | None = None
-    generation: bytes = b""
-
-
 class SchedulerSide:
     """Decides for the requests of one engine which blocks its workers load and save.
 
@@ -233,8 +215,11 @@ class SchedulerSide:
         self._requests = dict[str, _Request]()
         self._jobs = dict[int, _Live]()  # by number
         self._tickets = Tickets(now)
-        self._keys = _Keys()
-        self._next = NextPlan()
+        self._saving = dict[bytes, int]()  # by key the number of a save that has not ended
+        self._failed: Bounded[bytes, None] = Bounded("keys that a load did not bring", MOST_FAILED)
+        self._described: Bounded[bytes, Described] | None = None  # what blocks were made of
+        self._generation = b""  # part of all keys, other bytes after `forget`
+        self._next = Plan()
 
     @property
     def _windows(self) -> bool:
@@ -267,7 +252,7 @@ class SchedulerSide:
                 f"Expected a new name for a request, got {request!r}, which is in use. Report its "
                 f"end by finished() first."
             )
-        chain = KeyChain(self._size, self._keys.generation + salt)
+        chain = KeyChain(self._size, self._generation + salt)
         blocks = [list[int]() for _ in self._groups]
         state = _Request(request, tokens, chain, extra or {}, blocks, about=about, remote=remote)
         self._requests[request] = state
@@ -436,7 +421,7 @@ class SchedulerSide:
 
         Returns False if a load has not ended, whose request will read rows that were saved before.
         """
-        self._keys.generation = token_bytes(16)
+        self._generation = token_bytes(16)
         for job in [*self._next.saves]:
             self._withdraw(job)
         self._tickets.revoke()
@@ -471,34 +456,37 @@ class SchedulerSide:
 
         ``idle``: the step computes nothing.
         """
-        made = self._next.plan(self._tickets.plan(), idle)
-        if made is not NO_PLAN:
-            self._next = NextPlan()
+        made = self._next
+        made.handovers = self._tickets.plan()
+        some = made.loads or made.saves or made.stop or made.retained
+        if not some and made.handovers is NO_HANDOVERS:
+            return NO_PLAN
+        made.idle = idle and bool(made.loads or made.handovers.pulls)
+        self._next = Plan()
         return made
 
     def describe_blocks(self) -> None:
         """Remember from now on what the blocks of loads and saves have been made of."""
-        if self._keys.described is None:
-            self._keys.described = Bounded("blocks that a scheduler side describes", MOST_DESCRIBED)
+        if self._described is None:
+            self._described = Bounded("blocks that a scheduler side describes", MOST_DESCRIBED)
 
     def described(self, key: bytes) -> Described | None:
         """Return what a block has been made of, if that is remembered."""
-        return None if self._keys.described is None else self._keys.described.get(key)
+        return None if self._described is None else self._described.get(key)
 
     def take(self, report: Report) -> None:
         """Take note of what workers have seen. Each worker's part comes once, in any order."""
         for number, workers in report.released.items():
             self._release(number, workers)
         for number, workers in report.ends.items():
-            missing = report.loaded.get(number, _NONE) | report.saved.get(number, _NONE)
-            self._end(number, workers, missing)
+            self._end(number, workers, report.missing.get(number, _NONE))
         for how, many in report.offers.items():
             self.counts[f"offers_{how}"] += many
 
     def statistics(self) -> dict[str, int]:
         """Return the requests and jobs now, the keys that failed, and the counters."""
         now = {"requests": len(self._requests), "jobs": len(self._jobs)}
-        return {**now, "failed_keys": len(self._keys.failed), **self.counts}
+        return {**now, "failed_keys": len(self._failed), **self.counts}
 
     def _count_stored(self, state: _Request, first: int, most: int) -> int | None:
         """Return how many stored blocks can be loaded from one on; None: not known yet.
@@ -516,19 +504,17 @@ class SchedulerSide:
         if more is None:
             return None
         state.answered = _Answer(first, known + more, losses)
-        if not self._keys.failed:
+        if not self._failed:
             return known + more
         past = first + known + more
         offered = enumerate(state.keys(past)[first:past])
-        return next((n for n, key in offered if key in self._keys.failed), past - first)
+        return next((n for n, key in offered if key in self._failed), past - first)
 
     def _is_wanted(self, key: bytes) -> bool:
         """Return whether a computed block is to be saved: no one saves it, and no load finds it."""
-        return key not in self._keys.saving and (
-            key in self._keys.failed or not self._index.has(key)
-        )
+        return key not in self._saving and (key in self._failed or not self._index.has(key))
 
-    def _save(self, state: _Request, first: int, past: int, keys: Sequence[bytes]) -> None:
+    def _save(self, state: _Request, first: int, past: int, keys: Keys) -> None:
         """Plan a save of consecutive stored blocks."""
         # The first stored block of a save begins where a block of the engine begins.
         most = max(group.block_size for group in self._groups)
@@ -537,7 +523,7 @@ class SchedulerSide:
         if any(-1 in ids for ids in job.blocks):
             del self._jobs[job.number]
             return
-        self._keys.saving.update(dict.fromkeys(job.keys, job.number))
+        self._saving.update(dict.fromkeys(job.keys, job.number))
         state.reading.add(job.number)
         if self._holder is not None and self._windows:
             groups = zip(self._groups, job.blocks, strict=True)
@@ -570,9 +556,7 @@ class SchedulerSide:
         self._tickets.pull(state.load)
         self.counts["pulls"] += 1
 
-    def _job(
-        self, state: _Request, first: int, past: int, keys: Sequence[bytes], begin: int
-    ) -> Job:
+    def _job(self, state: _Request, first: int, past: int, keys: Keys, begin: int) -> Job:
         """Return a job of stored blocks, which touches no block of the engine before ``begin``."""
         blocks = list[tuple[int, ...]]()
         for group, ids in zip(self._groups, state.blocks, strict=True):
@@ -583,11 +567,11 @@ class SchedulerSide:
         after = keys[first - 1] if first else None
         self.counts["begun"] += 1
         number = self.counts["begun"]
-        if self._keys.described is not None:
+        if self._described is not None:
             for at in range(first, past):
                 before = keys[at - 1] if at else None
                 tokens = tuple(state.tokens[at * self._size : (at + 1) * self._size])
-                self._keys.described[keys[at]] = Described(before, tokens, state.about)
+                self._described[keys[at]] = Described(before, tokens, state.about)
         job = Job(number, state.name, tuple(keys[first:past]), first, after, tuple(blocks))
         self._jobs[number] = _Live(job, state)
         return job
@@ -649,7 +633,7 @@ class SchedulerSide:
         if live.missing:
             self.counts["failed_loads"] += 1
             for position in live.missing:
-                self._keys.failed[job.keys[position]] = None
+                self._failed[job.keys[position]] = None
             state.limit = job.first + min(live.missing)
             state.considered = min(state.considered, state.limit)
         counts = {"load.blocks": len(job.keys), "load.blocks_missing": len(live.missing)}
@@ -668,10 +652,10 @@ class SchedulerSide:
         live.request.reading.discard(job.number)
         self._give_back(live)
         for position, key in enumerate(job.keys):
-            if self._keys.saving.get(key) == job.number:
-                del self._keys.saving[key]
+            if self._saving.get(key) == job.number:
+                del self._saving[key]
             if position not in live.missing:
-                self._keys.failed.pop(key, None)
+                self._failed.pop(key, None)
                 self.counts["stored_blocks"] += 1
 
 

@@ -4,12 +4,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Container, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple, TypeAlias
 
 from portakv.arguments import whole
 from portakv.errors import InvalidTerms
 
+#: The configuration of a model, as ``config.json`` has it.
+Config: TypeAlias = "Mapping[str, Any]"
 #: Bytes of a number, by the name of its dtype in a model's configuration.
 ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "fp8": 1, "int8": 1}
 #: Tokens of a step of a serving engine, whose rows are saved together.
@@ -37,6 +39,13 @@ KINDS = {
     "recurrent": STATE,
     "mlp": NONE,
     "moe": NONE,
+}
+#: Keys that list the layers, with the kind of a layer by its entry.
+LISTS: Mapping[str, Mapping[Any, str]] = {
+    "layers_block_type": KINDS,
+    "layer_types": KINDS,
+    "attn_type_list": {1: FULL, 0: STATE},
+    "hybrid_layer_pattern": {0: FULL, 1: WINDOW},
 }
 #: The kind of a layer by its letter in ``hybrid_override_pattern``.
 LETTERS = {"*": FULL, "M": STATE, "-": NONE, "E": NONE}
@@ -174,7 +183,7 @@ class _Unknown(Exception):
     """A configuration whose rows are not known, for the reason in the text."""
 
 
-def sizes_of(config: Mapping[str, Any], dtype: str = "", ranks: int = 1) -> Sizes:
+def sizes_of(config: Config, dtype: str = "", ranks: int = 1) -> Sizes:
     """Return the sizes of a model.
 
     Args:
@@ -222,7 +231,7 @@ def sizes_of(config: Mapping[str, Any], dtype: str = "", ranks: int = 1) -> Size
     return Sizes(token, STEPS * STEP * token, has_windows, refused, "", item * layer, window)
 
 
-def _text_model(config: Mapping[str, Any]) -> Mapping[str, Any]:
+def _text_model(config: Config) -> Config:
     """Return the configuration of the text model in that of a model."""
     for name in NESTED:
         inner = config.get(name)
@@ -231,7 +240,7 @@ def _text_model(config: Mapping[str, Any]) -> Mapping[str, Any]:
     return config
 
 
-def _item_bytes(config: Mapping[str, Any]) -> int | None:
+def _item_bytes(config: Config) -> int | None:
     """Return the bytes of a number in the cache as vLLM chooses it; None if it is not known.
 
     A quantized model may bring scales for a cache of 8 bits. vLLM serves models of float32 with
@@ -257,7 +266,7 @@ def _has_8_bits(scheme: object) -> bool:
     return str(scheme).lower() == "fp8"
 
 
-def _check_keys(config: Mapping[str, Any]) -> None:
+def _check_keys(config: Config) -> None:
     """Raise `_Unknown` for keys that may decide what a row is and are not read."""
     unknown = [
         name
@@ -278,7 +287,7 @@ def _check_keys(config: Mapping[str, Any]) -> None:
         raise _Unknown(f"engines may keep the rows of the type {model!r} latent or expanded")
 
 
-def _refusal_of_keys(config: Mapping[str, Any]) -> str:
+def _refusal_of_keys(config: Config) -> str:
     """Return why vLLM's connector does not serve a model whose layers are not read; else ''."""
     if config.get("is_encoder_decoder") is True:
         return "its layers of cross attention keep rows of the encoder's tokens"
@@ -288,7 +297,7 @@ def _refusal_of_keys(config: Mapping[str, Any]) -> str:
 
 
 def _refusal(
-    config: Mapping[str, Any], kinds: Sequence[str], rows: Sequence[int], indices: Sequence[int]
+    config: Config, kinds: Sequence[str], rows: Sequence[int], indices: Sequence[int]
 ) -> str:
     """Return why vLLM's connector does not serve the layers of a model; empty if it does."""
     states = kinds.count(STATE)
@@ -307,7 +316,7 @@ def _refusal(
     return ""
 
 
-def _kinds(config: Mapping[str, Any]) -> list[str]:
+def _kinds(config: Config) -> list[str]:
     """Return the kind of each layer that has a cache of its own.
 
     Raises `_Unknown` for kinds that are not known.
@@ -323,7 +332,7 @@ def _kinds(config: Mapping[str, Any]) -> list[str]:
     return kinds[: len(kinds) - shared]
 
 
-def _all_kinds(config: Mapping[str, Any]) -> list[str]:
+def _all_kinds(config: Config) -> list[str]:
     """Return the kind of each layer, from the first key that says it."""
     blocks = config.get("block_configs")
     if blocks:
@@ -331,66 +340,61 @@ def _all_kinds(config: Mapping[str, Any]) -> list[str]:
     pattern = config.get("hybrid_override_pattern")
     if pattern:
         return [_kind_of(letter, LETTERS) for letter in _letters(pattern)]
-    names = config.get("layers_block_type") or config.get("layer_types")
-    if names:
-        return [_kind_of(name, KINDS) for name in _items(names)]
+    for name, kinds in LISTS.items():
+        if config.get(name):
+            return [_kind_of(each, kinds) for each in _items(config[name])]
     count = _optional(config, *LAYERS)
     if count is None:
         raise InvalidTerms(
             f"Expected {' or '.join(LAYERS)}, or a list such as layer_types, in the config.json of "
             f"a model, got neither. Pass the folder of a model that generates text."
         )
-    return _by_position(config, count) or _by_window(config, count)
+    full = _full_layers(config, count)
+    if full is None:
+        return _by_window(config, count)
+    return [FULL if layer in full else STATE for layer in range(count)]
 
 
-def _by_position(config: Mapping[str, Any], count: int) -> list[str]:
-    """Return the kinds of layers of which a key names those with rows of all tokens; else []."""
+def _full_layers(config: Config, count: int) -> Container[int] | None:
+    """Return the layers with rows of all tokens, while the others keep a state; None: no key names
+    them."""
     interval = _optional(config, "full_attention_interval")
     if interval:
-        return [FULL if (layer + 1) % interval == 0 else STATE for layer in range(count)]
+        return range(interval - 1, count, interval)
     linear = config.get("linear_attn_config")
     if isinstance(linear, Mapping):
-        full = {each - 1 for each in _items(linear.get("full_attn_layers"))}  # counted from 1
-        return [FULL if layer in full else STATE for layer in range(count)]
+        return {each - 1 for each in _items(linear.get("full_attn_layers"))}  # counted from 1
     period = _optional(config, "attn_layer_period")
     if period:
-        offset = _number(config, "attn_layer_offset", default=0)
-        return [FULL if layer % period == offset else STATE for layer in range(count)]
+        return range(_number(config, "attn_layer_offset", default=0), count, period)
     for name in ("attn_layer_indices", "full_attn_idxs"):
         if config.get(name):
-            full = set(_items(config[name]))
-            return [FULL if layer in full else STATE for layer in range(count)]
-    if config.get("attn_type_list"):
-        return [_kind_of(each, {1: FULL, 0: STATE}) for each in _items(config["attn_type_list"])]
-    if config.get("hybrid_layer_pattern"):
-        return [
-            _kind_of(each, {0: FULL, 1: WINDOW}) for each in _items(config["hybrid_layer_pattern"])
-        ]
+            return set(_items(config[name]))
     if any(re.match("(mamba|ssm|linear)_|short_conv", name) for name in config):
         raise _Unknown("some of its layers may keep a state, and no known key says which")
-    return []
+    return None
 
 
-def _by_window(config: Mapping[str, Any], count: int) -> list[str]:
+def _by_window(config: Config, count: int) -> list[str]:
     """Return the kinds of layers of which some or all keep a window."""
     window = config.get("sliding_window")
     if not window or config.get("use_sliding_window", True) is False:
         return [FULL] * count
     pattern = config.get("sliding_window_pattern") or config.get("_sliding_window_pattern")
     if isinstance(pattern, str) and pattern:
-        repeated = pattern * count
-        return [_kind_of(each, {"L": WINDOW, "G": FULL}) for each in repeated[:count]]
+        letters = (pattern * count)[:count]
+        return [_kind_of(each, {"L": WINDOW, "G": FULL}) for each in letters]
     if isinstance(pattern, int) and pattern > 1:
-        return [FULL if (layer + 1) % pattern == 0 else WINDOW for layer in range(count)]
-    first = config.get("max_window_layers") if "use_sliding_window" in config else 0
-    if first is not None:
-        if type(first) is not int:
+        full: Container[int] = range(pattern - 1, count, pattern)
+    else:
+        first = config.get("max_window_layers") if "use_sliding_window" in config else 0
+        if first is not None and type(first) is not int:
             raise _Unknown(f"its max_window_layers is {first!r}, and not a number")
-        return [FULL if layer < first else WINDOW for layer in range(count)]
-    return [WINDOW] * count
+        full = range(first or 0)
+    return [FULL if layer in full else WINDOW for layer in range(count)]
 
 
-def _rows(config: Mapping[str, Any], kinds: Sequence[str], ranks: int) -> list[int]:
+def _rows(config: Config, kinds: Sequence[str], ranks: int) -> list[int]:
     """Return the numbers of a row in each layer: of keys and values, or a latent row."""
     if not any(kind in (FULL, WINDOW) for kind in kinds):
         return [0] * len(kinds)
@@ -407,7 +411,7 @@ def _rows(config: Mapping[str, Any], kinds: Sequence[str], ranks: int) -> list[i
     return [wide.get(kind, 0) for kind in kinds]
 
 
-def _wide(config: Mapping[str, Any], kind: str, heads: int, ranks: int) -> int:
+def _wide(config: Config, kind: str, heads: int, ranks: int) -> int:
     """Return the numbers of keys and values of a token in a layer of a kind."""
     kv_heads = _number(config, *KV_HEADS, default=heads)
     if config.get("multi_query") is True and not config.get("new_decoder_architecture"):
@@ -427,7 +431,7 @@ def _wide(config: Mapping[str, Any], kind: str, heads: int, ranks: int) -> int:
     return (dim + values) * max(1, kv_heads // ranks)
 
 
-def _indices(config: Mapping[str, Any], kinds: Sequence[str]) -> list[int]:
+def _indices(config: Config, kinds: Sequence[str]) -> list[int]:
     """Return the bytes of a token in each layer's index of keys; [] for a model without one."""
     count = len(kinds)
     if _optional(config, "index_topk"):
@@ -441,7 +445,7 @@ def _indices(config: Mapping[str, Any], kinds: Sequence[str]) -> list[int]:
     return []
 
 
-def _have_index(config: Mapping[str, Any], count: int) -> Iterable[bool]:
+def _have_index(config: Config, count: int) -> Iterable[bool]:
     """Return for each layer whether it has an index, and does not use that of an earlier one."""
     types = config.get("indexer_types")
     if types:
@@ -488,7 +492,7 @@ def _items(value: object) -> list[Any]:
     return value
 
 
-def _optional(config: Mapping[str, Any], *names: str) -> int | None:
+def _optional(config: Config, *names: str) -> int | None:
     """Return a number of a configuration by the first of its names; None if it is absent."""
     for name in names:
         value = config.get(name)
@@ -505,7 +509,7 @@ def _optional(config: Mapping[str, Any], *names: str) -> int | None:
     return None
 
 
-def _number(config: Mapping[str, Any], *names: str, default: int | None = None) -> int:
+def _number(config: Config, *names: str, default: int | None = None) -> int:
     """Return a number of a configuration by the first of its names."""
     value = _optional(config, *names)
     if value is not None:

@@ -6,7 +6,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field
@@ -317,7 +317,7 @@ class _Work:
 
     def ended(self) -> bool:
         """Return whether all groups have ended, however they did."""
-        return self.waited or all(_is_done(part.handle) for part in self.parts)
+        return self.waited or all(is_done(part.handle) for part in self.parts)
 
     def cancel(self) -> None:
         """Start no further block."""
@@ -524,17 +524,17 @@ class WorkerSide:
             if work.ended():
                 del self._loads[number]
                 missing = work.missing()
-                made.end_load(number, missing)
+                made.end(number, missing)
                 self._note_load(work.job, missing)
                 if missing:
                     self._note_late(work, len(missing))
         for number, work in [*self._saves.items()]:
             if not work.released and all(_is_released(part.handle) for part in work.parts):
                 work.released = True
-                made.release(number)
+                made.released[number] += 1
             if work.released and work.ended():
                 del self._saves[number]
-                made.end_save(number, work.missing())
+                made.end(number, work.missing())
         if self._hands_over:
             self._report_handovers(made)
         return made
@@ -549,15 +549,14 @@ class WorkerSide:
         """Note which pulls and offers have ended, for the scheduler and for the engine."""
         assert self._handover is not None
         for job, landed in self._handover.ended_pulls():
-            made.end_load(job.number, frozenset() if landed else frozenset({0}))
+            made.end(job.number, frozenset() if landed else frozenset({0}))
             self._ended.loaded.add(job.request)
             if landed:
                 continue
             self._ended.incomplete.add(job.request)
             for failed, ids in zip(self._ended.failed, job.blocks, strict=True):
                 failed.update(block for block in ids if block >= 0)
-        for state in self._handover.ended_offers():
-            made.end_offer(state)
+        made.offers.update(self._handover.ended_offers())
 
     def ended(self) -> Ended:
         """Return what the engine is to learn since the last call."""
@@ -665,12 +664,13 @@ class WorkerSide:
             self._ended.incomplete.add(job.request)
         for number, (view, store) in enumerate(self._groups):
             ids = job.blocks[number]
+            size = store.form.block_size
             whole = view.block_size
             assert whole is not None
             for position in missing:
-                for at in _covered(position, store.form.block_size, whole):
-                    if at < len(ids) and ids[at] >= 0:
-                        self._ended.failed[number].add(ids[at])
+                first = position * size // whole  # of the engine's blocks that it covers
+                past = -(-(position + 1) * size // whole)
+                self._ended.failed[number].update(at for at in ids[first:past] if at >= 0)
 
 
 def _fail(works: Sequence[_Work], error: PortaKVError) -> None:
@@ -681,12 +681,7 @@ def _fail(works: Sequence[_Work], error: PortaKVError) -> None:
         work.cancel()
 
 
-def _covered(position: int, size: int, whole: int) -> Iterator[int]:
-    """Yield the positions of the engine's blocks that a stored block covers."""
-    yield from range(position * size // whole, -(-(position + 1) * size // whole))
-
-
-def _is_done(transfer: Ending) -> bool:
+def is_done(transfer: Ending) -> bool:
     """Return whether a transfer has ended; how it did is in the blocks that landed."""
     try:
         return transfer.done()
@@ -696,7 +691,7 @@ def _is_done(transfer: Ending) -> bool:
 
 def _ends_by(until: float, copies: Ending) -> bool:
     """Return whether copies end by a time of `time.monotonic`."""
-    while not _is_done(copies):
+    while not is_done(copies):
         if time.monotonic() > until:
             return False
         time.sleep(PAUSE)
@@ -711,4 +706,4 @@ def _wait(transfer: Ending) -> None:
 
 def _is_released(handle: Moved) -> bool:
     """Return whether nothing reads the blocks of a save any longer."""
-    return handle.released is None or _is_done(handle.released)
+    return handle.released is None or is_done(handle.released)

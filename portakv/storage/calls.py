@@ -11,7 +11,8 @@ import logging
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from copy import copy
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from itertools import count, pairwise, repeat
@@ -42,10 +43,10 @@ from portakv.runtime.finished import Finished
 from portakv.runtime.rate_limited_log import RateLimitedLog
 from portakv.storage import image
 from portakv.storage.encoded import EncodedFigures
-from portakv.storage.eviction import FIRST, Changed, mark_of, marks_of
+from portakv.storage.eviction import FIRST, Changed, marks_of
 from portakv.storage.form import BlockForm, Slices
 from portakv.storage.memory import Claim, Crossing, Rows, SizedRows, Want, end_later
-from portakv.storage.reasons import OVERFLOWED, Explanation, Reason, Reasons, Report
+from portakv.storage.reasons import OVERFLOWED, Explanation, Reason, Reasons
 from portakv.storage.tiers.base import Keys, TierStore
 from portakv.view import KVView
 
@@ -102,19 +103,8 @@ class Request:
     @cached_property
     def follows(self) -> list[int]:
         """Return the marks of the predecessors of a save's blocks."""
-        if self._is_one_chain:
-            return [_mark(self.after[0]), *self.marks[:-1]]
-        return [*map(_mark, self.after)]
-
-    @cached_property
-    def marks(self) -> list[int]:
-        """Return the marks of the keys."""
-        return marks_of(self.keys)
-
-
-def _mark(key: bytes | None) -> int:
-    """Return the mark of a predecessor."""
-    return FIRST if key is None else mark_of(key)
+        marks = marks_of([key or b"" for key in self.after])
+        return [FIRST if key is None else mark for key, mark in zip(self.after, marks, strict=True)]
 
 
 # ------------------------------------------------------------------------------------------------
@@ -174,7 +164,7 @@ class Listed(Protocol):
         """
 
 
-def _named(tier_stores: Iterable[Listed]) -> dict[str, Listed]:
+def named_indices(tier_stores: Iterable[Listed]) -> dict[str, Listed]:
     """Return tier stores by the names of their tiers: "disk", and "disk 2" for a second one."""
     named = dict[str, Listed]()
     for each in tier_stores:
@@ -189,11 +179,13 @@ class Announced:
     Attributes:
         handles: those that have ended.
         changes: blocks that were stored or lost, with numbers in order.
+        indices: of each form the tier stores with one, by the names of their tiers.
     """
 
     def __init__(self, graph: Graph) -> None:
         self.handles = Finished[Handle]()
         self.changes = Finished[Change]()
+        self.indices = dict[str, dict[str, Listed]]()
         self._graph = graph
         self._issued = deque[tuple[Handle, Task | None]]()
         self._lock = threading.Lock()  # reports come from several tiers
@@ -241,24 +233,27 @@ class Announced:
         """Return whether the consumer of changes has taken them all."""
         return self._begun and self.changes.is_idle
 
-    def listen(self, forms: Mapping[str, Sequence[Listed]]) -> Finished[Change]:
-        """Return the changes of the tier stores of forms, which are kept from the first call on."""
+    def listen(self) -> Finished[Change]:
+        """Return the changes of all indices, which are kept from the first call on."""
         with self._beginning:  # two first calls
             if not self.changes.started:
                 self.changes.start()
-                for form, tier_stores in forms.items():
-                    for name, each in _named(tier_stores).items():
+                for form, named in self.indices.items():
+                    for name, each in named.items():
                         each.announce(partial(self._report, form, name))
                 self._begun = True
         return self.changes
 
-    def snapshot(self, forms: Mapping[str, Sequence[Listed]], form: str) -> Snapshot:
-        """Return the keys of a form's tier stores, and listen to all from the first call on."""
-        self.listen(forms)
+    def snapshot(self, forms: Iterable[str]) -> Snapshot:
+        """Return the keys of the tier stores of forms, and listen to all from the first call on."""
+        self.listen()
         with self._lock:
             number = self._number  # before the keys, in which later changes may be
-        named = _named(forms[form])
-        return Snapshot(number, {name: each.keys() for name, each in named.items()})
+        keys = dict[str, dict[bytes, None]]()
+        for form in forms:
+            for name, each in self.indices[form].items():
+                keys.setdefault(name, {}).update(dict.fromkeys(each.keys()))
+        return Snapshot(number, {name: [*some] for name, some in keys.items()})
 
     def _report(self, form: str, tier: str, key: bytes, stored: bool, why: str) -> None:
         """Number a change, and keep it."""
@@ -413,7 +408,7 @@ def task_blocks(
 
 
 class Uploads:
-    """The writes of the saves of one form to remote tiers, except of saves that wait for rows.
+    """The writes of saves to remote tiers, except of saves that wait for rows.
 
     Callers hold the graph's lock.
 
@@ -421,8 +416,10 @@ class Uploads:
         rows: how many hold a block until it is written.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, graph: Graph, memory: Rows) -> None:
         self.rows = 0
+        self._graph = graph
+        self._memory = memory
         self._tasks = dict[Task, int]()  # with their rows, in order
 
     def begin(self, task: Task, rows: int) -> None:
@@ -434,39 +431,30 @@ class Uploads:
     def _end(self, task: Task) -> None:
         self.rows -= self._tasks.pop(task)
 
-    def waiting(self) -> list[Task]:
+    def _waiting(self) -> list[Task]:
         """Return the tasks that no worker has begun, and whose rows nothing else needs."""
         queued = [task for task in self._tasks if task.state == "queued"]
         uses = Counter(task.lease for task in queued)  # several if there are several remote tiers
         return [x for x in queued if x.lease is not None and x.lease.users == uses[x.lease]]
 
-    def make_way(self, every: Iterable[Uploads], rows: Rows, graph: Graph, count: int) -> int:
-        """Drop uploads that wait for a slow tier if a save needs their rows, the latest first.
+    def make_way(self, count: int) -> int:
+        """Drop uploads that wait for a slow tier if a save needs ``count`` rows, the latest first.
 
         They keep half of the rows that saves may have. So a remote tier that is slower than saves
         costs no block of a nearer tier. The order is that of all forms together, since an engine
-        may need a block of all its groups of layers. Call it under the graph's lock.
+        may need a block of all its groups of layers.
 
-        Args:
-            every: the uploads of all forms that share the rows, this one among them.
-            count: the rows that the save needs.
-
-        Returns:
-            How many rows were given back.
+        Returns how many rows were given back.
         """
-        every = [*every]
-        half = (rows.most + rows.host) // 2
-        first = sum(each.rows for each in every)
-        left = first
-        if left <= half or not rows.lacks(count):
+        half = (self._memory.most + self._memory.host) // 2
+        before = self.rows
+        if before <= half or not self._memory.lacks(count):
             return 0
-        waiting = [task for each in every for task in each.waiting()]
-        for task in sorted(waiting, key=lambda task: task.schedule.number, reverse=True):
-            if left <= half or not rows.lacks(count):
+        for task in sorted(self._waiting(), key=lambda task: task.schedule.number, reverse=True):
+            if self.rows <= half or not self._memory.lacks(count):
                 break
-            graph.cancel(task, "dropped")
-            left = sum(each.rows for each in every)
-        return first - left
+            self._graph.cancel(task, "dropped")
+        return before - self.rows
 
 
 # ------------------------------------------------------------------------------------------------
@@ -483,8 +471,6 @@ NO_ROOM = (
     "Expected host memory for the raw rows of a block that does not fit into packed slots, got "
     "none, as other transfers have it. Give the store more staging"
 )
-#: Returns what rows of so many bytes are needed for.
-Wanted: TypeAlias = Callable[[int], Want]
 
 
 def flagged(part: FormPart, items: npt.NDArray[np.int64]) -> npt.NDArray[np.bool_]:
@@ -507,103 +493,6 @@ def flagged(part: FormPart, items: npt.NDArray[np.int64]) -> npt.NDArray[np.bool
         result |= (flags != PACKED).flatten(1).any(1).numpy()
         start += plane.slot_bytes
     return result
-
-
-class Spare:
-    """The raw form of a packed form, if the store has both.
-
-    Attributes:
-        own: the part of the form itself, whatever its encoding.
-        raw: the part of the raw form; None if the form is raw itself, or the store lacks it.
-        twin: the part of the other form whose blocks a save need not bring: ``raw``, or the packed
-            form after `pair`.
-        figures: counts the blocks of a packed form, and those that are raw instead.
-        rows: the host memory that has the blocks.
-    """
-
-    def __init__(self, parts: Sequence[FormPart], rows: Rows) -> None:
-        own = parts[0]
-        form = own.form
-        twins = [part for part in parts[1:] if form.encoding and part.form == form.raw]
-        self.own = own
-        self.raw = twins[0] if twins else None
-        self.twin = self.raw
-        self.figures = EncodedFigures()
-        self.rows = rows
-        self._stores = dict[TierStore, TierStore]()
-        if self.raw is not None:
-            self._stores = _pairs(own, self.raw)
-
-    def pair(self, packed: Spare) -> None:
-        """Take the packed form of a store that chooses between both as the other form of this raw
-        one."""
-        self.twin = packed.own
-        self.figures = packed.figures
-        self._stores = _pairs(self.own, packed.own)
-
-    def alone(self, packed: Spare) -> Spare:
-        """Return this raw form without the packed form of its store, whose figures it counts in."""
-        result = Spare([self.own], self.rows)
-        result.figures = packed.figures
-        return result
-
-    @property
-    def parts(self) -> tuple[FormPart, ...]:
-        """Return the parts that have blocks of the form: its own, and that of the other form."""
-        return (self.own,) if self.twin is None else (self.own, self.twin)
-
-    def store(self, tier_store: TierStore) -> TierStore | None:
-        """Return the store of the other form in the tier of a store of the form itself."""
-        return self._stores.get(tier_store)
-
-    def known(self, tier_store: TierStore, keys: Keys) -> list[bool]:
-        """Return which blocks a tier has in either form."""
-        known = tier_store.known(keys)
-        other = self.store(tier_store)
-        if other is None:
-            return known
-        return [a or b for a, b in zip(known, other.known(keys), strict=True)]
-
-    def wants(self, tier_store: TierStore, keys: Keys) -> list[bool]:
-        """Return which blocks a save has to bring to a tier, which may have them in the other
-        form."""
-        wanted = tier_store.wants(keys)
-        other = self.store(tier_store)
-        if other is None:
-            return wanted
-        return [a and not b for a, b in zip(wanted, other.known(keys), strict=True)]
-
-    def cached(self, rows: Rows, keys: Keys) -> list[bool]:
-        """Return which blocks the host tier has in either form."""
-        cached = rows.has_each(self.own.names(keys))
-        if self.twin is None:
-            return cached
-        return [a or b for a, b in zip(cached, rows.has_each(self.twin.names(keys)), strict=True)]
-
-    def stored(self, keys: Keys, rows: Rows, coming: Container[bytes]) -> Mask:
-        """Return which blocks are where saves put them; see `FormBlocks.stored`.
-
-        ``coming``: the names of blocks whose transfer has not ended.
-        """
-        writable = [tier_store for tier_store in self.own.tier_stores if tier_store.writable]
-        there = np.ones(len(keys), np.bool_)
-        for tier_store in writable:
-            if tier_store.tier != "remote":
-                there &= self.known(tier_store, keys)
-        if not writable:
-            names = self.own.names(keys)
-            cached = self.cached(rows, keys)
-            there[:] = [a or name in coming for a, name in zip(cached, names, strict=True)]
-        return there
-
-
-def _pairs(own: FormPart, twin: FormPart) -> dict[TierStore, TierStore]:
-    """Return the store of another form in the tier of each writable store of a form.
-
-    Each tier opens the own forms of a store, all of them writable.
-    """
-    ours, others = ([store for store in part.tier_stores if store.writable] for part in (own, twin))
-    return dict(zip(ours, others, strict=False))
 
 
 def copy_fitting(
@@ -630,197 +519,6 @@ def copy_fitting(
             raise  # not rows of this copy
         return refused, str(error)
     return np.zeros(len(items), np.bool_), ""
-
-
-class SpareRows:
-    """The images in the rows of one transfer: blocks of a save that did not fit have raw ones.
-
-    ``part``: of the images of all other rows.
-    """
-
-    def __init__(self, spare: Spare, part: FormPart) -> None:
-        self._spare = spare
-        self._part = part
-        self._raw = set[int]()
-
-    @property
-    def packs(self) -> bool:
-        """Return True if a save packs blocks, and keeps raw those that do not fit."""
-        return self._spare.raw is not None
-
-    @property
-    def most_bytes(self) -> int:
-        """Return the bytes of the largest image that a row may hold."""
-        forms = self.raw_form, self._part.form
-        return max(form.image_bytes for form in forms if form is not None)
-
-    def part(self, row: int) -> FormPart:
-        """Return the part whose image a row holds."""
-        raw = self._spare.raw
-        return raw if raw is not None and row in self._raw else self._part
-
-    def image_bytes(self, row: int) -> int:
-        """Return the bytes of the image of a row."""
-        return self.part(row).form.image_bytes
-
-    def take(self, count: int, passing: bool, want: Wanted) -> list[int] | None:
-        """Return rows of a memory that has rows of several sizes; None if they are not free.
-
-        ``passing``: see `Want`; the rows have room for any image of the transfer.
-        """
-        rows = self._spare.rows
-        assert isinstance(rows, SizedRows)
-        size = self.most_bytes if passing else self._part.form.image_bytes
-        return rows.take_sized(count, want(size))
-
-    def seal(
-        self, items: Sequence[int], row: int, key: bytes, generation: int, follows: int
-    ) -> tuple[int, ...]:
-        """Make an image of the payload in a row, as `image.seal` does."""
-        form = self.part(row).form
-        return image.seal(self.image_in(items, row), form, key, generation, follows)
-
-    def predecessor(self, items: Sequence[int], row: int) -> int:
-        """Return the mark of the block that the image in a row follows."""
-        return image.predecessor(self.image_in(items, row))
-
-    def image_in(self, items: Sequence[int], row: int) -> image.Row:
-        """Return the image of a row, whose number in the memory is ``items[row]``."""
-        return self._spare.rows.image(items[row], self.image_bytes(row))
-
-    def settle(self, items: list[int], mask: Mask, want: Wanted) -> None:
-        """Move the images of a mask into rows of the host tier of their sizes, if there are any."""
-        rows = self._spare.rows
-        if isinstance(rows, SizedRows):
-            for row in np.flatnonzero(mask).tolist():
-                rows.settle(items, row, want(self.image_bytes(row)))
-
-    def _make_room(self, items: list[int], refused: list[int], want: Wanted) -> list[int]:
-        """Give rows of the raw size to blocks that do not fit; return those that get none."""
-        rows = self._spare.rows
-        if self.raw_form is None or not isinstance(rows, SizedRows):
-            return []
-        terms = want(self.raw_form.image_bytes)
-        return [row for row in refused if not rows.replace(items, row, terms)]
-
-    def copy(
-        self,
-        crossing: Crossing,
-        view: KVView,
-        mask: Mask,
-        lines: tuple[list[int], Sequence[int]],
-        keys: Keys,
-        report: Report,
-        want: Wanted,
-    ) -> Mask:
-        """Copy blocks of a view into rows, packed if the form is, and raw those that do not fit.
-
-        Args:
-            mask: the blocks to copy, by their place in the transfer.
-            lines: for each place the number of its row, and the number of its block in the call.
-            keys: the key of each place.
-            report: gets the reason for each block that the store cannot keep raw.
-            want: returns what rows of a size are needed for.
-
-        Returns the blocks that are in rows.
-        """
-        items, blocks = (np.array(each) for each in lines)
-        rows = np.flatnonzero(mask)
-        own = self._spare.own
-        unfit, why = copy_fitting(crossing, own.rows, view, items[rows], blocks[rows])
-        refused = rows[unfit]
-        if not len(refused):
-            if view.form.encoding:
-                # Slots that were copied as they are: these blocks have no rows.
-                for row in rows[flagged(own, items[rows])].tolist():
-                    mask[row] = False
-                    report(keys[row], Reason(OVERFLOWED, FLAGGED))
-            kept = np.flatnonzero(mask)
-            self._count(view.device, items[kept], len(rows) - len(kept), 0)
-            return mask
-        fits = items[rows[~unfit]]
-        misfits = len(refused)
-        raw = self._spare.raw
-        if raw is None:
-            self._count(view.device, fits, misfits, 0)
-            mask[refused] = False
-            for row in refused.tolist():
-                report(keys[row], Reason(OVERFLOWED, why))
-            return mask
-        for row in self._make_room(lines[0], refused.tolist(), want):
-            mask[row] = False
-            report(keys[row], Reason(OVERFLOWED, NO_ROOM))
-        refused = refused[mask[refused]]
-        self._count(view.device, fits, misfits, len(refused))
-        items = np.array(lines[0])
-        crossing.copy(raw.rows, view, items[refused], blocks[refused])
-        self.hold_raw(refused.tolist())
-        return mask
-
-    @property
-    def raw_form(self) -> BlockForm | None:
-        """Return the form of raw images in rows; None if the store cannot keep them."""
-        raw = self._spare.raw
-        return None if raw is None else raw.form
-
-    def hold_raw(self, rows: Iterable[int]) -> None:
-        """Note that rows hold raw images, of blocks that do not fit."""
-        self._raw.update(rows)
-
-    def _count(self, device: torch.device, items: Any, misfits: int, followed: int) -> None:
-        """Count blocks of the form itself that came from a device into rows ``items``, those that
-        did not fit, and how many of these follow raw."""
-        figures = self._spare.figures
-        form = self._spare.own.form
-        if form.encoding:
-            rows = self._spare.rows
-            one = rows.image(items[0], form.image_bytes) if len(items) else None
-            figures.add_packed(device, form, len(items), misfits, followed, one)
-        else:
-            figures.add_raw(form, len(items))
-
-    def names(self, keys: Keys, rows: Sequence[int], names: Sequence[bytes]) -> list[bytes]:
-        """Return the names of blocks in rows, of which ``names`` has those of the form itself."""
-        return [self.part(row).name(keys[row]) if row in self._raw else names[row] for row in rows]
-
-    def write(
-        self,
-        graph: Graph,
-        tier_store: TierStore,
-        rows: Sequence[int],
-        keys: Keys,
-        terms: tuple[Any, ...],
-        report: Report,
-    ) -> list[bool]:
-        """Write the images of rows to a tier, each to the store of its form.
-
-        ``terms``: of `TierStore.write` the queue, the rows, generations and checksums, and the
-        rest. Returns which are stored.
-        """
-        queue, data, generations, checksums, *rest = terms
-        raw = [n for n, row in enumerate(rows) if row in self._raw]
-        if not raw:
-            return tier_store.write(queue, keys, data, generations, checksums, *rest, report=report)
-        landed = [False] * len(rows)
-        packed = [n for n in range(len(rows)) if n not in raw]
-        for store, some in ((tier_store, packed), (self._spare.store(tier_store), raw)):
-            if store is None or not some:
-                continue
-            if store is not tier_store:
-                with graph.lock:
-                    queue = store.queue_for_write(sum(data[n].nbytes for n in some))
-            made = store.write(
-                queue,
-                [keys[n] for n in some],
-                [data[n] for n in some],
-                [generations[n] for n in some],
-                [checksums[n] for n in some],
-                *rest,
-                report=report,
-            )
-            for n, stored in zip(some, made, strict=True):
-                landed[n] = stored
-        return landed
 
 
 # ------------------------------------------------------------------------------------------------
@@ -1061,7 +759,8 @@ class SharedState:
     ``begun``: reads and saves that have not ended. ``in_transit``: the last of them by part and
     key, with the row of the block. ``barriers``: the last task of each call. ``hits``: the keys of
     loads that callers' threads made, whose use is not recorded yet, with their forms.
-    ``announced``: what the store announces. ``generation``: of the newest block of a save.
+    ``announced``: what the store announces. ``uploads``: rows that wait for remote tiers.
+    ``generation``: of the newest block of a save.
     """
 
     def __init__(self, graph: Graph, rows: Rows) -> None:
@@ -1073,6 +772,7 @@ class SharedState:
         self.begun = set[InFlight]()
         self.hits = deque[tuple[FormBlocks, list[bytes]]]()
         self.announced = Announced(graph)
+        self.uploads = Uploads(graph, rows)
         self.log = RateLimitedLog(logging.getLogger(__name__))
         self.generation = 0
         self.forms = dict[str, FormBlocks]()  # by their names, once tiers are open
@@ -1090,15 +790,19 @@ class SharedState:
 class FormBlocks:
     """The blocks of one form of a store: where they are, and how often they were read and written.
 
+    A packed form stores blocks that do not fit in the raw form of the same store, if there is one.
+
     Attributes:
         name: the form's name; empty if the store was made for one form without a name.
         parts: the parts that make up a block, ``own`` first: the part of the form itself.
+        raw: of a packed form the part of the raw form; None if the store lacks it.
+        twin: the part of the other form whose blocks a save need not bring: ``raw``, or the packed
+            form after `pair`.
         apart: the checksums of the store's other forms that have no part of a block.
         tier_stores: the tier stores that learn of a use of the blocks.
         most_bytes: of the largest part of a block.
         counts: of a form with a name, what its calls moved, for figures.
-        uploads: its rows that wait for remote tiers.
-        spare: the raw form of a packed one.
+        figures: counts the blocks of a packed form, and those that are raw instead.
     """
 
     def __init__(
@@ -1108,12 +812,63 @@ class FormBlocks:
         self.name = name
         self.parts = parts
         self.own = parts[0]
-        self.spare = Spare(parts, shared.rows)
         self.most_bytes = max(part.form.image_bytes for part in parts)
         self.apart = frozenset(apart)
         self.tier_stores = [x for x in shared.tier_stores if x.form.digest not in self.apart]
         self.counts = Counts()
-        self.uploads = Uploads()
+        form = self.own.form
+        twins = [part for part in parts[1:] if form.encoding and part.form == form.raw]
+        self.raw = twins[0] if twins else None
+        self.figures = EncodedFigures()
+        self._take_twin(self.raw)
+
+    def _take_twin(self, twin: FormPart | None) -> None:
+        """Take a part as that of the other form. Each tier opens the own forms of a store, all of
+        them writable, in one order."""
+        self.twin = twin
+        self.twin_stores = dict[TierStore, TierStore]()
+        if twin is not None:
+            both = ([x for x in part.tier_stores if x.writable] for part in (self.own, twin))
+            self.twin_stores.update(zip(*both, strict=False))
+
+    def pair(self, packed: FormBlocks) -> None:
+        """Take the packed form of a store that chooses between both as the other form of this raw
+        one."""
+        self.figures = packed.figures
+        self._take_twin(packed.own)
+
+    def alone(self) -> FormBlocks:
+        """Return this raw form without the packed form of its store, whose figures it counts in."""
+        result = copy(self)
+        result._take_twin(None)
+        return result
+
+    @property
+    def whole_parts(self) -> tuple[FormPart, ...]:
+        """Return the parts that have whole blocks: that of the form, and that of the other form."""
+        return (self.own,) if self.twin is None else (self.own, self.twin)
+
+    def known(self, tier_store: TierStore, keys: Keys) -> list[bool]:
+        """Return which blocks a tier has in either form."""
+        known = tier_store.known(keys)
+        other = self.twin_stores.get(tier_store)
+        if other is None:
+            return known
+        return [a or b for a, b in zip(known, other.known(keys), strict=True)]
+
+    def wants(self, tier_store: TierStore, keys: Keys) -> list[bool]:
+        """Return which blocks a save has to bring to a tier, which may have them in the other
+        form."""
+        wanted = tier_store.wants(keys)
+        other = self.twin_stores.get(tier_store)
+        if other is None:
+            return wanted
+        return [a and not b for a, b in zip(wanted, other.known(keys), strict=True)]
+
+    def cached(self, keys: Keys) -> list[bool]:
+        """Return which blocks the host tier has in either form."""
+        cached = [self.shared.rows.has_each(part.names(keys)) for part in self.whole_parts]
+        return [*map(any, zip(*cached, strict=True))]
 
     def count(self, tier: str, op: str, result: str, blocks: int) -> None:
         """Count blocks of a form with a name, in any thread."""
@@ -1203,7 +958,16 @@ class FormBlocks:
 
         That is in every writable tier that evicts blocks, or in the host tier if there is no other.
         """
-        return self.spare.stored(keys, self.shared.rows, self.shared.in_transit)
+        writable = [tier_store for tier_store in self.own.tier_stores if tier_store.writable]
+        there = np.ones(len(keys), np.bool_)
+        for tier_store in writable:
+            if tier_store.tier != "remote":
+                there &= self.known(tier_store, keys)
+        if not writable:
+            coming = self.shared.in_transit
+            pairs = zip(self.cached(keys), self.own.names(keys), strict=True)
+            there[:] = [cached or name in coming for cached, name in pairs]
+        return there
 
     def continues(self, before: Sequence[bytes], tier_store: TierStore | None) -> bool:
         """Return True if a tier store (None: the host tier) can provide the blocks of keys.
@@ -1214,7 +978,7 @@ class FormBlocks:
         return all(self._has(key, tier_store) for key in before)
 
     def _has(self, key: bytes, tier_store: TierStore | None) -> bool:
-        parts = self.spare.parts
+        parts = self.whole_parts
         coming = [self.shared.in_transit.get(part.name(key), NOT_COMING)[0] for part in parts]
         if any(in_flight and in_flight.store for in_flight in coming):
             return True
@@ -1222,7 +986,7 @@ class FormBlocks:
             return True
         if tier_store is None:
             return any(self.locate(part, [key])[0] for part in parts)
-        return self.spare.known(tier_store, [key])[0]
+        return self.known(tier_store, [key])[0]
 
 
 class Call:
@@ -1236,18 +1000,7 @@ class Call:
         in_transit: its transfers that have not ended, and 1 for its plan.
     """
 
-    def __init__(
-        self,
-        form: FormBlocks,
-        kind: str,
-        keys: list[bytes],
-        priority: Priority,
-        deadline: float | None = None,
-        after: Sequence[bytes | None] = (),
-        lent: bool = False,
-    ) -> None:
-        """Begin the plan of a `Request` for blocks of a form."""
-        request = Request(kind, keys, priority, deadline, after, lent)
+    def __init__(self, form: FormBlocks, request: Request) -> None:
         self.form = form
         self.request = request
         many = len(request.keys)
@@ -1404,17 +1157,6 @@ class Call:
         self.explanation.tasks.append((task, at, range(len(at))))
         return task
 
-    def gather(self, in_flight: InFlight, crossing: Crossing, view: KVView, queue: Queue) -> Task:
-        """Plan the task of a save that brings blocks of the view into rows, and seals them."""
-        at = in_flight.calls[0][1]
-        task = self.task(at, partial(in_flight.gather, crossing, view), queue, in_flight, ())
-        task.schedule.soon = in_flight.until is not None  # it waits for no staging either
-        in_flight.ends[None] = task
-        in_flight.last = [task]
-        if in_flight.copied is None:
-            self.gathers.append((task, at, range(len(at))))
-        return task
-
     def submit(self, *barriers: Task) -> None:
         """Start the planned tasks, those of the first stages first."""
         tasks = [*(task for _, task in sorted(self._tasks, key=itemgetter(0))), *barriers]
@@ -1499,9 +1241,12 @@ class InFlight(Lease):
     """Rows that a transfer fills.
 
     Row i has block ``keys[i]`` of the part after all of ``ends`` landed it: one task for each
-    segment, or the task of None. Later calls use the rows as well, unless their name has a suffix
-    ``apart``. ``calls`` are all calls with their blocks, the maker first. A save ends with the
-    tasks ``last``; it is dropped if it has no rows at ``until``. If it writes a tier, it has a
+    segment, or the task of None. A block of a save that does not fit into packed slots has a raw
+    image in its row, which is one of ``raw_rows`` then.
+
+    Later calls use the rows as well, unless their name has a suffix ``apart``. ``calls`` are all
+    calls with their blocks, the maker and its blocks ``at`` first. A save ends with the tasks
+    ``last``; it is dropped if it has no rows at ``until``. If it writes a tier, it has a
     generation, and checksums by row. ``copied`` waits for its copy, if that was issued.
     """
 
@@ -1515,7 +1260,10 @@ class InFlight(Lease):
     ) -> None:
         shared = call.shared
         super().__init__(shared.rows, len(at), call.request.kind == "save", until, InFlight.over)
+        self._call = call
+        self._memory = shared.rows
         self.part = part
+        self.at = at
         self.calls = [(call, at)]
         self.keys = [call.request.keys[i] for i in at]
         self.ends = dict[int | None, Task]()
@@ -1524,9 +1272,10 @@ class InFlight(Lease):
         self.sums = dict[int, Sequence[int]]()
         self.copied: Callable[[], object] | None = None
         self.reasons = Reasons()  # reasons of blocks that were not read, or not written
-        self.spare = SpareRows(call.form.spare, part)
+        self.raw_rows = set[int]()
         # Rows that are not cached as they are: of a segment, or of a copier that may pack.
-        self.passing = bool(apart) or (call.request.lent and self.store and self.spare.packs)
+        packs = self.store and self.raw_form is not None
+        self._passing = bool(apart) or (call.request.lent and packs)
         call.explanation.sources.append(self.reasons)
         self.names = part.names(self.keys)
         if apart:
@@ -1535,14 +1284,18 @@ class InFlight(Lease):
         shared.in_transit.update(zip(self.names, zip(repeat(self), count()), strict=False))
         call.in_transit += 1
 
+    @property
+    def raw_form(self) -> BlockForm | None:
+        """Return the form of raw images of blocks that do not fit; None if the store keeps none."""
+        raw = self._call.form.raw
+        return None if raw is None else raw.form
+
     def take(self) -> list[int] | None:
         """Return rows, under the graph's lock; a save also takes rows of the host tier."""
-        rows = self.calls[0][0].shared.rows
-        if rows.sized:
-            return self.spare.take(self.count, self.passing, self._want)
-        if not (self.store and rows.host):
-            return rows.take(self.count, self.store)
-        return rows.take(self.count, True, self._claim(), self.calls[0][1][-1])
+        nbytes = self.part.form.image_bytes
+        if self._passing and self.raw_form is not None:  # the rows have room for any image
+            nbytes = max(nbytes, self.raw_form.image_bytes)
+        return self._memory.take(self.count, self.store, self._want(nbytes))
 
     def joins(self, stored: bool) -> bool:
         """Return True if a load may use the rows: not those of a save of packed blocks, whose rows
@@ -1559,14 +1312,13 @@ class InFlight(Lease):
 
         The call's blocks count as used before that if it has more blocks than the host tier.
         """
+        call = self._call
+        shared = call.shared
         # The copy of a save that was cancelled may still write the rows. A worker then waits for
         # its end, and calls `over` once more.
-        graph = self.calls[0][0].shared.graph
-        if self.copied is not None and end_later(graph, self, self.end_copy):
+        if self.copied is not None and end_later(shared.graph, self, self.end_copy):
             return
         landed = np.zeros(self.count, np.bool_)
-        call = self.calls[0][0]
-        shared = call.shared
         if self.items and (None in self.ends or len(self.ends) == len(self.part.form.segments)):
             landed = np.logical_and.reduce([end.landed for end in self.ends.values()])
         prefetched = all(call.request.kind == "prefetch" for call, _ in self.calls)
@@ -1582,31 +1334,42 @@ class InFlight(Lease):
         whole: list[int] = np.flatnonzero(landed).tolist()
         if whole and shared.rows.host:
             items = [self.items[row] for row in whole]
-            names = self.spare.names(self.keys, whole, self.names)
-            sizes = [self.spare.image_bytes(row) for row in whole]
+            names = self.names
+            if self.raw_rows:
+                names = [self._part_in(row).name(key) for row, key in enumerate(self.keys)]
+            names = [names[row] for row in whole]
+            sizes = [self._part_in(row).form.image_bytes for row in whole]
             shared.rows.keep(items, names, self._follows(whole), prefetched, claim, sizes)
         call.transfer_ended()
 
     def _claim(self) -> Claim:
         """Return the cached rows that the blocks may evict, under the graph's lock."""
-        call = self.calls[0][0]
-        evict = call.form.continues(call.request.before(self.calls[0][1]), None)
+        call = self._call
+        evict = call.form.continues(call.request.before(self.at), None)
         return Claim(call.request.order, call.form.apart, evict)
 
     def _want(self, nbytes: int) -> Want:
         """Return what rows of a size are needed for, in any thread."""
-        call, at = self.calls[0]
-        with call.shared.graph.lock:
+        with self._call.shared.graph.lock:
             claim = self._claim()
-        prefetched = call.request.kind == "prefetch"
-        return Want(nbytes, self.store, claim, at[-1], prefetched, self.passing)
+        prefetched = self._call.request.kind == "prefetch"
+        return Want(nbytes, self.store, claim, self.at[-1], prefetched, self._passing)
 
     def _follows(self, rows: Sequence[int]) -> list[int]:
         """Return the marks of the predecessors of blocks in rows."""
-        call, blocks = self.calls[0]
         if self.store:
-            return [call.request.follows[blocks[row]] for row in rows]
-        return [self.spare.predecessor(self.items, row) for row in rows]
+            follows = self._call.request.follows
+            return [follows[self.at[row]] for row in rows]
+        return [image.predecessor(self._image(row)) for row in rows]
+
+    def _part_in(self, row: int) -> FormPart:
+        """Return the part whose image a row holds."""
+        raw = self._call.form.raw
+        return raw if raw is not None and row in self.raw_rows else self.part
+
+    def _image(self, row: int) -> image.Row:
+        """Return the image of a row."""
+        return self._memory.image(self.items[row], self._part_in(row).form.image_bytes)
 
     def _warn_dropped(self) -> None:
         """Log that tasks were dropped, because staging was full or a queue was slow."""
@@ -1615,16 +1378,19 @@ class InFlight(Lease):
         if dropped:
             queues = ", ".join(dict.fromkeys(task.queue.name for task in dropped if task.queue))
             text = "A %s dropped %d blocks on %s, the first is %s: no free staging, or a slow queue"
-            values = self.calls[0][0].request.kind, self.count, queues, self.keys[0].hex()
-            self.calls[0][0].shared.log.warning("dropped", text, *values)
+            values = self._call.request.kind, self.count, queues, self.keys[0].hex()
+            self._call.shared.log.warning("dropped", text, *values)
 
     # --- the work of tasks, in workers, for the blocks of a mask ---
 
     def read(self, tier_store: TierStore, segment: int | None, _: Task, mask: Mask) -> Mask:
         """Read blocks, or a segment of them, into the rows."""
-        rows, keys, data = self._of(mask)
+        rows: list[int] = np.flatnonzero(mask).tolist()
+        keys = [self.keys[row] for row in rows]
+        images = [self._image(row) for row in rows]
         segments = None if segment is None else [segment]
-        mask[rows] = tier_store.read(keys, data, segments, self._is_cancelled, self.reasons.report)
+        report = self.reasons.report
+        mask[rows] = tier_store.read(keys, images, segments, self._is_cancelled, report)
         self._count(tier_store, mask, len(rows))
         return mask
 
@@ -1640,59 +1406,125 @@ class InFlight(Lease):
     def gather(self, crossing: Crossing, view: KVView, _: Task, mask: Mask) -> Mask:
         """Copy blocks of a view into the rows, and `seal` them."""
         if self.copied is None:
-            lines = (self.items, self.calls[0][1])
-            report = self.reasons.report
-            mask = self.spare.copy(crossing, view, mask, lines, self.keys, report, self._want)
+            self._copy(crossing, view, mask)
         else:
             self.end_copy()
         self.seal(_, mask)
         return mask
 
+    def _copy(self, crossing: Crossing, view: KVView, mask: Mask) -> None:
+        """Copy the blocks of a mask into the rows, packed if the form is, and raw those that do not
+        fit. Take blocks that the store cannot keep from the mask, and report why."""
+        own = self.part
+        raw = self._call.form.raw
+        items = np.array(self.items)
+        blocks = np.array(self.at)
+        rows = np.flatnonzero(mask)
+        unfit, why = copy_fitting(crossing, own.rows, view, items[rows], blocks[rows])
+        refused = rows[unfit]
+        fits = rows[~unfit]
+        misfits = len(refused)
+        if not misfits and view.form.encoding:
+            # Slots that were copied as they are: a block that does not fit has no rows.
+            unfit = flagged(own, items[rows])
+            self._refuse(rows[unfit], mask, FLAGGED)
+            fits = rows[~unfit]
+            misfits = len(rows) - len(fits)
+        elif misfits and raw is None:
+            self._refuse(refused, mask, why)
+            refused = refused[:0]
+        elif misfits:
+            self._refuse(self._make_room(refused.tolist()), mask, NO_ROOM)
+            refused = refused[mask[refused]]
+        self._count_copied(view.device, items[fits], misfits, len(refused))
+        if raw is not None and len(refused):
+            crossing.copy(raw.rows, view, np.array(self.items)[refused], blocks[refused])
+            self.raw_rows.update(refused.tolist())
+
+    def _refuse(self, rows: Iterable[int], mask: Mask, why: str) -> None:
+        """Take blocks that are not packed from a mask, and report why."""
+        for row in rows:
+            mask[row] = False
+            self.reasons.report(self.keys[row], Reason(OVERFLOWED, why))
+
+    def _make_room(self, refused: list[int]) -> list[int]:
+        """Give rows of the raw size to blocks that do not fit; return those that get none."""
+        memory = self._memory
+        if self.raw_form is None or not isinstance(memory, SizedRows):
+            return []
+        want = self._want(self.raw_form.image_bytes)
+        return [row for row in refused if not memory.replace(self.items, row, want)]
+
+    def _count_copied(self, device: torch.device, items: Any, misfits: int, followed: int) -> None:
+        """Count blocks that came from a device into rows ``items``, those that did not fit, and how
+        many of these follow raw."""
+        figures = self._call.form.figures
+        form = self.part.form
+        if not form.encoding:
+            figures.add_raw(form, len(items))
+            return
+        one = self._memory.image(items[0], form.image_bytes) if len(items) else None
+        figures.add_packed(device, form, len(items), misfits, followed, one)
+
     def seal(self, _: Task, mask: Mask) -> None:
         """Make images of the payloads in the rows, if a tier stores them: only tiers read
         headers."""
-        if self.passing:
-            self.spare.settle(self.items, mask, self._want)
+        rows: list[int] = np.flatnonzero(mask).tolist()
+        memory = self._memory
+        if self._passing and isinstance(memory, SizedRows):
+            for row in rows:
+                memory.settle(self.items, row, self._want(self._part_in(row).form.image_bytes))
         if not self.generation:
             return
-        call, blocks = self.calls[0]
-        for row in np.flatnonzero(mask).tolist():
-            name = self.keys[row], self.generation, call.request.follows[blocks[row]]
-            self.sums[row] = self.spare.seal(self.items, row, *name)
+        for row, follows in zip(rows, self._follows(rows), strict=True):
+            form = self._part_in(row).form
+            name = self.keys[row], self.generation, follows
+            self.sums[row] = image.seal(self._image(row), form, *name)
 
     def write(self, tier_store: TierStore, queue: Queue, _: Task, mask: Mask) -> Mask:
-        """Write images to a tier."""
-        rows, keys, data = self._of(mask)
-        call = self.calls[0][0]
-        generations = [self.generation] * len(rows)
-        sums = [self.sums[row] for row in rows]
+        """Write images to a tier, each to the store of its form."""
+        rows: list[int] = np.flatnonzero(mask).tolist()
+        call = self._call
         with call.shared.graph.lock:
-            before = call.request.before(self.calls[0][1])
-            evict = call.form.continues(before, tier_store)
-        terms = queue, data, generations, sums, call.request.order, evict
-        report = self.reasons.report
-        mask[rows] = self.spare.write(call.shared.graph, tier_store, rows, keys, terms, report)
+            evict = call.form.continues(call.request.before(self.at), tier_store)
+        packed = [row for row in rows if row not in self.raw_rows]
+        raw = [row for row in rows if row in self.raw_rows]
+        raw_store = call.form.twin_stores.get(tier_store)
+        mask[raw] = False
+        if packed:
+            self._write(tier_store, queue, packed, evict, mask)
+        if raw and raw_store is not None:
+            with call.shared.graph.lock:
+                nbytes = sum(self._image(row).nbytes for row in raw)
+                queue = raw_store.queue_for_write(nbytes)
+            self._write(raw_store, queue, raw, evict, mask)
         self._count(tier_store, mask, len(rows))
         return mask
 
+    def _write(
+        self, tier_store: TierStore, queue: Queue, rows: list[int], evict: bool, mask: Mask
+    ) -> None:
+        """Write images of rows to a tier store, and set which landed."""
+        mask[rows] = tier_store.write(
+            queue,
+            [self.keys[row] for row in rows],
+            [self._image(row) for row in rows],
+            [self.generation] * len(rows),
+            [self.sums[row] for row in rows],
+            self._call.request.order,
+            evict,
+            report=self.reasons.report,
+        )
+
     def _count(self, tier_store: TierStore, mask: Mask, blocks: int) -> None:
         """Count so many blocks, of which those of the mask landed, for the figures of the form."""
-        call = self.calls[0][0]
+        form = self._call.form
         landed = int(np.count_nonzero(mask))
-        op = "save" if call.request.kind == "save" else "load"
-        call.form.count(tier_store.tier, op, "hit", landed)
-        call.form.count(tier_store.tier, op, "miss", blocks - landed)
-
-    def _of(self, mask: Mask) -> tuple[list[int], list[bytes], list[Any]]:
-        """Return the numbers, keys and bytes of rows."""
-        rows: list[int] = np.flatnonzero(mask).tolist()
-        return (
-            rows,
-            [self.keys[i] for i in rows],
-            [self.spare.image_in(self.items, i) for i in rows],
-        )
+        op = "save" if self.store else "load"
+        form.count(tier_store.tier, op, "hit", landed)
+        form.count(tier_store.tier, op, "miss", blocks - landed)
 
     def _is_cancelled(self) -> bool:
         """Return True if a read may stop; needs no lock, as no call is wanted again."""
-        self.calls[0][0].shared.graph.sweep()
+        self._call.shared.graph.sweep()
         return not self.wanted

@@ -98,21 +98,18 @@ def _escapes(form: BlockForm, image: Any) -> tuple[int, int]:
     planes = [plane for plane in form.planes if isinstance(plane, PackedPlane)]
     if not planes:
         return 0, 0
-    layers = form.layers[1] - form.layers[0]
-    heads = form.heads[1] - form.heads[0]
+    if len({*form.widths}) == 1:  # kv is an axis
+        planes = planes[:1]
     payload = image[HEADER : HEADER + form.payload_bytes]
-    sizes = [plane.slot_bytes for plane in planes]
-    if len({*form.widths}) == 1:
-        slots = [*payload.reshape(layers, form.kv, heads, sizes[0]).swapaxes(0, 1)]
-    else:
-        ends = np.cumsum(sizes)[:-1]
-        slots = np.split(payload.reshape(layers, heads, sum(sizes)), ends, axis=2)
+    slots = payload.reshape(-1, sum(plane.slot_bytes for plane in planes))
     escapes = 0
     values = 0
-    for plane, each in zip(planes, slots, strict=True):
-        head = each[..., plane.head_at : plane.escapes_at].astype(np.int64)
-        fits = head[..., FLAG_AT] == PACKED
-        counts = head[..., TOTAL_AT] + 256 * head[..., TOTAL_AT + 1]
+    start = 0
+    for plane in planes:
+        head = slots[:, start + plane.head_at : start + plane.escapes_at].astype(np.int64)
+        fits = head[:, FLAG_AT] == PACKED
+        counts = head[:, TOTAL_AT] + 256 * head[:, TOTAL_AT + 1]
         escapes += int(counts[fits].sum())
         values += int(fits.sum()) * plane.values
+        start += plane.slot_bytes
     return escapes, values

@@ -360,23 +360,33 @@ class BlockForm:
             )
         layers = self.layers[1] - self.layers[0]
         heads = self.heads[1] - self.heads[0]
+        size = self.block_size
+        payload = rows[:, HEADER : HEADER + self.payload_bytes]
+        layout = self.layout
         if self.encoding:
-            view = self._packed_view(rows, layers, heads)
+            layout = layout.replace(_SLOT, "page").replace("(page)", "page")
+            slots = [plane.slot_bytes for plane in self.planes]
+            shape = [len(rows), layers, self.kv, heads, slots[0]]
+            if len({*self.widths}) > 1:
+                shape = [len(rows), layers, heads, sum(slots)]
         else:
-            view = self._raw_view(rows, layers, heads)
+            payload = payload.view(getattr(torch, self.dtype))
+            axes = ("block", "layer", "kv", "head", "token")
+            extents = dict(zip(axes, (len(rows), layers, self.kv, heads, size), strict=True))
+            values = [{**extents, "dim": width, "page": width} for width in self.widths]
+            shape = [known_parts(group, values)[0] for group in parse(layout).dims]
+        view = KVView(
+            payload.view(shape),
+            layout,
+            block_size=size,
+            dim=self.widths,
+            layers=layers,
+            kv=self.kv,
+            heads=heads,
+            encoding=encoding_of_text(self.encoding) if self.encoding else None,
+        )
         view.blocks_overlap = rows is not passed  # an image begins at each page
         return view
-
-    def _raw_view(self, rows: torch.Tensor, layers: int, heads: int) -> KVView:
-        """Return a view of the raw blocks of images; copies nothing."""
-        size = self.block_size
-        axes = ("block", "layer", "kv", "head", "token")
-        extents = dict(zip(axes, (len(rows), layers, self.kv, heads, size), strict=True))
-        values = [{**extents, "dim": width, "page": width} for width in self.widths]
-        shape = [known_parts(group, values)[0] for group in parse(self.layout).dims]
-        payload = rows[:, HEADER : HEADER + self.payload_bytes].view(getattr(torch, self.dtype))
-        names: dict[str, Any] = {"layers": layers, "kv": self.kv, "heads": heads}
-        return KVView(payload.view(shape), self.layout, block_size=size, dim=self.widths, **names)
 
     def _rows_of_pages(self, rows: torch.Tensor) -> torch.Tensor:
         """Return the rows that begin at each page of a tensor of pages; other tensors as they
@@ -387,23 +397,6 @@ class BlockForm:
         if count < 1 or not rows.is_contiguous():
             return rows
         return rows.as_strided((count, self.image_bytes), (HEADER, 1))
-
-    def _packed_view(self, rows: torch.Tensor, layers: int, heads: int) -> KVView:
-        """Return a view of the packed blocks of images; copies nothing."""
-        slots = [plane.slot_bytes for plane in self.planes]
-        shape = [len(rows), layers, self.kv, heads, slots[0]]
-        if len({*self.widths}) > 1:
-            shape = [len(rows), layers, heads, sum(slots)]
-        payload = rows[:, HEADER : HEADER + self.payload_bytes]
-        names: dict[str, Any] = {"layers": layers, "kv": self.kv, "heads": heads}
-        return KVView(
-            payload.view(shape),
-            self.layout.replace(_SLOT, "page").replace("(page)", "page"),
-            block_size=self.block_size,
-            dim=self.widths,
-            encoding=encoding_of_text(self.encoding),
-            **names,
-        )
 
     def same_cache(self, other: BlockForm) -> bool:
         """Return True if both forms are of one cache, whatever their parts of it, their layouts and
@@ -440,18 +433,16 @@ def size_notes(own: Sequence[BlockForm], present: Sequence[BlockForm]) -> list[s
     """Return for each block size in which a tier has the cache of a store's own forms, and the
     store does not, how to reach it."""
     others = [form for form in present if form not in own]
-    return list(dict.fromkeys(note for form in own for note in _size_notes(form, others)))
-
-
-def _size_notes(form: BlockForm, others: Sequence[BlockForm]) -> list[str]:
-    """Return for each block size in which other forms have the same cache how to reach it."""
-    sizes = set[int]()
-    for other in others:
-        alike = replace(other.raw, block_size=form.block_size)  # a packed one may be impossible
-        if other.block_size != form.block_size and form.same_cache(alike):
-            sizes.add(other.block_size)
-    return [
-        f"The model {form.model} is here in blocks of {size} tokens, which a store of blocks of "
-        f"{form.block_size} does not find. Pass block_size={size} to BlockForm.of and prefix_keys."
-        for size in sorted(sizes)
-    ]
+    notes = dict[str, None]()
+    for form in own:
+        for other in sorted(others, key=lambda other: other.block_size):
+            size = other.block_size
+            alike = replace(other.raw, block_size=form.block_size)  # a packed one may be impossible
+            if size != form.block_size and form.same_cache(alike):
+                note = (
+                    f"The model {form.model} is here in blocks of {size} tokens, which a store of "
+                    f"blocks of {form.block_size} does not find. Pass block_size={size} to "
+                    f"BlockForm.of and prefix_keys."
+                )
+                notes[note] = None
+    return [*notes]

@@ -80,7 +80,9 @@ class LentCopy:
         self.blocks: Sequence[int] = [arrival.at[i] for i in numbers]
         self.form = part.form
         lease = arrival.lease
-        self._spare = lease.spare if self.kind == "save" and isinstance(lease, InFlight) else None
+        self._in_flight: InFlight | None = None  # of a save
+        if self.kind == "save" and isinstance(lease, InFlight):
+            self._in_flight = lease
         self.inner = part.part_slices
         self.outer = part.own_slices
         self._reasons = reasons
@@ -96,7 +98,7 @@ class LentCopy:
         The copier copies these blocks once more, by the view of this form, and passes them to
         `end`. None: such blocks cannot be stored.
         """
-        return None if self._spare is None else self._spare.raw_form
+        return None if self._in_flight is None else self._in_flight.raw_form
 
     @property
     def cancelled(self) -> bool:
@@ -157,8 +159,8 @@ class LentCopy:
     def _end(self, made: Mask, rough: Mask) -> None:
         """Record the end, under the graph's lock."""
         task = self._task
-        if self._spare is not None and rough.any() and not task.ended:
-            self._spare.hold_raw(np.array(self._numbers)[rough].tolist())
+        if self._in_flight is not None and not task.ended:
+            self._in_flight.raw_rows.update(np.array(self._numbers)[rough].tolist())
         landed = np.zeros(task.blocks, np.bool_)
         landed[self._numbers] = made
         for key, there in zip(self._keys, made.tolist(), strict=True):
@@ -284,7 +286,7 @@ class Lending:
 
     def gather(self, call: Call, in_flight: InFlight) -> Task:
         """Plan the copy of blocks of a save into rows, and the task that seals them."""
-        at = in_flight.calls[0][1]
+        at = in_flight.at
         arrival = Arrival(in_flight, {}, at, range(len(at)))
         lent = self._lend(call, in_flight.part, arrival, in_flight.reasons)
         task = call.task(at, in_flight.seal, self._seals, in_flight, [lent])

@@ -334,12 +334,12 @@ class Loans:
     lock."""
 
     def __init__(self) -> None:
-        self._all = list[Loan]()
+        self.all = list[Loan]()
         self._counted = list[Loan]()  # the loans of `_keys`
         self._keys: frozenset[bytes] = frozenset()
 
     def __len__(self) -> int:
-        return len(self._all)
+        return len(self.all)
 
     def begin(self, keys: Sequence[bytes], caller: object) -> Loan:
         """Return a new loan, which ends with its copy, or with the life of ``caller`` if no copy
@@ -348,18 +348,18 @@ class Loans:
         Callers look for rows after this call. It needs no lock.
         """
         loan = Loan(keys, caller)
-        self._all.append(loan)
+        self.all.append(loan)
         return loan
 
     def end_left(self) -> None:
         """End the loans of this thread whose calls were interrupted; needs no lock."""
-        for loan in [*self._all]:
+        for loan in [*self.all]:
             if loan.was_left():
                 loan.cancel()
 
     def __contains__(self, key: object) -> bool:
         """Return True if a loan has a key, also one that has ended and was not forgotten."""
-        now = [*self._all]
+        now = [*self.all]
         if now != self._counted:
             self._keys = frozenset(key for loan in now for key in loan.keys)
             self._counted = now
@@ -367,13 +367,9 @@ class Loans:
 
     def forget_ended(self) -> None:
         """Forget the loans that have ended."""
-        for loan in [*self._all]:
+        for loan in [*self.all]:
             if loan.ended():
-                self._all.remove(loan)
-
-    def rows(self) -> set[int]:
-        """Return the rows of all loans."""
-        return {row for loan in [*self._all] for row in loan.rows if row is not None}
+                self.all.remove(loan)
 
 
 def copy_parts(many: int, nbytes: int) -> list[slice]:
@@ -399,10 +395,14 @@ BEFORE = -2
 
 
 class New:
-    """Keys that got a row and are in no chain yet, of a group, with the marks that they follow."""
+    """Keys that got a row and are in no chain yet, of a group, with the marks that they follow.
+
+    ``moved``: the bytes of images that were moved into other rows.
+    """
 
     def __init__(self, group: Hashable) -> None:
         self.group = group
+        self.moved = 0
         self.keys = list[bytes]()
         self.follows = list[Hashable]()
         self.leading = set[Hashable]()  # the same marks
@@ -413,133 +413,6 @@ class New:
         self.keys.append(key)
         self.follows.append(mark)
         self.leading.add(mark)
-
-
-class Cache:
-    """The rows of the host tier, by their keys. Callers hold the lock of ``chains``."""
-
-    def __init__(self) -> None:
-        self.chains = Chains[bytes]()  # the keys that have a row, in two groups
-        self.rows = dict[bytes, int]()
-        self.unused = set[bytes]()  # keys of rows that were prefetched and not used since
-        self.pins: Counter[int] = Counter()  # by row
-        self.loans = Loans()
-        self.listeners = dict[bytes, Changed]()  # by the checksum of a form
-        self._names = dict[int, bytes]()  # keys of pinned rows
-        self._passed = set[bytes]()  # keys of loans that `next` passed over
-
-    def report(self, key: bytes, stored: bool, why: str) -> None:
-        """Report a key that gets a row, or loses it, to the listener of its form."""
-        changed = self.listeners.get(key[:-32])
-        if changed is not None:
-            changed(key[-32:], stored, why)
-
-    def let_go(self, new: New) -> None:
-        """Let rows go in their turn that got their keys, and forget that they are new."""
-        if not new.keys:
-            return
-        marks = map(mark_in_form, new.keys, marks_of([key[-32:] for key in new.keys]))
-        self.chains.add_all(new.keys, [*marks], new.follows, new.group)
-        new.keys.clear()
-        new.follows.clear()
-        new.leading.clear()
-
-    def pin(self, key: bytes, row: int) -> None:
-        """Retain the row of a key until `unpin`; the key is used now."""
-        self.use(key)
-        self.pins[row] += 1
-        self._names[row] = key
-        self.chains.pin(key)
-
-    def unpin(self, row: int) -> None:
-        """Release a pin of a row."""
-        self.pins[row] -= 1
-        if not self.pins[row]:
-            del self.pins[row]
-            self.chains.unpin(self._names.pop(row))
-
-    def use(self, key: bytes) -> None:
-        """Count a prefetched key as used."""
-        if key in self.unused:
-            self.unused.remove(key)
-            self.chains.move(key, USED)
-
-    def next(self, group: Hashable | None = None) -> bytes | None:
-        """Return the key that goes next, of a group or of all; None if none can go."""
-        if self._passed:
-            self.loans.forget_ended()
-            for key in {x for x in self._passed if x not in self.loans}:
-                self._passed.remove(key)
-                if key in self.rows and self.rows[key] not in self.pins:
-                    self.chains.unpin(key)
-        following = self.chains.next(group)
-        while following is not None and following in self.loans:
-            self.loans.forget_ended()
-            if following in self.loans:
-                self._passed.add(following)
-                self.chains.pin(following)
-            following = self.chains.next(group)
-        return following
-
-    def choose(self, count: int, may_go: Callable[[bytes], bool]) -> list[bytes]:
-        """Return the keys that go next, so many, one after the other; fewer if one may not go."""
-        chosen = list[bytes]()
-        try:
-            while len(chosen) < count:
-                key = self.next()
-                if key is None or not may_go(key):
-                    break
-                self.chains.set_aside(key)
-                chosen.append(key)
-        finally:
-            for key in reversed(chosen):
-                self.chains.put_back(key)
-        return chosen
-
-    def evict_next(
-        self, goes: Callable[[bytes], bool], group: Hashable | None, evicted: Callable[[int], bool]
-    ) -> None:
-        """Take the keys that go next, of a group or of all, from their rows, one after the other.
-
-        Ends before a key for which ``goes(key)`` returns False, or that a load reads since `next`;
-        and after a row for which ``evicted(row)`` returns False.
-        """
-        rows = self.rows
-        unused = self.unused
-        loans = self.loans
-        more = True
-
-        def leaves(key: bytes) -> bool:
-            nonlocal more
-            if not more or not goes(key):
-                return False
-            row = rows.pop(key)  # no load finds it from here on
-            if key in loans:
-                rows[key] = row
-                return False
-            unused.discard(key)
-            more = evicted(row)
-            return True
-
-        while more:
-            count = len(rows)
-            if self.next(group) is None:  # passes over the keys of loans
-                return
-            self.chains.remove_next(leaves, group)
-            if len(rows) == count:
-                return
-
-    def evict(self, keys: Sequence[bytes]) -> list[int]:
-        """Take keys from their rows, in the order in which they go, and return the rows; none if a
-        load reads one of them since `next`."""
-        rows = [self.rows.pop(key) for key in keys]  # no load finds them from here on
-        if any(key in self.loans for key in keys):
-            self.rows.update(zip(keys, rows, strict=True))
-            return []
-        for key in keys:
-            self.chains.remove(key)
-            self.unused.discard(key)
-        return rows
 
 
 class Claim(NamedTuple):
@@ -586,27 +459,31 @@ class Want(NamedTuple):
     prefetched: bool = False
     passing: bool = False
 
+    def may_evict(self, key: bytes) -> bool:
+        """Return True if the block of a key may go: it is no earlier block of the call."""
+        return self.claim.place_of(key) > self.place
+
 
 class HostIndex:
     """The keys of the host tier of one form, by its checksum; see `calls.Listed`."""
 
     tier = "host"
 
-    def __init__(self, cache: Cache, form: bytes) -> None:
-        self._cache = cache
+    def __init__(self, rows: Rows, form: bytes) -> None:
+        self._rows = rows
         self._form = form
 
     def keys(self) -> list[bytes]:
         """Return the keys that have a row."""
         past = len(self._form)
-        with self._cache.chains.lock:  # a row that a load reads may leave for a moment
-            names = self._cache.rows.copy()
+        with self._rows.chains.lock:  # a row that a load reads may leave for a moment
+            names = self._rows.index.copy()
         return [name[past:] for name in names if name[:past] == self._form]
 
     def announce(self, changed: Changed) -> None:
         """Report from now on each key that gets a row, or loses it."""
-        self._cache.listeners[self._form] = changed
-        self._cache.chains.changed = self._cache.report
+        self._rows.listeners[self._form] = changed
+        self._rows.chains.changed = self._rows.report
 
 
 def mark_in_form(key: bytes, mark: int) -> Hashable:
@@ -639,6 +516,7 @@ class Rows:
         pinned: False if the memory is pageable.
         evicted: rows that lost their key to another key.
         sized: rows have the sizes of their images; see `SizedRows`.
+        index: the row of each key of the host tier.
     """
 
     sized = False
@@ -653,8 +531,15 @@ class Rows:
         count = self.staging + self.host
         self.tensor, self.pinned = row_memory(count, row_bytes, pin, shared)
         self.array: npt.NDArray[np.uint8] = self.tensor.numpy()
-        self._cache = Cache()
-        self._lock = self._cache.chains.lock  # no call is made while it is locked
+        self.chains = Chains[bytes]()  # the keys that have a row, in two groups
+        self.index = dict[bytes, int]()
+        self.unused = set[bytes]()  # keys of rows that were prefetched and not used since
+        self.pins = Counter[int]()  # by row
+        self.borrowed = Loans()
+        self.listeners = dict[bytes, Changed]()  # by the checksum of a form
+        self._names = dict[int, bytes]()  # keys of pinned rows
+        self._passed = set[bytes]()  # keys of loans that `next` passed over
+        self._lock = self.chains.lock  # no call is made while it is locked
         self._free = deque(range(count))
         self._lent: dict[int, bool] = {}  # True if it is lent to a save
         self._saved = 0  # rows that are lent to saves
@@ -678,14 +563,12 @@ class Rows:
         """Return the number of images of so many bytes for which the host tier has rows."""
         return self.host
 
-    def take(
-        self, count: int, store: bool, claim: Claim | None = None, place: int = BEFORE
-    ) -> list[int] | None:
+    def take(self, count: int, store: bool, want: Want | None = None) -> list[int] | None:
         """Return rows for a transfer, all or none.
 
-        Saves have at most `most` rows of staging together. With a claim, a save also takes rows of
-        the host tier, in place of the next rows to evict: its blocks would evict them at its end.
-        ``place``: the position of its last block in the call.
+        Saves have at most `most` rows of staging together. A save that says what it wants also
+        takes rows of the host tier, in place of the next rows to evict: its blocks would evict them
+        at its end.
         """
         with self._lock:
             saved = self._saved + count * store
@@ -693,7 +576,7 @@ class Rows:
             if loaded + min(saved, self.most) > self.staging:
                 return None
             beyond = saved - self.most
-            if store and beyond > 0 and not (claim and self._evict_for_saves(beyond, claim, place)):
+            if store and beyond > 0 and not (want and self._evict_for_saves(beyond, want)):
                 return None
             items = [self._free.popleft() for _ in range(count)]
             self._lent.update(dict.fromkeys(items, store))
@@ -704,43 +587,39 @@ class Rows:
         """Return True if saves may not have so many rows more, whatever is evicted."""
         return self._saved + count > self.most + self.host
 
-    def _evict_for_saves(self, beyond: int, claim: Claim, place: int) -> bool:
+    def _evict_for_saves(self, beyond: int, want: Want) -> bool:
         """Evict rows until saves may have so many rows of the host tier; return False, and evict
         none, if some may not go."""
         if beyond > self.host:
             return False
-        count = len(self._cache.rows) + beyond - self.host
+        count = len(self.index) + beyond - self.host
         if count <= 0:
             return True
-        if not claim.evict:
+        if not want.claim.evict:
             return False
-        victims = self._cache.choose(count, lambda key: claim.place_of(key) > place)
+        victims = self._choose(count, want.may_evict)
         return len(victims) == count and self._take_from(victims)
 
-    def _evict(
-        self, claim: Claim, place: int, group: Hashable | None = None, new: New | None = None
-    ) -> bool:
-        """Evict the next row, of a group or of all, for a block at a position of a call; return
-        False if it may not go.
+    def _evict(self, want: Want, group: Hashable | None = None, new: New | None = None) -> bool:
+        """Evict the next row, of a group or of all; return False if it may not go.
 
         ``new``: keys that go in their turn if no other row may go, or if they follow it.
         """
-        if not claim.evict:
+        if not want.claim.evict:
             return False
-        cache = self._cache
-        victim = cache.next(group)
+        victim = self.next(group)
         if new is not None and new.keys:
-            goes = victim is not None and claim.place_of(victim) > place
-            if victim is None or not goes or cache.chains.mark(victim) in new.leading:
-                cache.let_go(new)
-                victim = cache.next(group)
-        if victim is None or claim.place_of(victim) <= place:
+            goes = victim is not None and want.may_evict(victim)
+            if victim is None or not goes or self.chains.mark(victim) in new.leading:
+                self._let_go(new)
+                victim = self.next(group)
+        if victim is None or not want.may_evict(victim):
             return False
         return self._take_from([victim])
 
     def _take_from(self, keys: Sequence[bytes]) -> bool:
         """Free the rows of keys; return False, and free none, if a load reads one of them."""
-        items = self._cache.evict(keys)
+        items = self._take_away(keys)
         self._free += items
         self.evicted += len(items)
         return bool(items)
@@ -748,11 +627,15 @@ class Rows:
     def give(self, items: Sequence[int]) -> None:
         """End a transfer: its rows that it did not `keep` become free."""
         with self._lock:
-            for item in items:
-                store = self._lent.pop(item, None)
-                if store is not None:
-                    self._saved -= store
-                    self._free.append(item)
+            self._give(items)
+
+    def _give(self, items: Iterable[int]) -> None:
+        """Free lent rows."""
+        for item in items:
+            store = self._lent.pop(item, None)
+            if store is not None:
+                self._saved -= store
+                self._free.append(item)
 
     def keep(
         self,
@@ -766,55 +649,63 @@ class Rows:
         """Cache lent rows under keys that follow marks, in place of the next rows to evict.
 
         Returns which rows are cached: not one whose key has a row, or for which no row may be
-        evicted. A row of a save beyond `most` evicts none. At most half of the rows of the host
-        tier are ``prefetched`` and not used yet. ``sizes``: the bytes of each image; all rows have
-        room for the largest.
+        evicted. A row of a save beyond `most` evicts none. At most half of the host tier is
+        ``prefetched`` and not used yet. ``sizes``: the bytes of each image; None: those of the
+        largest, for which all rows have room.
         """
-        with self._lock:
-            if not self.host:
-                return [False] * len(items)
-            return self._keep(items, keys, follows, prefetched, claim)
-
-    def _keep(
-        self,
-        items: Sequence[int],
-        keys: Sequence[bytes],
-        follows: Sequence[int],
-        prefetched: bool,
-        claim: Claim,
-    ) -> list[bool]:
-        """Cache lent rows under keys that follow marks; return which are cached."""
-        cache = self._cache
-        most = self.most
-        most_unused = max(1, self.host // 2)
-        new = New(UNUSED if prefetched else USED)
         cached = [False] * len(items)
-        for number, (item, key) in enumerate(zip(items, keys, strict=True)):
-            if key in cache.rows:
-                continue
-            saved = self._saved - self._lent[item]
-            full = len(cache.rows) + max(0, saved - most) >= self.host
-            crowded = prefetched and len(cache.unused) >= most_unused
-            if crowded or full:
-                place = claim.own.get(key[-32:], BEFORE)
-                if not self._evict(claim, place, UNUSED if crowded else None, new):
+        if not self.host:
+            return cached
+        new = New(UNUSED if prefetched else USED)
+        left = [*items]  # the last ones may become free
+        with self._lock:
+            for number, key in enumerate(keys):
+                if number == len(left):
+                    break
+                if key in self.index:
                     continue
-            del self._lent[item]
-            self._saved = saved
-            cache.rows[key] = item
-            if prefetched:
-                cache.unused.add(key)
-            new.add(key, follows[number])
-            cached[number] = True
-        cache.let_go(new)
+                nbytes = self.row_bytes if sizes is None else sizes[number]
+                place = claim.own.get(key[-32:], BEFORE)
+                want = Want(nbytes, False, claim, place, prefetched)
+                row = self._row_to_keep(left, number, want, new)
+                if row is None:
+                    continue
+                self.index[key] = row
+                if prefetched:
+                    self.unused.add(key)
+                new.add(key, follows[number])
+                cached[number] = True
+            self._let_go(new)
         return cached
+
+    def _row_to_keep(self, left: list[int], number: int, want: Want, new: New) -> int | None:
+        """Return a row with the image of a lent row, which is no longer lent; None if it cannot be
+        cached. ``new``: keys that got a row before."""
+        item = left[number]
+        saved = self._saved - self._lent[item]
+        full = len(self.index) + max(0, saved - self.most) >= self.host
+        crowded = want.prefetched and self._crowded(want.nbytes)
+        group = UNUSED if crowded else None
+        if (crowded or full) and not self._evict(want, group, new):
+            return None
+        del self._lent[item]
+        self._saved = saved
+        return item
+
+    def _crowded(self, nbytes: int) -> bool:
+        """Return True if half of the host tier, counted in images of so many bytes, is prefetched
+        and not used."""
+        return len(self.unused) >= max(1, self.holds(nbytes) // 2)
 
     def find(self, key: bytes) -> int | None:
         """Return the row of a key, which stays until `unpin`; None if it has none."""
         with self._lock:
-            item = self._cache.rows.get(key)
+            item = self.index.get(key)
             if item is not None:
-                self._cache.pin(key, item)
+                self._use(key)
+                self.pins[item] += 1
+                self._names[item] = key
+                self.chains.pin(key)
             return item
 
     def borrow(self, keys: Sequence[bytes], caller: object) -> Loan:
@@ -823,18 +714,9 @@ class Rows:
         A loan without a copy ends with the life of ``caller``. Takes no lock, so that the main
         thread may call it (see `uninterrupted`).
         """
-        loan = self._cache.loans.begin(keys, caller)
-        loan.rows = [*map(self._cache.rows.get, keys)]
+        loan = self.borrowed.begin(keys, caller)
+        loan.rows = [*map(self.index.get, keys)]
         return loan
-
-    def in_use(self) -> int:
-        """Return the number of cached rows that transfers read."""
-        return uninterrupted(self._in_use)
-
-    def _in_use(self) -> int:
-        with self._lock:
-            self._cache.loans.forget_ended()
-            return len({*self._cache.pins} | self._cache.loans.rows())
 
     def loans(self) -> int:
         """Return the number of loans that have not ended."""
@@ -842,20 +724,22 @@ class Rows:
 
     def _loans(self) -> int:
         with self._lock:
-            self._cache.loans.forget_ended()
-            return len(self._cache.loans)
+            self.borrowed.forget_ended()
+            return len(self.borrowed)
 
     def unpin(self, items: Sequence[int]) -> None:
         """Release the pin of `find`."""
         with self._lock:
             for item in items:
-                self._cache.unpin(item)
+                self.pins[item] -= 1
+                if not self.pins[item]:
+                    del self.pins[item]
+                    self.chains.unpin(self._names.pop(item))
 
     def delete(self, keys: Sequence[bytes]) -> list[bool]:
         """Free the rows of keys; return which are free: not a row that is pinned or read."""
-        cache = self._cache
         with self._lock:
-            there = [key in cache.rows and cache.rows[key] not in cache.pins for key in keys]
+            there = [key in self.index and self.index[key] not in self.pins for key in keys]
             for number, key in enumerate(keys):
                 if there[number]:
                     there[number] = self._take_from([key])
@@ -866,61 +750,66 @@ class Rows:
 
         ``follows``: the predecessor of each key, for keys whose predecessor is not known yet.
         """
-        cache = self._cache
         with self._lock:
-            if cache.rows.keys().isdisjoint(keys):
+            if self.index.keys().isdisjoint(keys):
                 return
-            cache.chains.touch(*[key for key in reversed(keys) if key in cache.rows])
+            self.chains.touch(*[key for key in reversed(keys) if key in self.index])
             for key, mark in zip(keys, follows, strict=False):
-                if key in cache.rows:
-                    cache.chains.learn(key, mark_in_form(key, mark))
+                if key in self.index:
+                    self.chains.learn(key, mark_in_form(key, mark))
 
     def use(self, keys: Sequence[bytes]) -> None:
         """Count prefetched keys as used."""
         with self._lock:
             for key in keys:
-                self._cache.use(key)
+                self._use(key)
 
     def end_left_loans(self) -> None:
         """End the loans of this thread whose calls were interrupted before their copies."""
-        self._cache.loans.end_left()
+        self.borrowed.end_left()
 
     def forget_loans(self) -> None:
         """Forget the loans that have ended, also those of loads that found no row."""
         with self._lock:
-            self._cache.loans.forget_ended()
+            self.borrowed.forget_ended()
 
     def by_use(self) -> list[bytes]:
         """Return the keys that have a row, the least recently used first."""
         with self._lock:
-            return self._cache.chains.by_use()
+            return self.chains.by_use()
 
     def nbytes_by_form(self) -> dict[bytes, int]:
         """Return the bytes of the cached rows of each form, by its checksum."""
+        result = Counter[bytes]()
         with self._lock:
-            rows = Counter(key[:-32] for key in self._cache.rows)
-        return {form: count * self.row_bytes for form, count in rows.items()}
+            for key, item in self.index.items():
+                result[key[:-32]] += self._nbytes(item)
+        return result
+
+    def _nbytes(self, item: int) -> int:
+        """Return the bytes of a cached row."""
+        return self.row_bytes
 
     def listed(self, form: bytes) -> HostIndex:
         """Return the index of the blocks of a form, by its checksum."""
-        return HostIndex(self._cache, form)
+        return HostIndex(self, form)
 
     def crowded(self, claim: Claim) -> bool:
         """Return True if the next row to evict belongs to a call."""
         with self._lock:
-            return claim.place_of(self._cache.next() or b"") < len(claim.own)
+            return claim.place_of(self.next() or b"") < len(claim.own)
 
     def has(self, key: bytes) -> bool:
         """Return True if a key has a row."""
-        return key in self._cache.rows
+        return key in self.index
 
     def has_each(self, keys: Sequence[bytes]) -> list[bool]:
         """Return which keys have a row."""
-        return [*map(self._cache.rows.__contains__, keys)]
+        return [*map(self.index.__contains__, keys)]
 
     def counts(self) -> dict[str, int]:
         """Return the number of rows by their state."""
-        cached = len(self._cache.rows)
+        cached = len(self.index)
         return {"free": len(self._free), "lent": len(self._lent), "kept": cached}
 
     def nbytes_by_state(self) -> dict[str, int]:
@@ -931,6 +820,74 @@ class Rows:
         """Return how many rows there are, for `BlockStore.explain`."""
         kind = "pinned" if self.pinned else "pageable"
         return f"{self.staging} {kind} rows of staging, {self.host} of the host tier."
+
+    # --- the index of the host tier, under the lock ---
+
+    def report(self, key: bytes, stored: bool, why: str) -> None:
+        """Report a key that gets a row, or loses it, to the listener of its form."""
+        changed = self.listeners.get(key[:-32])
+        if changed is not None:
+            changed(key[-32:], stored, why)
+
+    def _let_go(self, new: New) -> None:
+        """Let rows go in their turn that got their keys, and forget that they are new."""
+        if not new.keys:
+            return
+        marks = map(mark_in_form, new.keys, marks_of([key[-32:] for key in new.keys]))
+        self.chains.add_all(new.keys, [*marks], new.follows, new.group)
+        new.keys.clear()
+        new.follows.clear()
+        new.leading.clear()
+
+    def _use(self, key: bytes) -> None:
+        """Count a prefetched key as used."""
+        if key in self.unused:
+            self.unused.remove(key)
+            self.chains.move(key, USED)
+
+    def next(self, group: Hashable | None = None) -> bytes | None:
+        """Return the key that goes next, of a group or of all; None if none can go."""
+        if self._passed:
+            self.borrowed.forget_ended()
+            for key in {x for x in self._passed if x not in self.borrowed}:
+                self._passed.remove(key)
+                if key in self.index and self.index[key] not in self.pins:
+                    self.chains.unpin(key)
+        following = self.chains.next(group)
+        while following is not None and following in self.borrowed:
+            self.borrowed.forget_ended()
+            if following in self.borrowed:
+                self._passed.add(following)
+                self.chains.pin(following)
+            following = self.chains.next(group)
+        return following
+
+    def _choose(self, count: int, may_go: Callable[[bytes], bool]) -> list[bytes]:
+        """Return the keys that go next, so many, one after the other; fewer if one may not go."""
+        chosen = list[bytes]()
+        try:
+            while len(chosen) < count:
+                key = self.next()
+                if key is None or not may_go(key):
+                    break
+                self.chains.set_aside(key)
+                chosen.append(key)
+        finally:
+            for key in reversed(chosen):
+                self.chains.put_back(key)
+        return chosen
+
+    def _take_away(self, keys: Sequence[bytes]) -> list[int]:
+        """Take keys from their rows, in the order in which they go, and return the rows; none if a
+        load reads one of them since `next`."""
+        items = [self.index.pop(key) for key in keys]  # no load finds them from here on
+        if any(key in self.borrowed for key in keys):
+            self.index.update(zip(keys, items, strict=True))
+            return []
+        for key in keys:
+            self.chains.remove(key)
+            self.unused.discard(key)
+        return items
 
 
 class Crossing:
@@ -1215,23 +1172,18 @@ class SizedRows(Rows):
         """Return the number of images of so many bytes for which the host tier has bytes."""
         return (self._past - self._first) * PAGE // nbytes if self.host else 0
 
-    def take(
-        self, count: int, store: bool, claim: Claim | None = None, place: int = BEFORE
-    ) -> list[int] | None:
-        """Return rows for a transfer of the largest images, as `take_sized` does."""
-        return self.take_sized(count, Want(self.row_bytes, store, claim or ANY, place))
-
-    def take_sized(self, count: int, want: Want) -> list[int] | None:
-        """Return rows for a transfer, all or none.
+    def take(self, count: int, store: bool, want: Want | None = None) -> list[int] | None:
+        """Return rows for a transfer, all or none; without ``want`` for the largest images.
 
         The first rows are those of the host tier. Saves have at most `most` rows of staging
         together.
         """
+        want = want or Want(self.row_bytes, store)
         with self._lock:
             items = list[int]()
             if self.host and not want.passing:
                 items = self._host_rows(count, want)
-            rest = self._staging_rows(count - len(items), want.store)
+            rest = self._staging_rows(count - len(items), store)
             if rest is None and want.passing and self.host:
                 items = self._host_rows(count, want)
                 rest = [] if len(items) == count else None
@@ -1239,7 +1191,7 @@ class SizedRows(Rows):
                 self._release(items)
                 return None
             items += rest
-            self._lent.update(dict.fromkeys(items, want.store))
+            self._lent.update(dict.fromkeys(items, store))
             return items
 
     def replace(self, items: list[int], number: int, want: Want) -> bool:
@@ -1276,78 +1228,26 @@ class SizedRows(Rows):
             items[number] = new
             self.give([old])
 
-    def give(self, items: Sequence[int]) -> None:
-        """End a transfer: its rows that it did not `keep` become free."""
-        with self._lock:
-            self._give(items)
-
-    def keep(
-        self,
-        items: Sequence[int],
-        keys: Sequence[bytes],
-        follows: Sequence[int],
-        prefetched: bool = False,
-        claim: Claim = ANY,
-        sizes: Sequence[int] | None = None,
-    ) -> list[bool]:
-        """Cache lent rows under keys that follow marks.
-
-        ``sizes``: the bytes of each image; pages of a row after it become free. None: those of the
-        largest. At most half of the host tier is ``prefetched`` and not used yet.
-
-        Images in rows of staging are copied into rows of the host tier, `MOST_MOVED` bytes of them,
-        or one. They evict others, or take the place of the last ones of ``items``, so that the
-        first blocks are cached. So the raw rows of a block that did not fit end no prompt whose
-        other blocks fill the tier.
-
-        Returns which rows are cached: not one whose key has a row, or for which there is no row of
-        the host tier.
-        """
-        cache = self._cache
-        new = New(UNUSED if prefetched else USED)
-        cached = [False] * len(items)
-        sizes = [self.row_bytes] * len(items) if sizes is None else sizes
-        left = [*items]  # the last ones may become free
-        apart = self._too_many(items, sizes)
-        with self._lock:
-            for number, key in enumerate(keys):
-                if number == len(left):
-                    break
-                if key in cache.rows or number in apart:
-                    continue
-                place = claim.own.get(key[-32:], BEFORE)
-                want = Want(sizes[number], False, claim, place, prefetched)
-                row = self._row_to_keep(left, number, want, new)
-                if row is None:
-                    continue
-                cache.rows[key] = row
-                if prefetched:
-                    cache.unused.add(key)
-                new.add(key, follows[number])
-                cached[number] = True
-            cache.let_go(new)
-        return cached
-
-    def _too_many(self, items: Sequence[int], sizes: Sequence[int]) -> set[int]:
-        """Return the numbers of rows of staging after `MOST_MOVED` bytes of them, or one."""
-        result = set[int]()
-        moved = 0
-        for number, item in enumerate(items):
-            if item < self._first:
-                moved += sizes[number]
-                if moved > max(MOST_MOVED, sizes[number]):
-                    result.add(number)
-        return result
-
     def _row_to_keep(self, left: list[int], number: int, want: Want, new: New) -> int | None:
         """Return a row of the host tier with the image of a lent row, which is no longer lent; None
-        if there is none for it. ``new``: keys that got a row before."""
-        crowded = want.prefetched and self._crowded(want.nbytes)
-        if crowded and not self._evict(want.claim, want.place, UNUSED, new):
-            return None
+        if there is none for it.
+
+        Pages of the row after the image become free. Images in rows of staging are copied into rows
+        of the host tier, `MOST_MOVED` bytes of them, or one. They evict others, or take the place
+        of the last ones of ``left``, so that the first blocks are cached. So the raw rows of a
+        block that did not fit end no prompt whose other blocks fill the tier.
+        """
         item = left[number]
-        if item < self._first:
-            self._cache.let_go(new)
+        staged = item < self._first
+        if staged:
+            new.moved += want.nbytes
+            if new.moved > max(MOST_MOVED, want.nbytes):
+                return None
+        crowded = want.prefetched and self._crowded(want.nbytes)
+        if crowded and not self._evict(want, UNUSED, new):
+            return None
+        if staged:
+            self._let_go(new)
             return self._moved(left, number, want)
         del self._lent[item]
         self._trim(item, want.nbytes // PAGE)
@@ -1376,18 +1276,14 @@ class SizedRows(Rows):
         """Return True if saves may not have so many rows more, whatever is evicted."""
         return sum(self._lent.values()) + count > self.most + self.host
 
-    def nbytes_by_form(self) -> dict[bytes, int]:
-        """Return the bytes of the cached rows of each form, by its checksum."""
-        result = Counter[bytes]()
-        with self._lock:
-            for key, item in self._cache.rows.items():
-                result[key[:-32]] += self._pages[item] * PAGE
-        return result
+    def _nbytes(self, item: int) -> int:
+        """Return the bytes of a cached row."""
+        return self._pages[item] * PAGE
 
     def nbytes_by_state(self) -> dict[str, int]:
         """Return the bytes of rows by their state."""
         with self._lock:
-            kept = sum(self._pages[item] for item in self._cache.rows.values()) * PAGE
+            kept = sum(map(self._nbytes, self.index.values()))
             free = len(self._free) * self.row_bytes + self._space.free * PAGE
             lent = sum(self._pages.values()) * PAGE - kept + self._staged * self.row_bytes
         return {"free": free, "lent": lent, "kept": kept}
@@ -1423,33 +1319,23 @@ class SizedRows(Rows):
         """
         pages = want.nbytes // PAGE
         space = self._space
-        place = want.place
-        place_of = want.claim.place_of
         left = MOST_EVICTED
-
-        def goes(key: bytes) -> bool:
-            return place_of(key) > place
-
-        def evicted(item: int) -> bool:
-            """Take runs once a row is free; return True if another row may go."""
-            nonlocal left
-            self.evicted += 1
-            past = self._pages.pop(item)
-            if past == pages and space.pass_on(item, pages):
-                items.append(item)
-                left = MOST_EVICTED
-            else:
+        while len(items) < count and left:
+            group = UNUSED if want.prefetched and self._crowded(want.nbytes) else None
+            key = self.next(group)
+            if key is None or not want.may_evict(key):
+                return
+            for item in self._take_away([key]):  # none if a load reads it since `next`
+                self.evicted += 1
+                past = self._pages.pop(item)
+                if past == pages and space.pass_on(item, pages):
+                    items.append(item)
+                    left = MOST_EVICTED
+                    continue
                 space.give(item, past, evicted=True)
                 runs = space.take(pages, count - len(items))
-                items.extend(runs)
+                items += runs
                 left = MOST_EVICTED if runs else left - 1
-            return len(items) < count and left > 0 and not want.prefetched
-
-        before = -1
-        while len(items) < count and left > 0 and self.evicted != before:
-            before = self.evicted
-            crowded = want.prefetched and self._crowded(want.nbytes)
-            self._cache.evict_next(goes, UNUSED if crowded else None, evicted)
 
     def _staging_rows(self, count: int, store: bool) -> list[int] | None:
         """Return rows of staging, all or none."""
@@ -1460,11 +1346,6 @@ class SizedRows(Rows):
         self._saved = saved
         self._staged = staged
         return [self._free.popleft() for _ in range(count)]
-
-    def _crowded(self, nbytes: int) -> bool:
-        """Return True if half of the host tier, counted in images of so many bytes, is prefetched
-        and not used."""
-        return len(self._cache.unused) >= max(1, self.holds(nbytes) // 2)
 
     def _trim(self, item: int, pages: int) -> None:
         """Free the pages of a row after those of its image."""
@@ -1496,7 +1377,7 @@ class SizedRows(Rows):
 
     def _take_from(self, keys: Sequence[bytes]) -> bool:
         """Free the rows of keys; return False, and free none, if a load reads one of them."""
-        items = self._cache.evict(keys)
+        items = self._take_away(keys)
         for item in items:
             self._space.give(item, self._pages.pop(item), evicted=True)
         self.evicted += len(items)

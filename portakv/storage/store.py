@@ -6,7 +6,6 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
-from copy import copy
 from dataclasses import replace
 from functools import cache, partial, reduce
 from inspect import signature
@@ -21,7 +20,6 @@ from portakv.copy.options import USUAL, CopyOptions, options_from
 from portakv.errors import InvalidTerms, StoreError, TransferTimeout, Unsupported
 from portakv.graph import SLACK, Graph, Handle, Mask, Missing, Priority, Task, watch
 from portakv.graph.graph import Queue
-from portakv.runtime.finished import Finished
 from portakv.runtime.interrupts import abandoned, uninterrupted
 from portakv.runtime.transfer import Completion
 from portakv.storage.calls import (
@@ -41,9 +39,11 @@ from portakv.storage.calls import (
     FormBlocks,
     InFlight,
     Listed,
+    Request,
     SharedState,
     Snapshot,
     forms_for,
+    named_indices,
     parts_of,
     terms_of,
 )
@@ -105,17 +105,25 @@ class ViewSource:
         granted = [in_flight for in_flight in started if call.shared.graph.take(in_flight)]
         if granted:
             items = [item for in_flight in granted for item in in_flight.items]
-            blocks = [block for in_flight in granted for block in in_flight.calls[0][1]]
+            blocks = [block for in_flight in granted for block in in_flight.at]
             try:
                 crossing.begin(call.form.own.rows, items, blocks)
-                call.form.spare.figures.add_raw(call.form.own.form, len(blocks))
+                call.form.figures.add_raw(call.form.own.form, len(blocks))
             finally:  # a part may write the rows
                 for in_flight in granted if crossing.ends else ():
                     in_flight.copied = partial(crossing.wait, crossing.ends[-1])
 
     def gather(self, call: Call, in_flight: InFlight) -> Task:
         """Plan the task that copies blocks of the view into rows, and seals them."""
-        return call.gather(in_flight, self._crossing, self.view, self._queue)
+        at = in_flight.at
+        work = partial(in_flight.gather, self._crossing, self.view)
+        task = call.task(at, work, self._queue, in_flight, ())
+        task.schedule.soon = in_flight.until is not None  # it waits for no staging either
+        in_flight.ends[None] = task
+        in_flight.last = [task]
+        if in_flight.copied is None:
+            call.gathers.append((task, at, range(len(at))))
+        return task
 
 
 #: Brings the blocks of a save into rows.
@@ -123,23 +131,79 @@ Source: TypeAlias = ViewSource | Lending
 
 
 # ------------------------------------------------------------------------------------------------
-# `FormIndex` looks up the blocks of one form of a block store, and checks keys of calls.
+# `FormStore` looks up, saves and loads the blocks of one form of a block store.
 
+#: Says which blocks a tier store has.
+Has: TypeAlias = Callable[[TierStore, list[bytes]], list[bool]]
 LOOKUP_BATCH = 8  # blocks of the first request of a lookup; each next request has twice as many
+#: The options that a save takes, and a load, which also takes ``by_layer``.
+OPTIONS = ("backend", "overlap", "max_thread_blocks")
+#: The most bytes of a copy on the host that a load makes itself: 0.1 - 0.3 ms.
+SHORT_COPY = 1 << 20
+#: Loads in callers' threads whose use is recorded together.
+HITS = 64
+#: What a save does that finds no staging.
+Full: TypeAlias = Literal["drop", "wait"]
+# Their values, which take longer to list than a call has.
+FULL = get_args(Full)
+MISSING = get_args(Missing)
+#: The steps of a plan, which returns a handle.
+Steps: TypeAlias = Generator[None, None, Handle]
 
 
-class FormIndex:
-    """The index of the blocks of one form, of a `BlockStore`; the base of `FormStore`."""
+def _check_copier(copier: object) -> None:
+    """Raise `InvalidTerms` for an object that is not a `Copier`."""
+    if not callable(getattr(copier, "begin", None)):
+        raise invalid("copier", "an object with begin(copy)", copier)
+
+
+def _by_gaps(
+    call: Call, tier_stores: Sequence[TierStore], blocks: list[int]
+) -> Iterable[list[int]]:
+    """Return blocks of a save apart, by which tiers can provide what their chains follow.
+
+    So a prompt after a gap, for which no block goes, keeps no other prompt of the call from space.
+    """
+    if len({*map(call.request.roots.__getitem__, blocks)}) == 1:
+        return [blocks]
+    gaps = dict[bytes | None, tuple[bool, ...]]()
+    alike = dict[tuple[bool, ...], list[int]]()
+    for i in blocks:
+        root = call.request.roots[i]
+        if root not in gaps:
+            before = [] if root is None else [root]
+            gaps[root] = tuple(call.form.continues(before, x) for x in (None, *tier_stores))
+        alike.setdefault(gaps[root], []).append(i)
+    return alike.values()
+
+
+class FormStore:
+    """The blocks of one form of a `BlockStore`, which makes it by `BlockStore.of`.
+
+    All forms of a store share its staging, host tier, tiers and workers. A key of one form names no
+    block of another form, except where both are parts of one cache that overlap.
+
+    Raises:
+        StoreError: after the store was closed.
+        InvalidTerms: wrong keys or terms, a key twice in a call, more keys than blocks.
+        LayoutError, SlotError: a view of another cache; blocks that it lacks, or one twice.
+        Unsupported: `save` or `load` inside graph capture.
+    """
 
     def __init__(
-        self, shared: SharedState, weak_keys: bool, form: FormBlocks | None = None
+        self, shared: SharedState, full: Full, weak_keys: bool, form: FormBlocks | None = None
     ) -> None:
         self._shared = shared
+        self._full = full
         self._weak = weak_keys
         self._form = form  # None: of a store with several forms
         self.chooser: Chooser | None = None  # of a store that packs where it pays
         # Then its raw form, whose saves do not look for packed blocks.
         self._raw_alone: FormBlocks | None = None
+        self._up, self._down = (
+            shared.graph.queue(x, width=2) for x in ("host-device", "device-host")
+        )
+        self._lent = LentQueue(shared.graph, form.name if form else "")
 
     @property
     def form(self) -> BlockForm:
@@ -165,39 +229,15 @@ class FormIndex:
         """
         form = self._own("lookup")
         keys = self._keys(keys, "normal", None)
-        until = self.graph.clock() + seconds("timeout", timeout, optional=True)
-        leading = 0
-        many = LOOKUP_BATCH
-        while leading < len(keys):
-            batch = keys[leading : leading + many]
-            there = self._stored_leading(form, batch, until)
-            leading = leading + there
-            if there < len(batch):
-                break
-            many = 2 * many
+        clock = self.graph.clock
+        until = clock() + seconds("timeout", timeout, optional=True)
+
+        def has(tier_store: TierStore, some: list[bytes]) -> list[bool]:
+            return tier_store.has(some, max(0.0, until - clock()))
+
+        leading = self._leading(form, keys, has)
         uninterrupted(partial(form.touch, keys[:leading]))
         return leading
-
-    def _stored_leading(self, form: FormBlocks, keys: Keys, until: float) -> int:
-        """Return the number of leading blocks that are stored, in one part or in several.
-
-        Asks remote tiers.
-        """
-        whole = form.own.cells
-        covers = [0] * len(keys)
-        for number, part in enumerate(form.parts):
-            some = [i for i, cover in enumerate(covers) if part.cells & ~cover]
-            left = [i for i in some if not self.rows.has(part.name(keys[i]))]
-            for tier_store in part.tier_stores:
-                time = max(0.0, until - self.graph.clock())
-                present = tier_store.has([keys[i] for i in left], time)
-                left = [i for i, has in zip(left, present, strict=True) if not has]
-            for i in {*some}.difference(left):
-                covers[i] |= part.cells
-            later = reduce(or_, (other.cells for other in form.parts[number + 1 :]), 0)
-            end = next((i for i, cover in enumerate(covers) if cover | later != whole), len(covers))
-            del covers[end:]  # no request follows for blocks after a missing one
-        return len(covers)
 
     def has(self, key: bytes) -> bool:
         """Return whether the block of a key can be loaded, as far as is known here.
@@ -249,12 +289,12 @@ class FormIndex:
         """Pin blocks, in the nearest tier that has them."""
         pins = Pins(len(keys))
         rows = self._shared.rows
-        for part in form.spare.parts:
+        for part in form.whole_parts:
             for i, name in enumerate(part.names(keys)):
                 row = None if pins.held[i] else rows.find(name)
                 if row is not None:
                     pins.add(i, partial(rows.unpin, [row]))
-        for tier_store in (store for part in form.spare.parts for store in part.tier_stores):
+        for tier_store in (store for part in form.whole_parts for store in part.tier_stores):
             left = np.flatnonzero(~pins.held).tolist()
             some = [keys[i] for i in left]
             if isinstance(tier_store, Pinning):
@@ -277,7 +317,7 @@ class FormIndex:
     def _delete(self, form: FormBlocks, keys: Keys) -> Mask:
         """Forget blocks."""
         gone = np.zeros(len(keys), np.bool_)
-        for part in form.spare.parts:
+        for part in form.whole_parts:
             gone |= np.array(self._shared.rows.delete(part.names(keys)), np.bool_)
             for tier_store in part.tier_stores:
                 if isinstance(tier_store, Pinning):
@@ -297,53 +337,52 @@ class FormIndex:
         """
         form = self._own("call of leading()")
         keys = check_keys(keys, self._weak)
+        return self._leading(form, keys, lambda tier_store, some: tier_store.known(some))
+
+    def _leading(self, form: FormBlocks, keys: Keys, has: Has) -> int:
+        """Return the number of leading blocks that tiers have, by what ``has`` says of each."""
         leading = 0
         many = LOOKUP_BATCH
         while leading < len(keys):
             batch = keys[leading : leading + many]
-            there = self._leading(form, batch)
+            there = self._leading_of(form, batch, has)
             leading += there
             if there < len(batch):
                 break
             many = 2 * many
         return leading
 
-    def _leading(self, form: FormBlocks, keys: Keys) -> int:
-        """Return the number of leading blocks of a batch that can be loaded."""
-        own = form.own
-        rows = self._shared.rows
-        left = [at for at, key in enumerate(keys) if not rows.has(own.name(key))]
-        for tier_store in own.tier_stores:
-            known = tier_store.known([keys[at] for at in left])
-            left = [at for at, there in zip(left, known, strict=True) if not there]
-        if len(form.parts) > 1:  # other parts may cover a block together
-            return next((at for at in left if not self.has(keys[at])), len(keys))
-        return left[0] if left else len(keys)
+    def _leading_of(self, form: FormBlocks, keys: Keys, has: Has) -> int:
+        """Return the number of leading blocks of a batch that are in one part, or in several."""
+        whole = form.own.cells
+        covers = [0] * len(keys)
+        for number, part in enumerate(form.parts):
+            some = [i for i, cover in enumerate(covers) if part.cells & ~cover]
+            cached = self.rows.has_each(part.names(keys))
+            left = [i for i in some if not cached[i]]
+            for tier_store in part.tier_stores:
+                present = has(tier_store, [keys[i] for i in left])
+                left = [i for i, there in zip(left, present, strict=True) if not there]
+            if not left and part.cells == whole:
+                return len(keys)
+            for i in {*some}.difference(left):
+                covers[i] |= part.cells
+            later = reduce(or_, (other.cells for other in form.parts[number + 1 :]), 0)
+            end = next((i for i, cover in enumerate(covers) if cover | later != whole), len(covers))
+            del covers[end:]  # no request follows for blocks after a missing one
+        return len(covers)
 
     def keys(self) -> Snapshot:
         """Return the keys of the host tier and of each tier with an index, and the number of the
         last change.
 
         A process that keeps an index begins with this, and applies what `BlockStore.listen`
-        returns. Blocks of other forms are left out.
+        returns. Blocks of other forms are left out, except in a store that packs where it pays,
+        whose keys are those of both forms.
         """
         form = self._own("call of keys()")
-        announced = self._shared.announced
-        return uninterrupted(lambda: announced.snapshot(self._indices(), form.name))
-
-    def _indices(self) -> dict[str, list[Listed]]:
-        """Return the indices of each form: of the host tier, and of the tiers with one."""
-        shared = self._shared
-        result = dict[str, list[Listed]]()
-        for name, form in shared.forms.items():
-            host = [shared.rows.listed(form.own.form.digest)] if shared.rows.host else []
-            tiers = [x for x in form.own.tier_stores if isinstance(x, Listed)]
-            result[name] = [*host, *tiers]
-        return result
-
-    def _predecessors(self, after: After, keys: Keys) -> Sequence[bytes | None]:
-        """Return for each key of a save the key that it follows."""
-        return predecessors(after, keys, self._weak)
+        names = [form.name] if self.chooser is None else [*self._shared.forms]
+        return uninterrupted(partial(self._shared.announced.snapshot, names))
 
     def _keys(self, keys: Keys, priority: Priority, deadline: float | None) -> list[bytes]:
         """Return keys of 32 bytes; reject wrong keys and terms."""
@@ -414,74 +453,6 @@ class FormIndex:
             got = "one of the process that this one was forked from"
         raise StoreError(f"Expected an open store for a {kind}, got {got}. Make another.")
 
-
-# ------------------------------------------------------------------------------------------------
-# `FormStore` saves and loads the blocks of one form of a block store.
-
-#: The options that a save takes, and a load, which also takes ``by_layer``.
-OPTIONS = ("backend", "overlap", "max_thread_blocks")
-#: The most bytes of a copy on the host that a load makes itself: 0.1 - 0.3 ms.
-SHORT_COPY = 1 << 20
-#: Loads in callers' threads whose use is recorded together.
-HITS = 64
-#: What a save does that finds no staging.
-Full: TypeAlias = Literal["drop", "wait"]
-# Their values, which take longer to list than a call has.
-FULL = get_args(Full)
-MISSING = get_args(Missing)
-#: The steps of a plan, which returns a handle.
-Steps: TypeAlias = Generator[None, None, Handle]
-
-
-def _check_copier(copier: object) -> None:
-    """Raise `InvalidTerms` for an object that is not a `Copier`."""
-    if not callable(getattr(copier, "begin", None)):
-        raise invalid("copier", "an object with begin(copy)", copier)
-
-
-def _by_gaps(
-    call: Call, tier_stores: Sequence[TierStore], blocks: list[int]
-) -> Iterable[list[int]]:
-    """Return blocks of a save apart, by which tiers can provide what their chains follow.
-
-    So a prompt after a gap, for which no block goes, keeps no other prompt of the call from space.
-    """
-    if len({*map(call.request.roots.__getitem__, blocks)}) == 1:
-        return [blocks]
-    gaps = dict[bytes | None, tuple[bool, ...]]()
-    alike = dict[tuple[bool, ...], list[int]]()
-    for i in blocks:
-        root = call.request.roots[i]
-        if root not in gaps:
-            before = [] if root is None else [root]
-            gaps[root] = tuple(call.form.continues(before, x) for x in (None, *tier_stores))
-        alike.setdefault(gaps[root], []).append(i)
-    return alike.values()
-
-
-class FormStore(FormIndex):
-    """The blocks of one form of a `BlockStore`, which makes it by `BlockStore.of`.
-
-    All forms of a store share its staging, host tier, tiers and workers. A key of one form names no
-    block of another form, except where both are parts of one cache that overlap.
-
-    Raises:
-        StoreError: after the store was closed.
-        InvalidTerms: wrong keys or terms, a key twice in a call, more keys than blocks.
-        LayoutError, SlotError: a view of another cache; blocks that it lacks, or one twice.
-        Unsupported: `save` or `load` inside graph capture.
-    """
-
-    def __init__(
-        self, shared: SharedState, full: Full, weak_keys: bool, form: FormBlocks | None = None
-    ) -> None:
-        super().__init__(shared, weak_keys, form)
-        self._full = full
-        self._up, self._down = (
-            shared.graph.queue(x, width=2) for x in ("host-device", "device-host")
-        )
-        self._lent = LentQueue(shared.graph, form.name if form else "")
-
     def save(
         self,
         view: KVView,
@@ -520,7 +491,7 @@ class FormStore(FormIndex):
             one_of("full", full, FULL)
         form = self._own("save")
         keys = self._keys(keys, priority, deadline)
-        before = self._predecessors(after, keys)
+        before = predecessors(after, keys, self._weak)
         options = options_from(options, {})
         if options is not USUAL:
             options.check_only("a save", OPTIONS)
@@ -528,7 +499,7 @@ class FormStore(FormIndex):
         crossing = Crossing(view, blocks, len(keys), size, store=True, options=options)
         if self.chooser is not None:
             form = self._chosen(self.chooser.packs(view, crossing.ids), view.block_size)
-        call = Call(form, "save", keys, priority, deadline, before)
+        call = Call(form, Request("save", keys, priority, deadline, before))
         crossing.prepare(form.own.rows)
         packed = bool(form.own.form.encoding)
         source = ViewSource(view, crossing, self._down, self.rows.pinned, packed)
@@ -563,8 +534,8 @@ class FormStore(FormIndex):
         self._refuse_packed(form, "A lent save", packs)
         _check_copier(copier)
         keys = self._keys(keys, priority, deadline)
-        before = self._predecessors(after, keys)
-        call = Call(form, "save", keys, priority, deadline, before, lent=True)
+        before = predecessors(after, keys, self._weak)
+        call = Call(form, Request("save", keys, priority, deadline, before, lent=True))
         source = Lending(copier, self._lent, self._down)
         return self._planned(call, partial(self._save, call, source, self._until(full)))
 
@@ -589,14 +560,9 @@ class FormStore(FormIndex):
     def _save(self, call: Call, source: Source, until: float | None) -> Steps:
         """Plan a save in steps, under the graph's lock."""
         keys = call.request.keys
-        follows = call.request.follows
-        slices = call.slices(range(len(keys)))
-        for number, part in enumerate(reversed(slices)):
-            if number:
-                yield
-            call.form.touch([keys[i] for i in part], [follows[i] for i in part])
+        yield from self._touch(call)
         groups = dict[tuple[TierStore, ...], list[int]]()
-        for number, part in enumerate(slices):
+        for number, part in enumerate(call.slices(range(len(keys)))):
             if number:
                 yield
             self._lacking(call, part, groups)
@@ -659,7 +625,7 @@ class FormStore(FormIndex):
         written: dict[TierStore, Ending],
     ) -> None:
         """Plan the writes of a chunk of a save."""
-        at = in_flight.calls[0][1]
+        at = in_flight.at
         for tier_store in tier_stores:
             queue = tier_store.queue_for_write(len(at) * call.form.own.form.image_bytes)
             write = partial(in_flight.write, tier_store, queue)
@@ -668,7 +634,7 @@ class FormStore(FormIndex):
                 order.append(written[tier_store])
             task = call.task(at, write, queue, in_flight, [gather, *order])
             if tier_store.tier == "remote" and in_flight.until is not None:
-                call.form.uploads.begin(task, len(at))
+                self._shared.uploads.begin(task, len(at))
             written[tier_store] = (task, [], [])
             in_flight.last.append(task)
         call.ends += [((end, at, range(len(at))), range(0)) for end in in_flight.last]
@@ -678,9 +644,8 @@ class FormStore(FormIndex):
         tier_stores = call.form.own.tier_stores
         if not any(x.writable and x.tier != "remote" for x in tier_stores):
             return
-        every = [each.uploads for each in self._shared.forms.values()]
         count = sum(in_flight.count for in_flight in started)
-        dropped = call.form.uploads.make_way(every, self.rows, self.graph, count)
+        dropped = self._shared.uploads.make_way(count)
         if dropped:
             text = (
                 "A remote tier is slower than saves: %d blocks are not put there. Raise its "
@@ -699,14 +664,13 @@ class FormStore(FormIndex):
 
         # A block that a tier does not admit yet need not land.
         keys = [call.request.keys[i] for i in blocks]
-        spare = call.form.spare
-        known = [spare.known(tier_store, keys) for tier_store in tier_stores]
-        wants = [spare.wants(tier_store, keys) for tier_store in tier_stores]
+        known = [call.form.known(tier_store, keys) for tier_store in tier_stores]
+        wants = [call.form.wants(tier_store, keys) for tier_store in tier_stores]
         for stored, wanted in zip(known, wants, strict=True):
             call.excused[blocks] |= ~(np.array(stored, np.bool_) | np.array(wanted, np.bool_))
 
         if not tier_stores:
-            wants = [[not there for there in spare.cached(self.rows, keys)]]
+            wants = [[not there for there in call.form.cached(keys)]]
         for i, each in zip(blocks, zip(*wants, strict=True), strict=True):
             if any(each):
                 lacks = tuple(compress(tier_stores, each))
@@ -786,7 +750,7 @@ class FormStore(FormIndex):
             self._count_hits(form, keys)
             handle = Handle.of_issued(self.graph, len(keys), transfer, layers)
             return self._follow_issued(handle, form)
-        call = Call(form, "load", keys, priority, deadline)
+        call = Call(form, Request("load", keys, priority, deadline))
         crossing.prepare(form.own.rows)
         steps = partial(self._load, call, crossing, view, by_layer, missing, loan)
         handle = self._planned(call, steps)
@@ -827,11 +791,13 @@ class FormStore(FormIndex):
         return call.handle(view, view.layers * by_layer, missing, follow=loan is None)
 
     def _touch(self, call: Call) -> Generator[None, None, None]:
-        """Record in steps the use of the blocks of a load."""
-        for number, some in enumerate(reversed(call.slices(range(len(call.request.keys))))):
+        """Record in steps the use of the blocks of a call, and what those of a save follow."""
+        keys = call.request.keys
+        follows = call.request.follows
+        for number, some in enumerate(reversed(call.slices(range(len(keys))))):
             if number:
                 yield
-            call.form.touch([call.request.keys[i] for i in some])
+            call.form.touch([keys[i] for i in some], [follows[i] for i in some if follows])
 
     def load_lent(
         self,
@@ -860,7 +826,7 @@ class FormStore(FormIndex):
         self._refuse_packed(form, "A lent load", packs)
         _check_copier(copier)
         keys = self._keys(keys, priority, deadline)
-        call = Call(form, "load", keys, priority, deadline, lent=True)
+        call = Call(form, Request("load", keys, priority, deadline, lent=True))
         lending = Lending(copier, self._lent, self._down)
         return self._planned(call, partial(self._load_lent, call, lending, missing, packs))
 
@@ -896,15 +862,26 @@ class FormStore(FormIndex):
         if not self.rows.host:
             return None
         borrowed = Borrowed(form.own, len(keys))
-        loan = self.rows.borrow(form.own.names(keys), borrowed)
-        borrowed.loan = loan
-        self._refuse_closed("call of borrow()")  # `close` sees the loan, or this call that
-        if None in loan.rows:
-            loan.cancel()
+        loan = self._borrow(form, keys, borrowed, "call of borrow()", whole=True)
+        if loan is None:
             return None
+        borrowed.loan = loan
         borrowed.rows = [row for row in loan.rows if row is not None]
         self._count_hits(form, keys)
         return borrowed
+
+    def _borrow(
+        self, form: FormBlocks, keys: list[bytes], caller: object, kind: str, whole: bool
+    ) -> Loan | None:
+        """Return the rows of blocks of the host tier, which stay for a ``caller``; None if it has
+        no block, or with ``whole`` not all."""
+        loan = self.rows.borrow(form.own.names(keys), caller)
+        self._refuse_closed(kind)  # `close` sees the loan, or this call sees that it is closed
+        missed = loan.rows.count(None)
+        if missed and (whole or missed == len(keys)):
+            loan.cancel()
+            return None
+        return loan
 
     def _loan(
         self, form: FormBlocks, crossing: Crossing, view: KVView, keys: list[bytes], whole: bool
@@ -920,15 +897,7 @@ class FormStore(FormIndex):
             here = len(keys) * form.own.form.payload_bytes <= SHORT_COPY
         else:
             here = self.rows.pinned
-        if not here:
-            return None
-        loan = self.rows.borrow(form.own.names(keys), crossing)
-        self._refuse_closed("load")  # `close` sees the loan, or this call sees that it is closed
-        missed = loan.rows.count(None)
-        if missed and (whole or missed == len(keys)):
-            loan.cancel()
-            return None
-        return loan
+        return self._borrow(form, keys, crossing, "load", whole) if here else None
 
     def _follow_issued(
         self, handle: Handle, form: FormBlocks, barrier: Task | None = None
@@ -959,7 +928,7 @@ class FormStore(FormIndex):
             )
         form = self._own("prefetch")
         keys = self._keys(keys, priority, None)
-        call = Call(form, "prefetch", keys, priority)
+        call = Call(form, Request("prefetch", keys, priority))
         return self._planned(call, partial(self._prefetch, call))
 
     def _prefetch(self, call: Call) -> Steps:
@@ -1158,6 +1127,9 @@ class BlockStore(FormStore):
             apart = [other.digest for other in own if other not in read]
             blocks = FormBlocks(shared, name, parts, apart)
             shared.forms[name] = blocks
+            host = [self.rows.listed(form.digest)] if self.rows.host else []
+            listed = [x for x in blocks.own.tier_stores if isinstance(x, Listed)]
+            shared.announced.indices[name] = named_indices([*host, *listed])
             self._stores[name] = FormStore(shared, self._full, self._weak, blocks)
         if self._terms is not None:
             self._choose(self._terms, self._stays_raw)
@@ -1171,16 +1143,15 @@ class BlockStore(FormStore):
         raw = forms[RAW]
         packed = forms.get(PACKED_FORM)
         if packed is not None:
-            self._raw_alone = copy(raw)
-            self._raw_alone.spare = raw.spare.alone(packed.spare)
-            raw.spare.pair(packed.spare)
+            raw.pair(packed)
+            self._raw_alone = raw.alone()
         self._form = raw
         self.chooser = Chooser(
             None if packed is None else packed.own.form,
             why,
             terms,
             bool(self._tier_stores),
-            raw.spare.figures,
+            raw.figures,
             self.graph,
         )
 
@@ -1228,18 +1199,6 @@ class BlockStore(FormStore):
         self._refuse_closed("call of finished_fd()")
         return self._shared.announced.handles.fileno()
 
-    def keys(self) -> Snapshot:
-        """Return the keys as `FormStore.keys` does; of a store that packs where it pays those of
-        both forms."""
-        if self.chooser is None:
-            return super().keys()
-        snapshots = [each.keys() for each in self._stores.values()]
-        keys = dict[str, dict[bytes, None]]()
-        for snapshot in snapshots:
-            for tier, some in snapshot.keys.items():
-                keys.setdefault(tier, {}).update(dict.fromkeys(some))
-        return Snapshot(snapshots[0].number, {tier: [*some] for tier, some in keys.items()})
-
     def listen(self) -> list[Change]:
         """Return the blocks that were stored or lost since the last call, in order.
 
@@ -1250,7 +1209,7 @@ class BlockStore(FormStore):
         self._refuse_closed("call of listen()")
         if self._shared.announced.is_unchanged:
             return []  # without a helper thread: an engine calls this in each step
-        return uninterrupted(lambda: self._listen().take())
+        return uninterrupted(lambda: self._shared.announced.listen().take())
 
     def listen_fd(self) -> int:
         """Return a descriptor that is readable while `listen` has changes. It is closed with the
@@ -1259,10 +1218,7 @@ class BlockStore(FormStore):
         Raises `HostMemoryError` without a free descriptor.
         """
         self._refuse_closed("call of listen_fd()")
-        return uninterrupted(lambda: self._listen().fileno())
-
-    def _listen(self) -> Finished[Change]:
-        return self._shared.announced.listen(self._indices())
+        return uninterrupted(lambda: self._shared.announced.listen().fileno())
 
     def statistics(self) -> dict[str, list[dict[str, Any]]]:
         """Return figures by their names in Prometheus, as `Graph.statistics`, and the figures of
@@ -1279,8 +1235,14 @@ class BlockStore(FormStore):
         reported |= tier_figures(reported["tiers"])
         if "" not in self._stores:
             reported |= self.graph.run(self._form_statistics)
-        for name, samples in self._encoding_figures().items():
-            reported.setdefault(name, []).extend(samples)
+        forms = [*self._shared.forms.values()]
+        packed = [form for form in forms if form.own.form.encoding]
+        if self.chooser is not None:
+            packed = packed or forms
+        for form in packed:  # or the raw one if the store cannot pack it
+            each = form.figures.statistics(self._called(form.own.form))
+            for name, samples in each.items():
+                reported.setdefault(name, []).extend(samples)
         return reported
 
     def figures(self) -> dict[str, list[dict[str, Any]]]:
@@ -1298,19 +1260,6 @@ class BlockStore(FormStore):
         """Return the name of a form here, or its checksum if it has none."""
         names = [name for name, own in self.forms.items() if own == form and name]
         return names[0] if names else form.name
-
-    def _encoding_figures(self) -> dict[str, list[dict[str, Any]]]:
-        """Return the figures of packed forms, or of the raw one if the store cannot pack it."""
-        forms = [*self._shared.forms.values()]
-        packed = [form for form in forms if form.own.form.encoding]
-        if self.chooser is not None and not packed:
-            packed = forms
-        figures: dict[str, list[dict[str, Any]]] = {}
-        for form in packed:
-            each = form.spare.figures.statistics(self._called(form.own.form))
-            for name, samples in each.items():
-                figures.setdefault(name, []).extend(samples)
-        return figures
 
     def _form_statistics(self) -> dict[str, list[dict[str, Any]]]:
         """Return the figures of each of several forms, under the graph's lock."""

@@ -19,7 +19,7 @@ from portakv.errors import DeviceMismatch, LayoutError
 from portakv.runtime import cuda, hip
 from portakv.runtime.bounded import Bounded
 from portakv.runtime.devices import usable_device, usual_device
-from portakv.view.bound import BoundLayout, Spans, address_of, as_dtype, reach
+from portakv.view.bound import BoundLayout, Facts, Spans, address_of, as_dtype, reach
 from portakv.view.form import Form, widest_vector
 
 #: Tokens of a view whose number of tokens is unknown: kernels count them in 32 bits.
@@ -55,20 +55,6 @@ class RawMemory(NamedTuple):
         begins = np.flatnonzero(np.append(True, np.diff(firsts) >= self.nbytes))
         lasts = np.append(firsts[begins[1:] - 1], firsts[-1:])
         return list(zip(firsts[begins].tolist(), (lasts + self.nbytes).tolist(), strict=True))
-
-
-class RawRows(NamedTuple):
-    """Rows of raw memory, as `read_addresses` returns them.
-
-    ``origins`` is None if only a device knows the addresses; the device then has a ``table``.
-    """
-
-    form: Form
-    slots: int
-    device: torch.device
-    origins: tuple[int, ...] | None
-    table: torch.Tensor | None
-    memory: RawMemory
 
 
 class _Request(NamedTuple):
@@ -115,8 +101,13 @@ def read_addresses(
     dtype: torch.dtype,
     device: torch.device | str | None,
     pinned: bool | None,
-) -> RawRows:
-    """Read tensors of one shape at addresses; arguments and errors are those of `KVView.at`."""
+) -> tuple[Facts, RawMemory, torch.Tensor | None]:
+    """Read tensors of one shape at addresses; arguments and errors are those of `KVView.at`.
+
+    Returns the facts of a view, without origins if only a device knows the addresses; the memory;
+    and the table that the device then has. The tensors that own the memory and its spans follow
+    from the addresses when needed.
+    """
     dtype = as_dtype(dtype)
     if pinned is not None:
         flag("pinned", pinned)
@@ -136,26 +127,35 @@ def read_addresses(
 
     if isinstance(addresses, torch.Tensor) and not addresses.is_cpu:
         place = _place_of_table(addresses, target, pinned)
-        request = _Request(bound, sizes, shape, strides, dtype, place, 16, True)
-        known = _known_form(request)
-        table = _walked_table(addresses, known.walk)
-        memory = RawMemory(dtype, known.nbytes)
-        return RawRows(known.form, known.slots, target, None, table, memory)
+        known = _known_form(_Request(bound, sizes, shape, strides, dtype, place, 16, True))
+        table = addresses.contiguous().view(torch.int64).reshape(-1)
+        if known.walk is not None:
+            # A strided read of the table needs no list of positions, so nothing is sent.
+            table = table.as_strided(*known.walk).reshape(-1)
+        unread: Facts = (known.form, None, None, None), known.slots, target, False
+        return unread, RawMemory(dtype, known.nbytes), table
 
     numbers = np.asarray(addresses).reshape(-1).astype(np.int64)
     joined = int(np.bitwise_or.reduce(numbers, initial=0))  # not less than any address
     alignment = widest_vector([joined])
-    place = _place(numbers, target, pinned)
+    place = "device"
+    if target.type == "cpu":
+        pinned = _all_pinned(numbers) if pinned is None else pinned
+        place = "pinned" if pinned else "pageable"
     _check_start(numbers, alignment, dtype)
     known = _known_form(_Request(bound, sizes, shape, strides, dtype, place, alignment, False))
-    if joined + known.nbytes > 2 * _ENDLESS:
-        _check_end(numbers, known.nbytes)
+    last = int(numbers.max()) if joined + known.nbytes > 2 * _ENDLESS else 0
+    if last + known.nbytes > 2 * _ENDLESS:
+        raise LayoutError(
+            f"Expected memory that ends below 2**63, got {known.nbytes} bytes from address "
+            f"{last:#x} on. Pass the address of the first byte."
+        )
     if known.walk is None:
         origins = tuple(numbers.tolist())
     else:
         origins = tuple(torch.from_numpy(numbers).as_strided(*known.walk).reshape(-1).tolist())
-    memory = RawMemory(dtype, known.nbytes)
-    return RawRows(known.form, known.slots, target, origins, None, memory)
+    facts: Facts = (known.form, origins, None, None), known.slots, target, False
+    return facts, RawMemory(dtype, known.nbytes), None
 
 
 def _named_device(device: torch.device | str) -> torch.device:
@@ -191,15 +191,6 @@ def _place_of_table(table: torch.Tensor, target: torch.device, pinned: bool | No
     return "pinned"
 
 
-def _walked_table(table: torch.Tensor, walk: _Walk | None) -> torch.Tensor:
-    """Return the addresses of a table on a device in the order of the form.
-
-    A strided read of the table needs no list of positions, so nothing is sent to the device.
-    """
-    table = table.contiguous().view(torch.int64).reshape(-1)
-    return table if walk is None else table.as_strided(*walk).reshape(-1)
-
-
 def _check_start(numbers: npt.NDArray[np.int64], alignment: int, dtype: torch.dtype) -> None:
     """Raise `LayoutError` if an address is not above 0 or not a multiple of the element's bytes."""
     wide = dtype.itemsize
@@ -210,21 +201,8 @@ def _check_start(numbers: npt.NDArray[np.int64], alignment: int, dtype: torch.dt
         )
 
 
-def _check_end(numbers: npt.NDArray[np.int64], nbytes: int) -> None:
-    """Raise `LayoutError` if memory at an address does not end below 2**63."""
-    last = int(numbers.max())
-    if last + nbytes > 2 * _ENDLESS:
-        raise LayoutError(
-            f"Expected memory that ends below 2**63, got {nbytes} bytes from address {last:#x} on. "
-            f"Pass the address of the first byte."
-        )
-
-
 def _known_form(request: _Request) -> _Known:
-    known = _forms.get(request)
-    if known is None:
-        known = _forms[request] = _read_form(request)
-    return known
+    return _forms.get_or_make(request, lambda: _read_form(request))
 
 
 def _read_form(request: _Request) -> _Known:
@@ -423,14 +401,6 @@ def _owner(address: int, device: torch.device) -> int | None:
     if torch.version.hip is not None:
         return cuda.owner_of(address, hip.driver().runtime, "hipPointerGetAttribute")
     return cuda.owner_of(address, cuda.library(), "cuPointerGetAttribute")
-
-
-def _place(origins: npt.NDArray[np.int64], device: torch.device, pinned: bool | None) -> str:
-    if device.type != "cpu":
-        return "device"
-    if pinned is None:
-        pinned = _all_pinned(origins)
-    return "pinned" if pinned else "pageable"
 
 
 def _all_pinned(addresses: Sequence[int] | npt.NDArray[np.int64]) -> bool:

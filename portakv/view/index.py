@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -29,7 +29,6 @@ ID_DTYPES = (torch.int64, torch.int32)
 PAST_ANY_VIEW = 2**62
 #: The most tokens of an id.
 MOST_STEP = 2**31 - 1
-_INT32 = np.dtype(np.int32)
 _INT64 = np.dtype(np.int64)
 
 
@@ -39,68 +38,38 @@ def as_ids(ids: object) -> torch.Tensor:
     Raises:
         SlotError: another type, dtype or rank, or a tensor that owns no memory.
     """
-    return _read(ids)[0]
+    if isinstance(ids, (list, tuple, range)):
+        return _tensor_of_list(ids if type(ids) is list else list(ids))
+    if isinstance(ids, np.ndarray):
+        return _tensor_of(ids)
+    if isinstance(ids, torch.Tensor):
+        _check_tensor(ids)
+        return ids
+    raise SlotError(
+        f"Expected an index as a tensor, an array or a list of integers, got {kind_of(ids)}. "
+        f"Convert it to one of these."
+    )
 
 
-def _read(ids: object) -> tuple[torch.Tensor, npt.NDArray[np.int64] | None]:
-    """Return ids as `as_ids` does, and their memory as a contiguous int64 array if they have it."""
-    if type(ids) is torch.Tensor:
-        read = _read_tensor(ids) if ids.is_cpu else None
-        if read is not None:
-            return read
-    elif isinstance(ids, np.ndarray):
-        if ids.dtype is _INT64 and ids.strides == (8,) and ids.flags.writeable:
-            return torch.from_numpy(ids), ids
-        ids = _tensor_of(ids)
-    elif isinstance(ids, (list, tuple, range)):
-        return _read_list(ids if type(ids) is list else list(ids))
-    if not isinstance(ids, torch.Tensor):
-        raise SlotError(
-            f"Expected an index as a tensor, an array or a list of integers, got {kind_of(ids)}. "
-            f"Convert it to one of these."
-        )
-    _check_tensor(ids)
-    return ids, None
-
-
-def _read_tensor(
-    ids: torch.Tensor,
-) -> tuple[torch.Tensor, npt.NDArray[np.int64] | None] | None:
-    """Return a tensor on the host as `_read` does; None: `_check_tensor` has to look at it.
-
-    A tensor that numpy has seen cannot be resized.
-    """
-    try:
-        array = ids.numpy()
-        memory = ids.data_ptr() or not array.size  # a function transform shows none
-    except (RuntimeError, TypeError):  # it is no plain tensor
-        return None
-    dtype = array.dtype
-    if dtype is _INT64 and array.strides == (8,):
-        return (ids, array) if memory and _in_storage(ids) else None
-    if not memory or array.ndim != 1 or not (dtype is _INT64 or dtype is _INT32):
-        return None
-    return (ids, None) if _in_storage(ids, ids.stride(0)) else None
-
-
-def _read_list(listed: list[Any]) -> tuple[torch.Tensor, npt.NDArray[np.int64]]:
+def _tensor_of_list(listed: list[Any]) -> torch.Tensor:
     result = core.read_list(listed)
     if result is not None:
-        return result
+        return result[0]
     for each in listed:
         if isinstance(each, bool) or not isinstance(each, (int, np.integer)):
             raise SlotError(f"Expected integers in an index, got {shown(each)}. Pass ids.")
     try:
-        array = np.array(listed, dtype=np.int64)
+        return torch.from_numpy(np.array(listed, dtype=np.int64))
     except OverflowError:
         raise SlotError(
             "Expected integers of at most 64 bits in an index, got a larger number. Pass ids that "
             "the view has."
         ) from None
-    return torch.from_numpy(array), array
 
 
 def _tensor_of(ids: npt.NDArray[Any]) -> torch.Tensor:
+    if ids.dtype is _INT64 and ids.strides == (8,) and ids.flags.writeable:
+        return torch.from_numpy(ids)
     if ids.dtype.kind != "i" or ids.dtype.itemsize not in (4, 8):
         raise SlotError(
             f"Expected an index of int32 or int64, got dtype {ids.dtype}. Convert it with "
@@ -110,7 +79,9 @@ def _tensor_of(ids: npt.NDArray[Any]) -> torch.Tensor:
     native = np.ascontiguousarray(ids, dtype=ids.dtype.newbyteorder("="))
     # To numpy an array of one number is contiguous with any stride.
     plain = native.flags.writeable and min(native.strides, default=0) >= 0
-    return torch.from_numpy(native if plain else native.copy())
+    tensor = torch.from_numpy(native if plain else native.copy())
+    _check_dimensions(tensor)
+    return tensor
 
 
 def _check_tensor(ids: torch.Tensor) -> None:
@@ -127,46 +98,36 @@ def _check_tensor(ids: torch.Tensor) -> None:
             "Expected an index whose bytes are its ids, got a lazily negated tensor. Pass "
             "tensor.resolve_neg()."
         )
-    if ids.dim() != 1:
-        raise SlotError(
-            f"Expected an index of one dimension, got shape {tuple(ids.shape)}. Flatten it."
-        )
+    _check_dimensions(ids)
     if ids.is_meta:
         raise SlotError(
             "Expected an index on the host or a device, got one on device meta, which holds no "
             "ids. Make the index where its ids are."
         )
-    if not address_of(ids) and ids.numel():
+    number = ids.numel()
+    if not address_of(ids) and number:
         raise SlotError(
             "Expected an index with memory, got one that owns no memory, as inside torch.vmap. "
             "Call the copy outside of function transforms."
         )
-    if not _in_storage(ids, ids.stride(0)):
+    # The storage may have been resized.
+    past = ids.storage_offset() + ids.stride(0) * (number - 1) + 1
+    if number and past * ids.itemsize > ids.untyped_storage().nbytes():
         raise SlotError(
-            f"Expected an index whose storage holds its {len(ids)} ids, got one whose storage was "
+            f"Expected an index whose storage holds its {number} ids, got one whose storage was "
             f"resized to {ids.untyped_storage().nbytes()} bytes. Make the index again."
         )
 
 
-def _in_storage(ids: torch.Tensor, step: int = 1) -> bool:
-    """Return whether a tensor's storage, which may have been resized, holds ids that are so many
-    apart."""
-    many = ids.numel()
-    past = ids.storage_offset() + step * (many - 1) + 1
-    return not many or past * ids.itemsize <= ids.untyped_storage().nbytes()
+def _check_dimensions(ids: torch.Tensor) -> None:
+    if ids.dim() != 1:
+        raise SlotError(
+            f"Expected an index of one dimension, got shape {tuple(ids.shape)}. Flatten it."
+        )
 
 
 # ------------------------------------------------------------------------------------------------
 # The slots of several requests, from their block tables: `Index.of_requests`.
-
-
-class _Positions(NamedTuple):
-    """The request of each position, and the token of that request."""
-
-    request: torch.Tensor
-    token: torch.Tensor
-    #: False for positions in front of the first request and after the last one.
-    inside: torch.Tensor
 
 
 def request_slots(
@@ -185,8 +146,7 @@ def request_slots(
     sizes = as_ids(lengths)
     begins = torch.zeros_like(sizes) if first is None else as_ids(first)
     ahead = None if front is None else as_ids(front)
-    _check_counts(tables, sizes, begins, ahead)
-    _check_signs(tables, sizes, begins, ahead, count)
+    _check_numbers(tables, sizes, begins, ahead, count)
 
     if not requests:
         if count is None:
@@ -196,8 +156,7 @@ def request_slots(
     sizes = sizes.to(tables.device, torch.int64).clamp(min=0)
     if ahead is not None:
         ahead = ahead.to(tables.device, torch.int64)
-    positions = _positions(sizes, begins, ahead, count)
-    return _slots_at(tables, step, positions, begins + sizes)
+    return _slots_at(tables, step, sizes, begins, ahead, count)
 
 
 def _check_tables(tables: torch.Tensor) -> None:
@@ -227,10 +186,15 @@ def _whole_terms(step: int, count: int | None) -> tuple[int, int | None]:
     return tokens, None if count is None else positions
 
 
-def _check_counts(
-    tables: torch.Tensor, sizes: torch.Tensor, begins: torch.Tensor, front: torch.Tensor | None
+def _check_numbers(
+    tables: torch.Tensor,
+    sizes: torch.Tensor,
+    begins: torch.Tensor,
+    front: torch.Tensor | None,
+    count: int | None,
 ) -> None:
-    """Raise `SlotError` unless each request has a length, a first token and a block."""
+    """Raise `SlotError` unless each request has a length, a first token and a block; also for a
+    number below 0, unless the host would have to wait for a device."""
     requests, blocks = tables.shape
     fronts = 0 if front is None else len(front)
     one_each = len(sizes) == len(begins) == requests
@@ -241,16 +205,6 @@ def _check_counts(
             f"least one block, got {len(sizes)} lengths, {len(begins)} first tokens and {fronts} "
             f"front for tables of shape {tuple(tables.shape)}. Pass one of each for each request."
         )
-
-
-def _check_signs(
-    tables: torch.Tensor,
-    sizes: torch.Tensor,
-    begins: torch.Tensor,
-    front: torch.Tensor | None,
-    count: int | None,
-) -> None:
-    """Raise `SlotError` for a number below 0, unless the host would have to wait for a device."""
     waits = tables.is_cpu or count is None
     for numbers in (sizes, begins, front):
         if numbers is None or not (waits or numbers.is_cpu):
@@ -262,9 +216,16 @@ def _check_signs(
             )
 
 
-def _positions(
-    sizes: torch.Tensor, begins: torch.Tensor, front: torch.Tensor | None, count: int | None
-) -> _Positions:
+def _slots_at(
+    tables: torch.Tensor,
+    step: int,
+    sizes: torch.Tensor,
+    begins: torch.Tensor,
+    front: torch.Tensor | None,
+    count: int | None,
+) -> torch.Tensor:
+    """Return the slots of requests whose numbers lie with their tables; see `request_slots`."""
+    # The request of each position, and the token of that request.
     ends = sizes.cumsum(0) if front is None else sizes.cumsum(0) + front
     at = torch.arange(int(ends[-1]) if count is None else count, device=sizes.device)
     request = torch.searchsorted(ends, at, right=True)
@@ -273,14 +234,7 @@ def _positions(
     if front is not None:
         inside &= at >= front
     token = at + (begins - ends + sizes)[request]
-    return _Positions(request, token, inside)
 
-
-def _slots_at(
-    tables: torch.Tensor, step: int, positions: _Positions, tokens: torch.Tensor
-) -> torch.Tensor:
-    """Return the slots of positions; ``tokens`` is the end of each request, for the error."""
-    request, token, inside = positions
     blocks = tables.shape[1]
     block = token // step
     ids = tables[request, block.clamp(0, blocks - 1)].long()
@@ -291,8 +245,8 @@ def _slots_at(
     if tables.is_cpu and bool(past.any()):
         longest = int(request[past.nonzero()[0, 0]])
         raise SlotError(
-            f"Expected a table of at least {int(tokens[longest])} tokens for request {longest}, "
-            f"got {blocks} blocks x {step}. Pass a wider table or shorter lengths."
+            f"Expected a table of at least {int((begins + sizes)[longest])} tokens for request "
+            f"{longest}, got {blocks} blocks x {step}. Pass a wider table or shorter lengths."
         )
     slots = torch.where(past, PAST_ANY_VIEW, slots)
     return torch.where(inside, slots, -1)
@@ -314,9 +268,9 @@ class _Store:
     def __init__(self, array: npt.NDArray[np.int64] | None = None) -> None:
         # The ids as a contiguous int64 array on the host, and contiguous in other places or dtypes.
         self.array = array
-        self.copies: list[torch.Tensor] | None = None
+        self.copies: tuple[torch.Tensor, ...] = ()
         # The ranges of ids on a device that passed a check: offset, count, slots.
-        self.clean: set[tuple[int, int, int]] | None = None
+        self.clean = set[tuple[int, int, int]]()
 
     def keep(self, array: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
         """Return the first array that any thread kept: no later one takes its place, since the
@@ -329,21 +283,10 @@ class _Store:
     def add(self, copy: torch.Tensor) -> None:
         """Keep a copy of the ids."""
         with _storing:
-            self.copies = [*(self.copies or ()), copy]
+            self.copies = *self.copies, copy
 
 
 _storing = threading.Lock()  # for what is made once for a list
-
-
-class _Placed(NamedTuple):
-    """The last request of `Index.placed`, and its result.
-
-    One value, so that no thread sees the request of one call with the result of another.
-    """
-
-    device: torch.device
-    dtypes: frozenset[torch.dtype]
-    result: Index | None  # None: the index itself
 
 
 class Index:
@@ -376,7 +319,6 @@ class Index:
     # temporary: a caller's ids for one call, which are not used again.
     # listed: the number of temporary ids on the host; 0 for all other indices.
     __slots__ = (
-        "_placed",
         "_store",
         "ids",
         "length",
@@ -399,8 +341,8 @@ class Index:
                 f"Expected an integer step from 1 to {MOST_STEP} and an integer offset of at least "
                 f"0, got Index(step={step!r}, offset={offset!r}). Pass such numbers."
             )
-        made, array = (None, None) if ids is None else _read(ids)
-        self._set(made, tokens, passed_over, _Store(array), False, flag("trusted", trusted))
+        made = None if ids is None else as_ids(ids)
+        self._set(made, tokens, passed_over, _Store(), False, flag("trusted", trusted))
 
     def _set(
         self,
@@ -418,7 +360,6 @@ class Index:
         self._store = store
         self.temporary = temporary
         self.trusted = trusted
-        self._placed: _Placed | None = None
         self.length: int | None = None
         self.on_host = True
         self.plan_step = 0
@@ -445,8 +386,7 @@ class Index:
         if type(step) is not int or not 0 < step <= MOST_STEP:
             step = cls(None, step).step  # as a whole number, or its error
         made = cls.__new__(cls)
-        ids, array = _read(index)
-        made._set(ids, step, 0, _Store(array), True, False)
+        made._set(as_ids(index), step, 0, _Store(), True, False)
         return made
 
     @classmethod
@@ -506,17 +446,8 @@ class Index:
     def reading(self, ids: torch.Tensor) -> Index:
         """Return this index with its ids read from another contiguous copy of them, which may be
         longer."""
-        index = Index.__new__(Index)
-        index.ids = ids
-        index.step = self.step
-        index.offset = self.offset
-        index._store = self._store
-        index.temporary = self.temporary
-        index.trusted = self.trusted
-        index._placed = None
+        index = self._derived(ids, self.offset)
         index.length = self.length
-        index.on_host = ids.is_cpu
-        index.plan_step = self.plan_step
         index.listed = 0
         return index
 
@@ -588,8 +519,7 @@ class Index:
         used = slice(q // self.step, -(-(q + count) // self.step))
         array = self._store.array
         store = _Store(None if array is None else array[used])
-        if self._store.copies:
-            store.copies = [copy[used] for copy in self._store.copies]
+        store.copies = tuple([copy[used] for copy in self._store.copies])
         return self._derived(self.ids[used], q % self.step, store)
 
     def ids_on(self, device: torch.device, dtypes: frozenset[torch.dtype] = _ANY) -> torch.Tensor:
@@ -622,41 +552,23 @@ class Index:
         """Return True if `ids_on` copies nothing."""
         return self.ids is None or self._copy_on(device, dtypes) is not None
 
-    def add_copy(
-        self,
-        ids: torch.Tensor,
-        served: tuple[torch.device, frozenset[torch.dtype]] | None = None,
-    ) -> None:
-        """Cache a contiguous copy of the ids, made elsewhere, for `ids_on`.
-
-        ``served``: the device of the copy, and dtypes that have its dtype. `placed` returns the
-        copy for these objects without a search.
-        """
+    def add_copy(self, ids: torch.Tensor) -> None:
+        """Cache a contiguous copy of the ids, made elsewhere, for `ids_on`."""
         self._store.add(ids)
-        if served is not None:
-            self._placed = _Placed(*served, self.reading(ids))
 
     def _copy_on(self, device: torch.device, dtypes: frozenset[torch.dtype]) -> torch.Tensor | None:
         assert self.ids is not None
-        copies: Sequence[torch.Tensor] = self._store.copies or ()
-        for ids in (self.ids, *copies):
+        for ids in (self.ids, *self._store.copies):
             if ids.device == device and ids.dtype in dtypes and ids.is_contiguous():
                 return ids
         return None
 
     def placed(self, device: torch.device, dtypes: frozenset[torch.dtype]) -> Index:
         """Return this index with its ids where `ids_on` puts them."""
-        last = self._placed
-        if last is not None and last.device is device and last.dtypes is dtypes:
-            return last.result or self  # the same launch repeats the request
         ids = self.ids
-        if ids is None:
+        if ids is None or (ids.device == device and ids.dtype in dtypes and ids.is_contiguous()):
             return self
-        right = ids.device == device and ids.dtype in dtypes and ids.is_contiguous()
-        placed = None if right else self._derived(self.ids_on(device, dtypes), self.offset)
-        if right or self.on_host:
-            self._placed = _Placed(device, dtypes, placed)
-        return placed or self
+        return self._derived(self.ids_on(device, dtypes), self.offset)
 
     def to_host(self) -> Index:
         """Return this index with its ids on the host; wait for the device if they are there."""
@@ -711,12 +623,8 @@ class Index:
         if skipped."""
         if self.ids is None:
             return np.arange(self.offset, self.offset + count, every, dtype=np.int64)
-        return core.slots(self._on_host(), self.step, self.offset, count, every)
-
-    def _on_host(self) -> torch.Tensor:
-        """Return the ids on the host; wait for a device with them."""
-        assert self.ids is not None
-        return self.ids if self.on_host else torch.from_numpy(self.host_ids())
+        ids = self.ids if self.on_host else torch.from_numpy(self.host_ids())
+        return core.slots(ids, self.step, self.offset, count, every)
 
     def check_length(self, count: int, slots: int, side: str) -> None:
         """Raise `SlotError` if ``count`` positions run past the list, or past a view of
@@ -743,10 +651,7 @@ class Index:
         Raises:
             SlotError: a slot past the end, or with ``distinct`` one that occurs twice.
         """
-        ids = self.ids
-        if ids is None or not self.on_host:
-            return False
-        code = core.check(ids, self.step, self.offset, count, slots, distinct)
+        code = self._check(count, slots, distinct)
         if code < 0:
             raise self._slot_error(count, slots, side, distinct)
         return code == core.NEGATIVE
@@ -757,13 +662,16 @@ class Index:
         Raises:
             SlotError: names the argument, the id at fault and its place in the list.
         """
-        ids = self.ids
-        if ids is None or not self.on_host:
-            return False
-        code = core.check(ids, self.step, self.offset, count, slots, distinct)
+        code = self._check(count, slots, distinct)
         if code < 0:
             raise self._named_error(name, count, slots, distinct)
         return code == core.NEGATIVE
+
+    def _check(self, count: int, slots: int, distinct: bool) -> int:
+        """Return the core's code of ids on the host, which is below 0 for bad ids."""
+        if self.ids is None or not self.on_host:
+            return core.CLEAN
+        return core.check(self.ids, self.step, self.offset, count, slots, distinct)
 
     def _slot_error(self, count: int, slots: int, side: str, distinct: bool) -> SlotError:
         """Return the error of the first slot past the view's ``slots`` slots, or else of the
@@ -805,28 +713,26 @@ class Index:
 
     def skips(self, count: int, slots: int) -> bool:
         """Return True if ids that the host knows, and that passed `check`, skip positions."""
-        ids = self.ids
-        if ids is None:
+        if self.on_host:
+            return self._check(count, slots, False) == core.NEGATIVE
+        if self._store.array is None:
             return False
-        if not self.on_host:
-            if self._store.array is None:
-                return False
-            ids = torch.from_numpy(self._store.array)
-        code = core.check(ids, self.step, self.offset, count, slots, False)
-        return code == core.NEGATIVE
+        ids = torch.from_numpy(self._store.array)
+        return core.check(ids, self.step, self.offset, count, slots, False) == core.NEGATIVE
 
     def mark_clean(self, count: int, slots: int) -> None:
         """Note that a check of ids on a device passed: no id is negative or past the end."""
-        clean = self._store.clean
-        if clean is None or len(clean) >= _MOST:
-            clean = self._store.clean = set()
-        clean.add((self.offset, count, slots))
+        if self.on_host:
+            return
+        if len(self._store.clean) >= _MOST:
+            self._store.clean = set()
+        self._store.clean.add((self.offset, count, slots))
 
     def is_clean(self, count: int, slots: int) -> bool:
         """Return True if ids need no guard: they are on the host, trusted, or were marked clean."""
         if self.on_host or self.trusted:
             return True
-        return (self.offset, count, slots) in (self._store.clean or ())
+        return (self.offset, count, slots) in self._store.clean
 
     def __repr__(self) -> str:
         ids = "None" if self.ids is None else f"<{self.ids.numel()} ids on {self.ids.device}>"

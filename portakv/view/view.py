@@ -22,10 +22,10 @@ from portakv.layout.encodings import Encoding
 from portakv.layout.language import Layout
 from portakv.runtime.devices import capturing, refuse_capture, usable_device
 from portakv.runtime.transfer import event_pool
-from portakv.view.addresses import RawMemory, RawRows, read_addresses
+from portakv.view.addresses import RawMemory, read_addresses
 from portakv.view.bound import BoundLayout, Facts, Rows, Spans, as_dtype, bind_layout, reach
 from portakv.view.bound import Tensors as Tensors
-from portakv.view.form import locate, same_form
+from portakv.view.form import Form, locate, same_form
 from portakv.view.slices import cover, regions, slice_form, slice_range, spans_within, storage_edges
 
 T = TypeVar("T")
@@ -183,16 +183,11 @@ class KVView:
             encoding=encoding,
             **unknown,
         )
-        rows = read_addresses(bound, addresses, shape, strides, dtype, device, pinned)
-        return cls._over(rows, bound.layout)
-
-    @classmethod
-    def _over(cls, rows: RawRows, layout: Layout) -> KVView:
-        """Return a view over rows of raw memory."""
+        facts, memory, table = read_addresses(
+            bound, addresses, shape, strides, dtype, device, pinned
+        )
         view = cls.__new__(cls)
-        # The tensors that own the memory and its spans follow from the addresses when needed.
-        facts = (rows.form, rows.origins, None, None), rows.slots, rows.device, False
-        view._set(layout, (), facts, persistent=False, raw=rows.memory, table=rows.table)
+        view._set(bound.layout, (), facts, persistent=False, raw=memory, table=table)
         return view
 
     def _set(
@@ -265,12 +260,8 @@ class KVView:
             self._owners = self._raw.tensors(self.origins, self.device)
         if self._storages is None:
             return self._owners
-        aliases: tuple[torch.Tensor, ...] | None = self.derived.get("owners")
-        if aliases is None:
-            pairs = zip(self._owners, self._storages, strict=True)
-            made = tuple(_alias(owner, storage) for owner, storage in pairs)
-            aliases = self.derived.setdefault("owners", made)
-        return aliases
+        pairs = zip(self._owners, self._storages, strict=True)
+        return self._once("owners", lambda: tuple(_alias(*each) for each in pairs))
 
     @property
     def storages(self) -> tuple[torch.UntypedStorage, ...]:
@@ -374,12 +365,8 @@ class KVView:
     @property
     def addresses(self) -> npt.NDArray[np.int64]:
         """Return the table of addresses as an int64 array on the host; callers do not write it."""
-        result: npt.NDArray[np.int64] | None = self.derived.get("addresses")
-        if result is None:
-            # The first array stays: launches in other threads may read it by its address.
-            made = np.array(self.origins, dtype=np.int64)
-            result = self.derived.setdefault("addresses", made)
-        return result
+        # The first array stays: launches in other threads may read it by its address.
+        return self._once("addresses", lambda: np.array(self.origins, dtype=np.int64))
 
     @property
     def addresses_at(self) -> int:
@@ -607,21 +594,17 @@ class KVView:
         """Return this view with rows of bytes, whatever its dtypes; see ``reinterpret``."""
         if not self.form.dtypes:
             return self
-        view: KVView | None = self.derived.get("bytes")
-        if view is None:
-            rows = same_form(self.form.untyped()), self._origins, self._owners, self._spans
-            view = self.derived["bytes"] = self._with(rows, self._table)
-        return view
+        return self._once("bytes", lambda: self._of_form(self.form.untyped(), self._table))
 
     def as_slots(self) -> KVView:
         """Return packed blocks as rows of bytes; a block is one token, and a slot is its row."""
-        view: KVView | None = self.derived.get("slots")
-        if view is None:
-            rows = same_form(self.form.as_slots()), self._origins, self._owners, self._spans
-            view = self._with(rows, self._table)
+
+        def make() -> KVView:
+            view = self._of_form(self.form.as_slots(), self._table)
             view.slots = self.slots // self.form.block_size
-            view = self.derived.setdefault("slots", view)
-        return view
+            return view
+
+        return self._once("slots", make)
 
     def as_peer(self, device: torch.device | str) -> KVView:
         """Return these rows as another ``device`` of their type reads them, at the same addresses.
@@ -649,13 +632,26 @@ class KVView:
         return self if self.form.place != "peer" else self._seen("device", self.memory_device)
 
     def _seen(self, place: str, device: torch.device) -> KVView:
-        view: KVView | None = self.derived.get((place, device))
-        if view is None:
-            form = same_form(replace(self.form, place=place, table_on_device=False))
-            view = self._with((form, self.origins, self._owners, self._spans), None)
+
+        def make() -> KVView:
+            self.origins  # noqa: B018 - reads a table that only the other device has
+            form = replace(self.form, place=place, table_on_device=False)
+            view = self._of_form(form, None)
             view.device = device
-            view = self.derived.setdefault((place, device), view)
-        return view
+            return view
+
+        return self._once((place, device), make)
+
+    def _once(self, key: Hashable, make: Callable[[], T]) -> T:
+        """Return what was made of this view under a key; make it the first time."""
+        made: T | None = self.derived.get(key)
+        if made is None:
+            made = self.derived.setdefault(key, make())
+        return made
+
+    def _of_form(self, form: Form, table: torch.Tensor | None) -> KVView:
+        """Return all rows of this view in another form."""
+        return self._with((same_form(form), self._origins, self._owners, self._spans), table)
 
     def planes(self, layers: tuple[int, int] | None, kv: tuple[int, int] | None) -> KVView:
         """Return the rows of some layers and kv, each range [first, past the last), None for all.

@@ -13,16 +13,16 @@ from functools import partial
 from typing import Annotated, TypeVar
 
 import torch
-from msgspec import Meta, structs
+from msgspec import Meta
 
 from portakv.arguments import instance, invalid, kind_of
 from portakv.errors import LayoutError, PeerError, Unsupported
 from portakv.migrate.described import strided
 from portakv.migrate.messages import Handle, Message, Name, Text, carried, prepare, sealed, unsealed
-from portakv.migrate.shared_memory import Opener, export_all
+from portakv.migrate.shared_memory import Opener
 from portakv.runtime.interrupts import uninterrupted
 from portakv.weights.owner import MOST_ITEMS
-from portakv.weights.parameters import Item, items_of, named
+from portakv.weights.parameters import Item, export_items, items_of, named
 
 Module = TypeVar("Module", bound=torch.nn.Module)
 _Names = dict[str, tuple[str, ...]]
@@ -54,20 +54,12 @@ class SharedModel:
             names = ", ".join(sorted(map(str, devices)))
             raise Unsupported("Sharing a model", f"it is on {names}; share its parts by device")
         items = items_of(named("module", tensors))
-        memory = {name: x for name, x in tensors.items() if items[name].tie == name}
         #: Retained, because other processes use the memory.
-        self._memory = memory
-        self._regions, places = export_all(memory, "Sharing module")
-        described = tuple(
-            (name, structs.replace(item, place=places[item.tie])) for name, item in items.items()
-        )
-        types = {
-            place[0]: memory[name].device.type
-            for name, place in places.items()
-            if place is not None
-        }
-        regions = tuple((types[n], x.handle) for n, x in enumerate(self._regions))
-        self.data = sealed(_Model(described, tuple(_buffers(module)), regions))
+        self._memory = tensors
+        self._regions, placed = export_items(tensors, items, "Sharing module")
+        regions = [(x.tensor.device.type, x.handle) for x in self._regions if x.tensor is not None]
+        model = _Model(tuple(placed.items()), tuple(_buffers(module)), tuple(regions))
+        self.data = sealed(model)
 
     def close(self) -> None:
         """Release the memory. A second call does nothing.

@@ -15,11 +15,9 @@ from secrets import token_bytes
 from typing import (
     TYPE_CHECKING,
     Annotated,
-    Any,
     ClassVar,
     Literal,
     NamedTuple,
-    Protocol,
     TypeAlias,
     TypeVar,
     Union,
@@ -29,7 +27,7 @@ from typing import (
 from weakref import ref
 
 import torch
-from msgspec import Meta, msgpack, structs
+from msgspec import Meta, msgpack
 
 from portakv.arguments import instance, invalid, nbytes, one_of
 from portakv.errors import (
@@ -64,7 +62,7 @@ from portakv.migrate.messages import (
     sealed,
     unsealed,
 )
-from portakv.migrate.shared_memory import Held, Opener, export_all, where
+from portakv.migrate.shared_memory import Held, Opener, where
 from portakv.migrate.staging import staging
 from portakv.migrate.transport_channel import TransportChannel
 from portakv.migrate.transports import check_transport, choose, forced
@@ -76,13 +74,13 @@ from portakv.weights.parameters import (
     Box,
     Cell,
     Item,
-    Parameter,
     Parameters,
+    export_items,
     items_of,
     named,
     part_of,
 )
-from portakv.weights.plan import Plan, copy_pairs
+from portakv.weights.plan import Plan, WantedSums, copy_pairs
 from portakv.weights.versions import Checksums, Update, Versioned
 
 if TYPE_CHECKING:
@@ -223,11 +221,6 @@ class LaneChannel(TransportChannel):
         return OfLane(self.lane, msgpack.encode(message))
 
 
-def lane_channel(channel: Channel, lane: bytes) -> Any:
-    """Return a `LaneChannel` as the `Channel` that transports expect."""
-    return cast("Channel", LaneChannel(channel, lane))
-
-
 prepare(globals())
 
 
@@ -247,18 +240,6 @@ _PUBLICATION = "a publication"  # a channel has the lanes of one
 Devices = frozenset[torch.device]
 
 
-class _Buffer:
-    """A staging buffer of a lane. ``free``: its last slice has crossed, so it may be packed."""
-
-    def __init__(self, memory: torch.Tensor) -> None:
-        self.memory = memory
-        self.free = True
-
-    def release(self) -> None:
-        """Let the buffer be packed again."""
-        self.free = True
-
-
 class Lane:
     """A lane to one reader: its transport, and its staging buffers."""
 
@@ -275,9 +256,10 @@ class Lane:
         device = transport.device
         with torch.inference_mode(False), StreamFence(device).inside():
             self.memory = staging(BUFFERS * nbytes, device, rows=_on_device(tensors))
-            self.buffers = [_Buffer(part) for part in self.memory.view(BUFFERS, -1)]
+            self.buffers = [*self.memory.view(BUFFERS, -1)]
             #: What the worker's streams follow: the work of the memory's earlier users.
             self.fences = [StreamFence(each) for each in {device, *tensors}]
+        self.full = set[int]()  # numbers of buffers whose last slice has not crossed
         self.dirty = True  # the memory contains bytes of its earlier users
         self.lane = transport.lane(self.key, channel)
         self.unwatch: Callable[[], object] = lambda: None
@@ -312,193 +294,6 @@ def _buffer_bytes(total: int, most: int, device: torch.device) -> int:
     least = _LEAST_ON_HOST if device.type == "cpu" else _LEAST_ON_DEVICE
     wanted = min(total, max(least, total // _SLICES))
     return max(4096, min(-(-wanted // 4096), most // 4096) * 4096)
-
-
-class Senders:
-    """The lanes of an owner of weights to its readers. No call of a channel blocks.
-
-    ``parameters`` loses its tensors when the publication is closed.
-    """
-
-    def __init__(
-        self,
-        channel: Channel,
-        graph: Graph,
-        parameters: Mapping[str, Parameter],
-        nbytes: int,
-        transport: str | None,
-    ) -> None:
-        self._channel = channel
-        self._parameters = parameters
-        self._tensors: Devices = frozenset(x.tensor.device for x in parameters.values())
-        #: The device of all tensors, or the host.
-        self.device = next(iter(self._tensors)) if len(self._tensors) == 1 else _HOST
-        check_transport(transport, self.device)
-        self._transport = forced(transport)
-        total = packed_bytes(x.tensor.nbytes for x in parameters.values())
-        self.buffer_bytes = _buffer_bytes(total, nbytes // BUFFERS, self.device)
-        self._transports = dict[str, Transport]()  # by name and device
-        self._lanes = dict[bytes, Lane]()
-        self._lock = threading.Lock()
-        # One worker: readers take turns, slice by slice.
-        self._queue = graph.queue("send")
-
-    def serve(self) -> None:
-        """Answer on the channel the messages of lanes that no other object answers.
-
-        Ends the lanes of the publication before, which the channel no longer serves.
-        """
-        self._channel.serve(OfLane, self._carry)
-        self._channel.serve(Leave, self._leave)
-        before = self._channel.replace(_PUBLICATION, self)
-        if isinstance(before, Senders):
-            before.close()
-
-    @property
-    def staged_bytes(self) -> int:
-        """Return the bytes of all staging buffers."""
-        return len(self._lanes) * BUFFERS * self.buffer_bytes
-
-    @property
-    def count(self) -> int:
-        """Return the number of lanes."""
-        return len(self._lanes)
-
-    def connect(self, peer: Peer, request: Connect) -> Connected:
-        """Make a lane to a reader, or describe what a lane would be made of.
-
-        Raises `BackendUnavailable` or `InvalidTerms` for a transport that does not run here.
-        """
-        if not request.transport:
-            return Connected(self._transport or "", where(self.device))
-        device = self.device
-        if request.device.partition(" ")[0] != device.type:
-            device = _HOST
-        if self._transport not in (None, request.transport):
-            raise PeerError(
-                f"Expected the owner's transport {self._transport!r}, got {request.transport!r}. "
-                f"Pass both sides the same transport="
-            )
-        with self._lock:
-            own = [one for one in self._lanes.values() if one.peer is peer]
-        if len(own) >= _MOST_LANES or request.lane in self._lanes:
-            raise PeerError(f"Expected at most {_MOST_LANES} lanes of a reader, got another.")
-
-        name = f"{request.transport} {device}"
-        transport = self._transports.get(name) or choose(device, request.transport)
-        self._transports[name] = transport
-        lane = Lane(self._channel, peer, transport, self.buffer_bytes, self._tensors)
-        with self._lock:
-            self._lanes[request.lane] = lane
-        lane.unwatch = peer.on_gone(partial(self._end, request.lane))
-        return Connected(transport.name, where(device), self.buffer_bytes)
-
-    def send(self, peer: Peer, request: SendSlice) -> bool:
-        """Have the worker pack and send a slice; return False if its buffer is not free yet.
-
-        Raises `PeerError` for a lane that cannot send it.
-        """
-        lane = self._lane(peer, request.lane)
-        if lane.lane.gone is not None or lane.why_broken:
-            raise PeerError(lane.why_broken or str(lane.lane.gone))
-        if request.tag != lane.tag + 1 or not 0 < request.nbytes <= self.buffer_bytes:
-            raise PeerError(
-                f"Expected slice {lane.tag + 1} of at most {self.buffer_bytes} bytes, got slice "
-                f"{request.tag} of {request.nbytes}. Connect again."
-            )
-        buffer = lane.buffers[request.tag % BUFFERS]
-        if not buffer.free:
-            return False
-        buffer.free = False
-        lane.tag = request.tag
-        task = Task(partial(self._send, lane, buffer, request), 1, queue=self._queue, name="send")
-        self._queue.graph.submit([task], priority="urgent")
-        return True
-
-    def _lane(self, peer: Peer, id: bytes) -> Lane:
-        """Return a lane of a reader."""
-        lane = self._lanes.get(id)
-        if lane is None or lane.peer is not peer:
-            raise PeerError("Expected a lane of this connection, got another. Connect again.")
-        return lane
-
-    def _carry(self, peer: Peer, request: OfLane) -> Message | None:
-        """Answer a message of a reader's transport by the transport here."""
-        lane = self._lane(peer, request.lane)
-        try:
-            message = lane.decoder.decode(request.body)
-        except UNDECODABLE:
-            raise PeerError(
-                f"Expected a message of the transport {lane.transport.name}, got another. Use one "
-                f"release on both sides."
-            ) from None
-        return lane.transport.answer(lane.key, self._channel, message)
-
-    def _leave(self, peer: Peer, request: Leave) -> None:
-        """Release a lane that its reader has left."""
-        lane = self._lanes.get(request.lane)
-        if lane is not None and lane.peer is peer:
-            self._end(request.lane)
-
-    def _end(self, id: bytes) -> None:
-        """Release a lane and its staging buffers; quick."""
-        with self._lock:
-            lane = self._lanes.pop(id, None)
-        if lane is not None:
-            lane.end()
-
-    def close(self) -> None:
-        """Release all lanes, and close the transports."""
-        self._channel.free(_PUBLICATION, self)
-        for id in [*self._lanes]:
-            self._end(id)
-        for transport in self._transports.values():
-            transport.close()
-        self._transports.clear()
-
-    # --- in the worker
-
-    def _send(self, lane: Lane, buffer: _Buffer, request: SendSlice, *_: object) -> None:
-        """Pack a slice into its buffer, and send it.
-
-        The reader waits for the bytes, so they are sent as zeros if the slice cannot be packed. The
-        pull then fails by its checksums or because the publication has ended, and the lane sends no
-        further slice.
-        """
-        full = buffer.memory[: request.nbytes]
-        with torch.inference_mode(False), ExitStack() as streams:
-            for fence in lane.fences:
-                streams.enter_context(fence.inside())
-            if full.device.type != "cpu":
-                current = torch.accelerator.current_stream(full.device.index)
-                full.record_stream(current)
-            try:
-                lane.clean()
-                pack(full, self._parts(request))
-            except Exception as error:  # whatever failed, the reader must not wait for its bytes
-                _log.exception("Weights could not be packed; their reader gets an error.")
-                lane.why_broken = f"The owner could not pack a slice: {error}"
-                full.zero_()
-            self._move(lane, buffer, full, request.tag)
-
-    def _move(self, lane: Lane, buffer: _Buffer, full: torch.Tensor, tag: int) -> None:
-        """Have the transport send a full buffer, which is free when it has crossed."""
-        try:
-            moving: Moving = lane.lane.move(full, tag)
-        except Exception:  # such as an error of the device: the reader waits for these bytes
-            _log.exception("A staging buffer could not be sent; its reader gets an error.")
-            lane.lane.close(PeerError("The owner could not send a buffer; it did not cross."))
-            return
-        moving.on_free(buffer.release)
-
-    def _parts(self, request: SendSlice) -> list[torch.Tensor]:
-        """Return the boxes of a request; raise `LayoutError` for boxes that do not exist."""
-        tensors = [x.tensor for x in [*self._parameters.values()]]
-        if not tensors:
-            raise TransferError("The publication was closed. Request a new ticket.")
-        if any(number >= len(tensors) for number, *_ in request.boxes):
-            raise LayoutError(f"Expected numbers below {len(tensors)}, got others. Pull again.")
-        return [part_of(tensors[number], start, n) for number, start, n in request.boxes]
 
 
 # ------------------------------------------------------------------------------------------------
@@ -587,7 +382,19 @@ class Published:
         self._id = secrets.token_bytes(16)
         self.graph = Graph()
         self._changing = threading.Lock()
-        self._senders = Senders(channel, self.graph, tensors, staging, transport)
+        self._channel = channel
+        self._devices: Devices = frozenset(x.tensor.device for x in tensors.values())
+        # The device of all tensors, or the host.
+        self._device = next(iter(self._devices)) if len(self._devices) == 1 else _HOST
+        check_transport(transport, self._device)
+        self._transport = forced(transport)
+        total = packed_bytes(x.tensor.nbytes for x in tensors.values())
+        self._buffer_bytes = _buffer_bytes(total, staging // BUFFERS, self._device)
+        self._transports = dict[str, Transport]()  # by name and device
+        self._lanes = dict[bytes, Lane]()
+        self._lock = threading.Lock()  # of the lanes
+        # One worker: readers take turns, slice by slice.
+        self._queue = self.graph.queue("send")
         self._synchronize()
         self._regions = list[Held]()
         self.why_not_mapped = ""
@@ -596,23 +403,31 @@ class Published:
         except Unsupported as error:
             self.why_not_mapped = str(error)
         self._sums = Checksums(self._weights, self.graph)
+        self._sums.all(self._weights.version())  # a worker begins
         self.ticket = sealed(WeightsTicket(channel.address, self._id))
+        uninterrupted(self._serve)
+
+    def _serve(self) -> None:
+        """Answer on the channel, and end the lanes of the publication before, which no longer
+        answers."""
+        channel = self._channel
         channel.serve(AskWeights, self._answer)
         channel.serve(Connect, self._connect)
         channel.serve(SendSlice, self._send)
-        uninterrupted(self._senders.serve)
-        self._sums.start()
+        channel.serve(OfLane, self._carry)
+        channel.serve(Leave, self._leave)
+        before = channel.replace(_PUBLICATION, self)
+        if isinstance(before, Published):
+            before._end_lanes()
 
     def _export(self, expose: Expose) -> None:
         """Let readers map the memory; raise `Unsupported` if they cannot."""
         if expose != "mapped":
             raise Unsupported("Mapping weights", "their owner exposes staging buffers alone")
         items = self._weights.items
-        tensors = self._weights.parameters
-        memory = {name: x.tensor for name, x in tensors.items() if items[name].tie == name}
-        self._regions, places = export_all(memory, "Publishing parameters")
-        for name, item in items.items():
-            items[name] = structs.replace(item, place=places[item.tie])
+        tensors = {name: x.tensor for name, x in self._weights.parameters.items()}
+        self._regions, placed = export_items(tensors, items, "Publishing parameters")
+        items.update(placed)
 
     @contextmanager
     def update(self) -> Iterator[None]:
@@ -623,26 +438,21 @@ class Published:
         current stream: write on that stream.
         """
         token = Update()
+        updates = self._weights.updates
         try:
-            uninterrupted(partial(self._begin_update, token))
+            uninterrupted(partial(self._note_change, updates.add, token))
             yield
             self._synchronize()
         except BaseException:  # of the block: its writes may still run
             self._synchronize()
             raise
         finally:
-            uninterrupted(partial(self._end_update, token))
+            uninterrupted(partial(self._note_change, updates.discard, token))
 
-    def _begin_update(self, token: Update) -> None:
-        """Have pulls wait for the end of an update."""
+    def _note_change(self, note: Callable[[Update], object], token: Update) -> None:
+        """Note the begin or the end of an update: pulls wait for it, and those it overlaps fail."""
         with self._changing:
-            self._weights.updates.add(token)
-            self._weights.changes += 1
-
-    def _end_update(self, token: Update) -> None:
-        """Let pulls begin again; those that overlapped the update fail."""
-        with self._changing:
-            self._weights.updates.discard(token)
+            note(token)
             self._weights.changes += 1
 
     def changed(self) -> None:
@@ -660,10 +470,14 @@ class Published:
         for device in {tensor.device for tensor in tensors if tensor.device.type != "cpu"}:
             torch.accelerator.current_stream(device.index).synchronize()
 
+    def _is_gone(self, id: bytes) -> bool:
+        """Return True for the id of another publication, and after `close`."""
+        return id != self._id or self.graph.closed.is_set()
+
     def _answer(self, _: Peer, request: AskWeights) -> Weights:
         version = self._weights.version()
         first = request.first
-        if request.id != self._id or self.graph.closed.is_set():
+        if self._is_gone(request.id):
             return Weights("gone")
         if request.again:
             self._sums.forget()
@@ -678,7 +492,7 @@ class Published:
         if request.begin and self._weights.updates:
             return Weights("busy", version=version)
         if request.begin:
-            self._sums.refresh(version)
+            self._sums.all(version)  # a worker begins, unless they are there
         if sums:
             return self._answer_sums(request, version)
         if request.what == "regions":
@@ -689,21 +503,67 @@ class Published:
         return Weights("held", len(items), page, version=version)
 
     def _connect(self, peer: Peer, request: Connect) -> Connected:
-        if request.id != self._id or self.graph.closed.is_set():
+        """Make a lane to a reader, or describe what a lane would be made of.
+
+        Raises `BackendUnavailable` or `InvalidTerms` for a transport that does not run here.
+        """
+        if self._is_gone(request.id):
             return Connected(gone=True)
-        answer = self._senders.connect(peer, request)
-        return structs.replace(answer, why=self.why_not_mapped[:1024])
+        why = self.why_not_mapped[:1024]
+        device = self._device
+        if not request.transport:
+            return Connected(self._transport or "", where(device), why=why)
+        if request.device.partition(" ")[0] != device.type:
+            device = _HOST
+        if self._transport not in (None, request.transport):
+            raise PeerError(
+                f"Expected the owner's transport {self._transport!r}, got {request.transport!r}. "
+                f"Pass both sides the same transport="
+            )
+        with self._lock:
+            own = [one for one in self._lanes.values() if one.peer is peer]
+        if len(own) >= _MOST_LANES or request.lane in self._lanes:
+            raise PeerError(f"Expected at most {_MOST_LANES} lanes of a reader, got another.")
+
+        name = f"{request.transport} {device}"
+        transport = self._transports.get(name) or choose(device, request.transport)
+        self._transports[name] = transport
+        lane = Lane(self._channel, peer, transport, self._buffer_bytes, self._devices)
+        with self._lock:
+            self._lanes[request.lane] = lane
+        lane.unwatch = peer.on_gone(partial(self._end_lane, request.lane))
+        return Connected(transport.name, where(device), self._buffer_bytes, why=why)
 
     def _send(self, peer: Peer, request: SendSlice) -> Weights:
-        if request.id != self._id or self.graph.closed.is_set():
+        """Have the worker pack and send a slice, unless its buffer is not free yet.
+
+        Raises `PeerError` for a lane that cannot send it.
+        """
+        if self._is_gone(request.id):
             return Weights("gone")
-        sends = self._senders.send(peer, request)
-        return Weights("held" if sends else "busy", version=self._weights.version())
+        lane = self._lane(peer, request.lane)
+        if lane.lane.gone is not None or lane.why_broken:
+            raise PeerError(lane.why_broken or str(lane.lane.gone))
+        if request.tag != lane.tag + 1 or not 0 < request.nbytes <= self._buffer_bytes:
+            raise PeerError(
+                f"Expected slice {lane.tag + 1} of at most {self._buffer_bytes} bytes, got slice "
+                f"{request.tag} of {request.nbytes}. Connect again."
+            )
+        version = self._weights.version()
+        buffer = request.tag % BUFFERS
+        if buffer in lane.full:
+            return Weights("busy", version=version)
+        lane.full.add(buffer)
+        lane.tag = request.tag
+        task = Task(partial(self._pack, lane, request), 1, queue=self._queue, name="send")
+        self.graph.submit([task], priority="urgent")
+        return Weights("held", version=version)
 
     def statistics(self) -> dict[str, int]:
         """Return the lanes to readers that do not map the memory (``lanes``), and the bytes of all
         their staging buffers here (``staging``)."""
-        return {"lanes": self._senders.count, "staging": self._senders.staged_bytes}
+        lanes = len(self._lanes)
+        return {"lanes": lanes, "staging": lanes * BUFFERS * self._buffer_bytes}
 
     def figures(self) -> Figures:
         """Return figures by the names of metrics, in the form of `Graph.statistics`."""
@@ -726,10 +586,93 @@ class Published:
         Readers that mapped the memory release it at their next pull, or when the connection ends.
         """
         self.graph.close()
-        self._senders.close()
+        self._end_lanes()
         for region in self._regions:
             region.close()
         self._weights.parameters.clear()
+
+    # --- the lanes
+
+    def _lane(self, peer: Peer, id: bytes) -> Lane:
+        """Return a lane of a reader."""
+        lane = self._lanes.get(id)
+        if lane is None or lane.peer is not peer:
+            raise PeerError("Expected a lane of this connection, got another. Connect again.")
+        return lane
+
+    def _carry(self, peer: Peer, request: OfLane) -> Message | None:
+        """Answer a message of a reader's transport by the transport here."""
+        lane = self._lane(peer, request.lane)
+        try:
+            message = lane.decoder.decode(request.body)
+        except UNDECODABLE:
+            raise PeerError(
+                f"Expected a message of the transport {lane.transport.name}, got another. Use one "
+                f"release on both sides."
+            ) from None
+        return lane.transport.answer(lane.key, self._channel, message)
+
+    def _leave(self, peer: Peer, request: Leave) -> None:
+        """Release a lane that its reader has left."""
+        lane = self._lanes.get(request.lane)
+        if lane is not None and lane.peer is peer:
+            self._end_lane(request.lane)
+
+    def _end_lane(self, id: bytes) -> None:
+        """Release a lane and its staging buffers; quick."""
+        with self._lock:
+            lane = self._lanes.pop(id, None)
+        if lane is not None:
+            lane.end()
+
+    def _end_lanes(self) -> None:
+        """Release all lanes, and close the transports."""
+        self._channel.free(_PUBLICATION, self)
+        for id in [*self._lanes]:
+            self._end_lane(id)
+        for transport in self._transports.values():
+            transport.close()
+        self._transports.clear()
+
+    # --- in the worker
+
+    def _pack(self, lane: Lane, request: SendSlice, *_: object) -> None:
+        """Pack a slice into its buffer, and send it.
+
+        The reader waits for the bytes, so they are sent as zeros if the slice cannot be packed. The
+        pull then fails by its checksums or because the publication has ended, and the lane sends no
+        further slice.
+        """
+        buffer = request.tag % BUFFERS
+        full = lane.buffers[buffer][: request.nbytes]
+        with torch.inference_mode(False), ExitStack() as streams:
+            for fence in lane.fences:
+                streams.enter_context(fence.inside())
+            if full.device.type != "cpu":
+                current = torch.accelerator.current_stream(full.device.index)
+                full.record_stream(current)
+            try:
+                lane.clean()
+                pack(full, self._parts(request))
+            except Exception as error:  # whatever failed, the reader must not wait for its bytes
+                _log.exception("Weights could not be packed; their reader gets an error.")
+                lane.why_broken = f"The owner could not pack a slice: {error}"
+                full.zero_()
+            try:
+                moving: Moving = lane.lane.move(full, request.tag)
+            except Exception:  # such as an error of the device: the reader waits for these bytes
+                _log.exception("A staging buffer could not be sent; its reader gets an error.")
+                lane.lane.close(PeerError("The owner could not send a buffer; it did not cross."))
+                return
+            moving.on_free(partial(lane.full.discard, buffer))
+
+    def _parts(self, request: SendSlice) -> list[torch.Tensor]:
+        """Return the boxes of a request; raise `LayoutError` for boxes that do not exist."""
+        if not self._weights.parameters:
+            raise TransferError("The publication was closed. Request a new ticket.")
+        tensors = self._weights.numbered([number for number, *_ in request.boxes])
+        boxes = zip(tensors, request.boxes, strict=True)
+        return [part_of(tensor, start, extents) for tensor, (_, start, extents) in boxes]
 
 
 def _page(some: Sequence[T]) -> Iterator[T]:
@@ -785,38 +728,6 @@ _LEAST = 4096  # bytes of a staging buffer, which the owner chooses
 _MOST = 1 << 36
 
 
-class Sender(Protocol):
-    """The owner of weights, for one pull."""
-
-    channel: Channel
-    address: str
-    id: bytes
-
-    def check(self) -> None:
-        """Raise the error of a pull that was cancelled or whose time is over."""
-
-    def connect(self, request: Connect) -> Connected:
-        """Return the owner's answer."""
-
-    def request_slice(self, request: SendSlice) -> Weights:
-        """Return the owner's answer, which may be busy. After an error the owner may send it."""
-
-    def pause(self, seconds: float) -> None:
-        """Wait before the next request to a busy owner."""
-
-    def judge(self, answer: Weights) -> None:
-        """Raise the error of an answer that says that the weights have changed."""
-
-    def confirm(self) -> None:
-        """Ask the owner if the weights have changed, and raise the error."""
-
-    def number(self, name: str) -> int:
-        """Return the number of an item."""
-
-    def receiver(self, terms: Terms) -> Receiver:
-        """Return the lane by which the owner sends weights."""
-
-
 class Terms(NamedTuple):
     """What a pull needs a lane for.
 
@@ -842,7 +753,7 @@ class Receiver:
         why: why the memory is not mapped, and why this transport was chosen.
     """
 
-    def __init__(self, owner: Sender, terms: Terms) -> None:
+    def __init__(self, owner: Owner, terms: Terms) -> None:
         (device, transport, why) = terms
         described = owner.connect(Connect(owner.id, bytes(16)))
         # Another device of the same type: NCCL does not serve two processes on one.
@@ -868,30 +779,16 @@ class Receiver:
             request = Connect(owner.id, self.id, self.transport.name, where(device))
             answer = owner.connect(request)
             self.buffer_bytes = _checked(answer, request, owner.address)
-            self.lane = self.transport.lane(owner.address, lane_channel(owner.channel, self.id))
-            self.lane.meet(stop=self._stopping(owner))
+            channel = cast("Channel", LaneChannel(owner.channel, self.id))
+            self.lane = self.transport.lane(owner.address, channel)
+            self.lane.meet(stop=partial(_is_over, owner))
             self.buffers = _buffers(self.buffer_bytes, device, terms.device)
         except BaseException:  # also an interrupt: no caller has the lane
             self.release()
             raise
 
-    def _stopping(self, owner: Sender) -> Callable[[], bool]:
-        """Return a function that returns True if the pull must end."""
-
-        def stop() -> bool:
-            try:
-                owner.check()
-            except PortaKVError:
-                return True
-            return False
-
-        return stop
-
     def claim(self, user: object) -> bool:
         """Let a pull use the lane, unless another pull does; return True if it may."""
-        return uninterrupted(partial(self._claim, user))
-
-    def _claim(self, user: object) -> bool:
         with self._lock:
             if self._user() is None:
                 self._user = ref(user)
@@ -924,6 +821,15 @@ class Receiver:
         self.transport.close(0.0)
 
 
+def _is_over(owner: Owner) -> bool:
+    """Return True if a pull must end."""
+    try:
+        owner.check()
+    except PortaKVError:
+        return True
+    return False
+
+
 def _checked(answer: Connected, request: Connect, address: str) -> int:
     """Return the bytes of a staging buffer; raise `PeerError` for an answer that differs."""
     if answer.transport != request.transport or not _LEAST <= answer.buffer_bytes <= _MOST:
@@ -951,27 +857,6 @@ def _buffers(nbytes: int, device: torch.device, tensors: torch.device) -> list[t
 MOST_LISTING = 256 << 20  # the most bytes of an owner's list
 
 
-class WantedSums(NamedTuple):
-    """The checksums that a plan needs of an owner.
-
-    Attributes:
-        whole: some are those of whole boxes, which the owner lists together.
-        boxes: numbers of items, and the other boxes.
-        places: of the checksum of each cell, in the list of whole boxes followed by the others.
-    """
-
-    whole: bool
-    boxes: tuple[tuple[int, Box], ...]
-    places: list[int]
-
-
-class _Planned:
-    """What a publication caches for a plan: its sources in mapped memory, and its checksums."""
-
-    sources: list[torch.Tensor] | None = None
-    sums: WantedSums | None = None
-
-
 #: The call that waits for the answer to a request that was sent before.
 Reply: TypeAlias = Callable[[], Weights]
 
@@ -993,30 +878,40 @@ class Publication:
                 self.boxes.setdefault((name, box), len(self.boxes))
         self._handles = handles
         self._regions = dict[tuple[int, torch.device], torch.Tensor]()
-        self._tensors = dict[tuple[str, torch.device], torch.Tensor]()
+        #: A pull compared checksums of whole boxes, so the next may.
+        self.compares_whole = False
         # By plan, and the owner's number in it. A plan is of tensors of one description.
-        self._planned = Bounded[tuple[Plan, int], _Planned]("sources of weights", 8)
+        self._sources = Bounded[tuple[Plan, int], list[torch.Tensor]]("sources of weights", 8)
         self._connecting = threading.Lock()
         #: By the device of the reader's tensors, and the transport that the reader forces.
         self._receivers = dict[tuple[torch.device, str | None], Receiver]()
 
-    def tensor(
-        self, name: str, like: torch.Tensor, openers: dict[torch.device, Opener]
-    ) -> torch.Tensor:
-        """Return an owner's tensor for a device of this process, and open its region if necessary.
+    def sources(
+        self, plan: Plan, number: int, tensors: Mapping[str, torch.Tensor]
+    ) -> list[torch.Tensor]:
+        """Return the sources of an owner's cells of a plan, in memory that is opened if necessary.
 
-        Raises `PeerError` for a place outside of the owner's regions, and `Unsupported` if the
-        memory cannot be mapped.
+        ``tensors``: the reader's, by name. Raises `PeerError` for a place outside of the owner's
+        regions, and `Unsupported` if the memory cannot be mapped.
         """
-        item = self.items[name]
-        key = item.tie, like.device
-        if key in self._tensors:
-            return self._tensors[key]
+
+        def opened() -> list[torch.Tensor]:
+            openers = dict[torch.device, Opener]()
+            cells = [plan.cells[n] for n in plan.numbers[number]]
+            return [self._source(cell, tensors[cell.name], openers) for cell in cells]
+
+        return self._sources.get_or_make((plan, number), opened)
+
+    def _source(
+        self, cell: Cell, like: torch.Tensor, openers: dict[torch.device, Opener]
+    ) -> torch.Tensor:
+        """Return the source of a cell for a device of this process."""
+        item = self.items[cell.name]
         if item.place is None and not self._handles:
             why = "their owner does not export its memory"
             raise Unsupported("Opening the weights", f"{why}; use a transport")
         if item.place is None or item.place[0] >= len(self._handles):
-            raise self.wrong(name)
+            raise self._wrong(cell.name)
         (number, offset) = item.place
         region = self._regions.get((number, like.device))
         if region is None:
@@ -1024,67 +919,28 @@ class Publication:
                 openers[like.device] = Opener(like.device, descriptors=False)
             region = openers[like.device].open(self._handles[number])
             if region.dtype != torch.uint8 or region.ndim != 1:
-                raise self.wrong(name)
+                raise self._wrong(cell.name)
             self._regions[number, like.device] = region
         try:
             tensor = strided(region, offset, like.dtype, item.local, item.strides)
-        except (LayoutError, RuntimeError):
-            raise self.wrong(name) from None
-        self._tensors[key] = tensor
-        return tensor
-
-    def source(
-        self, cell: Cell, like: torch.Tensor, openers: dict[torch.device, Opener]
-    ) -> torch.Tensor:
-        """Return the source of a cell in the owner's memory; raise the errors of `tensor`."""
-        tensor = self.tensor(cell.name, like, openers)
-        try:
             return part_of(tensor, cell.src, cell.box.extents)
-        except LayoutError:
-            raise self.wrong(cell.name) from None
+        except (LayoutError, RuntimeError):
+            raise self._wrong(cell.name) from None
 
-    def sources(
-        self,
-        plan: Plan,
-        number: int,
-        tensors: Mapping[str, torch.Tensor],
-        openers: dict[torch.device, Opener],
-    ) -> list[torch.Tensor]:
-        """Return the sources of an owner's cells of a plan; raise the errors of `tensor`."""
-        planned = self._planned.get_or_make((plan, number), _Planned)
-        if planned.sources is None:
-            cells = [plan.cells[n] for n in plan.numbers[number]]
-            planned.sources = [self.source(x, tensors[x.name], openers) for x in cells]
-        return planned.sources
-
-    def sums_of(self, plan: Plan, number: int) -> WantedSums:
-        """Return which checksums a plan needs of the owner that has this number in it."""
-        planned = self._planned.get_or_make((plan, number), _Planned)
-        if planned.sums is None:
-            planned.sums = self._wanted_sums(plan, number)
-        return planned.sums
-
-    @property
-    def compares_whole(self) -> bool:
-        """Return True if a plan needed the checksums of whole boxes, so the next may need them."""
-        return any(x.sums is not None and x.sums.whole for x in [*self._planned.values()])
-
-    def _wanted_sums(self, plan: Plan, number: int) -> WantedSums:
+    def wanted_sums(self, cells: Iterable[Cell]) -> WantedSums:
+        """Return which checksums a plan needs for its cells of this owner."""
         boxes = dict[tuple[str, Box], int]()
         places = list[int]()
-        listed = False
-        pairs = list[tuple[str, Box]]()
-        for cell in (plan.cells[n] for n in plan.numbers[number]):
-            pairs.append((cell.name, cell.box._replace(start=cell.src)))
-            listed = listed or pairs[-1] in self.boxes
-        first = len(self.boxes) if listed else 0
+        pairs = [(cell.name, cell.box._replace(start=cell.src)) for cell in cells]
+        whole = any(pair in self.boxes for pair in pairs)
+        first = len(self.boxes) if whole else 0
         for pair in pairs:
             place = self.boxes.get(pair)
             if place is None:
                 place = first + boxes.setdefault(pair, len(boxes))
             places.append(place)
         numbered = tuple((self.numbers[name], box) for name, box in boxes)
-        return WantedSums(listed, numbered, places)
+        return WantedSums(whole, numbered, places)
 
     def receiver(self, owner: Owner, terms: Terms) -> Receiver:
         """Return the lane by which the owner sends weights to a device; connect at the first call.
@@ -1094,9 +950,9 @@ class Publication:
         receiver = self._receivers.get(terms[:2])
         if receiver is not None and receiver.usable:
             return receiver
-        return uninterrupted(partial(self._receiver, owner, terms))
+        return uninterrupted(partial(self._connect, owner, terms))
 
-    def _receiver(self, owner: Owner, terms: Terms) -> Receiver:
+    def _connect(self, owner: Owner, terms: Terms) -> Receiver:
         """Connect, unless another pull does."""
         while not self._connecting.acquire(timeout=0.05):
             owner.check()
@@ -1106,8 +962,11 @@ class Publication:
                 return receiver
             if receiver is not None:
                 receiver.release()
-            receiver = self._receivers[terms[:2]] = _connected(owner, terms)
+            receiver = self._receivers[terms[:2]] = Receiver(owner, terms)
             return receiver
+        except (Refused, BackendUnavailable, Unsupported) as error:
+            reason = f"{terms.why}; and they cannot be sent: {error}"
+            raise Unsupported(f"Pulling weights of {owner.address}", reason) from error
         finally:
             self._connecting.release()
 
@@ -1117,7 +976,7 @@ class Publication:
             receiver.drop()
         self._receivers.clear()
 
-    def wrong(self, name: str) -> PeerError:
+    def _wrong(self, name: str) -> PeerError:
         """Return the error of an owner whose description does not fit its memory."""
         return PeerError(
             f"Expected {name} as {self.address} described it, got other memory. Pull from another "
@@ -1137,21 +996,19 @@ def _forget(key: tuple[bytes, str, bytes]) -> None:
         publication.close()
 
 
-def _connected(owner: Owner, terms: Terms) -> Receiver:
-    """Connect to an owner that sends weights."""
-    try:
-        return Receiver(owner, terms)
-    except (Refused, BackendUnavailable, Unsupported) as error:
-        reason = f"{terms.why}; and they cannot be sent: {error}"
-        raise Unsupported(f"Pulling weights of {owner.address}", reason) from error
-
-
-def begin_all(channel: Channel, tickets: Iterable[bytes], timeout: float) -> dict[bytes, Reply]:
+def begin_all(channel: object, tickets: object, timeout: object) -> dict[bytes, Reply]:
     """Ask the owners whose weights are known here for the begin of a pull, and return what waits
-    for the answers, by tickets."""
-    seconds = min(timeout, channel.timeout)
+    for the answers, by tickets.
+
+    The arguments are those of a pull, before they are checked. Asks nothing for wrong ones.
+    """
+    listed = [tickets] if isinstance(tickets, bytes) else tickets
+    timed = timeout is None or (isinstance(timeout, int | float) and timeout > 0)
     begun = dict[bytes, Reply]()
-    for ticket in {*tickets}:
+    if not (isinstance(channel, Channel) and timed and isinstance(listed, list | tuple)):
+        return begun
+    seconds = min(cast("float", timeout or channel.timeout), channel.timeout)
+    for ticket in {x for x in listed if isinstance(x, bytes)}:
         decoded = unsealed(ticket, WeightsTicket)
         known = decoded and publications.get((channel.id, decoded.address, decoded.id))
         if decoded and known:
@@ -1207,7 +1064,10 @@ class Owner:
     def _list(self) -> Publication:
         """Request all items and regions, and keep them until the connection ends."""
         request = AskWeights(self.id, begin=True)
-        pairs = self._all("weights", request, lambda page: page.items, lambda pair: pair[0])
+        pairs = self._all("weights", request, lambda page: page.items)
+        items = dict(pairs)
+        if len(items) < len(pairs):
+            raise self._wrong_list("weights", len(pairs), len(pairs))
         handles = self._all(
             "regions", AskWeights(self.id, what="regions"), lambda page: page.regions
         )
@@ -1215,7 +1075,7 @@ class Owner:
         for key in [key for key in [*publications] if key[:2] == self._key[:2]]:
             if key != self._key:
                 _forget(key)
-        made = Publication(self.address, dict(pairs), handles)
+        made = Publication(self.address, items, handles)
         publication = publications.setdefault(self._key, made)
         if publication is not made:  # another pull was quicker, and may have a lane
             return publication
@@ -1231,15 +1091,13 @@ class Owner:
         what: str,
         request: AskWeights,
         of: Callable[[Weights], Sequence[T]],
-        name: Callable[[T], object] | None = None,
         total: int | None = None,
     ) -> list[T]:
         """Request a list in pages; raise `PeerError` if its length is not the announced one.
 
-        ``name``: of an object, which the list has once. ``total``: the length, if it is known.
+        ``total``: the length, if it is known.
         """
         listed = list[T]()
-        names = set[object]()
         nbytes = 0
         while total is None or len(listed) < total:
             first = len(listed)
@@ -1247,24 +1105,31 @@ class Owner:
             page = self.ask(AskWeights(request.id, first, what=request.what, begin=begin))
             some = of(page)
             listed += some
-            names.update(map(name, some) if name else ())
             nbytes += len(msgpack.encode(page))
             total = page.total if total is None else total
             stuck = not some and len(listed) < total
-            twice = name is not None and len(names) < len(listed)
             long = len(listed) > total or nbytes > MOST_LISTING
-            if page.total != total or stuck or twice or long:
-                raise PeerError(
-                    f"Expected {total} {what} from {self.address}, got {len(listed)}, or some "
-                    f"twice. Pull from another owner."
-                )
+            if page.total != total or stuck or long:
+                raise self._wrong_list(what, total, len(listed))
         return listed
 
+    def _wrong_list(self, what: str, total: int, got: int) -> PeerError:
+        """Return the error of a list that is not as the owner announced it."""
+        return PeerError(
+            f"Expected {total} {what} from {self.address}, got {got}, or some twice. Pull from "
+            f"another owner."
+        )
+
     def ask(self, request: AskWeights, reply: Reply | None = None) -> Weights:
-        """Return the owner's answer, after the owner has one. ``reply``: the request was sent."""
+        """Return the owner's answer, after the owner has one; raise if its weights changed.
+
+        ``reply``: the request was sent.
+        """
         pause = 5e-4
         while True:
-            answer = self.once(request, reply)
+            self.check()
+            answer = self._in_time(reply) if reply else self.ask_once(request, Weights)
+            self.judge(answer)
             if answer.state == "held":
                 return answer
             reply = None
@@ -1274,17 +1139,6 @@ class Owner:
     def pause(self, seconds: float) -> None:
         """Wait before the next request to a busy owner, but not past the time of the pull."""
         time.sleep(min(seconds, max(0.0, self.until - time.monotonic())))
-
-    def once(self, request: AskWeights, reply: Reply | None = None) -> Weights:
-        """Return the owner's answer, which may be busy; raise if its weights changed."""
-        self.check()
-        answer = self._in_time(reply) if reply else self._ask(request, Weights)
-        self.judge(answer)
-        return answer
-
-    def request_slice(self, request: SendSlice) -> Weights:
-        """Return the owner's answer, which may be busy. After an error the owner may send it."""
-        return self._ask(request, Weights)
 
     def judge(self, answer: Weights) -> None:
         """Raise if an answer says that the weights have changed, or are gone."""
@@ -1303,8 +1157,8 @@ class Owner:
                 f"got other memory. Have its process publish the weights again."
             )
 
-    def _ask(self, request: Message, kind: type[T]) -> T:
-        """Return the owner's answer to a message, in the time of the pull."""
+    def ask_once(self, request: Message, kind: type[T]) -> T:
+        """Return the owner's answer to a message, in the time of the pull; it may be busy."""
         ask = partial(self.channel.ask, self.address, request, kind, self._left)
         return self._in_time(ask)
 
@@ -1313,9 +1167,8 @@ class Owner:
         try:
             return ask()
         except TransferTimeout:
-            if time.monotonic() < self.until:
-                raise
-            raise self.late() from None
+            self.check()  # the better reason, if the time of the pull is over
+            raise
 
     @property
     def _left(self) -> float:
@@ -1333,32 +1186,20 @@ class Owner:
     def connect(self, request: Connect) -> Connected:
         """Return the owner's answer to a request for a lane."""
         self.check()
-        answer = self._ask(request, Connected)
+        answer = self.ask_once(request, Connected)
         if answer.gone:
             raise self._gone()
         return answer
-
-    def receiver(self, terms: Terms) -> Receiver:
-        """Return the lane by which the owner sends weights; see `Publication.receiver`."""
-        return self.publication.receiver(self, terms)
-
-    def number(self, name: str) -> int:
-        """Return the number of an item of the owner."""
-        return self.publication.numbers[name]
 
     def check(self) -> None:
         """Raise the error of a pull that was cancelled or whose time is over."""
         if self._stopped() or abandoned():
             raise TransferCancelled("The pull of weights was cancelled. Do not use the weights.")
         if time.monotonic() >= self.until:
-            raise self.late()
-
-    def late(self) -> TransferTimeout:
-        """Return the error of a pull whose time is over."""
-        return TransferTimeout(
-            f"The pull of weights from {self.address} timed out after {self.timeout:g} s. Do not "
-            f"use the weights; pull again with a longer timeout."
-        )
+            raise TransferTimeout(
+                f"The pull of weights from {self.address} timed out after {self.timeout:g} s. Do "
+                f"not use the weights; pull again with a longer timeout."
+            )
 
     def begin_to_confirm(self) -> Callable[[], object]:
         """Ask whether the weights have changed since they were listed, and return the call that
@@ -1368,17 +1209,16 @@ class Owner:
         reply = self.channel.begin_to_ask(self.address, request, Weights, self._left)
         return partial(self.ask, request, reply)
 
-    def confirm(self) -> None:
-        """Raise `TransferError` if the weights have changed since they were listed."""
-        self.ask(AskWeights(self.id, len(self.publication.items)))
+    def confirm(self, again: bool = False) -> None:
+        """Raise `TransferError` if the weights have changed since they were listed.
 
-    def refuse(self) -> None:
-        """Report checksums that differ, so that the owner does not use them again."""
-        self.once(AskWeights(self.id, len(self.publication.items), again=True))
+        ``again``: report checksums that differ, so that the owner does not use them again.
+        """
+        self.ask(AskWeights(self.id, len(self.publication.items), again=again))
 
-    def sums(self, plan: Plan, number: int) -> list[int]:
-        """Return the owner's checksums of its cells of a plan, in which it has this number."""
-        wanted = self.publication.sums_of(plan, number)
+    def sums(self, wanted: WantedSums) -> list[int]:
+        """Return the owner's checksums of its cells of a plan."""
+        self.publication.compares_whole |= wanted.whole
         listed = list[int]()
         if wanted.whole and len(self._listed) == len(self.publication.boxes):
             listed += self._listed
@@ -1389,13 +1229,10 @@ class Owner:
         for first in range(0, len(wanted.boxes), MOST_BOXES):
             some = wanted.boxes[first : first + MOST_BOXES]
             answer = self.ask(AskWeights(self.id, boxes=some)).sums
-            self._check_number(len(some), len(answer))
+            if len(answer) != len(some):
+                raise PeerError(
+                    f"Expected {len(some)} checksums from {self.address}, got {len(answer)}. Do "
+                    f"not use the weights; pull from another owner."
+                )
             listed += answer
         return [listed[place] for place in wanted.places]
-
-    def _check_number(self, expected: int, got: int) -> None:
-        if got != expected:
-            raise PeerError(
-                f"Expected {expected} checksums from {self.address}, got {got}. Do not use the "
-                f"weights; pull from another owner."
-            )

@@ -8,7 +8,8 @@ byte: `portakv.weights.pull` does.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from math import prod
 from operator import add, attrgetter, sub
@@ -22,6 +23,7 @@ from portakv.errors import InvalidTerms, LayoutError
 from portakv.migrate.messages import Box as Ends
 from portakv.migrate.messages import Bytes, Dims, Message, Small, Text, prepare
 from portakv.migrate.shards import deal
+from portakv.migrate.shared_memory import Held, export_all
 from portakv.runtime.writable import READ_ONLY, writable
 from portakv.view.bound import reach
 from portakv.view.overlap import overlaps_itself
@@ -55,7 +57,8 @@ class Parameter:
 
     ``packing`` names how values were repacked after loading (Marlin, ...). ``block``: the elements
     on each axis that share a scale; boxes begin and end at its multiples. Scales are separate
-    parameters. Elements in no box, such as padding, are not modified.
+    parameters. Elements in no box, such as padding, are not modified. Later changes of lists that
+    were passed have no effect.
     """
 
     tensor: torch.Tensor
@@ -63,6 +66,17 @@ class Parameter:
     boxes: Sequence[Box] | None = None
     packing: str = ""
     block: Sequence[int] = ()
+
+    def __post_init__(self) -> None:
+        """Keep the terms as tuples, so that nothing can change them after a check."""
+        terms = vars(self)
+        with suppress(TypeError):  # `named` says what is wrong
+            terms["block"] = tuple(self.block)
+            if self.shape is not None:
+                terms["shape"] = tuple(self.shape)
+            if self.boxes is not None:
+                terms["boxes"] = tuple(self.boxes)
+                terms["boxes"] = tuple(Box(*map(tuple, box)) for box in self.boxes)
 
     @classmethod
     def split(
@@ -114,9 +128,9 @@ class Parameter:
 
 
 Parameters = Mapping[str, Parameter | torch.Tensor]  # by name; a plain tensor is whole
-_DEFAULTS = None, None, "", ()  # `_terms_of` a whole tensor
+_DEFAULTS = None, None, "", ()  # terms of a whole tensor
 _dtype_of = attrgetter("dtype")
-_kind_of = attrgetter("device", "dtype", "shape", "layout")
+_kind_of = attrgetter("device", "layout")
 
 
 class Item(Message, frozen=True):
@@ -215,39 +229,28 @@ def tensors_of(parameters: Parameters) -> dict[str, torch.Tensor]:
 def facts_of(parameters: Parameters) -> tuple[object, ...] | None:
     """Return all that the checks and the plan of a pull depend on, as a key; None if there is none.
 
-    Parameters with equal keys pass or fail the same checks. The key retains no tensor.
+    Parameters with equal keys pass or fail the same checks. The key retains no tensor. Its second
+    part is the result of `forms_of`.
     """
     tensors = [*tensors_of(parameters).values()]
+    terms = [
+        (x.shape, x.boxes, x.packing, x.block) if isinstance(x, Parameter) else _DEFAULTS
+        for x in parameters.values()
+    ]
     try:
         # Each `map` makes its calls without a step of Python for a tensor.
         facts = (
             tuple(parameters),
-            # Tied parameters have one address. Checksums are computed there.
-            tuple(map(torch.Tensor.data_ptr, tensors)),
+            forms_of(tensors),
             tuple(map(_kind_of, tensors)),
-            tuple(map(torch.Tensor.stride, tensors)),
             tuple(map(torch.Tensor.is_conj, tensors)),
             tuple(map(torch.Tensor.is_neg, tensors)),
+            tuple(terms),
         )
-        terms = _terms(parameters, _terms_of)
-        try:
-            hash(terms)  # the only part that may have no hash
-        except TypeError:  # boxes or shapes that are lists
-            terms = _terms(parameters, _fixed_terms_of)
-            hash(terms)
+        hash(facts[-1])  # the only part that may have no hash
     except (TypeError, ValueError, RuntimeError, NotImplementedError):  # the checks say why
         return None
-    return *facts, terms
-
-
-def is_fixed(parameters: Parameters) -> bool:
-    """Return whether nothing can change the terms of parameters, as it can those in lists."""
-    terms = [(x.shape, x.boxes, x.block) for x in parameters.values() if isinstance(x, Parameter)]
-    try:
-        hash(tuple(terms))
-    except TypeError:
-        return False
-    return True
+    return facts
 
 
 def forms_of(tensors: Sequence[torch.Tensor]) -> tuple[tuple[object, ...], ...]:
@@ -256,34 +259,12 @@ def forms_of(tensors: Sequence[torch.Tensor]) -> tuple[tuple[object, ...], ...]:
     An address belongs to one device. Whether a tensor is a conjugate view is fixed for its life.
     """
     return (
+        # Tied parameters have one address. Checksums are computed there.
         tuple(map(torch.Tensor.data_ptr, tensors)),
         tuple(map(torch.Tensor.size, tensors)),
         tuple(map(torch.Tensor.stride, tensors)),
         tuple(map(_dtype_of, tensors)),
     )
-
-
-def _terms(parameters: Parameters, terms_of: Callable[[Parameter], object]) -> tuple[object, ...]:
-    """Return the terms of each parameter; those of a plain tensor are the defaults."""
-    values = parameters.values()
-    return tuple([terms_of(x) if isinstance(x, Parameter) else _DEFAULTS for x in values])
-
-
-def _terms_of(parameter: Parameter) -> object:
-    """Return the terms of a parameter; nothing can change them if they have a hash."""
-    boxes = parameter.boxes
-    if type(boxes) is list:
-        boxes = tuple(boxes)
-    return parameter.shape, boxes, parameter.packing, parameter.block
-
-
-def _fixed_terms_of(parameter: Parameter) -> object:
-    """Return the terms of a parameter as tuples of numbers, which nothing can change."""
-    shape = None if parameter.shape is None else tuple(parameter.shape)
-    boxes = parameter.boxes
-    if boxes is not None:
-        boxes = tuple(Box(*map(tuple, box)) for box in boxes)
-    return shape, boxes, parameter.packing, tuple(parameter.block)
 
 
 def _odd(tensor: torch.Tensor) -> str:
@@ -338,18 +319,31 @@ def items_of(parameters: Mapping[str, Parameter]) -> dict[str, Item]:
     items = dict[str, Item]()
     for name, x in parameters.items():
         tensor = x.tensor
-        local = tuple(x.tensor.shape)
+        local = tuple(tensor.shape)
         shape = local if x.shape is None else tuple(x.shape)
         zeros = (0,) * len(local)
-        boxes = tuple(Box(*map(tuple, b)) for b in x.boxes or [Box(zeros, zeros, local)])
+        boxes = tuple(x.boxes or [Box(zeros, zeros, local)])
         dtype = str(tensor.dtype).removeprefix("torch.")
-        packed = x.packing, tuple(x.block)
-        item = Item(dtype, shape, boxes, *packed, "", local, tensor.stride())
+        item = Item(dtype, shape, boxes, x.packing, tuple(x.block), "", local, tensor.stride())
         for box in boxes:
             part_of(tensor, box.start, box.extents)
         memory = tensor.data_ptr() or name, tensor.device, item
         items[name] = structs.replace(item, tie=first.setdefault(memory, name))
     return items
+
+
+def export_items(
+    tensors: Mapping[str, torch.Tensor], items: Mapping[str, Item], what: str
+) -> tuple[list[Held], dict[str, Item]]:
+    """Return the memory of items as few regions, and the items with their places there.
+
+    Keep the tensors until all regions are closed. Raises `Unsupported`, which names
+    ``what[name]``, for memory that cannot be shared.
+    """
+    memory = {name: x for name, x in tensors.items() if items[name].tie == name}
+    regions, places = export_all(memory, what)
+    placed = {name: structs.replace(item, place=places[item.tie]) for name, item in items.items()}
+    return regions, placed
 
 
 def _unlike(dst: Mapping[str, Item], src: Mapping[str, Item]) -> Iterator[tuple[str, str]]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import ctypes
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate, groupby
 from math import prod
@@ -41,15 +41,16 @@ def copy_pairs(pairs: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> None:
     """Copy tensors on the current stream of their device, or now if one side is on the host.
 
     One call copies many small tensors, as integers: on CUDA that call converts bfloat16 and float16
-    to float32, which changes NaNs (torch 2.11). On the host neighbours are one copy.
+    to float32, which changes NaNs (torch 2.11). On the host this thread alone copies.
     """
-    runs = list[tuple[torch.Tensor, torch.Tensor]]()
+    moved = list[torch.Tensor]()
     many = defaultdict[Any, tuple[list[Any], list[Any]]](lambda: ([], []))
     with torch.inference_mode():
         for into, src in pairs:
             one_run = into.is_contiguous() and src.is_contiguous()
             if one_run and into.is_cpu and src.is_cpu:
-                runs.append((into, src))
+                ctypes.memmove(into.data_ptr(), src.data_ptr(), into.nbytes)
+                moved.append(into)
                 continue
             integers = _INTEGERS.get(into.itemsize)
             if not one_run or integers is None or into.nbytes >= LARGE:
@@ -64,26 +65,7 @@ def copy_pairs(pairs: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> None:
                 del many[key]
         for lists in many.values():
             torch._foreach_copy_(*lists)
-    for run in runs_of(runs):
-        ctypes.memmove(*run)  # in this thread alone
-    for into, _ in runs:
-        increment_version(into)  # as torch's own copies do: who publishes these tensors notices it
-
-
-def runs_of(pairs: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> list[tuple[int, int, int]]:
-    """Return the copies of contiguous tensors as runs of bytes, neighbours together.
-
-    A run is the address to write, the address to read, and the bytes.
-    """
-    runs = [(into.data_ptr(), src.data_ptr(), into.nbytes) for into, src in pairs if into.nbytes]
-    if not runs:
-        return []
-    table = np.array(runs, np.int64)
-    table = table[np.argsort(table[:, 0])]
-    ends = table[:-1, :2] + table[:-1, 2:]
-    firsts = np.flatnonzero(np.r_[True, (ends != table[1:, :2]).any(axis=1)])
-    table[firsts, 2] = np.add.reduceat(table[:, 2], firsts)
-    return [(into, src, nbytes) for into, src, nbytes in table[firsts].tolist()]
+    increment_version(moved)  # as torch's own copies do: who publishes these tensors notices it
 
 
 #: Bytes of the tiles. A tensor is cut into as many of the first as it has, its rest into the next.
@@ -102,23 +84,23 @@ class Tiles:
     is read counts as a peer's memory, also if another process of the same device shares it.
 
     Args:
-        runs: of each tensor the address to write, the address to read, and the bytes.
-        device: where all of them are.
+        pairs: tensors that `fits_tiles` accepts, all on one device: what is written, what is read.
+
+    Raises `BackendUnavailable` or `Unsupported` if no backend copies between addresses of this
+    device.
     """
 
-    def __init__(self, runs: Sequence[tuple[int, int, int]], device: torch.device) -> None:
+    def __init__(self, pairs: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> None:
+        device = pairs[0][0].device
+        runs = [(into.data_ptr(), src.data_ptr(), into.nbytes) for into, src in pairs]
         self._copies = list[tuple[KVView, KVView]]()
-        for size, into, src in cut(np.array(runs, np.int64).reshape(-1, 3)):
+        for size, into, src in cut(np.array(runs, np.int64)):
             read = _tiles(src, size, device)
             if device.type != "cpu":
                 read = read.as_peer(device)
-            self._copies.append((_tiles(into, size, device), read))
-
-    def check(self) -> None:
-        """Raise `BackendUnavailable` or `Unsupported` if no backend copies between addresses of
-        this device; copy nothing."""
-        for into, src in self._copies:
-            copy_rows(src, into, count=0, options=_OPTIONS)
+            written = _tiles(into, size, device)
+            copy_rows(read, written, count=0, options=_OPTIONS)  # finds a backend
+            self._copies.append((written, read))
 
     def issue(self) -> None:
         """Copy all tiles on the current stream of their device."""
@@ -127,7 +109,7 @@ class Tiles:
 
 
 def tiled_on(device: torch.device) -> bool:
-    """Return whether tiles copy weights on a device; on the host neighbours are one copy."""
+    """Return whether tiles copy weights on a device; on the host a copy is one call anyway."""
     return device.type != "cpu"
 
 
@@ -144,15 +126,11 @@ def fits_tiles(into: torch.Tensor, src: torch.Tensor) -> bool:
 
 
 def tiles_of(pairs: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> Tiles | None:
-    """Return the tiles of tensors that `fits_tiles` accepts, all on one device, as pairs of what is
-    written and what is read; None if no backend copies between addresses of this device."""
-    runs = [(into.data_ptr(), src.data_ptr(), into.nbytes) for into, src in pairs]
-    made = Tiles(runs, pairs[0][0].device)
+    """Return the tiles of tensors; None if no backend copies between addresses of their device."""
     try:
-        made.check()
+        return Tiles(pairs)
     except (BackendUnavailable, Unsupported):
         return None
-    return made
 
 
 def cut(runs: _Int64) -> list[tuple[int, _Int64, _Int64]]:
@@ -223,20 +201,34 @@ class Batch:
     tiled: TiledPieces | None = None
 
 
+class WantedSums(NamedTuple):
+    """The checksums that a plan needs of an owner.
+
+    Attributes:
+        whole: some are those of whole boxes, which the owner lists together.
+        boxes: numbers of items, and the other boxes.
+        places: of the checksum of each cell, in the list of whole boxes followed by the others.
+    """
+
+    whole: bool
+    boxes: tuple[tuple[int, Box], ...]
+    places: list[int]
+
+
 @dataclass(eq=False)  # a plan is a key of what an owner's publication caches
 class Plan:
     """The copies of a pull, for tensors and owners of one description.
 
-    ``numbers``: of the cells of each owner.
+    Attributes:
+        numbers: of the cells of each owner.
+        sums: the checksums that are needed of each owner.
     """
 
     cells: list[Cell]
     batches: list[Batch]
     numbers: list[list[int]]
-    nbytes: int = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.nbytes = sum(batch.nbytes for batch in self.batches)
+    nbytes: int
+    sums: list[WantedSums]
 
 
 def plan_of(
@@ -244,9 +236,12 @@ def plan_of(
     described: Mapping[str, Item],
     itemsizes: Mapping[str, int],
     most: int,
-    owners: int,
+    wanted_sums: Sequence[Callable[[Iterable[Cell]], WantedSums]],
 ) -> Plan:
-    """Return the batches of cells, each of about ``most`` bytes. A tied tensor is copied once."""
+    """Return the batches of cells, each of about ``most`` bytes. A tied tensor is copied once.
+
+    ``wanted_sums``: for each owner, returns the checksums that are needed for its cells.
+    """
     pieces = list[Piece]()
     for number, cell in enumerate(cells):
         size = itemsizes[cell.name]
@@ -263,10 +258,11 @@ def plan_of(
         some = [*group]
         nbytes = sum(nbytes for _, nbytes, piece in some if piece.copied)
         batches.append(Batch([piece for *_, piece in some], nbytes))
-    numbers = [list[int]() for _ in range(owners)]
+    numbers = [list[int]() for _ in wanted_sums]
     for number, cell in enumerate(cells):
         numbers[cell.owner].append(number)
-    return Plan(cells, batches, numbers)
+    sums = [want(cells[n] for n in some) for want, some in zip(wanted_sums, numbers, strict=True)]
+    return Plan(cells, batches, numbers, sum(batch.nbytes for batch in batches), sums)
 
 
 def split(cell: Cell, most: int) -> Iterator[Cell]:

@@ -11,14 +11,13 @@ import os
 import threading
 import time
 from collections import defaultdict, deque
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
-from dataclasses import dataclass, field
 from functools import partial
-from math import inf, prod
-from operator import is_
+from math import prod
+from operator import is_, sub
 from time import monotonic
-from typing import TYPE_CHECKING, Literal, NamedTuple, TypeAlias, cast, overload
+from typing import Literal, NamedTuple, TypeAlias, cast, overload
 from weakref import ref
 
 import torch
@@ -32,7 +31,6 @@ from portakv.migrate.channel import Channel
 from portakv.migrate.checksum import BoxSums, SummedPart
 from portakv.migrate.figures import WEIGHTS
 from portakv.migrate.messages import carried
-from portakv.migrate.shared_memory import Opener
 from portakv.migrate.transports import check_transport
 from portakv.migrate.transports.base import Moving
 from portakv.runtime.bounded import Bounded
@@ -47,9 +45,9 @@ from portakv.weights.owner import (
     Owner,
     Receiver,
     Reply,
-    Sender,
     SendSlice,
     Terms,
+    Weights,
     begin_all,
     box_bytes,
     packed_bytes,
@@ -61,7 +59,6 @@ from portakv.weights.parameters import (
     check_destinations,
     facts_of,
     forms_of,
-    is_fixed,
     items_of,
     named,
     part_of,
@@ -82,10 +79,6 @@ from portakv.weights.plan import (
     tiles_of,
 )
 
-if TYPE_CHECKING:
-    from portakv.weights.owner import Weights
-
-
 # ------------------------------------------------------------------------------------------------
 # The reader's side of pulls of weights through staging buffers.
 
@@ -95,18 +88,11 @@ _ASK = 1.0  # seconds without bytes after which a pull requests the version
 STOPPING = 0.5  # seconds for the slices in flight of a pull that has failed
 
 
-class Wanted(NamedTuple):
-    """A box that is requested from an owner, and the reader's tensor that contains it."""
-
-    cell: Cell
-    tensor: torch.Tensor
-
-
 class _Slice(NamedTuple):
     """A slice that was requested, and what it is copied to."""
 
     receiver: Receiver
-    owner: Sender
+    owner: Owner
     buffer: torch.Tensor
     moving: Moving
     into: list[torch.Tensor]
@@ -116,13 +102,23 @@ class _Slice(NamedTuple):
 class Incoming:
     """The slices of one pull, which arrive in the order of the requests.
 
-    Use it as a context manager: no other pull uses its lanes until the end. ``terms``: by the
-    numbers of the owners that send weights.
+    Use it as a context manager: no other pull uses its lanes until the end.
+
+    Args:
+        terms: by the numbers of the owners that send weights.
+        owners: of the weights.
+        tensors: the reader's, by name.
     """
 
-    def __init__(self, terms: Mapping[int, Terms], owners: Sequence[Sender]) -> None:
+    def __init__(
+        self,
+        terms: Mapping[int, Terms],
+        owners: Sequence[Owner],
+        tensors: Mapping[str, torch.Tensor],
+    ) -> None:
         self._terms = terms
         self._owners = owners
+        self._tensors = tensors
         self._receivers = dict[int, Receiver]()
         self._in_flight = deque[_Slice]()
         self._copied = deque[_Slice]()  # copied on a stream that follows the bytes
@@ -145,7 +141,7 @@ class Incoming:
         """Return the lane to an owner, after another pull has left it."""
         owner = self._owners[number]
         while True:
-            receiver = owner.receiver(self._terms[number])
+            receiver = owner.publication.receiver(owner, self._terms[number])
             if receiver.claim(self):
                 if receiver.usable and receiver.tag == receiver.ended:
                     return receiver
@@ -154,13 +150,15 @@ class Incoming:
             owner.check()
             owner.pause(_TURN)
 
-    def request(self, number: int, wanted: Sequence[Wanted]) -> None:
-        """Request boxes of an owner, in as many slices as they need."""
+    def request(self, number: int, cells: Sequence[Cell]) -> None:
+        """Request cells of an owner, in as many slices as they need."""
         owner = self._owners[number]
         receiver = self._receivers[number]
-        for some, nbytes in slices(wanted, receiver.buffer_bytes):
-            boxes = tuple((owner.number(x.cell.name), x.cell.src, x.cell.box.extents) for x in some)
-            into = [part_of(x.tensor, x.cell.box.start, x.cell.box.extents) for x in some]
+        itemsizes = [self._tensors[cell.name].itemsize for cell in cells]
+        for some, nbytes in slices(cells, itemsizes, receiver.buffer_bytes):
+            numbers = owner.publication.numbers
+            boxes = tuple((numbers[x.name], x.src, x.box.extents) for x in some)
+            into = [part_of(self._tensors[x.name], x.box.start, x.box.extents) for x in some]
             buffer = self._buffer(receiver)
             with torch.inference_mode(False):
                 buffer = buffer[:nbytes]
@@ -170,7 +168,7 @@ class Incoming:
             owner.judge(answer)  # only now, because the owner sends the slice in any case
 
     def _accepted(
-        self, owner: Sender, receiver: Receiver, request: SendSlice, buffer: torch.Tensor
+        self, owner: Owner, receiver: Receiver, request: SendSlice, buffer: torch.Tensor
     ) -> tuple[Weights, Moving]:
         """Return the owner's answer after it has accepted a request, and the transfer of its bytes
         into a buffer."""
@@ -178,7 +176,7 @@ class Incoming:
         while True:
             owner.check()
             try:
-                answer = owner.request_slice(request)
+                answer = owner.ask_once(request, Weights)
                 if answer.state == "held":
                     receiver.tag = request.tag
                     return answer, receiver.lane.move(buffer, request.tag)
@@ -269,14 +267,15 @@ def _same(one: torch.Tensor, other: torch.Tensor) -> bool:
     return one.data_ptr() == other.data_ptr()
 
 
-def slices(wanted: Sequence[Wanted], most: int) -> Iterator[tuple[list[Wanted], int]]:
-    """Yield boxes in slices, each with its packed bytes, which are at most ``most``; split larger
-    boxes."""
-    some = list[Wanted]()
+def slices(
+    cells: Sequence[Cell], itemsizes: Sequence[int], most: int
+) -> Iterator[tuple[list[Cell], int]]:
+    """Yield cells in slices, each with its packed bytes, which are at most ``most``; split larger
+    cells. ``itemsizes``: the bytes of an element of each cell."""
+    some = list[Cell]()
     nbytes = 0
     encoded = 0
-    for cell, tensor in wanted:
-        itemsize = tensor.itemsize
+    for cell, itemsize in zip(cells, itemsizes, strict=True):
         for part in split(cell, most // itemsize):
             extents = part.box.extents
             size = packed_bytes((prod(extents) * itemsize,))
@@ -287,7 +286,7 @@ def slices(wanted: Sequence[Wanted], most: int) -> Iterator[tuple[list[Wanted], 
                 some = []
                 nbytes = 0
                 encoded = 0
-            some.append(Wanted(part, tensor))
+            some.append(part)
             nbytes += size
             encoded += message
     if some:
@@ -295,44 +294,88 @@ def slices(wanted: Sequence[Wanted], most: int) -> Iterator[tuple[list[Wanted], 
 
 
 # ------------------------------------------------------------------------------------------------
-# Weights in memory of owners that this process has mapped: what a pull reads there, and where it
-# writes it.
+# Carry out the copies of a pull of weights, with the checksums of what landed.
 
+_WINDOW = 2  # batches of a device in flight
 #: What a copy writes, and what it reads.
 Pair = tuple[torch.Tensor, torch.Tensor]
 
 
-class Mapped:
-    """The mapped memory of the owners of one pull.
+class Copies:
+    """The copies of one pull, and the checksums of what landed.
 
-    Args:
-        owners: of the weights, some of which may be mapped.
-        tensors: the reader's, by name.
-        devices: of the tensors.
+    The bytes come from the memory of owners or, if it cannot be mapped, through staging buffers.
+
+    Raises `PeerError` if an owner's memory does not fit, and `Unsupported` if it can neither be
+    mapped nor sent.
+
+    Attributes:
+        owners: of the weights.
+        plan: of the pull.
     """
 
-    def __init__(
-        self,
-        owners: Sequence[Owner],
-        tensors: Mapping[str, torch.Tensor],
-        devices: Collection[torch.device],
-    ) -> None:
-        self._owners = owners
-        self._tensors = tensors
-        self._tiled = any(map(tiled_on, devices))
-        self._openers = dict[torch.device, Opener]()
-        self._sources = dict[int, torch.Tensor]()  # by the numbers of cells
+    def __init__(self, request: PullRequest, owners: Sequence[Owner], plan: Plan) -> None:
+        self.owners = owners
+        self.plan = plan
+        self._tensors = request.tensors
+        self._devices = request.devices
+        self._tiled = any(map(tiled_on, request.devices))
+        self._sources = dict[int, torch.Tensor]()  # in mapped memory, by the numbers of cells
+        self._terms = dict[int, Terms]()  # by the number of an owner that is not mapped
+        self._sums = BoxSums()
+        # The ends of the batches in flight; streams that compute checksums after a batch's copy.
+        self._in_flight = deque[list[Completion]]()
+        self._streams = dict[torch.device, torch.Stream]()
+        for number, owner in enumerate(owners):
+            cells = plan.numbers[number]
+            try:
+                opened = owner.publication.sources(plan, number, request.tensors)
+                self._sources.update(zip(cells, opened, strict=True))
+            except Unsupported as error:
+                terms = Terms(self._device(cells), request.transport, str(error))
+                self._terms[number] = terms
+                owner.publication.receiver(owner, terms)
 
-    def open(self, plan: Plan, number: int) -> None:
-        """Open the memory of one owner of a plan, unless it is open.
+    def _device(self, cells: Sequence[int]) -> torch.device:
+        """Return the device of all tensors of these cells, or the host."""
+        devices = {self._tensors[self.plan.cells[n].name].device for n in cells}
+        return devices.pop() if len(devices) == 1 else torch.device("cpu")
 
-        Raises `PeerError` if it does not fit, and `Unsupported` if it cannot be mapped.
-        """
-        publication = self._owners[number].publication
-        opened = publication.sources(plan, number, self._tensors, self._openers)
-        self._sources.update(zip(plan.numbers[number], opened, strict=True))
+    def explain(self) -> list[str]:
+        """Return for each owner how its weights cross, and why."""
+        lines = list[str]()
+        for number, owner in enumerate(self.owners):
+            how = "its memory is mapped"
+            if number in self._terms:
+                receiver = owner.publication.receiver(owner, self._terms[number])
+                how = f"{receiver.transport.name} sends it through staging buffers: {receiver.why}"
+            lines.append(f"{owner.address}: {how}.")
+        return lines
 
-    def pair(self, piece: Piece) -> Pair:
+    def incoming(self) -> Incoming:
+        """Return the slices that owners send, a context in which `copy` may be called."""
+        return Incoming(self._terms, self.owners, self._tensors)
+
+    def copy(self, batch: Batch, incoming: Incoming) -> None:
+        """Copy a batch. The copies and their checksums may be in flight afterwards."""
+        pairs = list[Pair]()
+        wanted = defaultdict[int, list[Cell]](list)
+        # With owners that send, tiles of the mapped ones would be a plan for each mixture.
+        rest = batch.pieces if self._terms else self._copy_tiles(batch)
+        for piece in rest:
+            owner = piece.cell.owner
+            if not piece.copied:
+                continue
+            if owner in self._terms:
+                wanted[owner].append(piece.cell)
+            else:
+                pairs.append(self._pair(piece))
+        for number, some in wanted.items():
+            incoming.request(number, some)
+        copy_pairs(pairs)
+        incoming.then(partial(self._compare, batch))
+
+    def _pair(self, piece: Piece) -> Pair:
         """Return what a piece writes, and what it reads."""
         cell = piece.cell
         tensor = self._tensors[cell.name]
@@ -340,11 +383,13 @@ class Mapped:
             into = tensor.detach() if tensor.requires_grad else tensor
         else:
             into = part_of(tensor, cell.box.start, cell.box.extents)
-        if piece.of_cell:
-            return into, self._sources[piece.number]
-        return into, self._owners[cell.owner].publication.source(cell, tensor, self._openers)
+        src = self._sources[piece.number]
+        if not piece.of_cell:
+            start = map(sub, cell.src, self.plan.cells[piece.number].src)
+            src = part_of(src, tuple(start), cell.box.extents)
+        return into, src
 
-    def copy_tiles(self, batch: Batch) -> Sequence[Piece]:
+    def _copy_tiles(self, batch: Batch) -> Sequence[Piece]:
         """Copy the pieces of a batch that tiles copy, and return the others."""
         if not self._tiled:
             return batch.pieces
@@ -367,7 +412,7 @@ class Mapped:
         fitting = defaultdict[torch.device, list[tuple[Piece, Pair]]](list)
         for piece in batch.pieces:
             device = self._tensors[piece.cell.name].device
-            if piece.copied and tiled_on(device) and fits_tiles(*(pair := self.pair(piece))):
+            if piece.copied and tiled_on(device) and fits_tiles(*(pair := self._pair(piece))):
                 fitting[device].append((piece, pair))
             else:
                 rest.append(piece)
@@ -380,92 +425,6 @@ class Mapped:
                 tiles.append(made)
                 names += [piece.cell.name for piece in pieces]
         return TiledPieces(read_at, tiles, names, rest)
-
-
-# ------------------------------------------------------------------------------------------------
-# Carry out the copies of a pull of weights, with the checksums of what landed.
-
-_WINDOW = 2  # batches of a device in flight
-
-
-class Copies:
-    """The copies of one pull, and the checksums of what landed.
-
-    The bytes come from the memory of owners or, if it cannot be mapped, through staging buffers.
-    """
-
-    def __init__(
-        self,
-        owners: Sequence[Owner],
-        tensors: Mapping[str, torch.Tensor],
-        devices: Collection[torch.device],
-        transport: str | None = None,
-    ) -> None:
-        self._owners = owners
-        self._tensors = tensors
-        self._devices = devices
-        self._transport = transport
-        self._mapped = Mapped(owners, tensors, devices)
-        self._cells = list[Cell]()
-        self._terms = dict[int, Terms]()  # by the number of an owner that is not mapped
-        self._sums = BoxSums()
-        # The ends of the batches in flight; streams that compute checksums after a batch's copy.
-        self._in_flight = deque[list[Completion]]()
-        self._streams = dict[torch.device, torch.Stream]()
-
-    def open(self, plan: Plan) -> None:
-        """Open all memory of a plan that is not open yet, or connect to the owners that send it.
-
-        Raises `PeerError` if it does not fit, and `Unsupported` if it can neither be mapped nor
-        sent.
-        """
-        self._cells = plan.cells
-        for number, owner in enumerate(self._owners):
-            cells = plan.numbers[number]
-            try:
-                self._mapped.open(plan, number)
-            except Unsupported as error:
-                self._terms[number] = Terms(self._device(cells), self._transport, str(error))
-                owner.receiver(self._terms[number])
-
-    def _device(self, cells: Sequence[int]) -> torch.device:
-        """Return the device of all tensors of these cells, or the host."""
-        devices = {self._tensors[self._cells[n].name].device for n in cells}
-        return devices.pop() if len(devices) == 1 else torch.device("cpu")
-
-    def explain(self) -> list[str]:
-        """Return for each owner how its weights cross, and why."""
-        lines = list[str]()
-        for number, owner in enumerate(self._owners):
-            how = "its memory is mapped"
-            if number in self._terms:
-                receiver = owner.receiver(self._terms[number])
-                how = f"{receiver.transport.name} sends it through staging buffers: {receiver.why}"
-            lines.append(f"{owner.address}: {how}.")
-        return lines
-
-    def incoming(self) -> Incoming:
-        """Return the slices that owners send, a context in which `copy` may be called."""
-        return Incoming(self._terms, self._owners)
-
-    def copy(self, batch: Batch, incoming: Incoming) -> None:
-        """Copy a batch. The copies and their checksums may be in flight afterwards."""
-        pairs = list[tuple[torch.Tensor, torch.Tensor]]()
-        wanted = defaultdict[int, list[Wanted]](list)
-        # With owners that send, tiles of the mapped ones would be a plan for each mixture.
-        rest = batch.pieces if self._terms else self._mapped.copy_tiles(batch)
-        for piece in rest:
-            owner = piece.cell.owner
-            if not piece.copied:
-                continue
-            if owner in self._terms:
-                wanted[owner].append(Wanted(piece.cell, self._tensors[piece.cell.name]))
-            else:
-                pairs.append(self._mapped.pair(piece))
-        for number, some in wanted.items():
-            incoming.request(number, some)
-        copy_pairs(pairs)
-        incoming.then(partial(self._compare, batch))
 
     def _compare(self, batch: Batch) -> None:
         """Compute checksums of a batch after its copies, and wait for an earlier batch."""
@@ -551,74 +510,46 @@ class _Latest(NamedTuple):
 _latest: Bounded[tuple[str, ...], _Latest] = Bounded("latest destinations of weights", 16)
 
 
-@dataclass(frozen=True)
 class PullRequest:
-    """The checked arguments of a pull.
+    """The arguments of a pull, which it checks.
+
+    Raises `InvalidTerms` or `LayoutError` for wrong ones.
 
     Attributes:
-        parameters: as they were passed.
         tensors: of the parameters, by name.
         devices: of the tensors.
         plans: the plans of pulls into tensors with these facts.
+        until: the time at which the pull ends.
+        batch: the bytes of a batch.
         begun: of `begin_all`.
     """
 
-    channel: Channel
-    tickets: Sequence[bytes]
-    parameters: Parameters
-    tensors: Mapping[str, torch.Tensor]
-    devices: frozenset[torch.device]
-    plans: _Plans
-    some: bool
-    rate: float | None
-    limit: float
-    until: float
-    transport: str | None = None
-    begun: dict[bytes, Reply] = field(default_factory=dict)
-
-    @property
-    def batch(self) -> int:
-        """Return the bytes of a batch."""
+    def __init__(
+        self,
+        channel: Channel,
+        tickets: bytes | Sequence[bytes],
+        parameters: Parameters,
+        some: bool,
+        max_gbps: float | None,
+        timeout: float | None,
+        transport: str | None,
+    ) -> None:
+        self.timeout = seconds("timeout", timeout, above=True, optional=True)
+        self.until = time.monotonic() + self.timeout
+        self.channel = instance("channel", channel, Channel)
+        self.some = flag("some", some)
+        self.parameters, self.tensors, self.plans = _checked_destinations(parameters)
+        self.rate = None if max_gbps is None else rate("max_gbps", max_gbps)
+        self.devices = frozenset({tensor.device for tensor in self.tensors.values()})
+        if any(map(capturing, self.devices)):
+            raise refuse_capture("Pulling weights", "processes exchange messages; do it before")
+        device = next((x.device for x in self.tensors.values()), torch.device("cpu"))
+        check_transport(transport, device)
+        self.transport = transport
+        self.tickets = _check_tickets(tickets)
+        self.begun = dict[bytes, Reply]()
         on_host = any(device.type == "cpu" for device in self.devices)
-        return _PACED if self.rate or on_host else _BATCH
-
-
-def checked(
-    channel: Channel,
-    tickets: bytes | Sequence[bytes],
-    parameters: Parameters,
-    some: bool,
-    max_gbps: float | None,
-    timeout: float | None,
-    transport: str | None,
-) -> PullRequest:
-    """Return the arguments of a pull; raise `InvalidTerms` or `LayoutError` for wrong ones."""
-    limit = seconds("timeout", timeout, above=True, optional=True)
-    until = time.monotonic() + limit
-    instance("channel", channel, Channel)
-    flag("some", some)
-    parameters, tensors, plans = _checked_destinations(parameters)
-    if max_gbps is not None:
-        max_gbps = rate("max_gbps", max_gbps)
-    devices = frozenset({tensor.device for tensor in tensors.values()})
-    if any(map(capturing, devices)):
-        raise refuse_capture("Pulling weights", "processes exchange messages; do it before")
-    device = next((x.device for x in tensors.values()), torch.device("cpu"))
-    check_transport(transport, device)
-    packed = _check_tickets(tickets)
-    return PullRequest(
-        channel=channel,
-        tickets=packed,
-        parameters=parameters,
-        tensors=tensors,
-        devices=devices,
-        plans=plans,
-        some=some,
-        rate=max_gbps,
-        limit=limit,
-        until=until,
-        transport=transport,
-    )
+        self.batch = _PACED if self.rate or on_host else _BATCH
 
 
 def _checked_destinations(
@@ -629,73 +560,53 @@ def _checked_destinations(
 
     Parameters with the facts of others that passed all checks are not checked again.
     """
-    if isinstance(parameters, Mapping):
-        listed = dict(parameters.items())  # once: another mapping may make tensors
-        latest = _latest.get(tuple(listed))
-        if latest is not None and all(map(is_, map(_referent, latest.values), listed.values())):
-            tensors = tensors_of(listed)
-            if forms_of([*tensors.values()]) == latest.forms:
-                return listed, tensors, latest.plans
-        facts = facts_of(listed)
-        known = None if facts is None else _known.get(facts)
-        if known is not None:
-            _note_latest(listed, known)
-            return listed, tensors_of(listed), known
-        parameters = listed
-    checked = named("parameters", parameters)
-    check_destinations(checked)
-    plans = _Plans("plans of weights", 4)
-    facts = facts_of(checked)
+    if not isinstance(parameters, Mapping):
+        raise invalid("parameters", "a mapping of names to tensors", parameters)
+    parameters = dict(parameters.items())  # once: another mapping may make tensors
+    names = tuple(parameters)
+    latest = _latest.get(names)
+    if latest is not None and all(map(is_, map(_referent, latest.values), parameters.values())):
+        tensors = tensors_of(parameters)
+        if forms_of([*tensors.values()]) == latest.forms:
+            return parameters, tensors, latest.plans
+    facts = facts_of(parameters)
+    plans = None if facts is None else _known.get(facts)
+    if plans is None:
+        check_destinations(named("parameters", parameters))
+        plans = _Plans("plans of weights", 4)
     if facts is not None:
         plans = _known.setdefault(facts, plans)
-    return checked, tensors_of(checked), plans
-
-
-def _note_latest(parameters: Parameters, plans: _Plans) -> None:
-    """Note parameters that passed all checks, if nothing can change their terms."""
-    if is_fixed(parameters):
         values: list[ref[object]] = [ref(value) for value in parameters.values()]
-        forms = forms_of([*tensors_of(parameters).values()])
-        _latest[tuple(parameters)] = _Latest(values, forms, plans)
+        _latest[names] = _Latest(values, facts[1], plans)
+    return parameters, tensors_of(parameters), plans
 
 
-def begun(channel: object, tickets: object, timeout: object) -> dict[bytes, Reply]:
-    """Ask the owners for the begin of a pull, while its arguments are checked; see `begin_all`.
-
-    Asks nothing for wrong arguments, which `checked` refuses.
-    """
-    listed = [tickets] if isinstance(tickets, bytes) else tickets
-    known = timeout is None or (isinstance(timeout, int | float) and timeout > 0)
-    if not (isinstance(channel, Channel) and known and isinstance(listed, list | tuple)):
-        return {}
-    limit = float(cast("float", timeout or inf))
-    return begin_all(channel, [x for x in listed if isinstance(x, bytes)], limit)
-
-
-def opened(
-    request: PullRequest, stopped: Callable[[], bool] = bool
-) -> tuple[Sequence[Owner], Plan, Copies]:
-    """Return the owners of a pull, its plan, and its copies, for which all owners are open."""
+def opened(request: PullRequest, stopped: Callable[[], bool] = bool) -> Copies:
+    """Return the copies of a pull, for which all owners are open."""
     owners = [
         Owner(
             request.channel,
             ticket,
-            request.limit,
+            request.timeout,
             request.until,
             stopped,
             request.begun.pop(ticket, None),
         )
         for ticket in request.tickets
     ]
-    planned = _plan(request, owners)
-    copies = Copies(owners, request.tensors, request.devices, request.transport)
-    copies.open(planned)
-    return owners, planned, copies
+    # By the facts of both sides.
+    digests = tuple(owner.publication.digest for owner in owners)
+    planned = request.plans.get_or_make(
+        (digests, request.some, request.batch), lambda: _make_plan(request, owners)
+    )
+    return Copies(request, owners, planned)
 
 
 def pull(request: PullRequest, stopped: Callable[[], bool]) -> int:
     """Pull weights in this thread, and return the bytes."""
-    owners, planned, copies = opened(request, stopped)
+    copies = opened(request, stopped)
+    planned = copies.plan
+    owners = copies.owners
     pace = RateLimit(request.rate) if request.rate else None
     try:
         with copies.incoming() as incoming:
@@ -705,7 +616,7 @@ def pull(request: PullRequest, stopped: Callable[[], bool]) -> int:
                 copies.copy(batch, incoming)
             incoming.finish()
         # While the devices copy. A change that comes after the answers is noticed at the end.
-        answers = [owner.sums(planned, number) for number, owner in enumerate(owners)]
+        answers = [owner.sums(sums) for owner, sums in zip(owners, planned.sums, strict=True)]
         copies.wait_for_bytes()
         # Nothing is read there any more. The last checksums are computed while the owners answer.
         confirmations = [owner.begin_to_confirm() for owner in owners]
@@ -722,7 +633,7 @@ def pull(request: PullRequest, stopped: Callable[[], bool]) -> int:
         if there != [here[n] for n in numbers]:
             differs = [n for n, sum in zip(numbers, there, strict=True) if here[n] != sum]
             wrong += [planned.cells[n].name for n in differs]
-            owner.refuse()
+            owner.confirm(again=True)
     for confirm in confirmations:
         confirm()
     if wrong:
@@ -734,19 +645,12 @@ def pull(request: PullRequest, stopped: Callable[[], bool]) -> int:
     return planned.nbytes
 
 
-def _plan(request: PullRequest, owners: Sequence[Owner]) -> Plan:
-    """Return the plan of a pull, cached by the facts of both sides."""
-    digests = tuple(owner.publication.digest for owner in owners)
-    return request.plans.get_or_make(
-        (digests, request.some, request.batch), lambda: _make_plan(request, owners)
-    )
-
-
 def _make_plan(request: PullRequest, owners: Sequence[Owner]) -> Plan:
     described = items_of(named("parameters", request.parameters))
     cells = plan(described, [x.publication.items for x in owners], request.some)
     itemsizes = {name: tensor.itemsize for name, tensor in request.tensors.items()}
-    return plan_of(cells, described, itemsizes, request.batch, len(owners))
+    wanted_sums = [owner.publication.wanted_sums for owner in owners]
+    return plan_of(cells, described, itemsizes, request.batch, wanted_sums)
 
 
 def _check_tickets(tickets: bytes | Sequence[bytes]) -> Sequence[bytes]:
@@ -907,10 +811,11 @@ def pull_weights(
     `TransferTimeout`, `Unsupported` if an owner's memory can neither be mapped nor sent,
     `TransferError` if weights changed meanwhile, or with the names whose checksums differ.
     """
-    replies = begun(channel, tickets, timeout) if wait is True else {}
-    request = checked(channel, tickets, parameters, some, max_gbps, timeout, transport)
+    # While the arguments are checked.
+    replies = begin_all(channel, tickets, timeout) if wait is True else {}
+    request = PullRequest(channel, tickets, parameters, some, max_gbps, timeout, transport)
     if flag("wait", wait):
-        request.begun.update(replies)
+        request.begun = replies
         return WEIGHTS.pull(partial(pull, request, bool))
     return WeightsPull(request)
 
@@ -930,5 +835,5 @@ def prepare_weights(
     Returns a line for each owner: how its weights cross, and why. Writes nothing. Takes the
     arguments, and raises the errors, of `pull_weights`.
     """
-    request = checked(channel, tickets, parameters, some, None, timeout, transport)
-    return "\n".join(opened(request)[-1].explain())
+    request = PullRequest(channel, tickets, parameters, some, None, timeout, transport)
+    return "\n".join(opened(request).explain())

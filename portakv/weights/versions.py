@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from itertools import compress
 from operator import attrgetter, ne
@@ -14,12 +14,10 @@ from msgspec import msgpack
 
 from portakv.errors import LayoutError
 from portakv.graph.graph import Graph
-from portakv.graph.task import Task
 from portakv.migrate.checksum import Later, box_checksums
 from portakv.runtime.bounded import Bounded
-from portakv.weights.parameters import Box, Item, Parameter, part_of
+from portakv.weights.parameters import Box, Item, Parameter, forms_of, part_of
 
-_kind_of = attrgetter("device", "dtype", "shape")
 _version_of: Callable[[torch.Tensor], int] = attrgetter("_version")
 
 
@@ -36,13 +34,17 @@ class Versioned:
         self.changes = 0
         # `parameters` retains the tensors, which may get other memory.
         self._names = [*parameters]
-        self._memory = _memory_of(parameters)
+        self._memory = forms_of(self._tensors())
         # Updates in progress; weak, because the end of an update may be interrupted.
         self.updates = WeakSet[Update]()
 
+    def _tensors(self) -> list[torch.Tensor]:
+        """Return the tensors; none once the publication was closed."""
+        return [x.tensor for x in [*self.parameters.values()]]
+
     def version(self) -> int:
         """Return a number that grows with each change that this process can notice."""
-        tensors = [x.tensor for x in [*self.parameters.values()]]
+        tensors = self._tensors()
         try:
             counts = [*map(_version_of, tensors)]
         except RuntimeError:  # inference tensors have no counter
@@ -51,7 +53,7 @@ class Versioned:
 
     def replaced(self) -> str | None:
         """Return the name of a tensor that has other memory than when it was published."""
-        memory = _memory_of({**self.parameters})
+        memory = forms_of(self._tensors())
         if memory == self._memory or not memory[0]:  # or the publication was closed
             return None
         now = zip(*memory, strict=True)
@@ -66,57 +68,58 @@ class Versioned:
                 for box in item.boxes:
                     yield item.tie, parameters[name].tensor, box
 
-    def numbered(self, boxes: Sequence[tuple[int, Box]]) -> list[tuple[torch.Tensor, Box]]:
-        """Return boxes of numbered items with their tensors; raise `LayoutError` for a wrong
-        number."""
-        parameters = [*self.parameters.values()]
-        if any(number >= len(parameters) for number, _ in boxes):
-            raise LayoutError(f"Expected numbers below {len(parameters)}, got others. Pull again.")
-        return [(parameters[number].tensor, box) for number, box in boxes]
-
-
-def _memory_of(parameters: Mapping[str, Parameter]) -> tuple[list[object], ...]:
-    """Return which memory each tensor has, and how its elements lie there, in columns.
-
-    Each `map` makes its calls without a step of Python for a tensor: a channel's thread compares
-    all tensors while a reader waits.
-    """
-    tensors = [x.tensor for x in parameters.values()]
-    return (
-        [*map(torch.Tensor.data_ptr, tensors)],
-        [*map(_kind_of, tensors)],
-        [*map(torch.Tensor.stride, tensors)],
-    )
+    def numbered(self, numbers: Iterable[int]) -> list[torch.Tensor]:
+        """Return the tensors of numbered items; raise `LayoutError` for a wrong number."""
+        tensors = self._tensors()
+        try:
+            return [tensors[number] for number in numbers]
+        except IndexError:
+            what = f"Expected numbers below {len(tensors)}, got others. Pull again."
+            raise LayoutError(what) from None
 
 
 class Checksums:
     """The checksums of published weights, computed once for each version by a worker.
 
-    Only the channel's thread calls `all` and `of`.
+    One thread at a time calls it.
     """
 
     def __init__(self, weights: Versioned, graph: Graph) -> None:
         self._weights = weights
-        self._queue = graph.queue("weights")
-        self._task: Task | None = None
         # A part of each result's key: what a worker began before `forget` is not used after it.
         self._forgotten = 0
-        self._done: tuple[tuple[int, int], list[int]] | None = None
-        self._later = Later[list[int]]("checksums of weights", self._queue)
-        self._parts = Bounded[tuple[int, int, bytes], list[int]](
-            "checksums of parts of weights", 256
-        )
+        self._later = Later[list[int]]("checksums of weights", graph.queue("weights"))
+        self._known = Bounded[tuple[int, int, bytes], list[int]]("known checksums of weights", 256)
 
-    def start(self) -> None:
-        """Compute the checksums of all boxes, unless a worker does."""
-        if self._task is None or self._task.ended:
-            self._task = Task(self._compute, 1, queue=self._queue, name="checksums")
-            self._queue.graph.submit([self._task])
+    def all(self, version: int) -> list[int] | None:
+        """Return the checksums of all boxes of all items; None: a worker computes them.
 
-    def _compute(self, *_: object) -> None:
-        """Compute all checksums, each memory's once, and cache them with their version."""
+        Raises the worker's error.
+        """
+        return self._of(version, b"", partial(self._compute, version))
+
+    def of(self, numbered: Sequence[tuple[int, Box]], version: int) -> list[int] | None:
+        """Return the checksums of boxes of numbered items; None: a worker computes them.
+
+        Raises the worker's error, and `LayoutError` for a wrong number.
+        """
+        tensors = self._weights.numbered(number for number, _ in numbered)
+        boxes = [(tensor, box) for tensor, (_, box) in zip(tensors, numbered, strict=True)]
+        return self._of(version, msgpack.encode(numbered), partial(checksums, boxes))
+
+    def _of(self, version: int, name: bytes, make: Callable[[], list[int]]) -> list[int] | None:
+        """Return checksums that ``make`` computes in a worker; None: they are not there yet."""
+        key = self._forgotten, version, name
+        sums = self._known.get(key) or self._later.answer(key, make)
+        if sums:
+            self._known[key] = sums
+        return sums or None
+
+    def _compute(self, version: int) -> list[int]:
+        """Return all checksums, each memory's computed once; none if no pull can use them."""
         weights = self._weights
-        before = self._forgotten, weights.version()
+        if weights.version() != version:
+            return []
         places = list[int]()
         numbers = dict[object, int]()
         boxes = list[tuple[torch.Tensor, Box]]()
@@ -126,45 +129,12 @@ class Checksums:
             if number == len(boxes):
                 boxes.append((tensor, box))
         sums = checksums(boxes)
-        if not weights.updates and weights.version() == before[1]:
-            self._done = before, [sums[number] for number in places]
-
-    def all(self, version: int) -> list[int] | None:
-        """Return the checksums of all boxes of all items; None: a worker computes them.
-
-        Raises the worker's error.
-        """
-        done = self._done
-        if done is not None and done[0] == (self._forgotten, version):
-            return done[1]
-        task = self._task
-        if task is not None and task.ended and task.error is not None:
-            self._task = None
-            raise task.error
-        self.start()
-        return None
-
-    def refresh(self, version: int) -> None:
-        """Start to compute all checksums if they are those of another version."""
-        if self._done is None or self._done[0] != (self._forgotten, version):
-            self.start()
-
-    def of(self, numbered: Sequence[tuple[int, Box]], version: int) -> list[int] | None:
-        """Return the checksums of boxes of numbered items; None: a worker computes them."""
-        key = self._forgotten, version, msgpack.encode(numbered)
-        if key in self._parts:
-            return self._parts[key]
-        boxes = self._weights.numbered(numbered)
-        sums = self._later.answer(key, partial(checksums, boxes))
-        if sums is not None:
-            self._parts[key] = sums
-        return sums
+        return [sums[number] for number in places]
 
     def forget(self) -> None:
         """Compute all checksums anew when they are next requested."""
         self._forgotten += 1
-        self._done = None
-        self._parts.clear()
+        self._known.clear()
 
 
 def checksums(boxes: Sequence[tuple[torch.Tensor, Box]]) -> list[int]:

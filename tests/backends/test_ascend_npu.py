@@ -268,7 +268,7 @@ def test_a_stream_of_another_device_than_the_current_one_is_refused() -> None:
     paged, dense = Elsewhere(OTHER).views(cache("tuples"), chunk("tuples", 4))
     rows = KernelRows(loaded(), CopyPlan(dense.form, paged.form, 0, 0), OTHER)
     with pytest.raises(TransferError, match=r"returned 107003; the copy was not made"):
-        rows(Move(dense, paged, Index(), Index(), 4), None)
+        rows.carry(Move(dense, paged, Index(), Index(), 4), None)
 
 
 def test_a_status_word_on_the_host_is_refused() -> None:

@@ -10,7 +10,6 @@ import dataclasses
 import subprocess
 from collections.abc import Callable
 from itertools import pairwise
-from pathlib import Path
 from time import sleep
 from types import SimpleNamespace
 from typing import Any
@@ -21,7 +20,7 @@ import pytest
 import torch
 from support.benchmarks_cases import CPU, FULL, ON_CPU_AND_CUDA, copied, field, tiny
 
-from portakv.cli.sides import Shape, load_shapes
+from portakv.cli.sides import INDEX_KINDS, SHAPES, Shape, load_shapes
 from portakv_benchmarks.device import suite
 from portakv_benchmarks.device.cold_start import measure_startup
 from portakv_benchmarks.device.methods import PLAIN, run_all_methods
@@ -102,38 +101,17 @@ def test_rows_and_payloads() -> None:
     assert {name: (known[name].row_bytes, known[name].payload) for name in expected} == expected
 
 
-@pytest.mark.parametrize(
-    ("change", "why"),
-    [
-        ("", "got this name twice"),
-        ('name = "b"\nsource = " "', "expected a source"),
-        ('name = "b"\ndtype = "float17"', "float17"),
-        ('name = "b"\ntokens = 9', "whole blocks"),
-        ('name = "b"\nindex = ["sorted"]', "sorted"),
-        ('name = "b"\ncolour = 1', "colour"),
-        ('name = "b"\nlike = "unknown"', "got 'unknown'"),
-        ('name = "b"\nlike = "b"', "expected like to name an earlier shape, got 'b'"),
-    ],
-)
-def test_bad_shapes_are_refused(tmp_path: Path, change: str, why: str) -> None:
-    good = {
-        "name": '"a"',
-        "model": '"m"',
-        "source": '"s"',
-        "cache": '"block token dim"',
-        "chunk": '"token dim"',
-        "layers": "1",
-        "dim": "4",
-        "dtype": '"uint8"',
-        "block_size": "4",
-        "tokens": "8",
-    }
-    bad = {**good, **dict(line.split(" = ", 1) for line in change.splitlines())}
-    texts = ["\n".join(f"{k} = {v}" for k, v in fields.items()) for fields in (good, bad)]
-    file = tmp_path / "shapes.toml"
-    file.write_text("".join(f"[[shape]]\n{text}\n" for text in texts))
-    with pytest.raises(ValueError, match=why):
-        load_shapes(file)
+def test_every_shape_can_be_measured() -> None:
+    shapes = load_shapes()
+    assert SHAPES.read_text(encoding="utf-8").count("[[shape]]") == len(shapes)  # separate names
+    for shape in shapes.values():
+        assert isinstance(getattr(torch, shape.dtype), torch.dtype)
+        assert shape.index
+        assert {*shape.index} <= {*INDEX_KINDS}
+        numbers = (shape.layers, shape.kv, shape.heads, shape.dim, shape.block_size, shape.tokens)
+        assert min(*numbers, shape.pool, shape.objects) >= 1
+        if "blocks" in shape.index:
+            assert shape.tokens % shape.block_size == 0
 
 
 def test_every_tensor_has_bytes_of_its_own_where_they_were_asked_for() -> None:

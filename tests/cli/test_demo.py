@@ -15,12 +15,12 @@ from support.small_backends import small_backend, wipe
 
 from portakv import AdaptiveConnector, KVView, Transfer
 from portakv.cli import demo
-from portakv.cli.demo import FOUNDING, Founding, Scenario, fitted, run_model
+from portakv.cli.demo import FOUNDING, Founding, fitted, pool_bytes, run_model
 from portakv.runtime.devices import usual_device
 
-SMALL = Scenario(layers=3, tokens=24, heads=2, dim=8, block_size=8, blocks=5)
+SMALL = replace(FOUNDING, layers=3, tokens=24, heads=2, dim=8, block_size=8, pool=2)
 PAYLOAD = 3 * 2 * 24 * 2 * 8 * 2
-POOL = 3 * 2 * 40 * 2 * 8 * 2
+POOL = 3 * 2 * 48 * 2 * 8 * 2
 DEVICE = usual_device()
 pytestmark = pytest.mark.xdist_group("transformers")  # one process imports it, for ten seconds
 
@@ -96,7 +96,7 @@ def test_the_check_of_a_chunk_and_of_pages_counts_wrong_bytes() -> None:
     assert made.wrong_in_chunk(made.slots) == made.wrong_in_target(made.slots) == 0
     made.chunk.view(torch.uint8)[1, 2, 3, 4] ^= 1
     assert made.wrong_in_chunk(made.slots) == 1
-    left = next(slot for slot in range(40) if slot not in slots)  # also outside of the slots
+    left = next(slot for slot in range(48) if slot not in slots)  # also outside of the slots
     made.target[1].view(torch.uint8)[1, left // 8, left % 8, 1, 0] ^= 1
     assert made.wrong_in_target(made.slots) == 1
 
@@ -131,12 +131,12 @@ def test_every_backend_is_checked_and_timed() -> None:
 
 def flip(view: KVView) -> None:
     """Flip one bit after a copy, except for the copies of the self-check."""
-    if view.slots in (24, 40):
+    if view.slots in (24, 48):
         view.owners[-1].view(torch.uint8).flatten()[-1] ^= 1
 
 
 def fail(view: KVView) -> None:
-    if view.slots in (24, 40):
+    if view.slots in (24, 48):
         raise ValueError("out of ideas")
 
 
@@ -201,9 +201,8 @@ def test_the_demo_fits_80_columns(kind: str, forced: str, monkeypatch: pytest.Mo
 
 @pytest.mark.parametrize(("free", "layers"), [(None, 32), (8 << 30, 32), (1 << 30, 16), (0, 1)])
 def test_the_scenario_is_fitted_to_free_memory(free: int | None, layers: int) -> None:
-    assert FOUNDING.payload == 64 << 20 < FOUNDING.pool
-    scenario = fitted(FOUNDING, free)
-    assert (scenario.layers, scenario.full_layers) == (layers, 32 if layers < 32 else 0)
+    assert FOUNDING.payload == 64 << 20 < pool_bytes(FOUNDING)
+    assert fitted(FOUNDING, free).layers == layers
 
 
 @pytest.mark.usefixtures("no_model")
@@ -211,7 +210,7 @@ def test_the_scenario_is_fitted_to_free_memory(free: int | None, layers: int) ->
 def test_what_the_demo_says_is_what_it_did(fits: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """The model's weights, the backends by name, and what it did not run or scaled down."""
     if not fits:
-        monkeypatch.setattr("portakv.cli.demo.free_memory", lambda device: SMALL.needed)
+        monkeypatch.setattr("portakv.cli.demo.free_memory", lambda device: POOL)
     output = " ".join(run("demo", "--device", "cpu").out.split())
     assert "a small Llama with random weights; nothing is downloaded" in output
     assert "of KV cache through reference 24 tokens" in output
@@ -227,12 +226,3 @@ def test_times_are_medians_of_rounds_but_the_first(monkeypatch: pytest.MonkeyPat
     times = iter([9.0, 900.0, 1.0, 2.0, 10.0, 20.0, 1.0, 4.0])
     monkeypatch.setattr(demo, "seconds", lambda device, work: next(times))
     assert demo.interleaved(torch.device("cpu"), [int, int]) == [1.0, 4.0]
-
-
-def test_copies_are_timed_with_the_threads_that_serve(monkeypatch: pytest.MonkeyPatch) -> None:
-    """With other work on the cores, four threads wait for each other: one is faster."""
-    for power, fastest in ((1, 1), (-1, 4)):
-        monkeypatch.setattr(demo, "seconds", lambda *_, x=power: torch.get_num_threads() ** x)
-        with demo.torch_threads(4):
-            assert demo.fastest_threads([int]) == fastest
-            assert torch.get_num_threads() == 4

@@ -86,9 +86,6 @@ def test_what_hooks_cost(server: Server) -> None:
         {"hook": "start_load_kv", "side": "worker", "idle": 1e-5, "mean": 1e-5},
     ]
     assert report["idle"] == pytest.approx(5e-5)
-    # The worker's median is past the last bound.
-    assert report["idle_medians"] == pytest.approx({"scheduler": 6.25e-5, "worker": 0.01})
-
     code, out, err = run("explain", "--hooks", f"{address(server)}/metrics")
     assert (code, err) == (0, "")
     rows = [line.split() for line in out.splitlines()]
@@ -97,9 +94,6 @@ def test_what_hooks_cost(server: Server) -> None:
     text = " ".join(out.split())
     assert "A step without work costs 50 us, within the limit of 200 us." in text
     assert "so a busy machine has longer ones." in text
-    assert (
-        "The median of steps without work is about 62.5 us (scheduler) and 10 ms (worker)" in text
-    )
 
 
 def test_a_cost_above_the_limit_is_named(server: Server) -> None:

@@ -21,7 +21,7 @@ from support.command_line import run
 from support.store_server_processes import Worker, nursery, prompt
 from support.waits import LIMIT, until
 
-from portakv.cli.store import Watching, add_watching, events_of
+from portakv.cli.store import add_options, events_of
 from portakv.serving import Place
 
 pytestmark = pytest.mark.xdist_group("keeper")
@@ -130,10 +130,17 @@ def test_a_bucket_is_served(tmp_path: Path) -> None:
 def test_events_have_the_topic_of_the_command() -> None:
     """Routers that subscribe to another topic get none: the control."""
     parser = argparse.ArgumentParser()
-    add_watching(parser)
-    words = ["--events", "tcp://127.0.0.1:0", "--event-topic", "kv@a pod@a model"]
+    add_options(parser)
+    words = [
+        "serve",
+        "folder",
+        "--events",
+        "tcp://127.0.0.1:0",
+        "--event-topic",
+        "kv@a pod@a model",
+    ]
     with ExitStack() as stack:
-        publisher = events_of(Watching.of(parser.parse_args(words)), stack)
+        publisher = events_of(parser.parse_args(words), stack)
         assert publisher is not None
         context = zmq.Context()
         stack.callback(context.destroy, linger=0)

@@ -16,7 +16,7 @@ from support.guarded_memory import filled, refused
 from support.peer_cases import ReadsPeers, Two, answering, judge, reading, settle_both, two_of
 
 from portakv import DeviceMismatch, Index, KVView, LayoutError, SlotError, Unsupported, copy_rows
-from portakv.copy import call
+from portakv.copy import submit
 from portakv.interconnect import bounce, peer
 
 HOST = "the test says so"
@@ -318,6 +318,6 @@ def test_no_copy_between_devices_inside_a_capture(
     two: Two, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     blocks = crossing(two)
-    monkeypatch.setattr(call, "capturing", lambda device: device == two[0])
+    monkeypatch.setattr(submit, "capturing", lambda device: device == two[0])
     with refused(Unsupported, str(two[0]), str(two[1]), "outside", watch=blocks.dst.tensors):
         blocks.start()

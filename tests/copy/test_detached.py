@@ -138,15 +138,22 @@ def test_the_link_touches_new_buffers_behind_their_stream(accelerator: torch.dev
 def test_buffers_are_made_on_the_stream_that_they_are_given_back_on(
     detached: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = staging.Staging.reserve
+    device = simdev_cases.DEVICE
+    empty = torch.empty
+    reserve = staging.Staging.reserve
     of_half = list[bool]()
 
-    def reserve(self: staging.Staging, nbytes: int) -> None:
-        of_half.append(current(simdev_cases.DEVICE).stream_id == self.half.stream_id)
-        real(self, nbytes)
+    def noted(self: staging.Staging, nbytes: int) -> None:
+        def made(*arguments: Any, **named: Any) -> torch.Tensor:
+            of_half.append(current(device).stream_id == self.half.stream_id)
+            return empty(*arguments, **named)
 
-    monkeypatch.setattr(staging.Staging, "reserve", reserve)
-    Pairs(simdev_cases.DEVICE, True, 1).started(detached=detached)[0].synchronize()
+        with monkeypatch.context() as patch:
+            patch.setattr(torch, "empty", made)
+            reserve(self, nbytes)
+
+    monkeypatch.setattr(staging.Staging, "reserve", noted)
+    Pairs(device, True, 1).started(detached=detached)[0].synchronize()
     assert set(of_half) == {detached}
 
 

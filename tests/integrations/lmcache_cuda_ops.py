@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 
-from portakv.integrations.lmcache import host
+from portakv.integrations.lmcache import ops
 from portakv.integrations.lmcache.platform import OPS
 
 
@@ -27,10 +27,9 @@ class _Ops(ModuleType):
     def __init__(self, name: str, fallback: Any) -> None:
         super().__init__(name)
         self._fallback = fallback
-        for module, names in OPS.items():
-            for name in names:
-                setattr(self, name, getattr(module, name))
-        self.lmcache_memcpy_async = host.lmcache_memcpy_async
+        for name in OPS:
+            setattr(self, name, getattr(ops, name))
+        self.lmcache_memcpy_async = ops.lmcache_memcpy_async
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._fallback, name)

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from portakv.integrations.lmcache import host
+from portakv.integrations.lmcache import ops
 from portakv.integrations.lmcache.platform import OPS
 
 _calls: Counter[str] = Counter()
@@ -22,11 +22,10 @@ def pytest_configure(config: pytest.Config) -> None:
     """Replace the functions before a test module takes them."""
     from lmcache.v1.platform import torch_ops
 
-    for module, names in OPS.items():
-        for name in names:
-            if hasattr(torch_ops, name):
-                _replace(torch_ops, name, getattr(module, name))
-    staged = functools.partial(host.lmcache_memcpy_async, device_type="cpu")
+    for name in OPS:
+        if hasattr(torch_ops, name):
+            _replace(torch_ops, name, getattr(ops, name))
+    staged = functools.partial(ops.lmcache_memcpy_async, device_type="cpu")
     _replace(torch_ops, "lmcache_memcpy_async", functools.wraps(staged.func)(staged))
 
 

@@ -23,7 +23,7 @@ from lmcache.v1.platform import resolve_device_ops  # noqa: E402
 from portakv.integrations.lmcache.platform import OPS  # noqa: E402
 from portakv_conformance import simdev  # noqa: E402
 
-NAMES = [*next(iter(OPS.values())), "lmcache_memcpy_async"]
+NAMES = [*OPS, "lmcache_memcpy_async"]
 
 
 @pytest.fixture(scope="module")

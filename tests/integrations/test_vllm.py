@@ -35,6 +35,7 @@ from vllm.v1.kv_offload.factory import OffloadingSpecFactory
 from portakv import (
     BackendUnavailable,
     BlockTransfer,
+    CopyOptions,
     InvalidTerms,
     LayoutError,
     SlotError,
@@ -645,10 +646,10 @@ def test_no_room_for_one_chunk(make: Make) -> None:
 
 def test_terms_come_from_the_configuration(device: torch.device) -> None:
     caches = Caches(device, [64], [[0]])
-    terms = {"overlap": "idle"}
+    terms: dict[str, Any] = {"overlap": "idle"}
     spec = OffloadingSpecFactory.create_spec(offloading_config(64, 1, 4, portakv=terms))
     worker = spec.get_worker(caches.canonical())
-    assert worker._terms == terms
+    assert worker._load.options == CopyOptions(**terms)
     worker.submit_store(1, device_spec([[3]], [0]), host_spec([1]))
     assert len(finish(worker, {1})) == 1
     worker.shutdown()

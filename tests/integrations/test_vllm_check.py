@@ -17,9 +17,7 @@ from support.vllm_stub import BASE as STUB
 from support.vllm_stub import write_vllm
 
 from portakv.integrations.interfaces import lacks
-from portakv.integrations.vllm.check import BASE, HOOKS, findings_of
-from portakv.integrations.vllm.tier_check import MODULE as TIER_MODULE
-from portakv.integrations.vllm.tier_check import SPEC
+from portakv.integrations.vllm.check import BASE, HOOKS, SPEC, TIER_MODULE, findings_of
 from portakv.serving.sizing import sizes_of
 
 #: The last line of a check that has warnings and no errors.

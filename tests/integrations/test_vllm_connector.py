@@ -41,7 +41,7 @@ from portakv.integrations.vllm.caches import (
     whole_blocks,
     worker_numbers,
 )
-from portakv.integrations.vllm.ranks import GraphWaits, index_of
+from portakv.integrations.vllm.ranks import index_of, words_of
 from portakv.serving import Group
 from portakv.serving.handover_tickets import RemoteRows
 from portakv.serving.local import GroupView, LocalIndex, NoStore, StoreTerms
@@ -100,7 +100,7 @@ def test_layers_of_graphs_wait_by_words(tmp_path: Path) -> None:
 def test_a_device_without_waits_in_graphs_is_named() -> None:
     view: Any = SimpleNamespace(device=torch.device("meta"), layers=2)
     with pytest.raises(IntegrationError, match=r'for by_layer "graph": .*Pass true'):
-        GraphWaits().open([GroupView(view)], StoreTerms(host=1 << 20, by_layer="graph"))
+        words_of([GroupView(view)], StoreTerms(host=1 << 20, by_layer="graph"))
 
 
 def test_values_of_by_layer() -> None:
@@ -327,7 +327,9 @@ def test_caches_are_shared_in_place() -> None:
 
 
 def test_shared_memory_that_is_too_small_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(os, "statvfs", lambda _: SimpleNamespace(f_bavail=1, f_frsize=64))
+    monkeypatch.setattr(
+        os, "statvfs", lambda _: SimpleNamespace(f_bavail=1, f_frsize=64, f_blocks=9, f_bfree=9)
+    )
     with pytest.raises(IntegrationError, match="Expected 400 bytes free in /dev/shm"):
         share_caches([torch.zeros(100, dtype=torch.float32, device="cpu")])
 

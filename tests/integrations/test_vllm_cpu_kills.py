@@ -119,7 +119,8 @@ def note_sealed(worker_side: Any, path: Path) -> None:
 
     def note_ends() -> Any:
         made = report()
-        for number, missing in made.saved.items():
+        for number in made.missing.keys() & keys.keys():
+            missing = made.missing[number]
             stored = [key for at, key in enumerate(keys.pop(number)) if at not in missing]
             with path.open("a") as file:
                 file.write("".join(f"{key.hex()}\n" for key in stored))

@@ -19,10 +19,9 @@ from portakv.integrations.vllm import metrics
 from portakv.integrations.vllm.metrics import (
     SUPPORTED,
     Figures,
-    disk_levels,
+    figures_of,
     parent_of,
     stats_of,
-    tier_counters,
 )
 from portakv.integrations.vllm.ranks import Kinds, are_wanted, events_of
 from portakv.runtime import tracing
@@ -69,7 +68,7 @@ def counters_of_a_graph() -> dict[str, float]:
     assert all(task.wait(LIMIT) for task in tasks)
     graph.count("disk", "load", "hit", 2, 20)
     graph.count("disk", "load", "miss", 1)
-    counters = tier_counters(graph.statistics())
+    counters = figures_of(graph.statistics())
     graph.close()
     return counters
 
@@ -86,7 +85,7 @@ def test_the_counters_of_tiers_are_those_of_the_store() -> None:
         "tier_bytes/disk/load": 20,
         "tier_tasks/disk/load": 2,
     }
-    assert tier_counters({}) == {}
+    assert figures_of({}) == {}
 
 
 class Series:
@@ -165,7 +164,7 @@ def test_prometheus_has_the_levels_of_disks(with_vllm: ModuleType) -> None:
 
     def level(fill: float, missing: int) -> float:
         """Report levels of engine 1, and return what Prometheus shows."""
-        levels = disk_levels(
+        levels = figures_of(
             {
                 "disk_fill_ratio": [{"folder": "/nvme/kv", "value": fill}],
                 "disk_missing_slots": [{"form": "f", "folder": "/nvme/kv", "value": missing}],
@@ -227,7 +226,7 @@ def test_a_load_is_a_span_below_that_of_its_request(headers: Any, parent: str, o
             scheduler_side.allocated("a", 0, tokens, ((1, 2, 3),))
         (job,) = scheduler_side.plan().loads
         report = Report()
-        report.end_load(job.number, frozenset({2}))
+        report.end(job.number, frozenset({2}))
         scheduler_side.take(report)
     finally:
         tracing.use(before)

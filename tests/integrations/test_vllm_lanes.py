@@ -70,7 +70,7 @@ def test_the_wait_for_the_model_is_no_time_of_a_copy(paced: bool) -> None:
     clock, as for paced copies, the job has that time too."""
     device = torch.device("cuda", torch.cuda.current_device())
     src, dst = views(device)
-    lane = Lane(device, paced)
+    lane = Lane(device, {"max_gbps": 1e3} if paced else None)
 
     def copy() -> BlockTransfer:
         return copy_rows(src, dst, range(BLOCKS), range(BLOCKS))

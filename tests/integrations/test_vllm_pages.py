@@ -10,11 +10,9 @@ from typing import Any
 
 import pytest
 
-from portakv.integrations.vllm.check import findings_of
+from portakv.integrations.vllm.check import IDENTITY, TIER_KEYS, findings_of
 from portakv.integrations.vllm.metrics import COUNTED, LEVELS
 from portakv.integrations.vllm.moves import TERMS as WORKER_TERMS
-from portakv.integrations.vllm.tier_check import IDENTITY
-from portakv.integrations.vllm.tier_check import KEYS as TIER_KEYS
 from portakv.serving.handover_tickets import HandoverTerms
 from portakv.serving.local import StoreTerms
 from portakv.serving.sizing import sizes_of

@@ -570,7 +570,7 @@ def test_an_engine_that_hands_nothing_over(configurations: tuple[Any, Any]) -> N
 
 def test_a_worker_that_closes_ends_the_waits_of_graphs(configurations: tuple[Any, Any]) -> None:
     store = WorkerStore(settings_of(*configurations), configurations[0])
-    store.graphs.words = words = LayerWords(torch.device("cpu"), 1)
+    store.words = words = LayerWords(torch.device("cpu"), 1)
     words.begin()
     store.close()
     words.wait(0)  # without a word it would take a minute

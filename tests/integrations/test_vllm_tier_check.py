@@ -13,7 +13,7 @@ from support.command_line import run
 
 from portakv.errors import InvalidTerms
 from portakv.integrations import checks
-from portakv.integrations.vllm.tier_check import tier_findings_of, tier_terms
+from portakv.integrations.vllm.check import tier_findings_of, tier_terms
 
 
 def right(at: Path, extra: dict[str, Any] | None = None, **tier: Any) -> dict[str, Any]:

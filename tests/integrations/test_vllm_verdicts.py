@@ -19,7 +19,7 @@ from support.vllm_stub import configuration, write_vllm
 
 from portakv.errors import PortaKVError
 from portakv.integrations.vllm.caches import FUSED, check_groups, check_hooks, settings_of
-from portakv.integrations.vllm.connectors_check import connector_findings_of
+from portakv.integrations.vllm.check import connector_findings_of
 from portakv.integrations.vllm.ranks import WorkerStore, index_of, read_views
 
 BLOCKS = 8

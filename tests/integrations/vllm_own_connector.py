@@ -70,8 +70,8 @@ class Own(PortaKVConnector):
         metadata = super().build_connector_meta(scheduler_output)
         report = Report()
         for job in metadata.plan.saves:
-            report.release(job.number)
-            report.end_save(job.number, frozenset())
+            report.released[job.number] += 1
+            report.end(job.number, frozenset())
         self.loads.update({job.request: job.number for job in metadata.plan.loads})
         self.end_loads(report, [*scheduler_output.num_scheduled_tokens])
         return metadata
@@ -85,7 +85,7 @@ class Own(PortaKVConnector):
         for name in requests:
             number = self.loads.pop(name, None)
             if number is not None:
-                report.end_load(number, frozenset())
+                report.end(number, frozenset())
         self.scheduler_side.take(report)
 
 

@@ -144,8 +144,8 @@ class Worker:
         """Begin what a plan says. Return the report of the saves, which end immediately."""
         report = Report()
         for save in plan.saves:
-            report.release(save.number)
-            report.end_save(save.number)
+            report.released[save.number] += 1
+            report.end(save.number)
 
         for pull in plan.handovers.pulls:
             assert pull.request not in self.pulls, "a request pulls its rows twice"
@@ -166,14 +166,14 @@ class Worker:
             assert request in self.pulls, f"no pull of {request} has begun"
             number = self.pulls.pop(request)
             if lacks != NO_REPORT:
-                report.end_load(number)
+                report.end(number)
 
         offering = {request: name for name, request in self.offers.items()}
         for request in sent:
             assert request in self.retained, f"the blocks of {request} were not retained"
             self.retained.remove(request)
             del self.offers[offering[request]]
-            report.end_offer("taken")
+            report.offers["taken"] += 1
         return report
 
 

@@ -15,25 +15,22 @@ from support.engine_cases import BLOCK, CHUNKS, POOLS, tensors_of, view_of
 
 from portakv import Index, KVView, LayoutError, copy_rows
 from portakv.backends import strided
-from portakv.backends.strided import HostRows
+from portakv.backends.strided import copy_on_host
 from portakv.interconnect.pageable import extent
-from portakv.interconnect.staging import dense_rows
-from portakv.plan.plan import CopyPlan
+from portakv.interconnect.staging import DenseRows
+from portakv.plan.plan import CopyPlan, Move
 from portakv.view.bound import bind_layout
 
 OUTWARD = pytest.mark.parametrize("outward", [True, False], ids=["to rows", "from rows"])
 
 
-def moved(
-    src: KVView, dst: KVView, src_index: Index, dst_index: Index, count: int, unit: int = 1
-) -> None:
-    steps = src_index.plan_step, dst_index.plan_step
-    HostRows(src.form, dst.form, *steps, unit).copy(src, dst, src_index, dst_index, count)
+def moved(src: KVView, dst: KVView, src_index: Index, dst_index: Index, count: int) -> None:
+    copy_on_host(Move(src, dst, src_index, dst_index, count))
 
 
 def dense_of(rows: KVView, slots: int, fill: int | None = None) -> tuple[torch.Tensor, KVView]:
     """Memory for dense rows of a view, random unless it is filled, and the view of it."""
-    dense = dense_rows(rows.form)
+    dense = DenseRows(rows.form)
     noise = torch.Generator().manual_seed(3)
     memory = torch.randint(0, 256, (dense.nbytes(slots),), dtype=torch.uint8, generator=noise)
     if fill is not None:
@@ -92,7 +89,6 @@ class Rows(NamedTuple):
     view: KVView
     ids: Index
     tokens: int
-    unit: int
     indexed: bool
     calls: int = 1
 
@@ -104,27 +100,27 @@ def random(*shape: int) -> torch.Tensor:
 def scattered(width: int) -> Rows:
     count = max(4, (4 << 20) // width)
     view = KVView(random(1, 2 * count, width), "layer token (kv head dim)", kv=1, heads=1)
-    return Rows(view, Index(torch.randperm(2 * count)[:count]), count, 1, True)
+    return Rows(view, Index(torch.randperm(2 * count)[:count]), count, True)
 
 
 def blocks(*ids: int) -> Rows:
     view = KVView(random(10, 5, 16)[:, :4], "block token dim")
-    return Rows(view, Index(ids, 4), 4 * len(ids), 4, ids in ((7, 2, 4), (6, 4, 2)))
+    return Rows(view, Index(ids, 4), 4 * len(ids), ids in ((7, 2, 4), (6, 4, 2)))
 
 
 def pool(*ids: int) -> Rows:
     view = view_of(tensors_of(POOLS[2], 0, 1), POOLS[2])
-    return Rows(view, Index(ids, BLOCK), BLOCK * len(ids), BLOCK, False)
+    return Rows(view, Index(ids, BLOCK), BLOCK * len(ids), False)
 
 
 def dense() -> Rows:
     view = KVView(random(2, 4, 512, 4096), "kv layer token (head dim)", heads=1)
-    return Rows(view, Index(offset=7), 256, 1, False)
+    return Rows(view, Index(offset=7), 256, False)
 
 
 def apart() -> Rows:
     view = KVView([random(2, 6, 4, 1, 16) for _ in range(3)], "layer | kv block token head dim")
-    return Rows(view, Index([5, 0, 3], 4), 12, 4, True, calls=3)
+    return Rows(view, Index([5, 0, 3], 4), 12, True, calls=3)
 
 
 ROWS: dict[str, Callable[[], Rows]] = {
@@ -142,20 +138,29 @@ ROWS: dict[str, Callable[[], Rows]] = {
 @OUTWARD
 @pytest.mark.parametrize("name", ROWS)
 def test_by_which_calls_of_torch(name: str, outward: bool, made: list[tuple[int, bool]]) -> None:
-    view, index, count, unit, indexed, calls = ROWS[name]()
+    view, index, count, indexed, calls = ROWS[name]()
     (memory, slot) = dense_of(view, count)
     (twin, other) = dense_of(view, count, 0)
     for inference in (True, False):
         made.clear()
         with torch.inference_mode(inference):
             if outward:
-                moved(slot, view, Index(), index, count, unit)
+                moved(slot, view, Index(), index, count)
             else:
-                moved(view, slot, index, Index(), count, unit)
+                moved(view, slot, index, Index(), count)
         each = memory.numel() // calls
         assert made == [(each // 16 if indexed else each, indexed)] * calls
         copy_rows(view, other, index, Index(), count=count)
         assert torch.equal(memory, twin)
+
+
+def test_views_keep_nothing_of_a_copy() -> None:
+    view, index, count, _, _ = ROWS["layers apart"]()
+    _, slot = dense_of(view, count)
+    moved(view, slot, index, Index(), count)
+    before = len(view.derived), len(slot.derived)
+    moved(view, slot, index, Index(), count)
+    assert (len(view.derived), len(slot.derived)) == before
 
 
 @pytest.mark.parametrize("order", [None, [0, 3, 1, 2, 7, 5]], ids=["plain", "indexed"])
@@ -222,7 +227,7 @@ def test_memory_that_is_elsewhere_or_too_short_is_refused(
 @pytest.mark.parametrize(("first", "count"), [(0, 1), (0, 16), (3, 5), (3, 12), (0, 24)])
 def test_an_extent_covers_its_positions(layout: str, first: int, count: int) -> None:
     rows = chunks((16, 48))[1] if "(kv" in layout else view_of(tensors_of(layout, 24, 1), layout)
-    mirror = dense_rows(rows.form)
+    mirror = DenseRows(rows.form)
     slots = 24
     buffer = torch.zeros(mirror.nbytes(slots), dtype=torch.uint8)
     dense = mirror.view(buffer, slots)

@@ -4,7 +4,6 @@ devices; and how its slices are cut."""
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -16,20 +15,21 @@ from support.simdev_cases import DEVICE
 from support.threads import run_threads
 
 from portakv import Index, KVView
-from portakv.backends.strided import HostRows
+from portakv.backends import strided
 from portakv.interconnect import pageable, staged, staging
 from portakv.interconnect.link import link_of
 from portakv.interconnect.pageable import Pageable
-from portakv.interconnect.slices import Sizes
+from portakv.interconnect.slices import BothStages, Sizes, SlicedRows
 from portakv.interconnect.staging import BUFFERS, BounceBuffers, bounce_buffers
 from portakv.plan.plan import CopyPlan
-from portakv.registry.registry import choose
 
 # bytes, of a token; tokens of a copy
 SLICE = 2048
 TOKEN = 3 * 2 * 2 * 16 * 2
 TOKENS = 96
 REPEATS = 8
+#: Bytes of the largest slice, of whole tokens.
+LARGEST = SLICE // TOKEN * TOKEN
 
 
 @pytest.fixture
@@ -38,30 +38,24 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def between_chunks(
-    device: torch.device, downward: bool, tokens: int = TOKENS, seed: int = 1, kernel: bool = False
+    device: torch.device, downward: bool, tokens: int = TOKENS, seed: int = 1
 ) -> Transfers:
-    """One chunk on each side; backwards, so that the device's half is no plain copy. It is cut as
-    if that had a ``kernel``, or none."""
+    """One chunk on each side; backwards, so that the device's half is no plain copy."""
     case = Case(CHUNKS[0], CHUNKS[0], (range(tokens - 1, -1, -1), 1), None, tokens)
-    half = choose(device)
-    half = replace(half, can=replace(half.can, guards=kernel))
-    return Transfers(Pageable(device, half), downward, case, seed)
+    return Transfers(Pageable(device), downward, case, seed)
 
 
-def slices_of(transfer: Transfers) -> list[Any]:
-    rows = transfer.rows
-    host = transfer.host
-    count = transfer.case.count
-    result: list[Any] = transfer.prepared().slices(rows, host, transfer.host_index, count)
-    return result
+def slices_of(transfer: Transfers) -> SlicedRows:
+    stages: BothStages = transfer.prepared().stages
+    ends = transfer.rows, transfer.host, transfer.host_index
+    return SlicedRows(stages, *ends, transfer.case.count, pageable.SIZES)
 
 
 @DOWNWARD
-@pytest.mark.parametrize("kernel", [False, True])
 @pytest.mark.usefixtures("small")
-def test_slices_go_round_buffers(accelerator: torch.device, downward: bool, kernel: bool) -> None:
-    transfer = between_chunks(accelerator, downward, kernel=kernel)
-    assert len(slices_of(transfer)) > 2 * BUFFERS
+def test_slices_go_round_buffers(accelerator: torch.device, downward: bool) -> None:
+    transfer = between_chunks(accelerator, downward)
+    assert len(slices_of(transfer).cuts) > 2 * BUFFERS
     for seed in range(REPEATS):
         chunk = transfer.chunk(seed)
         expected = transfer.expected(chunk)
@@ -96,14 +90,16 @@ def test_an_interrupt_leaves_the_ring_usable(
     where: str,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    owner: Any = {"rows": HostRows, "link": link_of(accelerator)}[where]
+    owner: Any = {"rows": pageable, "link": link_of(accelerator)}[where]
+    name = {"rows": "copy_on_host", "link": "copy"}[where]
     transfer = between_chunks(accelerator, downward)
-    assert len(slices_of(transfer)) > BUFFERS + 2
+    assert len(slices_of(transfer).cuts) > BUFFERS + 2
     after = between_chunks(accelerator, not downward, seed=9)
     after()  # so that nothing is made for it later, which would wait for the device
     expected = after.expected()
     with monkeypatch.context() as patch:
-        patch.setattr(owner, "copy", broken_at(nth, owner.copy, KeyboardInterrupt, late))
+        broken = broken_at(nth, getattr(owner, name), KeyboardInterrupt, late)
+        patch.setattr(owner, name, broken)
         with pytest.raises(KeyboardInterrupt):
             transfer.go()
     (chunk,) = tensors_in(transfer.host.tensors)
@@ -165,7 +161,7 @@ def test_pinned_memory_is_bounded_and_no_more_than_a_payload_needs() -> None:
     bounce_buffers.cache_clear()
     between_chunks(DEVICE, True).go(tokens=0)
     assert bounce_buffers(DEVICE).nbytes == 0
-    for tokens, nbytes in ((1, TOKEN), (1000, SLICE)):
+    for tokens, nbytes in ((1, TOKEN), (1000, LARGEST)):
         between_chunks(DEVICE, True, tokens).go()
         assert bounce_buffers(DEVICE).nbytes == BUFFERS * nbytes
 
@@ -190,7 +186,7 @@ def test_buffers_are_replaced_once_nothing_crosses(accelerator: torch.device, en
 def test_the_host_copies_a_slice_while_others_cross(monkeypatch: pytest.MonkeyPatch) -> None:
     transfer = between_chunks(DEVICE, True)
     busy = list[bool]()
-    copy = HostRows.copy
+    copy = strided.copy_on_host
     transfer()
     link = staging.staging(DEVICE, current(DEVICE)).link
 
@@ -198,17 +194,12 @@ def test_the_host_copies_a_slice_while_others_cross(monkeypatch: pytest.MonkeyPa
         busy.append(not link.query())
         copy(*arguments)
 
-    monkeypatch.setattr(HostRows, "copy", noted)
+    monkeypatch.setattr(pageable, "copy_on_host", noted)
     transfer()
     assert all(busy[:-1])
 
 
 # Slices
-
-
-def bytes_of(piece: Any) -> int:
-    """Return the bytes that a slice moves."""
-    return int(piece.planes.stages.dense.nbytes(piece.cut.count))
 
 
 @pytest.mark.simdev
@@ -229,22 +220,24 @@ def test_a_slice_is_no_larger_than_asked_or_by_one_block(
     device, host = (KVView(x, layout) for x in sides)
     host_index = Index(list(range(blocks))[::-1], block, offset)
     launch: Any = Pageable(DEVICE).prepare(CopyPlan(device.form, host.form, 0, block))
-    for piece in launch.slices(device, host, host_index, 640 - offset):
-        dense = piece.planes.stages.dense
-        once = dense.nbytes(dense.block_size)
-        assert piece.planes.nbytes <= max(3072, once) + (once if offset else 0)
+    stages: BothStages = launch.stages
+    slices = SlicedRows(stages, device, host, host_index, 640 - offset, pageable.SIZES)
+    once = stages.dense.nbytes(stages.dense.block_size)
+    assert slices.nbytes <= max(3072, once) + (once if offset else 0)
+    assert all(cut.count + slices.inside.offset <= slices.slots for cut in slices.cuts)
 
 
 @DOWNWARD
 @pytest.mark.simdev
 @pytest.mark.parametrize("tokens", [1, 3, 4, 5, 16, 63, 64, 65, 1000])
 @pytest.mark.usefixtures("small")
-def test_slices_cover_every_position_of_every_plane_once(tokens: int, downward: bool) -> None:
+def test_slices_cover_every_position_once(tokens: int, downward: bool) -> None:
     transfer = between_chunks(DEVICE, downward, tokens)
     slices = slices_of(transfer)
-    assert sum(map(bytes_of, slices)) == tokens * TOKEN
-    assert all(piece.cut.count <= piece.planes.slots for piece in slices)
-    assert all(piece.planes.nbytes <= SLICE for piece in slices)
+    covered = [at for cut in slices.cuts for at in range(cut.start, cut.start + cut.count)]
+    assert sorted(covered) == [*range(tokens)]
+    assert all(cut.count <= slices.slots for cut in slices.cuts)
+    assert slices.nbytes <= SLICE
     transfer()
 
 
@@ -252,7 +245,7 @@ def test_slices_cover_every_position_of_every_plane_once(tokens: int, downward: 
 @pytest.mark.simdev
 @pytest.mark.usefixtures("small")
 def test_small_slices_stand_where_only_one_side_is_busy(downward: bool) -> None:
-    slices = slices_of(between_chunks(DEVICE, downward, 1000))
-    sizes = list(map(bytes_of, slices[:: 1 if downward else -1]))
-    assert sizes[0] == SLICE // 4
-    assert max(sizes) == sizes[1] == SLICE
+    cuts = slices_of(between_chunks(DEVICE, downward, 1000)).cuts
+    sizes = [cut.count * TOKEN for cut in cuts[:: 1 if downward else -1]]
+    assert sizes[0] == SLICE // 4 // TOKEN * TOKEN
+    assert max(sizes) == sizes[1] == LARGEST

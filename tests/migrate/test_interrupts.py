@@ -334,7 +334,6 @@ NOT_CALLED = {
     "Reader.trace": "reads the trace",
     "Pull.age": "reads the clock",
     "Pull.ask": "runs in a worker",
-    "Pull.concluded": "runs in the reader's thread",
     "Pull.confirm": "runs in a worker",
     "Pull.drop": "runs after a pull that failed",
     "Pull.has_waiter": "runs in the reader's thread",

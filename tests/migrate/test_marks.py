@@ -35,18 +35,18 @@ from portakv.errors import (
     LayoutError,
     OfferGone,
     PeerError,
+    PortaKVError,
     TransferCancelled,
     TransferError,
     TransferTimeout,
 )
-from portakv.graph import Graph
 from portakv.graph.task import Task
 from portakv.migrate import Shard, Ticket, messages
 from portakv.migrate.channel import Channel
 from portakv.migrate.connections import Source
-from portakv.migrate.named import Followed, incomplete
+from portakv.migrate.named import LateLayer, Wanted, incomplete
 from portakv.migrate.pull import Pull
-from portakv.migrate.reader import Issuer
+from portakv.migrate.reader import wait_for_events
 from portakv.migrate.shared_memory import shared_empty
 
 METHODS = pytest.mark.parametrize("method", ["mapped", "staging"])
@@ -162,9 +162,9 @@ def test_a_complete_offer_is_pulled_as_any_other(made: Sides, method: str, unit:
     both.write(unit, 0, end_of(unit))
     offer.raise_to(end_of(unit))
     both.reader.prepare(both.owner.channel.address).synchronize(LIMIT)
-    pulled = both.pull(offer, verify=True)
+    pulled = both.pull(offer, verify=True, by_layer=True)
     # Of rows that are sent only the owner knows it, so a worker begins the pull.
-    assert (pulled.requested.wanted is None) == (method == "mapped")
+    assert isinstance(pulled.layers[0], LateLayer) == (method == "staging")
     pulled.synchronize(LIMIT)
     assert both.right()
 
@@ -405,11 +405,15 @@ def test_a_worker_that_never_ran_is_replaced() -> None:
     """A graph that is closed cancels it; whoever waits must not wait for ever."""
     tasks = list[Any]()
 
-    def advance() -> Any:
-        tasks.append(Task(None, 1))
-        return tasks[-1]
+    class Counted(Wanted):
+        def stop(self, error: PortaKVError) -> None:
+            raise error
 
-    followed = Followed((), False, advance)
+        def advance(self) -> None:
+            self.task = Task(None, 1)
+            tasks.append(self.task)
+
+    followed = Counted([])
     followed.go_on()
     followed.go_on()  # one worker at a time
     assert len(tasks) == 1
@@ -607,8 +611,7 @@ def test_parts_that_follow_a_mark_wait_for_no_event_of_the_offer(unit: str) -> N
     event: Any = SimpleNamespace(query=lambda: False, wait=waits.append)
     ticket: Any = SimpleNamespace(event=0, progress=unit)
     owner: Any = SimpleNamespace(events=[event])
-    issuer = Issuer(Graph(), (), torch.device("cpu"))
-    issuer.wait_for_events([Source(ticket, owner)])
+    wait_for_events([Source(ticket, owner)], torch.device("cpu"))
     assert len(waits) == (0 if unit else 1)
 
 

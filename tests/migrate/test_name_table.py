@@ -30,7 +30,7 @@ from portakv.migrate.words import (
     NameTable,
     Words,
     fence,
-    open_names,
+    open_page,
 )
 
 KEY = bytes(range(32))
@@ -337,9 +337,13 @@ def test_bytes_of_any_kind_in_the_page_raise_nothing(tables: Tables) -> None:
 
 
 def test_other_memory_is_not_a_table() -> None:
-    assert open_names(b"", KEY) is None
-    assert open_names(b"no handle", KEY) is None
-    assert open_names(Words().export(shared_memory.SharedFiles()).handle, KEY) is None
+
+    def opened(handle: bytes) -> NamesOfOwner:
+        return NamesOfOwner(handle, KEY)
+
+    assert open_page(opened, b"") is None
+    assert open_page(opened, b"no handle") is None
+    assert open_page(opened, Words().export(shared_memory.SharedFiles()).handle) is None
 
 
 # --- pulls

@@ -19,7 +19,7 @@ from support.waits import LIMIT
 
 from portakv import KVView
 from portakv.migrate import Channel, Reader, Ticket
-from portakv.migrate.reader import ByName
+from portakv.migrate.reader import Issuer
 from portakv.migrate.shards import Shard
 
 pytestmark = pytest.mark.gpu
@@ -109,5 +109,5 @@ def test_a_stream_without_a_private_one_waits_for_the_owner(
     def none(*_: Any) -> Any:
         return nullcontext()
 
-    monkeypatch.setattr(ByName, "apart", none)
+    monkeypatch.setattr(Issuer, "apart", none)
     assert not any(reached_first(owner, times, 7 + times) for times in (100, 400))

@@ -403,7 +403,7 @@ def test_a_pull_that_has_no_time_ends(made: Sides) -> None:
 def test_a_pull_that_has_no_time_for_digests_ends(made: Sides) -> None:
     """An owner that is busy with others for longer holds up no pull past its time."""
     both = Couple(made)
-    both.owner._gathers.sum = lambda *_: Answer("busy", seconds=1e-3)  # type: ignore[method-assign]
+    both.owner._gathers.answer = lambda *_: Answer("busy", seconds=1e-3)  # type: ignore[method-assign]
     ended(both.pull(both.offer(), verify=True, timeout=0.1), TransferTimeout, "Increase timeout")
 
 

@@ -160,8 +160,11 @@ def test_a_pull_that_has_ended_retains_nothing_of_its_worker(
 ) -> None:
     both = couple(made)
     gate.set()
+    both.pull(both.offer()).synchronize(LIMIT)
+    gate.clear()
     pulled = both.pull(both.offer())
     taker = weakref.ref(pulled.task)
+    gate.set()
     pulled.synchronize(LIMIT)
     assert until(lambda: pulled.sources == [], LIMIT)  # its end is reported
     gc.collect()

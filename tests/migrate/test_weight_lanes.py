@@ -62,12 +62,12 @@ def test_a_lane_that_an_interrupted_pull_left_is_not_used() -> None:
     owner: Any = SimpleNamespace(
         address="a",
         id=b"1",
-        receiver=lambda terms: next(lanes),
+        publication=SimpleNamespace(receiver=lambda owner, terms: next(lanes)),
         check=lambda: None,
         pause=lambda seconds: None,
     )
     terms = {0: Terms(torch.device("cpu"), None, "")}
-    with Incoming(terms, [owner]) as incoming:
+    with Incoming(terms, [owner], {}) as incoming:
         assert not made[1].claim(object)
         assert made[1].claim(incoming)
     assert [lane.gone for lane in made] == [True, False]

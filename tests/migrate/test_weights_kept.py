@@ -143,25 +143,24 @@ def test_faults_that_come_after_a_good_pull_are_refused(channels: Channels) -> N
     owner = publish(channels(), {"w": source})
     channel = channels()
     into = torch.zeros(6, 4, dtype=torch.int32)
-    boxes = [Box((0, 0), (0, 0), (6, 4))]
+    extents: Any = [6, 4]
+    boxes = [Box((0, 0), (0, 0), extents)]
     listed = Parameter(into, [6, 4], boxes)
-    for _ in range(2):
+    for _ in range(3):  # a parameter has copies of its lists
         pull_weights(channel, owner.ticket, {"w": listed})
         assert torch.equal(into, source)
         into.zero_()
+        boxes[0] = Box((0, 0), (1, 0), (6, 4))
+        extents[0] = 7
 
-    boxes[0] = Box((0, 0), (1, 0), (6, 4))
     with pytest.raises(LayoutError, match="Expected a box in a tensor"):
-        pull_weights(channel, owner.ticket, {"w": listed})
+        pull_weights(channel, owner.ticket, {"w": Parameter(into, [6, 4], boxes)})
     boxes[0] = Box((0, 0), (0, 0), (6, "4"))  # type: ignore[arg-type]
     with pytest.raises(InvalidTerms, match="whole numbers"):
-        pull_weights(channel, owner.ticket, {"w": listed})
-    boxes[0] = Box((0, 0), (0, 0), [6, 4])  # type: ignore[arg-type]
-    pull_weights(channel, owner.ticket, {"w": listed})
-    boxes[0].extents[0] = 7  # type: ignore[index]
+        pull_weights(channel, owner.ticket, {"w": Parameter(into, [6, 4], boxes)})
+    boxes[0] = Box((0, 0), (0, 0), extents)
     with pytest.raises(LayoutError):
-        pull_weights(channel, owner.ticket, {"w": listed})
-    into.zero_()
+        pull_weights(channel, owner.ticket, {"w": Parameter(into, [6, 4], boxes)})
 
     other = torch.zeros(6, 1, dtype=torch.int32).expand(6, 4)
     for wrong, error in ((other, LayoutError), (into.to_sparse(), LayoutError), (3, InvalidTerms)):

@@ -48,7 +48,7 @@ from portakv.migrate.owner import Owner
 from portakv.migrate.owner import Ticket as TicketByName
 from portakv.migrate.pull import Pull
 from portakv.migrate.reader import IDLE, Housekeeper, Wakes
-from portakv.migrate.words import PLACES, Place, Words, WordsOfOwner, fence, open_words
+from portakv.migrate.words import PLACES, Place, Words, WordsOfOwner, fence, open_page
 
 SLOW = 2e-4  # 10^9 bytes a second: a pull of 75 tokens takes a tenth of a second
 NEVER = 1e-9  # 10^9 bytes a second: a pull of 75 tokens takes hours
@@ -137,8 +137,8 @@ def test_a_tag_is_positive_and_leaves_bits_for_the_state() -> None:
     assert not WordsOfOwner.has(
         WordsOfOwner(Words().export(shared_memory.SharedFiles()).handle), Place()
     )
-    assert open_words(b"") is None
-    assert open_words(b"no handle") is None
+    assert open_page(WordsOfOwner, b"") is None
+    assert open_page(WordsOfOwner, b"no handle") is None
     fence()
 
 
@@ -591,7 +591,7 @@ def test_the_thread_outlives_a_failed_look() -> None:
 
     with closing(Changing()) as housekeeper:
         housekeeper.add(Pull((), math.inf, housekeeper.wake))
-        assert until(lambda: housekeeper.ends["committed"] == 1)
+        assert until(lambda: housekeeper.counts.ends["committed"] == 1)
     assert failed
 
 

@@ -227,7 +227,7 @@ def test_a_flag_that_is_cleared_before_the_read_loses_a_wake_up(
     def clear(self: Any) -> None:
         self.written = False
         with suppress(BlockingIOError):
-            os.eventfd_read(self._eventfd[None].fd)
+            os.eventfd_read(self.fd)
 
     monkeypatch.setattr(finished._Waiting, "clear", clear)
     assert any(interleave(monkeypatch, *step, last="add") for step in STEPS)

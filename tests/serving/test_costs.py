@@ -28,14 +28,12 @@ class Hooks:
 
 def test_hooks_are_counted_by_step() -> None:
     hooks = Hooks()
-    assert hooks.costs.median() == 0
     assert hooks.works() == 1
     hooks.costs.step(idle=True)
     assert hooks.works(more=2) == 4
     with pytest.raises(ValueError, match="for a test"):
         hooks.fails()
     hooks.costs.step(idle=False)
-    assert hooks.costs.median() == 1
     assert hooks.costs.statistics() == {
         "steps/worker": 2,
         "hook_seconds/worker/works": 4,

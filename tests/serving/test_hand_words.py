@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import threading
+from collections import Counter
 from collections.abc import Iterator
 from functools import partial
 from typing import NamedTuple
@@ -25,7 +26,7 @@ from portakv.serving.worker import Issuer
 from portakv.storage import BlockForm, BlockStore, prefix_keys
 
 KEYS = prefix_keys(range(16), 8)
-LOAD = Plan(loads=(Job(7, "a", tuple(KEYS), 0, None, ((3, 1),)),))
+LOAD = Plan(loads=[Job(7, "a", tuple(KEYS), 0, None, ((3, 1),))])
 
 
 def caches(fill: int) -> tuple[list[torch.Tensor], KVView]:
@@ -105,7 +106,7 @@ def test_a_model_computes_with_the_rows_of_its_step(case: Case, guard: bool) -> 
     read.set()
     model.join(LIMIT)
     report, failed = ended(worker_side)
-    assert report.loaded == {7: frozenset()}
+    assert report.missing == {7: frozenset()}
     assert failed == set()
     right = [{10 + at} for at in range(LAYERS)]
     assert (model.seen == right) is guard
@@ -117,7 +118,7 @@ def test_rows_of_host_memory_are_there_at_once(host: Case) -> None:
     worker_side.load(LOAD)
     model = Model(words, host.layers)
     model.join(LIMIT)
-    assert ended(worker_side) == (Report(loaded={7: frozenset()}, ends={7: 1}), set())
+    assert ended(worker_side) == (Report(missing={7: frozenset()}, ends=Counter({7: 1})), set())
     assert model.seen == [{10 + at} for at in range(LAYERS)]
 
 
@@ -133,7 +134,7 @@ def test_a_load_that_fails_lets_the_model_go_on(
     assert not model.is_alive()
     assert not words.expired
     report, failed = ended(worker_side)
-    assert report.loaded == {7: frozenset([1])}
+    assert report.missing == {7: frozenset([1])}
     assert failed == {1}
     assert "did not land within" not in caplog.text
 
@@ -154,7 +155,7 @@ def test_a_load_past_its_deadline_lets_the_model_go_on(
     assert not words.expired
     report, failed = ended(worker_side)
     hang.set()
-    assert report.loaded == {7: frozenset([0, 1])}
+    assert report.missing == {7: frozenset([0, 1])}
     assert failed == {3, 1}
     said = "2 of 2 blocks did not land within 0.05 s, and are computed. Look at its device"
     assert said in caplog.text
@@ -172,7 +173,7 @@ def test_rows_after_a_wait_that_ended_by_its_limit_do_not_count(case: Case, guar
     if not guard:
         words.host.expired = 0
     report, failed = ended(worker_side)
-    assert (report.loaded == {7: frozenset([0, 1])}) is guard
+    assert (report.missing == {7: frozenset([0, 1])}) is guard
     assert (failed == {3, 1}) is guard
 
 
@@ -214,7 +215,7 @@ def test_a_wait_that_reaches_its_limit_after_the_launch_is_reported(
     report, failed = ended(worker_side)
     words.run()
     assert words.expired
-    assert (report.loaded == {7: frozenset([0, 1])}) is guard
+    assert (report.missing == {7: frozenset([0, 1])}) is guard
     assert (failed == {3, 1}) is guard
 
 
@@ -262,7 +263,7 @@ def test_a_layer_is_there_while_the_next_ones_are_issued(host: Case, guard: bool
     words.over.set()
     model = Model(words, host.layers)
     model.join(LIMIT)
-    assert ended(worker_side) == (Report(loaded={7: frozenset()}, ends={7: 1}), set())
+    assert ended(worker_side) == (Report(missing={7: frozenset()}, ends=Counter({7: 1})), set())
     assert model.seen == [{10 + at} for at in range(LAYERS)]
 
 
@@ -273,13 +274,13 @@ def test_the_last_load_of_a_step_raises_words_of_all(host: Case) -> None:
     first, second = (
         Job(at, "a", (key,), 0, None, ((at,),)) for at, key in zip((3, 1), KEYS, strict=True)
     )
-    worker_side.load(Plan(loads=(first, second)))
+    worker_side.load(Plan(loads=[first, second]))
     assert words.reached.wait(LIMIT)
     assert words.lacking == [1, 2]
     assert [set(layer[3].flatten().tolist()) for layer in host.layers] == [{10}, {11}, {12}]
     words.over.set()
     report, failed = ended(worker_side)
-    assert report.loaded == {3: frozenset(), 1: frozenset()}
+    assert report.missing == {3: frozenset(), 1: frozenset()}
     assert failed == set()
     assert words.lacking == []
 
@@ -291,7 +292,7 @@ def test_no_hook_overtakes_the_thread_that_issues_loads(host: Case, hook: str) -
     worker_side = host.worker_side(words)
     worker_side.load(LOAD)
     assert words.reached.wait(LIMIT)
-    call = partial(worker_side.stop, Plan(stop=(1,))) if hook == "stop" else worker_side.report
+    call = partial(worker_side.stop, Plan(stop=[1])) if hook == "stop" else worker_side.report
     answers = list[object]()
     waiting = threading.Thread(target=lambda: answers.append(call()))
     waiting.start()

@@ -89,7 +89,7 @@ class Side:
         idle: bool = False,
     ) -> Side:
         """Carry out a plan, take what has ended, and return this side."""
-        self.worker_side.load(Plan(handovers=handovers, retained=retained, idle=idle))
+        self.worker_side.load(Plan(handovers=handovers, retained=[*retained], idle=idle))
         self.report = self.report.merged(self.worker_side.report())
         ended = self.worker_side.ended()
         self.freed |= ended.freed
@@ -100,17 +100,17 @@ class Side:
     def offer(self, name: bytes, ids: Sequence[int], lease: float = LEASE) -> None:
         """Offer the rows of a prompt, whose request has ended."""
         job = OfferJob("p", name, TOKENS, ((*ids,),), lease)
-        self.step(Handovers(offers=(job,)), retained=("p",))
+        self.step(Handovers(offers=[job]), retained=("p",))
 
     def pull(self, tickets: Sequence[bytes], ids: Sequence[int], first: int = 0) -> None:
         """Pull the rows of a prompt."""
         job = PullJob(1, "d", (*tickets,), first, TOKENS, ((*ids,),))
-        self.step(Handovers(pulls=(job,)))
+        self.step(Handovers(pulls=[job]))
 
     def pulled(self) -> bool:
         """Wait for a pull; return whether its rows landed."""
         assert until(lambda: bool(self.step().loaded), LIMIT)
-        return self.report.loaded == {1: frozenset()}
+        return self.report.missing == {1: frozenset()}
 
     def ticket(self, name: bytes) -> bytes:
         """Return the ticket of an offer."""
@@ -159,7 +159,7 @@ def test_rows_are_handed_over(sides: ExitStack, sizes: tuple[int, int]) -> None:
     assert not dst.failed
     src.step()
     assert not src.freed
-    dst.step(Handovers(released=(src.ticket(name),)))
+    dst.step(Handovers(released=[src.ticket(name)]))
     assert until(lambda: bool(src.step().freed), LIMIT)
     assert src.report.offers == {"taken": 1}
     assert src.worker_side.quiet
@@ -206,9 +206,9 @@ def test_a_single_pull_of_an_engine_that_does_nothing_else_has_the_device(
         src.offer(name, range(3))
         ids = range(2 * number, 2 * number + 2)
         jobs.append(PullJob(number, f"d{number}", (src.ticket(name),), 0, TOKENS, ((*ids,),)))
-    dst.step(Handovers(pulls=tuple(jobs)), idle=idle)
+    dst.step(Handovers(pulls=jobs), idle=idle)
     assert noted.overlaps == overlaps
-    assert until(lambda: len(dst.step().report.loaded) == pulls, LIMIT)
+    assert until(lambda: len(dst.step().report.missing) == pulls, LIMIT)
 
 
 def test_rows_before_the_first_are_not_touched(sides: ExitStack) -> None:
@@ -234,7 +234,7 @@ def test_two_ranks_hand_over_to_one_and_back(sides: ExitStack) -> None:
     whole.pull(tickets, [0, 1, 2])
     assert whole.pulled()
     assert whole.right([0, 1, 2])
-    whole.step(Handovers(released=(*tickets,)))
+    whole.step(Handovers(released=[*tickets]))
     for half in halves:
         assert until(lambda half=half: bool(half.step().freed), LIMIT)
     other = token_bytes(32)
@@ -245,8 +245,8 @@ def test_two_ranks_hand_over_to_one_and_back(sides: ExitStack) -> None:
         assert half.pulled()
         assert half.right([0, 1, 2, 3, 4])
     # Only one of them says that both have the rows.
-    halves[1].step(Handovers(released=(whole.ticket(other),)))
-    halves[0].step(Handovers(released=(whole.ticket(other),)))
+    halves[1].step(Handovers(released=[whole.ticket(other)]))
+    halves[0].step(Handovers(released=[whole.ticket(other)]))
     assert until(lambda: bool(whole.step().freed), LIMIT)
 
 
@@ -280,7 +280,7 @@ def test_a_ticket_that_is_none_is_a_failed_pull(sides: ExitStack, ticket: bytes)
     dst = made(sides, 8, 16)
     dst.pull([ticket], range(5))
     assert dst.pulled() is False
-    dst.step(Handovers(renewals=(Renewal((ticket,), 1.0),), released=(ticket,)))
+    dst.step(Handovers(renewals=[Renewal((ticket,), 1.0)], released=[ticket]))
 
 
 def test_a_lease_that_is_over_frees_the_blocks(sides: ExitStack) -> None:
@@ -293,7 +293,7 @@ def test_a_lease_that_is_over_frees_the_blocks(sides: ExitStack) -> None:
     name = token_bytes(32)
     src.offer(name, range(5), lease=1.0)
     (offer,) = owner.offers.values()
-    dst.step(Handovers(renewals=(Renewal((src.ticket(name),), 5.0),)))
+    dst.step(Handovers(renewals=[Renewal((src.ticket(name),), 5.0)]))
     assert until(lambda: offer.lease.until == clock.now + 5.0, LIMIT)
     clock.now += 4.9
     assert offer.state == "held"
@@ -312,7 +312,7 @@ def test_offers_that_are_revoked_are_not_pulled(sides: ExitStack) -> None:
     src.write(range(5))
     src.offer(names[0], range(5))
     later = OfferJob("q", names[1], TOKENS, (tuple(range(5)),), LEASE)
-    src.step(Handovers(revoked=True, offers=(later,)))
+    src.step(Handovers(revoked=True, offers=[later]))
     assert until(lambda: bool(src.step().freed), LIMIT)
     assert src.report.offers == {"revoked": 1}
     dst.pull([src.ticket(names[0])], range(5))
@@ -349,13 +349,13 @@ def test_engines_do_not_wait_for_offers_that_do_not_come(how: str, sides: ExitSt
     if how == "refused":
         src.offer(names[0], [0, 99, 1, 2, 3])
     elif how == "withdrawn":
-        src.step(Handovers(revoked=True, withdrawn=(names[0],)))
+        src.step(Handovers(revoked=True, withdrawn=[names[0]]))
     if how == "not known":
         # A later pull of the same engine has its rows, so that the owner was asked again.
         src.write(range(5))
         src.offer(names[1], range(5))
         job = PullJob(2, "e", (src.ticket(names[1]),), 0, TOKENS, ((5, 6, 7, 0, 1),))
-        dst.step(Handovers(pulls=(job,)))
+        dst.step(Handovers(pulls=[job]))
         assert until(lambda: "e" in dst.step().loaded, LIMIT)
         assert "d" not in dst.loaded
         return
@@ -367,7 +367,7 @@ def test_a_name_that_was_withdrawn_can_be_offered_later(sides: ExitStack) -> Non
     src = made(sides, 8, 16)
     dst = made(sides, 8, 16)
     name = token_bytes(32)
-    src.step(Handovers(revoked=True, withdrawn=(name,)))
+    src.step(Handovers(revoked=True, withdrawn=[name]))
     src.write(range(5))
     src.offer(name, range(5))
     dst.pull([src.ticket(name)], range(5))
@@ -384,7 +384,7 @@ def test_an_engine_that_is_gone_is_a_failed_pull(
     ticket = src.ticket(name)
     src.handover.close()
     with caplog.at_level(logging.WARNING):
-        dst.step(Handovers(renewals=(Renewal((ticket,), 1.0),), released=(ticket,)))
+        dst.step(Handovers(renewals=[Renewal((ticket,), 1.0)], released=[ticket]))
         dst.pull([ticket], range(5))
         assert not dst.pulled()
     assert len(caplog.records) == 1
@@ -444,8 +444,8 @@ def test_an_engine_that_hangs_delays_no_message_to_another(
     src.offer(name, range(5))
     address = silent(sides, tmp_path)
     others = [Ticket.of(address, token_bytes(16), token_bytes(32)) for _ in range(80)]
-    dst.step(Handovers(renewals=tuple(Renewal((other,), LEASE) for other in others)))
-    dst.step(Handovers(released=(src.ticket(name),)))
+    dst.step(Handovers(renewals=[Renewal((other,), LEASE) for other in others]))
+    dst.step(Handovers(released=[src.ticket(name)]))
     assert until(lambda: bool(src.step().freed), LIMIT)
 
 

@@ -101,7 +101,7 @@ class Worker:
             block.select(at, token % size).copy_(self.expected.select(at, token))
 
     def step(self, handovers: Handovers = NO_HANDOVERS, retained: tuple[str, ...] = ()) -> None:
-        self.worker_side.load(Plan(handovers=handovers, retained=retained))
+        self.worker_side.load(Plan(handovers=handovers, retained=[*retained]))
         self.report = self.report.merged(self.worker_side.report())
         ended = self.worker_side.ended()
         self.freed |= ended.freed
@@ -139,7 +139,7 @@ def offered(src: Engine, size: int) -> list[bytes]:
     for worker in src:
         worker.write()
         job = OfferJob("p", name, TOKENS, ((*ids,),), 20.0)
-        worker.step(Handovers(offers=(job,)), retained=("p",))
+        worker.step(Handovers(offers=[job]), retained=("p",))
     return [worker.ticket(name) for worker in src]
 
 
@@ -148,7 +148,7 @@ def pulled(dst: Engine, tickets: list[bytes], ids: Sequence[int]) -> list[bool]:
     landed = []
     for worker in dst:
         job = PullJob(1, "d", (*tickets,), 0, TOKENS, ((*ids,),))
-        worker.step(Handovers(pulls=(job,)))
+        worker.step(Handovers(pulls=[job]))
     for worker in dst:
 
         def has_ended(worker: Worker = worker) -> bool:
@@ -156,7 +156,7 @@ def pulled(dst: Engine, tickets: list[bytes], ids: Sequence[int]) -> list[bool]:
             return bool(worker.loaded)
 
         assert until(has_ended, LIMIT)
-        landed.append(worker.report.loaded == {1: frozenset()})
+        landed.append(worker.report.missing == {1: frozenset()})
     return landed
 
 
@@ -168,7 +168,7 @@ def hand_over(src: Engine, dst: Engine, sizes: tuple[int, int]) -> None:
     for worker in dst:
         assert torch.equal(worker.rows(ids), worker.expected)
     for worker in dst:
-        worker.step(Handovers(released=(*tickets,)))
+        worker.step(Handovers(released=[*tickets]))
     for owner in src:
 
         def is_free(owner: Worker = owner) -> bool:

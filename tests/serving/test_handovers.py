@@ -57,7 +57,7 @@ class PulledAgain(SchedulerSide):
         failed = [
             (self._requests[live.job.request], live.job)
             for number, live in self._jobs.items()
-            if isinstance(live.job, PullJob) and report.loaded.get(number)
+            if isinstance(live.job, PullJob) and report.missing.get(number)
         ]
         super().take(report)
         for state, job in failed:
@@ -121,7 +121,7 @@ def pulled(scheduler_side: SchedulerSide, computed: int = 0) -> PullJob:
 def ended(scheduler_side: SchedulerSide, job: PullJob, landed: bool) -> None:
     """Let a pull end in one worker."""
     report = Report()
-    report.end_load(job.number, frozenset() if landed else frozenset({0}))
+    report.end(job.number, frozenset() if landed else frozenset({0}))
     scheduler_side.take(report)
 
 
@@ -134,7 +134,7 @@ def test_a_pull_brings_all_rows_of_a_prompt() -> None:
     assert job.tickets == ROWS.tickets
     assert not scheduler_side.awaits("a")
     ended(scheduler_side, job, landed=True)
-    assert scheduler_side.plan().handovers == Handovers(released=ROWS.tickets)
+    assert scheduler_side.plan().handovers == Handovers(released=[*ROWS.tickets])
     assert scheduler_side.plan().handovers is NO_HANDOVERS
     assert scheduler_side.counts["pulled_tokens"] == 24
 
@@ -163,7 +163,7 @@ def test_a_plan_with_a_pull_says_whether_the_engine_does_nothing_else(idle: bool
 def test_a_pull_that_failed_is_not_tried_again() -> None:
     scheduler_side = expecting()
     ended(scheduler_side, pulled(scheduler_side), landed=False)
-    assert scheduler_side.plan().handovers.released == ROWS.tickets
+    assert scheduler_side.plan().handovers.released == [*ROWS.tickets]
     assert scheduler_side.leading("a", 0) == 0
     scheduler_side.allocated("a", 0, 0, ((5, 6, 7),))
     assert scheduler_side.plan().handovers is NO_HANDOVERS
@@ -180,7 +180,7 @@ def test_a_pull_ends_with_its_last_worker() -> None:
     ended(scheduler_side, job, landed=False)
     assert scheduler_side.plan().handovers is NO_HANDOVERS
     ended(scheduler_side, job, landed=True)
-    assert scheduler_side.plan().handovers.released == ROWS.tickets
+    assert scheduler_side.plan().handovers.released == [*ROWS.tickets]
     assert scheduler_side.counts["failed_pulls"] == 1
 
 
@@ -193,7 +193,7 @@ def test_rows_that_no_one_pulls_are_released(how: str) -> None:
         scheduler_side.allocated("a", 0, 0, ((5, 6, 7),))
     else:
         assert scheduler_side.forget()
-    assert scheduler_side.plan().handovers.released == ROWS.tickets
+    assert scheduler_side.plan().handovers.released == [*ROWS.tickets]
     assert scheduler_side.leading("a", 0) == 0
 
 
@@ -204,7 +204,7 @@ def test_a_request_that_is_aborted_in_a_pull_keeps_its_blocks() -> None:
     assert not scheduler_side.finished("a")
     assert scheduler_side.statistics()["requests"] == 1
     ended(scheduler_side, job, landed=True)
-    assert scheduler_side.plan().handovers.released == ROWS.tickets
+    assert scheduler_side.plan().handovers.released == [*ROWS.tickets]
     assert scheduler_side.statistics()["requests"] == 0
 
 
@@ -216,14 +216,14 @@ def test_leases_are_renewed_until_the_end_of_the_pull() -> None:
     for _ in range(2):
         clock.now += ROWS.lease / RENEWALS
         renewal = Renewal(ROWS.tickets, ROWS.lease)
-        assert scheduler_side.plan().handovers == Handovers(renewals=(renewal,))
+        assert scheduler_side.plan().handovers == Handovers(renewals=[renewal])
         assert scheduler_side.plan().handovers is NO_HANDOVERS
     job = pulled(scheduler_side)
     clock.now += ROWS.lease / RENEWALS
     assert len(scheduler_side.plan().handovers.renewals) == 1
     ended(scheduler_side, job, landed=True)
     clock.now += ROWS.lease
-    assert scheduler_side.plan().handovers == Handovers(released=ROWS.tickets)
+    assert scheduler_side.plan().handovers == Handovers(released=[*ROWS.tickets])
 
 
 def test_a_request_does_not_choose_how_often_leases_are_renewed() -> None:
@@ -250,7 +250,7 @@ def test_an_offer_has_one_name_in_all_workers() -> None:
     assert scheduler_side.finished("a")
     plan = scheduler_side.plan()
     (job,) = plan.handovers.offers
-    assert plan.retained == ("a",)
+    assert plan.retained == ["a"]
     assert (job.request, job.tokens, job.blocks, job.lease) == ("a", 40, ((1, 2, 3),), 7.0)
     names = [Named.read(ticket) for ticket in rows.tickets]
     assert names == [Named(each.epoch, each.address, job.name) for each in ENDPOINTS]
@@ -279,8 +279,8 @@ def test_offers_end_when_other_weights_are_loaded() -> None:
     plan = scheduler_side.plan()
     named = Named.read(rows.tickets[0])
     assert named is not None
-    assert plan.handovers == Handovers(revoked=True, withdrawn=(named.name,))
-    assert plan.retained == ("a",)
+    assert plan.handovers == Handovers(revoked=True, withdrawn=[named.name])
+    assert plan.retained == ["a"]
     scheduler_side.forget()
     assert scheduler_side.plan().handovers == Handovers(revoked=True)
     assert scheduler_side.offer("b", 40, ((1, 2, 3),)) is None
@@ -289,9 +289,9 @@ def test_offers_end_when_other_weights_are_loaded() -> None:
 def test_ends_of_offers_are_counted() -> None:
     scheduler_side = scheduler_side_of()
     one = Report()
-    one.end_offer("taken")
+    one.offers["taken"] += 1
     other = Report()
-    other.end_offer("expired")
+    other.offers["expired"] += 1
     scheduler_side.take(one.merged(other).merged(one))
     assert scheduler_side.counts["offers_taken"] == 2
     assert scheduler_side.counts["offers_expired"] == 1

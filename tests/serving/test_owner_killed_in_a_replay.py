@@ -379,14 +379,13 @@ def test_the_store_server_of_a_load(
     )
     ids = tuple(range(BLOCKS))
     plans = [
-        Plan(loads=(Job(number, "a", tuple(keys_of(tokens)), 0, None, (ids,)),))
-        for number in (1, 2)
+        Plan(loads=[Job(number, "a", tuple(keys_of(tokens)), 0, None, (ids,))]) for number in (1, 2)
     ]
 
     worker_side.load(plans[0])
     model.step.begin()
     model.finish()
-    assert reported(worker_side)[0].loaded == {1: frozenset()}
+    assert reported(worker_side)[0].missing == {1: frozenset()}
     right = rows_of(tokens, rank.size, rank.heads)
     for number, layer in enumerate(model.step.seen):
         assert torch.equal(layer[:BLOCKS].cpu(), torch.from_numpy(right[number]))
@@ -403,13 +402,13 @@ def test_the_store_server_of_a_load(
         model.finish()
         assert not model.words.expired
     else:
-        worker_side.stop(Plan(stop=(9,)))  # the load was issued, and has ended
+        worker_side.stop(Plan(stop=[9]))  # the load was issued, and has ended
         assert not model.step.ended()
         model.words.close()
         model.finish()
         assert model.words.expired
     report, ended = reported(worker_side)
-    assert report.loaded == {2: frozenset(ids)}
+    assert report.missing == {2: frozenset(ids)}
     assert ended.failed == [{*ids}]
     for layer in model.step.seen:
         assert bool((layer[:BLOCKS] == UNTOUCHED).all())

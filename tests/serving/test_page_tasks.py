@@ -15,7 +15,7 @@ from support.waits import LIMIT, until
 
 from portakv.errors import TransferTimeout
 from portakv.serving import PageSize, PageStore, StoreTerms, page_key
-from portakv.serving.page_tasks import Buffer, Opening, PageTask, PageTasks
+from portakv.serving.page_tasks import Buffer, PageTask, PageTasks
 from portakv.serving.pages import sizes_in
 from portakv.storage.tiers.base import Tier
 
@@ -348,20 +348,14 @@ def test_tasks_end_while_the_folder_does_not_open(
     scene.tasks.close(LIMIT)
 
 
-@pytest.mark.parametrize("separate", [True, False])
-def test_the_thread_that_reports_opens_no_folder(
-    separate: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The control: without a thread for the opening, the thread that reports is held."""
-    if not separate:
-        monkeypatch.setattr("portakv.serving.page_tasks.Opening.start", Opening.run)
+def test_another_thread_than_the_one_that_reports_opens_folders(tmp_path: Path) -> None:
     held = held_terms(tmp_path / "kv")
     scene = Scene(held, [PageSize(4096)])
     held.goes_on.clear()
     page = memory(14, [8192])
     scene.begin("save", keys_of(1), page)
     assert held.entered.wait(LIMIT)
-    assert (held.threads[-1] == "portakv-pages") == (not separate)
+    assert held.threads[-1] == "portakv-pages-calls"
     held.goes_on.set()
     scene.tasks.close(LIMIT)
 
@@ -383,20 +377,6 @@ def test_a_page_that_is_deleted_while_the_folder_opens_is_gone(tmp_path: Path) -
     assert scene.tasks.holds(keys).tolist() == [True, False, True]
     assert until(lambda: page_key(keys[1]) in scene.lost, LIMIT)
     scene.tasks.close(LIMIT)
-
-
-def test_tasks_end_if_no_thread_can_open_the_folder(
-    scene: Scene, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    def no_thread(_: Opening) -> None:
-        raise RuntimeError("can't start new thread")
-
-    with monkeypatch.context() as patch:
-        patch.setattr("portakv.serving.page_tasks.Opening.start", no_thread)
-        assert not scene.run("save", keys_of(1), memory(18, [4096])).landed.any()
-    assert "can't start new thread" in caplog.text
-    assert scene.tasks.alive
-    assert scene.run("save", keys_of(1), memory(19, [8192])).landed.all()
 
 
 def test_a_close_while_the_folder_does_not_open(tmp_path: Path) -> None:

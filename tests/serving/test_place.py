@@ -19,7 +19,7 @@ from support.pool_processes import Child
 from portakv.errors import HostMemoryError, InvalidTerms, StoreError
 from portakv.host.shared import process_space, started
 from portakv.serving import Place, StoreTerms, place_of
-from portakv.serving.server.server import Processes, check_process
+from portakv.serving.server.server import check_process, has_ended
 from portakv.serving.server.state import ClientProcess
 
 ADDRESS = "ipc:///proc/12/fd/34"
@@ -177,19 +177,16 @@ def test_a_process_that_cannot_be_looked_at_has_not_ended() -> None:
     with subprocess.Popen(words, stdin=subprocess.PIPE) as child:
         key = process_space(), child.pid, started(child.pid) or 0
         process = ClientProcess(key)
-        processes = Processes()
         with no_descriptors():
-            processes.watch([process])
-            assert processes.descriptors() == []
-            assert processes.take_ended(set()) == []
+            assert not has_ended(process)
             with pytest.raises(HostMemoryError, match="too many open files"):
                 check_process(key)
-        assert processes.take_ended(set()) == []
+        assert not has_ended(process)
         child.kill()
         child.wait()
         with no_descriptors():
-            assert processes.take_ended(set()) == []
-        assert processes.take_ended(set()) == [process]
+            assert not has_ended(process)
+        assert has_ended(process)
 
 
 def test_an_address_that_cannot_be_read_is_logged(

@@ -90,7 +90,7 @@ class OfferedAgain(SchedulerSide):
 
     def take(self, report: Report) -> None:
         super().take(report)
-        self._keys.failed.clear()
+        self._failed.clear()
         for request in self._requests.values():
             request.limit = None
 
@@ -144,15 +144,15 @@ class Known:
 def landed(scheduler_side: SchedulerSide, job: Job, missing: frozenset[int] = frozenset()) -> None:
     """Report the end of a load by one worker."""
     report = Report()
-    report.end_load(job.number, missing)
+    report.end(job.number, missing)
     scheduler_side.take(report)
 
 
 def stored(scheduler_side: SchedulerSide, job: Job) -> None:
     """Report the end of a save by one worker."""
     report = Report()
-    report.release(job.number)
-    report.end_save(job.number)
+    report.released[job.number] += 1
+    report.end(job.number)
     scheduler_side.take(report)
 
 
@@ -196,7 +196,7 @@ def test_blocks_of_a_window_are_held_while_a_save_reads_them() -> None:
     assert held == [3, 4]
     assert scheduler_side.retains
     report = Report()
-    report.release(job.number)
+    report.released[job.number] += 1
     scheduler_side.take(report)
     assert held == []
     assert not scheduler_side.retains
@@ -273,7 +273,7 @@ def test_a_block_is_saved_once() -> None:
     scheduler_side.add("c", TOKENS[:16])
     scheduler_side.allocated("c", 0, 0, ((1, 2),))
     scheduler_side.scheduled("c", 0, 16)
-    assert scheduler_side.plan().saves == ()
+    assert scheduler_side.plan().saves == []
 
 
 def test_a_block_that_did_not_land_is_saved_anew_and_offered_then() -> None:
@@ -319,11 +319,11 @@ def test_a_request_is_held_until_its_blocks_are_released() -> None:
     scheduler_side.scheduled("a", 0, 16)
     (save,) = scheduler_side.plan().saves
     assert scheduler_side.finished("a")
-    assert scheduler_side.plan().retained == ("a",)
+    assert scheduler_side.plan().retained == ["a"]
     with pytest.raises(InvalidTerms, match="'a', which is in use"):
         scheduler_side.add("a", TOKENS)
     report = Report()
-    report.release(save.number)
+    report.released[save.number] += 1
     scheduler_side.take(report)
     scheduler_side.take(report)
     scheduler_side.freed(["a"])
@@ -337,7 +337,7 @@ def test_a_request_of_which_one_worker_still_reads_is_held() -> None:
     scheduler_side.scheduled("a", 0, 16)
     (save,) = scheduler_side.plan().saves
     one = Report()
-    one.release(save.number)
+    one.released[save.number] += 1
     scheduler_side.take(one)
     assert scheduler_side.finished("a")
 
@@ -363,8 +363,8 @@ def test_a_preempted_request_stops_its_saves_also_those_not_planned_yet() -> Non
     scheduler_side.scheduled("a", 8, 16)
     scheduler_side.preempted("a")
     plan = scheduler_side.plan()
-    assert plan.saves == ()
-    assert plan.stop == (save.number,)
+    assert plan.saves == []
+    assert plan.stop == [save.number]
     assert not scheduler_side.finished("a")
 
 
@@ -409,7 +409,7 @@ def test_what_was_forgotten_is_neither_offered_nor_saved() -> None:
     scheduler_side.scheduled("a", 8, 16)  # planned, and not begun
     assert scheduler_side.forget()
     scheduler_side.scheduled("a", 16, 24)
-    assert scheduler_side.plan().saves == ()
+    assert scheduler_side.plan().saves == []
     stored(scheduler_side, first)
     index.keys |= {*first.keys}
     scheduler_side.preempted("a")
@@ -430,7 +430,7 @@ def test_a_load_in_flight_brings_what_was_forgotten() -> None:
     (load,) = scheduler_side.plan().loads
     assert not scheduler_side.forget()
     report = Report()
-    report.end_load(load.number)
+    report.end(load.number)
     scheduler_side.take(report)
     assert scheduler_side.forget()
 
@@ -469,7 +469,7 @@ def test_an_earlier_load_of_a_preempted_request_ends_as_a_load() -> None:
     stored = scheduler_side.statistics().get("stored_blocks")
     for load in loads:
         report = Report()
-        report.end_load(load.number, frozenset([1]) if load is loads[0] else frozenset())
+        report.end(load.number, frozenset([1]) if load is loads[0] else frozenset())
         scheduler_side.take(report)
     counts = scheduler_side.statistics()
     assert counts.get("stored_blocks") == stored
@@ -478,13 +478,12 @@ def test_an_earlier_load_of_a_preempted_request_ends_as_a_load() -> None:
 
 def test_reports_of_workers_add_up() -> None:
     one = Report()
-    one.end_load(1, frozenset([0]))
-    one.release(2)
+    one.end(1, frozenset([0]))
+    one.released[2] += 1
     two = Report()
-    two.end_load(1, frozenset([3]))
-    two.end_save(2, frozenset([1]))
+    two.end(1, frozenset([3]))
+    two.end(2, frozenset([1]))
     both = one.merged(two)
-    assert both.loaded == {1: frozenset([0, 3])}
+    assert both.missing == {1: frozenset([0, 3]), 2: frozenset([1])}
     assert both.ends == {1: 2, 2: 1}
     assert both.released == {2: 1}
-    assert both.saved == {2: frozenset([1])}

@@ -181,7 +181,7 @@ def test_locks_end_with_their_client(end: str) -> None:
         ranks.state.unlock(one.session, 1)
         ranks.state.unlock(one.session, 1)
     elif end == "leave":
-        ranks.state.leave(one.session)
+        ranks.state.lose(one.session, leaves=True)
     elif end == "lose":
         ranks.state.lose(one.session)
     elif end == "process":
@@ -397,8 +397,8 @@ def test_parts_of_other_blocks_are_refused() -> None:
 
 def test_a_session_that_has_ended_is_an_error() -> None:
     ranks = Ranks(WHOLE)
-    assert ranks.state.leave(ranks.clients[0].session) is ranks.clients[0]
-    assert ranks.state.leave(ranks.clients[0].session) is None
+    for _ in range(2):
+        ranks.state.lose(ranks.clients[0].session, leaves=True)
     with pytest.raises(PeerError, match="has ended"):
         ranks.save(0)
 

@@ -412,7 +412,12 @@ def test_a_scheduler_starts_beside_a_store_server_of_another_version(
     host.store_server(before="from portakv.serving.server import server as s; s.PROTOCOL = 99\n")
     terms = StoreTerms(folder=host.folder, shared=True, host=16 << 20, staging=16 << 20)
     settings: Any = SimpleNamespace(
-        stores=True, uses_store_server=True, store=terms, engine="e", groups=(Group(16),)
+        stores=True,
+        uses_store_server=True,
+        store=terms,
+        engine="e",
+        groups=(Group(16),),
+        block_size=16,
     )
     index = index_of(settings)
     assert isinstance(index, JoinedIndex)

@@ -97,9 +97,9 @@ def test_what_is_lacking_is_reported_with_the_engines_blocks(store: BlockStore) 
     _, target = caches(8, 4)
     worker_side = WorkerSide([GroupCache(target, store)])
     load = Job(7, "a", tuple(keys), 0, None, ((-1, 3, 4),))
-    worker_side.load(Plan(loads=(load,)))
+    worker_side.load(Plan(loads=[load]))
     report = reported(worker_side)
-    assert report.loaded == {7: frozenset([1])}
+    assert report.missing == {7: frozenset([1])}
     assert report.ends == {7: 1}
     ended = worker_side.ended()
     assert ended.loaded == {"a"}
@@ -160,8 +160,8 @@ def test_groups_land_all_or_none(store: BlockStore) -> None:
         other.save(view, [0], keys[:1]).synchronize(LIMIT)
         worker_side = WorkerSide([GroupCache(view, store), GroupCache(view, other)])
         load = Job(7, "a", tuple(keys), 0, None, ((0, 1), (2, 3)))
-        worker_side.load(Plan(loads=(load,)))
-        assert reported(worker_side).loaded == {7: frozenset([1])}
+        worker_side.load(Plan(loads=[load]))
+        assert reported(worker_side).missing == {7: frozenset([1])}
         assert worker_side.ended().failed == [{1}, {3}]
 
 
@@ -173,11 +173,10 @@ def test_a_store_that_is_closed_is_a_miss_and_no_error() -> None:
     keys = tuple(prefix_keys(range(16), 8))
     worker_side = WorkerSide([GroupCache(view, closed)])
     job = Job(1, "a", keys, 0, None, ((0, 1),))
-    worker_side.load(Plan(loads=(job,)))
-    worker_side.save(Plan(saves=(Job(2, "b", keys, 0, None, ((0, 1),)),), retained=("b",)))
+    worker_side.load(Plan(loads=[job]))
+    worker_side.save(Plan(saves=[Job(2, "b", keys, 0, None, ((0, 1),))], retained=["b"]))
     report = worker_side.report()
-    assert report.loaded == {1: frozenset([0, 1])}
-    assert report.saved == {2: frozenset([0, 1])}
+    assert report.missing == {1: frozenset([0, 1]), 2: frozenset([0, 1])}
     assert report.released == {2: 1}
     ended = worker_side.ended()
     assert ended.failed == [{0, 1}]
@@ -195,8 +194,8 @@ def test_one_group_that_cannot_begin_makes_the_job_fail(store: BlockStore) -> No
     _, view = caches(4, 8)
     store.save(view, [0, 1], [*keys]).synchronize(LIMIT)
     worker_side = WorkerSide([GroupCache(view, store), GroupCache(view, Closed())])  # type: ignore[arg-type]
-    worker_side.load(Plan(loads=(Job(1, "a", keys, 0, None, ((0, 1), (2, 3))),)))
-    assert reported(worker_side).loaded == {1: frozenset([0, 1])}
+    worker_side.load(Plan(loads=[Job(1, "a", keys, 0, None, ((0, 1), (2, 3)))]))
+    assert reported(worker_side).missing == {1: frozenset([0, 1])}
 
 
 def test_a_retained_request_is_freed_after_its_saves_are_released() -> None:
@@ -218,10 +217,10 @@ def test_a_retained_request_is_freed_after_its_saves_are_released() -> None:
     _, view = caches(4, 8)
     worker_side = WorkerSide([GroupCache(view, Slow())])  # type: ignore[arg-type]
     save = Job(1, "a", (bytes(32),), 0, None, ((0,),))
-    worker_side.save(Plan(saves=(save,), retained=("a",)))
+    worker_side.save(Plan(saves=[save], retained=["a"]))
     assert worker_side.report() == Report()
     assert worker_side.ended().freed == set()
-    worker_side.stop(Plan(stop=(1,)))
+    worker_side.stop(Plan(stop=[1]))
     assert waits == ["cancel", "wait"]
     assert worker_side.report().released == {1: 1}
     assert worker_side.ended().freed == {"a"}
@@ -268,16 +267,16 @@ def test_the_saves_of_a_step_are_one_call(store: BlockStore) -> None:
     _, view = caches(12, 8)
     counting = Counting(store)
     worker_side = WorkerSide([GroupCache(view, counting)])  # type: ignore[arg-type]
-    saves = (
+    saves = [
         Job(1, "a", tuple(keys[1:3]), 1, keys[0], ((1, 2),)),
         Job(2, "b", tuple(other), 0, None, ((5, 6),)),
         Job(3, "c", (bytes(32),), 0, None, ((9,),)),
-    )
+    ]
     worker_side.save(Plan(saves=saves))
     together = [*keys[1:3], *other, bytes(32)]
     assert counting.calls == [(together, [keys[0], keys[1], None, other[0], None])]
     counting.end()
-    assert reported(worker_side).saved == {1: frozenset(), 2: frozenset(), 3: frozenset()}
+    assert reported(worker_side).missing == {1: frozenset(), 2: frozenset(), 3: frozenset()}
     assert [store.has(key) for key in together] == [True] * 5
 
 
@@ -287,15 +286,15 @@ def test_a_key_of_two_saves_of_a_step_is_once_in_each_call(store: BlockStore) ->
     counting = Counting(store)
     worker_side = WorkerSide([GroupCache(view, counting)])  # type: ignore[arg-type]
     keys = prefix_keys(range(32), 8)
-    jobs = (
+    jobs = [
         Job(1, "a", tuple(keys), 0, None, ((1, 2),)),
         Job(2, "b", tuple(keys[2:]), 2, keys[1], ((3,),)),
         Job(3, "c", (bytes(32), bytes(31) + b"1"), 0, None, ((4,),)),
-    )
+    ]
     worker_side.save(Plan(saves=jobs))
     assert [len(names) for names, _ in counting.calls] == [6, 2]
     counting.end()
-    assert reported(worker_side).saved == {1: frozenset(), 2: frozenset(), 3: frozenset()}
+    assert reported(worker_side).missing == {1: frozenset(), 2: frozenset(), 3: frozenset()}
 
 
 def test_a_request_is_freed_in_a_step_that_computes_nothing(store: BlockStore) -> None:
@@ -303,8 +302,8 @@ def test_a_request_is_freed_in_a_step_that_computes_nothing(store: BlockStore) -
     _, view = caches(4, 8)
     counting = Counting(store)
     worker_side = WorkerSide([GroupCache(view, counting)])  # type: ignore[arg-type]
-    worker_side.save(Plan(saves=(Job(1, "a", (bytes(32),), 0, None, ((0,),)),)))
-    worker_side.load(Plan(retained=("a",)))
+    worker_side.save(Plan(saves=[Job(1, "a", (bytes(32),), 0, None, ((0,),))]))
+    worker_side.load(Plan(retained=["a"]))
     worker_side.report()
     assert worker_side.ended().freed == set()
     counting.end()
@@ -325,13 +324,13 @@ def test_a_block_that_is_not_stored_is_missing_in_its_own_save(store: BlockStore
     some = Some(store)
     worker_side = WorkerSide([GroupCache(view, some)])  # type: ignore[arg-type]
     keys = prefix_keys(range(32), 8)
-    saves = (
+    saves = [
         Job(1, "a", tuple(keys[:2]), 0, None, ((1, 2),)),
         Job(2, "b", tuple(keys[2:]), 2, keys[1], ((5, 6),)),
-    )
+    ]
     worker_side.save(Plan(saves=saves))
     some.end()
-    assert reported(worker_side).saved == {1: frozenset(), 2: frozenset([0])}
+    assert reported(worker_side).missing == {1: frozenset(), 2: frozenset([0])}
 
 
 @pytest.mark.parametrize("hangs", [False, True], ids=["ends soon", "hangs"])
@@ -344,17 +343,17 @@ def test_a_stopped_save_cancels_others_of_its_call_only_if_it_hangs(
     counting = Counting(store)
     worker_side = WorkerSide([GroupCache(view, counting)])  # type: ignore[arg-type]
     keys = prefix_keys(range(16), 8)
-    jobs = (
+    jobs = [
         Job(1, "a", (keys[0],), 0, None, ((1,),)),
         Job(2, "b", (keys[1],), 0, None, ((2,),)),
-    )
+    ]
     worker_side.save(Plan(saves=jobs))
     if not hangs:
         Timer(0.05, counting.end).start()
-    worker_side.stop(Plan(stop=(1,)))
+    worker_side.stop(Plan(stop=[1]))
     assert (counting.cancelled > 0, counting.ended) == (hangs, True)  # it is waited for
     before = counting.cancelled
-    worker_side.stop(Plan(stop=(1, 2)))
+    worker_side.stop(Plan(stop=[1, 2]))
     assert counting.cancelled > before
 
 
@@ -391,12 +390,12 @@ def test_saves_that_hang_are_waited_for_together(store: BlockStore) -> None:
     worker_side = WorkerSide([GroupCache(view, SimpleNamespace(form=store.form, save=save))])
     keys = prefix_keys(range(16), 8)
     for step in range(0, 40, 2):
-        jobs = (
+        jobs = [
             Job(step, "a", (keys[0],), 0, None, ((1,),)),
             Job(step + 1, "b", (keys[1],), 0, None, ((2,),)),
-        )
+        ]
         worker_side.save(Plan(saves=jobs))
-    worker_side.stop(Plan(stop=tuple(range(0, 40, 2))))
+    worker_side.stop(Plan(stop=[*range(0, 40, 2)]))
     assert len(made) == 20
     assert all(each.cancelled for each in made)
     assert max(map(log.count, made[1:])) <= 2
@@ -409,8 +408,8 @@ def test_a_save_that_fails_while_it_is_stopped_raises_nothing(store: BlockStore)
     worker_side = WorkerSide([GroupCache(view, counting)])  # type: ignore[arg-type]
     keys = prefix_keys(range(16), 8)
     jobs = [Job(number, "a", (keys[number],), 0, None, ((number + 1,),)) for number in range(2)]
-    worker_side.save(Plan(saves=tuple(jobs)))
-    worker_side.stop(Plan(stop=(1,)))
+    worker_side.save(Plan(saves=jobs))
+    worker_side.stop(Plan(stop=[1]))
 
 
 def test_saves_that_begin_inside_a_block_of_the_engine_are_calls_of_their_own(
@@ -421,14 +420,14 @@ def test_saves_that_begin_inside_a_block_of_the_engine_are_calls_of_their_own(
     counting = Counting(store)
     worker_side = WorkerSide([GroupCache(view, counting)])  # type: ignore[arg-type]
     keys = prefix_keys(range(24), 8)
-    jobs = (
+    jobs = [
         Job(1, "a", (keys[0],), 0, None, ((1,),)),
         Job(2, "b", tuple(keys[1:]), 0, None, ((2,),)),
-    )
+    ]
     worker_side.save(Plan(saves=jobs))
     assert [len(call[0]) for call in counting.calls] == [2, 1]
     counting.end()
-    assert reported(worker_side).saved == {1: frozenset(), 2: frozenset()}
+    assert reported(worker_side).missing == {1: frozenset(), 2: frozenset()}
 
 
 def test_blocks_before_a_window_are_not_read(store: BlockStore) -> None:
@@ -442,12 +441,12 @@ def test_blocks_before_a_window_are_not_read(store: BlockStore) -> None:
         window.save(view, [3], keys[1:], after=keys[0]).synchronize(LIMIT)
         memory, target = caches(4, 8)
         worker_side = WorkerSide([GroupCache(target, store), GroupCache(target, window)])
-        worker_side.load(Plan(loads=(Job(7, "a", tuple(keys), 0, None, ((0, 1), (-1, 2))),)))
-        assert reported(worker_side).loaded == {7: frozenset()}
+        worker_side.load(Plan(loads=[Job(7, "a", tuple(keys), 0, None, ((0, 1), (-1, 2)))]))
+        assert reported(worker_side).missing == {7: frozenset()}
         assert memory[:, 0, 0, 0, 0].tolist() == [0, 1, 3, NOTHING]
         none = Job(8, "b", tuple(keys), 0, None, ((2, 3), (-1, -1)))
-        worker_side.load(Plan(loads=(none,)))
-        assert reported(worker_side).loaded == {8: frozenset()}
+        worker_side.load(Plan(loads=[none]))
+        assert reported(worker_side).missing == {8: frozenset()}
 
 
 def test_a_step_waits_for_the_layers_of_its_loads(store: BlockStore) -> None:
@@ -460,18 +459,18 @@ def test_a_step_waits_for_the_layers_of_its_loads(store: BlockStore) -> None:
     worker_side = WorkerSide([GroupCache(target, store)], by_layer=True)
     whole = Job(1, "a", keys[:2], 0, None, ((0, 1),))
     lacking = Job(2, "b", keys[:3], 0, None, ((2, 3, 4),))
-    saves = (
+    saves = [
         Job(3, "a", keys[2:3], 2, keys[1], ((5,),)),
         Job(4, "b", keys[3:], 3, keys[2], ((6,),)),
-    )
-    plan = Plan(loads=(whole, lacking), saves=saves)
+    ]
+    plan = Plan(loads=[whole, lacking], saves=saves)
     worker_side.load(plan)
     worker_side.layer(0)
     assert (memory[:4] == 7).all()
     worker_side.save(plan)
     report = reported(worker_side)
-    assert report.loaded == {1: frozenset(), 2: frozenset([2])}
-    assert report.saved == {3: frozenset(), 4: frozenset([0])}
+    missing = {1: frozenset[int](), 2: frozenset([2]), 3: frozenset[int](), 4: frozenset([0])}
+    assert report.missing == missing
     assert report.released == {3: 1, 4: 1}
     ended = worker_side.ended()
     assert ended.loaded == set()  # no request has waited outside of a step
@@ -522,7 +521,7 @@ def loads_in_turn(device: torch.device) -> tuple[bool, bool]:
         worker_side = WorkerSide([GroupCache(target, cast(FormStore, Watched))])
         delay(model)
         memory.fill_(NOTHING)
-        worker_side.load(Plan(loads=(Job(1, "a", tuple(keys), 0, None, ((0, 1),)),)))
+        worker_side.load(Plan(loads=[Job(1, "a", tuple(keys), 0, None, ((0, 1),))]))
         reported(worker_side)
         torch.accelerator.synchronize(device)
     return streams != [model], torch.equal(memory.cpu(), rows)
@@ -563,12 +562,12 @@ def rows_of_the_next_step(device: torch.device, idle: bool, loads: int = 1) -> t
 
         worker_side = WorkerSide([GroupCache(target, cast(FormStore, Late))])
         memory.fill_(NOTHING)
-        jobs = (
+        jobs = [
             Job(1, "a", tuple(keys), 0, None, ((0, 1),)),
             Job(2, "b", tuple(keys), 0, None, ((2, 3),)),
-        )
+        ]
         worker_side.load(Plan(loads=jobs[:loads], idle=idle))
-        ended = worker_side.report().loaded == {1: frozenset()}
+        ended = worker_side.report().missing == {1: frozenset()}
         read = memory[:2].clone()
         torch.accelerator.synchronize(device)
         reported(worker_side)

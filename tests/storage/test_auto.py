@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from support.storage_cases import key_of
+from support.storage_cases import key_of, rows_in_use
 from support.waits import LIMIT, until
 
 from portakv import (
@@ -302,7 +302,7 @@ def test_blocks_of_both_forms_have_one_list_of_keys(tmp_path: Path, host: int) -
             listed = store.keys().keys
             assert {*listed["disk"]} == {*KEYS}
         # Rows that a load has read stay until its lease ends.
-        assert until(lambda: store.rows.in_use() == 0, LIMIT)
+        assert until(lambda: rows_in_use(store.rows) == 0, LIMIT)
         assert store.delete(KEYS).all()
         assert not any(store.has_each(KEYS))
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from support.core_cases import noise
 from support.slot_cases import ended_well, forked
-from support.storage_cases import FakeTier, key_of, small_form
+from support.storage_cases import FakeTier, key_of, rows_in_use, small_form
 from support.waits import LIMIT
 
 from portakv import InvalidTerms, KVView, LayoutError, StoreError
@@ -128,7 +128,7 @@ def test_memory_that_was_replaced_is_refused_by_a_later_call() -> None:
         with pytest.raises(LayoutError, match="replaced"):
             store.load(view, range(8), [*KEYS[:7], key_of(9)], missing="skip")
         assert store.graph.number == tasks
-        assert not store.rows.in_use()
+        assert not rows_in_use(store.rows)
 
 
 def test_a_list_that_changes_after_the_call_changes_nothing() -> None:

@@ -166,7 +166,7 @@ def test_queues_stay_as_small_as_the_tier() -> None:
         chains.add(key, mark_of(key), FIRST, draw.choice("ab"))
         chains.move(key, draw.choice("ab"))
     assert sum(len(queue) for queue in chains._queues.values()) < 300
-    assert len(chains._blocks.keys) == 8
+    assert len(chains._blocks) == 8
     assert len(evict_all(chains)) == 8
 
 

@@ -304,13 +304,14 @@ def test_a_slow_listener_sees_the_gap() -> None:
     limit = 65536
     reports = Reports()
     announced = Announced(Graph())
-    changes = announced.listen({"": [reports]})
+    announced.indices[""] = {"disk": reports}
+    changes = announced.listen()
     for _ in range(limit + 3):
         reports.changed(KEYS[0], True, "")
     taken = changes.take()
     assert len(taken) == limit
     assert taken[0].number == 4
-    assert announced.snapshot({"": [reports]}, "") == Snapshot(limit + 3, {"disk": KEYS[:1]})
+    assert announced.snapshot([""]) == Snapshot(limit + 3, {"disk": KEYS[:1]})
 
 
 def test_a_tier_without_an_index_is_left_out() -> None:

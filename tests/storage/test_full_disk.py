@@ -17,10 +17,10 @@ from support.slot_cases import FORM, KEYS, Faulty, Tally
 from support.waits import LIMIT, until
 
 from portakv.storage import image
-from portakv.storage.eviction import FIRST, PATIENCE, Chains, mark_of
+from portakv.storage.eviction import FIRST, Chains, mark_of
 from portakv.storage.io.base import Engine
 from portakv.storage.tiers.disk import DiskStore
-from portakv.storage.tiers.folder import Slots
+from portakv.storage.tiers.folder import PATIENCE, Slots
 
 CALL = {key: place for place, key in enumerate(KEYS[:8])}
 OTHER = KEYS[20:30]  # blocks of another call
@@ -205,7 +205,7 @@ class Waits(Slots):
     def noted(self) -> list[float]:
         """Note the seconds of each wait from now on, in the list that is returned."""
         waits = list[float]()
-        written: Any = self._occupancy.written
+        written: Any = self.chains.written
         wait = written.wait
 
         def noted(seconds: float) -> bool:
@@ -220,7 +220,7 @@ class WaitsForEach(Waits):
     """A negative control: each block waits as long for writes that do not end."""
 
     def take(self, key: bytes, *terms: Any) -> int | None:
-        self._occupancy.late.clear()
+        self._late.clear()
         return super().take(key, *terms)
 
 

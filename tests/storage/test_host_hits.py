@@ -14,7 +14,7 @@ import pytest
 import torch
 from support.core_cases import noise
 from support.device_cases import current, delay
-from support.storage_cases import FakeTier, key_of, small_form
+from support.storage_cases import FakeTier, key_of, rows_in_use, small_form
 from support.waits import LIMIT
 
 from portakv import BackendUnavailable, CopyOptions, KVView, StoreError, TransferError
@@ -23,7 +23,7 @@ from portakv.graph.graph import Graph
 from portakv.storage import BlockStore, memory
 from portakv.storage import memory as rows_module
 from portakv.storage import store as storing
-from portakv.storage.memory import Cache, Loan
+from portakv.storage.memory import Loan, Rows
 
 FORM = small_form()
 SIZE = FORM.image_bytes
@@ -75,7 +75,7 @@ def test_no_worker_moves_a_block() -> None:
         assert same(SOURCE, range(8), target, range(1, 9))
         assert same(target, [0, 9, 10, 11], cache(50), [0, 9, 10, 11])
         assert hits(store) == 8
-        assert not store.rows.in_use()
+        assert not rows_in_use(store.rows)
 
 
 def test_the_others_come_from_tiers_under_the_same_handle() -> None:
@@ -135,18 +135,18 @@ def test_a_load_between_the_choice_and_the_eviction_keeps_its_row(
     """Whoever evicts a key looks for loans after it took the key from its row."""
     with stored(host=4, blocks=4) as store:
         names = [FORM.digest + key for key in KEYS[:4]]
-        choose = Cache.next
+        choose = Rows.next
         lent: list[Loan] = []
         asked = []
 
-        def chosen(cache: Cache, group: Any = None) -> bytes | None:
-            key = choose(cache, group)
+        def chosen(rows: Rows, group: Any = None) -> bytes | None:
+            key = choose(rows, group)
             asked.append(key)
             if len(asked) == 2:  # the first question is not for an eviction
                 lent.append(store.rows.borrow(names, store))
             return key
 
-        monkeypatch.setattr(Cache, "next", chosen)
+        monkeypatch.setattr(Rows, "next", chosen)
         with suppress(TransferError):  # there is no other tier
             store.save(SOURCE, [6], [KEYS[6]], priority="urgent").synchronize(LIMIT)
         assert asked[1] in names
@@ -160,7 +160,7 @@ def test_loads_that_find_no_row_leave_nothing() -> None:
         for number in range(5):
             keys = [key_of(200 + number), key_of(300 + number)]
             store.load(cache(50), [1, 2], keys, missing="skip").synchronize(LIMIT)
-            assert len(store.rows._cache.loans) <= 1
+            assert len(store.rows.borrowed) <= 1
 
 
 def test_layers_end_one_by_one() -> None:
@@ -222,7 +222,7 @@ def test_a_load_that_is_refused_keeps_no_row() -> None:
     with stored() as store:
         with pytest.raises(BackendUnavailable) as refused:  # kept, and its frames with it
             store.load(target, range(8), KEYS, options=CopyOptions(backend="triton"))
-        assert not store.rows.in_use()
+        assert not rows_in_use(store.rows)
         del refused
         assert not hits(store)
         assert same(target, range(12), cache(50), range(12))
@@ -252,11 +252,11 @@ class TestsOnADevice:
             copies = [each.clone() for each in target.tensors]  # ordered after the load
             assert handle.landed.tolist() == 8 * [True]  # for work on this stream
             assert not handle.done()
-            assert store.rows.in_use() == 8
+            assert rows_in_use(store.rows) == 8
             handle.synchronize(LIMIT)
             assert handle.landed.all()
             assert same(SOURCE, range(8), KVView(copies, LAYOUT), range(8))
-            assert not store.rows.in_use()
+            assert not rows_in_use(store.rows)
 
     @pytest.mark.parametrize("kind", [list, tuple, range, torch.tensor, np.array])
     def test_blocks_are_ids_of_one_call(
@@ -305,11 +305,11 @@ class TestsOnADevice:
             handle = store.load(target, [11, *range(7)], KEYS)
             assert copied == [1, 2, 5]
             assert not handle.done()
-            assert store.rows.in_use() == 8
+            assert rows_in_use(store.rows) == 8
             handle.synchronize(LIMIT)
             assert handle.landed.all()
             assert same(SOURCE, range(8), target, [11, *range(7)])
-            assert not store.rows.in_use()
+            assert not rows_in_use(store.rows)
 
             copied.clear()
             layers = store.load(target, range(8), KEYS, by_layer=True)
@@ -330,7 +330,7 @@ class TestsOnADevice:
                 copies.append(tensor.clone())
             handle.synchronize(LIMIT)
             assert same(SOURCE, range(8), KVView(copies, LAYOUT), range(8))
-            assert not store.rows.in_use()
+            assert not rows_in_use(store.rows)
 
     def test_close_waits_for_the_copy(self, accelerator: torch.device) -> None:
         target = cache(50, accelerator)
@@ -356,13 +356,13 @@ class TestsOnADevice:
         with warmed(accelerator) as store:
             caller = Caller()
             loan = store.rows.borrow([FORM.digest + key for key in KEYS], caller)
-            assert store.rows.in_use() == 8
+            assert rows_in_use(store.rows) == 8
             loan.stream = current(accelerator) if begun else None
             delay(current(accelerator))
             del caller
-            assert store.rows.in_use() == 8 * begun
+            assert rows_in_use(store.rows) == 8 * begun
             torch.accelerator.synchronize(accelerator)
-            assert store.rows.in_use() == 0
+            assert rows_in_use(store.rows) == 0
 
     @pytest.mark.parametrize("keep", [True, False])
     def test_rows_stay_until_the_end_of_the_copy(
@@ -393,7 +393,7 @@ class TestsOnADevice:
             torch.accelerator.synchronize(device)
             assert same(SOURCE, range(8), target, range(8)), "wrong bytes"
             del handle
-            assert not store.rows.in_use()
+            assert not rows_in_use(store.rows)
 
 
 @pytest.mark.gpu
@@ -421,7 +421,7 @@ def _captured_beside_a_question() -> int:
 
         def ask() -> None:
             try:
-                store.rows.in_use()
+                rows_in_use(store.rows)
             except BaseException as error:
                 errors.append(error)
 

@@ -14,7 +14,7 @@ import pytest
 import torch
 from support.core_cases import noise
 from support.interrupts import by_width, files_of, orphans, reach, settles
-from support.storage_cases import FakeTier, key_of, small_form
+from support.storage_cases import FakeTier, key_of, rows_in_use, small_form
 from support.waits import LIMIT
 
 from portakv import KVView
@@ -27,7 +27,7 @@ from portakv.graph.trace import Trace
 from portakv.storage import BlockForm, BlockStore, Disk, Remote, prefix_keys
 from portakv.storage.eviction import Pins
 from portakv.storage.lent import LentCopy
-from portakv.storage.store import FormIndex, FormStore
+from portakv.storage.store import FormStore
 from portakv.storage.tiers.base import Tier
 
 FILES = files_of("storage", "graph", "runtime/interrupts.py")
@@ -59,7 +59,7 @@ def judge(store: BlockStore) -> None:
     store.load(TARGET, range(3), others, missing="skip").synchronize(LIMIT)
     assert settles(lambda: not store.graph.live), "a node lives"
     assert settles(lambda: store.rows.counts()["lent"] == 0), "a row is lent"
-    assert not store.rows.in_use(), "a row is pinned"
+    assert not rows_in_use(store.rows), "a row is pinned"
     assert sum(queue.queued_bytes for queue in store.graph.queues.values()) == 0
     store.close(LIMIT)
 
@@ -164,7 +164,7 @@ def forming(folder: Path) -> Steps:
         one.save(SOURCE, range(6), KEYS, priority="urgent").synchronize(LIMIT)
         one.load(TARGET, range(6), KEYS, missing="skip").synchronize(LIMIT)
     assert settles(lambda: store.rows.counts()["lent"] == 0), "a row is lent"
-    assert not store.rows.in_use(), "a row is pinned"
+    assert not rows_in_use(store.rows), "a row is pinned"
     store.close(LIMIT)
 
     def again() -> bool:
@@ -374,7 +374,6 @@ NOT_CALLED = {
     "Graph.take": "runs in a helper",
     "Graph.give": "runs in a helper or a worker",
     "Handle.issued_ended": "runs in a worker",
-    "Task.on_end": "runs in a helper or a worker",
     "Task.ran_before": "runs in a worker",
     "Task.state": "changes nothing",
     "BlockStore.figures": "changes nothing",
@@ -429,7 +428,7 @@ def test_interrupts_without_helpers_leave_something(
 def test_interrupts_meet_what_callers_run(tmp_path: Path) -> None:
     """Scenarios call every public function, and of the functions that they call in the caller's
     thread they run all lines but a few, which refuse arguments."""
-    stores = BlockForm, BlockStore, Disk, FormIndex, FormStore, LentCopy, Remote
+    stores = BlockForm, BlockStore, Disk, FormStore, LentCopy, Remote
     kinds = *stores, Collector, Graph, Handle, Task, Trace
     public, called, left, of_called = reach(SCENARIOS, tmp_path, FILES, kinds)
     assert public - called == {*NOT_CALLED}

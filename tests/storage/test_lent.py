@@ -32,7 +32,7 @@ from support.lent_copies import (
 )
 from support.peer_process import Peer
 from support.pinned_runtime import claimed, installed
-from support.storage_cases import FakeTier, key_of, small_form
+from support.storage_cases import FakeTier, key_of, rows_in_use, small_form
 from support.waits import LIMIT, until
 
 from portakv import KVView
@@ -149,7 +149,7 @@ def test_blocks_come_back(kind: str, now: bool, tmp_path: Path) -> None:
         assert sorted(i for copy in hands.copies for i in copy.blocks) == [*range(8)]
         assert {copy.kind for copy in hands.copies} == {"load"}
         assert not lent_rows(store)
-        assert not store.rows.in_use()
+        assert not rows_in_use(store.rows)
 
 
 @pytest.mark.parametrize("lent", ["save", "load"])
@@ -371,7 +371,7 @@ def test_only_blocks_that_landed_are_loaded() -> None:
         with pytest.raises(TransferError, match=r"4 of 8 blocks landed. 4 failed \(lent\)"):
             handle.synchronize(LIMIT)
         assert handle.landed.tolist() == [True, False] * 4
-        assert not store.rows.in_use()
+        assert not rows_in_use(store.rows)
 
 
 @pytest.mark.parametrize("first", [True, False])
@@ -418,7 +418,7 @@ def test_a_copier_that_refuses_ends_the_copy(tier: FakeTier) -> None:
             handle.synchronize(LIMIT)
         assert same(loaded(store), range(8), SOURCE, range(8))
         assert not lent_rows(store)
-        assert not store.rows.in_use()
+        assert not rows_in_use(store.rows)
 
 
 @pytest.mark.parametrize("copier", [None, object(), Hands, 5])

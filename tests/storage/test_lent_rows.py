@@ -24,7 +24,7 @@ from support.lent_copies import (
     opened,
     same,
 )
-from support.storage_cases import FakeTier, key_of
+from support.storage_cases import FakeTier, key_of, rows_in_use
 from support.waits import LIMIT, until
 
 from portakv import KVView
@@ -468,7 +468,7 @@ class Walk:
         while self.begun:
             self.end()
         rows = self.store.rows
-        return not (lent_rows(self.store) or rows.in_use() or self.store.graph.live)
+        return not (lent_rows(self.store) or rows_in_use(rows) or self.store.graph.live)
 
     def some(self) -> list[int]:
         first = self.random.randrange(24)

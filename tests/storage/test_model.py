@@ -105,7 +105,7 @@ class StoreModel(RuleBasedStateMachine):
         assert not graph.live, "a deadlock"
         assert (counts["lent"], counts["free"] + counts["kept"]) == (0, len(rows.array)), "a leak"
         assert not any(queue.queued_bytes for queue in graph.queues.values())
-        assert not any(slots._occupancy.pins for slots in self.disk.slots()), "a leaked pin"
+        assert not any(slots._pins for slots in self.disk.slots()), "a leaked pin"
         graph.counts.sum_up()
         assert self.rotten or graph.counts.blocks["disk", "load", "fault"] <= self.engine.fired
         assert all(cache.holds() for cache in self.world.targets), "a block of no load changed"

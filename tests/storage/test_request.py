@@ -27,7 +27,6 @@ def test_what_blocks_follow(which: str) -> None:
     request = Request("save", KEYS, "background", after=after)
     assert request.roots == roots
     assert request.follows == [FIRST if key is None else mark_of(key) for key in after]
-    assert request.marks == [mark_of(key) for key in KEYS]
     for some in ([0], [5], [1, 4], range(6), range(3, 6)):
         expected = dict.fromkeys(roots[i] for i in some if roots[i] is not None)
         assert request.before(some) == [*expected]

@@ -10,7 +10,7 @@ import pytest
 from support.storage_cases import key_of
 
 from portakv.storage.eviction import FIRST, mark_of
-from portakv.storage.memory import Claim, Loan, Rows
+from portakv.storage.memory import Claim, Loan, Rows, Want
 
 
 def fill_rows(rows: Rows, *numbers: int, prefetched: bool = False) -> list[bool]:
@@ -145,7 +145,7 @@ def test_a_save_takes_rows_in_place_of_the_next_to_evict() -> None:
     rows = filled()
     claim = claim_of(*range(100, 112))
     assert rows.take(7, True) is None, "the control: without a claim saves have half of staging"
-    items = rows.take(7, True, claim, 6)
+    items = rows.take(7, True, Want(4096, True, claim, 6))
     assert items is not None
     assert cached_numbers(rows) == [3, 4, 5, 6, 7]
     assert rows.evicted == 3
@@ -164,14 +164,14 @@ def test_a_save_takes_rows_in_place_of_the_next_to_evict() -> None:
 
 def test_free_rows_of_the_host_tier_come_before_cached_ones() -> None:
     rows = filled(cached=5)
-    assert rows.take(7, True, claim_of(100, evict=False), 0) is not None
+    assert rows.take(7, True, Want(4096, True, claim_of(100, evict=False), 0)) is not None
     assert cached_numbers(rows) == [*range(5)]
-    assert rows.take(1, True, claim_of(100, evict=False), 0) is None
+    assert rows.take(1, True, Want(4096, True, claim_of(100, evict=False), 0)) is None
 
 
 def test_rows_beyond_staging_are_not_cached_until_they_come_back() -> None:
     rows = filled()
-    items = rows.take(8, True, claim_of(100), 0)
+    items = rows.take(8, True, Want(4096, True, claim_of(100), 0))
     assert items is not None
     other = rows.take(1, False)
     assert other is not None
@@ -185,8 +185,10 @@ def test_rows_beyond_staging_are_not_cached_until_they_come_back() -> None:
 
 def test_loads_find_their_half_of_staging_whatever_saves_have() -> None:
     rows = filled()
-    assert rows.take(12, True, claim_of(100), 0) is not None
-    assert rows.take(1, True, claim_of(100), 0) is None, "the host tier has no more rows"
+    assert rows.take(12, True, Want(4096, True, claim_of(100), 0)) is not None
+    assert rows.take(1, True, Want(4096, True, claim_of(100), 0)) is None, (
+        "the host tier has no more rows"
+    )
     assert rows.take(5, False) is None
     assert rows.take(4, False) is not None
     assert rows.counts() == {"free": 0, "lent": 16, "kept": 0}
@@ -197,11 +199,13 @@ def test_loads_beyond_their_half_leave_less_to_saves() -> None:
     loads = rows.take(6, False)
     assert loads is not None
     claim = claim_of(100)
-    assert rows.take(3, True, claim, 0) is None, "the rows of the host tier come after the half"
-    assert rows.take(2, True, claim, 0) is not None
+    assert rows.take(3, True, Want(4096, True, claim, 0)) is None, (
+        "the rows of the host tier come after the half"
+    )
+    assert rows.take(2, True, Want(4096, True, claim, 0)) is not None
     assert rows.evicted == 0
     rows.give(loads)
-    assert rows.take(9, True, claim, 0) is not None
+    assert rows.take(9, True, Want(4096, True, claim, 0)) is not None
 
 
 @pytest.mark.parametrize("why", ["pinned", "lent", "earlier", "kept prefix", "not allowed"])
@@ -220,10 +224,10 @@ def test_a_save_takes_no_row_that_may_not_go(why: str) -> None:
         claim = Claim({key_of(0): -1, key_of(100): 0})
     else:
         claim = claim_of(*range(100, 108), evict=False)
-    assert rows.take(5, True, claim, 12) is None
+    assert rows.take(5, True, Want(4096, True, claim, 12)) is None
     assert rows.evicted == 0
     assert cached_numbers(rows) == [*range(8)]
-    assert rows.take(4, True, claim, 12) is not None  # of staging
+    assert rows.take(4, True, Want(4096, True, claim, 12)) is not None  # of staging
     if loan is not None:
         loan.cancel()
 
@@ -235,9 +239,9 @@ class Caller:
 class Hasty(Rows):
     """Rows that evict one after the other, before they know whether enough may go."""
 
-    def _evict_for_saves(self, beyond: int, claim: Claim, place: int) -> bool:
-        while len(self._cache.rows) + beyond > self.host:
-            if not self._evict(claim, place):
+    def _evict_for_saves(self, beyond: int, want: Want) -> bool:
+        while len(self.index) + beyond > self.host:
+            if not self._evict(want):
                 return False
         return True
 
@@ -258,13 +262,13 @@ def test_a_save_that_finds_too_few_rows_evicts_none(kind: type[Rows], why: str) 
         claim = claim_of(*range(2, 8), *range(100, 108))
     place = 12 if why == "earlier" else 6
     counts = rows.counts()
-    assert rows.take(7, True, claim, place) is None
+    assert rows.take(7, True, Want(4096, True, claim, place)) is None
     whole = cached_numbers(rows) == [*range(8)]
     assert whole is (kind is Rows)
     assert (rows.evicted == 0) is whole
     assert (rows.counts() == counts) is whole
     if whole:  # the order is what it was
-        items = rows.take(6, True, claim, place)
+        items = rows.take(6, True, Want(4096, True, claim, place))
         assert items is not None
         assert cached_numbers(rows) == [*range(2, 8)]
     if loan is not None:
@@ -290,12 +294,12 @@ def test_a_load_that_comes_between_choice_and_eviction_keeps_all_rows() -> None:
     """A loan takes no lock."""
     rows = filled()
     lender = Lender(rows, key_of(2))
-    assert rows.take(7, True, Claim(lender), 0) is None
+    assert rows.take(7, True, Want(4096, True, Claim(lender), 0)) is None
     assert cached_numbers(rows) == [*range(8)]
     assert rows.evicted == 0
     (loan,) = lender.loans
     loan.cancel()
-    assert rows.take(7, True, claim_of(100), 0) is not None
+    assert rows.take(7, True, Want(4096, True, claim_of(100), 0)) is not None
     assert cached_numbers(rows) == [*range(3, 8)]
 
 
@@ -303,10 +307,10 @@ def test_a_save_takes_rows_of_later_blocks_of_its_call_and_of_other_forms() -> N
     """Their positions are in the call, but they come after its block, or are of another form."""
     rows = filled()
     later = claim_of(100, 101, *range(8))
-    assert rows.take(5, True, later, 1) is not None
+    assert rows.take(5, True, Want(4096, True, later, 1)) is not None
     assert cached_numbers(rows) == [*range(1, 8)]
     apart = Claim(claim_of(*range(8), 100).own, (b"",))  # the form of keys without a prefix
-    assert rows.take(1, True, apart, 8) is not None
+    assert rows.take(1, True, Want(4096, True, apart, 8)) is not None
     assert cached_numbers(rows) == [*range(2, 8)]
 
 
@@ -317,7 +321,7 @@ def test_a_predecessor_stays_while_its_successor_does() -> None:
     keys = [key_of(number) for number in range(4)]
     follows = [FIRST, *(mark_of(key) for key in keys[:-1])]
     assert rows.keep(items, keys, follows) == [True] * 4
-    assert rows.take(6, True, claim_of(100), 0) is not None
+    assert rows.take(6, True, Want(4096, True, claim_of(100), 0)) is not None
     assert sorted(cached_numbers(rows)) == [0, 1]
 
 
@@ -325,7 +329,7 @@ def test_a_save_takes_the_rows_of_prefetched_blocks_in_their_turn() -> None:
     rows = filled(cached=2)
     assert fill_rows(rows, 20, 21, prefetched=True) == [True] * 2
     assert fill_rows(rows, 2, 3, 4, 5) == [True] * 4
-    assert rows.take(7, True, claim_of(100), 0) is not None
+    assert rows.take(7, True, Want(4096, True, claim_of(100), 0)) is not None
     assert cached_numbers(rows) == [21, 2, 3, 4, 5]
     assert fill_rows(rows, 22, 23, 24, prefetched=True) == [True] * 3
     assert cached_numbers(rows)[-3:] == [22, 23, 24]
@@ -333,9 +337,9 @@ def test_a_save_takes_the_rows_of_prefetched_blocks_in_their_turn() -> None:
 
 def test_without_a_host_tier_a_claim_changes_nothing() -> None:
     rows = Rows(4096, 8, 0, pin=False)
-    assert rows.take(5, True, claim_of(100), 0) is None
-    assert rows.take(4, True, claim_of(100), 0) is not None
-    assert rows.take(1, True, claim_of(100), 0) is None
+    assert rows.take(5, True, Want(4096, True, claim_of(100), 0)) is None
+    assert rows.take(4, True, Want(4096, True, claim_of(100), 0)) is not None
+    assert rows.take(1, True, Want(4096, True, claim_of(100), 0)) is None
 
 
 @pytest.mark.parametrize("seed", range(12))
@@ -354,7 +358,7 @@ def test_rows_are_in_one_place_whatever_comes(seed: int) -> None:
             store = random.random() < 0.6
             claim = claim_of(*random.sample(range(30), 12), evict=random.random() < 0.9)
             before = set(cached_numbers(rows))
-            items = rows.take(random.randint(1, 4), store, claim, 5)
+            items = rows.take(random.randint(1, 4), store, Want(4096, store, claim, 5))
             gone = before - set(cached_numbers(rows))
             assert not gone or store
             assert all(claim.place_of(key_of(number)) > 5 for number in gone)

@@ -33,7 +33,7 @@ class OneByOne(SizedRows):
             made = self._space.take(pages, 1)
             for _ in range(MOST_EVICTED):
                 group = UNUSED if want.prefetched and self._crowded(want.nbytes) else None
-                if made or not self._evict(want.claim, want.place, group):
+                if made or not self._evict(want, group):
                     break
                 made = self._space.take(pages, 1)
             if not made:
@@ -48,7 +48,7 @@ class Together(SizedRows):
 
     def _evict_for(self, items: list[int], count: int, want: Want) -> None:
         for _ in range(count - len(items)):
-            self._evict(want.claim, want.place)
+            self._evict(want)
         items += self._space.take(want.nbytes // PAGE, count - len(items))
 
 
@@ -136,7 +136,7 @@ class Comparison(RuleBasedStateMachine):
         claim = Claim({key: number for number, key in enumerate(keys)}, evict=evict)
         at = range(count)[place]
         want = Want(pages * PAGE, store, claim, at, prefetched, passing)
-        items, expected = (rows.take_sized(count, want) for rows in self.both)
+        items, expected = (rows.take(count, want.store, want) for rows in self.both)
         assert items == expected
         return Lease(items or [], pages, keys, claim)
 
@@ -226,7 +226,7 @@ def prompt(rows: SizedRows, first: int, count: int, pages: int) -> list[int]:
     """Cache the blocks of a prompt, each in rows of so many pages; return the rows."""
     keys = [key_of(first + number) for number in range(count)]
     claim = Claim({key: number for number, key in enumerate(keys)})
-    items = rows.take_sized(count, Want(pages * PAGE, True, claim, count - 1))
+    items = rows.take(count, True, Want(pages * PAGE, True, claim, count - 1))
     assert items is not None
     follows = [FIRST, *map(mark_of, keys[:-1])]
     assert (
@@ -268,7 +268,7 @@ def test_a_row_that_a_load_begins_to_read_stays() -> None:
     items = [prompt(rows, number, 1, 3)[0] for number in range(4)]
     Reads.rows = rows
     Reads.loans = []
-    made = rows.take_sized(4, Want(3 * PAGE, True, Reads()))
+    made = rows.take(4, True, Want(3 * PAGE, True, Reads()))
     assert made == [items[0], items[1], items[3], 0], "the last one is a row of staging"
     (loan,) = Reads.loans
     assert [*loan.rows] == [items[2]]
@@ -288,4 +288,4 @@ def test_without_a_look_at_loans_such_a_row_goes(monkeypatch: pytest.MonkeyPatch
     items = [prompt(rows, number, 1, 3)[0] for number in range(4)]
     Reads.rows = rows
     Reads.loans = []
-    assert rows.take_sized(4, Want(3 * PAGE, True, Reads())) == items
+    assert rows.take(4, True, Want(3 * PAGE, True, Reads())) == items

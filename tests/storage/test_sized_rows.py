@@ -152,7 +152,7 @@ class Model(RuleBasedStateMachine):
     def take(self, nbytes: int, count: int, store: bool, passing: bool) -> Lease:
         before = self.rows.by_use()
         staged = sum(item < STAGING * 4 for lease in self.lent for item in lease.items)
-        items = self.rows.take_sized(count, Want(nbytes, store, passing=passing))
+        items = self.rows.take(count, store, Want(nbytes, store, passing=passing))
         self.lost(before, MOST_EVICTED * count)
         if items is None:
             assert staged + count > STAGING or store
@@ -265,7 +265,7 @@ class Model(RuleBasedStateMachine):
         """Whatever is pinned, all of staging serves loads."""
         for lease in self.lent:
             self.rows.give(lease.items)
-        items = self.rows.take_sized(STAGING, Want(LARGE, False, passing=True))
+        items = self.rows.take(STAGING, False, Want(LARGE, False, passing=True))
         assert items is not None
 
 
@@ -311,7 +311,7 @@ def fill(
     result = list[bool]()
     follows = FIRST
     for number in numbers:
-        items = rows.take_sized(1, Want(nbytes, True, claim))
+        items = rows.take(1, True, Want(nbytes, True, claim))
         assert items is not None
         result += rows.keep(items, [key_of(number)], [follows], claim=claim, sizes=[nbytes])
         rows.give(items)
@@ -348,10 +348,10 @@ def test_blocks_that_may_evict_none_take_staging_and_are_not_cached() -> None:
     assert fill(rows, range(4), SMALL) == [True] * 4
     assert fill(rows, range(4, 5), SMALL, Claim(evict=False)) == [False]
     own = {key_of(number): number for number in range(5)}
-    items = rows.take_sized(1, Want(SMALL, True, Claim(own), 4))
+    items = rows.take(1, True, Want(SMALL, True, Claim(own), 4))
     assert items == [4], "no block evicts an earlier one of its call"
     rows.give(items)
-    assert rows.take_sized(1, Want(SMALL, True, Claim(own), -1)) == [STAGING * 4]
+    assert rows.take(1, True, Want(SMALL, True, Claim(own), -1)) == [STAGING * 4]
     assert cached(rows, range(5)) == [1, 2, 3]
 
 
@@ -359,18 +359,18 @@ def test_no_load_waits_for_rows_that_are_read() -> None:
     rows = rows_of(host=12)
     assert fill(rows, range(4), SMALL) == [True] * 4
     assert [rows.find(key_of(number)) for number in range(4)].count(None) == 0
-    saved = rows.take_sized(2, Want(LARGE, True))
+    saved = rows.take(2, True, Want(LARGE, True))
     assert saved == [0, 4]
-    assert rows.take_sized(1, Want(LARGE, True)) is None, "saves have half of staging"
-    assert rows.take_sized(2, Want(LARGE, False)) == [8, 12]
-    assert rows.take_sized(1, Want(SMALL, False)) is None
+    assert rows.take(1, True, Want(LARGE, True)) is None, "saves have half of staging"
+    assert rows.take(2, False, Want(LARGE, False)) == [8, 12]
+    assert rows.take(1, False, Want(SMALL, False)) is None
     assert rows.lacks(1 + rows.host)
 
 
 def test_an_image_in_staging_takes_the_place_of_the_last_ones() -> None:
     """So a block that did not fit ends no prompt."""
     rows = rows_of(host=18)
-    items = rows.take_sized(6, Want(SMALL, True))
+    items = rows.take(6, True, Want(SMALL, True))
     assert items is not None
     assert rows.replace(items, 1, Want(LARGE, True))
     assert items[1] == 0, "between rows that are lent there is no space for it"
@@ -380,7 +380,7 @@ def test_an_image_in_staging_takes_the_place_of_the_last_ones() -> None:
     claim = Claim({key: number for number, key in enumerate(keys)})
     kept = rows.keep(items, keys, [FIRST] * 6, claim=claim, sizes=sizes)
     assert kept == [True, True, True, True, False, False]
-    again = rows.take_sized(1, Want(SMALL, True, Claim(evict=False)))
+    again = rows.take(1, True, Want(SMALL, True, Claim(evict=False)))
     assert again == [STAGING * 4 + 3], "the space of the row that was replaced"
     rows.give(items)
     rows.give(again)
@@ -394,7 +394,7 @@ def test_prefetched_images_take_half_of_the_tier() -> None:
     rows = rows_of(host=12)
     fill(rows, range(1), SMALL)
     for number in range(1, 6):
-        items = rows.take_sized(1, Want(SMALL, False, prefetched=True))
+        items = rows.take(1, False, Want(SMALL, False, prefetched=True))
         assert items is not None
         kept = rows.keep(items, [key_of(number)], [FIRST], True, sizes=[SMALL])
         assert kept == [True]
@@ -500,7 +500,7 @@ def test_a_block_without_room_for_its_raw_rows_does_not_land() -> None:
         pins = packed.pin(KEYS[:1])
         rows = store.rows
         assert isinstance(rows, SizedRows)
-        lent = rows.take_sized(rows.staging, Want(rows.row_bytes, False, passing=True))
+        lent = rows.take(rows.staging, False, Want(rows.row_bytes, False, passing=True))
         assert lent is not None
         with pytest.raises(TransferError, match="not packed"):
             packed.save(view, [1], KEYS[1:2]).synchronize(LIMIT)

@@ -13,7 +13,7 @@ import pytest
 import torch
 from support.core_cases import noise
 from support.interrupts import settles
-from support.storage_cases import FakeStore, FakeTier, key_of, small_form
+from support.storage_cases import FakeStore, FakeTier, key_of, rows_in_use, small_form
 from support.waits import LIMIT
 
 from portakv import KVView
@@ -254,13 +254,13 @@ def test_a_plan_that_fails_late_releases_rows_of_the_host_tier_once() -> None:
         with pytest.raises(RuntimeError, match="a fault of the tier"):
             store.load(cache(50, len(other)), range(len(other)), other)
         until = time.monotonic() + LIMIT
-        while store.rows.in_use() and time.monotonic() < until:
+        while rows_in_use(store.rows) and time.monotonic() < until:
             time.sleep(0.01)
-        assert store.rows.in_use() == 0
+        assert rows_in_use(store.rows) == 0
         reading = store.rows.find(FORM.digest + KEYS[0])
-        assert store.rows.in_use() == 1
+        assert rows_in_use(store.rows) == 1
         store.rows.unpin([reading or 0])
-        assert store.rows.in_use() == 0
+        assert rows_in_use(store.rows) == 0
 
 
 @pytest.mark.usefixtures("ctrl_c")

@@ -25,7 +25,7 @@ from support import ready
 from support.ambient import STATES
 from support.core_cases import noise
 from support.device_cases import current, delay
-from support.storage_cases import FakeStore, FakeTier, key_of, small_form
+from support.storage_cases import FakeStore, FakeTier, key_of, rows_in_use, small_form
 from support.threads import interrupting
 from support.waits import LIMIT
 
@@ -100,7 +100,7 @@ def opened() -> Iterator[Any]:
         counts = store.rows.counts()
         assert counts["lent"] == 0
         assert counts["free"] + counts["kept"] == store.rows.tensor.shape[0]
-        assert not store.rows.in_use()
+        assert not rows_in_use(store.rows)
 
 
 def saved(store: BlockStore, view: KVView, blocks: Any = range(8), keys: Any = KEYS) -> None:
@@ -892,7 +892,7 @@ def test_a_whole_load_joins_one_by_layer_and_the_other_way(opened: Any) -> None:
     saved(store, source, range(2), KEYS[:2])
     for first in (True, False):
         for key in KEYS[:2]:
-            store.rows._cache.rows.pop(key, None)
+            store.rows.index.pop(key, None)
         targets = [cache(4, seed=50 + i, **BIG) for i in range(2)]
         handles = [
             store.load(x, range(2), KEYS[:2], by_layer=(i == 0) == first)

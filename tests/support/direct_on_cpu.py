@@ -67,7 +67,7 @@ class Driver:
     libraries: list[Any] = field(default_factory=list)
     error: int = 0
 
-    def load(self, source: str, names: Iterable[str], device: torch.device) -> dict[str, Any]:
+    def load(self, source: str, names: Iterable[str]) -> dict[str, Any]:
         self.libraries.append(compiled(source))
         return dict.fromkeys(names, len(self.libraries))
 
@@ -126,8 +126,8 @@ def installed(cut: Cut = SMALL) -> Iterator[Driver]:
     driver = Driver()
     library = Library(driver)
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(cuda, "load", driver.load)
         patched.setattr(cuda, "library", lambda: library)
+        patched.setattr(cuda.CudaDriver, "load", driver.load)
         patched.setattr(cuda.CudaDriver, "current", lambda self: nullcontext())
         patched.setattr(torch._C, "_cuda_getDevice", lambda: None, raising=False)
         patched.setattr(torch._C, "_cuda_getCurrentRawStream", lambda index: 7, raising=False)

@@ -27,7 +27,7 @@ ARGUMENTS: dict[str, tuple[Any, ...]] = {
     "cuEventDestroy_v2": (WORD,),
     "cuEventRecord": (WORD, WORD),
     "cuStreamWaitEvent": (WORD, WORD, NUMBER),
-    "cuMemcpyHtoDAsync_v2": (WORD, ctypes.c_void_p, WORD, WORD),
+    "cuStreamQuery": (WORD,),
 }
 
 
@@ -49,13 +49,15 @@ class Work(NamedTuple):
 class LateDriver(HostDriver):
     """A driver that notes work in ``queue``.
 
-    ``refuse_at``: the number of the call that it refuses, of those that order work.
+    ``refuse_at``: the number of the call that it refuses, of those that order work. ``busy``: no
+    stream has done its work.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.queue: list[Work] = []
         self.refuse_at = -1
+        self.busy = False
         self._events: dict[int, int] = {}
         self._word = ctypes.c_uint32()
         self._calls = 0
@@ -143,11 +145,8 @@ class LateDriver(HostDriver):
     def _cuStreamWaitEvent(self, stream: int, event: int, _: int) -> int:
         return self.note("wait", stream, None, self._events.get(event, -1))
 
-    def _cuMemcpyHtoDAsync_v2(self, dst: int, src: int, nbytes: int, stream: int) -> int:
-        # The values travel in the command.
-        values = ctypes.create_string_buffer(ctypes.string_at(src, nbytes), nbytes)
-        at = ctypes.addressof(values)
-        return self.note("ids", stream, partial(moved, dst, at, nbytes, values))
+    def _cuStreamQuery(self, _: int) -> int:
+        return 600 if self.busy else 0  # CUDA_ERROR_NOT_READY
 
     def number(self, stream: Any) -> int:
         """Return the handle of a stream."""

@@ -140,7 +140,7 @@ class HandingWorker(Worker):
             for block in pulling.job.blocks[0]:
                 for at in range(size if block >= 0 else 0):
                     self.write(block, at, NOTHING)  # after an error rows are undefined
-        self.report.end_load(pulling.job.number, frozenset() if landed else frozenset({0}))
+        self.report.end(pulling.job.number, frozenset() if landed else frozenset({0}))
 
 
 class HandingEngine(Engine):

@@ -168,13 +168,13 @@ class Worker:
         task.rows = [
             NOTHING if place is None else self.row(*place) for place in self._places(task.job)
         ]
-        self.report.release(task.job.number)
+        self.report.released[task.job.number] += 1
 
     def _end_save(self, task: Task, stored: bool) -> None:
         del self.tasks[task.job.number]
         size = self.engine.draw.stored_size
         if task.rows is None:
-            self.report.release(task.job.number)
+            self.report.released[task.job.number] += 1
         rows = task.rows if stored else None
         for position, key in enumerate(task.job.keys):
             if rows is not None:
@@ -184,7 +184,7 @@ class Worker:
                 )
                 self.engine.store.put(key, self.number, part)
         missing = frozenset[int]() if stored else frozenset(range(len(task.job.keys)))
-        self.report.end_save(task.job.number, missing)
+        self.report.end(task.job.number, missing)
 
     def _load(self, job: Job) -> None:
         del self.tasks[job.number]
@@ -199,7 +199,7 @@ class Worker:
             for place, row in zip(places[position * size :], rows, strict=False):
                 if place is not None:
                     self.write(*place, row)
-        self.report.end_load(job.number, frozenset(missing))
+        self.report.end(job.number, frozenset(missing))
 
 
 @dataclass(eq=False)
@@ -589,10 +589,10 @@ class Engine:
     def _loads_ended(self, report: Report) -> dict[int, tuple[Request, int]]:
         """Return the loads that have ended in all workers, with the first token that is missing."""
         ended = dict[int, tuple[Request, int]]()
-        for number, missing in report.loaded.items():
+        for number in report.missing.keys() & self.loads.keys():
             load = self.loads[number]
             load.ends += report.ends[number]
-            load.missing |= missing
+            load.missing |= report.missing[number]
             if load.ends == self.draw.workers:
                 ended[number] = load.request, self.past_of(load)
                 del self.loads[number]

@@ -10,8 +10,10 @@ from typing import Any
 import numpy as np
 import torch
 
+from portakv.runtime.interrupts import uninterrupted
 from portakv.storage import image
 from portakv.storage.form import BlockForm
+from portakv.storage.memory import Rows
 from support.core_cases import noise
 from support.waits import LIMIT
 
@@ -34,6 +36,18 @@ def small_form(layers: int = 4, heads: int = 2, block_size: int = 4, **other: An
 def key_of(number: int) -> bytes:
     """Return a key of 32 bytes that contains its number."""
     return number.to_bytes(4, "little") * 8
+
+
+def rows_in_use(rows: Rows) -> int:
+    """Return the number of cached rows that transfers read."""
+
+    def count() -> int:
+        with rows.chains.lock:
+            rows.borrowed.forget_ended()
+            read = {row for loan in rows.borrowed.all for row in loan.rows if row is not None}
+            return len({*rows.pins} | read)
+
+    return uninterrupted(count)
 
 
 def sealed(form: BlockForm, keys: list[bytes], generation: int = 1, seed: int = 0) -> torch.Tensor:

@@ -32,7 +32,7 @@ from portakv.serving.server.messages import (
     ids_in,
     joined_keys,
 )
-from portakv.serving.server.state import Client, Lease, SaveWork, ServerState, cells_of, whole_form
+from portakv.serving.server.state import Client, Lease, ServerState, cells_of, whole_form
 from portakv.storage import BlockForm
 from portakv.storage.eviction import Pins
 
@@ -581,7 +581,6 @@ class Early(ServerState):
         lent = lease.lent
         if lent.ended or lent.raw is not None or lent.copy.raw is None or not lent.unfit:
             return
-        assert isinstance(lent.work, SaveWork)
         lent.raw = [*lent.unfit]
         lent.assigned = 0
         for place in lent.raw:

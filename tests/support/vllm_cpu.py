@@ -531,8 +531,8 @@ def count_landed(worker: Any) -> None:
 
     def note_landed() -> Any:
         made = report()
-        for number, missing in made.loaded.items():
-            worker_side.landed_blocks += sizes[number] - len(missing)
+        for number in made.missing.keys() & sizes.keys():
+            worker_side.landed_blocks += sizes[number] - len(made.missing[number])
         return made
 
     worker_side.load = note_sizes

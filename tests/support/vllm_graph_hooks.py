@@ -59,12 +59,12 @@ def main() -> None:
     }
     connector.register_kv_caches(caches)
     keys = tuple(prefix_keys(range(SIZE), SIZE))
-    step(connector, Plan(saves=(Job(1, "a", keys, 0, None, ((1,),)),)), caches)
+    step(connector, Plan(saves=[Job(1, "a", keys, 0, None, ((1,),))]), caches)
     for layer in caches.values():
         layer[2] = -1
-    seen = step(connector, Plan(loads=(Job(2, "a", keys, 0, None, ((2,),)),)), caches)
+    seen = step(connector, Plan(loads=[Job(2, "a", keys, 0, None, ((2,),))]), caches)
     answers = {
-        "waits by words": connector.store.graphs.words is not None,
+        "waits by words": connector.store.words is not None,
         "metadata": [before, connector.has_connector_metadata()],
         "piecewise": [
             PortaKVConnector.requires_piecewise_for_cudagraph({"by_layer": each})

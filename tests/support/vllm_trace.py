@@ -183,10 +183,8 @@ def described_plan(plan: Plan, name: Callable[[str], str]) -> dict[str, Any] | N
 def described_report(report: Report) -> dict[str, Any]:
     """Return a report, with what is empty left out."""
     made: dict[str, Any] = {}
-    for kind in ("loaded", "saved"):
-        ends = [[number, sorted(missing)] for number, missing in getattr(report, kind).items()]
-        if ends:
-            made[kind] = ends
+    if report.missing:
+        made["missing"] = [[each, sorted(lost)] for each, lost in sorted(report.missing.items())]
     if report.released:
         made["released"] = [*report.released]
     return made

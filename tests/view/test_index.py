@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import threading
 from contextlib import nullcontext
 from math import gcd
 from typing import Any
@@ -174,7 +173,6 @@ def test_ids_are_copied_once_for_all_indices_of_a_list() -> None:
     assert narrow.tolist() == [4, -1, 7]
     assert index.shifted(1).ids_on(HERE, NARROW) is narrow
     assert index.placed(HERE, NARROW).ids is narrow
-    assert index.placed(HERE, NARROW) is index.placed(HERE, NARROW)
     assert index.shifted(2).placed(HERE, NARROW).slots(1).tolist() == [7]
     with pytest.raises(Unsupported, match=f"id {2**31}"):
         Index([2**31]).ids_on(HERE, NARROW)
@@ -208,36 +206,6 @@ def test_a_check_remembers_nothing() -> None:
         index.check(3, 6, "destination", distinct=True)
     ids[1] = -1
     assert index.check(3, 6, "destination", distinct=True) is True
-
-
-@pytest.mark.parametrize("first", [0, 3])
-def test_a_copy_that_is_added_is_never_seen_in_part(
-    first: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Another thread that requests the ids while a copy is added gets ids of the dtype that it
-    requests."""
-    index = Index([4, 1, 5, 7], offset=first)
-    copy = torch.tensor([4, 1, 5, 7], dtype=torch.int32)
-    real = Index.reading
-    seen: list[Index] = []
-
-    def request() -> None:
-        seen.append(index.placed(HERE, NARROW))
-
-    def reading(self: Index, ids: torch.Tensor) -> Index:
-        made = real(self, ids)
-        thread = threading.Thread(target=request)
-        thread.start()
-        thread.join()
-        return made
-
-    monkeypatch.setattr(Index, "reading", reading)
-    index.add_copy(copy, (HERE, NARROW))
-    seen.append(index.placed(HERE, NARROW))
-    assert [each.ids is copy for each in seen] == [True, True]
-    assert [each.offset for each in seen] == [first, first]
-    index.placed(HERE, frozenset({torch.int64}))
-    assert index.placed(HERE, NARROW).ids is copy
 
 
 def test_clean_ids_stay_clean_for_their_range() -> None:

@@ -6,8 +6,9 @@ Importing this package imports no engine: each name is loaded at its first use.
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from portakv.integrations import lazy_names
 
 if TYPE_CHECKING:
     from portakv.integrations.lmcache.l2 import PortaKVL2Adapter as PortaKVL2Adapter
@@ -24,9 +25,4 @@ _NAMES = {
     "NpuSpec": "platform",
     "PortaKVL2Adapter": "l2",
 }
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _NAMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"{__name__}.{_NAMES[name]}"), name)
+__getattr__ = lazy_names(__name__, _NAMES)

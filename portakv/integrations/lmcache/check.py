@@ -46,8 +46,10 @@ ABSTRACT = (
     "submit_unlock",
 )
 BASE = "lmcache.v1.distributed.l2_adapters.base"
-HOOKS = tuple(f"{BASE}:L2AdapterInterface.{name}" for name in ABSTRACT)
-PLUGIN = ("lmcache.v1.distributed.l2_adapters.plugin_l2_adapter:PluginL2AdapterConfig",)
+HOOKS = (
+    *(f"{BASE}:L2AdapterInterface.{name}" for name in ABSTRACT),
+    "lmcache.v1.distributed.l2_adapters.plugin_l2_adapter:PluginL2AdapterConfig",
+)
 
 
 def terms_of(params: Mapping[str, Any]) -> StoreTerms:
@@ -98,18 +100,17 @@ def findings_of(config: Mapping[str, Any]) -> Findings:
         config: as LMCache's ``--l2-adapter`` has it.
     """
     findings = Findings()
-    findings.errors += _wrong_keys(config)
+    findings.errors += unknown_keys(config, (*KEYS, *COMMON_KEYS), "LMCache's plugin adapter")
+    expected = {"type": ["plugin"], "module_path": [MODULE], "class_name": [CLASS]}
+    findings.errors += other_values(config, expected)
     params = config.get("adapter_params", {})
     if not isinstance(params, Mapping):
         findings.errors.append(
             f"Expected an object for adapter_params, got {params!r}. Correct it."
         )
     else:
-        try:
+        with findings.catching("adapter_params"):
             terms = terms_of(params)
-        except InvalidTerms as error:
-            findings.errors.append(f"adapter_params: {error}")
-        else:
             check_places(terms, findings, "adapter_params")
             if terms.shared:
                 findings.notes.append(
@@ -117,14 +118,8 @@ def findings_of(config: Mapping[str, Any]) -> Findings:
                     f"{OBJECTS}. Objects of other sizes are not stored."
                 )
     findings.warnings += _without_use(config)
-    _check_release(findings)
+    check_release(findings, "lmcache", "LMCache", HOOKS, who="the adapter")
     return findings
-
-
-def _wrong_keys(config: Mapping[str, Any]) -> Iterator[str]:
-    """Yield a sentence for each key of LMCache's that is wrong."""
-    yield from unknown_keys(config, (*KEYS, *COMMON_KEYS), "LMCache's plugin adapter")
-    yield from other_values(config, {"type": "plugin", "module_path": MODULE, "class_name": CLASS})
 
 
 def _without_use(config: Mapping[str, Any]) -> Iterator[str]:
@@ -142,9 +137,3 @@ def _without_use(config: Mapping[str, Any]) -> Iterator[str]:
             "eviction is set: LMCache deletes objects, and knows only those that this server has "
             "stored or found. Without it the store evicts the least recently used objects itself."
         )
-
-
-def _check_release(findings: Findings) -> None:
-    """Compare the installed release of LMCache with the hooks that the adapter uses."""
-    needs = (*HOOKS, *PLUGIN)
-    check_release(findings, "lmcache", "LMCache", needs, who="the adapter")

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Hashable, Sequence
 from functools import lru_cache
 from math import prod
-from typing import Any, NamedTuple, Protocol, SupportsInt, TypeAlias
+from typing import Any, NamedTuple, SupportsInt, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -56,24 +56,9 @@ Caches: TypeAlias = "torch.Tensor | Sequence[Any]"
 MemoryObject: TypeAlias = "torch.Tensor | int"
 
 
-class ShapeDesc(Protocol):
-    """LMCache's ``PageBufferShapeDesc``: the shape of caches that are passed by addresses.
-
-    Attributes:
-        nl: layers.
-        nb: blocks.
-        bs: tokens of a block.
-        nh: heads.
-        hs: elements of a head.
-        element_size: bytes of an element.
-    """
-
-    nl: int
-    nb: int
-    bs: int
-    nh: int
-    hs: int
-    element_size: int
+#: LMCache's ``PageBufferShapeDesc``: layers, blocks, tokens of a block, heads, elements of a head
+#: and bytes of an element of caches that are passed by addresses.
+ShapeDesc: TypeAlias = Any
 
 
 class Format(NamedTuple):
@@ -143,13 +128,6 @@ class Pool(NamedTuple):
             return Memory(shape, None, torch.uint8)
         inner = (prod(shape[at + 1 :]) for at in range(1, len(shape)))
         return Memory(shape, (self.step, *inner), torch.uint8)
-
-
-class _Extents(NamedTuple):
-    """The extents of caches that their tensors do not show."""
-
-    block_size: int | None = None
-    dim: tuple[int, int] | None = None
 
 
 class _Addressed(NamedTuple):
@@ -264,8 +242,7 @@ def _view(form: Format, addressed: _Addressed, block_size: int, device: torch.de
         strides=memory.strides,
         dtype=memory.dtype,
         device=device,
-        block_size=extents.block_size,
-        dim=extents.dim,
+        **extents,
         reinterpret=True,
     )
 
@@ -284,20 +261,21 @@ def _of_tensors(form: Format, leaves: list[torch.Tensor], caches: Caches, pool: 
         tensors,
         form.layout,
         kv=kv,
-        block_size=extents.block_size,
-        dim=extents.dim,
+        **extents,
         reinterpret=True,
     )
 
 
-def _extents(form: Format, shape: Sequence[int], dtype: torch.dtype, block_size: int) -> _Extents:
-    """Return the extents that a tensor of the caches does not show."""
+def _extents(
+    form: Format, shape: Sequence[int], dtype: torch.dtype, block_size: int
+) -> dict[str, Any]:
+    """Return the extents of caches that their tensors do not show."""
     if form.number == _BLOCKED_SCALES:
         scale = _SCALE // dtype.itemsize
-        return _Extents(block_size=shape[1], dim=(shape[2] - scale, scale))
+        return {"block_size": shape[1], "dim": (shape[2] - scale, scale)}
     if "(block token)" in form.layout:
-        return _Extents(block_size=block_size)
-    return _Extents()
+        return {"block_size": block_size}
+    return {}
 
 
 def _leaves(form: Format, caches: Caches) -> list[torch.Tensor]:
@@ -420,7 +398,7 @@ def check_chunk(tokens: int, block_size: int, name: str) -> None:
         )
 
 
-def kind_of(memory_object: MemoryObject) -> Hashable:
+def likeness_of(memory_object: MemoryObject) -> Hashable:
     """Return the properties that memory objects of one copy must share."""
     if isinstance(memory_object, torch.Tensor):
         return memory_object.shape, memory_object.stride(), memory_object.dtype

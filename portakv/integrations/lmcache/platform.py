@@ -21,7 +21,7 @@ import torch
 from portakv import KVView
 from portakv.host import pinned
 from portakv.integrations import INTEGRATIONS, check_release, log_through
-from portakv.integrations.lmcache import host, ops
+from portakv.integrations.lmcache import ops
 
 #: A class of LMCache, which is untyped here.
 _Class: TypeAlias = type[Any]
@@ -29,24 +29,20 @@ _Class: TypeAlias = type[Any]
 #: The classes of this module, with the type of device that each supports.
 DEVICES = {f"{kind.capitalize()}Spec": kind for kind in INTEGRATIONS["lmcache"].devices}
 #: The functions that replace LMCache's. The rest of a device stays LMCache's own.
-OPS = {
-    ops: (
-        "load_and_reshape_flash",
-        "multi_layer_block_kv_transfer",
-        "multi_layer_kv_transfer",
-        "multi_layer_kv_transfer_unilateral",
-        "reshape_and_cache_back_flash",
-        "single_layer_kv_transfer",
-        "single_layer_kv_transfer_sgl",
-    ),
-    host: (
-        "DirectCopyGroupSpec",
-        "DirectCopyObject",
-        "batch_memcpy_supported",
-        "direct_copy_format_supported",
-        "execute_direct_copy_transfer",
-    ),
-}
+OPS = (
+    "DirectCopyGroupSpec",
+    "DirectCopyObject",
+    "batch_memcpy_supported",
+    "direct_copy_format_supported",
+    "execute_direct_copy_transfer",
+    "load_and_reshape_flash",
+    "multi_layer_block_kv_transfer",
+    "multi_layer_kv_transfer",
+    "multi_layer_kv_transfer_unilateral",
+    "reshape_and_cache_back_flash",
+    "single_layer_kv_transfer",
+    "single_layer_kv_transfer_sgl",
+)
 #: A compiled op with separate kernels, which LMCache's daemon prefers to the ops above.
 BYPASS = "execute_object_group_transfer"
 #: Devices that LMCache drives by tensors alone, because views over their addresses are untested.
@@ -154,10 +150,9 @@ def _ops(base: _Class, device_type: str) -> _Class:
                 super().ensure_native()
             log_through(importlib.import_module("lmcache.logging").init_logger(__name__))
             self.__dict__.pop(BYPASS, None)  # the daemon then calls the ops one by one
-            for module, names in OPS.items():
-                for name in names:
-                    setattr(self, name, getattr(module, name))
-            copy = partial(host.lmcache_memcpy_async, device_type=device_type)
+            for name in OPS:
+                setattr(self, name, getattr(ops, name))
+            copy = partial(ops.lmcache_memcpy_async, device_type=device_type)
             self.lmcache_memcpy_async = copy
 
         def tensor_from_ptr(

@@ -8,7 +8,6 @@ import difflib
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from portakv.errors import PortaKVError
 from portakv.integrations.checks import Findings, check_places, check_release, other_values
 from portakv.integrations.sglang.pools import EXTRA, HOOKS, terms_of
 
@@ -47,19 +46,15 @@ def hicache_findings_of(config: Mapping[str, Any]) -> Findings:
             "hicache_storage_pass_prefix_keys is not true: the beginning of a long prompt may be "
             "evicted before its end. Set it to true."
         )
-    try:
+    with findings.catching():
         terms = terms_of(config)
-    except PortaKVError as error:
-        findings.errors.append(str(error))
-    else:
         check_places(terms, findings, EXTRA)
-        if terms.shared:
-            findings.notes.append("Ranks and servers of this host with the folder share a store.")
-        else:
-            findings.notes.append(
-                "Each rank has a separate folder, and one server has the folder, unless shared is "
-                "true. A model with MLA needs shared or a bucket for several ranks."
-            )
+        findings.notes.append(
+            "Ranks and servers of this host with the folder share a store."
+            if terms.shared
+            else "Each rank has a separate folder, and one server has the folder, unless shared is "
+            "true. A model with MLA needs shared or a bucket for several ranks."
+        )
     check_release(findings, "sglang", "SGLang", HOOKS, who="the storage backend")
     return findings
 
@@ -70,7 +65,7 @@ def _wrong_keys(config: Mapping[str, Any]) -> Iterator[str]:
         near = difflib.get_close_matches(name, KEYS, n=1)
         if name not in KEYS and near:
             yield f"Expected a key of SGLang's, got {name!r}. Did you mean {near[0]}? Correct it."
-    yield from other_values(config, {"module_path": MODULE, "class_name": CLASS})
+    yield from other_values(config, {"module_path": [MODULE], "class_name": [CLASS]})
     if not config.get("backend_name"):
         yield "Expected backend_name, a name for SGLang's log, got none. Add it."
     if config.get("tp_lcm_size"):

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
-from functools import partial
 from hashlib import sha256
 from typing import Any, TypeVar
 
@@ -125,14 +124,13 @@ class PortaKVStorage(HiCacheStorage):  # type: ignore[misc]
         self, keys: list[str], host_indices: torch.Tensor, extra_info: Any = None
     ) -> list[bool]:
         """Load pages of KV into the host pool; return which have come."""
-        return self._tried(lambda: self._loaded(KV, keys, host_indices), [False] * len(keys))
+        return self._loaded(KV, keys, host_indices)
 
     def batch_set_v1(
         self, keys: list[str], host_indices: torch.Tensor, extra_info: Any = None
     ) -> list[bool]:
         """Store pages of KV of the host pool; return which are stored."""
-        before = getattr(extra_info, "prefix_keys", None)
-        return self._tried(lambda: self._saved(KV, keys, host_indices, before), [False] * len(keys))
+        return self._saved(KV, keys, host_indices, extra_info)
 
     # --- pages of several pools: interface v2
 
@@ -150,24 +148,19 @@ class PortaKVStorage(HiCacheStorage):  # type: ignore[misc]
         self, transfers: Sequence[Any], extra_info: Any = None
     ) -> dict[str, list[bool]]:
         """Load pages of several pools; return which have come."""
-        results = dict[str, list[bool]]()
-        for each in transfers:
-            keys = each.keys or []
-            work = partial(self._loaded, each.name, keys, each.host_indices)
-            results[each.name] = self._tried(work, [False] * len(keys))
-        return results
+        return {
+            each.name: self._loaded(each.name, each.keys or [], each.host_indices)
+            for each in transfers
+        }
 
     def batch_set_v2(
         self, transfers: Sequence[Any], extra_info: Any = None
     ) -> dict[str, list[bool]]:
         """Store pages of several pools; return which are stored."""
-        results = dict[str, list[bool]]()
-        before = getattr(extra_info, "prefix_keys", None)
-        for each in transfers:
-            keys = each.keys or []
-            work = partial(self._saved, each.name, keys, each.host_indices, before)
-            results[each.name] = self._tried(work, [False] * len(keys))
-        return results
+        return {
+            each.name: self._saved(each.name, each.keys or [], each.host_indices, extra_info)
+            for each in transfers
+        }
 
     # --- pages that SGLang has copied
 
@@ -264,15 +257,23 @@ class PortaKVStorage(HiCacheStorage):  # type: ignore[misc]
         return pool
 
     def _loaded(self, name: object, keys: list[str], indices: torch.Tensor) -> list[bool]:
-        landed: list[bool] = self._pool(name).load(_names(keys), indices).tolist()
-        return landed
+        def load() -> list[bool]:
+            landed: list[bool] = self._pool(name).load(_names(keys), indices).tolist()
+            return landed
+
+        return self._tried(load, [False] * len(keys))
 
     def _saved(
-        self, name: object, keys: list[str], indices: torch.Tensor, before: list[str] | None
+        self, name: object, keys: list[str], indices: torch.Tensor, extra_info: Any
     ) -> list[bool]:
+        before = getattr(extra_info, "prefix_keys", None)
         after = _name(before[-1]) if before else None
-        stored: list[bool] = self._pool(name).save(_names(keys), indices, after).tolist()
-        return stored
+
+        def save() -> list[bool]:
+            stored: list[bool] = self._pool(name).save(_names(keys), indices, after).tolist()
+            return stored
+
+        return self._tried(save, [False] * len(keys))
 
     def _copied(self, keys: list[str], pages: Sequence[torch.Tensor], saves: bool) -> list[bool]:
         """Store pages from memory, or load them into it; memory of another size is left out."""

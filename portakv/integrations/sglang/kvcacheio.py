@@ -37,6 +37,7 @@ from __future__ import annotations
 import os
 import weakref
 from collections.abc import Callable, Hashable, Sequence
+from functools import wraps
 from math import prod
 from typing import Concatenate, NamedTuple, ParamSpec
 
@@ -113,17 +114,20 @@ def index(ids: torch.Tensor, step: int = 1) -> Index:
 
 def _cached(
     make: Callable[Concatenate[Tensors, _Terms], KVView],
-    pools: Tensors,
-    *args: _Terms.args,
-    **named: _Terms.kwargs,
-) -> KVView:
-    """Return ``make(pools, *args)``, cached by the addresses, shapes, strides and memory of the
-    pools."""
-    memory = [
-        (x.data_ptr(), x.shape, x.stride(), x.dtype, x.is_pinned() if x.is_cpu else x.device)
-        for x in pools
-    ]
-    return _views.get_or_make((make, args, *memory), lambda: make(pools, *args, **named))
+) -> Callable[Concatenate[Tensors, _Terms], KVView]:
+    """Return a function that keeps the views that ``make`` returns, by the addresses, shapes,
+    strides and memory of the pools."""
+
+    @wraps(make)
+    def cached(pools: Tensors, /, *args: _Terms.args, **named: _Terms.kwargs) -> KVView:
+        memory = [
+            (x.data_ptr(), x.shape, x.stride(), x.dtype, x.is_pinned() if x.is_cpu else x.device)
+            for x in pools
+        ]
+        key = (make, args, *named.items(), *memory)
+        return _views.get_or_make(key, lambda: make(pools, *args, **named))
+
+    return cached
 
 
 def _view(
@@ -151,6 +155,7 @@ def _view(
     )
 
 
+@_cached
 def rows(
     pools: Tensors, item: int, pitch: int, *, layer: int = 0, layers: int = 0, heads: int = 1
 ) -> KVView:
@@ -164,10 +169,6 @@ def rows(
         layers: the number of layers, from layer 0; 0: only ``layer``.
         heads: the number of heads in an item.
     """
-    return _cached(_rows, pools, item, pitch, layer, layers, heads)
-
-
-def _rows(pools: Tensors, item: int, pitch: int, layer: int, layers: int, heads: int) -> KVView:
     tokens = _count(pools, pitch, item, layer + max(layers, 1), heads)
     width = item // heads
     if not layers:
@@ -178,17 +179,12 @@ def _rows(pools: Tensors, item: int, pitch: int, layer: int, layers: int, heads:
     return _in_pools(pools, "kv | token layer head dim", all_layers, (pitch, item, width, 1))
 
 
+@_cached
 def page_head(
     pools: Tensors, item: int, pitch: int, page_size: int, heads: int, layer: int, layers: int
 ) -> KVView:
     """Return ``layers`` layers, from ``layer``, of contiguous pools of pages ``[head, token, layer,
     dim]``."""
-    return _cached(_page_head, pools, item, pitch, page_size, heads, layer, layers)
-
-
-def _page_head(
-    pools: Tensors, item: int, pitch: int, page_size: int, heads: int, layer: int, layers: int
-) -> KVView:
     pages = _count(pools, pitch * page_size, item, 1, heads)
     width = item // heads
     row = pitch // heads
@@ -218,18 +214,16 @@ def listed(tables: Tensors, item: int, layers: int, heads: int = 1) -> KVView:
     shape = (-1, heads, item // heads)
     lists = tuple(addresses[:layers] for addresses, _ in read)
     layout = "kv layer | token head dim"
+    view = (lists, layout, shape, None, target, pinned)
     if tables[0].is_cpu:  # host memory may be pinned or unpinned later, at the same address
-        return _view(lists, layout, shape, None, target, pinned)
-    key = (lists, layout, shape, target, pinned)
-    return _views.get_or_make(key, lambda: _view(lists, layout, shape, None, target, pinned))
+        return _view(*view)
+    return _views.get_or_make(view, lambda: _view(*view))
 
 
-def tokens(pools: Sequence[Tensors]) -> KVView:
-    """Return tensors ``[token, ...]`` of one shape; each pool has a tensor for each layer."""
-    return _cached(_tokens, [each for layers in pools for each in layers], len(pools))
-
-
-def _tokens(layers: Tensors, pools: int) -> KVView:
+@_cached
+def tokens(layers: Tensors, pools: int) -> KVView:
+    """Return tensors ``[token, ...]`` of one shape, the layers of one pool after those of the
+    other."""
     first = layers[0]
     per_pool = len(layers) // pools
     row = rows_of(first)
@@ -242,13 +236,10 @@ def _tokens(layers: Tensors, pools: int) -> KVView:
     return _view(addresses, "kv layer | token dim", shape, strides, first.device, _pinned(layers))
 
 
+@_cached
 def page_first(pools: Tensors, layer: int, layers: int, page_size: int) -> KVView:
     """Return ``layers`` layers, from ``layer``, of pools ``[page, layer, token, ...]`` of one
     shape."""
-    return _cached(_page_first, pools, layer, layers, page_size)
-
-
-def _page_first(pools: Tensors, layer: int, layers: int, page_size: int) -> KVView:
     first = pools[0]
     if (
         first.dim() < 3
@@ -355,8 +346,8 @@ def rows_of(tensor: torch.Tensor) -> _Rows:
     return _Rows(prod(tensor.shape[1:]) * wide, tensor.stride(0) * wide)
 
 
-def by_pool(layers: Tensors, pools: Tensors) -> list[Tensors]:
-    """Split a list that has the layers of one pool after those of the other, by pool."""
+def layers_of_each(layers: Tensors, pools: Tensors) -> int:
+    """Return the layers of each pool in a list that has those of one after those of the other."""
     per_pool, rest = divmod(len(layers), len(pools) or 1)
     if len(pools) not in (1, 2) or rest or not per_pool:
         raise LayoutError(
@@ -364,16 +355,7 @@ def by_pool(layers: Tensors, pools: Tensors) -> list[Tensors]:
             f"second, got {len(layers)} layers for {len(pools)} pools. Pass as many layers for "
             f"each pool."
         )
-    return [layers[at * per_pool : (at + 1) * per_pool] for at in range(len(pools))]
-
-
-def check_same_number(src: Tensors, dst: Tensors) -> None:
-    """Raise `LayoutError` unless both lists have the same length, at least 1."""
-    if len(src) != len(dst) or not len(src):
-        raise LayoutError(
-            f"Expected a destination for each source, and at least one, got {len(src)} tensors to "
-            f"read and {len(dst)} to write. Pass lists of equal lengths."
-        )
+    return per_pool
 
 
 def moves(
@@ -634,8 +616,12 @@ def transfer_kv_direct(
 
     Only the first id of each page is read.
     """
-    check_same_number(src_layers, dst_layers)
-    src, dst = (tokens([[each] for each in layers]) for layers in (src_layers, dst_layers))
+    if len(src_layers) != len(dst_layers) or not len(src_layers):
+        raise LayoutError(
+            f"Expected a destination for each source, and at least one, got {len(src_layers)} "
+            f"tensors to read and {len(dst_layers)} to write. Pass lists of equal lengths."
+        )
+    src, dst = (tokens(layers, len(layers)) for layers in (src_layers, dst_layers))
     copy_tokens(src, dst, pages(src_indices, page_size), pages(dst_indices, page_size))
 
 
@@ -652,9 +638,9 @@ def transfer_kv_per_layer_direct_pf_lf(
 
     ``dst_ptrs`` has the layers of keys, then those of values; with one pool, its layers.
     """
-    layers = by_pool(dst_ptrs, src_ptrs)
-    src = page_first(src_ptrs, layer_id, len(layers[0]), page_size)
-    dst = tokens(layers)
+    layers = layers_of_each(dst_ptrs, src_ptrs)
+    src = page_first(src_ptrs, layer_id, layers, page_size)
+    dst = tokens(dst_ptrs, len(src_ptrs))
     copy_tokens(src, dst, pages(src_indices, page_size), pages(dst_indices, page_size))
 
 
@@ -670,9 +656,9 @@ def transfer_kv_all_layer_direct_lf_pf(
 
     ``src_ptrs`` has the layers of keys, then those of values; with one pool, its layers.
     """
-    layers = by_pool(src_ptrs, dst_ptrs)
-    src = tokens(layers)
-    dst = page_first(dst_ptrs, 0, len(layers[0]), page_size)
+    layers = layers_of_each(src_ptrs, dst_ptrs)
+    src = tokens(src_ptrs, len(dst_ptrs))
+    dst = page_first(dst_ptrs, 0, layers, page_size)
     copy_tokens(src, dst, pages(src_indices, page_size), pages(dst_indices, page_size))
 
 

@@ -14,9 +14,9 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from importlib.util import find_spec
-from typing import Any, NamedTuple, Protocol, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 
@@ -63,27 +63,8 @@ _RANGES = "_sglang_cuda_host_registered_ranges"  # of host memory that SGLang re
 Buffers: TypeAlias = "torch.Tensor | Sequence[torch.Tensor]"
 
 
-class HostPool(Protocol):
-    """The attributes of SGLang's host pools that PortaKV reads."""
-
-    kv_buffer: Buffers | None
-    layout: str
-    page_size: int
-    # MHA only
-    head_num: int
-    target_layer_num: int
-    page_unified_layout: Any
-    k_buffer: torch.Tensor
-    v_buffer: torch.Tensor
-    device_k_buffers: Sequence[torch.Tensor]
-    device_v_buffers: Sequence[torch.Tensor]
-    _buffer_infos: Sequence[Any]
-    # MLA only
-    device_kv_buffers: Sequence[torch.Tensor]
-    _native_buffers: object
-    _target_layer_indices: Sequence[int]
-    _host_layer_by_controller: Mapping[int, int]
-    _buffer_index_by_layer: Mapping[int, int]
+#: A host pool of SGLang.
+HostPool: TypeAlias = Any
 
 
 class _Sides(NamedTuple):
@@ -91,13 +72,6 @@ class _Sides(NamedTuple):
 
     host: KVView
     device: KVView
-
-
-class _LayerPlace(NamedTuple):
-    """The numbers of one layer in the two views of a pool."""
-
-    host: int
-    device: int
 
 
 def register() -> None:
@@ -138,7 +112,7 @@ def load(
         return
     place = _place_of(pool, layer_id, is_draft)
     if place is not None:
-        layer = views.layer(place)
+        layer = views.layer(*place)
         views.copy(layer.host, layer.device, host_indices, device_indices, io_backend)
 
 
@@ -157,7 +131,11 @@ def backup(
         return
     pairs = [views.sides]
     if _is_mla(pool) and views.sides.host.layers != views.sides.device.layers:
-        pairs = [views.layer(place) for place in _owned(pool)]  # the rank owns some layers only
+        # The rank owns some layers only.
+        pairs = [
+            views.layer(on_host, pool._buffer_index_by_layer[layer])
+            for layer, on_host in pool._host_layer_by_controller.items()
+        ]
     for pair in pairs:
         views.copy(pair.device, pair.host, device_indices, host_indices, io_backend)
 
@@ -180,7 +158,7 @@ class _PoolViews:
         # decode context parallelism
         self._ranks: int = getattr(pool, "dcp_size", 1)
         self._rank: int = getattr(pool, "dcp_rank", 0)
-        self._layers: dict[_LayerPlace, _Sides] = {}
+        self._layers: dict[tuple[int, int], _Sides] = {}
         self._last: dict[torch.device, BlockTransfer] = {}  # the last copy, by destination
         self._adopted = pinned.adopt(_registered_ranges(pool))
 
@@ -189,13 +167,13 @@ class _PoolViews:
         same_host = self._host_buffers is pool.kv_buffer
         return same_host and self._device_buffers is _device_buffers(pool)
 
-    def layer(self, place: _LayerPlace) -> _Sides:
-        """Return the views of one layer; they are cached."""
-        layer = self._layers.get(place)
+    def layer(self, on_host: int, on_device: int) -> _Sides:
+        """Return the views of one layer, by its numbers in the two views; they are cached."""
+        layer = self._layers.get((on_host, on_device))
         if layer is None:
-            host = self.sides.host.slice(layers=place.host)
-            device = self.sides.device.slice(layers=place.device)
-            layer = self._layers[place] = _Sides(host, device)
+            host = self.sides.host.slice(layers=on_host)
+            device = self.sides.device.slice(layers=on_device)
+            layer = self._layers[on_host, on_device] = _Sides(host, device)
         return layer
 
     def copy(
@@ -289,24 +267,17 @@ def _mla(pool: HostPool, buffers: Buffers) -> _Sides | None:
     return _Sides(host, KVView(pool.device_kv_buffers, MLA_DEVICE, block_size=pool.page_size))
 
 
-def _device_buffers(pool: HostPool) -> Sequence[torch.Tensor]:
+def _device_buffers(pool: HostPool) -> Any:
     return pool.device_kv_buffers if _is_mla(pool) else pool.device_k_buffers
 
 
-def _owned(pool: HostPool) -> list[_LayerPlace]:
-    """Return the places of the layers that a rank owns."""
-    on_device = pool._buffer_index_by_layer
-    layers = pool._host_layer_by_controller.items()
-    return [_LayerPlace(on_host, on_device[layer]) for layer, on_host in layers]
-
-
-def _place_of(pool: HostPool, layer_id: int, is_draft: bool) -> _LayerPlace | None:
-    """Return the place of a layer, or None if the pool has no layer of that number."""
+def _place_of(pool: HostPool, layer_id: int, is_draft: bool) -> tuple[int, int] | None:
+    """Return the numbers of a layer on the host and on the device; None: the pool lacks it."""
     if _is_mla(pool):
         if not is_draft and layer_id not in pool._target_layer_indices:
             return None
         on_host = pool._host_layer_by_controller[layer_id]
-        return _LayerPlace(on_host, pool._buffer_index_by_layer[layer_id])
+        return on_host, pool._buffer_index_by_layer[layer_id]
     if not is_draft and not 0 <= layer_id < pool.target_layer_num:
         return None
-    return _LayerPlace(layer_id, layer_id)
+    return layer_id, layer_id

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -17,7 +17,7 @@ from portakv.arguments import kind_of
 from portakv.errors import InvalidTerms
 from portakv.graph import Mask
 from portakv.integrations import MATRIX, IntegrationError
-from portakv.integrations.interfaces import lacks
+from portakv.integrations.interfaces import lacks, names_in
 from portakv.serving.local import StoreTerms, checksum_of_weights
 from portakv.serving.page_tasks import PagePool
 
@@ -33,19 +33,21 @@ KV = "kv"
 SHARDED = ("mamba", "draft", "draft_indexer", "draft_swa")
 #: SGLang's settings that fix the bytes of a page, of those that are in effect.
 MODEL = ("model_path", "revision", "quantization", "dtype", "json_model_override_args")
-_STORAGE = "sglang.srt.mem_cache.hicache_storage"
 #: What the storage backend uses of SGLang.
 HOOKS = (
-    f"{_STORAGE}:HiCacheStorage.register_mem_pool_host",
-    f"{_STORAGE}:HiCacheStorage.register_mem_host_pool_v2",
-    f"{_STORAGE}:HiCacheStorage.on_host_pools_registered",
-    f"{_STORAGE}:HiCacheStorage.batch_get_v1",
-    f"{_STORAGE}:HiCacheStorage.batch_set_v1",
-    f"{_STORAGE}:HiCacheStorage.batch_exists_v2",
-    f"{_STORAGE}:HiCacheStorage.batch_get_v2",
-    f"{_STORAGE}:HiCacheStorage.batch_set_v2",
-    f"{_STORAGE}:PoolHitPolicy",
-    f"{_STORAGE}:PoolTransferResult",
+    *names_in(
+        "sglang.srt.mem_cache.hicache_storage",
+        "HiCacheStorage.register_mem_pool_host",
+        "HiCacheStorage.register_mem_host_pool_v2",
+        "HiCacheStorage.on_host_pools_registered",
+        "HiCacheStorage.batch_get_v1",
+        "HiCacheStorage.batch_set_v1",
+        "HiCacheStorage.batch_exists_v2",
+        "HiCacheStorage.batch_get_v2",
+        "HiCacheStorage.batch_set_v2",
+        "PoolHitPolicy",
+        "PoolTransferResult",
+    ),
     "sglang.srt.mem_cache.storage.backend_factory:StorageBackendFactory._create_dynamic_backend",
 )
 
@@ -189,22 +191,8 @@ ATTRIBUTES = (
 _HAS_NONE = (AttributeError, NotImplementedError, ValueError)
 
 
-class HostPool(Protocol):
-    """What PortaKV reads of a host pool."""
-
-    page_size: int
-
-    def get_page_buffer_meta(self, indices: torch.Tensor) -> tuple[list[int], list[int]]:
-        """Return the addresses and the bytes of the pieces of pages."""
-
-    def get_data_page(self, index: int, flat: bool = True) -> torch.Tensor:
-        """Return a copy of a page, or a view of it."""
-
-    def get_dummy_flat_data_page(self) -> torch.Tensor:
-        """Return memory for a page."""
-
-    def set_from_flat_data_page(self, index: int, data_page: torch.Tensor) -> None:
-        """Write a page."""
+#: A host pool of SGLang: its pages have addresses, or its methods copy them.
+HostPool: TypeAlias = Any
 
 
 class PoolPages:

@@ -50,13 +50,6 @@ class _Streams(NamedTuple):
     returning: torch.Stream | None
 
 
-class _Prefix(NamedTuple):
-    """The slots of a prefix, sequence after sequence, and the number of sequences."""
-
-    slots: Index
-    batch: int
-
-
 def _outside_graphs(method: Callable[P, R]) -> Callable[P, R]:
     """Return a method that breaks the graph of a compiled function and runs outside of it.
 
@@ -429,8 +422,8 @@ def save_prefix(
     for layer in layers_of(cache):
         keys, values = rows_on_device(layer)
         rows.append((keys[:, :, :tokens], values[:, :, :tokens]))
-    prefix = _prefix(pool, blocks, tokens, len(rows[0][0]))
-    return copy_rows(KVView(rows, f"layer {_ROWS}"), pool, None, prefix.slots)
+    ids = _ids(pool, blocks, len(rows[0][0]))
+    return copy_rows(KVView(rows, f"layer {_ROWS}"), pool, None, _slots(pool, ids, tokens))
 
 
 @_outside_graphs
@@ -458,35 +451,49 @@ def load_prefix(
         SlotError: as for `save_prefix`.
         PortaKVError: an error of `portakv.copy_rows`.
     """
-    if cache.get_seq_length():
-        raise LayoutError(
-            f"Expected an empty cache to load a prefix into, got a cache of "
-            f"{cache.get_seq_length()} tokens. Reset it, or make another."
-        )
-    while len(cache.layers) < pool.layers and cache.layer_class_to_replicate is not None:
-        cache.layers.append(cache.layer_class_to_replicate())
-    prefix = _prefix(pool, blocks, _whole(tokens))
-    layers = layers_of(cache)
+    check_empty(cache)
+    tokens = _whole(tokens)
+    layers = layers_of(cache, least=pool.layers)
+    ids = _ids(pool, blocks)
     target = pool.device if device is None else device
-    size = (prefix.batch, pool.heads, tokens)
+    size = (len(ids), pool.heads, tokens)
     rows: list[tuple[torch.Tensor, ...]] = []
     for number in range(len(layers)):
         planes = [pool.plane(number, kv) for kv in range(pool.kv)]
         made = (torch.empty((*size, x.shape[-1]), dtype=x.dtype, device=target) for x in planes)
         rows.append(tuple(made))
-    transfer = copy_rows(pool, KVView(rows, f"layer {_ROWS}"), prefix.slots)
+    transfer = copy_rows(pool, KVView(rows, f"layer {_ROWS}"), _slots(pool, ids, tokens))
 
     # The cache gets the rows last, so that a refused copy leaves it empty.
-    for layer, pair in zip(layers, rows, strict=True):
-        layer.lazy_initialization(*pair)
-        layer.keys, layer.values = pair
+    fill(layers, rows)
     transfer.wait()
     return transfer
 
 
-def layers_of(cache: DynamicCache, do: str = _WITHOUT_CONFIG) -> list[DynamicLayer]:
-    """Return a cache's layers. Raises `LayoutError`, which ends with ``do``, unless all of them
-    retain every token."""
+def check_empty(cache: DynamicCache) -> None:
+    """Raise `LayoutError` for a cache that holds tokens."""
+    if cache.get_seq_length():
+        raise LayoutError(
+            f"Expected an empty cache to load a prefix into, got a cache of "
+            f"{cache.get_seq_length()} tokens. Reset it, or make another."
+        )
+
+
+def fill(layers: Sequence[DynamicLayer], rows: Sequence[Sequence[torch.Tensor]]) -> None:
+    """Give empty layers their keys and values."""
+    for layer, pair in zip(layers, rows, strict=True):
+        layer.lazy_initialization(*pair)
+        layer.keys, layer.values = pair
+
+
+def layers_of(cache: DynamicCache, do: str = _WITHOUT_CONFIG, least: int = 0) -> list[DynamicLayer]:
+    """Return a cache's layers, of which an empty cache may lack some.
+
+    Raises `LayoutError`, which ends with ``do``, unless all of them retain every token.
+    """
+    made = cache.layer_class_to_replicate
+    while len(cache.layers) < least and made is not None:
+        cache.layers.append(made())
     for number, layer in enumerate(cache.layers):
         if type(layer) not in (DynamicLayer, PortaKVLayer):
             raise LayoutError(
@@ -514,8 +521,13 @@ def _whole(tokens: SupportsIndex) -> int:
     )
 
 
-def _prefix(pool: KVView, blocks: Blocks, tokens: int, batch: int = 0) -> _Prefix:
-    """Return the slots of a prefix. ``batch`` 0: the ids show the number of sequences."""
+def _slots(pool: KVView, ids: torch.Tensor, tokens: int) -> Index:
+    """Return the slots of a prefix, sequence after sequence."""
+    return Index.of_requests(ids, [tokens] * len(ids), pool.block_size or 1)
+
+
+def _ids(pool: KVView, blocks: Blocks, batch: int = 0) -> torch.Tensor:
+    """Return ids of blocks, ``[batch, n]``. ``batch`` 0: they show the number of sequences."""
     if pool.block_size is None:
         raise LayoutError(
             f"Expected a paged pool, got {pool.layout.text!r}, without a `block` axis. Pass pages."
@@ -532,8 +544,7 @@ def _prefix(pool: KVView, blocks: Blocks, tokens: int, batch: int = 0) -> _Prefi
             f"Expected block ids of 0 or more, a list for each of {batch or 'the'} sequences, or "
             f"one list for one sequence, got blocks {blocks!r}. Nothing was moved. Correct the ids."
         )
-    slots = Index.of_requests(ids, [tokens] * len(ids), pool.block_size)
-    return _Prefix(slots, len(ids))
+    return ids
 
 
 def _rows(pair: Sequence[torch.Tensor], tokens: slice = slice(None)) -> KVView:

@@ -24,6 +24,8 @@ from portakv.integrations import IntegrationError, check_release
 from portakv.integrations.transformers.caches import (
     PortaKVLayer,
     cache_argument,
+    check_empty,
+    fill,
     layers_of,
     rows_on_device,
 )
@@ -117,11 +119,7 @@ class PrefixStore:
         """
         prompts = _prompts(input_ids, attention_mask)
         cache = DynamicCache(config=self._config) if cache is None else cache
-        if cache.get_seq_length():
-            raise LayoutError(
-                f"Expected an empty cache to load a prefix into, got a cache of "
-                f"{cache.get_seq_length()} tokens. Reset it, or make another."
-            )
+        check_empty(cache)
         layers = self._layers(cache)
         keys = [self._prefixes.keys(prompt[:-1], salt) for prompt in prompts]
         leading = min([self._prefixes.lookup(each) for each in keys], default=0)
@@ -132,7 +130,12 @@ class PrefixStore:
                 self._prefixes.load(_pages(rows, number, size), each[:leading])
                 for number, each in enumerate(keys)
             ]
-            _fill(layers, rows, min(landed) * size)
+            tokens = min(landed) * size
+            if tokens:
+                fill(layers, [[x[:, :, :tokens] for x in pair] for pair in rows])
+                for layer in layers:
+                    if isinstance(layer, PortaKVLayer):
+                        layer.offload()
         return cache
 
     def save(
@@ -188,10 +191,8 @@ class PrefixStore:
 
     def _layers(self, cache: DynamicCache) -> list[DynamicLayer]:
         """Return the layers of a cache for the model; add those that an empty cache lacks."""
-        made = cache.layer_class_to_replicate
-        while len(cache.layers) < len(self._probe) and made is not None:
-            cache.layers.append(made())
-        layers = layers_of(cache, "Pass DynamicCache(config=model.config), or None.")
+        do = "Pass DynamicCache(config=model.config), or None."
+        layers = layers_of(cache, do, len(self._probe))
         if len(layers) != len(self._probe):
             raise LayoutError(
                 f"Expected a cache of the model's {len(self._probe)} layers, got one of "
@@ -293,18 +294,6 @@ def _pages(rows: Rows, number: int, size: int) -> KVView:
     """Return a paged view of one sequence's rows in blocks of ``size`` tokens."""
     pairs = [(keys[number], values[number]) for keys, values in rows]
     return KVView(pairs, _PAGES, block_size=size)
-
-
-def _fill(layers: Sequence[DynamicLayer], rows: Rows, tokens: int) -> None:
-    """Give empty layers the first tokens of rows."""
-    if not tokens:
-        return
-    for layer, (keys, values) in zip(layers, rows, strict=True):
-        pair = (keys[:, :, :tokens], values[:, :, :tokens])
-        layer.lazy_initialization(*pair)
-        layer.keys, layer.values = pair
-        if isinstance(layer, PortaKVLayer):
-            layer.offload()
 
 
 def _rows_in(layers: Sequence[DynamicLayer]) -> Rows:

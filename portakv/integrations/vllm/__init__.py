@@ -6,8 +6,9 @@ Importing this package imports no engine: each name is loaded at its first use.
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from portakv.integrations import lazy_names
 
 if TYPE_CHECKING:
     from portakv.integrations.vllm.connector import PortaKVConnector as PortaKVConnector
@@ -22,9 +23,4 @@ _NAMES = {
     "PortaKVTier": "tier",
     "PortaKVTieringSpec": "tier",
 }
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _NAMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"{__name__}.{_NAMES[name]}"), name)
+__getattr__ = lazy_names(__name__, _NAMES)

@@ -7,7 +7,9 @@ import json
 import logging
 import os
 import re
+import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from hashlib import sha256
 from math import lcm
 from typing import Any, NamedTuple
@@ -113,13 +115,10 @@ def views_of(
     blocks = kv_cache_config.num_blocks
     views = list[GroupView]()
     for group in kv_cache_config.kv_cache_groups:
-        names = list[str]()
-        seen = set[int]()
+        by_address = dict[int, str]()
         for name in group.layer_names:
-            address = kv_caches[name].data_ptr()
-            if address not in seen:
-                seen.add(address)
-                names.append(name)
+            by_address.setdefault(kv_caches[name].data_ptr(), name)
+        names = [*by_address.values()]
         tensors = [kv_caches[name] for name in names]
         spec = group.kv_cache_spec
         if kernels is None:
@@ -226,20 +225,19 @@ def _rows(
     first = tensors[0]
     heads = spec.num_kv_heads
     wide = spec.head_size
-    both = (blocks, heads, size, 2 * wide)
-    latent = ((blocks, size, wide), (blocks, 1, size, wide))
-    known = not others and first.dtype in PLAIN
-    if known and all(tensor.shape == both for tensor in tensors):
-        if kernel in FUSED:
+    shapes = {tuple(tensor.shape) for tensor in tensors}
+    has_both = shapes == {(blocks, heads, size, 2 * wide)}
+    if not others and first.dtype in PLAIN:
+        if has_both and kernel in FUSED:
             dims = (wide, wide)
             view = KVView(tensors, "layer | block head token (kv dim)", kv=2, dim=dims)
             return GroupView(view, "")
-        if kernel in BY_DIM:
+        if has_both and kernel in BY_DIM:
             pairs = [_keys_and_values(tensor) for tensor in tensors]
             return GroupView(KVView(pairs, "layer kv | block head token dim"), "")
-    if known and kernel in LATENT and all(tensor.shape in latent for tensor in tensors):
-        planes = [tensor.reshape(blocks, size, wide) for tensor in tensors]
-        return GroupView(KVView(planes, "layer | block token dim"), "")
+        if kernel in LATENT and shapes <= {(blocks, size, wide), (blocks, 1, size, wide)}:
+            planes = [tensor.reshape(blocks, size, wide) for tensor in tensors]
+            return GroupView(KVView(planes, "layer | block token dim"), "")
     by_amx = kernel.split()[-1:] == [AMX]
     raise IntegrationError(
         f"Expected an attention backend whose pages PortaKV can read by token, got "
@@ -327,13 +325,10 @@ def roles_of(role: object, extra: Mapping[str, Any]) -> Roles:
         )
     store = {name: value for name, value in extra.items() if name not in (TERM, SPANS)}
     handing = None
-    if role != "kv_both" or TERM in extra:
-        try:
-            terms = HandoverTerms.of(extra.get(TERM, {}))
-        except InvalidTerms as error:
-            raise InvalidTerms(f"kv_connector_extra_config: {error}") from None
-        handing = Handing(terms, *ROLES[str(role)])
     try:
+        if role != "kv_both" or TERM in extra:
+            terms = HandoverTerms.of(extra.get(TERM, {}))
+            handing = Handing(terms, *ROLES[str(role)])
         spans = flag(SPANS, extra.get(SPANS, False))
     except InvalidTerms as error:
         raise InvalidTerms(f"kv_connector_extra_config: {error}") from None
@@ -351,7 +346,9 @@ def share_caches(kv_caches: Iterable[torch.Tensor]) -> None:
         if cache.device.type == "cpu" and not cache.is_shared()
     }
     nbytes = sum(storage.nbytes() for storage in storages.values())
-    free = _free_bytes()
+    free = 0
+    with suppress(OSError):
+        free = shutil.disk_usage(SHARED_MEMORY).free
     if nbytes > free:
         raise IntegrationError(
             f"Expected {nbytes} bytes free in {SHARED_MEMORY} for the caches of an engine that "
@@ -360,15 +357,6 @@ def share_caches(kv_caches: Iterable[torch.Tensor]) -> None:
         )
     for storage in storages.values():
         storage.share_memory_()
-
-
-def _free_bytes() -> int:
-    """Return how many bytes more processes can share."""
-    try:
-        state = os.statvfs(SHARED_MEMORY)
-    except OSError:
-        return 0
-    return state.f_bavail * state.f_frsize
 
 
 def worker_numbers(parallel: Any) -> tuple[int, int]:
@@ -551,7 +539,8 @@ def settings_of(config: Any, kv_cache_config: Any) -> Settings:
         check_stages(config, groups)
     try:
         store = StoreTerms.of(roles.store)
-        size = stored_block(store, groups, _least_tokens(config, store))
+        device = getattr(getattr(config, "device_config", None), "device_type", "")
+        size = stored_block(store, groups, least_tokens(device, store))
     except InvalidTerms as error:
         raise InvalidTerms(f"kv_connector_extra_config: {error}") from None
     if store.by_layer and workers.size > 1:
@@ -575,21 +564,22 @@ def settings_of(config: Any, kv_cache_config: Any) -> Settings:
         _checksum_of(model, folder),
         checksum_if_here(str(folder)),
     )
-    name = ":".join(str(name) for name in names)
-    terms = name, size, tuple(groups), store, workers
-    does = {"handing": roles.handing, "stores": roles.stores, "spans": roles.spans}
-    return Settings(transfer.engine_id, *terms, **does)  # type: ignore[arg-type]
+    return Settings(
+        engine=transfer.engine_id,
+        model=":".join(str(name) for name in names),
+        block_size=size,
+        groups=tuple(groups),
+        store=store,
+        workers=workers,
+        handing=roles.handing,
+        stores=roles.stores,
+        spans=roles.spans,
+    )
 
 
 def schedules_ahead(config: Any) -> bool:
     """Return whether an engine schedules a step before the one before it has ended."""
     return bool(getattr(getattr(config, "scheduler_config", None), "async_scheduling", False))
-
-
-def _least_tokens(config: Any, store: StoreTerms) -> int:
-    """Return the tokens that a stored block of an engine has at least."""
-    device = getattr(getattr(config, "device_config", None), "device_type", "")
-    return least_tokens(device, store)
 
 
 def least_tokens(device: str, store: StoreTerms) -> int:

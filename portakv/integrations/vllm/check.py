@@ -3,33 +3,43 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import fields
+from math import inf
 from typing import Any, NamedTuple
 
 import torch
 
-from portakv.errors import BackendUnavailable, InvalidTerms
-from portakv.integrations import IntegrationError
+from portakv.arguments import text
+from portakv.errors import InvalidTerms
+from portakv.integrations import TIER_RELEASES
 from portakv.integrations.checks import (
     Findings,
+    check_memory,
     check_places,
     check_release,
+    check_space,
     gib,
+    means_ours,
     other_values,
     unknown_keys,
 )
-from portakv.integrations.interfaces import lacks
+from portakv.integrations.interfaces import lacks, names_in
 from portakv.integrations.vllm.caches import (
     ROLES,
     Handing,
+    Roles,
     check_by_layer,
     least_tokens,
     roles_of,
     stored_block,
 )
+from portakv.integrations.vllm.moves import worker_terms
 from portakv.migrate.transports import check_transport
 from portakv.serving import Group
-from portakv.serving.local import StoreTerms, image_of
+from portakv.serving.local import StoreTerms, check_names, image_of, term_names
+from portakv.serving.pages import check_shared
 from portakv.serving.sizing import Sizes
 
 CONNECTOR = "PortaKVConnector"
@@ -52,11 +62,11 @@ KEYS = (
     "kv_load_failure_policy",
 )
 #: The types of the values, as vLLM reads them from JSON.
-TYPES: dict[str, tuple[type, ...]] = {
-    "kv_connector": (str, type(None)),
-    "engine_id": (str, type(None)),
-    "kv_connector_module_path": (str, type(None)),
-    "kv_rank": (int, type(None)),
+TYPES: dict[str, tuple[type | None, ...]] = {
+    "kv_connector": (str, None),
+    "engine_id": (str, None),
+    "kv_connector_module_path": (str, None),
+    "kv_rank": (int, None),
     "kv_buffer_device": (str,),
     "kv_ip": (str,),
     "kv_port": (int,),
@@ -66,13 +76,13 @@ TYPES: dict[str, tuple[type, ...]] = {
     "kv_connector_extra_config": (dict,),
 }
 #: The names of types in JSON.
-JSON_TYPES = {
+JSON_TYPES: dict[type | None, str] = {
     str: "a text",
     int: "a whole number",
     float: "a number",
     bool: "true or false",
     dict: "an object",
-    type(None): "null",
+    None: "null",
 }
 #: What vLLM does with a request whose load has failed.
 POLICIES = ("fail", "recompute")
@@ -92,26 +102,15 @@ OPTIONAL_HOOKS = {
     f"{BASE}:KVConnectorBase_V1.has_connector_metadata": 'by_layer "graph"',
 }
 #: Hooks without which the connector does not work.
-HOOKS = (
-    f"{BASE}:SupportsHMA",
-    f"{BASE}:KVConnectorWorkerMetadata",
-    f"{BASE}:KVConnectorBase_V1.on_new_request",
-    f"{BASE}:KVConnectorBase_V1.build_connector_worker_meta",
-    f"{BASE}:KVConnectorBase_V1.handle_preemptions",
-    f"{BASE}:KVConnectorBase_V1.get_block_ids_with_load_errors",
+HOOKS = names_in(
+    BASE,
+    "SupportsHMA",
+    "KVConnectorWorkerMetadata",
+    "KVConnectorBase_V1.on_new_request",
+    "KVConnectorBase_V1.build_connector_worker_meta",
+    "KVConnectorBase_V1.handle_preemptions",
+    "KVConnectorBase_V1.get_block_ids_with_load_errors",
 )
-
-
-class Served(NamedTuple):
-    """What an engine is started with, next to its configuration, as far as it is known.
-
-    Attributes:
-        sizes: of the model; None: not known.
-        block_size: of ``--block-size``; None: vLLM chooses it.
-    """
-
-    sizes: Sizes | None = None
-    block_size: int | None = None
 
 
 def findings_of(
@@ -126,10 +125,9 @@ def findings_of(
         sizes: of the model that the engine serves, if it is known.
         block_size: of vLLM's ``--block-size``, if the engine is started with it.
     """
-    served = Served(sizes, block_size)
-    findings = Findings()
-    findings.errors += _wrong_keys(config)
-    findings.errors += wrong_values(config)
+    findings = Findings(errors=errors_of_keys(config))
+    expected = {"kv_connector": [CONNECTOR], "kv_connector_module_path": [MODULE]}
+    findings.errors += other_values(config, expected | {"kv_role": [*ROLES]})
     if not findings.errors and config.get("kv_load_failure_policy", "fail") != "recompute":
         findings.warnings.append(
             "kv_load_failure_policy is not 'recompute': a stored block that is damaged, or was "
@@ -139,9 +137,16 @@ def findings_of(
     _check_model(sizes, findings)
     extra = config.get("kv_connector_extra_config", {})
     if isinstance(extra, Mapping):
-        _check_terms(config.get("kv_role"), extra, served, findings)
-    _check_release(findings)
-    findings.errors += keys_of_other_releases(config)
+        with findings.catching():
+            role = config.get("kv_role")
+            roles = roles_of(role if role in ROLES else "kv_both", extra)
+            _check_roles(roles, sizes, block_size, findings)
+    if check_release(findings, "vllm", "vLLM", HOOKS, who="the connector"):
+        findings.notes += [
+            f"The installed vLLM has no {name.partition(':')[2]}: the connector serves without "
+            f"{OPTIONAL_HOOKS[name]}."
+            for name in lacks(OPTIONAL_HOOKS)
+        ]
     return findings
 
 
@@ -161,7 +166,8 @@ def wrong_values(config: Mapping[str, Any]) -> Iterator[str]:
     """Yield a sentence for each value that vLLM's KVTransferConfig refuses, of any connector."""
     for name, types in TYPES.items():
         value = config.get(name)
-        if name in config and type(value) not in types:
+        kind = None if value is None else type(value)
+        if name in config and kind not in types:
             expected = " or ".join(JSON_TYPES[each] for each in types)
             yield f"Expected {name} to be {expected}, got {value!r}. Correct it."
     policy = config.get("kv_load_failure_policy", "fail")
@@ -193,26 +199,12 @@ def _check_model(sizes: Sizes | None, findings: Findings) -> None:
         findings.unchecked.append(f"The sizes of the model's rows: {sizes.unknown}.")
 
 
-def _wrong_keys(config: Mapping[str, Any]) -> Iterator[str]:
-    """Yield a sentence for each key of vLLM's that is wrong."""
-    yield from unknown_keys(config, KEYS, OWNER)
-    yield from other_values(config, {"kv_connector": CONNECTOR, "kv_connector_module_path": MODULE})
-    role = config.get("kv_role")
-    if role not in ROLES:
-        yield f"Expected kv_role {' or '.join(map(repr, ROLES))}, got {role!r}. Correct it."
-
-
-def _check_terms(
-    role: object, extra: Mapping[str, Any], served: Served, findings: Findings
+def _check_roles(
+    roles: Roles, sizes: Sizes | None, block_size: int | None, findings: Findings
 ) -> None:
-    """Check PortaKV's own terms."""
-    try:
-        roles = roles_of(role if role in ROLES else "kv_both", extra)
-    except InvalidTerms as error:
-        findings.errors.append(str(error))
-        return
+    """Check what an engine does by its role."""
     if roles.handing is not None:
-        _check_handing(roles.handing, served.sizes, findings)
+        _check_handing(roles.handing, sizes, findings)
     else:
         findings.notes.append(
             "This engine hands no prompt over to another engine, and takes none over. For prefill "
@@ -223,11 +215,15 @@ def _check_terms(
             "This engine stores no blocks: kv_connector_extra_config has no folder, host or bucket."
         )
         return
-    try:
+    with findings.catching("kv_connector_extra_config"):
         terms = StoreTerms.of(roles.store)
-    except InvalidTerms as error:
-        findings.errors.append(f"kv_connector_extra_config: {error}")
-        return
+        _check_store(terms, sizes, block_size, findings)
+
+
+def _check_store(
+    terms: StoreTerms, sizes: Sizes | None, block_size: int | None, findings: Findings
+) -> None:
+    """Check the terms of a store, and compare them with the engine's blocks."""
     check_places(terms, findings, "kv_connector_extra_config")
     if terms.shared and not terms.folders:
         findings.warnings.append(
@@ -237,32 +233,31 @@ def _check_terms(
     findings.notes.append(_who_stores(terms))
     if terms.encoding is not None:
         findings.notes.append(_packed_blocks(terms))
-    size = _check_blocks(terms, served, findings)
-    sizes = served.sizes
+    size = _check_blocks(terms, sizes, block_size, findings)
     if sizes is not None and sizes.windows and not sizes.refused:
-        try:
+        with findings.catching():
             check_by_layer(terms)
-        except IntegrationError as error:
-            findings.errors.append(str(error))
     if size is not None and sizes is not None and sizes.token:
         _check_sizes(terms, sizes, size, findings)
 
 
-def _check_blocks(terms: StoreTerms, served: Served, findings: Findings) -> int | None:
+def _check_blocks(
+    terms: StoreTerms, sizes: Sizes | None, block_size: int | None, findings: Findings
+) -> int | None:
     """Compare the blocks of a store with those of the engine; return the tokens of the smallest
     stored block that the engine may have, None if it has none."""
-    blocks = BLOCKS if served.block_size is None else (served.block_size,)
+    blocks = BLOCKS if block_size is None else (block_size,)
     device = torch.accelerator.current_accelerator() or torch.device("cpu")
     least = least_tokens(device.type, terms)
-    sizes = list[int]()
+    stored = list[int]()
     refusals = list[str]()
     for block in blocks:
         try:
-            sizes.append(stored_block(terms, _groups(block, served.sizes), least))
+            stored.append(stored_block(terms, _groups(block, sizes), least))
         except InvalidTerms as error:
             refusals.append(f"kv_connector_extra_config: {error}")
-    if not sizes:
-        advice = "" if served.block_size else " Pass --block-size as vLLM has it, if it has."
+    if not stored:
+        advice = "" if block_size else " Pass --block-size as vLLM has it, if it has."
         findings.errors.append(f"{refusals[0]}{advice}")
         return None
     if refusals:
@@ -270,7 +265,7 @@ def _check_blocks(terms: StoreTerms, served: Served, findings: Findings) -> int 
             f"Whether the engine's blocks fit, whose size vLLM chooses. Pass --block-size as vLLM "
             f"has it. With some sizes vLLM would not start: {refusals[0]}"
         )
-    return min(sizes)
+    return min(stored)
 
 
 def _groups(block: int, sizes: Sizes | None) -> Sequence[Group]:
@@ -284,11 +279,9 @@ def _check_handing(handing: Handing, sizes: Sizes | None, findings: Findings) ->
     """Read the secret of engines that hand requests over, look for their transport, and say who
     reaches them."""
     terms = handing.terms
-    try:
+    with findings.catching("kv_connector_extra_config: hand_over"):
         terms.secret()
         check_transport(terms.transport, torch.device("cpu"))
-    except (InvalidTerms, BackendUnavailable) as error:
-        findings.errors.append(f"kv_connector_extra_config: hand_over: {error}")
     if sizes is not None and sizes.windows:
         findings.errors.append(
             "Expected a model whose layers all keep all tokens for hand_over, got one with windows "
@@ -385,11 +378,254 @@ def _check_sizes(terms: StoreTerms, sizes: Sizes, size: int, findings: Findings)
     findings.notes.append(f"A token takes {sizes.token:,} bytes; tokens that fit: {kept}.")
 
 
-def _check_release(findings: Findings) -> None:
-    """Compare the installed release of vLLM with the hooks that the connector uses."""
-    if check_release(findings, "vllm", "vLLM", HOOKS, who="the connector"):
-        findings.notes += [
-            f"The installed vLLM has no {name.partition(':')[2]}: the connector serves without "
-            f"{OPTIONAL_HOOKS[name]}."
-            for name in lacks(OPTIONAL_HOOKS)
-        ]
+# ------------------------------------------------------------------------------------------------
+# vLLM's OffloadingConnector with PortaKV's worker or tier.
+
+#: Terms of `StoreTerms` that a tier of chunks does not have, and what to do.
+TIER_OTHERS = {
+    "block_size": "Leave it out.",
+    "by_layer": "Leave it out.",
+    "encoding": "Leave it out.",
+}
+#: The term that names what else fixes the bytes of chunks.
+IDENTITY = "identity"
+
+
+class TierTerms(NamedTuple):
+    """The terms of a tier.
+
+    Attributes:
+        store: where chunks are stored.
+        identity: what else fixes the bytes of chunks; chunks of another identity are not found.
+    """
+
+    store: StoreTerms
+    identity: str
+
+
+def tier_terms(terms: Mapping[str, Any]) -> TierTerms:
+    """Return the terms of a tier, as a configuration has them.
+
+    vLLM has a tier of host memory itself: ``host`` is 0 by default.
+
+    Raises `InvalidTerms` for a term that a tier does not have, and for wrong values.
+    """
+    for name, advice in TIER_OTHERS.items():
+        if name in terms:
+            raise InvalidTerms(
+                f"Expected the terms of a tier of whole chunks, got {name!r}. {advice}"
+            )
+    check_names(terms, [*term_names(TIER_OTHERS), IDENTITY])
+    left = {"host": 0, **terms}
+    identity = text(IDENTITY, left.pop(IDENTITY, ""), least=0, most=1 << 10)
+    store = StoreTerms.of(left)
+    if store.shared:
+        check_shared(store)
+    return TierTerms(store, identity)
+
+
+OFFLOADING = "OffloadingConnector"
+TIER_MODULE = "portakv.integrations.vllm_tier"
+TIER = "PortaKVTier"
+SPEC = "PortaKVTieringSpec"
+#: vLLM's own, whose worker moves blocks of CUDA, ROCm and XPU devices.
+OTHER_SPEC = "TieringOffloadingSpec"
+#: PortaKV's worker below vLLM's tier of host memory, without tiers.
+WORKER_SPEC = "PortaKVOffloadingSpec"
+#: The specifications that are checked, and their modules; None: vLLM has it.
+SPECS: dict[Any, str | None] = {
+    SPEC: TIER_MODULE,
+    WORKER_SPEC: "portakv.integrations.vllm",
+    OTHER_SPEC: None,
+}
+#: The keys of a tier that are vLLM's, or of `PortaKVTier` next to its terms.
+TIER_KEYS = ("type", "module_path", "locality", "backpressure", "enable_kv_events")
+#: What the tier needs of vLLM.
+TIER_NEEDS = (
+    "vllm.v1.kv_offload.tiering.factory:SecondaryTierFactory.get_tier_class",
+    "vllm.v1.kv_offload.tiering.base:TransferJob",
+    "vllm.v1.kv_offload.tiering.base:SecondaryTierManager.drain_jobs",
+    "vllm.v1.kv_offload.tiering.spec:TieringOffloadingSpec.get_manager",
+    "vllm.v1.kv_offload.base:Medium",
+    "vllm.v1.kv_offload.file_mapper:FileMapper.from_offloading_spec",
+)
+#: What the worker needs of vLLM.
+WORKER_NEEDS = (
+    "vllm.v1.kv_offload.base:OffloadingWorker",
+    "vllm.v1.kv_offload.cpu.spec:CPUOffloadingSpec",
+)
+
+
+def tier_findings_of(config: Mapping[str, Any]) -> Findings:
+    """Return what is wrong with the configuration of an engine's offloading or tiers.
+
+    A specification of vLLM's own, or of another package, is not checked.
+
+    Args:
+        config: as vLLM's ``--kv-transfer-config`` has it, with the connector `OFFLOADING`.
+    """
+    findings = Findings(errors=errors_of_keys(config))
+    findings.errors += other_values(config, {"kv_role": ["kv_both"]})
+    if config.get("kv_load_failure_policy", "fail") == "fail":
+        findings.warnings.append(
+            "kv_load_failure_policy is not 'recompute': a load that fails ends its request with an "
+            "error. Set it to 'recompute'."
+        )
+    extra = config.get("kv_connector_extra_config", {})
+    if not isinstance(extra, Mapping):
+        return findings
+    name = extra.get("spec_name")
+    if _is_foreign(name, extra.get("spec_module_path")):
+        findings.unchecked.append(
+            f"The specification {name or 'CPUOffloadingSpec'!r}, in which PortaKV has no part."
+        )
+        return findings
+    wrong = [*_wrong_spec(extra)]
+    findings.errors += wrong
+    if name == WORKER_SPEC:
+        with findings.catching("kv_connector_extra_config"):
+            worker_terms(extra)
+        if not wrong:
+            check_memory(extra["cpu_bytes_to_use"], findings, "cpu_bytes_to_use")
+        check_release(findings, "vllm", "vLLM", WORKER_NEEDS, who="the worker")
+        return findings
+    tiers = extra.get("secondary_tiers", [])
+    if not isinstance(tiers, Sequence) or not all(isinstance(each, Mapping) for each in tiers):
+        findings.errors.append(
+            f"Expected secondary_tiers as a list of objects, got {tiers!r}. Correct it."
+        )
+        return findings
+    own = [each for each in tiers if each.get("type") == TIER]
+    if not own and extra.get("spec_name") != SPEC:
+        findings.errors.append(
+            f"Expected a tier of the type {TIER!r} in secondary_tiers, got none. Add one."
+        )
+    taken = _check_tiers(own, findings)
+    if not wrong:
+        taken += extra["cpu_bytes_to_use"]
+    check_memory(taken, findings, "cpu_bytes_to_use and the host and staging of tiers")
+    install = TIER_RELEASES.range
+    check_release(findings, "vllm", "vLLM", TIER_NEEDS, who="the tier", install=install)
+    return findings
+
+
+def _is_foreign(name: object, module: object) -> bool:
+    """Return whether a specification is neither PortaKV's nor vLLM's tiers, and no misspelt one."""
+    if name in SPECS or (isinstance(module, str) and module.startswith("portakv")):
+        return False
+    return not means_ours(name, SPECS)
+
+
+def _wrong_spec(extra: Mapping[str, Any]) -> Iterator[str]:
+    """Yield a sentence for each key of vLLM's host tier that is wrong."""
+    module = SPECS.get(extra.get("spec_name"))
+    expected = {"spec_name": [*SPECS]} | ({"spec_module_path": [module]} if module else {})
+    yield from other_values(extra, expected)
+    nbytes = extra.get("cpu_bytes_to_use")
+    if not isinstance(nbytes, int | float) or isinstance(nbytes, bool) or not 0 < nbytes < inf:
+        yield (
+            f"Expected cpu_bytes_to_use as the bytes of vLLM's host memory, got {nbytes!r}. Give "
+            f"it some."
+        )
+
+
+def _check_tiers(tiers: Sequence[Mapping[str, Any]], findings: Findings) -> float:
+    """Check the terms of PortaKV's tiers; return the bytes of memory that they take together."""
+    folders = Counter[str]()
+    taken = 0.0
+    for tier in tiers:
+        if tier.get("module_path") != TIER_MODULE:
+            findings.errors.append(
+                f"Expected module_path {TIER_MODULE!r} in a tier, got {tier.get('module_path')!r}. "
+                f"Correct it."
+            )
+        if tier.get("locality") not in (None, "LOCAL", "REMOTE"):
+            findings.errors.append(
+                f"Expected locality 'LOCAL' or 'REMOTE' in a tier, got {tier['locality']!r}. "
+                f"Correct it."
+            )
+        with findings.catching("secondary_tiers"):
+            terms = tier_terms({name: tier[name] for name in tier if name not in TIER_KEYS}).store
+            taken += terms.host + terms.staging
+            check_space(terms, findings, "secondary_tiers")
+            folders.update(terms.folders)
+            if terms.shared:
+                findings.notes.append(
+                    "Engines of this host with the folder share it, if each has shared and chunks "
+                    "of the same model and size."
+                )
+            elif terms.folders:
+                findings.notes.append(
+                    "The folder serves one engine at a time, without data parallelism. Set shared "
+                    "to true in each engine to share it."
+                )
+    findings.errors += [
+        f"Expected a separate folder for each tier, got {folder!r} twice. Change one."
+        for folder, count in folders.items()
+        if count > 1
+    ]
+    return taken
+
+
+# ------------------------------------------------------------------------------------------------
+# Any connector: PortaKV's, vLLM's own, and several together.
+
+#: vLLM's connector that has others, and its key for them.
+MULTI = "MultiConnector"
+INNER = "connectors"
+
+
+def connector_findings_of(
+    config: Mapping[str, Any], sizes: Sizes | None = None, block_size: int | None = None
+) -> Findings:
+    """Return what is wrong with the configuration of a connector.
+
+    A connector of vLLM's own or of another package is not checked. Of a `MULTI` each connector is.
+
+    Args:
+        config: as vLLM's ``--kv-transfer-config`` has it.
+        sizes: of the model that the engine serves, if it is known.
+        block_size: of vLLM's ``--block-size``, if the engine is started with it.
+    """
+    name = config.get("kv_connector")
+    if name == OFFLOADING:
+        return tier_findings_of(config)
+    if name == MULTI:
+        return _of_several(config, sizes, block_size)
+    if _is_ours(name, config.get("kv_connector_module_path")):
+        return findings_of(config, sizes, block_size)
+    findings = Findings(errors=errors_of_keys(config))
+    findings.unchecked.append(f"The connector {name!r}, in which PortaKV has no part.")
+    return findings
+
+
+def _is_ours(name: object, module: object) -> bool:
+    """Return whether a connector is PortaKV's, or a misspelt one, or has no name."""
+    if not isinstance(name, str) or (isinstance(module, str) and module.startswith("portakv")):
+        return True
+    return means_ours(name, [CONNECTOR])
+
+
+def _of_several(config: Mapping[str, Any], sizes: Sizes | None, block_size: int | None) -> Findings:
+    """Return what is wrong with a connector that has others."""
+    findings = Findings(errors=errors_of_keys(config))
+    extra = config.get("kv_connector_extra_config", {})
+    inner = extra.get(INNER) if isinstance(extra, Mapping) else None
+    if not isinstance(inner, list) or not all(isinstance(each, Mapping) for each in inner):
+        findings.errors.append(
+            f"Expected {INNER} in kv_connector_extra_config as a list of configurations for "
+            f"{MULTI}, got {inner!r:.80}. Correct it."
+        )
+        return findings
+    for number, each in enumerate(inner):
+        found = connector_findings_of(each, sizes, block_size)
+        for kind in fields(Findings):
+            sentences = getattr(found, kind.name)
+            getattr(findings, kind.name).extend(f"{INNER}[{number}]: {x}" for x in sentences)
+    ours = [each for each in inner if each.get("kv_connector") == CONNECTOR]
+    if len(ours) > 1:
+        findings.errors.append(
+            f"Expected one {CONNECTOR} in {MULTI}, got {len(ours)}: they have the engine's name in "
+            f"common. Leave the others out."
+        )
+    return findings

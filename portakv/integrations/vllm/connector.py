@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from portakv.graph import open_telemetry
 from portakv.integrations import check_release, log_through
 from portakv.integrations.vllm.caches import (
     WHOLE,
@@ -61,11 +62,9 @@ from portakv.integrations.vllm.metrics import (  # noqa: E402
     Figures,
     PortaKVPromMetrics,
     PortaKVStats,
-    disk_levels,
-    make_spans,
+    figures_of,
     parent_of,
     stats_of,
-    tier_counters,
 )
 from portakv.integrations.vllm.ranks import are_wanted, events_of  # noqa: E402
 
@@ -113,7 +112,7 @@ class PortaKVConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
         self.costs = Costs(role.name.lower())
         self.figures = Figures()
         if settings.spans:
-            make_spans()
+            open_telemetry.trace()
         if role == KVConnectorRole.SCHEDULER:
             warn_of_policy(vllm_config)
             self.index = index_of(settings)
@@ -169,19 +168,15 @@ class PortaKVConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
         return stats_of(self.figures.take(self._counters))
 
     def _counters(self) -> dict[str, float]:
-        """Return all that is counted for Prometheus in this process."""
-        return {**self.statistics(), **self._tiers()}
-
-    def _tiers(self) -> dict[str, float]:
-        """Return the counters of the tiers, and the levels of the disks, that this process has.
+        """Return all that is counted for Prometheus in this process.
 
         A store in the engine's process is the worker's, so that its scheduler counts none twice.
         """
-        index: Any = self.store if self.role == KVConnectorRole.WORKER else self.index
-        if self.role != KVConnectorRole.WORKER and not isinstance(index, JoinedIndex):
-            return {}
-        figures = index.statistics()
-        return {**tier_counters(figures), **disk_levels(figures)}
+        counters = self.statistics()
+        store: Any = self.store if self.role == KVConnectorRole.WORKER else self.index
+        if isinstance(store, WorkerStore | JoinedIndex):
+            counters |= figures_of(store.statistics())
+        return counters
 
     def statistics(self) -> dict[str, float]:
         """Return the counters of this side, and what its hooks cost."""
@@ -333,8 +328,9 @@ class PortaKVConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
         parts = self.store.open(views, self._rank(), layers)
         caches = [GroupCache(each.view, part) for each, part in zip(views, parts, strict=True)]
         by_layer = bool(terms.by_layer)
-        words = self.store.graphs.words
-        self.worker_side = WorkerSide(caches, terms.deadline, by_layer, self.store.handover, words)
+        handover = self.store.handover
+        words = self.store.words
+        self.worker_side = WorkerSide(caches, terms.deadline, by_layer, handover, words)
 
     def _rank(self) -> int:
         """Return the number of this worker in tensor parallelism."""
@@ -347,7 +343,9 @@ class PortaKVConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
 
     def has_connector_metadata(self) -> bool:
         """Return whether the layers of a step call their hooks: also to capture their waits."""
-        return bool(super().has_connector_metadata()) or self.store.graphs.are_captured
+        words = self.store.words
+        is_captured = words is not None and words.is_captured
+        return bool(super().has_connector_metadata()) or is_captured
 
     @measured
     def handle_preemptions(self, kv_connector_metadata: PlanMetadata) -> None:

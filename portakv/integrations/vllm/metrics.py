@@ -8,11 +8,10 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from typing import Any
 
-from portakv.graph import open_telemetry
 from portakv.graph.metrics import DISK, ENGINE, METRICS, Metric
 from portakv.runtime import tracing
 
@@ -29,9 +28,6 @@ else:
 
 #: Seconds between two reports of figures.
 INTERVAL = 1.0
-#: The metrics by the names under which processes of an engine report them. The values of labels
-#: come after the names, after slashes.
-COUNTERS = ENGINE
 
 
 def _of_histogram(name: str, unit: str, why: str) -> Metric:
@@ -54,8 +50,9 @@ TIERS = {
         _of_histogram("tier_tasks_total", "1", "tasks of a tier that ran"),
     ),
 }
-#: All that is counted for Prometheus, by these names.
-COUNTED = COUNTERS | {name: metric for name, (_, metric) in TIERS.items()}
+#: All that is counted for Prometheus, by the names under which processes of an engine report it.
+#: The values of labels come after the names, after slashes.
+COUNTED = ENGINE | {name: metric for name, (_, metric) in TIERS.items()}
 #: The levels of disks, which are reported as what they have changed by. Free bytes are left out:
 #: other programs change them all the time, and vLLM logs a line for each change.
 LEVELS = {name: metric for name, metric in DISK.items() if name != "disk_free"}
@@ -86,21 +83,17 @@ class Figures:
         self._due = now + self._interval
         grown = dict[str, float]()
         present = read()
-        for name, value in present.items():
-            before = self._reported.get(name, 0)
-            if value == before:
-                continue
+        for name in {**self._reported, **present}:
             kind = name.partition("/")[0]
-            if kind in COUNTED:
-                # A store that another process had meanwhile begins at 0 again.
-                grown[name] = value - before if value > before else value
-                self._reported[name] = value
-            elif kind in LEVELS:
-                grown[name] = value - before
-                self._reported[name] = value
-        for name in [*self._reported]:
-            if name.partition("/")[0] in LEVELS and name not in present:  # of a store that closed
-                grown[name] = -self._reported.pop(name)
+            before = self._reported.get(name, 0)
+            # A level of a store that closed is 0; a counter that is not read stays.
+            value = present.get(name, 0 if kind in LEVELS else before)
+            if value == before or not (kind in COUNTED or kind in LEVELS):
+                continue
+            # A store that another process had meanwhile begins to count at 0 again.
+            begins = kind in COUNTED and value < before
+            grown[name] = value if begins else value - before
+            self._reported[name] = value
         return grown
 
 
@@ -158,7 +151,7 @@ class PortaKVPromMetrics(KVConnectorPromMetrics):  # type: ignore[misc]
             shown = metric.name.removeprefix("engine_").removesuffix("_total")
             counter = self._counter_cls(
                 name=f"vllm:portakv_{shown}",
-                documentation=f"{metric.why[0].upper()}{metric.why[1:]}.",
+                documentation=_sentence(metric),
                 labelnames=[*labelnames, *metric.labels],
             )
             self._counters[name] = counter
@@ -169,7 +162,7 @@ class PortaKVPromMetrics(KVConnectorPromMetrics):  # type: ignore[misc]
             # Each server of an API hears a part of the changes, so the sum of all is the level.
             self._gauges[name] = self._gauge_cls(
                 name=f"vllm:portakv_{metric.name}",
-                documentation=f"{metric.why[0].upper()}{metric.why[1:]}.",
+                documentation=_sentence(metric),
                 labelnames=[*labelnames, *metric.labels],
                 multiprocess_mode="sum",
             )
@@ -187,6 +180,10 @@ class PortaKVPromMetrics(KVConnectorPromMetrics):  # type: ignore[misc]
                 self._gauges[counter].labels(*values, *more).set(self._levels[key])
 
 
+def _sentence(metric: Metric) -> str:
+    return f"{metric.why[0].upper()}{metric.why[1:]}."
+
+
 def series_of(name: str) -> tuple[str, list[str]]:
     """Return the name of a counter or a level, and the values of its labels, from the name of its
     report. The last value may be a path, which has slashes as well."""
@@ -202,36 +199,18 @@ def stats_of(grown: Mapping[str, float]) -> PortaKVStats | None:
     return PortaKVStats(data=dict(grown)) if SUPPORTED and grown else None
 
 
-def tier_counters(figures: Mapping[str, Any]) -> dict[str, float]:
-    """Return the counters of tiers among the figures of a store, by their names in `TIERS` with
-    the values of their labels after slashes.
+def figures_of(figures: Mapping[str, Any]) -> dict[str, float]:
+    """Return the counters of tiers and the levels of disks among the figures of a store, by their
+    names in `TIERS` and `LEVELS` with the values of their labels after slashes.
 
     ``figures``: as those of `BlockStore.statistics`; empty: there is no store in this process.
     """
-    counters = dict[str, float]()
-    for name, (figure, metric) in TIERS.items():
-        counters |= _by_labels(name, metric, figures.get(figure, ()))
-    return counters
-
-
-def disk_levels(figures: Mapping[str, Any]) -> dict[str, float]:
-    """Return how full disks are among the figures of a store, by their names in `LEVELS` with the
-    values of their labels after slashes.
-
-    ``figures``: as those of `tier_counters`.
-    """
-    levels = dict[str, float]()
-    for name, metric in LEVELS.items():
-        levels |= _by_labels(name, metric, figures.get(metric.name, ()))
-    return levels
-
-
-def _by_labels(name: str, metric: Metric, samples: Iterable[Mapping[str, Any]]) -> dict[str, float]:
-    """Return the values of samples by a name with the values of their labels after slashes."""
     values = dict[str, float]()
-    for sample in samples:
-        labels = [str(sample[label]) for label in metric.labels]
-        values["/".join([name, *labels])] = float(sample["value"])
+    levels = {name: (metric.name, metric) for name, metric in LEVELS.items()}
+    for name, (figure, metric) in (TIERS | levels).items():
+        for sample in figures.get(figure, ()):
+            labels = [str(sample[label]) for label in metric.labels]
+            values["/".join([name, *labels])] = float(sample["value"])
     return values
 
 
@@ -240,11 +219,3 @@ def parent_of(request: Any) -> AbstractContextManager[None]:
     headers = getattr(request, "trace_headers", None) or {}
     parent = headers.get("traceparent", "")
     return tracing.under(parent if re.match(tracing.PATTERN, parent) else "")
-
-
-def make_spans() -> None:
-    """Make spans in this process, by its provider of OpenTelemetry.
-
-    Raises `Unsupported` if opentelemetry-api is not installed.
-    """
-    open_telemetry.trace()

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -90,15 +90,22 @@ class Lane:
 
     Args:
         device: the device of the stream; the host has none.
-        paced: the copies have a limited rate. A thread issues such copies later, so an event that
-            is recorded now would not come after them.
+        terms: of `copy_rows`. With a limited rate a thread issues the copies later, so an event
+            that is recorded now would not come after them.
+
+    Attributes:
+        options: of the lane's copies.
+        paced: the copies have a limited rate.
     """
 
-    def __init__(self, device: torch.device, paced: bool = False) -> None:
+    def __init__(self, device: torch.device, terms: Mapping[str, Any] | None = None) -> None:
         self.device = device
-        self.paced = paced
         self.stream = None if device.type == "cpu" else torch.Stream(device)
         self.jobs: dict[int, Job] = {}
+        terms = terms or {}
+        self.paced = terms.get("max_gbps") is not None
+        # A thread issues the slices of a paced copy, on a stream that the options name.
+        self.options = CopyOptions(stream=self.stream if self.paced else None, **terms)
 
     def submit(self, number: int, copy: Callable[[], BlockTransfer], nbytes: int = 0) -> None:
         """Begin a job of so many bytes, whose copies ``copy`` issues on the current stream.
@@ -152,33 +159,20 @@ class Lane:
         return event
 
 
-_DEVICE = "layer | block (token dim)"
-_HOST = "layer | block token dim"
+#: Pages of the device, and of chunks: both as fragments, which the layouts call heads.
+_DEVICE = "layer | block head (token dim)"
+_HOST = "layer | block token head dim"
 
 
-class CacheRef(Protocol):
-    """vLLM's `CanonicalKVCacheRef`: the pages of a group in one tensor."""
-
-    tensor_idx: int
-    page_size_bytes: int
-
-
-class ChunkSpec(Protocol):
-    """vLLM's `CPULoadStoreSpec`: the chunks of a job, group after group."""
-
-    block_ids: npt.NDArray[np.int64]
-
-
-class BlockSpec(ChunkSpec, Protocol):
-    """vLLM's `GPULoadStoreSpec`: the blocks of a job, group after group.
-
-    Attributes:
-        group_sizes: the number of blocks of each group.
-        block_indices: the number of each group's first block in its request.
-    """
-
-    group_sizes: Sequence[int]
-    block_indices: Sequence[int]
+#: vLLM's `CanonicalKVCacheRef`: the pages of a group in one tensor.
+CacheRef: TypeAlias = Any
+#: vLLM's `CPULoadStoreSpec`: the chunks of a job, group after group.
+ChunkSpec: TypeAlias = Any
+#: vLLM's `GPULoadStoreSpec`: the blocks of a job, group after group; how many each group has, and
+#: the number of its first block in its request.
+BlockSpec: TypeAlias = Any
+#: vLLM's `SharedOffloadRegion`: host memory that all workers of an engine share.
+Region: TypeAlias = Any
 
 
 class PageCopy(NamedTuple):
@@ -230,37 +224,6 @@ class _Group(NamedTuple):
     blocks: npt.NDArray[np.int64]
     chunks: npt.NDArray[np.int64]
     skip: int
-
-
-def parts_of(
-    refs: Iterable[CacheRef], pages: Sequence[torch.Tensor], host: Sequence[torch.Tensor]
-) -> list[PageCopy]:
-    """Return the tensors of a group; tensors of equal shape and strides are one part.
-
-    The parts leave padding out.
-
-    Raises:
-        LayoutError: a tensor is missing, or has narrower pages than the group names.
-    """
-    alike: dict[tuple[int, Hashable], dict[int, None]] = {}
-    for ref in refs:
-        at = ref.tensor_idx
-        width = ref.page_size_bytes
-        widest = pages[at].shape[1] if 0 <= at < len(pages) else 0
-        if not 0 < width <= widest:
-            raise LayoutError(
-                f"Expected a group in one of {len(pages)} tensors, with pages of up to {widest} "
-                f"bytes, got pages of {width} bytes in tensor {at}. Pass vLLM's canonical caches."
-            )
-        shape = (pages[at].shape, pages[at].stride(), host[at].shape, host[at].stride())
-        alike.setdefault((width, shape), {})[at] = None
-    return [
-        PageCopy(
-            KVView([pages[at][:, :width] for at in tensors], _DEVICE, block_size=1),
-            KVView([host[at][:, :, :width] for at in tensors], _HOST),
-        )
-        for (width, _), tensors in alike.items()
-    ]
 
 
 def sharing(groups: Iterable[Iterable[CacheRef]]) -> set[tuple[int, ...]]:
@@ -369,40 +332,12 @@ def _check_shared(together: Iterable[Sequence[int]], ids_of: Sequence[_Group], s
 
 
 # ------------------------------------------------------------------------------------------------
-# Pages of vLLM's ``canonical_layout``: a chunk whose bytes name no tensor parallelism.
-
-_CANONICAL_DEVICE = "layer | block head (token dim)"
-_CANONICAL_HOST = "layer | block token head dim"
-
-
-class CopyRun(Protocol):
-    """vLLM's `CopyRun`: fragments of one size, at a stride on each side."""
-
-    local_offset: int
-    canonical_offset: int
-    fragment_size: int
-    num_fragments: int
-    local_stride: int
-    canonical_stride: int
-
-
-class PageMapping(Protocol):
-    """vLLM's `CanonicalPageMapping`."""
-
-    canonical_page_size_bytes: int
-    runs: Sequence[CopyRun]
-    num_writers: int
-    writer_index: int
-
-
-class Region(Protocol):
-    """vLLM's `SharedOffloadRegion`: host memory that all workers of an engine share."""
-
-    def create_next_canonical_view(self, tensor_page_size: int) -> torch.Tensor: ...
+# Pages of a worker in chunks: of its own, or of the whole model, whose bytes name no tensor
+# parallelism (vLLM's ``canonical_layout``).
 
 
 class Run(NamedTuple):
-    """Fragments of a page; the attributes are those of `CopyRun`."""
+    """Fragments of one size in a page, at a stride on each side, as vLLM's `CopyRun` names them."""
 
     local_offset: int
     canonical_offset: int
@@ -413,10 +348,10 @@ class Run(NamedTuple):
 
 
 class RankMapping(NamedTuple):
-    """Where the bytes of a worker's page lie in the page of the whole model.
+    """Where the bytes of a worker's page lie in the page of a chunk.
 
     Attributes:
-        nbytes: of the page of the whole model.
+        nbytes: of the page of a chunk.
         runs: of the worker's page.
         writers: how many workers have these bytes.
         writer: the number of this worker among them. They take turns, by the number of the page.
@@ -456,7 +391,7 @@ class Share(NamedTuple):
             blocks_per_chunk: blocks of the engine in a chunk.
             region: the memory.
 
-        Raises `IntegrationError` and `LayoutError` as `mapping_of` and `canonical_parts_of` do.
+        Raises `IntegrationError` and `LayoutError` as `mapping_of` and `parts_of` do.
         """
         mapped = [[(ref, mapping_of(ref, *self)) for ref in refs] for refs in groups]
         host = [
@@ -465,7 +400,7 @@ class Share(NamedTuple):
             )
             for width in page_bytes(mapped, len(pages))
         ]
-        return [canonical_parts_of(refs, pages, host) for refs in mapped]
+        return [parts_of(refs, pages, host) for refs in mapped]
 
 
 def mapping_of(ref: CacheRef, rank: int, workers: int, shared: bool) -> RankMapping:
@@ -481,19 +416,9 @@ def mapping_of(ref: CacheRef, rank: int, workers: int, shared: bool) -> RankMapp
 
     Raises `IntegrationError` for pages of several workers without a mapping that are shared.
     """
-    known: PageMapping | None = getattr(ref, "mapping", None)
+    known = getattr(ref, "mapping", None)
     if known is not None:
-        runs = tuple(
-            Run(
-                run.local_offset,
-                run.canonical_offset,
-                run.fragment_size,
-                run.num_fragments,
-                run.local_stride,
-                run.canonical_stride,
-            )
-            for run in known.runs
-        )
+        runs = tuple(Run(*[getattr(run, name) for name in Run._fields]) for run in known.runs)
         size = known.canonical_page_size_bytes
         return RankMapping(size, runs, known.num_writers, known.writer_index)
     width = ref.page_size_bytes
@@ -522,37 +447,48 @@ def page_bytes(groups: Iterable[Iterable[tuple[CacheRef, RankMapping]]], tensors
     return widest
 
 
-def canonical_parts_of(
+def parts_of(
     refs: Iterable[tuple[CacheRef, RankMapping]],
     pages: Sequence[torch.Tensor],
     host: Sequence[torch.Tensor],
 ) -> list[PageCopy]:
     """Return the fragments of a group's pages; those of one shape in several tensors are one part.
 
+    The parts leave padding out.
+
     Args:
         refs: of the group, with their mappings.
         pages: of each tensor, int8 ``[blocks, page]``.
-        host: of each tensor, int8 ``[chunks, blocks_per_chunk, page of the whole model]``.
+        host: of each tensor, int8 ``[chunks, blocks_per_chunk, page of a chunk]``.
 
-    Raises `LayoutError` for fragments outside of a page.
+    Raises:
+        LayoutError: a tensor is missing, or has narrower pages than the group names; fragments
+            outside of a page.
     """
     alike: dict[tuple[Run, int, int, Hashable], dict[int, None]] = {}
     for ref, mapping in refs:
         at = ref.tensor_idx
+        width = ref.page_size_bytes
+        widest = pages[at].shape[1] if 0 <= at < len(pages) else 0
+        if not 0 < width <= widest:
+            raise LayoutError(
+                f"Expected a group in one of {len(pages)} tensors, with pages of up to {widest} "
+                f"bytes, got pages of {width} bytes in tensor {at}. Pass vLLM's canonical caches."
+            )
         shape = (pages[at].shape, pages[at].stride(), host[at].shape, host[at].stride())
         for run in mapping.runs:
             _check(run, ref, mapping)
             key = (run, mapping.writers, mapping.writer, shape)
             alike.setdefault(key, {})[at] = None
-    return [
-        PageCopy(
-            KVView([_local(run, pages[at]) for at in tensors], _CANONICAL_DEVICE, block_size=1),
-            KVView([_whole(run, host[at]) for at in tensors], _CANONICAL_HOST),
-            writers,
-            writer,
-        )
-        for (run, writers, writer, _), tensors in alike.items()
-    ]
+    parts = []
+    for (run, writers, writer, _), tensors in alike.items():
+        local = [_fragments(pages[at], run, run.local_offset, run.local_stride) for at in tensors]
+        whole = [
+            _fragments(host[at], run, run.canonical_offset, run.canonical_stride) for at in tensors
+        ]
+        sides = KVView(local, _DEVICE, block_size=1), KVView(whole, _HOST)
+        parts.append(PageCopy(*sides, writers, writer))
+    return parts
 
 
 def _check(run: Run, ref: CacheRef, mapping: RankMapping) -> None:
@@ -567,22 +503,9 @@ def _check(run: Run, ref: CacheRef, mapping: RankMapping) -> None:
         )
 
 
-def _local(run: Run, page: torch.Tensor) -> torch.Tensor:
-    """Return the fragments of a worker's pages, int8 ``[blocks, fragments, bytes]``."""
-    return torch.as_strided(
-        page,
-        (page.shape[0], run.num_fragments, run.fragment_size),
-        (page.stride(0), run.local_stride, 1),
-        page.storage_offset() + run.local_offset,
-    )
-
-
-def _whole(run: Run, page: torch.Tensor) -> torch.Tensor:
-    """Return the fragments of the whole model's pages, int8 ``[chunks, pages, fragments,
-    bytes]``."""
-    return torch.as_strided(
-        page,
-        (*page.shape[:2], run.num_fragments, run.fragment_size),
-        (*page.stride()[:2], run.canonical_stride, 1),
-        page.storage_offset() + run.canonical_offset,
-    )
+def _fragments(pages: torch.Tensor, run: Run, offset: int, stride: int) -> torch.Tensor:
+    """Return the fragments of pages, int8 ``[..., fragments, bytes]``, whose pages are the last
+    axis of ``pages``."""
+    shape = (*pages.shape[:-1], run.num_fragments, run.fragment_size)
+    strides = (*pages.stride()[:-1], stride, 1)
+    return torch.as_strided(pages, shape, strides, pages.storage_offset() + offset)

@@ -16,7 +16,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from functools import partial
 from inspect import signature
-from typing import Any, Protocol
+from typing import Any, TypeAlias
 
 import torch
 
@@ -30,6 +30,9 @@ from portakv.integrations.vllm.moves import (
     Lane,
     Move,
     PageCopy,
+    RankMapping,
+    Region,
+    Run,
     Share,
     moves_of,
     parts_of,
@@ -49,32 +52,8 @@ from vllm.v1.kv_offload.cpu import spec as cpu_spec  # noqa: E402
 WARM_UP = 16 << 20
 
 
-class CanonicalTensor(Protocol):
-    """vLLM's `CanonicalKVCacheTensor`: pages ``[blocks, page]``, which need not be adjacent."""
-
-    tensor: torch.Tensor
-
-
-class CanonicalCaches(Protocol):
-    """vLLM's `CanonicalKVCaches`: its tensors, and for each group the tensors that it uses."""
-
-    tensors: Sequence[CanonicalTensor]
-    group_data_refs: Sequence[Sequence[CacheRef]]
-
-
-class Region(Protocol):
-    """vLLM's `SharedOffloadRegion`: host memory that all workers of an engine share."""
-
-    base_tensor: torch.Tensor
-    total_size_bytes: int
-    is_pinned: bool
-    pinned_addresses: Sequence[int]
-
-    def create_next_worker_view(self, tensor_page_size: int) -> torch.Tensor: ...
-
-    def create_next_canonical_view(self, tensor_page_size: int) -> torch.Tensor: ...
-
-    def cleanup(self) -> None: ...
+#: vLLM's `CanonicalKVCaches`: its tensors, and for each group the tensors that it uses.
+CanonicalCaches: TypeAlias = Any
 
 
 class PortaKVOffloadingSpec(cpu_spec.CPUOffloadingSpec):  # type: ignore[misc]
@@ -189,7 +168,6 @@ class PortaKVOffloadingWorker(OffloadingWorker):  # type: ignore[misc]
             )
         self.blocks_per_chunk = blocks_per_chunk
         self._region = region
-        self._terms = dict(terms or {})
         self._adopted: pinned.Adopted | None = None
         pages = [each.tensor.view(torch.int8) for each in kv_caches.tensors]
         for page in pages:
@@ -203,20 +181,15 @@ class PortaKVOffloadingWorker(OffloadingWorker):  # type: ignore[misc]
             self._groups = share.groups_of(groups_of, pages, blocks_per_chunk, region)
         else:
             host = _host_pages(pages, blocks_per_chunk, chunks, region)
-            self._groups = [parts_of(refs, pages, host) for refs in groups_of]
+            self._groups = [
+                parts_of([(ref, _own_page(ref)) for ref in refs], pages, host) for refs in groups_of
+            ]
         if region is not None and region.is_pinned:
             self._adopted = _adopt(region)
         self._together = sharing(kv_caches.group_data_refs)
         device = pages[0].device
-        self._store, self._load, self._expedited = (
-            Lane(device, paced=self._terms.get("max_gbps") is not None) for _ in range(3)
-        )
+        self._store, self._load, self._expedited = (Lane(device, terms) for _ in range(3))
         self._lanes = self._store, self._load, self._expedited
-        # A thread issues the slices of a paced copy, on a stream that the options name.
-        self._options = {
-            each: CopyOptions(stream=each.stream if each.paced else None, **self._terms)
-            for each in self._lanes
-        }
         self._taking = threading.Lock()
         for part in itertools.chain(*self._groups):
             self._warm_up(part)
@@ -292,7 +265,7 @@ class PortaKVOffloadingWorker(OffloadingWorker):  # type: ignore[misc]
         # All groups are checked before any of them moves.
         moves = moves_of(self._groups, self._together, self.blocks_per_chunk, device, host, store)
         nbytes = sum(move.nbytes for move in moves)
-        lane.submit(job, partial(self._copy, moves, self._options[lane], store), nbytes)
+        lane.submit(job, partial(self._copy, moves, lane.options, store), nbytes)
         return True
 
     def _warm_up(self, part: PageCopy) -> None:
@@ -309,12 +282,12 @@ class PortaKVOffloadingWorker(OffloadingWorker):  # type: ignore[misc]
             lane.use(part.device)
         for count in sorted({min(most, 1), min(most, many)}):
             pages = range(count)
-            for lane, options in self._options.items():
+            for lane in self._lanes:
                 sides = (part.device, part.host)
                 if lane is not self._store:
                     sides = (part.host, part.device)
                 with lane.current():
-                    copied = copy_rows(*sides, pages, pages, count=count, options=options)
+                    copied = copy_rows(*sides, pages, pages, count=count, options=lane.options)
                     copied.synchronize()
 
     def _copy(self, moves: Sequence[Move], options: CopyOptions, store: bool) -> BlockTransfer:
@@ -322,19 +295,23 @@ class PortaKVOffloadingWorker(OffloadingWorker):  # type: ignore[misc]
         moved: list[BlockTransfer] = []
         try:
             for move in moves:
-                blocks = move.blocks
-                places = move.places
-                count = move.pages
                 for part in move.parts:
-                    if store:
-                        sides = part.device, part.host, blocks, places
-                    else:
-                        sides = part.host, part.device, places, blocks
-                    moved.append(copy_rows(*sides, count=count, options=options))
+                    views = (part.device, part.host)
+                    ids = (move.blocks, move.places)
+                    if not store:
+                        views = views[::-1]
+                        ids = ids[::-1]
+                    moved.append(copy_rows(*views, *ids, count=move.pages, options=options))
         except BaseException:  # also an interrupt: a refused job leaves no copy in flight
             BlockTransfer.together(moved).synchronize()
             raise
         return BlockTransfer.together(moved)
+
+
+def _own_page(ref: CacheRef) -> RankMapping:
+    """Return the mapping of a page that a chunk holds as it is."""
+    width = ref.page_size_bytes
+    return RankMapping(width, (Run(0, 0, width),))
 
 
 def _host_pages(

@@ -53,15 +53,11 @@ class Kinds(NamedTuple):
 
 try:
     from vllm.distributed.kv_events import BlockRemoved, BlockStored
+    from vllm.v1.core.kv_cache_utils import maybe_convert_block_hash
 except ImportError:  # a release without events
     KINDS = None
 else:
-    try:
-        from vllm.v1.core.kv_cache_utils import maybe_convert_block_hash
-    except ImportError:  # a release whose events have no numbers
-        KINDS = Kinds(BlockStored, BlockRemoved)
-    else:
-        KINDS = Kinds(BlockStored, BlockRemoved, maybe_convert_block_hash)
+    KINDS = Kinds(BlockStored, BlockRemoved, maybe_convert_block_hash)
 
 
 def are_wanted(config: Any, kinds: Kinds | None = KINDS) -> bool:
@@ -123,37 +119,22 @@ LATER = 5.0
 LONGER = 2.0
 
 
-class GraphWaits:
-    """The waits of a worker's graphs.
+def words_of(views: Sequence[GroupView], terms: StoreTerms) -> LayerWords | None:
+    """Return the words of the layers that graphs wait for; None if the terms let none wait.
 
-    Attributes:
-        words: of the layers that they wait for; None: not open, or they wait for none.
+    Raises:
+        IntegrationError: no graph of the device can wait for words.
     """
-
-    def __init__(self) -> None:
-        self.words: LayerWords | None = None
-
-    def open(self, views: Sequence[GroupView], terms: StoreTerms) -> None:
-        """Make the words, if the terms say that graphs wait.
-
-        Raises:
-            IntegrationError: no graph of the device can wait for words.
-        """
-        if not terms.waits_in_graphs:
-            return
-        view = views[0].view
-        try:
-            self.words = LayerWords(view.device, view.layers, LONGER * terms.deadline + LATER)
-        except Unsupported as error:
-            raise IntegrationError(
-                f'Expected a device whose graphs can wait for layers, for by_layer "graph": '
-                f"{error} Pass true, with which vLLM uses piecewise graphs."
-            ) from error
-
-    @property
-    def are_captured(self) -> bool:
-        """Return whether a graph with waits is captured at the moment."""
-        return self.words is not None and self.words.is_captured
+    if not terms.waits_in_graphs:
+        return None
+    view = views[0].view
+    try:
+        return LayerWords(view.device, view.layers, LONGER * terms.deadline + LATER)
+    except Unsupported as error:
+        raise IntegrationError(
+            f'Expected a device whose graphs can wait for layers, for by_layer "graph": '
+            f"{error} Pass true, with which vLLM uses piecewise graphs."
+        ) from error
 
 
 _log = logging.getLogger(__name__)
@@ -287,10 +268,11 @@ def index_of(settings: Settings) -> LocalIndex | JoinedIndex | NoStore:
     """
     if not settings.stores:
         return NoStore()
+    what = f"blocks of {settings.block_size} tokens"
     if not settings.uses_store_server:
         index = LocalIndex.of(settings.engine)
         found = found_in(index.statistics(), len(settings.groups))
-        _log_start(settings, found, "This process")
+        log_start(settings.store, what, found, "This process")
         return index
     kept = JoinedIndex(settings)
     try:
@@ -300,13 +282,8 @@ def index_of(settings: Settings) -> LocalIndex | JoinedIndex | NoStore:
         raise
     if joined:
         server = "This process" if kept.store_server.serves else "Another process of this host"
-        _log_start(settings, max(kept.counts(), default=0), server)
+        log_start(settings.store, what, max(kept.counts(), default=0), server)
     return kept
-
-
-def _log_start(settings: Settings, found: int, server: str) -> None:
-    """Log where an engine stores its blocks; see `log_start`."""
-    log_start(settings.store, f"blocks of {settings.block_size} tokens", found, server)
 
 
 class WorkerStore:
@@ -317,7 +294,7 @@ class WorkerStore:
 
     Attributes:
         handover: offers rows to other engines, and pulls theirs; None: not open.
-        graphs: the waits of the worker's CUDA graphs.
+        words: of the layers that the worker's CUDA graphs wait for; None: not open, or none.
     """
 
     def __init__(self, settings: Settings, config: Any) -> None:
@@ -325,7 +302,7 @@ class WorkerStore:
         self._config = config
         self._opened: LocalIndex | StoreClient | None = None
         self.handover: Handover | None = None
-        self.graphs = GraphWaits()
+        self.words: LayerWords | None = None
 
     def views(self, kv_caches: Mapping[str, torch.Tensor], kv_cache_config: Any) -> list[GroupView]:
         """Return a view of each group's layers; see `read_views`."""
@@ -349,7 +326,7 @@ class WorkerStore:
                 graphs cannot wait, if they are to.
             StoreError, StoreBusy: as `LocalIndex.open`.
         """
-        self.graphs.open(views, self._settings.store)
+        self.words = words_of(views, self._settings.store)
         if not self._settings.stores:
             forms = forms_of(views, self._settings.model, None)
             return [NoBlocks(form) for form in forms]
@@ -430,8 +407,8 @@ class WorkerStore:
 
     def close(self) -> None:
         """End the waits of graphs, the loads and saves, and what is handed over."""
-        words = self.graphs.words
-        self.graphs.words = None
+        words = self.words
+        self.words = None
         if words is not None:
             words.close()
         handover = self.handover

@@ -24,8 +24,8 @@ import numpy as np
 import torch
 
 from portakv.integrations import check_release, log_through
+from portakv.integrations.vllm.check import TierTerms, tier_terms
 from portakv.integrations.vllm.offloading import PortaKVOffloadingSpec
-from portakv.integrations.vllm.tier_check import TierTerms, tier_terms
 from portakv.serving.local import checksum_if_here
 from portakv.serving.page_tasks import page_store
 from portakv.serving.page_tier import PACE, PageTier

@@ -60,37 +60,6 @@ if TYPE_CHECKING:
     from portakv.migrate.channel import Channel, Peer
 
 
-class Flag:
-    """A flag that is set once, as `threading.Event` otherwise.
-
-    A slice sets three of them in the thread of a lane, while others wait for the interpreter: an
-    event makes six calls of Python for it, a flag one.
-    """
-
-    __slots__ = ("_lock", "_set")
-
-    def __init__(self) -> None:
-        self._set = False
-        self._lock = threading.Lock()  # locked until the flag is set
-        self._lock.acquire()
-
-    def is_set(self) -> bool:
-        """Return True once the flag is set."""
-        return self._set
-
-    def set(self) -> None:
-        """Set the flag. Only one thread may call it at a time."""
-        if not self._set:
-            self._set = True
-            self._lock.release()
-
-    def wait(self, timeout: float | None = None) -> bool:
-        """Wait until the flag is set, at most ``timeout`` seconds; return True if it is."""
-        if not self._set and self._lock.acquire(timeout=-1 if timeout is None else max(0, timeout)):
-            self._lock.release()  # for the next thread that waits
-        return self._set
-
-
 class Moving:
     """A buffer in flight. It lands or fails as a whole.
 
@@ -109,9 +78,9 @@ class Moving:
         self._before = before
         self._until = monotonic() + seconds
         self.error: Exception | None = None
-        self.over = Flag()
-        self.free = Flag()
-        self.issued = Flag()
+        self.over = threading.Event()
+        self.free = threading.Event()
+        self.issued = threading.Event()
         self._event: torch.Event | None = None  # recorded after the bytes, if a stream orders them
         self._calls = list[Callable[[], object]]()
         self._touched = False

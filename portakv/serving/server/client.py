@@ -241,133 +241,6 @@ class Piece:
         return self.released and (self.closed or not self.saves or self.stored is not None)
 
 
-class ServerTransfer:
-    """A load or a save through a server. It never raises: what did not land is in `landed`.
-
-    Attributes:
-        released: of a save, ends when nothing reads the caller's blocks; None of a load.
-        layers: of a load by layer, what to wait for before each layer; empty for others.
-        cells: of a block, which a load has to copy.
-        issued: the end of the copy on the caller's stream, if the call issued one.
-        issued_blocks: the blocks of that copy, bool ``[blocks]``.
-    """
-
-    def __init__(
-        self,
-        changed: threading.Condition,
-        pieces: Sequence[Piece],
-        cells: int,
-        until: float | None = None,
-        give_up: Callable[[ServerTransfer], object] = lambda _: None,
-    ) -> None:
-        self.pieces = pieces
-        self.cells = cells
-        self.layers: Sequence[ServerTransfer | Transfer] = ()
-        self.issued: Completion | None = None
-        self.issued_blocks: Mask | None = None
-        self._ordered = False  # a stream waits for what was issued
-        saves = any(piece.saves for piece in pieces)
-        self.released = Released(changed, pieces) if saves else None
-        self._changed = changed
-        self._until = until
-        self._give_up = give_up
-        self._call: Callable[[], object] | None = None
-
-    def when_ended(self, call: Callable[[], object]) -> None:
-        """Have a function called once when it has ended, or now if it has.
-
-        It is called under the client's lock, in any thread: it must be quick, and wait for nothing.
-        """
-        self._call = call
-        self.look()
-
-    def look(self) -> bool:
-        """Return whether it has ended, and call the function of `when_ended` then."""
-        with self._changed:
-            if not all(piece.ended for piece in self.pieces):
-                return False
-            call = self._call
-            self._call = None
-            if call is not None:
-                call()
-            return True
-
-    def done(self) -> bool:
-        """Return whether it has ended; never block, never raise."""
-        ended = self._ended()
-        if not ended and self._until is not None and time.monotonic() > self._until + GRACE:
-            self.cancel()
-            ended = self._ended()
-        return ended
-
-    def _ended(self) -> bool:
-        with self._changed:
-            return all(piece.ended for piece in self.pieces)
-
-    @property
-    def is_issued(self) -> bool:
-        """Return whether all copies were issued: `wait` orders a stream, and blocks no host."""
-        with self._changed:
-            return self.issued is not None and all(piece.issued_all for piece in self.pieces)
-
-    @property
-    def landed(self) -> Mask:
-        """Return the blocks that landed, or are stored, bool ``[blocks]``.
-
-        After `wait`, the blocks of a copy that was issued count: the stream finds their bytes.
-        """
-        result = np.zeros(sum(piece.blocks for piece in self.pieces), np.bool_)
-        if self._ordered and self.issued_blocks is not None:
-            result |= self.issued_blocks
-        with self._changed:
-            for piece in self.pieces:
-                some = result[piece.first : piece.first + piece.blocks]
-                if piece.saves:
-                    some |= False if piece.stored is None else piece.stored
-                else:
-                    some |= piece.landed
-                    some[[at for at, cells in piece.covered.items() if cells == self.cells]] = True
-        return result
-
-    def cancel(self) -> bool:
-        """Copy no further block; return whether some blocks will not be copied."""
-        with self._changed:
-            left = [piece for piece in self.pieces if not piece.closed and not piece.ended]
-            for piece in left:
-                piece.closed = True
-            self._changed.notify_all()
-        if left:
-            self.look()
-            self._give_up(self)
-        return bool(left)
-
-    def synchronize(self, timeout: float | None = None) -> None:
-        """Block until it has ended. Raises `TransferTimeout` after so many seconds."""
-        until = None if timeout is None else time.monotonic() + timeout
-        while not self.done():
-            left = LOOK if until is None else min(LOOK, until - time.monotonic())
-            if left <= 0:
-                raise TransferTimeout(
-                    f"The transfer timed out after {timeout:g} s, and goes on. Wait again, or call "
-                    f"done()."
-                )
-            with self._changed:
-                if not all(piece.ended for piece in self.pieces):
-                    self._changed.wait(left)
-
-    def wait(self, stream: torch.Stream | None = None) -> None:
-        """Make the current stream (or ``stream``) wait; block the host for what others copy."""
-        issued = self.issued
-        if issued is not None:
-            issued.wait(stream)
-            self._ordered = True
-        while not self.done():
-            with self._changed:
-                if all(piece.issued_all for piece in self.pieces):
-                    return
-                self._changed.wait(LOOK)
-
-
 class Released:
     """The end of the copies of a save, after which nothing reads the caller's blocks."""
 
@@ -403,14 +276,15 @@ class Requests:
         changed: the lock of all pieces, notified at each change.
         graph: its workers copy.
         process: whose requests they are.
+        open: those that have not ended, by their numbers.
     """
 
     def __init__(self) -> None:
         self.process = this_process()
         self.changed = Condition()
         self.graph = Graph()
-        self._numbers = count(1)
-        self._open = dict[int, tuple[Moving, Piece]]()  # by number
+        self.numbers = count(1)  # of requests and locks
+        self.open = dict[int, tuple[ServerTransfer, Piece]]()
         self._copies = 0  # copies
 
     @property
@@ -418,24 +292,18 @@ class Requests:
         """Return whether no copy is under way."""
         return not self._copies
 
-    def begin(self, moving: Moving, keys: int, saves: bool, packs: bool = False) -> list[Piece]:
+    def begin(
+        self, transfer: ServerTransfer, keys: int, saves: bool, packs: bool = False
+    ) -> list[Piece]:
         """Return the requests of a load or save of so many keys; ``packs``: see `Piece`."""
         pieces = list[Piece]()
         with self.changed:
             for first in range(0, keys, MOST_KEYS):
                 many = min(MOST_KEYS, keys - first)
-                piece = Piece(next(self._numbers), first, many, saves, packs)
+                piece = Piece(next(self.numbers), first, many, saves, packs)
                 pieces.append(piece)
-                self._open[piece.number] = moving, piece
+                self.open[piece.number] = transfer, piece
         return pieces
-
-    def next_number(self) -> int:
-        """Return a number that no request of this rank has."""
-        return next(self._numbers)
-
-    def find(self, number: int) -> tuple[Moving, Piece] | None:
-        """Return a request that has not ended."""
-        return self._open.get(number)
 
     def take(self, piece: Piece, progress: Progress, answer: bool = False) -> None:
         """Note what the server says about a request. ``answer``: for the first time."""
@@ -460,7 +328,7 @@ class Requests:
     def close_all(self) -> None:
         """Begin no further copy, and wait for no further rows."""
         with self.changed:
-            for _, piece in [*self._open.values()]:
+            for _, piece in [*self.open.values()]:
                 piece.closed = True
                 self._note(piece)
 
@@ -511,82 +379,10 @@ class Requests:
     def _note(self, piece: Piece) -> None:
         """Wake who waits for a request, and forget it if it has ended; under the lock."""
         if piece.ended:
-            moving, _ = self._open.pop(piece.number, (None, piece))
-            if moving is not None:
-                moving.piece_ended()
+            transfer, _ = self.open.pop(piece.number, (None, piece))
+            if transfer is not None:
+                transfer.look()
         self.changed.notify_all()
-
-
-# ------------------------------------------------------------------------------------------------
-# Locks and deletions of blocks in the store of a server.
-
-
-class ServerLocks:
-    """The locks of a process on blocks of one group of layers. `StoreClient` makes it.
-
-    It never raises for a server that is gone, which locks and deletes nothing.
-    """
-
-    def __init__(self, requests: Requests, link: Link, group: int) -> None:
-        self._requests = requests
-        self._link = link
-        self._group = group
-
-    def pin(self, keys: Keys) -> Pins:
-        """Keep blocks from eviction until `Pins.release`, as far as the server has them.
-
-        Waits for the server's answer, two seconds at most. The end of the session, such as that of
-        the server, ends the pins too.
-        """
-        checked = check_keys(keys)
-        pins = Pins(len(checked))
-        for first in range(0, len(checked), MOST_KEYS):
-            some = checked[first : first + MOST_KEYS]
-            number = self._requests.next_number()
-            session = self._link.session
-            if session is None:
-                break
-            done = self._done(Lock(session.number, number, self._group, joined_keys(some)))
-            places = [first + at for at in np.flatnonzero(done).tolist()]
-            release = partial(self._unlock, session, number)
-            for place in places:
-                pins.add(place, release if place == places[0] else bool)
-            if not places:
-                release()
-        return pins
-
-    def delete(self, keys: Keys) -> Mask:
-        """Forget blocks, for all processes; return which were there, bool ``[keys]``.
-
-        Waits for the server's answer, two seconds at most.
-        """
-        checked = check_keys(keys)
-        gone = np.zeros(len(checked), np.bool_)
-        for first in range(0, len(checked), MOST_KEYS):
-            some = checked[first : first + MOST_KEYS]
-            session = self._link.session
-            if session is None:
-                break
-            message = Delete(session.number, self._group, joined_keys(some))
-            gone[first : first + len(some)] = self._done(message)
-        return gone
-
-    def _done(self, message: Lock | Delete) -> Mask:
-        """Return for which blocks the server has done a request; for none without an answer."""
-        count = len(message.keys) // KEY
-        session = None if self._requests.process.forked else self._link.session
-        if session is not None and session.number == message.session:
-            with suppress(PortaKVError):  # the session has ended, or ends now
-                answer = self._link.ask(session, message, Done, ASKING)
-                done: Mask = np.frombuffer(answer.done, np.bool_).copy()
-                return done
-        return np.zeros(count, np.bool_)
-
-    def _unlock(self, session: Session, number: int) -> None:
-        """Tell the server of the end of locks, in a worker."""
-        with suppress(TransferError):  # the client was closed, and its locks have ended
-            tell = partial(self._link.tell, session, Unlock(session.number, number))
-            self._requests.run("load", tell)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -597,131 +393,220 @@ _log = RateLimitedLog(logging.getLogger(__name__))
 POLL = 5e-4
 
 
-class Hit(NamedTuple):
-    """Rows that the caller's thread copies for a request."""
+class ServerTransfer:
+    """A load or a save through a server. It never raises: what did not land is in `landed`.
 
-    piece: Piece
-    grant: Grant
-
-
-class Moving:
-    """A load or a save of one group of layers.
-
-    Args:
-        requests, link: of the rank.
-        group: the number of the group.
-        part: of the rank.
-        crossing: between rows and blocks of the view.
+    Attributes:
+        released: of a save, ends when nothing reads the caller's blocks; None of a load.
+        layers: of a load by layer, what to wait for before each layer; empty for others.
+        pieces: its requests.
+        issued: the end of the copy on the caller's stream, if the call issued one.
+        issued_blocks: the blocks of that copy, bool ``[blocks]``.
     """
 
     def __init__(
         self,
-        requests: Requests,
-        link: Link,
-        group: int,
-        part: RankForm,
+        blocks: ServerBlocks,
         view: KVView,
         crossing: Crossing,
+        keys: int,
+        priority: Priority,
+        saves: bool,
+        deadline: float | None = None,
     ) -> None:
-        self._requests = requests
-        self._link = link
-        self._session = link.session
-        self._group = group
-        self._part = part
+        """Begin the requests, which have ended if there is no server.
+
+        Raises the errors of copies that are impossible.
+        """
+        self.pieces: Sequence[Piece] = ()
+        self.layers: Sequence[ServerTransfer | Transfer] = ()
+        self.issued: Completion | None = None
+        self.issued_blocks: Mask | None = None
+        self._ordered = False  # a stream waits for what was issued
+        self._requests = blocks.requests
+        self._changed = blocks.requests.changed
+        self._link = blocks.link
+        self._session = session = blocks.link.session
+        self._group = blocks.group
+        self._part = blocks.part
         self._view = view
         self._crossing = crossing
-        self._priority: Priority = "urgent"
-        self._saves = False
-        self._transfer: ServerTransfer | None = None
+        self._priority = priority
+        self._saves = saves
+        self._until = None if deadline is None else time.monotonic() + deadline
+        self._call: Callable[[], object] | None = None
+        if session is not None:
+            crossing.prepare(self._rows_of(session))
+        packs = saves and bool(self._part.form.encoding)
+        self.pieces = self._requests.begin(self, keys, saves, packs)
+        self.released = Released(self._changed, self.pieces) if saves else None
+        # A session that ended before they began has ended none of them.
+        if session is None or self._link.session is not session:
+            self._session = None
+            for piece in self.pieces:
+                self._requests.drop(piece)
 
-    def save(
-        self, keys: list[bytes], after: Sequence[bytes | None], priority: Priority
-    ) -> ServerTransfer:
-        """Begin a save. A worker requests rows and copies into them.
+    def when_ended(self, call: Callable[[], object]) -> None:
+        """Have a function called once when it has ended, or now if it has.
+
+        It is called under the client's lock, in any thread: it must be quick, and wait for nothing.
+        """
+        self._call = call
+        self.look()
+
+    def look(self) -> None:
+        """Call the function of `when_ended` if it has ended."""
+        with self._changed:
+            if self._ended():
+                call = self._call
+                self._call = None
+                if call is not None:
+                    call()
+
+    def done(self) -> bool:
+        """Return whether it has ended; never block, never raise."""
+        ended = self._ended()
+        if not ended and self._until is not None and time.monotonic() > self._until + GRACE:
+            self.cancel()
+            ended = self._ended()
+        return ended
+
+    def _ended(self) -> bool:
+        with self._changed:
+            return all(piece.ended for piece in self.pieces)
+
+    @property
+    def is_issued(self) -> bool:
+        """Return whether all copies were issued: `wait` orders a stream, and blocks no host."""
+        with self._changed:
+            return self.issued is not None and all(piece.issued_all for piece in self.pieces)
+
+    @property
+    def landed(self) -> Mask:
+        """Return the blocks that landed, or are stored, bool ``[blocks]``.
+
+        After `wait`, the blocks of a copy that was issued count: the stream finds their bytes.
+        """
+        result = np.zeros(sum(piece.blocks for piece in self.pieces), np.bool_)
+        if self._ordered and self.issued_blocks is not None:
+            result |= self.issued_blocks
+        with self._changed:
+            for piece in self.pieces:
+                some = result[piece.first : piece.first + piece.blocks]
+                if piece.saves:
+                    some |= False if piece.stored is None else piece.stored
+                else:
+                    some |= piece.landed
+                    whole = self._part.cells
+                    some[[at for at, cells in piece.covered.items() if cells == whole]] = True
+        return result
+
+    def cancel(self) -> bool:
+        """Copy no further block; return whether some blocks will not be copied."""
+        with self._changed:
+            left = [piece for piece in self.pieces if not piece.closed and not piece.ended]
+            for piece in left:
+                piece.closed = True
+            self._changed.notify_all()
+        session = self._session
+        if not left:
+            return False
+        self.look()
+        if session is not None and self._link.session is session:
+            for piece in self.pieces:  # nothing waits for them any longer
+                stop = Stop(session.number, piece.number)
+                with suppress(TransferError):  # the client was closed meanwhile
+                    self._run(partial(self._link.tell, session, stop))
+        return True
+
+    def synchronize(self, timeout: float | None = None) -> None:
+        """Block until it has ended. Raises `TransferTimeout` after so many seconds."""
+        until = None if timeout is None else time.monotonic() + timeout
+        while not self.done():
+            left = LOOK if until is None else min(LOOK, until - time.monotonic())
+            if left <= 0:
+                raise TransferTimeout(
+                    f"The transfer timed out after {timeout:g} s, and goes on. Wait again, or call "
+                    f"done()."
+                )
+            with self._changed:
+                if not self._ended():
+                    self._changed.wait(left)
+
+    def wait(self, stream: torch.Stream | None = None) -> None:
+        """Make the current stream (or ``stream``) wait; block the host for what others copy."""
+        issued = self.issued
+        if issued is not None:
+            issued.wait(stream)
+            self._ordered = True
+        while not self.done():
+            with self._changed:
+                if all(piece.issued_all for piece in self.pieces):
+                    return
+                self._changed.wait(LOOK)
+
+    # --- requests
+
+    def _save(self, keys: list[bytes], after: Sequence[bytes | None]) -> None:
+        """Have a worker request rows, and copy into them. `ServerBlocks` calls it.
 
         ``after``: for each key the one that it follows.
         """
-        self._priority = priority
-        self._saves = True
-        transfer = self._begin(len(keys), None)
         session = self._session
         if session is None:
-            return transfer
+            return
         try:
-            for piece in transfer.pieces:
+            for piece in self.pieces:
                 some = slice(piece.first, piece.first + piece.blocks)
                 before = joined_after(after[some], keys[some])
                 words = session.number, piece.number, self._group, joined_keys(keys[some])
-                request = Save(*words, before, priority)
+                request = Save(*words, before, self._priority)
                 self._run(partial(self._ask_later, session, piece, request))
         except BaseException:  # also an interrupt: no caller has a handle
-            self._withdraw(transfer)
+            self._withdraw()
             raise
-        return transfer
 
-    def load(
-        self, keys: list[bytes], deadline: float | None, priority: Priority, by_layer: bool = False
-    ) -> ServerTransfer:
-        """Begin a load: request rows, and copy those that are there."""
-        self._priority = priority
-        transfer = self._begin(len(keys), deadline)
+    def _load(self, keys: list[bytes], deadline: float | None, by_layer: bool) -> None:
+        """Request rows, and copy those that are there. `ServerBlocks` calls it."""
         if by_layer:
-            transfer.layers = [transfer] * self._view.layers
+            self.layers = [self] * self._view.layers
         session = self._session
         if session is None:
-            return transfer
+            return
         here = self._copies_here(session, len(keys))
         hits = list[Hit]()
         try:
-            for piece in transfer.pieces:
+            for piece in self.pieces:
                 some = joined_keys(keys[piece.first : piece.first + piece.blocks])
                 words = session.number, piece.number, self._group, some
-                grants = self._ask(session, piece, Load(*words, deadline or 0.0, priority))
+                request = Load(*words, deadline or 0.0, self._priority)
                 later = list[Grant]()
-                for grant in grants:
+                for grant in self._ask(session, piece, request):
                     if here and not grant.form:
                         hits.append(Hit(piece, grant))
                     else:
                         later.append(grant)
-                self.copy_later(session, piece, later)
+                self._copy_later(session, piece, later)
             if hits:
-                self._issue(session, transfer, len(keys), hits)
+                self._issue(session, len(keys), hits)
         except BaseException as error:  # also an interrupt: no caller has a handle
-            self._withdraw(transfer)
+            self._withdraw()
             if not isinstance(error, Exception):  # no one knows the rows of an answer that is lost
                 self._link.lose(session, "A load was interrupted.")
             raise
-        return transfer
 
-    def _withdraw(self, transfer: ServerTransfer) -> None:
+    def _withdraw(self) -> None:
         """Copy no further block of a transfer that no caller has, and forget it."""
-        transfer.cancel()
-        for piece in transfer.pieces:
+        self.cancel()
+        for piece in self.pieces:
             self._requests.drop(piece)
 
-    def _begin(self, keys: int, deadline: float | None) -> ServerTransfer:
-        """Return the transfer, which has ended if there is no server.
-
-        Raises the errors of copies that are impossible.
-        """
-        session = self._session
-        if session is not None:
-            rows: MappedRows = session.data
-            inner = rows.sides(self._part, "").inner
-            assert inner is not None  # a rank has a part of whole blocks
-            self._crossing.prepare(inner)
-        until = None if deadline is None else time.monotonic() + deadline
-        packs = self._saves and bool(self._part.form.encoding)
-        pieces = self._requests.begin(self, keys, self._saves, packs)
-        changed = self._requests.changed
-        transfer = ServerTransfer(changed, pieces, self._part.cells, until, self._give_up)
-        self._transfer = transfer
-        # A session that ended before they began has ended none of them.
-        if session is None or self._link.session is not session:
-            self._session = None
-            for piece in pieces:
-                self._requests.drop(piece)
-        return transfer
+    def _rows_of(self, session: Session) -> KVView:
+        """Return the rank's part of rows of whole blocks."""
+        rows: MappedRows = session.data
+        inner = rows.sides(self._part, "").inner
+        assert inner is not None  # a rank has a part of whole blocks
+        return inner
 
     def _copies_here(self, session: Session, keys: int) -> bool:
         """Return whether the caller's thread copies the rows that are there.
@@ -733,18 +618,9 @@ class Moving:
         rows: MappedRows = session.data
         return rows.pinned
 
-    def _give_up(self, transfer: ServerTransfer) -> None:
-        """Tell the server that nothing waits for a transfer any longer."""
-        session = self._session
-        if session is not None and self._link.session is session:
-            for piece in transfer.pieces:
-                stop = Stop(session.number, piece.number)
-                with suppress(TransferError):  # the client was closed meanwhile
-                    self._run(partial(self._link.tell, session, stop))
-
     def _ask_later(self, session: Session, piece: Piece, request: Save) -> None:
         """Request rows in a worker, and have them copied."""
-        self.copy_later(session, piece, self._ask(session, piece, request))
+        self._copy_later(session, piece, self._ask(session, piece, request))
 
     def _ask(self, session: Session, piece: Piece, request: Load | Save) -> Sequence[Grant]:
         """Request rows, and return those that are there; without an answer the request ends."""
@@ -760,14 +636,9 @@ class Moving:
         self._requests.drop(piece)
         return ()
 
-    def piece_ended(self) -> None:
-        """See whether the transfer has ended, of which a request has."""
-        if self._transfer is not None and self._transfer.look():
-            self._transfer = None
-
     # --- copies
 
-    def copy_later(self, session: Session, piece: Piece, grants: Sequence[Grant]) -> None:
+    def _copy_later(self, session: Session, piece: Piece, grants: Sequence[Grant]) -> None:
         """Have workers copy rows."""
         for grant in grants:
             self._run(partial(self._copy, session, piece, grant))
@@ -805,83 +676,67 @@ class Moving:
             mask[unfit] = UNFIT
         self._link.tell(session, Report(session.number, grant.lease, mask.tobytes()))
 
-    def _issue(
-        self, session: Session, transfer: ServerTransfer, blocks: int, hits: Sequence[Hit]
-    ) -> None:
+    def _issue(self, session: Session, blocks: int, hits: Sequence[Hit]) -> None:
         """Copy rows on the caller's current stream."""
-        mapped: MappedRows = session.data
-        inner = mapped.sides(self._part, "").inner
-        assert inner is not None  # a rank has a part of whole blocks
         loan = Loan((), self._crossing)
         loan.rows = [None] * blocks
-        begun = list[Hit]()
         landed = False
-        note = partial(self._note_issued, session, transfer, loan, hits, begun)
         try:
-            undo = partial(self._undo_issued, begun)
-            uninterrupted(partial(self._start_issued, loan, hits, begun), undo)
-            if begun:
-                by_layer = bool(transfer.layers) and None not in loan.rows
-                _, layers = self._crossing.issue(inner, loan, by_layer)
-                transfer.layers = layers or transfer.layers
+            start = partial(self._start_issued, loan, hits)
+            uninterrupted(start, lambda _: self._end_issued(hits, False))
+            if any(hit.begun for hit in hits):
+                by_layer = bool(self.layers) and None not in loan.rows
+                _, layers = self._crossing.issue(self._rows_of(session), loan, by_layer)
+                self.layers = layers or self.layers
             landed = True
         finally:
-            uninterrupted(partial(note, landed))
+            uninterrupted(partial(self._note_issued, session, loan, hits, landed))
 
-    def _start_issued(self, loan: Loan, hits: Sequence[Hit], begun: list[Hit]) -> None:
-        """Note that copies begin, whose rows become those of a loan; add those that may."""
-        begun += [hit for hit in hits if self._requests.start_copy(hit.piece, issued=True)]
+    def _start_issued(self, loan: Loan, hits: Sequence[Hit]) -> None:
+        """Note that the copies that may begin do, whose rows become those of a loan."""
         rows = [*loan.rows]
-        for piece, grant in begun:
-            for place, row in zip(ids_in(grant.places), ids_in(grant.rows), strict=True):
-                rows[piece.first + place] = row
+        for hit in hits:
+            hit.begun = self._requests.start_copy(hit.piece, issued=True)
+            if hit.begun:
+                pairs = zip(ids_in(hit.grant.places), ids_in(hit.grant.rows), strict=True)
+                for place, row in pairs:
+                    rows[hit.piece.first + place] = row
         loan.rows = rows
 
-    def _undo_issued(self, begun: list[Hit], _: object) -> None:
-        """Note that copies have ended that were not issued."""
-        some = [*begun]
-        begun.clear()
-        self._end_issued(some, False)
-
-    def _note_issued(
-        self,
-        session: Session,
-        transfer: ServerTransfer,
-        loan: Loan,
-        hits: Sequence[Hit],
-        begun: Sequence[Hit],
-        landed: bool,
-    ) -> None:
+    def _note_issued(self, session: Session, loan: Loan, hits: Sequence[Hit], landed: bool) -> None:
         """Note the copy that was issued, if one was, and have its end followed."""
         if loan.end is None:
             loan.cancel()
-        transfer.issued = loan.end
-        transfer.issued_blocks = np.array([row is not None for row in loan.rows])
+        self.issued = loan.end
+        self.issued_blocks = np.array([row is not None for row in loan.rows])
         if loan.ended():
-            self._end_issued(begun, landed)
-            begun = ()
-        self._requests.run("end", partial(self._follow, session, loan, hits, begun, landed))
+            self._end_issued(hits, landed)
+        self._requests.run("end", partial(self._follow, session, loan, hits, landed))
 
-    def _follow(
-        self,
-        session: Session,
-        loan: Loan,
-        hits: Sequence[Hit],
-        begun: Sequence[Hit],
-        landed: bool,
-    ) -> None:
+    def _follow(self, session: Session, loan: Loan, hits: Sequence[Hit], landed: bool) -> None:
         """Wait in a worker for a copy that was issued, and report its end."""
         while not loan.ended():
             time.sleep(POLL)
-        self._end_issued(begun, landed)
-        for _, grant in hits:
-            self._report(session, grant, landed)
+        self._end_issued(hits, landed)
+        for hit in hits:
+            self._report(session, hit.grant, landed)
 
-    def _end_issued(self, begun: Sequence[Hit], landed: bool) -> None:
-        """Note the end of a copy that was issued."""
+    def _end_issued(self, hits: Sequence[Hit], landed: bool) -> None:
+        """Note the end of a copy that was issued, once."""
         cells = self._part.cells if landed else 0
-        for piece, grant in begun:
-            self._requests.end_copy(piece, grant, cells, issued=True)
+        for hit in hits:
+            if hit.begun:
+                hit.begun = False
+                self._requests.end_copy(hit.piece, hit.grant, cells, issued=True)
+
+
+@dataclass(eq=False)
+class Hit:
+    """Rows that the caller's thread copies for a request; ``begun``: it has begun to."""
+
+    piece: Piece
+    grant: Grant
+    begun: bool = False
 
 
 # ------------------------------------------------------------------------------------------------
@@ -892,18 +747,21 @@ class ServerBlocks:
     """The blocks of one group of layers of a rank. `StoreClient` makes it.
 
     It saves and loads as a `FormStore` does, but never raises for a server that is gone, and waits
-    for no tier.
+    for no tier. Such a server pins and deletes nothing.
 
     Attributes:
         form: of the rank's part of the blocks.
+        requests, link: of the rank.
+        group: its number.
+        part: the rank's part of the blocks.
     """
 
     def __init__(self, requests: Requests, link: Link, group: int, part: RankForm) -> None:
         self.form = part.form
-        self._requests = requests
-        self._link = link
-        self._group = group
-        self._part = part
+        self.requests = requests
+        self.link = link
+        self.group = group
+        self.part = part
 
     def save(
         self,
@@ -913,17 +771,21 @@ class ServerBlocks:
         *,
         after: After = None,
         priority: Priority = "background",
+        deadline: float | None = None,
     ) -> ServerTransfer:
         """Save the rank's part of blocks of a view; see `FormStore.save`.
 
         A block is stored once all ranks of the engine have saved their parts of it, in calls with
-        equal keys. Blocks that find no free staging are dropped.
+        equal keys. Blocks that find no free staging are dropped, and those that are not stored
+        within ``deadline`` seconds.
 
         Raises `InvalidTerms`, `LayoutError` and `SlotError` as `FormStore.save` does.
         """
         checked = _checked(keys, priority)
         before = predecessors(after, checked)
-        return self._moving(view, blocks, len(checked), True).save(checked, before, priority)
+        transfer = self._transfer(view, blocks, len(checked), priority, True, deadline)
+        transfer._save(checked, before)
+        return transfer
 
     def load(
         self,
@@ -949,20 +811,85 @@ class ServerBlocks:
         checked = _checked(keys, priority)
         one_of("missing", missing, ("skip",))
         flag("by_layer", by_layer)
+        transfer = self._transfer(view, blocks, len(checked), priority, False, deadline)
+        transfer._load(checked, deadline, by_layer)
+        return transfer
+
+    def pin(self, keys: Keys) -> Pins:
+        """Keep blocks from eviction until `Pins.release`, as far as the server has them.
+
+        Waits for the server's answer, two seconds at most. The end of the session, such as that of
+        the server, ends the pins too.
+        """
+        checked = check_keys(keys)
+        pins = Pins(len(checked))
+        session = self._usable_session
+        for first in range(0, len(checked) if session else 0, MOST_KEYS):
+            assert session is not None
+            number = next(self.requests.numbers)
+            some = joined_keys(checked[first : first + MOST_KEYS])
+            done = self._done(session, Lock(session.number, number, self.group, some))
+            places = [first + at for at in np.flatnonzero(done).tolist()]
+            release = partial(self._unlock, session, number)
+            for place in places:
+                pins.add(place, release if place == places[0] else bool)
+            if not places:
+                release()
+        return pins
+
+    def delete(self, keys: Keys) -> Mask:
+        """Forget blocks, for all processes; return which were there, bool ``[keys]``.
+
+        Waits for the server's answer, two seconds at most.
+        """
+        checked = check_keys(keys)
+        gone = np.zeros(len(checked), np.bool_)
+        session = self._usable_session
+        for first in range(0, len(checked) if session else 0, MOST_KEYS):
+            assert session is not None
+            some = joined_keys(checked[first : first + MOST_KEYS])
+            done = self._done(session, Delete(session.number, self.group, some))
+            gone[first : first + len(done)] = done
+        return gone
+
+    @property
+    def _usable_session(self) -> Session | None:
+        return None if self.requests.process.forked else self.link.session
+
+    def _done(self, session: Session, message: Lock | Delete) -> Mask:
+        """Return for which blocks the server has done a request; for none without an answer."""
+        if self.link.session is session:
+            with suppress(PortaKVError):  # the session has ended, or ends now
+                answer = self.link.ask(session, message, Done, ASKING)
+                done: Mask = np.frombuffer(answer.done, np.bool_).copy()
+                return done
+        return np.zeros(len(message.keys) // KEY, np.bool_)
+
+    def _unlock(self, session: Session, number: int) -> None:
+        """Tell the server of the end of locks, in a worker."""
+        with suppress(TransferError):  # the client was closed, and its locks have ended
+            tell = partial(self.link.tell, session, Unlock(session.number, number))
+            self.requests.run("load", tell)
+
+    def _transfer(
+        self,
+        view: KVView,
+        blocks: IdList,
+        keys: int,
+        priority: Priority,
+        saves: bool,
+        deadline: float | None,
+    ) -> ServerTransfer:
+        """Return a transfer of blocks of a view. Raises `StoreError` in a forked process."""
         if deadline is not None:
             seconds("deadline", deadline)
-        moving = self._moving(view, blocks, len(checked), False)
-        return moving.load(checked, deadline, priority, by_layer)
-
-    def _moving(self, view: KVView, blocks: IdList, keys: int, saves: bool) -> Moving:
-        """Return a transfer of blocks of a view. Raises `StoreError` in a forked process."""
-        if self._requests.process.forked:
+        if self.requests.process.forked:
             raise StoreError(
                 "Expected the client of a store server of this process, got one of the process "
                 "that this one was forked from. Make another."
             )
         crossing = Crossing(view, blocks, keys, self.form.block_size, store=saves)
-        return Moving(self._requests, self._link, self._group, self._part, view, crossing)
+        return ServerTransfer(self, view, crossing, keys, priority, saves, deadline)
 
 
 def _checked(keys: Keys, priority: Priority) -> list[bytes]:
@@ -991,7 +918,6 @@ class StoreClient:
 
     Attributes:
         blocks: of each group of layers.
-        locks: of each group of layers, on its blocks.
         link: the connection to the server.
     """
 
@@ -1018,9 +944,6 @@ class StoreClient:
         self.blocks = [
             ServerBlocks(self._requests, self.link, number, part)
             for number, part in enumerate(parts)
-        ]
-        self.locks = [
-            ServerLocks(self._requests, self.link, number) for number, _ in enumerate(parts)
         ]
         self.link.start()
 
@@ -1064,11 +987,11 @@ class StoreClient:
         session = self.link.session
         if session is None or session.number != progress.session:
             return
-        waiting = self._requests.find(progress.number)
+        waiting = self._requests.open.get(progress.number)
         if waiting is not None:
-            copying, piece = waiting
+            transfer, piece = waiting
             self._requests.take(piece, progress)
-            copying.copy_later(session, piece, progress.grants)
+            transfer._copy_later(session, piece, progress.grants)
         for grant in progress.grants if waiting is None else ():  # nothing waits for these rows
             report = Report(session.number, grant.lease, bytes(len(grant.places) // 4))
             self._requests.run("load", partial(self.link.tell, session, report))

@@ -13,6 +13,7 @@ from portakv.errors import InvalidTerms
 from portakv.migrate.channel import Channel, Peer
 from portakv.runtime.devices import this_process
 from portakv.serving.bucket import ServerBucket
+from portakv.serving.local import counted_bytes
 from portakv.serving.server.link import PATIENT, Link, Place, Session, Sides, this_client
 from portakv.serving.server.messages import (
     AskKeys,
@@ -28,6 +29,7 @@ from portakv.serving.server.messages import (
     tier_of,
 )
 from portakv.storage.calls import Change
+from portakv.storage.tiers.base import Keys
 
 #: The most changes that wait for `ServerIndex.take_events`.
 EVENTS = 1 << 16
@@ -63,35 +65,13 @@ class Known:
         return 1 << self._names.setdefault(tier, len(self._names))
 
 
-class Record:
-    """The changes that wait for `ServerIndex.take_events`. The lock of the index guards it.
-
-    Attributes:
-        events: the changes.
-        kept: whether changes are kept.
-        every: those of all groups, and the losses that were missed between two sessions.
-        left: of each group what was known in the session before.
-    """
-
-    def __init__(self) -> None:
-        self.events = deque[Change](maxlen=EVENTS)
-        self.kept = False
-        self.every = False
-        self.left: Sequence[Known] = ()
-
-    def note(self, changed: Changed, forms: Sequence[Sequence[int]]) -> None:
-        """Note a change, if it is of a group that counts; ``forms``: the numbers of each group."""
-        counted = forms if self.every else forms[:1]
-        if self.kept and any(changed.form in some for some in counted):
-            self.events.append(change_of(changed))
-
-    def note_missed(self, before: Sequence[Known], read: Sequence[Known]) -> None:
-        """Note the blocks that were known before a snapshot, and are not in it."""
-        pairs = [*zip(before or self.left, read, strict=False)]
-        self.left = ()
-        for old, new in pairs if self.kept and self.every else ():
-            missed = old.tiers.keys() - new.tiers.keys()
-            self.events += [Change(0, key, "", False, "evicted") for key in missed]
+def missed(before: Sequence[Known], now: Sequence[Known]) -> list[Change]:
+    """Return the losses of blocks that were known before a snapshot, and are not in it."""
+    changes = list[Change]()
+    for old, new in zip(before, now, strict=False):
+        lost = old.tiers.keys() - new.tiers.keys()
+        changes += [Change(0, key, "", False, "evicted") for key in lost]
+    return changes
 
 
 class ServerIndex:
@@ -117,7 +97,10 @@ class ServerIndex:
         self._followed = Followed(0, (), ())
         self._number = 0  # of the last change
         self._losses = 0
-        self._record = Record()
+        self._events = deque[Change](maxlen=EVENTS)  # that wait for `take_events`
+        self._recorded = 0  # of how many groups changes are kept
+        self._every = False  # of all of them, and the losses between two sessions
+        self._left: list[Known] = []  # what was known in the session before
         self._waiting: list[Changed] | None = None  # changes, while a snapshot is read
         self._lock = threading.Lock()
         self._process = this_process()
@@ -136,7 +119,7 @@ class ServerIndex:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def leading(self, keys: Sequence[bytes]) -> int | None:
+    def leading(self, keys: Keys) -> int | None:
         """Return how many leading blocks can be loaded; None if a bucket has yet to answer."""
         groups = self._groups_here()
         if groups and self._followed.bucket:
@@ -150,11 +133,12 @@ class ServerIndex:
     def has(self, key: bytes) -> bool:
         """Return whether a block can be loaded."""
         groups = self._groups_here()
-        if groups and self._followed.bucket and self._bucket.has(key):
-            return True
-        return bool(groups) and all(key in known.tiers for known in groups)
+        if not groups:
+            return False
+        there = all(key in known.tiers for known in groups)
+        return there or (self._followed.bucket and self._bucket.has(key))
 
-    def holds(self, group: int, keys: Sequence[bytes]) -> list[bool]:
+    def holds(self, group: int, keys: Keys) -> list[bool]:
         """Return for each key whether the block of one group can be loaded, as far as is known.
 
         Raises `InvalidTerms` for a number that no group has.
@@ -182,8 +166,8 @@ class ServerIndex:
         sessions, of tiers without a name.
         """
         with self._lock:
-            self._record.every = every
-            self._record.kept = True
+            self._every = every
+            self._recorded = self._groups if every else 1
 
     def take_events(self) -> list[Change]:
         """Return the changes of the server's store since the last call, at most the latest
@@ -193,17 +177,13 @@ class ServerIndex:
         are missing if changes were missed.
         """
         with self._lock:
-            made = [*self._record.events]
-            self._record.events.clear()
+            made = [*self._events]
+            self._events.clear()
         return made
 
     def bytes_of(self, counts: Mapping[str, int]) -> dict[str, int]:
         """Return the bytes of blocks that a scheduler side has counted."""
-        size = sum(self._followed.nbytes)
-        return {
-            "landed_bytes": counts.get("landed_blocks", 0) * size,
-            "stored_bytes": counts.get("stored_blocks", 0) * size,
-        }
+        return counted_bytes(counts, sum(self._followed.nbytes))
 
     def wait(self, timeout: float = 10.0) -> bool:
         """Wait for a server, at most so many seconds; return whether its index is here.
@@ -230,7 +210,7 @@ class ServerIndex:
     @property
     def is_refused(self) -> bool:
         """Return whether a server has refused the ranks of the engine."""
-        return bool(self._link.refused)
+        return self._link.refused
 
     def close(self) -> None:
         """Leave the server."""
@@ -260,7 +240,7 @@ class ServerIndex:
     def _ended(self, session: Session) -> None:
         with self._lock:
             self._followed = Followed(0, (), self._followed.nbytes)
-            self._record.left = self._known or self._record.left
+            self._left = self._known or self._left
             self._known = []
             self._losses += 1
         self._bucket.forget()
@@ -284,7 +264,9 @@ class ServerIndex:
                 return
             self._losses += 1
             known = [each for each, _ in read]
-            self._record.note_missed(self._known, known)
+            if self._every:
+                self._events += missed(self._known or self._left, known)
+            self._left = []
             self._known = known
             # Changes before a snapshot do no harm: those after them follow in order.
             self._number = min(number for _, number in read)
@@ -334,9 +316,7 @@ class ServerIndex:
                 if changed.form in some:
                     known.change(changed)
             self._losses += not changed.stored
-            self._record.note(changed, forms)
-
-
-def change_of(changed: Changed) -> Change:
-    """Return a change as a store announces it."""
-    return Change(changed.number, changed.key, changed.tier, changed.stored, changed.why)
+            if any(changed.form in some for some in forms[: self._recorded]):
+                self._events.append(
+                    Change(changed.number, changed.key, changed.tier, changed.stored, changed.why)
+                )

@@ -204,35 +204,6 @@ class Session(NamedTuple):
     data: Any
 
 
-class Known(NamedTuple):
-    """The last server that answered: its address, and whether it has the version of this
-    process."""
-
-    address: str
-    alike: bool
-
-
-class Refusal(NamedTuple):
-    """Why a session could not begin; empty: it could, or no one refused it."""
-
-    why: str
-    by_store_server: bool
-
-
-NONE = Refusal("", False)
-
-
-class Said(NamedTuple):
-    """The last line in the log since the last session, other than that of its end, and the level
-    of the loudest one."""
-
-    text: str
-    level: int
-
-
-NOTHING = Said("", logging.INFO)
-
-
 class Sides(NamedTuple):
     """What the user of a link does.
 
@@ -266,18 +237,23 @@ class Link:
 
     Attributes:
         session: of the server; None while there is none.
+        refused: a server refused the session, or that of the ranks of this engine.
     """
 
     def __init__(self, place: Place, channel: Channel, sides: Sides) -> None:
         self.session: Session | None = None
+        self.refused = False
         self._place = place
         self._channel = channel
         self._sides = sides
         self._before = 0  # the number of the last session
-        self._known = Known("", True)
+        self._known = ""  # the address of the last server that answered
+        self._alike = True  # it has the version of this process
+        self._refusal = ""  # why a session could not begin
         self._changed = Condition()
-        self._refusal = NONE
-        self._said = NOTHING
+        # The last line in the log since the last session, but that of its end; the loudest level.
+        self._said = ""
+        self._level = logging.INFO
         channel.serve(Farewell, self._farewell)
         self._wake = threading.Event()
         self._stopped = False
@@ -305,16 +281,11 @@ class Link:
         """
         with self._changed:
             self._changed.wait_for(
-                lambda: self.session or self._refusal.why or not self._known.alike, timeout
+                lambda: self.session or self._refusal or not self._alike, timeout
             )
-            if self.session is None and self._refusal.why:
-                raise InvalidTerms(self._refusal.why)
+            if self.session is None and self._refusal:
+                raise InvalidTerms(self._refusal)
             return self.session is not None
-
-    @property
-    def refused(self) -> bool:
-        """Return whether a server refused the session, or that of the ranks of this engine."""
-        return self._refusal.by_store_server
 
     def ask(self, session: Session, message: Message, kind: type[T], timeout: float = PATIENT) -> T:
         """Return the answer of the server. Raises `PeerError` and the like without one.
@@ -349,9 +320,9 @@ class Link:
             self._sides.ended(session)  # under the lock: before the thread can join again
             self._changed.notify_all()
         if not self._stopped:
-            level = logging.INFO if in_order else logging.WARNING
-            self._said = Said("", level)
-            _log.log(level, ENDED if in_order else GONE, self._place.name, why)
+            self._said = ""
+            self._level = logging.INFO if in_order else logging.WARNING
+            _log.log(self._level, ENDED if in_order else GONE, self._place.name, why)
         self._wake.set()
 
     def close(self) -> None:
@@ -382,7 +353,7 @@ class Link:
             now = time.monotonic()
             if self.session is not None:
                 since = now
-            elif now > since + LONELY and not self._said.text:  # the log has no reason yet
+            elif now > since + LONELY and not self._said:  # the log has no reason yet
                 self._say(
                     f"No store server serves {self._place.name}: nothing is stored or loaded."
                 )
@@ -406,7 +377,7 @@ class Link:
         except PortaKVError as error:
             self._refuse(str(error))
             return REFUSED
-        if not address or address != self._known.address:
+        if not address or address != self._known:
             self._forget_store_server()
         if not address or not self._sides.ready():
             return ABSENT
@@ -427,26 +398,28 @@ class Link:
     def _forget_store_server(self) -> None:
         """Forget why the last server did not serve this process; another one may."""
         with self._changed:
-            if self._refusal.why or not self._known.alike:
-                self._said = self._said._replace(text="")
-            self._known = Known("", True)
-            self._refusal = NONE
+            if self._refusal or not self._alike:
+                self._said = ""
+            self._known = ""
+            self._alike = True
+            self._refusal = ""
+            self.refused = False
 
     def _speaks_to(self, address: str) -> bool:
         """Return whether a server has the version of this process."""
-        if self._known == (address, True):
+        if self._known == address and self._alike:
             return True
         version = self._channel.ask(address, AskProtocol(PROTOCOL), ServerProtocol, PATIENT).version
-        alike = version == PROTOCOL
         with self._changed:
-            self._known = Known(address, alike)
+            self._known = address
+            self._alike = version == PROTOCOL
             self._changed.notify_all()
-        if not alike:
+        if not self._alike:
             self._say(
                 f"Expected a store server of version {PROTOCOL} in {self._place.name}, got version "
                 f"{version}: nothing is stored or loaded. Run one release of PortaKV on a host."
             )
-        return alike
+        return self._alike
 
     def _begin(self, address: str, answer: Any) -> float:
         """Begin a session; return the seconds until the next step."""
@@ -460,11 +433,13 @@ class Link:
             return REFUSED
         with self._changed:
             self.session = session
-            self._refusal = NONE
+            self._refusal = ""
+            self.refused = False
             self._changed.notify_all()
         # The return of a server is as loud as its loss, or as why there was none.
-        _log.log(self._said.level, "The store server of %s serves this process.", self._place.name)
-        self._said = NOTHING
+        _log.log(self._level, "The store server of %s serves this process.", self._place.name)
+        self._said = ""
+        self._level = logging.INFO
         self._channel.watch(address, partial(self._gone, session.number))
         return 0.0
 
@@ -487,7 +462,8 @@ class Link:
     def _refuse(self, why: str, by_store_server: bool = False) -> None:
         """Note why there is no session, and log it once."""
         with self._changed:
-            self._refusal = Refusal(why, by_store_server)
+            self._refusal = why
+            self.refused = by_store_server
             self._changed.notify_all()
         self._say(
             f"Nothing is stored or loaded through the store server of {self._place.name}: {why}"
@@ -495,8 +471,9 @@ class Link:
 
     def _say(self, text: str) -> None:
         """Log a line, once."""
-        if self._said.text != text:
-            self._said = Said(text, logging.WARNING)
+        if self._said != text:
+            self._said = text
+            self._level = logging.WARNING
             _log.warning("%s", text)
 
 

@@ -10,12 +10,13 @@ import select
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import chain
 from secrets import randbits
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
@@ -29,7 +30,6 @@ from portakv.errors import (
     StoreError,
 )
 from portakv.graph.alarms import watch
-from portakv.graph.meter import Metered
 from portakv.host.shared import process_space, started
 from portakv.migrate.channel import Channel, Peer
 from portakv.migrate.messages import Message
@@ -38,7 +38,7 @@ from portakv.runtime import resources
 from portakv.runtime.bounded import Bounded
 from portakv.runtime.devices import this_process
 from portakv.runtime.rate_limited_log import RateLimitedLog
-from portakv.serving.bucket import LookupWorkers
+from portakv.serving.bucket import look_up
 from portakv.serving.local import SHARE, StoreTerms, alike_in
 from portakv.serving.server.link import Place
 from portakv.serving.server.messages import (
@@ -64,7 +64,6 @@ from portakv.serving.server.messages import (
     Lock,
     LookedUp,
     LookUp,
-    Progress,
     Report,
     Save,
     ServerProtocol,
@@ -74,7 +73,13 @@ from portakv.serving.server.messages import (
     keys_in,
     tier_of,
 )
-from portakv.serving.server.state import PATIENCE, ClientProcess, ServerState, whole_form
+from portakv.serving.server.state import (
+    PATIENCE,
+    ClientProcess,
+    ServerState,
+    ended_session,
+    whole_form,
+)
 from portakv.serving.watched import answer
 from portakv.storage.calls import Change
 from portakv.storage.form import BlockForm
@@ -83,58 +88,10 @@ from portakv.storage.store import BlockStore
 if TYPE_CHECKING:
     from portakv.serving.kv_events import EventPublisher
 
-
-# ------------------------------------------------------------------------------------------------
-# The processes of a server's clients, and their ends.
+T = TypeVar("T")
 
 
-class Processes:
-    """The processes of clients, each with a descriptor that is readable once it has ended.
-
-    One thread uses it.
-    """
-
-    def __init__(self) -> None:
-        # A process without a descriptor is looked at; -1.
-        self._watched = dict[ClientProcess, int]()
-
-    def watch(self, processes: Iterable[ClientProcess]) -> None:
-        """Watch these processes from now on, and no others."""
-        present = {process for process in processes if process.key[1] != os.getpid()}
-        for process in [*self._watched]:
-            if process not in present:
-                self._forget(process)
-        for process in present:
-            if self._watched.get(process, -1) < 0:
-                self._watched[process] = _descriptor_of(process)
-
-    def descriptors(self) -> list[int]:
-        """Return the descriptors of processes."""
-        return [descriptor for descriptor in self._watched.values() if descriptor >= 0]
-
-    def take_ended(self, ready: set[int]) -> list[ClientProcess]:
-        """Return the processes that have ended, and watch them no longer.
-
-        ``ready``: the descriptors that are readable.
-        """
-        ended = list[ClientProcess]()
-        for process, descriptor in [*self._watched.items()]:
-            if descriptor in ready or (descriptor < 0 and _has_ended(process)):
-                self._forget(process)
-                ended.append(process)
-        return ended
-
-    def close(self) -> None:
-        """Watch no process any longer."""
-        self.watch(())
-
-    def _forget(self, process: ClientProcess) -> None:
-        descriptor = self._watched.pop(process)
-        if descriptor >= 0:
-            os.close(descriptor)
-
-
-def _has_ended(process: ClientProcess) -> bool:
+def has_ended(process: ClientProcess) -> bool:
     """Return whether a process has ended. False also if the system does not say now: rows that the
     process may write must not be lent to others."""
     (_, pid, began) = process.key
@@ -142,22 +99,6 @@ def _has_ended(process: ClientProcess) -> bool:
         return started(pid) != began
     except HostMemoryError:
         return False
-
-
-def _descriptor_of(process: ClientProcess) -> int:
-    """Return a descriptor of a process; -1 if it has ended, or the system gives none.
-
-    A process without a descriptor is looked at instead, so no error of the system is lost.
-    """
-    (_, pid, _) = process.key
-    try:
-        descriptor = os.pidfd_open(pid)
-    except OSError:
-        return -1
-    if not _has_ended(process):
-        return descriptor
-    os.close(descriptor)  # of a later process of that number
-    return -1
 
 
 # ------------------------------------------------------------------------------------------------
@@ -184,36 +125,34 @@ class Feed:
 
     Args:
         store: with several forms, by their names.
+
+    Attributes:
+        followers: by session.
     """
 
     def __init__(self, store: BlockStore) -> None:
+        self.followers = dict[int, Follower]()
         self._store = store
         self._numbers = {name: number for number, name in enumerate(store.forms)}
-        self._followers = dict[int, Follower]()  # by session
-        self._lock = threading.Lock()
 
-    def follow(self, ask: Follow, forms: Sequence[str]) -> Follower:
-        """Return a new session of a follower. Raises `InvalidTerms` for another number of
-        groups."""
+    def follow(self, ask: Follow, forms: Sequence[str], bucket: bool) -> Followed:
+        """Begin a session of a follower. ``bucket``: the store has a bucket.
+
+        Raises `InvalidTerms` for another number of groups.
+        """
         if ask.groups != len(forms):
             raise InvalidTerms(
                 f"Expected the index of {len(forms)} groups of layers, as the ranks of the engine "
                 f"have, got {ask.groups}. Pass as many."
             )
         made = Follower(randbits(62), ask.address, forms)
-        with self._lock:
-            self._followers[made.session] = made
-        return made
-
-    def followed(self, follower: Follower, bucket: bool) -> Followed:
-        """Return the answer to a new follower. ``bucket``: the store has a bucket."""
-        forms = self._store.forms
+        self.followers[made.session] = made
         return Followed(
-            follower.session,
-            tuple(self._numbers[form] for form in follower.forms),
-            tuple(forms[form].payload_bytes for form in follower.forms),
+            made.session,
+            tuple(self._numbers[form] for form in forms),
+            tuple(self._store.forms[form].payload_bytes for form in forms),
             bucket,
-            tuple(tuple(self._numbers[x] for x in self._alike(form)) for form in follower.forms),
+            tuple(tuple(self._numbers[x] for x in self._alike(form)) for form in forms),
         )
 
     def _alike(self, name: str) -> list[str]:
@@ -229,40 +168,16 @@ class Feed:
             if form.raw == raw and other != name and not form.lossy
         ]
 
-    def __contains__(self, session: int) -> bool:
-        return session in self._followers
-
-    def follower(self, session: int) -> Follower | None:
-        """Return the follower of a session that has not ended."""
-        return self._followers.get(session)
-
-    def followers(self) -> list[Follower]:
-        """Return the sessions."""
-        with self._lock:
-            return [*self._followers.values()]
-
-    def lost(self, follower: Follower) -> None:
-        """End a session."""
-        with self._lock:
-            self._followers.pop(follower.session, None)
-
-    def leave(self, session: int) -> None:
-        """End the session of a number, if there is one."""
-        with self._lock:
-            self._followers.pop(session, None)
-
     def page(self, ask: AskKeys) -> KeysPage:
         """Return a page of the keys of a group; the first one takes a snapshot.
 
         Raises `PeerError` for a session that has ended, or for a page out of order.
         """
-        follower = self._followers.get(ask.session)
+        follower = self.followers.get(ask.session)
         if follower is None or ask.group >= len(follower.forms):
-            raise PeerError(
-                "Expected a session of this store server, got one that has ended. Join anew."
-            )
+            raise ended_session()
         if ask.page == 0:
-            follower.pages = [*self._pages(follower.forms[ask.group])]
+            follower.pages = self._pages(follower.forms[ask.group])
         if ask.page >= len(follower.pages):
             raise PeerError("Expected pages in order, got one past the last. Begin with page 0.")
         page = follower.pages[ask.page]
@@ -270,21 +185,24 @@ class Feed:
             follower.pages = []
         return page
 
-    def _pages(self, form: str) -> Iterator[KeysPage]:
-        """Yield a snapshot of the blocks of a form, and of those that are alike, in pages."""
-        number: int | None = None
-        keys = dict[str, list[bytes]]()
-        for name in (form, *self._alike(form)):
-            snapshot = self._store.of(name).keys()
-            if number is None:  # changes after the first snapshot are applied to all
-                number = snapshot.number
-            for tier, listed in snapshot.keys.items():
-                keys[tier_of(self._numbers[name], tier)] = listed
-        return _pages(number or 0, keys)
+    def _pages(self, form: str) -> list[KeysPage]:
+        """Return a snapshot of the blocks of a form, and of those that are alike, in pages."""
+        names = (form, *self._alike(form))
+        snapshots = [self._store.of(name).keys() for name in names]
+        pieces = list[tuple[str, bytes]]()
+        for name, snapshot in zip(names, snapshots, strict=True):
+            for tier, keys in snapshot.keys.items():
+                tier = tier_of(self._numbers[name], tier)
+                for first in range(0, len(keys), MOST_PAGE):
+                    pieces.append((tier, joined_keys(keys[first : first + MOST_PAGE])))
+        # Changes after the first snapshot are applied to all.
+        number = snapshots[0].number
+        pages = [KeysPage(number, (piece,), True) for piece in pieces[:-1]]
+        return [*pages, KeysPage(number, (*pieces[-1:],), False)]
 
     def announce(self, changes: Sequence[Change]) -> Iterator[tuple[Follower, Changes]]:
         """Yield the messages about changes for each follower."""
-        followers = self.followers()
+        followers = [*self.followers.values()]
         if not followers:
             return
         items = [
@@ -302,20 +220,6 @@ class Feed:
             some = tuple(items[first : first + MOST_CHANGES])
             for follower in followers:
                 yield follower, Changes(follower.session, some)
-
-
-def _pages(number: int, keys: dict[str, list[bytes]]) -> Iterator[KeysPage]:
-    """Yield a snapshot in pages."""
-    pieces = [*_pieces(keys)] or [("", b"")]
-    for place, piece in enumerate(pieces, 1):
-        yield KeysPage(number, (piece,), place < len(pieces))
-
-
-def _pieces(keys: dict[str, list[bytes]]) -> Iterable[tuple[str, bytes]]:
-    """Yield the keys of each tier in pieces of a page."""
-    for tier, listed in keys.items():
-        for first in range(0, len(listed), MOST_PAGE):
-            yield tier, joined_keys(listed[first : first + MOST_PAGE])
 
 
 # ------------------------------------------------------------------------------------------------
@@ -410,10 +314,6 @@ class OpenStore:
         """Return whether the store has the forms of whole blocks."""
         return all(form.digest in self.state.stores for form in forms)
 
-    def forms_of(self, engine: str) -> list[str]:
-        """Return the names of the forms of an engine's groups; none before a rank has joined."""
-        return [digest.hex() for digest in self.state.forms_of(engine)]
-
     def look_up(self, follower: Follower, number: int, keys: Sequence[bytes]) -> None:
         """Look up blocks in the bucket, in a worker, and have ``looked_up`` hold how that ended.
 
@@ -426,7 +326,7 @@ class OpenStore:
             self._wake()
 
         if self.bucket:
-            LookupWorkers([*map(self.store.of, follower.forms)]).begin(keys, ended)
+            look_up([*map(self.store.of, follower.forms)], keys, ended)
 
     def close(self, timeout: float) -> PortaKVError | None:
         """End all sessions and close the store; return the error of a store that hangs."""
@@ -446,7 +346,7 @@ rows_here: Bounded[bytes, torch.Tensor] = Bounded("rows of store servers", 16)
 
 
 # ------------------------------------------------------------------------------------------------
-# What a server answers to messages of its clients.
+# The server: its answers to clients, and its thread.
 
 #: Seconds for which the refusal of a rank counts for its engine. The rank tries again before.
 REFUSED = 5.0
@@ -456,180 +356,6 @@ TELLING = 0.2
 LEAVING = 1.0
 #: The most engines whose ranks have been refused.
 ENGINES = 256
-
-
-class Service:
-    """Answers the messages of clients, in the thread of a channel.
-
-    A store is opened at the first `Join`, which names its forms. That takes seconds, so another
-    thread does it, and the client asks again.
-
-    Args:
-        channel: of the server.
-        wake: is called when ``wanted`` has changed.
-        figures: of the server, for `portakv top`.
-
-    Attributes:
-        opened: the store, if it is open.
-        wanted: the forms of whole blocks that a client waits for; none if no client does.
-        refusal: the forms for which the store could not be opened, and why.
-        ends: whether the server ends, so that no session begins.
-    """
-
-    def __init__(self, channel: Channel, wake: Callable[[], object], figures: Metered) -> None:
-        self.opened: OpenStore | None = None
-        self.wanted: Sequence[BlockForm] = ()
-        self.refusal: tuple[Sequence[BlockForm], PortaKVError] | None = None
-        self.ends = False
-        # Why the last rank of an engine was refused, and until when that counts.
-        self._refused: Bounded[str, tuple[str, float]] = Bounded("refused engines", ENGINES)
-        self._wake = wake
-        self._channel = channel
-        channel.serve(AskProtocol, lambda *_: ServerProtocol(PROTOCOL))
-        channel.serve(Join, self._join)
-        channel.serve(Follow, self._follow)
-        channel.serve(Alive, self._alive)
-        channel.serve(Load, self._load)
-        channel.serve(Save, self._save)
-        channel.serve(Report, self._report)
-        channel.serve(Stop, self._stop)
-        channel.serve(Lock, self._lock)
-        channel.serve(Unlock, self._unlock)
-        channel.serve(Delete, self._delete)
-        channel.serve(Leave, self._leave)
-        channel.serve(AskKeys, self._page)
-        channel.serve(LookUp, self._look_up)
-        answer(channel, figures)
-
-    def tell(self, address: str, message: Message, lost: Callable[[], object]) -> None:
-        """Send a message to a client, whose session ends if it does not take the message."""
-        try:
-            self._channel.tell(address, message, TELLING)
-        except PortaKVError as error:
-            _log.warning("client", "A client of a store server is gone: %s", error)
-            lost()
-
-    def take_leave(self) -> None:
-        """Tell clients and followers that the server ends in order; no session begins any more."""
-        self.ends = True
-        opened = self.opened
-        if opened is None:
-            return
-        requests = [(each.address, Farewell(each.session)) for each in opened.state.clients()]
-        requests += [(each.address, Farewell(each.session)) for each in opened.feed.followers()]
-        # The answers come before the connections end. A client without one may have ended, too.
-        with suppress(PortaKVError):
-            self._channel.ask_all(requests, Farewell, LEAVING)
-
-    def _join(self, peer: Peer, ask: Join) -> Joined | Later:
-        """Begin a session of a rank, or have the store opened for it; note a refusal."""
-        try:
-            answer = self._begin(peer, ask)
-        except PortaKVError as error:
-            self._refused[ask.engine] = str(error), time.monotonic() + REFUSED
-            raise
-        if isinstance(answer, Joined):
-            self._refused.pop(ask.engine, None)
-        return answer
-
-    def _begin(self, peer: Peer, ask: Join) -> Joined | Later:
-        forms = [whole_form(BlockForm.from_json(text)) for text in ask.forms]
-        opened = self.opened
-        if self.ends:
-            return Later()
-        if opened is None or not (opened.has(forms) or opened.state.clients()):
-            refusal = self.refusal
-            self.refusal = None
-            if refusal is not None and refusal[0] == forms:
-                raise refusal[1]
-            self.wanted = forms
-            self._wake()
-            return Later()
-        check_process(ask.process)
-        client = opened.state.join(ask)
-        peer.on_gone(partial(self._gone, client.session))
-        self._wake()  # to watch its process
-        return Joined(client.session, opened.handle)
-
-    def _follow(self, peer: Peer, ask: Follow) -> Followed | Later:
-        """Begin a session of a process that follows the index.
-
-        Raises `InvalidTerms` with the sentence for the ranks of its engine if they were refused.
-        """
-        opened = self.opened
-        forms = opened.forms_of(ask.engine) if opened is not None else []
-        if self.ends:
-            return Later()
-        if opened is None or not forms:
-            why, until = self._refused.get(ask.engine, ("", 0.0))
-            if time.monotonic() < until:
-                raise InvalidTerms(why)
-            return Later()
-        follower = opened.feed.follow(ask, forms)
-        peer.on_gone(partial(self._gone, follower.session))
-        return opened.feed.followed(follower, opened.bucket)
-
-    def _alive(self, peer: Peer, ask: Alive) -> Alive:
-        opened = self._open()
-        if ask.session not in opened.feed:
-            opened.state.client(ask.session)
-        return Alive(ask.session)
-
-    def _load(self, peer: Peer, ask: Load) -> Progress:
-        return self._open().state.load(ask)
-
-    def _save(self, peer: Peer, ask: Save) -> Progress:
-        return self._open().state.save(ask)
-
-    def _report(self, peer: Peer, report: Report) -> None:
-        if self.opened is not None:
-            self.opened.state.report(report.session, report.lease, report.landed)
-
-    def _stop(self, peer: Peer, stop: Stop) -> None:
-        if self.opened is not None:
-            self.opened.state.stop(stop.session, stop.number)
-
-    def _lock(self, peer: Peer, ask: Lock) -> Done:
-        return Done(ask.session, self._open().state.lock(ask))
-
-    def _unlock(self, peer: Peer, message: Unlock) -> None:
-        if self.opened is not None:
-            self.opened.state.unlock(message.session, message.number)
-
-    def _delete(self, peer: Peer, ask: Delete) -> Done:
-        return Done(ask.session, self._open().state.delete(ask))
-
-    def _leave(self, peer: Peer, leave: Leave) -> None:
-        if self.opened is not None:
-            self.opened.state.leave(leave.session)
-            self.opened.feed.leave(leave.session)
-
-    def _gone(self, session: int) -> None:
-        """End a session whose connection has ended.
-
-        A connection may outlive a store, so it retains the number alone.
-        """
-        if self.opened is not None:
-            self.opened.state.lose(session)
-            self.opened.feed.leave(session)
-
-    def _page(self, peer: Peer, ask: AskKeys) -> KeysPage:
-        return self._open().feed.page(ask)
-
-    def _look_up(self, peer: Peer, ask: LookUp) -> None:
-        """Begin a lookup in the bucket. One that cannot begin has no answer."""
-        opened = self.opened
-        follower = None if opened is None else opened.feed.follower(ask.session)
-        if opened is not None and follower is not None:
-            with suppress(PortaKVError):  # the store closes
-                opened.look_up(follower, ask.number, keys_in(ask.keys))
-
-    def _open(self) -> OpenStore:
-        if self.opened is None:
-            raise PeerError(
-                "Expected a session of this store server, got one that has ended. Join anew."
-            )
-        return self.opened
 
 
 def check_process(process: tuple[int, int, int]) -> None:
@@ -684,7 +410,14 @@ class StoreServer:
         self._busy_since: float | None = None
         self._stopped = threading.Event()
         self._process = this_process()
-        self._processes = Processes()
+        self._looked = 0.0  # when processes were looked at
+        self._opened: OpenStore | None = None
+        self._wanted: Sequence[BlockForm] = ()  # forms of whole blocks that a client waits for
+        # The forms for which the store could not be opened, and why.
+        self._refusal: tuple[Sequence[BlockForm], PortaKVError] | None = None
+        # Why the last rank of an engine was refused, and until when that counts.
+        self._refused: Bounded[str, tuple[str, float]] = Bounded("refused engines", ENGINES)
+        self._ends = False  # no session begins any more
         self._thread = threading.Thread(target=self._run, name="portakv store server", daemon=True)
         self._channel = Channel()
         with ExitStack() as undo:
@@ -695,7 +428,7 @@ class StoreServer:
                 why = resources.reason(error)
                 raise StoreError(f"Expected a descriptor for a store server, but {why}.") from None
             undo.callback(os.close, self._event)
-            self._service = Service(self._channel, self._wake, self)
+            self._answer_messages()
             undo.callback(self.place.release)
             self._serve_if_possible()
             resources.start_thread(self._thread, StoreError)
@@ -715,7 +448,7 @@ class StoreServer:
 
     def statistics(self) -> dict[str, int]:
         """Return the sessions, leases and requests now, and the counters."""
-        opened = self._service.opened
+        opened = self._opened
         return {} if opened is None else opened.state.statistics()
 
     def figures(self) -> dict[str, list[dict[str, Any]]]:
@@ -725,7 +458,7 @@ class StoreServer:
         figures = dict[str, list[dict[str, Any]]]()
         if not self._stopped.is_set():
             figures = self._channel.figures()
-        opened = self._service.opened
+        opened = self._opened
         if opened is not None:
             figures |= opened.state.figures()
             with suppress(StoreError):  # it was closed meanwhile
@@ -748,9 +481,124 @@ class StoreServer:
         os.close(self._event)
 
     def _take_leave(self) -> None:
-        """Tell clients and followers that this server ends in order."""
-        if not self._process.forked:
-            self._service.take_leave()
+        """Tell clients and followers that this server ends in order; no session begins any more."""
+        if self._process.forked:
+            return
+        self._ends = True
+        opened = self._opened
+        if opened is None:
+            return
+        requests = [(each.address, Farewell(each.session)) for each in opened.state.clients()]
+        requests += [
+            (each.address, Farewell(each.session)) for each in [*opened.feed.followers.values()]
+        ]
+        # The answers come before the connections end. A client without one may have ended, too.
+        with suppress(PortaKVError):
+            self._channel.ask_all(requests, Farewell, LEAVING)
+
+    # --- messages, in the thread of the channel
+
+    def _answer_messages(self) -> None:
+        """Answer the messages of clients, and `portakv top`.
+
+        A store is opened at the first `Join`, which names its forms. That takes seconds, so another
+        thread does it, and the client asks again.
+        """
+        serve = self._channel.serve
+        serve(AskProtocol, lambda *_: ServerProtocol(PROTOCOL))
+        serve(Join, self._join)
+        serve(Follow, self._follow)
+        serve(Alive, self._alive)
+        serve(Leave, lambda _, message: self._gone(message.session, leaves=True))
+        serve(AskKeys, lambda _, ask: self._open_store().feed.page(ask))
+        serve(LookUp, self._look_up)
+        self._serve(Load, lambda state, ask: state.load(ask))
+        self._serve(Save, lambda state, ask: state.save(ask))
+        self._serve(Report, lambda state, it: state.report(it.session, it.lease, it.landed))
+        self._serve(Stop, lambda state, it: state.stop(it.session, it.number))
+        self._serve(Lock, lambda state, ask: Done(ask.session, state.lock(ask)))
+        self._serve(Unlock, lambda state, it: state.unlock(it.session, it.number))
+        self._serve(Delete, lambda state, ask: Done(ask.session, state.delete(ask)))
+        answer(self._channel, self)
+
+    def _serve(self, kind: type[T], call: Callable[[ServerState, T], Message | None]) -> None:
+        """Answer messages of sessions by the state of the open store."""
+        self._channel.serve(kind, lambda _, message: call(self._open_store().state, message))
+
+    def _join(self, peer: Peer, ask: Join) -> Joined | Later:
+        """Begin a session of a rank, or have the store opened for it; note a refusal."""
+        try:
+            answer = self._session_of(peer, ask)
+        except PortaKVError as error:
+            self._refused[ask.engine] = str(error), time.monotonic() + REFUSED
+            raise
+        if isinstance(answer, Joined):
+            self._refused.pop(ask.engine, None)
+        return answer
+
+    def _session_of(self, peer: Peer, ask: Join) -> Joined | Later:
+        forms = [whole_form(BlockForm.from_json(text)) for text in ask.forms]
+        opened = self._opened
+        if self._ends:
+            return Later()
+        if opened is None or not (opened.has(forms) or opened.state.clients()):
+            refusal = self._refusal
+            self._refusal = None
+            if refusal is not None and refusal[0] == forms:
+                raise refusal[1]
+            self._wanted = forms
+            self._wake()
+            return Later()
+        check_process(ask.process)
+        client = opened.state.join(ask)
+        peer.on_gone(partial(self._gone, client.session))
+        return Joined(client.session, opened.handle)
+
+    def _follow(self, peer: Peer, ask: Follow) -> Followed | Later:
+        """Begin a session of a process that follows the index.
+
+        Raises `InvalidTerms` with the sentence for the ranks of its engine if they were refused.
+        """
+        opened = self._opened
+        digests = [] if opened is None else opened.state.forms_of(ask.engine)
+        if self._ends:
+            return Later()
+        if opened is None or not digests:
+            why, until = self._refused.get(ask.engine, ("", 0.0))
+            if time.monotonic() < until:
+                raise InvalidTerms(why)
+            return Later()
+        answer = opened.feed.follow(ask, [digest.hex() for digest in digests], opened.bucket)
+        peer.on_gone(partial(self._gone, answer.session))
+        return answer
+
+    def _alive(self, peer: Peer, ask: Alive) -> Alive:
+        opened = self._open_store()
+        if ask.session not in opened.feed.followers:
+            opened.state.client(ask.session)
+        return Alive(ask.session)
+
+    def _gone(self, session: int, leaves: bool = False) -> None:
+        """End a session whose connection has ended, or whose client ``leaves``.
+
+        A connection may outlive a store, so it retains the number alone.
+        """
+        if self._opened is not None:
+            self._opened.state.lose(session, leaves)
+            self._opened.feed.followers.pop(session, None)
+
+    def _look_up(self, peer: Peer, ask: LookUp) -> None:
+        """Begin a lookup in the bucket. One that cannot begin has no answer."""
+        opened = self._opened
+        follower = None if opened is None else opened.feed.followers.get(ask.session)
+        if opened is not None and follower is not None:
+            with suppress(PortaKVError):  # the store closes
+                opened.look_up(follower, ask.number, keys_in(ask.keys))
+
+    def _open_store(self) -> OpenStore:
+        if self._opened is None:
+            raise ended_session()
+        return self._opened
 
     # --- the thread
 
@@ -771,22 +619,22 @@ class StoreServer:
                 self._stopped.wait(LOOK)
 
     def _wait(self) -> None:
-        """Wait until something happens, or for `LOOK` seconds; note processes that have ended."""
+        """Wait until something happens, at most `LOOK` seconds; note processes that have ended."""
         poll = select.poll()
         poll.register(self._event, select.POLLIN)
-        opened = self._service.opened
+        opened = self._opened
         if opened is not None and not opened.store.graph.closed.is_set():
             poll.register(opened.store.finished_fd(), select.POLLIN)
             poll.register(opened.store.listen_fd(), select.POLLIN)
-            self._processes.watch(opened.state.processes())
-        for descriptor in self._processes.descriptors():
-            poll.register(descriptor, select.POLLIN)
-        ready = {descriptor for descriptor, _ in poll.poll(LOOK * 1000)}
+        poll.poll(LOOK * 1000)
         with suppress(BlockingIOError):
             os.eventfd_read(self._event)
-        for process in self._processes.take_ended(ready):
-            if opened is not None:
-                opened.state.process_ended(process)
+        now = time.monotonic()
+        if opened is not None and now > self._looked + LOOK:
+            self._looked = now
+            for process in opened.state.processes():
+                if has_ended(process):
+                    opened.state.process_ended(process)
 
     def _serve_if_possible(self) -> None:
         """Serve, unless another process does, or the terms leave it to a store server."""
@@ -798,14 +646,13 @@ class StoreServer:
 
     def _open_if_wanted(self) -> None:
         """Open the store for the forms that a client waits for."""
-        service = self._service
-        wanted = service.wanted
+        wanted = self._wanted
         if not wanted or not self.serves:
             return
         self._close_store(BUSY)
         refusal: PortaKVError | None = None
         try:
-            service.opened = OpenStore(self.terms, wanted, self._wake, self._patience, self._events)
+            self._opened = OpenStore(self.terms, wanted, self._wake, self._patience, self._events)
         except StoreBusy as error:
             now = time.monotonic()
             self._busy_since = self._busy_since or now
@@ -815,25 +662,32 @@ class StoreServer:
         except PortaKVError as error:
             refusal = error
         self._busy_since = None
-        service.wanted = ()
+        self._wanted = ()
         if refusal is not None:
-            service.refusal = wanted, refusal
+            self._refusal = wanted, refusal
             _log.warning("open", "The store of a store server cannot be opened: %s", refusal)
 
     def _close_store(self, timeout: float) -> None:
         """Close the store, if it is open."""
-        opened = self._service.opened
-        self._service.opened = None
-        self._processes.close()
+        opened = self._opened
+        self._opened = None
         error = None if opened is None else opened.close(timeout)
         if error is not None:
             _log.warning("close", "The store of a store server could not be closed: %s", error)
+
+    def _tell(self, address: str, message: Message, lost: Callable[[], object]) -> None:
+        """Send a message to a client, whose session ends if it does not take the message."""
+        try:
+            self._channel.tell(address, message, TELLING)
+        except PortaKVError as error:
+            _log.warning("client", "A client of a store server is gone: %s", error)
+            lost()
 
     def _advance(self) -> None:
         """Go on with what the store has done, and tell clients and routers."""
         if self._events is not None:
             self._events.answer()
-        opened = self._service.opened
+        opened = self._opened
         if opened is None or opened.store.graph.closed.is_set():  # the interpreter ends
             return
         opened.store.graph.sweep()  # loads end in time also if a disk holds all workers
@@ -841,12 +695,11 @@ class StoreServer:
             opened.state.ended(handle)
         opened.state.advance()
         for client, progress in opened.state.take():
-            self._service.tell(client.address, progress, partial(opened.state.lost, client))
-        while opened.looked_up:
-            follower, answer = opened.looked_up.popleft()
-            self._service.tell(follower.address, answer, partial(opened.feed.lost, follower))
-        for follower, changes in opened.feed.announce(opened.changes()):
-            self._service.tell(follower.address, changes, partial(opened.feed.lost, follower))
+            self._tell(client.address, progress, partial(opened.state.lost, client))
+        messages = [opened.looked_up.popleft() for _ in range(len(opened.looked_up))]
+        for follower, message in chain(messages, opened.feed.announce(opened.changes())):
+            lost = partial(opened.feed.followers.pop, follower.session, None)
+            self._tell(follower.address, message, lost)
 
 
 def place_of(terms: StoreTerms, engine: str) -> Place:

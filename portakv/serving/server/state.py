@@ -25,7 +25,7 @@ from functools import partial
 from hashlib import blake2b
 from itertools import accumulate
 from secrets import randbits
-from typing import Any, NamedTuple, TypeAlias
+from typing import NamedTuple, TypeAlias
 
 import numpy as np
 
@@ -69,21 +69,25 @@ def cells_of(form: BlockForm) -> int:
     return sum(heads << across * layer for layer in range(*form.layers[:2]))
 
 
+def ended_session() -> PeerError:
+    """Return the error for a message of a session that has ended."""
+    return PeerError("Expected a session of this store server, got one that has ended. Join anew.")
+
+
 def unlike(form: BlockForm, stored: Sequence[BlockForm]) -> InvalidTerms:
     """Return the error for blocks of another form than the stored ones."""
     got = asdict(form)
-    nearest = min((asdict(each) for each in stored), key=partial(_differences, got), default={})
-    names = [name for name in got if got[name] != nearest.get(name)]
-    expected = ", ".join(f"{name}={shown(nearest.get(name))}" for name in names)
-    values = ", ".join(f"{name}={shown(got[name])}" for name in names)
+    differences = [
+        {name: value for name, value in asdict(each).items() if value != got[name]}
+        for each in stored
+    ]
+    nearest = min(differences, key=len, default=dict.fromkeys(got))
+    expected = ", ".join(f"{name}={shown(value)}" for name, value in nearest.items())
+    values = ", ".join(f"{name}={shown(got[name])}" for name in nearest)
     return InvalidTerms(
         f"Expected blocks with {expected}, as the store server stores them, got {values}. Start "
         f"the engine with the same terms, or give it another folder."
     )
-
-
-def _differences(one: dict[str, Any], other: dict[str, Any]) -> int:
-    return sum(one[name] != other[name] for name in one)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -136,7 +140,7 @@ class Client:
     process: ClientProcess
     parts: list[RankPart]
     address: str
-    requests: dict[int, LoadWork | SaveWork] = field(default_factory=dict)
+    requests: dict[int, Work] = field(default_factory=dict)
     leases: dict[int, Lease] = field(default_factory=dict)
     locks: dict[int, Pins] = field(default_factory=dict)
     gone: bool = False
@@ -172,7 +176,7 @@ class Lent:
         ended: the store has its rows back.
     """
 
-    work: LoadWork | SaveWork
+    work: Work
     copy: Copy
     leases: set[Lease] = field(default_factory=set)
     assigned: int = 0
@@ -220,48 +224,38 @@ class Lent:
 
 
 @dataclass(eq=False)
-class LoadWork:
-    """A load of one client.
+class Work:
+    """A load of one client, or a save that all ranks of an engine ask for: a `Copier` of the store.
 
     Attributes:
-        granted: blocks whose rows were lent, as whole blocks.
-        abandoned: nothing waits for further rows.
-    """
-
-    client: Client
-    number: int
-    part: RankPart
-    blocks: int
-    handle: Handle | None = None
-    lents: dict[Lent, None] = field(default_factory=dict)
-    granted: int = 0
-    abandoned: bool = False
-
-
-@dataclass(eq=False)
-class SaveWork:
-    """A save that all ranks of an engine ask for.
-
-    Attributes:
-        began: the time.
+        begun: takes the copies that the store begins, under the lock of its graph.
+        key: of a save; None: a load.
+        since: when it began.
         expected: the clients that will ask for it.
         requesters: the clients that have requested it, with their numbers.
-        abandoned: no rank copies any further block.
+        granted: blocks whose rows were lent, as whole blocks.
+        abandoned: no client copies any further block.
         complete: no further rows follow.
-        stored: which blocks are stored; None: it has not ended.
+        stored: of a save, which blocks are stored; None: it has not ended.
     """
 
-    key: SaveKey
+    begun: Callable[[Work, Copy], object]
     part: RankPart
     blocks: int
-    began: float
-    expected: set[Client]
+    key: SaveKey | None = None
+    since: float = 0.0
+    expected: set[Client] = field(default_factory=set)
     handle: Handle | None = None
     lents: dict[Lent, None] = field(default_factory=dict)
     requesters: dict[Client, int] = field(default_factory=dict)
+    granted: int = 0
     abandoned: bool = False
     complete: bool = False
     stored: bytes | None = None
+
+    def begin(self, copy: Copy, /) -> None:
+        """Take a copy from the store."""
+        self.begun(self, copy)
 
     def awaits(self, client: Client) -> bool:
         """Return whether a client has yet to ask for it."""
@@ -305,17 +299,6 @@ class _News:
     stored: bytes | None = None
 
 
-class _Copier:
-    """Takes the copies of a load or save from the store, under the lock of its graph."""
-
-    def __init__(self, work: LoadWork | SaveWork, begun: Callable[[object, Copy], object]) -> None:
-        self._work = work
-        self._begun = begun
-
-    def begin(self, copy: Copy, /) -> None:
-        self._begun(self._work, copy)
-
-
 class ServerState:
     """The clients of a server, and the rows that are lent to them.
 
@@ -345,9 +328,9 @@ class ServerState:
         self._lock = threading.RLock()
         self._clients = dict[int, Client]()  # by session
         self._processes = dict[tuple[int, int, int], ClientProcess]()
-        self._works = dict[Handle, LoadWork | SaveWork]()  # that have not ended
-        self._saves = dict[SaveKey, list[SaveWork]]()
-        self._begun = deque[tuple[Any, Copy]]()  # from the store, which has its lock
+        self._works = dict[Handle, Work]()  # that have not ended
+        self._saves = dict[SaveKey, list[Work]]()
+        self._begun = deque[tuple[Work, Copy]]()  # from the store, which has its lock
         # What clients learn next, by client and number of the request.
         self._news = dict[tuple[Client, int], _News]()
 
@@ -370,20 +353,23 @@ class ServerState:
             before = self._clients.get(join.before)
             if before is not None and before.process is process:
                 self.lost(before)
-            for lease in [*process.leases]:
-                if lease.client.gone and lease.client.session == join.before:
-                    self._return(lease)
+            self._return_all(process, join.before)
             client = Client(randbits(62), join.engine, process, parts, join.address)
             self._clients[client.session] = client
             self.counts["joined"] += 1
             return client
 
-    def lose(self, session: int) -> None:
-        """End the session of a number, if there is one."""
+    def lose(self, session: int, leaves: bool = False) -> None:
+        """End the session of a number, if there is one.
+
+        ``leaves``: its client copies nothing any more, so that its rows are free.
+        """
         with self._lock:
             client = self._clients.get(session)
             if client is not None:
                 self.lost(client)
+                if leaves:
+                    self._return_all(client.process, session)
 
     def lost(self, client: Client) -> None:
         """End a session: the client asks for nothing and copies nothing new.
@@ -404,23 +390,11 @@ class ServerState:
             for key in [key for key in self._news if key[0] is client]:
                 del self._news[key]
             for work in requests:
-                if isinstance(work, LoadWork):
-                    self._abandon_load(work)
-            for save in [each for saves in self._saves.values() for each in saves]:
+                if work.key is None:
+                    self._abandon(work)
+            for save in self._all_saves():
                 self._settle_all(save)
             self._wake()
-
-    def leave(self, session: int) -> Client | None:
-        """End a session whose client copies nothing any more, and return it."""
-        with self._lock:
-            client = self._clients.get(session)
-            if client is None:
-                return None
-            self.lost(client)
-            for lease in [*client.process.leases]:
-                if lease.client is client:
-                    self._return(lease)
-            return client
 
     def process_ended(self, process: ClientProcess) -> None:
         """End the sessions of a process that has ended; others may have its rows."""
@@ -475,9 +449,7 @@ class ServerState:
         """Return a session. Raises `PeerError` if it has ended."""
         client = self._clients.get(session)
         if client is None:
-            raise PeerError(
-                "Expected a session of this store server, got one that has ended. Join anew."
-            )
+            raise ended_session()
         return client
 
     # --- loads and saves
@@ -491,7 +463,7 @@ class ServerState:
             client = self.client(ask.session)
             keys = keys_in(ask.keys)
             part = self._part_of(client, ask.group)
-            work = LoadWork(client, ask.number, part, len(keys))
+            work = Work(self._note_begun, part, len(keys), requesters={client: ask.number})
             borrowed = part.store.borrow(keys, True)
             if borrowed is not None:
                 self._lend(work, borrowed)
@@ -531,11 +503,11 @@ class ServerState:
                 self._learn(client, ask.number).more = False
             return self._progress(client, ask.number)
 
-    def _begin_save(self, client: Client, part: RankPart, key: SaveKey, ask: Save) -> SaveWork:
+    def _begin_save(self, client: Client, part: RankPart, key: SaveKey, ask: Save) -> Work:
         """Begin a save of all ranks of an engine."""
         ranks = self._ranks(client, part)
         keys = keys_in(ask.keys)
-        save = SaveWork(key, part, len(keys), self._now(), {*ranks})
+        save = Work(self._note_begun, part, len(keys), key, self._now(), {*ranks})
         together = 0
         for cells in ranks.values():
             together |= cells
@@ -549,12 +521,10 @@ class ServerState:
         self._saves.setdefault(key, []).append(save)
         return save
 
-    def _begin(
-        self, work: LoadWork | SaveWork, keys: list[bytes], begin: Callable[..., Handle]
-    ) -> None:
+    def _begin(self, work: Work, keys: list[bytes], begin: Callable[..., Handle]) -> None:
         """Have the store begin a load or a save. After an error nothing of it is left."""
         try:
-            work.handle = begin(_Copier(work, self._note_begun), keys)
+            work.handle = begin(work, keys)
         except BaseException:
             work.abandoned = True
             self._drain()
@@ -586,13 +556,9 @@ class ServerState:
         with self._lock:
             client = self._clients.get(session)
             work = None if client is None else client.requests.get(number)
-            if work is None:
-                return
-            if isinstance(work, SaveWork):
+            if work is not None:
                 self._abandon(work)
-            else:
-                self._abandon_load(work)
-            self._wake()
+                self._wake()
 
     # --- locks
 
@@ -634,25 +600,25 @@ class ServerState:
         with self._lock:
             self._drain()
             work = self._works.pop(handle, None)
-            if isinstance(work, LoadWork):
-                self._end_request(work.client, work.number, None)
-            elif work is not None:
-                work.complete = True
+            if work is None:
+                return
+            work.complete = True
+            if work.key is not None:
                 work.stored = handle.landed.astype(np.uint8).tobytes()
-                for client, number in work.requesters.items():
-                    self._end_request(client, number, work.stored)
-                self._forget_save(work)
+            for client, number in work.requesters.items():
+                self._end_request(client, number, work.stored)
+            self._forget_save(work)
 
     def advance(self) -> None:
         """Go on with what the store has lent, and give up what takes too long."""
         with self._lock:
             self._drain()
             now = self._now()
-            for save in [each for saves in self._saves.values() for each in saves]:
-                late = now > save.began + self._patience
+            for save in self._all_saves():
+                late = now > save.since + self._patience
                 if late and save.stored is None and not save.complete:
                     self._abandon(save)
-                if save.stored is not None and now > save.began + REMEMBERED:
+                if save.stored is not None and now > save.since + REMEMBERED:
                     save.expected.clear()
                 self._forget_save(save)
                 self._note_complete(save)
@@ -707,7 +673,7 @@ class ServerState:
             )
         return client.parts[group]
 
-    def _note_begun(self, work: object, copy: Copy) -> None:
+    def _note_begun(self, work: Work, copy: Copy) -> None:
         """Take a copy from the store, which has the lock of its graph: no other lock may follow."""
         self._begun.append((work, copy))
         self._wake()
@@ -717,17 +683,14 @@ class ServerState:
         while self._begun:
             self._lend(*self._begun.popleft())
 
-    def _lend(self, work: LoadWork | SaveWork, copy: Copy) -> None:
+    def _lend(self, work: Work, copy: Copy) -> None:
         """Lend the rows of a copy to the clients that make it."""
         lent = Lent(work, copy, covered=[0] * len(copy.rows))
         work.lents[lent] = None
-        if isinstance(work, LoadWork):
-            if copy.form == work.part.store.form:
-                work.granted += len(copy.blocks)
-            self._grant(lent, work.client, work.number)
-        else:
-            for client, number in work.requesters.items():
-                self._grant(lent, client, number)
+        if copy.form == work.part.store.form:
+            work.granted += len(copy.blocks)
+        for client, number in work.requesters.items():
+            self._grant(lent, client, number)
         self._settle(lent)
 
     def _grant(self, lent: Lent, client: Client, number: int) -> None:
@@ -741,7 +704,7 @@ class ServerState:
         if lent.raw is not None and lent.copy.raw is not None:
             form = lent.copy.raw
             every = lent.raw
-        if isinstance(work, SaveWork):
+        if work.key is not None:
             cells = next(x.cells for x in client.parts if x.store is work.part.store)
             if not cells & ~lent.assigned:
                 return
@@ -760,6 +723,12 @@ class ServerState:
             rows = ids_to_bytes([lent.copy.rows[at] for at in some])
             grants.append(Grant(lease.number, places, rows, text))
 
+    def _return_all(self, process: ClientProcess, session: int) -> None:
+        """Take all rows back from a session of a process."""
+        for lease in [*process.leases]:
+            if lease.client.session == session:
+                self._return(lease)
+
     def _return(self, lease: Lease, landed: Iterable[int] = ()) -> None:
         """Take rows back from a client that uses them no longer."""
         lease.client.leases.pop(lease.number, None)
@@ -775,7 +744,7 @@ class ServerState:
         if lent.ended or lent.leases:
             return
         work = lent.work
-        if isinstance(work, LoadWork):
+        if work.key is None:
             lent.end(-1)
             return
         whole = cells_of(work.part.store.form)
@@ -794,27 +763,25 @@ class ServerState:
         if work.part.store.form.encoding:
             self._wake()  # to tell the clients that no rows follow; see `Piece.packs`
 
-    def _settle_all(self, work: LoadWork | SaveWork) -> None:
+    def _all_saves(self) -> list[Work]:
+        return [save for saves in self._saves.values() for save in saves]
+
+    def _settle_all(self, work: Work) -> None:
         for lent in [*work.lents]:
             self._settle(lent)
 
-    def _abandon_load(self, load: LoadWork) -> None:
-        """Lend no further rows for a load."""
-        load.abandoned = True
-        if load.handle is not None:
-            load.handle.cancel()
-
-    def _abandon(self, save: SaveWork) -> None:
-        """Have no rank copy a further block of a save."""
-        if save.abandoned or save.handle is None:
+    def _abandon(self, work: Work) -> None:
+        """Have no client copy a further block of a load or save."""
+        if work.abandoned or work.handle is None:
             return
-        save.abandoned = True
-        self.counts["saves_abandoned"] += 1
-        save.handle.cancel()
-        self._end_rows(save)
-        self._settle_all(save)
+        work.abandoned = True
+        work.handle.cancel()
+        if work.key is not None:
+            self.counts["saves_abandoned"] += 1
+            self._end_rows(work)
+            self._settle_all(work)
 
-    def _note_complete(self, save: SaveWork) -> None:
+    def _note_complete(self, save: Work) -> None:
         """Tell ranks that no rows follow, once nothing reads their blocks any more."""
         released = None if save.handle is None else save.handle.released
         if save.complete or save.stored is not None or released is None or not released.done():
@@ -822,15 +789,15 @@ class ServerState:
         save.complete = True
         self._end_rows(save)
 
-    def _end_rows(self, save: SaveWork) -> None:
+    def _end_rows(self, save: Work) -> None:
         """Tell the ranks that requested a save that no rows follow."""
         for client, number in save.requesters.items():
             if not client.gone and number in client.requests:
                 self._learn(client, number).more = False
 
-    def _forget_save(self, save: SaveWork) -> None:
+    def _forget_save(self, save: Work) -> None:
         """Forget a save that has ended, and that no other rank will ask for."""
-        if save.stored is None or save.awaited:
+        if save.key is None or save.stored is None or save.awaited:
             return
         left = [each for each in self._saves.get(save.key, ()) if each is not save]
         self._saves.pop(save.key, None)

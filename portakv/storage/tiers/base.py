@@ -59,6 +59,10 @@ from portakv.storage.reasons import Report
 # Figures for operators from what tier stores report about themselves.
 
 
+#: Figures of folders, by what `TierStore.statistics` calls them.
+FACTS = {"disk_evicted_total": "evicted", "disk_missing_slots": "missing", "disk_lost": "lost"}
+
+
 def tier_figures(tiers: Iterable[Mapping[str, Any]]) -> Figures:
     """Return the slots of folders, how full and how sound these are, and which object stores are
     left alone.
@@ -66,48 +70,38 @@ def tier_figures(tiers: Iterable[Mapping[str, Any]]) -> Figures:
     ``tiers``: what `TierStore.statistics` returns, each with the ``form`` of its blocks. A tier
     store of another package adds no figures.
     """
-    tiers = [*tiers]
-    # The form, the folder and the facts of each folder of slots: a folder has one for each form.
-    folders = [
-        (tier["form"], os.path.dirname(place), facts)
-        for tier in tiers
-        for place, facts in tier.items()
-        if isinstance(facts, Mapping) and "broken" in facts
-    ]
-    left_alone: list[dict[str, str | float]] = [
-        {
-            "form": tier["form"],
-            "url": str(tier.get("url", "")),
-            "value": bool(tier["left_alone"]),
-        }
-        for tier in tiers
-        if "left_alone" in tier
-    ]
     slots: list[dict[str, str | float]] = []
+    left_alone: list[dict[str, str | float]] = []
+    facts_by_name: Figures = {name: [] for name in FACTS}
     fill = dict[str, float]()  # of all forms that the store saves there
     free_bytes = dict[str, float]()
-    for form, folder, facts in folders:
-        free = facts["count"] - facts["used"] - facts["broken"]
-        states = {"used": facts["used"], "free": free, "broken": facts["broken"]}
-        for state, value in states.items():
-            slots.append({"form": form, "folder": folder, "state": state, "value": value})
-        if facts["writable"]:
-            fill[folder] = fill.get(folder, 0.0) + facts["used"] / facts["configured"]
-        if facts["free_bytes"] is not None:
-            free_bytes[folder] = facts["free_bytes"]
-    figures: Figures = {
+    for tier in tiers:
+        form = tier["form"]
+        if "left_alone" in tier:
+            url = str(tier.get("url", ""))
+            left_alone.append({"form": form, "url": url, "value": bool(tier["left_alone"])})
+        for place, facts in tier.items():
+            if not isinstance(facts, Mapping) or "broken" not in facts:
+                continue
+            folder = os.path.dirname(place)  # it has a folder of slots for each form
+            named = {"form": form, "folder": folder}
+            free = facts["count"] - facts["used"] - facts["broken"]
+            states = {"used": facts["used"], "free": free, "broken": facts["broken"]}
+            for state, value in states.items():
+                slots.append({**named, "state": state, "value": value})
+            for name, fact in FACTS.items():
+                facts_by_name[name].append({**named, "value": facts[fact]})
+            if facts["writable"]:
+                fill[folder] = fill.get(folder, 0.0) + facts["used"] / facts["configured"]
+            if facts["free_bytes"] is not None:
+                free_bytes[folder] = facts["free_bytes"]
+    return {
         "disk_slots": slots,
         "disk_fill_ratio": [{"folder": x, "value": share} for x, share in fill.items()],
         "disk_free_bytes": [{"folder": x, "value": free} for x, free in free_bytes.items()],
         "remote_left_alone": left_alone,
+        **facts_by_name,
     }
-    names = {"disk_evicted_total": "evicted", "disk_missing_slots": "missing", "disk_lost": "lost"}
-    for name, fact in names.items():
-        figures[name] = [
-            {"form": form, "folder": folder, "value": facts[fact]}
-            for form, folder, facts in folders
-        ]
-    return figures
 
 
 Keys = Sequence[bytes]

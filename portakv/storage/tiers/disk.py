@@ -6,7 +6,6 @@ from __future__ import annotations
 import errno
 import logging
 import os
-import time
 from array import array
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
@@ -36,11 +35,6 @@ from portakv.storage.tiers.folder import Place, Slots, Space, Track
 # ------------------------------------------------------------------------------------------------
 # `DiskStore` reads and writes the blocks of one form in all folders of a disk tier.
 
-#: Seconds after which a read lets other threads have the interpreter, and for how long. No time at
-#: all would let none in: a thread that waits has to wake first.
-TURN = 3e-4
-PAUSE = 5e-5
-
 _warnings = RateLimitedLog(logging.getLogger(__name__))
 
 
@@ -65,22 +59,6 @@ class _Left:
         return set[str]().union(*[slots.health.reasons() for slots, _ in self.tries])
 
 
-class _Turn:
-    """The time for which a read of many blocks keeps the interpreter.
-
-    A thread that waits for the interpreter gets it after 5 ms, or when another one sleeps.
-    """
-
-    def __init__(self) -> None:
-        self._until = time.perf_counter() + TURN
-
-    def pass_on(self) -> None:
-        """Sleep for a moment if the turn is over, in which another thread wakes and goes on."""
-        if time.perf_counter() > self._until:
-            time.sleep(PAUSE)
-            self._until = time.perf_counter() + TURN
-
-
 @dataclass(eq=False)
 class _Pinned:
     """A block that is read, which stays in its slot until the read has ended."""
@@ -88,7 +66,6 @@ class _Pinned:
     number: int  # among the keys of the read
     slots: Slots
     place: Place
-    spans_left: int  # that did not come yet
     right: bool = False
     lost: bool = False  # its bytes are wrong, or the device has lost them: it is forgotten
     failure: Reason | None = None
@@ -113,6 +90,16 @@ class _Pinned:
             what += ", and its slot is freed"
         text = "Block %s in %s %s"
         _warnings.warning(f"{self.failure.kind} {folder}", text, key.hex(), folder, what)
+
+
+class _Span(NamedTuple):
+    """A part of an image that one request reads, and its segments: their numbers, and where they
+    lie in an image (see `Check.pieces`)."""
+
+    start: int
+    end: int
+    numbers: slice
+    pieces: bytes
 
 
 class Pin(NamedTuple):
@@ -220,12 +207,11 @@ class DiskStore:
     def pin(self, keys: Sequence[bytes]) -> list[Pin | None]:
         """Return the pin of each block, which stays until its end; None if it is gone."""
         pins: list[Pin | None] = [None] * len(keys)
-        left = [*range(len(keys))]
         for slots, _ in self.parts:
-            places = dict(zip(left, slots.pin([keys[i] for i in left]), strict=True))
-            for i, place in places.items():
-                pins[i] = None if place is None else Pin(slots, place)
-            left = [i for i, place in places.items() if place is None]
+            left = [i for i, pin in enumerate(pins) if pin is None]
+            for i, place in zip(left, slots.pin([keys[i] for i in left]), strict=True):
+                if place is not None:
+                    pins[i] = Pin(slots, place)
         return pins
 
     def delete(self, keys: Sequence[bytes]) -> list[bool]:
@@ -259,46 +245,32 @@ class DiskStore:
         this time.
         """
         spans = self._spans(segments)
-        pinned = self._pin(keys, len(spans), report)
-        turn = _Turn()
-        right = self.right
-
-        def note(number: int, result: int) -> None:
-            """Note the end of a span, and judge a block whose last span arrived."""
-            index, span = divmod(number, len(spans))
-            block = pinned[index]
-            start, end = spans[span]
-            if result != end - start:
-                block.fail(0 if result == WRONG else result)
-                return
-            block.spans_left -= 1
-            if not block.spans_left and block.failure is None:
-                block.right = right(rows[block.number], block.place.header, segments)
-                if not block.right:
-                    block.fail(result)
-
-        def ended(number: int, result: int) -> None:
-            """Do the same while the disk reads others."""
-            turn.pass_on()
-            note(number, result)
-
+        pinned = self._pin(keys, report)
         try:
             if stop is None or not stop():
-                requests = self._requests(pinned, rows, spans)
+                requests, checks = self._reads(pinned, rows, spans)
                 if verifies(self.engine):
+                    results = self.engine.run_checked(requests, checks)
                     right = self.right_header
-                    checks = self._checks(pinned, requests, segments)
-                    for number, result in enumerate(self.engine.run_checked(requests, checks)):
-                        note(number, result)
                 else:
-                    self.engine.run(requests, ended)
+                    results = self.engine.run(requests)
+                    right = self.right
+                for at, block in enumerate(pinned):
+                    for number, span in enumerate(spans, at * len(spans)):
+                        result = results[number]
+                        if result != span.end - span.start:
+                            block.fail(0 if result == WRONG else result)
+                    if block.failure is None:
+                        block.right = right(rows[block.number], block.place.header, segments)
+                        if not block.right:
+                            block.fail(0)
         finally:
             for slots, _ in self.parts:
                 own = [block for block in pinned if block.slots is slots]
                 slots.unpin(*[block.place for block in own if not block.lost])
                 slots.unpin(*[block.place for block in own if block.lost], good=False)
 
-        self._count_read(len(keys), pinned, sum(end - start for start, end in spans))
+        self._count_read(len(keys), pinned, sum(span.end - span.start for span in spans))
         landed = [False] * len(keys)
         for block in pinned:
             landed[block.number] = block.right
@@ -315,69 +287,49 @@ class DiskStore:
         self.graph.count(self.tier, "load", "late", len(pinned) - hits - wrong)
         self.graph.count(self.tier, "load", "miss", blocks - len(pinned))
 
-    def _requests(
-        self, pinned: list[_Pinned], rows: Sequence[Row], spans: list[tuple[int, int]]
-    ) -> list[Request]:
-        """Return the reads of all spans of pinned blocks into their rows."""
+    def _reads(
+        self, pinned: list[_Pinned], rows: Sequence[Row], spans: list[_Span]
+    ) -> tuple[list[Request], list[Check]]:
+        """Return the reads of all spans of pinned blocks into their rows, and their checksums."""
         size = self.form.image_bytes
         requests = []
-        for block in pinned:
-            slot = block.place.slot
-            address = rows[block.number].__array_interface__["data"][0]  # `ctypes` takes longer
-            for start, end in spans:
-                offset = slot * size + start
-                requests.append(
-                    Request(block.slots.fd, offset, address + start, end - start, False)
-                )
-        return requests
-
-    def _checks(
-        self, pinned: list[_Pinned], requests: list[Request], segments: Sequence[int] | None
-    ) -> list[Check]:
-        """Return the checksums of the segments that each request brings."""
-        pieces = self.form.pieces
         checks = []
-        for index, request in enumerate(requests):
-            count = len(segments) if segments else 1  # requests of a block
-            known = pinned[index // count].place.header
-            if segments is None:
-                expected = array("Q", known.checksums).tobytes()
-                checks.append(Check(request.address, pieces, known.generation, expected))
-                continue
-            segment = segments[index % count]
-            part = self.form.segments[segment]
-            # Its first page is the header's if it is the first segment.
-            base = request.address - (HEADER + part.offset if part.offset else 0)
-            expected = array("Q", [known.checksums[segment]]).tobytes()
-            own = pieces[16 * segment : 16 * (segment + 1)]
-            checks.append(Check(base, own, known.generation, expected))
-        return checks
+        for block in pinned:
+            fd = block.slots.fd
+            offset = block.place.slot * size
+            known = block.place.header
+            address = rows[block.number].__array_interface__["data"][0]  # `ctypes` takes longer
+            for start, end, numbers, pieces in spans:
+                requests.append(Request(fd, offset + start, address + start, end - start, False))
+                expected = array("Q", known.checksums[numbers]).tobytes()
+                checks.append(Check(address, pieces, known.generation, expected))
+        return requests, checks
 
-    def _spans(self, segments: Sequence[int] | None) -> list[tuple[int, int]]:
+    def _spans(self, segments: Sequence[int] | None) -> list[_Span]:
         """Return the parts of an image for a read of segments.
 
         The parts are whole pages, and the header comes with the first segment.
         """
+        pieces = self.form.pieces
         if segments is None:
-            return [(0, self.form.image_bytes)]
+            return [_Span(0, self.form.image_bytes, slice(None), pieces)]
         spans = []
-        for part in (self.form.segments[i] for i in segments):
+        for i in segments:
+            part = self.form.segments[i]
             start = HEADER + part.offset if part.offset else 0
-            pages = -(-(part.offset + part.nbytes) // PAGE)
-            spans.append((start, HEADER + pages * PAGE))
+            end = HEADER + -(-(part.offset + part.nbytes) // PAGE) * PAGE
+            spans.append(_Span(start, end, slice(i, i + 1), pieces[16 * i : 16 * (i + 1)]))
         return spans
 
-    def _pin(self, keys: Sequence[bytes], spans: int, report: Report) -> list[_Pinned]:
+    def _pin(self, keys: Sequence[bytes], report: Report) -> list[_Pinned]:
         """Pin the blocks that are stored. The missing blocks were evicted after the load was
         planned."""
         pinned = list[_Pinned]()
-        left = [*range(len(keys))]
-        for slots, _ in self.parts:
-            places = dict(zip(left, slots.pin([keys[i] for i in left]), strict=True))
-            pinned += [_Pinned(i, slots, place, spans) for i, place in places.items() if place]
-            left = [i for i, place in places.items() if not place]
-        for i in left:
-            report(keys[i], Reason(reasons.EVICTED, self.where))
+        for i, pin in enumerate(self.pin(keys)):
+            if pin is None:
+                report(keys[i], Reason(reasons.EVICTED, self.where))
+            else:
+                pinned.append(_Pinned(i, pin.slots, pin.place))
         return pinned
 
     def write(
@@ -639,15 +591,9 @@ class Disk:
 
     def forms(self, form: BlockForm) -> list[BlockForm]:
         """Return the other forms of the same cache that lie in the folders."""
-        self._present = self._stored()
+        every = (each for folder in self.folders for each in forms_in(folder))
+        self._present = [*dict.fromkeys(every)]
         return [other for other in self._present if other != form and form.same_cache(other)]
-
-    def _stored(self) -> list[BlockForm]:
-        """Return all forms that lie in the folders and can be read."""
-        forms = dict[BlockForm, None]()
-        for folder in self.folders:
-            forms |= dict.fromkeys(forms_in(folder))
-        return [*forms]
 
     def open(
         self, graph: Graph, rows: Any, forms: Sequence[BlockForm], own: int = 1

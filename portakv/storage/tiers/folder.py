@@ -15,7 +15,7 @@ import os
 import sys
 import tempfile
 import threading
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from functools import cache, partial
@@ -31,7 +31,7 @@ from portakv.errors import StoreBusy, StoreError
 from portakv.runtime import linux
 from portakv.runtime.interrupts import abandoned
 from portakv.runtime.rate_limited_log import RateLimitedLog
-from portakv.storage.eviction import NO_WRITE, UNKNOWN, Chains, Occupancy, Write, mark_of, marks_of
+from portakv.storage.eviction import UNKNOWN, Chains, mark_of, marks_of
 from portakv.storage.form import BlockForm
 from portakv.storage.image import Header, header, predecessor
 from portakv.storage.io.base import LOST, Engine, Request
@@ -213,27 +213,18 @@ class Successions:
         Each block comes before its predecessor: a kill during their removal in this order leaves no
         block without its predecessor.
         """
-        tail = [place for place in self._marks if place.table == 0 and place.slot >= keep]
-        reached = self._reach(tail)
-        marks = {self._marks[place] for place in reached}
-        first = [place for place in reached if self._follows[place] not in marks]
-        # Blocks of a circle, which only damage or a caller's mistake makes, have no first block.
-        in_order = dict.fromkeys([*self._reach(first), *reached])
-        return [*in_order][::-1]
-
-    def _reach(self, first: list[TableSlot]) -> list[TableSlot]:
-        """Return places and the places of all successors of their blocks.
-
-        Each comes after its predecessor if none of the given blocks follows another of them.
-        """
-        reached = dict[TableSlot, None]()
-        pending = first[:]
+        pending = [place for place in self._marks if place.table == 0 and place.slot >= keep]
+        found = set[TableSlot]()
+        in_order = dict[TableSlot, None]()
         while pending:
             place = pending.pop()
-            if place not in reached:
-                reached[place] = None
-                pending += self._following.get(self._marks[place], ())
-        return [*reached]
+            if place in found:  # all of its successors are in order
+                in_order[place] = None
+                continue
+            found.add(place)
+            following = self._following.get(self._marks[place], ())
+            pending += [place, *(x for x in following if x not in found)]
+        return [*in_order]
 
 
 # ------------------------------------------------------------------------------------------------
@@ -304,9 +295,9 @@ class Space:
         others = [other for other in [*self.writers] if other is not own and other.fd >= 0]
         if not others:
             return False
-        ages = {other: other.age() for other in others}
+        ages = {other: other.chains.age(other.folder) for other in others}
         oldest = max(others, key=ages.__getitem__)
-        return 8 * ages[oldest] > 9 * own.age_anywhere() and oldest.yield_share(nbytes)
+        return 8 * ages[oldest] > 9 * own.chains.age() and oldest.yield_share(nbytes)
 
     def allowance(self, own: Path, least: int, most: int) -> int:
         """Return the bytes that the form ``own`` may allocate, at most ``most``.
@@ -338,10 +329,10 @@ class Space:
                 if _cut_closed(file.folder, 0, self.others):
                     return True
         for file in closed:
-            if _cut_closed(file.folder, _share(file, nbytes), self.others):
+            if _cut_closed(file.folder, _share(file.nbytes, nbytes), self.others):
                 return True
         return any(
-            readers[file.folder].cut(_share(file, nbytes))
+            readers[file.folder].cut(_share(file.nbytes, nbytes))
             for file in others
             if file.folder in readers
         )
@@ -363,12 +354,12 @@ class Space:
         return sorted(files)
 
 
-def _share(file: _File, nbytes: int) -> int:
-    """Return the bytes that a form gives back when ``nbytes`` are missing.
+def _share(allocated: int, nbytes: int) -> int:
+    """Return the bytes that a form gives back of those it has, when ``nbytes`` are missing.
 
     These are more than ``nbytes``, so that not every new block makes another form give slots back.
     """
-    return max(nbytes, min(EXTENT, file.nbytes // 8))
+    return max(nbytes, min(EXTENT, allocated // 8))
 
 
 class _Closed(NamedTuple):
@@ -553,11 +544,6 @@ class Health:
         before = self.shortage
         if before is not None and before.errno == error.errno:
             return  # blocks that are dropped for one reason are counted together
-        self.shortage = self._shortage_by(error, count, slot_bytes)
-        topic = f"full {self._folder.parent}"
-        _warnings.warning(topic, "%s", self.shortage.sentence, lines=1)
-
-    def _shortage_by(self, error: OSError, count: int, slot_bytes: int) -> Shortage:
         folder = self._folder.parent
         free = self._space.free()
         self.free_bytes = free
@@ -565,7 +551,9 @@ class Health:
             f"{folder} has {count} of the {self.configured} slots of its capacity, as its file "
             f"system ({file_system_of(folder)}, {free} bytes free) gives no more: {cause_of(error)}"
         )
-        return Shortage(error.errno or 0, free, self.configured - count, slot_bytes, why)
+        missing = self.configured - count
+        self.shortage = Shortage(error.errno or 0, free, missing, slot_bytes, why)
+        _warnings.warning(f"full {folder}", "%s", self.shortage.sentence, lines=1)
 
     @property
     def missing(self) -> int:
@@ -637,6 +625,20 @@ class Place(NamedTuple):
     header: Header
 
 
+#: Seconds in which a write of several ends, or blocks wait for none of them any more.
+PATIENCE = 2.0
+
+
+class Write(NamedTuple):
+    """A block that is being written, and the mark that it follows."""
+
+    key: bytes
+    follows: int
+
+
+NO_WRITE = Write(b"", UNKNOWN)
+
+
 class Slots:
     """The blocks of ``form`` in ``folder``, whose parent is claimed.
 
@@ -676,7 +678,12 @@ class Slots:
         self.health = Health(folder, self._space)
         self._fits = False  # whether the other forms leave the room that the bound promises
         self.index = dict[bytes, int]()
-        self._occupancy = Occupancy(self.chains.written)
+        self.broken = 0
+        self.evicted = 0
+        self._free = deque[int]()  # slots without a block
+        self._pins = Counter[int]()  # the number of pins of each pinned slot
+        self._writes = dict[int, Write]()  # the blocks that are being written, by slot
+        self._late = set[int]()  # slots of writes for which no block waits any more
         self.siblings: Sequence[Slots] = ()  # of all folders of the form, once they are open
         _watch_forks()
         _opened.add(self)
@@ -684,7 +691,7 @@ class Slots:
         try:
             self._recover(engine, track, self._open(capacity))
             free = {*range(self.count)}.difference(self.index.values())
-            self._occupancy.free.extend(sorted(free))
+            self._free.extend(sorted(free))
             if chains is None:
                 self.fit()
         except BaseException as error:  # also an interrupt: nothing stays open or locked
@@ -708,16 +715,6 @@ class Slots:
     def nbytes(self) -> int:
         """Return the bytes of all slots."""
         return self.count * self.form.image_bytes
-
-    @property
-    def broken(self) -> int:
-        """Return the number of faulty slots."""
-        return self._occupancy.broken
-
-    @property
-    def evicted(self) -> int:
-        """Return the number of evicted blocks."""
-        return self._occupancy.evicted
 
     def _open(self, space: int | None) -> int:
         """Open and lock the files; return how many records there were."""
@@ -831,21 +828,20 @@ class Slots:
         for slot in {*slots.tolist()}.difference(entered):
             self._put(slot)
 
-        used = list[int]()
+        in_order = dict.fromkeys(slot for slot in slots.tolist() if slot in entered)
         order = self.folder / "order"
         # The order is a hint: nothing that is wrong with it stops a start. It is not there after a
         # kill.
         with suppress(OSError, StoreError, ValueError, TypeError, RecursionError):
-            listed = json.loads(read_file(order, 16 * len(entered) + MOST_FORM))
-            used = [slot for slot in listed if isinstance(slot, int) and slot in entered]
+            for slot in json.loads(read_file(order, 16 * len(entered) + MOST_FORM)):
+                if isinstance(slot, int) and slot in entered:
+                    del in_order[slot]
+                    in_order[slot] = None  # after all others
         with suppress(OSError):  # it is not there, or the folder is read only
             order.unlink()
-        late = {*used}
-        before = [slot for slot in slots.tolist() if slot in entered and slot not in late]
-        last = dict.fromkeys([*before, *used])
 
-        self.index = {entered[slot]: slot for slot in last}
-        follows = words[[*last], FOLLOWS]
+        self.index = {entered[slot]: slot for slot in in_order}
+        follows = words[[*in_order], FOLLOWS]
         follows[follows == self.form.payload_bytes] = UNKNOWN
         with self.chains.lock:
             self.chains.fill([*self.index], marks_of(self.index), follows.tolist(), self.folder)
@@ -878,7 +874,7 @@ class Slots:
             past = GENERATION + 3 + len(self.form.segments)
             records = self._records[[slot for _, slot in stored], GENERATION:past].tolist()
             for (i, slot), (generation, _, many, *sums) in zip(stored, records, strict=True):
-                self._occupancy.pins[slot] += 1
+                self._pins[slot] += 1
                 self.chains.pin(keys[i])
                 places[i] = Place(slot, Header(keys[i], generation, tuple(sums[:many])))
         return places
@@ -890,22 +886,21 @@ class Slots:
         """
         with self.chains.lock:
             for place in places:
-                self._unpin(place.slot, place.header.key, good, why)
-
-    def _unpin(self, slot: int, key: bytes, good: bool, why: str) -> None:
-        if not good:
-            if self.index.get(key) == slot:
-                del self.index[key]
-                self.chains.remove(key, why)
-            self._put(slot)
-        self._occupancy.pins[slot] -= 1
-        if self._occupancy.pins[slot]:
-            return
-        del self._occupancy.pins[slot]
-        if self.index.get(key) == slot:
-            self.chains.unpin(key)
-        else:
-            self._occupancy.free.append(slot)
+                slot = place.slot
+                key = place.header.key
+                if not good:
+                    if self.index.get(key) == slot:
+                        del self.index[key]
+                        self.chains.remove(key, why)
+                    self._put(slot)
+                self._pins[slot] -= 1
+                if self._pins[slot]:
+                    continue
+                del self._pins[slot]
+                if self.index.get(key) == slot:
+                    self.chains.unpin(key)
+                else:
+                    self._free.append(slot)
 
     def take(
         self,
@@ -929,21 +924,6 @@ class Slots:
         """
         if self.look():
             return None
-        slot = self._take(key, own, follows, evict, waits)
-        if slot is not None and not self._put(slot):
-            self.give(slot)
-            return None
-        return slot
-
-    def _take(
-        self,
-        key: bytes,
-        own: Mapping[bytes, int] | None,
-        follows: int,
-        evict: bool,
-        waits: bool,
-    ) -> int | None:
-        """Take a slot as `take` does, whose record is not empty yet."""
         with self.chains.lock:
             if self.fd < 0:
                 return None
@@ -951,19 +931,22 @@ class Slots:
                 self._space.make_fit(self.folder)
                 self._fits = True
             looks = not evict or self._looks_for_space()
-            if not self._occupancy.free and looks:
+            if not self._free and looks:
                 self._grow()
             own = own or {}
-            while evict and not self._occupancy.free:
+            while evict and not self._free:
                 has_to = self._waits(key, own)
                 if self._free_a_slot(key, own, looks, has_to) or not (has_to and waits):
                     break
-                self._occupancy.wait([x._occupancy for x in self.siblings or [self]])
-            if not self._occupancy.free:
+                self._wait()
+            if not self._free:
                 return None
-            slot: int = self._occupancy.free.popleft()
-            self._occupancy.writes[slot] = Write(key, follows)
+            slot: int = self._free.popleft()
+            self._writes[slot] = Write(key, follows)
             self.chains.expect(follows)
+        if not self._put(slot):
+            self.give(slot)
+            return None
         return slot
 
     def look(self) -> str:
@@ -993,22 +976,14 @@ class Slots:
 
     def yield_share(self, nbytes: int) -> bool:
         """Give slots back as `cut` does, so many bytes or an eighth, under the lock."""
-        return self._yield(max(nbytes, min(EXTENT, self.nbytes // 8)))
+        return self._yield(_share(self.nbytes, nbytes))
 
     def _yield(self, nbytes: int) -> bool:
         before = self.count
-        self._cut(self._occupancy.past_free(self.count))
+        self._cut(self._past_free())
         if self.count == before:
             self._cut(before - -(-nbytes // self.form.image_bytes))
         return self.count < before
-
-    def age(self) -> int:
-        """Return for how many uses the block that goes next here was not used, under the lock."""
-        return self.chains.age(self.folder)
-
-    def age_anywhere(self) -> int:
-        """Return the same for the block of the form that goes next in any folder."""
-        return self.chains.age()
 
     def _cut(self, keep: int) -> None:
         """Give back the slots from ``keep`` on that lie above all slots in use.
@@ -1016,14 +991,13 @@ class Slots:
         A slot is in use if it is pinned, is being written, or leads to a block that is being
         written. All successors of the evicted blocks go with them, in all folders.
         """
-        occupancy = self._occupancy
-        keep = max([keep, *(slot + 1 for slot in (*occupancy.pins, *occupancy.writes))])
+        keep = max([keep, *(slot + 1 for slot in (*self._pins, *self._writes))])
         if keep >= self.count:
             return
         folders = [self, *(x for x in self.siblings if x is not self and x.fd >= 0)]
         successions = Successions([x._records[: x.count] for x in folders])
         for writing in folders:
-            for write in writing._occupancy.writes.values():
+            for write in writing._writes.values():
                 leading = [x.slot for x in successions.before(write.follows) if x.table == 0]
                 keep = max(keep, *(slot + 1 for slot in leading), 0)
         if keep >= self.count:
@@ -1037,7 +1011,7 @@ class Slots:
         cut_tail(
             self.fd, self._files.table, self._records[: self.count], keep, self.form.image_bytes
         )
-        self._occupancy.free = deque(slot for slot in self._occupancy.free if slot < keep)
+        self._free = deque(slot for slot in self._free if slot < keep)
         self._records[keep : self.count] = 0
         self.count = keep
 
@@ -1075,7 +1049,7 @@ class Slots:
         first = self.count
         self.count = past
         self.health.shortage = None
-        self._occupancy.free.extend(range(first, past))
+        self._free.extend(range(first, past))
         self._mark_table()
         if not first and self.direct:
             self._try_direct()
@@ -1093,15 +1067,15 @@ class Slots:
 
     def _mark_table(self) -> None:
         """Seal the record of a free slot: from now on a table of zeros means a lost table."""
-        if self._occupancy.free:
-            self._put(self._occupancy.free[0])
+        if self._free:
+            self._put(self._free[0])
 
     def _looks_for_space(self) -> bool:
         """Return True if a block may look for space before it evicts another one.
 
         Forms that share a full folder look at each `_LOOKS`th block: a look takes 0.1 ms.
         """
-        return len(self._space.writers) < 2 or self._occupancy.evicted % _LOOKS == 0
+        return len(self._space.writers) < 2 or self.evicted % _LOOKS == 0
 
     def _free_a_slot(self, key: bytes, own: Mapping[bytes, int], looked: bool, waits: bool) -> bool:
         """Evict a block, or take slots of another form; return True if a slot is free. ``looked``:
@@ -1112,13 +1086,13 @@ class Slots:
             return True
         if not looked:
             self._grow()
-        return bool(self._occupancy.free) or (not looked and self._take_over())
+        return bool(self._free) or (not looked and self._take_over())
 
     def _take_over(self) -> bool:
         """Take slots of another form with an older block; return True if a slot is free."""
         if self.count < self.limit and self._space.take_over(self, self.form.image_bytes):
             self._grow()
-        return bool(self._occupancy.free)
+        return bool(self._free)
 
     def _evict(self, key: bytes, own: Mapping[bytes, int], waits: bool) -> bool:
         """Evict a block; return True if one went. No block of the call goes if that ``waits``."""
@@ -1128,7 +1102,7 @@ class Slots:
         if victim is None:
             return False
         self._forget(victim)
-        self._occupancy.evicted += 1
+        self.evicted += 1
         return True
 
     def _waits(self, key: bytes, own: Mapping[bytes, int]) -> bool:
@@ -1137,14 +1111,38 @@ class Slots:
         if victim is not None and victim not in own:
             return False
         alone = len(self.siblings) < 2  # else another folder may have a slot
-        return any(x._occupancy.writes_after(key, own, alone) for x in self.siblings or [self])
+        return any(x._writes_after(key, own, alone) for x in self.siblings or [self])
+
+    def _writes_after(self, key: bytes, call: Mapping[bytes, int], others: bool) -> bool:
+        """Return True if blocks are being written, and are not late, that come after a block in its
+        call; with ``others``, also if these belong to other calls."""
+        past = len(call)
+        place = call.get(key, past)
+        other = past if others else -1
+        writes = self._writes.items()
+        return any(call.get(x.key, other) > place for slot, x in writes if slot not in self._late)
+
+    def _wait(self) -> None:
+        """Wait for the end of a write, under the lock. If none ends in time, all writes of the
+        folders are late: else each of the next blocks would wait as long."""
+        if not self.chains.written.wait(PATIENCE):
+            for slots in self.siblings or [self]:
+                slots._late.update(slots._writes)
+
+    def _past_free(self) -> int:
+        """Return the number of the slot after the last slot that is not free."""
+        free = {*self._free}
+        past = self.count
+        while past - 1 in free:
+            past -= 1
+        return past
 
     def _end_write(self, slot: int) -> None:
         """Note that a slot is not being written any more."""
-        self._occupancy.late.discard(slot)
-        write = self._occupancy.writes.pop(slot, NO_WRITE)
+        self._late.discard(slot)
+        write = self._writes.pop(slot, NO_WRITE)
         self.chains.unexpect(write.follows)
-        self._occupancy.written.notify_all()
+        self.chains.written.notify_all()
 
     def seal(self, slot: int, key: bytes, generation: int, checksums: Sequence[int]) -> bool:
         """Register a block whose image was written; return False if its record cannot be
@@ -1152,7 +1150,7 @@ class Slots:
         if not self.direct:
             size = self.form.image_bytes
             os.posix_fadvise(self.fd, slot * size, size, os.POSIX_FADV_DONTNEED)
-        follows = self._occupancy.writes.get(slot, NO_WRITE).follows
+        follows = self._writes.get(slot, NO_WRITE).follows
         if not self._put(slot, key, generation, checksums, follows):
             self.give(slot)
             return False
@@ -1165,7 +1163,7 @@ class Slots:
             newer = before is not None and int(self._records[before, GENERATION]) > generation
             if elsewhere or newer:
                 self._put(slot)
-                self._occupancy.free.append(slot)
+                self._free.append(slot)
                 return True
             self._forget(key)
             if before is not None:
@@ -1178,9 +1176,9 @@ class Slots:
         """Give a taken slot back; a faulty slot is not used again."""
         with self.chains.lock:
             self._end_write(slot)
-            self._occupancy.broken += broken
+            self.broken += broken
             if not broken:
-                self._occupancy.free.append(slot)
+                self._free.append(slot)
 
     def close(self, sync: bool = True) -> None:
         """Make all blocks and the order of last use durable, and release the folder."""
@@ -1239,8 +1237,8 @@ class Slots:
         if slot is None:
             return
         self.chains.remove(key)
-        if slot not in self._occupancy.pins:
-            self._occupancy.free.append(slot)
+        if slot not in self._pins:
+            self._free.append(slot)
 
 
 _opened: WeakSet[Slots] = WeakSet()

@@ -388,10 +388,18 @@ class RemoteStore:
         segments: Sequence[int] | None,
         stop: Stop,
     ) -> _Fetched:
-        """Fetch a block and wait for it. Raises `Failure`."""
+        """Fetch an object, or its header and some segments, into a row, and verify it. Raises
+        `Failure`."""
 
         def run() -> _Fetched:
-            return loop.run_until_complete(self._fetch(key, row, segments, stop))
+            try:
+                return loop.run_until_complete(self._fetch(key, row, segments, stop))
+            except _Stopped:
+                return _Fetched("late")
+            except self._remote.obs.exceptions.BaseError as error:
+                if re.search("status code: 416|Invalid range|range was invalid", str(error)):
+                    return _Fetched("fault")  # an object of no bytes
+                raise
 
         result: _Fetched = self._remote.attempt(run, miss=_Fetched("miss"))
         return result
@@ -399,29 +407,12 @@ class RemoteStore:
     async def _fetch(
         self, key: bytes, row: Row, segments: Sequence[int] | None, stop: Stop
     ) -> _Fetched:
-        """Fetch an object, or its header and some segments, into a row, and verify it."""
-        try:
-            return await self._fetch_until(key, row, segments, stop)
-        except _Stopped:
-            return _Fetched("late")
-        except self._remote.obs.exceptions.BaseError as error:
-            if re.search("status code: 416|Invalid range|range was invalid", str(error)):
-                return _Fetched("fault")  # an object of no bytes
-            raise
-
-    async def _fetch_until(
-        self, key: bytes, row: Row, segments: Sequence[int] | None, stop: Stop
-    ) -> _Fetched:
-        """Do what `_fetch` does. Raises `_Stopped`, and the errors of obstore."""
+        """Do what `_fetch_now` does. Raises `_Stopped`, and the errors of obstore."""
         spans = self._spans(segments)
         for span in spans:
             fetched, response = await self._request(key, span, segments is None, stop)
             if span == spans[0] and self._may_be_compressed(fetched.nbytes):
-                if segments is None:
-                    return await self._receive_compressed(key, row, fetched, response, stop)
-                page = row[:HEADER]
-                await _receive(response, page, span, stop)
-                return await self._fetch_compressed(key, row, segments, fetched, stop)
+                return await self._fetch_compressed(key, row, segments, fetched, response, stop)
             if fetched.nbytes != self.form.image_bytes:
                 return fetched
             await _receive(response, row, span, stop)
@@ -448,12 +439,20 @@ class RemoteStore:
         """Return True if a compressed object can have this size, and an image cannot."""
         return HEADER < nbytes < self.form.image_bytes
 
-    async def _receive_compressed(
-        self, key: bytes, row: Row, fetched: _Fetched, response: Any, stop: Stop
+    async def _fetch_compressed(
+        self,
+        key: bytes,
+        row: Row,
+        segments: Sequence[int] | None,
+        fetched: _Fetched,
+        response: Any,
+        stop: Stop,
     ) -> _Fetched:
-        """Receive all of a compressed object, and write its image into a row."""
-        data = np.empty(fetched.nbytes, np.uint8)
-        await _receive(response, data, (0, fetched.nbytes), stop)
+        """Receive a compressed object, or its first page and some segments, and write the image
+        into a row. ``response``: to the request for all of it, or for the page."""
+        whole = segments is None
+        data = np.empty(fetched.nbytes if whole else HEADER, np.uint8)
+        await _receive(response, data, (0, len(data)), stop)
         terms = compressed.terms_of(data[:HEADER], self.form)
         right = terms is not None and terms.nbytes == fetched.nbytes
         if terms is not None and right:
@@ -461,36 +460,19 @@ class RemoteStore:
             if codec is None:
                 return fetched._replace(result="unreadable")
             compressed.restore_header(data[:HEADER], row, self.form)
-            for number in range(len(self.form.segments)):
+            for number in range(len(self.form.segments)) if segments is None else segments:
                 start, end = terms.span(number)
                 part = data[start:end]
-                right &= compressed.restore(part, row, self.form, terms, number, codec)
-        if right and self._is_right(row, key, None):
+                if not whole:
+                    again, response = await self._request(key, (start, end), False, stop)
+                    if not again.same_object(fetched) or again.nbytes != fetched.nbytes:
+                        return again
+                    part = np.empty(end - start, np.uint8)
+                    await _receive(response, part, (0, len(part)), stop)
+                right = right and compressed.restore(part, row, self.form, terms, number, codec)
+        if right and self._is_right(row, key, segments):
             return fetched._replace(result="hit")
-        return fetched._replace(result="fault", md5=_md5(data))
-
-    async def _fetch_compressed(
-        self, key: bytes, row: Row, segments: Sequence[int], fetched: _Fetched, stop: Stop
-    ) -> _Fetched:
-        """Fetch some segments of a compressed object whose first page is in a row."""
-        terms = compressed.terms_of(row[:HEADER], self.form)
-        if terms is None or terms.nbytes != fetched.nbytes:
-            return fetched
-        codec = _codec()
-        if codec is None:
-            return fetched._replace(result="unreadable")
-        compressed.restore_header(row[:HEADER], row, self.form)
-        for number in segments:
-            span = terms.span(number)
-            again, response = await self._request(key, span, False, stop)
-            if not again.same_object(fetched) or again.nbytes != fetched.nbytes:
-                return again
-            data = np.empty(span[1] - span[0], np.uint8)
-            await _receive(response, data, (0, len(data)), stop)
-            if not compressed.restore(data, row, self.form, terms, number, codec):
-                return fetched
-        right = self._is_right(row, key, segments)
-        return fetched._replace(result="hit" if right else "fault")
+        return fetched._replace(result="fault", md5=_md5(data) if whole else None)
 
     def _spans(self, segments: Sequence[int] | None) -> list[tuple[int, int]]:
         """Return the parts of an image for a read: the whole image, or the header and segments."""
@@ -703,49 +685,6 @@ class _CircuitBreaker:
                 self.last_error = error
 
 
-class _Puts:
-    """Writes objects to obstore's store ``sink``, those above ``multipart`` bytes in parts."""
-
-    def __init__(self, sink: Any, multipart: int) -> None:
-        self._sink = sink
-        self._multipart = multipart
-        self._conditions = True  # the store takes puts with a condition, as far as is known
-
-    def put(self, obs: Any, path: str, data: Any, replaces: Fault | None) -> bool:
-        """Write an object once, by obstore; return True if this put has shown that the store takes
-        no conditions. Raises the errors of obstore."""
-        if len(data) > self._multipart:
-            parts = {"chunk_size": PART, "max_concurrency": 4}
-            obs.put(self._sink, path, data, use_multipart=True, **parts)
-            return False
-
-        put = partial(obs.put, self._sink, path, data, use_multipart=False)
-        if not self._conditions:
-            put()
-            return False
-        mode: Any = "create"
-        if replaces:
-            known = {"e_tag": replaces.e_tag, "version": replaces.version}
-            mode = {name: value for name, value in known.items() if value} or "overwrite"
-        errors = obs.exceptions
-        try:
-            put(mode=mode)
-        except (NotImplementedError, errors.NotSupportedError):
-            put()
-        except (errors.PreconditionError, FileNotFoundError):
-            if not replaces:
-                raise
-            # Another writer was first and its object stays, or the faulty object was deleted.
-            put(mode="create")
-        except errors.GenericError as error:
-            if mode == "overwrite" or not _may_refuse_conditions(str(error)):
-                raise
-            put()  # its error names what else is wrong
-            self._conditions = False
-            return True
-        return False
-
-
 class Remote:
     """A tier of blocks below a prefix of an object store.
 
@@ -801,8 +740,9 @@ class Remote:
         self.url = _shown(url)
         self.workers = workers
 
-        self.store, sink = uninterrupted(partial(self._connect, url, settings))
-        self._puts = _Puts(sink, multipart)
+        self.store, self._sink = uninterrupted(partial(self._connect, url, settings))
+        self._multipart = multipart
+        self._takes_conditions = True  # of puts, as far as is known
         self._breaker = _CircuitBreaker(lambda: self.now())
         self.log = RateLimitedLog(_log, lambda: self.now())
         self._present: list[BlockForm] = []  # at the last look
@@ -888,10 +828,13 @@ class Remote:
             missing = isinstance(error, FileNotFoundError) and miss is not None
             if not missing or re.search("NoSuchBucket|ContainerNotFound", str(error)):
                 failure = self._reason(error)
-        self._note(failure)
-        if failure:
-            raise Failure(failure)
-        return result
+        if failure is None:
+            self._breaker.note(None)
+            return result
+        self._breaker.note(failure.where.removeprefix(f"{self.url}: "))
+        text = "%r failed; its blocks are misses, and saves do not write there: %s"
+        self.log.warning("failed", text, self, self.last_error, lines=1)
+        raise Failure(failure)
 
     def _reason(self, error: Exception) -> Reason:
         """Return how a request failed, without secrets."""
@@ -900,15 +843,6 @@ class Remote:
         refused = refused or re.search(r"status code: 4(?!04|08|09|29)\d\d", str(error)) is not None
         kind = reasons.REFUSED if refused else reasons.UNREACHABLE
         return Reason(kind, f"{self.url}: {type(error).__name__}: {_clean(error)}")
-
-    def _note(self, failure: Reason | None) -> None:
-        """Count a failure, or begin anew after a success; log the failure."""
-        if failure is None:
-            self._breaker.note(None)
-            return
-        self._breaker.note(failure.where.removeprefix(f"{self.url}: "))
-        text = "%r failed; its blocks are misses, and saves do not write there: %s"
-        self.log.warning("failed", text, self, self.last_error, lines=1)
 
     def put(self, path: str, data: Any, replaces: Fault | None = None) -> bool:
         """Write an object that does not exist, or that ``replaces`` a faulty version; return True.
@@ -922,18 +856,48 @@ class Remote:
             data = bytes(data)
         for _ in range(PUTS):
             try:
-                replaced_any = self._puts.put(self.obs, path, data, replaces)
+                self._put_once(path, data, replaces)
+                return True
             except self.obs.exceptions.AlreadyExistsError as error:
                 # S3 says so as well if a delete that ran meanwhile has won (409), and the object
                 # exists after a put whose answer was lost.
                 conflict = error
-            else:
-                if replaced_any:
-                    self.log.warning("conditions", NO_CONDITIONS, self)
-                return True
             if self._is_there(path, replaces):
                 return True
         raise conflict
+
+    def _put_once(self, path: str, data: Any, replaces: Fault | None) -> None:
+        """Write an object once, as `put` says. Raises the errors of obstore."""
+        obs = self.obs
+        if len(data) > self._multipart:
+            parts = {"chunk_size": PART, "max_concurrency": 4}
+            obs.put(self._sink, path, data, use_multipart=True, **parts)
+            return
+
+        put = partial(obs.put, self._sink, path, data, use_multipart=False)
+        if not self._takes_conditions:
+            put()
+            return
+        mode: Any = "create"
+        if replaces:
+            known = {"e_tag": replaces.e_tag, "version": replaces.version}
+            mode = {name: value for name, value in known.items() if value} or "overwrite"
+        errors = obs.exceptions
+        try:
+            put(mode=mode)
+        except (NotImplementedError, errors.NotSupportedError):
+            put()
+        except (errors.PreconditionError, FileNotFoundError):
+            if not replaces:
+                raise
+            # Another writer was first and its object stays, or the faulty object was deleted.
+            put(mode="create")
+        except errors.GenericError as error:
+            if mode == "overwrite" or not _may_refuse_conditions(str(error)):
+                raise
+            put()  # its error names what else is wrong
+            self._takes_conditions = False
+            self.log.warning("conditions", NO_CONDITIONS, self)
 
     def _is_there(self, path: str, fault: Fault | None) -> bool:
         """Return whether the store has an object, other than a faulty version."""
