@@ -15,6 +15,7 @@ import re
 import socket
 import tempfile
 import threading
+from asyncio import CancelledError
 from collections import Counter, deque
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
@@ -243,13 +244,22 @@ def started_context() -> zmq.Context[zmq.Socket[bytes]]:
     raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
 
 
-async def received(source: zmq.Socket[bytes], copy: bool = True) -> list[Any]:
-    """Return the frames of the next message of a socket, as bytes or, without a copy, as frames."""
-    fd: int = source.FD
-    # The question also has the socket learn of new room, without which it would drop an answer.
-    while not int(source.get(zmq.EVENTS)) & zmq.POLLIN:
-        await Wait(fd)
-    return source.recv_multipart(zmq.NOBLOCK, copy)
+class Incoming:
+    """Waits until a socket has a message."""
+
+    def __init__(self, source: zmq.Socket[bytes]) -> None:
+        self.fd: int = source.FD
+        self._poll = partial(_has_message, [(source, zmq.POLLIN)])
+
+    def wait(self, until: float | None = None) -> Wait:
+        """Return the wait for a message."""
+        return Wait(self.fd, READ, until, self._poll)
+
+
+def _has_message(sockets: list[tuple[Any, int]], milliseconds: int) -> bool:
+    """Return True if a socket has a message, after at most so many milliseconds."""
+    # The poll also has the socket learn of new room, without which it would drop an answer.
+    return bool(zmq.zmq_poll(sockets, milliseconds))
 
 
 def event_of(frames: list[bytes]) -> tuple[str, int]:
@@ -395,6 +405,7 @@ class UnixListener:
             return
         finally:
             self._server.end(fd)
+            runtime().started().descriptors.forget(fd)
             _shut(connection.socket)
             self._find_spare()
 
@@ -437,10 +448,9 @@ class _Connection:
     async def receive(self) -> bytes:
         """Return a packet; no bytes if the peer is gone."""
         while True:
-            try:
+            await Wait(self.socket.fileno())
+            with suppress(BlockingIOError):
                 return self.socket.recv(HEAD.size + LIMIT + 1)
-            except BlockingIOError:
-                await Wait(self.socket.fileno())
 
     async def send(self, packet: bytes) -> None:
         """Send a packet, once there is room. Raises `ConnectionError` if the peer gets no more."""
@@ -794,8 +804,8 @@ class TcpLink(_Link):
         self._socket = used
         # Use a separate name: pyzmq's name is its descriptor's, which is reused before it is free.
         self._monitor = used.get_monitor_socket(addr=f"inproc://{number}")
-        self._fd: int = used.FD
-        self._monitor_fd: int = self._monitor.FD
+        self._answers = Incoming(used)
+        self._events = Incoming(self._monitor)
         used.connect(address)
 
     async def keep(self) -> None:
@@ -803,13 +813,22 @@ class TcpLink(_Link):
         try:
             while not self.why:
                 self._look()
-                await Wait(self._monitor_fd)
+                await self._events.wait()
         finally:
-            for fd in (self._fd, self._monitor_fd):
-                self._runtime.started().descriptors.forget(fd)
-            self._socket.disable_monitor()
-            self._socket.close(0)
             self.end_life()
+            await self._close_socket()
+
+    async def _close_socket(self) -> None:
+        """Close the socket after the present request, which may wait in ZeroMQ, in its thread."""
+        unused = False
+        while not unused:
+            with suppress(CancelledError):  # the channel is closed meanwhile
+                unused = await self.queue.acquire(priority="urgent")
+        for incoming in (self._answers, self._events):
+            self._runtime.started().descriptors.forget(incoming.fd)
+        self._socket.disable_monitor()
+        self._socket.close(0)
+        self.queue.release()
 
     def _look(self) -> None:
         """Process the events that have come. Also a request does, if the loop is busy."""
@@ -837,17 +856,13 @@ class TcpLink(_Link):
             self._socket.send(data, zmq.NOBLOCK)
             return True
         except zmq.Again:
-            await Wait(self._fd, READ, until)
+            await Wait(self._answers.fd, READ, until)
             return False
 
     async def receive(self, until: float) -> bytes | None:
         """Return an answer; None if there is none yet."""
-        while not self.closed:
-            try:
-                return self._socket.recv(zmq.NOBLOCK)
-            except zmq.Again:
-                if not await Wait(self._fd, READ, until):
-                    break
+        if not self.closed and await self._answers.wait(until):
+            return self._socket.recv(zmq.NOBLOCK)
         if not self.up and not self.closed:
             self._look()
         return None
@@ -1282,9 +1297,9 @@ class Server:
         self.address = router.getsockopt_string(zmq.LAST_ENDPOINT).rstrip("\0")
         if re.match(r"tcp://(0\.0\.0\.0|\[::(ffff:0\.0\.0\.0)?\])", self.address):
             raise OSError("that is every interface")
-        self._repeat(partial(self._take, router))
-        self._repeat(partial(self._follow, self._seen))
-        self._repeat(partial(self._admit, zap))
+        self._repeat(partial(self._take, router, Incoming(router)))
+        self._repeat(partial(self._follow, Incoming(self._seen)))
+        self._repeat(partial(self._admit, zap, Incoming(zap)))
 
     def _repeat(self, step: Callable[[], Awaitable[object]]) -> None:
         """Call a function again and again. One peer's message must not stop the others'."""
@@ -1311,17 +1326,18 @@ class Server:
         if self._unix is not None:
             self._unix.close()
 
-    async def _admit(self, zap: zmq.Socket[bytes]) -> None:
+    async def _admit(self, zap: zmq.Socket[bytes], incoming: Incoming) -> None:
         """Accept a connection that has the secret's keys, and reject any other."""
-        requests = await received(zap)
+        await incoming.wait()
+        requests = zap.recv_multipart()
         key = z85.decode(self._sockets.keys[0])
         well = b"200" if requests[5:] == [b"CURVE", key] else b"400"
         zap.send_multipart([b"1.0", requests[1], well, b"", b"", b""])
 
-    async def _follow(self, seen: zmq.Socket[bytes]) -> None:
+    async def _follow(self, incoming: Incoming) -> None:
         """Process the events of TCP connections to this channel."""
+        await incoming.wait()
         self._see()
-        await Wait(seen.FD)
 
     def _see(self) -> None:
         """Process all events that have come."""
@@ -1366,9 +1382,14 @@ class Server:
         self._peers[name] = Peer(id)
         return self._peers[name]
 
-    async def _take(self, router: zmq.Socket[bytes]) -> None:
+    async def _take(self, router: zmq.Socket[bytes], incoming: Incoming) -> None:
         """Answer one request by TCP."""
-        name, *others, frame = await received(router, copy=False)
+        await incoming.wait()
+        # Frame by frame: the calls for messages of several frames ask the socket about each.
+        frames = [router.recv(copy=False)]
+        while frames[-1].more:
+            frames.append(router.recv(copy=False))
+        name, *others, frame = frames
         if others:  # no channel sends messages of several frames
             self._counts["size"] += 1
             self._cut(frame.get(zmq.SRCFD))

@@ -18,6 +18,7 @@ from collections import deque
 from collections.abc import Callable, Coroutine, Generator
 from contextlib import suppress
 from functools import partial
+from math import ceil
 from threading import get_ident
 from time import monotonic
 from typing import Any, Generic, TypeVar
@@ -45,16 +46,24 @@ class Wait:
         fd: a descriptor that ends the wait by ``events``; None: a call of `wake` ends it.
         events: `READ`, `WRITE` or `HANGUP`.
         until: the end of the wait, by `Runtime.time`; None: no limit.
+        poll: returns True if the event has come, after at most so many milliseconds. For sockets
+            of ZeroMQ, whose descriptors report also what concerns only ZeroMQ. A caller's thread
+            waits in it; the loop calls it with 0.
     """
 
-    __slots__ = ("events", "fd", "resume", "timer", "until", "woken")
+    __slots__ = ("events", "fd", "poll", "resume", "timer", "until", "woken")
 
     def __init__(
-        self, fd: int | None = None, events: int = READ, until: float | None = None
+        self,
+        fd: int | None = None,
+        events: int = READ,
+        until: float | None = None,
+        poll: Callable[[int], bool] | None = None,
     ) -> None:
         self.fd = fd
         self.events = events
         self.until = until
+        self.poll = poll
         self.woken = False
         # Set in the step that begins the wait, and in the loop.
         self.resume: Callable[[], object] | None = None
@@ -161,7 +170,7 @@ class Handle(Generic[T]):
         return True
 
     def _cancel(self) -> None:
-        if self._wait is not None:
+        if self._cancelled and self._wait is not None:
             self._go_on(self._wait)
 
     def step(self, step: Callable[..., Any], *arguments: object) -> None:
@@ -191,6 +200,9 @@ class Handle(Generic[T]):
             self._go_on(wait)
         elif not isinstance(wait, Wait):
             wait.add_done_callback(self._go_on)  # a future of asyncio
+        elif wait.poll is not None and wait.poll(0):  # the descriptor may not report it again
+            wait.woken = True
+            self._runtime.started().call_soon(self._go_on, wait)
         else:
             loop = self._runtime.started()
             if wait.until is not None:
@@ -205,6 +217,9 @@ class Handle(Generic[T]):
     def _see(self) -> None:
         """Go on after the event of a descriptor, which is watched no longer."""
         wait = self._wait
+        if wait.poll is not None and not wait.poll(0):
+            self._runtime.started().descriptors.watch(wait.fd, wait.events, self._see)
+            return
         wait.woken = True
         self._wait = None
         if wait.timer is not None:
@@ -299,6 +314,7 @@ class Descriptors(selectors.EpollSelector):
         super().__init__()
         self._poll = select.epoll.fromfd(os.dup(self.fileno()))  # the same queue of events
         self._calls = dict[int, dict[int, Callable[[], object]]]()  # by descriptor and event
+        self._masks = dict[int, int]()  # the events that are requested now
 
     def select(self, timeout: float | None = None) -> list[tuple[selectors.SelectorKey, int]]:
         """Make the calls whose events have come, and return the loop's own events."""
@@ -315,10 +331,9 @@ class Descriptors(selectors.EpollSelector):
         if events & (select.EPOLLHUP | select.EPOLLERR):
             events |= sum(calls)
         due = [calls.pop(mask) for mask in [*calls] if events & mask]
-        if calls:
-            self._renew(fd)
         for call in due:
-            call()
+            call()  # most coroutines soon wait for the same event again
+        self._renew(fd)
 
     def watch(self, fd: int, events: int, call: Callable[[], object]) -> None:
         """Make a call once at an event of a descriptor. Runs in the loop."""
@@ -326,22 +341,36 @@ class Descriptors(selectors.EpollSelector):
         self._renew(fd)
 
     def _renew(self, fd: int) -> None:
-        """Request one event of a descriptor, of any kind that is watched."""
-        mask = sum(self._calls[fd], select.EPOLLONESHOT)
-        try:
+        """Request the events of a descriptor that are watched, and no others."""
+        mask = sum(self._calls.get(fd, ()))
+        before = self._masks.get(fd, 0)
+        if mask == before:
+            return
+        if not mask:
+            self._drop(fd)
+            return
+        if before:
             self._poll.modify(fd, mask)
-        except FileNotFoundError:  # of the descriptor's first wait
+        else:
             self._poll.register(fd, mask)
+        self._masks[fd] = mask
+
+    def _drop(self, fd: int) -> None:
+        """Request no event of a descriptor."""
+        self._calls.pop(fd, None)
+        self._masks.pop(fd, None)
+        with suppress(OSError):  # it is closed
+            self._poll.unregister(fd)
 
     def unwatch(self, fd: int, events: int) -> None:
         """Make the call of `watch` no longer."""
         self._calls.get(fd, {}).pop(events or select.EPOLLRDHUP, None)
+        self._renew(fd)
 
     def forget(self, fd: int) -> None:
         """End all waits for a descriptor that is closed next. Runs in the loop."""
-        calls = self._calls.pop(fd, {})
-        with suppress(FileNotFoundError):
-            self._poll.unregister(fd)
+        calls = self._calls.get(fd, {})
+        self._drop(fd)
         for call in calls.values():
             call()
 
@@ -426,6 +455,8 @@ class Runtime:
             left = -1.0 if wait.until is None else max(0.0, wait.until - self.time())
             if wait.fd is None:
                 woken.acquire(timeout=left)
+            elif wait.poll is not None:
+                wait.woken = wait.poll(ceil(1e3 * left))
             else:
                 poll = select.poll()
                 poll.register(wait.fd, wait.events)
