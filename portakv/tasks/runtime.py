@@ -82,62 +82,21 @@ class Wait:
                 self.resume()
 
 
-class StateLock:
-    """The lock of all steps. A thread that has it may take it again."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._holder = 0
-        self._depth = 0
-
-    @property
-    def is_mine(self) -> bool:
-        """Return True in the thread that has the lock."""
-        return self._holder == get_ident()
-
-    def __enter__(self) -> None:
-        here = get_ident()
-        if self._holder != here:
-            self._lock.acquire()
-            self._holder = here
-        self._depth += 1
-
-    def __exit__(self, *error: object) -> None:
-        self._depth -= 1
-        if not self._depth:
-            self._holder = 0
-            self._lock.release()
-
-    def release(self) -> int:
-        """Release the lock, if this thread has it; return the argument of `restore`."""
-        if not self.is_mine:
-            return 0
-        depth = self._depth
-        self._depth = 0
-        self._holder = 0
-        self._lock.release()
-        return depth
-
-    def restore(self, depth: int) -> None:
-        """Take the lock as it was before `release`."""
-        if depth:
-            self._lock.acquire()
-            self._holder = get_ident()
-            self._depth = depth
-
-
 class Released:
-    """A context in which this thread does not have the lock."""
+    """A context in which this thread does not have the lock, if it had it."""
 
-    def __init__(self, lock: StateLock) -> None:
+    def __init__(self, lock: Any) -> None:
         self._lock = lock
-        self._depth = 0
+        self._state: object = None
 
     def __enter__(self) -> None:
-        self._depth = self._lock.release()
+        # The methods by which a condition of Python releases its lock, however often it was taken.
+        if self._lock._is_owned():
+            self._state = self._lock._release_save()
 
     def __exit__(self, *error: object) -> None:
-        self._lock.restore(self._depth)
+        if self._state is not None:
+            self._lock._acquire_restore(self._state)
 
 
 class Handle(Generic[T]):
@@ -285,7 +244,7 @@ class Handle(Generic[T]):
             end.acquire(timeout=min(left, LOOK))
 
     def __await__(self) -> Generator[Any, Any, T]:
-        if not self._ended and self._runtime.lock.is_mine:  # in a step
+        if not self._ended and self._runtime.lock._is_owned():  # in a step
             wait = Wait()
             self.on_end(partial(self._runtime.wake, wait))
             yield from wait.__await__()
@@ -320,7 +279,7 @@ class Descriptors(selectors.EpollSelector):
         """Make the calls whose events have come, and return the loop's own events."""
         ready = list[tuple[selectors.SelectorKey, int]]()
         for fd, events in self._poll.poll(timeout):
-            if self._calls.get(fd):
+            if fd in self._masks:
                 self._see(fd, events)
             elif key := self.get_map().get(fd):
                 ready.append((key, key.events))
@@ -404,12 +363,12 @@ class Runtime:
         loop: a loop that the caller runs, as tests do; None: a new loop in a thread.
 
     Attributes:
-        lock: held during each step of a coroutine.
+        lock: held during each step of a coroutine. A thread that has it may take it again.
         forked: True in a process that was forked from the one that made the runtime.
     """
 
     def __init__(self, loop: Loop | None = None) -> None:
-        self.lock = StateLock()
+        self.lock: Any = threading.RLock()
         self.forked = False
         self._loop = loop
         self._starting = threading.Lock()
