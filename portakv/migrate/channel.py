@@ -449,8 +449,10 @@ class _Connection:
         """Return a packet; no bytes if the peer is gone."""
         while True:
             await Wait(self.socket.fileno())
-            with suppress(BlockingIOError):
+            try:
                 return self.socket.recv(HEAD.size + LIMIT + 1)
+            except BlockingIOError:
+                continue
 
     async def send(self, packet: bytes) -> None:
         """Send a packet, once there is room. Raises `ConnectionError` if the peer gets no more."""
@@ -804,7 +806,9 @@ class TcpLink(_Link):
         self._socket = used
         # Use a separate name: pyzmq's name is its descriptor's, which is reused before it is free.
         self._monitor = used.get_monitor_socket(addr=f"inproc://{number}")
-        self._answers = Incoming(used)
+        self._answer = b""
+        self._patience = -1  # milliseconds for which the socket waits for an answer
+        self._fd: int = used.FD
         self._events = Incoming(self._monitor)
         used.connect(address)
 
@@ -824,8 +828,8 @@ class TcpLink(_Link):
         while not unused:
             with suppress(CancelledError):  # the channel is closed meanwhile
                 unused = await self.queue.acquire(priority="urgent")
-        for incoming in (self._answers, self._events):
-            self._runtime.started().descriptors.forget(incoming.fd)
+        for fd in (self._fd, self._events.fd):
+            self._runtime.started().descriptors.forget(fd)
         self._socket.disable_monitor()
         self._socket.close(0)
         self.queue.release()
@@ -856,16 +860,27 @@ class TcpLink(_Link):
             self._socket.send(data, zmq.NOBLOCK)
             return True
         except zmq.Again:
-            await Wait(self._answers.fd, READ, until)
+            await Wait(self._fd, READ, until)
             return False
 
     async def receive(self, until: float) -> bytes | None:
         """Return an answer; None if there is none yet."""
-        if not self.closed and await self._answers.wait(until):
-            return self._socket.recv(zmq.NOBLOCK)
+        if not self.closed and await Wait(self._fd, READ, until, self._take):
+            return self._answer
         if not self.up and not self.closed:
             self._look()
         return None
+
+    def _take(self, milliseconds: int) -> bool:
+        """Take an answer; return False if none comes in so many milliseconds."""
+        if milliseconds != self._patience:
+            self._patience = milliseconds
+            self._socket.rcvtimeo = milliseconds
+        try:
+            self._answer = self._socket.recv()
+        except zmq.Again:
+            return False
+        return True
 
 
 Link: TypeAlias = TcpLink | UnixLink

@@ -48,7 +48,7 @@ class Wait:
         until: the end of the wait, by `Runtime.time`; None: no limit.
         poll: returns True if the event has come, after at most so many milliseconds. For sockets
             of ZeroMQ, whose descriptors report also what concerns only ZeroMQ. A caller's thread
-            waits in it; the loop calls it with 0.
+            waits in it; the loop calls it with 0. It may take the message.
     """
 
     __slots__ = ("events", "fd", "poll", "resume", "timer", "until", "woken")
@@ -84,6 +84,8 @@ class Wait:
 
 class Released:
     """A context in which this thread does not have the lock, if it had it."""
+
+    __slots__ = ("_lock", "_state")
 
     def __init__(self, lock: Any) -> None:
         self._lock = lock
@@ -287,11 +289,10 @@ class Descriptors(selectors.EpollSelector):
 
     def _see(self, fd: int, events: int) -> None:
         calls = self._calls[fd]
-        if events & (select.EPOLLHUP | select.EPOLLERR):
-            events |= sum(calls)
-        due = [calls.pop(mask) for mask in [*calls] if events & mask]
-        for call in due:
-            call()  # most coroutines soon wait for the same event again
+        for mask in tuple(calls):
+            # A call may have forgotten the descriptor meanwhile.
+            if events & (mask | select.EPOLLHUP | select.EPOLLERR) and mask in calls:
+                calls.pop(mask)()  # most coroutines wait for the same event again
         self._renew(fd)
 
     def watch(self, fd: int, events: int, call: Callable[[], object]) -> None:
@@ -330,8 +331,8 @@ class Descriptors(selectors.EpollSelector):
         """End all waits for a descriptor that is closed next. Runs in the loop."""
         calls = self._calls.get(fd, {})
         self._drop(fd)
-        for call in calls.values():
-            call()
+        while calls:
+            calls.popitem()[1]()
 
     def close(self) -> None:
         """Close the selector's descriptors."""
