@@ -244,22 +244,15 @@ def started_context() -> zmq.Context[zmq.Socket[bytes]]:
     raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
 
 
-class Incoming:
-    """Waits until a socket has a message."""
+def incoming(source: zmq.Socket[bytes]) -> Callable[[], Wait]:
+    """Return a function that makes a wait for the next message of a socket."""
+    sockets: list[tuple[Any, int]] = [(source, zmq.POLLIN)]
 
-    def __init__(self, source: zmq.Socket[bytes]) -> None:
-        self.fd: int = source.FD
-        self._poll = partial(_has_message, [(source, zmq.POLLIN)])
+    def poll(milliseconds: int) -> bool:
+        # It also has the socket learn of new room, without which it would drop an answer.
+        return bool(zmq.zmq_poll(sockets, milliseconds))
 
-    def wait(self, until: float | None = None) -> Wait:
-        """Return the wait for a message."""
-        return Wait(self.fd, READ, until, self._poll)
-
-
-def _has_message(sockets: list[tuple[Any, int]], milliseconds: int) -> bool:
-    """Return True if a socket has a message, after at most so many milliseconds."""
-    # The poll also has the socket learn of new room, without which it would drop an answer.
-    return bool(zmq.zmq_poll(sockets, milliseconds))
+    return partial(Wait, source.FD, READ, None, poll)
 
 
 def event_of(frames: list[bytes]) -> tuple[str, int]:
@@ -807,9 +800,9 @@ class TcpLink(_Link):
         # Use a separate name: pyzmq's name is its descriptor's, which is reused before it is free.
         self._monitor = used.get_monitor_socket(addr=f"inproc://{number}")
         self._answer = b""
-        self._patience = -1  # milliseconds for which the socket waits for an answer
+        self._patience = 0  # milliseconds for which the socket waits for an answer
         self._fd: int = used.FD
-        self._events = Incoming(self._monitor)
+        self._monitor_fd: int = self._monitor.FD
         used.connect(address)
 
     async def keep(self) -> None:
@@ -817,7 +810,7 @@ class TcpLink(_Link):
         try:
             while not self.why:
                 self._look()
-                await self._events.wait()
+                await Wait(self._monitor_fd)
         finally:
             self.end_life()
             await self._close_socket()
@@ -828,7 +821,7 @@ class TcpLink(_Link):
         while not unused:
             with suppress(CancelledError):  # the channel is closed meanwhile
                 unused = await self.queue.acquire(priority="urgent")
-        for fd in (self._fd, self._events.fd):
+        for fd in (self._fd, self._monitor_fd):
             self._runtime.started().descriptors.forget(fd)
         self._socket.disable_monitor()
         self._socket.close(0)
@@ -873,11 +866,11 @@ class TcpLink(_Link):
 
     def _take(self, milliseconds: int) -> bool:
         """Take an answer; return False if none comes in so many milliseconds."""
-        if milliseconds != self._patience:
+        if milliseconds and milliseconds != self._patience:
             self._patience = milliseconds
             self._socket.rcvtimeo = milliseconds
         try:
-            self._answer = self._socket.recv()
+            self._answer = self._socket.recv(0 if milliseconds else zmq.NOBLOCK)
         except zmq.Again:
             return False
         return True
@@ -1312,9 +1305,9 @@ class Server:
         self.address = router.getsockopt_string(zmq.LAST_ENDPOINT).rstrip("\0")
         if re.match(r"tcp://(0\.0\.0\.0|\[::(ffff:0\.0\.0\.0)?\])", self.address):
             raise OSError("that is every interface")
-        self._repeat(partial(self._take, router, Incoming(router)))
-        self._repeat(partial(self._follow, Incoming(self._seen)))
-        self._repeat(partial(self._admit, zap, Incoming(zap)))
+        self._repeat(partial(self._take, router, incoming(router)))
+        self._repeat(partial(self._follow, incoming(self._seen)))
+        self._repeat(partial(self._admit, zap, incoming(zap)))
 
     def _repeat(self, step: Callable[[], Awaitable[object]]) -> None:
         """Call a function again and again. One peer's message must not stop the others'."""
@@ -1341,17 +1334,17 @@ class Server:
         if self._unix is not None:
             self._unix.close()
 
-    async def _admit(self, zap: zmq.Socket[bytes], incoming: Incoming) -> None:
+    async def _admit(self, zap: zmq.Socket[bytes], request: Callable[[], Wait]) -> None:
         """Accept a connection that has the secret's keys, and reject any other."""
-        await incoming.wait()
+        await request()
         requests = zap.recv_multipart()
         key = z85.decode(self._sockets.keys[0])
         well = b"200" if requests[5:] == [b"CURVE", key] else b"400"
         zap.send_multipart([b"1.0", requests[1], well, b"", b"", b""])
 
-    async def _follow(self, incoming: Incoming) -> None:
+    async def _follow(self, event: Callable[[], Wait]) -> None:
         """Process the events of TCP connections to this channel."""
-        await incoming.wait()
+        await event()
         self._see()
 
     def _see(self) -> None:
@@ -1397,9 +1390,9 @@ class Server:
         self._peers[name] = Peer(id)
         return self._peers[name]
 
-    async def _take(self, router: zmq.Socket[bytes], incoming: Incoming) -> None:
+    async def _take(self, router: zmq.Socket[bytes], request: Callable[[], Wait]) -> None:
         """Answer one request by TCP."""
-        await incoming.wait()
+        await request()
         # Frame by frame: the calls for messages of several frames ask the socket about each.
         frames = [router.recv(copy=False)]
         while frames[-1].more:

@@ -48,7 +48,7 @@ class Wait:
         until: the end of the wait, by `Runtime.time`; None: no limit.
         poll: returns True if the event has come, after at most so many milliseconds. For sockets
             of ZeroMQ, whose descriptors report also what concerns only ZeroMQ. A caller's thread
-            waits in it; the loop calls it with 0. It may take the message.
+            waits in it; the loop calls it with 0, both without the lock. It may take the message.
     """
 
     __slots__ = ("events", "fd", "poll", "resume", "timer", "until", "woken")
@@ -416,7 +416,7 @@ class Runtime:
             if wait.fd is None:
                 woken.acquire(timeout=left)
             elif wait.poll is not None:
-                wait.woken = wait.poll(ceil(1e3 * left))
+                wait.woken = wait.poll(max(-1, ceil(1e3 * left)))
             else:
                 poll = select.poll()
                 poll.register(wait.fd, wait.events)
