@@ -80,9 +80,13 @@ class RowKernels:
         end = None
         at = 0
         if ends is not None:
-            end = ends.acquire(on_host)
-            if end is None:
-                return None
+            free = ends.listed if on_host else ends.plain
+            try:
+                end = free.pop()
+            except IndexError:
+                end = ends.acquire_after_ends(free)
+                if end is None:
+                    return None
             at = end.address
 
         result = function(*arguments, at, stream)

@@ -112,17 +112,6 @@ class Ends:
         with suppress(RuntimeError):
             self._make(listed=True)
 
-    def acquire(self, listed: bool) -> End | None:
-        """Return a free end; None: all are in use, or none could be made.
-
-        Args:
-            listed: the copy has ids of the host.
-        """
-        try:
-            return self.listed.pop() if listed else self.plain.pop()
-        except IndexError:
-            return self._acquire_after_ends(listed)
-
     def release(self, end: End) -> None:
         """Let another copy have an end. Nothing uses it any more."""
         (self.listed if end.listed else self.plain).append(end)
@@ -145,10 +134,11 @@ class Ends:
             )
         return error
 
-    def _acquire_after_ends(self, listed: bool) -> End | None:
-        free = self.listed if listed else self.plain
+    def acquire_after_ends(self, free: deque[End]) -> End | None:
+        """Return an end of `listed` or `plain`, which had none, after copies that have ended released
+        theirs; None: all are in use, or none could be made."""
         retire()
-        if not free and not listed and self._batches > 0:
+        if not free and free is self.plain and self._batches > 0:
             self._make(listed=False)
         with suppress(IndexError):
             return free.pop()

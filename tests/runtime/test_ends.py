@@ -215,11 +215,11 @@ def test_no_copy_gets_an_end_that_a_thread_waits_for(rig: Rig) -> None:
     copy = rig.issue()
     completion = copy.completions[0]
     end = completion.event
-    completion.blocked.append(None)  # as a thread that blocks until the event
+    completion.blocked += 1  # as a thread that blocks until the event
     rig.driver.work()
     assert completion.ended()
     assert end not in rig.ends.plain
-    completion.blocked.pop()
+    completion.blocked -= 1
     completion.synchronize()
     assert rig.ends.plain.count(end) == 1  # type: ignore[arg-type]
 
@@ -258,7 +258,7 @@ def test_the_owner_reports_a_bad_id_of_a_dropped_copy(rig: Rig) -> None:
 
 def test_an_event_that_is_not_recorded(rig: Rig) -> None:
     rig.driver.refuse_at = 0
-    free = rig.ends.acquire(False)
+    free = rig.ends.acquire_after_ends(rig.ends.plain)
     assert free is not None
     rig.ends.release(free)
     with pytest.raises(TransferError, match=r"^The launch: expected success"):

@@ -306,7 +306,9 @@ def test_a_transfer_shows_what_is_known_of_it(later: Later) -> None:
     )
     failed = Transfer([Completion(error=SlotError("no")), Completion()])
     assert repr(failed) == "<Transfer, failed with SlotError>"
-    captured = Transfer([Completion(standing=True)])
+    standing = Completion()
+    standing.standing = True
+    captured = Transfer([standing])
     assert repr(captured) == "<Transfer, captured into a graph>"
 
 
