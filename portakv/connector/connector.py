@@ -31,7 +31,7 @@ from portakv.layout.presets import resolve
 from portakv.plan.move import Move
 from portakv.registry.prepared import prepared
 from portakv.registry.registry import Choice, choose
-from portakv.runtime.transfer import LateErrors, Transfer
+from portakv.runtime.transfer import LateErrors, Transfer, any_late_error
 from portakv.view import Index, KVView
 from portakv.view.bound import BoundLayout, bind_layout
 from portakv.view.example import example_chunk
@@ -572,11 +572,12 @@ class AdaptiveConnector:
 
         Raises the error of an earlier transfer that the caller has not seen.
         """
-        self._late.check(self.device)
-        if self._options.late is not None:
-            self._options.late.check(self.device)
+        if any_late_error():
+            self._late.check(self.device)
+            if self._options.late is not None:
+                self._options.late.check(self.device)
         if kv_caches is None:
-            return self._require()
+            return self._registered or self._require()
         if isinstance(kv_caches, Registration):
             return kv_caches
         registered = self._registered

@@ -135,8 +135,8 @@ class Ends:
         return error
 
     def acquire_after_ends(self, free: deque[End]) -> End | None:
-        """Return an end of `listed` or `plain`, which had none, after copies that have ended released
-        theirs; None: all are in use, or none could be made."""
+        """Return an end of `listed` or `plain`, which had none. None: all are in use, or none could
+        be made. Copies that have ended release theirs."""
         retire()
         if not free and free is self.plain and self._batches > 0:
             self._make(listed=False)

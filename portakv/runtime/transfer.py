@@ -86,8 +86,11 @@ def acquire_word() -> StatusWord:
         return words[0]
 
 
-def any_word_set() -> bool:
-    """Return True if any status word in use does not hold 0; reads one batch per comparison."""
+def any_late_error() -> bool:
+    """Return True if a transfer has failed after its call and no caller received the error, or if a
+    status word does not hold 0."""
+    if failed:
+        return True
     for batch in word_batches:  # noqa: SIM110 - a hot path: a generator costs twice as much
         if batch.tobytes() != _CLEAR:
             return True
@@ -482,7 +485,7 @@ class LateErrors:
         Raises:
             PortaKVError: the error that the transfer's handle would have raised.
         """
-        if not (failed or any_word_set()) or (device is not None and capturing(device)):
+        if not any_late_error() or (device is not None and capturing(device)):
             return
         errors = (completion.take_error() for completion in tuple(self._captured))
         error = next(filter(None, errors), None) or unreported_error(self.owner)
