@@ -572,12 +572,11 @@ class AdaptiveConnector:
 
         Raises the error of an earlier transfer that the caller has not seen.
         """
-        if any_late_error():
-            self._late.check(self.device)
-            if self._options.late is not None:
-                self._options.late.check(self.device)
+        self._late.check(self.device)
+        if self._options.late is not None:
+            self._options.late.check(self.device)
         if kv_caches is None:
-            return self._registered or self._require()
+            return self._require()
         if isinstance(kv_caches, Registration):
             return kv_caches
         registered = self._registered
@@ -609,7 +608,9 @@ class AdaptiveConnector:
         if is_compiling():
             batch = Batch([memory_obj], slot_mapping, [start], [end])
             return self._traced(store, kv_caches, batch, stream)
-        caches = self._caches(kv_caches)
+        caches = self._registered
+        if caches is None or kv_caches is not None or any_late_error():
+            caches = self._caches(kv_caches)
         if stream is None and self._direct:
             transfer = caches.direct.transfer(store, memory_obj, slot_mapping, start, end)
             if transfer is not None:

@@ -254,8 +254,9 @@ class Completion:
         # Read and release under one lock: another thread's transfer may get the word next.
         with _settling:
             for word, start in self.words:
-                self._read(word, start)
-                word.value[0] = 0
+                if word.value[0]:
+                    self._read(word, start)
+                    word.value[0] = 0
                 if word.free is not None:
                     word.free.append(word)
             self.words = ()
