@@ -230,7 +230,8 @@ class Completion:
 
     def take_error(self) -> PortaKVError | None:
         """Return an error that was not reported yet, once; never blocks."""
-        if self.reported:
+        # `_settle` reads the words before it removes them.
+        if self.reported or (not self.words and self.error is None):
             return None
         with _settling:
             for word, start in self.words:
@@ -518,7 +519,7 @@ def _retire(queue: deque[Completion], most: int | None = None) -> None:
             oldest = queue.popleft()  # remove it first, so that no other thread checks it
         except IndexError:
             return
-        if not oldest.ended():
+        if not (oldest.settled or oldest.ended()):
             queue.appendleft(oldest)
             return
 
