@@ -114,14 +114,14 @@ class RowKernels:
         if result <= DRIVER:  # what was launched may use the end, which is given up
             self._driver.refuse(DRIVER - result, "The launch")
         if result < 0:
-            if ends is not None and end is not None:
-                ends.release(end)
+            if end is not None:
+                end.release(end)
             return None
 
         if end is None:
             return Transfer((), None, carried or self.carried), result
         words = end.words if result & GUARDED else ()
-        completion = Completion(end, (), words, None, (ids, memory), ends)
+        completion = Completion(end, (), words, None, (ids, memory), end)
         # Either queue releases the end if the handle is dropped. Only a word can bring an error,
         # which `LateErrors` look for among the copies in flight.
         if memory:

@@ -101,11 +101,16 @@ _EVENTS = 256  # cached for each device; the garbage collector frees the others
 
 
 class EventPool:
-    """Cache the free events of one device: creating and destroying costs more than recording."""
+    """Cache the free events of one device: creating and destroying costs more than recording.
+
+    Attributes:
+        release: caches an event that has ended and that no stream or host still waits for.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._free = list[torch.Event]()
+        self._free = deque[torch.Event](maxlen=_EVENTS)
+        self.release = self._free.append
 
     def acquire(self) -> torch.Event:
         """Return an event that can be recorded."""
@@ -122,11 +127,6 @@ class EventPool:
             stream = torch.accelerator.current_stream(self._device.index)
         event.record(stream)
         return event
-
-    def release(self, event: torch.Event) -> None:
-        """Cache an event that has ended and that no stream or host still waits for."""
-        if len(self._free) < _EVENTS:
-            self._free.append(event)
 
 
 @cache
@@ -148,7 +148,7 @@ class Event(Protocol):
 class Pool(Protocol):
     """Takes an event back that has ended and that no stream or host still waits for."""
 
-    def release(self, event: Any) -> None: ...
+    def release(self, event: Any, /) -> None: ...
 
 
 class Completion:

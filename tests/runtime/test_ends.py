@@ -313,7 +313,7 @@ def test_an_event_that_is_not_recorded(rig: Rig) -> None:
     rig.driver.refuse_at = 0
     free = rig.ends.acquire_after_ends(rig.ends.plain)
     assert free is not None
-    rig.ends.release(free)
+    free.release(free)
     with pytest.raises(TransferError, match=r"^The launch: expected success"):
         rig.issue()
     rig.driver.refuse_at = -1
