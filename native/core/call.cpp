@@ -516,6 +516,19 @@ int64_t query_end(const Python &python, Arguments arguments) {
   return answer;
 }
 
+int64_t current_stream(const Python &, Arguments arguments) {
+  const auto &of = *arguments.pointer<const portakv_current>();
+  if (of.current_device != nullptr) {
+    int current = -1;
+    require(of.current_device(&current) == 0 && current == of.device);
+  }
+  void *stream = nullptr;
+  require(of.current_stream(static_cast<int32_t>(of.device), &stream) == 0);
+  int captured = 0;
+  require(of.capturing(stream, &captured) == 0 && captured == 0);
+  return reinterpret_cast<intptr_t>(stream);
+}
+
 // The numbers of the units of one end, in the order of the positions; -1 if the id is negative.
 template <typename List>
 struct Units {
@@ -764,6 +777,7 @@ const PythonFunction kFunctions[] = {
     {"check_chunk", called<check_chunk, 10>, kFastCall, nullptr},
     {"plan_make", called<plan_make, 7>, kFastCall, nullptr},
     {"read_copy", called<read_copy, 17>, kFastCall, nullptr},
+    {"current_stream", called<current_stream, 1>, kFastCall, nullptr},
 };
 
 }  // namespace

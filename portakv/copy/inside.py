@@ -187,10 +187,8 @@ class ChunkCopies:
         if made is None:
             return None
         transfer, result = made
-        if store:
-            increment_version(chunk)
-        else:
-            increment_version(self._caches.versions)
+        # Without the function of Python around it: the arguments are plain.
+        torch._C._increment_version((chunk,) if store else self._caches.versions)
         counts = Counted.counts
         if counts is not None:
             counts.new.append((kernels.carried[0], "device", self._cache.form, result >> TOKENS))
