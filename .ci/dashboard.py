@@ -34,7 +34,7 @@ from portakv.graph import Task
 from portakv.graph.meter import Family, Meter
 from portakv.graph.metrics import ENGINE, PREFIX
 from portakv.graph.trace import Figures
-from portakv.integrations.vllm.metrics import COUNTED, LEVELS, disk_levels, series_of, tier_counters
+from portakv.integrations.vllm.metrics import COUNTED, LEVELS, figures_of, series_of
 from portakv.migrate import Channel, Owner, Pull, Reader, Shard, Ticket, shared_empty
 from portakv.serving import StoreClient, StoreServer, StoreTerms
 from portakv.storage import BlockForm, BlockStore, Disk, Remote, prefix_keys
@@ -157,7 +157,7 @@ def working(folder: Path) -> Iterator[Work]:
 
         def levels_and_tiers() -> dict[str, float]:
             figures = store.statistics()
-            return {**tier_counters(figures), **disk_levels(figures)}
+            return figures_of(figures)
 
         yield Work(meter, work, levels_and_tiers, occupy)
 

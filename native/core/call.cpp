@@ -270,25 +270,35 @@ struct Means {
 
 // --- The copy ---------------------------------------------------------------------------------
 
-// Plan a copy between two ends that share no memory.
-Plan plan_of(const End &src, const End &dst, int64_t count) {
-  require(count > 0 && !overlap(src, dst));
-  const Form from = read_form(src.form);
-  const Form to = read_form(dst.form);
-  require(from.parts.size() == to.parts.size());
-  for (size_t k = 0; k < from.parts.size(); k++) {
+// Check that two ends of so many parts share no memory, and that their dtypes fit.
+void check_ends(const End &src, const End &dst, size_t parts) {
+  require(!overlap(src, dst));
+  for (size_t k = 0; k < parts; k++) {
     const int64_t read = src.dtypes[k];
     const int64_t written = dst.dtypes[k];
     require(read == written || read == 0 || written == 0);
   }
+}
+
+// Check that a copy moves whole units: what begins or ends inside a unit is copied in parts.
+void check_units(const End &src, const End &dst, int64_t count, int64_t unit) {
+  for (int64_t tokens :
+       {count, src.rows.offset, dst.rows.offset, src.rows.slots, dst.rows.slots}) {
+    require(tokens % unit == 0);
+  }
+}
+
+// Plan a copy between two ends that share no memory.
+Plan plan_of(const End &src, const End &dst, int64_t count) {
+  require(count > 0);
+  const Form from = read_form(src.form);
+  const Form to = read_form(dst.form);
+  require(from.parts.size() == to.parts.size());
+  check_ends(src, dst, from.parts.size());
   Plan plan;
   Refusal refusal;
   require(make_plan(from, to, src.step, dst.step, 0, plan, refusal));
-  // What begins or ends inside a unit is copied in parts.
-  for (int64_t tokens :
-       {count, src.rows.offset, dst.rows.offset, src.rows.slots, dst.rows.slots}) {
-    require(tokens % plan.unit == 0);
-  }
+  check_units(src, dst, count, plan.unit);
   return plan;
 }
 
@@ -516,6 +526,19 @@ int64_t query_end(const Python &python, Arguments arguments) {
   return answer;
 }
 
+int64_t current_stream(const Python &, Arguments arguments) {
+  const auto &of = *arguments.pointer<const portakv_current>();
+  if (of.current_device != nullptr) {
+    int current = -1;
+    require(of.current_device(&current) == 0 && current == of.device);
+  }
+  void *stream = nullptr;
+  require(of.current_stream(static_cast<int32_t>(of.device), &stream) == 0);
+  int captured = 0;
+  require(of.capturing(stream, &captured) == 0 && captured == 0);
+  return reinterpret_cast<intptr_t>(stream);
+}
+
 // The numbers of the units of one end, in the order of the positions; -1 if the id is negative.
 template <typename List>
 struct Units {
@@ -701,18 +724,9 @@ int64_t read_copy(const Python &python, Arguments arguments) {
   Means means(arguments);
   pair.check(means.lists);
   require(pair.from_host != pair.to_host && !pair.found.guarded && !pair.found.skips);
-  require(!overlap(pair.from, pair.to));
-  for (const int64_t tokens : {pair.count, pair.from.rows.offset, pair.to.rows.offset,
-                               pair.from.rows.slots, pair.to.rows.slots}) {
-    require(tokens % unit == 0);
-  }
+  check_units(pair.from, pair.to, pair.count, unit);
   // The forms fit each other: there is a plan.
-  const size_t kv = read_form(pair.from.form).parts.size();
-  for (size_t k = 0; k < kv; k++) {
-    const int64_t read = pair.from.dtypes[k];
-    const int64_t written = pair.to.dtypes[k];
-    require(read == written || read == 0 || written == 0);
-  }
+  check_ends(pair.from, pair.to, read_form(pair.from.form).parts.size());
   // A list was read to where kernels reach it. The host's own side is read during the call.
   const int64_t *const first = means.end.list;
   const auto listed = [&](const Ids &ids) {
@@ -764,6 +778,7 @@ const PythonFunction kFunctions[] = {
     {"check_chunk", called<check_chunk, 10>, kFastCall, nullptr},
     {"plan_make", called<plan_make, 7>, kFastCall, nullptr},
     {"read_copy", called<read_copy, 17>, kFastCall, nullptr},
+    {"current_stream", called<current_stream, 1>, kFastCall, nullptr},
 };
 
 }  // namespace

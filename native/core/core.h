@@ -481,6 +481,17 @@ typedef struct portakv_copy_end {
   int (*query)(void *event);
 } portakv_copy_end;
 
+// Functions that name the current stream of a device.
+typedef struct portakv_current {
+  int64_t device;  // its number
+  // cuCtxGetDevice or hipGetDevice; null: the process has one device.
+  int (*current_device)(int *device);
+  // aoti_torch_get_current_cuda_stream of torch's stable interface.
+  int (*current_stream)(int32_t device, void **stream);
+  // cuStreamIsCapturing or hipStreamIsCapturing, which writes 0 if no graph captures the stream.
+  int (*capturing)(void *stream, int *status);
+} portakv_current;
+
 // Return a function of Python, a new reference; null if the process has no interpreter. Python calls
 // it with these arguments in their order, where pointers are integers:
 //
@@ -527,6 +538,9 @@ typedef struct portakv_copy_end {
 //   out         gets a CheckedCopy (link.h)
 //   end, stream     as of 1; nothing is recorded
 // The function returns the tokens times 4, or a code.
+//
+// 7: return the current stream of a device by a portakv_current; OTHERWISE: another device is
+// current, the stream is being captured, or a function failed.
 PORTAKV_API void *portakv_python_function(int64_t number);
 
 // Return 0 if a write of the first or the last byte of a range of host memory would fail. It is then

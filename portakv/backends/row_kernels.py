@@ -3,14 +3,22 @@
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Callable, Sequence
 
 import torch
 
-from portakv.core.call import DRIVER, GUARDED
+from portakv.core.call import (
+    DRIVER,
+    GUARDED,
+    OTHERWISE,
+    CurrentStream,
+    calls,
+    current_stream_function,
+)
 from portakv.core.rows import Kernels
 from portakv.runtime.cuda import NO_CONTEXT, KernelDriver
-from portakv.runtime.devices import capture_question
+from portakv.runtime.devices import capture_question, this_process
 from portakv.runtime.ends import ends_of
 from portakv.runtime.transfer import Completion, Owner, Transfer, hold, hold_memory
 from portakv.view.view import KVView
@@ -32,6 +40,7 @@ class RowKernels:
         address: of the table.
         carried: the executor and the reason for it.
         ends: of copies; None: work has ended when a launch returns.
+        current: where the core finds what names the current stream; None: torch names it.
     """
 
     def __init__(self, driver: KernelDriver, device: torch.device, name: str) -> None:
@@ -41,6 +50,10 @@ class RowKernels:
         self._driver = driver
         self._stream = driver.number
         self._capturing = capture_question(device)
+        self._process = this_process()
+        self._current = calls().current_stream
+        self._names = _current_stream(driver, device)
+        self.current = None if self._names is None else ctypes.addressof(self._names)
         self.ends = ends_of(driver, device)
 
     def issue(
@@ -72,17 +85,26 @@ class RowKernels:
         Raises:
             TransferError: the driver's error.
         """
-        stream = self._stream(None)
-        # None: another device is current, of which the next question would be answered.
-        if stream is None or self._capturing():
-            return None
+        current = self.current
+        stream: int | None = OTHERWISE
+        if current is not None and not self._process.forked:
+            stream = self._current(current)
+        if stream == OTHERWISE:  # torch is asked, which raises what the core does not
+            stream = self._stream(None)
+            # None: another device is current, of which the next question would be answered.
+            if stream is None or self._capturing():
+                return None
         ends = self.ends
         end = None
         at = 0
         if ends is not None:
-            end = ends.acquire(on_host)
-            if end is None:
-                return None
+            free = ends.listed if on_host else ends.plain
+            try:
+                end = free.pop()
+            except IndexError:
+                end = ends.acquire_after_ends(free)
+                if end is None:
+                    return None
             at = end.address
 
         result = function(*arguments, at, stream)
@@ -92,14 +114,14 @@ class RowKernels:
         if result <= DRIVER:  # what was launched may use the end, which is given up
             self._driver.refuse(DRIVER - result, "The launch")
         if result < 0:
-            if ends is not None and end is not None:
-                ends.release(end)
+            if end is not None:
+                end.release(end)
             return None
 
         if end is None:
             return Transfer((), None, carried or self.carried), result
         words = end.words if result & GUARDED else ()
-        completion = Completion(end, (), words, None, (ids, memory), ends)
+        completion = Completion(end, (), words, None, (ids, memory), end)
         # Either queue releases the end if the handle is dropped. Only a word can bring an error,
         # which `LateErrors` look for among the copies in flight.
         if memory:
@@ -107,6 +129,21 @@ class RowKernels:
         if words or not memory:
             hold(completion, owner)
         return Transfer((completion,), retained, carried or self.carried), result
+
+
+def _current_stream(driver: KernelDriver, device: torch.device) -> CurrentStream | None:
+    """Return what names the current stream of a device; None: this torch or the driver lacks a
+    function."""
+    if device.type != "cuda":
+        return None
+    try:
+        current_device, capturing = driver.streams
+        current = current_stream_function()
+    except AttributeError:
+        return None
+    if torch.cuda.device_count() == 1:  # it is always the current one
+        current_device = 0
+    return CurrentStream(device.index, current_device, current, capturing)
 
 
 def after_tables(

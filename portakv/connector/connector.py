@@ -31,7 +31,7 @@ from portakv.layout.presets import resolve
 from portakv.plan.move import Move
 from portakv.registry.prepared import prepared
 from portakv.registry.registry import Choice, choose
-from portakv.runtime.transfer import LateErrors, Transfer
+from portakv.runtime.transfer import LateErrors, Transfer, any_late_error
 from portakv.view import Index, KVView
 from portakv.view.bound import BoundLayout, bind_layout
 from portakv.view.example import example_chunk
@@ -608,7 +608,9 @@ class AdaptiveConnector:
         if is_compiling():
             batch = Batch([memory_obj], slot_mapping, [start], [end])
             return self._traced(store, kv_caches, batch, stream)
-        caches = self._caches(kv_caches)
+        caches = self._registered
+        if caches is None or kv_caches is not None or any_late_error():
+            caches = self._caches(kv_caches)
         if stream is None and self._direct:
             transfer = caches.direct.transfer(store, memory_obj, slot_mapping, start, end)
             if transfer is not None:

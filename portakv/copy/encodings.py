@@ -319,10 +319,10 @@ def _launch(checked: Checked, ready: Prepared, context: Context) -> Packed:
         pendings=pendings,
         words=() if word is None else [(word, 0)],
         error=checked.error,
-        late_error=report,
         retained=(move.src, move.dst, placed, overflow),
         pool=ends,
     )
+    completion.late_error = report
     hold(completion)
     retained = (move.src, move.dst, placed)
     return Packed(checked, Transfer((completion,), retained, ready.carried), report, stream)
@@ -358,7 +358,8 @@ def _end_with(
         error = report()
         return () if error is None else (Completion(error=error),)
     pool = event_pool(device)
-    completion = Completion(pool.recorded(stream), late_error=report, pool=pool)
+    completion = Completion(pool.recorded(stream), pool=pool)
+    completion.late_error = report
     hold(completion)
     return (completion,)
 
@@ -507,9 +508,8 @@ def _issue_slices(
     with inside(work):
         report = OverflowReport.of(move, unit, device, not move.src.form.encoding, words)
     pool = event_pool(device)
-    completion = Completion(
-        event=pool.recorded(work), late_error=report, retained=(move, words), pool=pool
-    )
+    completion = Completion(event=pool.recorded(work), retained=(move, words), pool=pool)
+    completion.late_error = report
     hold(completion)
     completions = [completion]
     if checked.error is not None:

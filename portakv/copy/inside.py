@@ -130,7 +130,10 @@ class ChunkCopies:
         usable = kernels is not None or cache.device.type == "cpu"
         self._caches = open_view(cache, memory) if usable and plain_reader() is not None else None
         self._copy: Callable[..., int] | None = None
-        if self._caches is None or kernels is None:
+        if self._caches is None:
+            return
+        self._check = calls().check_chunk
+        if kernels is None:
             return
         self._addresses = kernels.address, self._caches.address
         self._copy = calls().copy_chunk
@@ -187,10 +190,8 @@ class ChunkCopies:
         if made is None:
             return None
         transfer, result = made
-        if store:
-            increment_version(chunk)
-        else:
-            increment_version(self._caches.versions)
+        # Without the function of Python around it: the arguments are plain.
+        torch._C._increment_version((chunk,) if store else self._caches.versions)
         counts = Counted.counts
         if counts is not None:
             counts.new.append((kernels.carried[0], "device", self._cache.form, result >> TOKENS))
@@ -212,7 +213,7 @@ class ChunkCopies:
         numbers = np.empty(2 * most, dtype=np.int64)
         room = torch.from_numpy(numbers).data_ptr(), most
         caches = self._caches.address
-        checked = calls().check_chunk(caches, store, bound.address, chunk, ids, *slots, *room)
+        checked = self._check(caches, store, bound.address, chunk, ids, *slots, *room)
         if isinstance(checked, int):
             return None
         tokens, unit, units, described = checked

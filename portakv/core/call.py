@@ -148,6 +148,26 @@ class CopyEnd(ctypes.Structure):
     )
 
 
+class CurrentStream(ctypes.Structure):
+    """`portakv_current` of `core.h`."""
+
+    _fields_ = (
+        ("device", ctypes.c_int64),
+        ("current_device", ctypes.c_void_p),
+        ("current_stream", ctypes.c_void_p),
+        ("capturing", ctypes.c_void_p),
+    )
+
+
+@cache
+def current_stream_function() -> int:
+    """Return the address of torch's function for the current stream of a device of CUDA or ROCm;
+    raise `AttributeError` if this torch has none."""
+    torch_library = ctypes.PyDLL(torch._C.__file__)
+    address = ctypes.cast(torch_library.aoti_torch_get_current_cuda_stream, ctypes.c_void_p)
+    return address.value or 0
+
+
 class _View(ctypes.Structure):
     """`portakv_copy_view` of `core.h`."""
 
@@ -249,9 +269,10 @@ class Calls(NamedTuple):
     check_views: Callable[..., tuple[int, int, int] | int]
     check_chunk: Callable[..., tuple[int, int, int, tuple[Any, ...]] | int]
     read_copy: Callable[..., int]
+    current_stream: Callable[[int], int]
 
 
 @cache
 def calls() -> Calls:
     """Return the functions."""
-    return Calls(*map(python_function, (0, 1, 2, 3, 4, 6)))
+    return Calls(*map(python_function, (0, 1, 2, 3, 4, 6, 7)))

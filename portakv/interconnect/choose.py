@@ -222,9 +222,15 @@ class HostLaunch(StrategyLaunch):
     def kernels_for(
         self, count: int, host: KVView, new: bool
     ) -> tuple[RowKernels, tuple[str, str]] | None:
-        """See `Picks`. The ids lie on the host.
+        """Return the row kernels that copy so many tokens, with the strategy and the reason for it;
+        None: other means do, or the ids decide.
 
         Prepares nothing, since a graph may be captured.
+
+        Args:
+            count: tokens; their ids lie on the host.
+            host: the view in pinned memory.
+            new: ids are a caller's for one call.
         """
         # More runs cost every other strategy more, and the kernel as much as before.
         picked = self._pick_by(1, 1, count, _Limits(self.out, _NONE, new))

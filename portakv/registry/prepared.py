@@ -25,7 +25,6 @@ from portakv.backends.base import (
     PackLaunch,
     pack_refusal,
 )
-from portakv.backends.row_kernels import RowKernels
 from portakv.errors import Unsupported
 from portakv.plan.packing import PackPlan
 from portakv.plan.plan import CopyPlan, Move
@@ -52,13 +51,6 @@ class Picks(Protocol):
 
     def picked_for(self, move: Move) -> tuple[Prepared, tuple[str, str]]:
         """Return what executes a copy, and its name with the reason for the pick."""
-
-    def kernels_for(
-        self, count: int, host: KVView, new: bool
-    ) -> tuple[RowKernels, tuple[str, str]] | None:
-        """Return the row kernels that copy so many tokens, with the strategy and the reason for it;
-        None: other means do, or the ids decide. ``host``: the view in pinned memory. ``new``: ids
-        are a caller's for one call."""
 
     def instead_of(self, carried: tuple[str, str]) -> tuple[Prepared, tuple[str, str]] | None:
         """Return what executes a copy that the picked strategy had no memory of the device for.
@@ -364,12 +356,6 @@ class _CheckedPicks(_CheckedLaunch):
         """See `Picks`."""
         self.check_formats(move.src, move.dst)
         return cast(Picks, self._launch).picked_for(move)
-
-    def kernels_for(
-        self, count: int, host: KVView, new: bool
-    ) -> tuple[RowKernels, tuple[str, str]] | None:
-        """See `Picks`. None: what calls such kernels looks at no formats."""
-        return None
 
     def instead_of(self, carried: tuple[str, str]) -> tuple[Prepared, tuple[str, str]] | None:
         """See `Picks`."""

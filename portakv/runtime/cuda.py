@@ -226,6 +226,23 @@ class EventFunctions(NamedTuple):
         )
 
 
+class StreamFunctions(NamedTuple):
+    """The addresses of a driver's functions that name the current device, and that ask whether a
+    graph captures a stream."""
+
+    current_device: int
+    capturing: int
+
+    @classmethod
+    def of(cls, library: ctypes.CDLL, *names: str) -> StreamFunctions:
+        """Return the functions of these names; raise `AttributeError` if the library lacks one."""
+        current_device, capturing = names
+        return cls(
+            ctypes.cast(library[current_device], ctypes.c_void_p).value or 0,
+            ctypes.cast(library[capturing], ctypes.c_void_p).value or 0,
+        )
+
+
 # --- threads and streams --------------------------------------------------------------------------
 
 _NON_BLOCKING = 1  # CU_STREAM_NON_BLOCKING: it does not wait for the legacy default stream
@@ -349,6 +366,11 @@ class KernelDriver(Caller, ABC):
     def events(self) -> EventFunctions:
         """The functions on events, for the core."""
 
+    @property
+    @abstractmethod
+    def streams(self) -> StreamFunctions:
+        """The functions on streams, for the core."""
+
     @abstractmethod
     def load(self, source: str, names: Iterable[str]) -> dict[str, object]:
         """Compile a source text, or read its binary from disk, and load its kernels.
@@ -446,6 +468,11 @@ class CudaDriver(KernelDriver):
         return EventFunctions.of(
             library(), *(f"cuEvent{name}" for name in names), "cuStreamWaitEvent"
         )
+
+    @property
+    def streams(self) -> StreamFunctions:
+        """The functions on streams."""
+        return StreamFunctions.of(library(), "cuCtxGetDevice", "cuStreamIsCapturing")
 
     def address(self, function: Any) -> int:
         """Return a kernel's handle as a number."""

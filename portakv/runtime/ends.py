@@ -50,10 +50,10 @@ class End:
         device: of the event.
         address: for calls of the core.
         words: the status word, with the position that it counts from.
-        listed: it has memory for `LISTED` ids of the host.
+        release: lets another copy have the end, which is the argument. Nothing uses it any more.
     """
 
-    __slots__ = ("_ends", "_event", "_query", "_struct", "address", "device", "listed", "words")
+    __slots__ = ("_ends", "_event", "_query", "_struct", "address", "device", "release", "words")
 
     def __init__(self, ends: Ends, event: int, word: StatusWord, ids: int, status: int) -> None:
         functions = ends.functions
@@ -67,7 +67,7 @@ class End:
         self.address = ctypes.addressof(self._struct)
         self.device = ends.device
         self.words = ((word, 0),)
-        self.listed = bool(ids)
+        self.release = (ends.listed if ids else ends.plain).append
 
     def query(self) -> bool:
         """Return True once the copy has ended; never block."""
@@ -112,21 +112,6 @@ class Ends:
         with suppress(RuntimeError):
             self._make(listed=True)
 
-    def acquire(self, listed: bool) -> End | None:
-        """Return a free end; None: all are in use, or none could be made.
-
-        Args:
-            listed: the copy has ids of the host.
-        """
-        try:
-            return self.listed.pop() if listed else self.plain.pop()
-        except IndexError:
-            return self._acquire_after_ends(listed)
-
-    def release(self, end: End) -> None:
-        """Let another copy have an end. Nothing uses it any more."""
-        (self.listed if end.listed else self.plain).append(end)
-
     def call(self, function: Callable[..., int], *arguments: object) -> int:
         """Call a function of the driver on an event, and return 0, or another number if the event
         has not been reached.
@@ -145,10 +130,11 @@ class Ends:
             )
         return error
 
-    def _acquire_after_ends(self, listed: bool) -> End | None:
-        free = self.listed if listed else self.plain
+    def acquire_after_ends(self, free: deque[End]) -> End | None:
+        """Return an end of `listed` or `plain`, which had none. None: all are in use, or none could
+        be made. Copies that have ended release theirs."""
         retire()
-        if not free and not listed and self._batches > 0:
+        if not free and free is self.plain and self._batches > 0:
             self._make(listed=False)
         with suppress(IndexError):
             return free.pop()
@@ -166,7 +152,8 @@ class Ends:
                     # The tensor of the word retains the memory of all words.
                     at = 0 if ids is None else ids[nth].data_ptr()
                     status = self._driver.word(word.address)
-                    self.release(End(self, self._event(), word, at, status))
+                    end = End(self, self._event(), word, at, status)
+                    end.release(end)
             _memory.append(ids)
             self._batches -= 1
 

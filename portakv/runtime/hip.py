@@ -19,7 +19,7 @@ from typing import Any, NamedTuple, TypeAlias
 import torch
 
 from portakv.runtime import kernel_cache
-from portakv.runtime.cuda import EventFunctions, KernelDriver, refused
+from portakv.runtime.cuda import EventFunctions, KernelDriver, StreamFunctions, refused
 
 # AMD's runtime, and the runtime of Hygon's DTK (the same pull request).
 _RUNTIMES = ("amdhip64", "galaxyhip")
@@ -289,6 +289,11 @@ class Card(KernelDriver):
         """The functions on events, as `cuda.CudaDriver.events`."""
         names = "hipEventCreateWithFlags", "hipEventRecord", "hipEventQuery", "hipEventSynchronize"
         return EventFunctions.of(self._driver.runtime, *names, "hipStreamWaitEvent")
+
+    @property
+    def streams(self) -> StreamFunctions:
+        """The functions on streams, as `cuda.CudaDriver.streams`."""
+        return StreamFunctions.of(self._driver.runtime, "hipGetDevice", "hipStreamIsCapturing")
 
     def _facts(self) -> tuple[str, str]:
         facts = torch.cuda.get_device_properties(self.device)

@@ -160,7 +160,8 @@ def completion(
     """Return the end of all current work on ``stream``; retains objects, such as host memory, until
     then, also if the handle is dropped. ``lists``: ids that the work reads, given back then."""
     pool = event_pool(device)
-    ended = Completion(pool.recorded(stream), retained=retained or None, pool=pool, lists=lists)
+    ended = Completion(pool.recorded(stream), retained=retained or None, pool=pool)
+    ended.lists = lists
     if retained or lists:
         hold_memory(ended)
     return ended
@@ -177,7 +178,8 @@ def captured(
     event = None if stream is None else torch.Event(device)
     if event is not None:
         event.record(stream)
-    completion = Completion(event, words=words, standing=True)
+    completion = Completion(event, words=words)
+    completion.standing = True
     return Transfer((completion,), retained, *carried)
 
 

@@ -13,7 +13,6 @@ import weakref
 from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
 from functools import cache
 from typing import Any, Protocol, TypeAlias
 
@@ -87,8 +86,11 @@ def acquire_word() -> StatusWord:
         return words[0]
 
 
-def any_word_set() -> bool:
-    """Return True if any status word in use does not hold 0; reads one batch per comparison."""
+def any_late_error() -> bool:
+    """Return True if a transfer has failed after its call and no caller received the error, or if a
+    status word does not hold 0."""
+    if failed:
+        return True
     for batch in word_batches:  # noqa: SIM110 - a hot path: a generator costs twice as much
         if batch.tobytes() != _CLEAR:
             return True
@@ -99,11 +101,16 @@ _EVENTS = 256  # cached for each device; the garbage collector frees the others
 
 
 class EventPool:
-    """Cache the free events of one device: creating and destroying costs more than recording."""
+    """Cache the free events of one device: creating and destroying costs more than recording.
+
+    Attributes:
+        release: caches an event that has ended and that no stream or host still waits for.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._free = list[torch.Event]()
+        self._free = deque[torch.Event](maxlen=_EVENTS)
+        self.release = self._free.append
 
     def acquire(self) -> torch.Event:
         """Return an event that can be recorded."""
@@ -120,11 +127,6 @@ class EventPool:
             stream = torch.accelerator.current_stream(self._device.index)
         event.record(stream)
         return event
-
-    def release(self, event: torch.Event) -> None:
-        """Cache an event that has ended and that no stream or host still waits for."""
-        if len(self._free) < _EVENTS:
-            self._free.append(event)
 
 
 @cache
@@ -146,27 +148,48 @@ class Event(Protocol):
 class Pool(Protocol):
     """Takes an event back that has ended and that no stream or host still waits for."""
 
-    def release(self, event: Any) -> None: ...
+    def release(self, event: Any, /) -> None: ...
 
 
-@dataclass(slots=True, eq=False)
 class Completion:
-    """The end of one launch, or of several in a row."""
+    """The end of one launch, or of several in a row.
 
-    event: Event | None = None  # recorded after the last launch
-    pendings: Sequence[Pending] = ()  # work that no stream orders
-    words: Sequence[tuple[StatusWord, int]] = ()  # each with the position that it counts from
-    error: PortaKVError | None = None  # the first error, once it is known
-    retained: object = None  # memory that the pendings use
-    pool: Pool | None = None  # takes the event back once it has ended
-    standing: bool = False  # the launch was captured, and runs again with every replay
+    Each copy makes one: an attribute that is not set has the class's value.
+
+    Args:
+        event: recorded after the last launch.
+        pendings: work that no stream orders.
+        words: status words, each with the position that it counts from.
+        error: the first error, once it is known.
+        retained: memory that the work uses until the end.
+        pool: takes the event back once it has ended.
+    """
+
+    standing = False  # the launch was captured, and runs again with every replay
     owner: Owner | None = None  # reports the error if the handle does not
-    settled: bool = False  # the end was seen
-    reported: bool = False  # a caller received the error
-    # An entry for each thread that blocks until the event: no other work may get the event then.
-    blocked: list[None] = field(default_factory=list)
+    settled = False  # the end was seen
+    reported = False  # a caller received the error
+    # Threads that block until the event, counted under `_settling`: no other work may get the event
+    # then.
+    blocked = 0
     lists: Sequence[PinnedIds] = ()  # ids that the launches read, given back at the end
     late_error: Report | None = None  # returns an error of the work that has ended
+
+    def __init__(
+        self,
+        event: Event | None = None,
+        pendings: Sequence[Pending] = (),
+        words: Sequence[tuple[StatusWord, int]] = (),
+        error: PortaKVError | None = None,
+        retained: object = None,
+        pool: Pool | None = None,
+    ) -> None:
+        self.event = event
+        self.pendings = pendings
+        self.words = words
+        self.error = error
+        self.retained = retained
+        self.pool = pool
 
     def ended(self) -> bool:
         """Return True once all bytes have landed, or an error ended the work; never blocks or
@@ -194,18 +217,21 @@ class Completion:
         """Block the host until all bytes have landed."""
         for pending in self.pendings:
             pending.wait()
-        self.blocked.append(None)  # first, so that `_settle` sees it if this thread sees the event
+        with _settling:
+            self.blocked += 1  # first, so that `_settle` sees it if this thread sees the event
         try:
             event = self.event  # as in `wait`
             if event is not None:
                 event.synchronize()
         finally:
-            self.blocked.pop()
+            with _settling:
+                self.blocked -= 1
         self._settle()
 
     def take_error(self) -> PortaKVError | None:
         """Return an error that was not reported yet, once; never blocks."""
-        if self.reported:
+        # `_settle` reads the words before it removes them.
+        if self.reported or (not self.words and self.error is None):
             return None
         with _settling:
             for word, start in self.words:
@@ -229,8 +255,9 @@ class Completion:
         # Read and release under one lock: another thread's transfer may get the word next.
         with _settling:
             for word, start in self.words:
-                self._read(word, start)
-                word.value[0] = 0
+                if word.value[0]:
+                    self._read(word, start)
+                    word.value[0] = 0
                 if word.free is not None:
                     word.free.append(word)
             self.words = ()
@@ -240,15 +267,17 @@ class Completion:
                 self.event = None
                 if self.pool is not None:
                     self.pool.release(event)
-            for listed in self.lists:
-                listed.release()
-            self.lists = ()
+            if self.lists:
+                for listed in self.lists:
+                    listed.release()
+                self.lists = ()
             late_error = self.late_error
-            self.late_error = None
-            if late_error is not None and self.error is None:
-                self.error = late_error()
-                if self.error is not None:
-                    self._remember()
+            if late_error is not None:
+                self.late_error = None
+                if self.error is None:
+                    self.error = late_error()
+                    if self.error is not None:
+                        self._remember()
             self.settled = True
 
     def _read(self, word: StatusWord, start: int) -> None:
@@ -458,7 +487,7 @@ class LateErrors:
         Raises:
             PortaKVError: the error that the transfer's handle would have raised.
         """
-        if not (failed or any_word_set()) or (device is not None and capturing(device)):
+        if not any_late_error() or (device is not None and capturing(device)):
             return
         errors = (completion.take_error() for completion in tuple(self._captured))
         error = next(filter(None, errors), None) or unreported_error(self.owner)
@@ -469,7 +498,7 @@ class LateErrors:
 # Completions in flight. Work that no stream orders, and status words, must outlive a handle that
 # the caller dropped.
 in_flight: deque[Completion] = deque()
-UNCHECKED = 16  # the list is checked only beyond this length, so that few calls pay for it
+UNCHECKED = 16  # the list is checked once for so many new completions, so that few calls pay for it
 #: Completions whose error their owner has not reported yet.
 failed: list[Completion] = []
 
@@ -478,21 +507,21 @@ def hold(completion: Completion, owner: Owner | None = None) -> None:
     """Retain a launch's completion until it has ended; ``owner`` reports its error."""
     completion.owner = owner
     in_flight.append(completion)
-    # Check two for each new completion, so that a long queue becomes shorter again.
-    if len(in_flight) > UNCHECKED and _retire(in_flight) and len(in_flight) > UNCHECKED:
-        _retire(in_flight)
+    if len(in_flight) % UNCHECKED == 0:
+        # Two for each new completion, so that a long queue becomes shorter again.
+        _retire(in_flight, 2 * UNCHECKED)
 
 
-def _retire(queue: deque[Completion]) -> bool:
-    """Release the oldest completion; return False if it has not ended."""
-    try:
-        oldest = queue.popleft()  # remove it first, so that no other thread checks it
-    except IndexError:
-        return False
-    if not oldest.ended():
-        queue.appendleft(oldest)
-        return False
-    return True
+def _retire(queue: deque[Completion], most: int | None = None) -> None:
+    """Release the oldest completions that have ended; ``most``: no more of them."""
+    for _ in range(len(queue) if most is None else most):
+        try:
+            oldest = queue.popleft()  # remove it first, so that no other thread checks it
+        except IndexError:
+            return
+        if not (oldest.settled or oldest.ended()):
+            queue.appendleft(oldest)
+            return
 
 
 def unreported_error(owner: Owner | None) -> PortaKVError | None:
@@ -530,13 +559,11 @@ def hold_memory(completion: Completion) -> None:
 
 def retire() -> None:
     """Release the oldest copies that have ended, so that others can use what they used."""
-    while _retire(in_flight):
-        pass
+    _retire(in_flight)
     copies_holding_memory()
 
 
 def copies_holding_memory() -> int:
     """Release the oldest ended copies, and return how many copies still retain host memory."""
-    while _retire(_holding_memory):
-        pass
+    _retire(_holding_memory)
     return len(_holding_memory)

@@ -269,8 +269,6 @@ class _FirstSlices:
 class SliceCompletion(Completion):
     """The completion of the first ``slices`` of a worker."""
 
-    __slots__ = ("_slices", "_worker")
-
     def __init__(self, worker: Worker, slices: int, retained: object = None) -> None:
         super().__init__(pendings=(_FirstSlices(worker, slices),), retained=retained)
         self._worker = worker

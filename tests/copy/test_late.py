@@ -110,5 +110,7 @@ def test_what_a_launch_reports_in_its_word(accelerator: torch.device) -> None:
 def test_captured_transfers_are_not_kept_without_bound() -> None:
     late = LateErrors()
     for _ in range(CAPTURED + 10):
-        late.keep(Transfer((Completion(standing=True),)))
+        captured = Completion()
+        captured.standing = True
+        late.keep(Transfer((captured,)))
     assert len(late._captured) == CAPTURED

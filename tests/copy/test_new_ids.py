@@ -14,11 +14,11 @@ from support import simdev_cases as simulated
 from support.command_line import registered
 from support.device_cases import DEVICE
 from support.pinned_backend import ReadingPinned
+from support.whole_copies import watch_copies_of_views
 from torch.cuda import _sleep
 
 from portakv import Index, KVView, LateErrors, SlotError, copy_blocks, copy_rows
 from portakv.host import pinned
-from portakv.runtime.ends import End, Ends
 from portakv.runtime.pinned_ids import PinnedIds
 from portakv.runtime.transfer import copies_holding_memory, free_words
 from portakv_conformance.simdev import delay
@@ -365,16 +365,7 @@ def test_more_copies_in_flight_than_there_are_lists(
 def test_loads_and_saves_in_flight_on_a_device(
     store: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    acquired: list[End] = []
-    acquire = Ends.acquire
-
-    def noted(ends: Ends, listed: bool) -> End | None:
-        end = acquire(ends, listed)
-        if end is not None and listed:
-            acquired.append(end)
-        return end
-
-    monkeypatch.setattr(Ends, "acquire", noted)
+    made = watch_copies_of_views(monkeypatch)
     shape = (96, 4, 2, 64)
     host = pinned.empty(shape, torch.int32)
     device = torch.zeros(shape, dtype=torch.int32, device=DEVICE)
@@ -382,7 +373,7 @@ def test_loads_and_saves_in_flight_on_a_device(
     src, dst = (KVView(each, "block token head dim") for each in sides)
     for _ in range(3):
         copy_blocks(src, dst, [1], [2], overlap="idle").synchronize()
-    acquired.clear()
+    made.clear()
     rows = torch.randint(1, 1 << 30, shape, dtype=torch.int32)
     sides[0].copy_(rows)
     sides[1].zero_()
@@ -397,7 +388,7 @@ def test_loads_and_saves_in_flight_on_a_device(
         read[:] = written[:] = 95
     torch.accelerator.synchronize(DEVICE)
     assert torch.equal(sides[1].cpu(), wanted)
-    assert len(acquired) == 32
+    assert made == [True] * 32
 
 
 @pytest.mark.gpu

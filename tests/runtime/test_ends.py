@@ -16,11 +16,12 @@ import pytest
 import torch
 from support.cuda_on_cpu import why_not
 from support.ending_driver import NOT_READY, EndingDriver, EndingOnCpu
+from support.late_driver import WORD
 from support.whole_copies import watch_whole_copies
 
 from portakv import AdaptiveConnector, LateErrors
 from portakv.backends.row_kernels import RowKernels
-from portakv.core.call import GUARDED, TOKENS, CopyEnd
+from portakv.core.call import GUARDED, TOKENS, CopyEnd, CurrentStream
 from portakv.errors import SlotError, TransferError
 from portakv.registry.registry import REGISTRY, choose
 from portakv.runtime import transfer
@@ -215,11 +216,11 @@ def test_no_copy_gets_an_end_that_a_thread_waits_for(rig: Rig) -> None:
     copy = rig.issue()
     completion = copy.completions[0]
     end = completion.event
-    completion.blocked.append(None)  # as a thread that blocks until the event
+    completion.blocked += 1  # as a thread that blocks until the event
     rig.driver.work()
     assert completion.ended()
     assert end not in rig.ends.plain
-    completion.blocked.pop()
+    completion.blocked -= 1
     completion.synchronize()
     assert rig.ends.plain.count(end) == 1  # type: ignore[arg-type]
 
@@ -253,14 +254,66 @@ def test_the_owner_reports_a_bad_id_of_a_dropped_copy(rig: Rig) -> None:
     late.check()
 
 
+# The current stream
+
+
+@pytest.mark.parametrize("answers", [(7, 0, 0), (7, 1, 0), (8, 0, 0), (7, 0, 900)])
+def test_the_core_asks_for_the_current_stream(
+    rig: Rig, answers: tuple[int, int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    device, captured, error = answers
+    asked: list[str] = []
+
+    def current_device(out: Any) -> int:
+        asked.append("device")
+        out[0] = device
+        return 0
+
+    def current_stream(number: int, out: Any) -> int:
+        asked.append(f"stream of {number}")
+        out[0] = 0x7FFF12345678
+        return 0
+
+    def capturing(stream: int, out: Any) -> int:
+        asked.append(f"capture of {stream:x}")
+        out[0] = captured
+        return error
+
+    number = ctypes.POINTER(ctypes.c_int)
+    answer = ctypes.c_int
+    functions = (
+        ctypes.CFUNCTYPE(answer, number)(current_device),
+        ctypes.CFUNCTYPE(answer, ctypes.c_int32, ctypes.POINTER(WORD))(current_stream),
+        ctypes.CFUNCTYPE(answer, WORD, number)(capturing),
+    )
+    addresses = [ctypes.cast(each, ctypes.c_void_p).value for each in functions]
+    words = CurrentStream(7, *addresses)
+    rig.kernels.current = ctypes.addressof(words)
+    rig.issue()
+    by_core = answers == (7, 0, 0)
+    assert asked == ["device", "stream of 7", "capture of 7fff12345678"][: 3 if device == 7 else 1]
+    # Else torch is asked, whose answer stands.
+    assert rig.driver.queue[-1].stream == (0x7FFF12345678 if by_core else 0)
+
+    words.current_device = None  # the process has one device
+    asked.clear()
+    rig.issue()
+    assert asked == ["stream of 7", "capture of 7fff12345678"]
+
+    monkeypatch.setattr(rig.kernels._process, "forked", True, raising=False)
+    asked.clear()
+    rig.issue()  # the driver refuses it, if it does not survive a fork
+    assert not asked
+
+
 # Errors of the driver
 
 
 def test_an_event_that_is_not_recorded(rig: Rig) -> None:
     rig.driver.refuse_at = 0
-    free = rig.ends.acquire(False)
+    free = rig.ends.acquire_after_ends(rig.ends.plain)
     assert free is not None
-    rig.ends.release(free)
+    free.release(free)
     with pytest.raises(TransferError, match=r"^The launch: expected success"):
         rig.issue()
     rig.driver.refuse_at = -1

@@ -33,7 +33,7 @@ from portakv.errors import (
 from portakv.registry import registry
 from portakv.runtime import transfer
 from portakv.runtime.streams import own_stream
-from portakv.runtime.transfer import Completion, EventPool, StatusWord, acquire_word, any_word_set
+from portakv.runtime.transfer import Completion, EventPool, StatusWord, acquire_word, any_late_error
 from portakv.runtime.worker import RateLimit
 
 
@@ -63,11 +63,6 @@ def apart(monkeypatch: pytest.MonkeyPatch) -> None:
     free.extend(StatusWord(batch[i : i + 1], free) for i in range(64))
     monkeypatch.setattr(transfer, "free_words", free)
     monkeypatch.setattr(transfer, "word_batches", [batch.numpy()])
-
-
-def _troubled() -> bool:
-    """Repeat the check that a connector makes in each call."""
-    return bool(transfer.failed) or any_word_set()
 
 
 def begun(owner: Any = None) -> tuple[Later, StatusWord, Completion]:
@@ -109,9 +104,9 @@ def test_an_error_is_told_to_its_owner_once_and_to_nobody_else() -> None:
     second_owner = weakref.ref(second := Later())
     begun(first_owner)
     work, word, _ = begun(second_owner)
-    assert not _troubled()
+    assert not any_late_error()
     bad(word, 3)
-    assert _troubled()
+    assert any_late_error()
     assert transfer.unreported_error(first_owner) is None
     error = transfer.unreported_error(second_owner)
     assert isinstance(error, SlotError)
@@ -120,7 +115,7 @@ def test_an_error_is_told_to_its_owner_once_and_to_nobody_else() -> None:
     work.ended = True
     # The work has ended, so its word is put back.
     assert transfer.unreported_error(second_owner) is None
-    assert not _troubled()
+    assert not any_late_error()
     assert first is not second
 
 
@@ -132,11 +127,11 @@ def test_an_error_outlives_the_queue() -> None:
     work.ended = True
     for _ in range(9):
         begun()[0].ended = True
-    assert not any_word_set()
-    assert _troubled()
+    assert not transfer.word_batches[0].any()
+    assert any_late_error()
     assert "Position 10 " in str(transfer.unreported_error(owner))
     assert transfer.unreported_error(owner) is None
-    assert not _troubled()
+    assert not any_late_error()
     assert one
 
 
@@ -147,9 +142,9 @@ def test_errors_of_an_owner_that_is_gone_are_dropped() -> None:
     transfer.failed[0].owner = owner
     del one
     gc.collect()
-    assert _troubled()
+    assert any_late_error()
     assert transfer.unreported_error(None) is None
-    assert not _troubled()
+    assert not any_late_error()
 
 
 def overflow() -> PortaKVError:
@@ -170,7 +165,7 @@ def test_errors_that_handles_report_are_not_retained(late: bool) -> None:
                 bad(word, 3)
             work.ended = True
             assert completion.ended()
-            assert _troubled() is (first is owner), "the control: an owner may still ask"
+            assert any_late_error() is (first is owner), "the control: an owner may still ask"
             with pytest.raises(SlotError):
                 Transfer([completion]).synchronize()
             assert not transfer.failed
@@ -306,7 +301,9 @@ def test_a_transfer_shows_what_is_known_of_it(later: Later) -> None:
     )
     failed = Transfer([Completion(error=SlotError("no")), Completion()])
     assert repr(failed) == "<Transfer, failed with SlotError>"
-    captured = Transfer([Completion(standing=True)])
+    standing = Completion()
+    standing.standing = True
+    captured = Transfer([standing])
     assert repr(captured) == "<Transfer, captured into a graph>"
 
 
@@ -329,7 +326,7 @@ def test_words_and_events_are_made_under_any_settings(
     assert (word.tensor.dtype, word.tensor.device) == (torch.int64, torch.device("cpu"))
     assert word.tensor.is_pinned()
     word.tensor += 2  # a launch may write it by torch, whatever the mode in which it was made
-    assert any_word_set()
+    assert any_late_error()
     assert word.value[0] == 2
     word.value[0] = 0
 
