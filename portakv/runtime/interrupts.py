@@ -76,7 +76,7 @@ class Work(Generic[T]):
     def abandon(self) -> None:
         """Have a helper undo the work, and wait at most `GRACE` seconds for that."""
         self.abandoned = True
-        _hand_over(self.take_back)
+        hand_over(self.take_back)
         self.undone.acquire(timeout=GRACE)
 
 
@@ -104,7 +104,7 @@ def uninterrupted(work: Callable[[], T], undo: Callable[[T], object] | None = No
         return work()
     task = Work(work, undo)
     try:
-        if not _hand_over(task.run):
+        if not hand_over(task.run):
             return work()
         while not task.end.acquire(timeout=LOOK):
             pass
@@ -131,27 +131,17 @@ def shielded(work: Callable[P, T]) -> Callable[P, T]:
     return run
 
 
-def alongside(work: Callable[[], T]) -> Callable[[], T]:
-    """Begin work in a helper, and return the call that waits for its result, for one use.
-
-    A caller that needs no result does not make the call. If the system creates no thread, the call
-    does the work.
-    """
-    task = Work(work, None)
-    return partial(_result_of, task) if _hand_over(task.run) else work
-
-
-def _result_of(task: Work[T]) -> T:
-    """Wait for the end of a helper's work, and return its result or raise its error."""
+def hand_over(call: Callable[[], object]) -> bool:
+    """Have a helper make a call; return False if the system creates no thread."""
     try:
-        while not task.end.acquire(timeout=LOOK):
-            pass
-    except BaseException:  # an interrupt of the caller
-        task.abandon()
-        raise
-    if task.error is not None:
-        raise task.error
-    return cast(T, task.result)
+        _idle.pop()
+    except IndexError:
+        try:
+            threading.Thread(target=_serve, name=NAME, daemon=True).start()
+        except RuntimeError:  # also while the interpreter ends
+            return False
+    _calls.put(call)
+    return True
 
 
 def interruptible() -> bool:
@@ -170,19 +160,6 @@ def _locked() -> threading.Lock:
     lock = threading.Lock()
     lock.acquire()
     return lock
-
-
-def _hand_over(call: Callable[[], object]) -> bool:
-    """Have a helper make a call; return False if the system creates no thread."""
-    try:
-        _idle.pop()
-    except IndexError:
-        try:
-            threading.Thread(target=_serve, name=NAME, daemon=True).start()
-        except RuntimeError:  # also while the interpreter ends
-            return False
-    _calls.put(call)
-    return True
 
 
 def _serve() -> None:

@@ -10,6 +10,7 @@ while the lock is `Runtime.released`.
 from __future__ import annotations
 
 import asyncio
+import atexit
 import os
 import select
 import selectors
@@ -25,7 +26,8 @@ from typing import Any, Generic, TypeVar
 
 from portakv.errors import PortaKVError, TransferError, TransferTimeout
 from portakv.runtime import resources
-from portakv.runtime.interrupts import abandoned, interruptible, uninterrupted
+from portakv.runtime.interrupts import abandoned, hand_over, interruptible, uninterrupted
+from portakv.runtime.resources import NO_THREAD
 
 T = TypeVar("T")
 #: A coroutine that returns T.
@@ -37,6 +39,8 @@ WRITE = select.POLLOUT
 HANGUP = 0
 #: Seconds after which a thread notices an interrupt that came just before it began to wait.
 LOOK = 0.2
+#: Seconds for which the end of the interpreter waits for work that blocks.
+EXIT = 10.0
 
 
 class Wait:
@@ -80,6 +84,30 @@ class Wait:
             self.woken = True
             if self.resume is not None:
                 self.resume()
+
+
+class Work(Generic[T]):
+    """Work of a coroutine that blocks, such as a large copy: ``await`` returns its result.
+
+    The lock is released meanwhile. `Runtime.run` does the work in the caller's thread. For a
+    coroutine of the loop a helper does it, and runs the next steps until the coroutine waits. A
+    coroutine that is cancelled goes on after the end of the work.
+    """
+
+    __slots__ = ("_call",)
+
+    def __init__(self, call: Callable[..., T], *arguments: object) -> None:
+        self._call = partial(call, *arguments)
+
+    def __await__(self) -> Generator[Work[T], T, T]:
+        return (yield self)
+
+    def done(self, steps: Steps[Any]) -> Callable[[], Any]:
+        """Do the work, and return the call that goes on with its coroutine."""
+        try:
+            return partial(steps.send, self._call())
+        except BaseException as error:  # the coroutine gets it
+            return partial(steps.throw, error)
 
 
 class Released:
@@ -135,11 +163,31 @@ class Handle(Generic[T]):
             self._go_on(self._wait)
 
     def step(self, step: Callable[..., Any], *arguments: object) -> None:
-        """Run the coroutine until its next wait, which the loop makes."""
+        """Run the coroutine until its next wait, which the loop makes, or until a helper works."""
+        work = self._advance(step, *arguments)
+        if work is None:
+            return
+        self._runtime.note_work(self)
+        if not hand_over(partial(self._do, work)):
+            self.step(self._steps.throw, TransferError(f"Expected a thread, but {NO_THREAD}."))
+
+    def _do(self, work: Work[Any] | None) -> None:
+        """Do work in a helper, and go on with the coroutine there until it waits."""
+        while work is not None:
+            step = work.done(self._steps)
+            if self._cancelled:
+                self._cancelled = False
+                step = partial(self._steps.throw, asyncio.CancelledError())
+            work = self._advance(step)
+
+    def _advance(self, step: Callable[..., Any], *arguments: object) -> Work[Any] | None:
+        """Run the coroutine until its next wait, or until the work that it returns."""
         runtime = self._runtime
         try:
             with runtime.lock:
                 wait = step(*arguments)
+                if isinstance(wait, Work):
+                    return wait
                 self._wait = wait
                 if isinstance(wait, Wait) and wait.fd is None:
                     wait.resume = partial(runtime.call_soon, self._go_on, wait)
@@ -152,6 +200,7 @@ class Handle(Generic[T]):
                 self._begin_to_wait(wait)
             else:
                 runtime.call_soon(self._begin_to_wait, wait)
+        return None
 
     def _begin_to_wait(self, wait: Any) -> None:
         """Have the loop end a wait by its event, or at its time."""
@@ -226,20 +275,22 @@ class Handle(Generic[T]):
 
         Raises `TransferTimeout` after ``timeout`` seconds. The coroutine goes on.
         """
-        if not self._ended:
-            self._block(timeout)
+        self.wait(timeout)
         if self._error is None:
             value: T = self._value
             return value
         raise self._error
 
-    def _block(self, timeout: float | None) -> None:
-        """Wait for the end in a thread. Looks now and then, since a wake may come too early."""
+    def wait(self, timeout: float | None = None) -> None:
+        """Block until the end, as `synchronize`, and raise no error of the coroutine."""
+        if self._ended:
+            return
+        # Looks now and then, since a wake may come too early.
         end = threading.Lock()
         end.acquire()
         self.on_end(end.release)
         until = None if timeout is None else self._runtime.time() + timeout
-        while not self._ended:
+        while not self._ended and not self._runtime.forked:
             left = LOOK if until is None else until - self._runtime.time()
             if left <= 0:
                 raise TransferTimeout(f"The work did not end within {timeout} s, and goes on.")
@@ -373,6 +424,7 @@ class Runtime:
         self.forked = False
         self._loop = loop
         self._starting = threading.Lock()
+        self._working = set[Handle[Any]]()  # whose work helpers do
 
     def released(self) -> Released:
         """Return a context for code of others and for copies, which need no lock of a runtime."""
@@ -393,37 +445,48 @@ class Runtime:
         """Return the result of a coroutine, whose waits are the calling thread's own.
 
         No other thread has a part in them, so an answer of a few microseconds takes no longer. Such
-        a coroutine waits for nothing but `Wait`. A helper makes and runs it for the main thread.
+        a coroutine waits for nothing but `Wait` and `Work`. A helper makes and runs it for the main
+        thread.
         """
         return uninterrupted(partial(self._run, function, arguments))
 
     def _run(self, function: Callable[..., Steps[T]], arguments: tuple[object, ...]) -> T:
         steps = function(*arguments)
-        step = partial(steps.send, None)
+        step: Callable[[], Any] = partial(steps.send, None)
+        interrupted = False
         while True:
+            woken = threading.Lock()
             try:
                 with self.lock:
                     wait = step()
-                    if wait.fd is None:
-                        woken = threading.Lock()
+                    if isinstance(wait, Wait) and wait.fd is None:
                         woken.acquire()
                         wait.resume = woken.release
             except StopIteration as end:
                 result: T = end.value
                 return result
 
-            left = -1.0 if wait.until is None else max(0.0, wait.until - self.time())
-            if wait.fd is None:
-                woken.acquire(timeout=left)
-            elif wait.poll is not None:
-                wait.woken = wait.poll(max(-1, ceil(1e3 * left)))
+            if isinstance(wait, Work):
+                step = wait.done(steps)
             else:
-                poll = select.poll()
-                poll.register(wait.fd, wait.events)
-                if poll.poll(1e3 * left if left >= 0 else None):
-                    wait.woken = True
-            if abandoned():
+                self._wait_here(wait, woken)
+                step = partial(steps.send, None)
+            if abandoned() and not interrupted:
+                interrupted = True  # once, so that the coroutine can wait while it ends
                 step = partial(steps.throw, KeyboardInterrupt())
+
+    def _wait_here(self, wait: Wait, woken: threading.Lock) -> None:
+        """Make a wait in the caller's thread. ``woken`` is released by `Wait.wake`."""
+        left = -1.0 if wait.until is None else max(0.0, wait.until - self.time())
+        if wait.fd is None:
+            woken.acquire(timeout=left)
+        elif wait.poll is not None:
+            wait.woken = wait.poll(max(-1, ceil(1e3 * left)))
+        else:
+            poll = select.poll()
+            poll.register(wait.fd, wait.events)
+            if poll.poll(1e3 * left if left >= 0 else None):
+                wait.woken = True
 
     def start(self, steps: Steps[T]) -> Handle[T]:
         """Run a coroutine here until its first wait, then in the loop; return its end.
@@ -461,6 +524,30 @@ class Runtime:
     def call_soon(self, call: Callable[..., object], *arguments: object) -> None:
         """Make a quick call in the loop. Any thread may ask for it."""
         self.started().call_soon_threadsafe(call, *arguments)
+
+    # --- work that blocks
+
+    def note_work(self, handle: Handle[Any]) -> None:
+        """Let the end of the interpreter wait for a coroutine that has work done."""
+        if handle not in self._working:
+            self._working.add(handle)
+            # Registered again: memory that the work uses must not go before its end.
+            atexit.unregister(self._end_work)
+            atexit.register(self._end_work)
+            handle.on_end(partial(self._working.discard, handle))
+
+    def _end_work(self) -> None:
+        """Cancel the coroutines that have work done, and wait for their ends."""
+        if self.forked:
+            return
+        until = self.time() + EXIT
+        for handle in tuple(self._working):
+            handle.cancel()
+        for handle in tuple(self._working):
+            with suppress(TransferTimeout):
+                handle.wait(max(0.0, until - self.time()))
+
+    # --- waits
 
     def wake(self, wait: Wait) -> None:
         """End a wait. Any thread but the main one may ask for it."""

@@ -6,6 +6,7 @@ from __future__ import annotations
 import asyncio
 import os
 import select
+import signal
 import socket
 import subprocess
 import sys
@@ -20,8 +21,9 @@ from support.interrupts import in_other_thread
 from support.seeded_loop import WatchedLoop, run_seeded
 from support.waits import LIMIT, until
 
-from portakv.errors import TransferTimeout
-from portakv.tasks import Handle, Runtime, TaskGroup, Wait, runtime
+from portakv.errors import TransferError, TransferTimeout
+from portakv.runtime import interrupts
+from portakv.tasks import Handle, Runtime, TaskGroup, Wait, Work, runtime
 from portakv.tasks.runtime import HANGUP, READ, WRITE
 
 
@@ -170,6 +172,154 @@ def test_a_foreign_loop_that_runs_is_left_alone_and_woken(policy: str) -> None:
 
     names, name = in_other_thread(act)
     assert names == [name, "portakv loop"]
+
+
+async def working(*calls: Any) -> list[str]:
+    """Return the names of the threads of the steps after some work, each after the work's own."""
+    names = list[str]()
+    for call in calls:
+        names += [await Work(call), threading.current_thread().name]
+    return names
+
+
+def thread() -> str:
+    """Return the name of this thread, which has not the lock."""
+    assert not runtime().lock._is_owned()
+    return threading.current_thread().name
+
+
+def test_a_callers_thread_does_its_work_itself() -> None:
+    names = in_other_thread(lambda: runtime().run(working, thread, thread))
+    assert len({*names}) == 1
+    assert names[0] not in ("portakv loop", interrupts.NAME)
+
+
+def test_a_helper_does_the_work_of_a_coroutine_of_the_loop() -> None:
+    """It goes on there until the coroutine waits."""
+
+    async def steps() -> list[str]:
+        names = await working(thread, thread)
+        await soon()
+        return [*names, threading.current_thread().name, *await working(thread)]
+
+    names = runtime().start(steps()).synchronize(LIMIT)
+    assert names == [interrupts.NAME] * 4 + ["portakv loop"] + [interrupts.NAME] * 2
+
+
+@pytest.mark.parametrize("way", ["run", "start"])
+def test_an_error_of_work_is_its_coroutines(way: str) -> None:
+    async def steps() -> str:
+        with pytest.raises(ZeroDivisionError):
+            await Work(lambda: 1 // 0)
+        result: str = await Work(str, "goes on")
+        return result
+
+    if way == "run":
+        assert runtime().run(steps) == "goes on"
+    else:
+        assert runtime().start(steps()).synchronize(LIMIT) == "goes on"
+
+
+def test_a_coroutine_that_is_cancelled_ends_after_its_work() -> None:
+    begun = threading.Event()
+    go_on = threading.Event()
+    ended = list[str]()
+
+    def work() -> None:
+        begun.set()
+        assert go_on.wait(LIMIT)
+        ended.append("work")
+
+    async def steps() -> None:
+        try:
+            await Work(work)
+        finally:
+            ended.append("steps")
+            await Work(ended.append, "its own end")
+
+    handle = runtime().start(steps())
+    assert begun.wait(LIMIT)
+    assert handle.cancel()
+    time.sleep(0.01)
+    assert not ended
+    go_on.set()
+    with pytest.raises(asyncio.CancelledError):
+        handle.synchronize(LIMIT)
+    assert ended == ["work", "steps", "its own end"]
+
+
+def test_work_without_a_thread_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    runtime().started()
+    go_on = threading.Event()
+    begun = list[str]()
+
+    def wait() -> None:
+        begun.append(thread())
+        assert go_on.wait(LIMIT)
+
+    running = [runtime().start(working(wait)) for _ in range(64)]  # more than idle helpers
+    assert until(lambda: len(begun) == len(running), LIMIT)
+
+    def refuse(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", refuse)
+        with pytest.raises(TransferError, match="Expected a thread"):
+            runtime().start(working(thread)).synchronize(LIMIT)
+    go_on.set()
+    for handle in running:
+        handle.synchronize(LIMIT)
+
+
+def test_work_that_blocks_delays_no_other_coroutine() -> None:
+    go_on = threading.Event()
+    handle = runtime().start(working(go_on.wait))
+    assert runtime().start(where(soon(), soon())).synchronize(LIMIT)
+    assert not handle.done()
+    go_on.set()
+    handle.wait(LIMIT)
+    assert handle.done()
+
+
+AT_EXIT = """
+import atexit, asyncio, time
+from portakv.tasks import Wait, Work, runtime
+async def steps():
+    try:
+        await Work(time.sleep, 0.3)
+    except asyncio.CancelledError:
+        await Work(print, "cancelled after its work")
+handle = runtime().start(steps())
+time.sleep(0.1)
+"""
+
+
+def test_the_end_of_the_interpreter_waits_for_work() -> None:
+    ended = subprocess.run([sys.executable, "-c", AT_EXIT], capture_output=True, text=True)
+    assert ended.stdout == "cancelled after its work\n", ended.stderr
+
+
+@pytest.mark.usefixtures("ctrl_c")
+def test_an_interrupted_coroutine_may_wait_while_it_ends() -> None:
+    """The interrupt is raised once, at the wait that it finds."""
+    ended = list[str]()
+
+    async def steps() -> None:
+        try:
+            while True:
+                await Work(time.sleep, 1e-3)
+        finally:
+            await soon()
+            await Work(ended.append, "well")
+
+    timer = threading.Timer(
+        0.05, signal.pthread_kill, (threading.main_thread().ident, signal.SIGINT)
+    )
+    timer.start()
+    with pytest.raises(KeyboardInterrupt):
+        runtime().run(steps)
+    assert until(lambda: ended == ["well"], LIMIT)
 
 
 def test_steps_exclude_each_other_and_waits_do_not() -> None:
