@@ -1625,16 +1625,11 @@ class Channel:
         answer: T = self._runtime.run(self._client.ask, address, message, kind, until, stop)
         return answer
 
-    def begin_to_ask(
+    async def answer_to(
         self, address: str, message: Message, kind: type[T], timeout: float | None = None
-    ) -> Callable[[], T]:
-        """Send a message, and return the call that waits for the answer as `ask` does, for one use.
-
-        Until the answer, other requests to the address wait. A caller that needs no answer does not
-        make the call.
-        """
-        until = self._until(timeout)
-        return self._runtime.start(self._client.ask(address, message, kind, until)).synchronize
+    ) -> T:
+        """Return the answer to a message, for a coroutine of the runtime; see `ask`."""
+        return await self._client.ask(address, message, kind, self._until(timeout))
 
     def ask_all(
         self, requests: Sequence[tuple[str, Message]], kind: type[T], timeout: float | None = None

@@ -139,20 +139,20 @@ class Handle(Generic[T]):
     def __init__(self, runtime: Runtime, steps: Steps[T]) -> None:
         self._runtime = runtime
         self._steps = steps
-        self._ended = False
-        self._value: Any = None
-        self._error: BaseException | None = None
+        self.ended = False
+        self.value: Any = None
+        self.error: BaseException | None = None
         self._calls = deque[Callable[[], object]]()  # to be made at the end
         self._wait: Any = None  # the present wait
         self._cancelled = False
 
     def done(self) -> bool:
-        """Return True once the coroutine has ended."""
-        return self._ended
+        """Return True once the coroutine has ended, or once it cannot end in a forked process."""
+        return self.ended or self._runtime.forked
 
     def cancel(self) -> bool:
         """Have the coroutine's wait raise `CancelledError`; return False if it has ended."""
-        if self._ended:
+        if self.ended:
             return False
         self._cancelled = True
         self._runtime.call_soon(self._cancel)
@@ -254,15 +254,15 @@ class Handle(Generic[T]):
 
     def settle(self, value: Any, error: BaseException | None) -> None:
         """Note the end, and make the calls of `on_end`."""
-        self._value = value
-        self._error = error
-        self._ended = True
+        self.value = value
+        self.error = error
+        self.ended = True
         self._make_calls()
 
     def on_end(self, call: Callable[[], object]) -> None:
         """Make a quick call at the end of the coroutine, immediately if it has ended."""
         self._calls.append(call)
-        if self._ended:
+        if self.ended:
             self._make_calls()
 
     def _make_calls(self) -> None:
@@ -276,32 +276,32 @@ class Handle(Generic[T]):
         Raises `TransferTimeout` after ``timeout`` seconds. The coroutine goes on.
         """
         self.wait(timeout)
-        if self._error is None:
-            value: T = self._value
+        if self.error is None:
+            value: T = self.value
             return value
-        raise self._error
+        raise self.error
 
     def wait(self, timeout: float | None = None) -> None:
         """Block until the end, as `synchronize`, and raise no error of the coroutine."""
-        if self._ended:
+        if self.ended:
             return
         # Looks now and then, since a wake may come too early.
         end = threading.Lock()
         end.acquire()
         self.on_end(end.release)
         until = None if timeout is None else self._runtime.time() + timeout
-        while not self._ended and not self._runtime.forked:
+        while not self.ended and not self._runtime.forked:
             left = LOOK if until is None else until - self._runtime.time()
             if left <= 0:
                 raise TransferTimeout(f"The work did not end within {timeout} s, and goes on.")
             end.acquire(timeout=min(left, LOOK))
 
     def __await__(self) -> Generator[Any, Any, T]:
-        if not self._ended and self._runtime.lock._is_owned():  # in a step
+        if not self.ended and self._runtime.lock._is_owned():  # in a step
             wait = Wait()
             self.on_end(partial(self._runtime.wake, wait))
             yield from wait.__await__()
-        elif not self._ended:
+        elif not self.ended:
             loop = asyncio.get_running_loop()
             future = loop.create_future()
             self.on_end(partial(loop.call_soon_threadsafe, _set, future))

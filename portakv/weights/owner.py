@@ -18,13 +18,11 @@ from typing import (
     ClassVar,
     Literal,
     NamedTuple,
-    TypeAlias,
     TypeVar,
     Union,
     cast,
     get_args,
 )
-from weakref import ref
 
 import torch
 from msgspec import Meta, msgpack
@@ -36,7 +34,6 @@ from portakv.errors import (
     OfferGone,
     PeerError,
     PortaKVError,
-    TransferCancelled,
     TransferError,
     TransferTimeout,
     Unsupported,
@@ -66,10 +63,12 @@ from portakv.migrate.shared_memory import Held, Opener, where
 from portakv.migrate.staging import staging
 from portakv.migrate.transport_channel import TransportChannel
 from portakv.migrate.transports import check_transport, choose, forced
+from portakv.migrate.transports.base import Lane as TransportLane
 from portakv.migrate.transports.base import Moving, Transport
 from portakv.runtime.bounded import Bounded
-from portakv.runtime.interrupts import abandoned, uninterrupted
+from portakv.runtime.interrupts import uninterrupted
 from portakv.runtime.streams import StreamFence
+from portakv.tasks import Limit, Wait, Work, runtime
 from portakv.weights.parameters import (
     Box,
     Cell,
@@ -723,6 +722,7 @@ prepare(globals())
 # ------------------------------------------------------------------------------------------------
 # A reader's lane to an owner that sends weights: the transport, and the staging buffers here.
 
+PAUSE = 5e-4  # seconds before the first repeat of a request to a busy owner
 _FAREWELL = 0.5  # seconds for the last message of a lane
 _LEAST = 4096  # bytes of a staging buffer, which the owner chooses
 _MOST = 1 << 36
@@ -746,74 +746,73 @@ class Receiver:
     """A lane by which one owner sends weights, and the staging buffers that it fills.
 
     Attributes:
+        turn: one pull at a time uses the lane.
         gone: the lane was released, so another pull needs another.
         tag: of the last slice that the owner has accepted.
-        ended: the number of slices that have ended. If it is less than ``tag`` after a pull, the
-            end of the pull was interrupted, and bytes may still arrive in the buffers.
         why: why the memory is not mapped, and why this transport was chosen.
     """
 
-    def __init__(self, owner: Owner, terms: Terms) -> None:
-        (device, transport, why) = terms
-        described = owner.connect(Connect(owner.id, bytes(16)))
+    transport: Transport
+    lane: TransportLane
+    buffer_bytes: int
+    buffers: list[torch.Tensor]
+
+    def __init__(self, owner: Owner) -> None:
+        self.id = token_bytes(16)
+        self.turn = Limit(runtime())
+        self.gone = False
+        self.tag = 0
+        self.why = ""
+        self._owner = owner.address
+        self._channel = owner.channel
+
+    async def connect(self, owner: Owner, terms: Terms) -> None:
+        """Agree on a transport with the owner, and on the lane."""
+        described = await owner.connect(Connect(owner.id, bytes(16)))
+        device = await Work(self._choose, described, terms)
+        self.why = f"{described.why or terms.why} ({self.transport.why})"
+        try:
+            request = Connect(owner.id, self.id, self.transport.name, where(device))
+            answer = await owner.connect(request)
+            self.buffer_bytes = _checked(answer, request, owner.address)
+            await Work(self._meet, owner, device, terms)
+        except BaseException:  # also a cancellation: no caller has the lane
+            await Work(self.release)
+            raise
+
+    def _choose(self, described: Connected, terms: Terms) -> torch.device:
+        """Choose the transport, and return the device of its buffers."""
+        device = terms.device
         # Another device of the same type: NCCL does not serve two processes on one.
         same = described.device.partition(" ")[0] == device.type
         if not same or described.device == where(device):
             device = _HOST
-        name = forced(transport) or described.transport or None
+        name = forced(terms.transport) or described.transport or None
         try:
             self.transport = choose(device, name)
         except BackendUnavailable:
             device = _HOST
             self.transport = choose(device, name)
-        self.id = token_bytes(16)
-        self._leave = partial(owner.channel.tell, owner.address, Leave(self.id), _FAREWELL)
-        self.gone = False
-        self.tag = 0
-        self.ended = 0
-        self._lock = threading.Lock()
-        # Weak, because the end of a pull may be interrupted.
-        self._user: Callable[[], object] = lambda: None
-        self.why = f"{described.why or why} ({self.transport.why})"
-        try:
-            request = Connect(owner.id, self.id, self.transport.name, where(device))
-            answer = owner.connect(request)
-            self.buffer_bytes = _checked(answer, request, owner.address)
-            channel = cast("Channel", LaneChannel(owner.channel, self.id))
-            self.lane = self.transport.lane(owner.address, channel)
-            self.lane.meet(stop=partial(_is_over, owner))
-            self.buffers = _buffers(self.buffer_bytes, device, terms.device)
-        except BaseException:  # also an interrupt: no caller has the lane
-            self.release()
-            raise
+        return device
 
-    def claim(self, user: object) -> bool:
-        """Let a pull use the lane, unless another pull does; return True if it may."""
-        with self._lock:
-            if self._user() is None:
-                self._user = ref(user)
-            return self._user() is user
-
-    def free(self, user: object) -> None:
-        """Let other pulls use the lane, if this one does."""
-        if self._user() is user:
-            self._user = lambda: None
+    def _meet(self, owner: Owner, device: torch.device, terms: Terms) -> None:
+        """Make the lane, and the staging buffers."""
+        channel = cast("Channel", LaneChannel(owner.channel, self.id))
+        self.lane = self.transport.lane(owner.address, channel)
+        self.lane.meet(stop=partial(_is_over, owner))
+        self.buffers = _buffers(self.buffer_bytes, device, terms.device)
 
     @property
     def usable(self) -> bool:
-        """Return True if a pull may use the lane, now or after another pull."""
-        in_step = self.tag == self.ended or self._user() is not None
-        return in_step and not self.gone and self.lane.gone is None
+        """Return True if a pull may use the lane."""
+        return not self.gone and self.lane.gone is None
 
     def release(self) -> None:
         """Release the lane on both sides; its slices in flight end with an error."""
-        uninterrupted(self._release)
-
-    def _release(self) -> None:
         if not self.gone:
             self.drop()
             with suppress(PortaKVError):  # the owner may be gone
-                self._leave()
+                self._channel.tell(self._owner, Leave(self.id), _FAREWELL)
 
     def drop(self) -> None:
         """Release the lane here; quick, for the thread that notices the end of a connection."""
@@ -857,10 +856,6 @@ def _buffers(nbytes: int, device: torch.device, tensors: torch.device) -> list[t
 MOST_LISTING = 256 << 20  # the most bytes of an owner's list
 
 
-#: The call that waits for the answer to a request that was sent before.
-Reply: TypeAlias = Callable[[], Weights]
-
-
 class Publication:
     """What this process knows of an owner's weights, and the owner's memory that it has opened."""
 
@@ -882,7 +877,7 @@ class Publication:
         self.compares_whole = False
         # By plan, and the owner's number in it. A plan is of tensors of one description.
         self._sources = Bounded[tuple[Plan, int], list[torch.Tensor]]("sources of weights", 8)
-        self._connecting = threading.Lock()
+        self._connecting = Limit(runtime())
         #: By the device of the reader's tensors, and the transport that the reader forces.
         self._receivers = dict[tuple[torch.device, str | None], Receiver]()
 
@@ -942,27 +937,21 @@ class Publication:
         numbered = tuple((self.numbers[name], box) for name, box in boxes)
         return WantedSums(whole, numbered, places)
 
-    def receiver(self, owner: Owner, terms: Terms) -> Receiver:
+    async def receiver(self, owner: Owner, terms: Terms) -> Receiver:
         """Return the lane by which the owner sends weights to a device; connect at the first call.
 
         Raises `Unsupported` if the owner and this process have no transport.
         """
-        receiver = self._receivers.get(terms[:2])
-        if receiver is not None and receiver.usable:
-            return receiver
-        return uninterrupted(partial(self._connect, owner, terms))
-
-    def _connect(self, owner: Owner, terms: Terms) -> Receiver:
-        """Connect, unless another pull does."""
-        while not self._connecting.acquire(timeout=0.05):
-            owner.check()
+        await owner.turn(self._connecting)
         try:
             receiver = self._receivers.get(terms[:2])
             if receiver is not None and receiver.usable:
                 return receiver
             if receiver is not None:
-                receiver.release()
-            receiver = self._receivers[terms[:2]] = Receiver(owner, terms)
+                await Work(receiver.release)
+            receiver = Receiver(owner)
+            await receiver.connect(owner, terms)
+            self._receivers[terms[:2]] = receiver
             return receiver
         except (Refused, BackendUnavailable, Unsupported) as error:
             reason = f"{terms.why}; and they cannot be sent: {error}"
@@ -996,49 +985,17 @@ def _forget(key: tuple[bytes, str, bytes]) -> None:
         publication.close()
 
 
-def begin_all(channel: object, tickets: object, timeout: object) -> dict[bytes, Reply]:
-    """Ask the owners whose weights are known here for the begin of a pull, and return what waits
-    for the answers, by tickets.
-
-    The arguments are those of a pull, before they are checked. Asks nothing for wrong ones.
-    """
-    listed = [tickets] if isinstance(tickets, bytes) else tickets
-    timed = timeout is None or (isinstance(timeout, int | float) and timeout > 0)
-    begun = dict[bytes, Reply]()
-    if not (isinstance(channel, Channel) and timed and isinstance(listed, list | tuple)):
-        return begun
-    seconds = min(cast("float", timeout or channel.timeout), channel.timeout)
-    for ticket in {x for x in listed if isinstance(x, bytes)}:
-        decoded = unsealed(ticket, WeightsTicket)
-        known = decoded and publications.get((channel.id, decoded.address, decoded.id))
-        if decoded and known:
-            request = _begin(decoded.id, known)
-            begun[ticket] = channel.begin_to_ask(decoded.address, request, Weights, seconds)
-    return begun
-
-
-def _begin(id: bytes, known: Publication) -> AskWeights:
-    """Return the request at the begin of a pull of weights that are known here."""
-    if known.compares_whole:
-        return AskWeights(id, what="sums", begin=True)
-    return AskWeights(id, len(known.items), begin=True)
-
-
 class Owner:
     """An owner of weights, for one pull that ends at the time ``until``.
 
-    ``begun``: of `begin_all`.
+    Attributes:
+        version: of the weights at the begin of the pull; None before its answer.
+        publication: set by `open`.
     """
 
-    def __init__(
-        self,
-        channel: Channel,
-        ticket: bytes,
-        timeout: float,
-        until: float,
-        stopped: Callable[[], bool],
-        begun: Reply | None = None,
-    ) -> None:
+    publication: Publication
+
+    def __init__(self, channel: Channel, timeout: float, until: float, ticket: bytes) -> None:
         decoded = unsealed(ticket, WeightsTicket)
         if decoded is None:
             raise PeerError(
@@ -1052,25 +1009,35 @@ class Owner:
         self.id = decoded.id
         self.version: int | None = None
         self._listed: Sequence[int] = ()  # checksums that came with the answer to the begin
-        self._stopped = stopped
         self._key = channel.id, decoded.address, decoded.id
+
+    async def open(self) -> None:
+        """Begin the pull, and list the weights unless they are known here."""
         known = publications.get(self._key)
         if known is None:
-            self.publication = self._list()
+            self.publication = await self._list()
             return
         self.publication = known
-        self._listed = self.ask(_begin(self.id, known), begun).sums
+        request = AskWeights(self.id, len(known.items), begin=True)
+        if known.compares_whole:
+            request = AskWeights(self.id, what="sums", begin=True)
+        self._listed = (await self.ask(request)).sums
 
-    def _list(self) -> Publication:
+    async def _list(self) -> Publication:
         """Request all items and regions, and keep them until the connection ends."""
         request = AskWeights(self.id, begin=True)
-        pairs = self._all("weights", request, lambda page: page.items)
+        pairs = await self._all("weights", request, lambda page: page.items)
         items = dict(pairs)
         if len(items) < len(pairs):
             raise self._wrong_list("weights", len(pairs), len(pairs))
-        handles = self._all(
+        handles = await self._all(
             "regions", AskWeights(self.id, what="regions"), lambda page: page.regions
         )
+        publication: Publication = await Work(self._keep, items, handles)
+        return publication
+
+    def _keep(self, items: dict[str, Item], handles: list[bytes]) -> Publication:
+        """Keep a publication until the connection ends."""
         # A channel publishes once, so what it published before is gone.
         for key in [key for key in [*publications] if key[:2] == self._key[:2]]:
             if key != self._key:
@@ -1086,7 +1053,7 @@ class Owner:
             raise
         return publication
 
-    def _all(
+    async def _all(
         self,
         what: str,
         request: AskWeights,
@@ -1102,7 +1069,7 @@ class Owner:
         while total is None or len(listed) < total:
             first = len(listed)
             begin = request.begin and not first
-            page = self.ask(AskWeights(request.id, first, what=request.what, begin=begin))
+            page = await self.ask(AskWeights(request.id, first, what=request.what, begin=begin))
             some = of(page)
             listed += some
             nbytes += len(msgpack.encode(page))
@@ -1120,25 +1087,27 @@ class Owner:
             f"another owner."
         )
 
-    def ask(self, request: AskWeights, reply: Reply | None = None) -> Weights:
-        """Return the owner's answer, after the owner has one; raise if its weights changed.
-
-        ``reply``: the request was sent.
-        """
-        pause = 5e-4
+    async def ask(self, request: AskWeights) -> Weights:
+        """Return the owner's answer, after the owner has one; raise if its weights changed."""
+        pause = PAUSE
         while True:
-            self.check()
-            answer = self._in_time(reply) if reply else self.ask_once(request, Weights)
+            answer = await self.ask_once(request, Weights)
             self.judge(answer)
             if answer.state == "held":
                 return answer
-            reply = None
-            self.pause(pause)
-            pause = min(2 * pause, 0.05)
+            pause = await self.pause(pause)
 
-    def pause(self, seconds: float) -> None:
-        """Wait before the next request to a busy owner, but not past the time of the pull."""
-        time.sleep(min(seconds, max(0.0, self.until - time.monotonic())))
+    async def pause(self, seconds: float) -> float:
+        """Wait before the next request to a busy owner, but not past the time of the pull; return
+        the seconds to wait before the request after that."""
+        await Wait(until=min(time.monotonic() + seconds, self.until))
+        return min(2 * seconds, 0.05)
+
+    async def turn(self, limit: Limit, nbytes: int = 0) -> None:
+        """Acquire a place of a limit in the time of the pull."""
+        if not await limit.acquire(nbytes, until=self.until):
+            await Wait(until=self.until)
+            self.check()
 
     def judge(self, answer: Weights) -> None:
         """Raise if an answer says that the weights have changed, or are gone."""
@@ -1157,21 +1126,17 @@ class Owner:
                 f"got other memory. Have its process publish the weights again."
             )
 
-    def ask_once(self, request: Message, kind: type[T]) -> T:
+    async def ask_once(self, request: Message, kind: type[T]) -> T:
         """Return the owner's answer to a message, in the time of the pull; it may be busy."""
-        ask = partial(self.channel.ask, self.address, request, kind, self._left)
-        return self._in_time(ask)
-
-    def _in_time(self, ask: Callable[[], T]) -> T:
-        """Return the result of a request; raise the error of a pull whose time is over."""
+        self.check()
         try:
-            return ask()
+            return await self.channel.answer_to(self.address, request, kind, self.left)
         except TransferTimeout:
             self.check()  # the better reason, if the time of the pull is over
             raise
 
     @property
-    def _left(self) -> float:
+    def left(self) -> float:
         """Return the seconds in which the owner has to answer."""
         left = max(0.0, self.until - time.monotonic())
         return min(left, self.channel.timeout)
@@ -1183,40 +1148,29 @@ class Owner:
             f"The weights at {self.address} are no longer published; request a new ticket."
         )
 
-    def connect(self, request: Connect) -> Connected:
+    async def connect(self, request: Connect) -> Connected:
         """Return the owner's answer to a request for a lane."""
-        self.check()
-        answer = self.ask_once(request, Connected)
+        answer = await self.ask_once(request, Connected)
         if answer.gone:
             raise self._gone()
         return answer
 
     def check(self) -> None:
-        """Raise the error of a pull that was cancelled or whose time is over."""
-        if self._stopped() or abandoned():
-            raise TransferCancelled("The pull of weights was cancelled. Do not use the weights.")
+        """Raise the error of a pull whose time is over."""
         if time.monotonic() >= self.until:
             raise TransferTimeout(
                 f"The pull of weights from {self.address} timed out after {self.timeout:g} s. Do "
                 f"not use the weights; pull again with a longer timeout."
             )
 
-    def begin_to_confirm(self) -> Callable[[], object]:
-        """Ask whether the weights have changed since they were listed, and return the call that
-        waits for the answer and raises `TransferError` if they have."""
-        self.check()
-        request = AskWeights(self.id, len(self.publication.items))
-        reply = self.channel.begin_to_ask(self.address, request, Weights, self._left)
-        return partial(self.ask, request, reply)
-
-    def confirm(self, again: bool = False) -> None:
+    async def confirm(self, again: bool = False) -> None:
         """Raise `TransferError` if the weights have changed since they were listed.
 
         ``again``: report checksums that differ, so that the owner does not use them again.
         """
-        self.ask(AskWeights(self.id, len(self.publication.items), again=again))
+        await self.ask(AskWeights(self.id, len(self.publication.items), again=again))
 
-    def sums(self, wanted: WantedSums) -> list[int]:
+    async def sums(self, wanted: WantedSums) -> list[int]:
         """Return the owner's checksums of its cells of a plan."""
         self.publication.compares_whole |= wanted.whole
         listed = list[int]()
@@ -1225,10 +1179,10 @@ class Owner:
         elif wanted.whole:
             request = AskWeights(self.id, what="sums")
             total = len(self.publication.boxes)
-            listed = self._all("checksums", request, lambda page: page.sums, total=total)
+            listed = await self._all("checksums", request, lambda page: page.sums, total=total)
         for first in range(0, len(wanted.boxes), MOST_BOXES):
             some = wanted.boxes[first : first + MOST_BOXES]
-            answer = self.ask(AskWeights(self.id, boxes=some)).sums
+            answer = (await self.ask(AskWeights(self.id, boxes=some))).sums
             if len(answer) != len(some):
                 raise PeerError(
                     f"Expected {len(some)} checksums from {self.address}, got {len(answer)}. Do "

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import partial
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -14,6 +13,7 @@ import torch
 
 from portakv.errors import TransferError
 from portakv.migrate.channel import Channel
+from portakv.tasks import Work
 from portakv.weights import pull as weight_copy
 from portakv.weights.owner import AskWeights, SendSlice
 from portakv.weights.plan import copy_pairs
@@ -69,8 +69,8 @@ class Between(Channel):
         self.requested |= {requested} if sums else set()
         return self.channel.ask(address, requested, kind, *arguments, **named)
 
-    def begin_to_ask(self, *request: Any) -> Any:
-        return partial(self.ask, *request)
+    async def answer_to(self, *request: Any) -> Any:
+        return await Work(self.ask, *request)
 
 
 class AtSlice(Channel):
@@ -94,8 +94,8 @@ class AtSlice(Channel):
                 self.before()
         return self.channel.ask(address, requested, kind, *arguments, **named)
 
-    def begin_to_ask(self, *request: Any) -> Any:
-        return partial(self.ask, *request)
+    async def answer_to(self, *request: Any) -> Any:
+        return await Work(self.ask, *request)
 
 
 Channels = Callable[[], Channel]
