@@ -876,12 +876,12 @@ class Publication:
         #: A pull compared checksums of whole boxes, so the next may.
         self.compares_whole = False
         # By plan, and the owner's number in it. A plan is of tensors of one description.
-        self._sources = Bounded[tuple[Plan, int], list[torch.Tensor]]("sources of weights", 8)
+        self.sources = Bounded[tuple[Plan, int], list[torch.Tensor]]("sources of weights", 8)
         self._connecting = Limit(runtime())
         #: By the device of the reader's tensors, and the transport that the reader forces.
         self._receivers = dict[tuple[torch.device, str | None], Receiver]()
 
-    def sources(
+    def open(
         self, plan: Plan, number: int, tensors: Mapping[str, torch.Tensor]
     ) -> list[torch.Tensor]:
         """Return the sources of an owner's cells of a plan, in memory that is opened if necessary.
@@ -889,13 +889,10 @@ class Publication:
         ``tensors``: the reader's, by name. Raises `PeerError` for a place outside of the owner's
         regions, and `Unsupported` if the memory cannot be mapped.
         """
-
-        def opened() -> list[torch.Tensor]:
-            openers = dict[torch.device, Opener]()
-            cells = [plan.cells[n] for n in plan.numbers[number]]
-            return [self._source(cell, tensors[cell.name], openers) for cell in cells]
-
-        return self._sources.get_or_make((plan, number), opened)
+        openers = dict[torch.device, Opener]()
+        cells = [plan.cells[n] for n in plan.numbers[number]]
+        opened = [self._source(cell, tensors[cell.name], openers) for cell in cells]
+        return self.sources.setdefault((plan, number), opened)
 
     def _source(
         self, cell: Cell, like: torch.Tensor, openers: dict[torch.device, Opener]

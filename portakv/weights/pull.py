@@ -10,13 +10,13 @@ from __future__ import annotations
 import time
 from asyncio import CancelledError
 from collections import defaultdict, deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from functools import partial
 from math import prod
 from operator import is_, sub
 from time import monotonic
-from typing import Literal, NamedTuple, TypeAlias, TypeVar, overload
+from typing import Any, Literal, NamedTuple, TypeAlias, TypeVar, overload
 from weakref import ref
 
 import torch
@@ -184,12 +184,12 @@ class Incoming:
                 owner.check()  # the better reason, if the time of the pull is over
             raise
 
-    async def then(self, call: Callable[[], object]) -> None:
+    def then(self, call: Callable[[], object]) -> None:
         """Call ``call`` after the copies of all slices that were requested until now."""
         if self._in_flight:
             self._in_flight[-1].then.append(call)
         else:
-            await self._request.work(call)
+            call()
 
     async def finish(self) -> None:
         """Copy all slices, and wait until their bytes have landed. Raises the error of a slice."""
@@ -333,14 +333,16 @@ class Copies:
         """
         for number, owner in enumerate(self.owners):
             cells = self.plan.numbers[number]
-            sources = partial(owner.publication.sources, self.plan, number, self._tensors)
+            known = owner.publication
             try:
-                opened = await self._request.work(sources)
+                opened = known.sources.get((self.plan, number)) or await self._request.work(
+                    known.open, self.plan, number, self._tensors
+                )
                 self._sources.update(zip(cells, opened, strict=True))
             except Unsupported as error:
                 terms = Terms(self._device(cells), self._request.transport, str(error))
                 self._terms[number] = terms
-                await owner.publication.receiver(owner, terms)
+                await known.receiver(owner, terms)
 
     def _device(self, cells: Sequence[int]) -> torch.device:
         """Return the device of all tensors of these cells, or the host."""
@@ -367,10 +369,9 @@ class Copies:
         for number, some in sent.items():
             await self.incoming.request(number, some)
         await self._request.work(self._copy_mapped, batch)
-        await self.incoming.then(partial(self._compare, batch))
 
     def _copy_mapped(self, batch: Batch) -> None:
-        """Copy the pieces of a batch that lie in mapped memory."""
+        """Copy the pieces of a batch that lie in mapped memory; compare it after its slices."""
         # With owners that send, tiles of the mapped ones would be a plan for each mixture.
         rest = batch.pieces if self._terms else self._copy_tiles(batch)
         pairs = [
@@ -379,6 +380,7 @@ class Copies:
             if piece.copied and piece.cell.owner not in self._terms
         ]
         copy_pairs(pairs)
+        self.incoming.then(partial(self._compare, batch))
 
     def _pair(self, piece: Piece) -> Pair:
         """Return what a piece writes, and what it reads."""
@@ -570,7 +572,9 @@ class PullRequest:
 
     def work(self, call: Callable[..., T], *arguments: object) -> Work[T]:
         """Return work of the pull, for which the pull's streams are current."""
-        return Work(self._on_streams, partial(call, *arguments))
+        if self._streams:
+            return Work(self._on_streams, partial(call, *arguments))
+        return Work(call, *arguments)
 
     def _on_streams(self, call: Callable[[], T]) -> T:
         with ExitStack() as stack:
@@ -630,14 +634,14 @@ async def pull(request: PullRequest) -> int:
         answers = [await owner.sums(sums) for owner, sums in zip(owners, planned.sums, strict=True)]
         await request.work(copies.wait_for_bytes)
         # Nothing is read there any more. The last checksums are computed while the owners answer.
-        confirmations = [runtime().start(owner.confirm()) for owner in owners]
+        await _together([owner.confirm() for owner in owners])
         here = await request.work(copies.sums, len(planned.cells))
-    except PeerError:
-        for owner in owners:
-            await owner.confirm()  # the end of a publication is the better reason
-        raise
-    finally:
+    except BaseException as error:
         await request.work(copies.synchronize)
+        if isinstance(error, PeerError):
+            for owner in owners:
+                await owner.confirm()  # the end of a publication is the better reason
+        raise
 
     wrong = list[str]()
     for numbers, there, owner in zip(planned.numbers, answers, owners, strict=True):
@@ -645,8 +649,6 @@ async def pull(request: PullRequest) -> int:
             differs = [n for n, sum in zip(numbers, there, strict=True) if here[n] != sum]
             wrong += [planned.cells[n].name for n in differs]
             await owner.confirm(again=True)
-    for confirmation in confirmations:
-        await confirmation
     if wrong:
         names = ", ".join(dict.fromkeys(wrong))
         raise TransferError(
@@ -656,20 +658,27 @@ async def pull(request: PullRequest) -> int:
     return planned.nbytes
 
 
+async def _together(coroutines: Sequence[Coroutine[Any, Any, None]]) -> None:
+    """Run coroutines at the same time: the first one here, and the others in the loop."""
+    first, *others = coroutines
+    started = [runtime().start(each) for each in others]
+    await first
+    for each in started:
+        await each
+
+
 async def opened(request: PullRequest) -> Copies:
     """Return the copies of a pull, for which all owners are open."""
     terms = request.channel, request.timeout, request.until
     owners = [Owner(*terms, ticket) for ticket in request.tickets]
-    first, *others = owners
-    opening = [runtime().start(owner.open()) for owner in others]
-    await first.open()
-    for each in opening:
-        await each
+    await _together([owner.open() for owner in owners])
     # By the facts of both sides.
     digests = tuple(owner.publication.digest for owner in owners)
     key = digests, request.some, request.batch
-    make = partial(_make_plan, request, owners)
-    planned = await request.work(request.plans.get_or_make, key, make)
+    planned = request.plans.get(key)
+    if planned is None:
+        made = await request.work(_make_plan, request, owners)
+        planned = request.plans.setdefault(key, made)
     copies = Copies(request, owners, planned)
     await copies.open()
     return copies
