@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import logging
 import secrets
-import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
@@ -38,8 +37,6 @@ from portakv.errors import (
     TransferTimeout,
     Unsupported,
 )
-from portakv.graph.graph import Graph
-from portakv.graph.task import Task
 from portakv.migrate.channel import Channel, Peer
 from portakv.migrate.described import strided
 from portakv.migrate.figures import Figures, published_figures
@@ -66,9 +63,11 @@ from portakv.migrate.transports import check_transport, choose, forced
 from portakv.migrate.transports.base import Lane as TransportLane
 from portakv.migrate.transports.base import Moving, Transport
 from portakv.runtime.bounded import Bounded
+from portakv.runtime.devices import inside
 from portakv.runtime.interrupts import uninterrupted
-from portakv.runtime.streams import StreamFence
-from portakv.tasks import Limit, Wait, Work, runtime
+from portakv.runtime.streams import StreamFence, ignoring_captures, own_stream
+from portakv.tasks import Limit, TaskGroup, Wait, Work, runtime
+from portakv.tasks.runtime import EXIT
 from portakv.weights.parameters import (
     Box,
     Cell,
@@ -205,6 +204,23 @@ def pack(full: torch.Tensor, parts: Sequence[torch.Tensor]) -> None:
     copy_pairs([*zip(boxes, parts, strict=True)])
 
 
+def follower(device: torch.device) -> torch.Stream:
+    """Return a private stream that follows the current work of a device's current stream."""
+    stream: torch.Stream = own_stream(device)
+    stream.wait_stream(torch.accelerator.current_stream(device.index))
+    return stream
+
+
+@contextmanager
+def on_streams(streams: Iterable[torch.Stream]) -> Iterator[None]:
+    """Make streams current for this thread, while others may capture graphs."""
+    with ExitStack() as stack:
+        for stream in streams:
+            stack.enter_context(ignoring_captures(stream.device))
+            stack.enter_context(inside(stream))
+        yield
+
+
 class LaneChannel(TransportChannel):
     """A channel for the transport of one lane, which a `Reader` and other lanes use as well.
 
@@ -256,8 +272,8 @@ class Lane:
         with torch.inference_mode(False), StreamFence(device).inside():
             self.memory = staging(BUFFERS * nbytes, device, rows=_on_device(tensors))
             self.buffers = [*self.memory.view(BUFFERS, -1)]
-            #: What the worker's streams follow: the work of the memory's earlier users.
-            self.fences = [StreamFence(each) for each in {device, *tensors}]
+            #: They follow the work of the memory's earlier users.
+            self.streams = [follower(each) for each in {device, *tensors} if each.type != "cpu"]
         self.full = set[int]()  # numbers of buffers whose last slice has not crossed
         self.dirty = True  # the memory contains bytes of its earlier users
         self.lane = transport.lane(self.key, channel)
@@ -266,7 +282,7 @@ class Lane:
     def clean(self) -> None:
         """Zero all memory before its first use, so that no earlier user's bytes are sent.
 
-        The worker does so: a channel's thread must be quick. It zeros all buffers together, because
+        A helper does so: a channel's thread must be quick. It zeros all buffers together, because
         a transport registers the whole allocation.
         """
         if self.dirty:
@@ -379,8 +395,10 @@ class Published:
         items = items_of(tensors)
         self._weights = Versioned(tensors, items)
         self._id = secrets.token_bytes(16)
-        self.graph = Graph()
-        self._changing = threading.Lock()
+        self._runtime = runtime()
+        self._tasks = TaskGroup(self._runtime, _log_failure)
+        self._sending = Limit(self._runtime)  # readers take turns, slice by slice
+        self._closed = False
         self._channel = channel
         self._devices: Devices = frozenset(x.tensor.device for x in tensors.values())
         # The device of all tensors, or the host.
@@ -391,9 +409,6 @@ class Published:
         self._buffer_bytes = _buffer_bytes(total, staging // BUFFERS, self._device)
         self._transports = dict[str, Transport]()  # by name and device
         self._lanes = dict[bytes, Lane]()
-        self._lock = threading.Lock()  # of the lanes
-        # One worker: readers take turns, slice by slice.
-        self._queue = self.graph.queue("send")
         self._synchronize()
         self._regions = list[Held]()
         self.why_not_mapped = ""
@@ -401,14 +416,14 @@ class Published:
             self._export(expose)
         except Unsupported as error:
             self.why_not_mapped = str(error)
-        self._sums = Checksums(self._weights, self.graph)
-        self._sums.all(self._weights.version())  # a worker begins
+        self._sums = Checksums(self._weights, self._tasks)
         self.ticket = sealed(WeightsTicket(channel.address, self._id))
         uninterrupted(self._serve)
 
     def _serve(self) -> None:
         """Answer on the channel, and end the lanes of the publication before, which no longer
         answers."""
+        self._sums.all(self._weights.version())  # a helper begins
         channel = self._channel
         channel.serve(AskWeights, self._answer)
         channel.serve(Connect, self._connect)
@@ -450,7 +465,7 @@ class Published:
 
     def _note_change(self, note: Callable[[Update], object], token: Update) -> None:
         """Note the begin or the end of an update: pulls wait for it, and those it overlaps fail."""
-        with self._changing:
+        with self._runtime.lock:
             note(token)
             self._weights.changes += 1
 
@@ -471,7 +486,7 @@ class Published:
 
     def _is_gone(self, id: bytes) -> bool:
         """Return True for the id of another publication, and after `close`."""
-        return id != self._id or self.graph.closed.is_set()
+        return id != self._id or self._closed
 
     def _answer(self, _: Peer, request: AskWeights) -> Weights:
         version = self._weights.version()
@@ -491,7 +506,7 @@ class Published:
         if request.begin and self._weights.updates:
             return Weights("busy", version=version)
         if request.begin:
-            self._sums.all(version)  # a worker begins, unless they are there
+            self._sums.all(version)  # a helper begins, unless they are there
         if sums:
             return self._answer_sums(request, version)
         if request.what == "regions":
@@ -519,8 +534,7 @@ class Published:
                 f"Expected the owner's transport {self._transport!r}, got {request.transport!r}. "
                 f"Pass both sides the same transport="
             )
-        with self._lock:
-            own = [one for one in self._lanes.values() if one.peer is peer]
+        own = [one for one in [*self._lanes.values()] if one.peer is peer]
         if len(own) >= _MOST_LANES or request.lane in self._lanes:
             raise PeerError(f"Expected at most {_MOST_LANES} lanes of a reader, got another.")
 
@@ -528,13 +542,12 @@ class Published:
         transport = self._transports.get(name) or choose(device, request.transport)
         self._transports[name] = transport
         lane = Lane(self._channel, peer, transport, self._buffer_bytes, self._devices)
-        with self._lock:
-            self._lanes[request.lane] = lane
+        self._lanes[request.lane] = lane
         lane.unwatch = peer.on_gone(partial(self._end_lane, request.lane))
         return Connected(transport.name, where(device), self._buffer_bytes, why=why)
 
     def _send(self, peer: Peer, request: SendSlice) -> Weights:
-        """Have the worker pack and send a slice, unless its buffer is not free yet.
+        """Have a helper pack and send a slice, unless its buffer is not free yet.
 
         Raises `PeerError` for a lane that cannot send it.
         """
@@ -554,9 +567,15 @@ class Published:
             return Weights("busy", version=version)
         lane.full.add(buffer)
         lane.tag = request.tag
-        task = Task(partial(self._pack, lane, request), 1, queue=self._queue, name="send")
-        self.graph.submit([task], priority="urgent")
+        self._tasks.start(self._send_in_turn(lane, request))
         return Weights("held", version=version)
+
+    async def _send_in_turn(self, lane: Lane, request: SendSlice) -> None:
+        await self._sending.acquire()
+        try:
+            await Work(self._pack, lane, request)
+        finally:
+            self._sending.release()
 
     def statistics(self) -> dict[str, int]:
         """Return the lanes to readers that do not map the memory (``lanes``), and the bytes of all
@@ -584,7 +603,14 @@ class Published:
 
         Readers that mapped the memory release it at their next pull, or when the connection ends.
         """
-        self.graph.close()
+        uninterrupted(self._close)
+
+    def _close(self) -> None:
+        self._closed = True
+        if not self._runtime.forked:
+            ended = self._runtime.start(self._tasks.close())
+            with suppress(TransferTimeout):  # work hangs
+                ended.wait(0.0 if self._runtime.runs_here else EXIT)
         self._end_lanes()
         for region in self._regions:
             region.close()
@@ -619,8 +645,7 @@ class Published:
 
     def _end_lane(self, id: bytes) -> None:
         """Release a lane and its staging buffers; quick."""
-        with self._lock:
-            lane = self._lanes.pop(id, None)
+        lane = self._lanes.pop(id, None)
         if lane is not None:
             lane.end()
 
@@ -633,9 +658,9 @@ class Published:
             transport.close()
         self._transports.clear()
 
-    # --- in the worker
+    # --- in a helper
 
-    def _pack(self, lane: Lane, request: SendSlice, *_: object) -> None:
+    def _pack(self, lane: Lane, request: SendSlice) -> None:
         """Pack a slice into its buffer, and send it.
 
         The reader waits for the bytes, so they are sent as zeros if the slice cannot be packed. The
@@ -644,9 +669,7 @@ class Published:
         """
         buffer = request.tag % BUFFERS
         full = lane.buffers[buffer][: request.nbytes]
-        with torch.inference_mode(False), ExitStack() as streams:
-            for fence in lane.fences:
-                streams.enter_context(fence.inside())
+        with torch.inference_mode(False), on_streams(lane.streams):
             if full.device.type != "cpu":
                 current = torch.accelerator.current_stream(full.device.index)
                 full.record_stream(current)
@@ -672,6 +695,11 @@ class Published:
         tensors = self._weights.numbered([number for number, *_ in request.boxes])
         boxes = zip(tensors, request.boxes, strict=True)
         return [part_of(tensor, start, extents) for tensor, (_, start, extents) in boxes]
+
+
+def _log_failure(error: BaseException) -> None:
+    """Log the error of a coroutine of a publication."""
+    _log.error("A publication failed at a request, and goes on.", exc_info=error)
 
 
 def _page(some: Sequence[T]) -> Iterator[T]:
@@ -701,7 +729,8 @@ def publish(
     get the weights by a transport. Readers map host memory only if it was shared before
     (``tensor.share_memory_()``); `Published.why_not_mapped` says why they do not.
 
-    A worker computes the checksums of all tensors now, and again when a pull begins after a change.
+    A helper thread computes the checksums of all tensors now, and again when a pull begins after a
+    change.
 
     Args:
         staging: the most bytes of the staging buffers of one reader that does not map, on either

@@ -11,7 +11,7 @@ import time
 from asyncio import CancelledError
 from collections import defaultdict, deque
 from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from math import prod
 from operator import is_, sub
@@ -41,7 +41,7 @@ from portakv.runtime import tracing
 from portakv.runtime.bounded import Bounded
 from portakv.runtime.devices import capturing, inside, refuse_capture
 from portakv.runtime.interrupts import uninterrupted
-from portakv.runtime.streams import completion, ignoring_captures, own_stream, side_stream
+from portakv.runtime.streams import completion, side_stream
 from portakv.runtime.transfer import Completion, Transfer
 from portakv.tasks import Limit, Runtime, Work, runtime
 from portakv.weights.owner import (
@@ -55,6 +55,8 @@ from portakv.weights.owner import (
     Terms,
     Weights,
     box_bytes,
+    follower,
+    on_streams,
     packed_bytes,
     unpacked,
 )
@@ -559,16 +561,10 @@ class PullRequest:
         self.batch = _PACED if self.rate or on_host else _BATCH
         self.wait = flag("wait", wait)
         self.began = tracing.begin()
-        self._streams = [self._stream(device) for device in self.devices if device.type != "cpu"]
-
-    def _stream(self, device: torch.device) -> torch.Stream:
-        """Return the caller's stream, or a private one after it if the caller does not wait."""
-        current = torch.accelerator.current_stream(device.index)
-        if self.wait:
-            return current
-        stream: torch.Stream = own_stream(device)
-        stream.wait_stream(current)
-        return stream
+        devices = [device for device in self.devices if device.type != "cpu"]
+        streams = [torch.accelerator.current_stream(device.index) for device in devices]
+        #: The caller's, or private ones if the caller does not wait.
+        self._streams = streams if self.wait else [follower(device) for device in devices]
 
     def work(self, call: Callable[..., T], *arguments: object) -> Work[T]:
         """Return work of the pull, for which the pull's streams are current."""
@@ -577,10 +573,7 @@ class PullRequest:
         return Work(call, *arguments)
 
     def _on_streams(self, call: Callable[[], T]) -> T:
-        with ExitStack() as stack:
-            for stream in self._streams:
-                stack.enter_context(ignoring_captures(stream.device))
-                stack.enter_context(inside(stream))
+        with on_streams(self._streams):
             return call()
 
 
