@@ -828,7 +828,7 @@ class Receiver:
         """Make the lane, and the staging buffers."""
         channel = cast("Channel", LaneChannel(owner.channel, self.id))
         self.lane = self.transport.lane(owner.address, channel)
-        self.lane.meet(stop=partial(_is_over, owner))
+        self.lane.meet(stop=lambda: owner.left <= 0.0)
         self.buffers = _buffers(self.buffer_bytes, device, terms.device)
 
     @property
@@ -847,15 +847,6 @@ class Receiver:
         """Release the lane here; quick, for the thread that notices the end of a connection."""
         self.gone = True
         self.transport.close(0.0)
-
-
-def _is_over(owner: Owner) -> bool:
-    """Return True if a pull must end."""
-    try:
-        owner.check()
-    except PortaKVError:
-        return True
-    return False
 
 
 def _checked(answer: Connected, request: Connect, address: str) -> int:

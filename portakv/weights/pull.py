@@ -101,6 +101,7 @@ class _Slice(NamedTuple):
 
     receiver: Receiver
     owner: Owner
+    tag: int
     buffer: torch.Tensor
     moving: Moving
     into: list[torch.Tensor]
@@ -146,39 +147,38 @@ class Incoming:
         """Request cells of an owner, in as many slices as they need."""
         owner = self._owners[number]
         receiver = self._receivers[number]
-        tensors = self._request.tensors
-        itemsizes = [tensors[cell.name].itemsize for cell in cells]
-        for some, nbytes in slices(cells, itemsizes, receiver.buffer_bytes):
-            numbers = owner.publication.numbers
-            boxes = tuple((numbers[x.name], x.src, x.box.extents) for x in some)
-            into = [part_of(tensors[x.name], x.box.start, x.box.extents) for x in some]
-            buffer = await self._buffer(receiver)
-            with torch.inference_mode(False):
-                buffer = buffer[:nbytes]
-            slice = SendSlice(owner.id, receiver.id, receiver.tag + 1, nbytes, boxes)
+        itemsizes = [self._request.tensors[cell.name].itemsize for cell in cells]
+        parts: list[tuple[list[Cell], int]] = await Work(
+            list, slices(cells, itemsizes, receiver.buffer_bytes)
+        )
+        for some, nbytes in parts:
+            tag = receiver.tag + 1
+            await self._empty(receiver, tag)
             pause = PAUSE
-            while slice.tag != receiver.tag:
+            while receiver.tag != tag:
                 owner.check()
-                sent = await self._request.work(self._send, receiver, owner, slice, buffer, into)
-                owner.judge(sent)
-                if sent.state != "held":
+                answer = await self._request.work(self._send, number, some, tag, nbytes)
+                owner.judge(answer)
+                if answer.state != "held":
                     pause = await owner.pause(pause)
 
-    def _send(
-        self,
-        receiver: Receiver,
-        owner: Owner,
-        request: SendSlice,
-        buffer: torch.Tensor,
-        into: list[torch.Tensor],
-    ) -> Weights:
+    def _send(self, number: int, cells: Sequence[Cell], tag: int, nbytes: int) -> Weights:
         """Request a slice, and have the lane receive it. No cancellation comes between the two."""
+        owner = self._owners[number]
+        receiver = self._receivers[number]
+        tensors = self._request.tensors
+        numbers = owner.publication.numbers
+        boxes = tuple((numbers[x.name], x.src, x.box.extents) for x in cells)
+        request = SendSlice(owner.id, receiver.id, tag, nbytes, boxes)
+        into = [part_of(tensors[x.name], x.box.start, x.box.extents) for x in cells]
+        with torch.inference_mode(False):
+            buffer = receiver.buffers[tag % BUFFERS][:nbytes]
         try:
             answer = owner.channel.ask(owner.address, request, Weights, owner.left)
             if answer.state == "held":
-                receiver.tag = request.tag
-                moving = receiver.lane.move(buffer, request.tag)
-                self._in_flight.append(_Slice(receiver, owner, buffer, moving, into, []))
+                moving = receiver.lane.move(buffer, tag)
+                receiver.tag = tag
+                self._in_flight.append(_Slice(receiver, owner, tag, buffer, moving, into, []))
             return answer
         except BaseException as error:  # the owner may send the slice, which the next would take
             receiver.release()
@@ -218,14 +218,13 @@ class Incoming:
         for device in {each.device for each in buffers if not each.is_cpu}:
             torch.accelerator.current_stream(device.index).synchronize()
 
-    async def _buffer(self, receiver: Receiver) -> torch.Tensor:
-        """Return the next staging buffer of a lane, after its last bytes were copied."""
-        buffer = receiver.buffers[(receiver.tag + 1) % BUFFERS]
-        while any(_same(each.buffer, buffer) for each in self._in_flight):
+    async def _empty(self, receiver: Receiver, tag: int) -> None:
+        """Wait until the bytes that lay in the staging buffer of a slice before were copied."""
+        before = receiver, tag - BUFFERS
+        while before in [(each.receiver, each.tag) for each in self._in_flight]:
             await self._land()
-        while any(_same(each.buffer, buffer) for each in self._copied):
+        while before in [(each.receiver, each.tag) for each in self._copied]:
             await self._settle()
-        return buffer
 
     async def _land(self) -> None:
         """Copy the oldest slice from its staging buffer, after its bytes."""
@@ -261,11 +260,6 @@ def _unpack(slice: _Slice) -> None:
     copy_pairs([*zip(slice.into, packed, strict=True)])
     for call in slice.then:
         call()
-
-
-def _same(one: torch.Tensor, other: torch.Tensor) -> bool:
-    """Return True if two parts of staging buffers begin at one address."""
-    return one.data_ptr() == other.data_ptr()
 
 
 def slices(
