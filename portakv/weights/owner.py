@@ -1122,7 +1122,7 @@ class Owner:
 
     async def turn(self, limit: Limit, nbytes: int = 0) -> None:
         """Acquire a place of a limit in the time of the pull."""
-        if not await limit.acquire(nbytes, until=self.until):
+        while not await limit.acquire(nbytes, until=self.until):
             await Wait(until=self.until)
             self.check()
 

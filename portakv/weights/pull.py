@@ -202,18 +202,20 @@ class Incoming:
 
     async def end(self) -> None:
         """Leave all lanes; release those whose slices do not arrive any more."""
+        try:
+            if self._receivers:
+                await self._request.work(self._leave)
+        finally:
+            for receiver in self._receivers.values():
+                receiver.turn.release()
+
+    def _leave(self) -> None:
+        """Wait for the slices in flight, and until no copy reads a staging buffer: the next pull of
+        a lane has another stream. No cancellation cuts this short."""
         until = monotonic() + STOPPING
         for each in [*self._copied, *self._in_flight]:
-            left = max(0.0, until - monotonic())
-            if not await Work(each.moving.free.wait, left) or each.moving.error:
-                await Work(each.receiver.release)
-        if self._receivers:
-            await self._request.work(self._wait_for_copies)
-        for receiver in self._receivers.values():
-            receiver.turn.release()
-
-    def _wait_for_copies(self) -> None:
-        """Wait until no copy reads a staging buffer: the next pull of a lane has another stream."""
+            if not each.moving.free.wait(max(0.0, until - monotonic())) or each.moving.error:
+                each.receiver.release()
         buffers = [each for receiver in self._receivers.values() for each in receiver.buffers]
         for device in {each.device for each in buffers if not each.is_cpu}:
             torch.accelerator.current_stream(device.index).synchronize()

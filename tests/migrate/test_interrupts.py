@@ -324,6 +324,7 @@ def meeting(folder: Path) -> Steps:
 
 #: Public names that no scenario calls in the caller's thread, and why.
 NOT_CALLED = {
+    "Channel.answer_to": "runs in a coroutine",
     "Channel.after_answer": "runs in the channel's thread",
     "Channel.figures": "reads `Channel.statistics`",
     "Channel.replace": "runs in a helper",
