@@ -14,6 +14,7 @@ from secrets import token_bytes
 from typing import (
     TYPE_CHECKING,
     Annotated,
+    Any,
     ClassVar,
     Literal,
     NamedTuple,
@@ -217,6 +218,7 @@ def on_streams(streams: Iterable[torch.Stream]) -> Iterator[None]:
     with ExitStack() as stack:
         for stream in streams:
             stack.enter_context(ignoring_captures(stream.device))
+            stack.enter_context(inside(stream.device))  # a context for a new thread
             stack.enter_context(inside(stream))
         yield
 
@@ -798,13 +800,13 @@ class Receiver:
     async def connect(self, owner: Owner, terms: Terms) -> None:
         """Agree on a transport with the owner, and on the lane."""
         described = await owner.connect(Connect(owner.id, bytes(16)))
-        device = await Work(self._choose, described, terms)
+        device: torch.device = await owner.work(self._choose, described, terms)
         self.why = f"{described.why or terms.why} ({self.transport.why})"
         try:
             request = Connect(owner.id, self.id, self.transport.name, where(device))
             answer = await owner.connect(request)
             self.buffer_bytes = _checked(answer, request, owner.address)
-            await Work(self._meet, owner, device, terms)
+            await owner.work(self._meet, owner, device, terms)
         except BaseException:  # also a cancellation: no caller has the lane
             await Work(self.release)
             raise
@@ -1008,11 +1010,19 @@ class Owner:
     Attributes:
         version: of the weights at the begin of the pull; None before its answer.
         publication: set by `open`.
+        work: returns work of the pull, which may block.
     """
 
     publication: Publication
 
-    def __init__(self, channel: Channel, timeout: float, until: float, ticket: bytes) -> None:
+    def __init__(
+        self,
+        channel: Channel,
+        timeout: float,
+        until: float,
+        work: Callable[..., Work[Any]],
+        ticket: bytes,
+    ) -> None:
         decoded = unsealed(ticket, WeightsTicket)
         if decoded is None:
             raise PeerError(
@@ -1022,6 +1032,7 @@ class Owner:
         self.channel = channel
         self.timeout = timeout
         self.until = until
+        self.work = work
         self.address = decoded.address
         self.id = decoded.id
         self.version: int | None = None

@@ -658,7 +658,7 @@ async def _together(coroutines: Sequence[Coroutine[Any, Any, None]]) -> None:
 
 async def opened(request: PullRequest) -> Copies:
     """Return the copies of a pull, for which all owners are open."""
-    terms = request.channel, request.timeout, request.until
+    terms = request.channel, request.timeout, request.until, request.work
     owners = [Owner(*terms, ticket) for ticket in request.tickets]
     await _together([owner.open() for owner in owners])
     # By the facts of both sides.
