@@ -12,6 +12,7 @@ from asyncio import CancelledError
 from collections import defaultdict, deque
 from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
 from functools import partial
 from math import prod
 from operator import is_, sub
@@ -96,7 +97,8 @@ _ASK = 1.0  # seconds without bytes after which a pull requests the version
 STOPPING = 0.5  # seconds for the slices in flight of a pull that has failed
 
 
-class _Slice(NamedTuple):
+@dataclass(eq=False)
+class _Slice:
     """A slice that was requested, and what it is copied to."""
 
     receiver: Receiver
@@ -105,7 +107,8 @@ class _Slice(NamedTuple):
     buffer: torch.Tensor
     moving: Moving
     into: list[torch.Tensor]
-    then: list[Callable[[], object]]  # called after the copies from the buffer
+    then: list[Callable[[], object]] = field(default_factory=list)  # called after the copies
+    copied: bool = False  # on a stream that follows the bytes
 
 
 class Incoming:
@@ -125,7 +128,6 @@ class Incoming:
         self._terms = terms
         self._receivers = dict[int, Receiver]()
         self._in_flight = deque[_Slice]()
-        self._copied = deque[_Slice]()  # copied on a stream that follows the bytes
 
     async def begin(self) -> None:
         """Wait for each lane. All pulls do so in one order, so no two wait for each other."""
@@ -178,7 +180,7 @@ class Incoming:
             if answer.state == "held":
                 moving = receiver.lane.move(buffer, tag)
                 receiver.tag = tag
-                self._in_flight.append(_Slice(receiver, owner, tag, buffer, moving, into, []))
+                self._in_flight.append(_Slice(receiver, owner, tag, buffer, moving, into))
             return answer
         except BaseException as error:  # the owner may send the slice, which the next would take
             receiver.release()
@@ -188,16 +190,16 @@ class Incoming:
 
     def then(self, call: Callable[[], object]) -> None:
         """Call ``call`` after the copies of all slices that were requested until now."""
-        if self._in_flight:
+        if self._in_flight and not self._in_flight[-1].copied:
             self._in_flight[-1].then.append(call)
         else:
             call()
 
     async def finish(self) -> None:
         """Copy all slices, and wait until their bytes have landed. Raises the error of a slice."""
+        for each in [*self._in_flight]:
+            await self._copy(each)
         while self._in_flight:
-            await self._land()
-        while self._copied:
             await self._settle()
 
     async def end(self) -> None:
@@ -213,7 +215,7 @@ class Incoming:
         """Wait for the slices in flight, and until no copy reads a staging buffer: the next pull of
         a lane has another stream. No cancellation cuts this short."""
         until = monotonic() + STOPPING
-        for each in [*self._copied, *self._in_flight]:
+        for each in self._in_flight:
             if not each.moving.free.wait(max(0.0, until - monotonic())) or each.moving.error:
                 each.receiver.release()
         buffers = [each for receiver in self._receivers.values() for each in receiver.buffers]
@@ -224,24 +226,22 @@ class Incoming:
         """Wait until the bytes that lay in the staging buffer of a slice before were copied."""
         before = receiver, tag - BUFFERS
         while before in [(each.receiver, each.tag) for each in self._in_flight]:
-            await self._land()
-        while before in [(each.receiver, each.tag) for each in self._copied]:
             await self._settle()
 
-    async def _land(self) -> None:
-        """Copy the oldest slice from its staging buffer, after its bytes."""
-        oldest = self._in_flight[0]
-        await self._await(oldest, oldest.moving.follow)
-        self._in_flight.popleft()
-        self._copied.append(oldest)
-        await self._request.work(_unpack, oldest)
-
     async def _settle(self) -> None:
-        """Wait until the oldest slice that was copied has landed, and no library touches it."""
-        oldest = self._copied[0]
+        """Wait until the oldest slice was copied and has landed, and no library touches it."""
+        oldest = self._in_flight[0]
+        await self._copy(oldest)
         await self._await(oldest, oldest.moving.wait)
         await self._await(oldest, oldest.moving.free.wait)
-        self._copied.popleft()
+        self._in_flight.popleft()
+
+    async def _copy(self, slice: _Slice) -> None:
+        """Copy a slice from its staging buffer after its bytes, unless it was copied."""
+        if not slice.copied:
+            await self._await(slice, slice.moving.follow)
+            slice.copied = True
+            await self._request.work(_unpack, slice)
 
     async def _await(self, slice: _Slice, ended: Callable[[float], bool]) -> None:
         """Wait for the bytes of a slice, as long as the pull may and the weights stay."""
