@@ -26,6 +26,7 @@ from typing import Any, Generic, TypeVar
 
 from portakv.errors import PortaKVError, TransferError, TransferTimeout
 from portakv.runtime import resources
+from portakv.runtime.devices import this_process
 from portakv.runtime.interrupts import abandoned, hand_over, interruptible, uninterrupted
 from portakv.runtime.resources import NO_THREAD
 
@@ -41,6 +42,8 @@ HANGUP = 0
 LOOK = 0.2
 #: Seconds for which the end of the interpreter waits for work that blocks.
 EXIT = 10.0
+#: The most calls that `Runtime.blocking` makes at a time.
+BLOCKING = 4
 
 
 class Wait:
@@ -142,18 +145,49 @@ class Handle(Generic[T]):
 
     Args:
         locked: the coroutine has the runtime's lock during its steps.
+        here: `begin` makes the first step in the caller's thread, even if that is the main thread,
+            and without the lock. An interrupt ends such a step as any other exception does.
     """
 
-    def __init__(self, runtime: Runtime, steps: Steps[T], locked: bool = True) -> None:
+    def __init__(
+        self, runtime: Runtime, steps: Steps[T], locked: bool = True, here: bool = False
+    ) -> None:
         self._runtime = runtime
         self._steps = steps
-        self._locked = locked
+        self._locked = locked and not here  # during the present step
+        self._locked_later = locked
+        self._here = here
         self.ended = False
         self.value: Any = None
         self.error: BaseException | None = None
         self._calls = deque[Callable[[], object]]()  # to be made at the end
         self._wait: Any = None  # the present wait
         self._cancelled = False
+
+    def begin(self) -> None:
+        """Make the first step here, or in the loop for the main thread."""
+        if self._here or not interruptible() or self._runtime.runs_here:
+            self.step(self._steps.send, None)
+        else:
+            self._runtime.call_soon(self.step, self._steps.send, None)
+
+    def discard(self) -> None:
+        """End a coroutine that has not begun, and never will, as cancelled."""
+        self._steps.close()
+        self.settle(None, asyncio.CancelledError())
+
+    def abandon(self) -> None:
+        """Cancel a coroutine whose `begin` was interrupted, wherever that was."""
+        self._runtime.call_soon(self._abandon)
+
+    def _abandon(self) -> None:
+        if self.ended:
+            return
+        self._cancelled = True
+        if self._wait is not None:
+            self._cancel()
+        else:  # the interrupt came before the wait was noted
+            self.step(self._steps.throw, asyncio.CancelledError())
 
     def done(self) -> bool:
         """Return True once the coroutine has ended, or once it cannot end in a forked process."""
@@ -168,7 +202,7 @@ class Handle(Generic[T]):
         return True
 
     def _cancel(self) -> None:
-        if self._cancelled and self._wait is not None:
+        if self._cancelled and self._wait is not None and not isinstance(self._wait, Work):
             self._go_on(self._wait)
 
     def step(self, step: Callable[..., Any], *arguments: object) -> None:
@@ -196,9 +230,9 @@ class Handle(Generic[T]):
             if self._locked:
                 with runtime.lock:
                     wait = step(*arguments)
+                    self._wait = wait
                     if isinstance(wait, Work):
                         return wait
-                    self._wait = wait
                     if isinstance(wait, Wait) and wait.fd is None:
                         wait.resume = partial(self._go_on, wait)
                         if wait.here and not self._cancelled:
@@ -206,9 +240,10 @@ class Handle(Generic[T]):
                         wait.resume = partial(runtime.call_soon, wait.resume)
             else:
                 wait = step(*arguments)
+                self._locked = self._locked_later
+                self._wait = wait
                 if isinstance(wait, Work):
                     return wait
-                self._wait = wait
         except StopIteration as end:
             self.settle(end.value, None)
         except BaseException as error:  # whoever waits for the handle gets it
@@ -293,17 +328,20 @@ class Handle(Generic[T]):
 
         Raises `TransferTimeout` after ``timeout`` seconds. The coroutine goes on.
         """
-        self.wait(timeout)
+        if not self.wait(timeout):
+            raise TransferTimeout(f"The work did not end within {timeout} s, and goes on.")
         if self.error is None:
             value: T = self.value
             return value
         raise self.error
 
-    def wait(self, timeout: float | None = None) -> None:
-        """Block until the end, as `synchronize`, and raise no error of the coroutine."""
+    def wait(self, timeout: float | None = None) -> bool:
+        """Block until the coroutine has ended, at most ``timeout`` seconds; return True if it has.
+
+        Looks now and then, since a wake may come too early. A forked process waits for nothing.
+        """
         if self.ended:
-            return
-        # Looks now and then, since a wake may come too early.
+            return True
         end = threading.Lock()
         end.acquire()
         self.on_end(end.release)
@@ -311,8 +349,9 @@ class Handle(Generic[T]):
         while not self.ended and not self._runtime.forked:
             left = LOOK if until is None else until - self._runtime.time()
             if left <= 0:
-                raise TransferTimeout(f"The work did not end within {timeout} s, and goes on.")
+                return False
             end.acquire(timeout=min(left, LOOK))
+        return True
 
     def __await__(self) -> Generator[Any, Any, T]:
         if not self.ended and self._runtime.lock._is_owned():  # in a step
@@ -434,15 +473,21 @@ class Runtime:
 
     Attributes:
         lock: held during each step of a coroutine. A thread that has it may take it again.
-        forked: True in a process that was forked from the one that made the runtime.
     """
 
     def __init__(self, loop: Loop | None = None) -> None:
         self.lock: Any = threading.RLock()
-        self.forked = False
+        self._process = this_process()
         self._loop = loop
         self._starting = threading.Lock()
         self._working = set[Handle[Any]]()  # whose work helpers do
+        self._calls = deque[Callable[[], None]]()  # of `blocking`, which have not begun
+        self._callers = 0  # threads that make them
+
+    @property
+    def forked(self) -> bool:
+        """Return True in a process that was forked from the one that made the runtime."""
+        return self._process.forked
 
     def released(self) -> Released:
         """Return a context for code of others and for copies, which need no lock of a runtime."""
@@ -516,11 +561,57 @@ class Runtime:
                 that nothing wakes but descriptors and the time: it runs without the lock.
         """
         handle = Handle(self, steps, locked)
-        if interruptible() and not self.runs_here:
-            self.call_soon(handle.step, steps.send, None)
-        else:
-            handle.step(steps.send, None)
+        handle.begin()
         return handle
+
+    async def blocking(self, call: Callable[[], T]) -> T:
+        """Return ``call()``, which a thread makes that does nothing else meanwhile.
+
+        For calls that may take over a millisecond: copies on the host, imports, maps of memory. At
+        most `BLOCKING` are made at a time. A cancelled coroutine waits for a call that has begun.
+        """
+        results = list[T]()
+        errors = list[BaseException]()
+        end = Wait()
+
+        def make() -> None:
+            try:
+                results.append(call())
+            except BaseException as error:  # the coroutine raises it
+                errors.append(error)
+            self.wake(end)
+
+        self._calls.append(make)
+        if self._callers < BLOCKING:
+            self._callers += 1
+            if not hand_over(self._make_calls):  # the system gives no thread
+                with self.released():
+                    self._make_calls()
+        cancelled: asyncio.CancelledError | None = None
+        while not end.woken:
+            try:
+                await end
+            except asyncio.CancelledError as error:
+                if make in self._calls:
+                    self._calls.remove(make)
+                    raise
+                cancelled = error
+        if cancelled is not None:
+            raise cancelled
+        if errors:
+            raise errors[0]
+        return results[0]
+
+    def _make_calls(self) -> None:
+        """Make the calls of `blocking`, in a helper."""
+        while True:
+            with self.lock:
+                if not self._calls:
+                    self._callers -= 1
+                    return
+                call = self._calls.popleft()
+            call()
+            del call  # it refers to views
 
     # --- the loop
 
@@ -566,8 +657,7 @@ class Runtime:
         for handle in tuple(self._working):
             handle.cancel()
         for handle in tuple(self._working):
-            with suppress(TransferTimeout):
-                handle.wait(max(0.0, until - self.time()))
+            handle.wait(max(0.0, until - self.time()))
 
     # --- waits
 
@@ -585,7 +675,7 @@ class TaskGroup:
     """
 
     def __init__(self, runtime: Runtime, failed: Callable[[BaseException], object]) -> None:
-        self._runtime = runtime
+        self.runtime = runtime
         self._failed = failed
         self._running = set[Handle[None]]()
         self.closed = False
@@ -595,7 +685,7 @@ class TaskGroup:
 
     def start(self, steps: Steps[None], locked: bool = True) -> Handle[None]:
         """Start a coroutine, which `close` cancels; see `Runtime.start`."""
-        handle = self._runtime.start(self._noted(steps), locked)
+        handle = self.runtime.start(self._noted(steps), locked)
         self._running.add(handle)
         handle.on_end(partial(self._running.discard, handle))
         if self.closed:  # by another thread meanwhile
@@ -606,7 +696,7 @@ class TaskGroup:
         try:
             await steps
         except Exception as error:  # the others go on
-            with self._runtime.released():
+            with self.runtime.released():
                 self._failed(error)
 
     async def close(self) -> None:
@@ -636,9 +726,7 @@ def _forget() -> None:
     """Begin anew in a forked process, which has neither the thread nor the end of any step."""
     global _runtime, _making
     _making = threading.Lock()
-    if _runtime is not None:
-        _runtime.forked = True
-        _runtime = None
+    _runtime = None
 
 
 os.register_at_fork(after_in_child=_forget)

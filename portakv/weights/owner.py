@@ -1158,7 +1158,7 @@ class Owner:
         """Return the owner's answer to a message, in the time of the pull; it may be busy."""
         self.check()
         try:
-            return await self.channel.answer_to(self.address, request, kind, self.left)
+            return await self.channel.answer(self.address, request, kind, self.left)
         except TransferTimeout:
             self.check()  # the better reason, if the time of the pull is over
             raise

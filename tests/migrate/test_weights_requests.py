@@ -31,11 +31,11 @@ class Followed(Channel):
         self.asked = list[AskWeights]()
         self.before: Callable[[AskWeights], object] = bool
 
-    async def answer_to(self, address: str, message: Any, *terms: Any) -> Any:
+    async def answer(self, address: str, message: Any, *terms: Any) -> Any:
         if isinstance(message, AskWeights):
             self.asked.append(message)
             await Work(self.before, message)
-        return await super().answer_to(address, message, *terms)
+        return await super().answer(address, message, *terms)
 
 
 @pytest.fixture

@@ -69,7 +69,7 @@ class Between(Channel):
         self.requested |= {requested} if sums else set()
         return self.channel.ask(address, requested, kind, *arguments, **named)
 
-    async def answer_to(self, *request: Any) -> Any:
+    async def answer(self, *request: Any) -> Any:
         return await Work(self.ask, *request)
 
 
@@ -88,13 +88,16 @@ class AtSlice(Channel):
         self.slices = list[SendSlice]()
 
     def ask(self, address: str, requested: Any, kind: Any, *arguments: Any, **named: Any) -> Any:  # type: ignore[override]
+        self._note(requested)
+        return self.channel.ask(address, requested, kind, *arguments, **named)
+
+    def _note(self, requested: Any) -> None:
         if isinstance(requested, SendSlice) and requested not in self.slices:
             self.slices.append(requested)
             if len(self.slices) == self.number:
                 self.before()
-        return self.channel.ask(address, requested, kind, *arguments, **named)
 
-    async def answer_to(self, *request: Any) -> Any:
+    async def answer(self, *request: Any) -> Any:
         return await Work(self.ask, *request)
 
 
