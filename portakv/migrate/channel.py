@@ -42,7 +42,7 @@ from portakv.runtime.interrupts import uninterrupted
 from portakv.runtime.rate_limited_log import RateLimitedLog
 from portakv.runtime.resources import reason
 from portakv.tasks import Handle, Limit, Runtime, TaskGroup, Wait, runtime
-from portakv.tasks.runtime import HANGUP, READ, WRITE
+from portakv.tasks.runtime import HANGUP, READ, WRITE, Steps
 
 # ------------------------------------------------------------------------------------------------
 # Check the address and the secret of a channel, and make its keys.
@@ -1625,6 +1625,12 @@ class Channel:
         answer: T = self._runtime.run(self._client.ask, address, message, kind, until, stop)
         return answer
 
+    def asking(
+        self, address: str, message: Message, kind: type[T], timeout: float | None = None
+    ) -> Steps[T]:
+        """Return the coroutine of `ask`, for the runtime."""
+        return self._client.ask(address, message, kind, self._until(timeout))
+
     def begin_to_ask(
         self, address: str, message: Message, kind: type[T], timeout: float | None = None
     ) -> Callable[[], T]:
@@ -1633,8 +1639,7 @@ class Channel:
         Until the answer, other requests to the address wait. A caller that needs no answer does not
         make the call.
         """
-        until = self._until(timeout)
-        return self._runtime.start(self._client.ask(address, message, kind, until)).synchronize
+        return self._runtime.start(self.asking(address, message, kind, timeout)).synchronize
 
     def ask_all(
         self, requests: Sequence[tuple[str, Message]], kind: type[T], timeout: float | None = None
@@ -1657,6 +1662,10 @@ class Channel:
         as `ask`."""
         until = self._until(timeout)
         self._runtime.run(self._client.send, address, message, until, stop, False)
+
+    async def telling(self, address: str, message: Message, timeout: float | None = None) -> None:
+        """Send a message as `tell` does, in a coroutine of the runtime."""
+        await self._client.send(address, message, self._until(timeout), bool, False)
 
     def watch(self, address: str, gone: Callable[[], object]) -> Callable[[], object]:
         """Call ``gone`` when the connection to ``address`` ends; see `Peer.on_gone`."""

@@ -25,7 +25,7 @@ from typing import Any, Generic, TypeVar
 
 from portakv.errors import PortaKVError, TransferError, TransferTimeout
 from portakv.runtime import resources
-from portakv.runtime.interrupts import abandoned, interruptible, uninterrupted
+from portakv.runtime.interrupts import abandoned, hand_over, interruptible, uninterrupted
 
 T = TypeVar("T")
 #: A coroutine that returns T.
@@ -80,6 +80,55 @@ class Wait:
             self.woken = True
             if self.resume is not None:
                 self.resume()
+
+
+class Signal:
+    """Tells coroutines and threads of changes. All calls but `block` are made in steps, or with the
+    runtime's lock."""
+
+    def __init__(self, runtime: Runtime) -> None:
+        self._runtime = runtime
+        self._waits = set[Wait]()
+
+    def notify(self) -> None:
+        """Wake all that wait."""
+        waits = tuple(self._waits)
+        self._waits.clear()
+        for wait in waits:
+            wait.wake()
+
+    async def wait_for(self, condition: Callable[[], object], until: float | None = None) -> bool:
+        """Wait until a condition holds; return False if it does not at ``until``."""
+        woken = True
+        while woken and not condition():
+            wait = Wait(until=until)
+            self._waits.add(wait)
+            try:
+                woken = await wait
+            finally:
+                self._waits.discard(wait)
+        return woken or bool(condition())
+
+    def block(self, condition: Callable[[], object], timeout: float) -> bool:
+        """Have this thread wait for a condition; return False if it does not hold in time.
+
+        Also the main thread waits here itself. By a helper it would wake later.
+        """
+        until = monotonic() + timeout
+        woken = True
+        while woken:
+            end = threading.Lock()
+            end.acquire()
+            wait = Wait()
+            wait.resume = end.release
+            with self._runtime.lock:
+                if condition():
+                    return True
+                self._waits.add(wait)
+            woken = end.acquire(timeout=max(0.0, until - monotonic()))
+            self._waits.discard(wait)
+        with self._runtime.lock:
+            return bool(condition())
 
 
 class Released:
@@ -436,6 +485,30 @@ class Runtime:
         else:
             handle.step(steps.send, None)
         return handle
+
+    async def in_thread(self, work: Callable[[], T]) -> T:
+        """Return the result of work that blocks, which a helper thread does.
+
+        A coroutine that is cancelled does not wait for the end of the work.
+        """
+        ended = Wait()
+        results = list[T]()
+        errors = list[BaseException]()
+
+        def call() -> None:
+            try:
+                results.append(work())
+            except BaseException as error:  # the coroutine raises it
+                errors.append(error)
+            self.wake(ended)
+
+        if not hand_over(call):  # the system gives no thread
+            with self.released():
+                return work()
+        await ended
+        if errors:
+            raise errors[0]
+        return results[0]
 
     # --- the loop
 

@@ -21,7 +21,7 @@ from support.seeded_loop import WatchedLoop, run_seeded
 from support.waits import LIMIT, until
 
 from portakv.errors import TransferTimeout
-from portakv.tasks import Handle, Runtime, TaskGroup, Wait, runtime
+from portakv.tasks import Handle, Runtime, Signal, TaskGroup, Wait, runtime
 from portakv.tasks.runtime import HANGUP, READ, WRITE
 
 
@@ -62,6 +62,54 @@ def test_run_waits_in_the_callers_thread() -> None:
     names = in_other_thread(lambda: runtime().run(where, soon(), soon()))
     assert len({*names}) == 1
     assert names[0] != "portakv loop"
+
+
+def test_a_helper_does_what_blocks() -> None:
+    """The loop goes on meanwhile, and the coroutine gets the result or the error."""
+    begun = threading.Event()
+    go_on = threading.Event()
+
+    def work() -> str:
+        begun.set()
+        assert go_on.wait(LIMIT)
+        return threading.current_thread().name
+
+    async def steps() -> str:
+        return await runtime().in_thread(work)
+
+    handle = runtime().start(steps())
+    assert begun.wait(LIMIT)
+    assert runtime().start(where()).synchronize(LIMIT) == ["portakv loop"]
+    go_on.set()
+    assert handle.synchronize(LIMIT) not in ("portakv loop", "MainThread")
+
+    async def fail() -> None:
+        await runtime().in_thread(lambda: 1 // 0)
+
+    with pytest.raises(ZeroDivisionError):
+        runtime().start(fail()).synchronize(LIMIT)
+
+
+def test_a_signal_wakes_threads_and_coroutines() -> None:
+    signal = Signal(runtime())
+    values = list[int]()
+    handle = runtime().start(signal.wait_for(lambda: len(values) > 1))
+    assert not signal.block(lambda: values, 0.01)
+    assert not runtime().run(signal.wait_for, lambda: values, runtime().time() + 0.01)
+
+    def change() -> None:
+        for value in range(2):
+            time.sleep(0.01)
+            with runtime().lock:
+                values.append(value)
+                signal.notify()
+
+    thread = threading.Thread(target=change)
+    thread.start()
+    assert signal.block(lambda: values, LIMIT)
+    assert handle.synchronize(LIMIT)
+    thread.join()
+    assert signal.block(lambda: values, 0.0)
 
 
 @pytest.mark.parametrize("way", ["run", "start"])
