@@ -602,6 +602,7 @@ def _forget() -> None:
     _making = threading.Lock()
     if _runtime is not None:
         _runtime.forked = True
+        _runtime.lock = threading.RLock()  # a thread of the parent may have the other one
         _runtime = None
 
 

@@ -269,8 +269,13 @@ def test_a_group_ends_its_coroutines_and_reports_errors() -> None:
 def test_a_forked_process_has_its_own_runtime() -> None:
     before = runtime()
     before.start(where(soon())).synchronize(LIMIT)
-    child = os.fork()
+    with ThreadPoolExecutor(1) as other:
+        other.submit(before.lock.acquire).result()  # a thread that the child does not have
+        child = os.fork()
+        if child:
+            other.submit(before.lock.release).result()
     if not child:
+        assert before.lock.acquire(timeout=LIMIT)
         own = runtime() is not before and before.forked
         works = own and runtime().start(where(soon())).synchronize(LIMIT)
         os._exit(0 if works else 1)
