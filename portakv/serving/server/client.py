@@ -4,27 +4,26 @@
 from __future__ import annotations
 
 import logging
-import threading
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import count
-from typing import Literal, NamedTuple, TypeAlias
+from typing import Literal, NamedTuple, TypeVar
 
 import numpy as np
 import torch
 
 from portakv.arguments import flag, instance, items, one_of, seconds, text
-from portakv.errors import InvalidTerms, PortaKVError, StoreError, TransferError, TransferTimeout
-from portakv.graph import SLACK, Graph, Mask, Priority, Task
+from portakv.errors import InvalidTerms, PortaKVError, StoreError, TransferTimeout
+from portakv.graph import SLACK, Mask, Priority
 from portakv.host import pinned
 from portakv.migrate.channel import Channel, Peer
 from portakv.migrate.shared_memory import open_shared
 from portakv.runtime.bounded import Bounded
-from portakv.runtime.devices import inside, this_process
-from portakv.runtime.interrupts import Condition, uninterrupted
+from portakv.runtime.devices import inside
+from portakv.runtime.interrupts import uninterrupted
 from portakv.runtime.rate_limited_log import RateLimitedLog
 from portakv.runtime.transfer import Completion, Transfer
 from portakv.serving.server.link import ASKING, PATIENT, Link, Place, Session, Sides, this_client
@@ -58,7 +57,11 @@ from portakv.storage.keys import check_keys, predecessors
 from portakv.storage.memory import Crossing, Loan
 from portakv.storage.store import SHORT_COPY
 from portakv.storage.tiers.base import After, Keys
+from portakv.tasks import Limit, Signal, Wait, runtime
+from portakv.tasks.runtime import Steps
 from portakv.view import IdList, KVView
+
+T = TypeVar("T")
 
 # ------------------------------------------------------------------------------------------------
 # The rows of a server's store, mapped by a rank.
@@ -186,7 +189,7 @@ LOOK = 1.0
 
 @dataclass(eq=False)
 class Piece:
-    """A request of a transfer, of at most `MOST_KEYS` keys. The client's lock guards it.
+    """A request of a transfer, of at most `MOST_KEYS` keys. The runtime's lock guards it.
 
     Attributes:
         number: of the request.
@@ -198,7 +201,7 @@ class Piece:
         more: further rows may follow.
         closed: no copy begins any more: the transfer was cancelled, is late, or lost its server.
         queued: leases whose copies have not begun.
-        copying: leases whose copies are under way in workers.
+        copying: leases whose copies are under way in helpers.
         issued: leases whose copies were issued on the caller's stream.
         granted: how many blocks have rows, as whole blocks.
         landed: the blocks that were copied from rows of whole blocks, bool ``[blocks]``.
@@ -244,48 +247,45 @@ class Piece:
 class Released:
     """The end of the copies of a save, after which nothing reads the caller's blocks."""
 
-    def __init__(self, changed: threading.Condition, pieces: Sequence[Piece]) -> None:
-        self._changed = changed
+    def __init__(self, requests: Requests, pieces: Sequence[Piece]) -> None:
+        self._requests = requests
         self._pieces = pieces
 
     def done(self) -> bool:
         """Return whether nothing reads the caller's blocks; never block for long."""
-        with self._changed:
+        with self._requests.runtime.lock:
             return all(piece.released for piece in self._pieces)
 
     def wait(self, stream: torch.Stream | None = None) -> None:
         """Block until nothing reads the caller's blocks."""
-        with self._changed:
-            while not all(piece.released for piece in self._pieces):
-                self._changed.wait(LOOK)
+        while not self._requests.changed.block(self.done, LOOK):
+            pass
 
 
 # ------------------------------------------------------------------------------------------------
 # The requests of a rank to its server, and how far their copies are.
 
-#: What workers do: copies of loads and of saves, and waits for copies that were issued.
-Kind: TypeAlias = Literal["load", "save", "end"]
-#: The name and the width of the queue of each kind.
-_QUEUES = {"load": ("host-device", 2), "save": ("device-host", 2), "end": ("ends", 1)}
+#: Helpers that copy for loads, and as many that copy for saves.
+WIDTH = 2
 
 
 class Requests:
     """The requests of a rank that have not ended. Any thread may call.
 
     Attributes:
-        changed: the lock of all pieces, notified at each change.
-        graph: its workers copy.
-        process: whose requests they are.
+        runtime: its lock guards all pieces.
+        changed: tells of each change.
         open: those that have not ended, by their numbers.
     """
 
     def __init__(self) -> None:
-        self.process = this_process()
-        self.changed = Condition()
-        self.graph = Graph()
+        self.runtime = runtime()
+        self.changed = Signal(self.runtime)
         self.numbers = count(1)  # of requests and locks
         self.open = dict[int, tuple[ServerTransfer, Piece]]()
         self._copies = 0  # copies
+        self._loads = Limit(self.runtime, WIDTH)
+        self._saves = Limit(self.runtime, WIDTH)
 
     @property
     def idle(self) -> bool:
@@ -297,7 +297,7 @@ class Requests:
     ) -> list[Piece]:
         """Return the requests of a load or save of so many keys; ``packs``: see `Piece`."""
         pieces = list[Piece]()
-        with self.changed:
+        with self.runtime.lock:
             for first in range(0, keys, MOST_KEYS):
                 many = min(MOST_KEYS, keys - first)
                 piece = Piece(next(self.numbers), first, many, saves, packs)
@@ -307,7 +307,7 @@ class Requests:
 
     def take(self, piece: Piece, progress: Progress, answer: bool = False) -> None:
         """Note what the server says about a request. ``answer``: for the first time."""
-        with self.changed:
+        with self.runtime.lock:
             piece.queued += len(progress.grants)
             for grant in progress.grants:
                 if not (grant.form or piece.packs):
@@ -320,14 +320,14 @@ class Requests:
 
     def drop(self, piece: Piece) -> None:
         """End a request that the server does not answer."""
-        with self.changed:
+        with self.runtime.lock:
             piece.closed = True
             piece.asking = False
             self._note(piece)
 
     def close_all(self) -> None:
         """Begin no further copy, and wait for no further rows."""
-        with self.changed:
+        with self.runtime.lock:
             for _, piece in [*self.open.values()]:
                 piece.closed = True
                 self._note(piece)
@@ -337,7 +337,7 @@ class Requests:
 
         ``issued``: on the stream of the caller, not by a worker.
         """
-        with self.changed:
+        with self.runtime.lock:
             piece.queued -= 1
             if piece.closed:
                 self._note(piece)
@@ -350,7 +350,7 @@ class Requests:
     def end_copy(self, piece: Piece, grant: Grant, cells: int, issued: bool = False) -> None:
         """Note that a copy has ended, which brought cells of blocks."""
         places = ids_in(grant.places) if cells else []
-        with self.changed:
+        with self.runtime.lock:
             piece.copying -= not issued
             piece.issued -= issued
             self._copies -= 1
@@ -360,29 +360,27 @@ class Requests:
                 piece.covered[place] = piece.covered.get(place, 0) | cells
             self._note(piece)
 
-    def run(self, kind: Kind, work: Callable[[], object], priority: Priority = "urgent") -> None:
-        """Have a worker do something."""
-        name, width = _QUEUES[kind]
-
-        def call(task: Task, mask: Mask) -> None:
-            work()
-
-        task = Task(call, 1, queue=self.graph.queue(name, width=width), name=kind)
-        self.graph.submit([task], priority=priority)
+    async def in_turn(self, saves: bool, priority: Priority, steps: Steps[T]) -> T:
+        """Run a coroutine once few others of loads, or of saves, run."""
+        limit = self._saves if saves else self._loads
+        await limit.acquire(priority=priority)
+        try:
+            return await steps
+        finally:
+            limit.release()
 
     def close(self, timeout: float) -> None:
         """End all requests, and wait for copies under way, at most so many seconds."""
         self.close_all()
-        with self.changed:
-            self.changed.wait_for(lambda: self.idle, timeout)
+        self.changed.block(lambda: self.idle, timeout)
 
     def _note(self, piece: Piece) -> None:
-        """Wake who waits for a request, and forget it if it has ended; under the lock."""
+        """Wake who waits for a request, and forget it if it has ended."""
         if piece.ended:
             transfer, _ = self.open.pop(piece.number, (None, piece))
             if transfer is not None:
                 transfer.look()
-        self.changed.notify_all()
+        self.changed.notify()
 
 
 # ------------------------------------------------------------------------------------------------
@@ -425,6 +423,7 @@ class ServerTransfer:
         self._ordered = False  # a stream waits for what was issued
         self._requests = blocks.requests
         self._changed = blocks.requests.changed
+        self._runtime = blocks.requests.runtime
         self._link = blocks.link
         self._session = session = blocks.link.session
         self._group = blocks.group
@@ -439,7 +438,7 @@ class ServerTransfer:
             crossing.prepare(self._rows_of(session))
         packs = saves and bool(self._part.form.encoding)
         self.pieces = self._requests.begin(self, keys, saves, packs)
-        self.released = Released(self._changed, self.pieces) if saves else None
+        self.released = Released(self._requests, self.pieces) if saves else None
         # A session that ended before they began has ended none of them.
         if session is None or self._link.session is not session:
             self._session = None
@@ -449,14 +448,14 @@ class ServerTransfer:
     def when_ended(self, call: Callable[[], object]) -> None:
         """Have a function called once when it has ended, or now if it has.
 
-        It is called under the client's lock, in any thread: it must be quick, and wait for nothing.
+        It is called in a step, in any thread: it must be quick, and wait for nothing.
         """
         self._call = call
         self.look()
 
     def look(self) -> None:
         """Call the function of `when_ended` if it has ended."""
-        with self._changed:
+        with self._runtime.lock:
             if self._ended():
                 call = self._call
                 self._call = None
@@ -472,14 +471,14 @@ class ServerTransfer:
         return ended
 
     def _ended(self) -> bool:
-        with self._changed:
+        with self._runtime.lock:
             return all(piece.ended for piece in self.pieces)
 
     @property
     def is_issued(self) -> bool:
         """Return whether all copies were issued: `wait` orders a stream, and blocks no host."""
-        with self._changed:
-            return self.issued is not None and all(piece.issued_all for piece in self.pieces)
+        with self._runtime.lock:
+            return self.issued is not None and self._issued_all()
 
     @property
     def landed(self) -> Mask:
@@ -490,7 +489,7 @@ class ServerTransfer:
         result = np.zeros(sum(piece.blocks for piece in self.pieces), np.bool_)
         if self._ordered and self.issued_blocks is not None:
             result |= self.issued_blocks
-        with self._changed:
+        with self._runtime.lock:
             for piece in self.pieces:
                 some = result[piece.first : piece.first + piece.blocks]
                 if piece.saves:
@@ -503,11 +502,11 @@ class ServerTransfer:
 
     def cancel(self) -> bool:
         """Copy no further block; return whether some blocks will not be copied."""
-        with self._changed:
+        with self._runtime.lock:
             left = [piece for piece in self.pieces if not piece.closed and not piece.ended]
             for piece in left:
                 piece.closed = True
-            self._changed.notify_all()
+            self._changed.notify()
         session = self._session
         if not left:
             return False
@@ -515,8 +514,7 @@ class ServerTransfer:
         if session is not None and self._link.session is session:
             for piece in self.pieces:  # nothing waits for them any longer
                 stop = Stop(session.number, piece.number)
-                with suppress(TransferError):  # the client was closed meanwhile
-                    self._run(partial(self._link.tell, session, stop))
+                self._runtime.start(self._link.tell(session, stop))
         return True
 
     def synchronize(self, timeout: float | None = None) -> None:
@@ -529,9 +527,7 @@ class ServerTransfer:
                     f"The transfer timed out after {timeout:g} s, and goes on. Wait again, or call "
                     f"done()."
                 )
-            with self._changed:
-                if not self._ended():
-                    self._changed.wait(left)
+            self._changed.block(self._ended, left)
 
     def wait(self, stream: torch.Stream | None = None) -> None:
         """Make the current stream (or ``stream``) wait; block the host for what others copy."""
@@ -539,16 +535,16 @@ class ServerTransfer:
         if issued is not None:
             issued.wait(stream)
             self._ordered = True
-        while not self.done():
-            with self._changed:
-                if all(piece.issued_all for piece in self.pieces):
-                    return
-                self._changed.wait(LOOK)
+        while not (self.done() or self._changed.block(self._issued_all, LOOK)):
+            pass
+
+    def _issued_all(self) -> bool:
+        return all(piece.issued_all for piece in self.pieces)
 
     # --- requests
 
     def _save(self, keys: list[bytes], after: Sequence[bytes | None]) -> None:
-        """Have a worker request rows, and copy into them. `ServerBlocks` calls it.
+        """Request rows, and have helpers copy into them. `ServerBlocks` calls it.
 
         ``after``: for each key the one that it follows.
         """
@@ -561,7 +557,7 @@ class ServerTransfer:
                 before = joined_after(after[some], keys[some])
                 words = session.number, piece.number, self._group, joined_keys(keys[some])
                 request = Save(*words, before, self._priority)
-                self._run(partial(self._ask_later, session, piece, request))
+                self._runtime.start(self._ask_later(session, piece, request))
         except BaseException:  # also an interrupt: no caller has a handle
             self._withdraw()
             raise
@@ -581,7 +577,7 @@ class ServerTransfer:
                 words = session.number, piece.number, self._group, some
                 request = Load(*words, deadline or 0.0, self._priority)
                 later = list[Grant]()
-                for grant in self._ask(session, piece, request):
+                for grant in self._runtime.run(self._ask, session, piece, request):
                     if here and not grant.form:
                         hits.append(Hit(piece, grant))
                     else:
@@ -618,16 +614,18 @@ class ServerTransfer:
         rows: MappedRows = session.data
         return rows.pinned
 
-    def _ask_later(self, session: Session, piece: Piece, request: Save) -> None:
-        """Request rows in a worker, and have them copied."""
-        self._copy_later(session, piece, self._ask(session, piece, request))
+    async def _ask_later(self, session: Session, piece: Piece, request: Save) -> None:
+        """Request rows in turn, and have them copied."""
+        ask = self._ask(session, piece, request)
+        grants = await self._requests.in_turn(self._saves, self._priority, ask)
+        self._copy_later(session, piece, grants)
 
-    def _ask(self, session: Session, piece: Piece, request: Load | Save) -> Sequence[Grant]:
+    async def _ask(self, session: Session, piece: Piece, request: Load | Save) -> Sequence[Grant]:
         """Request rows, and return those that are there; without an answer the request ends."""
         if not piece.closed:
             try:
                 timeout = PATIENT if self._saves else ASKING
-                answer = self._link.ask(session, request, Progress, timeout)
+                answer = await self._link.ask(session, request, Progress, timeout)
                 self._requests.take(piece, answer, answer=True)
                 return answer.grants
             except PortaKVError as error:
@@ -639,17 +637,15 @@ class ServerTransfer:
     # --- copies
 
     def _copy_later(self, session: Session, piece: Piece, grants: Sequence[Grant]) -> None:
-        """Have workers copy rows."""
+        """Have helpers copy rows."""
         for grant in grants:
-            self._run(partial(self._copy, session, piece, grant))
-
-    def _run(self, work: partial[None]) -> None:
-        self._requests.run("save" if self._saves else "load", work, self._priority)
+            copy = self._runtime.in_thread(partial(self._copy, session, piece, grant))
+            self._runtime.start(self._requests.in_turn(self._saves, self._priority, copy))
 
     def _copy(self, session: Session, piece: Piece, grant: Grant) -> None:
-        """Copy rows in a worker, and report that."""
+        """Copy rows in a helper, and report that."""
         if not self._requests.start_copy(piece):
-            self._report(session, grant, False)
+            self._runtime.run(self._report, session, grant, False)
             return
         rows: MappedRows = session.data
         cells = 0
@@ -665,16 +661,16 @@ class ServerTransfer:
             _log.warning("copy", "A copy failed: %s", error)
         finally:
             self._requests.end_copy(piece, grant, cells)
-            self._report(session, grant, landed, unfit)
+            self._runtime.run(self._report, session, grant, landed, unfit)
 
-    def _report(
+    async def _report(
         self, session: Session, grant: Grant, landed: bool, unfit: Mask | None = None
     ) -> None:
         """Report the end of a copy to the server. ``unfit``: the blocks that were not packed."""
         mask = np.full(len(grant.places) // 4, landed, np.uint8)
         if unfit is not None:
             mask[unfit] = UNFIT
-        self._link.tell(session, Report(session.number, grant.lease, mask.tobytes()))
+        await self._link.tell(session, Report(session.number, grant.lease, mask.tobytes()))
 
     def _issue(self, session: Session, blocks: int, hits: Sequence[Hit]) -> None:
         """Copy rows on the caller's current stream."""
@@ -711,15 +707,17 @@ class ServerTransfer:
         self.issued_blocks = np.array([row is not None for row in loan.rows])
         if loan.ended():
             self._end_issued(hits, landed)
-        self._requests.run("end", partial(self._follow, session, loan, hits, landed))
+        self._runtime.start(self._follow(session, loan, hits, landed))
 
-    def _follow(self, session: Session, loan: Loan, hits: Sequence[Hit], landed: bool) -> None:
-        """Wait in a worker for a copy that was issued, and report its end."""
+    async def _follow(
+        self, session: Session, loan: Loan, hits: Sequence[Hit], landed: bool
+    ) -> None:
+        """Wait for a copy that was issued, and report its end."""
         while not loan.ended():
-            time.sleep(POLL)
+            await Wait(until=self._runtime.time() + POLL)
         self._end_issued(hits, landed)
         for hit in hits:
-            self._report(session, hit.grant, landed)
+            await self._report(session, hit.grant, landed)
 
     def _end_issued(self, hits: Sequence[Hit], landed: bool) -> None:
         """Note the end of a copy that was issued, once."""
@@ -854,22 +852,21 @@ class ServerBlocks:
 
     @property
     def _usable_session(self) -> Session | None:
-        return None if self.requests.process.forked else self.link.session
+        return None if self.requests.runtime.forked else self.link.session
 
     def _done(self, session: Session, message: Lock | Delete) -> Mask:
         """Return for which blocks the server has done a request; for none without an answer."""
         if self.link.session is session:
             with suppress(PortaKVError):  # the session has ended, or ends now
-                answer = self.link.ask(session, message, Done, ASKING)
+                ask = partial(self.link.ask, session, message, Done, ASKING)
+                answer = self.requests.runtime.run(ask)
                 done: Mask = np.frombuffer(answer.done, np.bool_).copy()
                 return done
         return np.zeros(len(message.keys) // KEY, np.bool_)
 
     def _unlock(self, session: Session, number: int) -> None:
-        """Tell the server of the end of locks, in a worker."""
-        with suppress(TransferError):  # the client was closed, and its locks have ended
-            tell = partial(self.link.tell, session, Unlock(session.number, number))
-            self.requests.run("load", tell)
+        """Tell the server of the end of locks."""
+        self.requests.runtime.start(self.link.tell(session, Unlock(session.number, number)))
 
     def _transfer(
         self,
@@ -883,7 +880,7 @@ class ServerBlocks:
         """Return a transfer of blocks of a view. Raises `StoreError` in a forked process."""
         if deadline is not None:
             seconds("deadline", deadline)
-        if self.requests.process.forked:
+        if self.requests.runtime.forked:
             raise StoreError(
                 "Expected the client of a store server of this process, got one of the process "
                 "that this one was forked from. Make another."
@@ -963,27 +960,29 @@ class StoreClient:
     def close(self, timeout: float = 10.0) -> None:
         """End the loads and saves, and leave the server."""
         timeout = seconds("timeout", timeout)
-        if self._requests.process.forked:
+        if self._requests.runtime.forked:
             return
         self._requests.close(timeout)
         self.link.close()
-        self._requests.graph.close(timeout)
         if self._mapped is not None and self._requests.idle:
             self._mapped.close()
 
-    def _began(self, address: str, joined: Joined) -> MappedRows:
+    async def _began(self, address: str, joined: Joined) -> MappedRows:
         """Map the rows of a server, in place of those of the server before."""
+        return await self._requests.runtime.in_thread(partial(self._map, joined.rows))
+
+    def _map(self, rows: bytes) -> MappedRows:
         if self._mapped is not None:
             self._mapped.close()
             self._mapped = None
-        self._mapped = MappedRows(joined.rows, self._device)
+        self._mapped = MappedRows(rows, self._device)
         return self._mapped
 
     def _ended(self, session: Session) -> None:
         self._requests.close_all()
 
     def _progress(self, peer: Peer, progress: Progress) -> None:
-        """Take rows of the server, in the thread of the channel."""
+        """Take rows of the server."""
         session = self.link.session
         if session is None or session.number != progress.session:
             return
@@ -994,4 +993,4 @@ class StoreClient:
             transfer._copy_later(session, piece, progress.grants)
         for grant in progress.grants if waiting is None else ():  # nothing waits for these rows
             report = Report(session.number, grant.lease, bytes(len(grant.places) // 4))
-            self._requests.run("load", partial(self.link.tell, session, report))
+            self._requests.runtime.start(self.link.tell(session, report))
