@@ -149,7 +149,8 @@ def test_what_one_engine_has_stored_the_other_loads(tmp_path: Path, closing: Exi
 
 def test_losses_between_two_store_servers_are_reported() -> None:
     """What the server before had, and the next one lacks, was lost meanwhile."""
-    one, two = b"1" * 32, b"2" * 32
+    one = b"1" * 32
+    two = b"2" * 32
     before = Known()
     before.add_page(KeysPage(0, (("0 disk", one + two),), False))
     after = Known()
