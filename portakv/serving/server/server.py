@@ -7,7 +7,6 @@ import atexit
 import logging
 import os
 import select
-import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -36,7 +35,6 @@ from portakv.migrate.messages import Message
 from portakv.migrate.shared_memory import share
 from portakv.runtime import resources
 from portakv.runtime.bounded import Bounded
-from portakv.runtime.devices import this_process
 from portakv.runtime.rate_limited_log import RateLimitedLog
 from portakv.serving.bucket import look_up
 from portakv.serving.local import SHARE, StoreTerms, alike_in
@@ -84,6 +82,8 @@ from portakv.serving.watched import answer
 from portakv.storage.calls import Change
 from portakv.storage.form import BlockForm
 from portakv.storage.store import BlockStore
+from portakv.tasks import Wait, runtime
+from portakv.tasks.runtime import READ
 
 if TYPE_CHECKING:
     from portakv.serving.kv_events import EventPublisher
@@ -346,7 +346,7 @@ rows_here: Bounded[bytes, torch.Tensor] = Bounded("rows of store servers", 16)
 
 
 # ------------------------------------------------------------------------------------------------
-# The server: its answers to clients, and its thread.
+# The server: its answers to clients, and its coroutine.
 
 #: Seconds for which the refusal of a rank counts for its engine. The rank tries again before.
 REFUSED = 5.0
@@ -408,8 +408,8 @@ class StoreServer:
         self._patience = seconds("patience", patience, above=True)
         self._events = events
         self._busy_since: float | None = None
-        self._stopped = threading.Event()
-        self._process = this_process()
+        self._stopped = False
+        self._runtime = runtime()
         self._looked = 0.0  # when processes were looked at
         self._opened: OpenStore | None = None
         self._wanted: Sequence[BlockForm] = ()  # forms of whole blocks that a client waits for
@@ -418,20 +418,22 @@ class StoreServer:
         # Why the last rank of an engine was refused, and until when that counts.
         self._refused: Bounded[str, tuple[str, float]] = Bounded("refused engines", ENGINES)
         self._ends = False  # no session begins any more
-        self._thread = threading.Thread(target=self._run, name="portakv store server", daemon=True)
         self._channel = Channel()
         with ExitStack() as undo:
             undo.callback(self._channel.close)
             try:
                 self._event = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+                undo.callback(os.close, self._event)
+                self._epoll = select.epoll()  # of that, and of the open store
             except OSError as error:
                 why = resources.reason(error)
                 raise StoreError(f"Expected a descriptor for a store server, but {why}.") from None
-            undo.callback(os.close, self._event)
+            undo.callback(self._epoll.close)
+            self._epoll.register(self._event, READ)
             self._answer_messages()
             undo.callback(self.place.release)
             self._serve_if_possible()
-            resources.start_thread(self._thread, StoreError)
+            self._running = self._runtime.start(self._run())
             undo.pop_all()
         atexit.register(self._take_leave)  # before the channel closes at the interpreter's end
 
@@ -456,7 +458,7 @@ class StoreServer:
         those of its channel; only the last ones while the store is closed, and none after
         `close`."""
         figures = dict[str, list[dict[str, Any]]]()
-        if not self._stopped.is_set():
+        if not self._stopped:
             figures = self._channel.figures()
         opened = self._opened
         if opened is not None:
@@ -468,21 +470,22 @@ class StoreServer:
     def close(self, timeout: float = 10.0) -> None:
         """Serve no longer: close the store within so many seconds. Clients go on with misses."""
         timeout = seconds("timeout", timeout)
-        if self._process.forked or self._stopped.is_set():
+        if self._runtime.forked or self._stopped:
             return
         atexit.unregister(self._take_leave)
-        self._stopped.set()
+        self._stopped = True
         self._wake()
-        self._thread.join()
+        self._running.synchronize()
         self._take_leave()
         self._channel.close()
         self._close_store(timeout)
         self.place.release()
+        self._epoll.close()
         os.close(self._event)
 
     def _take_leave(self) -> None:
         """Tell clients and followers that this server ends in order; no session begins any more."""
-        if self._process.forked:
+        if self._runtime.forked:
             return
         self._ends = True
         opened = self._opened
@@ -496,13 +499,13 @@ class StoreServer:
         with suppress(PortaKVError):
             self._channel.ask_all(requests, Farewell, LEAVING)
 
-    # --- messages, in the thread of the channel
+    # --- messages
 
     def _answer_messages(self) -> None:
         """Answer the messages of clients, and `portakv top`.
 
-        A store is opened at the first `Join`, which names its forms. That takes seconds, so another
-        thread does it, and the client asks again.
+        A store is opened at the first `Join`, which names its forms. That takes seconds, so a
+        helper does it, and the client asks again.
         """
         serve = self._channel.serve
         serve(AskProtocol, lambda *_: ServerProtocol(PROTOCOL))
@@ -600,41 +603,39 @@ class StoreServer:
             raise ended_session()
         return self._opened
 
-    # --- the thread
+    # --- the coroutine
 
     def _wake(self) -> None:
         with suppress(OSError):  # the counter is full, or the server was closed
             os.eventfd_write(self._event, 1)
 
-    def _run(self) -> None:
+    async def _run(self) -> None:
         """Go on until the server is closed."""
-        while not self._stopped.is_set():
+        while not self._stopped:
             try:
-                self._wait()
-                self._serve_if_possible()
-                self._open_if_wanted()
-                self._advance()
+                await Wait(self._epoll.fileno(), READ, self._runtime.time() + LOOK)
+                with suppress(BlockingIOError):
+                    os.eventfd_read(self._event)
+                self._look_at_processes()
+                if not (self.place.claimed or self.terms.attaches):
+                    await self._runtime.in_thread(self._serve_if_possible)
+                if self._wanted and self.serves:
+                    await self._runtime.in_thread(partial(self._open, self._wanted))
+                await self._advance()
             except Exception as error:  # the other clients must be served
                 _log.warning("step", "A store server failed, and goes on: %r. Report it.", error)
-                self._stopped.wait(LOOK)
+                await Wait(until=self._runtime.time() + LOOK)
 
-    def _wait(self) -> None:
-        """Wait until something happens, at most `LOOK` seconds; note processes that have ended."""
-        poll = select.poll()
-        poll.register(self._event, select.POLLIN)
+    def _look_at_processes(self) -> None:
+        """Note processes that have ended."""
         opened = self._opened
-        if opened is not None and not opened.store.graph.closed.is_set():
-            poll.register(opened.store.finished_fd(), select.POLLIN)
-            poll.register(opened.store.listen_fd(), select.POLLIN)
-        poll.poll(LOOK * 1000)
-        with suppress(BlockingIOError):
-            os.eventfd_read(self._event)
         now = time.monotonic()
-        if opened is not None and now > self._looked + LOOK:
-            self._looked = now
-            for process in opened.state.processes():
-                if has_ended(process):
-                    opened.state.process_ended(process)
+        if opened is None or now <= self._looked + LOOK:
+            return
+        self._looked = now
+        for process in opened.state.processes():
+            if has_ended(process):
+                opened.state.process_ended(process)
 
     def _serve_if_possible(self) -> None:
         """Serve, unless another process does, or the terms leave it to a store server."""
@@ -644,15 +645,15 @@ class StoreServer:
             self.place.publish(self._channel.address)
             _logger.info("This process keeps the blocks in %s.", self.place.name)
 
-    def _open_if_wanted(self) -> None:
+    def _open(self, wanted: Sequence[BlockForm]) -> None:
         """Open the store for the forms that a client waits for."""
-        wanted = self._wanted
-        if not wanted or not self.serves:
-            return
         self._close_store(BUSY)
         refusal: PortaKVError | None = None
         try:
-            self._opened = OpenStore(self.terms, wanted, self._wake, self._patience, self._events)
+            opened = OpenStore(self.terms, wanted, self._wake, self._patience, self._events)
+            self._opened = opened
+            for fd in (opened.store.finished_fd(), opened.store.listen_fd()):
+                self._epoll.register(fd, READ)
         except StoreBusy as error:
             now = time.monotonic()
             self._busy_since = self._busy_since or now
@@ -675,15 +676,15 @@ class StoreServer:
         if error is not None:
             _log.warning("close", "The store of a store server could not be closed: %s", error)
 
-    def _tell(self, address: str, message: Message, lost: Callable[[], object]) -> None:
+    async def _tell(self, address: str, message: Message, lost: Callable[[], object]) -> None:
         """Send a message to a client, whose session ends if it does not take the message."""
         try:
-            self._channel.tell(address, message, TELLING)
+            await self._channel.telling(address, message, TELLING)
         except PortaKVError as error:
             _log.warning("client", "A client of a store server is gone: %s", error)
             lost()
 
-    def _advance(self) -> None:
+    async def _advance(self) -> None:
         """Go on with what the store has done, and tell clients and routers."""
         if self._events is not None:
             self._events.answer()
@@ -695,11 +696,11 @@ class StoreServer:
             opened.state.ended(handle)
         opened.state.advance()
         for client, progress in opened.state.take():
-            self._tell(client.address, progress, partial(opened.state.lost, client))
+            await self._tell(client.address, progress, partial(opened.state.lost, client))
         messages = [opened.looked_up.popleft() for _ in range(len(opened.looked_up))]
         for follower, message in chain(messages, opened.feed.announce(opened.changes())):
             lost = partial(opened.feed.followers.pop, follower.session, None)
-            self._tell(follower.address, message, lost)
+            await self._tell(follower.address, message, lost)
 
 
 def place_of(terms: StoreTerms, engine: str) -> Place:
