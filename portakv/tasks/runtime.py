@@ -49,9 +49,12 @@ class Wait:
         poll: returns True if the event has come, after at most so many milliseconds. For sockets
             of ZeroMQ, whose descriptors report also what concerns only ZeroMQ. A caller's thread
             waits in it; the loop calls it with 0, both without the lock. It may take the message.
+        here: the thread that calls `wake` goes on with the coroutine. Such a wait has neither a
+            descriptor nor a limit, and needs no loop: an engine that keeps the interpreter would
+            hold up each change to another thread.
     """
 
-    __slots__ = ("events", "fd", "poll", "resume", "timer", "until", "woken")
+    __slots__ = ("events", "fd", "here", "poll", "resume", "timer", "until", "woken")
 
     def __init__(
         self,
@@ -59,9 +62,11 @@ class Wait:
         events: int = READ,
         until: float | None = None,
         poll: Callable[[int], bool] | None = None,
+        here: bool = False,
     ) -> None:
         self.fd = fd
         self.events = events
+        self.here = here
         self.until = until
         self.poll = poll
         self.woken = False
@@ -155,11 +160,15 @@ class Handle(Generic[T]):
 
     ``await`` it in a coroutine of the runtime or in any other loop, which it wakes. It has no lock,
     since the main thread uses it, where an interrupt may come between any two bytecodes.
+
+    Args:
+        locked: the coroutine has the runtime's lock during its steps.
     """
 
-    def __init__(self, runtime: Runtime, steps: Steps[T]) -> None:
+    def __init__(self, runtime: Runtime, steps: Steps[T], locked: bool = True) -> None:
         self._runtime = runtime
         self._steps = steps
+        self._locked = locked
         self._ended = False
         self._value: Any = None
         self._error: BaseException | None = None
@@ -187,11 +196,17 @@ class Handle(Generic[T]):
         """Run the coroutine until its next wait, which the loop makes."""
         runtime = self._runtime
         try:
-            with runtime.lock:
-                wait = step(*arguments)
-                self._wait = wait
-                if isinstance(wait, Wait) and wait.fd is None:
-                    wait.resume = partial(runtime.call_soon, self._go_on, wait)
+            if self._locked:
+                with runtime.lock:
+                    wait = step(*arguments)
+                    self._wait = wait
+                    if isinstance(wait, Wait) and wait.fd is None:
+                        wait.resume = partial(self._go_on, wait)
+                        if wait.here and not self._cancelled:
+                            return
+                        wait.resume = partial(runtime.call_soon, wait.resume)
+            else:
+                self._wait = wait = step(*arguments)
         except StopIteration as end:
             self.settle(end.value, None)
         except BaseException as error:  # whoever waits for the handle gets it
@@ -474,12 +489,16 @@ class Runtime:
             if abandoned():
                 step = partial(steps.throw, KeyboardInterrupt())
 
-    def start(self, steps: Steps[T]) -> Handle[T]:
+    def start(self, steps: Steps[T], locked: bool = True) -> Handle[T]:
         """Run a coroutine here until its first wait, then in the loop; return its end.
 
         The main thread, where an interrupt may cut a step in two, leaves all steps to the loop.
+
+        Args:
+            locked: False for a coroutine that changes no state which other threads change, and
+                that nothing wakes but descriptors and the time: it runs without the lock.
         """
-        handle = Handle(self, steps)
+        handle = Handle(self, steps, locked)
         if interruptible() and not self.runs_here:
             self.call_soon(handle.step, steps.send, None)
         else:
@@ -557,9 +576,9 @@ class TaskGroup:
     def __len__(self) -> int:
         return len(self._running)
 
-    def start(self, steps: Steps[None]) -> Handle[None]:
-        """Start a coroutine, which `close` cancels."""
-        handle = self._runtime.start(self._noted(steps))
+    def start(self, steps: Steps[None], locked: bool = True) -> Handle[None]:
+        """Start a coroutine, which `close` cancels; see `Runtime.start`."""
+        handle = self._runtime.start(self._noted(steps), locked)
         self._running.add(handle)
         handle.on_end(partial(self._running.discard, handle))
         if self.closed:  # by another thread meanwhile

@@ -691,14 +691,16 @@ class StoreServer:
         opened = self._opened
         if opened is None or opened.store.graph.closed.is_set():  # the interpreter ends
             return
-        opened.store.graph.sweep()  # loads end in time also if a disk holds all workers
-        for handle in opened.store.finished():
-            opened.state.ended(handle)
-        opened.state.advance()
+        with self._runtime.released():
+            opened.store.graph.sweep()  # loads end in time also if a disk holds all workers
+            for handle in opened.store.finished():
+                opened.state.ended(handle)
+            opened.state.advance()
+            changes = opened.changes()
         for client, progress in opened.state.take():
             await self._tell(client.address, progress, partial(opened.state.lost, client))
         messages = [opened.looked_up.popleft() for _ in range(len(opened.looked_up))]
-        for follower, message in chain(messages, opened.feed.announce(opened.changes())):
+        for follower, message in chain(messages, opened.feed.announce(changes)):
             lost = partial(opened.feed.followers.pop, follower.session, None)
             await self._tell(follower.address, message, lost)
 
