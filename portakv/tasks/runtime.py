@@ -508,9 +508,10 @@ class Runtime:
     async def in_thread(self, work: Callable[[], T]) -> T:
         """Return the result of work that blocks, which a helper thread does.
 
-        A coroutine that is cancelled does not wait for the end of the work.
+        The helper goes on with the coroutine. A coroutine that is cancelled does not wait for the
+        end of the work.
         """
-        ended = Wait()
+        ended = Wait(here=True)
         results = list[T]()
         errors = list[BaseException]()
 
