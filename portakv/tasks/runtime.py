@@ -42,8 +42,10 @@ LOOK = 0.2
 class Wait:
     """A wait of a coroutine: ``await`` returns True, or False once the time is over.
 
+    A call of `wake` ends it, but for a descriptor for which `Runtime.run` waits.
+
     Args:
-        fd: a descriptor that ends the wait by ``events``; None: a call of `wake` ends it.
+        fd: a descriptor that ends the wait by ``events``, too.
         events: `READ`, `WRITE` or `HANGUP`.
         until: the end of the wait, by `Runtime.time`; None: no limit.
         poll: returns True if the event has come, after at most so many milliseconds. For sockets
@@ -114,12 +116,12 @@ class Signal:
                 self._waits.discard(wait)
         return woken or bool(condition())
 
-    def block(self, condition: Callable[[], object], timeout: float) -> bool:
+    def block(self, condition: Callable[[], object], timeout: float | None = None) -> bool:
         """Have this thread wait for a condition; return False if it does not hold in time.
 
         Also the main thread waits here itself. By a helper it would wake later.
         """
-        until = monotonic() + timeout
+        until = None if timeout is None else monotonic() + timeout
         woken = True
         while woken:
             end = threading.Lock()
@@ -130,7 +132,7 @@ class Signal:
                 if condition():
                     return True
                 self._waits.add(wait)
-            woken = end.acquire(timeout=max(0.0, until - monotonic()))
+            woken = end.acquire(timeout=-1 if until is None else max(0.0, until - monotonic()))
             self._waits.discard(wait)
         with self._runtime.lock:
             return bool(condition())
@@ -200,7 +202,7 @@ class Handle(Generic[T]):
                 with runtime.lock:
                     wait = step(*arguments)
                     self._wait = wait
-                    if isinstance(wait, Wait) and wait.fd is None:
+                    if isinstance(wait, Wait):
                         wait.resume = partial(self._go_on, wait)
                         if wait.here and not self._cancelled:
                             return

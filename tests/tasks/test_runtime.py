@@ -64,6 +64,21 @@ def test_run_waits_in_the_callers_thread() -> None:
     assert names[0] != "portakv loop"
 
 
+def test_a_wake_ends_a_wait_for_a_descriptor() -> None:
+    """The next wait for it ends by its event."""
+    here, there = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    wait = Wait(here.fileno())
+
+    async def see() -> list[bool]:
+        return [await wait, await Wait(here.fileno(), READ, runtime().time() + LIMIT)]
+
+    with here, there:
+        handle = runtime().start(see())
+        in_other_thread(lambda: runtime().wake(wait))
+        there.send(b"x")
+        assert handle.synchronize(LIMIT) == [True, True]
+
+
 def test_a_helper_does_what_blocks() -> None:
     """The loop goes on meanwhile, and the coroutine gets the result or the error."""
     begun = threading.Event()
