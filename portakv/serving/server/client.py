@@ -7,7 +7,6 @@ import logging
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
 from functools import partial
 from itertools import count
 from typing import Literal, NamedTuple, TypeVar
@@ -187,83 +186,44 @@ GRACE = 0.5
 LOOK = 1.0
 
 
-@dataclass(eq=False)
-class Piece:
-    """A request of a transfer, of at most `MOST_KEYS` keys. The runtime's lock guards it.
+class Piece(NamedTuple):
+    """A request of a transfer, of at most `MOST_KEYS` keys.
 
     Attributes:
         number: of the request.
-        packs: a save of packed blocks: those that do not fit get rows once more, so that nothing is
-            released before the server says that no rows follow.
         first: the number of its first block in the transfer.
         blocks: how many it has.
-        asking: the first answer of the server has not come.
-        more: further rows may follow.
-        closed: no copy begins any more: the transfer was cancelled, is late, or lost its server.
-        queued: leases whose copies have not begun.
-        copying: leases whose copies are under way in helpers.
-        issued: leases whose copies were issued on the caller's stream.
-        granted: how many blocks have rows, as whole blocks.
-        landed: the blocks that were copied from rows of whole blocks, bool ``[blocks]``.
-        covered: of other blocks the cells that were copied.
-        stored: the blocks of a save that are stored; None: it has not ended.
     """
 
     number: int
     first: int
     blocks: int
-    saves: bool
-    packs: bool = False
-    asking: bool = True
-    more: bool = True
-    closed: bool = False
-    queued: int = 0
-    copying: int = 0
-    issued: int = 0
-    granted: int = 0
-    covered: dict[int, int] = field(default_factory=dict)
-    stored: Mask | None = None
 
-    def __post_init__(self) -> None:
-        self.landed: Mask = np.zeros(self.blocks, np.bool_)
 
-    @property
-    def issued_all(self) -> bool:
-        """Return whether nothing is under way, or follows, but what was issued."""
-        left = self.asking or self.queued or (self.more and self.granted < self.blocks)
-        return not self.copying and (self.closed or not left)
+class Hit(NamedTuple):
+    """Rows that the caller's thread copies for a request."""
 
-    @property
-    def released(self) -> bool:
-        """Return whether no copy is under way, and none follows."""
-        return self.issued_all and not self.issued
-
-    @property
-    def ended(self) -> bool:
-        """Return whether the request has ended."""
-        return self.released and (self.closed or not self.saves or self.stored is not None)
+    piece: Piece
+    grant: Grant
 
 
 class Released:
     """The end of the copies of a save, after which nothing reads the caller's blocks."""
 
-    def __init__(self, requests: Requests, pieces: Sequence[Piece]) -> None:
-        self._requests = requests
-        self._pieces = pieces
+    def __init__(self, transfer: ServerTransfer) -> None:
+        self._transfer = transfer
 
     def done(self) -> bool:
         """Return whether nothing reads the caller's blocks; never block for long."""
-        with self._requests.runtime.lock:
-            return all(piece.released for piece in self._pieces)
+        return self._transfer.is_released()
 
     def wait(self, stream: torch.Stream | None = None) -> None:
         """Block until nothing reads the caller's blocks."""
-        while not self._requests.changed.block(self.done, LOOK):
-            pass
+        self._transfer.block(self.done)
 
 
 # ------------------------------------------------------------------------------------------------
-# The requests of a rank to its server, and how far their copies are.
+# The requests of a rank to its server.
 
 #: Helpers that copy for loads, and as many that copy for saves.
 WIDTH = 2
@@ -273,92 +233,37 @@ class Requests:
     """The requests of a rank that have not ended. Any thread may call.
 
     Attributes:
-        runtime: its lock guards all pieces.
+        runtime: its lock guards all transfers.
         changed: tells of each change.
+        numbers: of requests and locks.
         open: those that have not ended, by their numbers.
+        copies: those that are under way.
     """
 
     def __init__(self) -> None:
         self.runtime = runtime()
         self.changed = Signal(self.runtime)
-        self.numbers = count(1)  # of requests and locks
+        self.numbers = count(1)
         self.open = dict[int, tuple[ServerTransfer, Piece]]()
-        self._copies = 0  # copies
+        self.copies = 0
         self._loads = Limit(self.runtime, WIDTH)
         self._saves = Limit(self.runtime, WIDTH)
 
-    @property
-    def idle(self) -> bool:
-        """Return whether no copy is under way."""
-        return not self._copies
-
-    def begin(
-        self, transfer: ServerTransfer, keys: int, saves: bool, packs: bool = False
-    ) -> list[Piece]:
-        """Return the requests of a load or save of so many keys; ``packs``: see `Piece`."""
-        pieces = list[Piece]()
-        with self.runtime.lock:
-            for first in range(0, keys, MOST_KEYS):
-                many = min(MOST_KEYS, keys - first)
-                piece = Piece(next(self.numbers), first, many, saves, packs)
-                pieces.append(piece)
-                self.open[piece.number] = transfer, piece
+    def begin(self, transfer: ServerTransfer, keys: int) -> list[Piece]:
+        """Return the requests of a transfer of so many keys."""
+        pieces = [
+            Piece(next(self.numbers), first, min(MOST_KEYS, keys - first))
+            for first in range(0, keys, MOST_KEYS)
+        ]
+        for piece in pieces:
+            self.open[piece.number] = transfer, piece
         return pieces
-
-    def take(self, piece: Piece, progress: Progress, answer: bool = False) -> None:
-        """Note what the server says about a request. ``answer``: for the first time."""
-        with self.runtime.lock:
-            piece.queued += len(progress.grants)
-            for grant in progress.grants:
-                if not (grant.form or piece.packs):
-                    piece.granted += len(grant.places) // 4
-            piece.asking = piece.asking and not answer
-            piece.more = piece.more and progress.more
-            if progress.stored is not None:
-                piece.stored = np.frombuffer(progress.stored, np.bool_).copy()
-            self._note(piece)
-
-    def drop(self, piece: Piece) -> None:
-        """End a request that the server does not answer."""
-        with self.runtime.lock:
-            piece.closed = True
-            piece.asking = False
-            self._note(piece)
 
     def close_all(self) -> None:
         """Begin no further copy, and wait for no further rows."""
         with self.runtime.lock:
-            for _, piece in [*self.open.values()]:
-                piece.closed = True
-                self._note(piece)
-
-    def start_copy(self, piece: Piece, issued: bool = False) -> bool:
-        """Note that a copy begins; return False if it must not.
-
-        ``issued``: on the stream of the caller, not by a worker.
-        """
-        with self.runtime.lock:
-            piece.queued -= 1
-            if piece.closed:
-                self._note(piece)
-                return False
-            piece.copying += not issued
-            piece.issued += issued
-            self._copies += 1
-            return True
-
-    def end_copy(self, piece: Piece, grant: Grant, cells: int, issued: bool = False) -> None:
-        """Note that a copy has ended, which brought cells of blocks."""
-        places = ids_in(grant.places) if cells else []
-        with self.runtime.lock:
-            piece.copying -= not issued
-            piece.issued -= issued
-            self._copies -= 1
-            if not grant.form:
-                piece.landed[places] = True
-            for place in places if grant.form else []:
-                piece.covered[place] = piece.covered.get(place, 0) | cells
-            self._note(piece)
+            for transfer, _ in [*self.open.values()]:
+                transfer.close()
 
     async def in_turn(self, saves: bool, priority: Priority, steps: Steps[T]) -> T:
         """Run a coroutine once few others of loads, or of saves, run."""
@@ -372,15 +277,7 @@ class Requests:
     def close(self, timeout: float) -> None:
         """End all requests, and wait for copies under way, at most so many seconds."""
         self.close_all()
-        self.changed.block(lambda: self.idle, timeout)
-
-    def _note(self, piece: Piece) -> None:
-        """Wake who waits for a request, and forget it if it has ended."""
-        if piece.ended:
-            transfer, _ = self.open.pop(piece.number, (None, piece))
-            if transfer is not None:
-                transfer.look()
-        self.changed.notify()
+        self.changed.block(lambda: not self.copies, timeout)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -395,7 +292,6 @@ class ServerTransfer:
     """A load or a save through a server. It never raises: what did not land is in `landed`.
 
     Attributes:
-        released: of a save, ends when nothing reads the caller's blocks; None of a load.
         layers: of a load by layer, what to wait for before each layer; empty for others.
         pieces: its requests.
         issued: the end of the copy on the caller's stream, if the call issued one.
@@ -416,7 +312,6 @@ class ServerTransfer:
 
         Raises the errors of copies that are impossible.
         """
-        self.pieces: Sequence[Piece] = ()
         self.layers: Sequence[ServerTransfer | Transfer] = ()
         self.issued: Completion | None = None
         self.issued_blocks: Mask | None = None
@@ -434,51 +329,56 @@ class ServerTransfer:
         self._saves = saves
         self._until = None if deadline is None else time.monotonic() + deadline
         self._call: Callable[[], object] | None = None
+        # Packed blocks that do not fit get rows once more, so that nothing is released before the
+        # server says that no rows follow.
+        self._packs = saves and bool(self._part.form.encoding)
+        # The runtime's lock guards what follows.
+        self._closed = False  # no copy begins: it was cancelled, is late, or lost its server
+        self._queued = 0  # first answers that have not come, and leases whose copies have not begun
+        self._copying = 0  # leases whose copies are under way in helpers
+        self._issuing = 0  # leases whose copies were issued on the caller's stream
+        self._lacking = dict[int, int]()  # by request that may get more rows, its blocks without
+        self._unstored = set[int]()  # the requests of a save that have not ended
+        self._landed: Mask = np.zeros(keys, np.bool_)
+        self._covered = dict[int, int]()  # the cells that have come of blocks in several rows
         if session is not None:
             crossing.prepare(self._rows_of(session))
-        packs = saves and bool(self._part.form.encoding)
-        self.pieces = self._requests.begin(self, keys, saves, packs)
-        self.released = Released(self._requests, self.pieces) if saves else None
-        # A session that ended before they began has ended none of them.
-        if session is None or self._link.session is not session:
-            self._session = None
-            for piece in self.pieces:
-                self._requests.drop(piece)
+        with self._runtime.lock:
+            self.pieces = self._requests.begin(self, keys)
+            self._queued = len(self.pieces)
+            self._lacking = {piece.number: piece.blocks for piece in self.pieces}
+            self._unstored = {*self._lacking} if saves else set()
+            # A session that ended before they began has ended none of them.
+            if session is None or self._link.session is not session:
+                self._session = None
+                self.close()
+
+    @property
+    def released(self) -> Released | None:
+        """Return what ends when nothing reads the blocks of a save; None of a load."""
+        return Released(self) if self._saves else None
 
     def when_ended(self, call: Callable[[], object]) -> None:
         """Have a function called once when it has ended, or now if it has.
 
         It is called in a step, in any thread: it must be quick, and wait for nothing.
         """
-        self._call = call
-        self.look()
-
-    def look(self) -> None:
-        """Call the function of `when_ended` if it has ended."""
         with self._runtime.lock:
-            if self._ended():
-                call = self._call
-                self._call = None
-                if call is not None:
-                    call()
+            self._call = call
+            self._note()
 
     def done(self) -> bool:
         """Return whether it has ended; never block, never raise."""
-        ended = self._ended()
-        if not ended and self._until is not None and time.monotonic() > self._until + GRACE:
-            self.cancel()
-            ended = self._ended()
-        return ended
-
-    def _ended(self) -> bool:
+        late = self._until is not None and time.monotonic() > self._until + GRACE
         with self._runtime.lock:
-            return all(piece.ended for piece in self.pieces)
+            if late and not self._ended():
+                self.cancel()
+            return self._ended()
 
     @property
     def is_issued(self) -> bool:
         """Return whether all copies were issued: `wait` orders a stream, and blocks no host."""
-        with self._runtime.lock:
-            return self.issued is not None and self._issued_all()
+        return self.issued is not None and self._issued_all()
 
     @property
     def landed(self) -> Mask:
@@ -486,48 +386,30 @@ class ServerTransfer:
 
         After `wait`, the blocks of a copy that was issued count: the stream finds their bytes.
         """
-        result = np.zeros(sum(piece.blocks for piece in self.pieces), np.bool_)
+        result: Mask = self._landed.copy()
         if self._ordered and self.issued_blocks is not None:
             result |= self.issued_blocks
-        with self._runtime.lock:
-            for piece in self.pieces:
-                some = result[piece.first : piece.first + piece.blocks]
-                if piece.saves:
-                    some |= False if piece.stored is None else piece.stored
-                else:
-                    some |= piece.landed
-                    whole = self._part.cells
-                    some[[at for at, cells in piece.covered.items() if cells == whole]] = True
         return result
 
     def cancel(self) -> bool:
         """Copy no further block; return whether some blocks will not be copied."""
         with self._runtime.lock:
-            left = [piece for piece in self.pieces if not piece.closed and not piece.ended]
-            for piece in left:
-                piece.closed = True
-            self._changed.notify()
+            if self._closed or self._ended():
+                return False
+            self.close()
         session = self._session
-        if not left:
-            return False
-        self.look()
-        if session is not None and self._link.session is session:
+        if session is not None:
             for piece in self.pieces:  # nothing waits for them any longer
-                stop = Stop(session.number, piece.number)
-                self._runtime.start(self._link.tell(session, stop))
+                self._runtime.start(self._link.tell(session, Stop(session.number, piece.number)))
         return True
 
     def synchronize(self, timeout: float | None = None) -> None:
         """Block until it has ended. Raises `TransferTimeout` after so many seconds."""
-        until = None if timeout is None else time.monotonic() + timeout
-        while not self.done():
-            left = LOOK if until is None else min(LOOK, until - time.monotonic())
-            if left <= 0:
-                raise TransferTimeout(
-                    f"The transfer timed out after {timeout:g} s, and goes on. Wait again, or call "
-                    f"done()."
-                )
-            self._changed.block(self._ended, left)
+        if not self.block(self.done, timeout):
+            raise TransferTimeout(
+                f"The transfer timed out after {timeout:g} s, and goes on. Wait again, or call "
+                f"done()."
+            )
 
     def wait(self, stream: torch.Stream | None = None) -> None:
         """Make the current stream (or ``stream``) wait; block the host for what others copy."""
@@ -535,11 +417,99 @@ class ServerTransfer:
         if issued is not None:
             issued.wait(stream)
             self._ordered = True
-        while not (self.done() or self._changed.block(self._issued_all, LOOK)):
-            pass
+        self.block(lambda: self.done() or self._issued_all())
+
+    def block(self, condition: Callable[[], bool], timeout: float | None = None) -> bool:
+        """Wait for a condition, at most so many seconds; return whether it holds.
+
+        Looks now and then, since a transfer may become late.
+        """
+        until = None if timeout is None else time.monotonic() + timeout
+        left = LOOK
+        while not self._requests.changed.block(condition, min(left, LOOK)):
+            if until is not None:
+                left = until - time.monotonic()
+                if left <= 0:
+                    return False
+        return True
+
+    # --- how far it is
+
+    def close(self) -> None:
+        """Begin no further copy, and wait for no further rows. Runs in a step."""
+        self._closed = True
+        self._note()
+
+    def take(self, piece: Piece, progress: Progress, answer: bool = False) -> None:
+        """Note what the server says about a request. ``answer``: for the first time."""
+        with self._runtime.lock:
+            self._queued += len(progress.grants) - answer
+            left = self._lacking.pop(piece.number, 0)
+            if not self._packs:
+                left -= sum(len(x.places) // 4 for x in progress.grants if not x.form)
+            if progress.more and left > 0:
+                self._lacking[piece.number] = left
+            if progress.stored is not None:
+                stored = np.frombuffer(progress.stored, np.bool_)
+                self._landed[piece.first : piece.first + piece.blocks] = stored
+                self._unstored.discard(piece.number)
+            self._note()
+
+    def start_copy(self, issued: bool = False) -> bool:
+        """Note that a copy begins; return False if it must not.
+
+        ``issued``: on the stream of the caller, not by a helper.
+        """
+        with self._runtime.lock:
+            self._queued -= 1
+            if self._closed:
+                self._note()
+                return False
+            self._copying += not issued
+            self._issuing += issued
+            self._requests.copies += 1
+            return True
+
+    def end_copy(self, piece: Piece, grant: Grant, cells: int, issued: bool = False) -> None:
+        """Note that a copy has ended, which brought cells of blocks."""
+        loaded = cells and not self._saves
+        blocks = [piece.first + place for place in ids_in(grant.places)] if loaded else []
+        with self._runtime.lock:
+            self._copying -= not issued
+            self._issuing -= issued
+            self._requests.copies -= 1
+            for block in blocks:
+                came = self._covered.pop(block, 0) | cells
+                if came == self._part.cells or not grant.form:
+                    self._landed[block] = True
+                else:
+                    self._covered[block] = came
+            self._note()
+
+    def is_released(self) -> bool:
+        """Return whether no copy is under way, and none follows."""
+        with self._runtime.lock:
+            return self._issued_all() and not self._issuing
 
     def _issued_all(self) -> bool:
-        return all(piece.issued_all for piece in self.pieces)
+        """Return whether nothing is under way, or follows, but what was issued."""
+        with self._runtime.lock:
+            left = self._queued or self._lacking
+            return not self._copying and (self._closed or not left)
+
+    def _ended(self) -> bool:
+        return self.is_released() and (self._closed or not self._unstored)
+
+    def _note(self) -> None:
+        """Wake who waits for it, and forget its requests if it has ended."""
+        if self._ended():
+            for piece in self.pieces:
+                self._requests.open.pop(piece.number, None)
+            call = self._call
+            self._call = None
+            if call is not None:
+                call()
+        self._changed.notify()
 
     # --- requests
 
@@ -559,7 +529,7 @@ class ServerTransfer:
                 request = Save(*words, before, self._priority)
                 self._runtime.start(self._ask_later(session, piece, request))
         except BaseException:  # also an interrupt: no caller has a handle
-            self._withdraw()
+            self.cancel()
             raise
 
     def _load(self, keys: list[bytes], deadline: float | None, by_layer: bool) -> None:
@@ -582,20 +552,14 @@ class ServerTransfer:
                         hits.append(Hit(piece, grant))
                     else:
                         later.append(grant)
-                self._copy_later(session, piece, later)
+                self.copy_later(session, piece, later)
             if hits:
                 self._issue(session, len(keys), hits)
         except BaseException as error:  # also an interrupt: no caller has a handle
-            self._withdraw()
+            self.cancel()
             if not isinstance(error, Exception):  # no one knows the rows of an answer that is lost
                 self._link.lose(session, "A load was interrupted.")
             raise
-
-    def _withdraw(self) -> None:
-        """Copy no further block of a transfer that no caller has, and forget it."""
-        self.cancel()
-        for piece in self.pieces:
-            self._requests.drop(piece)
 
     def _rows_of(self, session: Session) -> KVView:
         """Return the rank's part of rows of whole blocks."""
@@ -618,25 +582,29 @@ class ServerTransfer:
         """Request rows in turn, and have them copied."""
         ask = self._ask(session, piece, request)
         grants = await self._requests.in_turn(self._saves, self._priority, ask)
-        self._copy_later(session, piece, grants)
+        self.copy_later(session, piece, grants)
 
     async def _ask(self, session: Session, piece: Piece, request: Load | Save) -> Sequence[Grant]:
         """Request rows, and return those that are there; without an answer the request ends."""
-        if not piece.closed:
+        if not self._closed:
             try:
                 timeout = PATIENT if self._saves else ASKING
                 answer = await self._link.ask(session, request, Progress, timeout)
-                self._requests.take(piece, answer, answer=True)
+                self.take(piece, answer, answer=True)
                 return answer.grants
             except PortaKVError as error:
                 kind = "save" if self._saves else "load"
                 _log.warning(kind, "A %s of %d blocks ends: %s", kind, piece.blocks, error)
-        self._requests.drop(piece)
+        with self._runtime.lock:
+            self._queued -= 1
+            self._lacking.pop(piece.number, None)
+            self._unstored.discard(piece.number)
+            self._note()
         return ()
 
     # --- copies
 
-    def _copy_later(self, session: Session, piece: Piece, grants: Sequence[Grant]) -> None:
+    def copy_later(self, session: Session, piece: Piece, grants: Sequence[Grant]) -> None:
         """Have helpers copy rows."""
         for grant in grants:
             copy = self._runtime.in_thread(partial(self._copy, session, piece, grant))
@@ -644,7 +612,7 @@ class ServerTransfer:
 
     def _copy(self, session: Session, piece: Piece, grant: Grant) -> None:
         """Copy rows in a helper, and report that."""
-        if not self._requests.start_copy(piece):
+        if not self.start_copy():
             self._runtime.run(self._report, session, grant, False)
             return
         rows: MappedRows = session.data
@@ -655,12 +623,12 @@ class ServerTransfer:
             at = [piece.first + place for place in ids_in(grant.places)]
             items = ids_in(grant.rows)
             terms = (self._part, grant.form, self._crossing, self._view)
-            cells, unfit = rows.copy(*terms, items, at, piece.saves)
+            cells, unfit = rows.copy(*terms, items, at, self._saves)
             landed = True
         except PortaKVError as error:
             _log.warning("copy", "A copy failed: %s", error)
         finally:
-            self._requests.end_copy(piece, grant, cells)
+            self.end_copy(piece, grant, cells)
             self._runtime.run(self._report, session, grant, landed, unfit)
 
     async def _report(
@@ -676,65 +644,54 @@ class ServerTransfer:
         """Copy rows on the caller's current stream."""
         loan = Loan((), self._crossing)
         loan.rows = [None] * blocks
+        begun = list[Hit]()
         landed = False
         try:
-            start = partial(self._start_issued, loan, hits)
-            uninterrupted(start, lambda _: self._end_issued(hits, False))
-            if any(hit.begun for hit in hits):
+            start = partial(self._start_issued, loan, hits, begun)
+            uninterrupted(start, lambda _: self._end_issued(begun, False))
+            if begun:
                 by_layer = bool(self.layers) and None not in loan.rows
                 _, layers = self._crossing.issue(self._rows_of(session), loan, by_layer)
                 self.layers = layers or self.layers
             landed = True
         finally:
-            uninterrupted(partial(self._note_issued, session, loan, hits, landed))
+            uninterrupted(partial(self._note_issued, session, loan, hits, begun, landed))
 
-    def _start_issued(self, loan: Loan, hits: Sequence[Hit]) -> None:
+    def _start_issued(self, loan: Loan, hits: Sequence[Hit], begun: list[Hit]) -> None:
         """Note that the copies that may begin do, whose rows become those of a loan."""
         rows = [*loan.rows]
         for hit in hits:
-            hit.begun = self._requests.start_copy(hit.piece, issued=True)
-            if hit.begun:
+            if self.start_copy(issued=True):
+                begun.append(hit)
                 pairs = zip(ids_in(hit.grant.places), ids_in(hit.grant.rows), strict=True)
                 for place, row in pairs:
                     rows[hit.piece.first + place] = row
         loan.rows = rows
 
-    def _note_issued(self, session: Session, loan: Loan, hits: Sequence[Hit], landed: bool) -> None:
+    def _note_issued(
+        self, session: Session, loan: Loan, hits: Sequence[Hit], begun: list[Hit], landed: bool
+    ) -> None:
         """Note the copy that was issued, if one was, and have its end followed."""
         if loan.end is None:
             loan.cancel()
         self.issued = loan.end
         self.issued_blocks = np.array([row is not None for row in loan.rows])
-        if loan.ended():
-            self._end_issued(hits, landed)
-        self._runtime.start(self._follow(session, loan, hits, landed))
+        self._runtime.start(self._follow(session, loan, hits, begun, landed))
 
     async def _follow(
-        self, session: Session, loan: Loan, hits: Sequence[Hit], landed: bool
+        self, session: Session, loan: Loan, hits: Sequence[Hit], begun: list[Hit], landed: bool
     ) -> None:
         """Wait for a copy that was issued, and report its end."""
         while not loan.ended():
             await Wait(until=self._runtime.time() + POLL)
-        self._end_issued(hits, landed)
+        self._end_issued(begun, landed)
         for hit in hits:
             await self._report(session, hit.grant, landed)
 
-    def _end_issued(self, hits: Sequence[Hit], landed: bool) -> None:
-        """Note the end of a copy that was issued, once."""
-        cells = self._part.cells if landed else 0
-        for hit in hits:
-            if hit.begun:
-                hit.begun = False
-                self._requests.end_copy(hit.piece, hit.grant, cells, issued=True)
-
-
-@dataclass(eq=False)
-class Hit:
-    """Rows that the caller's thread copies for a request; ``begun``: it has begun to."""
-
-    piece: Piece
-    grant: Grant
-    begun: bool = False
+    def _end_issued(self, begun: list[Hit], landed: bool) -> None:
+        """Note the ends of copies that were issued, once."""
+        while begun:
+            self.end_copy(*begun.pop(), self._part.cells if landed else 0, issued=True)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -936,7 +893,7 @@ class StoreClient:
         channel = Channel()
         self._hello = partial(Join, name, client, channel.address, texts)
         channel.serve(Progress, self._progress)
-        sides = Sides(self._hello, Joined, lambda: self._requests.idle, self._began, self._ended)
+        sides = Sides(self._hello, Joined, self._is_idle, self._began, self._ended)
         self.link = Link(place, channel, sides)
         self.blocks = [
             ServerBlocks(self._requests, self.link, number, part)
@@ -964,8 +921,12 @@ class StoreClient:
             return
         self._requests.close(timeout)
         self.link.close()
-        if self._mapped is not None and self._requests.idle:
+        if self._mapped is not None and self._is_idle():
             self._mapped.close()
+
+    def _is_idle(self) -> bool:
+        """Return whether no copy is under way."""
+        return not self._requests.copies
 
     async def _began(self, address: str, joined: Joined) -> MappedRows:
         """Map the rows of a server, in place of those of the server before."""
@@ -986,11 +947,11 @@ class StoreClient:
         session = self.link.session
         if session is None or session.number != progress.session:
             return
-        waiting = self._requests.open.get(progress.number)
-        if waiting is not None:
-            transfer, piece = waiting
-            self._requests.take(piece, progress)
-            transfer._copy_later(session, piece, progress.grants)
-        for grant in progress.grants if waiting is None else ():  # nothing waits for these rows
+        transfer, piece = self._requests.open.get(progress.number, (None, None))
+        if transfer is not None and piece is not None:
+            transfer.take(piece, progress)
+            transfer.copy_later(session, piece, progress.grants)
+            return
+        for grant in progress.grants:  # nothing waits for these rows
             report = Report(session.number, grant.lease, bytes(len(grant.places) // 4))
             self._requests.runtime.start(self.link.tell(session, report))
