@@ -19,6 +19,7 @@ from collections.abc import Callable, Coroutine, Generator
 from contextlib import suppress
 from functools import partial
 from math import ceil
+from socket import socket
 from threading import get_ident
 from time import monotonic
 from typing import Any, Generic, TypeVar
@@ -45,7 +46,8 @@ class Wait:
     A call of `wake` ends it, but for a descriptor for which `Runtime.run` waits.
 
     Args:
-        fd: a descriptor that ends the wait by ``events``, too.
+        fd: a descriptor or a socket that ends the wait by ``events``, too. A socket that is closed
+            before the wait begins, when another file may have its descriptor, ends it as well.
         events: `READ`, `WRITE` or `HANGUP`.
         until: the end of the wait, by `Runtime.time`; None: no limit.
         poll: returns True if the event has come, after at most so many milliseconds. For sockets
@@ -60,7 +62,7 @@ class Wait:
 
     def __init__(
         self,
-        fd: int | None = None,
+        fd: int | socket | None = None,
         events: int = READ,
         until: float | None = None,
         poll: Callable[[int], bool] | None = None,
@@ -80,6 +82,13 @@ class Wait:
         if not self.woken:
             yield self
         return self.woken
+
+    def is_closed(self) -> bool:
+        """Return True if the socket was closed, which ends the wait; else take its descriptor."""
+        if isinstance(self.fd, socket):
+            self.fd = self.fd.fileno()
+            self.woken = self.fd < 0
+        return self.fd == -1
 
     def wake(self) -> None:
         """End the wait, if it has not ended. The caller has the runtime's lock."""
@@ -227,6 +236,8 @@ class Handle(Generic[T]):
             self._go_on(wait)
         elif not isinstance(wait, Wait):
             wait.add_done_callback(self._go_on)  # a future of asyncio
+        elif wait.is_closed():
+            self._go_on(wait)
         elif wait.poll is not None and wait.poll(0):  # the descriptor may not report it again
             wait.woken = True
             self._runtime.started().call_soon(self._go_on, wait)
@@ -234,7 +245,7 @@ class Handle(Generic[T]):
             loop = self._runtime.started()
             if wait.until is not None:
                 wait.timer = loop.call_at(wait.until, self._go_on, wait)
-            if wait.fd is not None:
+            if isinstance(wait.fd, int):
                 try:
                     loop.descriptors.watch(wait.fd, wait.events, self._see)
                 except OSError as error:  # a bad descriptor
@@ -261,7 +272,7 @@ class Handle(Generic[T]):
         if isinstance(wait, Wait):
             if wait.timer is not None:
                 wait.timer.cancel()
-            if wait.fd is not None:
+            if isinstance(wait.fd, int):
                 self._runtime.started().descriptors.unwatch(wait.fd, wait.events)
         if self._cancelled:
             self._cancelled = False
@@ -483,7 +494,7 @@ class Runtime:
                 woken.acquire(timeout=left)
             elif wait.poll is not None:
                 wait.woken = wait.poll(max(-1, ceil(1e3 * left)))
-            else:
+            elif not wait.is_closed():
                 poll = select.poll()
                 poll.register(wait.fd, wait.events)
                 if poll.poll(1e3 * left if left >= 0 else None):

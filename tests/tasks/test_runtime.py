@@ -64,6 +64,23 @@ def test_run_waits_in_the_callers_thread() -> None:
     assert names[0] != "portakv loop"
 
 
+def test_a_socket_that_is_closed_before_the_wait_begins_ends_it() -> None:
+    """Another file may have its descriptor then."""
+    here, there = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    held = threading.Event()
+    runtime().call_soon(held.wait, LIMIT)
+
+    async def see() -> tuple[bool, int]:
+        woken = await Wait(here, READ, runtime().time() + LIMIT)
+        return woken, here.fileno()
+
+    with there:
+        handle = in_other_thread(lambda: runtime().start(see()))
+        here.close()
+        held.set()
+        assert handle.synchronize(LIMIT) == (True, -1)
+
+
 def test_a_wake_ends_a_wait_for_a_descriptor() -> None:
     """The next wait for it ends by its event."""
     here, there = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
