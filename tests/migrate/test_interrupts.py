@@ -327,6 +327,7 @@ NOT_CALLED = {
     "Channel.after_answer": "runs in the channel's thread",
     "Channel.figures": "reads `Channel.statistics`",
     "Channel.replace": "runs in a helper",
+    "Channel.telling": "is a coroutine of the runtime",
     "Offer.holds": "runs in the owner's thread",
     "Owner.figures": "reads `Owner.statistics`",
     "Published.figures": "reads `Published.statistics`",
