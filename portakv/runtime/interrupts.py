@@ -134,11 +134,13 @@ def shielded(work: Callable[P, T]) -> Callable[P, T]:
 def alongside(work: Callable[[], T]) -> Callable[[], T]:
     """Begin work in a helper, and return the call that waits for its result, for one use.
 
-    A caller that needs no result does not make the call. If the system creates no thread, the call
-    does the work.
+    A caller that needs no result does not make the call. If the system creates no thread, the work
+    is done before the return.
     """
     task = Work(work, None)
-    return partial(_result_of, task) if hand_over(task.run) else work
+    if not hand_over(task.run):
+        task.run()
+    return partial(_result_of, task)
 
 
 def _result_of(task: Work[T]) -> T:

@@ -7,7 +7,6 @@ import logging
 import time
 from collections import deque
 from collections.abc import Callable, Collection, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field
 from functools import partial
@@ -22,7 +21,7 @@ from portakv.copy.call import calling_for_layers
 from portakv.copy.layer_words import LayerWords
 from portakv.errors import PortaKVError
 from portakv.graph import Mask
-from portakv.runtime.interrupts import hand_over
+from portakv.runtime.interrupts import alongside, hand_over
 from portakv.runtime.rate_limited_log import SLOW_DEVICE, RateLimitedLog
 from portakv.runtime.streams import StreamFence
 from portakv.serving.handover import Handover
@@ -59,12 +58,12 @@ class Calls:
             if not self.closed:
                 self._calls.append(call)
         if not self._running:
-            self._have_run()
+            self._begin()
         return not self.closed
 
     def wait(self, timeout: float | None = None) -> None:
         """Wait until the calls that were added have been made, at most so many seconds."""
-        self._have_run()  # an interrupt may have cut `add`
+        self._begin()  # an interrupt may have cut `add`
         self._ended.block(lambda: not (self._calls or self._running), timeout)
 
     def close(self, timeout: float) -> None:
@@ -73,7 +72,7 @@ class Calls:
             self.closed = True
         self.wait(timeout)
 
-    def _have_run(self) -> None:
+    def _begin(self) -> None:
         if not hand_over(self._run):  # the system gives no thread
             self._run()
 
@@ -83,28 +82,25 @@ class Calls:
             if self._running:
                 return
             self._running = True
-        while (call := self._next()) is not None:
+        while True:
+            with self._runtime.lock:
+                if not self._calls:
+                    self._running = False
+                    self._ended.notify()
+                    return
+                call = self._calls.popleft()
             try:
                 call()
             except Exception as error:  # the next calls must be made
                 _log.warning("call", "A call about pages failed: %r. Report it.", error)
 
-    def _next(self) -> Callable[[], object] | None:
-        """Return the next call; None if there is none, so that the helper ends."""
-        with self._runtime.lock:
-            if self._calls:
-                return self._calls.popleft()
-            self._running = False
-            self._ended.notify()
-            return None
-
 
 # ------------------------------------------------------------------------------------------------
-# A thread that issues the loads of a step, whose layers wait by words.
+# A helper that issues the loads of a step, whose layers wait by words.
 
 
 class Issuer:
-    """Issue the loads of steps in a thread, so that the model's thread goes on meanwhile.
+    """Issue the loads of steps in a helper, so that the model's thread goes on meanwhile.
 
     To issue a load layer by layer takes the host about as long as a part of a step. The word of a
     layer is raised while later layers are issued.
@@ -120,8 +116,7 @@ class Issuer:
         self._words = words
         self._at_first = at_first
         self._sizes = set[int]()
-        self._thread = ThreadPoolExecutor(1, "portakv-loads")
-        self._issuing: Future[None] | None = None
+        self._issued: Callable[[], None] | None = None  # waits until the loads were issued
 
     def issue(
         self, loads: Sequence[Callable[[], None]], fence: StreamFence, size: int, alone: bool
@@ -147,10 +142,7 @@ class Issuer:
             finally:
                 words.commit()
 
-        try:
-            self._issuing = self._thread.submit(issue)
-        except RuntimeError:  # the interpreter ends
-            issue()
+        self._issued = alongside(issue)
         kind = size.bit_length()
         if self._at_first and kind not in self._sizes:
             self._sizes.add(kind)
@@ -158,10 +150,10 @@ class Issuer:
 
     def join(self) -> None:
         """Wait until the loads of the present step were issued; raise what stopped them."""
-        issuing = self._issuing
-        if issuing is not None:
-            self._issuing = None
-            issuing.result()
+        issued = self._issued
+        if issued is not None:
+            self._issued = None
+            issued()
 
 
 # ------------------------------------------------------------------------------------------------

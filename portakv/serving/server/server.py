@@ -8,12 +8,10 @@ import logging
 import os
 import select
 import time
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import chain
 from secrets import randbits
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -241,7 +239,6 @@ class OpenStore:
     Attributes:
         handle: the rows, for `open_shared`.
         bucket: the store has a bucket.
-        looked_up: the ends of lookups in the bucket, for the followers that requested them.
     """
 
     def __init__(
@@ -267,8 +264,6 @@ class OpenStore:
         self.state = ServerState(wake, patience)
         watch(self.state)
         self.bucket = terms.bucket is not None
-        self.looked_up = deque[tuple[Follower, LookedUp]]()
-        self._wake = wake
         self._events = events
         self.feed = Feed(self.store)
         try:
@@ -313,20 +308,6 @@ class OpenStore:
     def has(self, forms: Sequence[BlockForm]) -> bool:
         """Return whether the store has the forms of whole blocks."""
         return all(form.digest in self.state.stores for form in forms)
-
-    def look_up(self, follower: Follower, number: int, keys: Sequence[bytes]) -> None:
-        """Look up blocks in the bucket, in a worker, and have ``looked_up`` hold how that ended.
-
-        Raises `TransferError` after the store was closed.
-        """
-
-        def ended(count: int, answers: bool) -> None:
-            message = LookedUp(follower.session, number, count, answers)
-            self.looked_up.append((follower, message))
-            self._wake()
-
-        if self.bucket:
-            look_up([*map(self.store.of, follower.forms)], keys, ended)
 
     def close(self, timeout: float) -> PortaKVError | None:
         """End all sessions and close the store; return the error of a store that hangs."""
@@ -594,9 +575,15 @@ class StoreServer:
         """Begin a lookup in the bucket. One that cannot begin has no answer."""
         opened = self._opened
         follower = None if opened is None else opened.feed.followers.get(ask.session)
-        if opened is not None and follower is not None:
-            with suppress(PortaKVError):  # the store closes
-                opened.look_up(follower, ask.number, keys_in(ask.keys))
+        if opened is None or follower is None or not opened.bucket:
+            return
+
+        def ended(count: int, answers: bool) -> None:
+            message = LookedUp(ask.session, ask.number, count, answers)
+            self._runtime.start(self._tell_follower(opened, follower, message))
+
+        with suppress(PortaKVError):  # the store closes
+            look_up([*map(opened.store.of, follower.forms)], keys_in(ask.keys), ended)
 
     def _open_store(self) -> OpenStore:
         if self._opened is None:
@@ -699,10 +686,13 @@ class StoreServer:
             changes = opened.changes()
         for client, progress in opened.state.take():
             await self._tell(client.address, progress, partial(opened.state.lost, client))
-        messages = [opened.looked_up.popleft() for _ in range(len(opened.looked_up))]
-        for follower, message in chain(messages, opened.feed.announce(changes)):
-            lost = partial(opened.feed.followers.pop, follower.session, None)
-            await self._tell(follower.address, message, lost)
+        for follower, message in opened.feed.announce(changes):
+            await self._tell_follower(opened, follower, message)
+
+    async def _tell_follower(self, opened: OpenStore, follower: Follower, message: Message) -> None:
+        """Send a message to a follower."""
+        lost = partial(opened.feed.followers.pop, follower.session, None)
+        await self._tell(follower.address, message, lost)
 
 
 def place_of(terms: StoreTerms, engine: str) -> Place:
