@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from functools import partial
 from itertools import count
@@ -426,7 +426,7 @@ class ServerTransfer:
         """
         until = None if timeout is None else time.monotonic() + timeout
         left = LOOK
-        while not self._requests.changed.block(condition, min(left, LOOK)):
+        while not self._changed.block(condition, min(left, LOOK)):
             if until is not None:
                 left = until - time.monotonic()
                 if left <= 0:
@@ -778,11 +778,8 @@ class ServerBlocks:
         """
         checked = check_keys(keys)
         pins = Pins(len(checked))
-        session = self._usable_session
-        for first in range(0, len(checked) if session else 0, MOST_KEYS):
-            assert session is not None
+        for session, first, some in self._batches(checked):
             number = next(self.requests.numbers)
-            some = joined_keys(checked[first : first + MOST_KEYS])
             done = self._done(session, Lock(session.number, number, self.group, some))
             places = [first + at for at in np.flatnonzero(done).tolist()]
             release = partial(self._unlock, session, number)
@@ -799,17 +796,17 @@ class ServerBlocks:
         """
         checked = check_keys(keys)
         gone = np.zeros(len(checked), np.bool_)
-        session = self._usable_session
-        for first in range(0, len(checked) if session else 0, MOST_KEYS):
-            assert session is not None
-            some = joined_keys(checked[first : first + MOST_KEYS])
+        for session, first, some in self._batches(checked):
             done = self._done(session, Delete(session.number, self.group, some))
             gone[first : first + len(done)] = done
         return gone
 
-    @property
-    def _usable_session(self) -> Session | None:
-        return None if self.requests.runtime.forked else self.link.session
+    def _batches(self, keys: list[bytes]) -> Iterator[tuple[Session, int, bytes]]:
+        """Yield the session, the number of the first key and the keys of each request."""
+        session = None if self.requests.runtime.forked else self.link.session
+        if session is not None:
+            for first in range(0, len(keys), MOST_KEYS):
+                yield session, first, joined_keys(keys[first : first + MOST_KEYS])
 
     def _done(self, session: Session, message: Lock | Delete) -> Mask:
         """Return for which blocks the server has done a request; for none without an answer."""
