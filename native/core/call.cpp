@@ -571,7 +571,7 @@ auto with_units(const Ids &ids, const End &end, int64_t unit, Function function)
 
 // Memory for the numbers of the units of the source, then of the destination.
 struct Numbers {
-  int64_t *first;
+  int64_t *first;  // null: they are not written
   int64_t room;  // of each side
 
   explicit Numbers(Arguments &arguments)
@@ -582,9 +582,11 @@ struct Numbers {
 // negative ids skip. The numbers of an end without ids are written only if units are skipped.
 int64_t write_units(const Ids &read, const Ids &written, const End &src, const End &dst,
                     int64_t units, int64_t unit, bool skips, const Numbers &numbers) {
-  require(units <= numbers.room);
+  const bool written_out = numbers.first != nullptr;
+  require(!written_out || units <= numbers.room);
   int64_t *const from = numbers.first;
-  int64_t *const to = numbers.first + numbers.room;
+  int64_t *const to = written_out ? numbers.first + numbers.room : nullptr;
+  if (!skips && !written_out) return units;
   if (!skips) {
     const auto write = [&](const Ids &ids, const End &end, int64_t *out) {
       if (ids.list.data == nullptr) return;
@@ -603,8 +605,10 @@ int64_t write_units(const Ids &read, const Ids &written, const End &src, const E
         const int64_t source = sources[at];
         const int64_t target = targets[at];
         if (source < 0 || target < 0) continue;
-        from[left] = source;
-        to[left] = target;
+        if (written_out) {
+          from[left] = source;
+          to[left] = target;
+        }
         left++;
       }
       return left;
@@ -627,14 +631,17 @@ class Lists {
   Room room{nullptr, 0};
 };
 
-// Plan a checked copy of ids on the host, write its units, and return what core.h says.
+// Plan a checked copy, write its units, and return what core.h says.
 Object units_of(const Python &python, const Ids &read, const Ids &written, const End &src,
                 const End &dst, int64_t count, const Found &found, const Numbers &numbers,
                 Object chunk) {
-  require(!found.guarded);
   const int64_t unit = plan_of(src, dst, count).unit;
-  const int64_t left =
-      write_units(read, written, src, dst, count / unit, unit, found.skips, numbers);
+  int64_t left = count / unit;
+  if (found.guarded) {
+    require(!found.skips);  // the other side's ids on a device are not read
+  } else {
+    left = write_units(read, written, src, dst, left, unit, found.skips, numbers);
+  }
   require(left > 0);
   Owned described(python, chunk);
   const int64_t results[] = {count, unit, left};
@@ -660,7 +667,7 @@ Object check_chunk(const Python &python, Arguments arguments) {
   const Numbers numbers(arguments);
   Lists lists(pair.listed());
   pair.check(lists.room);
-  if (pair.store) {
+  if (pair.store && pair.on_host) {
     for (const Span &span : pair.reader.view().spans) require(writable(span.first, span.past));
   }
   const Ids none{};

@@ -521,13 +521,14 @@ typedef struct portakv_current {
 // 2: ask whether the work before the event of an end, a portakv_copy_end, has ended. It returns the
 // driver's answer.
 //
-// 3, 4: check a copy as of 1 and of 0 that is made otherwise, on the host or by ids on the host.
+// 3, 4: check a copy as of 1 and of 0 that a launch of Python makes.
 //   torch .. count, or caches .. end
 //   units, room     memory for the numbers of the units of the source, then of the destination, with
-//                   room for so many of each
+//                   room for so many of each; 0: the launch reads the ids
 // The function returns a tuple: tokens, tokens of a unit, units without those that negative ids skip,
 // and of 4 what `portakv_view_read_tensors` returns of the chunk; or a code. The numbers of a side
-// without ids are written only if units are skipped.
+// without ids are written only if units are skipped. All units of ids on a device count: the launch
+// judges the ids.
 //
 // 5: `portakv_plan_make` with its arguments.
 //

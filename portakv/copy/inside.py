@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Make whole copies by one call of the core, from the objects that a caller passes.
 
-The core reads the tensors and the ids, checks them, plans and launches (`native/core/call.cpp`). On
-a CPU it checks and plans, and the launch of a backend follows. A call that it does not make, or
-that is wrong, returns None here: the caller of these functions then goes the general way of `copy`,
-which makes the copy or words the error.
+The core reads the tensors and the ids, checks them, plans and launches (`native/core/call.cpp`). If
+the backend has no kernels for the core, the core checks and plans, and a launch of the backend
+follows. A call that the core does not make, or that is wrong, returns None here: the caller of
+these functions then goes the general way of `copy`, which makes the copy or words the error.
 """
 
 from __future__ import annotations
@@ -17,11 +17,12 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch.autograd.graph import increment_version
+from torch.utils.dlpack import DLDeviceType
 
 from portakv.backends.row_kernels import RowKernels, after_tables
 from portakv.backends.rows_kernel import MAX_ENTRIES
 from portakv.backends.strided import Rows, StridedLaunch, Units
-from portakv.copy.call import Context, Piece, Settled, launch, memory_of_host
+from portakv.copy.call import bring_tables, memory_of_host
 from portakv.copy.counting import TOGETHER, Counted
 from portakv.copy.handle import BlockTransfer, skipped_tokens
 from portakv.copy.options import CopyOptions
@@ -34,43 +35,58 @@ from portakv.interconnect.link import CheckedCopy
 from portakv.interconnect.strategy import PINNED, Strategy, StrategyLaunch
 from portakv.interconnect.zero_copy import ZeroCopy
 from portakv.plan.move import Move
-from portakv.registry.prepared import PREPARED, prepared
+from portakv.registry.prepared import PREPARED, Prepared, prepared
 from portakv.registry.registry import Choice, choose
+from portakv.runtime.devices import capturing
 from portakv.runtime.ends import LISTED
 from portakv.runtime.streams import completion
-from portakv.runtime.transfer import Owner, Transfer
+from portakv.runtime.transfer import (
+    Completion,
+    Owner,
+    StatusWord,
+    Transfer,
+    acquire_word,
+    event_pool,
+    hold,
+)
 from portakv.view.bound import BoundLayout
 from portakv.view.destination import check_writable, with_versions
 from portakv.view.form import Form, form_of, plain_reader
-from portakv.view.index import PAST_ANY_VIEW, Ids, Index, as_ids, index_of
+from portakv.view.index import CONSECUTIVE, PAST_ANY_VIEW, Ids, Index, as_ids, index_of
 from portakv.view.view import KVView
 
 _AWAY = {"peer", "remote"}
 _OPENED = "opened"  # of a view, for the core
 
 
-def opened(view: KVView) -> OpenedView | None:
+def opened(view: KVView, tables: bool = True) -> OpenedView | None:
     """Return a view for the core; None: it is made for one call, the host lacks its addresses, its
     memory was replaced, or a graph is captured before its table was sent.
 
-    It waits for a table of addresses that is sent to the device.
+    ``tables``: kernels of the core may read its table of addresses. It then waits for a table that
+    is sent to the device.
     """
-    known: OpenedView | None = view.derived.get(_OPENED)
+    key = _OPENED, tables
+    known: OpenedView | None = view.derived.get(key)
     if known is not None or view.temporary or not view.known or view.form.encoding:
         return known
     try:
         view.check_memory()  # what is watched from now on is what was read
         memory = None if view.raw else Watch(view.owners)
-        made = open_view(view, memory)
+        made = open_view(view, memory, tables)
     except PortaKVError:  # the general way says it in its turn
         return None
-    return view.derived.setdefault(_OPENED, made)  # type: ignore[no-any-return]
+    return view.derived.setdefault(key, made)  # type: ignore[no-any-return]
 
 
-def open_view(view: KVView, memory: Watch | None) -> OpenedView:
-    """Return a view for the core, with its memory as it is watched; None: raw memory."""
+def open_view(view: KVView, memory: Watch | None, tables: bool = True) -> OpenedView:
+    """Return a view for the core, with its memory as it is watched; None: raw memory.
+
+    ``tables``: as for `opened`.
+    """
     form = view.form
     looked_up = form.lists or form.table_on_device or view.entries > MAX_ENTRIES
+    looked_up = looked_up and tables
     try:
         check_writable(view)
         writable = True
@@ -85,7 +101,7 @@ def open_view(view: KVView, memory: Watch | None) -> OpenedView:
         view.table.data_ptr() if looked_up else 0,
         view.slots,
         view.spans,
-        view.owners[0].__dlpack_device__(),
+        _dlpack_device(view.owners[0]),
         writable,
         form.table_on_device,
         memory,
@@ -93,6 +109,14 @@ def open_view(view: KVView, memory: Watch | None) -> OpenedView:
         (view.entries, view.entry_bytes if view.entries > 1 else 0),
         (form, view.addresses, view.table if looked_up else None),
     )
+
+
+def _dlpack_device(tensor: torch.Tensor) -> tuple[int, int]:
+    """Return DLPack's numbers of the device of a tensor."""
+    try:
+        return tensor.__dlpack_device__()
+    except ValueError:  # torch does not know the name of a vendor's device
+        return DLDeviceType.kDLExtDev, tensor.device.index or 0
 
 
 def _dtype_words() -> dict[str, int]:
@@ -127,8 +151,9 @@ class ChunkCopies:
         self._bounds = bounds
         self._choice = choice
         self._kernels = kernels = choice.backend.row_kernels
-        usable = kernels is not None or cache.device.type == "cpu"
-        self._caches = open_view(cache, memory) if usable and plain_reader() is not None else None
+        self._caches = None
+        if plain_reader() is not None:
+            self._caches = open_view(cache, memory, tables=kernels is not None)
         self._copy: Callable[..., int] | None = None
         if self._caches is None:
             return
@@ -181,7 +206,7 @@ class ChunkCopies:
         kernels = self._kernels
         copy = self._copy
         if kernels is None or copy is None:
-            return self._launched(store, bound, chunk, ids, offset, start, past)
+            return self._launched(store, bound, chunk, slot_mapping, ids, offset, start, past)
 
         numbers = offset, start, past
         arguments = (*self._addresses, store, bound.address, chunk, ids, *numbers)
@@ -200,31 +225,58 @@ class ChunkCopies:
         return transfer
 
     def _launched(
-        self, store: bool, bound: BoundLayout, chunk: torch.Tensor, ids: Any, *slots: int
+        self,
+        store: bool,
+        bound: BoundLayout,
+        chunk: torch.Tensor,
+        slot_mapping: Any,
+        ids: Any,
+        offset: int,
+        start: int,
+        past: int,
     ) -> Transfer | None:
-        """Make a copy on the host by the launch of a backend, as `_launched` does.
+        """Make a copy by the launch of a backend, as `_launched` does.
 
         Args:
-            ids: a list or a tensor.
-            slots: the ids that are passed over, and the first and the last of the others.
+            slot_mapping: as the caller passed it.
+            ids: of it, a list or a tensor.
+            offset, start, past: the ids that are passed over, and the first and the last of the
+                others.
         """
         assert self._caches is not None
-        most = len(ids)  # copied tokens are no more
+        cache = self._cache
+        index = None
+        most = 0
+        if cache.device.type == "cpu":
+            most = len(ids)  # copied tokens are no more
+        else:
+            index = _index_of(slot_mapping, 1)
+            if index is None:
+                return None
+            ids = index.ids
         numbers = np.empty(2 * most, dtype=np.int64)
-        room = torch.from_numpy(numbers).data_ptr(), most
+        room = torch.from_numpy(numbers).data_ptr() if most else 0
         caches = self._caches.address
-        checked = self._check(caches, store, bound.address, chunk, ids, *slots, *room)
+        slots = offset, start, past
+        checked = self._check(caches, store, bound.address, chunk, ids, *slots, room, most)
         if isinstance(checked, int):
             return None
         tokens, unit, units, described = checked
         rows = ChunkRows(bound, chunk, described)
-        cache = self._cache
-        skips = tokens > unit * units  # then both sides have numbers
-        read = torch.from_numpy(numbers[:units]) if store or skips else None
-        written = torch.from_numpy(numbers[most : most + units]) if skips or not store else None
-        source = Units(cache if store else rows, read, 0)
-        target = Units(rows if store else cache, written, 0)
-        transfer = _by_units(self._choice, source, target, unit, units)
+        if index is not None:
+            index = index.shifted(start)
+            view = rows.view()
+            move = Move(view, cache, CONSECUTIVE, index, tokens)
+            if store:
+                move = Move(cache, view, index, CONSECUTIVE, tokens)
+            transfer = _by_ids(self._choice, move, unit, tokens > unit * units, self._owner)
+        else:
+            skips = tokens > unit * units  # then both sides have numbers
+            read = torch.from_numpy(numbers[:units]) if store or skips else None
+            written = torch.from_numpy(numbers[most : most + units]) if skips or not store else None
+            source = Units(cache if store else rows, read, 0)
+            target = Units(rows if store else cache, written, 0)
+            transfer = _by_units(self._choice, source, target, unit, units)
         if transfer is None:
             return None
         increment_version(chunk if store else self._caches.versions)
@@ -275,7 +327,8 @@ def copied(
             return None
         kernels = choice.backend.row_kernels
         if kernels is None:
-            return _launched(src, dst, read, written, count, tokens, choice, began)
+            ids = src_ids, dst_ids
+            return _launched(src, dst, *ids, read, written, count, tokens, choice, began)
         by = _Executor(kernels, kernels.carried)
     if True in (read.on_host, written.on_host) and tokens > LISTED * min(read.step, written.step):
         return None  # more ids than kernels read from pinned memory
@@ -481,6 +534,8 @@ def _inside(src: KVView, dst: KVView, options: CopyOptions) -> Choice | None:
 def _launched(
     src: KVView,
     dst: KVView,
+    src_ids: Ids | None,
+    dst_ids: Ids | None,
     read: _Side,
     written: _Side,
     count: object,
@@ -488,46 +543,62 @@ def _launched(
     choice: Choice,
     began: float,
 ) -> BlockTransfer | None:
-    """Make a copy on the host by the launch of a backend, once the core has checked it; None: the
-    core does not take such a copy."""
+    """Make a copy by the launch of a backend, once the core has checked it; None: the core or the
+    backend does not take such a copy."""
     reader = plain_reader()
-    if src.device.type != "cpu" or reader is None:
-        return None
-    from_view = opened(src)
-    to_view = opened(dst)
-    if from_view is None or to_view is None:
+    from_view = opened(src, tables=False)
+    to_view = opened(dst, tables=False)
+    if reader is None or from_view is None or to_view is None:
         return None
     from_ids, from_step, from_offset, _, _ = read
     to_ids, to_step, to_offset, _, _ = written
-    numbers = np.empty(2 * tokens, dtype=np.int64)
+    indices = None
+    most = 0
+    if src.device.type == "cpu":
+        most = tokens
+    else:
+        src_index = _index_of(src_ids, from_step)
+        dst_index = _index_of(dst_ids, to_step)
+        if src_index is None or dst_index is None:
+            return None
+        indices = src_index, dst_index
+        from_ids = src_index.ids
+        to_ids = dst_index.ids
+    numbers = np.empty(2 * most, dtype=np.int64)
     # fmt: off
     checked = calls().check_views(reader.address, from_view.address, to_view.address,
                                   from_ids, to_ids, from_step, to_step, from_offset, to_offset,
                                   TO_THE_END if count is None else tokens,
-                                  torch.from_numpy(numbers).data_ptr(), tokens)
+                                  torch.from_numpy(numbers).data_ptr() if most else 0, most)
     # fmt: on
     if isinstance(checked, int):
         return None
-    most = tokens
     tokens, unit, units = checked
     skipped = tokens - unit * units
-    source = target = None
-    if from_ids is not None or skipped:
-        source = torch.from_numpy(numbers[:units])
-    if to_ids is not None or skipped:
-        target = torch.from_numpy(numbers[most : most + units])
-    src_units = Units(src, source, from_offset)
-    dst_units = Units(dst, target, to_offset)
-    transfer = _by_units(choice, src_units, dst_units, unit, units)
+    if indices is not None:
+        transfer = _by_ids(choice, Move(src, dst, *indices, tokens), unit, skipped > 0)
+    else:
+        source = target = None
+        if from_ids is not None or skipped:
+            source = torch.from_numpy(numbers[:units])
+        if to_ids is not None or skipped:
+            target = torch.from_numpy(numbers[most : most + units])
+        src_units = Units(src, source, from_offset)
+        dst_units = Units(dst, target, to_offset)
+        transfer = _by_units(choice, src_units, dst_units, unit, units)
     if transfer is None:
         return None
     increment_version(to_view.versions)
-    step = read.plan_step or written.plan_step
+    step = 0
+    if from_ids is not None:
+        step = from_step
+    elif to_ids is not None:
+        step = to_step
     return BlockTransfer.of_views(transfer, src, dst, step, tokens, skipped, began)
 
 
 class ChunkRows:
-    """The rows of a chunk on the host during one call, as launches of `StridedLaunch` use a view.
+    """The rows of a chunk during one call, as launches of `StridedLaunch` use a view.
 
     Args:
         bound: the layout of the chunk.
@@ -540,17 +611,19 @@ class ChunkRows:
     def __init__(
         self, bound: BoundLayout, tensor: torch.Tensor, described: tuple[Any, ...]
     ) -> None:
-        form, self._addresses, _, _, self.slots, _ = described
+        form, self._addresses, owners, spans, self.slots, grad = described
         self.form: Form = form_of(form) if isinstance(form, bytes) else form
         self.device = tensor.device
         self.derived: dict[Hashable, Any] = {}
+        rows = self.form, self._addresses, owners, spans
+        self._facts = rows, self.slots, self.device, grad
         self._bound = bound
         self._tensor = tensor
         self._storage = tensor.untyped_storage()
 
     def view(self) -> KVView:
         """Return the chunk as a view."""
-        return KVView.through(self._bound, self._tensor)
+        return KVView.of_facts(self._bound, self._tensor, self._facts)
 
     def strided(
         self,
@@ -571,23 +644,93 @@ def _by_units(choice: Choice, src: Units, dst: Units, unit: int, units: int) -> 
     None: no backend takes its plan."""
     src_step = 0 if src.numbers is None else unit
     dst_step = 0 if dst.numbers is None else unit
-    src_form = src.rows.form
-    dst_form = dst.rows.form
-    ready = PREPARED.get((src_form.address, dst_form.address, src_step, dst_step, None, choice))
+    ready = _ready(choice, src.rows.form, dst.rows.form, src_step, dst_step, unit)
     if ready is None:
-        try:
-            ready = prepared(src_form, dst_form, src_step, dst_step, None, choice)
-        except PortaKVError:  # the general way says it in its turn
-            return None
-    if ready.picks is not None or ready.plan.unit != unit:
         return None
     if type(ready.launch) is StridedLaunch:
         ready.launch.copy(src, dst, units)
         return Transfer((), None, ready.carried)
     sides = _view(src.rows), _view(dst.rows), _index(src, unit), _index(dst, unit)
-    move = Move(*sides, unit * units)
-    piece = Piece(ready, ready.carried, 0, move, None)
-    return launch(Settled(move, (piece,), None, False), Context(dst.rows.device, None, False))
+    return _launch(ready, Move(*sides, unit * units))
+
+
+def _by_ids(
+    choice: Choice, move: Move, unit: int, skips: bool, owner: Owner | None = None
+) -> Transfer | None:
+    """Launch a copy inside a device in units of ``unit`` tokens, which the core has checked except
+    for ids on the device.
+
+    None: a graph is captured, no backend takes the plan, or bad ids are to be left out before.
+
+    Args:
+        skips: ids on the host skip positions.
+        owner: it reports an error if the handle does not.
+    """
+    if capturing(move.dst.device):
+        return None
+    ready = _ready(choice, move.src.form, move.dst.form, *move.steps, unit)
+    if ready is None:
+        return None
+    can = ready.can
+    judges = can.guards and can.skips_negative
+    if (skips and not can.skips_negative) or not (judges or move.is_clean):
+        return None
+    # The general way writes few new ids into pinned memory.
+    if ready.reads_pinned_ids and (move.src_index.listed or move.dst_index.listed):
+        return None
+    guarded = skips or (can.guards and not move.ids_on_host)
+    return _launch(ready, move, guarded, owner)
+
+
+def _ready(
+    choice: Choice, src: Form, dst: Form, src_step: int, dst_step: int, unit: int
+) -> Prepared | None:
+    """Return the prepared copy of two forms in units of ``unit`` tokens; None: there is none, or a
+    strategy makes it."""
+    ready = PREPARED.get((src.address, dst.address, src_step, dst_step, None, choice))
+    if ready is None:
+        try:
+            ready = prepared(src, dst, src_step, dst_step, None, choice)
+        except PortaKVError:  # the general way says it in its turn
+            return None
+    if ready.picks is not None or ready.unowned or ready.plan.unit != unit:
+        return None
+    return ready
+
+
+def _launch(
+    ready: Prepared, move: Move, guarded: bool = False, owner: Owner | None = None
+) -> Transfer:
+    """Launch a checked copy on the current stream, and return its end.
+
+    ``guarded``: the launch gets a status word. ``owner``: as for `_by_ids`.
+    """
+    device = move.dst.device
+    words: tuple[tuple[StatusWord, int], ...] = ()
+    status = None
+    if guarded:
+        word = acquire_word()
+        words = ((word, 0),)
+        status = word.tensor
+    placed = ready.place_both(move)
+    if device.type == "cpu":
+        event = pool = None
+        pending = ready.launch(*placed, None, None)
+        if pending is None:
+            return Transfer((), None, ready.carried)
+    else:
+        if True in ready.tables:
+            bring_tables(move, ready.tables, device)
+        pending = ready.launch(*placed, None, status)
+        pool = event_pool(device)
+        event = pool.recorded(None)
+    # The allocator knows the ids' memory by the stream on which they were brought, which may be
+    # another one. It reuses the memory of the views after what it knows of the current stream.
+    retained = placed[2:4] if pending is None else placed
+    pendings = () if pending is None else (pending,)
+    completion = Completion(event, pendings, words, None, retained, pool)
+    hold(completion, owner)
+    return Transfer((completion,), placed, ready.carried)
 
 
 def _view(rows: Rows) -> KVView:
@@ -600,7 +743,20 @@ def _view(rows: Rows) -> KVView:
 
 def _index(side: Units, unit: int) -> Index:
     """Return units as an index."""
-    return Index(offset=side.offset) if side.numbers is None else Index(side.numbers, unit)
+    if side.numbers is None:
+        return Index(offset=side.offset)
+    return Index.checked(side.numbers, unit)
+
+
+def _index_of(ids: Ids | None, step: int) -> Index | None:
+    """Return the ids of a side as an index, before the core has checked a tensor; None: ids that
+    no index takes."""
+    if type(ids) is torch.Tensor:
+        return Index.checked(ids, step)
+    try:
+        return index_of(ids, step)
+    except SlotError:  # the general way says it in its turn
+        return None
 
 
 def _across_link(

@@ -125,6 +125,13 @@ class KVView:
         return view
 
     @classmethod
+    def of_facts(cls, bound: BoundLayout, tensors: Tensors, facts: Facts) -> KVView:
+        """Return a view for one call of tensors whose facts are those of `BoundLayout.read`."""
+        view = cls.__new__(cls)
+        view._set(bound.layout, tensors, facts, False)
+        return view
+
+    @classmethod
     def at(
         cls,
         addresses: Addresses,
