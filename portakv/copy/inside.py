@@ -22,7 +22,7 @@ from torch.utils.dlpack import DLDeviceType
 from portakv.backends.row_kernels import RowKernels, after_tables
 from portakv.backends.rows_kernel import MAX_ENTRIES
 from portakv.backends.strided import Rows, StridedLaunch, Units
-from portakv.copy.call import bring_tables, memory_of_host
+from portakv.copy.call import memory_of_host
 from portakv.copy.counting import TOGETHER, Counted
 from portakv.copy.handle import BlockTransfer, skipped_tokens
 from portakv.copy.options import CopyOptions
@@ -35,7 +35,7 @@ from portakv.interconnect.link import CheckedCopy
 from portakv.interconnect.strategy import PINNED, Strategy, StrategyLaunch
 from portakv.interconnect.zero_copy import ZeroCopy
 from portakv.plan.move import Move
-from portakv.registry.prepared import PREPARED, Prepared, prepared
+from portakv.registry.prepared import PREPARED, Prepared, bring_table, prepared
 from portakv.registry.registry import Choice, choose
 from portakv.runtime.devices import capturing
 from portakv.runtime.ends import LISTED
@@ -49,7 +49,7 @@ from portakv.runtime.transfer import (
     event_pool,
     hold,
 )
-from portakv.view.bound import BoundLayout
+from portakv.view.bound import BoundLayout, Facts
 from portakv.view.destination import check_writable, with_versions
 from portakv.view.form import Form, form_of, plain_reader
 from portakv.view.index import CONSECUTIVE, PAST_ANY_VIEW, Ids, Index, as_ids, index_of
@@ -262,15 +262,16 @@ class ChunkCopies:
         if isinstance(checked, int):
             return None
         tokens, unit, units, described = checked
-        rows = ChunkRows(bound, chunk, described)
+        facts = _facts(chunk, described)
         if index is not None:
             index = index.shifted(start)
-            view = rows.view()
+            view = KVView.of_facts(bound, chunk, facts)
             move = Move(view, cache, CONSECUTIVE, index, tokens)
             if store:
                 move = Move(cache, view, index, CONSECUTIVE, tokens)
             transfer = _by_ids(self._choice, move, unit, tokens > unit * units, self._owner)
         else:
+            rows = ChunkRows(bound, chunk, facts)
             skips = tokens > unit * units  # then both sides have numbers
             read = torch.from_numpy(numbers[:units]) if store or skips else None
             written = torch.from_numpy(numbers[most : most + units]) if skips or not store else None
@@ -282,7 +283,8 @@ class ChunkCopies:
         increment_version(chunk if store else self._caches.versions)
         counts = Counted.counts
         if counts is not None:
-            forms = (cache.form, rows.form) if store else (rows.form, cache.form)
+            form = facts[0][0]
+            forms = (cache.form, form) if store else (form, cache.form)
             counts.new.append((transfer.carried[0], forms[0].place, forms[1], tokens))
             if len(counts.new) >= TOGETHER:
                 counts.sum_up()
@@ -597,28 +599,33 @@ def _launched(
     return BlockTransfer.of_views(transfer, src, dst, step, tokens, skipped, began)
 
 
+def _facts(chunk: torch.Tensor, described: tuple[Any, ...]) -> Facts:
+    """Return the facts of a chunk from what the core read of it."""
+    form, origins, owners, spans, slots, grad = described
+    if isinstance(form, bytes):
+        form = form_of(form)
+    return (form, origins, owners, spans), slots, chunk.device, grad
+
+
 class ChunkRows:
-    """The rows of a chunk during one call, as launches of `StridedLaunch` use a view.
+    """The rows of a chunk on the host during one call, as launches of `StridedLaunch` use a view.
 
     Args:
         bound: the layout of the chunk.
         tensor: the chunk.
-        described: what the core read of it.
+        facts: of it.
     """
 
     raw = True  # nothing is made of it that later calls use
 
-    def __init__(
-        self, bound: BoundLayout, tensor: torch.Tensor, described: tuple[Any, ...]
-    ) -> None:
-        form, self._addresses, owners, spans, self.slots, grad = described
-        self.form: Form = form_of(form) if isinstance(form, bytes) else form
-        self.device = tensor.device
+    def __init__(self, bound: BoundLayout, tensor: torch.Tensor, facts: Facts) -> None:
+        (self.form, origins, _, _), self.slots, self.device, _ = facts
+        assert origins is not None
+        self._addresses = origins
         self.derived: dict[Hashable, Any] = {}
-        rows = self.form, self._addresses, owners, spans
-        self._facts = rows, self.slots, self.device, grad
         self._bound = bound
         self._tensor = tensor
+        self._facts = facts
         self._storage = tensor.untyped_storage()
 
     def view(self) -> KVView:
@@ -713,6 +720,7 @@ def _launch(
         words = ((word, 0),)
         status = word.tensor
     placed = ready.place_both(move)
+    tables: list[torch.Tensor] = []
     if device.type == "cpu":
         event = pool = None
         pending = ready.launch(*placed, None, None)
@@ -720,7 +728,7 @@ def _launch(
             return Transfer((), None, ready.carried)
     else:
         if True in ready.tables:
-            bring_tables(move, ready.tables, device)
+            tables = _tables_of(move, ready.tables, device)
         pending = ready.launch(*placed, None, status)
         pool = event_pool(device)
         event = pool.recorded(None)
@@ -728,9 +736,27 @@ def _launch(
     # another one. It reuses the memory of the views after what it knows of the current stream.
     retained = placed[2:4] if pending is None else placed
     pendings = () if pending is None else (pending,)
-    completion = Completion(event, pendings, words, None, retained, pool)
+    completion = Completion(event, pendings, words, None, (retained, tables), pool)
     hold(completion, owner)
     return Transfer((completion,), placed, ready.carried)
+
+
+def _tables_of(move: Move, tables: tuple[bool, bool], device: torch.device) -> list[torch.Tensor]:
+    """Have the tables of addresses on a device that a launch reads there; return those that the
+    copy retains.
+
+    ``tables``: for each side, whether its table is read.
+    """
+    retained = []
+    for view, read in zip(move[:2], tables, strict=True):
+        if not read:
+            continue
+        table = view.made_table(device)
+        if table is None:
+            bring_table(view, device)
+        else:
+            retained.append(table)
+    return retained
 
 
 def _view(rows: Rows) -> KVView:

@@ -419,6 +419,14 @@ class KVView:
             self._table = table
         return table
 
+    def made_table(self, device: torch.device) -> torch.Tensor | None:
+        """Return the table on a device if its readers need not wait for its creation; else None.
+
+        Work that reads it retains it: no stream is recorded with its allocator.
+        """
+        table, made = self.derived.get((_TABLE, device), (None, None))
+        return table if made is None else None
+
     def follow_table(self, device: torch.device, stream: torch.Stream | None = None) -> None:
         """Order ``stream`` (None: the current one) after the creation of the table on a device.
 
