@@ -9,7 +9,7 @@ these functions then goes the general way of `copy`, which makes the copy or wor
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from time import perf_counter
 from typing import Any, NamedTuple
@@ -21,7 +21,7 @@ from torch.utils.dlpack import DLDeviceType
 
 from portakv.backends.row_kernels import RowKernels, after_tables
 from portakv.backends.rows_kernel import MAX_ENTRIES
-from portakv.backends.strided import Rows, StridedLaunch, Units
+from portakv.backends.strided import StridedLaunch, Units
 from portakv.copy.call import memory_of_host
 from portakv.copy.counting import TOGETHER, Counted
 from portakv.copy.handle import BlockTransfer, skipped_tokens
@@ -262,29 +262,26 @@ class ChunkCopies:
         if isinstance(checked, int):
             return None
         tokens, unit, units, described = checked
-        facts = _facts(chunk, described)
+        view = KVView.of_facts(bound, chunk, _facts(chunk, described))
         if index is not None:
             index = index.shifted(start)
-            view = KVView.of_facts(bound, chunk, facts)
             move = Move(view, cache, CONSECUTIVE, index, tokens)
             if store:
                 move = Move(cache, view, index, CONSECUTIVE, tokens)
             transfer = _by_ids(self._choice, move, unit, tokens > unit * units, self._owner)
         else:
-            rows = ChunkRows(bound, chunk, facts)
             skips = tokens > unit * units  # then both sides have numbers
             read = torch.from_numpy(numbers[:units]) if store or skips else None
             written = torch.from_numpy(numbers[most : most + units]) if skips or not store else None
-            source = Units(cache if store else rows, read, 0)
-            target = Units(rows if store else cache, written, 0)
+            source = Units(cache if store else view, read, 0)
+            target = Units(view if store else cache, written, 0)
             transfer = _by_units(self._choice, source, target, unit, units)
         if transfer is None:
             return None
         increment_version(chunk if store else self._caches.versions)
         counts = Counted.counts
         if counts is not None:
-            form = facts[0][0]
-            forms = (cache.form, form) if store else (form, cache.form)
+            forms = (cache.form, view.form) if store else (view.form, cache.form)
             counts.new.append((transfer.carried[0], forms[0].place, forms[1], tokens))
             if len(counts.new) >= TOGETHER:
                 counts.sum_up()
@@ -607,45 +604,6 @@ def _facts(chunk: torch.Tensor, described: tuple[Any, ...]) -> Facts:
     return (form, origins, owners, spans), slots, chunk.device, grad
 
 
-class ChunkRows:
-    """The rows of a chunk on the host during one call, as launches of `StridedLaunch` use a view.
-
-    Args:
-        bound: the layout of the chunk.
-        tensor: the chunk.
-        facts: of it.
-    """
-
-    raw = True  # nothing is made of it that later calls use
-
-    def __init__(self, bound: BoundLayout, tensor: torch.Tensor, facts: Facts) -> None:
-        (self.form, origins, _, _), self.slots, self.device, _ = facts
-        assert origins is not None
-        self._addresses = origins
-        self.derived: dict[Hashable, Any] = {}
-        self._bound = bound
-        self._tensor = tensor
-        self._facts = facts
-        self._storage = tensor.untyped_storage()
-
-    def view(self) -> KVView:
-        """Return the chunk as a view."""
-        return KVView.of_facts(self._bound, self._tensor, self._facts)
-
-    def strided(
-        self,
-        entry: int,
-        offset: int,
-        dtype: torch.dtype,
-        size: Sequence[int],
-        stride: Sequence[int],
-    ) -> torch.Tensor:
-        """Return a tensor as `KVView.strided`, inside the storage, which the core has looked at."""
-        start = self._addresses[entry] + offset - self._storage.data_ptr()
-        empty = torch.empty(0, dtype=dtype, device=self.device)
-        return empty.set_(self._storage, start // dtype.itemsize, size, stride)
-
-
 def _by_units(choice: Choice, src: Units, dst: Units, unit: int, units: int) -> Transfer | None:
     """Launch a copy on the host of so many units of ``unit`` tokens, which the core has checked;
     None: no backend takes its plan."""
@@ -657,7 +615,7 @@ def _by_units(choice: Choice, src: Units, dst: Units, unit: int, units: int) -> 
     if type(ready.launch) is StridedLaunch:
         ready.launch.copy(src, dst, units)
         return Transfer((), None, ready.carried)
-    sides = _view(src.rows), _view(dst.rows), _index(src, unit), _index(dst, unit)
+    sides = src.rows, dst.rows, _index(src, unit), _index(dst, unit)
     return _launch(ready, Move(*sides, unit * units))
 
 
@@ -757,14 +715,6 @@ def _tables_of(move: Move, tables: tuple[bool, bool], device: torch.device) -> l
         else:
             retained.append(table)
     return retained
-
-
-def _view(rows: Rows) -> KVView:
-    """Return rows as a view."""
-    if isinstance(rows, ChunkRows):
-        return rows.view()
-    assert isinstance(rows, KVView)
-    return rows
 
 
 def _index(side: Units, unit: int) -> Index:

@@ -112,12 +112,16 @@ class EventPool:
         self._free = deque[torch.Event](maxlen=_EVENTS)
         self.release = self._free.append
 
+    def acquire(self) -> torch.Event:
+        """Return an event that can be recorded."""
+        try:
+            return self._free.pop()
+        except IndexError:
+            return torch.Event(self._device)
+
     def recorded(self, stream: torch.Stream | None) -> torch.Event:
         """Record an event after all work on ``stream``; None: on this device's current stream."""
-        try:
-            event = self._free.pop()
-        except IndexError:
-            event = torch.Event(self._device)
+        event = self.acquire()
         if stream is None and torch.accelerator.current_device_index() != self._device.index:
             # Without a stream, torch would take the current device's.
             stream = torch.accelerator.current_stream(self._device.index)
