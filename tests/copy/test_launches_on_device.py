@@ -323,7 +323,7 @@ WRONG: dict[str, Any] = {
 def test_what_is_wrong_has_the_end_of_the_general_way(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    ends = []
+    ends = list[tuple[type[PortaKVError] | None, str]]()
     for general in (False, True):
         caches = [cache.clone() for cache in caches_of()]
         connector = connector_of(caches)
@@ -346,16 +346,15 @@ def test_a_backend_that_judges_no_ids_waits_for_them(monkeypatch: pytest.MonkeyP
     whole = watch_copies_of_views(monkeypatch)
     src, dst, paged, stored = views()
     there = torch.tensor([3, -1], device=DEVICE)
-    for read, made in (
-        (there, False),
-        ([3, -1], False),
-        ([3], True),
-        (Index(there[:1], SIZE), False),
-        (Index(there[:1], SIZE, trusted=True), True),
+    for read, written, made in (
+        (there, [5, 6], False),
+        ([3, -1], [5, 6], False),
+        ([3], [5], True),
+        (Index(there[:1], SIZE), [5], False),
+        (Index(there[:1], SIZE, trusted=True), [5], True),
     ):
         stored.fill_(77)
-        count = 2 if isinstance(read, torch.Tensor) else len(getattr(read, "ids", read))
-        copy_blocks(src, dst, read, [5, 6][:count], backend="reference").synchronize()
+        copy_blocks(src, dst, read, written, backend="reference").synchronize()
         assert torch.equal(stored.cpu()[5, 1], paged[1].cpu()[:, 3])
         assert bool((stored.cpu()[6] == 77).all())
         assert whole.pop() == made
