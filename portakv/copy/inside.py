@@ -687,16 +687,21 @@ def _launch(
     else:
         if True in ready.tables:
             tables = _tables_of(move, ready.tables, device)
-        pending = ready.launch(*placed, None, status)
+        try:
+            pending = ready.launch(*placed, None, status)
+        except BaseException:  # also an interrupt; what was launched may still run
+            if tables:
+                completion(device, None, *tables)
+            raise
         pool = event_pool(device)
         event = pool.recorded(None)
     # The allocator knows the ids' memory by the stream on which they were brought, which may be
     # another one. It reuses the memory of the views after what it knows of the current stream.
     retained = placed[2:4] if pending is None else placed
     pendings = () if pending is None else (pending,)
-    completion = Completion(event, pendings, words, None, (retained, tables), pool)
-    hold(completion, owner)
-    return Transfer((completion,), placed, ready.carried)
+    end = Completion(event, pendings, words, None, (retained, tables), pool)
+    hold(end, owner)
+    return Transfer((end,), placed, ready.carried)
 
 
 def _tables_of(move: Move, tables: tuple[bool, bool], device: torch.device) -> list[torch.Tensor]:

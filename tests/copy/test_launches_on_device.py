@@ -7,6 +7,7 @@ from __future__ import annotations
 import gc
 import weakref
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any, ClassVar
 
@@ -37,7 +38,7 @@ from portakv.backends.reference import Reference
 from portakv.copy import inside, rows
 from portakv.copy.inside import ChunkCopies
 from portakv.plan.plan import CopyPlan, Move
-from portakv.runtime.transfer import in_flight
+from portakv.runtime.transfer import copies_holding_memory, in_flight
 from portakv_conformance.simdev import delay
 
 pytestmark = pytest.mark.simdev
@@ -59,12 +60,14 @@ class Judging(Reference):
         moves: the copies of its launches, each with its status word.
         pending: what the next launches return.
         tables: of its launches.
+        interrupts: its launches end by an interrupt.
     """
 
     name = "judging"
     moves: ClassVar = list[tuple[Move, torch.Tensor | None]]()
     pending: ClassVar[Pending | None] = None
     tables: ClassVar = (False, False)
+    interrupts: ClassVar = False
 
     def capabilities(self) -> Capabilities:
         return replace(super().capabilities(), guards=True, skips_negative=True)
@@ -84,6 +87,8 @@ class _Launch(MoveLaunch):
     ) -> Pending | None:
         Judging.moves.append((move, status))
         super().enqueue(move, stream, status)
+        if Judging.interrupts:
+            raise KeyboardInterrupt
         return Judging.pending
 
     def carry(self, move: Move, status: torch.Tensor | None) -> None:
@@ -100,6 +105,7 @@ def _backend() -> Iterator[None]:
     Judging.moves.clear()
     Judging.pending = None
     Judging.tables = (False, False)
+    Judging.interrupts = False
 
 
 def caches_of(device: torch.device = DEVICE) -> list[torch.Tensor]:
@@ -432,8 +438,9 @@ def test_a_launch_may_end_later() -> None:
     assert gone() is None
 
 
-def test_a_table_of_addresses_outlives_its_view() -> None:
-    """No allocator knows the streams that read it."""
+@pytest.mark.parametrize("interrupted", [False, True])
+def test_a_table_of_addresses_outlives_its_view(interrupted: bool) -> None:
+    """No allocator knows the streams that read it, and what was launched goes on."""
     in_flight.clear()
     Judging.tables = (True, True)
     blocks = [torch.zeros(LAYERS, 2, SIZE, HEADS, DIM, dtype=torch.int32) for _ in range(BLOCKS)]
@@ -444,7 +451,9 @@ def test_a_table_of_addresses_outlives_its_view() -> None:
     stream = torch.Stream(DEVICE)
     with on(stream):
         delay(stream, 50)
-        copy_blocks(src, dst, [1], [2], options=BY)
+        Judging.interrupts = interrupted
+        with pytest.raises(KeyboardInterrupt) if interrupted else nullcontext():
+            copy_blocks(src, dst, [1], [2], options=BY)
     del src
     Judging.moves.clear()
     gc.collect()
@@ -454,5 +463,6 @@ def test_a_table_of_addresses_outlives_its_view() -> None:
     for completion in in_flight:
         completion.ended()
     in_flight.clear()
+    copies_holding_memory()
     gc.collect()
     assert gone() is None
