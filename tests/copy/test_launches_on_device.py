@@ -240,7 +240,8 @@ def test_rows_by_any_ids_end_as_on_the_general_way(
 def test_blocks_between_two_views(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = watch_copies_of_views(monkeypatch)
     src, dst, paged, stored = views()
-    read, written = [4, 0, -1, 3, 3], [6, 2, 1, -7, 0]
+    read = [4, 0, -1, 3, 3]
+    written = [6, 2, 1, -7, 0]
     expected = stored.cpu()
     for block, to in ((4, 6), (0, 2), (3, 0)):
         expected[to] = torch.stack([cache.cpu()[:, block] for cache in paged])
