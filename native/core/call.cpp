@@ -98,7 +98,7 @@ Ids read_ids(const Asker &ask, Object ids, DlDevice device, Room &room) {
   const DlTensor facts = ask.describe(ids, false);
   require(facts.ndim == 1 && facts.dtype.code == kDlInt && facts.dtype.lanes == 1);
   require(facts.dtype.bits == 32 || facts.dtype.bits == 64);
-  require(!ask.holds(ask.torch.is_neg, ids));
+  require(!ask.is_neg(ids));
   const int64_t width = facts.dtype.bits / 8;
   const int64_t length = facts.shape[0];
   const int64_t stride = facts.strides ? width * facts.strides[0] : width;

@@ -16,6 +16,7 @@
 #ifndef PORTAKV_CORE_H
 #define PORTAKV_CORE_H
 
+#include <stdbool.h>
 #include <stddef.h>
 #include <stdint.h>
 
@@ -401,21 +402,26 @@ PORTAKV_API int64_t portakv_view_read(const int64_t *bound, const int64_t *sizes
 // Return 1 if the functions of an interpreter were found, which the functions below need; else 0.
 PORTAKV_API int portakv_python_found(void);
 
-// The objects of torch that `portakv_view_read_tensors` uses. Python owns them.
+// What the core uses of torch. Python owns the objects.
+//
+// A handle is torch's AtenTensorHandle: the `at::Tensor` of C++ that each tensor's object contains, a
+// pointer to the tensor's implementation. Functions with an `out` belong to torch's stable interface,
+// and return 0 or a code.
 typedef struct {
   const void *exchange;  // torch.Tensor's DLPackExchangeAPI
   void *tensor;          // the types whose tensors are plain: torch.Tensor
   void *parameter;       // and torch.nn.Parameter
-  void *storage_offset;  // unbound methods of torch.Tensor
-  void *untyped_storage;
-  void *is_neg;
-  void *is_conj;
-  void *is_pinned;
-  void *requires_grad;  // the names of attributes
-  void *dtype;
-  void *uint8;  // the dtypes of plain bytes
-  void *int8;
-  void *forms;  // a dictionary of forms by their words, as bytes
+  void *is_pinned;       // an unbound method of torch.Tensor
+  void *forms;           // a dictionary of forms by their words, as bytes
+  int64_t handle_at;     // bytes from a tensor's object to its handle
+  int (*storage_offset)(void *handle, int64_t *out);
+  int (*storage_bytes)(void *handle, int64_t *out);
+  int (*dtype)(void *handle, int32_t *out);
+  int64_t uint8;  // the numbers of the dtypes of plain bytes
+  int64_t int8;
+  bool (*is_neg)(const void *handle);
+  bool (*is_conj)(const void *handle);
+  bool (*requires_grad)(const void *implementation);
 } PortakvTorch;
 
 // Read a tensor, or plain tensors in lists, tuples and dicts as the layout names them. The caller
@@ -424,7 +430,7 @@ typedef struct {
 // Return a tuple: the form of these words, or the words of `View::form` as bytes if `forms` has no
 // form or the view is packed; the addresses of the entries; the tensors at the entries; the spans,
 // as a list of pairs; slots; True if a tensor requires grad. Return a code as an integer if the
-// tensors cannot be read. Return NULL if a method of a tensor raised an error.
+// tensors cannot be read. Return NULL if Python raised an error.
 PORTAKV_API void *portakv_view_read_tensors(const int64_t *bound, void *tensors);
 
 // --- Whole copies -------------------------------------------------------------------------------
@@ -440,7 +446,7 @@ enum {
 
 // Tensors and storages that must be as they were. Their owner keeps them and these arrays.
 typedef struct portakv_watch {
-  void *const *tensors;      // torch's AtenTensorHandle of each
+  void *const *tensors;      // the handle of each
   const int64_t *addresses;  // of the first byte of each
   int64_t count;
   void *const *storages;  // for each storage the handle of a tensor that has it

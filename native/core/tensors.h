@@ -94,12 +94,10 @@ struct Python {
   Object (*tuple_item)(Object, ptrdiff_t);  // borrowed
   Object (*new_tuple)(ptrdiff_t);
   int (*set_tuple_item)(Object, ptrdiff_t, Object);  // takes the reference
-  ptrdiff_t (*size)(Object);
   ptrdiff_t (*dict_size)(Object);
   int (*dict_next)(Object, ptrdiff_t *, Object *, Object *);  // borrowed
   Object (*dict_item)(Object, Object);                        // borrowed
   Object (*call)(Object, const Object *, size_t, Object);     // PyObject_Vectorcall
-  Object (*attribute)(Object, Object);
   int (*is_true)(Object);
   Object (*new_integer)(long long);
   long long (*integer)(Object);
@@ -147,7 +145,8 @@ class Owned {
   Object object_;
 };
 
-// Asks single tensors of torch.
+// Asks single tensors of torch. Only the type of a tensor that `describe` took is known: the other
+// questions read what lies in its object.
 class Asker {
  public:
   Asker(const Python &python_, const PortakvTorch &torch_) : python(python_), torch(torch_) {}
@@ -156,11 +155,16 @@ class Asker {
   // torch.nn.Parameter, and for a tensor without memory: an empty one, or a transform's.
   DlTensor describe(Object tensor, bool parameters) const;
   // Return the elements from the first of a tensor's storage to its own first.
-  int64_t storage_offset(Object tensor) const;
+  int64_t storage_offset(Object tensor) const { return answer(torch.storage_offset, tensor); }
   // Return the bytes of a tensor's storage, which can have been resized.
-  int64_t storage_bytes(Object tensor) const;
-  bool holds(Object unbound, Object tensor) const;
-  bool truth(Object answer) const;
+  int64_t storage_bytes(Object tensor) const { return answer(torch.storage_bytes, tensor); }
+  int64_t dtype(Object tensor) const { return answer(torch.dtype, tensor); }
+  bool is_neg(Object tensor) const { return torch.is_neg(handle(tensor)); }
+  bool is_conj(Object tensor) const { return torch.is_conj(handle(tensor)); }
+  bool requires_grad(Object tensor) const {
+    return torch.requires_grad(*static_cast<void *const *>(handle(tensor)));
+  }
+  bool is_pinned(Object tensor) const;
   // Return an object; throw `Raised` for null.
   static Object raised(Object result);
 
@@ -168,7 +172,14 @@ class Asker {
   const PortakvTorch &torch;
 
  private:
-  Object method(Object unbound, Object tensor) const;
+  void *handle(Object tensor) const { return static_cast<char *>(tensor) + torch.handle_at; }
+
+  template <typename Number>
+  Number answer(int (*question)(void *, Number *), Object tensor) const {
+    Number number = 0;
+    if (question(handle(tensor), &number) != 0) throw NotPlain();
+    return number;
+  }
 };
 
 // Return true if memory is as it was. The caller holds the interpreter.

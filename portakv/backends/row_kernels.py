@@ -14,9 +14,9 @@ from portakv.core.call import (
     OTHERWISE,
     CurrentStream,
     calls,
-    current_stream_function,
 )
 from portakv.core.rows import Kernels
+from portakv.core.view import address_in_torch
 from portakv.runtime.cuda import NO_CONTEXT, KernelDriver
 from portakv.runtime.devices import capture_question, this_process
 from portakv.runtime.ends import ends_of
@@ -138,7 +138,7 @@ def _current_stream(driver: KernelDriver, device: torch.device) -> CurrentStream
         return None
     try:
         current_device, capturing = driver.streams
-        current = current_stream_function()
+        current = address_in_torch("aoti_torch_get_current_cuda_stream")
     except AttributeError:
         return None
     if torch.cuda.device_count() == 1:  # it is always the current one

@@ -379,9 +379,11 @@ def _issue(
     """Make a copy by the core, and return its end and the core's result; None: the core does not
     make it."""
     reader = plain_reader()
+    if reader is None:
+        return None
     from_view = opened(src)
     to_view = opened(dst)
-    if reader is None or from_view is None or to_view is None:
+    if from_view is None or to_view is None:
         return None
     device = dst.device if src.device.type == "cpu" else src.device
     tabled = [view for view, each in ((src, from_view), (dst, to_view)) if each.tabled]

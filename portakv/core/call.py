@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import torch
 
 from portakv.core.library import python_function
+from portakv.core.view import address_in_torch, handle_at
 
 # The codes of `core.h`.
 OTHERWISE = -50
@@ -63,8 +64,9 @@ class Watch:
     @cached_property
     def address(self) -> int:
         """Where the core reads the words of this object."""
-        self._handles = _Handles(self._tensors)
-        tensors = array("q", self._handles.pointers)
+        at = handle_at()
+        assert at is not None  # else the core reads no tensors
+        tensors = array("q", [id(each) + at for each in self._tensors])
         storages = array("q", [tensors[number] for number in self._first])
         self._pointers = tensors, storages
         self._words = _Watch(
@@ -74,8 +76,8 @@ class Watch:
             storages.buffer_info()[0],
             self._sizes.buffer_info()[0],
             len(storages),
-            self._handles.functions.address_of,
-            self._handles.functions.storage_bytes,
+            address_in_torch("aoti_torch_get_data_ptr"),
+            address_in_torch("aoti_torch_get_storage_size"),
         )
         return ctypes.addressof(self._words)
 
@@ -94,45 +96,6 @@ class Watch:
         """Take the present sizes of the storages as theirs."""
         for number, storage in enumerate(self._storages):
             self._sizes[number] = len(storage)
-
-
-class _TensorFunctions(NamedTuple):
-    """Functions of torch's stable interface: two addresses for the core, and the function that
-    deletes a handle."""
-
-    address_of: int
-    storage_bytes: int
-    delete: Callable[[int], int]
-
-
-@cache
-def _tensor_functions() -> _TensorFunctions:
-    """Return the functions, which torch's extension finds in its libraries."""
-    torch_library = ctypes.PyDLL(torch._C.__file__)
-    delete = torch_library.aoti_torch_delete_tensor_object
-    delete.argtypes = (ctypes.c_void_p,)
-    names = "aoti_torch_get_data_ptr", "aoti_torch_get_storage_size"
-    address_of, storage_bytes = (
-        ctypes.cast(torch_library[name], ctypes.c_void_p).value or 0 for name in names
-    )
-    return _TensorFunctions(address_of, storage_bytes, delete)
-
-
-class _Handles:
-    """Handles of tensors for torch's stable interface. They count as references to the tensors, so
-    torch refuses to swap these with others."""
-
-    def __init__(self, tensors: Sequence[torch.Tensor]) -> None:
-        self.functions = _tensor_functions()
-        pointer = ctypes.pythonapi.PyCapsule_GetPointer
-        pointer.argtypes = (ctypes.py_object, ctypes.c_char_p)
-        pointer.restype = ctypes.c_void_p
-        made = torch._C._aoti.unsafe_alloc_void_ptrs_from_tensors(list(tensors))
-        self.pointers: list[int] = [pointer(capsule, None) for capsule in made]
-
-    def __del__(self) -> None:
-        for handle in getattr(self, "pointers", ()):
-            self.functions.delete(handle)
 
 
 class CopyEnd(ctypes.Structure):
@@ -157,15 +120,6 @@ class CurrentStream(ctypes.Structure):
         ("current_stream", ctypes.c_void_p),
         ("capturing", ctypes.c_void_p),
     )
-
-
-@cache
-def current_stream_function() -> int:
-    """Return the address of torch's function for the current stream of a device of CUDA or ROCm;
-    raise `AttributeError` if this torch has none."""
-    torch_library = ctypes.PyDLL(torch._C.__file__)
-    address = ctypes.cast(torch_library.aoti_torch_get_current_cuda_stream, ctypes.c_void_p)
-    return address.value or 0
 
 
 class _View(ctypes.Structure):

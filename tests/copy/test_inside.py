@@ -22,7 +22,15 @@ from support.whole_copies import (
     watch_whole_copies,
 )
 
-from portakv import AdaptiveConnector, Index, KVView, PortaKVError, copy_blocks, copy_rows
+from portakv import (
+    AdaptiveConnector,
+    Index,
+    KVView,
+    LayoutError,
+    PortaKVError,
+    copy_blocks,
+    copy_rows,
+)
 from portakv.copy import inside, rows
 from portakv.copy.inside import ChunkCopies
 from portakv.core.call import CopyEnd, calls
@@ -273,16 +281,14 @@ def test_tensors_that_are_watched_live_as_long_as_they_are_registered() -> None:
     assert all(each() is None for each in gone)
 
 
-@needs_whole_copies
-def test_tensors_that_are_watched_are_not_swapped() -> None:
+def test_a_tensor_that_was_swapped_is_other_memory() -> None:
     caches = caches_of(4, torch.float16)
     connector = connector_of(caches)
-    with pytest.raises(RuntimeError):
-        torch.utils.swap_tensors(caches[0], caches[0].clone())
-    connector.unregister_kv_caches()
-    del connector
-    gc.collect()
+    chunk = chunk_of(1, 4, torch.float16)
+    connector.from_gpu(chunk, None, [3])
     torch.utils.swap_tensors(caches[0], caches[0].clone())
+    with pytest.raises(LayoutError, match="replaced"):
+        connector.from_gpu(chunk, None, [3])
 
 
 # Two views
