@@ -396,8 +396,10 @@ class HostLaunch(StrategyLaunch):
         )
 
 
-#: Strategies by the backend that they run over, and by terms without a rate.
-hosts: Bounded[tuple[Choice, Terms], Choice] = Bounded("strategies across the link", 64)
+#: Strategies by the backend that they run over, by terms without a rate, and, for rows of another
+#: device, by the reason why the device may not read them.
+strategies: Bounded[tuple[Choice, Terms, str | None], Choice]
+strategies = Bounded("strategies under terms", 256)
 
 
 def across(half: Choice, terms: Terms | None = None) -> Choice:
@@ -408,8 +410,8 @@ def across(half: Choice, terms: Terms | None = None) -> Choice:
         BackendUnavailable: its self-check failed on this device.
     """
     own = _NO_TERMS if terms is None else terms.without_rate
-    key = half, own
-    known = hosts.get(key)
+    key = half, own, None
+    known = strategies.get(key)
     if known is not None:
         return known
     device = half.backend.device
@@ -417,7 +419,8 @@ def across(half: Choice, terms: Terms | None = None) -> Choice:
         if own == _NO_TERMS:
             return half
         named = type(half.backend)(device, None, own)
-        return hosts.setdefault(key, Choice(named, half.trace, half.forced, named.capabilities()))
+        made = Choice(named, half.trace, half.forced, named.capabilities())
+        return strategies.setdefault(key, made)
     backend, decision = REGISTRY.ask(Host.name, device, check=True)
     if backend is None:
         raise BackendUnavailable(
@@ -426,4 +429,4 @@ def across(half: Choice, terms: Terms | None = None) -> Choice:
         )
     strategy = Host(device, half, own)
     made = Choice(strategy, (*half.trace, decision), False, strategy.capabilities())
-    return hosts.setdefault(key, made)
+    return strategies.setdefault(key, made)

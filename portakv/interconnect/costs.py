@@ -286,33 +286,33 @@ def _time(number: object, least: float = 0.0) -> float:
     return float(number)
 
 
-#: Costs of each device by their subject: tables of strategies, and what `measured` adds.
-_costs: Bounded[tuple[torch.device, object], Any] = Bounded("measured costs", 128)
+#: Measurements of each device by their subject: tables of strategies, and what `measured` adds.
+_measurements: Bounded[tuple[torch.device, object], Any] = Bounded("measurements of devices", 512)
 _lock = threading.Lock()
 
 
 def costs_of(device: torch.device) -> Table:
     """Return the table of a device, read once in a process."""
     key = device, Table
-    known = _costs.get(key)
+    known = _measurements.get(key)
     if known is None:
         with _lock:
-            known = _costs.get_or_make(key, lambda: _load(device))
+            known = _measurements.get_or_make(key, lambda: _load(device))
     return cast("Table", known)
 
 
 def measured(device: torch.device, subject: object, measure: Callable[[], Measured]) -> Measured:
-    """Return the costs of a subject on a device, measured at the first call.
+    """Return what a subject measures on a device, such as its costs; measured at the first call.
 
     Several threads may measure concurrently; all get the first result.
     """
-    return cast("Measured", _costs.get_or_make((device, subject), measure))
+    return cast("Measured", _measurements.get_or_make((device, subject), measure))
 
 
 def forget() -> None:
-    """Drop all costs. The next look-up reads the files, or measures, again."""
+    """Drop all measurements. The next look-up reads the files, or measures, again."""
     with _lock:
-        _costs.clear()
+        _measurements.clear()
 
 
 def _load(device: torch.device) -> Table:
