@@ -14,6 +14,7 @@
 #include "form.h"
 #include "ids.h"
 #include "link.h"
+#include "pick.h"
 #include "plan.h"
 #include "rows.h"
 #include "tensors.h"
@@ -752,6 +753,18 @@ int64_t read_copy(const Python &python, Arguments arguments) {
   return pair.count << 2;
 }
 
+int64_t pick_strategy(const Python &, Arguments arguments) {
+  const auto &copies = *arguments.pointer<const PickedCopies>();
+  const auto *costs = arguments.pointer<const double>();
+  const int64_t groups = arguments.number();
+  const int64_t host_groups = arguments.number();
+  const int64_t count = arguments.number();
+  const int64_t out = arguments.number();
+  const int64_t waits = arguments.number();
+  const bool new_ids = arguments.number() != 0;
+  return pick(copies, costs, groups, host_groups, count, out, waits, new_ids);
+}
+
 Object answer(const Python &python, int64_t result) { return python.new_integer(result); }
 Object answer(const Python &, Object result) { return result; }
 
@@ -779,6 +792,7 @@ const PythonFunction kFunctions[] = {
     {"plan_make", called<plan_make, 7>, kFastCall, nullptr},
     {"read_copy", called<read_copy, 17>, kFastCall, nullptr},
     {"current_stream", called<current_stream, 1>, kFastCall, nullptr},
+    {"pick_strategy", called<pick_strategy, 8>, kFastCall, nullptr},
 };
 
 }  // namespace

@@ -300,6 +300,33 @@ PORTAKV_API int64_t portakv_pieces_fold(const int64_t *runs, int64_t *out, int64
 PORTAKV_API int64_t portakv_pieces_count(const int64_t *plan, int64_t units, int64_t groups,
                                          const int64_t *limits, int64_t *out);
 
+// --- Picks of transfer strategies -------------------------------------------------------------
+//
+// pick.h has the words, and the order of the strategies, by which sets of strategies are bits.
+
+// An answer: the strategy, its reason (PickReason of pick.h) times 16, and these flags.
+enum {
+  PORTAKV_PICK_SEVERAL = 1 << 8,    // several take about the least time
+  PORTAKV_PICK_EXPOSED = 1 << 9,    // a part of the host's time counts in any case
+  PORTAKV_PICK_SLOWED = 1 << 10,    // a model would slow the kernel down
+  PORTAKV_PICK_QUICKER = 1 << 11,   // the kernel would take less, but the terms exclude it
+  PORTAKV_PICK_EXCLUDED = 1 << 12,  // the terms exclude the kernel
+  PORTAKV_PICK_NONE = -70           // no strategy takes the copy
+};
+
+// Pick the strategy of a copy. Return an answer, and write an Alternative for each strategy.
+//
+// rules   PickRules
+// costs   measurements of the direction
+// shapes  for each strategy a Shape
+// out, waits, new_ids  as pick.h says
+PORTAKV_API int64_t portakv_pick(const int64_t *rules, const double *costs, const int64_t *shapes,
+                                 int64_t out, int64_t waits, int new_ids, double *alternatives);
+
+// Write the seconds of the device and of the host for so many runs of one size. `columns` are
+// measurements of one strategy, of one column at least.
+PORTAKV_API void portakv_cost(const double *columns, double run_bytes, double runs, double *out);
+
 // --- The link between a device and the host ---------------------------------------------------
 //
 // Words and their order are those of link.h and link.cpp. Calls release the interpreter: a driver
@@ -547,6 +574,12 @@ typedef struct portakv_current {
 //
 // 7: return the current stream of a device by a portakv_current; OTHERWISE: another device is
 // current, the stream is being captured, or a function failed.
+//
+// 8: pick the strategy of a copy.
+//   copies      PickedCopies (pick.h)
+//   costs       measurements of the direction
+//   groups, host_groups, count, out, waits, new_ids  as pick.h says
+// The function returns an answer of `portakv_pick`, or a code.
 PORTAKV_API void *portakv_python_function(int64_t number);
 
 // Return 0 if a write of the first or the last byte of a range of host memory would fail. It is then

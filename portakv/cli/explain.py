@@ -40,10 +40,11 @@ from portakv.cli.sides import (
 from portakv.cli.store import check_installed, explain_folder
 from portakv.cli.top import read_page, samples_in
 from portakv.copy.call import executor_of
+from portakv.core.pick import ORDER
 from portakv.errors import BackendUnavailable, InvalidTerms, PortaKVError, Unsupported
 from portakv.interconnect.choose import Host
 from portakv.interconnect.costs import DIRECTIONS, Table, TableError, costs_of, read, unmeasured
-from portakv.interconnect.pick import ORDER, Alternative, pick
+from portakv.interconnect.pick import Alternative, pick
 from portakv.interconnect.pieces import Shape
 from portakv.interconnect.strategy import OVERLAPS, Terms
 from portakv.layout.encodings import PACK, Pack, PackedPlane

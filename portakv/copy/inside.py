@@ -456,10 +456,14 @@ class _Crossing:
         if result < 0 or not isinstance(launch, HostLaunch):
             return result if result < 0 else launch.cross(checked)
         number, groups, host_groups = checked.words[COUNT : COUNT + 3]
-        picked = launch.pick_counted(number, groups, host_groups, self._views[1], self._new)
-        if picked is None:
+        found = launch.pick_counted(number, groups, host_groups, self._views[1], self._new)
+        if found is None:
             return OTHERWISE
-        means, self.carried = picked
+        _, self.carried = found
+        means = launch.prepared(found[1].strategy)
+        if means is None:
+            return OTHERWISE
+        launch.log(found[1])
         return means.cross(checked) if isinstance(means, StrategyLaunch) else OTHERWISE
 
 
@@ -620,18 +624,21 @@ def _across_link(
     down = places[0] == "device"
     try:
         choice = choose((src if down else dst).device, options.backend)
-        strategy = isinstance(choice.backend, Strategy)
-        if not strategy and places in choice.can.places:
+        named = isinstance(choice.backend, Strategy)
+        if not named and places in choice.can.places:
             return None
-        if not strategy or options.terms is not None:
+        if not named or options.terms is not None:
             choice = across(choice, options.terms)
         ready = prepared(src.form, dst.form, *steps, None, choice)
         host = dst if down else src
         launch = ready.launch
         if isinstance(launch, HostLaunch):
-            by_kernels = launch.kernels_for(count, host, new)
-            if by_kernels is not None:
-                return _Executor(*by_kernels)
+            found = launch.pick_counted(count, 1, 1, host, new)
+            if found is not None:
+                strategy, picked = found
+                if isinstance(strategy, ZeroCopy) and launch.has_prepared(picked.strategy):
+                    launch.log(picked)
+                    return _Executor(strategy.kernels[src.form.place], picked)
         by = ready.choice.backend
         if not isinstance(by, Strategy) or not isinstance(launch, StrategyLaunch):
             return None

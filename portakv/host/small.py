@@ -3,8 +3,8 @@
 
 A copy engine ends its current copy, whatever the streams' priorities: 1,000 integers wait for a
 gigabyte that was enqueued earlier. Values that the CUDA driver takes along with its commands do not
-wait. They go to devices for which `by_inline` returns True, up to `MOST_INLINE` bytes. Other values
-go through pinned memory, by the copy engine.
+wait. They go to devices that have an `inline_copy`, up to `MOST_INLINE` bytes. Other values go
+through pinned memory, by the copy engine.
 """
 
 from __future__ import annotations
@@ -97,11 +97,6 @@ def to_device(
         else:
             inline.send(flat, into, stream)
     return into
-
-
-def by_inline(device: torch.device) -> bool:
-    """Return True if values travel to a device in the driver's commands, outside of graphs."""
-    return inline_copy(device) is not None
 
 
 # --- the methods ----------------------------------------------------------------------------------
