@@ -50,24 +50,32 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Print the candidates' answers. Return 1 if no device is served, 0 otherwise."""
-    targets: list[tuple[torch.device | str, str]]
+    report: Report = versions()
     if args.device is None:
-        targets = [(device, "") for device in devices_present()]
+        report["devices"] = [_device_report(device, "") for device in devices_present()]
     else:
-        targets = [_device(args.device)]
-    report: Report = {
-        "portakv": __version__,
-        "torch": str(torch.__version__),
-        "python": platform.python_version(),
-        "forced": forced_backend(),
-        "devices": [_device_report(*device) for device in targets],
-    }
+        report["devices"] = [_device_report(*_device(args.device))]
     (print_json if args.json else _print)(report)
     if any(one["chosen"] for one in report["devices"]):
         return 0
     where = args.device or "any device of this machine"
     print(f"portakv: no backend is chosen for {where}.", file=sys.stderr)
     return 1
+
+
+def versions() -> Report:
+    """Return the versions of this process, and the backend that the environment forces."""
+    return {
+        "portakv": __version__,
+        "torch": str(torch.__version__),
+        "python": platform.python_version(),
+        "forced": forced_backend(),
+    }
+
+
+def print_versions(report: Report) -> None:
+    """Print the versions of a report."""
+    print(f"portakv {report['portakv']}, torch {report['torch']}, Python {report['python']}")
 
 
 def _device(text: str) -> tuple[torch.device | str, str]:
@@ -110,7 +118,7 @@ def _device_report(device: torch.device | str, missing: str) -> Report:
 
 
 def _print(report: Report) -> None:
-    print(f"portakv {report['portakv']}, torch {report['torch']}, Python {report['python']}")
+    print_versions(report)
     is_set = f"={report['forced']} is set: no other backend is chosen."
     if report["forced"] is None:
         is_set = " is not set: the first accepted candidate is chosen."

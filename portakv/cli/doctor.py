@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from importlib import metadata
@@ -19,9 +18,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from portakv import __version__
 from portakv.arguments import kind_of, whole
-from portakv.cli.backends import candidates_for, forced_backend
+from portakv.cli.backends import candidates_for, print_versions, versions
 from portakv.cli.console import Report, columns_of, installing, print_json, print_prose, print_table
 from portakv.cli.store import check_installed
 from portakv.errors import InvalidTerms
@@ -137,10 +135,7 @@ def run(args: argparse.Namespace) -> int:
     devices = [_device(device) for device in devices_present()]
     served = [one["type"] for one in devices if one["backend"]]
     report: Report = {
-        "portakv": __version__,
-        "torch": str(torch.__version__),
-        "python": platform.python_version(),
-        "forced": forced_backend(),
+        **versions(),
         "variables": [*_wrong_variables()],
         "plugs": [_integration(name, served) for name in INTEGRATIONS],
         "devices": devices,
@@ -280,7 +275,7 @@ def _extra(extra: str) -> Report:
 
 
 def _print(report: Report) -> None:
-    print(f"portakv {report['portakv']}, torch {report['torch']}, Python {report['python']}")
+    print_versions(report)
     if report["forced"]:
         print(f"{ENVIRONMENT}={report['forced']} is set: no other backend is chosen.")
     for sentence in report["variables"]:
