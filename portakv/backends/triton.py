@@ -11,7 +11,7 @@ import os
 import threading
 from collections.abc import Callable
 from functools import partial
-from typing import Any, Protocol, TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 
@@ -32,24 +32,8 @@ from portakv.runtime.devices import capturing, refuse_capture, refuse_fork, this
 INTERPRET = "TRITON_INTERPRET"
 
 
-class CompiledKernel(Protocol):
-    """The attributes that a launch reads from Triton's compiled kernel.
-
-    Reading ``run`` loads the kernel into the current device.
-    """
-
-    @property
-    def run(self) -> Callable[..., object]: ...
-    @property
-    def function(self) -> object: ...
-    @property
-    def packed_metadata(self) -> object: ...
-    @property
-    def asm(self) -> Any: ...
-    @property
-    def metadata(self) -> Any: ...
-
-
+#: Triton's compiled kernel. Reading its ``run`` loads it into the current device.
+CompiledKernel: TypeAlias = Any
 #: The kernel of a nest: its ``run``, ``function`` and ``packed_metadata``, and as many None as it
 #: has constants.
 _Part: TypeAlias = tuple[NestKernel, Callable[..., object], object, object, tuple[None, ...]]
@@ -150,19 +134,7 @@ class _InterpretedLaunch(MoveLaunch):
                     copy_rows[(programs, nest.planes)](*arguments, **constants)
 
 
-class _OnDevice:
-    """The functions of Triton's driver that a launch calls."""
-
-    def __init__(self, device: torch.device) -> None:
-        driver = _driver()
-        self._current_device = driver.get_current_device
-        self._current_stream = driver.get_current_stream
-        self._device = device
-        self._index = device.index
-        self._process = this_process()
-
-
-class _TritonLaunch(_OnDevice, MoveLaunch):
+class _TritonLaunch(MoveLaunch):
     def __init__(
         self,
         unit: int,
@@ -170,7 +142,11 @@ class _TritonLaunch(_OnDevice, MoveLaunch):
         kernels: list[CompiledKernel],
         device: torch.device,
     ) -> None:
-        super().__init__(device)
+        driver = _driver()
+        self._current_device = driver.get_current_device
+        self._current_stream = driver.get_current_stream
+        self._device = device
+        self._process = this_process()
         # Constants have places in a launcher's arguments; the values there are not read.
         self._parts: list[_Part] = [
             (nest, k.run, k.function, k.packed_metadata, (None,) * (len(nest.constants) + 1))
@@ -181,7 +157,7 @@ class _TritonLaunch(_OnDevice, MoveLaunch):
     def enqueue(self, move: Move, stream: torch.Stream | None, status: torch.Tensor | None) -> None:
         if self._process.forked:
             raise refuse_fork("the device's context")
-        if stream is None and self._current_device() == self._index:
+        if stream is None and self._current_device() == self._device.index:
             self._run(move, status)
             return
         module = torch.get_device_module(self._device)
@@ -189,7 +165,7 @@ class _TritonLaunch(_OnDevice, MoveLaunch):
             self._run(move, status)
 
     def _run(self, move: Move, status: torch.Tensor | None) -> None:
-        stream = self._current_stream(self._index)
+        stream = self._current_stream(self._device.index)
         for nest, run, function, metadata, constants in self._parts:
             for programs, arguments in nest.launches(move, status):
                 run(
