@@ -101,17 +101,20 @@ class ReferencePack:
             refused.append(flagged)
         flags = torch.stack([each.view(blocks, -1).any(1) for each in refused]).any(0)
         if bool(flags.any()):
-            # Planes of flagged slots are replaced by the rows that the destination has.
-            present = self._dense(self._plan.raw, blocks)
-            self._copy(Move(move.dst, present, move.dst_index, Index(), move.count))
-            for plane, values, old, flagged in zip(
-                self._planes, rows.tensors, present.tensors, refused, strict=True
-            ):
-                new = values.view(torch.int16).view(-1, plane.values)
-                former = old.view(torch.int16).view(-1, plane.values)
-                new.copy_(torch.where(flagged[:, None], former, new))
+            self._put_back(move, rows, refused, blocks)
         self._copy(Move(rows, move.dst, Index(), move.dst_index, move.count))
         return flags
+
+    def _put_back(self, move: Move, rows: KVView, refused: list[torch.Tensor], blocks: int) -> None:
+        """Replace the planes of flagged slots by the rows that the destination has."""
+        present = self._dense(self._plan.raw, blocks)
+        self._copy(Move(move.dst, present, move.dst_index, Index(), move.count))
+        for plane, values, old, flagged in zip(
+            self._planes, rows.tensors, present.tensors, refused, strict=True
+        ):
+            new = values.view(torch.int16).view(-1, plane.values)
+            former = old.view(torch.int16).view(-1, plane.values)
+            new.copy_(torch.where(flagged[:, None], former, new))
 
     def _dense(self, form: Form, blocks: int) -> KVView:
         """Return dense memory for blocks of a side, a tensor for each kv."""
@@ -156,11 +159,7 @@ def pack_planes(values: torch.Tensor, plane: PackedPlane) -> Packed:
     head = slots[:, plane.head_at : plane.escapes_at]
     head[:, : table.shape[1]] = table
     _write_counts(head, escaped, plane)
-    # The exponents of escaped values stand one after the other, in the order of the values.
-    written = escaped & ~overflow[:, None]
-    rank = written.cumsum(1) - 1
-    where = written.nonzero(as_tuple=True)
-    slots[:, plane.escapes_at :][where[0], rank[where]] = exponents[where].to(torch.uint8)
+    _write_escapes(slots[:, plane.escapes_at :], exponents, escaped & ~overflow[:, None])
 
     # Only the flag of a plane that overflows is kept.
     slots.masked_fill_(overflow[:, None], 0)
@@ -263,6 +262,13 @@ def _write_counts(head: torch.Tensor, escaped: torch.Tensor, plane: PackedPlane)
         at = TOTAL_AT + 2 * nth
         head[:, at] = numbers[:, nth] & 0xFF
         head[:, at + 1] = numbers[:, nth] >> 8 & 0xFF
+
+
+def _write_escapes(area: torch.Tensor, exponents: torch.Tensor, escaped: torch.Tensor) -> None:
+    """Write the exponents of escaped values one after the other, in the order of the values."""
+    rank = escaped.cumsum(1) - 1
+    where = escaped.nonzero(as_tuple=True)
+    area[where[0], rank[where]] = exponents[where].to(torch.uint8)
 
 
 def _join_codes(codes: torch.Tensor, code_bits: int) -> torch.Tensor:

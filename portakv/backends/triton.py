@@ -11,7 +11,7 @@ import os
 import threading
 from collections.abc import Callable
 from functools import partial
-from typing import Any, TypeAlias
+from typing import Any, Protocol, TypeAlias
 
 import torch
 
@@ -32,8 +32,24 @@ from portakv.runtime.devices import capturing, refuse_capture, refuse_fork, this
 INTERPRET = "TRITON_INTERPRET"
 
 
-#: Triton's compiled kernel. Reading its ``run`` loads it into the current device.
-CompiledKernel: TypeAlias = Any
+class CompiledKernel(Protocol):
+    """The attributes that a launch reads from Triton's compiled kernel.
+
+    Reading ``run`` loads the kernel into the current device.
+    """
+
+    @property
+    def run(self) -> Callable[..., object]: ...
+    @property
+    def function(self) -> object: ...
+    @property
+    def packed_metadata(self) -> object: ...
+    @property
+    def asm(self) -> Any: ...
+    @property
+    def metadata(self) -> Any: ...
+
+
 #: The kernel of a nest: its ``run``, ``function`` and ``packed_metadata``, and as many None as it
 #: has constants.
 _Part: TypeAlias = tuple[NestKernel, Callable[..., object], object, object, tuple[None, ...]]
@@ -134,7 +150,19 @@ class _InterpretedLaunch(MoveLaunch):
                     copy_rows[(programs, nest.planes)](*arguments, **constants)
 
 
-class _TritonLaunch(MoveLaunch):
+class _OnDevice:
+    """The functions of Triton's driver that a launch calls."""
+
+    def __init__(self, device: torch.device) -> None:
+        driver = _driver()
+        self._current_device = driver.get_current_device
+        self._current_stream = driver.get_current_stream
+        self._device = device
+        self._index = device.index
+        self._process = this_process()
+
+
+class _TritonLaunch(_OnDevice, MoveLaunch):
     def __init__(
         self,
         unit: int,
@@ -142,11 +170,7 @@ class _TritonLaunch(MoveLaunch):
         kernels: list[CompiledKernel],
         device: torch.device,
     ) -> None:
-        driver = _driver()
-        self._current_device = driver.get_current_device
-        self._current_stream = driver.get_current_stream
-        self._device = device
-        self._process = this_process()
+        super().__init__(device)
         # Constants have places in a launcher's arguments; the values there are not read.
         self._parts: list[_Part] = [
             (nest, k.run, k.function, k.packed_metadata, (None,) * (len(nest.constants) + 1))
@@ -157,7 +181,7 @@ class _TritonLaunch(MoveLaunch):
     def enqueue(self, move: Move, stream: torch.Stream | None, status: torch.Tensor | None) -> None:
         if self._process.forked:
             raise refuse_fork("the device's context")
-        if stream is None and self._current_device() == self._device.index:
+        if stream is None and self._current_device() == self._index:
             self._run(move, status)
             return
         module = torch.get_device_module(self._device)
@@ -165,7 +189,7 @@ class _TritonLaunch(MoveLaunch):
             self._run(move, status)
 
     def _run(self, move: Move, status: torch.Tensor | None) -> None:
-        stream = self._current_stream(self._device.index)
+        stream = self._current_stream(self._index)
         for nest, run, function, metadata, constants in self._parts:
             for programs, arguments in nest.launches(move, status):
                 run(
