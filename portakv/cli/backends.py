@@ -10,7 +10,7 @@ import argparse
 import os
 import platform
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import cast
 
@@ -105,7 +105,7 @@ def _device(text: str) -> tuple[torch.device | str, str]:
 def _device_report(device: torch.device | str, missing: str) -> Report:
     """Return the answers for a device, or for the name of a device that torch cannot use here."""
     candidates = candidates_for(device)
-    levels = _verified([c["name"] for c in candidates], device)
+    level = _level_on(device)
     absent = isinstance(device, str)
     return {
         "device": str(device),
@@ -113,7 +113,7 @@ def _device_report(device: torch.device | str, missing: str) -> Report:
         "count": 0 if absent else torch.get_device_module(device).device_count(),
         "missing": missing,
         "chosen": next((c["name"] for c in candidates if c["chosen"]), None),
-        "candidates": [{**one, "verified": levels.get(one["name"], "")} for one in candidates],
+        "candidates": [{**one, "verified": level(one["name"])} for one in candidates],
     }
 
 
@@ -133,15 +133,15 @@ def _print(report: Report) -> None:
     print_prose(_LEVELS)
 
 
-def _verified(names: Sequence[str], device: torch.device | str) -> dict[str, str]:
-    """Return each backend's support level, here or elsewhere: ``R6``, ``R3 on mlu, emulated``.
+def _level_on(device: torch.device | str) -> Callable[[str], str]:
+    """Return what tells a backend's support level, here or elsewhere: ``R6``, ``R3 on mlu``.
 
-    The result is empty without the conformance package, or if this Python cannot read its data.
+    Levels are empty without the conformance package, or if this Python cannot read its data.
     """
     try:
         from portakv_conformance.evidence import support_matrix
     except ImportError:
-        return {}
+        return lambda name: ""
     if isinstance(device, str):
         listed = device
     elif device.type == "cpu":
@@ -151,7 +151,7 @@ def _verified(names: Sequence[str], device: torch.device | str) -> dict[str, str
     else:
         listed = device_name(device)
     levels = support_matrix.read()
-    return {name: support_matrix.summary(name, listed, levels) for name in names}
+    return lambda name: support_matrix.summary(name, listed, levels)
 
 
 #: A backend's answer in JSON: ``name, accepted, on_request, chosen, reason``. At most one backend
