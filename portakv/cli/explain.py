@@ -47,7 +47,7 @@ from portakv.interconnect.costs import DIRECTIONS, Table, TableError, costs_of, 
 from portakv.interconnect.pick import Alternative, pick
 from portakv.interconnect.pieces import Shape
 from portakv.interconnect.strategy import OVERLAPS, Terms
-from portakv.layout.encodings import PACK, Pack, PackedPlane
+from portakv.layout.encodings import PACK, Pack
 from portakv.layout.presets import resolve
 from portakv.plan.packing import PackPlan
 from portakv.plan.plan import CopyPlan, Nest
@@ -93,11 +93,17 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     for name in ("src", "dst"):
         metavar = f"{name.upper()}_LAYOUT"
         parser.add_argument(name, nargs="?", metavar=metavar, help="a layout string or a preset")
-    blocks = "blocks of a paged side (default: for --tokens); with --host, runs (default: 1)"
-    add_extents(parser.add_argument_group("extents"), blocks)
+    add_extents(
+        parser.add_argument_group("extents"),
+        "blocks of a paged side (default: for --tokens); with --host, runs (default: 1)",
+    )
     group = parser.add_argument_group("indices")
-    packed = "one layout holds bf16 rows, the other packed slots: pack, or pack/1:3 (3 bits)"
-    parser.add_argument("--encoding", metavar="NAME", help=packed)
+    add = parser.add_argument
+    add(
+        "--encoding",
+        metavar="NAME",
+        help="one layout holds bf16 rows, the other packed slots: pack, or pack/1:3 (3 bits)",
+    )
     group.add_argument(
         "--index",
         choices=("slots", "blocks"),
@@ -106,19 +112,24 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "blocks); chunks by consecutive tokens (default: slots)",
     )
     for side in ("src", "dst"):
-        tokens = "tokens for each id; 0: no ids"
-        group.add_argument(f"--{side}-step", type=_step, metavar="N", help=tokens)
-    parser.add_argument("--device", help="a torch device (default: the accelerator, else cpu)")
-    parser.add_argument("--backend", metavar="NAME", help=f"force it, unless {ENVIRONMENT} is set")
-    parser.add_argument("--src-device", metavar="D", help="the source's (default: as --device)")
-    parser.add_argument(
-        "--caches",
-        action="store_true",
-        help="list instead the limits of the library's caches",
+        group.add_argument(
+            f"--{side}-step", type=_step, metavar="N", help="tokens for each id; 0: no ids"
+        )
+    add("--device", help="a torch device (default: the accelerator, else cpu)")
+    add("--backend", metavar="NAME", help=f"force it, unless {ENVIRONMENT} is set")
+    add("--src-device", metavar="D", help="the source's (default: as --device)")
+    add("--caches", action="store_true", help="list instead the limits of the library's caches")
+    add("--storage", metavar="DIR", help="explain instead a block store's folder")
+    add(
+        "--hooks",
+        metavar="URL",
+        help="explain instead what the hooks cost the engine of a server, from its /metrics",
     )
-    parser.add_argument("--storage", metavar="DIR", help="explain instead a block store's folder")
-    hooks = "explain instead what the hooks cost the engine of a server, from its /metrics"
-    parser.add_argument("--hooks", metavar="URL", help=hooks)
+    add(
+        "--peer",
+        action="store_true",
+        help="explain instead how rows of other processes would be pulled here",
+    )
     _add_host_options(parser)
 
 
@@ -338,18 +349,17 @@ def _explain_encoding(args: argparse.Namespace) -> int:
     raw, _ = make_sides((rows, rows), extents, device, (None, None), True)
     packed = _packed_view(image, raw.view, pack)
     choice = choose(device, args.backend)
-    ways = [
-        _way("packs", raw, packed, choice, True),
-        _way("unpacks", raw, packed, choice, False),
-    ]
+    ways = [_way(verb, raw, packed, choice) for verb in ("packs", "unpacks")]
     if image == args.src:  # the requested direction comes first
         ways.reverse()
-    planes = packed.form.encoding
     report: Report = {
         "source": args.src,
         "destination": args.dst,
         "encoding": pack.text,
-        "planes": [_plane_json(plane) for plane in planes],
+        "planes": [
+            {name: getattr(plane, name) for name in _OF_PLANE} | {"ratio": round(plane.ratio, 4)}
+            for plane in packed.form.encoding
+        ],
         "block_bytes": {
             "raw": raw.view.form.token_bytes * packed.form.block_size,
             "packed": packed.form.token_bytes,
@@ -426,14 +436,15 @@ def _packed_view(text: str, raw: KVView, pack: Pack) -> KVView:
     return KVView(tensors, layout, encoding=pack, **named)
 
 
-def _way(verb: str, raw: Side, packed: KVView, choice: Any, packs: bool) -> Report:
+def _way(verb: str, raw: Side, packed: KVView, choice: Any) -> Report:
     """Return the plan of one direction, and the backend that executes it with each answer."""
     size = packed.form.block_size
-    forms = (raw.view.form, packed.form) if packs else (packed.form, raw.view.form)
-    step = size if raw.view.block_size else 0
-    steps = (step, size) if packs else (size, step)
-    ready = prepared(*forms, *steps, None, choice, PackPlan)
-    plan = PackPlan(*forms, *steps)
+    sides = [(raw.view.form, size if raw.view.block_size else 0), (packed.form, size)]
+    if verb == "unpacks":
+        sides.reverse()
+    (src, src_step), (dst, dst_step) = sides
+    ready = prepared(src, dst, src_step, dst_step, None, choice, PackPlan)
+    plan = PackPlan(src, dst, src_step, dst_step)
     taken = [nest for nest in range(len(plan.nests)) if refusal(plan, nest) is None]
     kernels = [PackKernel(plan, nest) for nest in taken]
     return {
@@ -448,16 +459,16 @@ def _way(verb: str, raw: Side, packed: KVView, choice: Any, packs: bool) -> Repo
     }
 
 
-def _plane_json(plane: PackedPlane) -> Report:
-    return {
-        "values": plane.values,
-        "raw_bytes": plane.raw_bytes,
-        "slot_bytes": plane.slot_bytes,
-        "ratio": round(plane.ratio, 4),
-        "code_bits": plane.code_bits,
-        "most_escapes": plane.most_escapes,
-        "sample": plane.sample,
-    }
+#: What a report has of a plane, in this order.
+_OF_PLANE = (
+    "values",
+    "raw_bytes",
+    "slot_bytes",
+    "ratio",
+    "code_bits",
+    "most_escapes",
+    "sample",
+)
 
 
 def _print_encoding(report: Report) -> None:
@@ -510,31 +521,44 @@ _RUN_BYTES = 32 << 10
 
 
 def _add_host_options(parser: argparse.ArgumentParser) -> None:
-    """Add `--peer`, and `--host` with its options."""
-    peer = "explain instead how rows of other processes would be pulled here"
-    parser.add_argument("--peer", action="store_true", help=peer)
+    """Add `--host` with its options."""
     group = parser.add_argument_group(
         "copies between a device and the host",
         "The transfer strategy for --blocks runs of --run-bytes. The runs are not contiguous on "
         "either side.",
     )
     add = group.add_argument
-    memory = "host memory that is not pinned"
     add("--host", action="store_true", help="explain the choice of a strategy, instead of a plan")
-    run = f"bytes of a run on the device, such as 32768 or 32K (default: {_RUN_BYTES >> 10}K)"
-    add("--run-bytes", type=read_bytes, metavar="N", help=run)
+    add(
+        "--run-bytes",
+        type=read_bytes,
+        metavar="N",
+        help=f"bytes of a run on the device, such as 32768 or 32K (default: {_RUN_BYTES >> 10}K)",
+    )
     add("--payload", type=read_bytes, metavar="N", help="all bytes, instead of --blocks")
     add("--direction", choices=DIRECTIONS, help="default: d2h")
-    runs = "runs in host memory, 1 if it is dense (default: as many as on the device)"
-    add("--host-runs", type=positive, metavar="N", help=runs)
-    add("--pageable", action="store_true", default=None, help=memory)
+    add(
+        "--host-runs",
+        type=positive,
+        metavar="N",
+        help="runs in host memory, 1 if it is dense (default: as many as on the device)",
+    )
+    add("--pageable", action="store_true", default=None, help="host memory that is not pinned")
     add("--overlap", choices=OVERLAPS, help="other work of the device (default: compute)")
     rate = partial(read_above_zero, what="10^9 bytes in a second, above 0")
     add("--max-gbps", type=rate, metavar="R", help="the most 10^9 bytes in a second")
-    blocks = "the most thread blocks of a kernel that reads or writes host memory"
-    add("--max-thread-blocks", type=positive, metavar="N", help=blocks)
-    table = "a table that `portakv calibrate` wrote, also for another device"
-    add("--table", type=_table_in, metavar="FILE", help=table)
+    add(
+        "--max-thread-blocks",
+        type=positive,
+        metavar="N",
+        help="the most thread blocks of a kernel that reads or writes host memory",
+    )
+    add(
+        "--table",
+        type=_table_in,
+        metavar="FILE",
+        help="a table that `portakv calibrate` wrote, also for another device",
+    )
 
 
 def _table_in(file: str) -> Table:
@@ -634,13 +658,10 @@ def _alternative_json(alternative: Alternative, chosen: str, nbytes: int) -> Rep
     if alternative.strategy == chosen:
         answer = "chosen"
     seconds = alternative.seconds
+    facts = alternative._asdict()
     return {
-        "engine": alternative.strategy,
-        "run_bytes": alternative.run_bytes,
-        "runs": alternative.runs,
-        "seconds": seconds,
-        "host_seconds": alternative.host_seconds,
-        "refused": alternative.refused,
+        "engine": facts.pop("strategy"),
+        **facts,
         "measured": seconds is not None,
         "answer": answer,
         "gbps": nbytes / seconds / 1e9 if seconds else None,

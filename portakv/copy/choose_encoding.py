@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
+from math import inf
 from statistics import median
 from time import perf_counter
 from typing import Any, NamedTuple
@@ -22,12 +23,13 @@ import torch
 
 from portakv.arguments import instance, rate
 from portakv.backends.reference_pack import escapes_of
+from portakv.copy.encodings import to_host
 from portakv.copy.request import Ids
 from portakv.copy.rows import copy_blocks
 from portakv.errors import InvalidTerms, PortaKVError, SlotError, Unsupported
 from portakv.host import pinned
 from portakv.interconnect import costs
-from portakv.layout.encodings import CODE_BITS, PACK, PACKED_DTYPE, Pack, PackedPlane, slot_for
+from portakv.layout.encodings import CODE_BITS, PACK, PACKED_DTYPE, Pack, slot_for
 from portakv.registry import choose
 from portakv.runtime.devices import inside
 from portakv.runtime.streams import ignoring_captures, own_stream
@@ -94,15 +96,9 @@ class EncodingChoice:
 
     def figures(self) -> dict[str, Any]:
         """Return the choice and its figures, as JSON takes them."""
-        return {
-            "encoding": "raw" if self.pack is None else self.pack.text,
-            "why": self.why,
-            "link_gbps": self.link_gbps,
-            "packing_gbps": self.packing_gbps,
-            "ratio": self.ratio,
-            "escapes": self.escapes,
-            "fits": self.fits,
-        }
+        figures = asdict(self)
+        del figures["pack"]
+        return {"encoding": "raw" if self.pack is None else self.pack.text, **figures}
 
 
 class Sampled(NamedTuple):
@@ -233,7 +229,7 @@ def rated_choice(
     pack: Pack | None,
     link_gbps: float | None,
     packing_gbps: float | None,
-    most_gbps: float = float("inf"),
+    most_gbps: float = inf,
 ) -> EncodingChoice:
     """Return the choice by the rates, for blocks that all fit.
 
@@ -243,7 +239,7 @@ def rated_choice(
     link = link_gbps
     packing = packing_gbps
     if link is None and view.device.type == "cpu":  # there is nothing to measure
-        if most_gbps == float("inf"):
+        if most_gbps == inf:
             why = "Rows of a CPU cross no link that can be measured: declare link_gbps."
             return EncodingChoice(None, why)
         link = most_gbps
@@ -369,13 +365,10 @@ class Sample:
         with torch.inference_mode(False), torch.no_grad(), quiet:
             stage = dense_blocks(view.form, size, self.blocks, device)
             copy_blocks(view, stage, ids[at], np.arange(self.blocks))
-            counted = [self._counts(stage, size, pack) for pack in packs]
-            there = torch.cat(counted)
+            there = torch.cat([self._counts(stage, size, pack) for pack in packs])
             self._end: torch.Event | None = None
-            self._host = there
+            self._host = to_host(there)
             if device.type != "cpu":
-                host = torch.empty(there.shape, dtype=there.dtype, device="cpu").pin_memory()
-                self._host = host.copy_(there, non_blocking=True)
                 self._end = torch.Event(device)
                 self._end.record(torch.accelerator.current_stream(device.index))
         self._device = device
@@ -423,15 +416,6 @@ class Rates(NamedTuple):
     packing: float
 
 
-class _Shape(NamedTuple):
-    """The blocks that are measured: those of a view, with as many layers and heads."""
-
-    planes: tuple[PackedPlane, ...]
-    block_size: int
-    layers: int
-    heads: int
-
-
 _lock = threading.Lock()
 
 
@@ -448,7 +432,7 @@ def rates_of(view: KVView, pack: Pack, nbytes: int = MEASURED) -> Rates:
     size = form.block_size
     planes = tuple(pack.plane(size * width // 2) for width in form.widths)
     device = view.device
-    subject = _Shape(planes, size, form.layers, form.heads), nbytes
+    subject = (planes, size, form.layers, form.heads, nbytes)
     with _lock:  # one measurement at a time
         return costs.measured(device, subject, lambda: measure(form, size, pack, device, nbytes))
 

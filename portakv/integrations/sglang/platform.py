@@ -25,7 +25,6 @@ from portakv.arguments import kind_of
 from portakv.host import pinned
 from portakv.integrations import IntegrationError, check_release
 from portakv.integrations.sglang import kvcacheio
-from portakv.integrations.sglang import kvcacheio as kvcacheio_pools
 
 #: The I/O backends that PortaKV replaces. A call with another backend stays SGLang's.
 IO_BACKENDS = ("kernel", "direct", "kernel_ascend")
@@ -192,8 +191,8 @@ class _PoolViews:
         if io_backend == "kernel":
             transfer = kvcacheio.copy_tokens(src, dst, src_ids, dst_ids)
         else:
-            src_pages = kvcacheio_pools.pages(src_ids, self._page_size)
-            dst_pages = kvcacheio_pools.pages(dst_ids, self._page_size)
+            src_pages = kvcacheio.pages(src_ids, self._page_size)
+            dst_pages = kvcacheio.pages(dst_ids, self._page_size)
             transfer = kvcacheio.copy_tokens(src, dst, src_pages, dst_pages)
         self._last[dst.device] = transfer
 

@@ -150,18 +150,6 @@ def findings_of(
     return findings
 
 
-def keys_of_other_releases(config: Mapping[str, Any]) -> Iterator[str]:
-    """Yield a sentence for each key that the installed release of vLLM does not have."""
-    if lacks([FIELDS]):  # it is not installed
-        return
-    for name in config:
-        if name in KEYS and lacks([f"{FIELDS}.{name}"]):
-            yield (
-                f"Expected keys of the installed vLLM's KVTransferConfig, got {name!r}, which "
-                f"other releases have. Leave it out."
-            )
-
-
 def wrong_values(config: Mapping[str, Any]) -> Iterator[str]:
     """Yield a sentence for each value that vLLM's KVTransferConfig refuses, of any connector."""
     for name, types in TYPES.items():
@@ -179,7 +167,14 @@ def wrong_values(config: Mapping[str, Any]) -> Iterator[str]:
 def errors_of_keys(config: Mapping[str, Any]) -> list[str]:
     """Return what is wrong with the keys that every connector of vLLM has, and their values."""
     wrong = [*unknown_keys(config, KEYS, OWNER), *wrong_values(config)]
-    return [*wrong, *keys_of_other_releases(config)]
+    if not lacks([FIELDS]):  # vLLM is installed
+        wrong += [
+            f"Expected keys of the installed vLLM's KVTransferConfig, got {name!r}, which other "
+            f"releases have. Leave it out."
+            for name in config
+            if name in KEYS and lacks([f"{FIELDS}.{name}"])
+        ]
+    return wrong
 
 
 def _check_model(sizes: Sizes | None, findings: Findings) -> None:
@@ -475,7 +470,7 @@ def tier_findings_of(config: Mapping[str, Any]) -> Findings:
     if not isinstance(extra, Mapping):
         return findings
     name = extra.get("spec_name")
-    if _is_foreign(name, extra.get("spec_module_path")):
+    if not means_ours(name, SPECS, extra.get("spec_module_path")):
         findings.unchecked.append(
             f"The specification {name or 'CPUOffloadingSpec'!r}, in which PortaKV has no part."
         )
@@ -507,13 +502,6 @@ def tier_findings_of(config: Mapping[str, Any]) -> Findings:
     install = TIER_RELEASES.range
     check_release(findings, "vllm", "vLLM", TIER_NEEDS, who="the tier", install=install)
     return findings
-
-
-def _is_foreign(name: object, module: object) -> bool:
-    """Return whether a specification is neither PortaKV's nor vLLM's tiers, and no misspelt one."""
-    if name in SPECS or (isinstance(module, str) and module.startswith("portakv")):
-        return False
-    return not means_ours(name, SPECS)
 
 
 def _wrong_spec(extra: Mapping[str, Any]) -> Iterator[str]:
@@ -592,18 +580,12 @@ def connector_findings_of(
         return tier_findings_of(config)
     if name == MULTI:
         return _of_several(config, sizes, block_size)
-    if _is_ours(name, config.get("kv_connector_module_path")):
+    module = config.get("kv_connector_module_path")
+    if not isinstance(name, str) or means_ours(name, [CONNECTOR], module):
         return findings_of(config, sizes, block_size)
     findings = Findings(errors=errors_of_keys(config))
     findings.unchecked.append(f"The connector {name!r}, in which PortaKV has no part.")
     return findings
-
-
-def _is_ours(name: object, module: object) -> bool:
-    """Return whether a connector is PortaKV's, or a misspelt one, or has no name."""
-    if not isinstance(name, str) or (isinstance(module, str) and module.startswith("portakv")):
-        return True
-    return means_ours(name, [CONNECTOR])
 
 
 def _of_several(config: Mapping[str, Any], sizes: Sizes | None, block_size: int | None) -> Findings:
