@@ -150,6 +150,7 @@ def test_a_device_without_room_for_staging_copies_all_the_same(
     for buffers in [each for each in gc.get_objects() if type(each) is staging.Staging]:
         buffers._memory = []
         buffers._words = None
+    monkeypatch.setattr(staging.Staging, "reserve", full)
     with pytest.raises(torch.OutOfMemoryError):  # by name, the error is raised
         launch.launch_by("staged", move, None)
     only = Pick("staged", "requested")
