@@ -322,6 +322,14 @@ enum {
 PORTAKV_API int64_t portakv_pick(const int64_t *rules, const double *costs, const int64_t *shapes,
                                  int64_t out, int64_t waits, int new_ids, double *alternatives);
 
+// Pick the strategy of so many tokens of one plan, in groups. Return an answer, or a code.
+//
+// copies  PickedCopies
+// groups, host_groups, count, and the others  as pick.h says
+PORTAKV_API int64_t portakv_pick_copy(const int64_t *copies, const double *costs, int64_t groups,
+                                      int64_t host_groups, int64_t count, int64_t out,
+                                      int64_t waits, int new_ids);
+
 // Write the seconds of the device and of the host for so many runs of one size. `columns` are
 // measurements of one strategy, of one column at least.
 PORTAKV_API void portakv_cost(const double *columns, double run_bytes, double runs, double *out);
@@ -569,11 +577,7 @@ typedef struct portakv_current {
 // 7: return the current stream of a device by a portakv_current; OTHERWISE: another device is
 // current, the stream is being captured, or a function failed.
 //
-// 8: pick the strategy of a copy.
-//   copies      PickedCopies (pick.h)
-//   costs       measurements of the direction
-//   groups, host_groups, count, out, waits, new_ids  as pick.h says
-// The function returns an answer of `portakv_pick`, or a code.
+// 8, 9: `portakv_pick_copy`, and `portakv_view_read`, with their arguments.
 PORTAKV_API void *portakv_python_function(int64_t number);
 
 // Return 0 if a write of the first or the last byte of a range of host memory would fail. It is then
