@@ -801,6 +801,7 @@ const PythonFunction kFunctions[] = {
     {"current_stream", called<current_stream, 1>, kFastCall, nullptr},
     {"pick_copy", passed<portakv_pick_copy>, kFastCall, nullptr},
     {"view_read", passed<portakv_view_read>, kFastCall, nullptr},
+    {"form_slice", passed<portakv_form_slice>, kFastCall, nullptr},
 };
 
 }  // namespace

@@ -211,6 +211,12 @@ def dtype_names() -> dict[int, str]:
     return {**names, 0: ""}
 
 
+@cache
+def words_of_dtypes() -> dict[str, int]:
+    """Return the word of each dtype by its name; that of bytes, "", is 0."""
+    return {name: word for word, name in dtype_names().items()}
+
+
 def name_of(dtype: torch.dtype) -> str:
     """Return the name of a dtype, such as ``float16``."""
     return str(dtype).partition(".")[2]
