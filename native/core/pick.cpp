@@ -8,6 +8,7 @@
 #include <limits>
 
 #include "core.h"
+#include "guarded.h"
 #include "plan.h"
 
 namespace portakv {
@@ -306,6 +307,17 @@ int64_t portakv_pick(const int64_t *words, const double *costs, const int64_t *s
   const int64_t result = pick(rules, costs, copied, out, waits, new_ids != 0, found);
   std::memcpy(alternatives, found, sizeof found);
   return result;
+}
+
+int64_t portakv_pick_copy(const int64_t *words, const double *costs, int64_t groups,
+                          int64_t host_groups, int64_t count, int64_t out, int64_t waits,
+                          int new_ids) {
+  return guarded([&] {
+    PickedCopies copies;
+    std::memcpy(&copies, words, sizeof copies);
+    if (count < 0 || groups < 1 || host_groups < 1) throw Malformed("a copy has no such groups");
+    return pick(copies, costs, groups, host_groups, count, out, waits, new_ids != 0);
+  });
 }
 
 void portakv_cost(const double *columns, double run_bytes, double runs, double *out) {

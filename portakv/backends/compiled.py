@@ -18,7 +18,7 @@ from functools import cached_property
 from importlib.util import find_spec
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -36,8 +36,8 @@ from portakv.backends._sides import SideArguments
 from portakv.backends.base import Backend, Capabilities, Decision, Launch, MoveLaunch, places_on
 from portakv.backends.strided import ELEMENTS
 from portakv.plan.plan import CopyPlan, Move, Nest
-from portakv.runtime.bounded import Bounded
 from portakv.runtime.devices import capturing, refuse_capture
+from portakv.runtime.kernel_cache import LOADED
 from portakv.runtime.streams import side_stream
 from portakv.view.index import Index
 from portakv.view.view import KVView
@@ -55,9 +55,6 @@ class Compiled(Backend):
     def __init__(self, device: torch.device) -> None:
         super().__init__(device)
         self._lock = threading.RLock()
-        self.programs: Bounded[CopyShape | tuple[bool, bool], Program] = Bounded(
-            "compiled programs", 512
-        )
 
     @classmethod
     def probe(cls, device: torch.device) -> Decision:
@@ -105,7 +102,7 @@ class Compiled(Backend):
                 example += [0] * (numbers + steps)
             return Program(copy, {"SHAPE": shape}, [*example, *[0] * shape.has_ids], lost)
 
-        return self.programs.get_or_make(shape, make)
+        return cast("Program", LOADED.get_or_make((self, shape), make))
 
     def _reporting(self, plan: CopyPlan) -> Program | None:
         """Return the program that reports bad ids; None for a plan without ids."""
@@ -119,7 +116,7 @@ class Compiled(Backend):
                 example += [self._all_from(zeros), 0, 0, 0, 1]
             return Program(report, {"SIDES": sum(key)}, example, lost)
 
-        return self.programs.get_or_make(key, make) if any(key) else None
+        return LOADED.get_or_make((self, key), make) if any(key) else None
 
     def _all_from(self, tensor: torch.Tensor) -> torch.Tensor:
         return memory_from(tensor.data_ptr(), self.device, torch.int64)

@@ -27,7 +27,7 @@ from portakv.copy.handle import BlockTransfer, skipped_tokens
 from portakv.copy.options import CopyOptions
 from portakv.core.call import OTHERWISE, SKIPS, TO_THE_END, TOKENS, OpenedView, Watch, calls
 from portakv.core.link import COUNT
-from portakv.core.view import dtype_words, name_of
+from portakv.core.view import words_of_dtypes
 from portakv.errors import LayoutError, PortaKVError, SlotError
 from portakv.interconnect.choose import HostLaunch, across
 from portakv.interconnect.link import CheckedCopy
@@ -76,7 +76,7 @@ def open_view(view: KVView, memory: Watch | None) -> OpenedView:
         writable = True
     except LayoutError:
         writable = False
-    words = _dtype_words()
+    words = words_of_dtypes()
     return OpenedView(
         form.address,
         [words[dtype] for dtype in form.dtypes],
@@ -93,11 +93,6 @@ def open_view(view: KVView, memory: Watch | None) -> OpenedView:
         (view.entries, view.entry_bytes if view.entries > 1 else 0),
         (form, view.addresses, view.table if looked_up else None),
     )
-
-
-def _dtype_words() -> dict[str, int]:
-    """Return the word of each dtype by its name; that of bytes is 0."""
-    return {"": 0, **{name_of(dtype): word for dtype, word in dtype_words().items()}}
 
 
 class ChunkCopies:

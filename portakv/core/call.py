@@ -224,10 +224,9 @@ class Calls(NamedTuple):
     check_chunk: Callable[..., tuple[int, int, int, tuple[Any, ...]] | int]
     read_copy: Callable[..., int]
     current_stream: Callable[[int], int]
-    pick_strategy: Callable[..., int]
 
 
 @cache
 def calls() -> Calls:
     """Return the functions."""
-    return Calls(*map(python_function, (0, 1, 2, 3, 4, 6, 7, 8)))
+    return Calls(*map(python_function, (0, 1, 2, 3, 4, 6, 7)))

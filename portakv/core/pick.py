@@ -4,14 +4,14 @@
 from __future__ import annotations
 
 from array import array
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from ctypes import c_double, c_int, c_int64, c_void_p
 from functools import cache
 from math import isnan
 from struct import Struct
 from typing import Any, NamedTuple
 
-from portakv.core.library import pylibrary
+from portakv.core.library import function_of_numbers, pylibrary
 
 #: The strategies, the gentlest to a running model first: of equal costs the first one wins.
 ORDER = ("staged", "batched_memcpy", "zero_copy", "pageable")
@@ -54,6 +54,14 @@ class Cost(NamedTuple):
     pieces: int
     seconds: float | None
     host_seconds: float | None
+
+
+@cache
+def pick_copy() -> Callable[..., int]:
+    """Return `portakv_pick_copy`."""
+    words = c_void_p, c_void_p
+    numbers = (c_int64,) * 5
+    return function_of_numbers(8, "portakv_pick_copy", *words, *numbers, c_int)
 
 
 class _Functions(NamedTuple):

@@ -18,8 +18,7 @@ from typing import cast
 import torch
 
 from portakv.backends.base import PEERS, Capabilities, Decision, Launch, Pending
-from portakv.core.call import calls
-from portakv.core.pick import BITS, ORDER, pack_copies, set_of
+from portakv.core.pick import BITS, ORDER, pack_copies, pick_copy, set_of
 from portakv.errors import BackendUnavailable, Unsupported
 from portakv.interconnect.costs import costs_of
 from portakv.interconnect.link import by_torch, link_of
@@ -144,7 +143,7 @@ class HostLaunch(StrategyLaunch):
             + self._rules.words,
         )
         self._copies_at = self._copies.buffer_info()[0]
-        self._choose = calls().pick_strategy
+        self._choose = pick_copy()
 
     def pick(self, move: Move, guarded: bool = False, quick: bool = False) -> Pick:
         """Return the strategy that a transfer takes; move nothing.
