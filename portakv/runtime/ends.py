@@ -16,12 +16,20 @@ from typing import Any, Protocol
 
 import torch
 
-from portakv.core.call import CopyEnd, calls
+from portakv.core.call import GUARDED, CopyEnd, WordBatches, calls
 from portakv.errors import TransferError
 from portakv.runtime.cuda import NO_CONTEXT, EventFunctions, raw_stream
 from portakv.runtime.devices import inside
 from portakv.runtime.streams import ignoring_captures
-from portakv.runtime.transfer import StatusWord, retire, word_batches
+from portakv.runtime.transfer import (
+    Completion,
+    Owner,
+    StatusWord,
+    Transfer,
+    hold,
+    retire,
+    word_batches,
+)
 
 #: CUDA_ERROR_NOT_READY, and HIP's error of that name.
 _NOT_READY = 600
@@ -30,7 +38,7 @@ _NO_TIMING = 2  # CU_EVENT_DISABLE_TIMING and hipEventDisableTiming
 
 #: The most ids of the host of one copy, of both sides together.
 LISTED = 2048
-_BATCH = 64  # ends of one allocation
+_BATCH = WordBatches.SIZE  # ends of one allocation
 
 
 class EventDriver(Protocol):
@@ -68,6 +76,28 @@ class End:
         self.device = ends.device
         self.words = ((word, 0),)
         self.release = (ends.listed if ids else ends.plain).append
+
+    def transfer(
+        self,
+        result: int,
+        ids: object,
+        retained: object,
+        carried: tuple[str, str],
+        owner: Owner | None,
+    ) -> Transfer:
+        """Return the handle of the copy that the end was given to.
+
+        Args:
+            result: the core's, of the copy.
+            ids: memory that is kept until the end also if the handle is dropped.
+            retained: what the handle keeps until then.
+            carried: what executes the copy, and why.
+            owner: it reports an error if the handle does not.
+        """
+        words = self.words if result & GUARDED else ()
+        completion = Completion(self, (), words, None, ids, self)
+        hold(completion, owner)
+        return Transfer((completion,), retained, carried)
 
     def query(self) -> bool:
         """Return True once the copy has ended; never block."""

@@ -16,11 +16,10 @@ from contextlib import suppress
 from functools import cache
 from typing import Any, Protocol, TypeAlias
 
-import numpy as np
-import numpy.typing as npt
 import torch
 
 from portakv import arguments
+from portakv.core.call import WordBatches
 from portakv.errors import PortaKVError, SlotError, TransferError, TransferTimeout
 from portakv.runtime.devices import capturing
 from portakv.runtime.pinned_ids import PinnedIds
@@ -65,12 +64,12 @@ class StatusWord:
         self.value: memoryview = tensor.numpy().data
 
 
-_BATCH = 64  # words of one allocation
+_BATCH = WordBatches.SIZE  # words of one allocation
 _CLEAR = bytes(8 * _BATCH)
 #: Words return here only after everything that may write them has ended.
 free_words: deque[StatusWord] = deque()
 # Pinned memory, never freed: a launch may still write a word whose transfer was dropped.
-word_batches: list[npt.NDArray[np.int64]] = []
+word_batches = WordBatches()
 
 
 def acquire_word() -> StatusWord:
@@ -91,10 +90,7 @@ def any_late_error() -> bool:
     status word does not hold 0."""
     if failed:
         return True
-    for batch in word_batches:  # noqa: SIM110 - a hot path: a generator costs twice as much
-        if batch.tobytes() != _CLEAR:
-            return True
-    return False
+    return any(batch.tobytes() != _CLEAR for batch in word_batches)
 
 
 _EVENTS = 256  # cached for each device; the garbage collector frees the others
