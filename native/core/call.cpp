@@ -598,13 +598,13 @@ int64_t copy_views(const Python &python, Arguments arguments) {
   return result;
 }
 
-// Ask whether the work before the event of an end has ended. Return the driver's answer.
+// Ask whether the work before the event of an end has ended.
 int64_t query_end(const Python &python, Arguments arguments) {
   const auto &end = *arguments.pointer<const portakv_copy_end>();
   void *const thread = python.leave();  // the driver may wait for a thread with a full queue
   const int answer = end.query(end.event);
   python.enter(thread);
-  return answer;
+  return answer == 0 && *end.word != 0 ? PORTAKV_COPY_REPORTS : answer;
 }
 
 int64_t current_stream(const Python &, Arguments arguments) {

@@ -445,7 +445,8 @@ enum {
   PORTAKV_COPY_STREAM = -51,     // nothing was launched: name the stream, as of function 7
   PORTAKV_COPY_LIST = -52,       // nothing was launched: pass an end with a list for ids
   PORTAKV_COPY_DRIVER = -1000,   // less the driver's error; launches before it stay ordered
-  PORTAKV_COPY_TO_THE_END = -1   // of an end, or of a count: as many as there are
+  PORTAKV_COPY_TO_THE_END = -1,  // of an end, or of a count: as many as there are
+  PORTAKV_COPY_REPORTS = -1      // the work has ended, and its status word reports an error
 };
 
 // Tensors and storages that must be as they were. Their owner keeps them and these arrays.
@@ -487,6 +488,7 @@ typedef struct portakv_copy_end {
   int64_t *list;    // memory that the kernels reach, for ids of the host; may be null
   int64_t room;     // int64 ids that fit
   uint64_t status;  // as for `portakv_rows_run`; it is used only if ids lie on the device
+  const int64_t *word;  // where the host reads the status word
   void *event;      // recorded after the kernels; null: the work has ended when a launch returns
   // Functions of the driver: cuEventRecord and cuEventQuery, or others with their arguments.
   int (*record)(void *event, void *stream);
@@ -546,7 +548,7 @@ typedef struct portakv_chunk_copies {
 // the status word may be written, plus 1 if ids of the host skip positions; or a code. An event that the driver did not record is the driver's error.
 //
 // 2: ask whether the work before the event of an end, a portakv_copy_end, has ended. It returns the
-// driver's answer.
+// driver's answer, or PORTAKV_COPY_REPORTS.
 //
 // 3, 4: check a copy as of 1 and of 0 that is made otherwise, on the host or by ids on the host.
 //   torch .. count, or copies .. end

@@ -27,6 +27,8 @@ LIST = -52
 DRIVER = -1000
 #: An end or a count: as many as there are.
 TO_THE_END = -1
+#: An answer about an end: the work has ended, and its status word reports an error.
+REPORTS = -1
 #: Bits of a result below its tokens: a status word may be written; ids of the host skip positions.
 GUARDED = 2
 SKIPS = 1
@@ -114,6 +116,7 @@ class CopyEnd(ctypes.Structure):
         ("list", ctypes.c_void_p),
         ("room", ctypes.c_int64),
         ("status", ctypes.c_uint64),
+        ("word", ctypes.c_void_p),
         ("event", ctypes.c_void_p),
         ("record", ctypes.c_void_p),
         ("query", ctypes.c_void_p),

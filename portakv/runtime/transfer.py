@@ -510,14 +510,40 @@ def hold(completion: Completion, owner: Owner | None = None) -> None:
 
 def _retire(queue: deque[Completion], most: int | None = None) -> None:
     """Release the oldest completions that have ended; ``most``: no more of them."""
-    for _ in range(len(queue) if most is None else most):
-        try:
-            oldest = queue.popleft()  # remove it first, so that no other thread checks it
-        except IndexError:
-            return
-        if not (oldest.settled or oldest.ended()):
-            queue.appendleft(oldest)
-            return
+    ended: list[Completion] = []
+    try:
+        for _ in range(len(queue) if most is None else most):
+            try:
+                oldest = queue.popleft()  # remove it first, so that no other thread checks it
+            except IndexError:
+                return
+            if oldest.settled:
+                continue
+            # Most are copies of the core. One call tells that such a copy ended without an error.
+            end: Any = oldest.event
+            pool: Any = oldest.pool
+            if end is not None and end is pool and end.ask(end.address) == 0:
+                ended.append(oldest)
+            elif not oldest.ended():
+                queue.appendleft(oldest)
+                return
+    finally:
+        if ended:
+            _settle_copies(ended)
+
+
+def _settle_copies(completions: Sequence[Completion]) -> None:
+    """Settle copies of the core that have ended without an error."""
+    with _settling:
+        for completion in completions:
+            end: Any = completion.event
+            if end is None or completion.blocked:
+                completion._settle()
+                continue
+            completion.event = completion.retained = None
+            completion.words = ()
+            completion.settled = True
+            end.release(end)
 
 
 def unreported_error(owner: Owner | None) -> PortaKVError | None:
