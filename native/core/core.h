@@ -474,7 +474,9 @@ typedef struct {
   int64_t int8;
   bool (*is_neg)(const void *handle);
   bool (*is_conj)(const void *handle);
+  bool (*is_inference)(const void *handle);
   bool (*requires_grad)(const void *implementation);
+  void (*raise_version)(void *handle);  // of a tensor that is none of inference
 } PortakvTorch;
 
 // Read a tensor, or plain tensors in lists, tuples and dicts as the layout names them. The caller
@@ -493,8 +495,11 @@ PORTAKV_API void *portakv_view_read_tensors(const int64_t *bound, void *tensors)
 
 enum {
   PORTAKV_COPY_OTHERWISE = -50,  // nothing was launched: the call is none of these, or is wrong
+  PORTAKV_COPY_STREAM = -51,     // nothing was launched: name the stream, as of function 7
+  PORTAKV_COPY_LIST = -52,       // nothing was launched: pass an end with a list for ids
   PORTAKV_COPY_DRIVER = -1000,   // less the driver's error; launches before it stay ordered
-  PORTAKV_COPY_TO_THE_END = -1   // of an end, or of a count: as many as there are
+  PORTAKV_COPY_TO_THE_END = -1,  // of an end, or of a count: as many as there are
+  PORTAKV_COPY_REPORTS = -1      // the work has ended, and its status word reports an error
 };
 
 // Tensors and storages that must be as they were. Their owner keeps them and these arrays.
@@ -526,6 +531,8 @@ typedef struct portakv_copy_view {
   const portakv_watch *watch;  // its memory; null: that of raw addresses, which nothing shows
   int64_t entries;      // of the addresses
   int64_t entry_bytes;  // all bytes at each address; 0: unknown
+  void *const *versions;  // the handles of tensors whose versions a copy raises that writes the view
+  int64_t version_count;
 } portakv_copy_view;
 
 // The end of a copy: memory for its kernels, and an event after them. The caller keeps it, and gives
@@ -534,6 +541,7 @@ typedef struct portakv_copy_end {
   int64_t *list;    // memory that the kernels reach, for ids of the host; may be null
   int64_t room;     // int64 ids that fit
   uint64_t status;  // as for `portakv_rows_run`; it is used only if ids lie on the device
+  const int64_t *word;  // where the host reads the status word
   void *event;      // recorded after the kernels; null: the work has ended when a launch returns
   // Functions of the driver: cuEventRecord and cuEventQuery, or others with their arguments.
   int (*record)(void *event, void *stream);
@@ -551,18 +559,33 @@ typedef struct portakv_current {
   int (*capturing)(void *stream, int *status);
 } portakv_current;
 
+// The status words of a process, in batches of PORTAKV_WORDS. Its owner only adds batches.
+enum { PORTAKV_WORDS = 64 };
+typedef struct portakv_words {
+  const int64_t *const *batches;
+  int64_t count;
+} portakv_words;
+
+// The copies between registered caches and chunks.
+typedef struct portakv_chunk_copies {
+  const portakv_kernels *kernels;  // null: the copies are only checked
+  const portakv_copy_view *caches;
+  const PortakvTorch *torch;
+  // The layouts of chunks whose elements have 1, 2, 4, 8 and 16 bytes; null: unknown.
+  const int64_t *layouts[5];
+  const portakv_current *current;  // null: the core does not name the current stream
+  const portakv_words *words;      // no copy is made while one of them reports an error
+} portakv_chunk_copies;
+
 // Return a function of Python, a new reference; null if the process has no interpreter. Python calls
 // it with these arguments in their order, where pointers are integers:
 //
 // 0: copy between rows of caches, by slots, and a chunk from its first token on.
-//   kernels     a portakv_kernels
-//   caches      a portakv_copy_view
+//   copies      a portakv_chunk_copies
 //   store       1 from the caches to the chunk, 0 the other way
-//   bound       the layout of the chunk, with the address of a PortakvTorch
-//   chunk       a tensor, or tensors in containers as the layout names them
+//   chunk       a tensor
 //   ids         a list of integers, or a tensor of int32 or int64: a slot for each token
-//   offset      ids that are passed over
-//   start, end  the range of the remaining ids that is copied; the end may be TO_THE_END
+//   start, end  integers, the range of the ids that is copied; None as end: all from the start on
 // 1: copy between two views by the ids of either side, or None for consecutive tokens.
 //   kernels     a portakv_kernels
 //   torch       a PortakvTorch
@@ -573,15 +596,15 @@ typedef struct portakv_current {
 //   count       tokens, or TO_THE_END of the ids
 // Then for both
 //   end         a portakv_copy_end; 0: one without memory and event
-//   stream      a stream of the current device
-// The function returns the tokens times 4, plus 2 if the status word may be written, plus 1 if ids of
-// the host skip positions; or a code. An event that the driver did not record is the driver's error.
+//   stream      a stream of the current device; of 0 also None: the current one
+// The function tells torch that the destination was written. It returns the tokens times 4, plus 2 if
+// the status word may be written, plus 1 if ids of the host skip positions; or a code. An event that the driver did not record is the driver's error.
 //
 // 2: ask whether the work before the event of an end, a portakv_copy_end, has ended. It returns the
-// driver's answer.
+// driver's answer, or PORTAKV_COPY_REPORTS.
 //
 // 3, 4: check a copy as of 1 and of 0 that is made otherwise, on the host or by ids on the host.
-//   torch .. count, or caches .. end
+//   torch .. count, or copies .. end
 //   units, room     memory for the numbers of the units of the source, then of the destination, with
 //                   room for so many of each
 // The function returns a tuple: tokens, tokens of a unit, units without those that negative ids skip,

@@ -21,6 +21,10 @@ Object Asker::raised(Object result) {
   return result;
 }
 
+void raise_version(const PortakvTorch &torch, void *handle) {
+  if (!torch.is_inference(handle)) torch.raise_version(handle);
+}
+
 bool Asker::is_pinned(Object tensor) const {
   const Owned pinned(python, raised(python.call(torch.is_pinned, &tensor, 1, nullptr)));
   const int result = python.is_true(pinned.get());
@@ -69,8 +73,20 @@ void TensorReader::read(Object tensors) {
   tensors_.begins.reserve(count);
   tensors_.bases.reserve(count);
   tensors_.kinds.reserve(count);
-  for (size_t n = 0; n < count; n++) describe(n);
-  for (size_t n = 0; n < count; n++) ask_hidden(n);
+  for (size_t n = 0; n < count; n++) add(ask_.describe(flat_[n], true));
+  make_view();
+}
+
+void TensorReader::read(Object tensor, const DlTensor &facts) {
+  if (bound_.container_count != 0) throw NotPlain();
+  ask_.python.retain(tensor);
+  flat_.push_back(tensor);
+  add(facts);
+  make_view();
+}
+
+void TensorReader::make_view() {
+  for (size_t n = 0; n < flat_.size(); n++) ask_hidden(n);
   int64_t place = 0;  // the order of `PLACES` in portakv/view/form.py
   if (on_host_) place = all_pinned() ? 1 : 2;
   read_view(bound_, sizes_.data(), tensors_, place, false, 0, view_);
@@ -113,11 +129,9 @@ ptrdiff_t TensorReader::enter(size_t level, ptrdiff_t length) {
   return length;
 }
 
-// Read address, shape, strides, dtype and device of a tensor.
-void TensorReader::describe(size_t n) {
-  const Object tensor = flat_[n];
-  const DlTensor facts = ask_.describe(tensor, true);
-  if (n == 0) {
+// Add address, shape, strides, dtype and device of the next tensor.
+void TensorReader::add(const DlTensor &facts) {
+  if (tensors_.begins.empty()) {
     device_ = facts.device;
     on_host_ = is_host(device_.type);
     if (!on_host_ && !is_known_device(device_.type)) throw NotPlain();
@@ -125,9 +139,7 @@ void TensorReader::describe(size_t n) {
   if (facts.device.type != device_.type || facts.device.id != device_.id) throw NotPlain();
 
   const int64_t dtype = dtype_word(facts.dtype.code, facts.dtype.bits, facts.dtype.lanes);
-  const int64_t itemsize = (int64_t{facts.dtype.bits} * facts.dtype.lanes + 7) / 8;
-  const bool is_integer = facts.dtype.code == kDlInt || facts.dtype.code == kDlUInt;
-  if (is_integer && facts.dtype.bits == 8) check_bytes(tensor, facts.dtype.code == kDlUInt);
+  const int64_t itemsize = itemsize_of(facts);
   is_complex_ |= facts.dtype.code == kDlComplex;
   tensors_.begins.push_back(begin_of(facts));
   tensors_.bases.push_back(itemsize);  // until `ask_hidden` knows the offset
@@ -135,15 +147,15 @@ void TensorReader::describe(size_t n) {
                                               facts.shape, facts.strides));
 }
 
-// Check that integers of 8 bits are bytes: DLPack describes int1 to int7 as if they were.
-void TensorReader::check_bytes(Object tensor, bool is_unsigned) const {
-  const PortakvTorch &torch = ask_.torch;
-  if (ask_.dtype(tensor) != (is_unsigned ? torch.uint8 : torch.int8)) throw NotPlain();
-}
-
 // Ask a tensor what DLPack hides.
 void TensorReader::ask_hidden(size_t n) {
   const Object tensor = flat_[n];
+  // DLPack describes int1 to int7 as if they were bytes.
+  const int64_t dtype = tensors_.kind[tensors_.kinds[n]].dtype;
+  if (dtype == dtype_word(kDlUInt, 8, 1) && ask_.dtype(tensor) != ask_.torch.uint8) {
+    throw NotPlain();
+  }
+  if (dtype == dtype_word(kDlInt, 8, 1) && ask_.dtype(tensor) != ask_.torch.int8) throw NotPlain();
   tensors_.bases[n] = tensors_.begins[n] - tensors_.bases[n] * ask_.storage_offset(tensor);
   if (ask_.is_neg(tensor)) throw NotPlain();
   if (is_complex_ && ask_.is_conj(tensor)) throw NotPlain();
@@ -241,7 +253,7 @@ bool look_up_all(Python &out) {
          look_up("PyErr_Occurred", out.error) && look_up("PyErr_Clear", out.clear_error) &&
          look_up("PyCFunction_NewEx", out.new_function) &&
          look_up("PyEval_SaveThread", out.leave) && look_up("PyEval_RestoreThread", out.enter) &&
-         look_up("_Py_NoneStruct", out.none) && look_up("PyList_Type", out.list_type) &&
+         look_up("_Py_NoneStruct", out.none) && look_up("PyLong_Type", out.integer_type) && look_up("PyList_Type", out.list_type) &&
          look_up("PyTuple_Type", out.tuple_type) && look_up("PyDict_Type", out.dict_type);
 }
 

@@ -109,6 +109,7 @@ struct Python {
   void *(*leave)();       // PyEval_SaveThread
   void (*enter)(void *);  // PyEval_RestoreThread
   Object none;
+  Object integer_type;
   Object list_type;
   Object tuple_type;
   Object dict_type;
@@ -145,6 +146,9 @@ class Owned {
   Object object_;
 };
 
+// Tell torch that a tensor was written.
+void raise_version(const PortakvTorch &torch, void *handle);
+
 // Asks single tensors of torch. Only the type of a tensor that `describe` took is known: the other
 // questions read what lies in its object.
 class Asker {
@@ -165,6 +169,7 @@ class Asker {
     return torch.requires_grad(*static_cast<void *const *>(handle(tensor)));
   }
   bool is_pinned(Object tensor) const;
+  void raise_version(Object tensor) const { portakv::raise_version(torch, handle(tensor)); }
   // Return an object; throw `Raised` for null.
   static Object raised(Object result);
 
@@ -190,6 +195,10 @@ inline int64_t begin_of(const DlTensor &facts) {
   return static_cast<int64_t>(reinterpret_cast<uintptr_t>(facts.data) + facts.byte_offset);
 }
 
+inline int64_t itemsize_of(const DlTensor &facts) {
+  return (int64_t{facts.dtype.bits} * facts.dtype.lanes + 7) / 8;
+}
+
 // Reads the tensors of one view. Its functions throw `NotPlain`, `Raised`, and what `read_view`
 // throws.
 class TensorReader {
@@ -200,6 +209,8 @@ class TensorReader {
 
   // Read a tensor, or plain tensors in containers as the layout names them.
   void read(Object tensors);
+  // Read a tensor that was described.
+  void read(Object tensor, const DlTensor &facts);
   // Return the answer of `portakv_view_read_tensors`: a new reference.
   Object answer() const;
 
@@ -213,9 +224,9 @@ class TensorReader {
  private:
   void walk(Object item, size_t level);
   ptrdiff_t enter(size_t level, ptrdiff_t length);
-  void describe(size_t n);
-  void check_bytes(Object tensor, bool is_unsigned) const;
+  void add(const DlTensor &facts);
   void ask_hidden(size_t n);
+  void make_view();
   bool all_pinned() const;
   Object form_or_words() const;
   Object integer(int64_t value) const;

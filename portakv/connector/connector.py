@@ -16,7 +16,7 @@ from typing import Any, NamedTuple, TypeAlias
 from weakref import ref
 
 import torch
-from torch.compiler import is_compiling
+from torch.compiler import is_compiling, is_dynamo_compiling
 
 from portakv.connector import in_graph
 from portakv.connector.in_graph import Allocations, first_tensor, flatten
@@ -31,7 +31,8 @@ from portakv.layout.presets import resolve
 from portakv.plan.move import Move
 from portakv.registry.prepared import prepared
 from portakv.registry.registry import Choice, choose
-from portakv.runtime.transfer import LateErrors, Transfer, any_late_error
+from portakv.runtime import transfer as transfers
+from portakv.runtime.transfer import LateErrors, Transfer
 from portakv.view import Index, KVView
 from portakv.view.bound import BoundLayout, bind_layout
 from portakv.view.example import example_chunk
@@ -128,8 +129,7 @@ class Registration:
         self._facts = _facts(self.allocations.leaves)
         self._layout = chunk_layout
         self._bound = dict[tuple[str, int], BoundLayout]()
-        memory = self.allocations.memory
-        self.direct = ChunkCopies(view, memory, choice, owner, chunk_layout, self._bound)
+        self.direct = ChunkCopies(view, self.allocations.memory, choice, owner)
 
     def holds(self, kv_caches: Tensors) -> bool:
         """Return True if these are its caches, or tensors at the same addresses with the same
@@ -277,6 +277,8 @@ class Registration:
         if needs_size and layout == self._layout:
             extents["block_size"] = cache.block_size
         bound = self._bound[layout, itemsize] = bind_layout(layout, **extents)
+        if layout == self._layout:
+            self.direct.add_layout(bound, itemsize)
         return bound
 
 
@@ -587,13 +589,19 @@ class AdaptiveConnector:
         end: int | None,
         stream: torch.Stream | None,
     ) -> Transfer:
+        caches = self._registered
+        direct = stream is None and self._direct
+        # What Python looks at first. The core looks at the words that report late errors.
+        checked = is_dynamo_compiling() or kv_caches is not None or transfers.failed
+        if direct and caches is not None and not checked:
+            transfer = caches.direct.transfer(store, memory_obj, slot_mapping, start, end)
+            if transfer is not None:
+                return transfer
         if is_compiling():
             batch = Batch([memory_obj], slot_mapping, [start], [end])
             return self._traced(store, kv_caches, batch, stream)
-        caches = self._registered
-        if caches is None or kv_caches is not None or any_late_error():
-            caches = self._caches(kv_caches)
-        if stream is None and self._direct:
+        caches = self._caches(kv_caches)
+        if direct and checked:
             transfer = caches.direct.transfer(store, memory_obj, slot_mapping, start, end)
             if transfer is not None:
                 return transfer

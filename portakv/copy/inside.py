@@ -9,7 +9,8 @@ which makes the copy or words the error.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Mapping, Sequence
+import ctypes
+from collections.abc import Callable, Hashable, Sequence
 from functools import partial
 from time import perf_counter
 from typing import Any, NamedTuple
@@ -18,14 +19,23 @@ import numpy as np
 import torch
 from torch.autograd.graph import increment_version
 
-from portakv.backends.row_kernels import RowKernels, after_tables
+from portakv.backends.row_kernels import FIRST_WORK, RowKernels, after_tables
 from portakv.backends.rows_kernel import MAX_ENTRIES
 from portakv.backends.strided import Rows, StridedLaunch, Units
 from portakv.copy.call import Context, Piece, Settled, launch, memory_of_host
 from portakv.copy.counting import TOGETHER, Counted
 from portakv.copy.handle import BlockTransfer, skipped_tokens
 from portakv.copy.options import CopyOptions
-from portakv.core.call import OTHERWISE, SKIPS, TO_THE_END, TOKENS, OpenedView, Watch, calls
+from portakv.core.call import (
+    OTHERWISE,
+    SKIPS,
+    TO_THE_END,
+    TOKENS,
+    OpenedChunks,
+    OpenedView,
+    Watch,
+    calls,
+)
 from portakv.core.link import COUNT
 from portakv.core.view import words_of_dtypes
 from portakv.errors import LayoutError, PortaKVError, SlotError
@@ -38,7 +48,7 @@ from portakv.registry.prepared import PREPARED, prepared
 from portakv.registry.registry import Choice, choose
 from portakv.runtime.ends import LISTED
 from portakv.runtime.streams import completion
-from portakv.runtime.transfer import Owner, Transfer
+from portakv.runtime.transfer import Owner, Transfer, word_batches
 from portakv.view.bound import BoundLayout
 from portakv.view.destination import check_writable, with_versions
 from portakv.view.form import Form, form_of, plain_reader
@@ -103,37 +113,38 @@ class ChunkCopies:
         memory: that of their tensors, which must be as it was.
         choice: what executes the copies.
         owner: the connector, which reports errors later.
-        layout: of chunks.
-        bounds: the layouts that are known, by their text and the bytes of an element.
     """
 
-    def __init__(
-        self,
-        cache: KVView,
-        memory: Watch,
-        choice: Choice,
-        owner: Owner,
-        layout: str,
-        bounds: Mapping[tuple[str, int], BoundLayout],
-    ) -> None:
+    def __init__(self, cache: KVView, memory: Watch, choice: Choice, owner: Owner) -> None:
         self._cache = cache
         self._owner = owner
-        self._layout = layout
-        self._bounds = bounds
         self._choice = choice
         self._kernels = kernels = choice.backend.row_kernels
-        usable = kernels is not None or cache.device.type == "cpu"
-        self._caches = open_view(cache, memory) if usable and plain_reader() is not None else None
-        self._copy: Callable[..., int] | None = None
-        if self._caches is None:
+        self._layouts = dict[int, BoundLayout]()
+        self._opened = OpenedChunks()
+        self._address = 0
+        reader = plain_reader()
+        if reader is None or (kernels is None and cache.device.type != "cpu"):
             return
-        self._check = calls().check_chunk
+        self._caches = open_view(cache, memory)
+        self._opened.caches = self._caches.address
+        self._opened.torch = reader.address
+        self._opened.words = word_batches.address
+        self._address = ctypes.addressof(self._opened)
         if kernels is None:
             return
-        self._addresses = kernels.address, self._caches.address
-        self._copy = calls().copy_chunk
+        self._opened.kernels = kernels.address
+        self._opened.current = kernels.current
+        self._copy: Callable[..., int] = calls().copy_chunk
         if self._caches.tabled:
             self._copy = partial(after_tables, [cache], cache.device, self._copy)
+
+    def add_layout(self, layout: BoundLayout, itemsize: int) -> None:
+        """Take the layout of chunks whose elements have so many bytes."""
+        power = itemsize.bit_length() - 1
+        if power < len(self._opened.layouts):
+            self._layouts[itemsize] = layout
+            self._opened.layouts[power] = layout.address
 
     def transfer(
         self, store: bool, memory_obj: object, slot_mapping: object, start: object, end: object
@@ -143,50 +154,50 @@ class ChunkCopies:
         Raises:
             TransferError: the driver's error.
         """
-        if self._caches is None:
+        address = self._address
+        if not address:
             return None
         chunk = memory_obj
         if type(chunk) is not torch.Tensor:
             chunk = getattr(memory_obj, "tensor", None)
-            if type(chunk) is not torch.Tensor:
-                return None
-        bound = self._bounds.get((self._layout, chunk.itemsize))
-        if bound is None:
-            return None
-
         ids = slot_mapping
-        offset = 0
-        if type(ids) is torch.Tensor:
-            on_host = ids.is_cpu
-        else:
+        if type(ids) is not torch.Tensor and type(ids) is not list:
             side = _side(ids, 1)
-            if side.step != 1 or side.number is None:
+            if side.step != 1 or side.number is None or type(start) is not int or start < 0:
                 return None
             ids = side.ids
-            offset = side.offset
-            on_host = bool(side.on_host)
-        if type(start) is not int:
-            return None
-        if end is None:
-            past = TO_THE_END
-        elif type(end) is int and end > start >= 0:
-            past = end
-        else:
-            return None
+            start += side.offset
+            end = end + side.offset if type(end) is int else end
         kernels = self._kernels
-        copy = self._copy
-        if kernels is None or copy is None:
-            return self._launched(store, bound, chunk, ids, offset, start, past)
+        if kernels is None:
+            return self._launched(store, chunk, ids, start, end)
 
-        numbers = offset, start, past
-        arguments = (*self._addresses, store, bound.address, chunk, ids, *numbers)
+        arguments = address, store, chunk, ids, start, end
         retained = chunk, ids, self._cache
-        made = kernels.issue(copy, arguments, on_host, retained, ids, self._owner)
-        if made is None:
-            return None
-        transfer, result = made
-        # Without the function of Python around it: the arguments are plain.
-        torch._C._increment_version((chunk,) if store else self._caches.versions)
+        ends = kernels.ends
+        if ends is None or kernels.process.forked:
+            issued = self._issue(arguments, ids, retained)
+            if issued is None:
+                return None
+            transfer, result = issued
+        else:
+            free = ends.listed if type(ids) is list else ends.plain
+            try:
+                at = free.pop()
+            except IndexError:
+                used = ends.acquire_after_ends(free)
+                if used is None:
+                    return None
+                at = used
+            result = self._copy(*arguments, at.address, None)
+            if result >= 0:
+                transfer = at.transfer(result, ids, retained, kernels.carried, self._owner)
+            else:
+                kernels.give_back(at, OTHERWISE if result == FIRST_WORK else result)
+                issued = None if result == OTHERWISE else self._issue(arguments, ids, retained)
+                if issued is None:
+                    return None
+                transfer, result = issued
         counts = Counted.counts
         if counts is not None:
             counts.new.append((kernels.carried[0], "device", self._cache.form, result >> TOKENS))
@@ -194,25 +205,30 @@ class ChunkCopies:
                 counts.sum_up()
         return transfer
 
+    def _issue(
+        self, arguments: tuple[object, ...], ids: Any, retained: object
+    ) -> tuple[Transfer, int] | None:
+        """Make a copy on the stream that torch names, with memory for ids of the host."""
+        assert self._kernels is not None
+        on_host = type(ids) is list or ids.is_cpu
+        return self._kernels.issue(self._copy, arguments, on_host, retained, ids, self._owner)
+
     def _launched(
-        self, store: bool, bound: BoundLayout, chunk: torch.Tensor, ids: Any, *slots: int
+        self, store: bool, chunk: Any, ids: Any, start: object, end: object
     ) -> Transfer | None:
         """Make a copy on the host by the launch of a backend, as `_launched` does.
 
         Args:
             ids: a list or a tensor.
-            slots: the ids that are passed over, and the first and the last of the others.
         """
-        assert self._caches is not None
         most = len(ids)  # copied tokens are no more
         numbers = np.empty(2 * most, dtype=np.int64)
         room = torch.from_numpy(numbers).data_ptr(), most
-        caches = self._caches.address
-        checked = self._check(caches, store, bound.address, chunk, ids, *slots, *room)
+        checked = calls().check_chunk(self._address, store, chunk, ids, start, end, *room)
         if isinstance(checked, int):
             return None
         tokens, unit, units, described = checked
-        rows = ChunkRows(bound, chunk, described)
+        rows = ChunkRows(self._layouts[chunk.itemsize], chunk, described)
         cache = self._cache
         skips = tokens > unit * units  # then both sides have numbers
         read = torch.from_numpy(numbers[:units]) if store or skips else None
@@ -415,10 +431,9 @@ def _issue(
         if memory:
             completion(device, None, *memory)
         raise
-    if made is not None:
+    if made is not None and crossing is not None:
         increment_version(to_view.versions)
-        if crossing is not None:
-            made[0].carried = crossing.carried
+        made[0].carried = crossing.carried
     return made
 
 

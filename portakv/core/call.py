@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import ctypes
 from array import array
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import cache, cached_property
 from typing import Any, NamedTuple
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 from portakv.core.library import python_function
@@ -20,9 +22,13 @@ from portakv.core.view import address_in_torch, handle_at
 
 # The codes of `core.h`.
 OTHERWISE = -50
+STREAM = -51
+LIST = -52
 DRIVER = -1000
 #: An end or a count: as many as there are.
 TO_THE_END = -1
+#: An answer about an end: the work has ended, and its status word reports an error.
+REPORTS = -1
 #: Bits of a result below its tokens: a status word may be written; ids of the host skip positions.
 GUARDED = 2
 SKIPS = 1
@@ -64,9 +70,7 @@ class Watch:
     @cached_property
     def address(self) -> int:
         """Where the core reads the words of this object."""
-        at = handle_at()
-        assert at is not None  # else the core reads no tensors
-        tensors = array("q", [id(each) + at for each in self._tensors])
+        tensors = handles_of(self._tensors)
         storages = array("q", [tensors[number] for number in self._first])
         self._pointers = tensors, storages
         self._words = _Watch(
@@ -98,6 +102,13 @@ class Watch:
             self._sizes[number] = len(storage)
 
 
+def handles_of(tensors: Sequence[torch.Tensor]) -> array[int]:
+    """Return torch's handles of tensors, which stay as long as the tensors."""
+    at = handle_at()
+    assert at is not None  # else the core reads no tensors
+    return array("q", [id(each) + at for each in tensors])
+
+
 class CopyEnd(ctypes.Structure):
     """`portakv_copy_end` of `core.h`."""
 
@@ -105,6 +116,7 @@ class CopyEnd(ctypes.Structure):
         ("list", ctypes.c_void_p),
         ("room", ctypes.c_int64),
         ("status", ctypes.c_uint64),
+        ("word", ctypes.c_void_p),
         ("event", ctypes.c_void_p),
         ("record", ctypes.c_void_p),
         ("query", ctypes.c_void_p),
@@ -140,6 +152,8 @@ class _View(ctypes.Structure):
         ("watch", ctypes.c_void_p),
         ("entries", ctypes.c_int64),
         ("entry_bytes", ctypes.c_int64),
+        ("versions", ctypes.c_void_p),
+        ("version_count", ctypes.c_int64),
     )
 
 
@@ -190,7 +204,8 @@ class OpenedView:
         self.versions = versions
         words = array("q", dtypes or [0] * kv)
         ranges = array("q", [address for span in spans for address in span])
-        self._kept = words, ranges, watch, kept
+        raised = handles_of(versions)
+        self._kept = words, ranges, watch, raised, kept
         self._words = _View(
             form,
             words.buffer_info()[0],
@@ -204,8 +219,57 @@ class OpenedView:
             table_on_device,
             watch.address if watch else 0,
             *entries,
+            raised.buffer_info()[0],
+            len(raised),
         )
         self.address = ctypes.addressof(self._words)
+
+
+class _Words(ctypes.Structure):
+    """`portakv_words` of `core.h`."""
+
+    _fields_ = (("batches", ctypes.c_void_p), ("count", ctypes.c_int64))
+
+
+class WordBatches:
+    """Batches of a process's status words, of `SIZE` words each, which the core looks at before
+    it copies.
+
+    Attributes:
+        address: for calls of the core.
+    """
+
+    SIZE = 64
+
+    def __init__(self) -> None:
+        self._batches = list[npt.NDArray[np.int64]]()
+        self._words = _Words()
+        self._pointers: list[array[int]] = []  # another thread's call may read former ones
+        self.address = ctypes.addressof(self._words)
+
+    def append(self, batch: npt.NDArray[np.int64]) -> None:
+        """Add a batch, which stays."""
+        self._batches.append(batch)
+        pointers = array("q", [each.ctypes.data for each in self._batches])
+        self._pointers.append(pointers)
+        self._words.batches = pointers.buffer_info()[0]
+        self._words.count = len(pointers)
+
+    def __iter__(self) -> Iterator[npt.NDArray[np.int64]]:
+        return iter(self._batches)
+
+
+class OpenedChunks(ctypes.Structure):
+    """`portakv_chunk_copies` of `core.h`."""
+
+    _fields_ = (
+        ("kernels", ctypes.c_void_p),
+        ("caches", ctypes.c_void_p),
+        ("torch", ctypes.c_void_p),
+        ("layouts", ctypes.c_void_p * 5),
+        ("current", ctypes.c_void_p),
+        ("words", ctypes.c_void_p),
+    )
 
 
 class Calls(NamedTuple):

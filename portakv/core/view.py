@@ -69,7 +69,9 @@ class _Torch(ctypes.Structure):
         ("int8", ctypes.c_int64),
         ("is_neg", ctypes.c_void_p),
         ("is_conj", ctypes.c_void_p),
+        ("is_inference", ctypes.c_void_p),
         ("requires_grad", ctypes.c_void_p),
+        ("raise_version", ctypes.c_void_p),
     )
 
 
@@ -120,7 +122,9 @@ def tensor_reader(forms: dict[Any, Any]) -> TensorReader | None:
             _torch_library()["aoti_torch_dtype_int8"](),
             address_in_torch("_ZN2at6native6is_negERKNS_6TensorE"),
             address_in_torch("_ZN2at6native7is_conjERKNS_6TensorE"),
+            address_in_torch("_ZN2at6native12is_inferenceERKNS_6TensorE"),
             address_in_torch("_ZNK3c1010TensorImpl13requires_gradEv"),
+            address_in_torch("_ZN5torch8autograd4impl12bump_versionERKN2at6TensorE"),
         )
     except AttributeError:
         return None
