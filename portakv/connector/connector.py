@@ -207,8 +207,13 @@ class Registration:
         ranges = zip(batch.memory_objs, batch.starts, batch.ends, strict=True)
         jobs = [self.job(one, batch.slot_mapping, start, end) for one, start, end in ranges]
         jobs = [job for job in jobs if job.tokens]
-        if store:
-            _check_apart([job.chunk for job in jobs])
+        spans = sorted(span for job in jobs for span in job.chunk.spans) if store else []
+        for (_, past), (first, _) in pairwise(spans):
+            if first < past:
+                raise LayoutError(
+                    "Expected memory objects of a batch in separate memory, got two that overlap: "
+                    "one would overwrite the other. Pass buffers that do not overlap."
+                )
         moves = [self.checked(store, job, context, strict) for job in self._sets(jobs)]
         if not store:
             _check_apart_in_caches([move for move, _ in moves], strict)
@@ -343,17 +348,6 @@ def _check_apart_in_caches(moves: list[Move], strict: bool) -> None:
     if len(ids) == len(moves) and all(index.on_host for index, _ in ids):
         total = sum(count for _, count in ids)
         Index.joined(ids).check(total, moves[0].dst.slots, "destination", distinct=True)
-
-
-def _check_apart(chunks: list[KVView]) -> None:
-    """Reject memory objects of one batch that overlap and are written."""
-    spans = sorted(span for chunk in chunks for span in chunk.spans)
-    for (_, past), (first, _) in pairwise(spans):
-        if first < past:
-            raise LayoutError(
-                "Expected memory objects of a batch in separate memory, got two that overlap: one "
-                "would overwrite the other. Pass buffers that do not overlap."
-            )
 
 
 def _check_caches(kv_caches: Tensors, bound: BoundLayout) -> None:

@@ -283,34 +283,18 @@ def _parts(definition: Definition) -> tuple[tuple[str, ...], set[str]]:
 
     A constant has neither.
     """
+    defaults: dict[str, object] = {}  # by name; None: the parameter or field has none
     if isinstance(definition, ast.ClassDef):
-        return _fields(definition)
-    if isinstance(definition, ast.FunctionDef):
-        return _parameters(definition)
-    return (), set()
-
-
-def _parameters(function: ast.FunctionDef) -> tuple[tuple[str, ...], set[str]]:
-    """Return the names of a function's parameters without ``self``, and of those with a default."""
-    arguments = function.args
-    names = [each.arg for each in (*arguments.posonlyargs, *arguments.args)]
-    optional = {*names[len(names) - len(arguments.defaults) :]}
-    if names[:1] in (["self"], ["cls"]):
-        del names[0]
-    for each, default in zip(arguments.kwonlyargs, arguments.kw_defaults, strict=True):
-        names.append(each.arg)
-        if default is not None:
-            optional.add(each.arg)
-    return tuple(names), optional
-
-
-def _fields(definition: ast.ClassDef) -> tuple[tuple[str, ...], set[str]]:
-    """Return the names of a class's annotated fields, and of those with a default."""
-    names = []
-    optional = set()
-    for each in definition.body:
-        if isinstance(each, ast.AnnAssign) and isinstance(each.target, ast.Name):
-            names.append(each.target.id)
-            if each.value is not None:
-                optional.add(each.target.id)
-    return tuple(names), optional
+        for each in definition.body:
+            if isinstance(each, ast.AnnAssign) and isinstance(each.target, ast.Name):
+                defaults[each.target.id] = each.value
+    elif isinstance(definition, ast.FunctionDef):
+        given = definition.args
+        names = [each.arg for each in (*given.posonlyargs, *given.args)]
+        without = [None] * (len(names) - len(given.defaults))
+        defaults = dict(zip(names, [*without, *given.defaults], strict=True))
+        for keyword, default in zip(given.kwonlyargs, given.kw_defaults, strict=True):
+            defaults[keyword.arg] = default
+        if names[:1] in (["self"], ["cls"]):
+            del defaults[names[0]]
+    return tuple(defaults), {name for name, default in defaults.items() if default is not None}

@@ -109,10 +109,14 @@ def load(
         arguments = pool, device_pool, host_indices, device_indices, layer_id, io_backend
         own(*arguments, is_draft=is_draft)
         return
-    place = _place_of(pool, layer_id, is_draft)
-    if place is not None:
-        layer = views.layer(*place)
-        views.copy(layer.host, layer.device, host_indices, device_indices, io_backend)
+    is_mla = _is_mla(pool)
+    known = pool._target_layer_indices if is_mla else range(pool.target_layer_num)
+    if not is_draft and layer_id not in known:  # the pool lacks the layer
+        return
+    on_host = pool._host_layer_by_controller[layer_id] if is_mla else layer_id
+    on_device = pool._buffer_index_by_layer[layer_id] if is_mla else layer_id
+    layer = views.layer(on_host, on_device)
+    views.copy(layer.host, layer.device, host_indices, device_indices, io_backend)
 
 
 def backup(
@@ -268,15 +272,3 @@ def _mla(pool: HostPool, buffers: Buffers) -> _Sides | None:
 
 def _device_buffers(pool: HostPool) -> Any:
     return pool.device_kv_buffers if _is_mla(pool) else pool.device_k_buffers
-
-
-def _place_of(pool: HostPool, layer_id: int, is_draft: bool) -> tuple[int, int] | None:
-    """Return the numbers of a layer on the host and on the device; None: the pool lacks it."""
-    if _is_mla(pool):
-        if not is_draft and layer_id not in pool._target_layer_indices:
-            return None
-        on_host = pool._host_layer_by_controller[layer_id]
-        return on_host, pool._buffer_index_by_layer[layer_id]
-    if not is_draft and not 0 <= layer_id < pool.target_layer_num:
-        return None
-    return layer_id, layer_id
