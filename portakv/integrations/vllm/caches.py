@@ -366,11 +366,6 @@ def worker_numbers(parallel: Any) -> tuple[int, int]:
     return number, int(copy or 0) * int(parallel.world_size) + number
 
 
-def identity_of(request: Any, model: str, salt: bytes, extra: Iterable[bytes]) -> Identity:
-    """Return what the rows of a request's prompt depend on."""
-    return Identity.of(model, request.prompt_token_ids, salt, extra)
-
-
 def remote_rows_of(request: Any, identify: Callable[[Any], Identity]) -> RemoteRows | None:
     """Return the rows of a request that another engine has; None: it has none of them.
 

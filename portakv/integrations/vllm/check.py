@@ -211,29 +211,29 @@ def _check_roles(
         )
         return
     with findings.catching("kv_connector_extra_config"):
+        # Check the terms of the store, and compare them with the engine's blocks.
         terms = StoreTerms.of(roles.store)
-        _check_store(terms, sizes, block_size, findings)
-
-
-def _check_store(
-    terms: StoreTerms, sizes: Sizes | None, block_size: int | None, findings: Findings
-) -> None:
-    """Check the terms of a store, and compare them with the engine's blocks."""
-    check_places(terms, findings, "kv_connector_extra_config")
-    if terms.shared and not terms.folders:
-        findings.warnings.append(
-            "shared is true, and there is no folder by which other engines would find the store. "
-            "Name a folder."
-        )
-    findings.notes.append(_who_stores(terms))
-    if terms.encoding is not None:
-        findings.notes.append(_packed_blocks(terms))
-    size = _check_blocks(terms, sizes, block_size, findings)
-    if sizes is not None and sizes.windows and not sizes.refused:
-        with findings.catching():
-            check_by_layer(terms)
-    if size is not None and sizes is not None and sizes.token:
-        _check_sizes(terms, sizes, size, findings)
+        check_places(terms, findings, "kv_connector_extra_config")
+        if terms.shared and not terms.folders:
+            findings.warnings.append(
+                "shared is true, and there is no folder by which other engines would find the "
+                "store. Name a folder."
+            )
+        findings.notes.append(_who_stores(terms))
+        if terms.encoding is not None:
+            size_of = "--block-size 64 costs an engine less than 16"
+            if terms.block_size is not None:
+                size_of = f"with block_size, it has to be --block-size {terms.block_size}"
+            findings.notes.append(
+                f"Blocks of bf16 rows are stored packed, others raw. Stored blocks have the size "
+                f"of the engine's blocks: {size_of}."
+            )
+        size = _check_blocks(terms, sizes, block_size, findings)
+        if sizes is not None and sizes.windows and not sizes.refused:
+            with findings.catching():
+                check_by_layer(terms)
+        if size is not None and sizes is not None and sizes.token:
+            _check_sizes(terms, sizes, size, findings)
 
 
 def _check_blocks(
@@ -325,17 +325,6 @@ def _who_stores(terms: StoreTerms) -> str:
     return (
         "If the engine has one worker, no other engine uses its store; set shared to true to share "
         "the store. Ranks of tensor parallelism, and of data parallelism over a folder, share one."
-    )
-
-
-def _packed_blocks(terms: StoreTerms) -> str:
-    """Return which blocks are packed."""
-    size = "--block-size 64 costs an engine less than 16"
-    if terms.block_size is not None:
-        size = f"with block_size, it has to be --block-size {terms.block_size}"
-    return (
-        f"Blocks of bf16 rows are stored packed, others raw. Stored blocks have the size of the "
-        f"engine's blocks: {size}."
     )
 
 
