@@ -268,20 +268,19 @@ def _facts(side: Side, report: Report) -> dict[str, str]:
     text = report["layout"]
     requested = report["asked"].strip()
     wide = " + ".join(f"{width} B" for width in report["width_bytes"])
+    index = "none: consecutive tokens"
+    if side.step == 1:
+        index = "slot mapping: an id for each token"
+    elif side.step:
+        table = "block table: " if side.step == side.view.block_size else ""
+        index = f"{table}an id for {side.step} tokens"
     return {
         "layout": text if requested == text else f"{requested}: {text}",
         **{name: str(report[name]) for name in ("tensors", "dtype", "layers", "kv", "heads")},
         "width": f"{wide} a {'page' if report['opaque'] else 'head'}",
         "block size": f"{report['block_size']} tokens" if report["block_size"] else "not paged",
-        "index": _index_in_words(side),
+        "index": index,
     }
-
-
-def _index_in_words(side: Side) -> str:
-    if side.step < 2:
-        return "slot mapping: an id for each token" if side.step else "none: consecutive tokens"
-    table = "block table: " if side.step == side.view.block_size else ""
-    return f"{table}an id for {side.step} tokens"
 
 
 def _side_json(side: Side) -> Report:
@@ -344,7 +343,14 @@ def _explain_encoding(args: argparse.Namespace) -> int:
     device = _device_of(args.device)
     pack = _pack_of(args.encoding)
     extents = replace(extents_of(args), dtype=args.dtype or torch.bfloat16)
-    rows, image = _rows_and_image(args.src, args.dst)
+    pages = ["page" in resolve(text)[0].split() for text in (args.src, args.dst)]
+    if all(pages):
+        raise InvalidTerms(
+            f"Expected a layout of raw rows and one of packed blocks, got {args.src!r} and "
+            f"{args.dst!r}, which both have pages. Pass one of raw rows; packed blocks are copied "
+            f"as they are."
+        )
+    rows, image = (args.dst, args.src) if pages[0] else (args.src, args.dst)
     raw, _ = make_sides((rows, rows), extents, device, (None, None), True)
     packed = _packed_view(image, raw.view, pack)
     choice = choose(device, args.backend)
@@ -396,17 +402,6 @@ _STAYS_RAW = (
     "PackOverflow with the numbers of these blocks, and a store that has the raw form too keeps "
     "them in it. Rows of other types than bfloat16, and parts of a block, are not packed."
 )
-
-
-def _rows_and_image(src: str, dst: str) -> tuple[str, str]:
-    """Return the layout of raw rows, and that of the image; raise `InvalidTerms` for two images."""
-    pages = ["page" in resolve(text)[0].split() for text in (src, dst)]
-    if all(pages):
-        raise InvalidTerms(
-            f"Expected a layout of raw rows and one of packed blocks, got {src!r} and {dst!r}, "
-            f"which both have pages. Pass one of raw rows; packed blocks are copied as they are."
-        )
-    return (dst, src) if pages[0] else (src, dst)
 
 
 def _packed_view(text: str, raw: KVView, pack: Pack) -> KVView:
