@@ -210,12 +210,9 @@ def stays_raw(view: KVView, pack: Pack | None, packing_gbps: float | None) -> st
                 each.plane(form.block_size * width // 2)
     except Unsupported as error:
         return str(error)
-    return "" if packing_gbps is not None else _no_packer(view.device)
-
-
-def _no_packer(device: torch.device) -> str:
-    """Return why a device does not pack at the rate of a copy, as a sentence; empty if a backend of
-    it packs."""
+    device = view.device
+    if packing_gbps is not None:
+        return ""
     if device.type == "cpu":
         return "The rows are on the CPU, which packs far slower than it copies."
     choice = choose(device, None)
