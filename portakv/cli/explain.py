@@ -468,18 +468,16 @@ _OF_PLANE = (
 def _print_encoding(report: Report) -> None:
     numbers = ["raw", "slot", "ratio", "codes", "escapes"]
     columns = columns_of(["a plane of", *numbers], prose=numbers, right=numbers)
-    rows = [
-        [
-            f"{plane['values']} values",
-            f"{plane['raw_bytes']} B",
-            f"{plane['slot_bytes']} B",
-            f"{plane['ratio']:.3f}",
-            f"{plane['code_bits']} bits",
-            f"{plane['most_escapes']} at most",
-        ]
-        for plane in report["planes"]
-    ]
-    print_table(columns, list(dict.fromkeys(map(tuple, rows))))
+    cells = (
+        "{values} values",
+        "{raw_bytes} B",
+        "{slot_bytes} B",
+        "{ratio:.3f}",
+        "{code_bits} bits",
+        "{most_escapes} at most",
+    )
+    rows = [tuple(cell.format_map(plane) for cell in cells) for plane in report["planes"]]
+    print_table(columns, list(dict.fromkeys(rows)))
     sizes = report["block_bytes"]
     print(f"\nA block has {sizes['raw']} B raw and {sizes['packed']} B packed.\n")
     print(report["ways"][0]["plan"])

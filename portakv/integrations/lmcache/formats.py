@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Views over the caches and the memory objects of LMCache's ops, with LMCache's formats as layouts.
 
-The module imports no engine. To add a format, add a line to `LAYOUTS`.
+The module imports no engine. To add a format, add its preset, and raise the number in `LAYOUTS`.
 """
 
 from __future__ import annotations
@@ -16,31 +16,16 @@ import numpy.typing as npt
 import torch
 
 from portakv import Index, KVView, LayoutError, Unsupported
+from portakv.layout.presets import PRESETS
 
 _BLOCKED_SCALES = 14
 _PLANES = 17
 #: The layout of each format's caches, by the number in LMCache's EngineKVFormat. Formats 10 to 13
 #: have keys and values next to each other in one row; here that is one plane, as in an object.
-LAYOUTS = {
-    0: "block layer kv token head dim",
-    1: "layer | kv block token head dim",
-    2: "layer | block kv token head dim",
-    3: "layer | block token dim",
-    4: "kv layer | (block token) head dim",
-    5: "layer | (block token) 1 dim",
-    6: "layer | kv block head token dim",
-    7: "layer | block kv head token dim",
-    8: "block layer kv head token dim",
-    9: "kv layer | block token head dim",
+LAYOUTS = {number: PRESETS[f"lmcache-{number}"].layout for number in range(19)} | {
     10: "layer | block head token dim",
     11: "layer | block token head dim",
-    12: "layer | block head token dim",
-    13: "layer | block token head dim",
     _BLOCKED_SCALES: "layer | block (kv token dim)",  # in each block the values, then the scales
-    15: "layer | kv block head 1 token dim",
-    16: "layer kv | block token head dim",
-    _PLANES: "layer kv | block token 1 dim",
-    18: "layer | block token head dim",
 }
 MLA = (3, 5, _BLOCKED_SCALES, _PLANES)
 #: The formats whose rows have keys and values next to each other.

@@ -44,23 +44,8 @@ from portakv.serving.sizing import Sizes
 
 CONNECTOR = "PortaKVConnector"
 MODULE = "portakv.integrations.vllm_connector"
-#: The keys of vLLM's configuration, and its name.
+#: What has the keys of vLLM's configuration.
 OWNER = "vLLM's KVTransferConfig"
-KEYS = (
-    "kv_connector",
-    "engine_id",
-    "kv_buffer_device",
-    "kv_buffer_size",
-    "kv_role",
-    "kv_rank",
-    "kv_parallel_size",
-    "kv_ip",
-    "kv_port",
-    "kv_connector_extra_config",
-    "kv_connector_module_path",
-    "enable_permute_local_kv",
-    "kv_load_failure_policy",
-)
 #: The types of the values, as vLLM reads them from JSON.
 TYPES: dict[str, tuple[type | None, ...]] = {
     "kv_connector": (str, None),
@@ -75,6 +60,7 @@ TYPES: dict[str, tuple[type | None, ...]] = {
     "enable_permute_local_kv": (bool,),
     "kv_connector_extra_config": (dict,),
 }
+KEYS = (*TYPES, "kv_role", "kv_load_failure_policy")
 #: The names of types in JSON.
 JSON_TYPES: dict[type | None, str] = {
     str: "a text",
