@@ -163,7 +163,13 @@ class _PoolViews:
         self._rank: int = getattr(pool, "dcp_rank", 0)
         self._layers: dict[tuple[int, int], _Sides] = {}
         self._last: dict[torch.device, BlockTransfer] = {}  # the last copy, by destination
-        self._adopted = pinned.adopt(_registered_ranges(pool))
+        # SGLang may have registered the host memory in pieces.
+        buffers = pool.kv_buffer
+        if isinstance(buffers, torch.Tensor):
+            buffers = [buffers]
+        self._adopted = pinned.adopt(
+            [piece for buffer in buffers or () for piece in getattr(buffer, _RANGES, ())]
+        )
 
     def fits(self, pool: HostPool) -> bool:
         """Return True if the pool still has the buffers that the views were made of."""
@@ -205,14 +211,6 @@ class _PoolViews:
         for copy in self._last.values():
             copy.synchronize()
         self._adopted.close()
-
-
-def _registered_ranges(pool: HostPool) -> list[tuple[int, int]]:
-    """Return the pieces in which SGLang registered a pool's host memory."""
-    buffers = pool.kv_buffer
-    if isinstance(buffers, torch.Tensor):
-        buffers = [buffers]
-    return [piece for buffer in buffers or () for piece in getattr(buffer, _RANGES, ())]
 
 
 def _views_of(pool: HostPool) -> _PoolViews | None:
