@@ -80,7 +80,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         elif words[0] in _DELEGATED:  # the other package parses its options
             code = _delegate(words[0], words[1:])
         else:
-            _refuse_unknown_verb(parser, words[0])
+            # Suggest the verb that a misspelt word resembles, instead of argparse's list of all.
+            if words[0] not in VERBS and not words[0].startswith("-"):
+                for verb in difflib.get_close_matches(words[0], VERBS, n=1):
+                    parser.error(f"Expected a verb, got {words[0]!r}. Did you mean {verb!r}?")
             args, more = parser.parse_known_args(words)
             if more:  # name the verb, not the whole command
                 args.misunderstood(f"unrecognized arguments: {' '.join(more)}")
@@ -134,14 +137,6 @@ def make_parser() -> argparse.ArgumentParser:
     for name, (*_, does, _) in _DELEGATED.items():
         verbs.add_parser(name, help=f"{does}; see `portakv {name} --help`", add_help=False)
     return parser
-
-
-def _refuse_unknown_verb(parser: argparse.ArgumentParser, word: str) -> None:
-    """Suggest the verb that a misspelt word resembles, instead of argparse's list of all."""
-    if word in VERBS or word.startswith("-"):
-        return
-    for verb in difflib.get_close_matches(word, VERBS, n=1):
-        parser.error(f"Expected a verb, got {word!r}. Did you mean {verb!r}?")
 
 
 def _demo(args: argparse.Namespace) -> int:

@@ -251,13 +251,9 @@ def form_of(words: bytes, encoding: tuple[Any, ...] = ()) -> Form:
     ``encoding`` is that of the form. Equal words have one form.
     """
     key = (words, encoding) if encoding else words
-    form = _forms.get(key)
-    if form is None:
-        form = _forms[key] = same_form(_read_form(words, encoding))
-    return form
-
-
-def _read_form(words: bytes, encoding: tuple[Any, ...]) -> Form:
+    known = _forms.get(key)
+    if known is not None:
+        return known
     numbers = iter(array("q", words))
     kv, layers, heads, block_size, opaque, alignment = islice(numbers, 6)
     widths = tuple(islice(numbers, kv))
@@ -271,7 +267,7 @@ def _read_form(words: bytes, encoding: tuple[Any, ...]) -> Form:
         parts.append(KVRows(table, offset, *axes))
     place, on_device = islice(numbers, 2)
     dtypes = tuple(dtype_names()[word] for word in numbers)
-    return Form(
+    form = Form(
         parts=tuple(parts),
         layers=layers,
         heads=heads,
@@ -284,6 +280,8 @@ def _read_form(words: bytes, encoding: tuple[Any, ...]) -> Form:
         table_on_device=on_device == 1,
         encoding=encoding,
     )
+    form = _forms[key] = same_form(form)
+    return form
 
 
 def widest_vector(numbers: Iterable[int]) -> int:

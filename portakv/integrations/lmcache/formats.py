@@ -187,9 +187,17 @@ def caches_of(
     if addressed is None:
         leaves = _leaves(form, caches)
         kinds = {(x.shape, x.stride(), x.dtype) for x in leaves}
-        if device.type in NO_ADDRESSES or len(kinds) > 1:
-            return _of_tensors(form, [_like(x, form.dims, pool) for x in leaves], caches, pool)
         first = _like(leaves[0], form.dims, pool)
+        if device.type in NO_ADDRESSES or len(kinds) > 1:
+            shaped = [_like(x, form.dims, pool) for x in leaves]
+            extents = _extents(form, first.shape, first.dtype, pool.block_size)
+            tensors: Any = shaped if form.containers else first
+            if "kv" in form.containers:
+                by_plane = form.containers == "kv layer"
+                inner = len(shaped) // 2 if by_plane else len(caches[0])
+                tensors = [shaped[at : at + inner] for at in range(0, len(shaped), inner)]
+                extents["kv"] = 2 if by_plane else inner
+            return KVView(tensors, form.layout, **extents, reinterpret=True)
         memory = Memory(tuple(first.shape), first.stride(), first.dtype)
         addressed = _Addressed(tuple(x.data_ptr() for x in leaves), memory, 0)
     return _view(form, addressed, pool.block_size, device)
@@ -227,25 +235,6 @@ def _view(form: Format, addressed: _Addressed, block_size: int, device: torch.de
         strides=memory.strides,
         dtype=memory.dtype,
         device=device,
-        **extents,
-        reinterpret=True,
-    )
-
-
-def _of_tensors(form: Format, leaves: list[torch.Tensor], caches: Caches, pool: Pool) -> KVView:
-    """Return the view of caches as tensors in the containers of their format."""
-    extents = _extents(form, leaves[0].shape, leaves[0].dtype, pool.block_size)
-    tensors: Any = leaves if form.containers else leaves[0]
-    kv = None
-    if "kv" in form.containers:
-        by_plane = form.containers == "kv layer"
-        inner = len(leaves) // 2 if by_plane else len(caches[0])
-        tensors = [leaves[at : at + inner] for at in range(0, len(leaves), inner)]
-        kv = 2 if by_plane else inner
-    return KVView(
-        tensors,
-        form.layout,
-        kv=kv,
         **extents,
         reinterpret=True,
     )
