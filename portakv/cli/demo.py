@@ -23,7 +23,7 @@ import torch
 
 from portakv import __version__
 from portakv.cli.backends import Candidate, candidates_for, forced_backend, print_candidates
-from portakv.cli.console import Report, columns_of, installing, print_json, print_table
+from portakv.cli.console import Report, installing, print_json, print_rows
 from portakv.cli.sides import Shape, in_bytes, in_time
 from portakv.connector.connector import AdaptiveConnector
 from portakv.copy.rows import copy_blocks
@@ -445,9 +445,12 @@ def _print_scenario(s: Shape, device: torch.device, serving: Sequence[str]) -> N
 
 def _print_rows(rows: Sequence[Row]) -> None:
     numbers = ("time", "vs copy_")
-    columns = columns_of(("backend", "call", "what moves", *numbers, "bytes"), right=numbers)
     _show("")
-    print_table(columns, [_cells(row) for row in rows])
+    print_rows(
+        ("backend", "call", "what moves", *numbers, "bytes"),
+        [_cells(row) for row in rows],
+        right=numbers,
+    )
     _show("")
     for row in rows:
         why = row.refused or row.failed

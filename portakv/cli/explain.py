@@ -24,7 +24,7 @@ import torch
 from portakv.backends.base import Decision
 from portakv.backends.pack_kernel import PackKernel, refusal
 from portakv.cli.backends import candidates_for_plan, forced_backend, print_candidates
-from portakv.cli.console import Report, columns_of, installing, print_json, print_prose, print_table
+from portakv.cli.console import Report, installing, print_json, print_prose, print_rows
 from portakv.cli.sides import (
     Side,
     add_extents,
@@ -227,12 +227,14 @@ def _print_caches(json: bool) -> int:
         print_json({"caches": rows})
         return 0
     titles = ["cache", "entries at most"]
-    print_table(
-        columns_of(titles, prose=titles[1:], right=titles[1:]),
+    print_rows(
+        titles,
         [
             [name, f"{limit}" if len(own) == 1 else f"{limit} in each of {len(own)}"]
             for (name, limit), own in sizes.items()
         ],
+        prose=titles[1:],
+        right=titles[1:],
     )
     print()
     print_prose(
@@ -252,10 +254,13 @@ def _why(taken: Choice) -> str:
 
 
 def _print_plan(report: Report, src: Side, dst: Side) -> None:
-    columns = columns_of(["", "source", "destination"], prose=["source", "destination"])
     first = _facts(src, report["source"])
     second = _facts(dst, report["destination"])
-    print_table(columns, [[name, first[name], second[name]] for name in first])
+    print_rows(
+        ["", "source", "destination"],
+        [[name, first[name], second[name]] for name in first],
+        prose=["source", "destination"],
+    )
     print(f"\n{report['plan']['text']}\n")
     print_prose(f"On {report['device']}, {report['backend']} executes it: {report['why']}.")
     for note in report["notes"]:
@@ -467,7 +472,6 @@ _OF_PLANE = (
 
 def _print_encoding(report: Report) -> None:
     numbers = ["raw", "slot", "ratio", "codes", "escapes"]
-    columns = columns_of(["a plane of", *numbers], prose=numbers, right=numbers)
     cells = (
         "{values} values",
         "{raw_bytes} B",
@@ -477,18 +481,22 @@ def _print_encoding(report: Report) -> None:
         "{most_escapes} at most",
     )
     rows = [tuple(cell.format_map(plane) for cell in cells) for plane in report["planes"]]
-    print_table(columns, list(dict.fromkeys(rows)))
+    print_rows(["a plane of", *numbers], list(dict.fromkeys(rows)), prose=numbers, right=numbers)
     sizes = report["block_bytes"]
     print(f"\nA block has {sizes['raw']} B raw and {sizes['packed']} B packed.\n")
     print(report["ways"][0]["plan"])
     print()
-    columns = columns_of(["", "backend", "answer", "reason"], prose=["reason"])
     answers = [
         [way["does"], x["backend"], "chosen" if x["accepted"] else "rejected", x["reason"]]
         for way in report["ways"]
         for x in way["answers"]
     ]
-    print_table(columns, answers, f"On {report['device']}")
+    print_rows(
+        ["", "backend", "answer", "reason"],
+        answers,
+        prose=["reason"],
+        title=f"On {report['device']}",
+    )
     kernels = [kernel for way in report["ways"] for kernel in way["kernels"]]
     if kernels:
         names = [f"{x['name']} with thread blocks of {x['threads']}" for x in kernels]
@@ -680,7 +688,6 @@ def _print_host(report: Report) -> None:
     print()
     numbers = ("takes", "GB/s", "host")
     names = ("strategy", "answer", *numbers, "cost of", "why not")
-    columns = columns_of(names, prose=["why not"], right=numbers)
     rows = []
     for one in report["engines"]:
         times = [in_time(one[x]) if one[x] else "" for x in ("seconds", "host_seconds")]
@@ -688,7 +695,7 @@ def _print_host(report: Report) -> None:
         size = f"{one['runs']} x {in_bytes(one['run_bytes'])}"
         answers = [one["engine"], one["answer"], times[0] or "unknown", rate, times[1]]
         rows.append([*answers, size, one["refused"]])
-    print_table(columns, rows)
+    print_rows(names, rows, prose=["why not"], right=numbers)
     print()
     print_prose(f"Terms: {report['terms']['text']}.")
     print_prose(f"Times: {report['origin']}.")
@@ -797,7 +804,6 @@ def _print_peers(report: Report) -> None:
     for transport in report["movers"]:
         title = f"moved, through staging buffers on {transport['slots']}"
         tables.setdefault(title, []).append(transport)
-    columns = columns_of(["subject", "answer", "why"], prose=["answer", "why"])
     for title, decisions in tables.items():
         rows = []
         for decision in decisions:
@@ -805,7 +811,7 @@ def _print_peers(report: Report) -> None:
             rows.append([decision["name"], answer, decision["reason"]])
         if rows:
             print()
-            print_table(columns, rows, title)
+            print_rows(["subject", "answer", "why"], rows, prose=["answer", "why"], title=title)
 
     print()
     taken = "If memory cannot be mapped, a pull uses the first transport that serves, or the "
@@ -876,10 +882,14 @@ def _explain_hooks(url: str, as_json: bool) -> int:
         print_json({**about, "steps": steps, "hooks": hooks})
         return 0
     numbers = ["a step without work", "a step"]
-    columns = columns_of(["hook", "side", *numbers], prose=["side", *numbers], right=numbers)
     rows = [[cost.hook, cost.side, _time(cost.idle), _time(cost.mean)] for cost in costs]
     total = _time(idle if measured else None)
-    print_table(columns, [*rows, ["all", "", total, _time(sum(cost.mean for cost in costs))]])
+    print_rows(
+        ["hook", "side", *numbers],
+        [*rows, ["all", "", total, _time(sum(cost.mean for cost in costs))]],
+        prose=["side", *numbers],
+        right=numbers,
+    )
     print()
     if not measured:
         print_prose("The engine has had no step without work for the connector.")

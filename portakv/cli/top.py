@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 from urllib.request import urlopen
 
-from portakv.cli.console import columns_of, print_json, print_table
+from portakv.cli.console import print_json, print_rows
 from portakv.cli.sides import in_bytes, in_time
 from portakv.cli.store import check_installed
 from portakv.errors import InvalidTerms, PeerError, StoreError
@@ -341,7 +341,6 @@ def _notes(grown: _Grown) -> dict[tuple[str, str], str]:
 
 _NUMBERS = ("bytes/s", "each/s", "takes", "waiting", "oldest")
 _PROSE = ("name", *_NUMBERS, "note")
-_COLUMNS = columns_of(("kind", *_PROSE), prose=_PROSE, right=_NUMBERS)
 
 
 def _print(where: str, rows: Sequence[Row]) -> None:
@@ -360,7 +359,7 @@ def _print(where: str, rows: Sequence[Row]) -> None:
         for row in rows
     ]
     if cells:
-        print_table(_COLUMNS, cells, f"{where}: what moves")
+        print_rows(("kind", *_PROSE), cells, _PROSE, _NUMBERS, f"{where}: what moves")
     else:
         print(f"{where}: nothing moves")
 

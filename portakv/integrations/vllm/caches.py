@@ -221,10 +221,9 @@ def _rows(
     (kernel, *others) = {*kernels}
     size = spec.block_size
     first = tensors[0]
-    heads = spec.num_kv_heads
     wide = spec.head_size
     shapes = {tuple(tensor.shape) for tensor in tensors}
-    has_both = shapes == {(blocks, heads, size, 2 * wide)}
+    has_both = shapes == {(blocks, spec.num_kv_heads, size, 2 * wide)}
     if not others and first.dtype in PLAIN:
         if has_both and kernel in FUSED:
             dims = (wide, wide)
