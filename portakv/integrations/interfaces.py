@@ -38,6 +38,9 @@ class Interface(NamedTuple):
 
 
 _OFFLOAD = "vllm.v1.kv_offload"
+_WORKER = "vllm.v1.kv_offload.base"
+_SPEC = "vllm.v1.kv_offload.cpu.spec"
+_JOB = ("job_id", "src_spec", "dst_spec")
 _LMCACHE_OPS = "lmcache.v1.platform.torch_ops.mem_kernels"
 _LMCACHE_PAGED_OPS = "lmcache.v1.platform.torch_ops.mp_mem_kernels"
 _TOKENS = ("key_value", "key_value_ptrs", "slot_mapping", "paged_memory_device", "page_buffer_size")
@@ -126,35 +129,27 @@ INTERFACES = {
         Interface(_LAYER, "DynamicCache.__init__", ("ddp_cache_data", "config")),
     ),
     "vllm": (
-        Interface(
-            f"{_OFFLOAD}.base",
-            "OffloadingWorker.submit_store",
-            ("job_id", "src_spec", "dst_spec"),
-            exact=True,
+        *(
+            Interface(_WORKER, f"OffloadingWorker.{method}", takes, exact=True, may=may)
+            for method, takes, may in (
+                ("submit_store", _JOB, ()),
+                ("submit_load", _JOB, ("expedited",)),
+                ("get_finished", (), ()),
+                ("wait", ("job_ids",), ()),
+                ("shutdown", (), ()),
+            )
         ),
         Interface(
-            f"{_OFFLOAD}.base",
-            "OffloadingWorker.submit_load",
-            ("job_id", "src_spec", "dst_spec"),
-            exact=True,
-            may=("expedited",),
-        ),
-        Interface(
-            f"{_OFFLOAD}.base",
+            _WORKER,
             "OffloadingWorker",
             abstract=("submit_store", "submit_load", "get_finished", "wait", "shutdown"),
         ),
-        Interface(f"{_OFFLOAD}.base", "OffloadingWorker.get_finished", exact=True),
-        Interface(f"{_OFFLOAD}.base", "OffloadingWorker.wait", ("job_ids",), exact=True),
-        Interface(f"{_OFFLOAD}.base", "OffloadingWorker.shutdown", exact=True),
         Interface(
-            f"{_OFFLOAD}.base",
-            "TransferResult",
-            ("job_id", "success", "transfer_size", "transfer_time"),
+            _WORKER, "TransferResult", ("job_id", "success", "transfer_size", "transfer_time")
         ),
-        Interface(f"{_OFFLOAD}.cpu.spec", "CPUOffloadingSpec.__init__", ("config",)),
-        Interface(f"{_OFFLOAD}.cpu.spec", "CPUOffloadingSpec.create_worker", ("kv_caches",), True),
-        Interface(f"{_OFFLOAD}.cpu.spec", "CPUOffloadingSpec.get_worker", ("kv_caches",), True),
+        Interface(_SPEC, "CPUOffloadingSpec.__init__", ("config",)),
+        Interface(_SPEC, "CPUOffloadingSpec.create_worker", ("kv_caches",), True),
+        Interface(_SPEC, "CPUOffloadingSpec.get_worker", ("kv_caches",), True),
         Interface(
             f"{_OFFLOAD}.cpu.shared_offload_region",
             "SharedOffloadRegion.__init__",
@@ -169,8 +164,8 @@ INTERFACES = {
             also=("populate_shard", "num_segments"),
         ),
         Interface(f"{_OFFLOAD}.cpu.gpu_worker", "pin_mmap_region", ("region", "worker_slot_only")),
-        Interface(f"{_OFFLOAD}.cpu.spec", "_all_workers_barrier"),
-        Interface(f"{_OFFLOAD}.cpu.spec", "_REGION_SEGMENTS"),
+        Interface(_SPEC, "_all_workers_barrier"),
+        Interface(_SPEC, "_REGION_SEGMENTS"),
     ),
 }
 
