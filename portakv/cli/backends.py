@@ -18,7 +18,7 @@ import torch
 
 from portakv import __version__
 from portakv.backends.base import Decision
-from portakv.cli.console import Report, columns_of, print_json, print_prose, print_table
+from portakv.cli.console import Report, print_json, print_prose, print_rows
 from portakv.errors import BackendUnavailable, DeviceMismatch
 from portakv.plan.plan import CopyPlan
 from portakv.registry import (
@@ -225,10 +225,9 @@ def _passed_over(name: str, plan: CopyPlan, taken: Choice) -> Decision:
 def print_candidates(candidates: Sequence[Candidate], title: str) -> None:
     """Print a table of candidates, with the column ``verified`` if any candidate has a level."""
     shown = ["verified", "reason"] if any(c.get("verified") for c in candidates) else ["reason"]
-    columns = columns_of(["backend", "answer", *shown], prose=shown)
     rows = []
     for one in candidates:
         accepted = "on request" if one["on_request"] else "accepted"
         answer = "chosen" if one["chosen"] else accepted if one["accepted"] else "rejected"
         rows.append([one["name"], answer, *(one[name] for name in shown)])
-    print_table(columns, rows, title)
+    print_rows(["backend", "answer", *shown], rows, prose=shown, title=title)

@@ -23,7 +23,7 @@ import torch
 
 from portakv import __version__
 from portakv.cli.backends import Candidate, candidates_for, forced_backend, print_candidates
-from portakv.cli.console import Report, columns_of, installing, print_json, print_table
+from portakv.cli.console import Report, installing, print_json, print_rows
 from portakv.cli.sides import Shape, in_bytes, in_time
 from portakv.connector.connector import AdaptiveConnector
 from portakv.copy.rows import copy_blocks
@@ -349,7 +349,18 @@ def _demo(device: str | None) -> Report:
     candidates = candidates_for(where)
     _print_choice(candidates, where, forced, serving)
     identical = bool(model["skipped"]) or (model["identical"] and model["control_differs"])
-    _print_result(model["skipped"], identical, rows, time.perf_counter() - began)
+
+    failed = dict.fromkeys(row.backend for row in rows if not row.good)
+    right = dict.fromkeys(row.backend for row in rows if row.right and row.backend not in failed)
+    logits = "bit-identical" if identical else "NOT bit-identical, or the control did not differ"
+    if model["skipped"]:
+        logits = "not run, see above"
+    _show(f"\nlogits    {logits}")
+    proven = f"all right through {', '.join(right)}" if right else "right through no backend"
+    _show(f"bytes     {proven}")
+    if failed:
+        _show(f"          WRONG or missing through {', '.join(failed)}")
+    _show(f"time      {time.perf_counter() - began:.0f} s")
     return {
         "portakv": __version__,
         "torch": str(torch.__version__),
@@ -434,9 +445,12 @@ def _print_scenario(s: Shape, device: torch.device, serving: Sequence[str]) -> N
 
 def _print_rows(rows: Sequence[Row]) -> None:
     numbers = ("time", "vs copy_")
-    columns = columns_of(("backend", "call", "what moves", *numbers, "bytes"), right=numbers)
     _show("")
-    print_table(columns, [_cells(row) for row in rows])
+    print_rows(
+        ("backend", "call", "what moves", *numbers, "bytes"),
+        [_cells(row) for row in rows],
+        right=numbers,
+    )
     _show("")
     for row in rows:
         why = row.refused or row.failed
@@ -476,20 +490,3 @@ def _print_choice(
         if name not in run:
             text += f" {name} is used only on request, so the demo did not run it."
     _show("\n" + _folded(text))
-
-
-def _print_result(
-    skipped: str | None, identical: bool, rows: Sequence[Row], seconds: float
-) -> None:
-    failed = dict.fromkeys(row.backend for row in rows if not row.good)
-    proven = dict.fromkeys(row.backend for row in rows if row.right and row.backend not in failed)
-    right = ", ".join(proven)
-    wrong = ", ".join(failed)
-    logits = "bit-identical" if identical else "NOT bit-identical, or the control did not differ"
-    if skipped:
-        logits = "not run, see above"
-    _show(f"\nlogits    {logits}")
-    _show(f"bytes     all right through {right}" if right else "bytes     right through no backend")
-    if wrong:
-        _show(f"          WRONG or missing through {wrong}")
-    _show(f"time      {seconds:.0f} s")

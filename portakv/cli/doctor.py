@@ -20,7 +20,7 @@ import torch
 
 from portakv.arguments import kind_of, whole
 from portakv.cli.backends import candidates_for, print_versions, versions
-from portakv.cli.console import Report, columns_of, installing, print_json, print_prose, print_table
+from portakv.cli.console import Report, installing, print_json, print_prose, print_rows
 from portakv.cli.store import check_installed
 from portakv.errors import InvalidTerms
 from portakv.integrations import (
@@ -306,8 +306,7 @@ _TITLES = {"plug": "integration", "found": "installed"}
 
 def _table(reports: Sequence[Report], *keys: str) -> None:
     rows = [[_text(report[key]) for key in keys] for report in reports]
-    columns = columns_of([_TITLES.get(key, key) for key in keys], prose=("reason", "gives"))
-    print_table(columns, rows)
+    print_rows([_TITLES.get(key, key) for key in keys], rows, prose=("reason", "gives"))
 
 
 def _text(value: str | Sequence[str] | None) -> str:

@@ -24,7 +24,7 @@ import torch
 from portakv.backends.base import Decision
 from portakv.backends.pack_kernel import PackKernel, refusal
 from portakv.cli.backends import candidates_for_plan, forced_backend, print_candidates
-from portakv.cli.console import Report, columns_of, installing, print_json, print_prose, print_table
+from portakv.cli.console import Report, installing, print_json, print_prose, print_rows
 from portakv.cli.sides import (
     Side,
     add_extents,
@@ -228,12 +228,14 @@ def _print_caches(json: bool) -> int:
         print_json({"caches": rows})
         return 0
     titles = ["cache", "entries at most"]
-    print_table(
-        columns_of(titles, prose=titles[1:], right=titles[1:]),
+    print_rows(
+        titles,
         [
             [name, f"{limit}" if len(own) == 1 else f"{limit} in each of {len(own)}"]
             for (name, limit), own in sizes.items()
         ],
+        prose=titles[1:],
+        right=titles[1:],
     )
     print()
     print_prose(
@@ -253,10 +255,13 @@ def _why(taken: Choice) -> str:
 
 
 def _print_plan(report: Report, src: Side, dst: Side) -> None:
-    columns = columns_of(["", "source", "destination"], prose=["source", "destination"])
     first = _facts(src, report["source"])
     second = _facts(dst, report["destination"])
-    print_table(columns, [[name, first[name], second[name]] for name in first])
+    print_rows(
+        ["", "source", "destination"],
+        [[name, first[name], second[name]] for name in first],
+        prose=["source", "destination"],
+    )
     print(f"\n{report['plan']['text']}\n")
     print_prose(f"On {report['device']}, {report['backend']} executes it: {report['why']}.")
     for note in report["notes"]:
@@ -269,20 +274,19 @@ def _facts(side: Side, report: Report) -> dict[str, str]:
     text = report["layout"]
     requested = report["asked"].strip()
     wide = " + ".join(f"{width} B" for width in report["width_bytes"])
+    index = "none: consecutive tokens"
+    if side.step == 1:
+        index = "slot mapping: an id for each token"
+    elif side.step:
+        table = "block table: " if side.step == side.view.block_size else ""
+        index = f"{table}an id for {side.step} tokens"
     return {
         "layout": text if requested == text else f"{requested}: {text}",
         **{name: str(report[name]) for name in ("tensors", "dtype", "layers", "kv", "heads")},
         "width": f"{wide} a {'page' if report['opaque'] else 'head'}",
         "block size": f"{report['block_size']} tokens" if report["block_size"] else "not paged",
-        "index": _index_in_words(side),
+        "index": index,
     }
-
-
-def _index_in_words(side: Side) -> str:
-    if side.step < 2:
-        return "slot mapping: an id for each token" if side.step else "none: consecutive tokens"
-    table = "block table: " if side.step == side.view.block_size else ""
-    return f"{table}an id for {side.step} tokens"
 
 
 def _side_json(side: Side) -> Report:
@@ -345,7 +349,14 @@ def _explain_encoding(args: argparse.Namespace) -> int:
     device = _device_of(args.device)
     pack = _pack_of(args.encoding)
     extents = replace(extents_of(args), dtype=args.dtype or torch.bfloat16)
-    rows, image = _rows_and_image(args.src, args.dst)
+    pages = ["page" in resolve(text)[0].split() for text in (args.src, args.dst)]
+    if all(pages):
+        raise InvalidTerms(
+            f"Expected a layout of raw rows and one of packed blocks, got {args.src!r} and "
+            f"{args.dst!r}, which both have pages. Pass one of raw rows; packed blocks are copied "
+            f"as they are."
+        )
+    rows, image = (args.dst, args.src) if pages[0] else (args.src, args.dst)
     raw, _ = make_sides((rows, rows), extents, device, (None, None), True)
     packed = _packed_view(image, raw.view, pack)
     choice = choose(device, args.backend)
@@ -397,17 +408,6 @@ _STAYS_RAW = (
     "PackOverflow with the numbers of these blocks, and a store that has the raw form too keeps "
     "them in it. Rows of other types than bfloat16, and parts of a block, are not packed."
 )
-
-
-def _rows_and_image(src: str, dst: str) -> tuple[str, str]:
-    """Return the layout of raw rows, and that of the image; raise `InvalidTerms` for two images."""
-    pages = ["page" in resolve(text)[0].split() for text in (src, dst)]
-    if all(pages):
-        raise InvalidTerms(
-            f"Expected a layout of raw rows and one of packed blocks, got {src!r} and {dst!r}, "
-            f"which both have pages. Pass one of raw rows; packed blocks are copied as they are."
-        )
-    return (dst, src) if pages[0] else (src, dst)
 
 
 def _packed_view(text: str, raw: KVView, pack: Pack) -> KVView:
@@ -473,30 +473,31 @@ _OF_PLANE = (
 
 def _print_encoding(report: Report) -> None:
     numbers = ["raw", "slot", "ratio", "codes", "escapes"]
-    columns = columns_of(["a plane of", *numbers], prose=numbers, right=numbers)
-    rows = [
-        [
-            f"{plane['values']} values",
-            f"{plane['raw_bytes']} B",
-            f"{plane['slot_bytes']} B",
-            f"{plane['ratio']:.3f}",
-            f"{plane['code_bits']} bits",
-            f"{plane['most_escapes']} at most",
-        ]
-        for plane in report["planes"]
-    ]
-    print_table(columns, list(dict.fromkeys(map(tuple, rows))))
+    cells = (
+        "{values} values",
+        "{raw_bytes} B",
+        "{slot_bytes} B",
+        "{ratio:.3f}",
+        "{code_bits} bits",
+        "{most_escapes} at most",
+    )
+    rows = [tuple(cell.format_map(plane) for cell in cells) for plane in report["planes"]]
+    print_rows(["a plane of", *numbers], list(dict.fromkeys(rows)), prose=numbers, right=numbers)
     sizes = report["block_bytes"]
     print(f"\nA block has {sizes['raw']} B raw and {sizes['packed']} B packed.\n")
     print(report["ways"][0]["plan"])
     print()
-    columns = columns_of(["", "backend", "answer", "reason"], prose=["reason"])
     answers = [
         [way["does"], x["backend"], "chosen" if x["accepted"] else "rejected", x["reason"]]
         for way in report["ways"]
         for x in way["answers"]
     ]
-    print_table(columns, answers, f"On {report['device']}")
+    print_rows(
+        ["", "backend", "answer", "reason"],
+        answers,
+        prose=["reason"],
+        title=f"On {report['device']}",
+    )
     kernels = [kernel for way in report["ways"] for kernel in way["kernels"]]
     if kernels:
         names = [f"{x['name']} with thread blocks of {x['threads']}" for x in kernels]
@@ -688,7 +689,6 @@ def _print_host(report: Report) -> None:
     print()
     numbers = ("takes", "GB/s", "host")
     names = ("strategy", "answer", *numbers, "cost of", "why not")
-    columns = columns_of(names, prose=["why not"], right=numbers)
     rows = []
     for one in report["engines"]:
         times = [in_time(one[x]) if one[x] else "" for x in ("seconds", "host_seconds")]
@@ -696,7 +696,7 @@ def _print_host(report: Report) -> None:
         size = f"{one['runs']} x {in_bytes(one['run_bytes'])}"
         answers = [one["engine"], one["answer"], times[0] or "unknown", rate, times[1]]
         rows.append([*answers, size, one["refused"]])
-    print_table(columns, rows)
+    print_rows(names, rows, prose=["why not"], right=numbers)
     print()
     print_prose(f"Terms: {report['terms']['text']}.")
     print_prose(f"Times: {report['origin']}.")
@@ -805,7 +805,6 @@ def _print_peers(report: Report) -> None:
     for transport in report["movers"]:
         title = f"moved, through staging buffers on {transport['slots']}"
         tables.setdefault(title, []).append(transport)
-    columns = columns_of(["subject", "answer", "why"], prose=["answer", "why"])
     for title, decisions in tables.items():
         rows = []
         for decision in decisions:
@@ -813,7 +812,7 @@ def _print_peers(report: Report) -> None:
             rows.append([decision["name"], answer, decision["reason"]])
         if rows:
             print()
-            print_table(columns, rows, title)
+            print_rows(["subject", "answer", "why"], rows, prose=["answer", "why"], title=title)
 
     print()
     taken = "If memory cannot be mapped, a pull uses the first transport that serves, or the "
@@ -884,10 +883,14 @@ def _explain_hooks(url: str, as_json: bool) -> int:
         print_json({**about, "steps": steps, "hooks": hooks})
         return 0
     numbers = ["a step without work", "a step"]
-    columns = columns_of(["hook", "side", *numbers], prose=["side", *numbers], right=numbers)
     rows = [[cost.hook, cost.side, _time(cost.idle), _time(cost.mean)] for cost in costs]
     total = _time(idle if measured else None)
-    print_table(columns, [*rows, ["all", "", total, _time(sum(cost.mean for cost in costs))]])
+    print_rows(
+        ["hook", "side", *numbers],
+        [*rows, ["all", "", total, _time(sum(cost.mean for cost in costs))]],
+        prose=["side", *numbers],
+        right=numbers,
+    )
     print()
     if not measured:
         print_prose("The engine has had no step without work for the connector.")

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 from urllib.request import urlopen
 
-from portakv.cli.console import columns_of, print_json, print_table
+from portakv.cli.console import print_json, print_rows
 from portakv.cli.sides import in_bytes, in_time
 from portakv.cli.store import check_installed
 from portakv.errors import InvalidTerms, PeerError, StoreError
@@ -293,29 +293,34 @@ def rows_of(before: Reading, now: Reading) -> list[Row]:
     """Return what moves between two readings of a process, by kind."""
     grown = _Grown(before, now)
     notes = _notes(grown)
-    rows = [
-        row._replace(note=notes.get((row.kind, row.name), ""))
-        for kind in _KINDS
-        for row in _rows_of_kind(kind, grown)
-    ]
+    rows = list[Row]()
+    for kind in _KINDS:
+        each, _, series = kind.each.partition("/")
+        columns = {
+            "rate": grown.by(kind.labels, kind.rate),
+            "each": grown.by(kind.labels, each, series),
+            "seconds": grown.mean(kind.labels, kind.seconds),
+            "waiting": grown.levels(kind.labels, kind.waiting),
+            "wait": grown.levels(kind.labels, kind.wait),
+        }
+        for name in dict.fromkeys(name for values in columns.values() for name in values):
+            figures: dict[str, Any] = {column: own.get(name) for column, own in columns.items()}
+            title = f"{name} {kind.label}".strip()
+            note = notes.get((kind.kind, title), "")
+            rows.append(Row(kind.kind, title, note=note)._replace(**figures))
+
     for form, left in grown.levels(["url"], "remote_left_alone").items():
         rows.append(Row("bucket", form, note="left alone after failures" if left else ""))
-    return [*rows, *_disks(grown)]
-
-
-def _rows_of_kind(kind: _Kind, grown: _Grown) -> Iterator[Row]:
-    """Yield a row for each name that a figure of a kind has."""
-    each, _, series = kind.each.partition("/")
-    columns = {
-        "rate": grown.by(kind.labels, kind.rate),
-        "each": grown.by(kind.labels, each, series),
-        "seconds": grown.mean(kind.labels, kind.seconds),
-        "waiting": grown.levels(kind.labels, kind.waiting),
-        "wait": grown.levels(kind.labels, kind.wait),
-    }
-    for name in dict.fromkeys(name for values in columns.values() for name in values):
-        figures: dict[str, Any] = {column: own.get(name) for column, own in columns.items()}
-        yield Row(kind.kind, f"{name} {kind.label}".strip())._replace(**figures)
+    for folder, many in grown.levels(["folder", "state"], "disk_slots").items():
+        if folder.endswith(" broken") and many:
+            rows.append(Row("disk", folder.removesuffix(" broken"), note=f"{many:g} broken slots"))
+    for folder, many in grown.levels(["folder"], "disk_missing_slots").items():
+        if many:
+            rows.append(Row("disk", folder, note=f"full: {many:g} slots have no space"))
+    for folder, lost in grown.levels(["folder"], "disk_lost").items():
+        if lost:
+            rows.append(Row("disk", folder, note="its files were removed, moved or hidden"))
+    return rows
 
 
 def _notes(grown: _Grown) -> dict[tuple[str, str], str]:
@@ -332,26 +337,10 @@ def _notes(grown: _Grown) -> dict[tuple[str, str], str]:
     return notes
 
 
-def _disks(grown: _Grown) -> list[Row]:
-    """Return a row for each fault of a disk."""
-    rows = list[Row]()
-    for folder, many in grown.levels(["folder", "state"], "disk_slots").items():
-        if folder.endswith(" broken") and many:
-            rows.append(Row("disk", folder.removesuffix(" broken"), note=f"{many:g} broken slots"))
-    for folder, many in grown.levels(["folder"], "disk_missing_slots").items():
-        if many:
-            rows.append(Row("disk", folder, note=f"full: {many:g} slots have no space"))
-    for folder, lost in grown.levels(["folder"], "disk_lost").items():
-        if lost:
-            rows.append(Row("disk", folder, note="its files were removed, moved or hidden"))
-    return rows
-
-
 # --- as a table -----------------------------------------------------------------------------------
 
 _NUMBERS = ("bytes/s", "each/s", "takes", "waiting", "oldest")
 _PROSE = ("name", *_NUMBERS, "note")
-_COLUMNS = columns_of(("kind", *_PROSE), prose=_PROSE, right=_NUMBERS)
 
 
 def _print(where: str, rows: Sequence[Row]) -> None:
@@ -370,7 +359,7 @@ def _print(where: str, rows: Sequence[Row]) -> None:
         for row in rows
     ]
     if cells:
-        print_table(_COLUMNS, cells, f"{where}: what moves")
+        print_rows(("kind", *_PROSE), cells, _PROSE, _NUMBERS, f"{where}: what moves")
     else:
         print(f"{where}: nothing moves")
 

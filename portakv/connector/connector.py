@@ -207,11 +207,23 @@ class Registration:
         ranges = zip(batch.memory_objs, batch.starts, batch.ends, strict=True)
         jobs = [self.job(one, batch.slot_mapping, start, end) for one, start, end in ranges]
         jobs = [job for job in jobs if job.tokens]
-        if store:
-            _check_apart([job.chunk for job in jobs])
+        spans = sorted(span for job in jobs for span in job.chunk.spans) if store else []
+        for (_, past), (first, _) in pairwise(spans):
+            if first < past:
+                raise LayoutError(
+                    "Expected memory objects of a batch in separate memory, got two that overlap: "
+                    "one would overwrite the other. Pass buffers that do not overlap."
+                )
         moves = [self.checked(store, job, context, strict) for job in self._sets(jobs)]
-        if not store:
-            _check_apart_in_caches([move for move, _ in moves], strict)
+        if not store and len(moves) > 1:
+            # Sets of one batch share the cache; destinations must be distinct across them as well.
+            ids = [(x.dst_index, x.count) for x, _ in moves if x.dst_index.ids is not None]
+            if strict:
+                ids = [(index.to_host(), count) for index, count in ids]
+            if len(ids) == len(moves) and all(index.on_host for index, _ in ids):
+                total = sum(count for _, count in ids)
+                joined = Index.joined(ids)
+                joined.check(total, self.view.slots, "destination", distinct=True)
         return moves
 
     def chunk(self, memory_obj: MemoryObject) -> KVView:
@@ -332,30 +344,6 @@ def slot_range(slot_mapping: Ids | None, start: int, end: int | None) -> tuple[I
             f"slot_mapping[{start}:{stop}]. Pass a range inside it."
         )
     return (index.shifted(start) if start else index), stop - start
-
-
-def _check_apart_in_caches(moves: list[Move], strict: bool) -> None:
-    """Reject loads of one batch that write one slot twice, before the first is launched."""
-    if len(moves) < 2:
-        return
-    # Sets of one batch share the cache; destinations must be distinct across them as well.
-    ids = [(move.dst_index, move.count) for move in moves if move.dst_index.ids is not None]
-    if strict:
-        ids = [(index.to_host(), count) for index, count in ids]
-    if len(ids) == len(moves) and all(index.on_host for index, _ in ids):
-        total = sum(count for _, count in ids)
-        Index.joined(ids).check(total, moves[0].dst.slots, "destination", distinct=True)
-
-
-def _check_apart(chunks: list[KVView]) -> None:
-    """Reject memory objects of one batch that overlap and are written."""
-    spans = sorted(span for chunk in chunks for span in chunk.spans)
-    for (_, past), (first, _) in pairwise(spans):
-        if first < past:
-            raise LayoutError(
-                "Expected memory objects of a batch in separate memory, got two that overlap: one "
-                "would overwrite the other. Pass buffers that do not overlap."
-            )
 
 
 def _check_caches(kv_caches: Tensors, bound: BoundLayout) -> None:

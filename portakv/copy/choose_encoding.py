@@ -141,22 +141,7 @@ def choose_encoding(
     instance("view", view, KVView, "Make one of the tensors and their layout.")
     if view.block_size is None:
         raise InvalidTerms("Expected view to be a paged view, got a chunk. Name a block axis.")
-    ids = _numbers_of(blocks, view, view.block_size)
-    why = stays_raw(view, pack, packing_gbps)
-    if why:
-        return EncodingChoice(None, why)
-    rated = rated_choice(view, pack, link_gbps, packing_gbps)
-    if rated.pack is None:
-        return rated
-    return judged(rated, best_of(view, Sample(view, ids, packs_of(pack)), pack))
-
-
-def _numbers_of(blocks: Ids | None, view: KVView, size: int) -> npt.NDArray[np.int64]:
-    """Return numbers of blocks of ``size`` tokens; None is all blocks of a view.
-
-    Raises `SlotError` for none, for an index of other blocks, and for numbers that the view lacks,
-    whether or not a sample has them.
-    """
+    size = view.block_size
     index = index_of(blocks, size)
     count = view.slots // size
     whole = index.ids is None
@@ -168,12 +153,19 @@ def _numbers_of(blocks: Ids | None, view: KVView, size: int) -> npt.NDArray[np.i
     ids = np.arange(count) if whole else index.host_ids()
     if not len(ids):
         raise SlotError("Expected blocks to be numbers of blocks, got none. Pass at least one.")
+    # Whether or not the sample has them.
     for wrong in ids[(ids < 0) | (ids >= count)][:1]:
         raise SlotError(
             f"Expected blocks to be numbers from 0 to {count - 1}, which the view has, got "
             f"{wrong}. Correct it."
         )
-    return ids
+    why = stays_raw(view, pack, packing_gbps)
+    if why:
+        return EncodingChoice(None, why)
+    rated = rated_choice(view, pack, link_gbps, packing_gbps)
+    if rated.pack is None:
+        return rated
+    return judged(rated, best_of(view, Sample(view, ids, packs_of(pack)), pack))
 
 
 def check_terms(pack: Any, link_gbps: Any, packing_gbps: Any) -> None:
@@ -210,12 +202,9 @@ def stays_raw(view: KVView, pack: Pack | None, packing_gbps: float | None) -> st
                 each.plane(form.block_size * width // 2)
     except Unsupported as error:
         return str(error)
-    return "" if packing_gbps is not None else _no_packer(view.device)
-
-
-def _no_packer(device: torch.device) -> str:
-    """Return why a device does not pack at the rate of a copy, as a sentence; empty if a backend of
-    it packs."""
+    device = view.device
+    if packing_gbps is not None:
+        return ""
     if device.type == "cpu":
         return "The rows are on the CPU, which packs far slower than it copies."
     choice = choose(device, None)

@@ -228,7 +228,16 @@ def copy_packed(
         used, passed = without_left_out(used, passed, layer.checked.move, layer.checked.error)
         layers.append(layer)
     ends = tuple(layer.transfer for layer in layers)
-    return BlockTransfer(_join_layers(layers, context.device), move, began, ends)
+    joined = Transfer.join(ends)
+    reports = [layer.report for layer in layers if layer.report is not None]
+    if reports:
+        # One error names the blocks of all layers that do not fit. Layers have equal blocks.
+        words = tuple(each for report in reports for each in report.words)
+        report = replace(reports[0], words=words)
+        # Each layer has its own error, so this completion comes first.
+        end = _end_with(report, context.device, layers[-1].stream)
+        joined = Transfer((*end, *joined.completions), joined, joined.carried)
+    return BlockTransfer(joined, move, began, ends)
 
 
 def _refuse(options: CopyOptions, names: Sequence[str], what: str, subject: str) -> None:
@@ -336,21 +345,6 @@ def _nothing_packed(checked: Checked) -> Packed:
 def _ends_with(error: PortaKVError | None) -> tuple[Completion, ...]:
     """Return the end of a copy that has an error now; none without an error."""
     return () if error is None else (Completion(error=error),)
-
-
-def _join_layers(layers: Sequence[Packed], device: torch.device) -> Transfer:
-    """Return the transfer of all layers of a copy, in order on one stream. Its error names the
-    blocks of all layers that do not fit."""
-    joined = Transfer.join([layer.transfer for layer in layers])
-    reports = [layer.report for layer in layers if layer.report is not None]
-    if not reports:
-        return joined
-    # Layers have equal blocks.
-    words = tuple(each for report in reports for each in report.words)
-    report = replace(reports[0], words=words)
-    # Each layer has its own error, so this completion comes first.
-    end = _end_with(report, device, layers[-1].stream)
-    return Transfer((*end, *joined.completions), joined, joined.carried)
 
 
 def _end_with(

@@ -53,12 +53,12 @@ UNKNOWN = 713
 
 _lock = threading.RLock()  # a finalizer may run while its own thread has the lock
 live: list[Registration] = []  # no two share a page
-_boundaries: Counter[int] = Counter()  # between the pieces of `live`
-# The begins and ends of pieces that other code registered.
+# The begins and ends of pieces: of the registrations in `live` that have several, and of memory
+# that other code registered.
 _begins = Counter[int]()
 _ends = Counter[int]()
-#: Drop boundaries and pieces that are gone. A finalizer runs anywhere, also inside `_update`, so it
-#: changes no counts itself: `boundaries` does.
+#: Drop pieces that are gone. A finalizer runs anywhere, also inside `count_pieces`, so it changes
+#: no counts itself: `boundaries` does.
 dropped: deque[Callable[[], None]] = deque()
 _current: tuple[int, ...] = ()  # the result of `boundaries`
 _postponed: list[tuple[Registration, Any]] = []  # by finalizers during a graph's capture
@@ -229,7 +229,8 @@ class Registration:
                         "memory on separate pages."
                     )
             live.append(self)
-            count_boundaries([at for at, _ in self.pieces[1:]], 1)
+            if len(self.pieces) > 1:
+                count_pieces(self.pieces, 1)
 
     def _register(self) -> None:
         code = 0
@@ -293,37 +294,22 @@ class Registration:
         self._unregister()
         with suppress(ValueError):  # another call has removed it
             live.remove(self)
-            between = [at for at, _ in self.pieces[1:]]
-            if between:
-                dropped.append(partial(count_boundaries, between, -1))
-
-
-def count_boundaries(addresses: Iterable[int], by: int) -> None:
-    """Let no copy cross these addresses; ``by`` 1 adds them, -1 removes them. Addresses that others
-    added too stay."""
-    with _lock:
-        for address in addresses:
-            _boundaries[address] += by
-        _update()
+            if len(self.pieces) > 1:
+                dropped.append(partial(count_pieces, self.pieces, -1))
 
 
 def count_pieces(pieces: Iterable[tuple[int, int]], by: int) -> None:
-    """Let no copy cross from one of the pieces that other code registered into another; ``by`` 1
-    adds the pieces, -1 removes them."""
+    """Let no copy cross from one of several registered pieces into another; ``by`` 1 adds the
+    pieces, -1 removes them."""
+    global _current
     with _lock:
         for address, nbytes in pieces:
             _begins[address] += by
             _ends[address + nbytes] += by
-        _update()
-
-
-def _update() -> None:
-    """Work out the result of `boundaries`, which every copy reads."""
-    global _current
-    for counted in (_boundaries, _begins, _ends):
-        for at in [at for at, number in counted.items() if number < 1]:
-            del counted[at]
-    _current = tuple(sorted(_boundaries.keys() | (_begins.keys() & _ends.keys())))
+        for counted in (_begins, _ends):
+            for at in [at for at, number in counted.items() if number < 1]:
+                del counted[at]
+        _current = tuple(sorted(_begins.keys() & _ends.keys()))  # every copy reads it
 
 
 def boundaries() -> tuple[int, ...]:

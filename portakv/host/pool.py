@@ -454,7 +454,16 @@ class PinnedPool:
         self._refuse(closed=False)
         with self._changed:
             self._check(block)
-            work = None if after is None else _ending(after)
+            work: Callable[[], Any] | None = None
+            if after is not None:
+                # The method that reports its end.
+                methods = (getattr(after, name, None) for name in ("query", "done"))
+                work = next(filter(callable, methods), None)
+                if work is None or isinstance(after, type):
+                    raise HostMemoryError(
+                        f"Expected work that reports its end, got {kind_of(after)}. Pass a "
+                        "transfer, an event, or an object with query() or done()."
+                    )
             runs = self._intact_runs()
             index = block.index
             units = self._out[index].units
@@ -624,18 +633,6 @@ class PinnedPool:
                 runs.take_at(first, units)
             self._runs = runs
         return self._runs
-
-
-def _ending(after: object) -> Callable[[], Any]:
-    """Return the method of ``after`` that reports its end."""
-    queries = filter(callable, (getattr(after, x, None) for x in ("query", "done")))
-    query = None if isinstance(after, type) else next(queries, None)
-    if query is not None:
-        return query
-    raise HostMemoryError(
-        f"Expected work that reports its end, got {kind_of(after)}. Pass a transfer, an "
-        "event, or an object with query() or done()."
-    )
 
 
 def _stride_of(block_bytes: int, blocks: int, alignment: int) -> int:

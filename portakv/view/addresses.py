@@ -238,21 +238,19 @@ def _read_shape(request: _Request, shape: tuple[int, ...]) -> _Known:
     form, slots, order = request.bound.read_table(
         request.sizes, kind, request.alignment, request.place, request.on_device
     )
-    walk = None if order == list(range(len(order))) else _walk_of(order)
-    return _Known(form, slots, walk, nbytes)
+    if order == list(range(len(order))):
+        return _Known(form, slots, None, nbytes)
 
-
-def _walk_of(order: Sequence[int]) -> tuple[list[int], list[int]]:
-    """Return the extents and strides of a list of positions, which is a permuted grid."""
-    extents = list[int]()
-    strides = list[int]()
+    # The order is a permuted grid: find its extents and strides.
+    walk = (list[int](), list[int]())
     while len(order) > 1:
         step = order[1] - order[0]
         ends = (at for at in range(2, len(order)) if order[at] - order[at - 1] != step)
-        extents.insert(0, next(ends, len(order)))
-        strides.insert(0, step)
-        order = order[:: extents[0]]
-    return extents, strides
+        extent = next(ends, len(order))
+        walk[0].insert(0, extent)
+        walk[1].insert(0, step)
+        order = order[::extent]
+    return _Known(form, slots, walk, nbytes)
 
 
 def _closed_shape(request: _Request, unknown: list[int], tokens: int) -> tuple[int, ...]:

@@ -21,7 +21,6 @@ import numpy as np
 import torch
 
 from portakv.errors import PortaKVError, StoreError
-from portakv.graph import Mask
 from portakv.integrations import check_release
 from portakv.integrations.sglang.pools import (
     KV,
@@ -293,22 +292,19 @@ class PortaKVStorage(HiCacheStorage):  # type: ignore[misc]
         hits = {PoolName.KV: count} if count else {}
         able = np.ones(count, np.bool_)  # by the number of pages, less one
         for each in transfers:
-            there = self._able(each, names[:count])
+            # For each number of leading pages, less one, whether a pool can restore it.
+            pages = self._pool(each.name).pages
+            there = np.zeros(count, np.bool_)
+            if each.hit_policy == PoolHitPolicy.ALL_PAGES:
+                there = pages.restorable(names[:count])
+            elif each.hit_policy == PoolHitPolicy.TRAILING_PAGES:
+                there = pages.restorable(names[:count], max(1, len(each.keys or ())))
             boundary = int(np.flatnonzero(there)[-1]) + 1 if there.any() else 0
             if boundary:
                 hits[each.name] = boundary
             able &= there
         numbers = (np.flatnonzero(able) + 1).tolist()
         return PoolTransferResult(numbers[-1] if numbers else 0, hits, numbers)
-
-    def _able(self, transfer: Any, names: list[bytes]) -> Mask:
-        """Return for each number of leading pages, less one, whether a pool can restore it."""
-        pages = self._pool(transfer.name).pages
-        if transfer.hit_policy == PoolHitPolicy.ALL_PAGES:
-            return pages.restorable(names)
-        if transfer.hit_policy == PoolHitPolicy.TRAILING_PAGES:
-            return pages.restorable(names, max(1, len(transfer.keys or ())))
-        return np.zeros(len(names), np.bool_)
 
 
 def _name(key: str) -> bytes:

@@ -44,23 +44,8 @@ from portakv.serving.sizing import Sizes
 
 CONNECTOR = "PortaKVConnector"
 MODULE = "portakv.integrations.vllm_connector"
-#: The keys of vLLM's configuration, and its name.
+#: What has the keys of vLLM's configuration.
 OWNER = "vLLM's KVTransferConfig"
-KEYS = (
-    "kv_connector",
-    "engine_id",
-    "kv_buffer_device",
-    "kv_buffer_size",
-    "kv_role",
-    "kv_rank",
-    "kv_parallel_size",
-    "kv_ip",
-    "kv_port",
-    "kv_connector_extra_config",
-    "kv_connector_module_path",
-    "enable_permute_local_kv",
-    "kv_load_failure_policy",
-)
 #: The types of the values, as vLLM reads them from JSON.
 TYPES: dict[str, tuple[type | None, ...]] = {
     "kv_connector": (str, None),
@@ -75,6 +60,7 @@ TYPES: dict[str, tuple[type | None, ...]] = {
     "enable_permute_local_kv": (bool,),
     "kv_connector_extra_config": (dict,),
 }
+KEYS = (*TYPES, "kv_role", "kv_load_failure_policy")
 #: The names of types in JSON.
 JSON_TYPES: dict[type | None, str] = {
     str: "a text",
@@ -211,29 +197,29 @@ def _check_roles(
         )
         return
     with findings.catching("kv_connector_extra_config"):
+        # Check the terms of the store, and compare them with the engine's blocks.
         terms = StoreTerms.of(roles.store)
-        _check_store(terms, sizes, block_size, findings)
-
-
-def _check_store(
-    terms: StoreTerms, sizes: Sizes | None, block_size: int | None, findings: Findings
-) -> None:
-    """Check the terms of a store, and compare them with the engine's blocks."""
-    check_places(terms, findings, "kv_connector_extra_config")
-    if terms.shared and not terms.folders:
-        findings.warnings.append(
-            "shared is true, and there is no folder by which other engines would find the store. "
-            "Name a folder."
-        )
-    findings.notes.append(_who_stores(terms))
-    if terms.encoding is not None:
-        findings.notes.append(_packed_blocks(terms))
-    size = _check_blocks(terms, sizes, block_size, findings)
-    if sizes is not None and sizes.windows and not sizes.refused:
-        with findings.catching():
-            check_by_layer(terms)
-    if size is not None and sizes is not None and sizes.token:
-        _check_sizes(terms, sizes, size, findings)
+        check_places(terms, findings, "kv_connector_extra_config")
+        if terms.shared and not terms.folders:
+            findings.warnings.append(
+                "shared is true, and there is no folder by which other engines would find the "
+                "store. Name a folder."
+            )
+        findings.notes.append(_who_stores(terms))
+        if terms.encoding is not None:
+            size_of = "--block-size 64 costs an engine less than 16"
+            if terms.block_size is not None:
+                size_of = f"with block_size, it has to be --block-size {terms.block_size}"
+            findings.notes.append(
+                f"Blocks of bf16 rows are stored packed, others raw. Stored blocks have the size "
+                f"of the engine's blocks: {size_of}."
+            )
+        size = _check_blocks(terms, sizes, block_size, findings)
+        if sizes is not None and sizes.windows and not sizes.refused:
+            with findings.catching():
+                check_by_layer(terms)
+        if size is not None and sizes is not None and sizes.token:
+            _check_sizes(terms, sizes, size, findings)
 
 
 def _check_blocks(
@@ -325,17 +311,6 @@ def _who_stores(terms: StoreTerms) -> str:
     return (
         "If the engine has one worker, no other engine uses its store; set shared to true to share "
         "the store. Ranks of tensor parallelism, and of data parallelism over a folder, share one."
-    )
-
-
-def _packed_blocks(terms: StoreTerms) -> str:
-    """Return which blocks are packed."""
-    size = "--block-size 64 costs an engine less than 16"
-    if terms.block_size is not None:
-        size = f"with block_size, it has to be --block-size {terms.block_size}"
-    return (
-        f"Blocks of bf16 rows are stored packed, others raw. Stored blocks have the size of the "
-        f"engine's blocks: {size}."
     )
 
 
