@@ -9,7 +9,8 @@ these functions then goes the general way of `copy`, which makes the copy or wor
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import ctypes
+from collections.abc import Callable, Sequence
 from functools import partial
 from time import perf_counter
 from typing import Any, NamedTuple
@@ -19,16 +20,25 @@ import torch
 from torch.autograd.graph import increment_version
 from torch.utils.dlpack import DLDeviceType
 
-from portakv.backends.row_kernels import RowKernels, after_tables
+from portakv.backends.row_kernels import FIRST_WORK, RowKernels, after_tables
 from portakv.backends.rows_kernel import MAX_ENTRIES
 from portakv.backends.strided import StridedLaunch, Units
 from portakv.copy.call import memory_of_host
 from portakv.copy.counting import TOGETHER, Counted
 from portakv.copy.handle import BlockTransfer, skipped_tokens
 from portakv.copy.options import CopyOptions
-from portakv.core.call import OTHERWISE, SKIPS, TO_THE_END, TOKENS, OpenedView, Watch, calls
+from portakv.core.call import (
+    OTHERWISE,
+    SKIPS,
+    TO_THE_END,
+    TOKENS,
+    OpenedChunks,
+    OpenedView,
+    Watch,
+    calls,
+)
 from portakv.core.link import COUNT
-from portakv.core.view import dtype_words, name_of
+from portakv.core.view import words_of_dtypes
 from portakv.errors import LayoutError, PortaKVError, SlotError
 from portakv.interconnect.choose import HostLaunch, across
 from portakv.interconnect.link import CheckedCopy
@@ -48,6 +58,7 @@ from portakv.runtime.transfer import (
     acquire_word,
     event_pool,
     hold,
+    word_batches,
 )
 from portakv.view.bound import BoundLayout, Facts
 from portakv.view.destination import check_writable, with_versions
@@ -92,7 +103,7 @@ def open_view(view: KVView, memory: Watch | None, tables: bool = True) -> Opened
         writable = True
     except LayoutError:
         writable = False
-    words = _dtype_words()
+    words = words_of_dtypes()
     return OpenedView(
         form.address,
         [words[dtype] for dtype in form.dtypes],
@@ -119,11 +130,6 @@ def _dlpack_device(tensor: torch.Tensor) -> tuple[int, int]:
         return DLDeviceType.kDLExtDev, tensor.device.index or 0
 
 
-def _dtype_words() -> dict[str, int]:
-    """Return the word of each dtype by its name; that of bytes is 0."""
-    return {"": 0, **{name_of(dtype): word for dtype, word in dtype_words().items()}}
-
-
 class ChunkCopies:
     """The copies between registered caches and chunks.
 
@@ -132,38 +138,38 @@ class ChunkCopies:
         memory: that of their tensors, which must be as it was.
         choice: what executes the copies.
         owner: the connector, which reports errors later.
-        layout: of chunks.
-        bounds: the layouts that are known, by their text and the bytes of an element.
     """
 
-    def __init__(
-        self,
-        cache: KVView,
-        memory: Watch,
-        choice: Choice,
-        owner: Owner,
-        layout: str,
-        bounds: Mapping[tuple[str, int], BoundLayout],
-    ) -> None:
+    def __init__(self, cache: KVView, memory: Watch, choice: Choice, owner: Owner) -> None:
         self._cache = cache
         self._owner = owner
-        self._layout = layout
-        self._bounds = bounds
         self._choice = choice
         self._kernels = kernels = choice.backend.row_kernels
-        self._caches = None
-        if plain_reader() is not None:
-            self._caches = open_view(cache, memory, tables=kernels is not None)
-        self._copy: Callable[..., int] | None = None
-        if self._caches is None:
+        self._layouts = dict[int, BoundLayout]()
+        self._opened = OpenedChunks()
+        self._address = 0
+        reader = plain_reader()
+        if reader is None:
             return
-        self._check = calls().check_chunk
+        self._caches = open_view(cache, memory, tables=kernels is not None)
+        self._opened.caches = self._caches.address
+        self._opened.torch = reader.address
+        self._opened.words = word_batches.address
+        self._address = ctypes.addressof(self._opened)
         if kernels is None:
             return
-        self._addresses = kernels.address, self._caches.address
-        self._copy = calls().copy_chunk
+        self._opened.kernels = kernels.address
+        self._opened.current = kernels.current
+        self._copy: Callable[..., int] = calls().copy_chunk
         if self._caches.tabled:
             self._copy = partial(after_tables, [cache], cache.device, self._copy)
+
+    def add_layout(self, layout: BoundLayout, itemsize: int) -> None:
+        """Take the layout of chunks whose elements have so many bytes."""
+        power = itemsize.bit_length() - 1
+        if power < len(self._opened.layouts):
+            self._layouts[itemsize] = layout
+            self._opened.layouts[power] = layout.address
 
     def transfer(
         self, store: bool, memory_obj: object, slot_mapping: object, start: object, end: object
@@ -173,50 +179,50 @@ class ChunkCopies:
         Raises:
             TransferError: the driver's error.
         """
-        if self._caches is None:
+        address = self._address
+        if not address:
             return None
         chunk = memory_obj
         if type(chunk) is not torch.Tensor:
             chunk = getattr(memory_obj, "tensor", None)
-            if type(chunk) is not torch.Tensor:
-                return None
-        bound = self._bounds.get((self._layout, chunk.itemsize))
-        if bound is None:
-            return None
-
         ids = slot_mapping
-        offset = 0
-        if type(ids) is torch.Tensor:
-            on_host = ids.is_cpu
-        else:
+        if type(ids) is not torch.Tensor and type(ids) is not list:
             side = _side(ids, 1)
-            if side.step != 1 or side.number is None:
+            if side.step != 1 or side.number is None or type(start) is not int or start < 0:
                 return None
             ids = side.ids
-            offset = side.offset
-            on_host = bool(side.on_host)
-        if type(start) is not int:
-            return None
-        if end is None:
-            past = TO_THE_END
-        elif type(end) is int and end > start >= 0:
-            past = end
-        else:
-            return None
+            start += side.offset
+            end = end + side.offset if type(end) is int else end
         kernels = self._kernels
-        copy = self._copy
-        if kernels is None or copy is None:
-            return self._launched(store, bound, chunk, slot_mapping, ids, offset, start, past)
+        if kernels is None:
+            return self._launched(store, chunk, slot_mapping, ids, start, end)
 
-        numbers = offset, start, past
-        arguments = (*self._addresses, store, bound.address, chunk, ids, *numbers)
+        arguments = address, store, chunk, ids, start, end
         retained = chunk, ids, self._cache
-        made = kernels.issue(copy, arguments, on_host, retained, ids, self._owner)
-        if made is None:
-            return None
-        transfer, result = made
-        # Without the function of Python around it: the arguments are plain.
-        torch._C._increment_version((chunk,) if store else self._caches.versions)
+        ends = kernels.ends
+        if ends is None or kernels.process.forked:
+            issued = self._issue(arguments, ids, retained)
+            if issued is None:
+                return None
+            transfer, result = issued
+        else:
+            free = ends.listed if type(ids) is list else ends.plain
+            try:
+                at = free.pop()
+            except IndexError:
+                used = ends.acquire_after_ends(free)
+                if used is None:
+                    return None
+                at = used
+            result = self._copy(*arguments, at.address, None)
+            if result >= 0:
+                transfer = at.transfer(result, ids, retained, kernels.carried, self._owner)
+            else:
+                kernels.give_back(at, OTHERWISE if result == FIRST_WORK else result)
+                issued = None if result == OTHERWISE else self._issue(arguments, ids, retained)
+                if issued is None:
+                    return None
+                transfer, result = issued
         counts = Counted.counts
         if counts is not None:
             counts.new.append((kernels.carried[0], "device", self._cache.form, result >> TOKENS))
@@ -224,31 +230,29 @@ class ChunkCopies:
                 counts.sum_up()
         return transfer
 
+    def _issue(
+        self, arguments: tuple[object, ...], ids: Any, retained: object
+    ) -> tuple[Transfer, int] | None:
+        """Make a copy on the stream that torch names, with memory for ids of the host."""
+        assert self._kernels is not None
+        on_host = type(ids) is list or ids.is_cpu
+        return self._kernels.issue(self._copy, arguments, on_host, retained, ids, self._owner)
+
     def _launched(
-        self,
-        store: bool,
-        bound: BoundLayout,
-        chunk: torch.Tensor,
-        slot_mapping: Any,
-        ids: Any,
-        offset: int,
-        start: int,
-        past: int,
+        self, store: bool, chunk: Any, slot_mapping: Any, ids: Any, start: Any, end: object
     ) -> Transfer | None:
         """Make a copy by the launch of a backend, as `_launched` does.
 
         Args:
             slot_mapping: as the caller passed it.
             ids: of it, a list or a tensor.
-            offset, start, past: the ids that are passed over, and the first and the last of the
-                others.
         """
-        assert self._caches is not None
         cache = self._cache
         index = None
         most = 0
         if cache.device.type == "cpu":
-            most = len(ids)  # copied tokens are no more
+            # Copied tokens are no more.
+            most = ids.numel() if type(ids) is torch.Tensor else len(ids)
         else:
             index = _index_of(slot_mapping, 1)
             if index is None:
@@ -256,15 +260,14 @@ class ChunkCopies:
             ids = index.ids
         numbers = np.empty(2 * most, dtype=np.int64)
         room = torch.from_numpy(numbers).data_ptr() if most else 0
-        caches = self._caches.address
-        slots = offset, start, past
-        checked = self._check(caches, store, bound.address, chunk, ids, *slots, room, most)
+        checked = calls().check_chunk(self._address, store, chunk, ids, start, end, room, most)
         if isinstance(checked, int):
             return None
         tokens, unit, units, described = checked
+        bound = self._layouts[chunk.itemsize]
         view = KVView.of_facts(bound, chunk, _facts(chunk, described))
         if index is not None:
-            index = index.shifted(start)
+            index = index.shifted(start - index.offset)
             move = Move(view, cache, CONSECUTIVE, index, tokens)
             if store:
                 move = Move(cache, view, index, CONSECUTIVE, tokens)
@@ -431,9 +434,11 @@ def _issue(
     """Make a copy by the core, and return its end and the core's result; None: the core does not
     make it."""
     reader = plain_reader()
+    if reader is None:
+        return None
     from_view = opened(src)
     to_view = opened(dst)
-    if reader is None or from_view is None or to_view is None:
+    if from_view is None or to_view is None:
         return None
     device = dst.device if src.device.type == "cpu" else src.device
     tabled = [view for view, each in ((src, from_view), (dst, to_view)) if each.tabled]
@@ -470,10 +475,9 @@ def _issue(
         if memory:
             completion(device, None, *memory)
         raise
-    if made is not None:
+    if made is not None and crossing is not None:
         increment_version(to_view.versions)
-        if crossing is not None:
-            made[0].carried = crossing.carried
+        made[0].carried = crossing.carried
     return made
 
 
@@ -506,10 +510,14 @@ class _Crossing:
         if result < 0 or not isinstance(launch, HostLaunch):
             return result if result < 0 else launch.cross(checked)
         number, groups, host_groups = checked.words[COUNT : COUNT + 3]
-        picked = launch.pick_counted(number, groups, host_groups, self._views[1], self._new)
-        if picked is None:
+        found = launch.pick_counted(number, groups, host_groups, self._views[1], self._new)
+        if found is None:
             return OTHERWISE
-        means, self.carried = picked
+        _, self.carried = found
+        means = launch.prepared(found[1].strategy)
+        if means is None:
+            return OTHERWISE
+        launch.log(found[1])
         return means.cross(checked) if isinstance(means, StrategyLaunch) else OTHERWISE
 
 
@@ -755,18 +763,21 @@ def _across_link(
     down = places[0] == "device"
     try:
         choice = choose((src if down else dst).device, options.backend)
-        strategy = isinstance(choice.backend, Strategy)
-        if not strategy and places in choice.can.places:
+        named = isinstance(choice.backend, Strategy)
+        if not named and places in choice.can.places:
             return None
-        if not strategy or options.terms is not None:
+        if not named or options.terms is not None:
             choice = across(choice, options.terms)
         ready = prepared(src.form, dst.form, *steps, None, choice)
         host = dst if down else src
         launch = ready.launch
         if isinstance(launch, HostLaunch):
-            by_kernels = launch.kernels_for(count, host, new)
-            if by_kernels is not None:
-                return _Executor(*by_kernels)
+            found = launch.pick_counted(count, 1, 1, host, new)
+            if found is not None:
+                strategy, picked = found
+                if isinstance(strategy, ZeroCopy) and launch.has_prepared(picked.strategy):
+                    launch.log(picked)
+                    return _Executor(strategy.kernels[src.form.place], picked)
         by = ready.choice.backend
         if not isinstance(by, Strategy) or not isinstance(launch, StrategyLaunch):
             return None

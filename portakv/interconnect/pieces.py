@@ -224,7 +224,8 @@ class RunCounter:
         self._dense = dense
         self._bytes = plan.token_bytes
         self._runs = plan.runs_per_unit
-        self._limits = array("q", limits_of(fold_below))
+        #: The limits of folding, as the core reads them.
+        self.folding = array("q", limits_of(fold_below))
         self._words = plan.words
 
     @classmethod
@@ -256,6 +257,11 @@ class RunCounter:
         return units if groups is None else groups
 
     @property
+    def plan_at(self) -> int:
+        """Return the address of the words of the plan, which stay as long as this object."""
+        return self._words.buffer_info()[0]
+
+    @property
     def limits(self) -> tuple[int, int]:
         """Return after how many units the pitch of the source and of the destination changes; 0:
         never."""
@@ -265,7 +271,7 @@ class RunCounter:
     def shape(self, groups: int, count: int) -> Shape:
         """Return the shape of ``count`` positions in ``groups`` groups."""
         units = count // self._unit
-        runs, pieces = count_pieces(self._words.buffer_info()[0], units, groups, self._limits)
+        runs, pieces = count_pieces(self.plan_at, units, groups, self.folding)
         return Shape(count * self._bytes, runs, pieces)
 
     def unmerged(self, count: int) -> Shape:
