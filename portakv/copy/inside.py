@@ -89,7 +89,6 @@ def open_view(view: KVView, memory: Watch | None) -> OpenedView:
         writable,
         form.table_on_device,
         memory,
-        with_versions(view),
         (view.entries, view.entry_bytes if view.entries > 1 else 0),
         (form, view.addresses, view.table if looked_up else None),
     )
@@ -127,6 +126,7 @@ class ChunkCopies:
         self._copy: Callable[..., int] | None = None
         if self._caches is None:
             return
+        self._versions = with_versions(cache)
         self._check = calls().check_chunk
         if kernels is None:
             return
@@ -186,7 +186,7 @@ class ChunkCopies:
             return None
         transfer, result = made
         # Without the function of Python around it: the arguments are plain.
-        torch._C._increment_version((chunk,) if store else self._caches.versions)
+        torch._C._increment_version((chunk,) if store else self._versions)
         counts = Counted.counts
         if counts is not None:
             counts.new.append((kernels.carried[0], "device", self._cache.form, result >> TOKENS))
@@ -222,7 +222,7 @@ class ChunkCopies:
         transfer = _by_units(self._choice, source, target, unit, units)
         if transfer is None:
             return None
-        increment_version(chunk if store else self._caches.versions)
+        increment_version(chunk if store else self._versions)
         counts = Counted.counts
         if counts is not None:
             forms = (cache.form, rows.form) if store else (rows.form, cache.form)
@@ -414,7 +414,8 @@ def _issue(
             completion(device, None, *memory)
         raise
     if made is not None:
-        increment_version(to_view.versions)
+        # Without the function of Python around it: the argument is plain.
+        torch._C._increment_version(with_versions(dst))
         if crossing is not None:
             made[0].carried = crossing.carried
     return made
@@ -520,7 +521,7 @@ def _launched(
     transfer = _by_units(choice, src_units, dst_units, unit, units)
     if transfer is None:
         return None
-    increment_version(to_view.versions)
+    torch._C._increment_version(with_versions(dst))
     step = read.plan_step or written.plan_step
     return BlockTransfer.of_views(transfer, src, dst, step, tokens, skipped, began)
 
