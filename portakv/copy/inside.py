@@ -89,6 +89,7 @@ def open_view(view: KVView, memory: Watch | None) -> OpenedView:
         writable,
         form.table_on_device,
         memory,
+        with_versions(view),
         (view.entries, view.entry_bytes if view.entries > 1 else 0),
         (form, view.addresses, view.table if looked_up else None),
     )
@@ -126,7 +127,6 @@ class ChunkCopies:
         self._copy: Callable[..., int] | None = None
         if self._caches is None:
             return
-        self._versions = with_versions(cache)
         self._check = calls().check_chunk
         if kernels is None:
             return
@@ -186,7 +186,7 @@ class ChunkCopies:
             return None
         transfer, result = made
         # Without the function of Python around it: the arguments are plain.
-        torch._C._increment_version((chunk,) if store else self._versions)
+        torch._C._increment_version((chunk,) if store else self._caches.versions)
         counts = Counted.counts
         if counts is not None:
             counts.new.append((kernels.carried[0], "device", self._cache.form, result >> TOKENS))
@@ -222,7 +222,7 @@ class ChunkCopies:
         transfer = _by_units(self._choice, source, target, unit, units)
         if transfer is None:
             return None
-        increment_version(chunk if store else self._versions)
+        increment_version(chunk if store else self._caches.versions)
         counts = Counted.counts
         if counts is not None:
             forms = (cache.form, rows.form) if store else (rows.form, cache.form)
@@ -415,7 +415,7 @@ def _issue(
         raise
     if made is not None:
         # Without the function of Python around it: the argument is plain.
-        torch._C._increment_version(with_versions(dst))
+        torch._C._increment_version(to_view.versions)
         if crossing is not None:
             made[0].carried = crossing.carried
     return made
@@ -453,12 +453,13 @@ class _Crossing:
         found = launch.pick_counted(number, groups, host_groups, self._views[1], self._new)
         if found is None:
             return OTHERWISE
-        _, self.carried = found
-        means = launch.prepared(found[1].strategy)
-        if means is None:
+        _, picked = found
+        means = launch.prepared(picked.strategy)
+        if not isinstance(means, StrategyLaunch):
             return OTHERWISE
-        launch.log(found[1])
-        return means.cross(checked) if isinstance(means, StrategyLaunch) else OTHERWISE
+        self.carried = picked
+        launch.log(picked)
+        return means.cross(checked)
 
 
 def has_tables(device: torch.device, views: Sequence[KVView]) -> bool:
@@ -521,7 +522,7 @@ def _launched(
     transfer = _by_units(choice, src_units, dst_units, unit, units)
     if transfer is None:
         return None
-    torch._C._increment_version(with_versions(dst))
+    torch._C._increment_version(to_view.versions)
     step = read.plan_step or written.plan_step
     return BlockTransfer.of_views(transfer, src, dst, step, tokens, skipped, began)
 

@@ -204,6 +204,7 @@ class OpenedView:
         writable: a copy may write it.
         table_on_device: the device alone knows the addresses.
         watch: its memory; None: raw addresses.
+        versions: the tensors whose versions a copy raises that writes the view.
         entries: of the addresses, and all bytes at each of them; 0: unknown.
         kept: objects that have the form and the addresses.
 
@@ -212,7 +213,7 @@ class OpenedView:
         tabled: kernels may read the table.
     """
 
-    __slots__ = ("_kept", "_words", "address", "tabled")
+    __slots__ = ("_kept", "_words", "address", "tabled", "versions")
 
     def __init__(
         self,
@@ -227,10 +228,12 @@ class OpenedView:
         writable: bool,
         table_on_device: bool,
         watch: Watch | None,
+        versions: tuple[torch.Tensor, ...],
         entries: tuple[int, int],
         kept: object,
     ) -> None:
         self.tabled = table != 0
+        self.versions = versions
         words = array("q", dtypes or [0] * kv)
         ranges = array("q", [address for span in spans for address in span])
         self._kept = words, ranges, watch, kept
