@@ -85,14 +85,18 @@ def note_written(view: KVView) -> None:
     So autograd notices if a copy overwrites a tensor that it saved for a backward pass. Raw memory
     has no versions, nor have tensors that were made in inference mode.
     """
-    tensors = view.derived.get(_WRITTEN)
-    if tensors is None:
-        tensors = view.derived[_WRITTEN] = with_versions(view)
-    increment_version(tensors)
+    increment_version(with_versions(view))
 
 
 def with_versions(view: KVView) -> tuple[torch.Tensor, ...]:
     """Return a tensor for each version of a view: views of one tensor share it."""
+    tensors: tuple[torch.Tensor, ...] | None = view.derived.get(_WRITTEN)
+    if tensors is None:
+        tensors = view.derived[_WRITTEN] = _find_versions(view)
+    return tensors
+
+
+def _find_versions(view: KVView) -> tuple[torch.Tensor, ...]:
     if view.raw:
         return ()
     if not view.layout.containers:
