@@ -289,11 +289,6 @@ PORTAKV_API int64_t portakv_runs_groups(const int64_t *copy, int64_t unit, int64
 PORTAKV_API int64_t portakv_pieces_list(const int64_t *plan, const int64_t *request, int64_t *out,
                                         int64_t room);
 
-// List the pieces of runs that are in the order of the source, neighbours merged. `runs` is
-// pointers to three columns (source, destination, bytes), their number, Limits, and three lists of
-// addresses as above.
-PORTAKV_API int64_t portakv_pieces_fold(const int64_t *runs, int64_t *out, int64_t room);
-
 // Count the runs of so many units of a copy in groups, see `portakv_runs_groups`, and about so many
 // pieces. `limits` are those of a request; a width of 0 below which rows fold: nothing folds. Write
 // both numbers, and return 0.

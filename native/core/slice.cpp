@@ -2,6 +2,7 @@
 // Slices of forms: ranges of kv, layers and heads, and the table entries that are left.
 #include <algorithm>
 #include <array>
+#include <utility>
 #include <vector>
 
 #include "core.h"
@@ -66,6 +67,7 @@ void cut(Rows &rows, Axis name, Range range) {
   int64_t below = 1;           // positions of that unit
   for (size_t i = steps.size(); i-- > 0;) {
     const Step &step = steps[i];
+    if (step.extent == 0) throw Malformed("an axis of layers or heads is unbounded");
     if (size <= step.extent) {
       const int64_t first = range.start / below % step.extent;
       if (range.start % below != 0 || first + size > step.extent) break;

@@ -53,7 +53,7 @@ from portakv.plan.packing import PackPlan
 from portakv.plan.plan import CopyPlan, Nest
 from portakv.plan.plan import Side as Units
 from portakv.registry.prepared import prepare, prepared
-from portakv.registry.registry import ENVIRONMENT, Choice, choose
+from portakv.registry.registry import ENVIRONMENT, choose
 from portakv.runtime.bounded import caches
 from portakv.runtime.devices import (
     device_name,
@@ -183,7 +183,13 @@ def _explain_plan(args: argparse.Namespace) -> int:
         choice = executor_of(src.view, dst.view, choice, terms)  # tests whether it can read there
     plan = CopyPlan(src.view.form, dst.view.form, src.step, dst.step)
     _, taken = prepare(plan, choice)  # the same as a copy does
-    why = taken.trace[-1].reason if peer else _why(taken)
+    why = "the first candidate that serves the device, and it accepts this plan"
+    if peer:
+        why = taken.trace[-1].reason
+    elif taken.forced:
+        why = f"forced by {ENVIRONMENT}" if forced_backend() else "forced by --backend"
+    elif len(taken.trace) > 1:
+        why = "the first candidate that accepts this plan; the candidates before it rejected it"
     notes = []
     guarded = taken.can.guards and taken.can.skips_negative
     if (src.step or dst.step) and not guarded and taken.backend.device.type != "cpu":
@@ -244,14 +250,6 @@ def _print_caches(json: bool) -> int:
         "portakv.runtime.bounded.caches() lists them with their sizes."
     )
     return 0
-
-
-def _why(taken: Choice) -> str:
-    if taken.forced:
-        return f"forced by {ENVIRONMENT}" if forced_backend() else "forced by --backend"
-    if len(taken.trace) > 1:
-        return "the first candidate that accepts this plan; the candidates before it rejected it"
-    return "the first candidate that serves the device, and it accepts this plan"
 
 
 def _print_plan(report: Report, src: Side, dst: Side) -> None:

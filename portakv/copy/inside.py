@@ -513,12 +513,13 @@ class _Crossing:
         found = launch.pick_counted(number, groups, host_groups, self._views[1], self._new)
         if found is None:
             return OTHERWISE
-        _, self.carried = found
-        means = launch.prepared(found[1].strategy)
-        if means is None:
+        _, picked = found
+        means = launch.prepared(picked.strategy)
+        if not isinstance(means, StrategyLaunch):
             return OTHERWISE
-        launch.log(found[1])
-        return means.cross(checked) if isinstance(means, StrategyLaunch) else OTHERWISE
+        self.carried = picked
+        launch.log(picked)
+        return means.cross(checked)
 
 
 def has_tables(device: torch.device, views: Sequence[KVView]) -> bool:
@@ -595,12 +596,8 @@ def _launched(
         transfer = _by_units(choice, src_units, dst_units, unit, units)
     if transfer is None:
         return None
-    increment_version(to_view.versions)
-    step = 0
-    if from_ids is not None:
-        step = from_step
-    elif to_ids is not None:
-        step = to_step
+    torch._C._increment_version(to_view.versions)
+    step = read.plan_step or written.plan_step
     return BlockTransfer.of_views(transfer, src, dst, step, tokens, skipped, began)
 
 

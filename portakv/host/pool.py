@@ -97,10 +97,9 @@ class Leak:
 class _Caller:
     """A caller of `Pool.acquire`, and its place among those that wait."""
 
-    __slots__ = ("__weakref__", "grow_at", "refused", "waits")
+    __slots__ = ("__weakref__", "grow_at", "refused")
 
     def __init__(self) -> None:
-        self.waits = False
         self.grow_at = 0.0  # when it requests memory again
         self.refused: HostMemoryError | None = None  # why it got none
 
@@ -215,8 +214,16 @@ class PinnedPool:
         self._handles: WeakValueDictionary[int, Block] = WeakValueDictionary()
         # The callers that wait, in their order, by `id`; interrupted callers vanish by themselves.
         self._waiting: WeakValueDictionary[int, _Caller] = WeakValueDictionary()
+        numbers = block_bytes, blocks, alignment
+        whole = all(type(number) is int and number > 0 for number in numbers)
+        if not whole or alignment not in [1 << bit for bit in range(13)]:
+            raise HostMemoryError(
+                f"Expected one or more blocks of one or more bytes, aligned to a power of two up "
+                f"to 4096, got {blocks!r} blocks of {block_bytes!r} bytes, aligned to "
+                f"{alignment!r}. Pass such numbers."
+            )
         self.block_bytes = block_bytes
-        self._stride = _stride_of(block_bytes, blocks, alignment)
+        self._stride = -(-block_bytes // alignment) * alignment  # from one block to the next
         flag("stacks", stacks)
         most, each = (blocks if number is None else number for number in (limit, grow))
         self.limit = _pages.whole("limit", most, blocks, "it begins with so many blocks")
@@ -344,11 +351,9 @@ class PinnedPool:
                     if now >= until:
                         raise self._exhausted(caller, count, size, within) from caller.refused
                     self._waiting[id(caller)] = caller
-                    caller.waits = True
                     self._changed.wait(min(until - now, self._pause))
             finally:
-                if caller.waits:
-                    self._waiting.pop(id(caller), None)
+                if self._waiting.pop(id(caller), None) is not None:
                     self._changed.notify_all()
 
     def close(self) -> None:
@@ -633,20 +638,6 @@ class PinnedPool:
                 runs.take_at(first, units)
             self._runs = runs
         return self._runs
-
-
-def _stride_of(block_bytes: int, blocks: int, alignment: int) -> int:
-    """Return the bytes from one block to the next; raise `HostMemoryError` for numbers that make no
-    pool."""
-    numbers = block_bytes, blocks, alignment
-    whole = all(type(number) is int and number > 0 for number in numbers)
-    if not whole or alignment not in [1 << bit for bit in range(13)]:
-        raise HostMemoryError(
-            f"Expected one or more blocks of one or more bytes, aligned to a power of two up to "
-            f"4096, got {blocks!r} blocks of {block_bytes!r} bytes, aligned to {alignment!r}. Pass "
-            f"such numbers."
-        )
-    return -(-block_bytes // alignment) * alignment
 
 
 def _listed(sentence: str, out: Sequence[object]) -> str:

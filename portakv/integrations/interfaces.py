@@ -207,7 +207,13 @@ def _difference(interface: Interface) -> str:
         return f"{place} is not there"
 
     if interface.abstract is not None:
-        further = _abstract(definition) - {*interface.abstract}
+        methods = definition.body if isinstance(definition, ast.ClassDef) else []
+        further = {
+            each.name
+            for each in methods
+            if isinstance(each, ast.FunctionDef)
+            and any("abstract" in ast.unparse(decorator) for decorator in each.decorator_list)
+        } - {*interface.abstract}
         if further:
             return f"{place} has further abstract methods: {', '.join(sorted(further))}"
         return ""
@@ -260,17 +266,6 @@ def _named(body: list[ast.stmt], name: str) -> Iterator[Definition]:
             yield each
         if isinstance(each, ast.AnnAssign) and ast.unparse(each.target) == name:
             yield each
-
-
-def _abstract(definition: Definition) -> set[str]:
-    """Return the names of the abstract methods of a class."""
-    methods = definition.body if isinstance(definition, ast.ClassDef) else []
-    return {
-        each.name
-        for each in methods
-        if isinstance(each, ast.FunctionDef)
-        and any("abstract" in ast.unparse(decorator) for decorator in each.decorator_list)
-    }
 
 
 def _parts(definition: Definition) -> tuple[tuple[str, ...], set[str]]:

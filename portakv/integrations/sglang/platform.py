@@ -110,9 +110,10 @@ def load(
         own(*arguments, is_draft=is_draft)
         return
     is_mla = _is_mla(pool)
-    known = pool._target_layer_indices if is_mla else range(pool.target_layer_num)
-    if not is_draft and layer_id not in known:  # the pool lacks the layer
-        return
+    if not is_draft:
+        known = pool._target_layer_indices if is_mla else range(pool.target_layer_num)
+        if layer_id not in known:  # the pool lacks the layer
+            return
     on_host = pool._host_layer_by_controller[layer_id] if is_mla else layer_id
     on_device = pool._buffer_index_by_layer[layer_id] if is_mla else layer_id
     layer = views.layer(on_host, on_device)

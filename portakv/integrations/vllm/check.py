@@ -77,15 +77,15 @@ FIELDS = "vllm.config.kv_transfer:KVTransferConfig"
 #: The tokens of a block that vLLM may choose without ``--block-size``.
 BLOCKS = (16, 32, 64, 128)
 BASE = "vllm.distributed.kv_transfer.kv_connector.v1.base"
-#: Hooks that a release of vLLM may lack, and what the connector then does without.
+#: Hooks of vLLM's class that a release may lack, and what the connector then does without.
 OPTIONAL_HOOKS = {
-    f"{BASE}:KVConnectorBase_V1.get_transfer_results": "models with a sliding window",
-    f"{BASE}:KVConnectorBase_V1.bind_gpu_block_pool": "models with a sliding window",
-    f"{BASE}:KVConnectorBase_V1.build_prom_metrics": "figures for Prometheus",
-    f"{BASE}:KVConnectorBase_V1.take_events": "KV events",
-    f"{BASE}:KVConnectorBase_V1.has_pending_block_frees": "waiting for blocks before a preemption",
-    f"{BASE}:KVConnectorBase_V1.requires_piecewise_for_cudagraph": "by_layer with CUDA graphs",
-    f"{BASE}:KVConnectorBase_V1.has_connector_metadata": 'by_layer "graph"',
+    "get_transfer_results": "models with a sliding window",
+    "bind_gpu_block_pool": "models with a sliding window",
+    "build_prom_metrics": "figures for Prometheus",
+    "take_events": "KV events",
+    "has_pending_block_frees": "waiting for blocks before a preemption",
+    "requires_piecewise_for_cudagraph": "by_layer with CUDA graphs",
+    "has_connector_metadata": 'by_layer "graph"',
 }
 #: Hooks without which the connector does not work.
 HOOKS = names_in(
@@ -129,9 +129,10 @@ def findings_of(
             _check_roles(roles, sizes, block_size, findings)
     if check_release(findings, "vllm", "vLLM", HOOKS, who="the connector"):
         findings.notes += [
-            f"The installed vLLM has no {name.partition(':')[2]}: the connector serves without "
-            f"{OPTIONAL_HOOKS[name]}."
-            for name in lacks(OPTIONAL_HOOKS)
+            f"The installed vLLM has no KVConnectorBase_V1.{hook}: the connector serves without "
+            f"{feature}."
+            for hook, feature in OPTIONAL_HOOKS.items()
+            if lacks([f"{BASE}:KVConnectorBase_V1.{hook}"])
         ]
     return findings
 
