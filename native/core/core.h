@@ -536,11 +536,11 @@ typedef struct portakv_copy_end {
   int64_t *list;    // memory that the kernels reach, for ids of the host; may be null
   int64_t room;     // int64 ids that fit
   uint64_t status;  // as for `portakv_rows_run`; it is used only if ids lie on the device
-  const int64_t *word;  // where the host reads the status word
   void *event;      // recorded after the kernels; null: the work has ended when a launch returns
   // Functions of the driver: cuEventRecord and cuEventQuery, or others with their arguments.
   int (*record)(void *event, void *stream);
   int (*query)(void *event);
+  const int64_t *word;  // where the host reads the status word
 } portakv_copy_end;
 
 // Functions that name the current stream of a device.

@@ -116,10 +116,10 @@ class CopyEnd(ctypes.Structure):
         ("list", ctypes.c_void_p),
         ("room", ctypes.c_int64),
         ("status", ctypes.c_uint64),
-        ("word", ctypes.c_void_p),
         ("event", ctypes.c_void_p),
         ("record", ctypes.c_void_p),
         ("query", ctypes.c_void_p),
+        ("word", ctypes.c_void_p),
     )
 
 

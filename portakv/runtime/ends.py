@@ -71,10 +71,10 @@ class End:
             ids,
             room,
             status,
-            word.address,
             event,
             functions.record_address,
             functions.query_address,
+            word.address,
         )
         self._ends = ends
         self._event = event
