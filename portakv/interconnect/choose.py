@@ -224,7 +224,7 @@ class HostLaunch(StrategyLaunch):
         new_ids: bool,
     ) -> Pick:
         """Pick for so many groups of neighbours on both sides together, and on the host."""
-        costs = costs_of(self.device).words[self.direction].buffer_info()[0]
+        costs = costs_of(self.device).addresses[self.direction]
         unfit = self._unfit if out is self.out else set_of(out)
         answer = self._choose(
             self._copies_at, costs, groups, host_groups, count, unfit, waits, new_ids

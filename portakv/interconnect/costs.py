@@ -105,6 +105,11 @@ class Table:
             for direction in DIRECTIONS
         }
 
+    @cached_property
+    def addresses(self) -> dict[str, int]:
+        """The addresses of the words of each direction."""
+        return {direction: words.buffer_info()[0] for direction, words in self.words.items()}
+
     def seconds(self, strategy: str, direction: str, run_bytes: int, runs: int) -> float | None:
         """Return the seconds that the device takes; None if the strategy was not measured."""
         columns = self.points.get((strategy, direction))

@@ -140,21 +140,21 @@ class Rules:
 
     Attributes:
         words: the rules as the core reads them.
+        excluded: why the terms exclude `zero_copy` from a copy, as a phrase.
     """
 
     def __init__(self, direction: str, terms: Terms) -> None:
         idle = terms.overlap == "idle"
         limited = terms.max_gbps is not None or terms.max_thread_blocks is not None
         small = SMALL[direction]
-        self._slowed = ALONE_RATE / KERNEL_RATE[direction]
-        self._kernel_most = small if terms.detached else max(small, SHORT)
-        self._rule_most = UNHIDDEN[direction] if idle else max(small, SHORT)
+        kernel_most = small if terms.detached else max(small, SHORT)
+        rule_most = UNHIDDEN[direction] if idle else max(small, SHORT)
         self.words = core.pack_rules(
             idle,
             terms.detached,
             limited,
-            self._kernel_most,
-            self._rule_most,
+            kernel_most,
+            rule_most,
             SHORT,
             PAGE,
             WIDE,
@@ -173,6 +173,30 @@ class Rules:
             ROW[direction],
         )
 
+        self.excluded = (
+            f"with overlap='compute' it moves at most {kernel_most >> 20} MiB, or host runs under "
+            f"{EVEN >> 10} KiB not detached, unless max_gbps or max_thread_blocks limit it"
+        )
+        self._reasons = {
+            core.EXCLUDED_ALONE: f"no other strategy takes the copy, although {self.excluded}",
+            core.WAITLESS: "the only strategy that does not wait for what only the device knows",
+            core.LEFT: "the only strategy that is left",
+            core.GENTLEST: "the gentlest strategy that is left, as nothing was measured here",
+        }
+        default_rule = {
+            core.RULE_PAGES: f"runs of {PAGE >> 20} MiB or more that arrive no later by a copy "
+            f"engine than by a kernel of few thread blocks while a model runs",
+            core.RULE_SMALL: f"copies of up to {rule_most >> 20} MiB",
+            core.RULE_NARROW: f"host memory in runs of less than {NARROW >> 10} KiB",
+            core.RULE_WIDE: f"runs of {WIDE >> 10} KiB or more",
+            core.RULE_EVEN: f"runs of {EVEN >> 10} KiB or more that gathering would not merge",
+            core.RULE_GATHERED: "runs that are gathered into longer ones",
+        }
+        for reason, copies in default_rule.items():
+            self._reasons[reason] = f"the default rule for {copies}, as nothing was measured here"
+        slowed = ALONE_RATE / KERNEL_RATE[direction]
+        self._measured = [_measured(flags << 8, slowed) for flags in range(16)]
+
     def worded(self, answer: int, out: Mapping[str, str]) -> Pick:
         """Return the pick of an answer of the core. ``out``: as for `pick`.
 
@@ -186,60 +210,29 @@ class Rules:
             raise PortaKVError(
                 "Expected a plan and groups that fit each other. Report this as a bug."
             )
-        return Pick(ORDER[answer & 15], self._why(answer))
-
-    def _why(self, answer: int) -> str:
         reason = answer >> 4 & 15
         if reason == core.MEASURED:
-            return self._measured(answer)
-        if reason == core.EXCLUDED_ALONE:
-            return f"no other strategy takes the copy, although {self.excluded}"
-        if reason == core.WAITLESS:
-            return "the only strategy that does not wait for what only the device knows"
-        if reason == core.LEFT:
-            return "the only strategy that is left"
-        if reason == core.GENTLEST:
-            return "the gentlest strategy that is left, as nothing was measured here"
-        return f"the default rule {self._rule(reason)}, as nothing was measured here"
+            return Pick(ORDER[answer & 15], self._measured[answer >> 8 & 15])
+        return Pick(ORDER[answer & 15], self._reasons[reason])
 
-    def _measured(self, answer: int) -> str:
-        text = "the least time of the strategies that the terms allow"
-        if answer & core.SEVERAL:
-            text = f"within {EQUAL * 100:g} % of {text}, and keeps the host least"
-        text += ", as measured"
-        if answer & core.EXPOSED:
-            text += ", with the host's part"
-        if answer & core.SLOWED:
-            times = f"{self._slowed:.1f} times as long alongside a model"
-            text += f"; a kernel of few thread blocks takes {times}"
-        if answer & core.QUICKER:
-            text += "; zero_copy would take less, but the terms exclude it"
-        return text
 
-    def _rule(self, reason: int) -> str:
-        """Return why the default rule picks a strategy, as a phrase."""
-        if reason == core.RULE_SMALL:
-            return f"for copies of up to {self._rule_most >> 20} MiB"
-        if reason == core.RULE_PAGES:
-            return (
-                f"for runs of {PAGE >> 20} MiB or more that arrive no later by a copy engine than "
-                f"by a kernel of few thread blocks while a model runs"
-            )
-        if reason == core.RULE_NARROW:
-            return f"for host memory in runs of less than {NARROW >> 10} KiB"
-        if reason == core.RULE_WIDE:
-            return f"for runs of {WIDE >> 10} KiB or more"
-        if reason == core.RULE_EVEN:
-            return f"for runs of {EVEN >> 10} KiB or more that gathering would not merge"
-        return "for runs that are gathered into longer ones"
+def _measured(flags: int, slowed: float) -> str:
+    """Return why measured costs decide for a strategy.
 
-    @property
-    def excluded(self) -> str:
-        """Return why the terms exclude `zero_copy` from a copy, as a phrase."""
-        return (
-            f"with overlap='compute' it moves at most {self._kernel_most >> 20} MiB, or host runs "
-            f"under {EVEN >> 10} KiB not detached, unless max_gbps or max_thread_blocks limit it"
-        )
+    ``slowed``: a model makes the kernel of few thread blocks take that many times as long.
+    """
+    text = "the least time of the strategies that the terms allow"
+    if flags & core.SEVERAL:
+        text = f"within {EQUAL * 100:g} % of {text}, and keeps the host least"
+    text += ", as measured"
+    if flags & core.EXPOSED:
+        text += ", with the host's part"
+    if flags & core.SLOWED:
+        times = f"{slowed:.1f} times as long alongside a model"
+        text += f"; a kernel of few thread blocks takes {times}"
+    if flags & core.QUICKER:
+        text += "; zero_copy would take less, but the terms exclude it"
+    return text
 
 
 def pick(
