@@ -42,7 +42,7 @@ from portakv.runtime.interrupts import uninterrupted
 from portakv.runtime.rate_limited_log import RateLimitedLog
 from portakv.runtime.resources import reason
 from portakv.tasks import Handle, Limit, Runtime, TaskGroup, Wait, runtime
-from portakv.tasks.runtime import HANGUP, READ, WRITE, Steps
+from portakv.tasks.runtime import HANGUP, READ, WRITE
 
 # ------------------------------------------------------------------------------------------------
 # Check the address and the secret of a channel, and make its keys.
@@ -1625,15 +1625,21 @@ class Channel:
 
         If the caller is interrupted, the connection stays usable, and the answer is dropped.
         """
-        until = self._until(timeout)
-        answer: T = self._runtime.run(self._client.ask, address, message, kind, until, stop)
+        answer: T = self._runtime.run(self.answer, address, message, kind, timeout, stop)
         return answer
 
-    def asking(
-        self, address: str, message: Message, kind: type[T], timeout: float | None = None
-    ) -> Steps[T]:
-        """Return the coroutine of `ask`, for the runtime."""
-        return self._client.ask(address, message, kind, self._until(timeout))
+    async def answer(
+        self,
+        address: str,
+        message: Message,
+        kind: type[T],
+        timeout: float | None = None,
+        stop: Callable[[], bool] = bool,
+    ) -> T:
+        """Return what `ask` returns, in a coroutine of the runtime."""
+        until = self._until(timeout)
+        answer: T = await self._client.ask(address, message, kind, until, stop)
+        return answer
 
     def begin_to_ask(
         self, address: str, message: Message, kind: type[T], timeout: float | None = None
@@ -1643,7 +1649,8 @@ class Channel:
         Until the answer, other requests to the address wait. A caller that needs no answer does not
         make the call.
         """
-        return self._runtime.start(self.asking(address, message, kind, timeout)).synchronize
+        until = self._until(timeout)
+        return self._runtime.start(self._client.ask(address, message, kind, until)).synchronize
 
     def ask_all(
         self, requests: Sequence[tuple[str, Message]], kind: type[T], timeout: float | None = None
@@ -1664,12 +1671,17 @@ class Channel:
     ) -> None:
         """Send a message without an answer, unless ``stop()`` returns True before it is sent; raise
         as `ask`."""
-        until = self._until(timeout)
-        self._runtime.run(self._client.send, address, message, until, stop, False)
+        self._runtime.run(self.send, address, message, timeout, stop)
 
-    async def telling(self, address: str, message: Message, timeout: float | None = None) -> None:
+    async def send(
+        self,
+        address: str,
+        message: Message,
+        timeout: float | None = None,
+        stop: Callable[[], bool] = bool,
+    ) -> None:
         """Send a message as `tell` does, in a coroutine of the runtime."""
-        await self._client.send(address, message, self._until(timeout), bool, False)
+        await self._client.send(address, message, self._until(timeout), stop, answer=False)
 
     def watch(self, address: str, gone: Callable[[], object]) -> Callable[[], object]:
         """Call ``gone`` when the connection to ``address`` ends; see `Peer.on_gone`."""

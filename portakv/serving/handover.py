@@ -293,7 +293,7 @@ class Handover:
         await self._width.acquire()
         try:
             if time.monotonic() >= self._gone.get(address, 0.0):
-                await self._channel.telling(address, message, SENDING)
+                await self._channel.send(address, message, SENDING)
         except PortaKVError:
             self._gone[address] = time.monotonic() + GONE
         finally:

@@ -325,9 +325,10 @@ def meeting(folder: Path) -> Steps:
 #: Public names that no scenario calls in the caller's thread, and why.
 NOT_CALLED = {
     "Channel.after_answer": "runs in the channel's thread",
+    "Channel.answer": "runs in the loop",
     "Channel.figures": "reads `Channel.statistics`",
     "Channel.replace": "runs in a helper",
-    "Channel.telling": "is a coroutine of the runtime",
+    "Channel.send": "runs in the loop",
     "Offer.holds": "runs in the owner's thread",
     "Owner.figures": "reads `Owner.statistics`",
     "Published.figures": "reads `Published.statistics`",

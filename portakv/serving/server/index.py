@@ -275,7 +275,7 @@ class ServerIndex:
         page = 0
         while more:
             question = AskKeys(session, group, page)
-            answer = await self._channel.asking(address, question, KeysPage, PATIENT)
+            answer = await self._channel.answer(address, question, KeysPage, PATIENT)
             await self._runtime.in_thread(partial(known.add_page, answer))  # of thousands of keys
             more = answer.more
             page += 1

@@ -285,7 +285,7 @@ class Link:
         The session ends if the server does not answer within so many seconds.
         """
         try:
-            return await self._channel.asking(session.address, message, kind, timeout)
+            return await self._channel.answer(session.address, message, kind, timeout)
         except Refused:
             self.wake()  # look whether the session stands
             raise
@@ -299,7 +299,7 @@ class Link:
         if self.session is not session:
             return
         try:
-            await self._channel.telling(session.address, message, PATIENT)
+            await self._channel.send(session.address, message, PATIENT)
         except PortaKVError as error:
             self.lose(session, str(error))
 
@@ -354,7 +354,7 @@ class Link:
         """Look whether a session stands; return the seconds until the next look."""
         try:
             alive = Alive(session.number)
-            await self._channel.asking(session.address, alive, Alive, PATIENT)
+            await self._channel.answer(session.address, alive, Alive, PATIENT)
             if self._sides.look is not None:
                 await self._sides.look(session)
         except PortaKVError as error:
@@ -378,7 +378,7 @@ class Link:
                 return REFUSED
             kind: Any = self._sides.kind | Later
             hello = self._sides.hello(self._before)
-            answer = await self._channel.asking(address, hello, kind, PATIENT)
+            answer = await self._channel.answer(address, hello, kind, PATIENT)
         except Refused as error:
             self._refuse(sentence_of(error), by_store_server=True)
             return REFUSED
@@ -402,7 +402,7 @@ class Link:
         if self._known == address and self._alike:
             return True
         question = AskProtocol(PROTOCOL)
-        answer = await self._channel.asking(address, question, ServerProtocol, PATIENT)
+        answer = await self._channel.answer(address, question, ServerProtocol, PATIENT)
         self._known = address
         self._alike = answer.version == PROTOCOL
         self._changed.notify()

@@ -666,7 +666,7 @@ class StoreServer:
     async def _tell(self, address: str, message: Message, lost: Callable[[], object]) -> None:
         """Send a message to a client, whose session ends if it does not take the message."""
         try:
-            await self._channel.telling(address, message, TELLING)
+            await self._channel.send(address, message, TELLING)
         except PortaKVError as error:
             _log.warning("client", "A client of a store server is gone: %s", error)
             lost()
