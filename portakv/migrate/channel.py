@@ -632,7 +632,7 @@ class UnixLink(_Link):
 
     async def _packet(self, used: socket.socket, until: float) -> bytes | None:
         """Return a packet of the handshake; None if none comes in time."""
-        while await Wait(used.fileno(), READ, until):
+        while await Wait(used, READ, until):
             with suppress(BlockingIOError):
                 try:
                     return used.recv(PACKET)
@@ -650,7 +650,7 @@ class UnixLink(_Link):
             used.send(data)
             return True
         except BlockingIOError:
-            await Wait(used.fileno(), WRITE, until)
+            await Wait(used, WRITE, until)
         except ConnectionError:
             await self.changed(until)
         except OSError as error:
@@ -670,7 +670,7 @@ class UnixLink(_Link):
             try:
                 packet = used.recv(PACKET + 2)
             except BlockingIOError:
-                if not await Wait(used.fileno(), READ, until):
+                if not await Wait(used, READ, until):
                     return None
                 continue
             except ConnectionError:

@@ -635,7 +635,8 @@ class Issuing:
     async def finish(self) -> None:
         """Wait for all rows, verify and commit them."""
         verifying = self.plan if self._request.verify else ()
-        checks = [partial(verified, step, self._pull) for step in verifying]
+        blocking = self._issuer.owners.blocking
+        checks = [partial(verified, step, self._pull, blocking) for step in verifying]
         await self._pull.finish(self.tasks, checks)
 
     @property
@@ -662,7 +663,7 @@ class Issuing:
         for start in range(0, layers, each):
             some = range(start, start + each)
             copy = partial(_copy_layers, step, some, self._pull, options)
-            call = Handle(runtime(), runtime().blocking(copy))
+            call = Handle(runtime(), self._issuer.owners.blocking.work(copy))
             self._calls.append(call)
             self._add(step, some, call)
 
@@ -805,11 +806,11 @@ class LatePull(Wanted):
                 await self._wait()
                 sources = await issuer.owners.resolve(self.tickets, pull.until)
                 self._check()  # also while the owners were resolved
-                await runtime().blocking(partial(self._issue, sources))
+                await issuer.owners.blocking.work(self._issue, sources)
             while not self._is_issued:
                 first = False
                 await self._wait()
-                await runtime().blocking(self._issue)
+                await issuer.owners.blocking.work(self._issue)
             pull.requested.wanted = None
             assert self._issuing is not None  # `plan` has set it
             if self._issuing.end(alone=first):

@@ -58,7 +58,7 @@ from portakv.migrate.staging import Chunks, Slots, has_ended, part_of, rows_byte
 from portakv.migrate.transports.base import Lane, Moving
 from portakv.runtime.streams import StreamFence
 from portakv.runtime.worker import RateLimit
-from portakv.tasks import Wait, runtime
+from portakv.tasks import Limit, Wait, runtime
 
 T = TypeVar("T")
 
@@ -314,7 +314,7 @@ async def ask(
     raise TransferCancelled(CANCELLED)
 
 
-async def verified(step: Step, pull: Pull) -> None:
+async def verified(step: Step, pull: Pull, blocking: Limit) -> None:
     """Compare the rows that a step copied with the owner's rows, by checksums."""
     whole = step.owner_part(range(step.cut.dst.layers), 0, step.tokens)
     source = Source(step.ticket, step.owner)
@@ -323,7 +323,7 @@ async def verified(step: Step, pull: Pull) -> None:
     for start, end in step.runs():
         part = replace(whole, first=whole.first + start, count=end - start)
         dst_index = step.dst_index.shifted(start)
-        local += await runtime().blocking(partial(checksum_of, step.cut.dst, dst_index, part))
+        local += await blocking.work(checksum_of, step.cut.dst, dst_index, part)
         request = Sum(step.ticket.epoch, step.ticket.offer, part)
         remote += (await ask(source, request, pull, inf)).digest
     if (local - remote) % MODULUS:

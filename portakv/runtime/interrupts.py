@@ -131,17 +131,29 @@ def shielded(work: Callable[P, T]) -> Callable[P, T]:
     return run
 
 
-def hand_over(call: Callable[[], object]) -> bool:
-    """Have a helper make a call; return False if the system creates no thread."""
+def alongside(work: Callable[[], T]) -> Callable[[], T]:
+    """Begin work in a helper, and return the call that waits for its result, for one use.
+
+    A caller that needs no result does not make the call. If the system creates no thread, the work
+    is done before the return.
+    """
+    task = Work(work, None)
+    if not hand_over(task.run):
+        task.run()
+    return partial(_result_of, task)
+
+
+def _result_of(task: Work[T]) -> T:
+    """Wait for the end of a helper's work, and return its result or raise its error."""
     try:
-        _idle.pop()
-    except IndexError:
-        try:
-            threading.Thread(target=_serve, name=NAME, daemon=True).start()
-        except RuntimeError:  # also while the interpreter ends
-            return False
-    _calls.put(call)
-    return True
+        while not task.end.acquire(timeout=LOOK):
+            pass
+    except BaseException:  # an interrupt of the caller
+        task.abandon()
+        raise
+    if task.error is not None:
+        raise task.error
+    return cast(T, task.result)
 
 
 def interruptible() -> bool:
@@ -160,6 +172,19 @@ def _locked() -> threading.Lock:
     lock = threading.Lock()
     lock.acquire()
     return lock
+
+
+def hand_over(call: Callable[[], object]) -> bool:
+    """Have a helper make a call; return False if the system creates no thread."""
+    try:
+        _idle.pop()
+    except IndexError:
+        try:
+            threading.Thread(target=_serve, name=NAME, daemon=True).start()
+        except RuntimeError:  # also while the interpreter ends
+            return False
+    _calls.put(call)
+    return True
 
 
 def _serve() -> None:

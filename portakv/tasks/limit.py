@@ -3,10 +3,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from heapq import heappop, heappush
-from typing import Literal, TypeAlias
+from typing import Literal, TypeAlias, TypeVar
 
-from portakv.tasks.runtime import Runtime, Wait
+from portakv.tasks.runtime import Runtime, Wait, Work
+
+T = TypeVar("T")
 
 #: How soon work is due.
 Priority: TypeAlias = Literal["urgent", "normal", "background"]
@@ -50,6 +53,15 @@ class Limit:
             if not begins:
                 self.release()
         return begins
+
+    async def work(self, call: Callable[..., T], *arguments: object) -> T:
+        """Do work that blocks (see `Work`) once there is a place, and return its result."""
+        await self.acquire()
+        try:
+            result: T = await Work(call, *arguments)
+            return result
+        finally:
+            self.release()
 
     async def _wait(self, priority: Priority, until: float | None) -> bool:
         """Wait until `release` gives a place to this coroutine."""

@@ -20,6 +20,7 @@ from collections.abc import Callable, Coroutine, Generator
 from contextlib import suppress
 from functools import partial
 from math import ceil
+from socket import socket
 from threading import get_ident
 from time import monotonic
 from typing import Any, Generic, TypeVar
@@ -28,7 +29,6 @@ from portakv.errors import PortaKVError, TransferError, TransferTimeout
 from portakv.runtime import resources
 from portakv.runtime.devices import this_process
 from portakv.runtime.interrupts import abandoned, hand_over, interruptible, uninterrupted
-from portakv.runtime.resources import NO_THREAD
 
 T = TypeVar("T")
 #: A coroutine that returns T.
@@ -42,15 +42,16 @@ HANGUP = 0
 LOOK = 0.2
 #: Seconds for which the end of the interpreter waits for work that blocks.
 EXIT = 10.0
-#: The most calls that `Runtime.blocking` makes at a time.
-BLOCKING = 4
 
 
 class Wait:
     """A wait of a coroutine: ``await`` returns True, or False once the time is over.
 
+    A call of `wake` ends it, but for a descriptor for which `Runtime.run` waits.
+
     Args:
-        fd: a descriptor that ends the wait by ``events``; None: a call of `wake` ends it.
+        fd: a descriptor or a socket that ends the wait by ``events``, too. A socket that is closed
+            before the wait begins, when another file may have its descriptor, ends it as well.
         events: `READ`, `WRITE` or `HANGUP`.
         until: the end of the wait, by `Runtime.time`; None: no limit.
         poll: returns True if the event has come, after at most so many milliseconds. For sockets
@@ -65,7 +66,7 @@ class Wait:
 
     def __init__(
         self,
-        fd: int | None = None,
+        fd: int | socket | None = None,
         events: int = READ,
         until: float | None = None,
         poll: Callable[[int], bool] | None = None,
@@ -86,6 +87,13 @@ class Wait:
             yield self
         return self.woken
 
+    def is_closed(self) -> bool:
+        """Return True if the socket was closed, which ends the wait; else take its descriptor."""
+        if isinstance(self.fd, socket):
+            self.fd = self.fd.fileno()
+            self.woken = self.fd < 0
+        return self.fd == -1
+
     def wake(self) -> None:
         """End the wait, if it has not ended. The caller has the runtime's lock."""
         if not self.woken:
@@ -98,8 +106,9 @@ class Work(Generic[T]):
     """Work of a coroutine that blocks, such as a large copy: ``await`` returns its result.
 
     The lock is released meanwhile. `Runtime.run` does the work in the caller's thread. For a
-    coroutine of the loop a helper does it, and runs the next steps until the coroutine waits. A
-    coroutine that is cancelled goes on after the end of the work.
+    coroutine of the loop a helper does it, and runs the next steps until the coroutine waits. If
+    the system gives no thread, the thread of the last step does the work. A coroutine that is
+    cancelled goes on after the end of the work.
     """
 
     __slots__ = ("_call",)
@@ -111,11 +120,62 @@ class Work(Generic[T]):
         return (yield self)
 
     def done(self, steps: Steps[Any]) -> Callable[[], Any]:
-        """Do the work, and return the call that goes on with its coroutine."""
+        """Do the work, once, and return the call that goes on with its coroutine."""
         try:
             return partial(steps.send, self._call())
         except BaseException as error:  # the coroutine gets it
             return partial(steps.throw, error)
+        finally:
+            del self._call  # it refers to views
+
+
+class Signal:
+    """Tells coroutines and threads of changes. All calls but `block` are made in steps, or with the
+    runtime's lock."""
+
+    def __init__(self, runtime: Runtime) -> None:
+        self._runtime = runtime
+        self._waits = set[Wait]()
+
+    def notify(self) -> None:
+        """Wake all that wait."""
+        waits = tuple(self._waits)
+        self._waits.clear()
+        for wait in waits:
+            wait.wake()
+
+    async def wait_for(self, condition: Callable[[], object], until: float | None = None) -> bool:
+        """Wait until a condition holds; return False if it does not at ``until``."""
+        woken = True
+        while woken and not condition():
+            wait = Wait(until=until)
+            self._waits.add(wait)
+            try:
+                woken = await wait
+            finally:
+                self._waits.discard(wait)
+        return woken or bool(condition())
+
+    def block(self, condition: Callable[[], object], timeout: float | None = None) -> bool:
+        """Have this thread wait for a condition; return False if it does not hold in time.
+
+        Also the main thread waits here itself. By a helper it would wake later.
+        """
+        until = None if timeout is None else monotonic() + timeout
+        woken = True
+        while woken:
+            end = threading.Lock()
+            end.acquire()
+            wait = Wait()
+            wait.resume = end.release
+            with self._runtime.lock:
+                if condition():
+                    return True
+                self._waits.add(wait)
+            woken = end.acquire(timeout=-1 if until is None else max(0.0, until - monotonic()))
+            self._waits.discard(wait)
+        with self._runtime.lock:
+            return bool(condition())
 
 
 class Released:
@@ -212,7 +272,8 @@ class Handle(Generic[T]):
             return
         self._runtime.note_work(self)
         if not hand_over(partial(self._do, work)):
-            self.step(self._steps.throw, TransferError(f"Expected a thread, but {NO_THREAD}."))
+            with self._runtime.released():
+                self._do(work)
 
     def _do(self, work: Work[Any] | None) -> None:
         """Do work in a helper, and go on with the coroutine there until it waits."""
@@ -233,7 +294,7 @@ class Handle(Generic[T]):
                     self._wait = wait
                     if isinstance(wait, Work):
                         return wait
-                    if isinstance(wait, Wait) and wait.fd is None:
+                    if isinstance(wait, Wait):
                         wait.resume = partial(self._go_on, wait)
                         if wait.here and not self._cancelled:
                             return None
@@ -263,6 +324,8 @@ class Handle(Generic[T]):
             self._go_on(wait)
         elif not isinstance(wait, Wait):
             wait.add_done_callback(self._go_on)  # a future of asyncio
+        elif wait.is_closed():
+            self._go_on(wait)
         elif wait.poll is not None and wait.poll(0):  # the descriptor may not report it again
             wait.woken = True
             self._runtime.started().call_soon(self._go_on, wait)
@@ -270,7 +333,7 @@ class Handle(Generic[T]):
             loop = self._runtime.started()
             if wait.until is not None:
                 wait.timer = loop.call_at(wait.until, self._go_on, wait)
-            if wait.fd is not None:
+            if isinstance(wait.fd, int):
                 try:
                     loop.descriptors.watch(wait.fd, wait.events, self._see)
                 except OSError as error:  # a bad descriptor
@@ -297,7 +360,7 @@ class Handle(Generic[T]):
         if isinstance(wait, Wait):
             if wait.timer is not None:
                 wait.timer.cancel()
-            if wait.fd is not None:
+            if isinstance(wait.fd, int):
                 self._runtime.started().descriptors.unwatch(wait.fd, wait.events)
         if self._cancelled:
             self._cancelled = False
@@ -481,8 +544,6 @@ class Runtime:
         self._loop = loop
         self._starting = threading.Lock()
         self._working = set[Handle[Any]]()  # whose work helpers do
-        self._calls = deque[Callable[[], None]]()  # of `blocking`, which have not begun
-        self._callers = 0  # threads that make them
 
     @property
     def forked(self) -> bool:
@@ -545,7 +606,7 @@ class Runtime:
             woken.acquire(timeout=left)
         elif wait.poll is not None:
             wait.woken = wait.poll(max(-1, ceil(1e3 * left)))
-        else:
+        elif not wait.is_closed():
             poll = select.poll()
             poll.register(wait.fd, wait.events)
             if poll.poll(1e3 * left if left >= 0 else None):
@@ -563,55 +624,6 @@ class Runtime:
         handle = Handle(self, steps, locked)
         handle.begin()
         return handle
-
-    async def blocking(self, call: Callable[[], T]) -> T:
-        """Return ``call()``, which a thread makes that does nothing else meanwhile.
-
-        For calls that may take over a millisecond: copies on the host, imports, maps of memory. At
-        most `BLOCKING` are made at a time. A cancelled coroutine waits for a call that has begun.
-        """
-        results = list[T]()
-        errors = list[BaseException]()
-        end = Wait()
-
-        def make() -> None:
-            try:
-                results.append(call())
-            except BaseException as error:  # the coroutine raises it
-                errors.append(error)
-            self.wake(end)
-
-        self._calls.append(make)
-        if self._callers < BLOCKING:
-            self._callers += 1
-            if not hand_over(self._make_calls):  # the system gives no thread
-                with self.released():
-                    self._make_calls()
-        cancelled: asyncio.CancelledError | None = None
-        while not end.woken:
-            try:
-                await end
-            except asyncio.CancelledError as error:
-                if make in self._calls:
-                    self._calls.remove(make)
-                    raise
-                cancelled = error
-        if cancelled is not None:
-            raise cancelled
-        if errors:
-            raise errors[0]
-        return results[0]
-
-    def _make_calls(self) -> None:
-        """Make the calls of `blocking`, in a helper."""
-        while True:
-            with self.lock:
-                if not self._calls:
-                    self._callers -= 1
-                    return
-                call = self._calls.popleft()
-            call()
-            del call  # it refers to views
 
     # --- the loop
 
@@ -726,7 +738,9 @@ def _forget() -> None:
     """Begin anew in a forked process, which has neither the thread nor the end of any step."""
     global _runtime, _making
     _making = threading.Lock()
-    _runtime = None
+    if _runtime is not None:
+        _runtime.lock = threading.RLock()  # a thread of the parent may have the other one
+        _runtime = None
 
 
 os.register_at_fork(after_in_child=_forget)

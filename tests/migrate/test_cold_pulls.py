@@ -26,11 +26,10 @@ from portakv.errors import (
     TransferTimeout,
 )
 from portakv.migrate import Reader, Ticket
+from portakv.migrate.connections import BLOCKING
 from portakv.migrate.messages import Handshake, Hello
 from portakv.migrate.pull import PartTransfer
 from portakv.migrate.reader import LONG
-from portakv.tasks import runtime
-from portakv.tasks.runtime import BLOCKING
 
 NAME = bytes(range(16))
 #: Preparations for one owner.
@@ -122,23 +121,6 @@ def test_handshakes_with_stopped_owners_occupy_no_thread_that_copies(
         pulled.synchronize(LIMIT)
         assert not any(each.done() for each in hung)
         assert torch.equal(dst.whole, src.whole)
-
-
-def test_threads_that_copy_are_occupied_by_slow_calls_alone(made: Sides) -> None:
-    """The test above shows something: this pull waits as long as such threads are occupied."""
-    blocks = 2 * LONG // Rows(1).whole.nbytes
-    owner = made.owner(Rows(blocks).shard)
-    reader = made.reader(Rows(blocks, fill=-1).shard)
-    reader.prepare(owner.channel.address).synchronize(LIMIT)
-    offer = owner.offer(range(blocks), tokens=16 * blocks)
-    released = threading.Event()
-    for _ in range(BLOCKING):
-        runtime().start(runtime().blocking(lambda: released.wait(LIMIT)))
-    pulled = reader.pull(offer.ticket, range(blocks))
-    sleep(0.1)
-    assert not pulled.ended
-    released.set()
-    pulled.synchronize(LIMIT)
 
 
 def test_a_pull_of_a_stopped_owner_does_not_block_its_call(made: Sides, nursery: Nursery) -> None:

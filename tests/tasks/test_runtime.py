@@ -14,7 +14,6 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from typing import Any
 
 import pytest
@@ -22,10 +21,10 @@ from support.interrupts import in_other_thread
 from support.seeded_loop import WatchedLoop, run_seeded
 from support.waits import LIMIT, until
 
-from portakv.errors import TransferError, TransferTimeout
+from portakv.errors import TransferTimeout
 from portakv.runtime import interrupts
-from portakv.tasks import Handle, Runtime, TaskGroup, Wait, Work, runtime
-from portakv.tasks.runtime import BLOCKING, HANGUP, READ, WRITE
+from portakv.tasks import Handle, Limit, Runtime, Signal, TaskGroup, Wait, Work, runtime
+from portakv.tasks.runtime import HANGUP, READ, WRITE
 
 
 async def where(*waits: Wait) -> list[str]:
@@ -65,6 +64,60 @@ def test_run_waits_in_the_callers_thread() -> None:
     names = in_other_thread(lambda: runtime().run(where, soon(), soon()))
     assert len({*names}) == 1
     assert names[0] != "portakv loop"
+
+
+def test_a_socket_that_is_closed_before_the_wait_begins_ends_it() -> None:
+    """Another file may have its descriptor then."""
+    here, there = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    held = threading.Event()
+    runtime().call_soon(held.wait, LIMIT)
+
+    async def see() -> tuple[bool, int]:
+        woken = await Wait(here, READ, runtime().time() + LIMIT)
+        return woken, here.fileno()
+
+    with there:
+        handle = in_other_thread(lambda: runtime().start(see()))
+        here.close()
+        held.set()
+        assert handle.synchronize(LIMIT) == (True, -1)
+
+
+def test_a_wake_ends_a_wait_for_a_descriptor() -> None:
+    """The next wait for it ends by its event."""
+    here, there = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    wait = Wait(here.fileno())
+
+    async def see() -> list[bool]:
+        return [await wait, await Wait(here.fileno(), READ, runtime().time() + LIMIT)]
+
+    with here, there:
+        handle = runtime().start(see())
+        in_other_thread(lambda: runtime().wake(wait))
+        there.send(b"x")
+        assert handle.synchronize(LIMIT) == [True, True]
+
+
+def test_a_signal_wakes_threads_and_coroutines() -> None:
+    signal = Signal(runtime())
+    values = list[int]()
+    handle = runtime().start(signal.wait_for(lambda: len(values) > 1))
+    assert not signal.block(lambda: values, 0.01)
+    assert not runtime().run(signal.wait_for, lambda: values, runtime().time() + 0.01)
+
+    def change() -> None:
+        for value in range(2):
+            time.sleep(0.01)
+            with runtime().lock:
+                values.append(value)
+                signal.notify()
+
+    thread = threading.Thread(target=change)
+    thread.start()
+    assert signal.block(lambda: values, LIMIT)
+    assert handle.synchronize(LIMIT)
+    thread.join()
+    assert signal.block(lambda: values, 0.0)
 
 
 def test_who_wakes_a_coroutine_may_go_on_with_it() -> None:
@@ -196,9 +249,15 @@ async def working(*calls: Any) -> list[str]:
     return names
 
 
+def in_step() -> bool:
+    """Return True if this thread has the runtime's lock."""
+    owned: bool = runtime().lock._is_owned()
+    return owned
+
+
 def thread() -> str:
     """Return the name of this thread, which has not the lock."""
-    assert not runtime().lock._is_owned()
+    assert not in_step()
     return threading.current_thread().name
 
 
@@ -262,7 +321,9 @@ def test_a_coroutine_that_is_cancelled_ends_after_its_work() -> None:
     assert ended == ["work", "steps", "its own end"]
 
 
-def test_work_without_a_thread_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_work_without_a_thread_is_done_in_the_loop(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     runtime().started()
     go_on = threading.Event()
     begun = list[str]()
@@ -279,8 +340,8 @@ def test_work_without_a_thread_is_an_error(monkeypatch: pytest.MonkeyPatch) -> N
 
     with monkeypatch.context() as patch:
         patch.setattr(threading.Thread, "start", refuse)
-        with pytest.raises(TransferError, match="Expected a thread"):
-            runtime().start(working(thread)).synchronize(LIMIT)
+        names = runtime().start(working(thread)).synchronize(LIMIT)
+    assert names == ["portakv loop"] * 2
     go_on.set()
     for handle in running:
         handle.synchronize(LIMIT)
@@ -385,8 +446,13 @@ def test_a_group_ends_its_coroutines_and_reports_errors() -> None:
 def test_a_forked_process_has_its_own_runtime() -> None:
     before = runtime()
     before.start(where(soon())).synchronize(LIMIT)
-    child = os.fork()
+    with ThreadPoolExecutor(1) as other:
+        other.submit(before.lock.acquire).result()  # a thread that the child does not have
+        child = os.fork()
+        if child:
+            other.submit(before.lock.release).result()
     if not child:
+        assert before.lock.acquire(timeout=LIMIT)
         own = runtime() is not before and before.forked
         works = own and runtime().start(where(soon())).synchronize(LIMIT)
         os._exit(0 if works else 1)
@@ -690,23 +756,12 @@ def test_calls_that_block_run_in_a_few_threads_and_not_in_the_loop() -> None:
             now -= 1
         return number, threading.current_thread().name
 
-    handles = [runtime().start(runtime().blocking(partial(call, n))) for n in range(3 * BLOCKING)]
+    limit = Limit(runtime(), 4)
+    handles = [runtime().start(limit.work(call, number)) for number in range(12)]
     results = [handle.synchronize(LIMIT) for handle in handles]
-    assert [number for number, _ in results] == [*range(3 * BLOCKING)]
+    assert [number for number, _ in results] == [*range(12)]
     assert "portakv loop" not in [name for _, name in results]
-    assert most == BLOCKING
-
-
-def test_a_call_that_blocks_ends_with_its_error() -> None:
-    async def caught() -> str:
-        try:
-            await runtime().blocking(lambda: [][0])
-        except IndexError:
-            return "caught"
-        return "none"
-
-    assert runtime().start(caught()).synchronize(LIMIT) == "caught"
-    assert in_other_thread(lambda: runtime().run(caught)) == "caught"
+    assert most == 4
 
 
 def test_a_cancelled_coroutine_waits_for_its_call_and_drops_one_that_has_not_begun() -> None:
@@ -717,8 +772,9 @@ def test_a_cancelled_coroutine_waits_for_its_call_and_drops_one_that_has_not_beg
         made.append(number)
         assert go.wait(LIMIT)
 
-    handles = [runtime().start(runtime().blocking(partial(call, n))) for n in range(BLOCKING + 1)]
-    assert until(lambda: len(made) == BLOCKING)
+    limit = Limit(runtime(), 4)
+    handles = [runtime().start(limit.work(call, number)) for number in range(5)]
+    assert until(lambda: len(made) == 4)
     for handle in handles:
         assert handle.cancel()
     assert until(handles[-1].done)
@@ -728,7 +784,7 @@ def test_a_cancelled_coroutine_waits_for_its_call_and_drops_one_that_has_not_beg
     for handle in handles:
         with pytest.raises(asyncio.CancelledError):
             handle.synchronize(LIMIT)
-    assert sorted(made) == [*range(BLOCKING)]
+    assert sorted(made) == [*range(4)]
 
 
 # --- coroutines that begin in the main thread
@@ -738,9 +794,9 @@ def test_a_coroutine_may_begin_in_the_main_thread_and_without_the_lock() -> None
     owned = list[bool]()
 
     async def steps() -> list[str]:
-        owned.append(runtime().lock._is_owned())
+        owned.append(in_step())
         names = await where(soon())
-        owned.append(runtime().lock._is_owned())
+        owned.append(in_step())
         return names
 
     handle = Handle(runtime(), steps(), here=True)
