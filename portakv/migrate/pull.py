@@ -164,7 +164,7 @@ class Pull(Transfer):
     def __init__(self, sources: Sources, until: float, wake: Callable[[], None]) -> None:
         super().__init__([Completion(pendings=(_End(self),))])
         self.sources = sources
-        self.wake = wake  # has the reader's thread report the end
+        self.wake = wake  # has the reader's coroutine report the end
         self.until = until
         self.copies: Sequence[BlockTransfer] = []
         self.slices: Sequence[Ending] = []
