@@ -465,11 +465,11 @@ int64_t least_height(int64_t width, const Limits &limits) {
 }
 
 // Merge loops into a run that they continue on both sides. Return the width of the run.
-int64_t absorb(std::vector<Loop> &loops, int64_t width) {
+int64_t absorb(LoopList &loops, int64_t width) {
   for (size_t i = 0; i < loops.size(); i++) {
     const Loop loop = loops[i];
     if (loop.src_stride != width || loop.dst_stride != width || loop.tabled()) continue;
-    loops.erase(loops.begin() + static_cast<std::ptrdiff_t>(i));
+    loops.erase(&loops[i], &loops[i] + 1);
     return absorb(loops, product(width, loop.extent));
   }
   return width;
@@ -485,7 +485,7 @@ void add_nest(const Nest &nest, int64_t units, int64_t groups, const Limits &lim
                       dst.table == 0;
   const int64_t lines = joined ? groups : units;
   int64_t width = nest.run;
-  std::vector<Loop> loops = nest.loops;
+  LoopList loops = nest.loops;
 
   // All groups have one known length: there is one group, or each group is a whole block.
   const int64_t either[] = {limit_of(nest.src), limit_of(nest.dst)};

@@ -59,16 +59,19 @@ class _Torch(ctypes.Structure):
         ("exchange", ctypes.c_void_p),
         ("tensor", ctypes.py_object),
         ("parameter", ctypes.py_object),
-        ("storage_offset", ctypes.py_object),
-        ("untyped_storage", ctypes.py_object),
-        ("is_neg", ctypes.py_object),
-        ("is_conj", ctypes.py_object),
         ("is_pinned", ctypes.py_object),
-        ("requires_grad", ctypes.py_object),
-        ("dtype", ctypes.py_object),
-        ("uint8", ctypes.py_object),
-        ("int8", ctypes.py_object),
         ("forms", ctypes.py_object),
+        ("handle_at", ctypes.c_int64),
+        ("storage_offset", ctypes.c_void_p),
+        ("storage_bytes", ctypes.c_void_p),
+        ("dtype", ctypes.c_void_p),
+        ("uint8", ctypes.c_int64),
+        ("int8", ctypes.c_int64),
+        ("is_neg", ctypes.c_void_p),
+        ("is_conj", ctypes.c_void_p),
+        ("is_inference", ctypes.c_void_p),
+        ("requires_grad", ctypes.c_void_p),
+        ("raise_version", ctypes.c_void_p),
     )
 
 
@@ -97,31 +100,63 @@ class TensorReader(NamedTuple):
 def tensor_reader(forms: dict[Any, Any]) -> TensorReader | None:
     """Return the core's reader of plain tensors; ``forms`` are known forms by their words.
 
-    None: this torch does not describe tensors by the exchange API of DLPack.
+    None: this torch does not describe tensors by the exchange API of DLPack, or lacks a function.
     """
     exchange = _exchange_api()
-    if not exchange:
+    at = handle_at()
+    if not exchange or at is None:
         return None
     tensor = torch.Tensor
-    objects = _Torch(
-        exchange,
-        tensor,
-        torch.nn.Parameter,
-        tensor.storage_offset,
-        tensor.untyped_storage,
-        tensor.is_neg,
-        tensor.is_conj,
-        tensor.is_pinned,
-        "requires_grad",
-        "dtype",
-        torch.uint8,
-        torch.int8,
-        forms,
-    )
+    try:
+        objects = _Torch(
+            exchange,
+            tensor,
+            torch.nn.Parameter,
+            tensor.is_pinned,
+            forms,
+            at,
+            address_in_torch("aoti_torch_get_storage_offset"),
+            address_in_torch("aoti_torch_get_storage_size"),
+            address_in_torch("aoti_torch_get_dtype"),
+            _torch_library()["aoti_torch_dtype_uint8"](),
+            _torch_library()["aoti_torch_dtype_int8"](),
+            address_in_torch("_ZN2at6native6is_negERKNS_6TensorE"),
+            address_in_torch("_ZN2at6native7is_conjERKNS_6TensorE"),
+            address_in_torch("_ZN2at6native12is_inferenceERKNS_6TensorE"),
+            address_in_torch("_ZNK3c1010TensorImpl13requires_gradEv"),
+            address_in_torch("_ZN5torch8autograd4impl12bump_versionERKN2at6TensorE"),
+        )
+    except AttributeError:
+        return None
     function = pylibrary().portakv_view_read_tensors
     function.argtypes = (ctypes.c_void_p, ctypes.py_object)
     function.restype = ctypes.py_object
     return TensorReader(function, ctypes.addressof(objects), objects)
+
+
+@cache
+def handle_at() -> int | None:
+    """Return the bytes from a tensor's object to torch's handle of it; None: there is none.
+
+    The object starts with a head that all objects have. Since torch 2.10 the handle follows: the
+    `at::Tensor` of C++, which is the address of the tensor's implementation.
+    """
+    tensor = torch.empty(0, device="cpu")
+    at = object.__basicsize__
+    address = ctypes.c_void_p.from_address(id(tensor) + at).value
+    return at if address == tensor._cdata else None
+
+
+@cache
+def _torch_library() -> ctypes.PyDLL:
+    """Return torch's extension, which finds functions in all libraries of torch."""
+    return ctypes.PyDLL(torch._C.__file__)
+
+
+def address_in_torch(name: str) -> int:
+    """Return the address of a function of torch's libraries; raise `AttributeError` if this torch
+    has none of that name."""
+    return ctypes.cast(_torch_library()[name], ctypes.c_void_p).value or 0
 
 
 def _exchange_api() -> int:

@@ -113,16 +113,16 @@ class Prepared:
     def place(self, index: Index) -> Index:
         """Return an index with its ids on the device, and in a dtype, that the backend reads."""
         can = self.can
-        if can.index_on == "any":
+        if index.ids is None or can.index_on == "any":
             return index
-        if index.temporary:
+        if index.listed:
             bring((index,), self.ids_device, can.index_dtypes)
         return index.placed(self.ids_device, can.index_dtypes)
 
     def place_both(self, move: Move) -> Move:
         """Return a copy with the ids of both sides placed as `place` places them."""
         src, dst, src_index, dst_index, count = move
-        if self.can.index_on != "any" and src_index.temporary and dst_index.temporary:
+        if self.can.index_on != "any" and src_index.listed and dst_index.listed:
             bring((src_index, dst_index), self.ids_device, self.can.index_dtypes)
         return Move(src, dst, self.place(src_index), self.place(dst_index), count)
 

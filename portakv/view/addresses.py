@@ -75,20 +75,13 @@ class _Request(NamedTuple):
     on_device: bool
 
 
-class _Walk(NamedTuple):
-    """Extents and strides in which the table goes through the addresses."""
-
-    extents: list[int]
-    strides: list[int]
-
-
 class _Known(NamedTuple):
     """The form of raw memory, without addresses."""
 
     form: Form
     slots: int
-    #: None if the table has the addresses in the order in which they were passed.
-    walk: _Walk | None
+    #: Extents and strides in which the table goes through the addresses; None: in their order.
+    walk: tuple[list[int], list[int]] | None
     #: Bytes of the tensor at an address; 0: unknown.
     nbytes: int
 
@@ -144,7 +137,12 @@ def read_addresses(
     if target.type == "cpu":
         pinned = _all_pinned(numbers) if pinned is None else pinned
         place = "pinned" if pinned else "pageable"
-    _check_start(numbers, alignment, dtype)
+    wide = dtype.itemsize
+    if numbers and (min(numbers) <= 0 or alignment < min(16, wide & -wide)):
+        raise LayoutError(
+            f"Expected addresses above 0 that are multiples of {wide} bytes for {dtype}, got "
+            f"{[hex(x) for x in numbers[:4]]}. Pass the addresses of elements."
+        )
     known = _read_form(_Request(bound, sizes, shape, strides, dtype, place, alignment, False))
     last = max(numbers) if joined + known.nbytes > 2 * _ENDLESS else 0
     if last + known.nbytes > 2 * _ENDLESS:
@@ -194,16 +192,6 @@ def _place_of_table(table: torch.Tensor, target: torch.device, pinned: bool | No
     return "pinned"
 
 
-def _check_start(numbers: Sequence[int], alignment: int, dtype: torch.dtype) -> None:
-    """Raise `LayoutError` if an address is not above 0 or not a multiple of the element's bytes."""
-    wide = dtype.itemsize
-    if numbers and (min(numbers) <= 0 or alignment < min(16, wide & -wide)):
-        raise LayoutError(
-            f"Expected addresses above 0 that are multiples of {wide} bytes for {dtype}, got "
-            f"{[hex(x) for x in numbers[:4]]}. Pass the addresses of elements."
-        )
-
-
 def _read_form(request: _Request) -> _Known:
     """Return the form of tensors at addresses; of an unknown extent with as many tokens as fit."""
     unknown = [at for at, extent in enumerate(request.shape) if extent == -1]
@@ -250,21 +238,19 @@ def _read_shape(request: _Request, shape: tuple[int, ...]) -> _Known:
     form, slots, order = request.bound.read_table(
         request.sizes, kind, request.alignment, request.place, request.on_device
     )
-    walk = None if order == list(range(len(order))) else _walk_of(order)
-    return _Known(form, slots, walk, nbytes)
+    if order == list(range(len(order))):
+        return _Known(form, slots, None, nbytes)
 
-
-def _walk_of(order: Sequence[int]) -> _Walk:
-    """Return the extents and strides of a list of positions, which is a permuted grid."""
-    extents = list[int]()
-    strides = list[int]()
+    # The order is a permuted grid: find its extents and strides.
+    walk = (list[int](), list[int]())
     while len(order) > 1:
         step = order[1] - order[0]
         ends = (at for at in range(2, len(order)) if order[at] - order[at - 1] != step)
-        extents.insert(0, next(ends, len(order)))
-        strides.insert(0, step)
-        order = order[:: extents[0]]
-    return _Walk(extents, strides)
+        extent = next(ends, len(order))
+        walk[0].insert(0, extent)
+        walk[1].insert(0, step)
+        order = order[::extent]
+    return _Known(form, slots, walk, nbytes)
 
 
 def _closed_shape(request: _Request, unknown: list[int], tokens: int) -> tuple[int, ...]:
@@ -312,10 +298,33 @@ def _container_sizes(bound: BoundLayout, addresses: Addresses) -> list[int]:
     """
     text = bound.layout.text
     levels = len(bound.layout.containers)
+    dtype: object
     if isinstance(addresses, torch.Tensor):
-        sizes = _tensor_shape(text, addresses)
+        sizes = [*addresses.shape]
+        dtype = addresses.dtype
+        fits = dtype in _WORDS
     else:
-        sizes = _array_shape(text, addresses)
+        try:
+            array = np.asarray(addresses)
+        except ValueError:  # lists of unequal lengths
+            array = np.empty(0, dtype=object)
+        sizes = [*array.shape]
+        dtype = array.dtype
+        words = array.dtype.kind in "iu" and array.itemsize == 8
+        fits = words or (array.dtype != object and not array.size)
+    if not fits:
+        raise LayoutError(
+            f"Expected whole numbers of 64 bits as addresses for {text!r}, got {dtype}. Pass them "
+            f"in lists of equal lengths, or in an int64 or uint64 tensor."
+        )
+    if isinstance(addresses, torch.Tensor) and (
+        addresses.is_meta or (addresses.numel() and not address_of(addresses))
+    ):
+        raise LayoutError(
+            f"Expected addresses for {text!r} in a tensor with memory, got one that owns no "
+            f"memory, as on device meta or inside torch.vmap. Call KVView.at outside of function "
+            f"transforms."
+        )
     if levels == 0 and sizes == [1]:
         sizes = []
     if len(sizes) != levels or 0 in sizes:
@@ -324,33 +333,6 @@ def _container_sizes(bound: BoundLayout, addresses: Addresses) -> list[int]:
             f"`|`, got shape {sizes}. Pass one dimension for each level, and at least one address."
         )
     return sizes
-
-
-def _tensor_shape(text: str, addresses: torch.Tensor) -> list[int]:
-    if addresses.dtype not in _WORDS:
-        raise _not_words(text, addresses.dtype)
-    if addresses.is_meta or (addresses.numel() and not address_of(addresses)):
-        raise LayoutError(
-            f"Expected addresses for {text!r} in a tensor with memory, got one that owns no "
-            f"memory, as on device meta or inside torch.vmap. Call KVView.at outside of function "
-            f"transforms."
-        )
-    return list(addresses.shape)
-
-
-def _array_shape(text: str, array: npt.NDArray[Any]) -> list[int]:
-    words = array.dtype.kind in "iu" and array.itemsize == 8
-    empty = array.dtype != object and not array.size
-    if not words and not empty:
-        raise _not_words(text, array.dtype)
-    return list(array.shape)
-
-
-def _not_words(text: str, dtype: object) -> LayoutError:
-    return LayoutError(
-        f"Expected whole numbers of 64 bits as addresses for {text!r}, got {dtype}. Pass them in "
-        f"lists of equal lengths, or in an int64 or uint64 tensor."
-    )
 
 
 def _whole_numbers(name: str, numbers: Sequence[int]) -> tuple[int, ...]:

@@ -342,21 +342,16 @@ def _not_read(expected: str, value: object, remedy: str) -> LayoutError:
             f"torch.from_numpy(array), which shares its memory, or a copy if a stride is negative."
         )
     if not isinstance(value, (torch.Tensor, list, tuple, Mapping)):
-        remedy = _pairs_of_a_cache(value) or "Pass tensors, in lists, tuples or dicts."
+        remedy = "Pass tensors, in lists, tuples or dicts."
+        # A layer of a cache of transformers, or the cache.
+        if isinstance(getattr(value, "keys", None), torch.Tensor):
+            remedy = "Pass (layer.keys, layer.values) with the layout 'kv | block head token dim'."
+        elif isinstance(getattr(value, "layers", None), list):
+            remedy = (
+                "Pass [(x.keys, x.values) for x in cache.layers] with the layout "
+                "'layer kv | block head token dim'."
+            )
     return LayoutError(f"Expected {expected}, got {kind_of(value)}. {remedy}")
-
-
-def _pairs_of_a_cache(value: object) -> str:
-    """Return how to pass a cache of transformers, or a layer of one; "" for another object."""
-    if isinstance(getattr(value, "keys", None), torch.Tensor):
-        return "Pass (layer.keys, layer.values) with the layout 'kv | block head token dim'."
-    layers = getattr(value, "layers", None)
-    if not isinstance(layers, list):
-        return ""
-    return (
-        "Pass [(x.keys, x.values) for x in cache.layers] with the layout "
-        "'layer kv | block head token dim'."
-    )
 
 
 def _device_and_addresses(tensors: Sequence[torch.Tensor]) -> tuple[torch.device, list[int]]:

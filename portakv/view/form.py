@@ -202,18 +202,6 @@ def plain_reader() -> TensorReader | None:
     return tensor_reader(_forms)
 
 
-def form_of(words: bytes, encoding: tuple[Any, ...] = ()) -> Form:
-    """Return the form of the words of `View::form` in `native/core/view.h`.
-
-    ``encoding`` is that of the form. Equal words have one form.
-    """
-    key = (words, encoding) if encoding else words
-    form = _forms.get(key)
-    if form is None:
-        form = _forms[key] = same_form(_read_form(words, encoding))
-    return form
-
-
 def sliced_form(
     form: Form, count: int, kv: range, layers: range, heads: range
 ) -> tuple[Form, int, dict[int, int]]:
@@ -241,7 +229,15 @@ def sliced_form(
     return form_of(words + rest.tobytes(), encoding), copies, gained
 
 
-def _read_form(words: bytes, encoding: tuple[Any, ...]) -> Form:
+def form_of(words: bytes, encoding: tuple[Any, ...] = ()) -> Form:
+    """Return the form of the words of `View::form` in `native/core/view.h`.
+
+    ``encoding`` is that of the form. Equal words have one form.
+    """
+    key = (words, encoding) if encoding else words
+    known = _forms.get(key)
+    if known is not None:
+        return known
     numbers = iter(array("q", words))
     kv, layers, heads, block_size, opaque, alignment = islice(numbers, 6)
     widths = tuple(islice(numbers, kv))
@@ -255,7 +251,7 @@ def _read_form(words: bytes, encoding: tuple[Any, ...]) -> Form:
         parts.append(KVRows(table, offset, *axes))
     place, on_device = islice(numbers, 2)
     dtypes = tuple(dtype_names()[word] for word in numbers)
-    return Form(
+    form = Form(
         parts=tuple(parts),
         layers=layers,
         heads=heads,
@@ -268,6 +264,8 @@ def _read_form(words: bytes, encoding: tuple[Any, ...]) -> Form:
         table_on_device=on_device == 1,
         encoding=encoding,
     )
+    form = _forms[key] = same_form(form)
+    return form
 
 
 def widest_vector(numbers: Iterable[int]) -> int:
