@@ -11,7 +11,6 @@
 #include <cstdint>
 #include <limits>
 #include <stdexcept>
-#include <vector>
 
 #include "few.h"
 
@@ -80,7 +79,6 @@ struct Steps {
   Steps(const Step *first_, size_t count_) : first(first_), count(count_) {}
   template <size_t N>
   Steps(const Few<Step, N> &steps) : first(steps.data()), count(steps.size()) {}
-  Steps(const std::vector<Step> &steps) : first(steps.data()), count(steps.size()) {}
 
   const Step *begin() const { return first; }
   const Step *end() const { return first + count; }
