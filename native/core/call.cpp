@@ -6,7 +6,9 @@
 // its sentence, or copies otherwise.
 #include <algorithm>
 #include <cstring>
+#include <functional>
 #include <iterator>
+#include <tuple>
 #include <type_traits>
 
 #include "core.h"
@@ -745,16 +747,6 @@ Object check_chunk(const Python &python, Arguments arguments) {
                   pair.reader.answer());
 }
 
-int64_t plan_make(const Python &, Arguments arguments) {
-  const int64_t *const src = arguments.pointer<const int64_t>();
-  const int64_t *const dst = arguments.pointer<const int64_t>();
-  const int64_t src_step = arguments.number();
-  const int64_t dst_step = arguments.number();
-  const int64_t unit = arguments.number();
-  int64_t *const out = arguments.pointer<int64_t>();
-  return portakv_plan_make(src, dst, src_step, dst_step, unit, out, arguments.number());
-}
-
 // --- Copies that other means make ---------------------------------------------------------------
 
 // Return the positions of a side whose ids lie in the host's memory.
@@ -840,15 +832,47 @@ Object called(Object, const Object *arguments, ptrdiff_t count) {
   return functions.new_integer(PORTAKV_COPY_OTHERWISE);
 }
 
+template <typename T>
+T converted(Arguments &arguments) {
+  if constexpr (std::is_pointer_v<T>) {
+    return arguments.pointer<std::remove_pointer_t<T>>();
+  } else {
+    return static_cast<T>(arguments.number());
+  }
+}
+
+template <typename... Types>
+int64_t apply(int64_t (*function)(Types...), Arguments arguments) {
+  const std::tuple<Types...> read{converted<Types>(arguments)...};  // in their order
+  return std::apply(function, read);
+}
+
+template <typename... Types>
+constexpr ptrdiff_t count_of(int64_t (*)(Types...)) {
+  return sizeof...(Types);
+}
+
+template <auto function>
+int64_t pass_on(const Python &, Arguments arguments) {
+  return apply(function, arguments);
+}
+
+// Call an exported function that takes numbers and addresses.
+template <auto function>
+constexpr auto passed = called<pass_on<function>, count_of(function)>;
+
 const PythonFunction kFunctions[] = {
     {"copy_chunk", called<copy_chunk, 8>, kFastCall, nullptr},
     {"copy_views", called<copy_views, 13>, kFastCall, nullptr},
     {"query_end", called<query_end, 1>, kFastCall, nullptr},
     {"check_views", called<check_views, 12>, kFastCall, nullptr},
     {"check_chunk", called<check_chunk, 8>, kFastCall, nullptr},
-    {"plan_make", called<plan_make, 7>, kFastCall, nullptr},
+    {"plan_make", passed<portakv_plan_make>, kFastCall, nullptr},
     {"read_copy", called<read_copy, 17>, kFastCall, nullptr},
     {"current_stream", called<current_stream, 1>, kFastCall, nullptr},
+    {"pick_copy", passed<portakv_pick_copy>, kFastCall, nullptr},
+    {"view_read", passed<portakv_view_read>, kFastCall, nullptr},
+    {"form_slice", passed<portakv_form_slice>, kFastCall, nullptr},
 };
 
 }  // namespace

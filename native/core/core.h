@@ -289,16 +289,46 @@ PORTAKV_API int64_t portakv_runs_groups(const int64_t *copy, int64_t unit, int64
 PORTAKV_API int64_t portakv_pieces_list(const int64_t *plan, const int64_t *request, int64_t *out,
                                         int64_t room);
 
-// List the pieces of runs that are in the order of the source, neighbours merged. `runs` is
-// pointers to three columns (source, destination, bytes), their number, Limits, and three lists of
-// addresses as above.
-PORTAKV_API int64_t portakv_pieces_fold(const int64_t *runs, int64_t *out, int64_t room);
-
 // Count the runs of so many units of a copy in groups, see `portakv_runs_groups`, and about so many
 // pieces. `limits` are those of a request; a width of 0 below which rows fold: nothing folds. Write
 // both numbers, and return 0.
 PORTAKV_API int64_t portakv_pieces_count(const int64_t *plan, int64_t units, int64_t groups,
                                          const int64_t *limits, int64_t *out);
+
+// --- Picks of transfer strategies -------------------------------------------------------------
+//
+// pick.h has the words, and the order of the strategies, by which sets of strategies are bits.
+
+// An answer: the strategy, its reason (PickReason of pick.h) times 16, and these flags.
+enum {
+  PORTAKV_PICK_SEVERAL = 1 << 8,    // several take about the least time
+  PORTAKV_PICK_EXPOSED = 1 << 9,    // a part of the host's time counts in any case
+  PORTAKV_PICK_SLOWED = 1 << 10,    // a model would slow the kernel down
+  PORTAKV_PICK_QUICKER = 1 << 11,   // the kernel would take less, but the terms exclude it
+  PORTAKV_PICK_EXCLUDED = 1 << 12,  // the terms exclude the kernel
+  PORTAKV_PICK_NONE = -70           // no strategy takes the copy
+};
+
+// Pick the strategy of a copy. Return an answer, and write an Alternative for each strategy.
+//
+// rules   PickRules
+// costs   measurements of the direction
+// shapes  for each strategy a Shape
+// out, waits, new_ids  as pick.h says
+PORTAKV_API int64_t portakv_pick(const int64_t *rules, const double *costs, const int64_t *shapes,
+                                 int64_t out, int64_t waits, int new_ids, double *alternatives);
+
+// Pick the strategy of so many tokens of one plan, in groups. Return an answer, or a code.
+//
+// copies  PickedCopies
+// groups, host_groups, count, and the others  as pick.h says
+PORTAKV_API int64_t portakv_pick_copy(const int64_t *copies, const double *costs, int64_t groups,
+                                      int64_t host_groups, int64_t count, int64_t out,
+                                      int64_t waits, int new_ids);
+
+// Write the seconds of the device and of the host for so many runs of one size. `columns` are
+// measurements of one strategy, of one column at least.
+PORTAKV_API void portakv_cost(const double *columns, double run_bytes, double runs, double *out);
 
 // --- The link between a device and the host ---------------------------------------------------
 //
@@ -364,6 +394,24 @@ PORTAKV_API int64_t portakv_link_rows(portakv_link *link, const int64_t *copy,
 // Write the nanoseconds inside calls of the driver and their number since the last call, and count
 // them from now on, or not. Launches of kernels count with the core's part in them.
 PORTAKV_API void portakv_link_time(portakv_link *link, int on, int64_t *out);
+
+// --- Slices of forms --------------------------------------------------------------------------
+
+enum {
+  PORTAKV_SLICE_HEADS = -80,  // the heads begin or end inside a factor of their axis
+  PORTAKV_SLICE_LAYERS = -81  // the layers do
+};
+
+// Slice a form. Return the number of words of the answer, more than `capacity` if `out` is too
+// small; or a code.
+//
+// form    words of the form (form.h) of a view of `count` blocks, or of a chunk's tokens
+// ranges  the first and the number of the kv, the layers and the heads of the slice
+// out     how many entries of the slice an entry of the view becomes, and the number of entries of
+//         the slice; then for each the number of the view's entry times these copies, plus which of
+//         the copies it is, and the bytes that its address gains; then the words of the form
+PORTAKV_API int64_t portakv_form_slice(const int64_t *form, int64_t count, const int64_t *ranges,
+                                       int64_t *out, int64_t capacity);
 
 // --- Views ------------------------------------------------------------------------------------
 
@@ -570,6 +618,8 @@ typedef struct portakv_chunk_copies {
 //
 // 7: return the current stream of a device by a portakv_current; OTHERWISE: another device is
 // current, the stream is being captured, or a function failed.
+//
+// 8, 9, 10: `portakv_pick_copy`, `portakv_view_read` and `portakv_form_slice` with their arguments.
 PORTAKV_API void *portakv_python_function(int64_t number);
 
 // Return 0 if a write of the first or the last byte of a range of host memory would fail. It is then

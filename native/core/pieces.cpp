@@ -557,31 +557,3 @@ int64_t portakv_pieces_list(const int64_t *plan, const int64_t *words, int64_t *
     return columns.end();
   });
 }
-
-int64_t portakv_pieces_fold(const int64_t *words, int64_t *out, int64_t room) {
-  return guarded([&] {
-    // Runs as three columns, and limits and edges as in a request.
-    struct {
-      int64_t src;
-      int64_t dst;
-      int64_t nbytes;
-      int64_t number;
-      Limits limits;
-      Edges edges[3];
-    } listed;
-    static_assert(sizeof listed == 16 * sizeof(int64_t), "listed runs are words");
-    std::memcpy(&listed, words, sizeof listed);
-    const auto column = [](int64_t pointer) { return reinterpret_cast<const int64_t *>(pointer); };
-    const std::vector<int64_t> edges =
-        sorted_edges({listed.edges[0], listed.edges[1], listed.edges[2]});
-    std::vector<Row> rows;
-    const auto add = [&](const Row &row) { rows.push_back(row); };
-    Cutter<decltype(add)> cut(edges, add);
-    for (int64_t i = 0; i < listed.number; i++) {
-      cut(Run{column(listed.src)[i], column(listed.dst)[i], column(listed.nbytes)[i]});
-    }
-    Columns columns(out, room);
-    write_rows(rows, listed.limits, columns);
-    return columns.end();
-  });
-}

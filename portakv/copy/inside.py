@@ -37,7 +37,7 @@ from portakv.core.call import (
     calls,
 )
 from portakv.core.link import COUNT
-from portakv.core.view import dtype_words, name_of
+from portakv.core.view import words_of_dtypes
 from portakv.errors import LayoutError, PortaKVError, SlotError
 from portakv.interconnect.choose import HostLaunch, across
 from portakv.interconnect.link import CheckedCopy
@@ -86,7 +86,7 @@ def open_view(view: KVView, memory: Watch | None) -> OpenedView:
         writable = True
     except LayoutError:
         writable = False
-    words = _dtype_words()
+    words = words_of_dtypes()
     return OpenedView(
         form.address,
         [words[dtype] for dtype in form.dtypes],
@@ -103,11 +103,6 @@ def open_view(view: KVView, memory: Watch | None) -> OpenedView:
         (view.entries, view.entry_bytes if view.entries > 1 else 0),
         (form, view.addresses, view.table if looked_up else None),
     )
-
-
-def _dtype_words() -> dict[str, int]:
-    """Return the word of each dtype by its name; that of bytes is 0."""
-    return {"": 0, **{name_of(dtype): word for dtype, word in dtype_words().items()}}
 
 
 class ChunkCopies:
@@ -471,11 +466,16 @@ class _Crossing:
         if result < 0 or not isinstance(launch, HostLaunch):
             return result if result < 0 else launch.cross(checked)
         number, groups, host_groups = checked.words[COUNT : COUNT + 3]
-        picked = launch.pick_counted(number, groups, host_groups, self._views[1], self._new)
-        if picked is None:
+        found = launch.pick_counted(number, groups, host_groups, self._views[1], self._new)
+        if found is None:
             return OTHERWISE
-        means, self.carried = picked
-        return means.cross(checked) if isinstance(means, StrategyLaunch) else OTHERWISE
+        _, picked = found
+        means = launch.prepared(picked.strategy)
+        if not isinstance(means, StrategyLaunch):
+            return OTHERWISE
+        self.carried = picked
+        launch.log(picked)
+        return means.cross(checked)
 
 
 def has_tables(device: torch.device, views: Sequence[KVView]) -> bool:
@@ -538,7 +538,7 @@ def _launched(
     transfer = _by_units(choice, src_units, dst_units, unit, units)
     if transfer is None:
         return None
-    increment_version(to_view.versions)
+    torch._C._increment_version(to_view.versions)
     step = read.plan_step or written.plan_step
     return BlockTransfer.of_views(transfer, src, dst, step, tokens, skipped, began)
 
@@ -635,18 +635,21 @@ def _across_link(
     down = places[0] == "device"
     try:
         choice = choose((src if down else dst).device, options.backend)
-        strategy = isinstance(choice.backend, Strategy)
-        if not strategy and places in choice.can.places:
+        named = isinstance(choice.backend, Strategy)
+        if not named and places in choice.can.places:
             return None
-        if not strategy or options.terms is not None:
+        if not named or options.terms is not None:
             choice = across(choice, options.terms)
         ready = prepared(src.form, dst.form, *steps, None, choice)
         host = dst if down else src
         launch = ready.launch
         if isinstance(launch, HostLaunch):
-            by_kernels = launch.kernels_for(count, host, new)
-            if by_kernels is not None:
-                return _Executor(*by_kernels)
+            found = launch.pick_counted(count, 1, 1, host, new)
+            if found is not None:
+                strategy, picked = found
+                if isinstance(strategy, ZeroCopy) and launch.has_prepared(picked.strategy):
+                    launch.log(picked)
+                    return _Executor(strategy.kernels[src.form.place], picked)
         by = ready.choice.backend
         if not isinstance(by, Strategy) or not isinstance(launch, StrategyLaunch):
             return None

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from portakv.core.library import library, pylibrary
+from portakv.core.library import function_of_numbers, pylibrary
 
 #: The code of `native/core/core.h` for which the tensors themselves show no reason.
 PAST_64_BITS = -3
@@ -206,31 +206,23 @@ def read_words(
             break
         capacity = count
     if count < 0:
-        return int(count)
-    slots, entries, spans, _ = out[:4]
+        return count
+    slots, entries, ranges, _ = out[:4]
     begin = 4 + entries
-    past = begin + 2 * spans
-    firsts = out[begin:past:2]
-    ends = out[begin + 1 : past : 2]
-    form = out[past:count].tobytes()
-    return Words(form, slots, out[4:begin].tolist(), list(zip(firsts, ends, strict=True)))
+    past = begin + 2 * ranges
+    spans = []
+    if ranges:
+        spans = list(zip(out[begin:past:2], out[begin + 1 : past : 2], strict=True))
+    return Words(out[past:count].tobytes(), slots, out[4:begin].tolist(), spans)
 
 
 @cache
-def _read_function() -> Any:
-    function = library().portakv_view_read
-    function.argtypes = (
-        ctypes.c_void_p,
-        ctypes.c_void_p,
-        ctypes.c_void_p,
-        ctypes.c_int64,
-        ctypes.c_int64,
-        ctypes.c_int64,
-        ctypes.c_void_p,
-        ctypes.c_int64,
-    )
-    function.restype = ctypes.c_int64
-    return function
+def _read_function() -> Callable[..., int]:
+    """Return `portakv_view_read`."""
+    numbers = (ctypes.c_int64,) * 3
+    words = (ctypes.c_void_p,) * 3
+    room = ctypes.c_void_p, ctypes.c_int64
+    return function_of_numbers(9, "portakv_view_read", *words, *numbers, *room)
 
 
 @cache
@@ -252,6 +244,12 @@ def dtype_names() -> dict[int, str]:
     """Return the name of the dtype of each word; "" for 0, which stands for bytes."""
     names = {word: name_of(dtype) for dtype, word in dtype_words().items()}
     return {**names, 0: ""}
+
+
+@cache
+def words_of_dtypes() -> dict[str, int]:
+    """Return the word of each dtype by its name; that of bytes, "", is 0."""
+    return {name: word for word, name in dtype_names().items()}
 
 
 def name_of(dtype: torch.dtype) -> str:

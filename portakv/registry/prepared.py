@@ -154,8 +154,8 @@ class Prepared:
 
 #: Prepared copies by the arguments of `prepared`, the forms by the addresses of their words: an
 #: entry keeps its forms. A caller that knows the addresses looks here first. A plan that packs has
-#: its type as one value more.
-PREPARED: Bounded[tuple[Any, ...], Prepared] = Bounded("prepared copies", CAPACITY)
+#: its type as one value more, and so have the stages of a copy that packs across the link.
+PREPARED: Bounded[tuple[Any, ...], Any] = Bounded("prepared copies", CAPACITY)
 
 
 def prepared(
@@ -176,7 +176,7 @@ def prepared(
     key: tuple[Any, ...] = (src.address, dst.address, src_step, dst_step, unit, choice)
     if kind is not CopyPlan:
         key = (*key, kind)
-    ready = PREPARED.get(key)
+    ready: Prepared | None = PREPARED.get(key)
     if ready is not None:
         return ready
     plan = kind(src, dst, src_step, dst_step, unit)
@@ -184,9 +184,9 @@ def prepared(
     reasons = [used.trace[-1].reason]
     if isinstance(plan, PackPlan):
         reasons += [f"{each.name}: {each.reason}" for each in used.trace[:-1]]
-    ready = Prepared.of(plan, launch, used, (used.name, "; ".join(reasons)))
+    made = Prepared.of(plan, launch, used, (used.name, "; ".join(reasons)))
     # Another thread may have stored one first: all threads use that launch, with its one lock.
-    return PREPARED.setdefault(key, ready)
+    return PREPARED.setdefault(key, made)  # type: ignore[no-any-return]
 
 
 def _looked_up(plan: AnyPlan) -> tuple[bool, bool]:

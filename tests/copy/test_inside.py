@@ -16,7 +16,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.cuda_on_cpu import CudaOnCpu, why_not
-from support.whole_copies import watch_copies_of_views, watch_whole_copies
+from support.whole_copies import (
+    needs_whole_copies,
+    watch_copies_of_views,
+    watch_whole_copies,
+)
 
 from portakv import (
     AdaptiveConnector,
@@ -467,6 +471,7 @@ def test_counts_have_the_end_of_the_general_way(name: str) -> None:
     assert torch.equal(ends[0][1], ends[1][1])
 
 
+@needs_whole_copies
 @pytest.mark.parametrize("numbers", [(2**70, 0, 0), (3, 2**70, 0), (3, 0, 2**64)])
 def test_no_number_past_64_bits_reaches_a_copy(numbers: tuple[int, int, int]) -> None:
     """Lists need memory that kernels of a device read; here the test brings some."""

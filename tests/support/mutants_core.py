@@ -58,6 +58,8 @@ TESTS: dict[str, tuple[str, ...]] = {
     "link.cpp": ("tests/interconnect/test_submission.py", "tests/interconnect/test_link_cuda.py"),
     "pack.cpp": ("tests/core/test_pack.py", "tests/copy/test_packing.py"),
     "xxh3.cpp": ("tests/core/test_xxh3.py",),
+    "slice.cpp": tuple(f"tests/view/test_{name}.py" for name in ("slicing", "addresses", "packed")),
+    "pick.cpp": tuple(f"tests/interconnect/test_{name}.py" for name in ("pick", "costs", "choose")),
     "io.cpp": tuple(f"tests/storage/test_{name}.py" for name in ("engine", "ring", "threads")),
 }
 ALL = (
