@@ -392,14 +392,16 @@ def _issue(
     reader = plain_reader()
     if reader is None:
         return None
-    from_view = opened(src)
-    to_view = opened(dst)
+    from_view = src.derived.get(_OPENED) or opened(src)
+    to_view = dst.derived.get(_OPENED) or opened(dst)
     if from_view is None or to_view is None:
         return None
     device = dst.device if src.device.type == "cpu" else src.device
-    tabled = [view for view, each in ((src, from_view), (dst, to_view)) if each.tabled]
-    if tabled and not has_tables(device, tabled):  # the general way sends them there
-        return None
+    tabled = []
+    if from_view.tabled or to_view.tabled:
+        tabled = [view for view, each in ((src, from_view), (dst, to_view)) if each.tabled]
+        if not has_tables(device, tabled):  # the general way sends them there
+            return None
     kernels, carried, launch, _ = by
     crossing = None
     copy: Callable[..., int] = calls().copy_views
