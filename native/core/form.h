@@ -11,6 +11,7 @@
 #include <cstdint>
 #include <limits>
 #include <stdexcept>
+#include <vector>
 
 #include "few.h"
 
@@ -77,6 +78,7 @@ struct Steps {
 
   Steps() = default;
   Steps(const Step *first_, size_t count_) : first(first_), count(count_) {}
+  Steps(const std::vector<Step> &steps) : first(steps.data()), count(steps.size()) {}
   template <size_t N>
   Steps(const Few<Step, N> &steps) : first(steps.data()), count(steps.size()) {}
 
