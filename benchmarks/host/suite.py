@@ -269,7 +269,7 @@ class Method:
         steps = local.plan_step, remote.plan_step
         choice = across(choose(sides.dense.device), Terms(**self.terms))
         launch = cast(HostLaunch, prepared(src.form, dst.form, *steps, None, choice).launch)
-        picked = launch.pick(Move(src, dst, local, remote, sides.case.tokens))
+        picked = launch.explain(Move(src, dst, local, remote, sides.case.tokens))
         return {one.strategy for one in picked.alternatives if not one.refused}
 
     def move(

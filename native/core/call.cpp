@@ -7,6 +7,8 @@
 #include <algorithm>
 #include <cstring>
 #include <functional>
+#include <iterator>
+#include <tuple>
 #include <type_traits>
 
 #include "core.h"
@@ -61,12 +63,15 @@ End end_of(const portakv_copy_view &view) {
 struct Ids {
   portakv_ids list;
   bool on_host;
+  bool read;  // from a list of Python, into memory of the call's caller
 };
 
 // Ids of the host that kernels of a device read: memory that both reach.
 class Room {
  public:
   Room(int64_t *first, int64_t count) : next_(first), left_(first ? count : 0) {}
+
+  bool empty() const { return left_ == 0; }
 
   int64_t *take(int64_t count) {
     require(count <= left_);
@@ -93,12 +98,13 @@ Ids read_ids(const Asker &ask, Object ids, DlDevice device, Room &room) {
     require(portakv_ids_read_list(&call) == 0);
     result.list = {out, 8, 8, length, 0, 0, 0};
     result.on_host = true;
+    result.read = true;
     return result;
   }
   const DlTensor facts = ask.describe(ids, false);
   require(facts.ndim == 1 && facts.dtype.code == kDlInt && facts.dtype.lanes == 1);
   require(facts.dtype.bits == 32 || facts.dtype.bits == 64);
-  require(!ask.holds(ask.torch.is_neg, ids));
+  require(!ask.is_neg(ids));
   const int64_t width = facts.dtype.bits / 8;
   const int64_t length = facts.shape[0];
   const int64_t stride = facts.strides ? width * facts.strides[0] : width;
@@ -150,12 +156,17 @@ void check(Ids &ids, int64_t step, int64_t offset, int64_t count, bool distinct,
   found.skips = found.skips || code == PORTAKV_IDS_NEGATIVE;
 }
 
+// Return true if the kernels of a device read ids where they lie.
+bool placed(const Ids &ids, bool device_is_host) {
+  const bool dense = ids.list.stride == ids.list.width || ids.list.length == 1;
+  return !ids.on_host || ids.read || (device_is_host && dense);
+}
+
 // Give checked ids to the kernels of a device.
 void place(const Ids &ids, bool device_is_host, Room &room, End &end) {
   const portakv_ids &list = ids.list;
   if (list.data == nullptr) return;
-  const bool dense = list.stride == list.width || list.length == 1;
-  if (!ids.on_host || (device_is_host && dense)) {
+  if (placed(ids, device_is_host)) {
     end.rows.ids = reinterpret_cast<intptr_t>(list.data);
     end.rows.wide = list.width == 8;
     return;
@@ -188,6 +199,11 @@ bool overlap(const End &a, const End &b) {
 
 void check_memory(const portakv_copy_view &view) {
   require(view.watch == nullptr || unchanged(*view.watch));
+}
+
+// Tell torch that a view was written.
+void raise_versions(const PortakvTorch &torch, const portakv_copy_view &view) {
+  for (int64_t n = 0; n < view.version_count; n++) raise_version(torch, view.versions[n]);
 }
 
 // Return true if no two elements of a tensor share a byte, as far as its strides show in order.
@@ -239,9 +255,15 @@ class Arguments {
   Arguments(const Python &python, const Object *first) : python_(python), next_(first) {}
 
   Object object() { return *next_++; }
-  int64_t number() {
-    const long long value = python_.integer(*next_++);
-    if (value == -1 && python_.error()) throw Raised();
+  Object next() const { return *next_; }
+  int64_t number() { return value_of(*next_++); }
+  // Return a number from 0 on that is an integer itself, or `none` for None.
+  int64_t position(int64_t none) {
+    const Object object = *next_++;
+    if (object == python_.none && none != 0) return none;
+    const Owned type(python_, python_.type(object));
+    const int64_t value = value_of(object);
+    require(type.get() == python_.integer_type && value >= 0);
     return value;
   }
   template <typename T>
@@ -250,21 +272,47 @@ class Arguments {
   }
 
  private:
+  int64_t value_of(Object object) const {
+    const long long value = python_.integer(object);
+    if (value == -1 && python_.error()) throw Raised();
+    return value;
+  }
+
   const Python &python_;
   const Object *next_;
 };
+
+// Write the current stream of a device; return false if another device is current, the stream is
+// being captured, or a function failed.
+bool name_stream(const portakv_current &of, void **stream) {
+  if (of.current_device != nullptr) {
+    int current = -1;
+    if (of.current_device(&current) != 0 || current != of.device) return false;
+  }
+  if (of.current_stream(static_cast<int32_t>(of.device), stream) != 0) return false;
+  int captured = 0;
+  return of.capturing(*stream, &captured) == 0 && captured == 0;
+}
 
 // The end of a copy, and the stream of its kernels: the last arguments of each call.
 struct Means {
   portakv_copy_end end;
   Room lists;
   void *stream;
+  bool named;  // there is a stream
 
-  explicit Means(Arguments &arguments) : end{}, lists(nullptr, 0), stream(nullptr) {
+  // `none`: what the stream's argument is if the core is to name the stream by `current`.
+  explicit Means(Arguments &arguments, Object none = nullptr,
+                 const portakv_current *current = nullptr)
+      : end{}, lists(nullptr, 0), stream(nullptr), named(true) {
     const auto *passed = arguments.pointer<const portakv_copy_end>();
     if (passed != nullptr) end = *passed;
     lists = Room(end.list, end.room);
-    stream = arguments.pointer<void>();
+    if (arguments.next() == none) {
+      named = current != nullptr && name_stream(*current, &stream);
+    } else {
+      stream = arguments.pointer<void>();
+    }
   }
 };
 
@@ -323,33 +371,50 @@ int64_t copy(const portakv_kernels &kernels, const Python &python, const End &sr
   return count << 2 | int64_t{found.guarded} << 1 | int64_t{found.skips};
 }
 
+// Return the layout of chunks of a described tensor.
+const int64_t *layout_of(const portakv_chunk_copies &copies, const DlTensor &chunk) {
+  const int64_t bytes = itemsize_of(chunk);
+  for (size_t power = 0; power < std::size(copies.layouts); power++) {
+    if (bytes != int64_t{1} << power) continue;
+    require(copies.layouts[power] != nullptr);
+    return copies.layouts[power];
+  }
+  throw Otherwise();
+}
+
 // The ends of a copy between rows of caches, by slots, and a chunk from its first token on. The
 // members are declared in the order of the arguments.
 class ChunkPair {
  public:
   ChunkPair(const Python &python, Arguments &arguments)
-      : caches_(*arguments.pointer<const portakv_copy_view>()),
+      : copies(*arguments.pointer<const portakv_chunk_copies>()),
         store(arguments.number() != 0),
-        layout_(plain(arguments.pointer<const int64_t>())),
-        chunk_(arguments.object()),
+        chunk(arguments.object()),
         ids_(arguments.object()),
-        offset_(arguments.number()),
-        start_(arguments.number()),
-        end_(arguments.number()),
-        reader(python, *static_cast<const PortakvTorch *>(layout_.torch), layout_) {}
+        start_(arguments.position(0)),
+        end_(arguments.position(kToTheEnd)),
+        facts_(Asker(python, *copies.torch).describe(chunk, false)),
+        layout_(layout_of(copies, facts_)),
+        reader(python, *copies.torch, layout_) {}
 
-  // Read and check the chunk, the slots and the memory. Lists of Python are read into `lists`.
-  void check(Room &lists) {
-    const Asker &ask = reader.ask();
-    check_memory(caches_);
-    reader.read(chunk_);
-    const DlDevice device = reader.device();
-    require(device.type == caches_.device_type && device.id == caches_.device_id);
+  // Read the slots, those of a list of Python into `lists`.
+  void read_slots(Room &lists) {
+    const DlDevice device = facts_.device;
+    require(device.type == copies.caches->device_type && device.id == copies.caches->device_id);
     on_host = is_host(device.type);
+    slots = read_ids(reader.ask(), ids_, device, lists);
+  }
+
+  // Read and check the chunk, and check the slots and the memory.
+  void check() {
+    const portakv_copy_view &caches = *copies.caches;
+    check_memory(caches);
+    reader.read(chunk, facts_);
+    require(!layout_.packed);
     if (store) {
       check_written(reader);
     } else {
-      require(caches_.writable != 0);
+      require(caches.writable != 0);
     }
     check_storages(reader);
 
@@ -366,18 +431,16 @@ class ChunkPair {
     dense.rows.addresses = addresses_.data();
     dense.rows.slots = view.slots;
 
-    slots = read_ids(ask, ids_, device, lists);
-    const int64_t length = slots.list.length - offset_;
-    const int64_t past = end_ == PORTAKV_COPY_TO_THE_END ? length : end_;
-    require(0 <= start_ && start_ < past && past <= length);
+    const int64_t past = end_ == kToTheEnd ? slots.list.length : end_;
+    require(start_ < past && past <= slots.list.length);
     count = past - start_;
     // Without an end, the slots fill the chunk, whose last block may be filled in part.
     const int64_t spare = view.slots - count;
     require(spare >= 0);
-    require(end_ != PORTAKV_COPY_TO_THE_END || spare < std::max<int64_t>(1, form.block_size));
+    require(end_ != kToTheEnd || spare < std::max<int64_t>(1, form.block_size));
 
-    paged = end_of(caches_);
-    portakv::check(slots, 1, offset_ + start_, count, !store, paged, found);
+    paged = end_of(caches);
+    portakv::check(slots, 1, start_, count, !store, paged, found);
   }
 
   const End &from() const { return store ? paged : dense; }
@@ -386,24 +449,19 @@ class ChunkPair {
   int64_t listed() const { return list_length(reader.ask().python, ids_); }
 
  private:
-  static const int64_t *plain(const int64_t *words) {
-    const Bound layout(words);
-    require(layout.torch != nullptr && !layout.packed);
-    return words;
-  }
-
-  const portakv_copy_view &caches_;
+  static constexpr int64_t kToTheEnd = PORTAKV_COPY_TO_THE_END;
 
  public:
+  const portakv_chunk_copies &copies;
   const bool store;
+  const Object chunk;
 
  private:
-  const Bound layout_;
-  const Object chunk_;
   const Object ids_;
-  const int64_t offset_;
   const int64_t start_;
   const int64_t end_;
+  const DlTensor facts_;
+  const Bound layout_;
   Few<int64_t, 40> addresses_;
 
  public:
@@ -416,13 +474,34 @@ class ChunkPair {
   Found found;
 };
 
+// Return true if a status word reports an error.
+bool any_error(const portakv_words &words) {
+  int64_t all = 0;
+  for (int64_t n = 0; n < words.count; n++) {
+    for (int at = 0; at < PORTAKV_WORDS; at++) all |= words.batches[n][at];
+  }
+  return all != 0;
+}
+
 int64_t copy_chunk(const Python &python, Arguments arguments) {
-  const auto &kernels = *arguments.pointer<const portakv_kernels>();
   ChunkPair pair(python, arguments);
-  Means means(arguments);
-  pair.check(means.lists);
+  const portakv_chunk_copies &copies = pair.copies;
+  require(!any_error(*copies.words));
+  Means means(arguments, python.none, copies.current);
+  if (!means.named) return PORTAKV_COPY_STREAM;
+  pair.read_slots(means.lists);
+  if (means.lists.empty() && !placed(pair.slots, pair.on_host)) return PORTAKV_COPY_LIST;
+  pair.check();
   place(pair.slots, pair.on_host, means.lists, pair.paged);
-  return copy(kernels, python, pair.from(), pair.to(), pair.count, pair.found, means);
+  const int64_t result =
+      copy(*copies.kernels, python, pair.from(), pair.to(), pair.count, pair.found, means);
+  if (result < 0) return result;
+  if (pair.store) {
+    pair.reader.ask().raise_version(pair.chunk);
+  } else {
+    raise_versions(*copies.torch, *copies.caches);
+  }
+  return result;
 }
 
 // The ends of a copy between two views, with the ids of each as a caller passes them. The members
@@ -474,6 +553,7 @@ class Pair {
     portakv::check(written, dst_step_, dst_offset_, count, true, to, found);
   }
 
+  const PortakvTorch &torch() const { return ask_.torch; }
   const portakv_copy_view &src() const { return src_; }
   const portakv_copy_view &dst() const { return dst_; }
 
@@ -514,28 +594,24 @@ int64_t copy_views(const Python &python, Arguments arguments) {
   place(pair.written, on_host, means.lists, pair.to);
   // The planes follow the host's order: neighbours cross the link together.
   const bool by_source = pair.from_host && !pair.to_host;
-  return copy(kernels, python, pair.from, pair.to, pair.count, pair.found, means, by_source);
+  const int64_t result =
+      copy(kernels, python, pair.from, pair.to, pair.count, pair.found, means, by_source);
+  if (result >= 0) raise_versions(pair.torch(), pair.dst());
+  return result;
 }
 
-// Ask whether the work before the event of an end has ended. Return the driver's answer.
+// Ask whether the work before the event of an end has ended.
 int64_t query_end(const Python &python, Arguments arguments) {
   const auto &end = *arguments.pointer<const portakv_copy_end>();
   void *const thread = python.leave();  // the driver may wait for a thread with a full queue
   const int answer = end.query(end.event);
   python.enter(thread);
-  return answer;
+  return answer == 0 && *end.word != 0 ? PORTAKV_COPY_REPORTS : answer;
 }
 
 int64_t current_stream(const Python &, Arguments arguments) {
-  const auto &of = *arguments.pointer<const portakv_current>();
-  if (of.current_device != nullptr) {
-    int current = -1;
-    require(of.current_device(&current) == 0 && current == of.device);
-  }
   void *stream = nullptr;
-  require(of.current_stream(static_cast<int32_t>(of.device), &stream) == 0);
-  int captured = 0;
-  require(of.capturing(stream, &captured) == 0 && captured == 0);
+  require(name_stream(*arguments.pointer<const portakv_current>(), &stream));
   return reinterpret_cast<intptr_t>(stream);
 }
 
@@ -571,7 +647,7 @@ auto with_units(const Ids &ids, const End &end, int64_t unit, Function function)
 
 // Memory for the numbers of the units of the source, then of the destination.
 struct Numbers {
-  int64_t *first;
+  int64_t *first;  // null: they are not written
   int64_t room;  // of each side
 
   explicit Numbers(Arguments &arguments)
@@ -582,9 +658,11 @@ struct Numbers {
 // negative ids skip. The numbers of an end without ids are written only if units are skipped.
 int64_t write_units(const Ids &read, const Ids &written, const End &src, const End &dst,
                     int64_t units, int64_t unit, bool skips, const Numbers &numbers) {
-  require(units <= numbers.room);
+  const bool written_out = numbers.first != nullptr;
+  require(!written_out || units <= numbers.room);
   int64_t *const from = numbers.first;
-  int64_t *const to = numbers.first + numbers.room;
+  int64_t *const to = written_out ? numbers.first + numbers.room : nullptr;
+  if (!skips && !written_out) return units;
   if (!skips) {
     const auto write = [&](const Ids &ids, const End &end, int64_t *out) {
       if (ids.list.data == nullptr) return;
@@ -603,8 +681,10 @@ int64_t write_units(const Ids &read, const Ids &written, const End &src, const E
         const int64_t source = sources[at];
         const int64_t target = targets[at];
         if (source < 0 || target < 0) continue;
-        from[left] = source;
-        to[left] = target;
+        if (written_out) {
+          from[left] = source;
+          to[left] = target;
+        }
         left++;
       }
       return left;
@@ -627,14 +707,17 @@ class Lists {
   Room room{nullptr, 0};
 };
 
-// Plan a checked copy of ids on the host, write its units, and return what core.h says.
+// Plan a checked copy, write its units, and return what core.h says.
 Object units_of(const Python &python, const Ids &read, const Ids &written, const End &src,
                 const End &dst, int64_t count, const Found &found, const Numbers &numbers,
                 Object chunk) {
-  require(!found.guarded);
   const int64_t unit = plan_of(src, dst, count).unit;
-  const int64_t left =
-      write_units(read, written, src, dst, count / unit, unit, found.skips, numbers);
+  int64_t left = count / unit;
+  if (found.guarded) {
+    require(!found.skips);  // the other side's ids on a device are not read
+  } else {
+    left = write_units(read, written, src, dst, left, unit, found.skips, numbers);
+  }
   require(left > 0);
   Owned described(python, chunk);
   const int64_t results[] = {count, unit, left};
@@ -657,10 +740,12 @@ Object check_views(const Python &python, Arguments arguments) {
 
 Object check_chunk(const Python &python, Arguments arguments) {
   ChunkPair pair(python, arguments);
+  require(!any_error(*pair.copies.words));
   const Numbers numbers(arguments);
   Lists lists(pair.listed());
-  pair.check(lists.room);
-  if (pair.store) {
+  pair.read_slots(lists.room);
+  pair.check();
+  if (pair.store && pair.on_host) {
     for (const Span &span : pair.reader.view().spans) require(writable(span.first, span.past));
   }
   const Ids none{};
@@ -668,16 +753,6 @@ Object check_chunk(const Python &python, Arguments arguments) {
   const Ids &written = pair.store ? none : pair.slots;
   return units_of(python, read, written, pair.from(), pair.to(), pair.count, pair.found, numbers,
                   pair.reader.answer());
-}
-
-int64_t plan_make(const Python &, Arguments arguments) {
-  const int64_t *const src = arguments.pointer<const int64_t>();
-  const int64_t *const dst = arguments.pointer<const int64_t>();
-  const int64_t src_step = arguments.number();
-  const int64_t dst_step = arguments.number();
-  const int64_t unit = arguments.number();
-  int64_t *const out = arguments.pointer<int64_t>();
-  return portakv_plan_make(src, dst, src_step, dst_step, unit, out, arguments.number());
 }
 
 // --- Copies that other means make ---------------------------------------------------------------
@@ -727,14 +802,9 @@ int64_t read_copy(const Python &python, Arguments arguments) {
   check_units(pair.from, pair.to, pair.count, unit);
   // The forms fit each other: there is a plan.
   check_ends(pair.from, pair.to, read_form(pair.from.form).parts.size());
-  // A list was read to where kernels reach it. The host's own side is read during the call.
-  const int64_t *const first = means.end.list;
-  const auto listed = [&](const Ids &ids) {
-    const auto *const data = static_cast<const int64_t *>(ids.list.data);
-    return std::less_equal<>()(first, data) && std::less<>()(data, first + means.end.room);
-  };
-  place(pair.read, pair.from_host || listed(pair.read), means.lists, pair.from);
-  place(pair.written, pair.to_host || listed(pair.written), means.lists, pair.to);
+  // The host's own side is read during the call.
+  place(pair.read, pair.from_host, means.lists, pair.from);
+  place(pair.written, pair.to_host, means.lists, pair.to);
 
   out.src = positions_of(pair.src(), pair.from, pair.count);
   out.dst = positions_of(pair.dst(), pair.to, pair.count);
@@ -770,15 +840,47 @@ Object called(Object, const Object *arguments, ptrdiff_t count) {
   return functions.new_integer(PORTAKV_COPY_OTHERWISE);
 }
 
+template <typename T>
+T converted(Arguments &arguments) {
+  if constexpr (std::is_pointer_v<T>) {
+    return arguments.pointer<std::remove_pointer_t<T>>();
+  } else {
+    return static_cast<T>(arguments.number());
+  }
+}
+
+template <typename... Types>
+int64_t apply(int64_t (*function)(Types...), Arguments arguments) {
+  const std::tuple<Types...> read{converted<Types>(arguments)...};  // in their order
+  return std::apply(function, read);
+}
+
+template <typename... Types>
+constexpr ptrdiff_t count_of(int64_t (*)(Types...)) {
+  return sizeof...(Types);
+}
+
+template <auto function>
+int64_t pass_on(const Python &, Arguments arguments) {
+  return apply(function, arguments);
+}
+
+// Call an exported function that takes numbers and addresses.
+template <auto function>
+constexpr auto passed = called<pass_on<function>, count_of(function)>;
+
 const PythonFunction kFunctions[] = {
-    {"copy_chunk", called<copy_chunk, 11>, kFastCall, nullptr},
+    {"copy_chunk", called<copy_chunk, 8>, kFastCall, nullptr},
     {"copy_views", called<copy_views, 13>, kFastCall, nullptr},
     {"query_end", called<query_end, 1>, kFastCall, nullptr},
     {"check_views", called<check_views, 12>, kFastCall, nullptr},
-    {"check_chunk", called<check_chunk, 10>, kFastCall, nullptr},
-    {"plan_make", called<plan_make, 7>, kFastCall, nullptr},
+    {"check_chunk", called<check_chunk, 8>, kFastCall, nullptr},
+    {"plan_make", passed<portakv_plan_make>, kFastCall, nullptr},
     {"read_copy", called<read_copy, 17>, kFastCall, nullptr},
     {"current_stream", called<current_stream, 1>, kFastCall, nullptr},
+    {"pick_copy", passed<portakv_pick_copy>, kFastCall, nullptr},
+    {"view_read", passed<portakv_view_read>, kFastCall, nullptr},
+    {"form_slice", passed<portakv_form_slice>, kFastCall, nullptr},
 };
 
 }  // namespace

@@ -16,6 +16,7 @@
 #ifndef PORTAKV_CORE_H
 #define PORTAKV_CORE_H
 
+#include <stdbool.h>
 #include <stddef.h>
 #include <stdint.h>
 
@@ -288,16 +289,46 @@ PORTAKV_API int64_t portakv_runs_groups(const int64_t *copy, int64_t unit, int64
 PORTAKV_API int64_t portakv_pieces_list(const int64_t *plan, const int64_t *request, int64_t *out,
                                         int64_t room);
 
-// List the pieces of runs that are in the order of the source, neighbours merged. `runs` is
-// pointers to three columns (source, destination, bytes), their number, Limits, and three lists of
-// addresses as above.
-PORTAKV_API int64_t portakv_pieces_fold(const int64_t *runs, int64_t *out, int64_t room);
-
 // Count the runs of so many units of a copy in groups, see `portakv_runs_groups`, and about so many
 // pieces. `limits` are those of a request; a width of 0 below which rows fold: nothing folds. Write
 // both numbers, and return 0.
 PORTAKV_API int64_t portakv_pieces_count(const int64_t *plan, int64_t units, int64_t groups,
                                          const int64_t *limits, int64_t *out);
+
+// --- Picks of transfer strategies -------------------------------------------------------------
+//
+// pick.h has the words, and the order of the strategies, by which sets of strategies are bits.
+
+// An answer: the strategy, its reason (PickReason of pick.h) times 16, and these flags.
+enum {
+  PORTAKV_PICK_SEVERAL = 1 << 8,    // several take about the least time
+  PORTAKV_PICK_EXPOSED = 1 << 9,    // a part of the host's time counts in any case
+  PORTAKV_PICK_SLOWED = 1 << 10,    // a model would slow the kernel down
+  PORTAKV_PICK_QUICKER = 1 << 11,   // the kernel would take less, but the terms exclude it
+  PORTAKV_PICK_EXCLUDED = 1 << 12,  // the terms exclude the kernel
+  PORTAKV_PICK_NONE = -70           // no strategy takes the copy
+};
+
+// Pick the strategy of a copy. Return an answer, and write an Alternative for each strategy.
+//
+// rules   PickRules
+// costs   measurements of the direction
+// shapes  for each strategy a Shape
+// out, waits, new_ids  as pick.h says
+PORTAKV_API int64_t portakv_pick(const int64_t *rules, const double *costs, const int64_t *shapes,
+                                 int64_t out, int64_t waits, int new_ids, double *alternatives);
+
+// Pick the strategy of so many tokens of one plan, in groups. Return an answer, or a code.
+//
+// copies  PickedCopies
+// groups, host_groups, count, and the others  as pick.h says
+PORTAKV_API int64_t portakv_pick_copy(const int64_t *copies, const double *costs, int64_t groups,
+                                      int64_t host_groups, int64_t count, int64_t out,
+                                      int64_t waits, int new_ids);
+
+// Write the seconds of the device and of the host for so many runs of one size. `columns` are
+// measurements of one strategy, of one column at least.
+PORTAKV_API void portakv_cost(const double *columns, double run_bytes, double runs, double *out);
 
 // --- The link between a device and the host ---------------------------------------------------
 //
@@ -364,6 +395,24 @@ PORTAKV_API int64_t portakv_link_rows(portakv_link *link, const int64_t *copy,
 // them from now on, or not. Launches of kernels count with the core's part in them.
 PORTAKV_API void portakv_link_time(portakv_link *link, int on, int64_t *out);
 
+// --- Slices of forms --------------------------------------------------------------------------
+
+enum {
+  PORTAKV_SLICE_HEADS = -80,  // the heads begin or end inside a factor of their axis
+  PORTAKV_SLICE_LAYERS = -81  // the layers do
+};
+
+// Slice a form. Return the number of words of the answer, more than `capacity` if `out` is too
+// small; or a code.
+//
+// form    words of the form (form.h) of a view of `count` blocks, or of a chunk's tokens
+// ranges  the first and the number of the kv, the layers and the heads of the slice
+// out     how many entries of the slice an entry of the view becomes, and the number of entries of
+//         the slice; then for each the number of the view's entry times these copies, plus which of
+//         the copies it is, and the bytes that its address gains; then the words of the form
+PORTAKV_API int64_t portakv_form_slice(const int64_t *form, int64_t count, const int64_t *ranges,
+                                       int64_t *out, int64_t capacity);
+
 // --- Views ------------------------------------------------------------------------------------
 
 // Codes of the functions below.
@@ -401,21 +450,28 @@ PORTAKV_API int64_t portakv_view_read(const int64_t *bound, const int64_t *sizes
 // Return 1 if the functions of an interpreter were found, which the functions below need; else 0.
 PORTAKV_API int portakv_python_found(void);
 
-// The objects of torch that `portakv_view_read_tensors` uses. Python owns them.
+// What the core uses of torch. Python owns the objects.
+//
+// A handle is torch's AtenTensorHandle: the `at::Tensor` of C++ that each tensor's object contains, a
+// pointer to the tensor's implementation. Functions with an `out` belong to torch's stable interface,
+// and return 0 or a code.
 typedef struct {
   const void *exchange;  // torch.Tensor's DLPackExchangeAPI
   void *tensor;          // the types whose tensors are plain: torch.Tensor
   void *parameter;       // and torch.nn.Parameter
-  void *storage_offset;  // unbound methods of torch.Tensor
-  void *untyped_storage;
-  void *is_neg;
-  void *is_conj;
-  void *is_pinned;
-  void *requires_grad;  // the names of attributes
-  void *dtype;
-  void *uint8;  // the dtypes of plain bytes
-  void *int8;
-  void *forms;  // a dictionary of forms by their words, as bytes
+  void *is_pinned;       // an unbound method of torch.Tensor
+  void *forms;           // a dictionary of forms by their words, as bytes
+  int64_t handle_at;     // bytes from a tensor's object to its handle
+  int (*storage_offset)(void *handle, int64_t *out);
+  int (*storage_bytes)(void *handle, int64_t *out);
+  int (*dtype)(void *handle, int32_t *out);
+  int64_t uint8;  // the numbers of the dtypes of plain bytes
+  int64_t int8;
+  bool (*is_neg)(const void *handle);
+  bool (*is_conj)(const void *handle);
+  bool (*is_inference)(const void *handle);
+  bool (*requires_grad)(const void *implementation);
+  void (*raise_version)(void *handle);  // of a tensor that is none of inference
 } PortakvTorch;
 
 // Read a tensor, or plain tensors in lists, tuples and dicts as the layout names them. The caller
@@ -424,7 +480,7 @@ typedef struct {
 // Return a tuple: the form of these words, or the words of `View::form` as bytes if `forms` has no
 // form or the view is packed; the addresses of the entries; the tensors at the entries; the spans,
 // as a list of pairs; slots; True if a tensor requires grad. Return a code as an integer if the
-// tensors cannot be read. Return NULL if a method of a tensor raised an error.
+// tensors cannot be read. Return NULL if Python raised an error.
 PORTAKV_API void *portakv_view_read_tensors(const int64_t *bound, void *tensors);
 
 // --- Whole copies -------------------------------------------------------------------------------
@@ -434,13 +490,16 @@ PORTAKV_API void *portakv_view_read_tensors(const int64_t *bound, void *tensors)
 
 enum {
   PORTAKV_COPY_OTHERWISE = -50,  // nothing was launched: the call is none of these, or is wrong
+  PORTAKV_COPY_STREAM = -51,     // nothing was launched: name the stream, as of function 7
+  PORTAKV_COPY_LIST = -52,       // nothing was launched: pass an end with a list for ids
   PORTAKV_COPY_DRIVER = -1000,   // less the driver's error; launches before it stay ordered
-  PORTAKV_COPY_TO_THE_END = -1   // of an end, or of a count: as many as there are
+  PORTAKV_COPY_TO_THE_END = -1,  // of an end, or of a count: as many as there are
+  PORTAKV_COPY_REPORTS = -1      // the work has ended, and its status word reports an error
 };
 
 // Tensors and storages that must be as they were. Their owner keeps them and these arrays.
 typedef struct portakv_watch {
-  void *const *tensors;      // torch's AtenTensorHandle of each
+  void *const *tensors;      // the handle of each
   const int64_t *addresses;  // of the first byte of each
   int64_t count;
   void *const *storages;  // for each storage the handle of a tensor that has it
@@ -467,6 +526,8 @@ typedef struct portakv_copy_view {
   const portakv_watch *watch;  // its memory; null: that of raw addresses, which nothing shows
   int64_t entries;      // of the addresses
   int64_t entry_bytes;  // all bytes at each address; 0: unknown
+  void *const *versions;  // the handles of tensors whose versions a copy raises that writes the view
+  int64_t version_count;
 } portakv_copy_view;
 
 // The end of a copy: memory for its kernels, and an event after them. The caller keeps it, and gives
@@ -479,6 +540,7 @@ typedef struct portakv_copy_end {
   // Functions of the driver: cuEventRecord and cuEventQuery, or others with their arguments.
   int (*record)(void *event, void *stream);
   int (*query)(void *event);
+  const int64_t *word;  // where the host reads the status word
 } portakv_copy_end;
 
 // Functions that name the current stream of a device.
@@ -492,18 +554,33 @@ typedef struct portakv_current {
   int (*capturing)(void *stream, int *status);
 } portakv_current;
 
+// The status words of a process, in batches of PORTAKV_WORDS. Its owner only adds batches.
+enum { PORTAKV_WORDS = 64 };
+typedef struct portakv_words {
+  const int64_t *const *batches;
+  int64_t count;
+} portakv_words;
+
+// The copies between registered caches and chunks.
+typedef struct portakv_chunk_copies {
+  const portakv_kernels *kernels;  // null: the copies are only checked
+  const portakv_copy_view *caches;
+  const PortakvTorch *torch;
+  // The layouts of chunks whose elements have 1, 2, 4, 8 and 16 bytes; null: unknown.
+  const int64_t *layouts[5];
+  const portakv_current *current;  // null: the core does not name the current stream
+  const portakv_words *words;      // no copy is made while one of them reports an error
+} portakv_chunk_copies;
+
 // Return a function of Python, a new reference; null if the process has no interpreter. Python calls
 // it with these arguments in their order, where pointers are integers:
 //
 // 0: copy between rows of caches, by slots, and a chunk from its first token on.
-//   kernels     a portakv_kernels
-//   caches      a portakv_copy_view
+//   copies      a portakv_chunk_copies
 //   store       1 from the caches to the chunk, 0 the other way
-//   bound       the layout of the chunk, with the address of a PortakvTorch
-//   chunk       a tensor, or tensors in containers as the layout names them
+//   chunk       a tensor
 //   ids         a list of integers, or a tensor of int32 or int64: a slot for each token
-//   offset      ids that are passed over
-//   start, end  the range of the remaining ids that is copied; the end may be TO_THE_END
+//   start, end  integers, the range of the ids that is copied; None as end: all from the start on
 // 1: copy between two views by the ids of either side, or None for consecutive tokens.
 //   kernels     a portakv_kernels
 //   torch       a PortakvTorch
@@ -514,20 +591,21 @@ typedef struct portakv_current {
 //   count       tokens, or TO_THE_END of the ids
 // Then for both
 //   end         a portakv_copy_end; 0: one without memory and event
-//   stream      a stream of the current device
-// The function returns the tokens times 4, plus 2 if the status word may be written, plus 1 if ids of
-// the host skip positions; or a code. An event that the driver did not record is the driver's error.
+//   stream      a stream of the current device; of 0 also None: the current one
+// The function tells torch that the destination was written. It returns the tokens times 4, plus 2 if
+// the status word may be written, plus 1 if ids of the host skip positions; or a code. An event that the driver did not record is the driver's error.
 //
 // 2: ask whether the work before the event of an end, a portakv_copy_end, has ended. It returns the
-// driver's answer.
+// driver's answer, or PORTAKV_COPY_REPORTS.
 //
-// 3, 4: check a copy as of 1 and of 0 that is made otherwise, on the host or by ids on the host.
-//   torch .. count, or caches .. end
+// 3, 4: check a copy as of 1 and of 0 that a launch of Python makes.
+//   torch .. count, or copies .. end
 //   units, room     memory for the numbers of the units of the source, then of the destination, with
-//                   room for so many of each
+//                   room for so many of each; 0: the launch reads the ids
 // The function returns a tuple: tokens, tokens of a unit, units without those that negative ids skip,
 // and of 4 what `portakv_view_read_tensors` returns of the chunk; or a code. The numbers of a side
-// without ids are written only if units are skipped.
+// without ids are written only if units are skipped. All units of ids on a device count: the launch
+// judges the ids.
 //
 // 5: `portakv_plan_make` with its arguments.
 //
@@ -541,6 +619,8 @@ typedef struct portakv_current {
 //
 // 7: return the current stream of a device by a portakv_current; OTHERWISE: another device is
 // current, the stream is being captured, or a function failed.
+//
+// 8, 9, 10: `portakv_pick_copy`, `portakv_view_read` and `portakv_form_slice` with their arguments.
 PORTAKV_API void *portakv_python_function(int64_t number);
 
 // Return 0 if a write of the first or the last byte of a range of host memory would fail. It is then

@@ -22,8 +22,25 @@ class Few {
   ~Few() {
     if (data_ != own()) std::free(data_);
   }
-  Few(const Few &) = delete;
-  Few &operator=(const Few &) = delete;
+  Few(const T *first, const T *past) { append(first, static_cast<size_t>(past - first)); }
+  Few(const Few &other) { append(other.data_, other.size_); }
+  Few(Few &&other) noexcept { take(other); }
+  Few &operator=(const Few &other) {
+    if (this != &other) {
+      clear();
+      append(other.data_, other.size_);
+    }
+    return *this;
+  }
+  Few &operator=(Few &&other) noexcept {
+    if (this != &other) {
+      if (data_ != own()) std::free(data_);
+      data_ = own();
+      capacity_ = N;
+      take(other);
+    }
+    return *this;
+  }
 
   T *data() { return data_; }
   const T *data() const { return data_; }
@@ -31,6 +48,8 @@ class Few {
   bool empty() const { return size_ == 0; }
   T &operator[](size_t i) { return data_[i]; }
   const T &operator[](size_t i) const { return data_[i]; }
+  T &back() { return data_[size_ - 1]; }
+  const T &back() const { return data_[size_ - 1]; }
   T *begin() { return data_; }
   T *end() { return data_ + size_; }
   const T *begin() const { return data_; }
@@ -57,6 +76,17 @@ class Few {
     data_[size_++] = copy;
   }
 
+  void clear() { size_ = 0; }
+  void pop_back() { size_--; }
+
+  void erase(T *first, T *past) {
+    const size_t behind = static_cast<size_t>(end() - past);
+    if (behind && first != past) {
+      std::memmove(static_cast<void *>(first), past, behind * sizeof(T));
+    }
+    size_ -= static_cast<size_t>(past - first);
+  }
+
   void append(const T *first, size_t count) {
     if (size_ + count > capacity_) reserve(2 * (size_ + count));
     if (count) std::memcpy(static_cast<void *>(data_ + size_), first, count * sizeof(T));
@@ -70,6 +100,20 @@ class Few {
   }
 
  private:
+  // Take the elements of another list, which has none then. This list is new.
+  void take(Few &other) {
+    if (other.data_ == other.own()) {
+      if (other.size_) std::memcpy(static_cast<void *>(data_), other.data_, other.size_ * sizeof(T));
+    } else {
+      data_ = other.data_;
+      capacity_ = other.capacity_;
+      other.data_ = other.own();
+      other.capacity_ = N;
+    }
+    size_ = other.size_;
+    other.size_ = 0;
+  }
+
   T *own() { return reinterpret_cast<T *>(storage_); }
 
   alignas(T) unsigned char storage_[N * sizeof(T)];

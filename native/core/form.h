@@ -13,6 +13,8 @@
 #include <stdexcept>
 #include <vector>
 
+#include "few.h"
+
 namespace portakv {
 
 // The words do not describe anything that the core can work with: a count out of bounds, steps
@@ -69,7 +71,7 @@ inline bool operator==(const Step &a, const Step &b) {
 }
 inline bool operator!=(const Step &a, const Step &b) { return !(a == b); }
 
-// The steps of an axis, outermost first: a view of words or of a vector that outlives it.
+// The steps of an axis, outermost first: a view of words or of a list that outlives it.
 struct Steps {
   const Step *first = nullptr;
   size_t count = 0;
@@ -77,6 +79,8 @@ struct Steps {
   Steps() = default;
   Steps(const Step *first_, size_t count_) : first(first_), count(count_) {}
   Steps(const std::vector<Step> &steps) : first(steps.data()), count(steps.size()) {}
+  template <size_t N>
+  Steps(const Few<Step, N> &steps) : first(steps.data()), count(steps.size()) {}
 
   const Step *begin() const { return first; }
   const Step *end() const { return first + count; }
@@ -115,7 +119,7 @@ struct Form {
   bool opaque;         // only whole pages move
   int64_t alignment;   // the largest power of two up to 16 that divides all addresses
   const int64_t *widths;
-  std::vector<Part> parts;
+  Few<Part, 2> parts;
 };
 
 // Reads words from the first one on.

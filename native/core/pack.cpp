@@ -27,8 +27,8 @@ struct PackKernel {
 
 PackShape pack_shape(const PackPlan &plan, const PackNest &nest, const RowsOptions &options) {
   // The raw values of a plane are runs of `run` bytes, of which steps without a gap are a part.
-  std::vector<Step> steps = nest.tokens;
-  steps.insert(steps.end(), nest.dim.begin(), nest.dim.end());
+  StepList steps = nest.tokens;
+  steps.append(nest.dim.data(), nest.dim.size());
   if (steps.empty()) throw Malformed("a row has no bytes");
   PackShape shape{};
   shape.run = steps.back().extent;

@@ -465,11 +465,11 @@ int64_t least_height(int64_t width, const Limits &limits) {
 }
 
 // Merge loops into a run that they continue on both sides. Return the width of the run.
-int64_t absorb(std::vector<Loop> &loops, int64_t width) {
+int64_t absorb(LoopList &loops, int64_t width) {
   for (size_t i = 0; i < loops.size(); i++) {
     const Loop loop = loops[i];
     if (loop.src_stride != width || loop.dst_stride != width || loop.tabled()) continue;
-    loops.erase(loops.begin() + static_cast<std::ptrdiff_t>(i));
+    loops.erase(&loops[i], &loops[i] + 1);
     return absorb(loops, product(width, loop.extent));
   }
   return width;
@@ -485,7 +485,7 @@ void add_nest(const Nest &nest, int64_t units, int64_t groups, const Limits &lim
                       dst.table == 0;
   const int64_t lines = joined ? groups : units;
   int64_t width = nest.run;
-  std::vector<Loop> loops = nest.loops;
+  LoopList loops = nest.loops;
 
   // All groups have one known length: there is one group, or each group is a whole block.
   const int64_t either[] = {limit_of(nest.src), limit_of(nest.dst)};
@@ -554,34 +554,6 @@ int64_t portakv_pieces_list(const int64_t *plan, const int64_t *words, int64_t *
     } catch (const NeedsEdges &) {
       return PORTAKV_RUNS_EDGES;
     }
-    return columns.end();
-  });
-}
-
-int64_t portakv_pieces_fold(const int64_t *words, int64_t *out, int64_t room) {
-  return guarded([&] {
-    // Runs as three columns, and limits and edges as in a request.
-    struct {
-      int64_t src;
-      int64_t dst;
-      int64_t nbytes;
-      int64_t number;
-      Limits limits;
-      Edges edges[3];
-    } listed;
-    static_assert(sizeof listed == 16 * sizeof(int64_t), "listed runs are words");
-    std::memcpy(&listed, words, sizeof listed);
-    const auto column = [](int64_t pointer) { return reinterpret_cast<const int64_t *>(pointer); };
-    const std::vector<int64_t> edges =
-        sorted_edges({listed.edges[0], listed.edges[1], listed.edges[2]});
-    std::vector<Row> rows;
-    const auto add = [&](const Row &row) { rows.push_back(row); };
-    Cutter<decltype(add)> cut(edges, add);
-    for (int64_t i = 0; i < listed.number; i++) {
-      cut(Run{column(listed.src)[i], column(listed.dst)[i], column(listed.nbytes)[i]});
-    }
-    Columns columns(out, room);
-    write_rows(rows, listed.limits, columns);
     return columns.end();
   });
 }

@@ -2,6 +2,7 @@
 #include "plan.h"
 
 #include <algorithm>
+#include <iterator>
 #include <utility>
 
 #include "core.h"
@@ -46,7 +47,7 @@ class Divisible {
 
 // --- Chains: the steps of a slot number -------------------------------------------------------
 
-using Chain = std::vector<Step>;
+using Chain = StepList;
 
 // Append a step; join it with the step before it if both form one.
 void append_merged(Chain &chain, const Step &step) {
@@ -67,10 +68,9 @@ Chain slot_chain(const Form &form, const Part &part) {
   const Steps &block = part.axis(kBlock);
   const Steps &token = part.axis(kToken);
   Chain chain;
-  chain.reserve(block.count + token.count + 1);
   if (form.opaque) {
     // Tokens of an opaque page have no separate place.
-    chain.assign(block.begin(), block.end());
+    chain.append(block.begin(), block.count);
     if (form.block_size > 1) chain.push_back(Step{form.block_size, 0, 0});
   } else {
     for (const Step &step : block) append_merged(chain, step);
@@ -80,18 +80,18 @@ Chain slot_chain(const Form &form, const Part &part) {
   return chain;
 }
 
-std::vector<Chain> slot_chains(const Form &form) {
+// Return the chains of the first parts of a form.
+std::vector<Chain> slot_chains(const Form &form, size_t count) {
   std::vector<Chain> chains;
-  chains.reserve(form.parts.size());
-  for (const Part &part : form.parts) chains.push_back(slot_chain(form, part));
+  chains.reserve(count);
+  for (size_t k = 0; k < count; k++) chains.push_back(slot_chain(form, form.parts[k]));
   return chains;
 }
 
 // Split a chain into the steps of a unit's number, and the steps of the tokens inside a unit.
-bool split_chain(const Chain &chain, int64_t unit, std::vector<Step> &outer,
-                 std::vector<Step> &inner, Refusal &refusal) {
-  outer.reserve(chain.size());
-  for (auto step = chain.rbegin(); step != chain.rend(); ++step) {
+bool split_chain(const Chain &chain, int64_t unit, StepList &outer, StepList &inner,
+                 Refusal &refusal) {
+  for (const Step *step = chain.end(); step-- != chain.begin();) {
     if (unit == 1) {
       outer.push_back(*step);
     } else if (step->extent != 0 && unit % step->extent == 0) {
@@ -181,7 +181,7 @@ void refuse_axis(Axis axis, const Steps &src, const Steps &dst, Refusal &refusal
 }
 
 // Append the loops of one axis, outermost first: the coarsest factors common to both sides.
-bool refine(Axis axis, const Steps &src, const Steps &dst, std::vector<Loop> &loops,
+bool refine(Axis axis, const Steps &src, const Steps &dst, LoopList &loops,
             Refusal &refusal) {
   const size_t begin = loops.size();
   Cursor left(src);
@@ -201,7 +201,7 @@ bool refine(Axis axis, const Steps &src, const Steps &dst, std::vector<Loop> &lo
     left.take(inner);
     right.take(inner);
   }
-  std::reverse(loops.begin() + static_cast<std::ptrdiff_t>(begin), loops.end());
+  std::reverse(loops.begin() + begin, loops.end());
   return true;
 }
 
@@ -235,38 +235,44 @@ int64_t joined_axes(int64_t outer, int64_t inner) {
 }
 
 // Merge loops that are contiguous on both sides, whatever their order; sort outermost first.
-void merge_loops(std::vector<Loop> &loops) {
+void merge_loops(LoopList &loops) {
   // Insertion keeps the order of equal loops, and needs no second buffer for the few there are.
-  for (auto loop = loops.begin(); loop != loops.end(); ++loop) {
+  for (Loop *loop = loops.begin(); loop != loops.end(); ++loop) {
     std::rotate(std::upper_bound(loops.begin(), loop, *loop, nearer), loop, loop + 1);
   }
   for (size_t i = 0; i < loops.size();) {
     Loop &inner = loops[i];
-    const auto outer = std::find_if(
-        loops.begin() + static_cast<std::ptrdiff_t>(i) + 1, loops.end(),
-        [&inner](const Loop &loop) { return continues(loop, inner); });
+    Loop *const outer = std::find_if(&inner + 1, loops.end(), [&inner](const Loop &loop) {
+      return continues(loop, inner);
+    });
     if (outer == loops.end()) {
       i++;
       continue;
     }
     inner.axes = joined_axes(outer->axes, inner.axes);
     inner.extent = product(outer->extent, inner.extent);
-    loops.erase(outer);
+    loops.erase(outer, outer + 1);
   }
   std::reverse(loops.begin(), loops.end());
 }
 
 // --- Nests ------------------------------------------------------------------------------------
 
-// Return the step from the origins of one nest to those of the next one, as a loop over kv.
-template <typename AnyNest>
-Loop step_between(const AnyNest &nest, const AnyNest &next, int64_t extent) {
+// Return the step from the origins of one kv on both sides to those of the next one, as a loop.
+template <typename Origin>
+Loop step_between(const Origin &src, const Origin &dst, const Origin &next_src,
+                  const Origin &next_dst, int64_t extent) {
   return Loop{kKv,
               extent,
-              difference(next.src.table, nest.src.table),
-              difference(next.src.offset, nest.src.offset),
-              difference(next.dst.table, nest.dst.table),
-              difference(next.dst.offset, nest.dst.offset)};
+              difference(next_src.table, src.table),
+              difference(next_src.offset, src.offset),
+              difference(next_dst.table, dst.table),
+              difference(next_dst.offset, dst.offset)};
+}
+
+template <typename AnyNest>
+Loop step_between(const AnyNest &nest, const AnyNest &next, int64_t extent) {
+  return step_between(nest.src, nest.dst, next.src, next.dst, extent);
 }
 
 // Return true if all kv have the shape of the first, and differ by equal distances.
@@ -292,8 +298,25 @@ void join(std::vector<AnyNest> &nests, Alike alike) {
 
 template <typename AnyNest>
 bool same_shape(const AnyNest &a, const AnyNest &b) {
-  return a.loops == b.loops && Steps(a.src.units) == Steps(b.src.units) &&
+  return std::equal(a.loops.begin(), a.loops.end(), b.loops.begin(), b.loops.end()) && Steps(a.src.units) == Steps(b.src.units) &&
          Steps(a.dst.units) == Steps(b.dst.units);
+}
+
+// Return true if all parts of both forms differ by their origins alone, by equal distances: they
+// have one nest. Then `step` is the loop over kv.
+bool one_nest(const Form &src, const Form &dst, Loop &step) {
+  const size_t count = src.parts.size();
+  for (size_t k = 1; k < count; k++) {
+    for (size_t axis = 0; axis < std::size(src.parts[k].axes); axis++) {
+      if (!(src.parts[k].axes[axis] == src.parts[0].axes[axis])) return false;
+      if (!(dst.parts[k].axes[axis] == dst.parts[0].axes[axis])) return false;
+    }
+    const Loop next = step_between(src.parts[k - 1], dst.parts[k - 1], src.parts[k], dst.parts[k],
+                                   static_cast<int64_t>(count));
+    if (k == 1) step = next;
+    if (!(next == step)) return false;
+  }
+  return count > 1;
 }
 
 // Merge the loops of a nest, take its run out of them, and narrow its vector.
@@ -322,10 +345,11 @@ void close(Nest &nest) {
   nest.vector = divisible.widest();
 }
 
-// Both sides of a plan. Chains: the steps of the slot numbers of each part.
+// Both sides of a plan. Chains: the steps of the slot numbers of each part that has a nest.
 struct Sides {
   const Form &src;
   const Form &dst;
+  const Loop *over_kv;  // the step from each part to the next one, if the first has the only nest
   std::vector<Chain> src_chains;
   std::vector<Chain> dst_chains;
   int64_t src_step;
@@ -344,12 +368,11 @@ bool make_nest(const Sides &sides, size_t k, int64_t unit, Nest &nest, Refusal &
   nest.dst.table = dst.table;
   nest.dst.offset = dst.offset;
 
-  std::vector<Step> src_tokens;
-  std::vector<Step> dst_tokens;
+  StepList src_tokens;
+  StepList dst_tokens;
   if (!split_chain(src_chain, unit, nest.src.units, src_tokens, refusal)) return false;
   if (!split_chain(dst_chain, unit, nest.dst.units, dst_tokens, refusal)) return false;
 
-  nest.loops.reserve(8);
   for (const Axis axis : {kLayer, kHead, kDim}) {
     if (!refine(axis, src.axis(axis), dst.axis(axis), nest.loops, refusal)) return false;
   }
@@ -388,11 +411,15 @@ bool fit(const Sides &sides, int64_t unit, Plan &plan, Refusal &refusal) {
   if (sides.src.opaque && unit % sides.src.block_size != 0) return false;
   plan.unit = unit;
   plan.nests.clear();
-  plan.nests.resize(sides.src.parts.size());
+  plan.nests.resize(sides.src_chains.size());
   for (size_t k = 0; k < plan.nests.size(); k++) {
     if (!make_nest(sides, k, unit, plan.nests[k], refusal)) return false;
   }
-  join(plan.nests, same_shape<Nest>);
+  if (sides.over_kv != nullptr) {
+    plan.nests[0].loops.push_back(*sides.over_kv);
+  } else {
+    join(plan.nests, same_shape<Nest>);
+  }
   for (Nest &nest : plan.nests) close(nest);
   sum_up(plan);
   return true;
@@ -465,7 +492,7 @@ bool make_pack_nest(const Form &raw, const Form &packed, bool packs, size_t k, P
   const Chain chain = slot_chain(raw, raw_part);
   if (!split_chain(chain, packed.block_size, raw_side.units, nest.tokens, refusal)) return false;
   const Steps &dim = raw_part.axis(kDim);
-  nest.dim.assign(dim.begin(), dim.end());
+  nest.dim.append(dim.begin(), dim.count);
   const Steps &blocks = packed_part.axis(kBlock);
   Side packed_side{packed_part.table, packed_part.offset, {blocks.begin(), blocks.end()}};
 
@@ -483,7 +510,7 @@ bool make_pack_nest(const Form &raw, const Form &packed, bool packs, size_t k, P
 
 // --- Words ------------------------------------------------------------------------------------
 
-std::vector<Step> read_steps(Reader &reader, int64_t most) {
+StepList read_steps(Reader &reader, int64_t most) {
   const Steps steps = reader.steps(most);
   return {steps.begin(), steps.end()};
 }
@@ -496,8 +523,9 @@ Side read_side(Reader &reader) {
   return side;
 }
 
-std::vector<Loop> read_loops(Reader &reader) {
-  std::vector<Loop> loops(static_cast<size_t>(reader.count(kMostLoops)));
+LoopList read_loops(Reader &reader) {
+  LoopList loops;
+  loops.resize(static_cast<size_t>(reader.count(kMostLoops)));
   for (Loop &loop : loops) {
     loop.axes = reader.word();
     loop.extent = reader.word();
@@ -537,7 +565,7 @@ void write_side(const Side &side, Writer &writer) {
   writer.steps(side.units);
 }
 
-void write_loops(const std::vector<Loop> &loops, Writer &writer) {
+void write_loops(const LoopList &loops, Writer &writer) {
   writer.word(static_cast<int64_t>(loops.size()));
   for (const Loop &loop : loops) {
     writer.word(loop.axes);
@@ -561,7 +589,16 @@ bool make_plan(const Form &src, const Form &dst, int64_t src_step, int64_t dst_s
                Plan &plan, Refusal &refusal) {
   if (!alike(src, dst)) return refuse(refusal, PORTAKV_PLAN_UNLIKE);
   if (src.opaque && src.block_size < 1) throw Malformed("opaque pages have no tokens");
-  const Sides sides{src, dst, slot_chains(src), slot_chains(dst), src_step, dst_step};
+  Loop over_kv{};
+  const bool one = one_nest(src, dst, over_kv);
+  const size_t count = one ? 1 : src.parts.size();
+  const Sides sides{src,
+                    dst,
+                    one ? &over_kv : nullptr,
+                    slot_chains(src, count),
+                    slot_chains(dst, count),
+                    src_step,
+                    dst_step};
 
   // 0 if any number of tokens can be moved together.
   int64_t most = common_divisor(src_step, dst_step);
@@ -594,7 +631,8 @@ bool make_pack_plan(const Form &raw, const Form &packed, bool packs, bool equal_
     narrowest.packed_vector = std::min(narrowest.packed_vector, nest.packed_vector);
   }
   join(nests, [equal_planes](const PackNest &a, const PackNest &b) {
-    return equal_planes && same_shape(a, b) && a.tokens == b.tokens && a.dim == b.dim;
+    return equal_planes && same_shape(a, b) && Steps(a.tokens) == Steps(b.tokens) &&
+           Steps(a.dim) == Steps(b.dim);
   });
   if (nests.size() == 1) {
     nests[0].raw_vector = narrowest.raw_vector;

@@ -9,9 +9,12 @@
 #include <cstdint>
 #include <vector>
 
+#include "few.h"
 #include "form.h"
 
 namespace portakv {
+
+using StepList = Few<Step, 4>;
 
 // The location of the units of one side. Words: table, offset, steps of a unit's number.
 //
@@ -20,7 +23,7 @@ namespace portakv {
 struct Side {
   int64_t table;
   int64_t offset;
-  std::vector<Step> units;
+  StepList units;
 };
 
 // Steps that both sides take together. Words: the six members in their order.
@@ -45,6 +48,8 @@ inline bool operator==(const Loop &a, const Loop &b) {
          a.dst_stride == b.dst_stride;
 }
 
+using LoopList = Few<Loop, 6>;
+
 // One nest. Words: src side, dst side, a count of loops and the loops, run, vector.
 //
 // Loops are in their order from the outermost one on. `vector` is the widest access in bytes that
@@ -52,7 +57,7 @@ inline bool operator==(const Loop &a, const Loop &b) {
 struct Nest {
   Side src;
   Side dst;
-  std::vector<Loop> loops;
+  LoopList loops;
   int64_t run;
   int64_t vector;
 };
@@ -79,9 +84,9 @@ struct Plan {
 struct PackNest {
   Side src;
   Side dst;
-  std::vector<Loop> loops;
-  std::vector<Step> tokens;
-  std::vector<Step> dim;
+  LoopList loops;
+  StepList tokens;
+  StepList dim;
   int64_t raw_vector;
   int64_t packed_vector;
 };

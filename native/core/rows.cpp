@@ -123,8 +123,8 @@ bool lacks_table(const RowsSide &fixed, const portakv_rows_side &side) {
 }
 
 RowsShape rows_shape(const Nest &nest, int64_t unit, const RowsOptions &options) {
-  const std::vector<Loop> *loops = &nest.loops;
-  std::vector<Loop> sorted;
+  const LoopList *loops = &nest.loops;
+  LoopList sorted;
   if (options.by_source) {
     // A plan follows the destination's order; a link wants neighbours on the host's side.
     sorted = nest.loops;

@@ -88,8 +88,8 @@ void remove_negative(Units &units) {
 // The address of a side that is `by_line` is looked up for each line, else for each plane. It
 // cannot be looked up for both, because the two are added.
 struct Split {
-  std::vector<Loop> inner;
-  std::vector<Loop> outer;
+  LoopList inner;
+  LoopList outer;
   bool by_line[2];
 };
 
@@ -131,7 +131,7 @@ Split split_loops(const Nest &nest) {
 }
 
 // Return the places that loops lead to on a side (0: source), the innermost loop fastest.
-std::vector<Place> walk(const std::vector<Loop> &loops, int side) {
+std::vector<Place> walk(const LoopList &loops, int side) {
   if (loops.empty()) return {{0, 0}};
   std::vector<Place> places{{0, 0}};
   std::vector<Place> next;
@@ -154,9 +154,9 @@ std::vector<Place> walk(const std::vector<Loop> &loops, int side) {
 }
 
 // Return the place of a unit relative to the origin.
-Place locate(const std::vector<Step> &steps, int64_t number) {
+Place locate(const Steps &steps, int64_t number) {
   Place place{0, 0};
-  for (size_t i = steps.size(); i-- > 0;) {
+  for (size_t i = steps.count; i-- > 0;) {
     const Step &step = steps[i];
     int64_t digit = number;
     if (step.extent != 0) {

@@ -21,19 +21,19 @@ Object Asker::raised(Object result) {
   return result;
 }
 
-Object Asker::method(Object unbound, Object tensor) const {
-  return raised(python.call(unbound, &tensor, 1, nullptr));
+void raise_version(const PortakvTorch &torch, void *handle) {
+  try {
+    if (!torch.is_inference(handle)) torch.raise_version(handle);
+  } catch (...) {
+    // Torch does not count the versions of this tensor. The copy was launched.
+  }
 }
 
-bool Asker::truth(Object answer) const {
-  const int result = python.is_true(answer);
+bool Asker::is_pinned(Object tensor) const {
+  const Owned pinned(python, raised(python.call(torch.is_pinned, &tensor, 1, nullptr)));
+  const int result = python.is_true(pinned.get());
   if (result < 0) throw Raised();
   return result == 1;
-}
-
-bool Asker::holds(Object unbound, Object tensor) const {
-  const Owned answer(python, method(unbound, tensor));
-  return truth(answer.get());
 }
 
 DlTensor Asker::describe(Object tensor, bool parameters) const {
@@ -47,20 +47,6 @@ DlTensor Asker::describe(Object tensor, bool parameters) const {
   }
   if (!facts.data || facts.ndim < 0) throw NotPlain();
   return facts;
-}
-
-int64_t Asker::storage_offset(Object tensor) const {
-  const Owned answer(python, method(torch.storage_offset, tensor));
-  const long long offset = python.integer(answer.get());
-  if (offset == -1 && python.error()) throw Raised();
-  return offset;
-}
-
-int64_t Asker::storage_bytes(Object tensor) const {
-  const Owned storage(python, method(torch.untyped_storage, tensor));
-  const ptrdiff_t nbytes = python.size(storage.get());
-  if (nbytes < 0) throw Raised();
-  return nbytes;
 }
 
 // Handles of tensors answer in a few nanoseconds each: no call passes through Python.
@@ -91,8 +77,20 @@ void TensorReader::read(Object tensors) {
   tensors_.begins.reserve(count);
   tensors_.bases.reserve(count);
   tensors_.kinds.reserve(count);
-  for (size_t n = 0; n < count; n++) describe(n);
-  for (size_t n = 0; n < count; n++) ask_hidden(n);
+  for (size_t n = 0; n < count; n++) add(ask_.describe(flat_[n], true));
+  make_view();
+}
+
+void TensorReader::read(Object tensor, const DlTensor &facts) {
+  if (bound_.container_count != 0) throw NotPlain();
+  ask_.python.retain(tensor);
+  flat_.push_back(tensor);
+  add(facts);
+  make_view();
+}
+
+void TensorReader::make_view() {
+  for (size_t n = 0; n < flat_.size(); n++) ask_hidden(n);
   int64_t place = 0;  // the order of `PLACES` in portakv/view/form.py
   if (on_host_) place = all_pinned() ? 1 : 2;
   read_view(bound_, sizes_.data(), tensors_, place, false, 0, view_);
@@ -135,11 +133,9 @@ ptrdiff_t TensorReader::enter(size_t level, ptrdiff_t length) {
   return length;
 }
 
-// Read address, shape, strides, dtype and device of a tensor.
-void TensorReader::describe(size_t n) {
-  const Object tensor = flat_[n];
-  const DlTensor facts = ask_.describe(tensor, true);
-  if (n == 0) {
+// Add address, shape, strides, dtype and device of the next tensor.
+void TensorReader::add(const DlTensor &facts) {
+  if (tensors_.begins.empty()) {
     device_ = facts.device;
     on_host_ = is_host(device_.type);
     if (!on_host_ && !is_known_device(device_.type)) throw NotPlain();
@@ -147,9 +143,7 @@ void TensorReader::describe(size_t n) {
   if (facts.device.type != device_.type || facts.device.id != device_.id) throw NotPlain();
 
   const int64_t dtype = dtype_word(facts.dtype.code, facts.dtype.bits, facts.dtype.lanes);
-  const int64_t itemsize = (int64_t{facts.dtype.bits} * facts.dtype.lanes + 7) / 8;
-  const bool is_integer = facts.dtype.code == kDlInt || facts.dtype.code == kDlUInt;
-  if (is_integer && facts.dtype.bits == 8) check_bytes(tensor, facts.dtype.code == kDlUInt);
+  const int64_t itemsize = itemsize_of(facts);
   is_complex_ |= facts.dtype.code == kDlComplex;
   tensors_.begins.push_back(begin_of(facts));
   tensors_.bases.push_back(itemsize);  // until `ask_hidden` knows the offset
@@ -157,32 +151,26 @@ void TensorReader::describe(size_t n) {
                                               facts.shape, facts.strides));
 }
 
-// Check that integers of 8 bits are bytes: DLPack describes int1 to int7 as if they were.
-void TensorReader::check_bytes(Object tensor, bool is_unsigned) const {
-  const PortakvTorch &torch = ask_.torch;
-  const Owned dtype(ask_.python, Asker::raised(ask_.python.attribute(tensor, torch.dtype)));
-  if (dtype.get() != (is_unsigned ? torch.uint8 : torch.int8)) throw NotPlain();
-}
-
 // Ask a tensor what DLPack hides.
 void TensorReader::ask_hidden(size_t n) {
-  const PortakvTorch &torch = ask_.torch;
   const Object tensor = flat_[n];
-  tensors_.bases[n] = tensors_.begins[n] - tensors_.bases[n] * ask_.storage_offset(tensor);
-  if (ask_.holds(torch.is_neg, tensor)) throw NotPlain();
-  if (is_complex_ && ask_.holds(torch.is_conj, tensor)) throw NotPlain();
-  if (!requires_grad_) {
-    const Object grad = ask_.python.attribute(tensor, torch.requires_grad);
-    const Owned owned(ask_.python, Asker::raised(grad));
-    requires_grad_ = ask_.truth(owned.get());
+  // DLPack describes int1 to int7 as if they were bytes.
+  const int64_t dtype = tensors_.kind[tensors_.kinds[n]].dtype;
+  if (dtype == dtype_word(kDlUInt, 8, 1) && ask_.dtype(tensor) != ask_.torch.uint8) {
+    throw NotPlain();
   }
+  if (dtype == dtype_word(kDlInt, 8, 1) && ask_.dtype(tensor) != ask_.torch.int8) throw NotPlain();
+  tensors_.bases[n] = tensors_.begins[n] - tensors_.bases[n] * ask_.storage_offset(tensor);
+  if (ask_.is_neg(tensor)) throw NotPlain();
+  if (is_complex_ && ask_.is_conj(tensor)) throw NotPlain();
+  requires_grad_ = requires_grad_ || ask_.requires_grad(tensor);
 }
 
 // Return true if all tensors are pinned, which is a fact of their storages.
 bool TensorReader::all_pinned() const {
   for (size_t n = 0; n < flat_.size(); n++) {
     if (n && tensors_.bases[n] == tensors_.bases[n - 1]) continue;
-    if (!ask_.holds(ask_.torch.is_pinned, flat_[n])) return false;
+    if (!ask_.is_pinned(flat_[n])) return false;
   }
   return true;
 }
@@ -257,19 +245,20 @@ bool look_up_all(Python &out) {
          look_up("PyList_GetItem", out.list_item) && look_up("PyList_New", out.new_list) &&
          look_up("PyList_SetItem", out.set_list_item) && look_up("PyTuple_Size", out.tuple_size) &&
          look_up("PyTuple_GetItem", out.tuple_item) && look_up("PyTuple_New", out.new_tuple) &&
-         look_up("PyTuple_SetItem", out.set_tuple_item) && look_up("PyObject_Size", out.size) && look_up("PyDict_Size", out.dict_size) &&
+         look_up("PyTuple_SetItem", out.set_tuple_item) &&
+         look_up("PyDict_Size", out.dict_size) &&
          look_up("PyDict_Next", out.dict_next) &&
          look_up("PyDict_GetItemWithError", out.dict_item) &&
          look_up("PyBool_FromLong", out.new_bool) && look_up_call(out) &&
-         look_up("PyObject_GetAttr", out.attribute) && look_up("PyObject_IsTrue", out.is_true) &&
+         look_up("PyObject_IsTrue", out.is_true) &&
          look_up("PyLong_FromLongLong", out.new_integer) &&
          look_up("PyLong_AsLongLong", out.integer) &&
          look_up("PyBytes_FromStringAndSize", out.new_bytes) &&
          look_up("PyErr_Occurred", out.error) && look_up("PyErr_Clear", out.clear_error) &&
          look_up("PyCFunction_NewEx", out.new_function) &&
          look_up("PyEval_SaveThread", out.leave) && look_up("PyEval_RestoreThread", out.enter) &&
-         look_up("_Py_NoneStruct", out.none) && look_up("PyList_Type", out.list_type) && look_up("PyTuple_Type", out.tuple_type) &&
-         look_up("PyDict_Type", out.dict_type);
+         look_up("_Py_NoneStruct", out.none) && look_up("PyLong_Type", out.integer_type) && look_up("PyList_Type", out.list_type) &&
+         look_up("PyTuple_Type", out.tuple_type) && look_up("PyDict_Type", out.dict_type);
 }
 
 }  // namespace

@@ -94,12 +94,10 @@ struct Python {
   Object (*tuple_item)(Object, ptrdiff_t);  // borrowed
   Object (*new_tuple)(ptrdiff_t);
   int (*set_tuple_item)(Object, ptrdiff_t, Object);  // takes the reference
-  ptrdiff_t (*size)(Object);
   ptrdiff_t (*dict_size)(Object);
   int (*dict_next)(Object, ptrdiff_t *, Object *, Object *);  // borrowed
   Object (*dict_item)(Object, Object);                        // borrowed
   Object (*call)(Object, const Object *, size_t, Object);     // PyObject_Vectorcall
-  Object (*attribute)(Object, Object);
   int (*is_true)(Object);
   Object (*new_integer)(long long);
   long long (*integer)(Object);
@@ -111,6 +109,7 @@ struct Python {
   void *(*leave)();       // PyEval_SaveThread
   void (*enter)(void *);  // PyEval_RestoreThread
   Object none;
+  Object integer_type;
   Object list_type;
   Object tuple_type;
   Object dict_type;
@@ -147,7 +146,11 @@ class Owned {
   Object object_;
 };
 
-// Asks single tensors of torch.
+// Tell torch that a tensor was written.
+void raise_version(const PortakvTorch &torch, void *handle);
+
+// Asks single tensors of torch. Only the type of a tensor that `describe` took is known: the other
+// questions read what lies in its object.
 class Asker {
  public:
   Asker(const Python &python_, const PortakvTorch &torch_) : python(python_), torch(torch_) {}
@@ -156,11 +159,17 @@ class Asker {
   // torch.nn.Parameter, and for a tensor without memory: an empty one, or a transform's.
   DlTensor describe(Object tensor, bool parameters) const;
   // Return the elements from the first of a tensor's storage to its own first.
-  int64_t storage_offset(Object tensor) const;
+  int64_t storage_offset(Object tensor) const { return answer(torch.storage_offset, tensor); }
   // Return the bytes of a tensor's storage, which can have been resized.
-  int64_t storage_bytes(Object tensor) const;
-  bool holds(Object unbound, Object tensor) const;
-  bool truth(Object answer) const;
+  int64_t storage_bytes(Object tensor) const { return answer(torch.storage_bytes, tensor); }
+  int64_t dtype(Object tensor) const { return answer(torch.dtype, tensor); }
+  bool is_neg(Object tensor) const { return torch.is_neg(handle(tensor)); }
+  bool is_conj(Object tensor) const { return torch.is_conj(handle(tensor)); }
+  bool requires_grad(Object tensor) const {
+    return torch.requires_grad(*static_cast<void *const *>(handle(tensor)));
+  }
+  bool is_pinned(Object tensor) const;
+  void raise_version(Object tensor) const { portakv::raise_version(torch, handle(tensor)); }
   // Return an object; throw `Raised` for null.
   static Object raised(Object result);
 
@@ -168,7 +177,14 @@ class Asker {
   const PortakvTorch &torch;
 
  private:
-  Object method(Object unbound, Object tensor) const;
+  void *handle(Object tensor) const { return static_cast<char *>(tensor) + torch.handle_at; }
+
+  template <typename Number>
+  Number answer(int (*question)(void *, Number *), Object tensor) const {
+    Number number = 0;
+    if (question(handle(tensor), &number) != 0) throw NotPlain();
+    return number;
+  }
 };
 
 // Return true if memory is as it was. The caller holds the interpreter.
@@ -177,6 +193,10 @@ bool unchanged(const portakv_watch &watch);
 // The address of a tensor's first byte.
 inline int64_t begin_of(const DlTensor &facts) {
   return static_cast<int64_t>(reinterpret_cast<uintptr_t>(facts.data) + facts.byte_offset);
+}
+
+inline int64_t itemsize_of(const DlTensor &facts) {
+  return (int64_t{facts.dtype.bits} * facts.dtype.lanes + 7) / 8;
 }
 
 // Reads the tensors of one view. Its functions throw `NotPlain`, `Raised`, and what `read_view`
@@ -189,6 +209,8 @@ class TensorReader {
 
   // Read a tensor, or plain tensors in containers as the layout names them.
   void read(Object tensors);
+  // Read a tensor that was described.
+  void read(Object tensor, const DlTensor &facts);
   // Return the answer of `portakv_view_read_tensors`: a new reference.
   Object answer() const;
 
@@ -202,9 +224,9 @@ class TensorReader {
  private:
   void walk(Object item, size_t level);
   ptrdiff_t enter(size_t level, ptrdiff_t length);
-  void describe(size_t n);
-  void check_bytes(Object tensor, bool is_unsigned) const;
+  void add(const DlTensor &facts);
   void ask_hidden(size_t n);
+  void make_view();
   bool all_pinned() const;
   Object form_or_words() const;
   Object integer(int64_t value) const;

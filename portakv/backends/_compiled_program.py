@@ -161,16 +161,34 @@ def _side(
     table = next(values) if side.tabled else None
     row = next(values)
     first = next(values)
-    number = torch.arange(units, device=memory.device)
+    at = torch.arange(units, device=memory.device)
     good = None
     if ids is None:
-        number = number + first
+        number = at + first
     else:
         limit = next(values)
-        rest = next(values) if side.per_id > 1 else 0
-        number, good = _from_ids(side, number, ids, first, limit, rest)
+        if side.per_id == 1:
+            number = torch.narrow(ids, 0, first, at.shape[0])[:, 0]
+            good = (number >= 0) & (number < limit)
+        else:
+            at = at + next(values)  # the units of the first id to skip
+            listed = ids[:, 0][first + at // side.per_id]
+            number = listed * side.per_id + at % side.per_id
+            # The product of a huge id may have overflowed into a number that looks good.
+            good = (listed >= 0) & (listed < limit) & (number < limit)
+        number = torch.where(good, number, 0)
+
+    # Walk through the steps of a unit's number, innermost first.
     entry = next(values) if side.tabled else 0
-    row, entry = _walk_units(side, number, row, entry, [next(values) for _ in side.extents])
+    strides = [next(values) for _ in side.extents]
+    for place in reversed(range(len(strides))):
+        extent = side.extents[place]
+        digit = number % extent if extent else number
+        number = number // extent if extent else number
+        if side.unit_entries[place]:
+            entry = entry + digit * strides[place]
+        else:
+            row = row + digit * strides[place]
     below = len(shape.loops)
     row = _over(row, below)
     entry = _over(entry, below)
@@ -182,37 +200,6 @@ def _side(
     if table is not None:
         row = row + (table[:, 0][entry] >> (shape.grain.bit_length() - 1))
     return memory, row, good
-
-
-def _from_ids(
-    side: SideShape, at: torch.Tensor, ids: torch.Tensor, first: int, limit: int, rest: int
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the number of the unit for each position, 0 where its id is bad; and the mask of good
-    ids."""
-    if side.per_id == 1:
-        number = torch.narrow(ids, 0, first, at.shape[0])[:, 0]
-        good = (number >= 0) & (number < limit)
-    else:
-        listed = ids[:, 0][first + (at + rest) // side.per_id]
-        number = listed * side.per_id + (at + rest) % side.per_id
-        # The product of a huge id may have overflowed into a number that looks good.
-        good = (listed >= 0) & (listed < limit) & (number < limit)
-    return torch.where(good, number, 0), good
-
-
-def _walk_units(
-    side: SideShape, number: torch.Tensor, row: Argument, entry: Argument, strides: list[int]
-) -> tuple[Argument, Argument]:
-    """Return rows and entries after the steps that numbers of units walk through."""
-    for place in reversed(range(len(strides))):
-        extent = side.extents[place]
-        digit = number % extent if extent else number
-        number = number // extent if extent else number
-        if side.unit_entries[place]:
-            entry = entry + digit * strides[place]
-        else:
-            row = row + digit * strides[place]
-    return row, entry
 
 
 def _over(unit: Argument, loops: int) -> Any:

@@ -148,6 +148,9 @@ class NestKernel:
             **self.dst.constants,
         }
         self.key = (*self.constants.values(), self.tile.warps, str(self.signature()))
+        # The most units of one launch: launchers multiply the programs of both axes in 32 bits.
+        vectors = min(MAX_VECTORS, MAX_VECTORS // self.planes * self.tile.vectors)
+        self._most_units = vectors // self._row or 1
 
     @property
     def element_bits(self) -> int:
@@ -159,11 +162,6 @@ class NestKernel:
         sides = {"src": self.src.signature(), "dst": self.dst.signature()}
         numbers = {"units": "i32", "start": "i64", "tokens": "i64", "status": "i64"}
         return {**sides, **numbers, **dict.fromkeys(self.constants, "constexpr")}
-
-    @property
-    def most_units(self) -> int:
-        """The most units of one launch; launchers multiply the programs of both axes in 32 bits."""
-        return min(MAX_VECTORS, MAX_VECTORS // self.planes * self.tile.vectors) // self._row or 1
 
     def programs(self, units: int) -> int:
         """Return the programs along x that move so many units."""
@@ -177,7 +175,9 @@ class NestKernel:
         dst = self.dst.arguments(move.dst, move.dst_index)
         word = 0 if status is None else status.data_ptr()
         unit = self._unit
-        most = self.most_units
+        most = self._most_units
         units = move.count // unit
+        if units <= most:
+            return [(self.programs(units), (src, dst, units, 0, unit, word))]
         spans = [(start, min(most, units - start)) for start in range(0, units, most)]
         return [(self.programs(n), (src, dst, n, start, unit, word)) for start, n in spans]

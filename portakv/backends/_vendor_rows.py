@@ -30,18 +30,13 @@ def packed(form: Form, order: Sequence[str]) -> bool:
     if form.opaque or form.paged != ("block" in order):
         return False
     extents = {"block": 0, "kv": form.kv, "head": form.heads, "token": form.block_size}
-    return all(
-        _packed(part, [(name, extents.get(name, width)) for name in order])
-        for part, width in zip(form.parts, form.widths, strict=True)
-    )
-
-
-def _packed(part: KVRows, axes: Sequence[tuple[str, int]]) -> bool:
-    stride = 1
-    for name, extent in reversed(axes):
-        if name != "kv" and steps(part, name) != [(extent, 0, stride)] * (extent != 1):
-            return False
-        stride *= extent
+    for part, width in zip(form.parts, form.widths, strict=True):
+        stride = 1
+        for name in reversed(order):
+            extent = extents.get(name, width)
+            if name != "kv" and steps(part, name) != [(extent, 0, stride)] * (extent != 1):
+                return False
+            stride *= extent
     return True
 
 

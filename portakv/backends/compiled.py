@@ -18,7 +18,7 @@ from functools import cached_property
 from importlib.util import find_spec
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -36,8 +36,8 @@ from portakv.backends._sides import SideArguments
 from portakv.backends.base import Backend, Capabilities, Decision, Launch, MoveLaunch, places_on
 from portakv.backends.strided import ELEMENTS
 from portakv.plan.plan import CopyPlan, Move, Nest
-from portakv.runtime.bounded import Bounded
 from portakv.runtime.devices import capturing, refuse_capture
+from portakv.runtime.kernel_cache import LOADED
 from portakv.runtime.streams import side_stream
 from portakv.view.index import Index
 from portakv.view.view import KVView
@@ -55,9 +55,6 @@ class Compiled(Backend):
     def __init__(self, device: torch.device) -> None:
         super().__init__(device)
         self._lock = threading.RLock()
-        self.programs: Bounded[CopyShape | tuple[bool, bool], Program] = Bounded(
-            "compiled programs", 512
-        )
 
     @classmethod
     def probe(cls, device: torch.device) -> Decision:
@@ -105,7 +102,7 @@ class Compiled(Backend):
                 example += [0] * (numbers + steps)
             return Program(copy, {"SHAPE": shape}, [*example, *[0] * shape.has_ids], lost)
 
-        return self.programs.get_or_make(shape, make)
+        return cast("Program", LOADED.get_or_make((self, shape), make))
 
     def _reporting(self, plan: CopyPlan) -> Program | None:
         """Return the program that reports bad ids; None for a plan without ids."""
@@ -119,7 +116,7 @@ class Compiled(Backend):
                 example += [self._all_from(zeros), 0, 0, 0, 1]
             return Program(report, {"SIDES": sum(key)}, example, lost)
 
-        return self.programs.get_or_make(key, make) if any(key) else None
+        return LOADED.get_or_make((self, key), make) if any(key) else None
 
     def _all_from(self, tensor: torch.Tensor) -> torch.Tensor:
         return memory_from(tensor.data_ptr(), self.device, torch.int64)
@@ -144,7 +141,7 @@ class _CompiledLaunch(MoveLaunch):
         units = move.count // self._unit
         side = None
         if self._report is not None and status is not None:
-            side = self._start_report(self._report, move, units, status)
+            side = self._start_report(self._report, move, status)
         try:
             # A view without slots has no memory, and every id is bad.
             if move.src.slots and move.dst.slots:
@@ -154,9 +151,7 @@ class _CompiledLaunch(MoveLaunch):
             if side is not None:
                 torch.cuda.current_stream(self._device).wait_stream(side)
 
-    def _start_report(
-        self, report: Program, move: Move, units: int, status: torch.Tensor
-    ) -> torch.cuda.Stream | None:
+    def _start_report(self, report: Program, move: Move, status: torch.Tensor) -> Any:
         """Report bad ids while the copy runs, on a side stream, and return that stream.
 
         After the copy, the report took 15 % of the time of a 33 MB copy. In a capture it runs
@@ -168,7 +163,7 @@ class _CompiledLaunch(MoveLaunch):
         low = min(word, lost) // ALIGNMENT * ALIGNMENT
         memory = memory_from(low, device, torch.int64)
         places = (word - low) // 8, (lost - low) // 8
-        arguments: list[Argument] = [memory, units, self._unit, *places]
+        arguments: list[Argument] = [memory, move.count // self._unit, self._unit, *places]
         for view, index, per_id in zip(move[:2], move[2:4], self._per_id, strict=True):
             if index.ids is not None:
                 first = index.offset // self._unit
@@ -183,7 +178,7 @@ class _CompiledLaunch(MoveLaunch):
         side.wait_stream(current)
         with torch.cuda.stream(side):
             report(arguments)
-        return side  # type: ignore[no-any-return]
+        return side
 
 
 class _NestLaunch:

@@ -14,14 +14,17 @@ from portakv.core.call import (
     OTHERWISE,
     CurrentStream,
     calls,
-    current_stream_function,
 )
 from portakv.core.rows import Kernels
+from portakv.core.view import address_in_torch
 from portakv.runtime.cuda import NO_CONTEXT, KernelDriver
 from portakv.runtime.devices import capture_question, this_process
-from portakv.runtime.ends import ends_of
+from portakv.runtime.ends import End, ends_of
 from portakv.runtime.transfer import Completion, Owner, Transfer, hold, hold_memory
 from portakv.view.view import KVView
+
+#: The result of the core for the first work of a thread, of which nothing was launched.
+FIRST_WORK = DRIVER - NO_CONTEXT
 
 #: Why a backend executes a plan inside its device.
 TAKES = "takes the plan"
@@ -41,6 +44,7 @@ class RowKernels:
         carried: the executor and the reason for it.
         ends: of copies; None: work has ended when a launch returns.
         current: where the core finds what names the current stream; None: torch names it.
+        process: that uses the driver, which need not survive a fork.
     """
 
     def __init__(self, driver: KernelDriver, device: torch.device, name: str) -> None:
@@ -50,7 +54,7 @@ class RowKernels:
         self._driver = driver
         self._stream = driver.number
         self._capturing = capture_question(device)
-        self._process = this_process()
+        self.process = this_process()
         self._current = calls().current_stream
         self._names = _current_stream(driver, device)
         self.current = None if self._names is None else ctypes.addressof(self._names)
@@ -87,7 +91,7 @@ class RowKernels:
         """
         current = self.current
         stream: int | None = OTHERWISE
-        if current is not None and not self._process.forked:
+        if current is not None and not self.process.forked:
             stream = self._current(current)
         if stream == OTHERWISE:  # torch is asked, which raises what the core does not
             stream = self._stream(None)
@@ -108,27 +112,38 @@ class RowKernels:
             at = end.address
 
         result = function(*arguments, at, stream)
-        if result == DRIVER - NO_CONTEXT:  # the first work of a thread
+        if result == FIRST_WORK:
             with self._driver.current():
                 result = function(*arguments, at, stream)
-        if result <= DRIVER:  # what was launched may use the end, which is given up
-            self._driver.refuse(DRIVER - result, "The launch")
         if result < 0:
-            if end is not None:
-                end.release(end)
+            self.give_back(end, result)
             return None
 
+        carried = carried or self.carried
         if end is None:
-            return Transfer((), None, carried or self.carried), result
+            return Transfer((), None, carried), result
+        if not memory:
+            return end.transfer(result, ids, retained, carried, owner), result
         words = end.words if result & GUARDED else ()
         completion = Completion(end, (), words, None, (ids, memory), end)
         # Either queue releases the end if the handle is dropped. Only a word can bring an error,
         # which `LateErrors` look for among the copies in flight.
-        if memory:
-            hold_memory(completion)
-        if words or not memory:
+        hold_memory(completion)
+        if words:
             hold(completion, owner)
-        return Transfer((completion,), retained, carried or self.carried), result
+        return Transfer((completion,), retained, carried), result
+
+    def give_back(self, end: End | None, result: int) -> None:
+        """Release the end of a copy for which a function of the core returned a code.
+
+        Raises:
+            TransferError: the code is the driver's error. What was launched may use the end, which
+                is given up.
+        """
+        if result <= DRIVER:
+            self._driver.refuse(DRIVER - result, "The launch")
+        if end is not None:
+            end.release(end)
 
 
 def _current_stream(driver: KernelDriver, device: torch.device) -> CurrentStream | None:
@@ -138,7 +153,7 @@ def _current_stream(driver: KernelDriver, device: torch.device) -> CurrentStream
         return None
     try:
         current_device, capturing = driver.streams
-        current = current_stream_function()
+        current = address_in_torch("aoti_torch_get_current_cuda_stream")
     except AttributeError:
         return None
     if torch.cuda.device_count() == 1:  # it is always the current one

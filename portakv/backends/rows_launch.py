@@ -31,9 +31,9 @@ from portakv.core.rows import UNITS, Kernels, SideShape, pack_side
 from portakv.errors import Unsupported
 from portakv.plan.packing import PackPlan
 from portakv.plan.plan import CopyPlan, Move
-from portakv.runtime.bounded import Bounded
 from portakv.runtime.cuda import NO_CONTEXT, KernelDriver
 from portakv.runtime.devices import capturing, refuse_capture
+from portakv.runtime.kernel_cache import LOADED
 from portakv.view.index import Index
 from portakv.view.view import KVView
 
@@ -56,7 +56,6 @@ class LoadedKernels:
     def __init__(self, driver: KernelDriver, capturing: Callable[[], bool]) -> None:
         self._driver = driver
         self._capturing = capturing
-        self._loaded: Bounded[str, dict[str, object]] = Bounded("loaded kernels", 1024)
         self._lock = threading.Lock()
 
     def functions(self, kernels: Sequence[KernelText]) -> list[dict[int, object]]:
@@ -66,7 +65,7 @@ class LoadedKernels:
             Unsupported: a kernel is not loaded, and a graph is being captured.
         """
         with self._lock:
-            loaded = [self._loaded.get_or_make(x.source, partial(self._load, x)) for x in kernels]
+            loaded = [LOADED.get_or_make((self, x.source), partial(self._load, x)) for x in kernels]
         return [
             {each: functions[name] for each, name in kernel.names.items()}
             for kernel, functions in zip(kernels, loaded, strict=True)

@@ -12,14 +12,13 @@ from collections.abc import Callable, Hashable, Iterator, Sequence
 from itertools import chain, groupby, product
 from math import gcd, prod
 from operator import itemgetter, mul
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
 from portakv.backends.base import MoveLaunch
 from portakv.plan.plan import CopyPlan, Move, Nest, Side
-from portakv.view.form import Form
 from portakv.view.index import Index
 from portakv.view.view import KVView
 
@@ -70,39 +69,16 @@ class Ops(NamedTuple):
     nested: bool = False
 
 
-class Rows(Protocol):
-    """The rows of one side, such as a view. `KVView` documents each."""
-
-    @property
-    def form(self) -> Form: ...
-    @property
-    def device(self) -> torch.device: ...
-    @property
-    def slots(self) -> int: ...
-    @property
-    def raw(self) -> bool: ...
-    @property
-    def derived(self) -> dict[Hashable, Any]: ...
-    def strided(
-        self,
-        entry: int,
-        offset: int,
-        dtype: torch.dtype,
-        size: Sequence[int],
-        stride: Sequence[int],
-    ) -> torch.Tensor: ...
-
-
 class Units(NamedTuple):
     """The units of one side of a copy.
 
     Attributes:
-        rows: a view, or the rows of a chunk.
+        rows: a view.
         numbers: the number of each unit, int64 on the device of the view; None: consecutive units.
         offset: tokens before the first of consecutive units.
     """
 
-    rows: Rows
+    rows: KVView
     numbers: torch.Tensor | None
     offset: int
 
@@ -369,7 +345,7 @@ class _Rows:
         return begin * first.stride, sizes
 
     def tensors(
-        self, view: Rows, entry: int, start: int, numbers: _Picked, at: slice | torch.Tensor
+        self, view: KVView, entry: int, start: int, numbers: _Picked, at: slice | torch.Tensor
     ) -> tuple[_Tensors, _Picked]:
         """Return for each plane the tensor over rows of an entry, and the rows of the units ``at``
         (None: all)."""
@@ -392,11 +368,11 @@ class _Rows:
             known = made[key] = _unbound(self._whole(view, entry))
         return known, self._walked(numbers) if self._walk else numbers
 
-    def _tensors_of(self, view: Rows) -> dict[Hashable, Any]:
+    def _tensors_of(self, view: KVView) -> dict[Hashable, Any]:
         """Return the tensors that were made of a view: those that it keeps, or of this copy."""
         return view.derived if self._made is None else self._made
 
-    def _whole(self, view: Rows, entry: int) -> list[_Grids]:
+    def _whole(self, view: KVView, entry: int) -> list[_Grids]:
         """Return tensors over all rows of an entry."""
         made = self._tensors_of(view)
         key = (self, entry, _WHOLE)
@@ -409,7 +385,7 @@ class _Rows:
         return known
 
     def _consecutive(
-        self, view: Rows, entry: int, start: int, at: slice | torch.Tensor
+        self, view: KVView, entry: int, start: int, at: slice | torch.Tensor
     ) -> tuple[_Tensors, _Picked]:
         """Return the tensors and rows of units that follow each other from byte ``start`` on."""
         if isinstance(at, slice):
@@ -423,13 +399,13 @@ class _Rows:
         at = at.to(view.device)
         return self.over(view, entry, start, [(rows, self._near)]), self._walked(at)
 
-    def _part(self, view: Rows, entry: int, start: int, rows: int) -> _Tensors:
+    def _part(self, view: KVView, entry: int, start: int, rows: int) -> _Tensors:
         """Return the tensors over so many rows that follow each other from byte ``start`` on."""
         whole: list[_Grids] | None = None
         if self._near == self._grain and start % self._near == 0:
             whole = self._tensors_of(view).get((self, entry, _WHOLE))
-            # How many rows lie at raw addresses may not be known.
-            if whole is None and not view.raw:
+            # How many rows lie at raw addresses may not be known. No later call uses a chunk.
+            if whole is None and not (view.raw or view.temporary):
                 whole = self._whole(view, entry)
         if whole is None:
             return self.over(view, entry, start, [(rows, self._near)])
@@ -444,7 +420,7 @@ class _Rows:
         return rows
 
     def over(
-        self, view: Rows, entry: int, start: int, loops: Sequence[tuple[int, int]]
+        self, view: KVView, entry: int, start: int, loops: Sequence[tuple[int, int]]
     ) -> _Tensors:
         """Return for each plane the tensor over rows from byte ``start`` on.
 
@@ -453,7 +429,7 @@ class _Rows:
         return _unbound(self._over(view, entry, start, loops))
 
     def _over(
-        self, view: Rows, entry: int, start: int, loops: Sequence[tuple[int, int]]
+        self, view: KVView, entry: int, start: int, loops: Sequence[tuple[int, int]]
     ) -> list[_Grids]:
         """Return the same as one tensor for each grid."""
         size = [*[extent for extent, _ in loops], *self._size]
@@ -469,7 +445,7 @@ class _Rows:
                 made.append((tensor, len(sizes) - len(size)))
         return made
 
-    def _rows_of(self, view: Rows) -> int:
+    def _rows_of(self, view: KVView) -> int:
         """Return the number of rows of a view in one entry."""
         first, *bounded = self._side.units
         blocks = view.slots // self._unit // prod(step.extent for step in bounded)

@@ -26,8 +26,8 @@ from portakv.backends.base import (
     places_on,
 )
 from portakv.plan.plan import CopyPlan, Move
-from portakv.runtime.bounded import Bounded
 from portakv.runtime.devices import capturing, refuse_capture, refuse_fork, this_process
+from portakv.runtime.kernel_cache import LOADED
 
 INTERPRET = "TRITON_INTERPRET"
 
@@ -62,9 +62,6 @@ class Triton(Backend):
 
     def __init__(self, device: torch.device) -> None:
         super().__init__(device)
-        self._compiled: Bounded[tuple[object, ...], CompiledKernel] = Bounded(
-            "Triton kernels", 1024
-        )
         self._lock = threading.Lock()
 
     @classmethod
@@ -93,9 +90,8 @@ class Triton(Backend):
         if self.device.type == "cpu":
             return _InterpretedLaunch(nests)
         with self._lock:  # nests of one shape share a kernel
-            make = self._compiled.get_or_make
-            loaded = self._loaded
-            kernels = [make(nest.key, partial(loaded, nest)) for nest in nests]
+            make = LOADED.get_or_make
+            kernels = [make((self, nest.key), partial(self._loaded, nest)) for nest in nests]
         return _TritonLaunch(plan.unit, nests, kernels, self.device)
 
     def _loaded(self, nest: NestKernel) -> CompiledKernel:

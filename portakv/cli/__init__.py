@@ -34,23 +34,23 @@ examples:
 PORTAKV_BACKEND=name forces a backend: it serves, or the command ends with an
 error that lists the answer of every candidate."""
 
-#: Verbs of other packages: the package, its extra, the extra's modules, and the help text.
-_DELEGATED: dict[str, tuple[str, str, tuple[str, ...], str]] = {
+#: Verbs of other packages: the package, its extra, the extra's modules, the help text, and where
+#: the package is if it is missing.
+_DELEGATED: dict[str, tuple[str, str, tuple[str, ...], str, str]] = {
     "conform": (
         "portakv_conformance",
         "conformance",
         ("pytest", "hypothesis"),
         "judge a backend by the conformance suite",
+        "runs the package portakv_conformance, which is missing; install PortaKV again.",
     ),
-    "bench": ("portakv_benchmarks", "bench", (), "measure backends on real models' shapes"),
-}
-
-#: Where the package of such a verb is, if it is missing.
-_WHERE = {
-    "conform": "runs the package portakv_conformance, which is missing; install PortaKV again.",
     "bench": (
+        "portakv_benchmarks",
+        "bench",
+        (),
+        "measure backends on real models' shapes",
         "needs a clone of PortaKV, since releases do not contain the benchmarks; run "
-        "`pip install -e '.[bench]'` in a clone."
+        "`pip install -e '.[bench]'` in a clone.",
     ),
 }
 
@@ -80,7 +80,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         elif words[0] in _DELEGATED:  # the other package parses its options
             code = _delegate(words[0], words[1:])
         else:
-            _refuse_unknown_verb(parser, words[0])
+            # Suggest the verb that a misspelt word resembles, instead of argparse's list of all.
+            if words[0] not in VERBS and not words[0].startswith("-"):
+                for verb in difflib.get_close_matches(words[0], VERBS, n=1):
+                    parser.error(f"Expected a verb, got {words[0]!r}. Did you mean {verb!r}?")
             args, more = parser.parse_known_args(words)
             if more:  # name the verb, not the whole command
                 args.misunderstood(f"unrecognized arguments: {' '.join(more)}")
@@ -131,17 +134,9 @@ def make_parser() -> argparse.ArgumentParser:
         own.add_argument("--json", action="store_true", help="print one JSON value")
         own.set_defaults(run=verb.run, misunderstood=own.error)
 
-    for name, (*_, does) in _DELEGATED.items():
+    for name, (*_, does, _) in _DELEGATED.items():
         verbs.add_parser(name, help=f"{does}; see `portakv {name} --help`", add_help=False)
     return parser
-
-
-def _refuse_unknown_verb(parser: argparse.ArgumentParser, word: str) -> None:
-    """Suggest the verb that a misspelt word resembles, instead of argparse's list of all."""
-    if word in VERBS or word.startswith("-"):
-        return
-    for verb in difflib.get_close_matches(word, VERBS, n=1):
-        parser.error(f"Expected a verb, got {word!r}. Did you mean {verb!r}?")
 
 
 def _demo(args: argparse.Namespace) -> int:
@@ -158,7 +153,7 @@ def _delegate(verb: str, words: list[str]) -> int:
     Return 1 if the package or a module that it needs is not installed. For `conform` return 2
     then, because its code 1 means that a backend failed.
     """
-    package, extra, needed, _ = _DELEGATED[verb]
+    package, extra, needed, _, where = _DELEGATED[verb]
     module = f"{package}.cli"
     if verb == "conform" and "--tier" in words:
         # It runs where the tier's engine is installed, and the packages of the suite are not.
@@ -172,7 +167,7 @@ def _delegate(verb: str, words: list[str]) -> int:
         missing = error.name or str(error)
         why = f"needs {missing!r}, which is not installed; {installing(extra)} brings it."
         if missing.partition(".")[0] == package:
-            why = _WHERE[verb]
+            why = where
         print(f"portakv: `portakv {verb}` {why}", file=sys.stderr)
         return 2 if verb == "conform" else 1
     return int(command.main(words) or 0)

@@ -10,7 +10,7 @@ import argparse
 import os
 import platform
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import cast
 
@@ -18,7 +18,7 @@ import torch
 
 from portakv import __version__
 from portakv.backends.base import Decision
-from portakv.cli.console import Report, columns_of, print_json, print_prose, print_table
+from portakv.cli.console import Report, print_json, print_prose, print_rows
 from portakv.errors import BackendUnavailable, DeviceMismatch
 from portakv.plan.plan import CopyPlan
 from portakv.registry import (
@@ -50,24 +50,32 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Print the candidates' answers. Return 1 if no device is served, 0 otherwise."""
-    targets: list[tuple[torch.device | str, str]]
+    report: Report = versions()
     if args.device is None:
-        targets = [(device, "") for device in devices_present()]
+        report["devices"] = [_device_report(device, "") for device in devices_present()]
     else:
-        targets = [_device(args.device)]
-    report: Report = {
-        "portakv": __version__,
-        "torch": str(torch.__version__),
-        "python": platform.python_version(),
-        "forced": forced_backend(),
-        "devices": [_device_report(*device) for device in targets],
-    }
+        report["devices"] = [_device_report(*_device(args.device))]
     (print_json if args.json else _print)(report)
     if any(one["chosen"] for one in report["devices"]):
         return 0
     where = args.device or "any device of this machine"
     print(f"portakv: no backend is chosen for {where}.", file=sys.stderr)
     return 1
+
+
+def versions() -> Report:
+    """Return the versions of this process, and the backend that the environment forces."""
+    return {
+        "portakv": __version__,
+        "torch": str(torch.__version__),
+        "python": platform.python_version(),
+        "forced": forced_backend(),
+    }
+
+
+def print_versions(report: Report) -> None:
+    """Print the versions of a report."""
+    print(f"portakv {report['portakv']}, torch {report['torch']}, Python {report['python']}")
 
 
 def _device(text: str) -> tuple[torch.device | str, str]:
@@ -97,7 +105,7 @@ def _device(text: str) -> tuple[torch.device | str, str]:
 def _device_report(device: torch.device | str, missing: str) -> Report:
     """Return the answers for a device, or for the name of a device that torch cannot use here."""
     candidates = candidates_for(device)
-    levels = _verified([c["name"] for c in candidates], device)
+    level = _level_on(device)
     absent = isinstance(device, str)
     return {
         "device": str(device),
@@ -105,12 +113,12 @@ def _device_report(device: torch.device | str, missing: str) -> Report:
         "count": 0 if absent else torch.get_device_module(device).device_count(),
         "missing": missing,
         "chosen": next((c["name"] for c in candidates if c["chosen"]), None),
-        "candidates": [{**one, "verified": levels.get(one["name"], "")} for one in candidates],
+        "candidates": [{**one, "verified": level(one["name"])} for one in candidates],
     }
 
 
 def _print(report: Report) -> None:
-    print(f"portakv {report['portakv']}, torch {report['torch']}, Python {report['python']}")
+    print_versions(report)
     is_set = f"={report['forced']} is set: no other backend is chosen."
     if report["forced"] is None:
         is_set = " is not set: the first accepted candidate is chosen."
@@ -125,15 +133,15 @@ def _print(report: Report) -> None:
     print_prose(_LEVELS)
 
 
-def _verified(names: Sequence[str], device: torch.device | str) -> dict[str, str]:
-    """Return each backend's support level, here or elsewhere: ``R6``, ``R3 on mlu, emulated``.
+def _level_on(device: torch.device | str) -> Callable[[str], str]:
+    """Return what tells a backend's support level, here or elsewhere: ``R6``, ``R3 on mlu``.
 
-    The result is empty without the conformance package, or if this Python cannot read its data.
+    Levels are empty without the conformance package, or if this Python cannot read its data.
     """
     try:
         from portakv_conformance.evidence import support_matrix
     except ImportError:
-        return {}
+        return lambda name: ""
     if isinstance(device, str):
         listed = device
     elif device.type == "cpu":
@@ -143,7 +151,7 @@ def _verified(names: Sequence[str], device: torch.device | str) -> dict[str, str
     else:
         listed = device_name(device)
     levels = support_matrix.read()
-    return {name: support_matrix.summary(name, listed, levels) for name in names}
+    return lambda name: support_matrix.summary(name, listed, levels)
 
 
 #: A backend's answer in JSON: ``name, accepted, on_request, chosen, reason``. At most one backend
@@ -217,10 +225,9 @@ def _passed_over(name: str, plan: CopyPlan, taken: Choice) -> Decision:
 def print_candidates(candidates: Sequence[Candidate], title: str) -> None:
     """Print a table of candidates, with the column ``verified`` if any candidate has a level."""
     shown = ["verified", "reason"] if any(c.get("verified") for c in candidates) else ["reason"]
-    columns = columns_of(["backend", "answer", *shown], prose=shown)
     rows = []
     for one in candidates:
         accepted = "on request" if one["on_request"] else "accepted"
         answer = "chosen" if one["chosen"] else accepted if one["accepted"] else "rejected"
         rows.append([one["name"], answer, *(one[name] for name in shown)])
-    print_table(columns, rows, title)
+    print_rows(["backend", "answer", *shown], rows, prose=shown, title=title)

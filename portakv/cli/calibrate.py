@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from portakv.cli.console import columns_of, print_json, print_prose, print_table
+from portakv.cli.console import print_json, print_prose, print_rows
 from portakv.cli.sides import check_cache, in_bytes, in_time, read_above_zero, requested_accelerator
 from portakv.errors import PortaKVError
 from portakv.interconnect.costs import Point, Table
@@ -81,7 +81,6 @@ def show(
     names = list(dict.fromkeys(strategy for strategy, _ in table.points))
     numbers = ["bytes of a run", "runs", "payload", *(f"{name}, GB/s" for name in names), "takes"]
     titles = ["direction", *numbers[:-1], "fastest", "takes"]
-    columns = columns_of(titles, prose=numbers, right=numbers)
     lines = []
     for (direction, size, runs), points in rows.items():
         pinned = {name: point for name, point in points.items() if name != "pageable"} or points
@@ -93,7 +92,13 @@ def show(
         ]
         sizes = [str(size), str(runs), in_bytes(payload)]
         lines.append([direction, *sizes, *rates, best, in_time(points[best].seconds)])
-    print_table(columns, lines, f"{table.device.get('model') or dev}, {dev}")
+    print_rows(
+        titles,
+        lines,
+        prose=numbers,
+        right=numbers,
+        title=f"{table.device.get('model') or dev}, {dev}",
+    )
     print()
     if table.emulated:
         print_prose("The device is emulated: these times do not apply to any hardware.")

@@ -69,6 +69,17 @@ def print_table(columns: Sequence[Column], rows: Rows, title: str = "") -> None:
     print("\n".join(line.rstrip() for line in lines))
 
 
+def print_rows(
+    titles: Sequence[str],
+    rows: Rows,
+    prose: Sequence[str] = (),
+    right: Sequence[str] = (),
+    title: str = "",
+) -> None:
+    """Print a table of columns with these titles; see `columns_of`."""
+    print_table(columns_of(titles, prose, right), rows, title)
+
+
 def print_prose(text: str) -> None:
     """Print a paragraph, folded at the width of the output."""
     print(textwrap.fill(text, output_width(), break_long_words=False, break_on_hyphens=False))

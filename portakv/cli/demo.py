@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import importlib
 import io
-import os
 import textwrap
 import time
 from collections.abc import Callable, Sequence
@@ -23,8 +22,8 @@ from typing import NamedTuple, cast
 import torch
 
 from portakv import __version__
-from portakv.cli.backends import Candidate, candidates_for, print_candidates
-from portakv.cli.console import Report, columns_of, installing, print_json, print_table
+from portakv.cli.backends import Candidate, candidates_for, forced_backend, print_candidates
+from portakv.cli.console import Report, installing, print_json, print_rows
 from portakv.cli.sides import Shape, in_bytes, in_time
 from portakv.connector.connector import AdaptiveConnector
 from portakv.copy.rows import copy_blocks
@@ -177,6 +176,17 @@ class Row:
         """Return True if bytes were compared and all are right."""
         return self.good and not self.refused and self.checked > 0
 
+    @property
+    def result(self) -> str:
+        """Return in words what became of the bytes."""
+        if self.refused:
+            return "rejected"
+        if self.failed:
+            return "failed"
+        if self.wrong:
+            return f"{self.wrong:,} wrong"
+        return "all right" if self.checked else ""
+
 
 class _Move(NamedTuple):
     """A copy, and the function that counts its wrong bytes; None for plain torch."""
@@ -268,39 +278,29 @@ def _moves(f: Founding, backend: str) -> list[_Move]:
     pool, target = (KVView(x, s.cache) for x in (f.pool, f.target))
     chunk, stored = (KVView(x, s.chunk, heads=s.heads) for x in (f.chunk, f.stored))
 
-    def move(call: str, route: str, checked: int, run: Work, wrong: Callable[[], int]) -> _Move:
-        return _Move(Row(backend, call, route, checked), run, wrong)
-
     slots = f"{s.tokens} slots"
     blocks = f"{len(f.blocks)} blocks"
+    written = pool_bytes(s)
     index = Index(f.slots)
     by_block = partial(copy_blocks, backend=backend)
     return [
-        move(
-            "from_gpu",
-            f"{slots} -> chunk",
-            s.payload,
+        _Move(
+            Row(backend, "from_gpu", f"{slots} -> chunk", s.payload),
             partial(reader.from_gpu, f.chunk, slot_mapping=index),
             partial(f.wrong_in_chunk, f.slots),
         ),
-        move(
-            "to_gpu",
-            f"chunk -> {slots}",
-            pool_bytes(s),
+        _Move(
+            Row(backend, "to_gpu", f"chunk -> {slots}", written),
             partial(writer.to_gpu, f.stored, slot_mapping=index),
             partial(f.wrong_in_target, f.slots),
         ),
-        move(
-            "copy_blocks",
-            f"{blocks} -> chunk",
-            s.payload,
+        _Move(
+            Row(backend, "copy_blocks", f"{blocks} -> chunk", s.payload),
             partial(by_block, pool, chunk, f.blocks, None),
             partial(f.wrong_in_chunk, f.slots_of_blocks),
         ),
-        move(
-            "copy_blocks",
-            f"chunk -> {blocks}",
-            pool_bytes(s),
+        _Move(
+            Row(backend, "copy_blocks", f"chunk -> {blocks}", written),
             partial(by_block, stored, target, None, f.blocks),
             partial(f.wrong_in_target, f.slots_of_blocks),
         ),
@@ -335,7 +335,7 @@ def _demo(device: str | None) -> Report:
     """Run and print the three parts; return them as JSON."""
     choice = choose(usual_device() if device is None else device)
     where = choice.backend.device
-    forced = os.environ.get(ENVIRONMENT) or None
+    forced = forced_backend()
     began = time.perf_counter()
     _print_heading(where, forced)
     model = run_model(where)
@@ -349,7 +349,18 @@ def _demo(device: str | None) -> Report:
     candidates = candidates_for(where)
     _print_choice(candidates, where, forced, serving)
     identical = bool(model["skipped"]) or (model["identical"] and model["control_differs"])
-    _print_result(model["skipped"], identical, rows, time.perf_counter() - began)
+
+    failed = dict.fromkeys(row.backend for row in rows if not row.good)
+    right = dict.fromkeys(row.backend for row in rows if row.right and row.backend not in failed)
+    logits = "bit-identical" if identical else "NOT bit-identical, or the control did not differ"
+    if model["skipped"]:
+        logits = "not run, see above"
+    _show(f"\nlogits    {logits}")
+    proven = f"all right through {', '.join(right)}" if right else "right through no backend"
+    _show(f"bytes     {proven}")
+    if failed:
+        _show(f"          WRONG or missing through {', '.join(failed)}")
+    _show(f"time      {time.perf_counter() - began:.0f} s")
     return {
         "portakv": __version__,
         "torch": str(torch.__version__),
@@ -405,12 +416,12 @@ def _folded(text: str) -> str:
 
 
 def _print_heading(device: torch.device, forced: str | None) -> None:
-    threads = torch.get_num_threads()
-    cores = ""
+    where = [str(device), device_name(device)]
     if device.type == "cpu":
-        cores = "1 thread" if threads == 1 else f"{threads} threads"
-    where = ", ".join(part for part in (str(device), device_name(device), cores) if part)
-    _show(f"PortaKV {__version__}, torch {torch.__version__}, on {where}")
+        threads = torch.get_num_threads()
+        where.append("1 thread" if threads == 1 else f"{threads} threads")
+    known = ", ".join(filter(None, where))
+    _show(f"PortaKV {__version__}, torch {torch.__version__}, on {known}")
     if forced:
         _show(f"{ENVIRONMENT}={forced} is set: that backend runs alone.")
     _show("\n1. A model's KV cache leaves its pages and comes back in others\n")
@@ -434,15 +445,17 @@ def _print_scenario(s: Shape, device: torch.device, serving: Sequence[str]) -> N
 
 def _print_rows(rows: Sequence[Row]) -> None:
     numbers = ("time", "vs copy_")
-    columns = columns_of(("backend", "call", "what moves", *numbers, "bytes"), right=numbers)
     _show("")
-    print_table(columns, [_cells(row) for row in rows])
+    print_rows(
+        ("backend", "call", "what moves", *numbers, "bytes"),
+        [_cells(row) for row in rows],
+        right=numbers,
+    )
     _show("")
     for row in rows:
         why = row.refused or row.failed
         if why:
-            how = "rejected" if row.refused else "failed"
-            _show(_folded(f"{row.backend}, {row.call}, {row.route}, {how}: {why}"))
+            _show(_folded(f"{row.backend}, {row.call}, {row.route}, {row.result}: {why}"))
     text = (
         f"bytes: {in_bytes(sum(row.checked for row in rows if row.right))} are the same as by "
         f"plain torch indexing, including the pages that a copy must not change."
@@ -459,17 +472,10 @@ def _print_rows(rows: Sequence[Row]) -> None:
 
 
 def _cells(row: Row) -> list[str]:
-    time = ""
-    ratio = ""
+    times = ["", ""]
     if row.seconds is not None:
-        time = in_time(row.seconds)
-        ratio = f"{row.ratio:.2f}x"
-    result = "all right" if row.checked else ""
-    if row.wrong:
-        result = f"{row.wrong:,} wrong"
-    if row.refused or row.failed:
-        result = "rejected" if row.refused else "failed"
-    return [row.backend, row.call, row.route, time, ratio, result]
+        times = [in_time(row.seconds), f"{row.ratio:.2f}x"]
+    return [row.backend, row.call, row.route, *times, row.result]
 
 
 def _print_choice(
@@ -484,18 +490,3 @@ def _print_choice(
         if name not in run:
             text += f" {name} is used only on request, so the demo did not run it."
     _show("\n" + _folded(text))
-
-
-def _print_result(
-    skipped: str | None, identical: bool, rows: Sequence[Row], seconds: float
-) -> None:
-    failed = dict.fromkeys(row.backend for row in rows if not row.good)
-    proven = dict.fromkeys(row.backend for row in rows if row.right and row.backend not in failed)
-    right = ", ".join(proven)
-    wrong = ", ".join(failed)
-    logits = "bit-identical" if identical else "NOT bit-identical, or the control did not differ"
-    _show(f"\nlogits    {'not run, see above' if skipped else logits}")
-    _show(f"bytes     all right through {right}" if right else "bytes     right through no backend")
-    if wrong:
-        _show(f"          WRONG or missing through {wrong}")
-    _show(f"time      {seconds:.0f} s")

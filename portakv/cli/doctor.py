@@ -10,19 +10,17 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from portakv import __version__
 from portakv.arguments import kind_of, whole
-from portakv.cli.backends import candidates_for, forced_backend
-from portakv.cli.console import Report, columns_of, installing, print_json, print_prose, print_table
+from portakv.cli.backends import candidates_for, print_versions, versions
+from portakv.cli.console import Report, installing, print_json, print_prose, print_rows
 from portakv.cli.store import check_installed
 from portakv.errors import InvalidTerms
 from portakv.integrations import (
@@ -133,14 +131,11 @@ def run(args: argparse.Namespace) -> int:
         whole("--block-size", args.block_size, 1, what="of tokens")
     if option is not None:
         check_installed(f"portakv doctor {option}")
-        return _check_config(option, texts[option], args.model, args.json, args.block_size)
+        return _check_config(option, texts[option], args)
     devices = [_device(device) for device in devices_present()]
     served = [one["type"] for one in devices if one["backend"]]
     report: Report = {
-        "portakv": __version__,
-        "torch": str(torch.__version__),
-        "python": platform.python_version(),
-        "forced": forced_backend(),
+        **versions(),
         "variables": [*_wrong_variables()],
         "plugs": [_integration(name, served) for name in INTEGRATIONS],
         "devices": devices,
@@ -280,7 +275,7 @@ def _extra(extra: str) -> Report:
 
 
 def _print(report: Report) -> None:
-    print(f"portakv {report['portakv']}, torch {report['torch']}, Python {report['python']}")
+    print_versions(report)
     if report["forced"]:
         print(f"{ENVIRONMENT}={report['forced']} is set: no other backend is chosen.")
     for sentence in report["variables"]:
@@ -311,8 +306,7 @@ _TITLES = {"plug": "integration", "found": "installed"}
 
 def _table(reports: Sequence[Report], *keys: str) -> None:
     rows = [[_text(report[key]) for key in keys] for report in reports]
-    columns = columns_of([_TITLES.get(key, key) for key in keys], prose=("reason", "gives"))
-    print_table(columns, rows)
+    print_rows([_TITLES.get(key, key) for key in keys], rows, prose=("reason", "gives"))
 
 
 def _text(value: str | Sequence[str] | None) -> str:
@@ -320,9 +314,7 @@ def _text(value: str | Sequence[str] | None) -> str:
     return (value if isinstance(value, str) else ", ".join(value or [])) or "-"
 
 
-def _check_config(
-    option: str, config: str, model: str | None, as_json: bool, block_size: int | None = None
-) -> int:
+def _check_config(option: str, text: str, args: argparse.Namespace) -> int:
     """Print what is wrong with a configuration; return 1 if it has an error.
 
     With warnings alone return 0, since a configuration may be for another machine. The last line
@@ -330,17 +322,27 @@ def _check_config(
 
     Args:
         option: one of `CONFIGURATIONS`.
-        config: JSON, or the path of a file with it, after an @ or without.
-        model: a folder with the ``config.json`` of a model; None: not known.
-        as_json: print one JSON value.
-        block_size: of vLLM's ``--block-size``; None: vLLM chooses it.
+        text: JSON, or the path of a file with it, after an @ or without.
 
     Raises `InvalidTerms` for texts that are not JSON objects.
     """
-    sizes = None if model is None else _sizes(model)
-    findings = _findings(option, _object(option, config.removeprefix("@")), sizes, block_size)
+    sizes = None if args.model is None else _sizes(args.model)
+    config = _object(option, text.removeprefix("@"))
+    # Imported here: they need the extra `serving`, and no other report does.
+    if option == "--kv-transfer-config":
+        from portakv.integrations.vllm.check import connector_findings_of
+
+        findings = connector_findings_of(config, sizes, args.block_size)
+    elif option == "--l2-adapter":
+        from portakv.integrations.lmcache.check import findings_of
+
+        findings = findings_of(config)
+    else:
+        from portakv.integrations.sglang.check import hicache_findings_of
+
+        findings = hicache_findings_of(config)
     code = 1 if findings.errors else 0
-    if as_json:
+    if args.json:
         print_json(vars(findings))
         return code
     for kind, sentences in (
@@ -353,24 +355,6 @@ def _check_config(
             print_prose(f"{kind}: {sentence}")
     print(_answer(CONFIGURATIONS[option][0], findings))
     return code
-
-
-def _findings(
-    option: str, config: Mapping[str, Any], sizes: Sizes | None, block_size: int | None
-) -> Findings:
-    """Return what is wrong with a configuration, for a model of known sizes."""
-    # Imported here: they need the extra `serving`, and no other report does.
-    if option == "--kv-transfer-config":
-        from portakv.integrations.vllm.check import connector_findings_of
-
-        return connector_findings_of(config, sizes, block_size)
-    if option == "--l2-adapter":
-        from portakv.integrations.lmcache import check
-
-        return check.findings_of(config)
-    from portakv.integrations.sglang.check import hicache_findings_of
-
-    return hicache_findings_of(config)
 
 
 def _answer(engine: str, findings: Findings) -> str:

@@ -24,7 +24,7 @@ import torch
 from portakv.backends.base import Decision
 from portakv.backends.pack_kernel import PackKernel, refusal
 from portakv.cli.backends import candidates_for_plan, forced_backend, print_candidates
-from portakv.cli.console import Report, columns_of, installing, print_json, print_prose, print_table
+from portakv.cli.console import Report, installing, print_json, print_prose, print_rows
 from portakv.cli.sides import (
     Side,
     add_extents,
@@ -40,19 +40,20 @@ from portakv.cli.sides import (
 from portakv.cli.store import check_installed, explain_folder
 from portakv.cli.top import read_page, samples_in
 from portakv.copy.call import executor_of
+from portakv.core.pick import ORDER
 from portakv.errors import BackendUnavailable, InvalidTerms, PortaKVError, Unsupported
 from portakv.interconnect.choose import Host
 from portakv.interconnect.costs import DIRECTIONS, Table, TableError, costs_of, read, unmeasured
-from portakv.interconnect.pick import ORDER, Alternative, pick
+from portakv.interconnect.pick import Alternative, pick
 from portakv.interconnect.pieces import Shape
 from portakv.interconnect.strategy import OVERLAPS, Terms
-from portakv.layout.encodings import PACK, Pack, PackedPlane
+from portakv.layout.encodings import PACK, Pack
 from portakv.layout.presets import resolve
 from portakv.plan.packing import PackPlan
 from portakv.plan.plan import CopyPlan, Nest
 from portakv.plan.plan import Side as Units
 from portakv.registry.prepared import prepare, prepared
-from portakv.registry.registry import ENVIRONMENT, Choice, choose
+from portakv.registry.registry import ENVIRONMENT, choose
 from portakv.runtime.bounded import caches
 from portakv.runtime.devices import (
     device_name,
@@ -92,11 +93,17 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     for name in ("src", "dst"):
         metavar = f"{name.upper()}_LAYOUT"
         parser.add_argument(name, nargs="?", metavar=metavar, help="a layout string or a preset")
-    blocks = "blocks of a paged side (default: for --tokens); with --host, runs (default: 1)"
-    add_extents(parser.add_argument_group("extents"), blocks)
+    add_extents(
+        parser.add_argument_group("extents"),
+        "blocks of a paged side (default: for --tokens); with --host, runs (default: 1)",
+    )
     group = parser.add_argument_group("indices")
-    packed = "one layout holds bf16 rows, the other packed slots: pack, or pack/1:3 (3 bits)"
-    parser.add_argument("--encoding", metavar="NAME", help=packed)
+    add = parser.add_argument
+    add(
+        "--encoding",
+        metavar="NAME",
+        help="one layout holds bf16 rows, the other packed slots: pack, or pack/1:3 (3 bits)",
+    )
     group.add_argument(
         "--index",
         choices=("slots", "blocks"),
@@ -105,19 +112,24 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "blocks); chunks by consecutive tokens (default: slots)",
     )
     for side in ("src", "dst"):
-        tokens = "tokens for each id; 0: no ids"
-        group.add_argument(f"--{side}-step", type=_step, metavar="N", help=tokens)
-    parser.add_argument("--device", help="a torch device (default: the accelerator, else cpu)")
-    parser.add_argument("--backend", metavar="NAME", help=f"force it, unless {ENVIRONMENT} is set")
-    parser.add_argument("--src-device", metavar="D", help="the source's (default: as --device)")
-    parser.add_argument(
-        "--caches",
-        action="store_true",
-        help="list instead the limits of the library's caches",
+        group.add_argument(
+            f"--{side}-step", type=_step, metavar="N", help="tokens for each id; 0: no ids"
+        )
+    add("--device", help="a torch device (default: the accelerator, else cpu)")
+    add("--backend", metavar="NAME", help=f"force it, unless {ENVIRONMENT} is set")
+    add("--src-device", metavar="D", help="the source's (default: as --device)")
+    add("--caches", action="store_true", help="list instead the limits of the library's caches")
+    add("--storage", metavar="DIR", help="explain instead a block store's folder")
+    add(
+        "--hooks",
+        metavar="URL",
+        help="explain instead what the hooks cost the engine of a server, from its /metrics",
     )
-    parser.add_argument("--storage", metavar="DIR", help="explain instead a block store's folder")
-    hooks = "explain instead what the hooks cost the engine of a server, from its /metrics"
-    parser.add_argument("--hooks", metavar="URL", help=hooks)
+    add(
+        "--peer",
+        action="store_true",
+        help="explain instead how rows of other processes would be pulled here",
+    )
     _add_host_options(parser)
 
 
@@ -171,7 +183,13 @@ def _explain_plan(args: argparse.Namespace) -> int:
         choice = executor_of(src.view, dst.view, choice, terms)  # tests whether it can read there
     plan = CopyPlan(src.view.form, dst.view.form, src.step, dst.step)
     _, taken = prepare(plan, choice)  # the same as a copy does
-    why = taken.trace[-1].reason if peer else _why(taken)
+    why = "the first candidate that serves the device, and it accepts this plan"
+    if peer:
+        why = taken.trace[-1].reason
+    elif taken.forced:
+        why = f"forced by {ENVIRONMENT}" if forced_backend() else "forced by --backend"
+    elif len(taken.trace) > 1:
+        why = "the first candidate that accepts this plan; the candidates before it rejected it"
     notes = []
     guarded = taken.can.guards and taken.can.skips_negative
     if (src.step or dst.step) and not guarded and taken.backend.device.type != "cpu":
@@ -216,12 +234,14 @@ def _print_caches(json: bool) -> int:
         print_json({"caches": rows})
         return 0
     titles = ["cache", "entries at most"]
-    print_table(
-        columns_of(titles, prose=titles[1:], right=titles[1:]),
+    print_rows(
+        titles,
         [
             [name, f"{limit}" if len(own) == 1 else f"{limit} in each of {len(own)}"]
             for (name, limit), own in sizes.items()
         ],
+        prose=titles[1:],
+        right=titles[1:],
     )
     print()
     print_prose(
@@ -232,19 +252,14 @@ def _print_caches(json: bool) -> int:
     return 0
 
 
-def _why(taken: Choice) -> str:
-    if taken.forced:
-        return f"forced by {ENVIRONMENT}" if forced_backend() else "forced by --backend"
-    if len(taken.trace) > 1:
-        return "the first candidate that accepts this plan; the candidates before it rejected it"
-    return "the first candidate that serves the device, and it accepts this plan"
-
-
 def _print_plan(report: Report, src: Side, dst: Side) -> None:
-    columns = columns_of(["", "source", "destination"], prose=["source", "destination"])
     first = _facts(src, report["source"])
     second = _facts(dst, report["destination"])
-    print_table(columns, [[name, first[name], second[name]] for name in first])
+    print_rows(
+        ["", "source", "destination"],
+        [[name, first[name], second[name]] for name in first],
+        prose=["source", "destination"],
+    )
     print(f"\n{report['plan']['text']}\n")
     print_prose(f"On {report['device']}, {report['backend']} executes it: {report['why']}.")
     for note in report["notes"]:
@@ -257,20 +272,19 @@ def _facts(side: Side, report: Report) -> dict[str, str]:
     text = report["layout"]
     requested = report["asked"].strip()
     wide = " + ".join(f"{width} B" for width in report["width_bytes"])
+    index = "none: consecutive tokens"
+    if side.step == 1:
+        index = "slot mapping: an id for each token"
+    elif side.step:
+        table = "block table: " if side.step == side.view.block_size else ""
+        index = f"{table}an id for {side.step} tokens"
     return {
         "layout": text if requested == text else f"{requested}: {text}",
         **{name: str(report[name]) for name in ("tensors", "dtype", "layers", "kv", "heads")},
         "width": f"{wide} a {'page' if report['opaque'] else 'head'}",
         "block size": f"{report['block_size']} tokens" if report["block_size"] else "not paged",
-        "index": _index_in_words(side),
+        "index": index,
     }
-
-
-def _index_in_words(side: Side) -> str:
-    if side.step < 2:
-        return "slot mapping: an id for each token" if side.step else "none: consecutive tokens"
-    table = "block table: " if side.step == side.view.block_size else ""
-    return f"{table}an id for {side.step} tokens"
 
 
 def _side_json(side: Side) -> Report:
@@ -333,22 +347,28 @@ def _explain_encoding(args: argparse.Namespace) -> int:
     device = _device_of(args.device)
     pack = _pack_of(args.encoding)
     extents = replace(extents_of(args), dtype=args.dtype or torch.bfloat16)
-    rows, image = _rows_and_image(args.src, args.dst)
+    pages = ["page" in resolve(text)[0].split() for text in (args.src, args.dst)]
+    if all(pages):
+        raise InvalidTerms(
+            f"Expected a layout of raw rows and one of packed blocks, got {args.src!r} and "
+            f"{args.dst!r}, which both have pages. Pass one of raw rows; packed blocks are copied "
+            f"as they are."
+        )
+    rows, image = (args.dst, args.src) if pages[0] else (args.src, args.dst)
     raw, _ = make_sides((rows, rows), extents, device, (None, None), True)
     packed = _packed_view(image, raw.view, pack)
     choice = choose(device, args.backend)
-    ways = [
-        _way("packs", raw, packed, choice, True),
-        _way("unpacks", raw, packed, choice, False),
-    ]
+    ways = [_way(verb, raw, packed, choice) for verb in ("packs", "unpacks")]
     if image == args.src:  # the requested direction comes first
         ways.reverse()
-    planes = packed.form.encoding
     report: Report = {
         "source": args.src,
         "destination": args.dst,
         "encoding": pack.text,
-        "planes": [_plane_json(plane) for plane in planes],
+        "planes": [
+            {name: getattr(plane, name) for name in _OF_PLANE} | {"ratio": round(plane.ratio, 4)}
+            for plane in packed.form.encoding
+        ],
         "block_bytes": {
             "raw": raw.view.form.token_bytes * packed.form.block_size,
             "packed": packed.form.token_bytes,
@@ -388,17 +408,6 @@ _STAYS_RAW = (
 )
 
 
-def _rows_and_image(src: str, dst: str) -> tuple[str, str]:
-    """Return the layout of raw rows, and that of the image; raise `InvalidTerms` for two images."""
-    pages = ["page" in resolve(text)[0].split() for text in (src, dst)]
-    if all(pages):
-        raise InvalidTerms(
-            f"Expected a layout of raw rows and one of packed blocks, got {src!r} and {dst!r}, "
-            f"which both have pages. Pass one of raw rows; packed blocks are copied as they are."
-        )
-    return (dst, src) if pages[0] else (src, dst)
-
-
 def _packed_view(text: str, raw: KVView, pack: Pack) -> KVView:
     """Return an example view of packed blocks with the extents of a raw view."""
     size = raw.block_size or 1
@@ -425,14 +434,15 @@ def _packed_view(text: str, raw: KVView, pack: Pack) -> KVView:
     return KVView(tensors, layout, encoding=pack, **named)
 
 
-def _way(verb: str, raw: Side, packed: KVView, choice: Any, packs: bool) -> Report:
+def _way(verb: str, raw: Side, packed: KVView, choice: Any) -> Report:
     """Return the plan of one direction, and the backend that executes it with each answer."""
     size = packed.form.block_size
-    forms = (raw.view.form, packed.form) if packs else (packed.form, raw.view.form)
-    step = size if raw.view.block_size else 0
-    steps = (step, size) if packs else (size, step)
-    ready = prepared(*forms, *steps, None, choice, PackPlan)
-    plan = PackPlan(*forms, *steps)
+    sides = [(raw.view.form, size if raw.view.block_size else 0), (packed.form, size)]
+    if verb == "unpacks":
+        sides.reverse()
+    (src, src_step), (dst, dst_step) = sides
+    ready = prepared(src, dst, src_step, dst_step, None, choice, PackPlan)
+    plan = PackPlan(src, dst, src_step, dst_step)
     taken = [nest for nest in range(len(plan.nests)) if refusal(plan, nest) is None]
     kernels = [PackKernel(plan, nest) for nest in taken]
     return {
@@ -447,44 +457,45 @@ def _way(verb: str, raw: Side, packed: KVView, choice: Any, packs: bool) -> Repo
     }
 
 
-def _plane_json(plane: PackedPlane) -> Report:
-    return {
-        "values": plane.values,
-        "raw_bytes": plane.raw_bytes,
-        "slot_bytes": plane.slot_bytes,
-        "ratio": round(plane.ratio, 4),
-        "code_bits": plane.code_bits,
-        "most_escapes": plane.most_escapes,
-        "sample": plane.sample,
-    }
+#: What a report has of a plane, in this order.
+_OF_PLANE = (
+    "values",
+    "raw_bytes",
+    "slot_bytes",
+    "ratio",
+    "code_bits",
+    "most_escapes",
+    "sample",
+)
 
 
 def _print_encoding(report: Report) -> None:
     numbers = ["raw", "slot", "ratio", "codes", "escapes"]
-    columns = columns_of(["a plane of", *numbers], prose=numbers, right=numbers)
-    rows = [
-        [
-            f"{plane['values']} values",
-            f"{plane['raw_bytes']} B",
-            f"{plane['slot_bytes']} B",
-            f"{plane['ratio']:.3f}",
-            f"{plane['code_bits']} bits",
-            f"{plane['most_escapes']} at most",
-        ]
-        for plane in report["planes"]
-    ]
-    print_table(columns, list(dict.fromkeys(map(tuple, rows))))
+    cells = (
+        "{values} values",
+        "{raw_bytes} B",
+        "{slot_bytes} B",
+        "{ratio:.3f}",
+        "{code_bits} bits",
+        "{most_escapes} at most",
+    )
+    rows = [tuple(cell.format_map(plane) for cell in cells) for plane in report["planes"]]
+    print_rows(["a plane of", *numbers], list(dict.fromkeys(rows)), prose=numbers, right=numbers)
     sizes = report["block_bytes"]
     print(f"\nA block has {sizes['raw']} B raw and {sizes['packed']} B packed.\n")
     print(report["ways"][0]["plan"])
     print()
-    columns = columns_of(["", "backend", "answer", "reason"], prose=["reason"])
     answers = [
         [way["does"], x["backend"], "chosen" if x["accepted"] else "rejected", x["reason"]]
         for way in report["ways"]
         for x in way["answers"]
     ]
-    print_table(columns, answers, f"On {report['device']}")
+    print_rows(
+        ["", "backend", "answer", "reason"],
+        answers,
+        prose=["reason"],
+        title=f"On {report['device']}",
+    )
     kernels = [kernel for way in report["ways"] for kernel in way["kernels"]]
     if kernels:
         names = [f"{x['name']} with thread blocks of {x['threads']}" for x in kernels]
@@ -509,31 +520,44 @@ _RUN_BYTES = 32 << 10
 
 
 def _add_host_options(parser: argparse.ArgumentParser) -> None:
-    """Add `--peer`, and `--host` with its options."""
-    peer = "explain instead how rows of other processes would be pulled here"
-    parser.add_argument("--peer", action="store_true", help=peer)
+    """Add `--host` with its options."""
     group = parser.add_argument_group(
         "copies between a device and the host",
         "The transfer strategy for --blocks runs of --run-bytes. The runs are not contiguous on "
         "either side.",
     )
     add = group.add_argument
-    memory = "host memory that is not pinned"
     add("--host", action="store_true", help="explain the choice of a strategy, instead of a plan")
-    run = f"bytes of a run on the device, such as 32768 or 32K (default: {_RUN_BYTES >> 10}K)"
-    add("--run-bytes", type=read_bytes, metavar="N", help=run)
+    add(
+        "--run-bytes",
+        type=read_bytes,
+        metavar="N",
+        help=f"bytes of a run on the device, such as 32768 or 32K (default: {_RUN_BYTES >> 10}K)",
+    )
     add("--payload", type=read_bytes, metavar="N", help="all bytes, instead of --blocks")
     add("--direction", choices=DIRECTIONS, help="default: d2h")
-    runs = "runs in host memory, 1 if it is dense (default: as many as on the device)"
-    add("--host-runs", type=positive, metavar="N", help=runs)
-    add("--pageable", action="store_true", default=None, help=memory)
+    add(
+        "--host-runs",
+        type=positive,
+        metavar="N",
+        help="runs in host memory, 1 if it is dense (default: as many as on the device)",
+    )
+    add("--pageable", action="store_true", default=None, help="host memory that is not pinned")
     add("--overlap", choices=OVERLAPS, help="other work of the device (default: compute)")
     rate = partial(read_above_zero, what="10^9 bytes in a second, above 0")
     add("--max-gbps", type=rate, metavar="R", help="the most 10^9 bytes in a second")
-    blocks = "the most thread blocks of a kernel that reads or writes host memory"
-    add("--max-thread-blocks", type=positive, metavar="N", help=blocks)
-    table = "a table that `portakv calibrate` wrote, also for another device"
-    add("--table", type=_table_in, metavar="FILE", help=table)
+    add(
+        "--max-thread-blocks",
+        type=positive,
+        metavar="N",
+        help="the most thread blocks of a kernel that reads or writes host memory",
+    )
+    add(
+        "--table",
+        type=_table_in,
+        metavar="FILE",
+        help="a table that `portakv calibrate` wrote, also for another device",
+    )
 
 
 def _table_in(file: str) -> Table:
@@ -633,13 +657,10 @@ def _alternative_json(alternative: Alternative, chosen: str, nbytes: int) -> Rep
     if alternative.strategy == chosen:
         answer = "chosen"
     seconds = alternative.seconds
+    facts = alternative._asdict()
     return {
-        "engine": alternative.strategy,
-        "run_bytes": alternative.run_bytes,
-        "runs": alternative.runs,
-        "seconds": seconds,
-        "host_seconds": alternative.host_seconds,
-        "refused": alternative.refused,
+        "engine": facts.pop("strategy"),
+        **facts,
         "measured": seconds is not None,
         "answer": answer,
         "gbps": nbytes / seconds / 1e9 if seconds else None,
@@ -666,7 +687,6 @@ def _print_host(report: Report) -> None:
     print()
     numbers = ("takes", "GB/s", "host")
     names = ("strategy", "answer", *numbers, "cost of", "why not")
-    columns = columns_of(names, prose=["why not"], right=numbers)
     rows = []
     for one in report["engines"]:
         times = [in_time(one[x]) if one[x] else "" for x in ("seconds", "host_seconds")]
@@ -674,7 +694,7 @@ def _print_host(report: Report) -> None:
         size = f"{one['runs']} x {in_bytes(one['run_bytes'])}"
         answers = [one["engine"], one["answer"], times[0] or "unknown", rate, times[1]]
         rows.append([*answers, size, one["refused"]])
-    print_table(columns, rows)
+    print_rows(names, rows, prose=["why not"], right=numbers)
     print()
     print_prose(f"Terms: {report['terms']['text']}.")
     print_prose(f"Times: {report['origin']}.")
@@ -783,7 +803,6 @@ def _print_peers(report: Report) -> None:
     for transport in report["movers"]:
         title = f"moved, through staging buffers on {transport['slots']}"
         tables.setdefault(title, []).append(transport)
-    columns = columns_of(["subject", "answer", "why"], prose=["answer", "why"])
     for title, decisions in tables.items():
         rows = []
         for decision in decisions:
@@ -791,7 +810,7 @@ def _print_peers(report: Report) -> None:
             rows.append([decision["name"], answer, decision["reason"]])
         if rows:
             print()
-            print_table(columns, rows, title)
+            print_rows(["subject", "answer", "why"], rows, prose=["answer", "why"], title=title)
 
     print()
     taken = "If memory cannot be mapped, a pull uses the first transport that serves, or the "
@@ -862,10 +881,14 @@ def _explain_hooks(url: str, as_json: bool) -> int:
         print_json({**about, "steps": steps, "hooks": hooks})
         return 0
     numbers = ["a step without work", "a step"]
-    columns = columns_of(["hook", "side", *numbers], prose=["side", *numbers], right=numbers)
     rows = [[cost.hook, cost.side, _time(cost.idle), _time(cost.mean)] for cost in costs]
     total = _time(idle if measured else None)
-    print_table(columns, [*rows, ["all", "", total, _time(sum(cost.mean for cost in costs))]])
+    print_rows(
+        ["hook", "side", *numbers],
+        [*rows, ["all", "", total, _time(sum(cost.mean for cost in costs))]],
+        prose=["side", *numbers],
+        right=numbers,
+    )
     print()
     if not measured:
         print_prose("The engine has had no step without work for the connector.")

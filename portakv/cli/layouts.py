@@ -99,13 +99,10 @@ def _run_one(name: str, json: bool) -> int:
 def _facts(preset: Preset) -> Report:
     """Return a preset as JSON."""
     return {
+        **vars(preset),
         "name": preset.name or None,
-        "layout": preset.layout,
-        "engine": preset.engine,
-        "releases": preset.releases,
         "extents": dict(preset.extents),
         "memory": preset.memory or None,
-        "note": preset.note,
     }
 
 

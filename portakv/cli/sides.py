@@ -11,7 +11,7 @@ import argparse
 import importlib
 import re
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, fields, replace
 from math import inf
@@ -74,24 +74,21 @@ def add_extents(
 ) -> None:
     """Add the options for the extents of two sides."""
 
-    def add(
-        name: str,
-        kind: Callable[[str], object],
-        help: str | None = None,
-        default: object = None,
-    ) -> None:
-        metavar = "N[,N]" if kind in (_positives, _pair) else "N"
-        group.add_argument(name, type=kind, metavar=metavar, help=help, default=default)
-
-    add("--layers", positive)
-    add("--kv", positive, "2 for keys and values")
-    add("--heads", positive, "KV heads")
-    add("--dim", _positives, "elements: of all kv, or for each kv")
-    size = f"tokens of a block: of both sides, or source, destination (default: {BLOCK_SIZE})"
-    add("--block-size", _pair, size, (BLOCK_SIZE, BLOCK_SIZE))
-    add("--blocks", positive, blocks)
-    add("--tokens", positive, f"default: {TOKENS}", TOKENS)
-    group.add_argument("--dtype", type=_dtype, help="a torch dtype (default: float16)")
+    add = group.add_argument
+    add("--layers", type=positive, metavar="N")
+    add("--kv", type=positive, metavar="N", help="2 for keys and values")
+    add("--heads", type=positive, metavar="N", help="KV heads")
+    add("--dim", type=_positives, metavar="N[,N]", help="elements: of all kv, or for each kv")
+    add(
+        "--block-size",
+        type=_pair,
+        metavar="N[,N]",
+        help=f"tokens of a block: of both sides, or source, destination (default: {BLOCK_SIZE})",
+        default=(BLOCK_SIZE, BLOCK_SIZE),
+    )
+    add("--blocks", type=positive, metavar="N", help=blocks)
+    add("--tokens", type=positive, metavar="N", help=f"default: {TOKENS}", default=TOKENS)
+    add("--dtype", type=_dtype, help="a torch dtype (default: float16)")
 
 
 def extents_of(args: argparse.Namespace) -> Extents:

@@ -29,7 +29,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import numpy as np
 
 from portakv.arguments import invalid
-from portakv.cli.console import Report, columns_of, installing, print_json, print_prose, print_table
+from portakv.cli.console import Report, installing, print_json, print_prose, print_rows
 from portakv.cli.sides import in_bytes, read_bytes
 from portakv.core.xxh3 import checksum
 from portakv.errors import InvalidTerms, PeerError, StoreBusy, StoreError
@@ -228,8 +228,12 @@ def _print(reports: Sequence[Report]) -> None:
     names = [name for name in _COLUMNS if name in filled]
     titles = [name.replace("_", " ") for name in names]
     numbers = [name.replace("_", " ") for name in _NUMBERS]
-    columns = columns_of(titles, prose=["model"], right=numbers)
-    print_table(columns, [[_cell(name, one.get(name)) for name in names] for one in reports])
+    print_rows(
+        titles,
+        [[_cell(name, one.get(name)) for name in names] for one in reports],
+        prose=["model"],
+        right=numbers,
+    )
     processes = {one.get("open_in", "-") for one in reports} - {"-"}
     for process in sorted(processes):
         print(f"The folder is open in {process}.")

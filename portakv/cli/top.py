@@ -9,13 +9,13 @@ import re
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from http.client import HTTPException
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 from urllib.request import urlopen
 
-from portakv.cli.console import columns_of, print_json, print_table
+from portakv.cli.console import print_json, print_rows
 from portakv.cli.sides import in_bytes, in_time
 from portakv.cli.store import check_installed
 from portakv.errors import InvalidTerms, PeerError, StoreError
@@ -197,32 +197,21 @@ class _Grown:
     """How much the values of metrics have grown between two readings, in a second."""
 
     def __init__(self, before: Reading, now: Reading) -> None:
-        self._before = before.values
+        seconds = max(1e-9, now.at - before.at)
         self._now = now.values
-        self._seconds = max(1e-9, now.at - before.at)
+        self._grown = dict[Key, float]()
+        for key, value in now.values.items():
+            more = value - before.values.get(key, 0.0)
+            # A process that was started again counts from 0.
+            self._grown[key] = (value if more < 0 else more) / seconds
 
     def by(self, labels: Sequence[str], name: str, series: str = "") -> dict[str, float]:
         """Return the growth of a metric a second, by the values of labels."""
-
-        def grown(key: Key, value: float) -> float:
-            more = value - self._before.get(key, 0.0)
-            # A process that was started again counts from 0.
-            return (value if more < 0 else more) / self._seconds
-
-        return self._sums(labels, name, series, grown)
+        return _sums(self._grown, labels, name, series)
 
     def levels(self, labels: Sequence[str], name: str) -> dict[str, float]:
         """Return the values of a gauge now, by the values of labels."""
-        return self._sums(labels, name, "", lambda key, value: value)
-
-    def _sums(
-        self, labels: Sequence[str], name: str, series: str, of: Callable[[Key, float], float]
-    ) -> dict[str, float]:
-        sums = defaultdict[str, float](float)
-        for key, value in self._now.items():
-            if key[:2] == (name, series):
-                sums[_named(key[2], labels)] += of(key, value)
-        return dict(sums)
+        return _sums(self._now, labels, name)
 
     def mean(self, labels: Sequence[str], name: str) -> dict[str, float]:
         """Return the mean seconds of a histogram, of those that ended between the readings."""
@@ -231,11 +220,19 @@ class _Grown:
         return {each: sums[each] / many for each, many in numbers.items() if many and each in sums}
 
 
-def _named(pairs: Iterable[tuple[str, str]], labels: Sequence[str]) -> str:
-    """Return a name from the values of labels, and the store's name if it has one."""
-    texts = dict(pairs)
-    own = " ".join(texts.get(label, "") for label in labels).strip()
-    return f"{texts['store']}: {own}".strip() if "store" in texts else own
+def _sums(
+    values: Mapping[Key, float], labels: Sequence[str], name: str, series: str = ""
+) -> dict[str, float]:
+    """Return the sums of a metric by the values of labels, after the store's name if it has one."""
+    sums = defaultdict[str, float](float)
+    for (each, kind, pairs), value in values.items():
+        if (each, kind) == (name, series):
+            texts = dict(pairs)
+            own = " ".join(texts.get(label, "") for label in labels).strip()
+            if "store" in texts:
+                own = f"{texts['store']}: {own}".strip()
+            sums[own] += value
+    return dict(sums)
 
 
 class _Kind(NamedTuple):
@@ -295,53 +292,25 @@ _KINDS = (
 def rows_of(before: Reading, now: Reading) -> list[Row]:
     """Return what moves between two readings of a process, by kind."""
     grown = _Grown(before, now)
-    notes = {**_slow_links(grown), **_bad_results(grown)}
-    rows = [
-        row._replace(note=notes.get((row.kind, row.name), ""))
-        for kind in _KINDS
-        for row in _rows_of_kind(kind, grown)
-    ]
+    notes = _notes(grown)
+    rows = list[Row]()
+    for kind in _KINDS:
+        each, _, series = kind.each.partition("/")
+        columns = {
+            "rate": grown.by(kind.labels, kind.rate),
+            "each": grown.by(kind.labels, each, series),
+            "seconds": grown.mean(kind.labels, kind.seconds),
+            "waiting": grown.levels(kind.labels, kind.waiting),
+            "wait": grown.levels(kind.labels, kind.wait),
+        }
+        for name in dict.fromkeys(name for values in columns.values() for name in values):
+            figures: dict[str, Any] = {column: own.get(name) for column, own in columns.items()}
+            title = f"{name} {kind.label}".strip()
+            note = notes.get((kind.kind, title), "")
+            rows.append(Row(kind.kind, title, note=note)._replace(**figures))
+
     for form, left in grown.levels(["url"], "remote_left_alone").items():
         rows.append(Row("bucket", form, note="left alone after failures" if left else ""))
-    return [*rows, *_disks(grown)]
-
-
-def _rows_of_kind(kind: _Kind, grown: _Grown) -> Iterator[Row]:
-    """Yield a row for each name that a figure of a kind has."""
-    each, _, series = kind.each.partition("/")
-    columns = {
-        "rate": grown.by(kind.labels, kind.rate),
-        "each": grown.by(kind.labels, each, series),
-        "seconds": grown.mean(kind.labels, kind.seconds),
-        "waiting": grown.levels(kind.labels, kind.waiting),
-        "wait": grown.levels(kind.labels, kind.wait),
-    }
-    for name in dict.fromkeys(name for values in columns.values() for name in values):
-        figures: dict[str, Any] = {column: own.get(name) for column, own in columns.items()}
-        yield Row(kind.kind, f"{name} {kind.label}".strip())._replace(**figures)
-
-
-def _slow_links(grown: _Grown) -> dict[tuple[str, str], str]:
-    """Return a note for each link with a task that runs too long."""
-    slow = grown.levels(["queue"], "queue_slow")
-    return {("link", name): "a task runs too long" for name, one in slow.items() if one}
-
-
-def _bad_results(grown: _Grown) -> dict[tuple[str, str], str]:
-    """Return a note for each tier with results that are neither hits nor misses."""
-    notes = dict[tuple[str, str], str]()
-    for text, many in grown.by(["tier", "op", "result"], "tier_blocks_total").items():
-        name, _, result = text.rpartition(" ")
-        if many and result not in ("hit", "miss"):
-            note = f"{many:.3g}/s {result}"
-            before = notes.get(("tier", name))
-            notes["tier", name] = f"{before}, {note}" if before else note
-    return notes
-
-
-def _disks(grown: _Grown) -> list[Row]:
-    """Return a row for each fault of a disk."""
-    rows = list[Row]()
     for folder, many in grown.levels(["folder", "state"], "disk_slots").items():
         if folder.endswith(" broken") and many:
             rows.append(Row("disk", folder.removesuffix(" broken"), note=f"{many:g} broken slots"))
@@ -354,12 +323,24 @@ def _disks(grown: _Grown) -> list[Row]:
     return rows
 
 
+def _notes(grown: _Grown) -> dict[tuple[str, str], str]:
+    """Return a note for each link with a task that runs too long, and for each tier with results
+    that are neither hits nor misses."""
+    slow = grown.levels(["queue"], "queue_slow")
+    notes = {("link", name): "a task runs too long" for name, one in slow.items() if one}
+    for text, many in grown.by(["tier", "op", "result"], "tier_blocks_total").items():
+        name, _, result = text.rpartition(" ")
+        if many and result not in ("hit", "miss"):
+            note = f"{many:.3g}/s {result}"
+            before = notes.get(("tier", name))
+            notes["tier", name] = f"{before}, {note}" if before else note
+    return notes
+
+
 # --- as a table -----------------------------------------------------------------------------------
 
 _NUMBERS = ("bytes/s", "each/s", "takes", "waiting", "oldest")
 _PROSE = ("name", *_NUMBERS, "note")
-_COLUMNS = columns_of(("kind", *_PROSE), prose=_PROSE, right=_NUMBERS)
-_SIZED = ("link",)  # whose waiting are bytes
 
 
 def _print(where: str, rows: Sequence[Row]) -> None:
@@ -368,32 +349,28 @@ def _print(where: str, rows: Sequence[Row]) -> None:
         (
             row.kind,
             row.name,
-            "" if row.rate is None else in_bytes(round(row.rate)),
-            _number(row.each),
-            _seconds(row.seconds),
-            _waiting(row),
-            _seconds(row.wait),
+            _cell(row.rate, _size),
+            _cell(row.each, _number),
+            _cell(row.seconds, in_time),
+            _cell(row.waiting, _size if row.kind == "link" else "{:g}".format),
+            _cell(row.wait, in_time),
             row.note,
         )
         for row in rows
     ]
     if cells:
-        print_table(_COLUMNS, cells, f"{where}: what moves")
+        print_rows(("kind", *_PROSE), cells, _PROSE, _NUMBERS, f"{where}: what moves")
     else:
         print(f"{where}: nothing moves")
 
 
-def _waiting(row: Row) -> str:
-    if row.waiting is None:
-        return ""
-    return in_bytes(round(row.waiting)) if row.kind in _SIZED else f"{row.waiting:g}"
+def _cell(value: float | None, write: Callable[[float], str]) -> str:
+    return "" if value is None else write(value)
 
 
-def _number(each: float | None) -> str:
-    if each is None:
-        return ""
+def _size(nbytes: float) -> str:
+    return in_bytes(round(nbytes))
+
+
+def _number(each: float) -> str:
     return f"{each:,.0f}" if each >= 100 else f"{each:.3g}"
-
-
-def _seconds(seconds: float | None) -> str:
-    return "" if seconds is None else in_time(seconds)

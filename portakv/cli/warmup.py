@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 
 from portakv.backends.rows_kernel import kernels_of
-from portakv.cli.console import Report, columns_of, print_json, print_prose, print_table
+from portakv.cli.console import Report, print_json, print_prose, print_rows
 from portakv.cli.sides import (
     Extents,
     Side,
@@ -121,8 +121,12 @@ def run(args: argparse.Namespace) -> int:
         return 0
     numbers = ["compiled", "cached"]
     titles = ["kernels of", "for", *numbers]
-    columns = columns_of(titles, prose=["kernels of", *numbers], right=numbers)
-    print_table(columns, [[str(value) for value in one.values()] for one in warmed])
+    print_rows(
+        titles,
+        [[str(value) for value in one.values()] for one in warmed],
+        prose=["kernels of", *numbers],
+        right=numbers,
+    )
     compiled = sum(one["compiled"] for one in warmed)
     cached = sum(one["kept"] for one in warmed)
     print()

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple, TypeAlias
 from weakref import ref
 
 import torch
-from torch.compiler import is_compiling
+from torch.compiler import is_compiling, is_dynamo_compiling
 
 from portakv.connector import in_graph
 from portakv.connector.in_graph import Allocations, first_tensor, flatten
@@ -31,7 +31,8 @@ from portakv.layout.presets import resolve
 from portakv.plan.move import Move
 from portakv.registry.prepared import prepared
 from portakv.registry.registry import Choice, choose
-from portakv.runtime.transfer import LateErrors, Transfer, any_late_error
+from portakv.runtime import transfer as transfers
+from portakv.runtime.transfer import LateErrors, Transfer
 from portakv.view import Index, KVView
 from portakv.view.bound import BoundLayout, bind_layout
 from portakv.view.example import example_chunk
@@ -39,14 +40,8 @@ from portakv.view.example import example_chunk
 # ------------------------------------------------------------------------------------------------
 # Read and check the arguments of a connector: its caches once, and the chunks of each call.
 
-Extents = dict[str, Any]
 #: A chunk from its first token on.
 WHOLE = Index()
-
-
-def check_chunk_layout(layout: str) -> None:
-    """Raise `LayoutError` for a layout of memory objects that cannot be parsed."""
-    parse(resolve(layout)[0])
 
 
 class Job(NamedTuple):
@@ -56,13 +51,6 @@ class Job(NamedTuple):
     chunk_index: Index
     cache_index: Index
     tokens: int
-
-
-class CheckedMove(NamedTuple):
-    """A copy, and the checks that it passed."""
-
-    move: Move
-    passed: Passed
 
 
 class Batch(NamedTuple):
@@ -141,8 +129,7 @@ class Registration:
         self._facts = _facts(self.allocations.leaves)
         self._layout = chunk_layout
         self._bound = dict[tuple[str, int], BoundLayout]()
-        memory = self.allocations.memory
-        self.direct = ChunkCopies(view, memory, choice, owner, chunk_layout, self._bound)
+        self.direct = ChunkCopies(view, self.allocations.memory, choice, owner)
 
     def holds(self, kv_caches: Tensors) -> bool:
         """Return True if these are its caches, or tensors at the same addresses with the same
@@ -152,7 +139,9 @@ class Registration:
             if levels != self.allocations.levels or _facts(leaves) != self._facts:
                 return False
             # The registered tensors are plain. Lazy ones at their addresses are other objects.
-            return self.allocations.holds(leaves) or not _any_lazy(leaves)
+            return self.allocations.holds(leaves) or not any(
+                leaf.is_conj() or leaf.is_neg() for leaf in leaves
+            )
         except (AttributeError, LayoutError, RuntimeError):  # the layout says what they lack
             return False
 
@@ -175,10 +164,10 @@ class Registration:
             return Move(self.view, chunk, cache_index, chunk_index, tokens)
         return Move(chunk, self.view, chunk_index, cache_index, tokens)
 
-    def checked(self, store: bool, job: Job, context: Context, strict: bool) -> CheckedMove:
-        """Return the copy between the caches and a chunk, once its ids are checked."""
+    def checked(self, store: bool, job: Job, context: Context, strict: bool) -> tuple[Move, Passed]:
+        """Return the copy between the caches and a chunk, and the checks that it passed."""
         move = self.move(store, job)
-        return CheckedMove(move, check_rows(move, context, strict))
+        return move, check_rows(move, context, strict)
 
     def job(self, memory_obj: MemoryObject, slots: Ids | None, start: int, end: int | None) -> Job:
         """Return one memory object with its range of the slot mapping, after checks.
@@ -210,7 +199,7 @@ class Registration:
 
     def batch_moves(
         self, store: bool, batch: Batch, context: Context, strict: bool
-    ) -> list[CheckedMove]:
+    ) -> list[tuple[Move, Passed]]:
         """Return the copies of a batch, one for each set of chunks of equal shape and strides.
 
         All of them are checked first, so that nothing moves if one is bad.
@@ -218,11 +207,23 @@ class Registration:
         ranges = zip(batch.memory_objs, batch.starts, batch.ends, strict=True)
         jobs = [self.job(one, batch.slot_mapping, start, end) for one, start, end in ranges]
         jobs = [job for job in jobs if job.tokens]
-        if store:
-            _check_apart([job.chunk for job in jobs])
+        spans = sorted(span for job in jobs for span in job.chunk.spans) if store else []
+        for (_, past), (first, _) in pairwise(spans):
+            if first < past:
+                raise LayoutError(
+                    "Expected memory objects of a batch in separate memory, got two that overlap: "
+                    "one would overwrite the other. Pass buffers that do not overlap."
+                )
         moves = [self.checked(store, job, context, strict) for job in self._sets(jobs)]
-        if not store:
-            _check_apart_in_caches([each.move for each in moves], strict)
+        if not store and len(moves) > 1:
+            # Sets of one batch share the cache; destinations must be distinct across them as well.
+            ids = [(x.dst_index, x.count) for x, _ in moves if x.dst_index.ids is not None]
+            if strict:
+                ids = [(index.to_host(), count) for index, count in ids]
+            if len(ids) == len(moves) and all(index.on_host for index, _ in ids):
+                total = sum(count for _, count in ids)
+                joined = Index.joined(ids)
+                joined.check(total, self.view.slots, "destination", distinct=True)
         return moves
 
     def chunk(self, memory_obj: MemoryObject) -> KVView:
@@ -268,11 +269,28 @@ class Registration:
 
     def _bind(self, layout: str, itemsize: int) -> BoundLayout:
         bound = self._bound.get((layout, itemsize))
-        if bound is None:
-            extents = _known_extents(self.view, resolve(layout)[0], itemsize)
-            if layout != self._layout:
-                extents.pop("block_size", None)  # a block of a batch is a chunk
-            bound = self._bound[layout, itemsize] = bind_layout(layout, **extents)
+        if bound is not None:
+            return bound
+        cache = self.view
+        parsed = parse(resolve(layout)[0])
+        extents = dict[str, Any]()
+        for name, axis in (("layers", "layer"), ("kv", "kv"), ("heads", "head")):
+            if axis in parsed.axes or getattr(cache, name) != 1:
+                extents[name] = getattr(cache, name)
+        if any(width % itemsize for width in cache.widths):
+            raise LayoutError(
+                f"Expected a memory_obj whose elements divide the caches' rows of {cache.widths} "
+                f"bytes for each kv and head, got elements of {itemsize} bytes. Use a dtype of "
+                f"their width."
+            )
+        extents["dim"] = [width // itemsize for width in cache.widths]
+        # A block of a batch is a chunk.
+        needs_size = parsed.opaque or (parsed.paged and parsed.shares("token"))
+        if needs_size and layout == self._layout:
+            extents["block_size"] = cache.block_size
+        bound = self._bound[layout, itemsize] = bind_layout(layout, **extents)
+        if layout == self._layout:
+            self.direct.add_layout(bound, itemsize)
         return bound
 
 
@@ -282,23 +300,6 @@ def _listed(passed: object) -> list[Any] | None:
         with suppress(TypeError):  # of a tensor without axes
             return [*passed]
     return None
-
-
-def _known_extents(cache: KVView, layout: str, itemsize: int) -> Extents:
-    parsed = parse(layout)
-    extents: Extents = {}
-    for name, axis in (("layers", "layer"), ("kv", "kv"), ("heads", "head")):
-        if axis in parsed.axes or getattr(cache, name) != 1:
-            extents[name] = getattr(cache, name)
-    if any(width % itemsize for width in cache.widths):
-        raise LayoutError(
-            f"Expected a memory_obj whose elements divide the caches' rows of {cache.widths} bytes "
-            f"for each kv and head, got elements of {itemsize} bytes. Use a dtype of their width."
-        )
-    extents["dim"] = [width // itemsize for width in cache.widths]
-    if parsed.opaque or (parsed.paged and parsed.shares("token")):
-        extents["block_size"] = cache.block_size
-    return extents
 
 
 def _joined(members: list[Job], view: KVView) -> Job:
@@ -345,30 +346,6 @@ def slot_range(slot_mapping: Ids | None, start: int, end: int | None) -> tuple[I
     return (index.shifted(start) if start else index), stop - start
 
 
-def _check_apart_in_caches(moves: list[Move], strict: bool) -> None:
-    """Reject loads of one batch that write one slot twice, before the first is launched."""
-    if len(moves) < 2:
-        return
-    # Sets of one batch share the cache; destinations must be distinct across them as well.
-    ids = [(move.dst_index, move.count) for move in moves if move.dst_index.ids is not None]
-    if strict:
-        ids = [(index.to_host(), count) for index, count in ids]
-    if len(ids) == len(moves) and all(index.on_host for index, _ in ids):
-        total = sum(count for _, count in ids)
-        Index.joined(ids).check(total, moves[0].dst.slots, "destination", distinct=True)
-
-
-def _check_apart(chunks: list[KVView]) -> None:
-    """Reject memory objects of one batch that overlap and are written."""
-    spans = sorted(span for chunk in chunks for span in chunk.spans)
-    for (_, past), (first, _) in pairwise(spans):
-        if first < past:
-            raise LayoutError(
-                "Expected memory objects of a batch in separate memory, got two that overlap: one "
-                "would overwrite the other. Pass buffers that do not overlap."
-            )
-
-
 def _check_caches(kv_caches: Tensors, bound: BoundLayout) -> None:
     """Reject a slot mapping that was passed in place of the caches."""
     layout = bound.layout
@@ -387,11 +364,6 @@ def _check_caches(kv_caches: Tensors, bound: BoundLayout) -> None:
 
 def _facts(leaves: Sequence[torch.Tensor]) -> list[tuple[object, ...]]:
     return [(leaf.data_ptr(), leaf.shape, leaf.stride(), leaf.dtype) for leaf in leaves]
-
-
-def _any_lazy(leaves: Sequence[torch.Tensor]) -> bool:
-    """Return True if a tensor is lazily conjugated or negated: its bytes are not its values."""
-    return any(leaf.is_conj() or leaf.is_neg() for leaf in leaves)
 
 
 KV_LAYOUT = "layer | kv block token head dim"
@@ -443,7 +415,7 @@ class AdaptiveConnector:
         self._bound = bind_layout(kv_layout, reinterpret=options.reinterpret, **extents)
         self._options = replace(options, reinterpret=False)  # the views are bytes by their binding
         self._direct = options.whole and options.terms is None
-        check_chunk_layout(chunk_layout)
+        parse(resolve(chunk_layout)[0])  # raises for a layout that cannot be parsed
         self._kv_layout = kv_layout
         self._chunk_layout = chunk_layout
         self._registered: Registration | None = None
@@ -605,13 +577,19 @@ class AdaptiveConnector:
         end: int | None,
         stream: torch.Stream | None,
     ) -> Transfer:
+        caches = self._registered
+        direct = stream is None and self._direct
+        # What Python looks at first. The core looks at the words that report late errors.
+        checked = is_dynamo_compiling() or kv_caches is not None or transfers.failed
+        if direct and caches is not None and not checked:
+            transfer = caches.direct.transfer(store, memory_obj, slot_mapping, start, end)
+            if transfer is not None:
+                return transfer
         if is_compiling():
             batch = Batch([memory_obj], slot_mapping, [start], [end])
             return self._traced(store, kv_caches, batch, stream)
-        caches = self._registered
-        if caches is None or kv_caches is not None or any_late_error():
-            caches = self._caches(kv_caches)
-        if stream is None and self._direct:
+        caches = self._caches(kv_caches)
+        if direct and checked:
             transfer = caches.direct.transfer(store, memory_obj, slot_mapping, start, end)
             if transfer is not None:
                 return transfer
@@ -619,8 +597,8 @@ class AdaptiveConnector:
         caches.check_memory()
         job = caches.job(memory_obj, slot_mapping, start, end)
         context = Context.of(self.device, stream)
-        checked = caches.checked(store, job, context, self._options.strict)
-        return self._keep(self._submit(checked, context))
+        move, passed = caches.checked(store, job, context, self._options.strict)
+        return self._keep(self._submit(move, passed, context))
 
     def _move_batch(
         self, store: bool, kv_caches: Caches, batch: Batch, stream: torch.Stream | None
@@ -634,15 +612,16 @@ class AdaptiveConnector:
         if self._options.sliced:
             batch = batch.with_ids_on_host(context)
         moves = caches.batch_moves(store, batch, context, self._options.strict)
-        for each in moves[1:]:  # the first one refuses itself
-            check_issue(each.move, self._choice, context, self._options)
-        return self._keep(Transfer.join([self._submit(move, context) for move in moves]))
+        for move, _ in moves[1:]:  # the first one refuses itself
+            check_issue(move, self._choice, context, self._options)
+        transfers = [self._submit(move, passed, context) for move, passed in moves]
+        return self._keep(Transfer.join(transfers))
 
-    def _submit(self, checked: CheckedMove, context: Context) -> Transfer:
+    def _submit(self, move: Move, passed: Passed, context: Context) -> Transfer:
         """Issue a copy of checked caches."""
         began = perf_counter()
         options = self._options
-        transfer = issue(checked.move, self._choice, context, options, began, checked.passed)
+        transfer = issue(move, self._choice, context, options, began, passed)
         if options.late is not None:
             options.late.keep(transfer)
         return transfer

@@ -13,7 +13,7 @@ import threading
 from collections.abc import Mapping, Sequence
 from functools import cache, partial
 from operator import is_
-from typing import Any, Protocol
+from typing import Any
 from weakref import WeakValueDictionary
 
 import torch
@@ -157,43 +157,28 @@ def nested(tensors: Sequence[torch.Tensor], levels: Sequence[int]) -> Tensors:
     return level[0]
 
 
-class Compiled(Protocol):
-    """A connector whose calls a compiled function runs."""
+def enlist(connector: object) -> int:
+    """Return the number by which compiled functions name a connector while it lives.
 
-    def _run_op(
-        self,
-        store: bool,
-        caches: Sequence[torch.Tensor],
-        cache_levels: Sequence[int],
-        memory_objs: Tensors,
-        /,
-        *ranges: object,
-    ) -> None: ...
-
-
-def enlist(connector: Compiled) -> int:
-    """Return the number by which compiled functions name a connector while it lives."""
-    _define()
+    Its method ``_run_op`` runs the calls of such functions.
+    """
+    with _defining:
+        _define()
     number = next(_numbers)
     _enlisted[number] = connector
     return number
 
 
-_enlisted: WeakValueDictionary[int, Compiled] = WeakValueDictionary()
+_enlisted: WeakValueDictionary[int, Any] = WeakValueDictionary()
 _numbers = itertools.count(1)
 
 
 _defining = threading.Lock()  # torch lets a process define the ops once, and `cache` does not wait
 
 
+@cache
 def _define() -> torch.library.Library:
     """Define the ops of compiled functions once for the process, in whichever thread is first."""
-    with _defining:
-        return _define_once()
-
-
-@cache
-def _define_once() -> torch.library.Library:
     library = torch.library.Library(NAMESPACE, "DEF")
     for name, arguments in _SCHEMAS.items():
         # A view is read by its strides, so the compiler must not choose others.

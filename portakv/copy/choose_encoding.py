@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
+from math import inf
 from statistics import median
 from time import perf_counter
 from typing import Any, NamedTuple
@@ -22,12 +23,13 @@ import torch
 
 from portakv.arguments import instance, rate
 from portakv.backends.reference_pack import escapes_of
+from portakv.copy.encodings import to_host
 from portakv.copy.request import Ids
 from portakv.copy.rows import copy_blocks
 from portakv.errors import InvalidTerms, PortaKVError, SlotError, Unsupported
 from portakv.host import pinned
 from portakv.interconnect import costs
-from portakv.layout.encodings import CODE_BITS, PACK, PACKED_DTYPE, Pack, PackedPlane, slot_for
+from portakv.layout.encodings import CODE_BITS, PACK, PACKED_DTYPE, Pack, slot_for
 from portakv.registry import choose
 from portakv.runtime.devices import inside
 from portakv.runtime.streams import ignoring_captures, own_stream
@@ -94,15 +96,9 @@ class EncodingChoice:
 
     def figures(self) -> dict[str, Any]:
         """Return the choice and its figures, as JSON takes them."""
-        return {
-            "encoding": "raw" if self.pack is None else self.pack.text,
-            "why": self.why,
-            "link_gbps": self.link_gbps,
-            "packing_gbps": self.packing_gbps,
-            "ratio": self.ratio,
-            "escapes": self.escapes,
-            "fits": self.fits,
-        }
+        figures = asdict(self)
+        del figures["pack"]
+        return {"encoding": "raw" if self.pack is None else self.pack.text, **figures}
 
 
 class Sampled(NamedTuple):
@@ -145,22 +141,7 @@ def choose_encoding(
     instance("view", view, KVView, "Make one of the tensors and their layout.")
     if view.block_size is None:
         raise InvalidTerms("Expected view to be a paged view, got a chunk. Name a block axis.")
-    ids = _numbers_of(blocks, view, view.block_size)
-    why = stays_raw(view, pack, packing_gbps)
-    if why:
-        return EncodingChoice(None, why)
-    rated = rated_choice(view, pack, link_gbps, packing_gbps)
-    if rated.pack is None:
-        return rated
-    return judged(rated, best_of(view, Sample(view, ids, packs_of(pack)), pack))
-
-
-def _numbers_of(blocks: Ids | None, view: KVView, size: int) -> npt.NDArray[np.int64]:
-    """Return numbers of blocks of ``size`` tokens; None is all blocks of a view.
-
-    Raises `SlotError` for none, for an index of other blocks, and for numbers that the view lacks,
-    whether or not a sample has them.
-    """
+    size = view.block_size
     index = index_of(blocks, size)
     count = view.slots // size
     whole = index.ids is None
@@ -172,12 +153,19 @@ def _numbers_of(blocks: Ids | None, view: KVView, size: int) -> npt.NDArray[np.i
     ids = np.arange(count) if whole else index.host_ids()
     if not len(ids):
         raise SlotError("Expected blocks to be numbers of blocks, got none. Pass at least one.")
+    # Whether or not the sample has them.
     for wrong in ids[(ids < 0) | (ids >= count)][:1]:
         raise SlotError(
             f"Expected blocks to be numbers from 0 to {count - 1}, which the view has, got "
             f"{wrong}. Correct it."
         )
-    return ids
+    why = stays_raw(view, pack, packing_gbps)
+    if why:
+        return EncodingChoice(None, why)
+    rated = rated_choice(view, pack, link_gbps, packing_gbps)
+    if rated.pack is None:
+        return rated
+    return judged(rated, best_of(view, Sample(view, ids, packs_of(pack)), pack))
 
 
 def check_terms(pack: Any, link_gbps: Any, packing_gbps: Any) -> None:
@@ -214,12 +202,9 @@ def stays_raw(view: KVView, pack: Pack | None, packing_gbps: float | None) -> st
                 each.plane(form.block_size * width // 2)
     except Unsupported as error:
         return str(error)
-    return "" if packing_gbps is not None else _no_packer(view.device)
-
-
-def _no_packer(device: torch.device) -> str:
-    """Return why a device does not pack at the rate of a copy, as a sentence; empty if a backend of
-    it packs."""
+    device = view.device
+    if packing_gbps is not None:
+        return ""
     if device.type == "cpu":
         return "The rows are on the CPU, which packs far slower than it copies."
     choice = choose(device, None)
@@ -233,7 +218,7 @@ def rated_choice(
     pack: Pack | None,
     link_gbps: float | None,
     packing_gbps: float | None,
-    most_gbps: float = float("inf"),
+    most_gbps: float = inf,
 ) -> EncodingChoice:
     """Return the choice by the rates, for blocks that all fit.
 
@@ -243,7 +228,7 @@ def rated_choice(
     link = link_gbps
     packing = packing_gbps
     if link is None and view.device.type == "cpu":  # there is nothing to measure
-        if most_gbps == float("inf"):
+        if most_gbps == inf:
             why = "Rows of a CPU cross no link that can be measured: declare link_gbps."
             return EncodingChoice(None, why)
         link = most_gbps
@@ -369,13 +354,10 @@ class Sample:
         with torch.inference_mode(False), torch.no_grad(), quiet:
             stage = dense_blocks(view.form, size, self.blocks, device)
             copy_blocks(view, stage, ids[at], np.arange(self.blocks))
-            counted = [self._counts(stage, size, pack) for pack in packs]
-            there = torch.cat(counted)
+            there = torch.cat([self._counts(stage, size, pack) for pack in packs])
             self._end: torch.Event | None = None
-            self._host = there
+            self._host = to_host(there)
             if device.type != "cpu":
-                host = torch.empty(there.shape, dtype=there.dtype, device="cpu").pin_memory()
-                self._host = host.copy_(there, non_blocking=True)
                 self._end = torch.Event(device)
                 self._end.record(torch.accelerator.current_stream(device.index))
         self._device = device
@@ -423,15 +405,6 @@ class Rates(NamedTuple):
     packing: float
 
 
-class _Shape(NamedTuple):
-    """The blocks that are measured: those of a view, with as many layers and heads."""
-
-    planes: tuple[PackedPlane, ...]
-    block_size: int
-    layers: int
-    heads: int
-
-
 _lock = threading.Lock()
 
 
@@ -448,7 +421,7 @@ def rates_of(view: KVView, pack: Pack, nbytes: int = MEASURED) -> Rates:
     size = form.block_size
     planes = tuple(pack.plane(size * width // 2) for width in form.widths)
     device = view.device
-    subject = _Shape(planes, size, form.layers, form.heads), nbytes
+    subject = (planes, size, form.layers, form.heads, nbytes)
     with _lock:  # one measurement at a time
         return costs.measured(device, subject, lambda: measure(form, size, pack, device, nbytes))
 

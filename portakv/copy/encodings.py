@@ -228,7 +228,16 @@ def copy_packed(
         used, passed = without_left_out(used, passed, layer.checked.move, layer.checked.error)
         layers.append(layer)
     ends = tuple(layer.transfer for layer in layers)
-    return BlockTransfer(_join_layers(layers, context.device), move, began, ends)
+    joined = Transfer.join(ends)
+    reports = [layer.report for layer in layers if layer.report is not None]
+    if reports:
+        # One error names the blocks of all layers that do not fit. Layers have equal blocks.
+        words = tuple(each for report in reports for each in report.words)
+        report = replace(reports[0], words=words)
+        # Each layer has its own error, so this completion comes first.
+        end = _end_with(report, context.device, layers[-1].stream)
+        joined = Transfer((*end, *joined.completions), joined, joined.carried)
+    return BlockTransfer(joined, move, began, ends)
 
 
 def _refuse(options: CopyOptions, names: Sequence[str], what: str, subject: str) -> None:
@@ -303,51 +312,39 @@ def _launch(checked: Checked, ready: Prepared, context: Context) -> Packed:
             report = OverflowReport.of(move, ready.plan.unit, device, packs, overflow)
         except BaseException:  # also an interrupt; kernels that run may write the words
             if on_device:
-                pool = event_pool(device)
-                hold(Completion(pool.recorded(stream), retained=(placed, overflow), pool=pool))
+                events = event_pool(device)
+                retained = (placed, overflow)
+                hold(Completion(events.recorded(stream), retained=retained, pool=events))
             raise
-        ends = event_pool(device) if on_device else None
-        event = None if ends is None else ends.recorded(stream)
+        pool = event_pool(device) if on_device else None
+        event = None if pool is None else pool.recorded(stream)
 
     pendings: list[Pending] = [] if pending is None else [pending]
     if not (on_device or pendings):
-        error = checked.error or report()
-        completions = () if error is None else (Completion(error=error),)
-        return Packed(checked, Transfer(completions, None, ready.carried), report, stream)
+        ends = _ends_with(checked.error or report())
+        return Packed(checked, Transfer(ends, None, ready.carried), report, stream)
     completion = Completion(
         event=event,
         pendings=pendings,
         words=() if word is None else [(word, 0)],
         error=checked.error,
         retained=(move.src, move.dst, placed, overflow),
-        pool=ends,
+        pool=pool,
     )
     completion.late_error = report
     hold(completion)
-    retained = (move.src, move.dst, placed)
-    return Packed(checked, Transfer((completion,), retained, ready.carried), report, stream)
+    rows = (move.src, move.dst, placed)
+    return Packed(checked, Transfer((completion,), rows, ready.carried), report, stream)
 
 
 def _nothing_packed(checked: Checked) -> Packed:
     """Return a copy of which nothing is left, because of bad ids or because it is empty."""
-    error = checked.error
-    completions = () if error is None else (Completion(error=error),)
-    return Packed(checked, Transfer(completions), None, None)
+    return Packed(checked, Transfer(_ends_with(checked.error)), None, None)
 
 
-def _join_layers(layers: Sequence[Packed], device: torch.device) -> Transfer:
-    """Return the transfer of all layers of a copy, in order on one stream. Its error names the
-    blocks of all layers that do not fit."""
-    joined = Transfer.join([layer.transfer for layer in layers])
-    reports = [layer.report for layer in layers if layer.report is not None]
-    if not reports:
-        return joined
-    # Layers have equal blocks.
-    words = tuple(each for report in reports for each in report.words)
-    report = replace(reports[0], words=words)
-    # Each layer has its own error, so this completion comes first.
-    end = _end_with(report, device, layers[-1].stream)
-    return Transfer((*end, *joined.completions), joined, joined.carried)
+def _ends_with(error: PortaKVError | None) -> tuple[Completion, ...]:
+    """Return the end of a copy that has an error now; none without an error."""
+    return () if error is None else (Completion(error=error),)
 
 
 def _end_with(
@@ -355,8 +352,7 @@ def _end_with(
 ) -> tuple[Completion, ...]:
     """Return the end of the work on a stream with the error that a report returns after it."""
     if device.type == "cpu":
-        error = report()
-        return () if error is None else (Completion(error=error),)
+        return _ends_with(report())
     pool = event_pool(device)
     completion = Completion(pool.recorded(stream), pool=pool)
     completion.late_error = report
@@ -401,7 +397,7 @@ class OverflowReport:
         for index in (move.src_index, move.dst_index):
             # Numbers are made without waiting for a device.
             home = torch.device("cpu") if index.on_host else device
-            numbers.append(_to_host(index.units(move.count, unit, home)))
+            numbers.append(to_host(index.units(move.count, unit, home)))
         src, dst = numbers
         return cls(src, dst, packs, words)
 
@@ -432,7 +428,7 @@ class OverflowReport:
         )
 
 
-def _to_host(numbers: torch.Tensor) -> torch.Tensor:
+def to_host(numbers: torch.Tensor) -> torch.Tensor:
     """Return a tensor on the host, filled when the work on the current stream has ended."""
     if numbers.is_cpu:
         return numbers
@@ -511,16 +507,13 @@ def _issue_slices(
     completion = Completion(event=pool.recorded(work), retained=(move, words), pool=pool)
     completion.late_error = report
     hold(completion)
-    completions = [completion]
-    if checked.error is not None:
-        completions.append(Completion(error=checked.error))
-
+    ends = (completion, *_ends_with(checked.error))
     both = [stages.carried, *crossed_by]
     if not stages.downward:
         both.reverse()
     how = " and ".join(dict.fromkeys(name for name, _ in both))
     why = "; ".join(f"{name}: {reason}" for name, reason in both)
-    return Packed(checked, Transfer(completions, move, (how, why)), report, work)
+    return Packed(checked, Transfer(ends, move, (how, why)), report, work)
 
 
 class _ByCopies:
@@ -655,7 +648,7 @@ class DenseCopy:
                 listed = [*slices()]
                 ends = self._ends(listed, move)
         made = [copy for each in listed for copy in (each.fetched, *each.left)]
-        reported = Transfer(() if self._error is None else (Completion(error=self._error),))
+        reported = Transfer(_ends_with(self._error))
         joined = Transfer.join([*made, reported])
         completions = [end for each in [*ends, reported] for end in each.completions]
         carried = dict.fromkeys(one.carried for one in made[:2])

@@ -1,15 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """Make whole copies by one call of the core, from the objects that a caller passes.
 
-The core reads the tensors and the ids, checks them, plans and launches (`native/core/call.cpp`). On
-a CPU it checks and plans, and the launch of a backend follows. A call that it does not make, or
-that is wrong, returns None here: the caller of these functions then goes the general way of `copy`,
-which makes the copy or words the error.
+The core reads the tensors and the ids, checks them, plans and launches (`native/core/call.cpp`). If
+the backend has no kernels for the core, the core checks and plans, and a launch of the backend
+follows. A call that the core does not make, or that is wrong, returns None here: the caller of
+these functions then goes the general way of `copy`, which makes the copy or words the error.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Mapping, Sequence
+import ctypes
+from collections.abc import Callable, Sequence
 from functools import partial
 from time import perf_counter
 from typing import Any, NamedTuple
@@ -17,66 +18,92 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch.autograd.graph import increment_version
+from torch.utils.dlpack import DLDeviceType
 
-from portakv.backends.row_kernels import RowKernels, after_tables
+from portakv.backends.row_kernels import FIRST_WORK, RowKernels, after_tables
 from portakv.backends.rows_kernel import MAX_ENTRIES
-from portakv.backends.strided import Rows, StridedLaunch, Units
-from portakv.copy.call import Context, Piece, Settled, launch, memory_of_host
+from portakv.backends.strided import StridedLaunch, Units
+from portakv.copy.call import memory_of_host
 from portakv.copy.counting import TOGETHER, Counted
 from portakv.copy.handle import BlockTransfer, skipped_tokens
 from portakv.copy.options import CopyOptions
-from portakv.core.call import OTHERWISE, SKIPS, TO_THE_END, TOKENS, OpenedView, Watch, calls
+from portakv.core.call import (
+    OTHERWISE,
+    SKIPS,
+    TO_THE_END,
+    TOKENS,
+    OpenedChunks,
+    OpenedView,
+    Watch,
+    calls,
+)
 from portakv.core.link import COUNT
-from portakv.core.view import dtype_words, name_of
+from portakv.core.view import words_of_dtypes
 from portakv.errors import LayoutError, PortaKVError, SlotError
 from portakv.interconnect.choose import HostLaunch, across
 from portakv.interconnect.link import CheckedCopy
 from portakv.interconnect.strategy import PINNED, Strategy, StrategyLaunch
 from portakv.interconnect.zero_copy import ZeroCopy
 from portakv.plan.move import Move
-from portakv.registry.prepared import PREPARED, prepared
+from portakv.registry.prepared import PREPARED, Prepared, bring_table, prepared
 from portakv.registry.registry import Choice, choose
+from portakv.runtime.devices import capturing
 from portakv.runtime.ends import LISTED
 from portakv.runtime.streams import completion
-from portakv.runtime.transfer import Owner, Transfer
-from portakv.view.bound import BoundLayout
+from portakv.runtime.transfer import (
+    Completion,
+    Owner,
+    StatusWord,
+    Transfer,
+    acquire_word,
+    event_pool,
+    hold,
+    word_batches,
+)
+from portakv.view.bound import BoundLayout, Facts
 from portakv.view.destination import check_writable, with_versions
 from portakv.view.form import Form, form_of, plain_reader
-from portakv.view.index import PAST_ANY_VIEW, Ids, Index, as_ids, index_of
+from portakv.view.index import CONSECUTIVE, PAST_ANY_VIEW, Ids, Index, as_ids, index_of
 from portakv.view.view import KVView
 
 _AWAY = {"peer", "remote"}
 _OPENED = "opened"  # of a view, for the core
 
 
-def opened(view: KVView) -> OpenedView | None:
+def opened(view: KVView, tables: bool = True) -> OpenedView | None:
     """Return a view for the core; None: it is made for one call, the host lacks its addresses, its
     memory was replaced, or a graph is captured before its table was sent.
 
-    It waits for a table of addresses that is sent to the device.
+    ``tables``: kernels of the core may read its table of addresses. It then waits for a table that
+    is sent to the device.
     """
-    known: OpenedView | None = view.derived.get(_OPENED)
+    key = _OPENED, tables
+    known: OpenedView | None = view.derived.get(key)
     if known is not None or view.temporary or not view.known or view.form.encoding:
         return known
     try:
         view.check_memory()  # what is watched from now on is what was read
         memory = None if view.raw else Watch(view.owners)
-        made = open_view(view, memory)
+        made = open_view(view, memory, tables)
     except PortaKVError:  # the general way says it in its turn
         return None
-    return view.derived.setdefault(_OPENED, made)  # type: ignore[no-any-return]
+    return view.derived.setdefault(key, made)  # type: ignore[no-any-return]
 
 
-def open_view(view: KVView, memory: Watch | None) -> OpenedView:
-    """Return a view for the core, with its memory as it is watched; None: raw memory."""
+def open_view(view: KVView, memory: Watch | None, tables: bool = True) -> OpenedView:
+    """Return a view for the core, with its memory as it is watched; None: raw memory.
+
+    ``tables``: as for `opened`.
+    """
     form = view.form
     looked_up = form.lists or form.table_on_device or view.entries > MAX_ENTRIES
+    looked_up = looked_up and tables
     try:
         check_writable(view)
         writable = True
     except LayoutError:
         writable = False
-    words = _dtype_words()
+    words = words_of_dtypes()
     return OpenedView(
         form.address,
         [words[dtype] for dtype in form.dtypes],
@@ -85,7 +112,7 @@ def open_view(view: KVView, memory: Watch | None) -> OpenedView:
         view.table.data_ptr() if looked_up else 0,
         view.slots,
         view.spans,
-        view.owners[0].__dlpack_device__(),
+        _dlpack_device(view.owners[0]),
         writable,
         form.table_on_device,
         memory,
@@ -95,9 +122,12 @@ def open_view(view: KVView, memory: Watch | None) -> OpenedView:
     )
 
 
-def _dtype_words() -> dict[str, int]:
-    """Return the word of each dtype by its name; that of bytes is 0."""
-    return {"": 0, **{name_of(dtype): word for dtype, word in dtype_words().items()}}
+def _dlpack_device(tensor: torch.Tensor) -> tuple[int, int]:
+    """Return DLPack's numbers of the device of a tensor."""
+    try:
+        return tensor.__dlpack_device__()
+    except ValueError:  # torch does not know the name of a vendor's device
+        return DLDeviceType.kDLExtDev, tensor.device.index or 0
 
 
 class ChunkCopies:
@@ -108,37 +138,38 @@ class ChunkCopies:
         memory: that of their tensors, which must be as it was.
         choice: what executes the copies.
         owner: the connector, which reports errors later.
-        layout: of chunks.
-        bounds: the layouts that are known, by their text and the bytes of an element.
     """
 
-    def __init__(
-        self,
-        cache: KVView,
-        memory: Watch,
-        choice: Choice,
-        owner: Owner,
-        layout: str,
-        bounds: Mapping[tuple[str, int], BoundLayout],
-    ) -> None:
+    def __init__(self, cache: KVView, memory: Watch, choice: Choice, owner: Owner) -> None:
         self._cache = cache
         self._owner = owner
-        self._layout = layout
-        self._bounds = bounds
         self._choice = choice
         self._kernels = kernels = choice.backend.row_kernels
-        usable = kernels is not None or cache.device.type == "cpu"
-        self._caches = open_view(cache, memory) if usable and plain_reader() is not None else None
-        self._copy: Callable[..., int] | None = None
-        if self._caches is None:
+        self._layouts = dict[int, BoundLayout]()
+        self._opened = OpenedChunks()
+        self._address = 0
+        reader = plain_reader()
+        if reader is None:
             return
-        self._check = calls().check_chunk
+        self._caches = open_view(cache, memory, tables=kernels is not None)
+        self._opened.caches = self._caches.address
+        self._opened.torch = reader.address
+        self._opened.words = word_batches.address
+        self._address = ctypes.addressof(self._opened)
         if kernels is None:
             return
-        self._addresses = kernels.address, self._caches.address
-        self._copy = calls().copy_chunk
+        self._opened.kernels = kernels.address
+        self._opened.current = kernels.current
+        self._copy: Callable[..., int] = calls().copy_chunk
         if self._caches.tabled:
             self._copy = partial(after_tables, [cache], cache.device, self._copy)
+
+    def add_layout(self, layout: BoundLayout, itemsize: int) -> None:
+        """Take the layout of chunks whose elements have so many bytes."""
+        power = itemsize.bit_length() - 1
+        if power < len(self._opened.layouts):
+            self._layouts[itemsize] = layout
+            self._opened.layouts[power] = layout.address
 
     def transfer(
         self, store: bool, memory_obj: object, slot_mapping: object, start: object, end: object
@@ -148,50 +179,48 @@ class ChunkCopies:
         Raises:
             TransferError: the driver's error.
         """
-        if self._caches is None:
+        address = self._address
+        if not address:
             return None
         chunk = memory_obj
         if type(chunk) is not torch.Tensor:
             chunk = getattr(memory_obj, "tensor", None)
-            if type(chunk) is not torch.Tensor:
-                return None
-        bound = self._bounds.get((self._layout, chunk.itemsize))
-        if bound is None:
-            return None
-
         ids = slot_mapping
-        offset = 0
-        if type(ids) is torch.Tensor:
-            on_host = ids.is_cpu
-        else:
+        if type(ids) is not torch.Tensor and type(ids) is not list:
             side = _side(ids, 1)
-            if side.step != 1 or side.number is None:
+            if side.step != 1 or side.number is None or type(start) is not int or start < 0:
                 return None
             ids = side.ids
-            offset = side.offset
-            on_host = bool(side.on_host)
-        if type(start) is not int:
-            return None
-        if end is None:
-            past = TO_THE_END
-        elif type(end) is int and end > start >= 0:
-            past = end
-        else:
-            return None
+            start += side.offset
+            end = end + side.offset if type(end) is int else end
         kernels = self._kernels
-        copy = self._copy
-        if kernels is None or copy is None:
-            return self._launched(store, bound, chunk, ids, offset, start, past)
+        if kernels is None:
+            return self._launched(store, chunk, slot_mapping, ids, start, end)
 
-        numbers = offset, start, past
-        arguments = (*self._addresses, store, bound.address, chunk, ids, *numbers)
         retained = chunk, ids, self._cache
-        made = kernels.issue(copy, arguments, on_host, retained, ids, self._owner)
-        if made is None:
-            return None
-        transfer, result = made
-        # Without the function of Python around it: the arguments are plain.
-        torch._C._increment_version((chunk,) if store else self._caches.versions)
+        transfer = None
+        ends = kernels.ends
+        if ends is not None and not kernels.process.forked:
+            free = ends.listed if type(ids) is list else ends.plain
+            try:
+                at = free.pop()
+            except IndexError:
+                used = ends.acquire_after_ends(free)
+                if used is None:
+                    return None
+                at = used
+            result = self._copy(address, store, chunk, ids, start, end, at.address, None)
+            if result >= 0:
+                transfer = at.transfer(result, ids, retained, kernels.carried, self._owner)
+            else:
+                kernels.give_back(at, OTHERWISE if result == FIRST_WORK else result)
+                if result == OTHERWISE:
+                    return None
+        if transfer is None:
+            issued = self._issue((address, store, chunk, ids, start, end), ids, retained)
+            if issued is None:
+                return None
+            transfer, result = issued
         counts = Counted.counts
         if counts is not None:
             counts.new.append((kernels.carried[0], "device", self._cache.form, result >> TOKENS))
@@ -199,38 +228,61 @@ class ChunkCopies:
                 counts.sum_up()
         return transfer
 
+    def _issue(
+        self, arguments: tuple[object, ...], ids: Any, retained: object
+    ) -> tuple[Transfer, int] | None:
+        """Make a copy on the stream that torch names, with memory for ids of the host."""
+        assert self._kernels is not None
+        on_host = type(ids) is list or ids.is_cpu
+        return self._kernels.issue(self._copy, arguments, on_host, retained, ids, self._owner)
+
     def _launched(
-        self, store: bool, bound: BoundLayout, chunk: torch.Tensor, ids: Any, *slots: int
+        self, store: bool, chunk: Any, slot_mapping: Any, ids: Any, start: Any, end: object
     ) -> Transfer | None:
-        """Make a copy on the host by the launch of a backend, as `_launched` does.
+        """Make a copy by the launch of a backend, as `_launched` does.
 
         Args:
-            ids: a list or a tensor.
-            slots: the ids that are passed over, and the first and the last of the others.
+            slot_mapping: as the caller passed it.
+            ids: of it, a list or a tensor.
         """
-        assert self._caches is not None
-        most = len(ids)  # copied tokens are no more
+        cache = self._cache
+        index = None
+        most = 0
+        if cache.device.type == "cpu":
+            # Copied tokens are no more.
+            most = ids.numel() if type(ids) is torch.Tensor else len(ids)
+        else:
+            index = _index_of(slot_mapping, 1)
+            if index is None:
+                return None
+            ids = index.ids
         numbers = np.empty(2 * most, dtype=np.int64)
-        room = torch.from_numpy(numbers).data_ptr(), most
-        caches = self._caches.address
-        checked = self._check(caches, store, bound.address, chunk, ids, *slots, *room)
+        room = torch.from_numpy(numbers).data_ptr() if most else 0
+        checked = calls().check_chunk(self._address, store, chunk, ids, start, end, room, most)
         if isinstance(checked, int):
             return None
         tokens, unit, units, described = checked
-        rows = ChunkRows(bound, chunk, described)
-        cache = self._cache
-        skips = tokens > unit * units  # then both sides have numbers
-        read = torch.from_numpy(numbers[:units]) if store or skips else None
-        written = torch.from_numpy(numbers[most : most + units]) if skips or not store else None
-        source = Units(cache if store else rows, read, 0)
-        target = Units(rows if store else cache, written, 0)
-        transfer = _by_units(self._choice, source, target, unit, units)
+        bound = self._layouts[chunk.itemsize]
+        view = KVView.of_facts(bound, chunk, _facts(chunk, described))
+        if index is not None:
+            index = index.shifted(start - index.offset)
+            move = Move(view, cache, CONSECUTIVE, index, tokens)
+            if store:
+                move = Move(cache, view, index, CONSECUTIVE, tokens)
+            transfer = _by_ids(self._choice, move, unit, tokens > unit * units, self._owner)
+        else:
+            skips = tokens > unit * units  # then both sides have numbers
+            read = torch.from_numpy(numbers[:units]) if store or skips else None
+            written = torch.from_numpy(numbers[most : most + units]) if skips or not store else None
+            source = Units(cache if store else view, read, 0)
+            target = Units(view if store else cache, written, 0)
+            transfer = _by_units(self._choice, source, target, unit, units)
         if transfer is None:
             return None
         increment_version(chunk if store else self._caches.versions)
         counts = Counted.counts
         if counts is not None:
-            forms = (cache.form, rows.form) if store else (rows.form, cache.form)
+            forms = (cache.form, view.form) if store else (view.form, cache.form)
             counts.new.append((transfer.carried[0], forms[0].place, forms[1], tokens))
             if len(counts.new) >= TOGETHER:
                 counts.sum_up()
@@ -275,7 +327,8 @@ def copied(
             return None
         kernels = choice.backend.row_kernels
         if kernels is None:
-            return _launched(src, dst, read, written, count, tokens, choice, began)
+            ids = src_ids, dst_ids
+            return _launched(src, dst, *ids, read, written, count, tokens, choice, began)
         by = _Executor(kernels, kernels.carried)
     if True in (read.on_host, written.on_host) and tokens > LISTED * min(read.step, written.step):
         return None  # more ids than kernels read from pinned memory
@@ -379,14 +432,18 @@ def _issue(
     """Make a copy by the core, and return its end and the core's result; None: the core does not
     make it."""
     reader = plain_reader()
-    from_view = opened(src)
-    to_view = opened(dst)
-    if reader is None or from_view is None or to_view is None:
+    if reader is None:
+        return None
+    from_view = src.derived.get(_OPENED) or opened(src)
+    to_view = dst.derived.get(_OPENED) or opened(dst)
+    if from_view is None or to_view is None:
         return None
     device = dst.device if src.device.type == "cpu" else src.device
-    tabled = [view for view, each in ((src, from_view), (dst, to_view)) if each.tabled]
-    if tabled and not has_tables(device, tabled):  # the general way sends them there
-        return None
+    tabled = []
+    if from_view.tabled or to_view.tabled:
+        tabled = [view for view, each in ((src, from_view), (dst, to_view)) if each.tabled]
+        if not has_tables(device, tabled):  # the general way sends them there
+            return None
     kernels, carried, launch, _ = by
     crossing = None
     copy: Callable[..., int] = calls().copy_views
@@ -418,10 +475,9 @@ def _issue(
         if memory:
             completion(device, None, *memory)
         raise
-    if made is not None:
+    if made is not None and crossing is not None:
         increment_version(to_view.versions)
-        if crossing is not None:
-            made[0].carried = crossing.carried
+        made[0].carried = crossing.carried
     return made
 
 
@@ -454,11 +510,16 @@ class _Crossing:
         if result < 0 or not isinstance(launch, HostLaunch):
             return result if result < 0 else launch.cross(checked)
         number, groups, host_groups = checked.words[COUNT : COUNT + 3]
-        picked = launch.pick_counted(number, groups, host_groups, self._views[1], self._new)
-        if picked is None:
+        found = launch.pick_counted(number, groups, host_groups, self._views[1], self._new)
+        if found is None:
             return OTHERWISE
-        means, self.carried = picked
-        return means.cross(checked) if isinstance(means, StrategyLaunch) else OTHERWISE
+        _, picked = found
+        means = launch.prepared(picked.strategy)
+        if not isinstance(means, StrategyLaunch):
+            return OTHERWISE
+        self.carried = picked
+        launch.log(picked)
+        return means.cross(checked)
 
 
 def has_tables(device: torch.device, views: Sequence[KVView]) -> bool:
@@ -481,6 +542,8 @@ def _inside(src: KVView, dst: KVView, options: CopyOptions) -> Choice | None:
 def _launched(
     src: KVView,
     dst: KVView,
+    src_ids: Ids | None,
+    dst_ids: Ids | None,
     read: _Side,
     written: _Side,
     count: object,
@@ -488,82 +551,62 @@ def _launched(
     choice: Choice,
     began: float,
 ) -> BlockTransfer | None:
-    """Make a copy on the host by the launch of a backend, once the core has checked it; None: the
-    core does not take such a copy."""
+    """Make a copy by the launch of a backend, once the core has checked it; None: the core or the
+    backend does not take such a copy."""
     reader = plain_reader()
-    if src.device.type != "cpu" or reader is None:
-        return None
-    from_view = opened(src)
-    to_view = opened(dst)
-    if from_view is None or to_view is None:
+    from_view = opened(src, tables=False)
+    to_view = opened(dst, tables=False)
+    if reader is None or from_view is None or to_view is None:
         return None
     from_ids, from_step, from_offset, _, _ = read
     to_ids, to_step, to_offset, _, _ = written
-    numbers = np.empty(2 * tokens, dtype=np.int64)
+    indices = None
+    most = 0
+    if src.device.type == "cpu":
+        most = tokens
+    else:
+        src_index = _index_of(src_ids, from_step)
+        dst_index = _index_of(dst_ids, to_step)
+        if src_index is None or dst_index is None:
+            return None
+        indices = src_index, dst_index
+        from_ids = src_index.ids
+        to_ids = dst_index.ids
+    numbers = np.empty(2 * most, dtype=np.int64)
     # fmt: off
     checked = calls().check_views(reader.address, from_view.address, to_view.address,
                                   from_ids, to_ids, from_step, to_step, from_offset, to_offset,
                                   TO_THE_END if count is None else tokens,
-                                  torch.from_numpy(numbers).data_ptr(), tokens)
+                                  torch.from_numpy(numbers).data_ptr() if most else 0, most)
     # fmt: on
     if isinstance(checked, int):
         return None
-    most = tokens
     tokens, unit, units = checked
     skipped = tokens - unit * units
-    source = target = None
-    if from_ids is not None or skipped:
-        source = torch.from_numpy(numbers[:units])
-    if to_ids is not None or skipped:
-        target = torch.from_numpy(numbers[most : most + units])
-    src_units = Units(src, source, from_offset)
-    dst_units = Units(dst, target, to_offset)
-    transfer = _by_units(choice, src_units, dst_units, unit, units)
+    if indices is not None:
+        transfer = _by_ids(choice, Move(src, dst, *indices, tokens), unit, skipped > 0)
+    else:
+        source = target = None
+        if from_ids is not None or skipped:
+            source = torch.from_numpy(numbers[:units])
+        if to_ids is not None or skipped:
+            target = torch.from_numpy(numbers[most : most + units])
+        src_units = Units(src, source, from_offset)
+        dst_units = Units(dst, target, to_offset)
+        transfer = _by_units(choice, src_units, dst_units, unit, units)
     if transfer is None:
         return None
-    increment_version(to_view.versions)
+    torch._C._increment_version(to_view.versions)
     step = read.plan_step or written.plan_step
     return BlockTransfer.of_views(transfer, src, dst, step, tokens, skipped, began)
 
 
-class ChunkRows:
-    """The rows of a chunk on the host during one call, as launches of `StridedLaunch` use a view.
-
-    Args:
-        bound: the layout of the chunk.
-        tensor: the chunk.
-        described: what the core read of it.
-    """
-
-    raw = True  # nothing is made of it that later calls use
-
-    def __init__(
-        self, bound: BoundLayout, tensor: torch.Tensor, described: tuple[Any, ...]
-    ) -> None:
-        form, self._addresses, _, _, self.slots, _ = described
-        self.form: Form = form_of(form) if isinstance(form, bytes) else form
-        self.device = tensor.device
-        self.derived: dict[Hashable, Any] = {}
-        self._bound = bound
-        self._tensor = tensor
-        self._storage = tensor.untyped_storage()
-
-    def view(self) -> KVView:
-        """Return the chunk as a view."""
-        return KVView.through(self._bound, self._tensor)
-
-    def strided(
-        self,
-        entry: int,
-        offset: int,
-        dtype: torch.dtype,
-        size: Sequence[int],
-        stride: Sequence[int],
-    ) -> torch.Tensor:
-        """Return a tensor as `KVView.strided`, inside the storage, which the core has looked at."""
-        start = self._addresses[entry] + offset - self._storage.data_ptr()
-        empty = torch.empty(0, dtype=dtype, device=self.device)
-        return empty.set_(self._storage, start // dtype.itemsize, size, stride)
+def _facts(chunk: torch.Tensor, described: tuple[Any, ...]) -> Facts:
+    """Return the facts of a chunk from what the core read of it."""
+    form, origins, owners, spans, slots, grad = described
+    if isinstance(form, bytes):
+        form = form_of(form)
+    return (form, origins, owners, spans), slots, chunk.device, grad
 
 
 def _by_units(choice: Choice, src: Units, dst: Units, unit: int, units: int) -> Transfer | None:
@@ -571,36 +614,135 @@ def _by_units(choice: Choice, src: Units, dst: Units, unit: int, units: int) -> 
     None: no backend takes its plan."""
     src_step = 0 if src.numbers is None else unit
     dst_step = 0 if dst.numbers is None else unit
-    src_form = src.rows.form
-    dst_form = dst.rows.form
-    ready = PREPARED.get((src_form.address, dst_form.address, src_step, dst_step, None, choice))
+    ready = _ready(choice, src.rows.form, dst.rows.form, src_step, dst_step, unit)
     if ready is None:
-        try:
-            ready = prepared(src_form, dst_form, src_step, dst_step, None, choice)
-        except PortaKVError:  # the general way says it in its turn
-            return None
-    if ready.picks is not None or ready.plan.unit != unit:
         return None
     if type(ready.launch) is StridedLaunch:
         ready.launch.copy(src, dst, units)
         return Transfer((), None, ready.carried)
-    sides = _view(src.rows), _view(dst.rows), _index(src, unit), _index(dst, unit)
-    move = Move(*sides, unit * units)
-    piece = Piece(ready, ready.carried, 0, move, None)
-    return launch(Settled(move, (piece,), None, False), Context(dst.rows.device, None, False))
+    sides = src.rows, dst.rows, _index(src, unit), _index(dst, unit)
+    return _launch(ready, Move(*sides, unit * units))
 
 
-def _view(rows: Rows) -> KVView:
-    """Return rows as a view."""
-    if isinstance(rows, ChunkRows):
-        return rows.view()
-    assert isinstance(rows, KVView)
-    return rows
+def _by_ids(
+    choice: Choice, move: Move, unit: int, skips: bool, owner: Owner | None = None
+) -> Transfer | None:
+    """Launch a copy inside a device in units of ``unit`` tokens, which the core has checked except
+    for ids on the device.
+
+    None: a graph is captured, no backend takes the plan, or bad ids are to be left out before.
+
+    Args:
+        skips: ids on the host skip positions.
+        owner: it reports an error if the handle does not.
+    """
+    if capturing(move.dst.device):
+        return None
+    ready = _ready(choice, move.src.form, move.dst.form, *move.steps, unit)
+    if ready is None:
+        return None
+    can = ready.can
+    judges = can.guards and can.skips_negative
+    if (skips and not can.skips_negative) or not (judges or move.is_clean):
+        return None
+    # The general way writes few new ids into pinned memory.
+    if ready.reads_pinned_ids and (move.src_index.listed or move.dst_index.listed):
+        return None
+    guarded = skips or (can.guards and not move.ids_on_host)
+    return _launch(ready, move, guarded, owner)
+
+
+def _ready(
+    choice: Choice, src: Form, dst: Form, src_step: int, dst_step: int, unit: int
+) -> Prepared | None:
+    """Return the prepared copy of two forms in units of ``unit`` tokens; None: there is none, or a
+    strategy makes it."""
+    ready = PREPARED.get((src.address, dst.address, src_step, dst_step, None, choice))
+    if ready is None:
+        try:
+            ready = prepared(src, dst, src_step, dst_step, None, choice)
+        except PortaKVError:  # the general way says it in its turn
+            return None
+    if ready.picks is not None or ready.unowned or ready.plan.unit != unit:
+        return None
+    return ready
+
+
+def _launch(
+    ready: Prepared, move: Move, guarded: bool = False, owner: Owner | None = None
+) -> Transfer:
+    """Launch a checked copy on the current stream, and return its end.
+
+    ``guarded``: the launch gets a status word. ``owner``: as for `_by_ids`.
+    """
+    device = move.dst.device
+    words: tuple[tuple[StatusWord, int], ...] = ()
+    status = None
+    if guarded:
+        word = acquire_word()
+        words = ((word, 0),)
+        status = word.tensor
+    placed = ready.place_both(move)
+    tables: list[torch.Tensor] = []
+    if device.type == "cpu":
+        event = pool = None
+        pending = ready.launch(*placed, None, None)
+        if pending is None:
+            return Transfer((), None, ready.carried)
+    else:
+        if True in ready.tables:
+            tables = _tables_of(move, ready.tables, device)
+        try:
+            pending = ready.launch(*placed, None, status)
+        except BaseException:  # also an interrupt; what was launched may still run
+            if tables:
+                completion(device, None, *tables)
+            raise
+        pool = event_pool(device)
+        event = pool.recorded(None)
+    # The allocator knows the ids' memory by the stream on which they were brought, which may be
+    # another one. It reuses the memory of the views after what it knows of the current stream.
+    retained = placed[2:4] if pending is None else placed
+    pendings = () if pending is None else (pending,)
+    end = Completion(event, pendings, words, None, (retained, tables), pool)
+    hold(end, owner)
+    return Transfer((end,), placed, ready.carried)
+
+
+def _tables_of(move: Move, tables: tuple[bool, bool], device: torch.device) -> list[torch.Tensor]:
+    """Have the tables of addresses on a device that a launch reads there; return those that the
+    copy retains.
+
+    ``tables``: for each side, whether its table is read.
+    """
+    retained = []
+    for view, read in zip(move[:2], tables, strict=True):
+        if not read:
+            continue
+        table = view.made_table(device)
+        if table is None:
+            bring_table(view, device)
+        else:
+            retained.append(table)
+    return retained
 
 
 def _index(side: Units, unit: int) -> Index:
     """Return units as an index."""
-    return Index(offset=side.offset) if side.numbers is None else Index(side.numbers, unit)
+    if side.numbers is None:
+        return Index(offset=side.offset)
+    return Index.checked(side.numbers, unit)
+
+
+def _index_of(ids: Ids | None, step: int) -> Index | None:
+    """Return the ids of a side as an index, before the core has checked a tensor; None: ids that
+    no index takes."""
+    if type(ids) is torch.Tensor:
+        return Index.checked(ids, step)
+    try:
+        return index_of(ids, step)
+    except SlotError:  # the general way says it in its turn
+        return None
 
 
 def _across_link(
@@ -618,18 +760,21 @@ def _across_link(
     down = places[0] == "device"
     try:
         choice = choose((src if down else dst).device, options.backend)
-        strategy = isinstance(choice.backend, Strategy)
-        if not strategy and places in choice.can.places:
+        named = isinstance(choice.backend, Strategy)
+        if not named and places in choice.can.places:
             return None
-        if not strategy or options.terms is not None:
+        if not named or options.terms is not None:
             choice = across(choice, options.terms)
         ready = prepared(src.form, dst.form, *steps, None, choice)
         host = dst if down else src
         launch = ready.launch
         if isinstance(launch, HostLaunch):
-            by_kernels = launch.kernels_for(count, host, new)
-            if by_kernels is not None:
-                return _Executor(*by_kernels)
+            found = launch.pick_counted(count, 1, 1, host, new)
+            if found is not None:
+                strategy, picked = found
+                if isinstance(strategy, ZeroCopy) and launch.has_prepared(picked.strategy):
+                    launch.log(picked)
+                    return _Executor(strategy.kernels[src.form.place], picked)
         by = ready.choice.backend
         if not isinstance(by, Strategy) or not isinstance(launch, StrategyLaunch):
             return None

@@ -99,7 +99,10 @@ def _copy_rotated(move: Move, rope: Rope, options: CopyOptions) -> Transfer:
         most = SLICE // (raw.layers * raw.heads * max(raw.widths) * step)
         tokens = min(move.count, max(1, most) * step)
         tensors = [one[0] for one in dense_blocks(raw, tokens, 1, dense.device).tensors]
-        cosines, sines = _turns(rope, tensors[rope.kv])
+        # The cosine and the sine of each pair.
+        turns = rope.turns(tensors[rope.kv].shape[3])
+        angles = torch.tensor(turns, dtype=torch.float64, device="cpu").to(torch.float32)
+        cosines, sines = angles.to(dense.device)
         for first in range(0, move.count, tokens):
             part = move.part(first, min(tokens, move.count - first))
             rows = [tensor[:, :, : part.count] for tensor in tensors]
@@ -179,11 +182,3 @@ def _check_keys(raw: Form, rope: Rope) -> None:
         why = f"it takes {', '.join(FP8_DTYPES)} only"
         raise Unsupported(f"A rotation of keys of {dtype}", why)
     rope.rotary(raw.widths[rope.kv] // int(getattr(torch, dtype).itemsize))
-
-
-def _turns(rope: Rope, keys: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the cosine and the sine of each pair on the device of keys, float32."""
-    both = rope.turns(keys.shape[3])
-    made = torch.tensor(both, dtype=torch.float64, device="cpu").to(torch.float32)
-    cosines, sines = made.to(keys.device)
-    return cosines, sines

@@ -9,19 +9,26 @@ from __future__ import annotations
 
 import ctypes
 from array import array
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import cache, cached_property
 from typing import Any, NamedTuple
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 from portakv.core.library import python_function
+from portakv.core.view import address_in_torch, handle_at
 
 # The codes of `core.h`.
 OTHERWISE = -50
+STREAM = -51
+LIST = -52
 DRIVER = -1000
 #: An end or a count: as many as there are.
 TO_THE_END = -1
+#: An answer about an end: the work has ended, and its status word reports an error.
+REPORTS = -1
 #: Bits of a result below its tokens: a status word may be written; ids of the host skip positions.
 GUARDED = 2
 SKIPS = 1
@@ -63,8 +70,7 @@ class Watch:
     @cached_property
     def address(self) -> int:
         """Where the core reads the words of this object."""
-        self._handles = _Handles(self._tensors)
-        tensors = array("q", self._handles.pointers)
+        tensors = handles_of(self._tensors)
         storages = array("q", [tensors[number] for number in self._first])
         self._pointers = tensors, storages
         self._words = _Watch(
@@ -74,8 +80,8 @@ class Watch:
             storages.buffer_info()[0],
             self._sizes.buffer_info()[0],
             len(storages),
-            self._handles.functions.address_of,
-            self._handles.functions.storage_bytes,
+            address_in_torch("aoti_torch_get_data_ptr"),
+            address_in_torch("aoti_torch_get_storage_size"),
         )
         return ctypes.addressof(self._words)
 
@@ -96,43 +102,11 @@ class Watch:
             self._sizes[number] = len(storage)
 
 
-class _TensorFunctions(NamedTuple):
-    """Functions of torch's stable interface: two addresses for the core, and the function that
-    deletes a handle."""
-
-    address_of: int
-    storage_bytes: int
-    delete: Callable[[int], int]
-
-
-@cache
-def _tensor_functions() -> _TensorFunctions:
-    """Return the functions, which torch's extension finds in its libraries."""
-    torch_library = ctypes.PyDLL(torch._C.__file__)
-    delete = torch_library.aoti_torch_delete_tensor_object
-    delete.argtypes = (ctypes.c_void_p,)
-    names = "aoti_torch_get_data_ptr", "aoti_torch_get_storage_size"
-    address_of, storage_bytes = (
-        ctypes.cast(torch_library[name], ctypes.c_void_p).value or 0 for name in names
-    )
-    return _TensorFunctions(address_of, storage_bytes, delete)
-
-
-class _Handles:
-    """Handles of tensors for torch's stable interface. They count as references to the tensors, so
-    torch refuses to swap these with others."""
-
-    def __init__(self, tensors: Sequence[torch.Tensor]) -> None:
-        self.functions = _tensor_functions()
-        pointer = ctypes.pythonapi.PyCapsule_GetPointer
-        pointer.argtypes = (ctypes.py_object, ctypes.c_char_p)
-        pointer.restype = ctypes.c_void_p
-        made = torch._C._aoti.unsafe_alloc_void_ptrs_from_tensors(list(tensors))
-        self.pointers: list[int] = [pointer(capsule, None) for capsule in made]
-
-    def __del__(self) -> None:
-        for handle in getattr(self, "pointers", ()):
-            self.functions.delete(handle)
+def handles_of(tensors: Sequence[torch.Tensor]) -> array[int]:
+    """Return torch's handles of tensors, which stay as long as the tensors."""
+    at = handle_at()
+    assert at is not None  # else the core reads no tensors
+    return array("q", [id(each) + at for each in tensors])
 
 
 class CopyEnd(ctypes.Structure):
@@ -145,6 +119,7 @@ class CopyEnd(ctypes.Structure):
         ("event", ctypes.c_void_p),
         ("record", ctypes.c_void_p),
         ("query", ctypes.c_void_p),
+        ("word", ctypes.c_void_p),
     )
 
 
@@ -157,15 +132,6 @@ class CurrentStream(ctypes.Structure):
         ("current_stream", ctypes.c_void_p),
         ("capturing", ctypes.c_void_p),
     )
-
-
-@cache
-def current_stream_function() -> int:
-    """Return the address of torch's function for the current stream of a device of CUDA or ROCm;
-    raise `AttributeError` if this torch has none."""
-    torch_library = ctypes.PyDLL(torch._C.__file__)
-    address = ctypes.cast(torch_library.aoti_torch_get_current_cuda_stream, ctypes.c_void_p)
-    return address.value or 0
 
 
 class _View(ctypes.Structure):
@@ -186,6 +152,8 @@ class _View(ctypes.Structure):
         ("watch", ctypes.c_void_p),
         ("entries", ctypes.c_int64),
         ("entry_bytes", ctypes.c_int64),
+        ("versions", ctypes.c_void_p),
+        ("version_count", ctypes.c_int64),
     )
 
 
@@ -236,7 +204,8 @@ class OpenedView:
         self.versions = versions
         words = array("q", dtypes or [0] * kv)
         ranges = array("q", [address for span in spans for address in span])
-        self._kept = words, ranges, watch, kept
+        raised = handles_of(versions)
+        self._kept = words, ranges, watch, raised, kept
         self._words = _View(
             form,
             words.buffer_info()[0],
@@ -250,8 +219,57 @@ class OpenedView:
             table_on_device,
             watch.address if watch else 0,
             *entries,
+            raised.buffer_info()[0],
+            len(raised),
         )
         self.address = ctypes.addressof(self._words)
+
+
+class _Words(ctypes.Structure):
+    """`portakv_words` of `core.h`."""
+
+    _fields_ = (("batches", ctypes.c_void_p), ("count", ctypes.c_int64))
+
+
+class WordBatches:
+    """Batches of a process's status words, of `SIZE` words each, which the core looks at before
+    it copies.
+
+    Attributes:
+        address: for calls of the core.
+    """
+
+    SIZE = 64
+
+    def __init__(self) -> None:
+        self._batches = list[npt.NDArray[np.int64]]()
+        self._words = _Words()
+        self._pointers: list[array[int]] = []  # another thread's call may read former ones
+        self.address = ctypes.addressof(self._words)
+
+    def append(self, batch: npt.NDArray[np.int64]) -> None:
+        """Add a batch, which stays."""
+        self._batches.append(batch)
+        pointers = array("q", [each.ctypes.data for each in self._batches])
+        self._pointers.append(pointers)
+        self._words.batches = pointers.buffer_info()[0]
+        self._words.count = len(pointers)
+
+    def __iter__(self) -> Iterator[npt.NDArray[np.int64]]:
+        return iter(self._batches)
+
+
+class OpenedChunks(ctypes.Structure):
+    """`portakv_chunk_copies` of `core.h`."""
+
+    _fields_ = (
+        ("kernels", ctypes.c_void_p),
+        ("caches", ctypes.c_void_p),
+        ("torch", ctypes.c_void_p),
+        ("layouts", ctypes.c_void_p * 5),
+        ("current", ctypes.c_void_p),
+        ("words", ctypes.c_void_p),
+    )
 
 
 class Calls(NamedTuple):

@@ -90,6 +90,26 @@ def check(path: Path, root: Path) -> None:
         )
 
 
+def function_of_numbers(number: int, name: str, *arguments: Any) -> Callable[..., int]:
+    """Return a function of the core that takes numbers and addresses, and returns a number.
+
+    If the core found the interpreter, this is a function of Python, since ctypes takes longer to
+    convert the arguments than such a function takes. Calls keep the interpreter: they are shorter
+    than taking it back.
+
+    Args:
+        number: the function's in `portakv_python_function`.
+        name, arguments: the function's in `core.h`.
+    """
+    core = pylibrary()
+    if core.portakv_python_found():
+        return python_function(number)
+    function = getattr(core, name)
+    function.argtypes = arguments
+    function.restype = ctypes.c_int64
+    return function  # type: ignore[no-any-return]
+
+
 def python_function(number: int) -> Callable[..., Any]:
     """Return a function of Python that the core makes; `portakv_python_function` lists them. The
     core has found the interpreter."""

@@ -9,7 +9,7 @@ from ctypes import c_int, c_int64, c_void_p
 from functools import cache
 from typing import Any
 
-from .library import pylibrary, python_function
+from .library import function_of_numbers, pylibrary
 
 # The codes of `core.h`.
 MALFORMED = -1
@@ -74,12 +74,10 @@ def _words(function: Callable[..., int], *arguments: int) -> array[int]:
 
 @cache
 def _make() -> Callable[..., int]:
-    """Return `portakv_plan_make`: as a function of Python if the core found the interpreter, since
-    ctypes takes longer to convert the arguments than the core takes to plan."""
-    core = pylibrary()
-    if core.portakv_python_found():
-        return python_function(5)
-    return _prototyped(core.portakv_plan_make, c_void_p, c_void_p, c_int64, c_int64, c_int64)
+    """Return `portakv_plan_make`."""
+    numbers = (c_int64,) * 3
+    forms = c_void_p, c_void_p
+    return function_of_numbers(5, "portakv_plan_make", *forms, *numbers, c_void_p, c_int64)
 
 
 @cache

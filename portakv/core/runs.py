@@ -35,7 +35,6 @@ _SPARE = 4
 _copy = Struct("=17q").pack
 #: The words of a copy, of limits, and of edges, as `portakv_pieces_list` reads them.
 pack_request = Struct("=33q").pack
-_listed = Struct("=16q").pack
 
 
 class _Functions(NamedTuple):
@@ -44,7 +43,6 @@ class _Functions(NamedTuple):
     runs_list: Callable[[int, bytes, int, int], int]
     runs_groups: Callable[[bytes, int, int, int, int], int]
     pieces_list: Callable[[int, bytes, int, int], int]
-    pieces_fold: Callable[[bytes, int, int], int]
     pieces_count: Callable[[int, int, int, int, int], int]
 
 
@@ -57,7 +55,6 @@ def _functions() -> _Functions:
         "runs_list": [pointer, words, pointer, number],
         "runs_groups": [words, number, number, number, number],
         "pieces_list": [pointer, words, pointer, number],
-        "pieces_fold": [words, pointer, number],
         "pieces_count": [pointer, number, number, pointer, pointer],
     }
     core = pylibrary()
@@ -140,17 +137,6 @@ def list_pieces(plan: int, request: Sequence[int], room: int) -> list[Int64] | N
             return None
         if number == _EDGES:
             raise NeedsEdges
-        room = _known(number)
-
-
-def fold_runs(runs: Sequence[int], room: int) -> list[Int64]:
-    """Return the pieces of runs in the order of the source, as `list_pieces` does."""
-    words = _listed(*runs)
-    while True:
-        out = np.empty(6 * room + 1, dtype=np.int64)
-        number = _functions().pieces_fold(words, pointer_to(out), room)
-        if 0 <= number <= room:
-            return _columns(out[1:], 6 if out[0] else 3, number, room)
         room = _known(number)
 
 

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from portakv.core.library import library, pylibrary
+from portakv.core.library import function_of_numbers, pylibrary
 
 #: The code of `native/core/core.h` for which the tensors themselves show no reason.
 PAST_64_BITS = -3
@@ -59,16 +59,19 @@ class _Torch(ctypes.Structure):
         ("exchange", ctypes.c_void_p),
         ("tensor", ctypes.py_object),
         ("parameter", ctypes.py_object),
-        ("storage_offset", ctypes.py_object),
-        ("untyped_storage", ctypes.py_object),
-        ("is_neg", ctypes.py_object),
-        ("is_conj", ctypes.py_object),
         ("is_pinned", ctypes.py_object),
-        ("requires_grad", ctypes.py_object),
-        ("dtype", ctypes.py_object),
-        ("uint8", ctypes.py_object),
-        ("int8", ctypes.py_object),
         ("forms", ctypes.py_object),
+        ("handle_at", ctypes.c_int64),
+        ("storage_offset", ctypes.c_void_p),
+        ("storage_bytes", ctypes.c_void_p),
+        ("dtype", ctypes.c_void_p),
+        ("uint8", ctypes.c_int64),
+        ("int8", ctypes.c_int64),
+        ("is_neg", ctypes.c_void_p),
+        ("is_conj", ctypes.c_void_p),
+        ("is_inference", ctypes.c_void_p),
+        ("requires_grad", ctypes.c_void_p),
+        ("raise_version", ctypes.c_void_p),
     )
 
 
@@ -97,31 +100,63 @@ class TensorReader(NamedTuple):
 def tensor_reader(forms: dict[Any, Any]) -> TensorReader | None:
     """Return the core's reader of plain tensors; ``forms`` are known forms by their words.
 
-    None: this torch does not describe tensors by the exchange API of DLPack.
+    None: this torch does not describe tensors by the exchange API of DLPack, or lacks a function.
     """
     exchange = _exchange_api()
-    if not exchange:
+    at = handle_at()
+    if not exchange or at is None:
         return None
     tensor = torch.Tensor
-    objects = _Torch(
-        exchange,
-        tensor,
-        torch.nn.Parameter,
-        tensor.storage_offset,
-        tensor.untyped_storage,
-        tensor.is_neg,
-        tensor.is_conj,
-        tensor.is_pinned,
-        "requires_grad",
-        "dtype",
-        torch.uint8,
-        torch.int8,
-        forms,
-    )
+    try:
+        objects = _Torch(
+            exchange,
+            tensor,
+            torch.nn.Parameter,
+            tensor.is_pinned,
+            forms,
+            at,
+            address_in_torch("aoti_torch_get_storage_offset"),
+            address_in_torch("aoti_torch_get_storage_size"),
+            address_in_torch("aoti_torch_get_dtype"),
+            _torch_library()["aoti_torch_dtype_uint8"](),
+            _torch_library()["aoti_torch_dtype_int8"](),
+            address_in_torch("_ZN2at6native6is_negERKNS_6TensorE"),
+            address_in_torch("_ZN2at6native7is_conjERKNS_6TensorE"),
+            address_in_torch("_ZN2at6native12is_inferenceERKNS_6TensorE"),
+            address_in_torch("_ZNK3c1010TensorImpl13requires_gradEv"),
+            address_in_torch("_ZN5torch8autograd4impl12bump_versionERKN2at6TensorE"),
+        )
+    except AttributeError:
+        return None
     function = pylibrary().portakv_view_read_tensors
     function.argtypes = (ctypes.c_void_p, ctypes.py_object)
     function.restype = ctypes.py_object
     return TensorReader(function, ctypes.addressof(objects), objects)
+
+
+@cache
+def handle_at() -> int | None:
+    """Return the bytes from a tensor's object to torch's handle of it; None: there is none.
+
+    The object starts with a head that all objects have. Since torch 2.10 the handle follows: the
+    `at::Tensor` of C++, which is the address of the tensor's implementation.
+    """
+    tensor = torch.empty(0, device="cpu")
+    at = object.__basicsize__
+    address = ctypes.c_void_p.from_address(id(tensor) + at).value
+    return at if address == tensor._cdata else None
+
+
+@cache
+def _torch_library() -> ctypes.PyDLL:
+    """Return torch's extension, which finds functions in all libraries of torch."""
+    return ctypes.PyDLL(torch._C.__file__)
+
+
+def address_in_torch(name: str) -> int:
+    """Return the address of a function of torch's libraries; raise `AttributeError` if this torch
+    has none of that name."""
+    return ctypes.cast(_torch_library()[name], ctypes.c_void_p).value or 0
 
 
 def _exchange_api() -> int:
@@ -171,31 +206,23 @@ def read_words(
             break
         capacity = count
     if count < 0:
-        return int(count)
-    slots, entries, spans, _ = out[:4]
+        return count
+    slots, entries, ranges, _ = out[:4]
     begin = 4 + entries
-    past = begin + 2 * spans
-    firsts = out[begin:past:2]
-    ends = out[begin + 1 : past : 2]
-    form = out[past:count].tobytes()
-    return Words(form, slots, out[4:begin].tolist(), list(zip(firsts, ends, strict=True)))
+    past = begin + 2 * ranges
+    spans = []
+    if ranges:
+        spans = list(zip(out[begin:past:2], out[begin + 1 : past : 2], strict=True))
+    return Words(out[past:count].tobytes(), slots, out[4:begin].tolist(), spans)
 
 
 @cache
-def _read_function() -> Any:
-    function = library().portakv_view_read
-    function.argtypes = (
-        ctypes.c_void_p,
-        ctypes.c_void_p,
-        ctypes.c_void_p,
-        ctypes.c_int64,
-        ctypes.c_int64,
-        ctypes.c_int64,
-        ctypes.c_void_p,
-        ctypes.c_int64,
-    )
-    function.restype = ctypes.c_int64
-    return function
+def _read_function() -> Callable[..., int]:
+    """Return `portakv_view_read`."""
+    numbers = (ctypes.c_int64,) * 3
+    words = (ctypes.c_void_p,) * 3
+    room = ctypes.c_void_p, ctypes.c_int64
+    return function_of_numbers(9, "portakv_view_read", *words, *numbers, *room)
 
 
 @cache
@@ -217,6 +244,12 @@ def dtype_names() -> dict[int, str]:
     """Return the name of the dtype of each word; "" for 0, which stands for bytes."""
     names = {word: name_of(dtype) for dtype, word in dtype_words().items()}
     return {**names, 0: ""}
+
+
+@cache
+def words_of_dtypes() -> dict[str, int]:
+    """Return the word of each dtype by its name; that of bytes, "", is 0."""
+    return {name: word for word, name in dtype_names().items()}
 
 
 def name_of(dtype: torch.dtype) -> str:

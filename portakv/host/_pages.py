@@ -128,7 +128,12 @@ def use_huge_pages(descriptor: int, nbytes: int) -> int:
         return 0
     with reserved:
         start = to_pages(address_of(reserved), _HUGE)
-        if not size or not _map_at(start, size, descriptor):
+        # Map the file there, in place of the other mapping.
+        place = _load(None, use_errno=True).mmap
+        place.restype = ctypes.c_void_p
+        both = mmap.PROT_READ | mmap.PROT_WRITE
+        words = start, size, both, mmap.MAP_SHARED | _MAP_FIXED, descriptor, 0
+        if not size or place(*map(ctypes.c_ulong, words)) != start:
             return 0
         last = monotonic() + HUGE_SECONDS
 
@@ -147,15 +152,6 @@ def use_huge_pages(descriptor: int, nbytes: int) -> int:
             with suppress(RuntimeError), ThreadPoolExecutor(_threads()) as pool:  # no more threads
                 brought += sum(pool.map(bring, range(SLICE, size, SLICE)))
         return brought
-
-
-def _map_at(address: int, nbytes: int, descriptor: int) -> bool:
-    """Map a file at an address, in place of another mapping; return whether the kernel did."""
-    place = _load(None, use_errno=True).mmap
-    place.restype = ctypes.c_void_p
-    both = mmap.PROT_READ | mmap.PROT_WRITE
-    words = address, nbytes, both, mmap.MAP_SHARED | _MAP_FIXED, descriptor, 0
-    return bool(place(*map(ctypes.c_ulong, words)) == address)
 
 
 def is_mapped(address: int, nbytes: int) -> bool:

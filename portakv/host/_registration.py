@@ -22,7 +22,7 @@ import sys
 import threading
 import warnings
 from collections import Counter, deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, fields
 from functools import cache, partial
@@ -53,12 +53,12 @@ UNKNOWN = 713
 
 _lock = threading.RLock()  # a finalizer may run while its own thread has the lock
 live: list[Registration] = []  # no two share a page
-_boundaries: Counter[int] = Counter()  # between the pieces of `live`
-# The begins and ends of pieces that other code registered.
+# The begins and ends of pieces: of the registrations in `live` that have several, and of memory
+# that other code registered.
 _begins = Counter[int]()
 _ends = Counter[int]()
-#: Drop boundaries and pieces that are gone. A finalizer runs anywhere, also inside `_update`, so it
-#: changes no counts itself: `boundaries` does.
+#: Drop pieces that are gone. A finalizer runs anywhere, also inside `count_pieces`, so it changes
+#: no counts itself: `boundaries` does.
 dropped: deque[Callable[[], None]] = deque()
 _current: tuple[int, ...] = ()  # the result of `boundaries`
 _postponed: list[tuple[Registration, Any]] = []  # by finalizers during a graph's capture
@@ -229,7 +229,8 @@ class Registration:
                         "memory on separate pages."
                     )
             live.append(self)
-            count_boundaries([at for at, _ in self.pieces[1:]], 1)
+            if len(self.pieces) > 1:
+                count_pieces(self.pieces, 1)
 
     def _register(self) -> None:
         code = 0
@@ -293,37 +294,22 @@ class Registration:
         self._unregister()
         with suppress(ValueError):  # another call has removed it
             live.remove(self)
-            between = [at for at, _ in self.pieces[1:]]
-            if between:
-                dropped.append(partial(count_boundaries, between, -1))
-
-
-def count_boundaries(addresses: Iterable[int], by: int) -> None:
-    """Let no copy cross these addresses; ``by`` 1 adds them, -1 removes them. Addresses that others
-    added too stay."""
-    with _lock:
-        for address in addresses:
-            _boundaries[address] += by
-        _update()
+            if len(self.pieces) > 1:
+                dropped.append(partial(count_pieces, self.pieces, -1))
 
 
 def count_pieces(pieces: Iterable[tuple[int, int]], by: int) -> None:
-    """Let no copy cross from one of the pieces that other code registered into another; ``by`` 1
-    adds the pieces, -1 removes them."""
+    """Let no copy cross from one of several registered pieces into another; ``by`` 1 adds the
+    pieces, -1 removes them."""
+    global _current
     with _lock:
         for address, nbytes in pieces:
             _begins[address] += by
             _ends[address + nbytes] += by
-        _update()
-
-
-def _update() -> None:
-    """Work out the result of `boundaries`, which every copy reads."""
-    global _current
-    for counted in (_boundaries, _begins, _ends):
-        for at in [at for at, number in counted.items() if number < 1]:
-            del counted[at]
-    _current = tuple(sorted(_boundaries.keys() | (_begins.keys() & _ends.keys())))
+        for counted in (_begins, _ends):
+            for at in [at for at, number in counted.items() if number < 1]:
+                del counted[at]
+        _current = tuple(sorted(_begins.keys() & _ends.keys()))  # every copy reads it
 
 
 def boundaries() -> tuple[int, ...]:
@@ -388,15 +374,6 @@ class Buffer(NamedTuple):
     owner: object
 
 
-class _Strided(NamedTuple):
-    """The elements of memory: the address of the first, bytes of one, extents, and byte strides."""
-
-    address: int
-    itemsize: int
-    shape: tuple[int, ...]
-    steps: tuple[int, ...]
-
-
 _FREED = "was freed before ({}); register memory before it is closed"
 _NO_MEMORY = (
     "is not a strided tensor, array, mmap, shared memory or other buffer; pass one of these"
@@ -413,8 +390,9 @@ def buffer_of(memory: object) -> Buffer:
     kind = kind_of(memory)
     if not isinstance(memory, torch.Tensor):
         array = _array_of(memory)
-        elements = _Strided(array.ctypes.data, array.itemsize, array.shape, array.strides)
-        return _covered(kind, elements, not array.flags.writeable, array)
+        low, past = _reach(kind, array.itemsize, array.shape, array.strides)
+        read_only = not array.flags.writeable
+        return Buffer(array.ctypes.data + low, past - low, read_only, array)
     if memory.device.type != "cpu":
         raise DeviceMismatch(
             f"Expected memory of the host to register, got {kind} on {memory.device}. Copy it to "
@@ -423,12 +401,10 @@ def buffer_of(memory: object) -> Buffer:
     if memory.layout != torch.strided or memory.is_nested:
         raise _not_registered(kind, _NO_MEMORY)
     size = memory.element_size()
-    steps = tuple(size * step for step in memory.stride())
-    buffer = _covered(kind, _Strided(memory.data_ptr(), size, memory.shape, steps), False, memory)
-    end = buffer.address + buffer.nbytes - memory.data_ptr()
-    if memory.untyped_storage().nbytes() < memory.storage_offset() * size + end:
+    low, past = _reach(kind, size, memory.shape, [size * step for step in memory.stride()])
+    if memory.untyped_storage().nbytes() < memory.storage_offset() * size + past:
         raise _not_registered(kind, _FREED.format("its storage is smaller"))
-    return buffer
+    return Buffer(memory.data_ptr() + low, past - low, False, memory)
 
 
 def _array_of(memory: Any) -> npt.NDArray[np.generic]:
@@ -452,15 +428,15 @@ def _array_of(memory: Any) -> npt.NDArray[np.generic]:
         raise _not_registered(kind, why) from error
 
 
-def _covered(kind: str, elements: _Strided, read_only: bool, owner: object) -> Buffer:
-    """Return the bytes from the first element's begin to the last one's end."""
-    pairs = zip(elements.shape, elements.steps, strict=True)
-    reach = [(count - 1) * step for count, step in pairs]
-    low = sum(min(step, 0) for step in reach)
-    high = sum(max(step, 0) for step in reach) + elements.itemsize
-    if math.prod(elements.shape) * elements.itemsize == 0:
+def _reach(
+    kind: str, itemsize: int, shape: Sequence[int], strides: Sequence[int]
+) -> tuple[int, int]:
+    """Return where elements begin and end, in bytes from the first one; strides are bytes."""
+    if math.prod(shape) * itemsize == 0:
         raise _not_registered(kind, "has 0 bytes, so nothing can be pinned; leave it out")
-    return Buffer(elements.address + low, high - low, read_only, owner)
+    reach = [(count - 1) * step for count, step in zip(shape, strides, strict=True)]
+    low = sum(min(step, 0) for step in reach)
+    return low, sum(reach) - low + itemsize
 
 
 def _not_registered(kind: str, why: str) -> HostMemoryError:

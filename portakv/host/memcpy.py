@@ -172,7 +172,9 @@ def _copy(
     if not nbytes:
         return Copied(direction, "nothing", "there are no bytes", 0, True, Transfer())
     check_disjoint(dst, src)
-    _check_writable(dst)
+    first = dst.data_ptr()
+    if dst.is_cpu and not writable(first, first + _reach(dst)):
+        raise LayoutError(f"Expected a writable destination, got a tensor: {READ_ONLY}.")
     if not devices:
         _write(dst, src, False)
         return Copied(direction, "torch", "both tensors are on the host", nbytes, True, Transfer())
@@ -185,13 +187,13 @@ def _copy(
     # The caller retains a graph's memory, and no allocator knows of its replays.
     streams.follow_current(stream, *(() if captures else (dst, src)))
     if rows is not None:
+        method = "memcpy2d"
         late = non_blocking
-        places = (dst.data_ptr(), src.data_ptr(), direction == "h2d")
-        cuda.copy_pitched(*places, rows, device, stream)
+        cuda.copy_pitched(first, src.data_ptr(), direction == "h2d", rows, device, stream)
         increment_version(dst)  # as torch's copy_ does
     else:
+        method = "torch"
         late = _copy_by_torch(dst, src, host, ready, non_blocking, stream)
-    method = "torch" if rows is None else "memcpy2d"
     if captures:
         transfer = streams.captured(device, stream, (dst, src))
         return Copied(direction, method, why, nbytes, False, transfer)
@@ -319,13 +321,6 @@ def _check_alike(dst: Tensor, src: Tensor) -> None:
             f"Expected one shape, got a copy from shape {list(src.shape)} to {list(dst.shape)}. "
             f"Nothing is broadcast: slice, view or expand until they agree."
         )
-
-
-def _check_writable(dst: Tensor) -> None:
-    """Raise `LayoutError` if the host may not write the memory of a tensor of the host."""
-    first = dst.data_ptr()
-    if dst.is_cpu and not writable(first, first + _reach(dst)):
-        raise LayoutError(f"Expected a writable destination, got a tensor: {READ_ONLY}.")
 
 
 def check_disjoint(dst: Tensor, src: Tensor) -> None:

@@ -203,9 +203,19 @@ def allocate(
     registration = options_of(options)
     nbytes = whole("nbytes", nbytes, 1)
     if _registration.through_torch():
-        memory = _from_torch(nbytes, huge_pages, numa)
-        if memory is not None:
-            return memory
+        if numa is not None:
+            raise Unsupported(
+                f"Binding {nbytes} bytes of pinned memory to NUMA node {numa}",
+                "on this device it comes from torch's allocator, which does not report the node; "
+                "start the process under numactl --membind",
+            )
+        notes = ["it comes from torch's allocator, which may take more than was requested"]
+        if huge_pages in ("transparent", "reserved"):
+            notes.append("torch's allocator takes no request for huge pages")
+        # RuntimeError: torch cannot pin so many bytes.
+        with suppress(RuntimeError), torch.inference_mode(False):
+            base = torch.empty(nbytes, dtype=torch.uint8, device="cpu", pin_memory=True)
+            return PinnedMemory(base, None, notes)
     mapping, notes = _pages.map_private(nbytes, huge_pages)
     address = _pages.address_of(mapping)
     if numa is not None:
@@ -386,21 +396,3 @@ def _dtype(dtype: object) -> torch.dtype:
     if isinstance(dtype, torch.dtype):
         return dtype
     raise HostMemoryError(f"Expected a torch.dtype, got {dtype!r}. Pass one such as torch.uint8.")
-
-
-def _from_torch(nbytes: int, huge_pages: HugePages, numa: object) -> PinnedMemory | None:
-    """Return memory of torch's allocator for the present accelerator; None if it has none."""
-    if numa is not None:
-        raise Unsupported(
-            f"Binding {nbytes} bytes of pinned memory to NUMA node {numa}",
-            "on this device it comes from torch's allocator, which does not report the node; "
-            "start the process under numactl --membind",
-        )
-    notes = ["it comes from torch's allocator, which may take more than was requested"]
-    if huge_pages in ("transparent", "reserved"):
-        notes.append("torch's allocator takes no request for huge pages")
-    # RuntimeError: torch cannot pin so many bytes.
-    with suppress(RuntimeError), torch.inference_mode(False):
-        base = torch.empty(nbytes, dtype=torch.uint8, device="cpu", pin_memory=True)
-        return PinnedMemory(base, None, notes)
-    return None

@@ -97,10 +97,9 @@ class Leak:
 class _Caller:
     """A caller of `Pool.acquire`, and its place among those that wait."""
 
-    __slots__ = ("__weakref__", "grow_at", "refused", "waits")
+    __slots__ = ("__weakref__", "grow_at", "refused")
 
     def __init__(self) -> None:
-        self.waits = False
         self.grow_at = 0.0  # when it requests memory again
         self.refused: HostMemoryError | None = None  # why it got none
 
@@ -215,8 +214,16 @@ class PinnedPool:
         self._handles: WeakValueDictionary[int, Block] = WeakValueDictionary()
         # The callers that wait, in their order, by `id`; interrupted callers vanish by themselves.
         self._waiting: WeakValueDictionary[int, _Caller] = WeakValueDictionary()
+        numbers = block_bytes, blocks, alignment
+        whole = all(type(number) is int and number > 0 for number in numbers)
+        if not whole or alignment not in [1 << bit for bit in range(13)]:
+            raise HostMemoryError(
+                f"Expected one or more blocks of one or more bytes, aligned to a power of two up "
+                f"to 4096, got {blocks!r} blocks of {block_bytes!r} bytes, aligned to "
+                f"{alignment!r}. Pass such numbers."
+            )
         self.block_bytes = block_bytes
-        self._stride = _stride_of(block_bytes, blocks, alignment)
+        self._stride = -(-block_bytes // alignment) * alignment  # from one block to the next
         flag("stacks", stacks)
         most, each = (blocks if number is None else number for number in (limit, grow))
         self.limit = _pages.whole("limit", most, blocks, "it begins with so many blocks")
@@ -344,11 +351,9 @@ class PinnedPool:
                     if now >= until:
                         raise self._exhausted(caller, count, size, within) from caller.refused
                     self._waiting[id(caller)] = caller
-                    caller.waits = True
                     self._changed.wait(min(until - now, self._pause))
             finally:
-                if caller.waits:
-                    self._waiting.pop(id(caller), None)
+                if self._waiting.pop(id(caller), None) is not None:
                     self._changed.notify_all()
 
     def close(self) -> None:
@@ -358,8 +363,12 @@ class PinnedPool:
         """
         if self._process.forked:
             return
+        left = list[Leak]()
         with self._changed:
-            left = [] if self._closed else self._end()
+            if not self._closed:
+                self._segments.clear()
+                self._runs = Runs()
+                left = self.leaks()
             self._closed = True
             self._changed.notify_all()
         if left:
@@ -378,8 +387,10 @@ class PinnedPool:
             return
         most = self._most(size)
         if count and not most:
+            later = min(self.limit - self.blocks, self._most_together())
+            largest = self._bytes_together(max(*self._segment_blocks(), later))
             raise PoolExhausted(
-                f"Expected blocks of at most {self._largest()} bytes in the pool, which has "
+                f"Expected blocks of at most {largest} bytes in the pool, which has "
                 f"at most {self.limit * self._stride} bytes ({self.bytes_free} free now, "
                 f"{self.largest_free} of them together), got a request for {size}. Request smaller "
                 f"blocks, or make a pool of more or larger blocks."
@@ -448,7 +459,16 @@ class PinnedPool:
         self._refuse(closed=False)
         with self._changed:
             self._check(block)
-            work = None if after is None else _ending(after)
+            work: Callable[[], Any] | None = None
+            if after is not None:
+                # The method that reports its end.
+                methods = (getattr(after, name, None) for name in ("query", "done"))
+                work = next(filter(callable, methods), None)
+                if work is None or isinstance(after, type):
+                    raise HostMemoryError(
+                        f"Expected work that reports its end, got {kind_of(after)}. Pass a "
+                        "transfer, an event, or an object with query() or done()."
+                    )
             runs = self._intact_runs()
             index = block.index
             units = self._out[index].units
@@ -470,7 +490,7 @@ class PinnedPool:
         self._refuse()
         with self._changed:
             longest = self._find().longest()
-        return (longest - 1) * self._stride + self.block_bytes if longest else 0
+        return self._bytes_together(longest) if longest else 0
 
     def leaks(self) -> list[Leak]:
         """Return every block in use and its owner, the oldest first."""
@@ -495,10 +515,9 @@ class PinnedPool:
         firsts = [first for first, _ in self._segments]
         return [past - first for first, past in pairwise([*firsts, self.blocks])]
 
-    def _largest(self) -> int:
-        present = max(self._segment_blocks())
-        later = min(self.limit - self.blocks, self._most_together())
-        return (max(present, later) - 1) * self._stride + self.block_bytes
+    def _bytes_together(self, blocks: int) -> int:
+        """Return the bytes of a block that takes so many neighbouring ones, one or more."""
+        return (blocks - 1) * self._stride + self.block_bytes
 
     def _most(self, nbytes: int) -> int:
         units = self._units(nbytes)
@@ -550,17 +569,12 @@ class PinnedPool:
         start = (index - first) * self._stride
         return data[start : start + nbytes]
 
-    def _end(self) -> list[Leak]:
-        self._segments.clear()
-        self._runs = Runs()
-        return self.leaks()
-
     def _add(self, blocks: int, units: int = 1) -> None:
         """Add blocks, in pieces that waste nothing for larger blocks of so many units."""
         most = self._most_together() // units * units
         for done in range(0, blocks, most):
             count = min(blocks - done, most)
-            nbytes = (count - 1) * self._stride + self.block_bytes
+            nbytes = self._bytes_together(count)
             memory = pinned.allocate(nbytes, unit=self._stride, **self._options)
             self.pinned &= memory.pinned
             runs = self._runs
@@ -624,32 +638,6 @@ class PinnedPool:
                 runs.take_at(first, units)
             self._runs = runs
         return self._runs
-
-
-def _ending(after: object) -> Callable[[], Any]:
-    """Return the method of ``after`` that reports its end."""
-    queries = filter(callable, (getattr(after, x, None) for x in ("query", "done")))
-    query = None if isinstance(after, type) else next(queries, None)
-    if query is not None:
-        return query
-    raise HostMemoryError(
-        f"Expected work that reports its end, got {kind_of(after)}. Pass a transfer, an "
-        "event, or an object with query() or done()."
-    )
-
-
-def _stride_of(block_bytes: int, blocks: int, alignment: int) -> int:
-    """Return the bytes from one block to the next; raise `HostMemoryError` for numbers that make no
-    pool."""
-    numbers = block_bytes, blocks, alignment
-    whole = all(type(number) is int and number > 0 for number in numbers)
-    if not whole or alignment not in [1 << bit for bit in range(13)]:
-        raise HostMemoryError(
-            f"Expected one or more blocks of one or more bytes, aligned to a power of two up to "
-            f"4096, got {blocks!r} blocks of {block_bytes!r} bytes, aligned to {alignment!r}. Pass "
-            f"such numbers."
-        )
-    return -(-block_bytes // alignment) * alignment
 
 
 def _listed(sentence: str, out: Sequence[object]) -> str:

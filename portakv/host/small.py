@@ -3,8 +3,8 @@
 
 A copy engine ends its current copy, whatever the streams' priorities: 1,000 integers wait for a
 gigabyte that was enqueued earlier. Values that the CUDA driver takes along with its commands do not
-wait. They go to devices for which `by_inline` returns True, up to `MOST_INLINE` bytes. Other values
-go through pinned memory, by the copy engine.
+wait. They go to devices that have an `inline_copy`, up to `MOST_INLINE` bytes. Other values go
+through pinned memory, by the copy engine.
 """
 
 from __future__ import annotations
@@ -92,16 +92,16 @@ def to_device(
         into.view(-1).numpy()[...] = flat
     elif flat.size:
         inline = inline_copy(target) if flat.nbytes <= MOST_INLINE else None
-        if inline is None:
-            _send_pinned(flat, into, stream)
-        else:
+        if inline is not None:
             inline.send(flat, into, stream)
+            return into
+        # The copy engine comes to it after everything that it has to move before.
+        memory = torch.empty(flat.nbytes, dtype=torch.uint8, device="cpu", pin_memory=True)
+        memory.numpy().view(flat.dtype)[...] = flat
+        with inside(stream), torch.inference_mode(into.is_inference()):
+            into.view(-1).view(torch.uint8).copy_(memory, non_blocking=True)
+        streams.completion(target, stream, memory)  # retains the memory until it was read
     return into
-
-
-def by_inline(device: torch.device) -> bool:
-    """Return True if values travel to a device in the driver's commands, outside of graphs."""
-    return inline_copy(device) is not None
 
 
 # --- the methods ----------------------------------------------------------------------------------
@@ -182,15 +182,6 @@ class _Pages(threading.local):
         pages = mmap.mmap(-1, COMMAND_BYTES, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         self.bytes = np.frombuffer(pages, np.uint8)
         self.address = self.bytes.ctypes.data
-
-
-def _send_pinned(array: Array, out: Tensor, stream: Stream | None) -> None:
-    """Copy through pinned memory, after everything that the copy engine has to move before."""
-    memory = torch.empty(array.nbytes, dtype=torch.uint8, device="cpu", pin_memory=True)
-    memory.numpy().view(array.dtype)[...] = array
-    with inside(stream), torch.inference_mode(out.is_inference()):
-        out.view(-1).view(torch.uint8).copy_(memory, non_blocking=True)
-    streams.completion(out.device, stream, memory)  # retains the memory until it was read
 
 
 # --- the target -----------------------------------------------------------------------------------

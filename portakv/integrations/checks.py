@@ -64,11 +64,13 @@ def unknown_keys(config: Mapping[str, Any], known: Iterable[str], owner: str) ->
             yield f"Expected a key of {owner}, got {name!r}.{hint} Correct it."
 
 
-def means_ours(name: object, names: Iterable[str]) -> bool:
-    """Return whether a name is one of ``names`` or was meant to be, with a typing error."""
+def means_ours(name: object, names: Iterable[str], module: object) -> bool:
+    """Return whether a name is one of ``names`` or was meant to be, with a typing error, or its
+    module is PortaKV's."""
     text = str(name)
     is_close = difflib.get_close_matches(text, [*names], n=1, cutoff=0.85)
-    return bool(is_close) or text.lower().startswith("porta")
+    named = text.lower().startswith("porta") or str(module).startswith("portakv")
+    return named or bool(is_close)
 
 
 def other_values(config: Mapping[str, Any], expected: Mapping[str, Iterable[str]]) -> Iterator[str]:

@@ -38,6 +38,9 @@ class Interface(NamedTuple):
 
 
 _OFFLOAD = "vllm.v1.kv_offload"
+_WORKER = "vllm.v1.kv_offload.base"
+_SPEC = "vllm.v1.kv_offload.cpu.spec"
+_JOB = ("job_id", "src_spec", "dst_spec")
 _LMCACHE_OPS = "lmcache.v1.platform.torch_ops.mem_kernels"
 _LMCACHE_PAGED_OPS = "lmcache.v1.platform.torch_ops.mp_mem_kernels"
 _TOKENS = ("key_value", "key_value_ptrs", "slot_mapping", "paged_memory_device", "page_buffer_size")
@@ -126,35 +129,27 @@ INTERFACES = {
         Interface(_LAYER, "DynamicCache.__init__", ("ddp_cache_data", "config")),
     ),
     "vllm": (
-        Interface(
-            f"{_OFFLOAD}.base",
-            "OffloadingWorker.submit_store",
-            ("job_id", "src_spec", "dst_spec"),
-            exact=True,
+        *(
+            Interface(_WORKER, f"OffloadingWorker.{method}", takes, exact=True, may=may)
+            for method, takes, may in (
+                ("submit_store", _JOB, ()),
+                ("submit_load", _JOB, ("expedited",)),
+                ("get_finished", (), ()),
+                ("wait", ("job_ids",), ()),
+                ("shutdown", (), ()),
+            )
         ),
         Interface(
-            f"{_OFFLOAD}.base",
-            "OffloadingWorker.submit_load",
-            ("job_id", "src_spec", "dst_spec"),
-            exact=True,
-            may=("expedited",),
-        ),
-        Interface(
-            f"{_OFFLOAD}.base",
+            _WORKER,
             "OffloadingWorker",
             abstract=("submit_store", "submit_load", "get_finished", "wait", "shutdown"),
         ),
-        Interface(f"{_OFFLOAD}.base", "OffloadingWorker.get_finished", exact=True),
-        Interface(f"{_OFFLOAD}.base", "OffloadingWorker.wait", ("job_ids",), exact=True),
-        Interface(f"{_OFFLOAD}.base", "OffloadingWorker.shutdown", exact=True),
         Interface(
-            f"{_OFFLOAD}.base",
-            "TransferResult",
-            ("job_id", "success", "transfer_size", "transfer_time"),
+            _WORKER, "TransferResult", ("job_id", "success", "transfer_size", "transfer_time")
         ),
-        Interface(f"{_OFFLOAD}.cpu.spec", "CPUOffloadingSpec.__init__", ("config",)),
-        Interface(f"{_OFFLOAD}.cpu.spec", "CPUOffloadingSpec.create_worker", ("kv_caches",), True),
-        Interface(f"{_OFFLOAD}.cpu.spec", "CPUOffloadingSpec.get_worker", ("kv_caches",), True),
+        Interface(_SPEC, "CPUOffloadingSpec.__init__", ("config",)),
+        Interface(_SPEC, "CPUOffloadingSpec.create_worker", ("kv_caches",), True),
+        Interface(_SPEC, "CPUOffloadingSpec.get_worker", ("kv_caches",), True),
         Interface(
             f"{_OFFLOAD}.cpu.shared_offload_region",
             "SharedOffloadRegion.__init__",
@@ -169,8 +164,8 @@ INTERFACES = {
             also=("populate_shard", "num_segments"),
         ),
         Interface(f"{_OFFLOAD}.cpu.gpu_worker", "pin_mmap_region", ("region", "worker_slot_only")),
-        Interface(f"{_OFFLOAD}.cpu.spec", "_all_workers_barrier"),
-        Interface(f"{_OFFLOAD}.cpu.spec", "_REGION_SEGMENTS"),
+        Interface(_SPEC, "_all_workers_barrier"),
+        Interface(_SPEC, "_REGION_SEGMENTS"),
     ),
 }
 
@@ -212,7 +207,13 @@ def _difference(interface: Interface) -> str:
         return f"{place} is not there"
 
     if interface.abstract is not None:
-        further = _abstract(definition) - {*interface.abstract}
+        methods = definition.body if isinstance(definition, ast.ClassDef) else []
+        further = {
+            each.name
+            for each in methods
+            if isinstance(each, ast.FunctionDef)
+            and any("abstract" in ast.unparse(decorator) for decorator in each.decorator_list)
+        } - {*interface.abstract}
         if further:
             return f"{place} has further abstract methods: {', '.join(sorted(further))}"
         return ""
@@ -267,50 +268,23 @@ def _named(body: list[ast.stmt], name: str) -> Iterator[Definition]:
             yield each
 
 
-def _abstract(definition: Definition) -> set[str]:
-    """Return the names of the abstract methods of a class."""
-    methods = definition.body if isinstance(definition, ast.ClassDef) else []
-    return {
-        each.name
-        for each in methods
-        if isinstance(each, ast.FunctionDef)
-        and any("abstract" in ast.unparse(decorator) for decorator in each.decorator_list)
-    }
-
-
 def _parts(definition: Definition) -> tuple[tuple[str, ...], set[str]]:
     """Return the names of all parameters or fields, and of those with a default.
 
     A constant has neither.
     """
+    defaults: dict[str, object] = {}  # by name; None: the parameter or field has none
     if isinstance(definition, ast.ClassDef):
-        return _fields(definition)
-    if isinstance(definition, ast.FunctionDef):
-        return _parameters(definition)
-    return (), set()
-
-
-def _parameters(function: ast.FunctionDef) -> tuple[tuple[str, ...], set[str]]:
-    """Return the names of a function's parameters without ``self``, and of those with a default."""
-    arguments = function.args
-    names = [each.arg for each in (*arguments.posonlyargs, *arguments.args)]
-    optional = {*names[len(names) - len(arguments.defaults) :]}
-    if names[:1] in (["self"], ["cls"]):
-        del names[0]
-    for each, default in zip(arguments.kwonlyargs, arguments.kw_defaults, strict=True):
-        names.append(each.arg)
-        if default is not None:
-            optional.add(each.arg)
-    return tuple(names), optional
-
-
-def _fields(definition: ast.ClassDef) -> tuple[tuple[str, ...], set[str]]:
-    """Return the names of a class's annotated fields, and of those with a default."""
-    names = []
-    optional = set()
-    for each in definition.body:
-        if isinstance(each, ast.AnnAssign) and isinstance(each.target, ast.Name):
-            names.append(each.target.id)
-            if each.value is not None:
-                optional.add(each.target.id)
-    return tuple(names), optional
+        for each in definition.body:
+            if isinstance(each, ast.AnnAssign) and isinstance(each.target, ast.Name):
+                defaults[each.target.id] = each.value
+    elif isinstance(definition, ast.FunctionDef):
+        given = definition.args
+        names = [each.arg for each in (*given.posonlyargs, *given.args)]
+        without = [None] * (len(names) - len(given.defaults))
+        defaults = dict(zip(names, [*without, *given.defaults], strict=True))
+        for keyword, default in zip(given.kwonlyargs, given.kw_defaults, strict=True):
+            defaults[keyword.arg] = default
+        if names[:1] in (["self"], ["cls"]):
+            del defaults[names[0]]
+    return tuple(defaults), {name for name, default in defaults.items() if default is not None}

@@ -23,11 +23,11 @@ import numpy as np
 import torch
 
 from portakv.backends.base import Pending
+from portakv.core.pick import ORDER
 from portakv.errors import PortaKVError
 from portakv.host import pinned
 from portakv.interconnect.choose import Host, HostLaunch
 from portakv.interconnect.costs import DIRECTIONS, Point, Table, cost, identity
-from portakv.interconnect.pick import ORDER
 from portakv.interconnect.strategy import Terms, finish
 from portakv.plan.plan import CopyPlan, Move
 from portakv.runtime.devices import inside
@@ -185,8 +185,8 @@ class Work:
         one += runs * size * _PER_BYTE
         if columns:
             columns = dict(sorted(columns.items()))
-            host = cost(columns, "host_seconds", size, runs)
-            one = cost(columns, "seconds", size, runs) + host + min(host, SEEN)
+            seconds, host = cost(columns, size, runs)
+            one = seconds + host + min(host, SEEN)
         return one * (self._grid.times(size * runs) + 2)
 
     def measure(self, strategy: str, direction: str, size: int, runs: int) -> None:

@@ -11,17 +11,18 @@ from __future__ import annotations
 
 import logging
 import threading
+from array import array
 from collections.abc import Mapping
-from typing import NamedTuple, cast
+from typing import cast
 
 import torch
 
 from portakv.backends.base import PEERS, Capabilities, Decision, Launch, Pending
-from portakv.backends.row_kernels import RowKernels
+from portakv.core.pick import BITS, ORDER, pack_copies, pick_copy, set_of
 from portakv.errors import BackendUnavailable, Unsupported
 from portakv.interconnect.costs import costs_of
 from portakv.interconnect.link import by_torch, link_of
-from portakv.interconnect.pick import ORDER, Pick, none_left, pick
+from portakv.interconnect.pick import Explained, Pick, Rules, none_left, pick
 from portakv.interconnect.pieces import RunCounter
 from portakv.interconnect.strategy import (
     Strategy,
@@ -30,7 +31,6 @@ from portakv.interconnect.strategy import (
     known_to_host,
     read_on,
 )
-from portakv.interconnect.zero_copy import ZeroCopy
 from portakv.plan.plan import CopyPlan, Move
 from portakv.registry import REGISTRY, Choice, bring, prepare_by
 from portakv.registry.prepared import Prepared
@@ -41,8 +41,6 @@ from portakv.view.view import KVView
 _log = logging.getLogger(__name__)
 
 _NO_TERMS = Terms()
-_NONE = frozenset[str]()
-_PICKS = 1024  # cached by one launch
 _UNSTAGED = ("batched_memcpy", "zero_copy")  # these take no memory of the device
 
 
@@ -106,14 +104,6 @@ class Host(Strategy):
             return f"it failed to load: {type(error).__name__}: {error}"
 
 
-class _Limits(NamedTuple):
-    """What a pick depends on besides the shape of a copy, as `pick.pick` takes it."""
-
-    out: Mapping[str, str]
-    waits: frozenset[str]
-    new_ids: bool
-
-
 class HostLaunch(StrategyLaunch):
     """A plan's launches, one for each strategy that takes the plan, each prepared at its first use.
 
@@ -130,6 +120,7 @@ class HostLaunch(StrategyLaunch):
         self.strategies = {name: host.strategies[name] for name, x in answers.items() if x.accepted}
         refused = {name: x.reason for name, x in answers.items() if not x.accepted}
         self.out = {**host.out, **refused}
+        self._unfit = set_of(self.out)
         # For torch each row on the host is a separate call: nothing folds.
         below = 0 if by_torch(host.device) else link_of(host.device).fold_below
         self._lock = threading.RLock()
@@ -138,7 +129,21 @@ class HostLaunch(StrategyLaunch):
         self._whole = RunCounter(plan, fold_below=below)
         self._of_host = RunCounter.of_host(plan, below)
         self.counted = plan.unit, *self._whole.limits, self._of_host.limits[1]
-        self._picks: Bounded[tuple[object, ...], Pick] = Bounded("picks of strategies", _PICKS)
+        self._rules = Rules(self.direction, self._terms)
+        self._copies = array(
+            "q",
+            pack_copies(
+                self._whole.plan_at,
+                self._of_host.plan_at,
+                plan.unit,
+                plan.token_bytes,
+                plan.runs_per_unit,
+            )
+            + self._whole.folding.tobytes()
+            + self._rules.words,
+        )
+        self._copies_at = self._copies.buffer_info()[0]
+        self._choose = pick_copy()
 
     def pick(self, move: Move, guarded: bool = False, quick: bool = False) -> Pick:
         """Return the strategy that a transfer takes; move nothing.
@@ -167,105 +172,117 @@ class HostLaunch(StrategyLaunch):
 
     def _pick(self, move: Move, out: Mapping[str, str], quick: bool) -> Pick:
         """Pick as `pick` does, without the strategies in ``out``."""
+        waits, new_ids = self._conditions(move)
+        if quick:
+            # More runs cost every other strategy more, and the kernel as much as before.
+            picked = self._pick_by(move.count, 1, 1, out, waits, new_ids)
+            if picked.strategy == "zero_copy":
+                return picked
+        return self._pick_by(move.count, *self._groups(move), out, waits, new_ids)
+
+    def explain(self, move: Move) -> Explained:
+        """Return the pick for a transfer with the cost by each strategy; raise as `pick` does."""
+        host = self.ends(move)[1]
+        unfit = {name: each.refuses(host) for name, each in self.strategies.items()}
+        out = {**self.out, **{name: why for name, why in unfit.items() if why}}
+        waits, new_ids = self._conditions(move)
+        groups, host_groups = self._groups(move)
+        dense = self._of_host.shape(host_groups, move.count)
+        shapes = {
+            "staged": dense,
+            "batched_memcpy": self._whole.shape(groups, move.count),
+            "zero_copy": self._whole.unmerged(move.count),
+            "pageable": dense,
+        }
+        names = frozenset(name for name in ORDER if waits & BITS[name])
+        costs = costs_of(self.device)
+        return pick(shapes, self.direction, out, self._terms, costs, names, new_ids)
+
+    def _conditions(self, move: Move) -> tuple[int, bool]:
+        """Return the strategies that would wait for a device, and whether the ids are new."""
         rows, host, device_index, host_index = self.ends(move)
         count = move.count
         clean = device_index.is_clean(count, rows.slots) and host_index.is_clean(count, host.slots)
         waits = self._waiting(
             known_to_host(rows, device_index), known_to_host(host, host_index), clean
         )
-        limits = _Limits(out, waits, move.src_index.temporary or move.dst_index.temporary)
-        if quick:
-            # More runs cost every other strategy more, and the kernel as much as before.
-            picked = self._pick_by(1, 1, count, limits)
-            if picked.strategy == "zero_copy":
-                return picked
-        groups = self._whole.groups(move.src_index, move.dst_index, count)
-        host_groups = self._of_host.groups(host_index, host_index, count)
-        return self._pick_by(groups, host_groups, count, limits)
+        return waits, move.src_index.temporary or move.dst_index.temporary
 
-    def _pick_by(self, groups: int, host_groups: int, count: int, limits: _Limits) -> Pick:
+    def _groups(self, move: Move) -> tuple[int, int]:
+        """Return the groups of neighbours of a transfer on both sides together, and on the host."""
+        host_index = self.ends(move)[3]
+        groups = self._whole.groups(move.src_index, move.dst_index, move.count)
+        return groups, self._of_host.groups(host_index, host_index, move.count)
+
+    def _pick_by(
+        self,
+        count: int,
+        groups: int,
+        host_groups: int,
+        out: Mapping[str, str],
+        waits: int,
+        new_ids: bool,
+    ) -> Pick:
         """Pick for so many groups of neighbours on both sides together, and on the host."""
-        # After another strategy refuses the plan, earlier picks do not count.
-        out, waits, new_ids = limits
-        key = groups, host_groups, count, tuple(out), waits, new_ids
-        picked = self._picks.get(key)
-        if picked is None:
-            dense = self._of_host.shape(host_groups, count)
-            shapes = {
-                "staged": dense,
-                "batched_memcpy": self._whole.shape(groups, count),
-                "zero_copy": self._whole.unmerged(count),
-                "pageable": dense,
-            }
-            costs = costs_of(self.device)
-            picked = pick(shapes, self.direction, out, self._terms, costs, waits, new_ids)
-            self._picks[key] = picked
-        return picked
+        costs = costs_of(self.device).addresses[self.direction]
+        unfit = self._unfit if out is self.out else set_of(out)
+        answer = self._choose(
+            self._copies_at, costs, groups, host_groups, count, unfit, waits, new_ids
+        )
+        return self._rules.worded(answer, out)
 
-    def _waiting(self, rows: bool, host: bool, clean: bool) -> frozenset[str]:
-        """Return the strategies that would wait for a device.
+    def _waiting(self, rows: bool, host: bool, clean: bool) -> int:
+        """Return the set of strategies that would wait for a device.
 
         ``rows`` and ``host``: the host knows the addresses and ids of the device's rows, and of its
         own. ``clean``: the ids need no guard; a strategy without a guard reads other ids back.
         """
         if rows and host:
-            return _NONE
+            return 0
         known = {"none": True, "host": host, "both": rows and host}
         # Another thread may remove a strategy meanwhile.
         strategies = tuple(self.strategies.items())
-        return frozenset(
+        return set_of(
             name
             for name, strategy in strategies
             if not known[strategy.reads] or not (clean or strategy.capabilities().guards)
         )
 
-    def kernels_for(
-        self, count: int, host: KVView, new: bool
-    ) -> tuple[RowKernels, tuple[str, str]] | None:
-        """Return the row kernels that copy so many tokens, with the strategy and the reason for it;
-        None: other means do, or the ids decide.
-
-        Prepares nothing, since a graph may be captured.
-
-        Args:
-            count: tokens; their ids lie on the host.
-            host: the view in pinned memory.
-            new: ids are a caller's for one call.
-        """
-        # More runs cost every other strategy more, and the kernel as much as before.
-        picked = self._pick_by(1, 1, count, _Limits(self.out, _NONE, new))
-        strategy = self.strategies.get(picked.strategy)
-        if not isinstance(strategy, ZeroCopy) or strategy.refuses(host):
-            return None
-        if picked.strategy not in self._launches:
-            return None
-        self._host.log(picked.strategy, picked.why)
-        return strategy.kernels[self.plan.src.place], (picked.strategy, picked.why)
-
     def pick_counted(
         self, count: int, groups: int, host_groups: int, host: KVView, new: bool
-    ) -> tuple[Launch, tuple[str, str]] | None:
-        """Return the launch that makes a copy whose groups were counted, with the strategy and the
-        reason for it; None: the strategy that was picked does not take it.
+    ) -> tuple[Strategy, Pick] | None:
+        """Return the strategy for a copy whose ids the host knows, and the pick; None: the strategy
+        that was picked does not take the copy.
+
+        It prepares nothing, since a graph may be captured.
 
         Args:
+            count: tokens.
             groups, host_groups: of units that follow each other, on both sides and on the host's.
+                For one group each, `zero_copy` is certain for any ids: more runs cost every other
+                strategy more, and the kernel as much as before.
             host: the view of the host.
             new: ids are a caller's for one call.
         """
-        picked = self._pick_by(groups, host_groups, count, _Limits(self.out, _NONE, new))
-        launch = self.prepared(picked.strategy)
+        picked = self._pick_by(count, groups, host_groups, self.out, 0, new)
         strategy = self.strategies.get(picked.strategy)
-        if launch is None or strategy is None or strategy.refuses(host):
+        if strategy is None or strategy.refuses(host):
             return None
-        self._host.log(picked.strategy, picked.why)
-        return launch, (picked.strategy, picked.why)
+        return strategy, picked
+
+    def has_prepared(self, name: str) -> bool:
+        """Return True if a strategy is prepared."""
+        return name in self._launches
+
+    def log(self, picked: Pick) -> None:
+        """Log, once for each strategy of a device, that it executes copies, and why."""
+        self._host.log(*picked)
 
     def picked_for(self, move: Move) -> tuple[Prepared, tuple[str, str]]:
         """See `Picks`; raise as the function `pick` does."""
         picked = self._pick_prepared(move)
-        self._host.log(picked.strategy, picked.why)
-        return self._ready(picked.strategy), (picked.strategy, picked.why)
+        self.log(picked)
+        return self._ready(picked.strategy), picked
 
     def instead_of(self, carried: tuple[str, str]) -> tuple[Prepared, tuple[str, str]] | None:
         """Return what needs no memory of the device, if the strategy that was picked needs some.
@@ -326,7 +343,7 @@ class HostLaunch(StrategyLaunch):
             # The caller counts on a strategy that guards; since then another thread may have read
             # the ids back.
             picked = self._pick_prepared(move, guarded=True)
-        carried = picked.strategy, picked.why
+        carried: tuple[str, str] = picked
         try:
             pending = self.launch_by(picked.strategy, move, stream, status)
         except torch.OutOfMemoryError:
@@ -348,7 +365,9 @@ class HostLaunch(StrategyLaunch):
             if name in self.strategies and name not in self._launches:
                 launch, decision = prepare_by(self.strategies[name], self.plan)
                 if launch is None:
-                    self.out = {**self.out, name: decision.reason}
+                    out = {**self.out, name: decision.reason}
+                    self._unfit = set_of(out)
+                    self.out = out
                     del self.strategies[name]
                 else:
                     self._launches[name] = launch
@@ -376,8 +395,10 @@ class HostLaunch(StrategyLaunch):
         )
 
 
-#: Strategies by the backend that they run over, and by terms without a rate.
-hosts: Bounded[tuple[Choice, Terms], Choice] = Bounded("strategies across the link", 64)
+#: Strategies by the backend that they run over, by terms without a rate, and, for rows of another
+#: device, by the reason why the device may not read them.
+strategies: Bounded[tuple[Choice, Terms, str | None], Choice]
+strategies = Bounded("strategies under terms", 256)
 
 
 def across(half: Choice, terms: Terms | None = None) -> Choice:
@@ -388,8 +409,8 @@ def across(half: Choice, terms: Terms | None = None) -> Choice:
         BackendUnavailable: its self-check failed on this device.
     """
     own = _NO_TERMS if terms is None else terms.without_rate
-    key = half, own
-    known = hosts.get(key)
+    key = half, own, None
+    known = strategies.get(key)
     if known is not None:
         return known
     device = half.backend.device
@@ -397,7 +418,8 @@ def across(half: Choice, terms: Terms | None = None) -> Choice:
         if own == _NO_TERMS:
             return half
         named = type(half.backend)(device, None, own)
-        return hosts.setdefault(key, Choice(named, half.trace, half.forced, named.capabilities()))
+        made = Choice(named, half.trace, half.forced, named.capabilities())
+        return strategies.setdefault(key, made)
     backend, decision = REGISTRY.ask(Host.name, device, check=True)
     if backend is None:
         raise BackendUnavailable(
@@ -406,4 +428,4 @@ def across(half: Choice, terms: Terms | None = None) -> Choice:
         )
     strategy = Host(device, half, own)
     made = Choice(strategy, (*half.trace, decision), False, strategy.capabilities())
-    return hosts.setdefault(key, made)
+    return strategies.setdefault(key, made)

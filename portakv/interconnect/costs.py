@@ -12,15 +12,17 @@ import json
 import math
 import re
 import threading
-from bisect import bisect_left
+from array import array
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
 import torch
 
+from portakv.core.pick import ORDER, look_up
 from portakv.runtime import cuda, kernel_cache
 from portakv.runtime.bounded import Bounded
 from portakv.runtime.devices import device_name
@@ -34,6 +36,7 @@ DIRECTIONS = ("d2h", "h2d")
 FORMAT = 2
 
 _LEAST = 1e-12  # seconds of any copy
+_MOST = 1 << 53  # runs or bytes: the core counts them in floating point
 
 #: The files in which Linux has the version of NVIDIA's module, and of AMD's.
 DRIVER_FILES = Path("/proc/driver/nvidia/version"), Path("/sys/module/amdgpu/version")
@@ -91,10 +94,26 @@ class Table:
         """Return whether any strategy was measured."""
         return bool(self.points)
 
+    @cached_property
+    def words(self) -> dict[str, array[float]]:
+        """The measurements of each direction, as the core reads them."""
+        return {
+            direction: sum(
+                (_words_of(self.points.get((strategy, direction), {})) for strategy in ORDER),
+                array("d"),
+            )
+            for direction in DIRECTIONS
+        }
+
+    @cached_property
+    def addresses(self) -> dict[str, int]:
+        """The addresses of the words of each direction."""
+        return {direction: words.buffer_info()[0] for direction, words in self.words.items()}
+
     def seconds(self, strategy: str, direction: str, run_bytes: int, runs: int) -> float | None:
         """Return the seconds that the device takes; None if the strategy was not measured."""
         columns = self.points.get((strategy, direction))
-        return cost(columns, "seconds", run_bytes, runs) if columns else None
+        return cost(columns, run_bytes, runs)[0] if columns else None
 
     def host_seconds(
         self, strategy: str, direction: str, run_bytes: int, runs: int
@@ -102,45 +121,26 @@ class Table:
         """Return the seconds that a call occupies the host; None if the strategy was not
         measured."""
         columns = self.points.get((strategy, direction))
-        return cost(columns, "host_seconds", run_bytes, runs) if columns else None
+        return cost(columns, run_bytes, runs)[1] if columns else None
 
 
-def cost(columns: Columns, field_name: str, run_bytes: int, runs: int) -> float:
-    """Return the ``seconds`` or ``host_seconds`` of one strategy in one direction.
+def cost(columns: Columns, run_bytes: int, runs: int) -> tuple[float, float]:
+    """Return the seconds of the device and of the host for one strategy in one direction.
 
     Between measurements seconds are linear: in the number of runs of one size, and for equal bytes
     in the number of runs. That is exact for costs that are a price for each run and each byte.
     """
-    sizes = list(columns)
-    runs = max(1, runs)
-    nbytes = max(1, run_bytes) * runs
-    if run_bytes <= sizes[0]:  # a narrower run costs as much as the narrowest
-        return _along(columns[sizes[0]], field_name, runs)
-    if run_bytes >= sizes[-1]:
-        return _along(columns[sizes[-1]], field_name, nbytes / sizes[-1])
-    at = bisect_left(sizes, run_bytes)
-    narrow = sizes[at - 1]
-    wide = sizes[at]
-    share = (1 / narrow - 1 / run_bytes) / (1 / narrow - 1 / wide)
-    first = _along(columns[narrow], field_name, nbytes / narrow)
-    return first + share * (_along(columns[wide], field_name, nbytes / wide) - first)
+    return look_up(_words_of(columns), run_bytes, runs)
 
 
-def _along(column: Sequence[Point], field_name: str, wanted: float) -> float:
-    """Return the seconds at a number of runs: level before the first measurement, straight on past
-    the last."""
-    runs = [point.runs for point in column]
-    seconds: list[float] = [getattr(point, field_name) for point in column]
-    if wanted <= runs[0]:
-        return seconds[0]
-    if len(runs) == 1:
-        return seconds[0] * wanted / runs[0]
-    at = min(bisect_left(runs, wanted), len(runs) - 1)
-    # Two close measurements may fall; more runs are never cheaper.
-    slope = max(0.0, seconds[at] - seconds[at - 1]) / (runs[at] - runs[at - 1])
-    if wanted > runs[-1]:
-        return seconds[-1] + max(slope, 0.5 * seconds[-1] / runs[-1]) * (wanted - runs[-1])
-    return seconds[at - 1] + slope * (wanted - runs[at - 1])
+def _words_of(columns: Columns) -> array[float]:
+    """Return the measurements of one strategy in one direction as `native/core/pick.h` has them."""
+    words = array("d", [len(columns)])
+    for size, column in columns.items():
+        words += array("d", [size, len(column)])
+        for point in column:
+            words += array("d", [point.runs, point.seconds, point.host_seconds])
+    return words
 
 
 def unmeasured(why: str) -> Table:
@@ -278,7 +278,7 @@ def _columns(rows: list[list[float]]) -> dict[int, list[Point]]:
 
 
 def _count(number: object) -> int:
-    if type(number) is not int or number < 1:
+    if type(number) is not int or not 1 <= number <= _MOST:
         raise ValueError(f"{number!r} is not a number of runs or bytes")
     return number
 
@@ -291,29 +291,33 @@ def _time(number: object, least: float = 0.0) -> float:
     return float(number)
 
 
-#: Costs of each device by their subject: tables of strategies, and what `measured` adds.
-_costs: Bounded[tuple[torch.device, object], Any] = Bounded("measured costs", 128)
+#: Measurements of each device by their subject: tables of strategies, and what `measured` adds.
+_measurements: Bounded[tuple[torch.device, object], Any] = Bounded("measurements of devices", 512)
 _lock = threading.Lock()
 
 
 def costs_of(device: torch.device) -> Table:
     """Return the table of a device, read once in a process."""
-    with _lock:
-        return cast("Table", _costs.get_or_make((device, Table), lambda: _load(device)))
+    key = device, Table
+    known = _measurements.get(key)
+    if known is None:
+        with _lock:
+            known = _measurements.get_or_make(key, lambda: _load(device))
+    return cast("Table", known)
 
 
 def measured(device: torch.device, subject: object, measure: Callable[[], Measured]) -> Measured:
-    """Return the costs of a subject on a device, measured at the first call.
+    """Return what a subject measures on a device, such as its costs; measured at the first call.
 
     Several threads may measure concurrently; all get the first result.
     """
-    return cast("Measured", _costs.get_or_make((device, subject), measure))
+    return cast("Measured", _measurements.get_or_make((device, subject), measure))
 
 
 def forget() -> None:
-    """Drop all costs. The next look-up reads the files, or measures, again."""
+    """Drop all measurements. The next look-up reads the files, or measures, again."""
     with _lock:
-        _costs.clear()
+        _measurements.clear()
 
 
 def _load(device: torch.device) -> Table:

@@ -20,10 +20,9 @@ from portakv.interconnect.staging import DenseRows, staging
 from portakv.interconnect.strategy import finish
 from portakv.plan.packing import Move, PackPlan
 from portakv.plan.plan import CopyPlan
-from portakv.registry.prepared import Prepared, prepared
+from portakv.registry.prepared import PREPARED, Prepared, prepared
 from portakv.registry.registry import Choice
 from portakv.runtime import streams
-from portakv.runtime.bounded import Bounded
 from portakv.runtime.pinned_ids import PinnedIds
 from portakv.view.form import Form, same_form
 from portakv.view.view import KVView
@@ -89,10 +88,6 @@ class PackStages(BothStages):
         return CopyPlan(far, dense, step, 0, unit)
 
 
-_stages: Bounded[tuple[Form, Form, tuple[int, int], bool, Choice], PackStages]
-_stages = Bounded("stages of copies that pack", 256)
-
-
 def pack_stages(move: Move, downward: bool, choice: Choice) -> PackStages:
     """Return the stages of a copy; made on the first call, looked up after that.
 
@@ -100,11 +95,11 @@ def pack_stages(move: Move, downward: bool, choice: Choice) -> PackStages:
     """
     src = move.src.form
     dst = move.dst.form
-    key = (src, dst, move.steps, downward, choice)
-    known = _stages.get(key)
+    key = (src.address, dst.address, *move.steps, downward, choice, PackStages)
+    known: PackStages | None = PREPARED.get(key)
     if known is None:
         made = PackStages(src, dst, move.steps, downward, choice)
-        known = _stages.setdefault(key, made)
+        known = PREPARED.setdefault(key, made)
     return known
 
 

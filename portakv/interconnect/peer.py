@@ -15,12 +15,12 @@ import torch
 from portakv.backends.base import PEERS, Backend
 from portakv.errors import Unsupported
 from portakv.interconnect.bounce import Bounce, carry
-from portakv.interconnect.choose import across
+from portakv.interconnect.choose import across, strategies
+from portakv.interconnect.costs import measured
 from portakv.interconnect.strategy import Strategy, Terms
 from portakv.interconnect.zero_copy import ZeroCopy, unreached
 from portakv.plan.plan import Move
 from portakv.registry.registry import REGISTRY, Choice, choose
-from portakv.runtime.bounded import Bounded
 from portakv.selection import Decision, Kind, select
 from portakv.view import Index, KVView
 
@@ -29,21 +29,18 @@ _BLOCKS = 64
 _BLOCK = 64
 _ELEMENTS = 128
 _STRATEGY = "read where it is by"  # with a choice and terms, the key of a view's cached strategy
-#: Why one device may not read another's memory, by owner and reader; see `unmapped`.
-answers: Bounded[tuple[torch.device, torch.device], str] = Bounded("answers about two devices", 256)
 KIND = Kind("strategy", error=partial(Unsupported, "A copy from another device"))
-_strategies: Bounded[tuple[Choice, Terms, str], Choice]
-_strategies = Bounded("strategies between two devices", 256)
 
 
 def unmapped(owner: torch.device, reader: torch.device) -> str:
     """Return why kernels of ``reader`` may not read memory of ``owner``, as a phrase. Empty: they
     may, since they read a known pattern right.
 
-    The pattern is read once for each pair in a process, and again if a device was full.
+    The pattern is read once for each pair in a process, and again if a device was full or after
+    a calibration.
     """
     try:
-        return answers.get_or_make((owner, reader), lambda: _test(owner, reader))
+        return measured(reader, owner, lambda: _test(owner, reader))
     except torch.OutOfMemoryError as error:
         return f"a pattern of {owner} could not be tested on {reader}: {error}"
 
@@ -102,7 +99,7 @@ def reached(src: KVView, choice: Choice, terms: Terms) -> Choice:
                 f"A copy from {src.memory_device} to {device} by {choice.name!r}", why
             )
         return across(choice, terms)
-    made = _strategies.get_or_make((*key[1:], why), lambda: _strategy(*key[1:], why))
+    made = strategies.get_or_make((*key[1:], why), lambda: _strategy(*key[1:], why))
     if not why:  # else a later copy may reach it
         src.derived[key] = made
     return made

@@ -1,21 +1,24 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Pick the transfer strategy of one copy by its costs, or by a rule if nothing was measured."""
+"""Pick the transfer strategy of one copy by its costs, or by a rule if nothing was measured.
+
+The core picks (`native/core/pick.cpp`). This module has the figures that it picks by, and words its
+reasons.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import partial
-from math import inf
 from typing import NamedTuple
 
+from portakv.core import pick as core
+from portakv.core.pick import ORDER, set_of
 from portakv.errors import PortaKVError, Unsupported
 from portakv.interconnect.costs import Table
 from portakv.interconnect.pieces import Shape
 from portakv.interconnect.strategy import SMALL, Terms
 from portakv.selection import Decision, Kind, unavailable
 
-#: The strategies, the gentlest to a running model first: of equal costs the first one wins.
-ORDER = ("staged", "batched_memcpy", "zero_copy", "pageable")
 #: Bytes of runs in the default rule. Of 234 copies recorded on an H200 the rule loses more than 5 %
 #: to the best allowed strategy in 4 while a model runs, and in 17 on an idle device; a measured
 #: table in 2 and 1 (benchmarks/notes/link.md).
@@ -102,62 +105,134 @@ class Alternative(NamedTuple):
 
 
 class Pick(NamedTuple):
-    """The strategy of a copy, the reason as a sentence, and the cost by each strategy."""
+    """The strategy of a copy, and the reason as a sentence."""
+
+    strategy: str
+    why: str
+
+
+class Explained(NamedTuple):
+    """A pick with the cost by each strategy."""
 
     strategy: str
     why: str
     alternatives: tuple[Alternative, ...]
 
 
-def default_rule(
-    shapes: Mapping[str, Shape],
-    direction: str,
-    kernel: bool,
-    idle: bool = False,
-    engine: bool = True,
-) -> tuple[str, str]:
-    """Return the strategy for a copy on a device that was not measured, and the reason as a phrase.
+class Rules:
+    """The rules of picks in one direction under a caller's terms.
 
-    Args:
-        kernel: the terms allow a kernel to move the copy.
-        idle: nothing hides the host's time.
-        engine: `batched_memcpy` can move the copy without a wait.
+    Candidates are the strategies that the terms allow and that were measured to take at most
+    `EQUAL` longer than the quickest. If nothing hides the host's time, a part of it counts as well.
+    Of these the strategy that occupies the host least wins, then the first in `ORDER`. If no
+    strategy was measured, a default rule decides, else the first in `ORDER`. A strategy that waits
+    for the device is picked only if the terms leave no other. While a model runs, a kernel of few
+    thread blocks costs less than a host that waits, but moves pages at a part of the measured rate.
+
+    `PART` of the host's time counts, or `NEW_PART`, where nothing hides it:
+
+    - with overlap='idle';
+    - in copies of up to `SHORT`, unless all runs are pages;
+    - if the call is longer than the transfer;
+    - from `LONG` on.
+
+    All of it counts in copies of up to `SHORT` with overlap='idle'.
+
+    Attributes:
+        words: the rules as the core reads them.
+        excluded: why the terms exclude `zero_copy` from a copy, as a phrase.
     """
-    if engine and not idle and _of_pages(shapes) and _engine_first(shapes, direction):
-        return (
-            "batched_memcpy",
-            f"for runs of {PAGE >> 20} MiB or more that arrive no later by a copy engine than by "
-            f"a kernel of few thread blocks while a model runs",
+
+    def __init__(self, direction: str, terms: Terms) -> None:
+        idle = terms.overlap == "idle"
+        limited = terms.max_gbps is not None or terms.max_thread_blocks is not None
+        small = SMALL[direction]
+        kernel_most = small if terms.detached else max(small, SHORT)
+        rule_most = UNHIDDEN[direction] if idle else max(small, SHORT)
+        self.words = core.pack_rules(
+            idle,
+            terms.detached,
+            limited,
+            kernel_most,
+            rule_most,
+            SHORT,
+            PAGE,
+            WIDE,
+            EVEN,
+            NARROW,
+            EQUAL,
+            PART,
+            SHORT_PART,
+            NEW_PART / PART,
+            LONG,
+            CALL["batched_memcpy"],
+            CALL["zero_copy"],
+            ENGINE_RATE,
+            KERNEL_RATE[direction],
+            ALONE_RATE,
+            ROW[direction],
         )
-    staged = shapes["staged"]
-    whole = shapes["batched_memcpy"]
-    most = UNHIDDEN[direction] if idle else max(SMALL[direction], SHORT)
-    if kernel and whole.nbytes <= most:
-        return "zero_copy", f"for copies of up to {most >> 20} MiB"
-    if kernel and staged.run_bytes < NARROW:
-        return "zero_copy", f"for host memory in runs of less than {NARROW >> 10} KiB"
-    if whole.run_bytes >= WIDE:
-        return "batched_memcpy", f"for runs of {WIDE >> 10} KiB or more"
-    if whole.run_bytes >= EVEN and whole.runs <= staged.runs:
-        return (
-            "batched_memcpy",
-            f"for runs of {EVEN >> 10} KiB or more that gathering would not merge",
+
+        self.excluded = (
+            f"with overlap='compute' it moves at most {kernel_most >> 20} MiB, or host runs under "
+            f"{EVEN >> 10} KiB not detached, unless max_gbps or max_thread_blocks limit it"
         )
-    return "staged", "for runs that are gathered into longer ones"
+        self._reasons = {
+            core.EXCLUDED_ALONE: f"no other strategy takes the copy, although {self.excluded}",
+            core.WAITLESS: "the only strategy that does not wait for what only the device knows",
+            core.LEFT: "the only strategy that is left",
+            core.GENTLEST: "the gentlest strategy that is left, as nothing was measured here",
+        }
+        default_rule = {
+            core.RULE_PAGES: f"runs of {PAGE >> 20} MiB or more that arrive no later by a copy "
+            f"engine than by a kernel of few thread blocks while a model runs",
+            core.RULE_SMALL: f"copies of up to {rule_most >> 20} MiB",
+            core.RULE_NARROW: f"host memory in runs of less than {NARROW >> 10} KiB",
+            core.RULE_WIDE: f"runs of {WIDE >> 10} KiB or more",
+            core.RULE_EVEN: f"runs of {EVEN >> 10} KiB or more that gathering would not merge",
+            core.RULE_GATHERED: "runs that are gathered into longer ones",
+        }
+        for reason, copies in default_rule.items():
+            self._reasons[reason] = f"the default rule for {copies}, as nothing was measured here"
+        slowed = ALONE_RATE / KERNEL_RATE[direction]
+        self._measured = [_measured(flags << 8, slowed) for flags in range(16)]
+
+    def worded(self, answer: int, out: Mapping[str, str]) -> Pick:
+        """Return the pick of an answer of the core. ``out``: as for `pick`.
+
+        Raises:
+            Unsupported: no strategy is left.
+            PortaKVError: the core did not take the plan.
+        """
+        if answer == core.NONE:
+            raise none_left(out)
+        if answer < 0:
+            raise PortaKVError(
+                "Expected a plan and groups that fit each other. Report this as a bug."
+            )
+        reason = answer >> 4 & 15
+        if reason == core.MEASURED:
+            return Pick(ORDER[answer & 15], self._measured[answer >> 8 & 15])
+        return Pick(ORDER[answer & 15], self._reasons[reason])
 
 
-def _of_pages(shapes: Mapping[str, Shape]) -> bool:
-    """Return whether every run of a copy that a kernel could move is a large page."""
-    return "zero_copy" in shapes and shapes["zero_copy"].run_bytes >= PAGE
+def _measured(flags: int, slowed: float) -> str:
+    """Return why measured costs decide for a strategy.
 
-
-def _engine_first(shapes: Mapping[str, Shape], direction: str) -> bool:
-    """Return whether a caller waits no longer for a copy engine than for the kernel of few thread
-    blocks, while a model runs."""
-    nbytes = shapes["zero_copy"].nbytes
-    by_engine = CALL["batched_memcpy"] + nbytes / ENGINE_RATE
-    by_kernel = CALL["zero_copy"] + nbytes / KERNEL_RATE[direction]
-    return by_engine <= by_kernel
+    ``slowed``: a model makes the kernel of few thread blocks take that many times as long.
+    """
+    text = "the least time of the strategies that the terms allow"
+    if flags & core.SEVERAL:
+        text = f"within {EQUAL * 100:g} % of {text}, and keeps the host least"
+    text += ", as measured"
+    if flags & core.EXPOSED:
+        text += ", with the host's part"
+    if flags & core.SLOWED:
+        times = f"{slowed:.1f} times as long alongside a model"
+        text += f"; a kernel of few thread blocks takes {times}"
+    if flags & core.QUICKER:
+        text += "; zero_copy would take less, but the terms exclude it"
+    return text
 
 
 def pick(
@@ -168,16 +243,8 @@ def pick(
     costs: Table,
     waits: frozenset[str] = frozenset(),
     new_ids: bool = False,
-) -> Pick:
-    """Pick the strategy for a copy.
-
-    Candidates are the strategies that the terms allow and that were measured to take at most
-    `EQUAL` longer than the quickest. If nothing hides the host's time, a part of it counts as well
-    (`_waiting`). Of these the strategy that occupies the host least wins, then the first in
-    `ORDER`. If no strategy was measured, `default_rule` decides, else the first in `ORDER`. A
-    strategy that waits for the device is picked only if the terms leave no other. While a model
-    runs, a kernel of few thread blocks costs less than a host that waits, but moves pages at a part
-    of the measured rate.
+) -> Explained:
+    """Pick the strategy for a copy by `Rules`, and return the cost by each strategy as well.
 
     Args:
         shapes: the copy as each possible strategy moves it.
@@ -188,150 +255,28 @@ def pick(
     Raises:
         Unsupported: no strategy is left; the message has the reason of each.
     """
-    idle = terms.overlap == "idle"
-    excluded = _excluded(direction, shapes["staged"], terms)
-    others = shapes.keys() - out.keys() - {"zero_copy"}
-    if others and others <= waits and not terms.detached:
-        excluded = ""
-    alternatives = []
-    for name in ORDER:
-        if name in shapes:
-            refused = out.get(name) or (excluded if name == "zero_copy" else "")
-            alternatives.append(_alternative(name, shapes[name], direction, costs, refused))
-    able = [one for one in alternatives if one.strategy not in out]
-    if not able:
-        raise none_left(out)
-    allowed = [one for one in able if not one.refused]
-    waitless = [one for one in allowed if one.strategy not in waits]
-    candidates = waitless or allowed
-    if not allowed:
-        strategy = able[0].strategy
-        why = f"no other strategy takes the copy, although {able[0].refused}"
-    elif len(waitless) == 1 < len(allowed):
-        strategy = waitless[0].strategy
-        why = "the only strategy that does not wait for what only the device knows"
-    elif len(allowed) == 1:
-        strategy = allowed[0].strategy
-        why = "the only strategy that is left"
-    elif any(one.seconds is not None for one in allowed):
-        strategy, why = _quickest(candidates, able, _waiting(shapes, direction, idle, new_ids))
-    else:
-        engine = "batched_memcpy" in [one.strategy for one in candidates]
-        rule = default_rule(shapes, direction, not excluded, idle, engine)
-        strategy, why = _unmeasured(candidates, *rule)
-    return Pick(strategy, why, tuple(alternatives))
-
-
-def _unmeasured(candidates: list[Alternative], wanted: str, rule: str) -> tuple[str, str]:
-    """Return the strategy that the default rule wants if it is a candidate, else the first
-    candidate, and why."""
-    if any(one.strategy == wanted for one in candidates):
-        return wanted, f"the default rule {rule}, as nothing was measured here"
-    return candidates[
-        0
-    ].strategy, "the gentlest strategy that is left, as nothing was measured here"
-
-
-class _Waiting(NamedTuple):
-    """The seconds that a caller waits for a copy.
-
-    Attributes:
-        exposed: the host's time counts in any case.
-        part: the part of the host's time that counts.
-        calls: a call takes that many times the measured seconds of the host.
-        slowed: the kernel takes that many times the measured seconds.
-    """
-
-    exposed: bool
-    part: float
-    calls: float
-    slowed: float
-
-    def seconds(self, one: Alternative) -> float:
-        """Return the seconds for a copy by one strategy."""
-        if one.seconds is None:
-            return inf
-        seconds = one.seconds
-        if one.strategy == "zero_copy":
-            seconds *= self.slowed
-        host = one.host_seconds or 0.0
-        call = self.calls * host
-        counts = self.exposed or host >= LONG or call > seconds
-        return seconds + self.part * call if counts else seconds
-
-
-def _waiting(shapes: Mapping[str, Shape], direction: str, idle: bool, new_ids: bool) -> _Waiting:
-    """Return how the seconds that a caller waits follow from the measured ones.
-
-    `PART` of the host's time counts, or `NEW_PART`, where nothing hides it:
-
-    - with overlap='idle';
-    - in copies of up to `SHORT`, unless all runs are pages;
-    - if the call is longer than the transfer;
-    - from `LONG` on.
-
-    All of it counts in copies of up to `SHORT` with overlap='idle'.
-    """
-    pages = _of_pages(shapes)
-    short = shapes["staged"].nbytes <= SHORT
-    part = SHORT_PART if idle and short else PART
-    slowed = ALONE_RATE / KERNEL_RATE[direction] if pages and not idle else 1.0
-    exposed = idle or (short and not pages)
-    return _Waiting(exposed, part, NEW_PART / PART if new_ids else 1.0, slowed)
-
-
-def _quickest(
-    allowed: list[Alternative], able: list[Alternative], waiting: _Waiting
-) -> tuple[str, str]:
-    """Return the strategy that occupies the host least of the quickest and its equals, and why."""
-    limit = min(map(waiting.seconds, allowed)) * (1 + EQUAL)
-    equal = [one for one in allowed if waiting.seconds(one) <= limit]
-    best = min(equal, key=lambda one: one.host_seconds or 0.0)  # the first of equals
-    text = "the least time of the strategies that the terms allow"
-    if len(equal) > 1:
-        text = f"within {EQUAL * 100:g} % of {text}, and keeps the host least"
-    text += ", as measured"
-    if waiting.exposed:
-        text += ", with the host's part"
-    if waiting.slowed > 1 and best.strategy != "zero_copy":
-        times = f"{waiting.slowed:.1f} times as long alongside a model"
-        text += f"; a kernel of few thread blocks takes {times}"
-    for one in able:
-        if one.refused and waiting.seconds(one) < waiting.seconds(best):
-            text += f"; {one.strategy} would take less, but the terms exclude it"
-    return best.strategy, text
-
-
-def _alternative(
-    name: str, shape: Shape, direction: str, costs: Table, refused: str
-) -> Alternative:
-    runs = max(1, shape.runs)
-    pieces = max(1, shape.pieces)
-    key = name, direction, max(1, shape.nbytes // pieces), pieces
-    seconds = costs.seconds(*key)
-    host_seconds = costs.host_seconds(*key)
-    if seconds is not None and pieces < runs:
-        seconds += runs * ROW[direction]
-    return Alternative(name, key[2], pieces, seconds, host_seconds, refused)
-
-
-def _excluded(direction: str, host: Shape, terms: Terms) -> str:
-    """Return why the terms exclude `zero_copy` from a copy, as a phrase; empty if they do not.
-
-    ``host`` is the shape of the host memory. Copy engines slow a model and the host down more than
-    `zero_copy` does if runs are short (benchmarks/notes/link.md).
-    """
-    limited = terms.max_gbps is not None or terms.max_thread_blocks is not None
-    most = SMALL[direction] if terms.detached else max(SMALL[direction], SHORT)
-    short = host.nbytes <= most or (host.run_bytes < EVEN and not terms.detached)
-    if terms.overlap == "idle" or short or limited:
-        return ""
-    return (
-        f"with overlap='compute' it moves at most {most >> 20} MiB, or host runs under "
-        f"{EVEN >> 10} KiB not detached, unless max_gbps or max_thread_blocks limit it"
+    rules = Rules(direction, terms)
+    answer, listed = core.pick_by_shapes(
+        rules.words,
+        costs.words[direction],
+        [shapes.get(name, core.NO_SHAPE) for name in ORDER],
+        set_of(out),
+        set_of(waits),
+        new_ids,
     )
+    picked = rules.worded(answer, out)
+    refused = dict(out)
+    if answer & core.EXCLUDED:
+        refused.setdefault("zero_copy", rules.excluded)
+    alternatives = [
+        Alternative(name, *cost, refused.get(name, ""))
+        for name, cost in zip(ORDER, listed, strict=True)
+        if name in shapes
+    ]
+    return Explained(*picked, tuple(alternatives))
 
 
 def none_left(out: Mapping[str, str]) -> PortaKVError:
+    """Return the error of a copy that no strategy takes."""
     decisions = [Decision(name, False, why) for name, why in out.items()]
     return unavailable(KIND, "the copy", decisions)

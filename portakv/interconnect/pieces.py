@@ -19,7 +19,6 @@ from portakv.core.runs import (
     NeedsEdges,
     count_groups,
     count_pieces,
-    fold_runs,
     list_pieces,
     pointer_to,
 )
@@ -130,20 +129,6 @@ def limits_of(below: int) -> tuple[int, ...]:
     return below, LEAST_HEIGHT, TALL, APART, LARGE, MAX_PITCH
 
 
-def to_2d_copies(
-    runs: Runs, src: KVView | None = None, dst: KVView | None = None, below: int = ALL
-) -> Pieces:
-    """Return runs as few pieces, as `pieces_of` does.
-
-    The runs come in the order of the source, with neighbours merged.
-    """
-    columns = [np.ascontiguousarray(column) for column in runs]
-    uncrossed = Uncrossed(*(view for view in (src, dst) if view is not None))
-    number = runs.nbytes.size
-    words = *map(pointer_to, columns), number, *limits_of(below), *uncrossed.words
-    return _pieces(fold_runs(words, number))
-
-
 class Uncrossed:
     """Addresses that no piece crosses: between two registrations, and the edges of the allocations
     of views.
@@ -195,7 +180,7 @@ class Shape(NamedTuple):
     """Bytes of a copy and the pieces that they lie in.
 
     ``runs`` are contiguous, with neighbours merged: as many as `CopyPlan.runs` gives, or more if
-    parts of a plan happen to meet. ``pieces`` are about as many as `to_2d_copies` makes: the host
+    parts of a plan happen to meet. ``pieces`` are about as many as `pieces_of` makes: the host
     pays for each piece, while the device pays for each row of a 2-D copy about as for a separate
     copy.
     """
@@ -224,7 +209,8 @@ class RunCounter:
         self._dense = dense
         self._bytes = plan.token_bytes
         self._runs = plan.runs_per_unit
-        self._limits = array("q", limits_of(fold_below))
+        #: The limits of folding, as the core reads them.
+        self.folding = array("q", limits_of(fold_below))
         self._words = plan.words
 
     @classmethod
@@ -256,6 +242,11 @@ class RunCounter:
         return units if groups is None else groups
 
     @property
+    def plan_at(self) -> int:
+        """Return the address of the words of the plan, which stay as long as this object."""
+        return self._words.buffer_info()[0]
+
+    @property
     def limits(self) -> tuple[int, int]:
         """Return after how many units the pitch of the source and of the destination changes; 0:
         never."""
@@ -265,7 +256,7 @@ class RunCounter:
     def shape(self, groups: int, count: int) -> Shape:
         """Return the shape of ``count`` positions in ``groups`` groups."""
         units = count // self._unit
-        runs, pieces = count_pieces(self._words.buffer_info()[0], units, groups, self._limits)
+        runs, pieces = count_pieces(self.plan_at, units, groups, self.folding)
         return Shape(count * self._bytes, runs, pieces)
 
     def unmerged(self, count: int) -> Shape:

@@ -474,17 +474,14 @@ class Rope:
             raise _wrong("base", "a number above 0", self.base)
         if self.inv_freq is not None:
             object.__setattr__(self, "inv_freq", _numbers(self.inv_freq, dim))
-        self._check_angles()
-
-    def _check_angles(self) -> None:
-        """Raise `InvalidTerms` for angles past the range of floats."""
-        if self.inv_freq is not None:
-            most = max(map(abs, self.inv_freq))
-        else:
-            assert self.base is not None
+        name = "inv_freq"
+        if self.base is not None:
+            name = "base"
             most = max(1.0, 1 / self.base)
+        else:
+            assert self.inv_freq is not None
+            most = max(map(abs, self.inv_freq))
         if not isfinite(self.shift * most):
-            name = "base" if self.inv_freq is None else "inv_freq"
             got = f"{most:g} radians a position and shift={self.shift}"
             raise _wrong(name, "such that all angles are finite", got)
 

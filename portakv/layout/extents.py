@@ -42,12 +42,11 @@ def declare(layout: Layout, extents: Mapping[str, Any]) -> Values:
         LayoutError: a declaration for an axis that the layout does not have, or of the wrong
             length.
     """
-    declared = dict(extents)
     shared: dict[str, int] = {}  # by all kv
     for axis in ("kv", "layer", "head"):
         name = DECLARED_AS.get(axis, axis)
         written = axis in layout.axes
-        extent = declared.pop(name, (2 if axis == "kv" else None) if written else 1)
+        extent = extents.get(name, (2 if axis == "kv" else None) if written else 1)
         if not written and extent != 1:
             raise LayoutError(
                 f"Expected {name}=1 for {layout.text!r}, which does not name {axis!r}, got "
@@ -55,8 +54,8 @@ def declare(layout: Layout, extents: Mapping[str, Any]) -> Values:
             )
         if extent is not None:
             shared[axis] = extent
-    if "block_size" in declared:
-        shared["token"] = declared.pop("block_size")
+    if "block_size" in extents:
+        shared["token"] = extents["block_size"]
         if not layout.paged:
             raise LayoutError(
                 f"Expected no block_size for {layout.text!r}, which has no `block` axis, got "
@@ -72,12 +71,10 @@ def declare(layout: Layout, extents: Mapping[str, Any]) -> Values:
             f"Expected at most {_MOST_KV} planes for a token, got kv={shared['kv']}. Declare fewer."
         )
     values = [dict(shared) for _ in range(shared["kv"])]
-    if "dim" in declared:
-        _declare_widths(layout, values, declared.pop("dim"))
-    return values
+    if "dim" not in extents:
+        return values
 
-
-def _declare_widths(layout: Layout, values: Values, dim: int | tuple[int, ...]) -> None:
+    dim: int | tuple[int, ...] = extents["dim"]
     axis = "page" if layout.opaque else "dim"
     widths = dim if isinstance(dim, tuple) else (dim,) * len(values)
     if len(widths) != len(values):
@@ -93,6 +90,7 @@ def _declare_widths(layout: Layout, values: Values, dim: int | tuple[int, ...]) 
         )
     for known, width in zip(values, widths, strict=True):
         known[axis] = width
+    return values
 
 
 def _may_differ(layout: Layout, axis: str) -> bool:
@@ -100,11 +98,9 @@ def _may_differ(layout: Layout, axis: str) -> bool:
 
     Each kv then has separate tensors, or ``kv`` stands left of ``axis`` in one dimension.
     """
-    if any(factor.axis == "kv" for group in layout.containers for factor in group.factors):
-        return True
-    for group in layout.dims:
+    for group in layout.containers + layout.dims:
         names = [factor.axis for factor in group.factors]
-        if "kv" in names and axis in names[names.index("kv") :]:
+        if "kv" in names and (group in layout.containers or axis in names[names.index("kv") :]):
             return True
     return False
 

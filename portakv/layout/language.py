@@ -136,26 +136,26 @@ class _Parser:
         text = self.text
         for token in _TOKEN.finditer(text):
             if token["other"]:
-                fail(text, token.start(), f"{token[0]!r} is not part of the layout language.")
+                self._fail(token.start(), f"{token[0]!r} is not part of the layout language.")
             if token["axis"]:
                 self._read_factor(token)
             else:
                 self._read_mark(token["mark"], token.start())
         if self.inside is not None:
-            fail(text, self.opened, "This parenthesis is never closed.")
+            self._fail(self.opened, "This parenthesis is never closed.")
         bar = self.bar or 0
         if len(self.groups) == bar:
-            fail(text, len(text.rstrip()), "The tensor has no dimension; name at least one axis.")
-        _check(text, self.places)
+            self._fail(len(text.rstrip()), "The tensor has no dimension; name at least one axis.")
+        self._check()
         return Layout(text, tuple(self.groups[:bar]), tuple(self.groups[bar:]))
 
     def _read_factor(self, token: re.Match[str]) -> None:
         at = token.start()
         factor = Factor(token["axis"], token["part"] or "", int(token["n"] or 0))
         if factor.axis not in AXES:
-            fail(self.text, at, f"Unknown axis {factor.axis!r}; the axes are {', '.join(AXES)}.")
+            self._fail(at, f"Unknown axis {factor.axis!r}; the axes are {', '.join(AXES)}.")
         if factor.part and not factor.n:
-            fail(self.text, at, f"{token[0]!r} needs a positive number after `{factor.part}`.")
+            self._fail(at, f"{token[0]!r} needs a positive number after `{factor.part}`.")
         self.places.append(_Place(factor, at))
         if self.inside is None:
             self.groups.append(Group((factor,)))
@@ -166,87 +166,82 @@ class _Parser:
         """Read ``1``, ``|`` or a parenthesis."""
         if mark == "1":
             if self.inside is not None:
-                fail(self.text, at, "`1` is a separate dimension and cannot stand in parentheses.")
+                self._fail(at, "`1` is a separate dimension and cannot stand in parentheses.")
             self.groups.append(Group(()))
         elif mark == "|":
             if self.bar is not None or self.inside is not None:
-                fail(self.text, at, "`|` stands at most once, and outside of parentheses.")
+                self._fail(at, "`|` stands at most once, and outside of parentheses.")
             self.bar = len(self.groups)
         elif mark == "(":
             if self.inside is not None:
-                fail(self.text, at, "Parentheses do not nest.")
+                self._fail(at, "Parentheses do not nest.")
             self.inside = []
             self.opened = at
         else:
             if not self.inside:
-                fail(self.text, at, "This parenthesis closes nothing; write axes in between.")
+                self._fail(at, "This parenthesis closes nothing; write axes in between.")
             self.groups.append(Group(tuple(self.inside), merged=True))
             self.inside = None
 
+    def _check(self) -> None:
+        """Check that each axis is complete and all axes go together."""
+        by_axis: dict[str, list[_Place]] = {}
+        for place in self.places:
+            earlier = by_axis.setdefault(place.factor.axis, [])
+            for other in earlier:
+                self._check_pair(other.factor, place)
+            earlier.append(place)
+        for places in by_axis.values():
+            if places[0].factor.part:
+                self._check_split(places)
+        self._check_axes({axis: places[0].at for axis, places in by_axis.items()})
 
-def fail(text: str, at: int, why: str) -> NoReturn:
-    """Raise a `LayoutError` that shows ``text`` with a caret under position ``at``."""
-    shown = re.sub(r"\s", " ", text)  # a line break or a tab would move the caret
-    raise LayoutError(f"{why}\n    {shown}\n    {' ' * at}^")
+    def _check_pair(self, other: Factor, place: _Place) -> None:
+        """Check that two factors of one axis are quotient and remainder by one number."""
+        factor = place.factor
+        if not (other.part and factor.part) or other.part == factor.part:
+            self._fail(place.at, f"Axis {factor.axis!r} occurs twice ({other} and {factor}).")
+        if other.n != factor.n:
+            why = f"{other} and {factor} do not belong together; use one number for both."
+            self._fail(place.at, why)
 
+    def _check_split(self, places: Sequence[_Place]) -> None:
+        """Check that an axis is split into both quotient and remainder, and may be."""
+        factor = places[0].factor
+        at = places[0].at
+        if len(places) == 1:
+            partner = Factor(factor.axis, "%" if factor.part == "/" else "/", factor.n)
+            self._fail(at, f"{factor} needs its partner {partner} somewhere in the layout.")
+        if factor.axis == "page":
+            self._fail(at, "`page` is opaque and cannot be split.")
+        if factor.axis == "kv":
+            self._fail(at, "`kv` cannot be split into quotient and remainder.")
 
-def _check(text: str, places: Sequence[_Place]) -> None:
-    """Raise `LayoutError` unless each axis is complete and all axes go together."""
-    by_axis: dict[str, list[_Place]] = {}
-    for place in places:
-        earlier = by_axis.setdefault(place.factor.axis, [])
-        for other in earlier:
-            _check_pair(text, other.factor, place)
-        earlier.append(place)
-    for places_of_axis in by_axis.values():
-        _check_axis(text, places_of_axis)
-    _check_axes(text, {axis: places_of_axis[0].at for axis, places_of_axis in by_axis.items()})
+    def _check_axes(self, first: Mapping[str, int]) -> None:
+        """Check that the named axes go together; ``first`` has the position where each begins."""
+        if "page" not in first:
+            for axis in ("token", "dim"):
+                if axis not in first:
+                    why = f"The layout must name {axis!r} (or `page`)."
+                    if axis == "dim":
+                        why += (
+                            " If a row is one number, such as a scale, pass tensor.unsqueeze(-1), "
+                            "or write '(head dim)' for 'head' and declare dim=1."
+                        )
+                    self._fail(len(self.text.rstrip()), why)
+            return
+        for axis in ("token", "head", "dim"):
+            if axis in first:
+                why = (
+                    f"`page` is a block's opaque content and cannot go together with {axis!r}, "
+                    f"except in a layout of encoded blocks, which encoding (--encoding) declares."
+                )
+                self._fail(first[axis], why)
+        if "block" not in first:
+            why = "`page` is a block's content; the layout must name `block`."
+            self._fail(first["page"], why)
 
-
-def _check_pair(text: str, other: Factor, place: _Place) -> None:
-    """Check that two factors of one axis are quotient and remainder by one number."""
-    factor = place.factor
-    if not (other.part and factor.part) or other.part == factor.part:
-        fail(text, place.at, f"Axis {factor.axis!r} occurs twice ({other} and {factor}).")
-    if other.n != factor.n:
-        why = f"{other} and {factor} do not belong together; use one number for both."
-        fail(text, place.at, why)
-
-
-def _check_axis(text: str, places: Sequence[_Place]) -> None:
-    """Check that an axis is whole, or split into both quotient and remainder."""
-    factor = places[0].factor
-    at = places[0].at
-    if not factor.part:
-        return
-    if len(places) == 1:
-        partner = Factor(factor.axis, "%" if factor.part == "/" else "/", factor.n)
-        fail(text, at, f"{factor} needs its partner {partner} somewhere in the layout.")
-    if factor.axis == "page":
-        fail(text, at, "`page` is opaque and cannot be split.")
-    if factor.axis == "kv":
-        fail(text, at, "`kv` cannot be split into quotient and remainder.")
-
-
-def _check_axes(text: str, first: Mapping[str, int]) -> None:
-    """Check that the named axes go together; ``first`` has the position where each begins."""
-    if "page" not in first:
-        for axis in ("token", "dim"):
-            if axis not in first:
-                why = f"The layout must name {axis!r} (or `page`)."
-                if axis == "dim":
-                    why += (
-                        " If a row is one number, such as a scale, pass tensor.unsqueeze(-1), or "
-                        "write '(head dim)' for 'head' and declare dim=1."
-                    )
-                fail(text, len(text.rstrip()), why)
-        return
-    for axis in ("token", "head", "dim"):
-        if axis in first:
-            why = (
-                f"`page` is a block's opaque content and cannot go together with {axis!r}, except "
-                f"in a layout of encoded blocks, which encoding (--encoding) declares."
-            )
-            fail(text, first[axis], why)
-    if "block" not in first:
-        fail(text, first["page"], "`page` is a block's content; the layout must name `block`.")
+    def _fail(self, at: int, why: str) -> NoReturn:
+        """Raise a `LayoutError` that shows the string with a caret under position ``at``."""
+        shown = re.sub(r"\s", " ", self.text)  # a line break or a tab would move the caret
+        raise LayoutError(f"{why}\n    {shown}\n    {' ' * at}^")

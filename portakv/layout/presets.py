@@ -36,9 +36,9 @@ class Preset:
         releases: the releases it is true for, in words; empty if no release is known.
         extents: extents that are always true for it, as `KVView` takes them; ``dim`` counts
             elements of the tensors' dtype, one number or one for each ``kv``.
-        note: what a caller has to know; one or two sentences.
         memory: the same groups in the order in which they lie in memory, if that is not the
             order of ``layout``. What stands right of ``|`` is one allocation.
+        note: what a caller has to know; one or two sentences.
     """
 
     name: str
@@ -46,8 +46,8 @@ class Preset:
     engine: str
     releases: str = ""
     extents: Mapping[str, Extent] = field(default_factory=lambda: MappingProxyType({}))
-    note: str = ""
     memory: str = ""
+    note: str = ""
 
 
 def memory_order(text: str) -> str:
@@ -276,7 +276,7 @@ _BY_LMCACHE_NAME = {
 }
 _BY_NAME = {
     name: Preset(
-        name, layout, engine, releases, MappingProxyType(always), note, _MEMORY.get(name, "")
+        name, layout, engine, releases, MappingProxyType(always), _MEMORY.get(name, ""), note
     )
     for name, layout, engine, releases, always, note in _ROWS
 }

@@ -3,10 +3,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from math import prod
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -14,7 +14,7 @@ import torch
 
 from portakv.core.plan import NO_FACTOR, NO_MEMORY, NO_REFINEMENT, Refused
 from portakv.errors import LayoutError, Unsupported
-from portakv.view.form import Step, Steps
+from portakv.view.form import Form, Step, Steps
 
 #: The axes of loops, in the order of the digits that name them in words, from 1 on.
 AXES = ("layer", "block", "token", "head", "dim", "kv")
@@ -155,6 +155,31 @@ def _walk(table: int, stride: int) -> str:
     if stride or not table:
         moves.append(f"{stride} B")
     return " + ".join(moves)
+
+
+def lines_of(nests: Iterable[TwoSides], work: Callable[[Any], str]) -> list[str]:
+    """Return the lines of nests for a reader; ``work`` says what is done inside their loops."""
+    lines = []
+    for nest in nests:
+        src = nest.src.text("s")
+        dst = nest.dst.text("d")
+        lines.append(f"for s, d in units: src = {src}; dst = {dst}")
+        for depth, line in enumerate([*map(str, nest.loops), work(nest)], 1):
+            lines.append("  " * depth + line)
+    return lines
+
+
+def check_extents(form: Form, other: Form, name: str, like: str) -> None:
+    """Raise `LayoutError` unless a form, called ``name``, has the extents of the one it must be
+    ``like``."""
+    for axis in ("kv", "layers", "heads"):
+        extent = getattr(other, axis)
+        got = getattr(form, axis)
+        if extent != got:
+            raise LayoutError(
+                f"Expected {name} with {axis.rstrip('s')!r} extent {extent} like the {like}, got "
+                f"extent {got}. Declare them alike, or slice one view."
+            )
 
 
 class WordReader:

@@ -15,7 +15,7 @@ import torch
 from portakv.core.plan import Refused, pack_words
 from portakv.errors import LayoutError, Unsupported
 from portakv.layout.encodings import DTYPES, PACK, PackedPlane
-from portakv.plan.loops import TwoSides, WordReader, refusal_of
+from portakv.plan.loops import TwoSides, WordReader, check_extents, lines_of, refusal_of
 from portakv.plan.move import Move as Move
 from portakv.view.form import Form, Steps
 
@@ -141,22 +141,17 @@ class PackPlan:
 
     def __str__(self) -> str:
         verb = "pack" if self.packs else "unpack"
-        lines = [f"{verb} ({self.encoding}) in units of one block of {self.unit} tokens"]
-        for nest in self.nests:
+
+        def work(nest: PackNest) -> str:
             plane = nest.plane
-            src = nest.src.text("s")
-            dst = nest.dst.text("d")
-            lines.append(f"for s, d in units: src = {src}; dst = {dst}")
-            for depth, loop in enumerate(nest.loops, 1):
-                lines.append("  " * depth + str(loop))
-            lines.append(
-                "  "
-                * (len(nest.loops) + 1)
-                + f"{verb} {plane.values} values, {plane.raw_bytes} B raw, in a slot of "
+            return (
+                f"{verb} {plane.values} values, {plane.raw_bytes} B raw, in a slot of "
                 f"{plane.slot_bytes} B with codes of {plane.code_bits} bits and at most "
                 f"{plane.most_escapes} escapes"
             )
-        return "\n".join(lines)
+
+        head = f"{verb} ({self.encoding}) in units of one block of {self.unit} tokens"
+        return "\n".join([head, *lines_of(self.nests, work)])
 
 
 def _in_part(what: str, unit: int) -> Unsupported:
@@ -186,14 +181,7 @@ def check_sides(raw: Form, packed: Form, verb: str) -> None:
     what = f"A copy that would {verb} rows"
     if raw.opaque:
         raise Unsupported(what, f"{encoding!r} takes rows of {', '.join(taken)}, not opaque pages")
-    for axis in ("kv", "layers", "heads"):
-        extent = getattr(packed, axis)
-        other = getattr(raw, axis)
-        if extent != other:
-            raise LayoutError(
-                f"Expected raw rows with {axis.rstrip('s')!r} extent {extent} like the packed "
-                f"side, got extent {other}. Declare them alike, or slice one view."
-            )
+    check_extents(raw, packed, "raw rows", "packed side")
     size = packed.block_size
     if raw.paged and raw.block_size != size:
         raise Unsupported(

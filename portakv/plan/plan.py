@@ -18,7 +18,7 @@ from portakv.core.plan import PAGES, UNIT, UNLIKE, Refused, plan_words
 from portakv.errors import LayoutError, SlotError, Unsupported
 from portakv.plan.loops import Nest as Nest
 from portakv.plan.loops import Side as Side
-from portakv.plan.loops import nests_of, refusal_of
+from portakv.plan.loops import check_extents, lines_of, nests_of, refusal_of
 from portakv.plan.move import Move as Move
 from portakv.plan.runs import Runs, check_count, runs_of
 from portakv.view.form import Form
@@ -227,14 +227,7 @@ class CopyPlan:
             f"unit {_tokens(self.unit)}, vector {self.vector} B, {self.token_bytes} B a token",
             f"s: {src}, d: {dst}",
         ]
-        for nest in self.nests:
-            src = nest.src.text("s")
-            dst = nest.dst.text("d")
-            lines.append(f"for s, d in units: src = {src}; dst = {dst}")
-            for depth, loop in enumerate(nest.loops, 1):
-                lines.append("  " * depth + str(loop))
-            depth = len(nest.loops) + 1
-            lines.append("  " * depth + f"copy {nest.run} B in vectors of {nest.vector} B")
+        lines += lines_of(self.nests, lambda x: f"copy {x.run} B in vectors of {x.vector} B")
         return "\n".join(lines)
 
 
@@ -291,14 +284,7 @@ def _check_forms(src: Form, dst: Form) -> None:
             "A plan of rows for a packed view",
             "copy_blocks copies packed blocks; nothing else reads them",
         )
-    for axis in ("kv", "layers", "heads"):
-        src_extent = getattr(src, axis)
-        dst_extent = getattr(dst, axis)
-        if src_extent != dst_extent:
-            raise LayoutError(
-                f"Expected a destination with {axis.rstrip('s')!r} extent {src_extent} like the "
-                f"source, got extent {dst_extent}. Declare them alike, or slice one view."
-            )
+    check_extents(dst, src, "a destination", "source")
     if src.opaque != dst.opaque:
         raise Unsupported(
             "A copy between opaque pages and rows",

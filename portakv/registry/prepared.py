@@ -113,16 +113,16 @@ class Prepared:
     def place(self, index: Index) -> Index:
         """Return an index with its ids on the device, and in a dtype, that the backend reads."""
         can = self.can
-        if can.index_on == "any":
+        if index.ids is None or can.index_on == "any":
             return index
-        if index.temporary:
+        if index.listed:
             bring((index,), self.ids_device, can.index_dtypes)
         return index.placed(self.ids_device, can.index_dtypes)
 
     def place_both(self, move: Move) -> Move:
         """Return a copy with the ids of both sides placed as `place` places them."""
         src, dst, src_index, dst_index, count = move
-        if self.can.index_on != "any" and src_index.temporary and dst_index.temporary:
+        if self.can.index_on != "any" and src_index.listed and dst_index.listed:
             bring((src_index, dst_index), self.ids_device, self.can.index_dtypes)
         return Move(src, dst, self.place(src_index), self.place(dst_index), count)
 
@@ -154,8 +154,8 @@ class Prepared:
 
 #: Prepared copies by the arguments of `prepared`, the forms by the addresses of their words: an
 #: entry keeps its forms. A caller that knows the addresses looks here first. A plan that packs has
-#: its type as one value more.
-PREPARED: Bounded[tuple[Any, ...], Prepared] = Bounded("prepared copies", CAPACITY)
+#: its type as one value more, and so have the stages of a copy that packs across the link.
+PREPARED: Bounded[tuple[Any, ...], Any] = Bounded("prepared copies", CAPACITY)
 
 
 def prepared(
@@ -176,7 +176,7 @@ def prepared(
     key: tuple[Any, ...] = (src.address, dst.address, src_step, dst_step, unit, choice)
     if kind is not CopyPlan:
         key = (*key, kind)
-    ready = PREPARED.get(key)
+    ready: Prepared | None = PREPARED.get(key)
     if ready is not None:
         return ready
     plan = kind(src, dst, src_step, dst_step, unit)
@@ -184,9 +184,9 @@ def prepared(
     reasons = [used.trace[-1].reason]
     if isinstance(plan, PackPlan):
         reasons += [f"{each.name}: {each.reason}" for each in used.trace[:-1]]
-    ready = Prepared.of(plan, launch, used, (used.name, "; ".join(reasons)))
+    made = Prepared.of(plan, launch, used, (used.name, "; ".join(reasons)))
     # Another thread may have stored one first: all threads use that launch, with its one lock.
-    return PREPARED.setdefault(key, ready)
+    return PREPARED.setdefault(key, made)  # type: ignore[no-any-return]
 
 
 def _looked_up(plan: AnyPlan) -> tuple[bool, bool]:

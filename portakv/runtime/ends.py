@@ -16,21 +16,32 @@ from typing import Any, Protocol
 
 import torch
 
-from portakv.core.call import CopyEnd, calls
+from portakv.core.call import GUARDED, REPORTS, CopyEnd, WordBatches, calls
 from portakv.errors import TransferError
 from portakv.runtime.cuda import NO_CONTEXT, EventFunctions, raw_stream
 from portakv.runtime.devices import inside
 from portakv.runtime.streams import ignoring_captures
-from portakv.runtime.transfer import StatusWord, retire, word_batches
+from portakv.runtime.transfer import (
+    Completion,
+    Owner,
+    StatusWord,
+    Transfer,
+    hold,
+    retire,
+    word_batches,
+)
 
 #: CUDA_ERROR_NOT_READY, and HIP's error of that name.
 _NOT_READY = 600
-_ANSWERS = (0, _NOT_READY)
+_ANSWERS = (0, _NOT_READY, REPORTS)
 _NO_TIMING = 2  # CU_EVENT_DISABLE_TIMING and hipEventDisableTiming
 
 #: The most ids of the host of one copy, of both sides together.
 LISTED = 2048
-_BATCH = 64  # ends of one allocation
+_BATCH = WordBatches.SIZE  # ends of one allocation
+
+
+_new_completion = Completion.__new__
 
 
 class EventDriver(Protocol):
@@ -49,32 +60,65 @@ class End:
     Attributes:
         device: of the event.
         address: for calls of the core.
+        ask: the core's question about the end at the address.
         words: the status word, with the position that it counts from.
         release: lets another copy have the end, which is the argument. Nothing uses it any more.
     """
 
-    __slots__ = ("_ends", "_event", "_query", "_struct", "address", "device", "release", "words")
+    __slots__ = ("_ends", "_event", "_struct", "address", "ask", "device", "release", "words")
 
     def __init__(self, ends: Ends, event: int, word: StatusWord, ids: int, status: int) -> None:
         functions = ends.functions
         room = LISTED if ids else 0
         self._struct = CopyEnd(
-            ids, room, status, event, functions.record_address, functions.query_address
+            ids,
+            room,
+            status,
+            event,
+            functions.record_address,
+            functions.query_address,
+            word.address,
         )
         self._ends = ends
         self._event = event
-        self._query = calls().query_end
+        self.ask = calls().query_end
         self.address = ctypes.addressof(self._struct)
         self.device = ends.device
         self.words = ((word, 0),)
         self.release = (ends.listed if ids else ends.plain).append
 
+    def transfer(
+        self,
+        result: int,
+        ids: object,
+        retained: object,
+        carried: tuple[str, str],
+        owner: Owner | None,
+    ) -> Transfer:
+        """Return the handle of the copy that the end was given to.
+
+        Args:
+            result: the core's, of the copy.
+            ids: memory that is kept until the end also if the handle is dropped.
+            retained: what the handle keeps until then.
+            carried: what executes the copy, and why.
+            owner: it reports an error if the handle does not.
+        """
+        # Without `__init__`: what is not set has the class's value.
+        completion = _new_completion(Completion)
+        completion.event = completion.pool = self
+        completion.retained = ids
+        if result & GUARDED:
+            completion.words = self.words
+        hold(completion, owner)
+        return Transfer((completion,), retained, carried)
+
     def query(self) -> bool:
         """Return True once the copy has ended; never block."""
-        answer = self._query(self.address)
+        answer = self.ask(self.address)
         if answer not in _ANSWERS:
-            answer = self._ends.call(self._query, self.address)
-        return answer == 0
+            answer = self._ends.call(self.ask, self.address)
+        return answer != _NOT_READY
 
     def wait(self, stream: torch.Stream) -> None:
         """Make a stream wait for the end."""

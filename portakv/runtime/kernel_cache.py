@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A private cache on disk for compiled kernels.
+"""The kernels that this process has loaded, and a private cache on disk for compiled ones.
 
-Each entry has a checksum and is rebuilt when corrupt. Writing is atomic, so that any number of
-processes may race. A missing, unwritable or foreign directory is not an error: each process then
+Each entry on disk has a checksum and is rebuilt when corrupt. Writing is atomic, so that any number
+of processes may race. A missing, unwritable or foreign directory is not an error: each process then
 compiles its kernels, and logs why.
 """
 
@@ -16,11 +16,17 @@ import tempfile
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
+from portakv.runtime.bounded import Bounded
 from portakv.runtime.rate_limited_log import RateLimitedLog
 
 ENVIRONMENT = "PORTAKV_CACHE_DIR"
 _warnings = RateLimitedLog(logging.getLogger(__name__))
+
+#: Loaded kernels and compiled programs, by the backend that made them and by what decides them.
+#: Plans share them.
+LOADED: Bounded[tuple[object, object], Any] = Bounded("loaded kernels", 2048)
 
 
 def directory() -> Path:

@@ -16,11 +16,10 @@ from contextlib import suppress
 from functools import cache
 from typing import Any, Protocol, TypeAlias
 
-import numpy as np
-import numpy.typing as npt
 import torch
 
 from portakv import arguments
+from portakv.core.call import WordBatches
 from portakv.errors import PortaKVError, SlotError, TransferError, TransferTimeout
 from portakv.runtime.devices import capturing
 from portakv.runtime.pinned_ids import PinnedIds
@@ -65,12 +64,12 @@ class StatusWord:
         self.value: memoryview = tensor.numpy().data
 
 
-_BATCH = 64  # words of one allocation
+_BATCH = WordBatches.SIZE  # words of one allocation
 _CLEAR = bytes(8 * _BATCH)
 #: Words return here only after everything that may write them has ended.
 free_words: deque[StatusWord] = deque()
 # Pinned memory, never freed: a launch may still write a word whose transfer was dropped.
-word_batches: list[npt.NDArray[np.int64]] = []
+word_batches = WordBatches()
 
 
 def acquire_word() -> StatusWord:
@@ -165,6 +164,12 @@ class Completion:
         pool: takes the event back once it has ended.
     """
 
+    event: Event | None = None
+    pendings: Sequence[Pending] = ()
+    words: Sequence[tuple[StatusWord, int]] = ()
+    error: PortaKVError | None = None
+    retained: object = None
+    pool: Pool | None = None
     standing = False  # the launch was captured, and runs again with every replay
     owner: Owner | None = None  # reports the error if the handle does not
     settled = False  # the end was seen
@@ -514,14 +519,40 @@ def hold(completion: Completion, owner: Owner | None = None) -> None:
 
 def _retire(queue: deque[Completion], most: int | None = None) -> None:
     """Release the oldest completions that have ended; ``most``: no more of them."""
-    for _ in range(len(queue) if most is None else most):
-        try:
-            oldest = queue.popleft()  # remove it first, so that no other thread checks it
-        except IndexError:
-            return
-        if not (oldest.settled or oldest.ended()):
-            queue.appendleft(oldest)
-            return
+    ended: list[Completion] = []
+    try:
+        for _ in range(len(queue) if most is None else most):
+            try:
+                oldest = queue.popleft()  # remove it first, so that no other thread checks it
+            except IndexError:
+                return
+            if oldest.settled:
+                continue
+            # Most are copies of the core. One call tells that such a copy ended without an error.
+            end: Any = oldest.event
+            pool: Any = oldest.pool
+            if end is not None and end is pool and end.ask(end.address) == 0:
+                ended.append(oldest)
+            elif not oldest.ended():
+                queue.appendleft(oldest)
+                return
+    finally:
+        if ended:
+            _settle_copies(ended)
+
+
+def _settle_copies(completions: Sequence[Completion]) -> None:
+    """Settle copies of the core that have ended without an error."""
+    with _settling:
+        for completion in completions:
+            end: Any = completion.event
+            if end is None or completion.blocked:
+                completion._settle()
+                continue
+            completion.event = completion.retained = None
+            completion.words = ()
+            completion.settled = True
+            end.release(end)
 
 
 def unreported_error(owner: Owner | None) -> PortaKVError | None:

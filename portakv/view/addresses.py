@@ -7,8 +7,11 @@ Nothing here owns the memory or can check that it still exists; the caller promi
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from functools import reduce
+from itertools import accumulate
 from math import prod
-from typing import NamedTuple
+from operator import mul, or_
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -17,13 +20,13 @@ import torch
 from portakv.arguments import as_whole, flag, shown
 from portakv.errors import DeviceMismatch, LayoutError
 from portakv.runtime import cuda, hip
-from portakv.runtime.bounded import Bounded
 from portakv.runtime.devices import usable_device, usual_device
 from portakv.view.bound import BoundLayout, Facts, Spans, address_of, as_dtype, reach
 from portakv.view.form import Form, widest_vector
 
 #: Tokens of a view whose number of tokens is unknown: kernels count them in 32 bits.
 UNKNOWN_SLOTS = 1 << 31
+Addresses: TypeAlias = torch.Tensor | npt.NDArray[Any]
 _ENDLESS = 1 << 62  # bytes from an address to an unknown end
 _WORDS = (torch.int64, torch.uint64)
 _HOST = torch.device("cpu")
@@ -72,25 +75,15 @@ class _Request(NamedTuple):
     on_device: bool
 
 
-class _Walk(NamedTuple):
-    """Extents and strides in which the table goes through the addresses."""
-
-    extents: list[int]
-    strides: list[int]
-
-
 class _Known(NamedTuple):
     """The form of raw memory, without addresses."""
 
     form: Form
     slots: int
-    #: None if the table has the addresses in the order in which they were passed.
-    walk: _Walk | None
+    #: Extents and strides in which the table goes through the addresses; None: in their order.
+    walk: tuple[list[int], list[int]] | None
     #: Bytes of the tensor at an address; 0: unknown.
     nbytes: int
-
-
-_forms: Bounded[_Request, _Known] = Bounded("forms of memory at addresses", 1024)
 
 
 def read_addresses(
@@ -111,6 +104,8 @@ def read_addresses(
     dtype = as_dtype(dtype)
     if pinned is not None:
         flag("pinned", pinned)
+    if not isinstance(addresses, torch.Tensor):
+        addresses = _as_array(addresses)
     if device is None:
         target, reported = _driver_device(bound, addresses)
         pinned = reported if pinned is None else pinned
@@ -127,7 +122,7 @@ def read_addresses(
 
     if isinstance(addresses, torch.Tensor) and not addresses.is_cpu:
         place = _place_of_table(addresses, target, pinned)
-        known = _known_form(_Request(bound, sizes, shape, strides, dtype, place, 16, True))
+        known = _read_form(_Request(bound, sizes, shape, strides, dtype, place, 16, True))
         table = addresses.contiguous().view(torch.int64).reshape(-1)
         if known.walk is not None:
             # A strided read of the table needs no list of positions, so nothing is sent.
@@ -135,25 +130,31 @@ def read_addresses(
         unread: Facts = (known.form, None, None, None), known.slots, target, False
         return unread, RawMemory(dtype, known.nbytes), table
 
-    numbers = np.asarray(addresses).reshape(-1).astype(np.int64)
-    joined = int(np.bitwise_or.reduce(numbers, initial=0))  # not less than any address
+    numbers: list[int] = np.asarray(addresses).reshape(-1).astype(np.int64).tolist()
+    joined = reduce(or_, numbers, 0)  # not less than any address
     alignment = widest_vector([joined])
     place = "device"
     if target.type == "cpu":
         pinned = _all_pinned(numbers) if pinned is None else pinned
         place = "pinned" if pinned else "pageable"
-    _check_start(numbers, alignment, dtype)
-    known = _known_form(_Request(bound, sizes, shape, strides, dtype, place, alignment, False))
-    last = int(numbers.max()) if joined + known.nbytes > 2 * _ENDLESS else 0
+    wide = dtype.itemsize
+    if numbers and (min(numbers) <= 0 or alignment < min(16, wide & -wide)):
+        raise LayoutError(
+            f"Expected addresses above 0 that are multiples of {wide} bytes for {dtype}, got "
+            f"{[hex(x) for x in numbers[:4]]}. Pass the addresses of elements."
+        )
+    known = _read_form(_Request(bound, sizes, shape, strides, dtype, place, alignment, False))
+    last = max(numbers) if joined + known.nbytes > 2 * _ENDLESS else 0
     if last + known.nbytes > 2 * _ENDLESS:
         raise LayoutError(
             f"Expected memory that ends below 2**63, got {known.nbytes} bytes from address "
             f"{last:#x} on. Pass the address of the first byte."
         )
     if known.walk is None:
-        origins = tuple(numbers.tolist())
+        origins = tuple(numbers)
     else:
-        origins = tuple(torch.from_numpy(numbers).as_strided(*known.walk).reshape(-1).tolist())
+        walked = torch.tensor(numbers).as_strided(*known.walk)
+        origins = tuple(walked.reshape(-1).tolist())
     facts: Facts = (known.form, origins, None, None), known.slots, target, False
     return facts, RawMemory(dtype, known.nbytes), None
 
@@ -191,20 +192,6 @@ def _place_of_table(table: torch.Tensor, target: torch.device, pinned: bool | No
     return "pinned"
 
 
-def _check_start(numbers: npt.NDArray[np.int64], alignment: int, dtype: torch.dtype) -> None:
-    """Raise `LayoutError` if an address is not above 0 or not a multiple of the element's bytes."""
-    wide = dtype.itemsize
-    if numbers.size and (int(numbers.min()) <= 0 or alignment < min(16, wide & -wide)):
-        raise LayoutError(
-            f"Expected addresses above 0 that are multiples of {wide} bytes for {dtype}, got "
-            f"{[hex(x) for x in numbers.tolist()[:4]]}. Pass the addresses of elements."
-        )
-
-
-def _known_form(request: _Request) -> _Known:
-    return _forms.get_or_make(request, lambda: _read_form(request))
-
-
 def _read_form(request: _Request) -> _Known:
     """Return the form of tensors at addresses; of an unknown extent with as many tokens as fit."""
     unknown = [at for at, extent in enumerate(request.shape) if extent == -1]
@@ -227,8 +214,8 @@ def _read_shape(request: _Request, shape: tuple[int, ...]) -> _Known:
     """
     strides = request.strides
     if strides is None:
-        strides = tuple(prod(shape[at + 1 :]) for at in range(len(shape)))
-    if min((*shape, *strides), default=0) < 0:
+        strides = tuple(accumulate((1, *shape[:0:-1]), mul))[::-1] if shape else ()
+    if min(0, *shape, *strides) < 0:
         raise LayoutError(
             f"Expected no number below 0 in the shape and strides at an address, got shape {shape} "
             f"with strides {strides}. Pass the address of the first byte, and positive strides."
@@ -238,33 +225,32 @@ def _read_shape(request: _Request, shape: tuple[int, ...]) -> _Known:
             f"Expected a stride, in elements, for each dimension of shape {shape}, got strides "
             f"{strides}. Pass one for each dimension, or None for a contiguous tensor."
         )
-    itemsize = request.dtype.itemsize
-    nbytes = reach(shape, strides) * itemsize
-    if max(prod(shape) * itemsize, nbytes) > _ENDLESS:
+    whole = prod(shape)
+    reached = whole if request.strides is None else reach(shape, strides)
+    nbytes = reached * request.dtype.itemsize
+    if max(whole * request.dtype.itemsize, nbytes) > _ENDLESS:
         raise LayoutError(
             f"Expected a view at addresses of at most {_ENDLESS} bytes, with {UNKNOWN_SLOTS} "
             f"tokens if an extent is -1, got shape {request.shape} with strides "
             f"{request.strides}. Pass smaller numbers, or the extent."
         )
-    like = torch.empty_strided(shape, strides, dtype=request.dtype, device="meta")
+    kind = shape, strides, request.dtype
     form, slots, order = request.bound.read_table(
-        request.sizes, like, request.alignment, request.place, request.on_device
+        request.sizes, kind, request.alignment, request.place, request.on_device
     )
-    walk = None if order == list(range(len(order))) else _walk_of(order)
-    return _Known(form, slots, walk, nbytes)
+    if order == list(range(len(order))):
+        return _Known(form, slots, None, nbytes)
 
-
-def _walk_of(order: Sequence[int]) -> _Walk:
-    """Return the extents and strides of a list of positions, which is a permuted grid."""
-    extents = list[int]()
-    strides = list[int]()
+    # The order is a permuted grid: find its extents and strides.
+    walk = (list[int](), list[int]())
     while len(order) > 1:
         step = order[1] - order[0]
         ends = (at for at in range(2, len(order)) if order[at] - order[at - 1] != step)
-        extents.insert(0, next(ends, len(order)))
-        strides.insert(0, step)
-        order = order[:: extents[0]]
-    return _Walk(extents, strides)
+        extent = next(ends, len(order))
+        walk[0].insert(0, extent)
+        walk[1].insert(0, step)
+        order = order[::extent]
+    return _Known(form, slots, walk, nbytes)
 
 
 def _closed_shape(request: _Request, unknown: list[int], tokens: int) -> tuple[int, ...]:
@@ -296,7 +282,15 @@ def _closed_shape(request: _Request, unknown: list[int], tokens: int) -> tuple[i
     return (*shape[:at], UNKNOWN_SLOTS // tokens * others, *shape[at + 1 :])
 
 
-def _container_sizes(bound: BoundLayout, addresses: object) -> list[int]:
+def _as_array(addresses: object) -> npt.NDArray[Any]:
+    """Return addresses as an array, of objects if they are not whole numbers in equal lists."""
+    try:
+        return np.asarray(addresses)
+    except ValueError:  # lists of unequal lengths
+        return np.empty(0, dtype=object)
+
+
+def _container_sizes(bound: BoundLayout, addresses: Addresses) -> list[int]:
     """Return the extent of each container level.
 
     Raises:
@@ -304,10 +298,33 @@ def _container_sizes(bound: BoundLayout, addresses: object) -> list[int]:
     """
     text = bound.layout.text
     levels = len(bound.layout.containers)
+    dtype: object
     if isinstance(addresses, torch.Tensor):
-        sizes = _tensor_shape(text, addresses)
+        sizes = [*addresses.shape]
+        dtype = addresses.dtype
+        fits = dtype in _WORDS
     else:
-        sizes = _array_shape(text, addresses)
+        try:
+            array = np.asarray(addresses)
+        except ValueError:  # lists of unequal lengths
+            array = np.empty(0, dtype=object)
+        sizes = [*array.shape]
+        dtype = array.dtype
+        words = array.dtype.kind in "iu" and array.itemsize == 8
+        fits = words or (array.dtype != object and not array.size)
+    if not fits:
+        raise LayoutError(
+            f"Expected whole numbers of 64 bits as addresses for {text!r}, got {dtype}. Pass them "
+            f"in lists of equal lengths, or in an int64 or uint64 tensor."
+        )
+    if isinstance(addresses, torch.Tensor) and (
+        addresses.is_meta or (addresses.numel() and not address_of(addresses))
+    ):
+        raise LayoutError(
+            f"Expected addresses for {text!r} in a tensor with memory, got one that owns no "
+            f"memory, as on device meta or inside torch.vmap. Call KVView.at outside of function "
+            f"transforms."
+        )
     if levels == 0 and sizes == [1]:
         sizes = []
     if len(sizes) != levels or 0 in sizes:
@@ -316,37 +333,6 @@ def _container_sizes(bound: BoundLayout, addresses: object) -> list[int]:
             f"`|`, got shape {sizes}. Pass one dimension for each level, and at least one address."
         )
     return sizes
-
-
-def _tensor_shape(text: str, addresses: torch.Tensor) -> list[int]:
-    if addresses.dtype not in _WORDS:
-        raise _not_words(text, addresses.dtype)
-    if addresses.is_meta or (addresses.numel() and not address_of(addresses)):
-        raise LayoutError(
-            f"Expected addresses for {text!r} in a tensor with memory, got one that owns no "
-            f"memory, as on device meta or inside torch.vmap. Call KVView.at outside of function "
-            f"transforms."
-        )
-    return list(addresses.shape)
-
-
-def _array_shape(text: str, addresses: object) -> list[int]:
-    try:
-        array = np.asarray(addresses)
-    except ValueError:  # lists of unequal lengths
-        array = np.empty(0, dtype=object)
-    words = array.dtype.kind in "iu" and array.itemsize == 8
-    empty = array.dtype != object and not array.size
-    if not words and not empty:
-        raise _not_words(text, array.dtype)
-    return list(array.shape)
-
-
-def _not_words(text: str, dtype: object) -> LayoutError:
-    return LayoutError(
-        f"Expected whole numbers of 64 bits as addresses for {text!r}, got {dtype}. Pass them in "
-        f"lists of equal lengths, or in an int64 or uint64 tensor."
-    )
 
 
 def _whole_numbers(name: str, numbers: Sequence[int]) -> tuple[int, ...]:
@@ -361,7 +347,7 @@ def _whole_numbers(name: str, numbers: Sequence[int]) -> tuple[int, ...]:
     )
 
 
-def _driver_device(bound: BoundLayout, addresses: object) -> tuple[torch.device, bool | None]:
+def _driver_device(bound: BoundLayout, addresses: Addresses) -> tuple[torch.device, bool | None]:
     """Return the device of the memory at the first address, and True or False if it is known to be
     pinned or not.
 

@@ -33,7 +33,7 @@ Tensors: TypeAlias = "torch.Tensor | Sequence[Tensors] | Mapping[Any, Tensors]"
 #: A declared extent. Only widths may be several, one for each kv.
 Declared: TypeAlias = int | Sequence[int] | None
 #: Shape, strides and dtype of a tensor.
-Kind: TypeAlias = tuple[torch.Size, tuple[int, ...], torch.dtype]
+Kind: TypeAlias = tuple[tuple[int, ...], tuple[int, ...], torch.dtype]
 #: Sorted, disjoint ranges [first byte, past the last byte).
 Spans = list[tuple[int, int]]
 #: Form, origins, owners and spans of a view, as `KVView` documents them; None: found when needed.
@@ -115,7 +115,7 @@ class BoundLayout:
         words = [len(flat), 0, 1]
         for begin, tensor in zip(begins, flat, strict=True):
             base = tensor.untyped_storage().data_ptr()
-            kind = tensor.shape, tensor.stride(), tensor.dtype
+            kind: Kind = (tensor.shape, tensor.stride(), tensor.dtype)
             words += begin, base, kinds.setdefault(kind, len(kinds))
         words[1] = len(kinds)
         for kind in kinds:
@@ -130,9 +130,9 @@ class BoundLayout:
         return (form, origins, owners, read.spans), read.slots, device, grad
 
     def read_table(
-        self, sizes: Sequence[int], like: torch.Tensor, alignment: int, place: str, on_device: bool
+        self, sizes: Sequence[int], kind: Kind, alignment: int, place: str, on_device: bool
     ) -> tuple[Form, int, list[int]]:
-        """Return the form and slots of tensors ``like`` one, at addresses in containers of these
+        """Return the form and slots of tensors of one kind, at addresses in containers of these
         sizes.
 
         Also returns which of the addresses, in order, the table has. ``on_device``: a device alone
@@ -142,11 +142,12 @@ class BoundLayout:
             LayoutError: sizes or tensors that contradict the layout or the extents.
         """
         count = prod(sizes)
-        kind = _words_of_kind(like.shape, like.stride(), like.dtype)
-        words = [count, 1, 0, *[0] * count, *kind]
+        words = [count, 1, 0, *[0] * count, *_words_of_kind(*kind)]
         number = PLACES.index(place)
         read = core.read_words(self.address, sizes, words, number, on_device, alignment)
         if isinstance(read, int):
+            shape, strides, dtype = kind
+            like = torch.empty_strided(shape, strides, dtype=dtype, device="meta")
             self._raise(read, [like] * count, sizes)
         return form_of(read.form, self._planes), read.slots, read.entries
 
@@ -341,21 +342,16 @@ def _not_read(expected: str, value: object, remedy: str) -> LayoutError:
             f"torch.from_numpy(array), which shares its memory, or a copy if a stride is negative."
         )
     if not isinstance(value, (torch.Tensor, list, tuple, Mapping)):
-        remedy = _pairs_of_a_cache(value) or "Pass tensors, in lists, tuples or dicts."
+        remedy = "Pass tensors, in lists, tuples or dicts."
+        # A layer of a cache of transformers, or the cache.
+        if isinstance(getattr(value, "keys", None), torch.Tensor):
+            remedy = "Pass (layer.keys, layer.values) with the layout 'kv | block head token dim'."
+        elif isinstance(getattr(value, "layers", None), list):
+            remedy = (
+                "Pass [(x.keys, x.values) for x in cache.layers] with the layout "
+                "'layer kv | block head token dim'."
+            )
     return LayoutError(f"Expected {expected}, got {kind_of(value)}. {remedy}")
-
-
-def _pairs_of_a_cache(value: object) -> str:
-    """Return how to pass a cache of transformers, or a layer of one; "" for another object."""
-    if isinstance(getattr(value, "keys", None), torch.Tensor):
-        return "Pass (layer.keys, layer.values) with the layout 'kv | block head token dim'."
-    layers = getattr(value, "layers", None)
-    if not isinstance(layers, list):
-        return ""
-    return (
-        "Pass [(x.keys, x.values) for x in cache.layers] with the layout "
-        "'layer kv | block head token dim'."
-    )
 
 
 def _device_and_addresses(tensors: Sequence[torch.Tensor]) -> tuple[torch.device, list[int]]:

@@ -29,17 +29,14 @@ def check_writable(view: KVView) -> None:
     why: str | None = view.derived.get(_WHY_NOT)
     if why is None:
         why = _why_not(view)
-        if not why and view.form.place == "pageable" and not _mapped_writable(view):
+        # Look at the first and the last byte of each span of host memory.
+        on_host = not why and view.form.place == "pageable"
+        if on_host and not all(writable(first, past) for first, past in view.spans):
             why = READ_ONLY
         elif view.known:  # else the addresses may be read back later
             view.derived[_WHY_NOT] = why
     if why:
         raise LayoutError(f"Expected a writable destination, got {view.layout.text!r}: {why}.")
-
-
-def _mapped_writable(view: KVView) -> bool:
-    """Return False if the first or the last byte of a span of host memory may not be written."""
-    return all(writable(first, past) for first, past in view.spans)
 
 
 def _why_not(view: KVView) -> str:
@@ -88,14 +85,18 @@ def note_written(view: KVView) -> None:
     So autograd notices if a copy overwrites a tensor that it saved for a backward pass. Raw memory
     has no versions, nor have tensors that were made in inference mode.
     """
-    tensors = view.derived.get(_WRITTEN)
-    if tensors is None:
-        tensors = view.derived[_WRITTEN] = with_versions(view)
-    increment_version(tensors)
+    increment_version(with_versions(view))
 
 
 def with_versions(view: KVView) -> tuple[torch.Tensor, ...]:
     """Return a tensor for each version of a view: views of one tensor share it."""
+    tensors: tuple[torch.Tensor, ...] | None = view.derived.get(_WRITTEN)
+    if tensors is None:
+        tensors = view.derived[_WRITTEN] = _find_versions(view)
+    return tensors
+
+
+def _find_versions(view: KVView) -> tuple[torch.Tensor, ...]:
     if view.raw:
         return ()
     if not view.layout.containers:

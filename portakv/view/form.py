@@ -8,15 +8,14 @@ tokens). It is hashable and holds integers and strings only, so it can be sent t
 from __future__ import annotations
 
 from array import array
-from bisect import bisect_left
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import cache
 from itertools import islice, product
-from math import prod
 from typing import Any
 
-from portakv.core.view import TensorReader, dtype_names, tensor_reader
+from portakv.core.slice import HEADS_CUT, slice_words
+from portakv.core.view import TensorReader, dtype_names, tensor_reader, words_of_dtypes
 from portakv.errors import LayoutError
 from portakv.runtime.bounded import Bounded
 
@@ -56,48 +55,6 @@ class KVRows:
     def axis(self, name: str) -> Steps:
         """Return the steps of one axis by its name."""
         return getattr(self, name)  # type: ignore[no-any-return]
-
-    def cut(self, axis: str, wanted: range) -> KVRows:
-        """Keep only ``wanted`` positions of one axis; raise `LayoutError` if they cut a factor."""
-        steps = self.axis(axis)
-        size = len(wanted)  # in units of the step that is looked at
-        below = 1  # positions of that unit
-        if size == prod(step.extent for step in steps):
-            return self
-        table, offset = locate(self.table, self.offset, steps, wanted.start)
-
-        # From the innermost step on, whole steps stay. The first step that is longer than the rest
-        # of the positions is cut, and has to contain them.
-        retained: Steps = ()
-        for step in reversed(steps):
-            if size <= step.extent:
-                if wanted.start % below or wanted.start // below % step.extent + size > step.extent:
-                    break
-                if size > 1:
-                    retained = (Step(size, step.table, step.stride), *retained)
-                return replace(self, table=table, offset=offset, **{axis: retained})
-            if size % step.extent:
-                break
-            retained = (step, *retained)
-            size = size // step.extent
-            below = below * step.extent
-        raise LayoutError(
-            f"{axis} {wanted.start}..{wanted.stop} cuts through a factor of the {axis!r} axis; "
-            f"slice at multiples of its factors."
-        )
-
-    def entries(self, count: int) -> list[int]:
-        """Return the table entries that it reaches, counted from ``table`` on.
-
-        ``count`` is the number of steps of its unbounded axis.
-        """
-        walks = []
-        for steps in map(self.axis, PART_AXES):
-            for step in steps:
-                extent = step.extent or count // prod(inner.extent or 1 for inner in steps)
-                if step.table:
-                    walks.append([i * step.table for i in range(extent)])
-        return [sum(combination) for combination in product(*walks)]
 
 
 PART_AXES = ("layer", "block", "token", "head", "dim")
@@ -245,19 +202,42 @@ def plain_reader() -> TensorReader | None:
     return tensor_reader(_forms)
 
 
+def sliced_form(
+    form: Form, count: int, kv: range, layers: range, heads: range
+) -> tuple[Form, int, dict[int, int]]:
+    """Return the form of a slice of a view of ``count`` blocks, or of a chunk's tokens.
+
+    Also returns how many entries of the slice an entry of the view becomes; and, for each entry of
+    the slice, its number (the number of the view's entry times these copies, plus which of the
+    copies it is) and the bytes that its address gains.
+
+    Raises:
+        LayoutError: the range of layers or heads cuts a factor.
+    """
+    read = slice_words(form.address, count, kv, layers, heads)
+    if isinstance(read, int):
+        axis, wanted = ("head", heads) if read == HEADS_CUT else ("layer", layers)
+        raise LayoutError(
+            f"{axis} {wanted.start}..{wanted.stop} cuts through a factor of the {axis!r} axis; "
+            f"slice at multiples of its factors."
+        )
+    words, copies, gained = read
+    of_name = words_of_dtypes()
+    dtypes = [of_name[form.dtypes[k]] for k in kv] if form.dtypes else [0] * len(kv)
+    rest = array("q", [PLACES.index(form.place), form.table_on_device, *dtypes])
+    encoding = tuple([form.encoding[k] for k in kv]) if form.encoding else ()
+    return form_of(words + rest.tobytes(), encoding), copies, gained
+
+
 def form_of(words: bytes, encoding: tuple[Any, ...] = ()) -> Form:
     """Return the form of the words of `View::form` in `native/core/view.h`.
 
     ``encoding`` is that of the form. Equal words have one form.
     """
     key = (words, encoding) if encoding else words
-    form = _forms.get(key)
-    if form is None:
-        form = _forms[key] = same_form(_read_form(words, encoding))
-    return form
-
-
-def _read_form(words: bytes, encoding: tuple[Any, ...]) -> Form:
+    known = _forms.get(key)
+    if known is not None:
+        return known
     numbers = iter(array("q", words))
     kv, layers, heads, block_size, opaque, alignment = islice(numbers, 6)
     widths = tuple(islice(numbers, kv))
@@ -271,7 +251,7 @@ def _read_form(words: bytes, encoding: tuple[Any, ...]) -> Form:
         parts.append(KVRows(table, offset, *axes))
     place, on_device = islice(numbers, 2)
     dtypes = tuple(dtype_names()[word] for word in numbers)
-    return Form(
+    form = Form(
         parts=tuple(parts),
         layers=layers,
         heads=heads,
@@ -284,6 +264,8 @@ def _read_form(words: bytes, encoding: tuple[Any, ...]) -> Form:
         table_on_device=on_device == 1,
         encoding=encoding,
     )
+    form = _forms[key] = same_form(form)
+    return form
 
 
 def widest_vector(numbers: Iterable[int]) -> int:
@@ -301,37 +283,3 @@ def locate(table: int, offset: int, steps: Sequence[Step], position: int) -> tup
         table = table + at * step.table
         offset = offset + at * step.stride
     return table, offset
-
-
-def gather(
-    parts: Sequence[KVRows], count: int, n: int
-) -> tuple[tuple[KVRows, ...], dict[int, int]]:
-    """Return parts after the table entries that they reach, renumbered, and the change of their
-    offsets.
-
-    The change is, for each of these entries in order, the bytes that its address gains. ``n``: 1 if
-    parts share entries; else there are ``n``, and entry e of the i-th is e * n + i.
-    """
-    started = [(part.table * n + i % n, part) for i, part in enumerate(parts)]
-
-    # Parts that start at one entry share its address, so that the first part's offset goes into it.
-    moved_by = {start: part.offset for start, part in reversed(started)}
-
-    gained: dict[int, int] = {}
-    for start, part in started:
-        gained.update((start + n * entry, moved_by[start]) for entry in part.entries(count))
-    reached = sorted(gained)
-
-    gathered = []
-    for start, part in started:
-        axes: dict[str, Steps] = {}
-        for name in PART_AXES:
-            steps = []
-            for step in part.axis(name):
-                # Entries that no part reaches are gone: a step passes only those that are left.
-                table = bisect_left(reached, reached[0] + n * step.table)
-                steps.append(replace(step, table=table))
-            axes[name] = tuple(steps)
-        table = bisect_left(reached, start)
-        gathered.append(KVRows(table, part.offset - moved_by[start], **axes))
-    return tuple(gathered), {number: gained[number] for number in reached}

@@ -385,9 +385,14 @@ class Index:
             raise SlotError("Expected ids, got None. Pass Index() for consecutive slots.")
         if type(step) is not int or not 0 < step <= MOST_STEP:
             step = cls(None, step).step  # as a whole number, or its error
-        made = cls.__new__(cls)
-        made._set(as_ids(index), step, 0, _Store(), True, False)
-        return made
+        return cls.checked(as_ids(index), step)
+
+    @classmethod
+    def checked(cls, ids: torch.Tensor, step: int) -> Index:
+        """Return an index for one call of ids that are not checked."""
+        index = cls.__new__(cls)
+        index._set(ids, step, 0, _Store(), True, False)
+        return index
 
     @classmethod
     def joined(cls, ranges: Sequence[tuple[Index, int]]) -> Index:

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Iterable, Sequence
-from dataclasses import replace
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -15,9 +14,8 @@ import torch
 
 from portakv.arguments import as_whole
 from portakv.errors import LayoutError
-from portakv.runtime.bounded import Bounded
 from portakv.view.bound import Spans
-from portakv.view.form import Form, gather, same_form, widest_vector
+from portakv.view.form import Form, sliced_form
 
 
 class SlicedForm(NamedTuple):
@@ -52,41 +50,11 @@ class SlicedForm(NamedTuple):
         return torch.stack([table[at] + gain for at, gain in zip(entries, gains, strict=True)])
 
 
-_slices: Bounded[tuple[object, ...], SlicedForm] = Bounded("forms of slices", 1024)
-
-
 def slice_form(form: Form, count: int, kv: range, layers: range, heads: range) -> SlicedForm:
-    """Return the form of a slice of a view of ``count`` blocks, or of a chunk's tokens."""
-    key = form, count, kv, layers, heads
-    return _slices.get_or_make(key, lambda: _slice_form(*key))
-
-
-def _slice_form(form: Form, count: int, kv: range, layers: range, heads: range) -> SlicedForm:
-    parts = [form.parts[k].cut("head", heads) for k in kv]
-    fewer_layers = len(layers) < form.layers
-
-    # Include the strides of the layers, so that slices of any layer have one alignment and form.
-    strides = [step.stride for part in parts if fewer_layers for step in part.layer]
-    alignment = widest_vector([form.alignment, *strides, *(part.offset for part in parts)])
-
-    # Parts with one address whose distance changes from layer to layer get separate entries.
-    shared = len({part.table for part in parts}) < len(parts)
-    drift = fewer_layers and shared and len({part.layer for part in parts}) > 1
-    copies = len(parts) if drift else 1
-    gathered, gained = gather([part.cut("layer", layers) for part in parts], count, copies)
-
-    dtypes = tuple(form.dtypes[k] for k in kv) if form.dtypes else ()
-    sliced = replace(
-        form,
-        parts=gathered,
-        layers=len(layers),
-        heads=len(heads),
-        widths=tuple(form.widths[k] for k in kv),
-        alignment=alignment,
-        dtypes=dtypes if any(dtypes) else (),
-        encoding=tuple(form.encoding[k] for k in kv) if form.encoding else (),
-    )
-    return SlicedForm(same_form(sliced), gained, copies)
+    """Return the form of a slice of a view of ``count`` blocks, or of a chunk's tokens; raise as
+    `sliced_form`."""
+    sliced, copies, gained = sliced_form(form, count, kv, layers, heads)
+    return SlicedForm(sliced, gained, copies)
 
 
 def slice_range(name: str, requested: slice | int | None, extent: int) -> range:

@@ -125,6 +125,13 @@ class KVView:
         return view
 
     @classmethod
+    def of_facts(cls, bound: BoundLayout, tensors: Tensors, facts: Facts) -> KVView:
+        """Return a view for one call of tensors whose facts are those of `BoundLayout.read`."""
+        view = cls.__new__(cls)
+        view._set(bound.layout, tensors, facts, False)
+        return view
+
+    @classmethod
     def at(
         cls,
         addresses: Addresses,
@@ -411,6 +418,14 @@ class KVView:
         if table.device == self.device:
             self._table = table
         return table
+
+    def made_table(self, device: torch.device) -> torch.Tensor | None:
+        """Return the table on a device if its readers need not wait for its creation; else None.
+
+        Work that reads it retains it: no stream is recorded with its allocator.
+        """
+        table, made = self.derived.get((_TABLE, device), (None, None))
+        return table if made is None else None
 
     def follow_table(self, device: torch.device, stream: torch.Stream | None = None) -> None:
         """Order ``stream`` (None: the current one) after the creation of the table on a device.

@@ -7,7 +7,6 @@ parameters and buffers of the other process's module.
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Mapping
 from functools import partial
 from typing import Annotated, TypeVar
@@ -22,10 +21,9 @@ from portakv.migrate.messages import Handle, Message, Name, Text, carried, prepa
 from portakv.migrate.shared_memory import Opener
 from portakv.runtime.interrupts import uninterrupted
 from portakv.weights.owner import MOST_ITEMS
-from portakv.weights.parameters import Item, export_items, items_of, named
+from portakv.weights.parameters import Item, export_items, items_of, named, names_of
 
 Module = TypeVar("Module", bound=torch.nn.Module)
-_Names = dict[str, tuple[str, ...]]
 
 
 class _Model(Message, frozen=True):
@@ -145,8 +143,8 @@ def _check_alike(
     local = _tensors(module)
     wrong = [f"{name}: it is only here" for name in local if name not in items]
     wrong += [f"{name}: it is only there" for name in items if name not in local]
-    own_ties = _ties({name: id(tensor) for name, tensor in local.items()})
-    ties = _ties({name: item.tie for name, item in items.items()})
+    own_ties = names_of({name: id(tensor) for name, tensor in sorted(local.items())})
+    ties = names_of({name: item.tie for name, item in sorted(items.items())})
     own_buffers = _buffers(module)
     for name in [name for name in local if name in items]:
         tensor = local[name]
@@ -161,21 +159,12 @@ def _check_alike(
         )
         wrong += [f"{name}: its {x} is {a} here and {b} there" for x, a, b in facts if a != b]
         if own_ties[name] != ties[name]:
-            names = [*own_ties[name]]
-            wrong.append(f"{name}: {names} are one tensor here, and {[*ties[name]]} there")
+            wrong.append(f"{name}: {own_ties[name]} are one tensor here, and {ties[name]} there")
     if wrong:
         raise LayoutError(
             "Expected a module like the one that was shared, got the differences below; nothing "
             "was changed. Correct them on either side:\n" + "\n".join(wrong)
         )
-
-
-def _ties(memory: Mapping[str, object]) -> _Names:
-    """Return for each name all names of its memory."""
-    groups = defaultdict[object, list[str]](list)
-    for name, each in memory.items():
-        groups[each].append(name)
-    return {name: tuple(sorted(groups[each])) for name, each in memory.items()}
 
 
 def _opened(item: Item, regions: list[torch.Tensor], buffer: bool) -> torch.Tensor:

@@ -196,14 +196,13 @@ def named(argument: str, parameters: Parameters) -> dict[str, Parameter]:
     for name, value in parameters.items():
         if type(name) is not str or not name.isascii() or not 0 < len(name) < 1024:
             text(f"a name in {argument}", name)
-        whole = isinstance(value, Parameter)
         parameter = value if isinstance(value, Parameter) else _whole(value)
         tensor = parameter.tensor
         if not isinstance(tensor, torch.Tensor):
             instance(f"{argument}[{name!r}]", tensor, torch.Tensor)
         if why := _odd(tensor):
             raise LayoutError(f"Expected {name} to be a plain tensor, got {why}. Pass its parts.")
-        if whole:
+        if parameter is value:
             text(f"packing of {argument}[{name!r}]", parameter.packing, least=0)
             _check_boxes(name, parameter)
         named[name] = parameter
@@ -349,19 +348,23 @@ def export_items(
 def _unlike(dst: Mapping[str, Item], src: Mapping[str, Item]) -> Iterator[tuple[str, str]]:
     """Yield each parameter that both sides describe differently, and the difference."""
     both = [x for x in dst if x in src]
-    tied = defaultdict[object, list[str]](list)
-    for name in both:
-        for side in (dst, src):
-            tied[id(side), side[name].tie].append(name)
+    own_ties, ties = (names_of({x: side[x].tie for x in both}) for side in (dst, src))
     for name in both:
         for what in ("dtype", "shape", "packing", "block"):
             here = getattr(dst[name], what)
             there = getattr(src[name], what)
             if here != there:
                 yield name, f"its {what} is {here!r} here and {there!r} there"
-        here, there = (tied[id(side), side[name].tie] for side in (dst, src))
-        if here != there:
-            yield name, f"{here} are one tensor here, and {there} there"
+        if own_ties[name] != ties[name]:
+            yield name, f"{own_ties[name]} are one tensor here, and {ties[name]} there"
+
+
+def names_of(memory: Mapping[str, object]) -> dict[str, list[str]]:
+    """Return for each name all names of its memory, in order."""
+    groups = defaultdict[object, list[str]](list)
+    for name, each in memory.items():
+        groups[each].append(name)
+    return {name: groups[each] for name, each in memory.items()}
 
 
 def plan(

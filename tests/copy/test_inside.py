@@ -16,9 +16,21 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.cuda_on_cpu import CudaOnCpu, why_not
-from support.whole_copies import watch_copies_of_views, watch_whole_copies
+from support.whole_copies import (
+    needs_whole_copies,
+    watch_copies_of_views,
+    watch_whole_copies,
+)
 
-from portakv import AdaptiveConnector, Index, KVView, PortaKVError, copy_blocks, copy_rows
+from portakv import (
+    AdaptiveConnector,
+    Index,
+    KVView,
+    LayoutError,
+    PortaKVError,
+    copy_blocks,
+    copy_rows,
+)
 from portakv.copy import inside, rows
 from portakv.copy.inside import ChunkCopies
 from portakv.core.call import CopyEnd, calls
@@ -269,15 +281,14 @@ def test_tensors_that_are_watched_live_as_long_as_they_are_registered() -> None:
     assert all(each() is None for each in gone)
 
 
-def test_tensors_that_are_watched_are_not_swapped() -> None:
+def test_a_tensor_that_was_swapped_is_other_memory() -> None:
     caches = caches_of(4, torch.float16)
     connector = connector_of(caches)
-    with pytest.raises(RuntimeError):
-        torch.utils.swap_tensors(caches[0], caches[0].clone())
-    connector.unregister_kv_caches()
-    del connector
-    gc.collect()
+    chunk = chunk_of(1, 4, torch.float16)
+    connector.from_gpu(chunk, None, [3])
     torch.utils.swap_tensors(caches[0], caches[0].clone())
+    with pytest.raises(LayoutError, match="replaced"):
+        connector.from_gpu(chunk, None, [3])
 
 
 # Two views
@@ -460,6 +471,7 @@ def test_counts_have_the_end_of_the_general_way(name: str) -> None:
     assert torch.equal(ends[0][1], ends[1][1])
 
 
+@needs_whole_copies
 @pytest.mark.parametrize("numbers", [(2**70, 0, 0), (3, 2**70, 0), (3, 0, 2**64)])
 def test_no_number_past_64_bits_reaches_a_copy(numbers: tuple[int, int, int]) -> None:
     """Lists need memory that kernels of a device read; here the test brings some."""
@@ -514,6 +526,7 @@ def test_launches_wait_for_tables_of_addresses(whole: list[bool]) -> None:
     assert torch.equal(stored[2].transpose(0, 1), listed.tensors[1])
 
 
+@needs_whole_copies
 def test_no_kernel_reads_a_table_of_another_device() -> None:
     """Pinned memory has its table on the host, which kernels of a device do not reach."""
     blocks = [torch.zeros(2, LAYERS, SIZE, HEADS, 4) for _ in range(BLOCKS)]

@@ -12,6 +12,7 @@ import pytest
 import torch
 from support.block_cases import BLOCKS, METHODS, SIZE, SLICED, Cache, block_first, layered
 from support.guarded_memory import refused
+from support.whole_copies import needs_whole_copies
 
 from portakv import Index, InvalidTerms, SlotError, Unsupported, copy_blocks, copy_rows
 from portakv.copy import slices
@@ -191,6 +192,7 @@ def test_an_index_is_kept_as_it_was() -> None:
     assert (index.offset, index.length) == (0, 2 * SIZE)
 
 
+@needs_whole_copies
 def test_blocks_cost_the_host_what_rows_do() -> None:
     """And one more call. Above backends rows cost few calls; a side without ids costs none."""
     src = layered()

@@ -242,6 +242,14 @@ def test_a_wrong_id_moves_nothing() -> None:
     assert torch.equal(dst.rows(), before)
 
 
+def test_ids_without_a_dimension_are_refused() -> None:
+    connector = connector_of(Side("paged by 4", 0), "reference", "layer token dim")
+    chunk = torch.zeros(LAYERS, 1, ROW, dtype=torch.int32)
+    connector.from_gpu(chunk, None, [3])
+    with pytest.raises(SlotError, match="one dimension"):
+        connector.from_gpu(chunk, None, torch.tensor(3))
+
+
 class Late(Pending):
     """Work that ends when the test says so."""
 

@@ -20,7 +20,7 @@ from support.simdev_cases import OTHER
 from support.small_cases import DEVICES, Place, drawn, same_bits
 
 from portakv import DeviceMismatch, Unsupported
-from portakv.host.small import COMMAND_BYTES, MOST_INLINE, by_inline, to_device
+from portakv.host.small import COMMAND_BYTES, MOST_INLINE, inline_copy, to_device
 from portakv.runtime.transfer import copies_holding_memory
 
 each_method = pytest.mark.parametrize("place", DEVICES, indirect=True)
@@ -46,7 +46,7 @@ def test_a_device_that_is_not_current_or_named_without_a_number() -> None:
 @pytest.mark.gpu
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="its pages may be the device's too")
 def test_the_driver_takes_values_along() -> None:
-    assert by_inline(DEVICE)
+    assert inline_copy(DEVICE) is not None
 
 
 @each_method
@@ -161,7 +161,7 @@ def test_what_is_not_captured() -> None:
 @pytest.mark.parametrize("nbytes", [512, COMMAND_BYTES, MOST_INLINE])
 def test_while_a_large_copy_is_in_flight(nbytes: int) -> None:
     """It lands before that ends, of which the driver does not promise it."""
-    if not by_inline(DEVICE):
+    if inline_copy(DEVICE) is None:
         pytest.skip("this device takes no values along with a command")
     count = nbytes // 8
     host = torch.zeros(1 << 30, dtype=torch.uint8).pin_memory()

@@ -26,7 +26,7 @@ from portakv.integrations import IntegrationError
 from portakv.integrations.sglang import kvcacheio
 from portakv.integrations.sglang import kvcacheio as io
 from portakv.interconnect import zero_copy
-from portakv.interconnect.choose import hosts
+from portakv.interconnect.choose import strategies
 from portakv.interconnect.strategy import SMALL
 
 CPU = torch.device("cpu")
@@ -814,10 +814,10 @@ def test_the_quota_limits_kernels_that_reach_the_host(accelerator: torch.device)
     with pytest.raises(InvalidTerms, match="max_thread_blocks"):
         io.transfer_kv_per_layer_mla(there[0], here[0], s, s, ITEM, block_quota=0)
     io.transfer_kv_per_layer_mla(here[1], here[0], s, s, ITEM, block_quota=0)
-    hosts.clear()
+    strategies.clear()
     for quota, limits in ((2, {None}), (1, {None, 1})):
         io.transfer_kv_per_layer_mla(there[0], here[2], s, s, ITEM, block_quota=quota)
-        assert {terms and terms.max_thread_blocks for _, terms in hosts} == limits, (
+        assert {terms and terms.max_thread_blocks for _, terms, _ in strategies} == limits, (
             "upstream's default is 2"
         )
     synchronize(accelerator)

@@ -26,7 +26,6 @@ from portakv.integrations.vllm.caches import (
     LATENT,
     check_hooks,
     groups_of,
-    identity_of,
     ids_of,
     is_wanted,
     kernels_of,
@@ -43,7 +42,7 @@ from portakv.integrations.vllm.caches import (
 )
 from portakv.integrations.vllm.ranks import index_of, words_of
 from portakv.serving import Group
-from portakv.serving.handover_tickets import RemoteRows
+from portakv.serving.handover_tickets import Identity, RemoteRows
 from portakv.serving.local import GroupView, LocalIndex, NoStore, StoreTerms
 from portakv.storage import prefix_keys
 from portakv.view import KVView
@@ -376,7 +375,7 @@ def test_requests_that_another_engine_goes_on_with() -> None:
 def test_what_a_proxy_passes_on() -> None:
     """The keys by which vLLM's front end and its proxies know the halves of a request."""
     request = ended("FINISHED_STOPPED", 4, do_remote_decode=True)
-    identity = identity_of(request, "model", b"", ())
+    identity = Identity.of("model", request.prompt_token_ids, b"", ())
     rows = RemoteRows((b"ticket",), 4, 30.0)
     params = parameters_for(request, rows, identity, "engine", 2)
     assert params["do_remote_prefill"] is True

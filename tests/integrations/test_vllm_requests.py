@@ -13,7 +13,6 @@ from support.vllm_stub import configuration
 
 from portakv.integrations.vllm.caches import (
     extra_of,
-    identity_of,
     is_served,
     parameters_for,
     remote_rows_of,
@@ -21,7 +20,7 @@ from portakv.integrations.vllm.caches import (
     settings_of,
 )
 from portakv.serving import Group, SchedulerSide
-from portakv.serving.handover_tickets import RemoteRows
+from portakv.serving.handover_tickets import Identity, RemoteRows
 from portakv.serving.local import LocalIndex
 
 
@@ -67,7 +66,7 @@ def test_rows_of_another_adapter_are_not_pulled(
         lora = name and SimpleNamespace(lora_name=name, lora_path=str(tmp_path))
         terms = {"prompt_token_ids": [1, 2, 3], "request_id": "a", "kv_transfer_params": params}
         made = request(lora_request=lora, **terms)
-        return made, identity_of(made, "model", salt_of(made), ())
+        return made, Identity.of("model", made.prompt_token_ids, salt_of(made), ())
 
     rows = RemoteRows((b"ticket",), 3, 30.0)
 

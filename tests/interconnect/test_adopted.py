@@ -128,7 +128,7 @@ def test_a_finalizer_that_runs_while_seams_are_worked_out(registered: bool) -> N
         gone = pinned.adopt([(600 * page, page), (601 * page, page)])
 
     def finalize(frame: FrameType, event: str, argument: object) -> None:
-        if argument is sorted and frame.f_code.co_name == "_update":
+        if argument is sorted and frame.f_code.co_name == "count_pieces":
             sys.setprofile(None)
             gone.close()
 

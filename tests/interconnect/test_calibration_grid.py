@@ -12,10 +12,11 @@ from time import perf_counter, sleep
 import pytest
 import torch
 from support.command_line import choose_tables, run
-from support.host_choice_cases import FIGURES, H200
+from support.host_choice_cases import FIGURES, host_seconds_of, seconds_of
 
 from portakv.cli import calibrate as verb
 from portakv.cli import sides
+from portakv.core.pick import ORDER
 from portakv.host import pinned
 from portakv.interconnect import calibration
 from portakv.interconnect.calibration import (
@@ -28,7 +29,6 @@ from portakv.interconnect.calibration import (
     calibrate,
 )
 from portakv.interconnect.costs import DIRECTIONS, Point, Table, costs_of, store
-from portakv.interconnect.pick import ORDER
 from portakv.runtime import kernel_cache
 
 CUDA = torch.device("cuda", 0)
@@ -52,8 +52,8 @@ def test_the_usual_grid_takes_less_than_its_time_by_figures_of_an_h200() -> None
     seconds = 0.0
     for strategy, direction, size in product(FIGURES, DIRECTIONS, GRID.run_bytes):
         for runs in GRID.runs(size, strategy == "pageable"):
-            host = H200.host_seconds(strategy, direction, size, runs)
-            one = H200.seconds(strategy, direction, size, runs) + host
+            host = host_seconds_of(strategy, direction, size, runs)
+            one = seconds_of(strategy, direction, size, runs) + host
             seconds += (GRID.times(size * runs) + 2) * (one + min(host, calibration.SEEN))
     assert 1.8 * seconds < SECONDS
 

@@ -32,16 +32,15 @@ from support.threads import run_threads
 
 from portakv import CopyPlan, Index, KVView, Unsupported
 from portakv.backends.base import Capabilities, Decision
+from portakv.core.pick import ORDER
 from portakv.interconnect import choose
 from portakv.interconnect import pick as picking
 from portakv.interconnect import pieces as pieces_of
 from portakv.interconnect.choose import Host, HostLaunch
 from portakv.interconnect.pick import (
     EVEN,
-    ORDER,
     ROW,
-    Pick,
-    pick,
+    Explained,
 )
 from portakv.interconnect.pieces import TALL
 from portakv.interconnect.strategy import PAGEABLE, PINNED, Terms
@@ -82,7 +81,7 @@ def ready(
     return host(**terms).prepare(plan_of(*sides)), moved(*sides, apart(blocks))
 
 
-def runs_of(result: Pick) -> dict[str, int]:
+def runs_of(result: Explained) -> dict[str, int]:
     return {one.strategy: one.runs for one in result.alternatives}
 
 
@@ -123,16 +122,17 @@ class Direct(ZeroCopy):
         return lambda *_: None
 
 
-def test_kernels_for_the_core_are_not_prepared_by_its_call(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_counted_pick_prepares_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     """A graph may be captured: nothing can be prepared then, and a failure would last."""
     with strategies(monkeypatch, zero_copy=f"{__name__}:Direct"):
         launch, move = ready(2)
-        assert launch.kernels_for(move.count, move.dst, new=True) is None
+        found = launch.pick_counted(move.count, 1, 1, move.dst, new=True)
+        assert found is not None
+        assert found[0] is launch.strategies["zero_copy"]
+        assert found[1] == launch.pick(move)
+        assert not launch.has_prepared("zero_copy")
         launch.prepared("zero_copy")
-        by = launch.kernels_for(move.count, move.dst, new=True)
-        assert by is not None
-        assert by[0] == "kernels"  # type: ignore[comparison-overlap]
-        assert by[1][0] == "zero_copy"
+        assert launch.has_prepared("zero_copy")
 
 
 def test_it_can_do_what_its_strategies_can() -> None:
@@ -166,7 +166,7 @@ def test_the_pick_depends_on_the_ids() -> None:
     scattered, move = ready(30)
     sides = move[:2]
     near = Index(range(5, 35), SIZE)
-    result = scattered.pick(moved(*sides, near))
+    result = scattered.explain(moved(*sides, near))
     # Blocks follow each other on the host; on the device the heads do, and no two rows of both.
     each = 30 * ROWS
     assert runs_of(result) == {
@@ -176,7 +176,7 @@ def test_the_pick_depends_on_the_ids() -> None:
         "pageable": 1,
     }
     assert result.strategy == "staged"
-    result = scattered.pick(moved(*sides, near, apart(30)))
+    result = scattered.explain(moved(*sides, near, apart(30)))
     assert runs_of(result) == {
         "staged": 30,
         "batched_memcpy": each,
@@ -185,7 +185,7 @@ def test_the_pick_depends_on_the_ids() -> None:
     }
     # The other way the host is the source.
     upward, move = ready(30, *sides[::-1])
-    assert runs_of(upward.pick(move._replace(src_index=near)))["staged"] == 1
+    assert runs_of(upward.explain(move._replace(src_index=near)))["staged"] == 1
 
 
 def test_each_shape_of_a_copy_has_a_pick_of_its_own() -> None:
@@ -193,7 +193,9 @@ def test_each_shape_of_a_copy_has_a_pick_of_its_own() -> None:
     sides = move[:2]
     near = Index(range(5, 35), SIZE)
     far = apart(30)
-    shapes = [runs_of(launch.pick(moved(*sides, *x))) for x in ((near, near), (far, near), (far,))]
+    shapes = [
+        runs_of(launch.explain(moved(*sides, *x))) for x in ((near, near), (far, near), (far,))
+    ]
     assert [(x["batched_memcpy"], x["staged"]) for x in shapes] == [(1, 1), (30, 1), (30, 30)]
     few = launch.pick(moved(*sides, Index([5, 6], SIZE)))  # in one piece as well
     assert few.strategy == "zero_copy"
@@ -238,7 +240,7 @@ def test_what_folds_counts_for_the_host_as_it_crosses(
     monkeypatch.setattr(pieces_of, "TALL", tall)
     pieces = 30 * ROWS // 16 if folds else 30 * ROWS
     launch, move = ready(30)
-    result = launch.pick(move)
+    result = launch.explain(move)
     (one,) = (each for each in result.alternatives if each.strategy == "batched_memcpy")
     arguments = "batched_memcpy", "d2h", 256 * 30 * ROWS // pieces, pieces
     assert (one.run_bytes, one.runs) == arguments[2:]
@@ -254,7 +256,8 @@ def test_pageable_memory_goes_through_pinned_memory() -> None:
     launch(*move, None, None)
     assert launched() == ["pageable"]
     assert (
-        refusals(launch.pick(move))["staged"] == "it does not copy from pageable to device memory"
+        refusals(launch.explain(move))["staged"]
+        == "it does not copy from pageable to device memory"
     )
 
 
@@ -363,8 +366,8 @@ def test_pools_of_strategies(layout: str, downward: bool, monkeypatch: pytest.Mo
         launch = host().prepare(CopyPlan(src.form, dst.form, ids.step, ids.step))
         for name, reads in (("staged", "host"), ("batched_memcpy", "both")):
             launch.strategies[name].reads = reads
-        result = launch.pick(moved(src, dst, ids))
-        assert result.strategy == expected
+        result = launch.explain(moved(src, dst, ids))
+        assert result.strategy == launch.pick(moved(src, dst, ids)).strategy == expected
     assert {one.strategy: one.run_bytes for one in result.alternatives}["staged"] >= POOLS[layout]
 
 
@@ -410,7 +413,7 @@ def test_a_strategy_that_cannot_be_prepared_is_out_with_its_reason(
         assert launch.pick(move).strategy == "zero_copy"  # no call has prepared it yet
         launch(*move, None, None)
         assert launched() == ["staged"]
-        after = launch.pick(move)
+        after = launch.explain(move)
         assert after.strategy == "staged"
         assert why in refusals(after)["zero_copy"]
         launch(*move, None, None)
@@ -424,7 +427,8 @@ def test_a_strategy_that_cannot_use_the_host_s_memory_is_out_for_that(
 ) -> None:
     with strategies(monkeypatch, zero_copy="Unreaching"):
         launch, move = ready(2)
-        result = launch.pick(move)
+        result = launch.explain(move)
+        assert launch.pick(move) == result[:2]
         assert (result.strategy, refusals(result)["zero_copy"]) == (
             "staged",
             "it does not reach it",
@@ -469,34 +473,20 @@ def test_a_forced_strategy_carries_out_what_another_would() -> None:
             launch.launch_by(name, move, None)
 
 
-def test_costs_are_read_and_a_pick_is_made_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_costs_are_read_before_the_first_transfer(monkeypatch: pytest.MonkeyPatch) -> None:
     devices: list[torch.device] = []
     with monkeypatch.context() as patch:
         patch.setattr(choose, "costs_of", devices.append)
-        launch, move = ready(30)
+        ready(30)
     assert devices == [CPU]
-    first = launch.pick(move)
-    assert launch.pick(move) is first
-    # Another list of the same shape has the same answer.
-    assert launch.pick(moved(*move[:2], apart(30))) is first
 
 
-def test_a_pick_under_way_when_its_strategy_goes_is_not_kept(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    real = pick
-    with strategies(monkeypatch, zero_copy="Late"):
-        launch, move = ready(2)
-
-        def slow(*arguments: Any) -> Pick:
-            result = real(*arguments)
-            launch.prepared("zero_copy")  # by another thread, say
-            return result
-
-        monkeypatch.setattr(choose, "pick", slow)
-        assert launch.pick(move).strategy == "zero_copy"
-        launch(*move, None, None)
-        assert launched() == ["staged"]
+def test_a_pick_follows_the_costs_of_the_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A table that is stored later counts for launches that were prepared before."""
+    launch, move = ready(30)
+    assert "as measured" in launch.pick(move).why
+    monkeypatch.setattr(choose, "costs_of", lambda device: UNMEASURED)
+    assert "nothing was measured" in launch.pick(move).why
 
 
 def test_threads_prepare_a_strategy_once() -> None:
@@ -527,6 +517,7 @@ def test_a_quick_pick_is_the_pick(data: st.DataObject) -> None:
         patch.setattr(choose, "costs_of", lambda device: costs)
         for copy in (moved(src, dst, ids(), ids()) for _ in range(3)):
             assert launch.pick(copy, quick=True).strategy == launch.pick(copy).strategy
+            assert launch.pick(copy) == launch.explain(copy)[:2]
 
 
 def test_a_copy_for_the_kernel_counts_no_runs() -> None:

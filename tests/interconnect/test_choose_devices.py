@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import gc
 import logging
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,11 +18,12 @@ from support.small_backends import small_backend
 
 from portakv import CopyPlan, Index, KVView, copy_blocks
 from portakv.backends.base import Capabilities
+from portakv.core.pick import ORDER
 from portakv.host import pinned
 from portakv.interconnect import choose as chosen
 from portakv.interconnect import staging
 from portakv.interconnect.choose import Host, HostLaunch, across
-from portakv.interconnect.pick import ORDER
+from portakv.interconnect.pick import Pick
 from portakv.interconnect.strategy import PINNED, Strategy, Terms
 from portakv.registry.registry import REGISTRY, choose
 
@@ -70,7 +70,7 @@ def test_whatever_carries_it_out_moves_the_right_bytes(
     if how in launch.out:
         pytest.skip(launch.out[how])
     if how in ORDER:
-        named = SimpleNamespace(strategy=how, why="requested")
+        named = Pick(how, "requested")
         always = lambda self, move, guarded=False, quick=False: named  # noqa: E731
         monkeypatch.setattr(HostLaunch, "pick", always)
     used = strategies_used(monkeypatch)
@@ -145,10 +145,15 @@ def test_a_device_without_room_for_staging_copies_all_the_same(
     def full(self: staging.Staging, nbytes: int) -> None:
         raise torch.OutOfMemoryError("no room")
 
+    torch.accelerator.synchronize(accelerator)
+    # Other tests have reserved buffers.
+    for buffers in [each for each in gc.get_objects() if type(each) is staging.Staging]:
+        buffers._memory = []
+        buffers._words = None
     monkeypatch.setattr(staging.Staging, "reserve", full)
     with pytest.raises(torch.OutOfMemoryError):  # by name, the error is raised
         launch.launch_by("staged", move, None)
-    only = SimpleNamespace(strategy="staged", why="requested")
+    only = Pick("staged", "requested")
     monkeypatch.setattr(launch, "pick", lambda move, guarded=False, quick=False: only)
     for seed in range(2):
         transfer(transfer.chunk(seed))
@@ -264,7 +269,7 @@ def test_thirty_rates_leave_no_thirty_strategies() -> None:
         for rate in rates:
             copy_blocks(src, dst, blocks, blocks, max_gbps=rate).synchronize()
             copy_blocks(src, dst, blocks, blocks, max_gbps=rate, backend="staged").synchronize()
-        return strategies(), len(chosen.hosts)
+        return strategies(), len(chosen.strategies)
 
     assert transfers([9.0]) == transfers([10 + nth / 7 for nth in range(30)])
 

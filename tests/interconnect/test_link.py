@@ -12,7 +12,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from support.block_cases import holds, large, numbered
-from support.crossing_cases import Ends, drawn_runs, runs_of
+from support.crossing_cases import Ends, drawn_runs, pieces_of_runs, runs_of
 from support.device_cases import current, delay, on
 from support.guarded_memory import refused
 from support.simdev_cases import DEVICE
@@ -20,7 +20,7 @@ from support.simdev_cases import DEVICE
 from portakv import KVView, TransferError, copy_blocks
 from portakv.interconnect import link
 from portakv.interconnect.link import LEAST_BATCH, MOST_DESCRIPTORS, CudaLink, TorchLink, link_of
-from portakv.interconnect.pieces import ALL, Pieces, to_2d_copies
+from portakv.interconnect.pieces import ALL, Pieces
 from portakv.plan.runs import Runs
 from portakv.runtime import cuda
 from portakv_conformance import simdev
@@ -80,7 +80,7 @@ def streams_of(device: torch.device) -> list[torch.Stream | None]:
 def scattered(count: int, width: int = 5) -> Pieces:
     """So many plain copies at odd addresses, in no order."""
     order = np.random.default_rng(count).permutation(count)
-    pieces = to_2d_copies(
+    pieces = pieces_of_runs(
         runs_of((np.arange(count) * 16 + 3).tolist(), (order * 7 + 1).tolist(), width)
     )
     assert pieces.number >= count // 2
@@ -107,7 +107,7 @@ def test_every_byte_of_any_pieces(
     @settings(max_examples=40, deadline=None)
     @given(drawn_runs())
     def check(runs: Runs) -> None:
-        pieces = to_2d_copies(runs)
+        pieces = pieces_of_runs(runs)
         size = int(max((at + runs.nbytes).max(initial=0) for at in runs[:2])) + 16
         ends = Link(accelerator, to_device, size, on_host)
         ends.copy(pieces)
@@ -157,7 +157,7 @@ def test_torch_is_never_given_strided_host_memory(
     """Vendors' torch packs it on the host, immediately, whatever the stream still holds, or late.
     And pageable memory must have been read when the call returns."""
     ends = Link(DEVICE, to_device, 6400, on_host)
-    pieces = to_2d_copies(runs_of(range(0, 6400, 64), range(16, 6400, 64), 32))
+    pieces = pieces_of_runs(runs_of(range(0, 6400, 64), range(16, 6400, 64), 32))
     assert pieces.number == 1
     real = torch.Tensor.copy_
     seen = []
@@ -179,7 +179,7 @@ def test_torch_is_never_given_strided_host_memory(
 def test_memory_that_is_in_no_view() -> None:
     ends = Link(DEVICE, False, 64)
     with refused(TransferError, "65 bytes", "one allocation", watch=ends.dst):
-        ends.copy(to_2d_copies(runs_of([0], [0], 65)))
+        ends.copy(pieces_of_runs(runs_of([0], [0], 65)))
 
 
 @pytest.mark.gpu
@@ -258,7 +258,7 @@ def test_any_stream_rests(which: int, to_device: bool, monkeypatch: pytest.Monke
     """Also the legacy default stream. A copy raises if the driver rejects the wait."""
     monkeypatch.setattr(link, "IN_A_ROW", ROOM)
     ends = Link(CUDA, to_device)
-    pieces = to_2d_copies(runs_of([0], [0], ROOM))
+    pieces = pieces_of_runs(runs_of([0], [0], ROOM))
     stream = streams_of(CUDA)[which]
     for _ in range(4):  # with a rest before each but the first
         delay(stream or current(CUDA))

@@ -20,7 +20,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from support.crossing_cases import Ends, drawn_runs, runs_of
+from support.crossing_cases import Ends, drawn_runs, pieces_of_runs, runs_of
 from support.fake_libcuda import Call, FakeLibrary
 from support.guarded_memory import refused
 
@@ -28,7 +28,7 @@ from portakv import KVView, TransferError
 from portakv.core.link import Fault, Link, pack_crossing
 from portakv.interconnect import link
 from portakv.interconnect.link import FOLD_BELOW, LEAST_BATCH, CudaLink, TorchLink, link_of
-from portakv.interconnect.pieces import ALL, Pieces, to_2d_copies
+from portakv.interconnect.pieces import ALL, Pieces
 from portakv.plan.runs import Runs
 from portakv.runtime import cuda as _cuda_driver
 
@@ -63,12 +63,12 @@ class Memory(Ends):
 
 def plain(count: int, width: int = 8) -> Pieces:
     at = np.cumsum(np.arange(count) % 3 + 1) * 2 * width
-    return to_2d_copies(runs_of(at.tolist(), at[::-1].tolist(), width))
+    return pieces_of_runs(runs_of(at.tolist(), at[::-1].tolist(), width))
 
 
 def rows(groups: int) -> Pieces:
     src = [g * g * 128 + g * 1000 + row * 64 for g in range(groups) for row in range(9)]
-    return to_2d_copies(runs_of(src, range(0, 16 * len(src), 16), 16))
+    return pieces_of_runs(runs_of(src, range(0, 16 * len(src), 16), 16))
 
 
 @pytest.mark.parametrize("to_device", [True, False])
@@ -78,7 +78,7 @@ def test_every_byte_lands(folder: Path, batch: int | None, to_device: bool) -> N
 
     @given(drawn_runs(), st.sampled_from([1 << 40, 200, 31, 7, 1]))
     def check(runs: Runs, in_a_row: int) -> None:
-        pieces = to_2d_copies(runs)
+        pieces = pieces_of_runs(runs)
         memory = Memory(max((at + runs.nbytes).max(initial=0) for at in runs[:2]) + 64)
         library.forget()
         with pytest.MonkeyPatch.context() as patch:
@@ -140,7 +140,7 @@ def test_wide_rows_are_folded_without_batches_and_if_they_are_many(library: Fake
         (FOLD_BELOW // 4, 20, True),
     ):
         src, dst = (range(0, height * gap * width, gap * width) for gap in (2, 1))
-        made = to_2d_copies(runs_of(src, dst, width), below=below)
+        made = pieces_of_runs(runs_of(src, dst, width), below=below)
         assert made.number == (1 if folds else height)
 
 

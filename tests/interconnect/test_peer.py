@@ -5,6 +5,7 @@ memory may be read at all, and what carries a copy out by the caller's terms."""
 from __future__ import annotations
 
 import pickle
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -25,11 +26,10 @@ from portakv.backends.hip import Hip
 from portakv.backends.rows_kernel import RowsKernel, Tuning
 from portakv.backends.rows_launch import RowsBackend
 from portakv.backends.triton import Triton
-from portakv.interconnect import peer, zero_copy
+from portakv.interconnect import costs, peer, zero_copy
 from portakv.interconnect.strategy import Terms
 from portakv.interconnect.zero_copy import PEER_BLOCKS, PEER_CUT, ZeroCopy, ZeroCopyKernel
 from portakv.registry.registry import Choice, choose
-from portakv.runtime.bounded import Bounded
 from portakv_conformance.simdev import device_module
 
 CUDA = torch.device("cuda", 0)
@@ -198,10 +198,17 @@ def test_rows_of_the_host_and_of_other_types_are_no_peers() -> None:
 
 
 @pytest.fixture
-def access(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+def unasked() -> Iterator[None]:
+    """Forget answers about two devices, before a test and after it."""
+    costs.forget()
+    yield
+    costs.forget()
+
+
+@pytest.fixture
+def access(unasked: None, monkeypatch: pytest.MonkeyPatch) -> list[bool]:
     """Set the driver's answer about access, and forget earlier answers."""
     says = [True]
-    monkeypatch.setattr(peer, "answers", Bounded("answers of a test", 8))
     monkeypatch.setattr(
         device_module, "can_device_access_peer", lambda reader, owner: says[0], raising=False
     )
@@ -219,8 +226,8 @@ def test_a_driver_that_gives_no_access(access: list[bool]) -> None:
 
 
 @pytest.mark.simdev
-def test_a_device_whose_torch_tells_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(peer, "answers", Bounded("answers of a test", 8))
+@pytest.mark.usefixtures("unasked")
+def test_a_device_whose_torch_tells_nothing() -> None:
     assert peer.unmapped(HERE, THERE).startswith("torch does not report whether")
 
 

@@ -14,6 +14,7 @@ from support.host_choice_cases import (
 )
 
 from portakv import Unsupported
+from portakv.core.pick import ORDER
 from portakv.interconnect.costs import DIRECTIONS, Point, Table
 from portakv.interconnect.pageable import SIZES
 from portakv.interconnect.pick import (
@@ -25,12 +26,11 @@ from portakv.interconnect.pick import (
     KERNEL_RATE,
     LONG,
     NARROW,
-    ORDER,
     ROW,
     SHORT,
     UNHIDDEN,
     WIDE,
-    Pick,
+    Explained,
     pick,
 )
 from portakv.interconnect.pieces import Shape
@@ -49,7 +49,7 @@ def picked(
     costs: object = UNMEASURED,
     out: dict[str, str] | None = None,
     **terms: object,
-) -> Pick:
+) -> Explained:
     """Return the pick for scattered runs on the device and so many in host memory."""
     apart = Shape(payload, runs, runs)
     dense = Shape(payload, host_runs, host_runs)
@@ -131,7 +131,7 @@ def test_measured_seconds_of_a_kernel_are_those_of_an_idle_device(new_ids: bool)
         {"batched_memcpy": 1.0e-4, "zero_copy": 0.6e-4}, batched_memcpy=2.4e-2, zero_copy=2.3e-2
     )
 
-    def strategy_and_reason(runs: int, overlap: Any) -> Pick:
+    def strategy_and_reason(runs: int, overlap: Any) -> Explained:
         shapes = dict.fromkeys(
             ("staged", "batched_memcpy", "zero_copy"), Shape(8 * MIB, runs, runs)
         )
@@ -322,7 +322,7 @@ def test_pieces_are_looked_up_and_each_row_costs_the_device(direction: str) -> N
     for one in result.alternatives:
         arguments = one.strategy, direction, 64 * 2048, 100
         assert (one.runs, one.run_bytes) == (100, 64 * 2048)
-        assert one.seconds == H200.seconds(*arguments) + 6400 * ROW[direction]
+        assert one.seconds == (H200.seconds(*arguments) or 0) + 6400 * ROW[direction]
         assert one.host_seconds == H200.host_seconds(*arguments)
     # Rows that cross by themselves are pieces of 2 KiB, and nothing is added.
     apart = Shape(2048 * 6400, 6400, 6400)

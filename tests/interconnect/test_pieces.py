@@ -17,7 +17,14 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from support.core_cases import noise, sections
-from support.crossing_cases import bytes_of_pieces, bytes_of_runs, drawn_runs, runs_of
+from support.crossing_cases import (
+    SHIFT,
+    bytes_of_pieces,
+    bytes_of_runs,
+    drawn_runs,
+    pieces_of_runs,
+    runs_of,
+)
 from support.engine_cases import DOWNWARD, Case, cases, index_of, tensors_of, view_of
 from support.guarded_memory import refused
 
@@ -34,7 +41,6 @@ from portakv.interconnect.pieces import (
     Pieces,
     RunCounter,
     pieces_of,
-    to_2d_copies,
 )
 from portakv.plan.plan import Move
 from portakv.plan.runs import Runs
@@ -67,7 +73,7 @@ def judge(runs: Runs, pieces: Pieces, boundaries: Sequence[int] = ()) -> Pieces:
 
 @given(drawn_runs())
 def test_pieces_are_the_runs(runs: Runs) -> None:
-    pieces = to_2d_copies(runs)
+    pieces = pieces_of_runs(runs)
     judge(runs, pieces)
     assert pieces.number <= runs.nbytes.size
 
@@ -75,13 +81,14 @@ def test_pieces_are_the_runs(runs: Runs) -> None:
 @given(drawn_runs(), st.lists(st.integers(0, 400), max_size=6, unique=True))
 def test_no_piece_reaches_over_a_seam(runs: Runs, boundaries: list[int]) -> None:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pinned, "boundaries", lambda: tuple(sorted(boundaries)))
-        judge(runs, to_2d_copies(runs), boundaries)
+        shifted = tuple(SHIFT + boundary for boundary in sorted(boundaries))
+        patch.setattr(pinned, "boundaries", lambda: shifted)
+        judge(runs, pieces_of_runs(runs), boundaries)
 
 
 @pytest.mark.parametrize("height", [*range(2 * LEAST_HEIGHT), 100])
 def test_rows_at_a_pitch_are_one_piece_but_for_few(height: int) -> None:
-    pieces = to_2d_copies(runs_of(range(0, 64 * height, 64), range(0, 32 * height, 32), 16))
+    pieces = pieces_of_runs(runs_of(range(0, 64 * height, 64), range(0, 32 * height, 32), 16))
     few = height < LEAST_HEIGHT
     assert shapes(pieces) == ([(16, 1, 16, 16)] * height if few else [(16, height, 32, 64)])
 
@@ -90,7 +97,7 @@ def test_groups_of_rows_with_jumps_between() -> None:
     for groups, rows, expected in ((6, 9, (16, 9, 16, 64)), (9, 6, (16, 9, 96, 4096))):
         starts = [group * 4096 + row * 64 for group in range(groups) for row in range(rows)]
         runs = runs_of(starts, range(0, 54 * 16, 16), 16)
-        assert shapes(to_2d_copies(runs)) == [expected] * 6
+        assert shapes(pieces_of_runs(runs)) == [expected] * 6
 
 
 @pytest.mark.parametrize("kv", [1, 2])
@@ -100,7 +107,7 @@ def test_scattered_blocks_fold_over_their_planes(kv: int) -> None:
     where = np.arange(LAYERS) * 200 * 64
     src = np.concatenate([far + where[:, None] + blocks * 64 for far in (0, 9_999_936)[:kv]])
     dst = np.arange(kv * LAYERS * BLOCKS) * 64
-    pieces = to_2d_copies(runs_of(src.reshape(-1).tolist(), dst.tolist(), 64))
+    pieces = pieces_of_runs(runs_of(src.reshape(-1).tolist(), dst.tolist(), 64))
     assert pieces.number == kv * BLOCKS
     assert set(shapes(pieces)) == {(64, LAYERS, BLOCKS * 64, 200 * 64)}
 
@@ -110,7 +117,7 @@ def test_layers_at_irregular_distances_stay_apart() -> None:
     where = np.cumsum(rng.integers(300, 900, LAYERS)) * 64
     src = where[:, None] + np.sort(rng.permutation(200)[:BLOCKS]) * 64
     runs = runs_of(src.reshape(-1).tolist(), (rng.permutation(src.size) * 64).tolist(), 64)
-    assert to_2d_copies(runs).number == runs.nbytes.size
+    assert pieces_of_runs(runs).number == runs.nbytes.size
 
 
 @pytest.mark.parametrize(
@@ -119,25 +126,35 @@ def test_layers_at_irregular_distances_stay_apart() -> None:
 )
 def test_what_no_copy_of_rows_takes(src_step: int, dst_step: int) -> None:
     """Destinations backwards, sources over each other, pitches beyond the driver's limit."""
-    src = [at * src_step for at in range(8)]
-    dst = [2**40 + at * dst_step for at in range(8)]
-    runs = runs_of(src, dst, 16)
-    assert judge(runs, to_2d_copies(runs)).number == 8
+    src, dst = (
+        KVView.at(
+            start,
+            "token dim",
+            shape=(8, 16),
+            strides=(abs(step), 1),
+            dtype=torch.uint8,
+            device="cpu",
+            pinned=True,
+        )
+        for start, step in ((1 << 20, src_step), (1 << 40, dst_step))
+    )
+    ids = range(8) if dst_step > 0 else range(8)[::-1]
+    assert folded(Move(src, dst, Index(), Index(list(ids)), 8)).number == 8
 
 
 def test_allocations_are_never_joined() -> None:
     """The rows of each of two tensors that touch are a piece; a run over both is cut."""
-    memory = np.zeros((2, 64, 16), dtype=np.uint8)
-    halves = [torch.frombuffer(half, dtype=torch.uint8).view(64, 16) for half in memory]
-    src = KVView(halves, "layer | token dim")
+    memory = np.zeros((2, 32, 32), dtype=np.uint8)
+    halves = [torch.frombuffer(half, dtype=torch.uint8).view(32, 32) for half in memory]
     first = halves[0].data_ptr()
     assert halves[1].untyped_storage().data_ptr() == first + 1024
-    rows = runs_of(range(first, first + 2048, 32), range(0, 1024, 16), 16)
-    assert shapes(to_2d_copies(rows)) == [(16, 64, 16, 32)]
-    assert shapes(to_2d_copies(rows, src)) == [(16, 32, 16, 32)] * 2
-    one = runs_of([first], [0], 2048)
-    assert shapes(to_2d_copies(one, src)) == [(1024, 1, 1024, 1024)] * 2
-    judge(one, to_2d_copies(one, src))
+    for width, expected in ((16, (16, 32, 16, 32)), (32, (1024, 1, 1024, 1024))):
+        src = KVView([half[:, :width] for half in halves], "layer | token dim")
+        dst = KVView(torch.zeros(2, 32, width, dtype=torch.uint8), "layer token dim")
+        assert shapes(folded(Move(src, dst, Index(), Index(), 32))) == [expected] * 2
+        whole = torch.frombuffer(memory, dtype=torch.uint8).view(2, 32, 32)
+        joined = Move(KVView(whole[..., :width], "layer token dim"), dst, Index(), Index(), 32)
+        assert folded(joined).number == 1
 
 
 def test_memory_at_addresses_is_cut_where_each_tensor_ends() -> None:
@@ -275,7 +292,18 @@ def test_seams_between_registrations() -> None:
     with pinned.allocate(4 * PAGE, largest=2 * PAGE) as memory:
         cuts = tuple(memory.address + boundary for boundary in memory.boundaries)
         assert pinned.boundaries() == tuple(sorted((*before, *cuts)))
-        pieces = to_2d_copies(runs_of([memory.address], [0], 4 * PAGE))
+        src, dst = (
+            KVView.at(
+                start,
+                "token dim",
+                shape=(4, PAGE),
+                dtype=torch.uint8,
+                device="cpu",
+                pinned=True,
+            )
+            for start in (memory.address, PAGE)
+        )
+        pieces = folded(Move(src, dst, Index(), Index(), 4), cuts)
         # Torch's own pinned memory, on a device that has such, is registered in one.
         assert pieces.number == 1 + len(cuts)
     del memory
@@ -288,7 +316,7 @@ def test_nothing_is_done_run_by_run() -> None:
     calls: list[str] = []
     sys.setprofile(lambda frame, event, argument: calls.append(event))
     try:
-        pieces = to_2d_copies(runs)
+        pieces = pieces_of_runs(runs)
     finally:
         sys.setprofile(None)
     assert pieces.number == 8000
@@ -331,7 +359,7 @@ def test_every_byte_of_any_layout(case: Case, downward: bool) -> None:
         runs = plan.runs(*part)
         pieces = judge(runs, pieces_of(plan, part))
         # What the ends of planes share is merged or folded only if every run is looked at.
-        best = to_2d_copies(runs, part.src, part.dst)
+        best = pieces_of(plan, part, merged=True)
         assert pieces.number <= 2 * best.number + len(plan.nests)
 
 
@@ -450,7 +478,7 @@ def test_rows_that_are_wide_are_copies_of_their_own(
     judge(whole, result)
 
 
-# Runs that are counted without expanding them, against `CopyPlan.runs` and `to_2d_copies`
+# Runs that are counted without expanding them, against `CopyPlan.runs` and the pieces
 
 _TIMES = settings().max_examples
 
@@ -521,12 +549,11 @@ chunk = viewed("kv layer token (head dim)", 2, L, N * B, H * D, heads=H)
 VIEWS = {"paged": paged, "by block": by_block, "listed": listed, "hnd": hnd, "chunk": chunk}
 
 
-def fewest(runs: Runs, src: KVView, dst: KVView, below: int) -> int:
-    order = np.argsort(runs.dst)
-    turned = Runs(runs.dst[order], runs.src[order], runs.nbytes[order])
-    return min(
-        to_2d_copies(runs, src, dst, below).number, to_2d_copies(turned, dst, src, below).number
-    )
+def fewest(move: Move, below: int) -> int:
+    """Return the pieces of a copy or of its reverse, whichever has fewer."""
+    src, dst, src_index, dst_index, count = move
+    both = move, Move(dst, src, dst_index, src_index, count)
+    return min(pieces_of(plan_of(each), each, below, merged=True).number for each in both)
 
 
 @pytest.mark.parametrize("order", ["random", "rising", "neighbours"])
@@ -544,13 +571,14 @@ def test_what_strategies_meet(source: str, target: str, order: str) -> None:
         ids = np.sort(ids) if order == "rising" else np.arange(3, 23) if order[0] == "n" else ids
         indices.append(Index(ids, step=B) if view.block_size else Index())
     src_index, dst_index = indices
-    plan = CopyPlan(src.form, dst.form, src_index.plan_step, dst_index.plan_step)
-    runs = plan.runs(src, dst, src_index, dst_index, 20 * B)
+    move = Move(src, dst, src_index, dst_index, 20 * B)
+    plan = plan_of(move)
+    runs = plan.runs(*move)
     for below in (1, 1 << 10, 64 << 10, folding.ALL):
         actual = counted(plan, src_index, dst_index, 20 * B, below)
         # Planes of separate allocations may happen to touch each other.
         assert 0.9 * actual.runs <= runs.src.size <= actual.runs
-        assert 0.5 <= actual.pieces / fewest(runs, src, dst, below) <= 2
+        assert 0.5 <= actual.pieces / fewest(move, below) <= 2
 
 
 def of_host(src: KVView, dst: KVView, src_index: Index, dst_index: Index, down: bool) -> RunCounter:
@@ -601,7 +629,8 @@ def test_padding_between_blocks_keeps_neighbours_apart() -> None:
     blocks = Index(list(range(1, 9)), 4)
     actual = counted(plan, blocks, Index(), 32)
     assert (actual.runs, actual.pieces) == (8, 1)
-    assert to_2d_copies(plan.runs(view, dense, blocks, Index(), 32)).number == 1
+    move = Move(view, dense, blocks, Index(), 32)
+    assert pieces_of(plan, move, merged=True).number == 1
     assert counted(plan, blocks, Index(), 32, below=4 * 32).pieces == 8  # too few for wide ones
     # The same slots by a slot mapping: no neighbours across the padding either.
     by_slot = CopyPlan(view.form, dense.form, 1, 0)
@@ -611,7 +640,7 @@ def test_padding_between_blocks_keeps_neighbours_apart() -> None:
 @pytest.mark.parametrize("by_loop", [False, True], ids=["units", "a loop"])
 @pytest.mark.parametrize("height", [LEAST_HEIGHT - 1, LEAST_HEIGHT, TALL - 1, TALL, 2 * TALL])
 def test_few_wide_rows_stay_apart_and_many_fold(height: int, by_loop: bool) -> None:
-    """The count is that of `to_2d_copies`: narrow runs fold from 8 rows on, wide ones from 32."""
+    """The count is that of the pieces: narrow runs fold from 8 rows on, wide ones from 32."""
     count = 4 if by_loop else height
     shape = (4, height, 8) if by_loop else (height, 8)
     layout = "token head dim" if by_loop else "token dim"
@@ -620,12 +649,13 @@ def test_few_wide_rows_stay_apart_and_many_fold(height: int, by_loop: bool) -> N
     src = KVView(first, layout)
     dst = KVView(second, layout)
     plan = CopyPlan(src.form, dst.form, 0, 0)
-    runs = plan.runs(src, dst, Index(), Index(), count)
+    move = Move(src, dst, Index(), Index(), count)
+    runs = plan.runs(*move)
     for below, least in ((33, LEAST_HEIGHT), (32, TALL)):
         actual = counted(plan, Index(), Index(), count, below)
         assert actual.runs == runs.src.size
         if not by_loop:
-            assert actual.pieces == to_2d_copies(runs, src, dst, below).number
+            assert actual.pieces == pieces_of(plan, move, below, merged=True).number
             assert actual.pieces == (1 if height >= least else height)
         elif height >= least:
             assert actual.pieces == 4

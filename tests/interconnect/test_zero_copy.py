@@ -41,6 +41,7 @@ from portakv.interconnect.zero_copy import (
 )
 from portakv.registry.prepared import bring_table
 from portakv.runtime import cuda, nvrtc
+from portakv.runtime.kernel_cache import LOADED
 from portakv.view import view as view_of
 
 CUDA = torch.device("cuda", 0)
@@ -636,7 +637,7 @@ def test_the_kernel_starts_with_as_many_threads_as_it_is_cut_for(gpu: ZeroCopy) 
         (dst,) = Elsewhere("pinned").views(copied.dst)
         steps = (copied.src.index().plan_step, copied.dst.index().plan_step)
         gpu.prepare(CopyPlan(src.form, dst.form, *steps))
-    for loaded in gpu._kernels._loaded.values():
+    for loaded in [made for (owner, _), made in LOADED.items() if owner is gpu._kernels]:
         for function in loaded.values():
             _, threads = driver.cuFuncGetAttribute(
                 attribute.CU_FUNC_ATTRIBUTE_MAX_THREADS_PER_BLOCK, function

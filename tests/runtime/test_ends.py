@@ -300,10 +300,101 @@ def test_the_core_asks_for_the_current_stream(
     rig.issue()
     assert asked == ["stream of 7", "capture of 7fff12345678"]
 
-    monkeypatch.setattr(rig.kernels._process, "forked", True, raising=False)
+    monkeypatch.setattr(rig.kernels.process, "forked", True, raising=False)
     asked.clear()
     rig.issue()  # the driver refuses it, if it does not survive a fork
     assert not asked
+
+
+@pytest.mark.parametrize("captured", [0, 1])
+def test_a_copy_of_a_chunk_asks_for_the_stream_itself(
+    captured: int, late: EndingDriver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    number = ctypes.POINTER(ctypes.c_int)
+    streams = 0
+
+    def current_stream(_: int, out: Any) -> int:
+        nonlocal streams
+        streams += 1
+        out[0] = 0x7FFF12345678
+        return 0
+
+    def capturing(_: int, out: Any) -> int:
+        out[0] = captured
+        return 0
+
+    functions = (
+        ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_int32, ctypes.POINTER(WORD))(current_stream),
+        ctypes.CFUNCTYPE(ctypes.c_int, WORD, number)(capturing),
+    )
+    addresses = [ctypes.cast(each, ctypes.c_void_p).value for each in functions]
+    words = CurrentStream(0, None, *addresses)
+    kernels = choose("cpu", EndingOnCpu.name).backend.row_kernels
+    assert kernels is not None
+    kernels.current = ctypes.addressof(words)
+    caches = [torch.randn(2, 4, 4, 2, 8) for _ in range(3)]
+    connector = AdaptiveConnector("cpu", backend=EndingOnCpu.name)
+    connector.register_kv_caches(caches)
+    chunk = torch.zeros(2, 3, 3, 16)
+    ids = torch.tensor([5, 2, 9])
+    connector.from_gpu(chunk, None, ids)  # loads the kernel
+    made = watch_whole_copies(monkeypatch)
+    streams = 0
+    connector.from_gpu(chunk, None, ids)
+    assert made == [True]
+    assert streams == 1 + captured  # Python asks again, and names the stream by torch
+    assert late.queue[-1].stream == (0 if captured else 0x7FFF12345678)
+
+    monkeypatch.setattr(kernels.process, "forked", True, raising=False)
+    connector.from_gpu(chunk, None, ids)
+    assert late.queue[-1].stream == 0
+
+
+@pytest.mark.parametrize("kind", ["list", "dense", "strided"])
+def test_ids_of_the_host_are_where_kernels_read_them(
+    kind: str, late: EndingDriver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    caches = [torch.randn(2, 4, 4, 2, 8) for _ in range(3)]
+    connector = AdaptiveConnector("cpu", backend=EndingOnCpu.name)
+    connector.register_kv_caches(caches)
+    slots = [5, 2, 9]
+    expected = torch.stack([cache.view(2, 16, 16)[:, slots] for cache in caches], dim=1)
+    ids: Any = slots
+    if kind != "list":
+        ids = torch.tensor([5, 5, 2, 2, 9, 9])[::2] if kind == "strided" else torch.tensor(slots)
+    chunk = torch.zeros_like(expected)
+    connector.from_gpu(chunk, None, ids)  # loads the kernel
+    made = watch_whole_copies(monkeypatch)
+    chunk.zero_()
+    late.late = True
+    connector.from_gpu(chunk, None, ids)
+    if kind == "strided":
+        ids.fill_(15)
+    late.work()
+    assert made == [True]
+    assert torch.equal(chunk, expected)
+
+
+def test_no_copy_is_made_whole_while_a_word_reports_an_error(
+    late: EndingDriver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    caches = [torch.randn(2, 4, 4, 2, 8) for _ in range(3)]
+    connector = AdaptiveConnector("cpu", backend=EndingOnCpu.name)
+    connector.register_kv_caches(caches)
+    chunk = torch.zeros(2, 3, 3, 16)
+    made = watch_whole_copies(monkeypatch)
+    version = chunk._version
+    copies = 0
+    for value, whole in ((0, True), (1, False), (0, True)):
+        for batch in transfer.word_batches:
+            batch[-1] = value
+        if not copies:
+            connector.from_gpu(chunk, None, [5, 2, 9])  # loads the kernel
+            made.clear()
+        connector.from_gpu(chunk, None, [5, 2, 9])
+        copies += 1
+        assert made[-1] is whole
+    assert chunk._version == version + copies + 1
 
 
 # Errors of the driver

@@ -10,7 +10,9 @@ import numpy as np
 import torch
 from hypothesis import strategies as st
 
-from portakv.interconnect.pieces import Pieces
+from portakv import CopyPlan, Index, KVView
+from portakv.interconnect.pieces import ALL, Pieces, pieces_of
+from portakv.plan.move import Move
 from portakv.plan.runs import Int64, Runs
 
 
@@ -20,6 +22,39 @@ def runs_of(src: Sequence[int], dst: Sequence[int], nbytes: int | Sequence[int])
     columns = [np.array(each, dtype=np.int64) for each in (src, dst, sizes)]
     order = np.lexsort((columns[1], columns[0]))
     return Runs(*(column[order] for column in columns))
+
+
+#: Pieces of runs are made at addresses that are higher by so much.
+SHIFT = 1 << 20
+
+
+def pieces_of_runs(runs: Runs, below: int = ALL) -> Pieces:
+    """Return runs as few pieces: those of a plan whose tokens are the largest parts of all runs."""
+    firsts = [int(at.min()) if at.size else 0 for at in (runs.src, runs.dst)]
+    offsets = [at - first for at, first in zip((runs.src, runs.dst), firsts, strict=True)]
+    width = int(np.gcd.reduce(np.concatenate([*offsets, runs.nbytes]))) or 1
+    sizes = runs.nbytes // width
+    within = np.arange(sizes.sum()) - np.repeat(np.cumsum(sizes) - sizes, sizes)
+    views = []
+    indices = []
+    for first, offset in zip(firsts, offsets, strict=True):
+        ids = np.repeat(offset // width, sizes) + within
+        tokens = int(ids.max(initial=0)) + 1
+        views.append(
+            KVView.at(
+                first + SHIFT,
+                "token dim",
+                shape=(tokens, width),
+                dtype=torch.uint8,
+                device="cpu",
+                pinned=True,
+            )
+        )
+        indices.append(Index(ids))
+    move = Move(views[0], views[1], indices[0], indices[1], within.size)
+    plan = CopyPlan(views[0].form, views[1].form, 1, 1)
+    pieces = pieces_of(plan, move, below, merged=True)
+    return pieces._replace(dst=pieces.dst - SHIFT, src=pieces.src - SHIFT)
 
 
 def bytes_of_runs(runs: Runs) -> Int64:

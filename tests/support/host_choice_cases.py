@@ -18,8 +18,8 @@ from portakv import CopyPlan, Index, KVView
 from portakv.backends.base import Capabilities, Decision
 from portakv.errors import Unsupported
 from portakv.interconnect import choose
-from portakv.interconnect.costs import unmeasured
-from portakv.interconnect.pick import Pick
+from portakv.interconnect.costs import DIRECTIONS, Point, Table, unmeasured
+from portakv.interconnect.pick import Explained
 from portakv.interconnect.strategy import PAGEABLE, PINNED, Strategy
 
 UNMEASURED = unmeasured("of a test")
@@ -44,24 +44,40 @@ HOST_FIGURES = {
 }
 
 
-class Figures:
-    """Costs by `FIGURES`, as a table would have them."""
-
-    measured = True
-    origin = "figures of a test"
-
-    def seconds(self, strategy: str, direction: str, run_bytes: int, runs: int) -> float:
-        fixed, per_run, down, up = FIGURES[strategy]
-        return fixed + runs * max(per_run, run_bytes / (down if direction == "d2h" else up))
-
-    def host_seconds(self, strategy: str, direction: str, run_bytes: int, runs: int) -> float:
-        if strategy not in HOST_FIGURES:
-            return self.seconds(strategy, direction, run_bytes, runs)
-        fixed, per_run, per_slice = HOST_FIGURES[strategy]
-        return fixed + runs * per_run - (-run_bytes * runs // (32 << 20)) * per_slice
+def seconds_of(strategy: str, direction: str, run_bytes: int, runs: int) -> float:
+    """Return the seconds of the device by `FIGURES`."""
+    fixed, per_run, down, up = FIGURES[strategy]
+    return fixed + runs * max(per_run, run_bytes / (down if direction == "d2h" else up))
 
 
-H200: Any = Figures()
+def host_seconds_of(strategy: str, direction: str, run_bytes: int, runs: int) -> float:
+    """Return the seconds of the host by `FIGURES`."""
+    if strategy not in HOST_FIGURES:
+        return seconds_of(strategy, direction, run_bytes, runs)
+    fixed, per_run, per_slice = HOST_FIGURES[strategy]
+    return fixed + runs * per_run - (-run_bytes * runs // (32 << 20)) * per_slice
+
+
+def columns_of(strategy: str, direction: str) -> dict[int, list[Point]]:
+    """Return measurements that `FIGURES` would give."""
+    return {
+        size: [
+            Point(
+                runs,
+                seconds_of(strategy, direction, size, runs),
+                host_seconds_of(strategy, direction, size, runs),
+            )
+            for runs in (1 << n for n in range(17))
+        ]
+        for size in (1 << n for n in range(6, 26))
+    }
+
+
+H200 = Table(
+    {},
+    {(strategy, way): columns_of(strategy, way) for strategy in FIGURES for way in DIRECTIONS},
+    origin="figures of a test",
+)
 
 
 class Fake(Strategy):
@@ -199,5 +215,5 @@ def apart(count: int, first: int = 0) -> Index:
     return Index([first + 2 * n for n in range(count)], SIZE)
 
 
-def refusals(picked: Pick) -> dict[str, str]:
+def refusals(picked: Explained) -> dict[str, str]:
     return {one.strategy: one.refused for one in picked.alternatives}

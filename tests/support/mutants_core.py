@@ -44,7 +44,10 @@ from support.mutants import ROOT, Judge
 
 SOURCES = ROOT / "native" / "core"
 PIECES = ("tests/interconnect/test_pieces.py", "tests/interconnect/test_wide_pieces.py")
-WHOLE = ("tests/copy/test_inside.py", "tests/copy/test_inside_device.py", "tests/connector")
+WHOLE = (
+    *("tests/copy/test_inside.py", "tests/copy/test_inside_device.py"),
+    *("tests/copy/test_launches_on_device.py", "tests/connector"),
+)
 #: The tests that begin with a file's own: each calls the core, and builds no library.
 TESTS: dict[str, tuple[str, ...]] = {
     "plan.cpp": ("tests/core/test_plan.py", "tests/plan", "tests/copy/test_packing.py"),
@@ -58,6 +61,8 @@ TESTS: dict[str, tuple[str, ...]] = {
     "link.cpp": ("tests/interconnect/test_submission.py", "tests/interconnect/test_link_cuda.py"),
     "pack.cpp": ("tests/core/test_pack.py", "tests/copy/test_packing.py"),
     "xxh3.cpp": ("tests/core/test_xxh3.py",),
+    "slice.cpp": tuple(f"tests/view/test_{name}.py" for name in ("slicing", "addresses", "packed")),
+    "pick.cpp": tuple(f"tests/interconnect/test_{name}.py" for name in ("pick", "costs", "choose")),
     "io.cpp": tuple(f"tests/storage/test_{name}.py" for name in ("engine", "ring", "threads")),
 }
 ALL = (

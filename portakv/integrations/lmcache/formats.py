@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Views over the caches and the memory objects of LMCache's ops, with LMCache's formats as layouts.
 
-The module imports no engine. To add a format, add a line to `LAYOUTS`.
+The module imports no engine. To add a format, add its preset, and raise the number in `LAYOUTS`.
 """
 
 from __future__ import annotations
@@ -16,31 +16,16 @@ import numpy.typing as npt
 import torch
 
 from portakv import Index, KVView, LayoutError, Unsupported
+from portakv.layout.presets import PRESETS
 
 _BLOCKED_SCALES = 14
 _PLANES = 17
 #: The layout of each format's caches, by the number in LMCache's EngineKVFormat. Formats 10 to 13
 #: have keys and values next to each other in one row; here that is one plane, as in an object.
-LAYOUTS = {
-    0: "block layer kv token head dim",
-    1: "layer | kv block token head dim",
-    2: "layer | block kv token head dim",
-    3: "layer | block token dim",
-    4: "kv layer | (block token) head dim",
-    5: "layer | (block token) 1 dim",
-    6: "layer | kv block head token dim",
-    7: "layer | block kv head token dim",
-    8: "block layer kv head token dim",
-    9: "kv layer | block token head dim",
+LAYOUTS = {number: PRESETS[f"lmcache-{number}"].layout for number in range(19)} | {
     10: "layer | block head token dim",
     11: "layer | block token head dim",
-    12: "layer | block head token dim",
-    13: "layer | block token head dim",
     _BLOCKED_SCALES: "layer | block (kv token dim)",  # in each block the values, then the scales
-    15: "layer | kv block head 1 token dim",
-    16: "layer kv | block token head dim",
-    _PLANES: "layer kv | block token 1 dim",
-    18: "layer | block token head dim",
 }
 MLA = (3, 5, _BLOCKED_SCALES, _PLANES)
 #: The formats whose rows have keys and values next to each other.
@@ -202,9 +187,17 @@ def caches_of(
     if addressed is None:
         leaves = _leaves(form, caches)
         kinds = {(x.shape, x.stride(), x.dtype) for x in leaves}
-        if device.type in NO_ADDRESSES or len(kinds) > 1:
-            return _of_tensors(form, [_like(x, form.dims, pool) for x in leaves], caches, pool)
         first = _like(leaves[0], form.dims, pool)
+        if device.type in NO_ADDRESSES or len(kinds) > 1:
+            shaped = [_like(x, form.dims, pool) for x in leaves]
+            extents = _extents(form, first.shape, first.dtype, pool.block_size)
+            tensors: Any = shaped if form.containers else first
+            if "kv" in form.containers:
+                by_plane = form.containers == "kv layer"
+                inner = len(shaped) // 2 if by_plane else len(caches[0])
+                tensors = [shaped[at : at + inner] for at in range(0, len(shaped), inner)]
+                extents["kv"] = 2 if by_plane else inner
+            return KVView(tensors, form.layout, **extents, reinterpret=True)
         memory = Memory(tuple(first.shape), first.stride(), first.dtype)
         addressed = _Addressed(tuple(x.data_ptr() for x in leaves), memory, 0)
     return _view(form, addressed, pool.block_size, device)
@@ -242,25 +235,6 @@ def _view(form: Format, addressed: _Addressed, block_size: int, device: torch.de
         strides=memory.strides,
         dtype=memory.dtype,
         device=device,
-        **extents,
-        reinterpret=True,
-    )
-
-
-def _of_tensors(form: Format, leaves: list[torch.Tensor], caches: Caches, pool: Pool) -> KVView:
-    """Return the view of caches as tensors in the containers of their format."""
-    extents = _extents(form, leaves[0].shape, leaves[0].dtype, pool.block_size)
-    tensors: Any = leaves if form.containers else leaves[0]
-    kv = None
-    if "kv" in form.containers:
-        by_plane = form.containers == "kv layer"
-        inner = len(leaves) // 2 if by_plane else len(caches[0])
-        tensors = [leaves[at : at + inner] for at in range(0, len(leaves), inner)]
-        kv = 2 if by_plane else inner
-    return KVView(
-        tensors,
-        form.layout,
-        kv=kv,
         **extents,
         reinterpret=True,
     )

@@ -39,7 +39,6 @@ from portakv.integrations.lmcache.formats import (
     LAYOUTS,
     MLA,
     Caches,
-    Format,
     Pool,
     ShapeDesc,
     blocks_of,
@@ -183,25 +182,7 @@ def multi_layer_kv_transfer(
     left = tokens - skip_prefix_n_tokens
     if left <= 0:
         return
-    pool = _pool_by_slots(
-        form, key_value, page_buffer_size, block_size, head_size, block_stride_elems
-    )
-    caches = caches_of(form.number, key_value_ptrs, pool, indexed(paged_memory_device))
-    slots = Index.of(slot_mapping).shifted(skip_prefix_n_tokens)
-    chunk = objects_of(form, caches, [key_value], tokens, caches.device)
-    positions = Index(offset=skip_prefix_n_tokens)
-    move(is_store(direction), caches, chunk, slots, positions, left)
 
-
-def _pool_by_slots(
-    form: Format,
-    key_value: torch.Tensor,
-    page_buffer_size: int,
-    block_size: int,
-    head_size: int,
-    block_stride_elems: int,
-) -> Pool:
-    """Return the shape of the caches of `multi_layer_kv_transfer`, whose arguments these are."""
     width = key_value.element_size()
     row = key_value.shape[3] * width
     per_block = block_size or 1
@@ -222,7 +203,12 @@ def _pool_by_slots(
     # LMCache's connectors pass the stride of their first caches for all. Its kernel uses the stride
     # in these formats only.
     step = block_stride_elems * width if form.number in FUSED else 0
-    return Pool(key_value.shape[1], blocks, per_block, heads, row // heads, step)
+    pool = Pool(key_value.shape[1], blocks, per_block, heads, row // heads, step)
+    caches = caches_of(form.number, key_value_ptrs, pool, indexed(paged_memory_device))
+    slots = Index.of(slot_mapping).shifted(skip_prefix_n_tokens)
+    chunk = objects_of(form, caches, [key_value], tokens, caches.device)
+    positions = Index(offset=skip_prefix_n_tokens)
+    move(is_store(direction), caches, chunk, slots, positions, left)
 
 
 def multi_layer_kv_transfer_unilateral(
@@ -465,37 +451,26 @@ def execute_direct_copy_transfer(
     store = is_store(direction)
     device = indexed(device)
     for place, spec in enumerate(group_specs):
-        _copy_group(store, device, place, spec, objects)
+        form = format_of(spec.engine_kv_format)
+        if not direct_copy_format_supported(form.number):
+            raise Unsupported(
+                f"A direct copy of caches of LMCache's format {form.number}",
+                "its caches are tuples of tensors; call multi_layer_block_kv_transfer with them",
+            )
+        pool = pool_of(spec.shape_desc)
+        slots = spec.slots_per_chunk
+        check_chunk(slots, pool.block_size, "slots_per_chunk")
+        nbytes = (2 if form.two_planes else 1) * pool.layers * slots * pool.heads * pool.row
+        ids, places = _blocks_of_group(place, spec, objects, pool, nbytes)
+        if not ids:  # no objects, or all their blocks are skipped
+            continue
 
-
-def _copy_group(
-    store: bool,
-    device: torch.device,
-    place: int,
-    spec: DirectCopyGroupSpec,
-    objects: Sequence[DirectCopyObject],
-) -> None:
-    """Copy the blocks of the group with number ``place``."""
-    form = format_of(spec.engine_kv_format)
-    if not direct_copy_format_supported(form.number):
-        raise Unsupported(
-            f"A direct copy of caches of LMCache's format {form.number}",
-            "its caches are tuples of tensors; call multi_layer_block_kv_transfer with them",
-        )
-    pool = pool_of(spec.shape_desc)
-    slots = spec.slots_per_chunk
-    check_chunk(slots, pool.block_size, "slots_per_chunk")
-    nbytes = (2 if form.two_planes else 1) * pool.layers * slots * pool.heads * pool.row
-    ids, places = _blocks_of_group(place, spec, objects, pool, nbytes)
-    if not ids:  # no objects, or all their blocks are skipped
-        return
-
-    caches = caches_of(form.number, spec.paged_layer_ptrs, pool, device)
-    at = [each.host_ptr + spec.byte_offset_in_object for each in objects]
-    chunks = objects_of(form, caches, at, slots, torch.device("cpu"))
-    blocks = blocks_of(ids, pool.block_size)
-    positions = Index.of(places, pool.block_size)
-    move(store, caches, chunks, blocks, positions, len(ids) * pool.block_size)
+        caches = caches_of(form.number, spec.paged_layer_ptrs, pool, device)
+        at = [each.host_ptr + spec.byte_offset_in_object for each in objects]
+        chunks = objects_of(form, caches, at, slots, torch.device("cpu"))
+        blocks = blocks_of(ids, pool.block_size)
+        positions = Index.of(places, pool.block_size)
+        move(store, caches, chunks, blocks, positions, len(ids) * pool.block_size)
 
 
 def _blocks_of_group(

@@ -21,7 +21,6 @@ import numpy as np
 import torch
 
 from portakv.errors import PortaKVError, StoreError
-from portakv.graph import Mask
 from portakv.integrations import check_release
 from portakv.integrations.sglang.pools import (
     KV,
@@ -224,7 +223,8 @@ class PortaKVStorage(HiCacheStorage):  # type: ignore[misc]
 
     def clear(self) -> bool:
         """Remove all pages from the disk; return whether that was possible."""
-        return self._tried(self._cleared, False)
+        store = self._store
+        return store is not None and self._tried(store.clear, False)
 
     def close(self) -> None:
         """End the calls in progress, and close the store."""
@@ -257,23 +257,18 @@ class PortaKVStorage(HiCacheStorage):  # type: ignore[misc]
         return pool
 
     def _loaded(self, name: object, keys: list[str], indices: torch.Tensor) -> list[bool]:
-        def load() -> list[bool]:
-            landed: list[bool] = self._pool(name).load(_names(keys), indices).tolist()
-            return landed
-
-        return self._tried(load, [False] * len(keys))
+        none = [False] * len(keys)
+        return self._tried(lambda: self._pool(name).load(_names(keys), indices).tolist(), none)
 
     def _saved(
         self, name: object, keys: list[str], indices: torch.Tensor, extra_info: Any
     ) -> list[bool]:
         before = getattr(extra_info, "prefix_keys", None)
         after = _name(before[-1]) if before else None
-
-        def save() -> list[bool]:
-            stored: list[bool] = self._pool(name).save(_names(keys), indices, after).tolist()
-            return stored
-
-        return self._tried(save, [False] * len(keys))
+        return self._tried(
+            lambda: self._pool(name).save(_names(keys), indices, after).tolist(),
+            [False] * len(keys),
+        )
 
     def _copied(self, keys: list[str], pages: Sequence[torch.Tensor], saves: bool) -> list[bool]:
         """Store pages from memory, or load them into it; memory of another size is left out."""
@@ -297,26 +292,19 @@ class PortaKVStorage(HiCacheStorage):  # type: ignore[misc]
         hits = {PoolName.KV: count} if count else {}
         able = np.ones(count, np.bool_)  # by the number of pages, less one
         for each in transfers:
-            there = self._able(each, names[:count])
+            # For each number of leading pages, less one, whether a pool can restore it.
+            pages = self._pool(each.name).pages
+            there = np.zeros(count, np.bool_)
+            if each.hit_policy == PoolHitPolicy.ALL_PAGES:
+                there = pages.restorable(names[:count])
+            elif each.hit_policy == PoolHitPolicy.TRAILING_PAGES:
+                there = pages.restorable(names[:count], max(1, len(each.keys or ())))
             boundary = int(np.flatnonzero(there)[-1]) + 1 if there.any() else 0
             if boundary:
                 hits[each.name] = boundary
             able &= there
         numbers = (np.flatnonzero(able) + 1).tolist()
         return PoolTransferResult(numbers[-1] if numbers else 0, hits, numbers)
-
-    def _able(self, transfer: Any, names: list[bytes]) -> Mask:
-        """Return for each number of leading pages, less one, whether a pool can restore it."""
-        pages = self._pool(transfer.name).pages
-        if transfer.hit_policy == PoolHitPolicy.ALL_PAGES:
-            return pages.restorable(names)
-        if transfer.hit_policy == PoolHitPolicy.TRAILING_PAGES:
-            return pages.restorable(names, max(1, len(transfer.keys or ())))
-        return np.zeros(len(names), np.bool_)
-
-    def _cleared(self) -> bool:
-        store = self._store
-        return store is not None and store.clear()
 
 
 def _name(key: str) -> bytes:

@@ -358,42 +358,6 @@ def layers_of_each(layers: Tensors, pools: Tensors) -> int:
     return per_pool
 
 
-def moves(
-    addresses: torch.Tensor, strides: torch.Tensor, into: torch.Tensor, out_of: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the ids of rows to write, and of the rows to read for them.
-
-    Each pair occurs once. A row that would be copied to itself is left out.
-
-    Raises:
-        LayoutError: a pool has no stride, or a stride below 1.
-        SlotError: ids have other types or lengths or are negative, or a row has several sources.
-    """
-    if addresses.shape != strides.shape or addresses.dim() != 1 or bool((strides < 1).any()):
-        raise LayoutError(
-            f"Expected an address and the bytes of a row for each pool, got {described(addresses)} "
-            f"and {described(strides)}. Pass two tensors of one dimension and one length."
-        )
-    if into.shape != out_of.shape or any(
-        not each.is_cpu or each.dim() != 1 or each.dtype not in _IDS or bool((each < 0).any())
-        for each in (into, out_of)
-    ):
-        raise SlotError(
-            f"Expected int32 or int64 ids of rows on the host, 0 or more, in one dimension and of "
-            f"one length, got {described(into)} and {described(out_of)}. Nothing was moved. "
-            f"Correct the ids."
-        )
-    pairs = torch.stack((into.long(), out_of.long())).unique(dim=1)
-    twice = pairs[0, 1:][pairs[0, 1:] == pairs[0, :-1]]
-    if len(twice):
-        raise SlotError(
-            f"Expected one source for each row, got several sources for row {twice[0]}. Nothing "
-            f"was moved. Correct the ids."
-        )
-    written, read = pairs[:, pairs[0] != pairs[1]]
-    return written, read
-
-
 def _check_alike(first: torch.Tensor, each: torch.Tensor) -> None:
     facts = [(x.shape, x.stride(), x.element_size(), x.device) for x in (first, each)]
     if facts[0] != facts[1]:
@@ -718,9 +682,31 @@ def copy_all_layer_kv_cache_cpu(
         src_loc: ids of the rows to read.
 
     Raises:
-        SlotError: a negative id, lists of unequal lengths, or a row with several sources.
+        LayoutError: a pool has no stride, or a stride below 1.
+        SlotError: ids of other types or lengths or negative ones, or a row with several sources.
     """
-    written, read = moves(data_ptrs, strides, tgt_loc, src_loc)
+    if data_ptrs.shape != strides.shape or data_ptrs.dim() != 1 or bool((strides < 1).any()):
+        raise LayoutError(
+            f"Expected an address and the bytes of a row for each pool, got {described(data_ptrs)} "
+            f"and {described(strides)}. Pass two tensors of one dimension and one length."
+        )
+    if tgt_loc.shape != src_loc.shape or any(
+        not each.is_cpu or each.dim() != 1 or each.dtype not in _IDS or bool((each < 0).any())
+        for each in (tgt_loc, src_loc)
+    ):
+        raise SlotError(
+            f"Expected int32 or int64 ids of rows on the host, 0 or more, in one dimension and of "
+            f"one length, got {described(tgt_loc)} and {described(src_loc)}. Nothing was moved. "
+            f"Correct the ids."
+        )
+    pairs = torch.stack((tgt_loc.long(), src_loc.long())).unique(dim=1)
+    twice = pairs[0, 1:][pairs[0, 1:] == pairs[0, :-1]]
+    if len(twice):
+        raise SlotError(
+            f"Expected one source for each row, got several sources for row {twice[0]}. Nothing "
+            f"was moved. Correct the ids."
+        )
+    written, read = pairs[:, pairs[0] != pairs[1]]
     row_bytes = strides.long()[:, None]
     bases = data_ptrs.long()[:, None]
     src = (bases + read * row_bytes).flatten()

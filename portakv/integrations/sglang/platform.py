@@ -25,7 +25,6 @@ from portakv.arguments import kind_of
 from portakv.host import pinned
 from portakv.integrations import IntegrationError, check_release
 from portakv.integrations.sglang import kvcacheio
-from portakv.integrations.sglang import kvcacheio as kvcacheio_pools
 
 #: The I/O backends that PortaKV replaces. A call with another backend stays SGLang's.
 IO_BACKENDS = ("kernel", "direct", "kernel_ascend")
@@ -110,10 +109,15 @@ def load(
         arguments = pool, device_pool, host_indices, device_indices, layer_id, io_backend
         own(*arguments, is_draft=is_draft)
         return
-    place = _place_of(pool, layer_id, is_draft)
-    if place is not None:
-        layer = views.layer(*place)
-        views.copy(layer.host, layer.device, host_indices, device_indices, io_backend)
+    is_mla = _is_mla(pool)
+    if not is_draft:
+        known = pool._target_layer_indices if is_mla else range(pool.target_layer_num)
+        if layer_id not in known:  # the pool lacks the layer
+            return
+    on_host = pool._host_layer_by_controller[layer_id] if is_mla else layer_id
+    on_device = pool._buffer_index_by_layer[layer_id] if is_mla else layer_id
+    layer = views.layer(on_host, on_device)
+    views.copy(layer.host, layer.device, host_indices, device_indices, io_backend)
 
 
 def backup(
@@ -160,7 +164,13 @@ class _PoolViews:
         self._rank: int = getattr(pool, "dcp_rank", 0)
         self._layers: dict[tuple[int, int], _Sides] = {}
         self._last: dict[torch.device, BlockTransfer] = {}  # the last copy, by destination
-        self._adopted = pinned.adopt(_registered_ranges(pool))
+        # SGLang may have registered the host memory in pieces.
+        buffers = pool.kv_buffer
+        if isinstance(buffers, torch.Tensor):
+            buffers = [buffers]
+        self._adopted = pinned.adopt(
+            [piece for buffer in buffers or () for piece in getattr(buffer, _RANGES, ())]
+        )
 
     def fits(self, pool: HostPool) -> bool:
         """Return True if the pool still has the buffers that the views were made of."""
@@ -192,8 +202,8 @@ class _PoolViews:
         if io_backend == "kernel":
             transfer = kvcacheio.copy_tokens(src, dst, src_ids, dst_ids)
         else:
-            src_pages = kvcacheio_pools.pages(src_ids, self._page_size)
-            dst_pages = kvcacheio_pools.pages(dst_ids, self._page_size)
+            src_pages = kvcacheio.pages(src_ids, self._page_size)
+            dst_pages = kvcacheio.pages(dst_ids, self._page_size)
             transfer = kvcacheio.copy_tokens(src, dst, src_pages, dst_pages)
         self._last[dst.device] = transfer
 
@@ -202,14 +212,6 @@ class _PoolViews:
         for copy in self._last.values():
             copy.synchronize()
         self._adopted.close()
-
-
-def _registered_ranges(pool: HostPool) -> list[tuple[int, int]]:
-    """Return the pieces in which SGLang registered a pool's host memory."""
-    buffers = pool.kv_buffer
-    if isinstance(buffers, torch.Tensor):
-        buffers = [buffers]
-    return [piece for buffer in buffers or () for piece in getattr(buffer, _RANGES, ())]
 
 
 def _views_of(pool: HostPool) -> _PoolViews | None:
@@ -269,15 +271,3 @@ def _mla(pool: HostPool, buffers: Buffers) -> _Sides | None:
 
 def _device_buffers(pool: HostPool) -> Any:
     return pool.device_kv_buffers if _is_mla(pool) else pool.device_k_buffers
-
-
-def _place_of(pool: HostPool, layer_id: int, is_draft: bool) -> tuple[int, int] | None:
-    """Return the numbers of a layer on the host and on the device; None: the pool lacks it."""
-    if _is_mla(pool):
-        if not is_draft and layer_id not in pool._target_layer_indices:
-            return None
-        on_host = pool._host_layer_by_controller[layer_id]
-        return on_host, pool._buffer_index_by_layer[layer_id]
-    if not is_draft and not 0 <= layer_id < pool.target_layer_num:
-        return None
-    return layer_id, layer_id

@@ -242,20 +242,16 @@ class PoolPages:
         sizes = _pieces_of_copies(self.pool, "kv")
         return PagePool(sizes, self.identity.encode() + b" of SGLang's copies")
 
-    @property
-    def nbytes(self) -> int:
-        """Return the bytes of a page."""
-        return self.pages.size.nbytes
-
     def save(self, keys: Sequence[bytes], indices: torch.Tensor, after: bytes | None) -> Mask:
         """Store the pages at the indices of their tokens; return which of them are stored."""
         if self._in_place:
             return self.pages.save(keys, self._addresses(keys, indices), after)
-        made = torch.empty((len(keys), self.nbytes), dtype=torch.uint8, device="cpu")
+        size = (len(keys), self.pages.size.nbytes)
+        made = torch.empty(size, dtype=torch.uint8, device="cpu").unbind()
         for row, index in zip(made, self._firsts(keys, indices), strict=True):
             page = self.pool.get_data_page(index, flat=True)
             row.copy_(page.contiguous().view(torch.uint8).flatten())
-        return self.pages.save(keys, _rows(made), after)
+        return self.pages.save(keys, _addresses_of(made), after)
 
     def load(self, keys: Sequence[bytes], indices: torch.Tensor) -> Mask:
         """Load pages into the places at the indices of their tokens; return which have come."""
@@ -263,8 +259,7 @@ class PoolPages:
             return self.pages.load(keys, self._addresses(keys, indices))
         firsts = self._firsts(keys, indices)
         made = [self.pool.get_dummy_flat_data_page() for _ in keys]
-        places = np.array([[each.data_ptr()] for each in made], np.int64).reshape(-1, 1)
-        landed = self.pages.load(keys, places)
+        landed = self.pages.load(keys, _addresses_of(made))
         for page, index, there in zip(made, firsts, landed, strict=True):
             if there:
                 self.pool.set_from_flat_data_page(index, page)
@@ -316,7 +311,6 @@ def _pieces_of_copies(pool: HostPool, name: str) -> list[int]:
     return [page.numel() * page.element_size()]
 
 
-def _rows(memory: torch.Tensor) -> npt.NDArray[Any]:
-    """Return the addresses of rows, int64 ``[rows, 1]``."""
-    first = memory.data_ptr()
-    return first + np.arange(len(memory), dtype=np.int64)[:, None] * memory.stride(0)
+def _addresses_of(pages: Sequence[torch.Tensor]) -> npt.NDArray[Any]:
+    """Return the addresses of pages, int64 ``[pages, 1]``."""
+    return np.array([each.data_ptr() for each in pages], np.int64)[:, None]

@@ -357,7 +357,15 @@ class OffloadedCache(DynamicCache):  # type: ignore[misc]
             running = self.layers[layer_idx]
             # After the last layer the first one runs, in the next step.
             following = self.layers[(layer_idx + 1) % len(self.layers)]
-        self._offload_except(running, following)
+        # A layer leaves only after its attention: until then the model has its keys and values,
+        # and may change them.
+        remaining = []
+        for ran in self._ran:
+            if ran in (running, following) or ran.is_shared:
+                remaining.append(ran)
+            else:
+                ran.offload()
+        self._ran = remaining
         if isinstance(following, PortaKVLayer):
             following.prefetch()
         updated: Pair = super().update(key_states, value_states, layer_idx, *args, **kwargs)
@@ -365,17 +373,6 @@ class OffloadedCache(DynamicCache):  # type: ignore[misc]
         if isinstance(layer, PortaKVLayer) and layer not in self._ran:
             self._ran.append(layer)
         return updated
-
-    def _offload_except(self, *staying: DynamicLayer | None) -> None:
-        """Offload the layers that ran, except some. A layer leaves only after its attention: until
-        then the model has its keys and values, and may change them."""
-        remaining = []
-        for layer in self._ran:
-            if layer in staying or layer.is_shared:
-                remaining.append(layer)
-            else:
-                layer.offload()
-        self._ran = remaining
 
 
 def cache_argument(model: Callable[..., object]) -> str:

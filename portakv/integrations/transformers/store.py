@@ -168,7 +168,12 @@ class PrefixStore:
         saved = list[Transfer]()
         if not whole:
             return saved
-        rows = _rows_in(layers)
+        # All on one device: in host memory if a layer is away.
+        own = [layer for layer in layers if isinstance(layer, PortaKVLayer)]
+        if len(own) == len(layers) and any(layer.is_away for layer in own):
+            rows = [layer.rows() for layer in own]
+        else:
+            rows = [rows_on_device(layer) for layer in layers]
         batch = rows[0][0].shape[0]
         if batch != len(prompts):
             expected = f"ids of the {batch} prompts of the cache"
@@ -294,11 +299,3 @@ def _pages(rows: Rows, number: int, size: int) -> KVView:
     """Return a paged view of one sequence's rows in blocks of ``size`` tokens."""
     pairs = [(keys[number], values[number]) for keys, values in rows]
     return KVView(pairs, _PAGES, block_size=size)
-
-
-def _rows_in(layers: Sequence[DynamicLayer]) -> Rows:
-    """Return the rows of layers, all on one device: in host memory if a layer is away."""
-    own = [layer for layer in layers if isinstance(layer, PortaKVLayer)]
-    if len(own) == len(layers) and any(layer.is_away for layer in own):
-        return [layer.rows() for layer in own]
-    return [rows_on_device(layer) for layer in layers]

@@ -171,7 +171,13 @@ def _pages(tensors: Sequence[torch.Tensor], blocks: int, size: int) -> GroupView
     lies in a page also depends on the attention's kernel; a page that is moved whole is right for
     each of them.
     """
-    tensors = [_by_block(tensor, blocks) for tensor in tensors]
+    # A kernel may have smaller blocks than the engine.
+    tensors = [
+        x.unflatten(0, (blocks, -1))
+        if x.dim() == 4 and len(x) > blocks and len(x) % blocks == 0
+        else x
+        for x in tensors
+    ]
     shapes = {(tuple(tensor.shape), tensor.stride()) for tensor in tensors}
     shape, strides = shapes.pop()
     outer = 1 if shape[0] == blocks else 2
@@ -208,14 +214,6 @@ def _whole(pages: Sequence[torch.Tensor], outer: int) -> KVView:
     return KVView(rows, layout)
 
 
-def _by_block(tensor: torch.Tensor, blocks: int) -> torch.Tensor:
-    """Return a cache whose first axis is the engine's blocks, if its kernel has smaller ones."""
-    many = tensor.shape[0]
-    if many > blocks and many % blocks == 0 and tensor.dim() == 4:
-        return tensor.view(blocks, many // blocks, *tensor.shape[1:])
-    return tensor
-
-
 def _rows(
     tensors: Sequence[torch.Tensor], blocks: int, spec: Any, kernels: Sequence[str], reason: str
 ) -> GroupView:
@@ -223,10 +221,9 @@ def _rows(
     (kernel, *others) = {*kernels}
     size = spec.block_size
     first = tensors[0]
-    heads = spec.num_kv_heads
     wide = spec.head_size
     shapes = {tuple(tensor.shape) for tensor in tensors}
-    has_both = shapes == {(blocks, heads, size, 2 * wide)}
+    has_both = shapes == {(blocks, spec.num_kv_heads, size, 2 * wide)}
     if not others and first.dtype in PLAIN:
         if has_both and kernel in FUSED:
             dims = (wide, wide)
@@ -364,11 +361,6 @@ def worker_numbers(parallel: Any) -> tuple[int, int]:
     copy = getattr(parallel, "data_parallel_index", getattr(parallel, "data_parallel_rank", 0))
     number = int(getattr(parallel, "rank", 0))
     return number, int(copy or 0) * int(parallel.world_size) + number
-
-
-def identity_of(request: Any, model: str, salt: bytes, extra: Iterable[bytes]) -> Identity:
-    """Return what the rows of a request's prompt depend on."""
-    return Identity.of(model, request.prompt_token_ids, salt, extra)
 
 
 def remote_rows_of(request: Any, identify: Callable[[Any], Identity]) -> RemoteRows | None:
@@ -598,8 +590,20 @@ def stored_block(store: StoreTerms, groups: Sequence[Group], tokens: int) -> int
     Raises `InvalidTerms` for terms that do not fit the blocks of the engine's groups of layers.
     """
     size = store.block_size or whole_blocks(groups, tokens)
-    if store.encoding is not None:
-        size = packed_block(store, groups)
+    if store.encoding is not None:  # packed blocks are those of the engine
+        sizes = sorted({group.block_size for group in groups})
+        if len(sizes) > 1:
+            raise InvalidTerms(
+                f"Expected encoding for groups of layers with blocks of one size, got {sizes}: a "
+                f"packed block moves only whole. Leave encoding out."
+            )
+        (size,) = sizes
+        if store.block_size not in (None, size):
+            raise InvalidTerms(
+                f"Expected block_size to be {size} with encoding, as the engine's blocks have, got "
+                f"{store.block_size}: a packed block moves only whole. Leave block_size out, or "
+                f"start the engine with --block-size {store.block_size}."
+            )
     for group in groups:
         check_group(size, group)
     return size
@@ -622,27 +626,6 @@ def whole_blocks(groups: Sequence[Group], tokens: int = TOKENS) -> int:
     size = least * -(-tokens // least)
     windows = [group.window for group in groups if group.window is not None]
     return size if size <= min(windows, default=size) else least
-
-
-def packed_block(store: StoreTerms, groups: Sequence[Group]) -> int:
-    """Return the tokens of a stored block that is packed: those of the engine's blocks.
-
-    Raises `InvalidTerms` for ``block_size`` with another value, and for groups whose blocks differ.
-    """
-    sizes = sorted({group.block_size for group in groups})
-    if len(sizes) > 1:
-        raise InvalidTerms(
-            f"Expected encoding for groups of layers with blocks of one size, got {sizes}: a "
-            f"packed block moves only whole. Leave encoding out."
-        )
-    (size,) = sizes
-    if store.block_size not in (None, size):
-        raise InvalidTerms(
-            f"Expected block_size to be {size} with encoding, as the engine's blocks have, got "
-            f"{store.block_size}: a packed block moves only whole. Leave block_size out, or start "
-            f"the engine with --block-size {store.block_size}."
-        )
-    return size
 
 
 def workers_of(parallel: Any, engine: str) -> Workers:

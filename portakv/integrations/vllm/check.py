@@ -44,23 +44,8 @@ from portakv.serving.sizing import Sizes
 
 CONNECTOR = "PortaKVConnector"
 MODULE = "portakv.integrations.vllm_connector"
-#: The keys of vLLM's configuration, and its name.
+#: What has the keys of vLLM's configuration.
 OWNER = "vLLM's KVTransferConfig"
-KEYS = (
-    "kv_connector",
-    "engine_id",
-    "kv_buffer_device",
-    "kv_buffer_size",
-    "kv_role",
-    "kv_rank",
-    "kv_parallel_size",
-    "kv_ip",
-    "kv_port",
-    "kv_connector_extra_config",
-    "kv_connector_module_path",
-    "enable_permute_local_kv",
-    "kv_load_failure_policy",
-)
 #: The types of the values, as vLLM reads them from JSON.
 TYPES: dict[str, tuple[type | None, ...]] = {
     "kv_connector": (str, None),
@@ -75,6 +60,7 @@ TYPES: dict[str, tuple[type | None, ...]] = {
     "enable_permute_local_kv": (bool,),
     "kv_connector_extra_config": (dict,),
 }
+KEYS = (*TYPES, "kv_role", "kv_load_failure_policy")
 #: The names of types in JSON.
 JSON_TYPES: dict[type | None, str] = {
     str: "a text",
@@ -91,15 +77,15 @@ FIELDS = "vllm.config.kv_transfer:KVTransferConfig"
 #: The tokens of a block that vLLM may choose without ``--block-size``.
 BLOCKS = (16, 32, 64, 128)
 BASE = "vllm.distributed.kv_transfer.kv_connector.v1.base"
-#: Hooks that a release of vLLM may lack, and what the connector then does without.
+#: Hooks of vLLM's class that a release may lack, and what the connector then does without.
 OPTIONAL_HOOKS = {
-    f"{BASE}:KVConnectorBase_V1.get_transfer_results": "models with a sliding window",
-    f"{BASE}:KVConnectorBase_V1.bind_gpu_block_pool": "models with a sliding window",
-    f"{BASE}:KVConnectorBase_V1.build_prom_metrics": "figures for Prometheus",
-    f"{BASE}:KVConnectorBase_V1.take_events": "KV events",
-    f"{BASE}:KVConnectorBase_V1.has_pending_block_frees": "waiting for blocks before a preemption",
-    f"{BASE}:KVConnectorBase_V1.requires_piecewise_for_cudagraph": "by_layer with CUDA graphs",
-    f"{BASE}:KVConnectorBase_V1.has_connector_metadata": 'by_layer "graph"',
+    "get_transfer_results": "models with a sliding window",
+    "bind_gpu_block_pool": "models with a sliding window",
+    "build_prom_metrics": "figures for Prometheus",
+    "take_events": "KV events",
+    "has_pending_block_frees": "waiting for blocks before a preemption",
+    "requires_piecewise_for_cudagraph": "by_layer with CUDA graphs",
+    "has_connector_metadata": 'by_layer "graph"',
 }
 #: Hooks without which the connector does not work.
 HOOKS = names_in(
@@ -143,23 +129,12 @@ def findings_of(
             _check_roles(roles, sizes, block_size, findings)
     if check_release(findings, "vllm", "vLLM", HOOKS, who="the connector"):
         findings.notes += [
-            f"The installed vLLM has no {name.partition(':')[2]}: the connector serves without "
-            f"{OPTIONAL_HOOKS[name]}."
-            for name in lacks(OPTIONAL_HOOKS)
+            f"The installed vLLM has no KVConnectorBase_V1.{hook}: the connector serves without "
+            f"{feature}."
+            for hook, feature in OPTIONAL_HOOKS.items()
+            if lacks([f"{BASE}:KVConnectorBase_V1.{hook}"])
         ]
     return findings
-
-
-def keys_of_other_releases(config: Mapping[str, Any]) -> Iterator[str]:
-    """Yield a sentence for each key that the installed release of vLLM does not have."""
-    if lacks([FIELDS]):  # it is not installed
-        return
-    for name in config:
-        if name in KEYS and lacks([f"{FIELDS}.{name}"]):
-            yield (
-                f"Expected keys of the installed vLLM's KVTransferConfig, got {name!r}, which "
-                f"other releases have. Leave it out."
-            )
 
 
 def wrong_values(config: Mapping[str, Any]) -> Iterator[str]:
@@ -179,7 +154,14 @@ def wrong_values(config: Mapping[str, Any]) -> Iterator[str]:
 def errors_of_keys(config: Mapping[str, Any]) -> list[str]:
     """Return what is wrong with the keys that every connector of vLLM has, and their values."""
     wrong = [*unknown_keys(config, KEYS, OWNER), *wrong_values(config)]
-    return [*wrong, *keys_of_other_releases(config)]
+    if not lacks([FIELDS]):  # vLLM is installed
+        wrong += [
+            f"Expected keys of the installed vLLM's KVTransferConfig, got {name!r}, which other "
+            f"releases have. Leave it out."
+            for name in config
+            if name in KEYS and lacks([f"{FIELDS}.{name}"])
+        ]
+    return wrong
 
 
 def _check_model(sizes: Sizes | None, findings: Findings) -> None:
@@ -216,29 +198,29 @@ def _check_roles(
         )
         return
     with findings.catching("kv_connector_extra_config"):
+        # Check the terms of the store, and compare them with the engine's blocks.
         terms = StoreTerms.of(roles.store)
-        _check_store(terms, sizes, block_size, findings)
-
-
-def _check_store(
-    terms: StoreTerms, sizes: Sizes | None, block_size: int | None, findings: Findings
-) -> None:
-    """Check the terms of a store, and compare them with the engine's blocks."""
-    check_places(terms, findings, "kv_connector_extra_config")
-    if terms.shared and not terms.folders:
-        findings.warnings.append(
-            "shared is true, and there is no folder by which other engines would find the store. "
-            "Name a folder."
-        )
-    findings.notes.append(_who_stores(terms))
-    if terms.encoding is not None:
-        findings.notes.append(_packed_blocks(terms))
-    size = _check_blocks(terms, sizes, block_size, findings)
-    if sizes is not None and sizes.windows and not sizes.refused:
-        with findings.catching():
-            check_by_layer(terms)
-    if size is not None and sizes is not None and sizes.token:
-        _check_sizes(terms, sizes, size, findings)
+        check_places(terms, findings, "kv_connector_extra_config")
+        if terms.shared and not terms.folders:
+            findings.warnings.append(
+                "shared is true, and there is no folder by which other engines would find the "
+                "store. Name a folder."
+            )
+        findings.notes.append(_who_stores(terms))
+        if terms.encoding is not None:
+            size_of = "--block-size 64 costs an engine less than 16"
+            if terms.block_size is not None:
+                size_of = f"with block_size, it has to be --block-size {terms.block_size}"
+            findings.notes.append(
+                f"Blocks of bf16 rows are stored packed, others raw. Stored blocks have the size "
+                f"of the engine's blocks: {size_of}."
+            )
+        size = _check_blocks(terms, sizes, block_size, findings)
+        if sizes is not None and sizes.windows and not sizes.refused:
+            with findings.catching():
+                check_by_layer(terms)
+        if size is not None and sizes is not None and sizes.token:
+            _check_sizes(terms, sizes, size, findings)
 
 
 def _check_blocks(
@@ -330,17 +312,6 @@ def _who_stores(terms: StoreTerms) -> str:
     return (
         "If the engine has one worker, no other engine uses its store; set shared to true to share "
         "the store. Ranks of tensor parallelism, and of data parallelism over a folder, share one."
-    )
-
-
-def _packed_blocks(terms: StoreTerms) -> str:
-    """Return which blocks are packed."""
-    size = "--block-size 64 costs an engine less than 16"
-    if terms.block_size is not None:
-        size = f"with block_size, it has to be --block-size {terms.block_size}"
-    return (
-        f"Blocks of bf16 rows are stored packed, others raw. Stored blocks have the size of the "
-        f"engine's blocks: {size}."
     )
 
 
@@ -475,7 +446,7 @@ def tier_findings_of(config: Mapping[str, Any]) -> Findings:
     if not isinstance(extra, Mapping):
         return findings
     name = extra.get("spec_name")
-    if _is_foreign(name, extra.get("spec_module_path")):
+    if not means_ours(name, SPECS, extra.get("spec_module_path")):
         findings.unchecked.append(
             f"The specification {name or 'CPUOffloadingSpec'!r}, in which PortaKV has no part."
         )
@@ -507,13 +478,6 @@ def tier_findings_of(config: Mapping[str, Any]) -> Findings:
     install = TIER_RELEASES.range
     check_release(findings, "vllm", "vLLM", TIER_NEEDS, who="the tier", install=install)
     return findings
-
-
-def _is_foreign(name: object, module: object) -> bool:
-    """Return whether a specification is neither PortaKV's nor vLLM's tiers, and no misspelt one."""
-    if name in SPECS or (isinstance(module, str) and module.startswith("portakv")):
-        return False
-    return not means_ours(name, SPECS)
 
 
 def _wrong_spec(extra: Mapping[str, Any]) -> Iterator[str]:
@@ -592,18 +556,12 @@ def connector_findings_of(
         return tier_findings_of(config)
     if name == MULTI:
         return _of_several(config, sizes, block_size)
-    if _is_ours(name, config.get("kv_connector_module_path")):
+    module = config.get("kv_connector_module_path")
+    if not isinstance(name, str) or means_ours(name, [CONNECTOR], module):
         return findings_of(config, sizes, block_size)
     findings = Findings(errors=errors_of_keys(config))
     findings.unchecked.append(f"The connector {name!r}, in which PortaKV has no part.")
     return findings
-
-
-def _is_ours(name: object, module: object) -> bool:
-    """Return whether a connector is PortaKV's, or a misspelt one, or has no name."""
-    if not isinstance(name, str) or (isinstance(module, str) and module.startswith("portakv")):
-        return True
-    return means_ours(name, [CONNECTOR])
 
 
 def _of_several(config: Mapping[str, Any], sizes: Sizes | None, block_size: int | None) -> Findings:

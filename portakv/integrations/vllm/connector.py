@@ -25,7 +25,6 @@ from portakv.integrations.vllm.caches import (
     PoolHolder,
     check_hooks,
     extra_of,
-    identity_of,
     ids_of,
     is_served,
     is_wanted,
@@ -213,8 +212,9 @@ class PortaKVConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
 
     def _identity_of(self, request: Any) -> Identity:
         """Return what the rows of a request's prompt depend on."""
-        extra = extra_of(request, WHOLE)
-        return identity_of(request, self._settings.model, salt_of(request), extra.values())
+        extra = extra_of(request, WHOLE).values()
+        tokens = request.prompt_token_ids
+        return Identity.of(self._settings.model, tokens, salt_of(request), extra)
 
     @measured
     def get_num_new_matched_tokens(

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from typing import Any
 
-from portakv.graph.metrics import DISK, ENGINE, METRICS, Metric
+from portakv.graph.metrics import DISK, ENGINE, METRICS
 from portakv.runtime import tracing
 
 try:
@@ -30,25 +30,18 @@ else:
 INTERVAL = 1.0
 
 
-def _of_histogram(name: str, unit: str, why: str) -> Metric:
-    """Return one of the two counters that a tier's histogram of seconds is here."""
-    return METRICS["tier_seconds"]._replace(name=name, kind="counter", unit=unit, why=why)
-
-
+# A tier's histogram of seconds is two counters here.
+_SECONDS = METRICS["tier_seconds"]._replace(name="tier_seconds_total", kind="counter", unit="s")
+_TASKS = _SECONDS._replace(name="tier_tasks_total", unit="1", why="tasks of a tier that ran")
 #: The metrics of tiers by the names under which processes of an engine report them, each with the
 #: name of its figure.
 TIERS = {
-    "tier_blocks": ("tier_blocks_total", METRICS["tier_blocks_total"]),
-    "tier_bytes": ("tier_bytes_total", METRICS["tier_bytes_total"]),
-    "tier_wait_seconds": ("tier_wait_seconds_total", METRICS["tier_wait_seconds_total"]),
-    "tier_seconds": (
-        "tier_seconds_sum",
-        _of_histogram("tier_seconds_total", "s", METRICS["tier_seconds"].why),
-    ),
-    "tier_tasks": (
-        "tier_seconds_count",
-        _of_histogram("tier_tasks_total", "1", "tasks of a tier that ran"),
-    ),
+    **{
+        name: (f"{name}_total", METRICS[f"{name}_total"])
+        for name in ("tier_blocks", "tier_bytes", "tier_wait_seconds")
+    },
+    "tier_seconds": ("tier_seconds_sum", _SECONDS),
+    "tier_tasks": ("tier_seconds_count", _TASKS),
 }
 #: All that is counted for Prometheus, by the names under which processes of an engine report it.
 #: The values of labels come after the names, after slashes.
@@ -146,26 +139,21 @@ class PortaKVPromMetrics(KVConnectorPromMetrics):  # type: ignore[misc]
         self._counters = dict[str, Any]()
         self._gauges = dict[str, Any]()
         self._levels = dict[tuple[int, str], float]()  # by engine, and by name with labels
-        for name, metric in COUNTED.items():
+        for name, metric in (COUNTED | LEVELS).items():
             # vLLM's client adds _total.
             shown = metric.name.removeprefix("engine_").removesuffix("_total")
-            counter = self._counter_cls(
-                name=f"vllm:portakv_{shown}",
-                documentation=_sentence(metric),
-                labelnames=[*labelnames, *metric.labels],
-            )
-            self._counters[name] = counter
+            terms: dict[str, Any] = {
+                "name": f"vllm:portakv_{shown}",
+                "documentation": f"{metric.why[0].upper()}{metric.why[1:]}.",
+                "labelnames": [*labelnames, *metric.labels],
+            }
+            if name in LEVELS:
+                # Each server of an API hears a part of the changes, so the sum of all is the level.
+                self._gauges[name] = self._gauge_cls(**terms, multiprocess_mode="sum")
+                continue
+            counter = self._counters[name] = self._counter_cls(**terms)
             for values in per_engine_labelvalues.values() if not metric.labels else ():
                 counter.labels(*values)  # shown as 0
-
-        for name, metric in LEVELS.items():
-            # Each server of an API hears a part of the changes, so the sum of all is the level.
-            self._gauges[name] = self._gauge_cls(
-                name=f"vllm:portakv_{metric.name}",
-                documentation=_sentence(metric),
-                labelnames=[*labelnames, *metric.labels],
-                multiprocess_mode="sum",
-            )
 
     def observe(self, transfer_stats_data: Mapping[str, float], engine_idx: int = 0) -> None:
         """Count what an engine reports."""
@@ -178,10 +166,6 @@ class PortaKVPromMetrics(KVConnectorPromMetrics):  # type: ignore[misc]
                 key = engine_idx, name
                 self._levels[key] = self._levels.get(key, 0.0) + grown
                 self._gauges[counter].labels(*values, *more).set(self._levels[key])
-
-
-def _sentence(metric: Metric) -> str:
-    return f"{metric.why[0].upper()}{metric.why[1:]}."
 
 
 def series_of(name: str) -> tuple[str, list[str]]:

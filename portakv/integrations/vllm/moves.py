@@ -273,23 +273,19 @@ def moves_of(
         whole = [part for part in parts if not (store and part.writers > 1)]
         if whole:
             moves.append(Move(whole, blocks, places, count))
+        # Of pages that several workers have, this one writes those whose turn is its own.
         for part in parts:
-            if store and part.writers > 1:
-                moves += _own_turn(part, ids, blocks_per_chunk)
+            if not store or part.writers == 1:
+                continue
+            within = np.arange(blocks_per_chunk)
+            pages = (ids.chunks[:, None] * blocks_per_chunk + within).reshape(-1)
+            pages = pages[ids.skip : ids.skip + count]
+            mine = pages % part.writers == part.writer
+            if mine.any():
+                own = Index.of(ids.blocks[mine]), Index.of(pages[mine])
+                moves.append(Move([part], *own, int(mine.sum())))
     _check_shared(together, ids_of, store)
     return moves
-
-
-def _own_turn(part: PageCopy, ids: _Group, blocks_per_chunk: int) -> list[Move]:
-    """Return the move of those pages of a part that this worker writes; none if there are none."""
-    within = np.arange(blocks_per_chunk)
-    pages = (ids.chunks[:, None] * blocks_per_chunk + within).reshape(-1)
-    pages = pages[ids.skip : ids.skip + len(ids.blocks)]
-    mine = pages % part.writers == part.writer
-    count = int(mine.sum())
-    if not count:
-        return []
-    return [Move([part], Index.of(ids.blocks[mine]), Index.of(pages[mine]), count)]
 
 
 def _ids_of_groups(

@@ -180,7 +180,13 @@ class PortaKVOffloadingWorker(OffloadingWorker):  # type: ignore[misc]
         if share is not None and region is not None:
             self._groups = share.groups_of(groups_of, pages, blocks_per_chunk, region)
         else:
-            host = _host_pages(pages, blocks_per_chunk, chunks, region)
+            # The pages of all tensors lie next to each other in a chunk.
+            widths = [page.shape[1] * blocks_per_chunk for page in pages]
+            if region is not None:
+                rows = [region.create_next_worker_view(width) for width in widths]
+            else:
+                rows = pinned.empty((chunks, sum(widths)), torch.int8).split(widths, dim=1)
+            host = [each.unflatten(1, (blocks_per_chunk, -1)) for each in rows]
             self._groups = [
                 parts_of([(ref, _own_page(ref)) for ref in refs], pages, host) for refs in groups_of
             ]
@@ -312,21 +318,6 @@ def _own_page(ref: CacheRef) -> RankMapping:
     """Return the mapping of a page that a chunk holds as it is."""
     width = ref.page_size_bytes
     return RankMapping(width, (Run(0, 0, width),))
-
-
-def _host_pages(
-    pages: Sequence[torch.Tensor], blocks_per_chunk: int, chunks: int, region: Region | None
-) -> list[torch.Tensor]:
-    """Return host memory ``[chunks, blocks_per_chunk, page]`` for each tensor of the engine.
-
-    The pages of all tensors lie next to each other in a chunk.
-    """
-    widths = [each.shape[1] * blocks_per_chunk for each in pages]
-    if region is not None:
-        rows = [region.create_next_worker_view(width) for width in widths]
-    else:
-        rows = list(pinned.empty((chunks, sum(widths)), torch.int8).split(widths, dim=1))
-    return [each.unflatten(1, (blocks_per_chunk, -1)) for each in rows]
 
 
 def _adopt(region: Region) -> pinned.Adopted:

@@ -407,18 +407,11 @@ class WorkerStore:
 
     def close(self) -> None:
         """End the waits of graphs, the loads and saves, and what is handed over."""
-        words = self.words
-        self.words = None
-        if words is not None:
-            words.close()
-        handover = self.handover
-        self.handover = None
-        if handover is not None:
-            handover.close()
-        opened = self._opened
-        self._opened = None
-        if opened is not None:
-            opened.close()
+        parts = (self.words, self.handover, self._opened)
+        self.words = self.handover = self._opened = None
+        for part in parts:
+            if part is not None:
+                part.close()
 
 
 def read_views(

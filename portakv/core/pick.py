@@ -1,0 +1,114 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Call the core to pick transfer strategies, by words that `native/core/pick.h` describes."""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Callable, Iterable, Sequence
+from ctypes import c_double, c_int, c_int64, c_void_p
+from functools import cache
+from math import isnan
+from struct import Struct
+from typing import Any, NamedTuple
+
+from portakv.core.library import function_of_numbers, pylibrary
+
+#: The strategies, the gentlest to a running model first: of equal costs the first one wins.
+ORDER = ("staged", "batched_memcpy", "zero_copy", "pageable")
+#: For each strategy its bit in a set.
+BITS = {name: 1 << number for number, name in enumerate(ORDER)}
+
+# The codes of `core.h`.
+SEVERAL, EXPOSED, SLOWED, QUICKER, EXCLUDED = (1 << bit for bit in range(8, 13))
+NONE = -70
+
+# `PickReason` of `pick.h`.
+(
+    EXCLUDED_ALONE,
+    WAITLESS,
+    LEFT,
+    MEASURED,
+    GENTLEST,
+    RULE_PAGES,
+    RULE_SMALL,
+    RULE_NARROW,
+    RULE_WIDE,
+    RULE_EVEN,
+    RULE_GATHERED,
+) = range(11)
+
+#: `PickRules`: whole numbers, then seconds, rates and parts.
+pack_rules = Struct("=10q11d").pack
+#: The words of `PickedCopies` before its limits and rules.
+pack_copies = Struct("=5q").pack
+#: A `Shape` that no strategy has.
+NO_SHAPE = (0, -1, 0)
+_shapes = Struct(f"={3 * len(ORDER)}q").pack
+
+
+class Cost(NamedTuple):
+    """The cost of a copy by one strategy, with what it was looked up for: the bytes of a piece, and
+    the pieces. Seconds are None if they were not measured."""
+
+    run_bytes: int
+    pieces: int
+    seconds: float | None
+    host_seconds: float | None
+
+
+@cache
+def pick_copy() -> Callable[..., int]:
+    """Return `portakv_pick_copy`."""
+    words = c_void_p, c_void_p
+    numbers = (c_int64,) * 5
+    return function_of_numbers(8, "portakv_pick_copy", *words, *numbers, c_int)
+
+
+class _Functions(NamedTuple):
+    pick: Any
+    cost: Any
+
+
+@cache
+def _functions() -> _Functions:
+    core = pylibrary()
+    address = c_void_p
+    core.portakv_pick.argtypes = (address, address, address, c_int64, c_int64, c_int, address)
+    core.portakv_pick.restype = c_int64
+    core.portakv_cost.argtypes = (address, c_double, c_double, address)
+    core.portakv_cost.restype = None
+    return _Functions(core.portakv_pick, core.portakv_cost)
+
+
+def look_up(columns: array[float], run_bytes: int, runs: int) -> tuple[float, float]:
+    """Return the seconds of the device and of the host; ``columns``: of one strategy, not empty."""
+    out = array("d", bytes(16))
+    _functions().cost(columns.buffer_info()[0], run_bytes, runs, out.buffer_info()[0])
+    return out[0], out[1]
+
+
+def pick_by_shapes(
+    rules: bytes,
+    costs: array[float],
+    shapes: Sequence[Sequence[int]],
+    out: int,
+    waits: int,
+    new_ids: bool,
+) -> tuple[int, list[Cost]]:
+    """Return the answer of `portakv_pick`, and the cost by each strategy."""
+    words = _shapes(*(word for shape in shapes for word in shape))
+    found = array("d", bytes(32 * len(ORDER)))
+    room = found.buffer_info()[0]
+    answer = _functions().pick(rules, costs.buffer_info()[0], words, out, waits, new_ids, room)
+    rows = [found[at : at + 4] for at in range(0, len(found), 4)]
+    listed = [Cost(int(row[0]), int(row[1]), *map(_known, row[2:])) for row in rows]
+    return answer, listed
+
+
+def _known(seconds: float) -> float | None:
+    return None if isnan(seconds) else seconds
+
+
+def set_of(strategies: Iterable[str]) -> int:
+    """Return strategies as a set of bits."""
+    return sum(map(BITS.__getitem__, strategies))
