@@ -78,9 +78,9 @@ struct Steps {
 
   Steps() = default;
   Steps(const Step *first_, size_t count_) : first(first_), count(count_) {}
+  Steps(const std::vector<Step> &steps) : first(steps.data()), count(steps.size()) {}
   template <size_t N>
   Steps(const Few<Step, N> &steps) : first(steps.data()), count(steps.size()) {}
-  Steps(const std::vector<Step> &steps) : first(steps.data()), count(steps.size()) {}
 
   const Step *begin() const { return first; }
   const Step *end() const { return first + count; }

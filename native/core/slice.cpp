@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "core.h"
+#include "few.h"
 #include "form.h"
 #include "guarded.h"
 
@@ -25,23 +26,25 @@ struct CutsFactor {
   Axis axis;
 };
 
+using Axes = std::array<Few<Step, 4>, 5>;
+
 // The rows of one kv whose steps change.
 struct Rows {
   int64_t table;
   int64_t offset;
-  std::array<std::vector<Step>, 5> axes;
+  Axes axes;
 
   explicit Rows(const Part &part) : table(part.table), offset(part.offset) {
     for (size_t axis = 0; axis < axes.size(); axis++) {
-      axes[axis].assign(part.axes[axis].begin(), part.axes[axis].end());
+      axes[axis].append(part.axes[axis].first, part.axes[axis].count);
     }
   }
 
-  std::vector<Step> &axis(Axis name) { return axes[name - kLayer]; }
+  Few<Step, 4> &axis(Axis name) { return axes[name - kLayer]; }
 };
 
 // Move the origin to a position of an axis.
-void move(Rows &rows, const std::vector<Step> &steps, int64_t position) {
+void move(Rows &rows, const Few<Step, 4> &steps, int64_t position) {
   for (size_t i = steps.size(); i-- > 0;) {
     const Step &step = steps[i];
     const int64_t at = step.extent != 0 ? position % step.extent : position;
@@ -53,7 +56,7 @@ void move(Rows &rows, const std::vector<Step> &steps, int64_t position) {
 
 // Keep only a range of the positions of an axis.
 void cut(Rows &rows, Axis name, Range range) {
-  const std::vector<Step> steps = rows.axis(name);
+  const Few<Step, 4> steps = rows.axis(name);
   int64_t whole = 1;
   for (const Step &step : steps) whole = product(whole, step.extent);
   if (range.count == whole) return;
@@ -61,7 +64,7 @@ void cut(Rows &rows, Axis name, Range range) {
 
   // From the innermost step on, whole steps stay. The first step that is longer than the rest of the
   // positions is cut, and has to contain them.
-  std::vector<Step> &left = rows.axis(name);
+  Few<Step, 4> &left = rows.axis(name);  // innermost first, until it is whole
   left.clear();
   int64_t size = range.count;  // in units of the step that is looked at
   int64_t below = 1;           // positions of that unit
@@ -71,11 +74,12 @@ void cut(Rows &rows, Axis name, Range range) {
     if (size <= step.extent) {
       const int64_t first = range.start / below % step.extent;
       if (range.start % below != 0 || first + size > step.extent) break;
-      if (size > 1) left.insert(left.begin(), Step{size, step.table, step.stride});
+      if (size > 1) left.push_back(Step{size, step.table, step.stride});
+      std::reverse(left.begin(), left.end());
       return;
     }
     if (size % step.extent != 0) break;
-    left.insert(left.begin(), step);
+    left.push_back(step);
     size /= step.extent;
     below *= step.extent;
   }
@@ -86,7 +90,7 @@ void cut(Rows &rows, Axis name, Range range) {
 // steps of the unbounded axis.
 std::vector<int64_t> entries_of(const Rows &rows, int64_t count) {
   std::vector<int64_t> entries{0};
-  for (const std::vector<Step> &steps : rows.axes) {
+  for (const Few<Step, 4> &steps : rows.axes) {
     int64_t bounded = 1;
     for (const Step &step : steps) bounded = product(bounded, step.extent != 0 ? step.extent : 1);
     for (const Step &step : steps) {
@@ -140,7 +144,7 @@ class Table {
 
   // Number the entries of a part anew: those that no part reaches are gone.
   void renumber(Rows &rows, size_t part) const {
-    for (std::vector<Step> &steps : rows.axes) {
+    for (Few<Step, 4> &steps : rows.axes) {
       for (Step &step : steps) {
         step.table = place_of(entries_[0].number + product(copies_, step.table));
       }

@@ -22,7 +22,11 @@ Object Asker::raised(Object result) {
 }
 
 void raise_version(const PortakvTorch &torch, void *handle) {
-  if (!torch.is_inference(handle)) torch.raise_version(handle);
+  try {
+    if (!torch.is_inference(handle)) torch.raise_version(handle);
+  } catch (...) {
+    // Torch does not count the versions of this tensor. The copy was launched.
+  }
 }
 
 bool Asker::is_pinned(Object tensor) const {

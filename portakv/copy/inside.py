@@ -197,15 +197,10 @@ class ChunkCopies:
         if kernels is None:
             return self._launched(store, chunk, slot_mapping, ids, start, end)
 
-        arguments = address, store, chunk, ids, start, end
         retained = chunk, ids, self._cache
+        transfer = None
         ends = kernels.ends
-        if ends is None or kernels.process.forked:
-            issued = self._issue(arguments, ids, retained)
-            if issued is None:
-                return None
-            transfer, result = issued
-        else:
+        if ends is not None and not kernels.process.forked:
             free = ends.listed if type(ids) is list else ends.plain
             try:
                 at = free.pop()
@@ -214,15 +209,18 @@ class ChunkCopies:
                 if used is None:
                     return None
                 at = used
-            result = self._copy(*arguments, at.address, None)
+            result = self._copy(address, store, chunk, ids, start, end, at.address, None)
             if result >= 0:
                 transfer = at.transfer(result, ids, retained, kernels.carried, self._owner)
             else:
                 kernels.give_back(at, OTHERWISE if result == FIRST_WORK else result)
-                issued = None if result == OTHERWISE else self._issue(arguments, ids, retained)
-                if issued is None:
+                if result == OTHERWISE:
                     return None
-                transfer, result = issued
+        if transfer is None:
+            issued = self._issue((address, store, chunk, ids, start, end), ids, retained)
+            if issued is None:
+                return None
+            transfer, result = issued
         counts = Counted.counts
         if counts is not None:
             counts.new.append((kernels.carried[0], "device", self._cache.form, result >> TOKENS))
@@ -436,14 +434,16 @@ def _issue(
     reader = plain_reader()
     if reader is None:
         return None
-    from_view = opened(src)
-    to_view = opened(dst)
+    from_view = src.derived.get(_OPENED) or opened(src)
+    to_view = dst.derived.get(_OPENED) or opened(dst)
     if from_view is None or to_view is None:
         return None
     device = dst.device if src.device.type == "cpu" else src.device
-    tabled = [view for view, each in ((src, from_view), (dst, to_view)) if each.tabled]
-    if tabled and not has_tables(device, tabled):  # the general way sends them there
-        return None
+    tabled = []
+    if from_view.tabled or to_view.tabled:
+        tabled = [view for view, each in ((src, from_view), (dst, to_view)) if each.tabled]
+        if not has_tables(device, tabled):  # the general way sends them there
+            return None
     kernels, carried, launch, _ = by
     crossing = None
     copy: Callable[..., int] = calls().copy_views

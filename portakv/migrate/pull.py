@@ -164,10 +164,12 @@ class Pull(Transfer):
     def __init__(self, sources: Sources, until: float, wake: Callable[[], None]) -> None:
         super().__init__([Completion(pendings=(_End(self),))])
         self.sources = sources
-        self.wake = wake  # has the reader's thread report the end
+        self.wake = wake  # has the reader's coroutine report the end
         self.until = until
         self.copies: Sequence[BlockTransfer] = []
         self.slices: Sequence[Ending] = []
+        #: The call that makes the pull has not returned.
+        self.in_call = False
         #: The coroutine that makes all copies, and commits a pull that has to wait.
         self.steps: Handle[None] | None = None
         #: The task that takes all rows and commits them.
@@ -267,7 +269,7 @@ class Pull(Transfer):
     @property
     def begun(self) -> bool:
         """Return True if all copies exist. Another thread may have the pull before."""
-        return self.steps is None or self.steps.done()
+        return not self.in_call and (self.steps is None or self.steps.done())
 
     @property
     def concluded(self) -> bool:

@@ -41,6 +41,9 @@ LISTED = 2048
 _BATCH = WordBatches.SIZE  # ends of one allocation
 
 
+_new_completion = Completion.__new__
+
+
 class EventDriver(Protocol):
     """The driver of a device that has events; `runtime.cuda.CudaDriver` documents each function."""
 
@@ -101,8 +104,12 @@ class End:
             carried: what executes the copy, and why.
             owner: it reports an error if the handle does not.
         """
-        words = self.words if result & GUARDED else ()
-        completion = Completion(self, (), words, None, ids, self)
+        # Without `__init__`: what is not set has the class's value.
+        completion = _new_completion(Completion)
+        completion.event = completion.pool = self
+        completion.retained = ids
+        if result & GUARDED:
+            completion.words = self.words
         hold(completion, owner)
         return Transfer((completion,), retained, carried)
 

@@ -164,6 +164,12 @@ class Completion:
         pool: takes the event back once it has ended.
     """
 
+    event: Event | None = None
+    pendings: Sequence[Pending] = ()
+    words: Sequence[tuple[StatusWord, int]] = ()
+    error: PortaKVError | None = None
+    retained: object = None
+    pool: Pool | None = None
     standing = False  # the launch was captured, and runs again with every replay
     owner: Owner | None = None  # reports the error if the handle does not
     settled = False  # the end was seen

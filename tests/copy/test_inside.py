@@ -526,6 +526,7 @@ def test_launches_wait_for_tables_of_addresses(whole: list[bool]) -> None:
     assert torch.equal(stored[2].transpose(0, 1), listed.tensors[1])
 
 
+@needs_whole_copies
 def test_no_kernel_reads_a_table_of_another_device() -> None:
     """Pinned memory has its table on the host, which kernels of a device do not reach."""
     blocks = [torch.zeros(2, LAYERS, SIZE, HEADS, 4) for _ in range(BLOCKS)]

@@ -299,6 +299,8 @@ def test_a_mode_of_torch_does_not_change_what_the_core_reads() -> None:
                 return True
             return func(*args, **(kwargs or {}))
 
+    if core.handle_at() is None:
+        pytest.skip("this torch's methods are asked")
     tensor = torch.zeros(4, 3)
     form = KVView(tensor, "token dim").form
     for mode in (Negated(), torch.device("cpu")):

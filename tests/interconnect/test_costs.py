@@ -165,6 +165,7 @@ DAMAGED: dict[str, tuple[Callable[[Any], str], str]] = {
     "a direction": (lambda c: spoil(c, engines={"staged": {"up": []}}), "direction 'up'"),
     "a short row": (lambda c: rows_of(c, [[4096, 1, 1.0]]), "damaged (ValueError"),
     "no bytes": (lambda c: rows_of(c, [[0, 1, 1.0, 1.0]]), "0 is not a number"),
+    "too many bytes": (lambda c: rows_of(c, [[10**400, 1, 1.0, 1.0]]), "is not a number"),
     "half a run": (lambda c: rows_of(c, [[4096, 0.5, 1.0, 1.0]]), "0.5 is not a number"),
     "a negative time": (lambda c: rows_of(c, [[4096, 1, -1.0, 1.0]]), "-1.0 is not a time"),
     "no time at all": (lambda c: rows_of(c, [[4096, 1, 0, 1.0]]), "is not a time"),

@@ -144,7 +144,7 @@ def test_an_owner_that_stops_answering_ends_with_the_pull_s_time(
     """All questions after the pull's time share half a second: none gets a separate one."""
     owner, reader, ticket = staged
     reader.pull(ticket, [2, 3], timeout=10.0).synchronize()
-    ticket = owner.offer([0, 1], tokens=20, lease=0.6).ticket  # it is renewed after 0.2 seconds
+    ticket = owner.offer([0, 1], tokens=20, lease=0.15).ticket  # it is renewed after 0.05 seconds
     owner.channel.serve(Gather, lambda *_: Answer("busy", seconds=0.05))
     over = 0.0  # seconds after the pull's time that its questions may take together
     until = time.monotonic() + 0.3

@@ -44,7 +44,10 @@ from support.mutants import ROOT, Judge
 
 SOURCES = ROOT / "native" / "core"
 PIECES = ("tests/interconnect/test_pieces.py", "tests/interconnect/test_wide_pieces.py")
-WHOLE = ("tests/copy/test_inside.py", "tests/copy/test_inside_device.py", "tests/connector")
+WHOLE = (
+    *("tests/copy/test_inside.py", "tests/copy/test_inside_device.py"),
+    *("tests/copy/test_launches_on_device.py", "tests/connector"),
+)
 #: The tests that begin with a file's own: each calls the core, and builds no library.
 TESTS: dict[str, tuple[str, ...]] = {
     "plan.cpp": ("tests/core/test_plan.py", "tests/plan", "tests/copy/test_packing.py"),

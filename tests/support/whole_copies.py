@@ -11,9 +11,10 @@ from portakv.copy import rows
 from portakv.copy.inside import ChunkCopies, copied
 from portakv.view.form import plain_reader
 
-#: Of tests that watch how the core makes copies. It reads their tensors by the exchange API.
+#: Of tests that watch how the core makes copies. It reads their tensors by the exchange API and by
+#: handles.
 needs_whole_copies = pytest.mark.skipif(
-    plain_reader() is None, reason="this torch has no exchange API of DLPack"
+    plain_reader() is None, reason="this torch has no exchange API of DLPack, or no handles"
 )
 
 

@@ -653,6 +653,7 @@ def test_the_loop_takes_messages_of_a_descriptor_that_reports_other_things(
     mailbox: Mailbox,
 ) -> None:
     handle = runtime().start(take(mailbox, 3))
+    assert until(lambda: bool(mailbox.polls))
     mailbox.put()
     assert until(lambda: len(mailbox.polls) >= 2)
     assert not handle.done()
@@ -791,40 +792,48 @@ def test_a_cancelled_coroutine_waits_for_its_call_and_drops_one_that_has_not_beg
 
 
 def test_a_coroutine_may_begin_in_the_main_thread_and_without_the_lock() -> None:
-    owned = list[bool]()
+    free = list[bool]()
+
+    def is_free() -> bool:
+        with ThreadPoolExecutor(1) as pool:
+            return pool.submit(try_lock).result(LIMIT)
+
+    def try_lock() -> bool:
+        acquired: bool = runtime().lock.acquire(timeout=0.2)
+        if acquired:
+            runtime().lock.release()
+        return acquired
 
     async def steps() -> list[str]:
-        owned.append(in_step())
+        free.append(is_free())
         names = await where(soon())
-        owned.append(in_step())
+        free.append(is_free())
         return names
 
-    handle = Handle(runtime(), steps(), here=True)
-    handle.begin()
+    made = steps()
+    handle = Handle(runtime(), made)
+    handle.follow(made.send(None))
     assert handle.synchronize(LIMIT) == [threading.current_thread().name, "portakv loop"]
-    assert owned == [False, True]
+    assert free == [True, False]
 
 
-@pytest.mark.parametrize("when", ["before", "after", "ended"])
-def test_a_begin_that_was_interrupted_is_abandoned(when: str) -> None:
-    """``after``: the interrupt has cut the first step from the note of its wait."""
+@pytest.mark.parametrize("when", ["before", "after", "followed"])
+def test_a_coroutine_whose_call_was_interrupted_is_abandoned(when: str) -> None:
+    """``after``: the interrupt has come between the first step and the note of its wait."""
     ended = list[BaseException | None]()
 
     async def steps() -> None:
         try:
-            await Wait()
+            await Wait(until=runtime().time() + LIMIT)
         except asyncio.CancelledError as error:
             ended.append(error)
             raise
 
     made = steps()
-    handle = Handle(runtime(), made, here=True)
-    if when == "after":
-        made.send(None)
-    elif when == "ended":
-        handle.begin()
-        handle.cancel()
-        assert until(handle.done)
+    handle = Handle(runtime(), made)
+    wait = None if when == "before" else made.send(None)
+    if wait is not None and when == "followed":
+        handle.follow(wait)
     handle.abandon()
     assert until(handle.done)
     assert isinstance(handle.error, asyncio.CancelledError)

@@ -78,6 +78,15 @@ def test_slices_of_one_layer_have_one_form(name: str) -> None:
     assert len(pairs) == 1
 
 
+def test_a_slice_of_many_memory_objects() -> None:
+    """The entries of its table take more room than the answer of the core usually has."""
+    blocks = [noise(2, 3, 2, 8, seed=i) for i in range(150)]
+    whole = KVView(blocks, "block | layer token head dim")
+    part = whole.slice(layers=1, heads=1)
+    assert part.entries == len(blocks)
+    check(part, whole, 1, 1, None)
+
+
 def test_a_slice_of_everything_is_the_view_itself() -> None:
     whole = KVView(*VIEWS["rows of 132 bytes"])
     assert whole.slice(layers=slice(0, 4), heads=slice(None), kv=0).form == whole.form
