@@ -201,7 +201,8 @@ class ChunkCopies:
         transfer = None
         ends = kernels.ends
         if ends is not None and not kernels.process.forked:
-            free = ends.listed if type(ids) is list else ends.plain
+            on_device = type(ids) is torch.Tensor and not ids.is_cpu
+            free = ends.plain if on_device else ends.listed
             try:
                 at = free.pop()
             except IndexError:
