@@ -201,7 +201,8 @@ class ChunkCopies:
         transfer = None
         ends = kernels.ends
         if ends is not None and not kernels.process.forked:
-            free = ends.listed if type(ids) is list else ends.plain
+            on_device = type(ids) is torch.Tensor and not ids.is_cpu
+            free = ends.plain if on_device else ends.listed
             try:
                 at = free.pop()
             except IndexError:
@@ -321,17 +322,20 @@ def copied(
     if not (read.step and written.step):
         return None
     by = None
+    # More ids than kernels read from pinned memory.
+    many = tokens > LISTED * min(read.step, written.step)
+    many = many and True in (read.on_host, written.on_host)
     if src.device == dst.device:
         choice = _inside(src, dst, options)
         if choice is None:
             return None
         kernels = choice.backend.row_kernels
-        if kernels is None:
+        if kernels is None or many:  # a launch reads an index on the device
             ids = src_ids, dst_ids
             return _launched(src, dst, *ids, read, written, count, tokens, choice, began)
         by = _Executor(kernels, kernels.carried)
-    if True in (read.on_host, written.on_host) and tokens > LISTED * min(read.step, written.step):
-        return None  # more ids than kernels read from pinned memory
+    if many:
+        return None
     if by is None and False not in (read.on_host, written.on_host):  # the number of runs is known
         new = any(not (ids is None or isinstance(ids, Index)) for ids in (src_ids, dst_ids))
         steps = read.plan_step, written.plan_step

@@ -35,6 +35,7 @@ from portakv.copy import inside, rows
 from portakv.copy.inside import ChunkCopies
 from portakv.core.call import CopyEnd, calls
 from portakv.registry.registry import REGISTRY, choose
+from portakv.runtime.ends import LISTED
 from portakv.view.form import plain_reader
 
 pytestmark = pytest.mark.skipif(why_not() is not None, reason=why_not() or "")
@@ -338,6 +339,22 @@ def test_blocks_between_two_views(
         assert made.statistics.strategy == CudaOnCpu.name
     core_reads = kind in ("int64", "int32", "index", "index of a tensor", "array")
     assert whole[1:] == [core_reads] * 2
+
+
+def test_more_ids_than_pinned_memory_holds(whole: list[bool]) -> None:
+    """A launch reads a copy of the index on the device, once the core has checked the ids."""
+    count = LISTED + 100
+    src = KVView(torch.randn(1, count, 1, 8), "layer token head dim")
+    dst = KVView(torch.zeros(1, count, 1, 8), "layer token head dim")
+    read = Index(torch.randperm(count))
+    written = Index(torch.randperm(count))
+    copy_rows(src, dst, read, written, backend=CudaOnCpu.name).synchronize()
+    expected = torch.zeros(1, count, 1, 8)
+    expected[:, written.ids] = src.owners[0][:, read.ids]
+    assert torch.equal(dst.owners[0], expected)
+    with pytest.raises(PortaKVError):
+        copy_rows(src, dst, read, Index([*range(count - 1), 0]), backend=CudaOnCpu.name)
+    assert whole == [True, False]
 
 
 @pytest.mark.parametrize("count", [-1, -8, True, 2**70])
