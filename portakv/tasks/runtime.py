@@ -49,9 +49,12 @@ class Wait:
         poll: returns True if the event has come, after at most so many milliseconds. For sockets
             of ZeroMQ, whose descriptors report also what concerns only ZeroMQ. A caller's thread
             waits in it; the loop calls it with 0, both without the lock. It may take the message.
+        here: the thread that calls `wake` goes on with the coroutine. Such a wait has neither a
+            descriptor nor a limit, and needs no loop: an engine that keeps the interpreter would
+            hold up each change to another thread.
     """
 
-    __slots__ = ("events", "fd", "poll", "resume", "timer", "until", "woken")
+    __slots__ = ("events", "fd", "here", "poll", "resume", "timer", "until", "woken")
 
     def __init__(
         self,
@@ -59,9 +62,11 @@ class Wait:
         events: int = READ,
         until: float | None = None,
         poll: Callable[[int], bool] | None = None,
+        here: bool = False,
     ) -> None:
         self.fd = fd
         self.events = events
+        self.here = here
         self.until = until
         self.poll = poll
         self.woken = False
@@ -142,7 +147,10 @@ class Handle(Generic[T]):
                 wait = step(*arguments)
                 self._wait = wait
                 if isinstance(wait, Wait) and wait.fd is None:
-                    wait.resume = partial(runtime.call_soon, self._go_on, wait)
+                    wait.resume = partial(self._go_on, wait)
+                    if wait.here and not self._cancelled:
+                        return
+                    wait.resume = partial(runtime.call_soon, wait.resume)
         except StopIteration as end:
             self.settle(end.value, None)
         except BaseException as error:  # whoever waits for the handle gets it

@@ -64,6 +64,19 @@ def test_run_waits_in_the_callers_thread() -> None:
     assert names[0] != "portakv loop"
 
 
+def test_who_wakes_a_coroutine_may_go_on_with_it() -> None:
+    own = Runtime()
+    wait = Wait(here=True)
+    handle = in_other_thread(lambda: own.start(where(wait)))
+    in_other_thread(lambda: own.wake(wait))
+    begun, went_on = handle.synchronize(LIMIT)
+    assert "portakv loop" not in (begun, went_on)
+    held = in_other_thread(lambda: own.start(where(Wait(here=True))))
+    held.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        held.synchronize(LIMIT)
+
+
 @pytest.mark.parametrize("way", ["run", "start"])
 def test_descriptors_end_waits(way: str) -> None:
     here, there = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
