@@ -27,7 +27,7 @@ from portakv.errors import (
     TransferError,
     TransferTimeout,
 )
-from portakv.graph import Graph, Task
+from portakv.graph import End, Graph, Task
 from portakv.migrate.connections import Source, Sources
 from portakv.migrate.crossed import Crossed, PullStatistics, joined_error
 from portakv.migrate.messages import REASONS, About, Answer, Check, Renew
@@ -45,7 +45,7 @@ LOOK = 0.5  # seconds between two questions to owners that send rows, which also
 LAST_QUESTION = 0.5  # seconds after a pull's deadline in which owners may still answer
 
 
-Ending: TypeAlias = BlockTransfer | Task
+Ending: TypeAlias = BlockTransfer | End
 
 
 @dataclass
@@ -79,7 +79,7 @@ class PartTransfer(Transfer):
     Whoever issues it may still add tasks and copies.
     """
 
-    def __init__(self, tasks: Sequence[Task] = ()) -> None:
+    def __init__(self, tasks: Sequence[End] = ()) -> None:
         self.tasks = [*tasks]
         super().__init__([Completion(pendings=cast("list[Pending]", self.tasks))])
 
@@ -148,7 +148,7 @@ class Pull(Transfer):
         self.wake = wake  # has the reader's thread report the end
         self.until = until
         self.copies: Sequence[BlockTransfer] = []
-        self.slices: Sequence[Task] = []
+        self.slices: Sequence[End] = []
         #: The task that commits a pull of tasks, or one that asks an owner.
         self.task: Task | None = None
         self.layers: Sequence[Transfer] = ()
@@ -416,7 +416,7 @@ class Pull(Transfer):
         for copy in self.copies:
             with suppress(PortaKVError):  # the owner may be gone
                 copy.synchronize()
-        if self.task is None or self.task.schedule.graph is None:  # else the task ends the pull
+        if self.task is None or self.task.graph is None:  # else the task ends the pull
             self.task = None
             self.conclude(cancelled)
 
@@ -525,7 +525,7 @@ class Pull(Transfer):
 
 def _over(one: Ending, seconds: float) -> bool:
     """Wait for a task or a copy; return True if it ended, and raise its error."""
-    if isinstance(one, Task):
+    if isinstance(one, End):
         if (over := one.wait(seconds)) and one.error:
             raise one.error
         return over

@@ -35,7 +35,7 @@ from portakv.errors import (
     TransferTimeout,
 )
 from portakv.graph.graph import Graph
-from portakv.graph.task import Task
+from portakv.graph.task import End, Task
 from portakv.migrate.channel import Channel
 from portakv.migrate.connections import (
     ANY,
@@ -489,7 +489,7 @@ class Issuing:
         on_host = issuer.device.type == "cpu"
         self._long = on_host and requested.nbytes > LONG and not request.options.max_gbps
         pull.copies = self._copies = list[BlockTransfer]()
-        pull.slices = self._slices = list[Task]()
+        pull.slices = self._slices = list[End]()
 
     def count_blocks(self) -> None:
         """Count the blocks of the pull, for its statistics."""
@@ -537,7 +537,7 @@ class Issuing:
             self._add_task(each.step, each.part.layers, each)
         return taker.task
 
-    def _add_task(self, step: Step, layers: range, task: Task) -> None:
+    def _add_task(self, step: Step, layers: range, task: End) -> None:
         """Let the pull, and some layers of a step, end with a task."""
         self._slices.append(task)
         if self.layers:

@@ -18,7 +18,7 @@ import numpy as np
 from portakv.arguments import flag, instance, invalid, nbytes, one_of, seconds, text
 from portakv.copy.options import USUAL, CopyOptions, options_from
 from portakv.errors import InvalidTerms, StoreError, TransferTimeout, Unsupported
-from portakv.graph import SLACK, Graph, Handle, Mask, Missing, Priority, Task, watch
+from portakv.graph import SLACK, End, Ending, Graph, Handle, Mask, Missing, Priority, Task, watch
 from portakv.graph.graph import Queue
 from portakv.runtime.interrupts import abandoned, uninterrupted
 from portakv.runtime.transfer import Completion
@@ -35,7 +35,6 @@ from portakv.storage.calls import (
     Change,
     Chooser,
     Encoding,
-    Ending,
     FormBlocks,
     InFlight,
     Listed,
@@ -102,7 +101,7 @@ class ViewSource:
     def _issue(self, call: Call, started: Sequence[InFlight]) -> None:
         """Issue one copy for chunks for which staging has room."""
         crossing = self._crossing
-        granted = [in_flight for in_flight in started if call.shared.graph.take(in_flight)]
+        granted = [in_flight for in_flight in started if call.shared.row_queue.take(in_flight)]
         if granted:
             items = [item for in_flight in granted for item in in_flight.items]
             blocks = [block for in_flight in granted for block in in_flight.at]
@@ -113,17 +112,14 @@ class ViewSource:
                 for in_flight in granted if crossing.ends else ():
                     in_flight.copied = partial(crossing.wait, crossing.ends[-1])
 
-    def gather(self, call: Call, in_flight: InFlight) -> Task:
-        """Plan the task that copies blocks of the view into rows, and seals them."""
-        at = in_flight.at
+    def gather(self, call: Call, in_flight: InFlight) -> list[Task]:
+        """Return the task that copies blocks of the view into rows, and seals them."""
         work = partial(in_flight.gather, self._crossing, self.view)
-        task = call.task(at, work, self._queue, in_flight, ())
-        task.schedule.soon = in_flight.until is not None  # it waits for no staging either
-        in_flight.ends[None] = task
-        in_flight.last = [task]
+        task = call.task(in_flight.at, work, self._queue, in_flight)
+        task.schedule.soon = in_flight.drops  # it waits for no staging either
         if in_flight.copied is None:
-            call.gathers.append((task, at, range(len(at))))
-        return task
+            call.gathers.append(task)
+        return [task]
 
 
 #: Brings the blocks of a save into rows.
@@ -503,7 +499,7 @@ class FormStore:
         crossing.prepare(form.own.rows)
         packed = bool(form.own.form.encoding)
         source = ViewSource(view, crossing, self._down, self.rows.pinned, packed)
-        return self._planned(call, partial(self._save, call, source, self._until(full)))
+        return self._planned(call, partial(self._save, call, source, self._drops(full)))
 
     def save_lent(
         self,
@@ -537,7 +533,7 @@ class FormStore:
         before = predecessors(after, keys, self._weak)
         call = Call(form, Request("save", keys, priority, deadline, before, lent=True))
         source = Lending(copier, self._lent, self._down)
-        return self._planned(call, partial(self._save, call, source, self._until(full)))
+        return self._planned(call, partial(self._save, call, source, self._drops(full)))
 
     def _refuse_packed(self, form: FormBlocks, what: str, packs: bool) -> None:
         """Raise `Unsupported` for a store of blocks that are packed, or may be, unless the copier
@@ -553,11 +549,11 @@ class FormStore:
             )
             raise Unsupported(f"{what} of packed blocks", why)
 
-    def _until(self, full: Full | None) -> float | None:
-        """Return the time at which blocks of a save are dropped that have no staging by then."""
-        return self.graph.clock() if (full or self._full) == "drop" else None
+    def _drops(self, full: Full | None) -> bool:
+        """Return True if blocks of a save are dropped that find no staging."""
+        return (full or self._full) == "drop"
 
-    def _save(self, call: Call, source: Source, until: float | None) -> Steps:
+    def _save(self, call: Call, source: Source, drops: bool) -> Steps:
         """Plan a save in steps, under the graph's lock."""
         keys = call.request.keys
         yield from self._touch(call)
@@ -568,7 +564,7 @@ class FormStore:
             self._lacking(call, part, groups)
         for tier_stores, some in groups.items():
             for alike in _by_gaps(call, tier_stores, some):
-                yield from self._save_in(call, source, until, tier_stores, alike)
+                yield from self._save_in(call, source, drops, tier_stores, alike)
         handle = call.handle(source.view, eligible=partial(call.form.stored, keys))
         handle.add_copies(source.ends)
         return handle
@@ -577,7 +573,7 @@ class FormStore:
         self,
         call: Call,
         source: Source,
-        until: float | None,
+        drops: bool,
         tier_stores: tuple[TierStore, ...],
         some: list[int],
     ) -> Generator[None, None, None]:
@@ -593,7 +589,7 @@ class FormStore:
         before = call.request.before(some)
         gaps = {x for x in tier_stores if not form.continues(before, x)}
 
-        written = dict[TierStore, Ending]()
+        written = dict[TierStore, Task]()
         generation = self._shared.generation + len(chunks)  # a prefix is the newer part
         self._shared.generation = generation
         together = max(1, SLICE // len(chunks[0]))
@@ -601,16 +597,18 @@ class FormStore:
             if first:
                 yield
             group = [self._left(call, at, tier_stores) for at in chunks[first : first + together]]
-            started = [InFlight(call, form.own, at, until) for at in group if at]
-            if until is not None:
+            started = [InFlight(call, form.own, at, drops) for at in group if at]
+            if drops:
                 self._make_way(call, started)
             source.issue(call, started)
             for in_flight in started:
                 if tier_stores:
                     in_flight.generation = generation
                     generation -= 1
-                gather = source.gather(call, in_flight)
-                self._write(call, in_flight, gather, tier_stores, gaps, written)
+                tasks = source.gather(call, in_flight)
+                in_flight.ends[None] = tasks[-1]
+                in_flight.tasks[None] = tasks
+                self._write(call, in_flight, tier_stores, gaps, written)
                 if tier_stores:
                     call.submit()  # now, so that the queues count it for the next chunk
             call.submit()
@@ -619,25 +617,25 @@ class FormStore:
         self,
         call: Call,
         in_flight: InFlight,
-        gather: Task,
         tier_stores: Sequence[TierStore],
         gaps: set[TierStore],
-        written: dict[TierStore, Ending],
+        written: dict[TierStore, Task],
     ) -> None:
-        """Plan the writes of a chunk of a save."""
+        """Plan the copies and the writes of a chunk of a save."""
         at = in_flight.at
+        writes = list[tuple[Task, Task | None]]()
         for tier_store in tier_stores:
             queue = tier_store.queue_for_write(len(at) * call.form.own.form.image_bytes)
             write = partial(in_flight.write, tier_store, queue)
-            order: list[Ending] = []
-            if tier_store in gaps and tier_store in written:
-                order.append(written[tier_store])
-            task = call.task(at, write, queue, in_flight, [gather, *order])
-            if tier_store.tier == "remote" and in_flight.until is not None:
+            task = call.task(at, write, queue, in_flight)
+            if tier_store.tier == "remote" and in_flight.drops:
                 self._shared.uploads.begin(task, len(at))
-            written[tier_store] = (task, [], [])
-            in_flight.last.append(task)
-        call.ends += [((end, at, range(len(at))), range(0)) for end in in_flight.last]
+            writes.append((task, written.get(tier_store) if tier_store in gaps else None))
+            written[tier_store] = task
+            in_flight.writes.append(task)
+        tasks = [*in_flight.tasks[None], *in_flight.writes]
+        call.plan(0, tasks, in_flight, partial(in_flight.save, writes))
+        call.ends += [Ending(task, at, range(len(at))) for task in tasks]
 
     def _make_way(self, call: Call, started: Sequence[InFlight]) -> None:
         """Drop uploads whose rows a save to a nearer tier needs, under the graph's lock."""
@@ -697,9 +695,10 @@ class FormStore:
         for i, name, there in zip(blocks, names, stored, strict=True):
             in_flight, row = self._shared.in_transit.get(name, (None, 0))
             if in_flight and in_flight.store and in_flight.wanted:
-                call.ends += [((end, [i], [row]), range(0)) for end in in_flight.last]
-                call.explanation.sources.append(in_flight.reasons)
-                call.explanation.tasks += [(end, [i], [row]) for end in in_flight.last]
+                in_flight.join(call, [i])
+                tasks = [*in_flight.tasks[None], *in_flight.writes]
+                call.ends += [Ending(task, [i], [row]) for task in tasks]
+                call.explanation.tasks += [(task, [i], [row]) for task in tasks]
             elif not there:
                 left.append(i)
         return left
@@ -759,7 +758,7 @@ class FormStore:
                 hits = np.array([row is not None for row in loan.rows])
                 handle.add_issued(crossing.issue(form.own.rows, loan)[0], hits)
                 self._count_hits(form, [key for key, hit in zip(keys, hits, strict=True) if hit])
-                self._follow_issued(handle, form, call.barrier)
+                self._follow_issued(handle, form, call.end)
             except BaseException:  # also an interrupt: no caller has a handle
                 handle.cancel()
                 raise
@@ -785,7 +784,7 @@ class FormStore:
                 stages = stages_of(part)
                 segments = [stage.segment for stage in stages]
                 for arrival in call.bring(part, location, at, segments):
-                    call.cross(arrival, stages, crossing, self._up)
+                    call.copy(arrival, stages, crossing, self._up)
             call.submit()
         yield from self._touch(call)
         return call.handle(view, view.layers * by_layer, missing, follow=loan is None)
@@ -899,13 +898,11 @@ class FormStore:
             here = self.rows.pinned
         return self._borrow(form, keys, crossing, "load", whole) if here else None
 
-    def _follow_issued(
-        self, handle: Handle, form: FormBlocks, barrier: Task | None = None
-    ) -> Handle:
+    def _follow_issued(self, handle: Handle, form: FormBlocks, end: End | None = None) -> Handle:
         """Announce a handle of which a part was issued, if somebody asks for ended handles."""
         handle.form = form.name
         if self._shared.announced.handles.started:
-            self._shared.announced.follow_issued(handle, barrier)
+            self._shared.announced.follow_issued(handle, end)
         return handle
 
     def _count_hits(self, form: FormBlocks, keys: list[bytes]) -> None:
@@ -942,8 +939,7 @@ class FormStore:
                 if location == CACHED:
                     continue
                 for arrival in call.bring(part, location, some, [None]):
-                    ends = [(end, arrival.at, arrival.rows) for end in arrival.ends[0]]
-                    call.ends += [(end, range(0)) for end in ends]
+                    call.arrives(arrival)
             call.submit()
         return call.handle(None, missing="skip")
 
@@ -977,9 +973,9 @@ class FormStore:
 
         Lent copies do not count: they use no tier. ``all_tasks``: count all tasks of the graph.
         """
-        live = [x for x in self.graph.live if x.queue and not isinstance(x.queue, LentQueue)]
+        live = [x for x in self.graph.live if not isinstance(x.queue, LentQueue)]
         begun = self._shared.begun
-        return len({task.lease for task in live if all_tasks or task.lease in begun})
+        return len({task.uses for task in live if all_tasks or task.uses in begun})
 
 
 #: Seconds between two looks at the loads that `BlockStore.close` waits for.
@@ -1320,17 +1316,16 @@ class BlockStore(FormStore):
         self._shared.closed = True
         until = self.graph.clock() + timeout
         # Under the lock, so that no call that saw the store open is missed.
-        barriers = self.graph.run(lambda: [*self._shared.barriers])
-        for barrier in sorted(barriers, key=lambda barrier: barrier.name != "prefetch"):
-            left = 0.0 if barrier.name == "prefetch" else max(0.0, until - self.graph.clock())
-            barrier.wait(left)
-            self.graph.cancel(barrier)
+        ends = self.graph.run(lambda: [*self._shared.ends])
+        for end in sorted(ends, key=lambda end: end.name != "prefetch"):
+            end.wait(0.0 if end.name == "prefetch" else max(0.0, until - self.graph.clock()))
+            self.graph.cancel(end)
         if self._own_graph:
             self.graph.close(max(0.0, until - self.graph.clock()))
         begun = self.graph.run(lambda: [*self._shared.begun])
         for in_flight in begun:
-            for end in (*in_flight.ends.values(), *in_flight.last):
-                end.wait(max(0.0, until - self.graph.clock()))
+            for task in in_flight.every_task():
+                task.wait(max(0.0, until - self.graph.clock()))
         self.rows.end_left_loans()  # a traceback may retain the call that was interrupted
         while self.rows.loans() and self.graph.clock() < until:
             time.sleep(PAUSE)

@@ -643,7 +643,7 @@ class StoreModel(RuleBasedStateMachine):
         def work() -> None:
             keys = [key_of(i) for i in some]
             handle = self.store.save(self.view, some, keys, after=after, priority="urgent")
-            assert handle._barriers[-1].wait(LIMIT)
+            assert handle._ends[-1].wait(LIMIT)
             disk, _ = self.tiers()
             assert handle.landed.tolist() == [i in disk for i in some]
 

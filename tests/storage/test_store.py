@@ -524,7 +524,7 @@ def test_a_save_of_more_than_a_tier_holds_leaves_its_beginning(
         saved(store, source, range(5), keys[:5])
         saved(store, cache(), range(5), [key_of(i) for i in range(90, 95)])
     handle = store.save(source, range(20), keys)
-    assert handle._barriers[-1].wait(LIMIT)
+    assert handle._ends[-1].wait(LIMIT)
     assert handle.landed.tolist() == [i < 10 for i in range(20)]
     assert store.lookup(keys) == 10
     saved(store, source, [11], [key_of(99)])  # of another call: it takes the end's place
