@@ -348,9 +348,9 @@ class UnixListener:
         self._made += 1
         connection = _Connection(accepted, b"unix %d" % self._made)
         first = not self._connections
-        self._connections[connection] = self._tasks.start(self._serve(connection))
+        self._connections[connection] = self._tasks.start(self._serve(connection), locked=False)
         if first:
-            self._tasks.start(self._look())
+            self._tasks.start(self._look(), locked=False)
 
     async def _look(self) -> None:
         """End connections to processes that are stopped or dead, or shake no hands."""
@@ -393,7 +393,12 @@ class UnixListener:
         try:
             if await self._shake_hands(connection):
                 while data := await connection.receive():
-                    await self._answer(connection, data)
+                    back = self._server.reply(connection.name, fd, data)
+                    if len(back) > PACKET:
+                        await self.send_parts(connection, back)
+                    elif back:
+                        await connection.send(b"\0" + back)
+                    self._server.run_later_calls()
         except ConnectionError:  # the peer is gone
             return
         finally:
@@ -417,14 +422,13 @@ class UnixListener:
         await connection.send(_REFUSED + b"the secret differs, or the process is not a channel")
         return False
 
-    async def _answer(self, connection: _Connection, data: bytes) -> None:
-        """Answer a request."""
-        back = self._server.reply(connection.name, connection.socket.fileno(), data)
+    @staticmethod
+    async def send_parts(connection: _Connection, back: bytes) -> None:
+        """Send an answer of several packets."""
         view = memoryview(back)
         for start in range(0, len(back), PACKET):
             more = start + PACKET < len(back)
             await connection.send(bytes([more]) + view[start : start + PACKET])
-        self._server.run_later_calls()
 
 
 class _Connection:
@@ -1293,7 +1297,7 @@ class Server:
         if not address:
             self._unix = UnixListener(self._sockets.key, self, self._tasks)
             self.address = self._unix.address
-            self._repeat(self._unix.accept)
+            self._tasks.start(self._repeat(self._unix.accept), locked=False)
             return
         router = self._sockets.server(address)
         self._router = router
@@ -1305,21 +1309,29 @@ class Server:
         self.address = router.getsockopt_string(zmq.LAST_ENDPOINT).rstrip("\0")
         if re.match(r"tcp://(0\.0\.0\.0|\[::(ffff:0\.0\.0\.0)?\])", self.address):
             raise OSError("that is every interface")
-        self._repeat(partial(self._take, router, incoming(router)))
-        self._repeat(partial(self._follow, incoming(self._seen)))
-        self._repeat(partial(self._admit, zap, incoming(zap)))
+        self._tasks.start(self._serve(router, partial(self._take, router)), locked=False)
+        self._tasks.start(self._serve(self._seen, self._see), locked=False)
+        self._tasks.start(self._serve(zap, partial(self._admit, zap)), locked=False)
 
-    def _repeat(self, step: Callable[[], Awaitable[object]]) -> None:
-        """Call a function again and again. One peer's message must not stop the others'."""
+    @staticmethod
+    async def _repeat(step: Callable[[], Awaitable[object]]) -> None:
+        """Await a step again and again. One peer's message must not stop the others'."""
+        while True:
+            try:
+                await step()
+            except Exception as error:
+                _log_failure(error)
 
-        async def repeat() -> None:
-            while True:
-                try:
-                    await step()
-                except Exception:
-                    _log.exception("A channel failed at a message, and goes on.")
-
-        self._tasks.start(repeat())
+    @staticmethod
+    async def _serve(source: zmq.Socket[bytes], process: Callable[[], object]) -> None:
+        """Process each message of a socket of ZeroMQ, as `_repeat` does."""
+        message = incoming(source)
+        while True:
+            await message()
+            try:
+                process()
+            except Exception as error:
+                _log_failure(error)
 
     def statistics(self) -> dict[str, int]:
         """Return the connections now, and the bytes of cached answers."""
@@ -1334,21 +1346,15 @@ class Server:
         if self._unix is not None:
             self._unix.close()
 
-    async def _admit(self, zap: zmq.Socket[bytes], request: Callable[[], Wait]) -> None:
+    def _admit(self, zap: zmq.Socket[bytes]) -> None:
         """Accept a connection that has the secret's keys, and reject any other."""
-        await request()
         requests = zap.recv_multipart()
         key = z85.decode(self._sockets.keys[0])
         well = b"200" if requests[5:] == [b"CURVE", key] else b"400"
         zap.send_multipart([b"1.0", requests[1], well, b"", b"", b""])
 
-    async def _follow(self, event: Callable[[], Wait]) -> None:
-        """Process the events of TCP connections to this channel."""
-        await event()
-        self._see()
-
     def _see(self) -> None:
-        """Process all events that have come."""
+        """Process all events of TCP connections that have come."""
         while self._seen is not None and self._seen.poll(0):
             event, value = event_of(self._seen.recv_multipart())
             if event == "ACCEPTED":
@@ -1390,21 +1396,21 @@ class Server:
         self._peers[name] = Peer(id)
         return self._peers[name]
 
-    async def _take(self, router: zmq.Socket[bytes], request: Callable[[], Wait]) -> None:
+    def _take(self, router: zmq.Socket[bytes]) -> None:
         """Answer one request by TCP."""
-        await request()
         # Frame by frame: the calls for messages of several frames ask the socket about each.
-        frames = [router.recv(copy=False)]
-        while frames[-1].more:
-            frames.append(router.recv(copy=False))
-        name, *others, frame = frames
-        if others:  # no channel sends messages of several frames
+        name = router.recv()
+        frame = router.recv(copy=False)
+        if frame.more:  # no channel sends messages of several frames
+            while frame.more:
+                frame = router.recv(copy=False)
             self._counts["size"] += 1
             self._cut(frame.get(zmq.SRCFD))
             return
-        back = self.reply(name.bytes, frame.get(zmq.SRCFD), frame.bytes)
+        fd = -1 if name in self._peers else frame.get(zmq.SRCFD)
+        back = self.reply(name, fd, frame.bytes)
         if back:
-            router.send(name.bytes, zmq.SNDMORE)
+            router.send(name, zmq.SNDMORE)
             router.send(back)
         self.run_later_calls()
 
@@ -1421,8 +1427,7 @@ class Server:
     def run_later_calls(self) -> None:
         """Make the calls that wait for the answer to be sent."""
         while self.later:
-            with self._runtime.released():
-                self.later.popleft()()
+            self.later.popleft()()
 
     def _answer(self, peer: Peer | None, data: bytes) -> bytes:
         """Return what is sent back for a request, which is executed unless it is a repeat."""
@@ -1451,8 +1456,7 @@ class Server:
         """Execute a request, and return what is sent back."""
         self.answers_now = True
         try:
-            with self._runtime.released():
-                body = self.services.answer(peer, data)
+            body = self.services.answer(peer, data)
         except _Rejection as rejection:
             return self._refused(number, rejection.reason, str(rejection))
         finally:

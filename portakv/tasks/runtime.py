@@ -111,11 +111,15 @@ class Handle(Generic[T]):
 
     ``await`` it in a coroutine of the runtime or in any other loop, which it wakes. It has no lock,
     since the main thread uses it, where an interrupt may come between any two bytecodes.
+
+    Args:
+        locked: the coroutine has the runtime's lock during its steps.
     """
 
-    def __init__(self, runtime: Runtime, steps: Steps[T]) -> None:
+    def __init__(self, runtime: Runtime, steps: Steps[T], locked: bool = True) -> None:
         self._runtime = runtime
         self._steps = steps
+        self._locked = locked
         self._ended = False
         self._value: Any = None
         self._error: BaseException | None = None
@@ -143,14 +147,17 @@ class Handle(Generic[T]):
         """Run the coroutine until its next wait, which the loop makes."""
         runtime = self._runtime
         try:
-            with runtime.lock:
-                wait = step(*arguments)
-                self._wait = wait
-                if isinstance(wait, Wait) and wait.fd is None:
-                    wait.resume = partial(self._go_on, wait)
-                    if wait.here and not self._cancelled:
-                        return
-                    wait.resume = partial(runtime.call_soon, wait.resume)
+            if self._locked:
+                with runtime.lock:
+                    wait = step(*arguments)
+                    self._wait = wait
+                    if isinstance(wait, Wait) and wait.fd is None:
+                        wait.resume = partial(self._go_on, wait)
+                        if wait.here and not self._cancelled:
+                            return
+                        wait.resume = partial(runtime.call_soon, wait.resume)
+            else:
+                self._wait = wait = step(*arguments)
         except StopIteration as end:
             self.settle(end.value, None)
         except BaseException as error:  # whoever waits for the handle gets it
@@ -433,12 +440,16 @@ class Runtime:
             if abandoned():
                 step = partial(steps.throw, KeyboardInterrupt())
 
-    def start(self, steps: Steps[T]) -> Handle[T]:
+    def start(self, steps: Steps[T], locked: bool = True) -> Handle[T]:
         """Run a coroutine here until its first wait, then in the loop; return its end.
 
         The main thread, where an interrupt may cut a step in two, leaves all steps to the loop.
+
+        Args:
+            locked: False for a coroutine that changes no state which other threads change, and
+                that nothing wakes but descriptors and the time: it runs without the lock.
         """
-        handle = Handle(self, steps)
+        handle = Handle(self, steps, locked)
         if interruptible() and not self.runs_here:
             self.call_soon(handle.step, steps.send, None)
         else:
@@ -492,9 +503,9 @@ class TaskGroup:
     def __len__(self) -> int:
         return len(self._running)
 
-    def start(self, steps: Steps[None]) -> Handle[None]:
-        """Start a coroutine, which `close` cancels."""
-        handle = self._runtime.start(self._noted(steps))
+    def start(self, steps: Steps[None], locked: bool = True) -> Handle[None]:
+        """Start a coroutine, which `close` cancels; see `Runtime.start`."""
+        handle = self._runtime.start(self._noted(steps), locked)
         self._running.add(handle)
         handle.on_end(partial(self._running.discard, handle))
         if self.closed:  # by another thread meanwhile

@@ -226,15 +226,6 @@ def test_a_process_that_shows_no_secret_keeps_no_descriptor(
 CONNECTION: Any = vars(channel)["_Connection"]
 
 
-class Answering:
-    """What a listener calls; its answer has three packets."""
-
-    def reply(self, *_: object) -> bytes:
-        return bytes(2 * channel.PACKET + 1)
-
-    def run_later_calls(self) -> None: ...
-
-
 class FailsOnce:
     """A socket whose second packet finds no memory."""
 
@@ -262,13 +253,11 @@ def test_an_answer_without_one_of_its_packets_does_not_count() -> None:
     """The connection ends: the last packet would say that the answer is whole."""
     here, there = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     with here, there:
-        server: Any = Answering()
-        tasks: Any = None
-        listener = channel.UnixListener(b"", server, tasks)
+        unused: Any = None
+        listener = channel.UnixListener(b"", unused, unused)
         failing: Any = FailsOnce(here)
         connection = CONNECTION(failing, b"x")
-        connection.welcome = True
         with pytest.raises(ConnectionError):  # which ends the connection
-            runtime().run(listener._answer, connection, b"a request")
+            runtime().run(listener.send_parts, connection, bytes(2 * channel.PACKET + 1))
         assert len(failing.sent) == 1
         listener.close()
