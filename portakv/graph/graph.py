@@ -523,6 +523,7 @@ class Graph:
         end.state = state
         end.ended = True
         end.cut = True
+        end.stop = None  # it retains what a handle need not
         if isinstance(end, Task):
             self._forget(end)
         self._woken += end.waits
@@ -585,7 +586,7 @@ class Graph:
         atexit.unregister(self.close)  # the interpreter's end waits once, if work hangs
         self.closed.set()
         for task in tuple(self.live):
-            self.cancel(task)
+            self._cancel(task, "cancelled")
         self.settle()
         for queue in self.queues.values():
             queue.change.notify_all()

@@ -12,7 +12,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from copy import copy
@@ -430,60 +430,6 @@ def task_blocks(
 
 
 # ------------------------------------------------------------------------------------------------
-# The rows of saves that wait for a remote tier, and that other saves may need.
-
-
-class Uploads:
-    """The writes of saves to remote tiers, except of saves that wait for rows.
-
-    Callers hold the graph's lock.
-
-    Attributes:
-        rows: how many hold a block until it is written.
-    """
-
-    def __init__(self, graph: Graph, memory: Rows) -> None:
-        self.rows = 0
-        self._graph = graph
-        self._memory = memory
-        self._tasks = dict[Task, int]()  # with their rows, in order
-
-    def begin(self, task: Task, rows: int) -> None:
-        """Note a task that writes rows, until its end."""
-        self.rows += rows
-        self._tasks[task] = rows
-        task.on_end = partial(self._end, task)
-
-    def _end(self, task: Task) -> None:
-        self.rows -= self._tasks.pop(task)
-
-    def _waiting(self) -> list[Task]:
-        """Return the tasks that no worker has begun, and whose rows nothing else needs."""
-        queued = [task for task in self._tasks if task.state == "queued"]
-        uses = Counter(task.uses for task in queued)  # several if there are several remote tiers
-        return [x for x in queued if isinstance(x.uses, Held) and x.uses.users == uses[x.uses]]
-
-    def make_way(self, count: int) -> int:
-        """Drop uploads that wait for a slow tier if a save needs ``count`` rows, the latest first.
-
-        They keep half of the rows that saves may have. So a remote tier that is slower than saves
-        costs no block of a nearer tier. The order is that of all forms together, since an engine
-        may need a block of all its groups of layers.
-
-        Returns how many rows were given back.
-        """
-        half = (self._memory.most + self._memory.host) // 2
-        before = self.rows
-        if before <= half or not self._memory.lacks(count):
-            return 0
-        for task in sorted(self._waiting(), key=lambda task: task.schedule.number, reverse=True):
-            if self.rows <= half or not self._memory.lacks(count):
-                break
-            self._graph.cancel(task, "dropped")
-        return before - self.rows
-
-
-# ------------------------------------------------------------------------------------------------
 # Blocks of a save that do not fit into packed slots: they are stored raw, in the raw form of the
 # same store, under the same key.
 
@@ -792,7 +738,7 @@ class SharedState:
     ``begun``: reads and saves that have not ended. ``in_transit``: the last of them by part and
     key, with the row of the block. ``ends``: of all calls. ``hits``: the keys of
     loads that callers' threads made, whose use is not recorded yet, with their forms.
-    ``announced``: what the store announces. ``uploads``: rows that wait for remote tiers.
+    ``announced``: what the store announces.
     ``generation``: of the newest block of a save.
     """
 
@@ -806,7 +752,6 @@ class SharedState:
         self.begun = set[InFlight]()
         self.hits = deque[tuple[FormBlocks, list[bytes]]]()
         self.announced = Announced(graph)
-        self.uploads = Uploads(graph, rows)
         self.log = RateLimitedLog(logging.getLogger(__name__))
         self.generation = 0
         self.forms = dict[str, FormBlocks]()  # by their names, once tiers are open
@@ -819,6 +764,28 @@ class SharedState:
             self.rows.use([form.own.name(key) for key in keys])
             form.touch(keys)
         self.rows.forget_loans()
+
+    def drop_uploads(self, count: int) -> int:
+        """Drop uploads that wait for a slow tier if a save needs ``count`` rows, the latest first;
+        return how many blocks these had.
+
+        Not those of saves that wait for rows. They keep half of the rows that saves may have. So a
+        remote tier that is slower than saves costs no block of a nearer tier. The order is that of
+        all forms together, since an engine may need a block of all its groups of layers.
+        """
+        memory = self.rows
+        if not memory.lacks(count):
+            return 0
+        uploads = [(task, x) for x in self.begun for task in x.uploads if not task.ended]
+        left = sum(x.count for _, x in uploads) - (memory.most + memory.host) // 2
+        waiting = [(task.schedule.number, task, x) for task, x in uploads if x.waits_for_uploads]
+        dropped = 0
+        for _, task, in_flight in sorted(waiting, reverse=True):
+            if dropped >= left or not memory.lacks(count):
+                break
+            self.graph.cancel(task, "dropped")
+            dropped += in_flight.count
+        return dropped
 
 
 class FormBlocks:
@@ -1322,8 +1289,9 @@ class InFlight(Taker):
     Later calls use the rows as well, unless their name has a suffix ``apart``. ``calls`` are all
     calls with their blocks, the maker and its blocks ``at`` first. ``tasks`` are those of each
     segment, one after the other, and ``writes`` those of a save that write tiers. A save that
-    ``drops`` waits for no rows. If it writes a tier, it has a generation, and checksums by row.
-    ``copied`` waits for its copy, if that was issued.
+    ``drops`` waits for no rows, and ``uploads`` are its writes to remote tiers. If a save writes a
+    tier, it has a generation, and checksums by row. ``copied`` waits for its copy, if that was
+    issued.
     """
 
     def __init__(
@@ -1348,6 +1316,7 @@ class InFlight(Taker):
         self.ends = dict[int | None, End]()
         self.tasks = dict[int | None, list[Task]]()
         self.writes = list[Task]()
+        self.uploads = list[Task]()
         self.generation = 0
         self.sums = dict[int, Sequence[int]]()
         self.copied: Callable[[], object] | None = None
@@ -1387,6 +1356,11 @@ class InFlight(Taker):
     def wanted(self) -> bool:
         """Return True if a call that is neither cancelled nor late waits for the rows."""
         return any(not call.end.cut for call, _ in self.calls)
+
+    @property
+    def waits_for_uploads(self) -> bool:
+        """Return True if nothing needs the rows but uploads that no worker has begun."""
+        return self.users == sum(task.state == "queued" for task in self.uploads)
 
     def join(self, call: Call, blocks: list[int]) -> None:
         """Let another call wait for the rows, or for what is stored from them."""

@@ -8,7 +8,6 @@ that end, whatever happens to the call or to the store.
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Sequence
 from functools import partial
 from itertools import count
@@ -214,8 +213,6 @@ class LentQueue(Workers):
         self.tier = LENT
         self.width = 1
         self.queued_bytes = 0
-        self._ready = deque[Task]()
-        self._beginning = False
         # The copies that have not ended, with their places in the trace and their starts.
         self._begun = dict[Task, tuple[int, float]]()
 
@@ -225,22 +222,8 @@ class LentQueue(Workers):
         return False
 
     def push(self, task: Task, /) -> None:
-        """Begin the copy of a task, under the graph's lock.
-
-        A copier may end a copy while it begins it, which may make other tasks ready. They begin
-        one after the other, however many there are.
-        """
+        """Begin the copy of a task, under the graph's lock. A copier may end it meanwhile."""
         task.state = "running"
-        self._ready.append(task)
-        if self._beginning:
-            return
-        self._beginning = True
-        while self._ready:
-            self._begin(self._ready.popleft())
-        self._beginning = False
-
-    def _begin(self, task: Task) -> None:
-        """Begin the copy of a task."""
         places = {place for place, _ in self._begun.values()}
         place = next(number for number in count(1) if number not in places)
         self._begun[task] = place, self.graph.clock()

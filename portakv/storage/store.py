@@ -629,7 +629,7 @@ class FormStore:
             write = partial(in_flight.write, tier_store, queue)
             task = call.task(at, write, queue, in_flight)
             if tier_store.tier == "remote" and in_flight.drops:
-                self._shared.uploads.begin(task, len(at))
+                in_flight.uploads.append(task)
             writes.append((task, written.get(tier_store) if tier_store in gaps else None))
             written[tier_store] = task
             in_flight.writes.append(task)
@@ -643,7 +643,7 @@ class FormStore:
         if not any(x.writable and x.tier != "remote" for x in tier_stores):
             return
         count = sum(in_flight.count for in_flight in started)
-        dropped = self._shared.uploads.make_way(count)
+        dropped = self._shared.drop_uploads(count)
         if dropped:
             text = (
                 "A remote tier is slower than saves: %d blocks are not put there. Raise its "

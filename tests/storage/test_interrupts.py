@@ -343,6 +343,7 @@ NOT_CALLED = {
     "Graph.end": "runs in a helper or a worker",
     "Graph.end_at": "runs in a helper or a worker",
     "Graph.enter": "runs in a helper",
+    "Graph.finish": "runs in a helper or a worker",
     "Graph.hasten": "runs in a helper",
     "Graph.move": "runs in a helper or a worker",
     "Graph.start": "runs in a helper",
