@@ -11,11 +11,11 @@ import atexit
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from heapq import heapify, heappop, heappush
 from traceback import clear_frames
-from typing import Literal, TypeAlias, TypeVar, cast, get_args
+from typing import Literal, TypeAlias, TypeVar, get_args
 
 import numpy as np
 
@@ -37,10 +37,10 @@ Priority: TypeAlias = Literal["urgent", "normal", "background"]
 Unrun: TypeAlias = Literal["cancelled", "late", "dropped"]
 #: Seconds after its submission at which a task of each priority is due.
 SLACK = {"urgent": 0.0, "normal": 0.05, "background": 2.0}
-#: Seconds between two steps of `Graph.run_steps`, in which a thread wakes that sleeps on the lock.
+#: Seconds of `Graph.breathe`, in which a thread wakes that sleeps on the lock.
 YIELD = 2e-4
-#: Seconds of `Graph.run_steps` after which other threads get the lock: its steps run together
-#: until then, since a thread that sleeps may wait 5 ms for the interpreter.
+#: Seconds for which a plan may hold the lock. Its steps run together until then, since a thread
+#: that sleeps may wait 5 ms for the interpreter.
 HOLD = 1e-3
 #: Figures of queues, and their attributes.
 QUEUE_FIGURES = {
@@ -182,12 +182,13 @@ class Queue(Workers):
 class Graph:
     """Queues and tasks under one ``lock``, which a caller may hold for a moment.
 
-    ``clock`` never goes back. After an interrupt of a caller, all tasks are as before the
-    call or as after the whole call: the main thread changes them in a helper (`run`). So methods
-    that change them come in pairs, such as `cancel` and `_cancel`: the public half checks its
-    arguments, and the private half does the work under the lock.
+    ``clock`` never goes back. After an interrupt of a caller, all tasks are as before the call or
+    as after the whole call: the main thread changes them in a helper (`run`). So methods that
+    change them come in pairs, such as `cancel` and `_cancel`: the public half checks its arguments,
+    and the private half does the work under the lock.
 
-    Coroutines run tasks one after the other: ``landed = await graph.move(task, mask, before)``.
+    Coroutines of its `runtime` run tasks one after the other, by
+    ``landed = await graph.move(task, mask, before)``.
     """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic, trace_events: int = 100_000):
@@ -197,8 +198,8 @@ class Graph:
         self.clock = clock
         self.trace = Trace(trace_events)
         self.process = this_process()
-        self._runtime = Runtime()  # of its coroutines, whose waits need no loop
-        self.lock = self._runtime.lock
+        self.runtime = Runtime()  # of its coroutines, whose waits need no loop
+        self.lock = self.runtime.lock
         self.closed = threading.Event()
         self.number = 0
         self.queues = dict[str, Queue]()
@@ -308,43 +309,11 @@ class Graph:
             return locked()
         return uninterrupted(locked, undo)
 
-    def run_steps(
-        self, steps: Generator[None, None, T], undo: Callable[[T], object] | None = None
-    ) -> T:
-        """Return what ``steps`` returns, as `run` does, with each step under the lock.
-
-        Where it yields, other threads may take the lock if it was held for `HOLD` seconds, so that
-        long work delays no urgent task.
-        """
-
-        def step() -> tuple[bool, T | None]:
-            try:
-                next(steps)
-            except StopIteration as end:
-                return True, end.value
-            return False, None
-
-        def all_steps() -> T:
-            while True:
-                with self.lock:
-                    until = time.perf_counter() + HOLD
-                    ended, result = step()
-                    while not ended and time.perf_counter() < until:
-                        ended, result = step()
-                    self.settle()
-                if ended:
-                    return cast(T, result)
-                time.sleep(YIELD)  # a thread that waits for the lock gets it only meanwhile
-
-        if self.lock._is_owned():  # as in `run`
-            return all_steps()
-        return uninterrupted(all_steps, undo)
-
     # --- coroutines, and the tasks that they run; all under the lock
 
     def start(self, steps: Steps[None]) -> None:
         """Run a coroutine until it first waits for an `End`. Whoever ends that goes on with it."""
-        Handle(self._runtime, steps).step(steps.send, None)
+        Handle(self.runtime, steps).step(steps.send, None)
 
     def enter(self, tasks: Iterable[Task], priority: Priority, by: float = np.inf) -> None:
         """Register new tasks, which `move` begins later. Drop those of the background whose queue
@@ -413,6 +382,16 @@ class Graph:
             tasks = [part.end for part in parts if isinstance(part.end, Task)]
             end.short = next((task.queue.name for task in tasks if task.is_short), "")
         self.end(end, landed)
+
+    async def breathe(self, since: float) -> float:
+        """Let others take the lock if it was held for `HOLD` seconds since a time of
+        `perf_counter`, so that long work delays no urgent task; return the time since which it is
+        held."""
+        if time.perf_counter() < since + HOLD:
+            return since
+        self.settle()
+        await Wait(until=self.runtime.time() + YIELD)
+        return time.perf_counter()
 
     def hasten(self, task: Task, due: float) -> None:
         """Let a task be due at a time, if that is sooner: somebody waits for it."""

@@ -1016,6 +1016,7 @@ class Call:
         self.flights = dict[InFlight, None]()
         self.gathers = list[Task]()
         self.in_transit = 1
+        self.since = time.perf_counter()  # when its plan last took the graph's lock
         self.explanation = Explanation(request.keys)
         self._planned = list[Planned]()
 

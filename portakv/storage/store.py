@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import cache, partial, reduce
 from inspect import signature
@@ -20,7 +20,7 @@ from portakv.copy.options import USUAL, CopyOptions, options_from
 from portakv.errors import InvalidTerms, StoreError, TransferTimeout, Unsupported
 from portakv.graph import SLACK, End, Ending, Graph, Handle, Mask, Missing, Priority, Task, watch
 from portakv.graph.graph import Queue
-from portakv.runtime.interrupts import abandoned, uninterrupted
+from portakv.runtime.interrupts import uninterrupted
 from portakv.runtime.transfer import Completion
 from portakv.storage.calls import (
     APART,
@@ -52,6 +52,7 @@ from portakv.storage.keys import check_key, check_keys, predecessors
 from portakv.storage.lent import Borrowed, Copier, Lending, LentQueue
 from portakv.storage.memory import Crossing, Loan, Rows, rows_for
 from portakv.storage.tiers.base import After, Keys, Tier, TierStore, tier_figures, tiers_of
+from portakv.tasks.runtime import Steps
 from portakv.view import IdList, KVView
 
 # ------------------------------------------------------------------------------------------------
@@ -143,8 +144,6 @@ Full: TypeAlias = Literal["drop", "wait"]
 # Their values, which take longer to list than a call has.
 FULL = get_args(Full)
 MISSING = get_args(Missing)
-#: The steps of a plan, which returns a handle.
-Steps: TypeAlias = Generator[None, None, Handle]
 
 
 def _check_copier(copier: object) -> None:
@@ -553,31 +552,31 @@ class FormStore:
         """Return True if blocks of a save are dropped that find no staging."""
         return (full or self._full) == "drop"
 
-    def _save(self, call: Call, source: Source, drops: bool) -> Steps:
-        """Plan a save in steps, under the graph's lock."""
+    async def _save(self, call: Call, source: Source, drops: bool) -> Handle:
+        """Plan a save, under the graph's lock."""
         keys = call.request.keys
-        yield from self._touch(call)
+        await self._touch(call)
         groups = dict[tuple[TierStore, ...], list[int]]()
         for number, part in enumerate(call.slices(range(len(keys)))):
             if number:
-                yield
+                await self._breathe(call)
             self._lacking(call, part, groups)
         for tier_stores, some in groups.items():
             for alike in _by_gaps(call, tier_stores, some):
-                yield from self._save_in(call, source, drops, tier_stores, alike)
+                await self._save_in(call, source, drops, tier_stores, alike)
         handle = call.handle(source.view, eligible=partial(call.form.stored, keys))
         handle.add_copies(source.ends)
         return handle
 
-    def _save_in(
+    async def _save_in(
         self,
         call: Call,
         source: Source,
         drops: bool,
         tier_stores: tuple[TierStore, ...],
         some: list[int],
-    ) -> Generator[None, None, None]:
-        """Plan in steps the save of blocks that some tiers lack."""
+    ) -> None:
+        """Plan the save of blocks that some tiers lack."""
         form = call.form
         queues = [tier_store.queue_for_write(0) for tier_store in tier_stores]
         # Without a write, a small task has no work that workers could share.
@@ -595,7 +594,7 @@ class FormStore:
         together = max(1, SLICE // len(chunks[0]))
         for first in range(0, len(chunks), together):
             if first:
-                yield
+                await self._breathe(call)
             group = [self._left(call, at, tier_stores) for at in chunks[first : first + together]]
             started = [InFlight(call, form.own, at, drops) for at in group if at]
             if drops:
@@ -764,7 +763,7 @@ class FormStore:
                 raise
         return handle
 
-    def _load(
+    async def _load(
         self,
         call: Call,
         crossing: Crossing,
@@ -772,30 +771,30 @@ class FormStore:
         by_layer: bool,
         missing: Missing,
         loan: Loan | None,
-    ) -> Steps:
-        """Plan the part of a load that workers move in steps, under the graph's lock."""
+    ) -> Handle:
+        """Plan the part of a load that workers move, under the graph's lock."""
         hits = () if loan is None else loan.rows
         blocks = [i for i, _ in enumerate(call.request.keys) if not hits or hits[i] is None]
         stages_of = cache(lambda part: part.stages(view, by_layer))
         for number, some in enumerate(call.slices(blocks, whole=by_layer)):
             if number:
-                yield
+                await self._breathe(call)
             for (part, location), at in call.groups(some).items():
                 stages = stages_of(part)
                 segments = [stage.segment for stage in stages]
                 for arrival in call.bring(part, location, at, segments):
                     call.copy(arrival, stages, crossing, self._up)
             call.submit()
-        yield from self._touch(call)
+        await self._touch(call)
         return call.handle(view, view.layers * by_layer, missing, follow=loan is None)
 
-    def _touch(self, call: Call) -> Generator[None, None, None]:
-        """Record in steps the use of the blocks of a call, and what those of a save follow."""
+    async def _touch(self, call: Call) -> None:
+        """Record the use of the blocks of a call, and what those of a save follow."""
         keys = call.request.keys
         follows = call.request.follows
         for number, some in enumerate(reversed(call.slices(range(len(keys))))):
             if number:
-                yield
+                await self._breathe(call)
             call.form.touch([keys[i] for i in some], [follows[i] for i in some if follows])
 
     def load_lent(
@@ -829,12 +828,14 @@ class FormStore:
         lending = Lending(copier, self._lent, self._down)
         return self._planned(call, partial(self._load_lent, call, lending, missing, packs))
 
-    def _load_lent(self, call: Call, lending: Lending, missing: Missing, packs: bool) -> Steps:
-        """Plan a load whose copies are lent in steps, under the graph's lock."""
+    async def _load_lent(
+        self, call: Call, lending: Lending, missing: Missing, packs: bool
+    ) -> Handle:
+        """Plan a load whose copies are lent, under the graph's lock."""
         for number, some in enumerate(call.slices(range(len(call.request.keys)))):
             if number:
                 call.submit()
-                yield
+                await self._breathe(call)
             groups = call.groups(some)
             # Others would copy packed rows as they are, so these blocks count as missing.
             packed = set[int]()
@@ -845,7 +846,7 @@ class FormStore:
                 left = [i for i in at if i not in packed] if packed else at
                 for arrival in call.bring(part, location, left, [None]) if left else ():
                     lending.cross(call, part, arrival)
-        yield from self._touch(call)
+        await self._touch(call)
         return call.handle(None, missing=missing)
 
     def borrow(self, keys: Keys, packs: bool = False) -> Borrowed | None:
@@ -928,13 +929,13 @@ class FormStore:
         call = Call(form, Request("prefetch", keys, priority))
         return self._planned(call, partial(self._prefetch, call))
 
-    def _prefetch(self, call: Call) -> Steps:
-        """Plan a prefetch in steps, under the graph's lock."""
+    async def _prefetch(self, call: Call) -> Handle:
+        """Plan a prefetch, under the graph's lock."""
         most = max(1, self.rows.holds(call.form.own.form.image_bytes) // 2)
         call.located[most:] = False
         for number, blocks in enumerate(call.slices(range(len(call.request.keys))[:most])):
             if number:
-                yield
+                await self._breathe(call)
             for (part, location), some in call.groups(blocks).items():
                 if location == CACHED:
                     continue
@@ -943,30 +944,27 @@ class FormStore:
             call.submit()
         return call.handle(None, missing="skip")
 
-    def _planned(self, call: Call, plan: Callable[[], Steps]) -> Handle:
-        """Return the handle that ``plan()`` returns, whose steps run while the graph is locked and
-        the store open. Cancel the call if the caller is interrupted meanwhile."""
+    def _planned(self, call: Call, plan: Callable[[], Steps[Handle]]) -> Handle:
+        """Return the handle of a call, whose plan runs while the graph is locked and the store
+        open. Cancel the call if the caller is interrupted meanwhile."""
+        return self.graph.runtime.run(self._run, call, plan, undo=Handle.cancel)
 
-        def planned() -> Steps:
-            try:
-                self._refuse_closed(call.request.kind)
-                self._shared.record_hits()
-                steps = plan()
-                while True:
-                    try:
-                        next(steps)
-                    except StopIteration as end:
-                        handle: Handle = end.value
-                        return handle
-                    yield
-                    if abandoned():
-                        raise KeyboardInterrupt  # the caller has raised it, and has no handle
-                    self._refuse_closed(call.request.kind)
-            except BaseException:  # also an interrupt: no caller has a handle
-                call.drop()
-                raise
+    async def _run(self, call: Call, plan: Callable[[], Steps[Handle]]) -> Handle:
+        """Run the plan of a call."""
+        try:
+            self._refuse_closed(call.request.kind)
+            self._shared.record_hits()
+            return await plan()
+        except BaseException:  # also an interrupt: no caller has a handle
+            call.drop()
+            raise
+        finally:
+            self.graph.settle()
 
-        return self.graph.run_steps(planned(), undo=Handle.cancel)
+    async def _breathe(self, call: Call) -> None:
+        """Let others take the graph's lock if the plan of a call has had it for a while."""
+        call.since = await self.graph.breathe(call.since)
+        self._refuse_closed(call.request.kind)
 
     def _hanging(self, all_tasks: bool) -> int:
         """Return the number of transfers of the store that have not ended, under the graph's lock.
