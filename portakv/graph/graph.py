@@ -79,6 +79,7 @@ class Queue(Workers):
         self._limit = None if max_gbps is None else RateLimit(max_gbps, graph.clock)
         self._next_start = 0.0  # of a task, by the limit
         self.threads = list[threading.Thread]()  # of the workers
+        self._idle = 0  # workers that sleep, also those that were just woken
         # True while a worker that ended a task takes the next: to wake another costs more than a
         # task.
         self.taker = False
@@ -109,8 +110,9 @@ class Queue(Workers):
         heappush(self.heaps[kind], (schedule.due, schedule.number, task))
         if not self.taker:
             self.change.notify()
+        free = self._idle + self.taker
         self.taker = False
-        if len(self.threads) < self.width:
+        if len(self.threads) < self.width and sum(map(len, self.heaps)) > free:
             try:
                 self._begin_worker()
             except RuntimeError as error:  # the system gives no more threads
@@ -139,7 +141,9 @@ class Queue(Workers):
                 heaps = [heap for heap in self.heaps[:kinds] if heap]
                 start = self._next_start
                 if start > now or not heaps:
+                    self._idle += 1
                     self.change.wait(start - now if start > now else None)
+                    self._idle -= 1
                 elif (task := heappop(min(heaps))[2]).state == "queued":  # it was not cancelled
                     task.state = "running"
                     self.running[task] = now

@@ -84,7 +84,8 @@ class Held:
         self.queue.change = self.change = Counted(graph.lock)
         self.going = set[str]()
         self.end = dict[str, threading.Event]()
-        graph.submit([Task(nothing, 1, queue=self.queue) for _ in range(WIDTH)])
+        begun = threading.Barrier(WIDTH)
+        graph.submit([Task(lambda *_: begun.wait(WAIT), 1, queue=self.queue) for _ in range(WIDTH)])
         assert until(lambda: not graph.live, WAIT)
         assert len(self.queue.threads) == WIDTH
 

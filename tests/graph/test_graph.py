@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 from support.graph_ends import end_of, run_in_turn
+from support.waits import until
 
 from portakv.errors import InvalidTerms, TransferError
 from portakv.graph import End, Graph, Task
@@ -133,6 +134,21 @@ def test_a_system_without_threads_fails_what_it_cannot_begin(
     again = Task(nothing, 1, queue=plain.queue)
     graph.submit([again])
     assert again.wait(WAIT)
+
+
+def test_a_queue_has_as_many_threads_as_tasks_ran_together(graph: Graph) -> None:
+    queue = graph.queue("wide", 3)
+    for _ in range(5):
+        task = Task(nothing, 1, queue=queue)
+        graph.submit([task])
+        assert task.wait(WAIT)
+        assert until(lambda: queue._idle == 1, WAIT)
+    assert len(queue.threads) == 1
+    begun = threading.Barrier(3)
+    tasks = [Task(lambda *_: begun.wait(WAIT) and None, 1, queue=queue) for _ in range(3)]
+    graph.submit(tasks)
+    assert all(task.wait(WAIT) for task in tasks)
+    assert len(queue.threads) == 3
 
 
 # --- order ----------------------------------------------------------------------------------------
