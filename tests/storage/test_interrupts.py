@@ -340,6 +340,7 @@ def ending(folder: Path) -> Steps:
 
 #: Public names that no scenario calls in the caller's thread, and why.
 NOT_CALLED = {
+    "Graph.breathe": "runs in a helper",
     "Graph.end": "runs in a helper or a worker",
     "Graph.end_at": "runs in a helper or a worker",
     "Graph.enter": "runs in a helper",
