@@ -100,9 +100,10 @@ _log = logging.getLogger(__name__)
 class Peer:
     """A connection to a peer. ``id`` is random: the id of the peer's `Channel`."""
 
-    def __init__(self, id: bytes = b"") -> None:
+    def __init__(self, id: bytes = b"", used: Runtime | None = None) -> None:
         self.id = id
         self.gone = False
+        self._runtime = used or runtime()
         self._calls = dict[object, Callable[[], object]]()
         self.link = b""  # the number by which the requester knows the connection
 
@@ -121,7 +122,7 @@ class Peer:
     def end(self) -> None:
         """Mark the connection as ended, and make the calls of `on_gone`."""
         self.gone = True
-        with runtime().released():
+        with self._runtime.released():
             for key in list(self._calls):
                 if call := self._calls.pop(key, None):  # else another thread has made the call
                     try:
@@ -340,7 +341,7 @@ class UnixListener:
             if error.errno == errno.EMFILE and resources.raise_limit():
                 return
             if not self._refuse(error):
-                await Wait(until=runtime().time() + AGAIN)
+                await Wait(until=self._tasks.runtime.time() + AGAIN)
             self._find_spare()
             return
         accepted.setblocking(False)
@@ -355,7 +356,7 @@ class UnixListener:
     async def _look(self) -> None:
         """End connections to processes that are stopped or dead, or shake no hands."""
         while self._connections:
-            await Wait(until=runtime().time() + _beat())
+            await Wait(until=self._tasks.runtime.time() + _beat())
             for connection, serving in [*self._connections.items()]:
                 if serving.done():
                     del self._connections[connection]
@@ -403,7 +404,7 @@ class UnixListener:
             return
         finally:
             self._server.end(fd)
-            runtime().started().descriptors.forget(fd)
+            self._tasks.runtime.started().descriptors.forget(fd)
             _shut(connection.socket)
             self._find_spare()
 
@@ -439,7 +440,7 @@ class _Connection:
         self.name = name
         self.nonce = token_bytes(_NONCE)
         self.welcome = False  # the peer has shown its secret
-        self._until = runtime().time() + HANDSHAKE / 1e3  # of the time for that
+        self._until = monotonic() + HANDSHAKE / 1e3  # of the time for that
         self._process = _Process(accepted)
 
     async def receive(self) -> bytes:
@@ -468,7 +469,7 @@ class _Connection:
 
     def is_over(self) -> bool:
         """Return True if the other process is stopped or dead, or has shaken no hands in time."""
-        late = not self.welcome and runtime().time() > self._until
+        late = not self.welcome and monotonic() > self._until
         return late or self._process.is_gone()
 
 
@@ -496,7 +497,7 @@ class _Link:
         self.number = number
         self.requests = 0
         self.queue = Limit(runtime)
-        self.life = Peer()
+        self.life = Peer(used=runtime)
         self.up = False
         self.why = ""
         self.closed = False
@@ -525,7 +526,7 @@ class _Link:
         if self.up:
             self.up = False
             ended = self.life
-            self.life = Peer()
+            self.life = Peer(used=self._runtime)
             self.note_change()
             self._counts["lost"] += 1
             ended.end()
@@ -1393,7 +1394,7 @@ class Server:
         if before := self._peers.pop(self._fds[fd], None):
             before.end()
         self._fds[fd] = name
-        self._peers[name] = Peer(id)
+        self._peers[name] = Peer(id, self._runtime)
         return self._peers[name]
 
     def _take(self, router: zmq.Socket[bytes]) -> None:
@@ -1625,8 +1626,20 @@ class Channel:
 
         If the caller is interrupted, the connection stays usable, and the answer is dropped.
         """
+        answer: T = self._runtime.run(self.answer, address, message, kind, timeout, stop)
+        return answer
+
+    async def answer(
+        self,
+        address: str,
+        message: Message,
+        kind: type[T],
+        timeout: float | None = None,
+        stop: Callable[[], bool] = bool,
+    ) -> T:
+        """Return what `ask` returns, in a coroutine of the runtime."""
         until = self._until(timeout)
-        answer: T = self._runtime.run(self._client.ask, address, message, kind, until, stop)
+        answer: T = await self._client.ask(address, message, kind, until, stop)
         return answer
 
     def begin_to_ask(
@@ -1648,7 +1661,13 @@ class Channel:
         All addresses get their first request together. An address with several requests gets the
         next one after it has answered.
         """
-        return self._runtime.run(self._client.ask_all, requests, kind, self._until(timeout))
+        return self._runtime.run(self.answers, requests, kind, timeout)
+
+    async def answers(
+        self, requests: Sequence[tuple[str, Message]], kind: type[T], timeout: float | None = None
+    ) -> list[T | PortaKVError]:
+        """Return what `ask_all` returns, in a coroutine of the runtime."""
+        return await self._client.ask_all(requests, kind, self._until(timeout))
 
     def tell(
         self,
@@ -1659,8 +1678,17 @@ class Channel:
     ) -> None:
         """Send a message without an answer, unless ``stop()`` returns True before it is sent; raise
         as `ask`."""
-        until = self._until(timeout)
-        self._runtime.run(self._client.send, address, message, until, stop, False)
+        self._runtime.run(self.send, address, message, timeout, stop)
+
+    async def send(
+        self,
+        address: str,
+        message: Message,
+        timeout: float | None = None,
+        stop: Callable[[], bool] = bool,
+    ) -> None:
+        """Send a message as `tell` does, in a coroutine of the runtime."""
+        await self._client.send(address, message, self._until(timeout), stop, answer=False)
 
     def watch(self, address: str, gone: Callable[[], object]) -> Callable[[], object]:
         """Call ``gone`` when the connection to ``address`` ends; see `Peer.on_gone`."""

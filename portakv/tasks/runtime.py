@@ -25,7 +25,8 @@ from typing import Any, Generic, TypeVar
 
 from portakv.errors import PortaKVError, TransferError, TransferTimeout
 from portakv.runtime import resources
-from portakv.runtime.interrupts import abandoned, interruptible, uninterrupted
+from portakv.runtime.devices import this_process
+from portakv.runtime.interrupts import abandoned, hand_over, interruptible, uninterrupted
 
 T = TypeVar("T")
 #: A coroutine that returns T.
@@ -37,6 +38,8 @@ WRITE = select.POLLOUT
 HANGUP = 0
 #: Seconds after which a thread notices an interrupt that came just before it began to wait.
 LOOK = 0.2
+#: The most calls that `Runtime.blocking` makes at a time.
+BLOCKING = 4
 
 
 class Wait:
@@ -114,12 +117,18 @@ class Handle(Generic[T]):
 
     Args:
         locked: the coroutine has the runtime's lock during its steps.
+        here: `begin` makes the first step in the caller's thread, even if that is the main thread,
+            and without the lock. An interrupt ends such a step as any other exception does.
     """
 
-    def __init__(self, runtime: Runtime, steps: Steps[T], locked: bool = True) -> None:
+    def __init__(
+        self, runtime: Runtime, steps: Steps[T], locked: bool = True, here: bool = False
+    ) -> None:
         self._runtime = runtime
         self._steps = steps
-        self._locked = locked
+        self._locked = locked and not here  # during the present step
+        self._locked_later = locked
+        self._here = here
         self._ended = False
         self._value: Any = None
         self._error: BaseException | None = None
@@ -127,9 +136,39 @@ class Handle(Generic[T]):
         self._wait: Any = None  # the present wait
         self._cancelled = False
 
+    def begin(self) -> None:
+        """Make the first step here, or in the loop for the main thread."""
+        if self._here or not interruptible() or self._runtime.runs_here:
+            self.step(self._steps.send, None)
+        else:
+            self._runtime.call_soon(self.step, self._steps.send, None)
+
+    def discard(self) -> None:
+        """End a coroutine that has not begun, and never will, as cancelled."""
+        self._steps.close()
+        self.settle(None, asyncio.CancelledError())
+
+    def abandon(self) -> None:
+        """Cancel a coroutine whose `begin` was interrupted, wherever that was."""
+        self._runtime.call_soon(self._abandon)
+
+    def _abandon(self) -> None:
+        if self._ended:
+            return
+        self._cancelled = True
+        if self._wait is not None:
+            self._cancel()
+        else:  # the interrupt came before the wait was noted
+            self.step(self._steps.throw, asyncio.CancelledError())
+
     def done(self) -> bool:
         """Return True once the coroutine has ended."""
         return self._ended
+
+    @property
+    def error(self) -> BaseException | None:
+        """Return the error by which the coroutine has ended; None if it has not, or ended well."""
+        return self._error
 
     def cancel(self) -> bool:
         """Have the coroutine's wait raise `CancelledError`; return False if it has ended."""
@@ -157,7 +196,9 @@ class Handle(Generic[T]):
                             return
                         wait.resume = partial(runtime.call_soon, wait.resume)
             else:
-                self._wait = wait = step(*arguments)
+                wait = step(*arguments)
+                self._locked = self._locked_later
+                self._wait = wait
         except StopIteration as end:
             self.settle(end.value, None)
         except BaseException as error:  # whoever waits for the handle gets it
@@ -241,15 +282,20 @@ class Handle(Generic[T]):
 
         Raises `TransferTimeout` after ``timeout`` seconds. The coroutine goes on.
         """
-        if not self._ended:
-            self._block(timeout)
+        if not self.wait(timeout):
+            raise TransferTimeout(f"The work did not end within {timeout} s, and goes on.")
         if self._error is None:
             value: T = self._value
             return value
         raise self._error
 
-    def _block(self, timeout: float | None) -> None:
-        """Wait for the end in a thread. Looks now and then, since a wake may come too early."""
+    def wait(self, timeout: float | None = None) -> bool:
+        """Block until the coroutine has ended, at most ``timeout`` seconds; return True if it has.
+
+        Looks now and then, since a wake may come too early.
+        """
+        if self._ended:
+            return True
         end = threading.Lock()
         end.acquire()
         self.on_end(end.release)
@@ -257,8 +303,9 @@ class Handle(Generic[T]):
         while not self._ended:
             left = LOOK if until is None else until - self._runtime.time()
             if left <= 0:
-                raise TransferTimeout(f"The work did not end within {timeout} s, and goes on.")
+                return False
             end.acquire(timeout=min(left, LOOK))
+        return True
 
     def __await__(self) -> Generator[Any, Any, T]:
         if not self._ended and self._runtime.lock._is_owned():  # in a step
@@ -380,14 +427,20 @@ class Runtime:
 
     Attributes:
         lock: held during each step of a coroutine. A thread that has it may take it again.
-        forked: True in a process that was forked from the one that made the runtime.
     """
 
     def __init__(self, loop: Loop | None = None) -> None:
         self.lock: Any = threading.RLock()
-        self.forked = False
+        self._process = this_process()
         self._loop = loop
         self._starting = threading.Lock()
+        self._calls = deque[Callable[[], None]]()  # of `blocking`, which have not begun
+        self._callers = 0  # threads that make them
+
+    @property
+    def forked(self) -> bool:
+        """Return True in a process that was forked from the one that made the runtime."""
+        return self._process.forked
 
     def released(self) -> Released:
         """Return a context for code of others and for copies, which need no lock of a runtime."""
@@ -457,11 +510,57 @@ class Runtime:
                 that nothing wakes but descriptors and the time: it runs without the lock.
         """
         handle = Handle(self, steps, locked)
-        if interruptible() and not self.runs_here:
-            self.call_soon(handle.step, steps.send, None)
-        else:
-            handle.step(steps.send, None)
+        handle.begin()
         return handle
+
+    async def blocking(self, call: Callable[[], T]) -> T:
+        """Return ``call()``, which a thread makes that does nothing else meanwhile.
+
+        For calls that may take over a millisecond: copies on the host, imports, maps of memory. At
+        most `BLOCKING` are made at a time. A cancelled coroutine waits for a call that has begun.
+        """
+        results = list[T]()
+        errors = list[BaseException]()
+        end = Wait()
+
+        def make() -> None:
+            try:
+                results.append(call())
+            except BaseException as error:  # the coroutine raises it
+                errors.append(error)
+            self.wake(end)
+
+        self._calls.append(make)
+        if self._callers < BLOCKING:
+            self._callers += 1
+            if not hand_over(self._make_calls):  # the system gives no thread
+                with self.released():
+                    self._make_calls()
+        cancelled: asyncio.CancelledError | None = None
+        while not end.woken:
+            try:
+                await end
+            except asyncio.CancelledError as error:
+                if make in self._calls:
+                    self._calls.remove(make)
+                    raise
+                cancelled = error
+        if cancelled is not None:
+            raise cancelled
+        if errors:
+            raise errors[0]
+        return results[0]
+
+    def _make_calls(self) -> None:
+        """Make the calls of `blocking`, in a helper."""
+        while True:
+            with self.lock:
+                if not self._calls:
+                    self._callers -= 1
+                    return
+                call = self._calls.popleft()
+            call()
+            del call  # it refers to views
 
     # --- the loop
 
@@ -502,7 +601,7 @@ class TaskGroup:
     """
 
     def __init__(self, runtime: Runtime, failed: Callable[[BaseException], object]) -> None:
-        self._runtime = runtime
+        self.runtime = runtime
         self._failed = failed
         self._running = set[Handle[None]]()
         self.closed = False
@@ -512,7 +611,7 @@ class TaskGroup:
 
     def start(self, steps: Steps[None], locked: bool = True) -> Handle[None]:
         """Start a coroutine, which `close` cancels; see `Runtime.start`."""
-        handle = self._runtime.start(self._noted(steps), locked)
+        handle = self.runtime.start(self._noted(steps), locked)
         self._running.add(handle)
         handle.on_end(partial(self._running.discard, handle))
         if self.closed:  # by another thread meanwhile
@@ -523,7 +622,7 @@ class TaskGroup:
         try:
             await steps
         except Exception as error:  # the others go on
-            with self._runtime.released():
+            with self.runtime.released():
                 self._failed(error)
 
     async def close(self) -> None:
@@ -553,9 +652,7 @@ def _forget() -> None:
     """Begin anew in a forked process, which has neither the thread nor the end of any step."""
     global _runtime, _making
     _making = threading.Lock()
-    if _runtime is not None:
-        _runtime.forked = True
-        _runtime = None
+    _runtime = None
 
 
 os.register_at_fork(after_in_child=_forget)

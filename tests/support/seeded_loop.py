@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Loops for tests: one with a seeded order and a fake clock, and one that watches its steps."""
+"""Loops for tests: one with a seeded order and a fake clock, one of a separate thread, and one that
+watches its steps."""
 
 from __future__ import annotations
 
@@ -72,7 +73,25 @@ def run_seeded(seed: int, steps: Callable[[Runtime], Steps[None]]) -> float:
     return loop.now
 
 
-class WatchedLoop(Loop):
+class ThreadLoop(Loop):
+    """A loop in a separate thread, as another process has one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.thread = threading.Thread(target=self.run_forever, daemon=True)
+
+    def begin(self) -> None:
+        """Start the thread."""
+        self.thread.start()
+
+    def end(self) -> None:
+        """Stop the thread."""
+        self.call_soon_threadsafe(self.stop)
+        self.thread.join()
+        self.close()
+
+
+class WatchedLoop(ThreadLoop):
     """A loop in a thread that notes the rounds which took more than `MOST` of its processor time.
 
     Another thread that holds the interpreter takes no processor time of this one.
@@ -84,8 +103,7 @@ class WatchedLoop(Loop):
         self._last = 0.0
         self._poll = self.descriptors.select
         self.descriptors.select = self._select  # type: ignore[method-assign]
-        self.thread = threading.Thread(target=self.run_forever, daemon=True)
-        self.thread.start()
+        self.begin()
 
     def _select(self, timeout: float | None = None) -> list[tuple[selectors.SelectorKey, int]]:
         now = time.thread_time()  # a pause takes none
@@ -93,9 +111,3 @@ class WatchedLoop(Loop):
             self.slow.append(now - self._last)
         self._last = now
         return self._poll(timeout)
-
-    def end(self) -> None:
-        """Stop the thread."""
-        self.call_soon_threadsafe(self.stop)
-        self.thread.join()
-        self.close()

@@ -14,6 +14,7 @@ import torch
 
 from portakv.errors import TransferError
 from portakv.migrate.channel import Channel
+from portakv.tasks import runtime
 from portakv.weights import pull as weight_copy
 from portakv.weights.owner import AskWeights, SendSlice
 from portakv.weights.plan import copy_pairs
@@ -88,11 +89,21 @@ class AtSlice(Channel):
         self.slices = list[SendSlice]()
 
     def ask(self, address: str, requested: Any, kind: Any, *arguments: Any, **named: Any) -> Any:  # type: ignore[override]
+        self._note(requested)
+        return self.channel.ask(address, requested, kind, *arguments, **named)
+
+    async def answer(  # type: ignore[override]
+        self, address: str, requested: Any, kind: Any, *arguments: Any, **named: Any
+    ) -> Any:
+        with runtime().released():
+            self._note(requested)
+        return await self.channel.answer(address, requested, kind, *arguments, **named)
+
+    def _note(self, requested: Any) -> None:
         if isinstance(requested, SendSlice) and requested not in self.slices:
             self.slices.append(requested)
             if len(self.slices) == self.number:
                 self.before()
-        return self.channel.ask(address, requested, kind, *arguments, **named)
 
     def begin_to_ask(self, *request: Any) -> Any:
         return partial(self.ask, *request)

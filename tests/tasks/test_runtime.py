@@ -13,6 +13,7 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
 import pytest
@@ -22,7 +23,7 @@ from support.waits import LIMIT, until
 
 from portakv.errors import TransferTimeout
 from portakv.tasks import Handle, Runtime, TaskGroup, Wait, runtime
-from portakv.tasks.runtime import HANGUP, READ, WRITE
+from portakv.tasks.runtime import BLOCKING, HANGUP, READ, WRITE
 
 
 async def where(*waits: Wait) -> list[str]:
@@ -384,3 +385,241 @@ def test_select_is_the_loops_own() -> None:
         there.send(b"x")
         assert seen.wait(LIMIT)
     assert select.POLLIN == READ
+
+
+class Mailbox:
+    """A socket of ZeroMQ's kind: its descriptor reports also what is no message.
+
+    Attributes:
+        polls: the milliseconds of each poll, and the threads that have polled.
+    """
+
+    def __init__(self) -> None:
+        self.fd = os.eventfd(0)
+        self.messages = list[str]()
+        self.polls = list[tuple[int, str]]()
+
+    def poll(self, milliseconds: int) -> bool:
+        self.polls.append((milliseconds, threading.current_thread().name))
+        if not self.messages and milliseconds:
+            select.select([self.fd], [], [], milliseconds / 1e3 if milliseconds > 0 else None)
+            self.clear()
+        elif not self.messages:
+            self.clear()
+        return bool(self.messages)
+
+    def clear(self) -> None:
+        if select.select([self.fd], [], [], 0)[0]:
+            os.eventfd_read(self.fd)
+
+    def put(self, *messages: str) -> None:
+        """Add messages, or report something else."""
+        self.messages += messages
+        os.eventfd_write(self.fd, 1)
+
+
+@pytest.fixture
+def mailbox() -> Iterator[Mailbox]:
+    made = Mailbox()
+    yield made
+    os.close(made.fd)
+
+
+async def take(mailbox: Mailbox, count: int, until: float | None = None) -> list[str]:
+    """Return messages of a mailbox, or those that come in time."""
+    taken = list[str]()
+    while len(taken) < count and await Wait(mailbox.fd, READ, until, mailbox.poll):
+        taken.append(mailbox.messages.pop(0))
+    return taken
+
+
+def test_the_loop_takes_messages_of_a_descriptor_that_reports_other_things(
+    mailbox: Mailbox,
+) -> None:
+    handle = runtime().start(take(mailbox, 3))
+    mailbox.put()
+    assert until(lambda: len(mailbox.polls) >= 2)
+    assert not handle.done()
+    mailbox.put("a", "b")  # one report for two messages
+    mailbox.put("c")
+    assert handle.synchronize(LIMIT) == ["a", "b", "c"]
+    assert {*mailbox.polls} == {(0, "portakv loop")}
+
+
+def test_a_message_that_came_before_the_wait_is_taken(mailbox: Mailbox) -> None:
+    mailbox.put("a")
+    mailbox.clear()  # its report was for an earlier wait
+    assert runtime().start(take(mailbox, 1)).synchronize(LIMIT) == ["a"]
+
+
+def test_a_caller_polls_in_its_own_thread(mailbox: Mailbox) -> None:
+    threading.Timer(0.05, mailbox.put, ["a"]).start()
+    assert in_other_thread(lambda: runtime().run(take, mailbox, 1)) == ["a"]
+    assert [milliseconds for milliseconds, _ in mailbox.polls] == [-1]
+    assert mailbox.polls[0][1] != "portakv loop"
+
+
+def test_a_wait_for_messages_ends_at_its_time(mailbox: Mailbox) -> None:
+    soon = runtime().time() + 0.05
+    assert in_other_thread(lambda: runtime().run(take, mailbox, 1, soon)) == []
+    assert runtime().start(take(mailbox, 1, soon + 0.05)).synchronize(LIMIT) == []
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_two_cancels_at_a_time_are_one(seed: int) -> None:
+    """A later one cancels the wait in which the coroutine tidies up."""
+    caught = list[float]()
+
+    async def tidies(runtime: Runtime, times: int) -> str:
+        for _ in range(times):
+            try:
+                await Wait()
+            except asyncio.CancelledError:
+                caught.append(runtime.time())
+        await Wait(until=runtime.time() + 1.0)
+        return "tidy"
+
+    async def steps(runtime: Runtime) -> None:
+        handle = runtime.start(tidies(runtime, 2))
+        assert handle.cancel()
+        assert handle.cancel()
+        await Wait(until=runtime.time() + 1.0)
+        assert caught == [0.0]
+        assert handle.cancel()
+        assert await handle == "tidy"
+        assert caught == [0.0, 1.0]
+        assert not handle.cancel()
+
+    run_seeded(seed, steps)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_a_group_waits_for_coroutines_that_delay_its_end(seed: int) -> None:
+    """Also for one that is started while the group closes, which is cancelled at once."""
+    ended = list[str]()
+
+    async def delays(runtime: Runtime, name: str, seconds: float) -> None:
+        try:
+            await Wait()
+        finally:
+            await Wait(until=runtime.time() + seconds)
+            ended.append(name)
+
+    async def steps(runtime: Runtime) -> None:
+        group = TaskGroup(runtime, lambda _: None)
+        group.start(delays(runtime, "first", 1.0))
+        group.start(delays(runtime, "second", 3.0))
+        closing = runtime.start(group.close())
+        await Wait(until=runtime.time() + 0.5)
+        assert not closing.done()
+        late = group.start(delays(runtime, "late", 0.25))
+        await closing
+        assert ended == ["late", "first", "second"]
+        assert runtime.time() == 3.0
+        assert late.done()
+        assert len(group) == 0
+
+    run_seeded(seed, steps)
+
+
+# --- calls that block
+
+
+def test_calls_that_block_run_in_a_few_threads_and_not_in_the_loop() -> None:
+    now = 0
+    most = 0
+    lock = threading.Lock()
+
+    def call(number: int) -> tuple[int, str]:
+        nonlocal now, most
+        with lock:
+            now += 1
+            most = max(most, now)
+        time.sleep(0.02)
+        with lock:
+            now -= 1
+        return number, threading.current_thread().name
+
+    handles = [runtime().start(runtime().blocking(partial(call, n))) for n in range(3 * BLOCKING)]
+    results = [handle.synchronize(LIMIT) for handle in handles]
+    assert [number for number, _ in results] == [*range(3 * BLOCKING)]
+    assert "portakv loop" not in [name for _, name in results]
+    assert most == BLOCKING
+
+
+def test_a_call_that_blocks_ends_with_its_error() -> None:
+    async def caught() -> str:
+        try:
+            await runtime().blocking(lambda: [][0])
+        except IndexError:
+            return "caught"
+        return "none"
+
+    assert runtime().start(caught()).synchronize(LIMIT) == "caught"
+    assert in_other_thread(lambda: runtime().run(caught)) == "caught"
+
+
+def test_a_cancelled_coroutine_waits_for_its_call_and_drops_one_that_has_not_begun() -> None:
+    go = threading.Event()
+    made = list[int]()
+
+    def call(number: int) -> None:
+        made.append(number)
+        assert go.wait(LIMIT)
+
+    handles = [runtime().start(runtime().blocking(partial(call, n))) for n in range(BLOCKING + 1)]
+    assert until(lambda: len(made) == BLOCKING)
+    for handle in handles:
+        assert handle.cancel()
+    assert until(handles[-1].done)
+    time.sleep(0.05)
+    assert not any(handle.done() for handle in handles[:-1])
+    go.set()
+    for handle in handles:
+        with pytest.raises(asyncio.CancelledError):
+            handle.synchronize(LIMIT)
+    assert sorted(made) == [*range(BLOCKING)]
+
+
+# --- coroutines that begin in the main thread
+
+
+def test_a_coroutine_may_begin_in_the_main_thread_and_without_the_lock() -> None:
+    owned = list[bool]()
+
+    async def steps() -> list[str]:
+        owned.append(runtime().lock._is_owned())
+        names = await where(soon())
+        owned.append(runtime().lock._is_owned())
+        return names
+
+    handle = Handle(runtime(), steps(), here=True)
+    handle.begin()
+    assert handle.synchronize(LIMIT) == [threading.current_thread().name, "portakv loop"]
+    assert owned == [False, True]
+
+
+@pytest.mark.parametrize("when", ["before", "after", "ended"])
+def test_a_begin_that_was_interrupted_is_abandoned(when: str) -> None:
+    """``after``: the interrupt has cut the first step from the note of its wait."""
+    ended = list[BaseException | None]()
+
+    async def steps() -> None:
+        try:
+            await Wait()
+        except asyncio.CancelledError as error:
+            ended.append(error)
+            raise
+
+    made = steps()
+    handle = Handle(runtime(), made, here=True)
+    if when == "after":
+        made.send(None)
+    elif when == "ended":
+        handle.begin()
+        handle.cancel()
+        assert until(handle.done)
+    handle.abandon()
+    assert until(handle.done)
+    assert isinstance(handle.error, asyncio.CancelledError)
+    assert len(ended) == (when != "before")
