@@ -168,6 +168,8 @@ class Pull(Transfer):
         self.until = until
         self.copies: Sequence[BlockTransfer] = []
         self.slices: Sequence[Ending] = []
+        #: The call that makes the pull has not returned.
+        self.in_call = False
         #: The coroutine that makes all copies, and commits a pull that has to wait.
         self.steps: Handle[None] | None = None
         #: The task that takes all rows and commits them.
@@ -267,7 +269,7 @@ class Pull(Transfer):
     @property
     def begun(self) -> bool:
         """Return True if all copies exist. Another thread may have the pull before."""
-        return self.steps is None or self.steps.done()
+        return not self.in_call and (self.steps is None or self.steps.done())
 
     @property
     def concluded(self) -> bool:

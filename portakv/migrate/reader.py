@@ -204,7 +204,7 @@ class Housekeeper:
 
     def add(self, pull: Pull) -> None:
         """Look after a pull from now on."""
-        self._pulls[pull] = _Watched(monotonic())
+        self._pulls.setdefault(pull, _Watched(monotonic()))
         waits = pull.requested.wanted is not None
         if self._parked or self.finished.started or waits:
             self.wake()
@@ -776,14 +776,13 @@ class LatePull(Wanted):
         self.know(sources)
         return issuing
 
-    def start(self) -> None:
-        """Have the reader's coroutine look at what the pull waits for; the pull then continues
-        after the work of the caller's stream."""
+    def prepare(self) -> None:
+        """Have the pull continue after the work of the caller's stream, and say what it waits for.
+        Runs in the caller's thread."""
         self.after = StreamFence(self._issuer.device)
         if self.known:
             self._note_begin()
         self.pull.requested.wanted = self
-        self._issuer.housekeeper.add(self.pull)  # wakes its coroutine
 
     def stop(self, error: PortaKVError) -> object:
         return self.pull.stop(error)
@@ -801,6 +800,7 @@ class LatePull(Wanted):
         issuer = self._issuer
         first = not self.known
         try:
+            await Wait(until=0.0)  # the rest runs in the loop
             if not self.known:
                 await self._wait()
                 sources = await issuer.owners.resolve(self.tickets, pull.until)
@@ -851,7 +851,7 @@ class LatePull(Wanted):
 
         ``sources``: of a pull that is not planned yet.
         """
-        assert self.after is not None  # `start` has set it
+        assert self.after is not None  # `prepare` has set it
         with torch.inference_mode(False), self.after.inside():
             if sources is not None:
                 self.plan(sources)
@@ -924,19 +924,26 @@ class Issuer:
         itself. Any other pull ends with those of its owners and rows.
         """
         pull = Pull((), until, self.housekeeper.report)
-        steps = pull.steps = Handle(self._runtime, self._pull(pull, tickets, request), here=True)
+        pull.in_call = True  # another call may have it meanwhile
+        steps = self._pull(pull, tickets, request)
         try:
-            steps.begin()
-            if steps.error is not None:
-                raise steps.error
+            try:
+                wait = steps.send(None)
+            except StopIteration:
+                pull.in_call = False
+                if self.device.type == "cpu":  # without a rate its copies have ended
+                    pull.look()
+                return pull
+            pull.steps = Handle(self._runtime, steps)
+            pull.in_call = False
+            self.housekeeper.add(pull)
+            pull.steps.follow(wait)
         except BaseException:  # the caller does not get the handle of the copies in flight
-            steps.abandon()
+            pull.in_call = False
+            if pull.steps is not None:
+                pull.steps.abandon()
             pull.drop()
             raise
-        if steps.done():  # it has not waited
-            pull.steps = None
-            if self.device.type == "cpu":  # without a rate its copies have ended
-                pull.look()
         return pull
 
     async def _pull(self, pull: Pull, tickets: list[bytes], request: Request) -> None:
@@ -960,8 +967,7 @@ class Issuer:
             late.plan(sources)
         elif self._exist(late) and await self._issue_found(late, pull, request):
             return
-        late.start()
-        await Wait(until=0.0)  # the rest runs in the loop
+        late.prepare()
         await late.run()
 
     async def _issue_found(self, late: LatePull, pull: Pull, request: Request) -> bool:
@@ -980,8 +986,8 @@ class Issuer:
             with torch.inference_mode(False), self.apart(sources):
                 issuing = self._issued(pull, request)
         except PortaKVError as error:
+            pull.stop(error)
             self.housekeeper.add(pull)
-            await Wait(until=0.0)
             await pull.fail(error)
             return True
         if self._waits(issuing, pull):
@@ -997,17 +1003,17 @@ class Issuer:
         return issuing
 
     def _waits(self, issuing: Issuing, pull: Pull) -> bool:
-        """Have a pull looked after; return True if it waits, and begin its tasks if it does not."""
-        waits = issuing.end(alone=True)
+        """Return True if a pull has to wait; else have it looked after, and begin its tasks."""
+        if issuing.end(alone=True):
+            return True
         self.housekeeper.add(pull)
-        if not waits:
-            issuing.begin()
-        return waits
+        issuing.begin()
+        return False
 
     async def _finish(self, issuing: Issuing, pull: Pull) -> None:
         """Begin the work of a pull that would block, wait for it, and commit the rows."""
-        await Wait(until=0.0)  # the rest runs in the loop
         try:
+            await Wait(until=0.0)  # the rest runs in the loop
             issuing.begin()
             await issuing.finish()
         except (Exception, CancelledError) as error:

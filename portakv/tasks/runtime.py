@@ -117,18 +117,12 @@ class Handle(Generic[T]):
 
     Args:
         locked: the coroutine has the runtime's lock during its steps.
-        here: `begin` makes the first step in the caller's thread, even if that is the main thread,
-            and without the lock. An interrupt ends such a step as any other exception does.
     """
 
-    def __init__(
-        self, runtime: Runtime, steps: Steps[T], locked: bool = True, here: bool = False
-    ) -> None:
+    def __init__(self, runtime: Runtime, steps: Steps[T], locked: bool = True) -> None:
         self._runtime = runtime
         self._steps = steps
-        self._locked = locked and not here  # during the present step
-        self._locked_later = locked
-        self._here = here
+        self._locked = locked
         self._ended = False
         self._value: Any = None
         self._error: BaseException | None = None
@@ -138,10 +132,19 @@ class Handle(Generic[T]):
 
     def begin(self) -> None:
         """Make the first step here, or in the loop for the main thread."""
-        if self._here or not interruptible() or self._runtime.runs_here:
+        if not interruptible() or self._runtime.runs_here:
             self.step(self._steps.send, None)
         else:
             self._runtime.call_soon(self.step, self._steps.send, None)
+
+    def follow(self, wait: Wait) -> None:
+        """Have the loop go on after the first wait of a coroutine.
+
+        The caller has made the first step by ``send(None)``, without the lock: any thread may do
+        that, also the main thread. The wait has a time, and nothing wakes it.
+        """
+        self._wait = wait
+        self._runtime.call_soon(self._begin_to_wait, wait)
 
     def discard(self) -> None:
         """End a coroutine that has not begun, and never will, as cancelled."""
@@ -149,7 +152,7 @@ class Handle(Generic[T]):
         self.settle(None, asyncio.CancelledError())
 
     def abandon(self) -> None:
-        """Cancel a coroutine whose `begin` was interrupted, wherever that was."""
+        """Cancel a coroutine whose `follow` was interrupted, wherever that was."""
         self._runtime.call_soon(self._abandon)
 
     def _abandon(self) -> None:
@@ -196,9 +199,7 @@ class Handle(Generic[T]):
                             return
                         wait.resume = partial(runtime.call_soon, wait.resume)
             else:
-                wait = step(*arguments)
-                self._locked = self._locked_later
-                self._wait = wait
+                self._wait = wait = step(*arguments)
         except StopIteration as end:
             self.settle(end.value, None)
         except BaseException as error:  # whoever waits for the handle gets it

@@ -593,32 +593,30 @@ def test_a_coroutine_may_begin_in_the_main_thread_and_without_the_lock() -> None
         owned.append(runtime().lock._is_owned())
         return names
 
-    handle = Handle(runtime(), steps(), here=True)
-    handle.begin()
+    made = steps()
+    handle = Handle(runtime(), made)
+    handle.follow(made.send(None))
     assert handle.synchronize(LIMIT) == [threading.current_thread().name, "portakv loop"]
     assert owned == [False, True]
 
 
-@pytest.mark.parametrize("when", ["before", "after", "ended"])
-def test_a_begin_that_was_interrupted_is_abandoned(when: str) -> None:
-    """``after``: the interrupt has cut the first step from the note of its wait."""
+@pytest.mark.parametrize("when", ["before", "after", "followed"])
+def test_a_coroutine_whose_call_was_interrupted_is_abandoned(when: str) -> None:
+    """``after``: the interrupt has come between the first step and the note of its wait."""
     ended = list[BaseException | None]()
 
     async def steps() -> None:
         try:
-            await Wait()
+            await Wait(until=runtime().time() + LIMIT)
         except asyncio.CancelledError as error:
             ended.append(error)
             raise
 
     made = steps()
-    handle = Handle(runtime(), made, here=True)
-    if when == "after":
-        made.send(None)
-    elif when == "ended":
-        handle.begin()
-        handle.cancel()
-        assert until(handle.done)
+    handle = Handle(runtime(), made)
+    wait = None if when == "before" else made.send(None)
+    if wait is not None and when == "followed":
+        handle.follow(wait)
     handle.abandon()
     assert until(handle.done)
     assert isinstance(handle.error, asyncio.CancelledError)
