@@ -30,7 +30,7 @@ from portakv.errors import (
     TransferError,
     TransferTimeout,
 )
-from portakv.graph import Task
+from portakv.graph import End, Task
 from portakv.migrate.connections import Source, Sources
 from portakv.migrate.crossed import Crossed, PullStatistics, joined_error
 from portakv.migrate.messages import REASONS, About, Answer, Check, Renew
@@ -51,7 +51,7 @@ LAST_QUESTION = 0.5  # seconds after a pull's deadline in which owners may still
 
 
 #: Work of a pull that streams do not order: a task, or a coroutine.
-Ending: TypeAlias = Task | Handle[None]
+Ending: TypeAlias = End | Handle[None]
 #: The most seconds between two looks at copies, of a coroutine that waits for their ends.
 GLANCE = 1e-3
 
@@ -122,7 +122,7 @@ class PartTransfer(Transfer):
             error = known(each.error)
             if error:
                 raise error
-            if isinstance(each, Task) and not each.landed.all():
+            if isinstance(each, End) and not each.landed.all():
                 raise TransferError(
                     "Expected all rows of the pull to arrive, got an end before that. Pull again."
                 )
@@ -446,7 +446,7 @@ class Pull(Transfer):
         for copy in self.copies:
             with suppress(PortaKVError):  # the owner may be gone
                 copy.synchronize()
-        if self.task is None or self.task.schedule.graph is None:  # else the task ends the pull
+        if self.task is None or self.task.graph is None:  # else the task ends the pull
             self.task = None
             self.conclude(cancelled)
 

@@ -594,7 +594,7 @@ class Issuing:
                 call.on_end(self._pull.go_on)
                 call.begin()
         if self._takers:
-            tasks = [task for task in self.tasks if task.schedule.graph is None]
+            tasks = [task for task in self.tasks if task.graph is None]
             self._issuer.graph.submit(tasks, priority="urgent")
 
     @property
@@ -671,7 +671,7 @@ class Issuing:
 def _is_in_flight(ending: Ending) -> bool:
     """Return True if work has begun."""
     if isinstance(ending, Arrival):
-        return ending.whole.schedule.graph is not None
+        return ending.whole.graph is not None
     return not ending.done()
 
 
@@ -845,7 +845,7 @@ class LatePull(Wanted):
     def _tasks(self) -> list[Task]:
         """Return the tasks of the pull that were submitted."""
         tasks = () if self._issuing is None else self._issuing.tasks
-        return [task for task in tasks if task.schedule.graph is not None]
+        return [task for task in tasks if task.graph is not None]
 
     def _issue(self, sources: Sources | None = None) -> None:
         """Issue what the marks allow, in a thread that may block; plan the pull before.

@@ -34,7 +34,7 @@ from portakv.errors import (
     TransferError,
     TransferTimeout,
 )
-from portakv.graph import Graph, Outcome, Task
+from portakv.graph import End, Graph, Task
 from portakv.layout.encodings import Pack
 from portakv.migrate.buffers import StagingBuffer
 from portakv.migrate.checksum import MODULUS, checksum_of
@@ -79,7 +79,7 @@ LEAST_ON_DEVICE = 128 << 20
 _LANDED = np.ones(1, np.bool_)
 
 
-class Arrival(Task):
+class Arrival(End):
     """The end of a slice of a step, for a pull and its layers. The task ``whole`` takes the slice,
     among others.
 
@@ -103,8 +103,7 @@ class Arrival(Task):
         whole: Task,
         slots: Slots | None = None,
     ) -> None:
-        # Not the constructor of a task: no caller passes terms of slices that need its checks.
-        self.outcome = Outcome(1)
+        super().__init__(None, 1)
         self.step = step
         self.part = part
         self.whole = whole
@@ -178,13 +177,13 @@ class Arrival(Task):
         """End the slice, unless it has ended."""
         if not self.ended:
             if error is None:
-                self.outcome.end("landed", _LANDED, None)
-            else:
-                self.outcome.end("failed", None, error)
+                self.landed = _LANDED
+            self.error = error
+            self.ended = True
             self._over.set()
 
     def wait(self, timeout: float | None = None) -> bool:
-        if self.whole.schedule.graph is None:
+        if self.whole.graph is None:
             return False  # nothing takes the slice: its task was not submitted
         until = monotonic() + arguments.seconds("timeout", timeout, optional=True)
         while not self._over.wait(min(0.05, max(0.0, until - monotonic()))):

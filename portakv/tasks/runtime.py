@@ -566,14 +566,21 @@ class Runtime:
 
     # --- coroutines
 
-    def run(self, function: Callable[..., Steps[T]], *arguments: object) -> T:
+    def run(
+        self,
+        function: Callable[..., Steps[T]],
+        *arguments: object,
+        undo: Callable[[T], object] | None = None,
+    ) -> T:
         """Return the result of a coroutine, whose waits are the calling thread's own.
 
         No other thread has a part in them, so an answer of a few microseconds takes no longer. Such
         a coroutine waits for nothing but `Wait` and `Work`. A helper makes and runs it for the main
-        thread.
+        thread; if that is interrupted, ``undo(result)`` reverts it. A thread that has the lock runs
+        it itself.
         """
-        return uninterrupted(partial(self._run, function, arguments))
+        run = partial(self._run, function, arguments)
+        return run() if self.lock._is_owned() else uninterrupted(run, undo)
 
     def _run(self, function: Callable[..., Steps[T]], arguments: tuple[object, ...]) -> T:
         steps = function(*arguments)

@@ -290,9 +290,11 @@ def test_an_owner_that_reallocates_between_two_greetings_is_not_paired_with(made
     """It would be known by an epoch that it no longer has, with buffers that are never released."""
     both = Couple(made, "staging")
 
+    say_hello = both.owner._hello
+
     def hello(peer: Peer, requested: Hello) -> Any:
-        answer = both.owner._hello(peer, requested)
-        both.owner.channel.serve(Hello, both.owner._hello)
+        answer = say_hello(peer, requested)
+        both.owner.channel.serve(Hello, say_hello)
         both.owner.reallocate(both.src.shard)
         return answer
 
