@@ -603,7 +603,21 @@ def _checked_destinations(
 
 
 async def pull(request: PullRequest) -> int:
-    """Pull weights, and return the bytes."""
+    """Pull weights, and return the bytes.
+
+    The caller's thread runs this coroutine. With ``wait=False`` the loop runs it, and helpers do
+    what blocks. The steps:
+
+    - `opened`: all owners begin together. Each names the version of its weights, and lists what is
+      not known here. Memory is mapped, or an owner that sends its weights is connected.
+    - `Incoming.begin`: wait for the lanes of owners that send, in one order for all pulls.
+    - `Copies.copy`, for each batch at its rate: request slices, copy what is mapped, and begin the
+      checksums.
+    - `Incoming.finish` and `end`: copy the last slices, and leave the lanes in step or released.
+    - `Owner.sums` and `Owner.confirm`: request checksums while the devices copy, and ask each owner
+      after the last byte if its weights have changed.
+    - Compare the checksums; the error names each parameter whose checksums differ.
+    """
     copies = await opened(request)
     planned = copies.plan
     owners = copies.owners
