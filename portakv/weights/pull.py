@@ -763,10 +763,10 @@ class WeightsPull(Transfer):
 
     def cancel(self) -> bool:
         """Copy no further batch; return False if the pull has ended."""
-        if not self._cancelled:  # a second time would end the first one's clean-up
-            self._cancelled = True
-            self._pull.cancel()
-        return not self.ended
+        if self._cancelled:  # a second time would end the first one's clean-up
+            return not self.ended
+        self._cancelled = True
+        return self._pull.cancel()
 
     def wait(self, stream: torch.Stream | None = None) -> None:
         """Block the host, because no stream orders the checksums. Raises as `done`."""
