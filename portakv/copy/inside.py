@@ -194,14 +194,14 @@ class ChunkCopies:
             start += side.offset
             end = end + side.offset if type(end) is int else end
         kernels = self._kernels
-        if kernels is None:
+        on_device = type(ids) is torch.Tensor and not ids.is_cpu
+        if kernels is None or not (on_device or _few(ids, start, end)):
             return self._launched(store, chunk, slot_mapping, ids, start, end)
 
         retained = chunk, ids, self._cache
         transfer = None
         ends = kernels.ends
         if ends is not None and not kernels.process.forked:
-            on_device = type(ids) is torch.Tensor and not ids.is_cpu
             free = ends.plain if on_device else ends.listed
             try:
                 at = free.pop()
@@ -603,6 +603,16 @@ def _launched(
     torch._C._increment_version(to_view.versions)
     step = read.plan_step or written.plan_step
     return BlockTransfer.of_views(transfer, src, dst, step, tokens, skipped, began)
+
+
+def _few(ids: list[int] | torch.Tensor, start: object, end: object) -> bool:
+    """Return whether kernels read ids of the host from pinned memory, instead of a copy of all of
+    them on the device. ``start``, ``end``: as a caller passed them."""
+    if type(start) is not int:
+        return True
+    if type(end) is int:
+        return end - start <= LISTED
+    return (ids.numel() if type(ids) is torch.Tensor else len(ids)) - start <= LISTED
 
 
 def _facts(chunk: torch.Tensor, described: tuple[Any, ...]) -> Facts:

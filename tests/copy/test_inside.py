@@ -341,6 +341,24 @@ def test_blocks_between_two_views(
     assert whole[1:] == [core_reads] * 2
 
 
+def test_more_slots_than_pinned_memory_holds(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The core checks them all the same, and a launch reads their copy on the device."""
+    count = LISTED + 100
+    caches = [torch.randn(2, count // SIZE + 1, SIZE, 1, 4) for _ in range(LAYERS)]
+    connector = connector_of(caches)
+    chunk = torch.zeros(2, LAYERS, count, 4)
+    slots = torch.randperm(count)
+    connector.from_gpu(chunk, None, Index(slots))
+    chunk.zero_()
+    watched = watch_whole_copies(monkeypatch)
+    connector.from_gpu(chunk, None, Index(slots))
+    expected = torch.stack([x.flatten(1, 2)[:, slots].flatten(2) for x in caches], 1)
+    assert torch.equal(chunk, expected)
+    with pytest.raises(PortaKVError):
+        connector.to_gpu(chunk, None, torch.zeros(count, dtype=torch.int64))
+    assert watched == [True, False]
+
+
 def test_more_ids_than_pinned_memory_holds(whole: list[bool]) -> None:
     """A launch reads a copy of the index on the device, once the core has checked the ids."""
     count = LISTED + 100
