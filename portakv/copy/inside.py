@@ -605,7 +605,7 @@ def _launched(
     return BlockTransfer.of_views(transfer, src, dst, step, tokens, skipped, began)
 
 
-def _few(ids: list[int] | torch.Tensor, start: object, end: object) -> bool:
+def _few(ids: Any, start: object, end: object) -> bool:
     """Return whether kernels read ids of the host from pinned memory, instead of a copy of all of
     them on the device. ``start``, ``end``: as a caller passed them."""
     if type(start) is not int:
