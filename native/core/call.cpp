@@ -71,8 +71,6 @@ class Room {
  public:
   Room(int64_t *first, int64_t count) : next_(first), left_(first ? count : 0) {}
 
-  bool empty() const { return left_ == 0; }
-
   int64_t *take(int64_t count) {
     require(count <= left_);
     int64_t *result = next_;
@@ -490,7 +488,6 @@ int64_t copy_chunk(const Python &python, Arguments arguments) {
   Means means(arguments, python.none, copies.current);
   if (!means.named) return PORTAKV_COPY_STREAM;
   pair.read_slots(means.lists);
-  if (means.lists.empty() && !placed(pair.slots, pair.on_host)) return PORTAKV_COPY_LIST;
   pair.check();
   place(pair.slots, pair.on_host, means.lists, pair.paged);
   const int64_t result =

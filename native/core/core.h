@@ -491,7 +491,6 @@ PORTAKV_API void *portakv_view_read_tensors(const int64_t *bound, void *tensors)
 enum {
   PORTAKV_COPY_OTHERWISE = -50,  // nothing was launched: the call is none of these, or is wrong
   PORTAKV_COPY_STREAM = -51,     // nothing was launched: name the stream, as of function 7
-  PORTAKV_COPY_LIST = -52,       // nothing was launched: pass an end with a list for ids
   PORTAKV_COPY_DRIVER = -1000,   // less the driver's error; launches before it stay ordered
   PORTAKV_COPY_TO_THE_END = -1,  // of an end, or of a count: as many as there are
   PORTAKV_COPY_REPORTS = -1      // the work has ended, and its status word reports an error

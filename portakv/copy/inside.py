@@ -218,7 +218,8 @@ class ChunkCopies:
                 if result == OTHERWISE:
                     return None
         if transfer is None:
-            issued = self._issue((address, store, chunk, ids, start, end), ids, retained)
+            arguments = address, store, chunk, ids, start, end
+            issued = kernels.issue(self._copy, arguments, not on_device, retained, ids, self._owner)
             if issued is None:
                 return None
             transfer, result = issued
@@ -228,14 +229,6 @@ class ChunkCopies:
             if len(counts.new) >= TOGETHER:
                 counts.sum_up()
         return transfer
-
-    def _issue(
-        self, arguments: tuple[object, ...], ids: Any, retained: object
-    ) -> tuple[Transfer, int] | None:
-        """Make a copy on the stream that torch names, with memory for ids of the host."""
-        assert self._kernels is not None
-        on_host = type(ids) is list or ids.is_cpu
-        return self._kernels.issue(self._copy, arguments, on_host, retained, ids, self._owner)
 
     def _launched(
         self, store: bool, chunk: Any, slot_mapping: Any, ids: Any, start: Any, end: object
@@ -605,7 +598,7 @@ def _launched(
     return BlockTransfer.of_views(transfer, src, dst, step, tokens, skipped, began)
 
 
-def _few(ids: list[int] | torch.Tensor, start: object, end: object) -> bool:
+def _few(ids: Any, start: object, end: object) -> bool:
     """Return whether kernels read ids of the host from pinned memory, instead of a copy of all of
     them on the device. ``start``, ``end``: as a caller passed them."""
     if type(start) is not int:

@@ -22,8 +22,6 @@ from portakv.core.view import address_in_torch, handle_at
 
 # The codes of `core.h`.
 OTHERWISE = -50
-STREAM = -51
-LIST = -52
 DRIVER = -1000
 #: An end or a count: as many as there are.
 TO_THE_END = -1

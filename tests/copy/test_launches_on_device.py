@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 from support.command_line import registered
 from support.device_cases import on
 from support.simdev_cases import DEVICE, OTHER
+from support.small_backends import Late
 from support.whole_copies import watch_copies_of_views, watch_whole_copies
 
 from portakv import (
@@ -401,18 +402,6 @@ def test_an_end_follows_the_current_stream() -> None:
             torch.accelerator.set_device_index(0)
         made.synchronize()
         assert bool((stored.cpu()[3] != 77).all())
-
-
-class Late(Pending):
-    """Work that ends when the test says so."""
-
-    over = False
-
-    def done(self) -> bool:
-        return self.over
-
-    def wait(self) -> None:
-        raise TransferError("it failed")
 
 
 def test_a_launch_may_end_later() -> None:

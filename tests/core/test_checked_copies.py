@@ -12,7 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.command_line import registered
-from support.small_backends import small_backend
+from support.small_backends import Late, small_backend
 from support.whole_copies import watch_copies_of_views, watch_whole_copies
 
 from portakv import (
@@ -24,7 +24,6 @@ from portakv import (
     copy_blocks,
     copy_rows,
 )
-from portakv.runtime.transfer import Pending
 
 LAYERS = 3
 SLOTS = 24
@@ -248,18 +247,6 @@ def test_ids_without_a_dimension_are_refused() -> None:
     connector.from_gpu(chunk, None, [3])
     with pytest.raises(SlotError, match="one dimension"):
         connector.from_gpu(chunk, None, torch.tensor(3))
-
-
-class Late(Pending):
-    """Work that ends when the test says so."""
-
-    over = False
-
-    def done(self) -> bool:
-        return self.over
-
-    def wait(self) -> None:
-        raise TransferError("it failed")
 
 
 def test_a_launch_may_end_later() -> None:

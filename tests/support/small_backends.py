@@ -10,10 +10,22 @@ from typing import Any, NamedTuple
 
 import torch
 
-from portakv import CopyPlan, Index, KVView, Unsupported
-from portakv.backends.base import Capabilities, Decision
+from portakv import CopyPlan, Index, KVView, TransferError, Unsupported
+from portakv.backends.base import Capabilities, Decision, Pending
 from portakv.backends.reference import Reference
 from support.core_cases import move
+
+
+class Late(Pending):
+    """Work that ends when the test says so."""
+
+    over = False
+
+    def done(self) -> bool:
+        return self.over
+
+    def wait(self) -> None:
+        raise TransferError("it failed")
 
 
 class Launched(NamedTuple):
