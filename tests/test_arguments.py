@@ -26,7 +26,7 @@ from support.waits import LIMIT
 import portakv
 from portakv import InvalidTerms, KVView, Pack, PortaKVError
 from portakv.arguments import kind_of
-from portakv.graph import Collector, Graph, Handle, Lease, Task
+from portakv.graph import Collector, Graph, Handle, Task
 from portakv.migrate import (
     Channel,
     Owner,
@@ -220,9 +220,8 @@ CALLS: dict[str, Callable[[Scene], Call]] = {
     "Graph.submit": lambda s: (s.graph().submit, {"tasks": []}),
     "Graph.cancel": lambda s: ((g := s.graph()).cancel, {"task": s.task(g)}),
     "Graph.close": lambda s: (s.graph().close, {}),
-    "Task": lambda s: (Task, {"work": None, "blocks": 2}),
+    "Task": lambda s: (Task, {"work": bool, "blocks": 2, "queue": s.graph().queue("a")}),
     "Task.wait": lambda s: (s.task(s.graph()).wait, {}),
-    "Lease": lambda s: (Lease, {"pool": None, "count": 0}),
     "Handle.wait": lambda s: (Handle((g := s.graph()), s.task(g)).wait, {}),
     "Collector": lambda s: (Collector, {"sources": s.graph()}),
     # migrate

@@ -24,7 +24,7 @@ ROOT = Path(__file__).resolve().parent.parent
 LIBRARY = ROOT / "portakv"
 TREE = {
     "portakv": "cli storage migrate connector graph copy interconnect registry backends plan host "
-    "view runtime layout core",
+    "view tasks runtime layout core",
     "portakv/backends": "base reference compiled triton cuda hip ascend mlu",
     "portakv/integrations": "lmcache vllm sglang transformers kvcacheio",
     "portakv/migrate": "transports",

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from functools import partial
 from statistics import median
 
+import numpy as np
 import torch
 
 from portakv.graph.graph import Graph
@@ -55,15 +56,27 @@ def _nodes(count: int) -> Rows:
 
 def _chains(count: int) -> None:
     graph = Graph()
-    tasks = list[Task]()
     queue = graph.queue("bench", width=2)
-    for number in range(count // CHAIN * CHAIN):
-        after = tasks[-1:] if number % CHAIN else []
-        tasks.append(Task(lambda task, mask: None, 1, queue=queue, after=after))
-    barrier = Task(None, 1, after=tasks[CHAIN - 1 :: CHAIN])
-    graph.submit([*tasks, barrier])
-    if not (barrier.wait(60) and barrier.landed.all()):
-        raise RuntimeError("a task did not land")
+    chains = [
+        [Task(lambda task, mask: None, 1, queue=queue) for _ in range(CHAIN)]
+        for _ in range(count // CHAIN)
+    ]
+
+    async def run(chain: Sequence[Task]) -> None:
+        left = np.ones(1, bool)
+        for task in chain:
+            left = await graph.move(task, left)
+
+    def begin() -> None:
+        for chain in chains:
+            graph.enter(chain, "normal")
+        for chain in chains:
+            graph.start(run(chain))
+
+    graph.run(begin)
+    for chain in chains:
+        if not (chain[-1].wait(60) and chain[-1].landed.all()):
+            raise RuntimeError("a task did not land")
     graph.close()
 
 

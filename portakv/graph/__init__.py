@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tasks with dependencies, priorities and deadlines, which the workers of queues execute.
+"""Tasks with priorities and deadlines, which the workers of queues execute for coroutines.
 
 The package uses no files, no networks and no block store.
 """
@@ -12,10 +12,10 @@ from portakv.graph.graph import Queue as Queue
 from portakv.graph.handle import Handle
 from portakv.graph.handle import Missing as Missing
 from portakv.graph.prometheus import Collector
-from portakv.graph.task import Guard as Guard
-from portakv.graph.task import Lease, Task
+from portakv.graph.task import End as End
+from portakv.graph.task import Ending as Ending
 from portakv.graph.task import Mask as Mask
-from portakv.graph.task import Outcome as Outcome
+from portakv.graph.task import Task
 from portakv.graph.task import Workers as Workers
 
-__all__ = ["Collector", "Graph", "Handle", "Lease", "Task"]
+__all__ = ["Collector", "Graph", "Handle", "Task"]

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The transfer graph: tasks of blocking work with dependencies, priorities and deadlines.
+"""The transfer graph: queues of blocking work with priorities, rates and deadlines.
 
-Workers of queues execute the tasks, for block stores and for other code that moves blocks.
+Workers of the queues execute tasks, for block stores and for other code that moves blocks. What
+follows tasks is written as coroutines, which go on in the thread that ends a task.
 """
 
 from __future__ import annotations
@@ -9,23 +10,24 @@ from __future__ import annotations
 import atexit
 import threading
 import time
-from collections.abc import Callable, Generator, Sequence
-from dataclasses import dataclass, field
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from heapq import heapify, heappop, heappush
 from traceback import clear_frames
-from typing import Literal, TypeAlias, TypeVar, cast, get_args
-from weakref import WeakKeyDictionary
+from typing import Literal, TypeAlias, TypeVar, get_args
 
 import numpy as np
 
 from portakv import arguments
 from portakv.errors import InvalidTerms, TransferCancelled, TransferError
-from portakv.graph.task import Lease, Mask, Pool, Task, Workers, check_pool
+from portakv.graph.task import End, Ending, Mask, Task, Workers
 from portakv.graph.trace import COUNTED, Counts, Figures, Ran, Trace
 from portakv.runtime.devices import this_process
 from portakv.runtime.interrupts import Condition, uninterrupted
 from portakv.runtime.worker import EXIT_SECONDS, RateLimit
+from portakv.tasks import Handle, Runtime, Wait
+from portakv.tasks.runtime import Steps
 
 T = TypeVar("T")
 
@@ -35,10 +37,10 @@ Priority: TypeAlias = Literal["urgent", "normal", "background"]
 Unrun: TypeAlias = Literal["cancelled", "late", "dropped"]
 #: Seconds after its submission at which a task of each priority is due.
 SLACK = {"urgent": 0.0, "normal": 0.05, "background": 2.0}
-#: Seconds between two steps of `Graph.run_steps`, in which a thread wakes that sleeps on the lock.
+#: Seconds of `Graph.breathe`, in which a thread wakes that sleeps on the lock.
 YIELD = 2e-4
-#: Seconds of `Graph.run_steps` after which other threads get the lock: its steps run together
-#: until then, since a thread that sleeps may wait 5 ms for the interpreter.
+#: Seconds for which a plan may hold the lock. Its steps run together until then, since a thread
+#: that sleeps may wait 5 ms for the interpreter.
 HOLD = 1e-3
 #: Figures of queues, and their attributes.
 QUEUE_FIGURES = {
@@ -49,20 +51,6 @@ QUEUE_FIGURES = {
 }
 #: The most seconds for which a thread sleeps.
 LONGEST = 3600.0
-
-
-@dataclass
-class _Waiting:
-    """The leases that wait for one pool, by due time, and the granted leases of saves."""
-
-    loads: list[tuple[float, int, Lease]] = field(default_factory=list)
-    saves: list[tuple[float, int, Lease]] = field(default_factory=list)
-    granted_saves: int = 0
-
-    def may_pass(self, lease: Lease) -> bool:
-        """Return True if others pass a lease that waits: not if it is a save that waits for
-        loads."""
-        return bool(self.granted_saves) or not lease.store
 
 
 class Queue(Workers):
@@ -91,6 +79,7 @@ class Queue(Workers):
         self._limit = None if max_gbps is None else RateLimit(max_gbps, graph.clock)
         self._next_start = 0.0  # of a task, by the limit
         self.threads = list[threading.Thread]()  # of the workers
+        self._idle = 0  # workers that sleep, also those that were just woken
         # True while a worker that ended a task takes the next: to wake another costs more than a
         # task.
         self.taker = False
@@ -115,14 +104,15 @@ class Queue(Workers):
     def push(self, task: Task, /) -> None:
         """Queue a task for the workers."""
         schedule = task.schedule
-        task.outcome.state = "queued"
+        task.state = "queued"
         schedule.since = self.graph.clock()
         kind = 1 + task.alone if schedule.background else 0
         heappush(self.heaps[kind], (schedule.due, schedule.number, task))
         if not self.taker:
             self.change.notify()
+        free = self._idle + self.taker
         self.taker = False
-        if len(self.threads) < self.width:
+        if len(self.threads) < self.width and sum(map(len, self.heaps)) > free:
             try:
                 self._begin_worker()
             except RuntimeError as error:  # the system gives no more threads
@@ -151,9 +141,11 @@ class Queue(Workers):
                 heaps = [heap for heap in self.heaps[:kinds] if heap]
                 start = self._next_start
                 if start > now or not heaps:
+                    self._idle += 1
                     self.change.wait(start - now if start > now else None)
+                    self._idle -= 1
                 elif (task := heappop(min(heaps))[2]).state == "queued":  # it was not cancelled
-                    task.outcome.state = "running"
+                    task.state = "running"
                     self.running[task] = now
                     if self._limit is not None:
                         self._limit.start_of(task.nbytes)
@@ -168,9 +160,9 @@ class Queue(Workers):
         task = self.next()
         while task:
             error: BaseException | None = None
-            landed: Mask | None = task.outcome.left
+            landed: Mask | None = None
             try:
-                landed = _moved(task)
+                landed = task.moved()
             except BaseException as caught:  # no caller stands above this thread
                 clear_frames(caught.__traceback__)  # frames retain views
                 error = caught
@@ -180,9 +172,10 @@ class Queue(Workers):
                 self.ran_bytes += task.nbytes
                 end = graph.clock()
                 schedule = task.schedule
-                what = schedule.number, task.name, task.blocks, task.nbytes, (*task.ran_before(),)
+                what = schedule.number, task.name, task.blocks, task.nbytes, schedule.followed
                 ran = Ran(self.name, worker, start, end, *what)
                 graph.trace.add(self.tier, ran, start - schedule.since)
+                task.trail = (schedule.number,)
                 self.taker = not (schedule.background and any(self.heaps[1:]))
                 graph.end(task, landed, "failed" if error else "landed", error)
                 graph.settle()
@@ -190,24 +183,16 @@ class Queue(Workers):
                 task = self.next()  # inside the lock: to take the lock twice costs more than a task
 
 
-def _moved(task: Task) -> Mask:
-    """Run the work of a task, and return the blocks that landed."""
-    if task.work is None:
-        raise InvalidTerms("Expected work for a task with a queue, got None. Pass a function.")
-    left = task.outcome.left
-    landed = task.work(task, left.copy())
-    if landed is None:
-        return left
-    return left & np.asarray(landed, np.bool_).reshape(task.blocks)
-
-
 class Graph:
     """Queues and tasks under one ``lock``, which a caller may hold for a moment.
 
-    ``clock`` never goes back. After an interrupt of a caller, tasks and leases are as before the
-    call or as after the whole call: the main thread changes them in a helper (`run`). So methods
-    that change them come in pairs, such as `cancel` and `_cancel`: the public half checks its
-    arguments, and the private half does the work under the lock.
+    ``clock`` never goes back. After an interrupt of a caller, all tasks are as before the call or
+    as after the whole call: the main thread changes them in a helper (`run`). So methods that
+    change them come in pairs, such as `cancel` and `_cancel`: the public half checks its arguments,
+    and the private half does the work under the lock.
+
+    Coroutines of its `runtime` run tasks one after the other, by
+    ``landed = await graph.move(task, mask, before)``.
     """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic, trace_events: int = 100_000):
@@ -217,17 +202,20 @@ class Graph:
         self.clock = clock
         self.trace = Trace(trace_events)
         self.process = this_process()
-        self.lock = threading.RLock()
+        self.runtime = Runtime()  # of its coroutines, whose waits need no loop
+        self.lock = self.runtime.lock
         self.closed = threading.Event()
         self.number = 0
         self.queues = dict[str, Queue]()
         self.counts = Counts()
         self.live = set[Task]()
-        self.todo = list[Task]()
-        # The times at which tasks end that have not run: when, number, state at the end, task.
-        self.timers = list[tuple[float, int, Unrun, Task]]()
+        # The waits of coroutines whose ends have come.
+        self._woken = deque[Wait]()
+        # The times at which work is late that has not ended: when, number, end.
+        self._timers = list[tuple[float, int, End]]()
+        self._timed = 0
+        self._settles = False
         self._sleepers = set[threading.Lock]()  # one locked lock for each thread in `pause`
-        self.waiting = WeakKeyDictionary[Pool, _Waiting]()
 
     def queue(
         self,
@@ -270,14 +258,13 @@ class Graph:
     def submit(
         self, tasks: Sequence[Task], *, priority: Priority = "normal", deadline: float | None = None
     ) -> None:
-        """Start tasks together, each after the tasks that it follows.
+        """Start tasks together.
 
-        ``deadline`` seconds from now, tasks that no other task follows are cancelled. If the caller
-        is interrupted, the tasks are cancelled.
+        ``deadline`` seconds from now, those that do not run yet are cancelled. If the caller is
+        interrupted, the tasks are cancelled.
 
-        Raises `InvalidTerms` for a wrong priority or deadline, for a task that was submitted
-        before, and for a task that follows one that never was; `TransferError` after `close` or in
-        a forked process.
+        Raises `InvalidTerms` for a wrong priority or deadline, and for a task that was submitted
+        before; `TransferError` after `close` or in a forked process.
         """
         tasks = arguments.items("tasks", tasks, "tasks")
         for task in tasks:
@@ -287,179 +274,198 @@ class Graph:
         by = np.inf
         if deadline is not None:
             by = arguments.seconds("deadline", deadline)
-        new = {*tasks}
-        after = {each[0] for task in tasks for each in task.after} - new
-        if any(task.schedule.graph for task in tasks):
+        if any(task.graph for task in tasks):
             raise InvalidTerms(
                 "Expected tasks that are new, got one that was submitted before. Make another."
             )
-        if not all(task.schedule.graph is self for task in after):
-            raise InvalidTerms(
-                "Expected tasks that follow tasks of this graph, got another. Submit the followed "
-                "task first, or in the same call."
-            )
         if self.process.forked:  # the lock may be held for ever
             raise _not_open("belongs to the process that this one was forked from")
-        begin = partial(self._begin, tasks, priority, by)
+        begin = partial(self._submit, tasks, priority, by)
         self.run(begin, undo=lambda _: [self.cancel(task) for task in tasks])
+
+    def _submit(self, tasks: Sequence[Task], priority: Priority, by: float) -> None:
+        """Start tasks, under the lock."""
+        self.enter(tasks, priority, by)
+        now = self.clock()
+        for task in tasks:
+            if by < np.inf:
+                self.end_at(now + by, task)
+            if not task.ended:
+                task.left = np.ones(task.blocks, np.bool_)
+                task.queue.push(task)
+        self.sweep()
 
     def run(self, work: Callable[[], T], undo: Callable[[T], object] | None = None) -> T:
         """Return ``work()``, run under the lock where no interrupt reaches it.
 
         If the caller is interrupted, ``undo(result)`` reverts it (see `uninterrupted`). A thread
-        that has the lock runs ``work`` itself.
+        that has the lock runs ``work`` itself. Coroutines go on that wait for what it ended.
         """
-        if self.lock._is_owned():  # type: ignore[attr-defined]  # as `threading.Condition` asks it
-            return work()
 
         def locked() -> T:
             with self.lock:
-                return work()
+                try:
+                    return work()
+                finally:
+                    self.settle()
 
+        if self.lock._is_owned():  # as `threading.Condition` asks it
+            return locked()
         return uninterrupted(locked, undo)
 
-    def run_steps(
-        self, steps: Generator[None, None, T], undo: Callable[[T], object] | None = None
-    ) -> T:
-        """Return what ``steps`` returns, as `run` does, with each step under the lock.
+    # --- coroutines, and the tasks that they run; all under the lock
 
-        Where it yields, other threads may take the lock if it was held for `HOLD` seconds, so that
-        long work delays no urgent task.
+    def start(self, steps: Steps[None]) -> None:
+        """Run a coroutine until it first waits for an `End`. Whoever ends that goes on with it."""
+        Handle(self.runtime, steps).step(steps.send, None)
+
+    def enter(self, tasks: Iterable[Task], priority: Priority, by: float = np.inf) -> None:
+        """Register new tasks, which `move` begins later. Drop those of the background whose queue
+        is slow.
+
+        ``by``: the seconds in which they have to end.
         """
-
-        def step() -> tuple[bool, T | None]:
-            try:
-                next(steps)
-            except StopIteration as end:
-                return True, end.value
-            return False, None
-
-        def all_steps() -> T:
-            while True:
-                with self.lock:
-                    until = time.perf_counter() + HOLD
-                    ended, result = step()
-                    while not ended and time.perf_counter() < until:
-                        ended, result = step()
-                if ended:
-                    return cast(T, result)
-                time.sleep(YIELD)  # a thread that waits for the lock gets it only meanwhile
-
-        if self.lock._is_owned():  # type: ignore[attr-defined]  # as in `run`
-            return all_steps()
-        return uninterrupted(all_steps, undo)
-
-    def _begin(self, tasks: Sequence[Task], priority: str, by: float) -> None:
-        """Register new tasks, and start those that follow none. After an error no task is left."""
         if self.closed.is_set():
             raise _not_open("is closed")
         now = self.clock()
-        due = now + min(by, SLACK[priority])
         background = priority == "background"
-        try:
-            for task in tasks:
-                self._enter(task, due, background)
-            for task in tasks:
-                if by < np.inf and not task.schedule.followers:
-                    self.end_at(now + by, task, "late")
-                if task.schedule.background and task.queue and task.queue.slow:
-                    self.cancel(task, "dropped")
-            ready = [x for x in tasks if not x.schedule.waits and x.outcome.state == "waiting"]
-            self.todo += ready[::-1]  # the first task is settled first
-            self.settle()
-            self.sweep()
-        except BaseException as error:  # raised by a pool, or an interrupt
-            for task in tasks:
-                if task in self.live and task.state != "running":
-                    self.end(task, None, "failed", error)
-            self.settle()
-            raise
-
-    def _enter(self, task: Task, due: float, background: bool) -> None:
-        """Register a new task. Tasks of other transfers that it waits for become as urgent."""
-        self.number += 1
-        schedule = task.schedule
-        schedule.graph = self
-        schedule.number = self.number
-        if schedule.soon:
-            due = min(due, self.clock() + SLACK["normal"])
-        schedule.due = due
-        schedule.background = background
-        task.outcome.state = "waiting"
-        self.live.add(task)
-        if task.queue:
+        for task in tasks:
+            schedule = task.schedule
+            self.number += 1
+            schedule.number = self.number
+            schedule.due = now + min(by, SLACK["normal" if schedule.soon else priority])
+            schedule.background = background
+            task.graph = self
+            task.state = "waiting"
+            self.live.add(task)
             task.queue.queued_bytes += task.nbytes
-        if task.lease:
-            task.lease.users += 1
-        before = [x for x, *_ in task.after if not x.outcome.ended]
-        schedule.waits = len(before)
-        for one in before:
-            one.schedule.followers.append(task)
-        while before:
-            one = before.pop()
-            outcome = one.outcome
-            if one.schedule.due > due and not outcome.ended and outcome.state != "running":
-                one.schedule.due = due
-                one.schedule.background = False
-                before += [x for x, *_ in one.after]
-                if outcome.state in ("leasing", "queued"):
-                    self.place(one)
+            if background and task.queue.slow:
+                self.cancel(task, "dropped")
 
-    def cancel(self, task: Task, state: Unrun = "cancelled") -> bool:
-        """Cancel a task that does not run, and the tasks before it that no other task follows.
+    async def move(self, task: Task, left: Mask, *before: End) -> Mask:
+        """Run a task for the blocks of a mask, if there are any and it was not cancelled; return
+        the blocks that landed. ``before``: what it follows, whose errors are its errors."""
+        if not task.ended:
+            task.left = left
+            trail = dict[int, None]()
+            for each in before:
+                task.add_error(each.error)
+                trail.update(dict.fromkeys(each.trail))
+            task.schedule.followed = task.trail = (*trail,)
+            if left.any():
+                task.queue.push(task)
+            else:
+                self.end(task, left)
+        if not task.ended:
+            wait = Wait(here=True)
+            task.waits.insert(0, wait)  # before others, which look at what follows the task
+            await wait
+        return task.landed
 
-        A barrier ends after the running tasks. Returns True if some blocks will not be moved.
+    async def finish(
+        self, end: End, parts: Sequence[Ending], eligible: Callable[[], Mask] | None = None
+    ) -> None:
+        """Let an end come after its parts. A block landed if it did in all of its parts.
+
+        ``eligible``: returns the blocks that may have landed, after all parts; None: all.
         """
-        arguments.instance("task", task, Task)
+        for part in parts:
+            end.add_error((await part.end).error)
+        landed: Mask = np.ones(end.blocks, np.bool_)
+        try:
+            if eligible is not None:
+                landed &= eligible()
+        except Exception as error:  # of the maker of the function
+            end.add_error(error)
+            landed[:] = False
+        for part in parts:
+            if not part.end.landed.all():
+                rows = np.asarray(part.rows, int)
+                landed[np.asarray(part.at, int)[~part.end.landed[rows]]] = False
+        if not (end.error or landed.all()):
+            tasks = [part.end for part in parts if isinstance(part.end, Task)]
+            end.short = next((task.queue.name for task in tasks if task.is_short), "")
+        self.end(end, landed)
+
+    async def breathe(self, since: float) -> float:
+        """Let others take the lock if it was held for `HOLD` seconds since a time of
+        `perf_counter`, so that long work delays no urgent task; return the time since which it is
+        held."""
+        if time.perf_counter() < since + HOLD:
+            return since
+        self.settle()
+        await Wait(until=self.runtime.time() + YIELD)
+        return time.perf_counter()
+
+    def hasten(self, task: Task, due: float) -> None:
+        """Let a task be due at a time, if that is sooner: somebody waits for it."""
+        schedule = task.schedule
+        if schedule.due > due and not task.ended and task.state != "running":
+            schedule.due = due
+            schedule.background = False
+            if task.state == "queued":
+                task.queue.push(task)
+
+    def settle(self) -> None:
+        """Go on with the coroutines that wait for what has ended."""
+        if self._settles:
+            return
+        self._settles = True
+        try:
+            while self._woken:
+                self._woken.popleft().wake()
+        finally:
+            self._settles = False
+
+    def cancel(self, task: End, state: Unrun = "cancelled") -> bool:
+        """Cancel a task that does not run, or the work before another end; return True if some
+        blocks will not be moved."""
+        arguments.instance("task", task, End)
         arguments.one_of("state", state, get_args(Unrun))
+        if task.graph is not self or self.process.forked:
+            return False
+        return self.run(partial(self._cancel, task, state))
+
+    def _cancel(self, end: End, state: Unrun) -> bool:
         why = {"late": ": increase the deadline", "dropped": ": staging was full or the queue slow"}
         kind = TransferCancelled if state == "cancelled" else TransferError
         error = kind(f"Some blocks had not started and are {state}{why.get(state, '')}.")
-        if task.schedule.graph is not self or self.process.forked:
+        return self.stop(end, state, error)
+
+    def stop(self, end: End, state: str, error: Exception) -> bool:
+        """Do what `cancel` does, with an error, under the lock."""
+        if end.cut or end.state == "running":
             return False
-        return self.run(partial(self._cancel, task, state, error))
+        end.cut = True
+        if state == "late":
+            end.add_error(error)
+        if isinstance(end, Task):
+            self.end(end, None, state, error)
+            return True
+        return end.stop is not None and end.stop(state, error)
 
-    def _cancel(self, task: Task, state: str, error: TransferError) -> bool:
-        """Cancel a task and the tasks that only it follows on, under the lock."""
-        tasks = [task]
-        cancelled = False
-        while tasks:
-            task = tasks.pop()
-            outcome = task.outcome
-            if outcome.cut or outcome.state == "running":
-                continue
-            outcome.cut = True
-            if state == "late":
-                outcome.add_error(error)
-            before = [x for x, *_ in task.after if x.queue]
-            tasks += [x for x in before if all(y.outcome.cut for y in x.schedule.followers)]
-            if task.queue:
-                cancelled = True
-                self.end(task, None, state, error)
-        self.settle()
-        return cancelled
-
-    def end_at(self, when: float, task: Task, state: Unrun) -> None:
-        """Cancel a task at a time, by `sweep`; under the lock."""
-        # Most timers are of tasks that ended in time.
-        if len(self.timers) > 2 * len(self.live) + 100:
-            self.timers = [x for x in self.timers if not x[3].outcome.ended]
-            heapify(self.timers)
-        heappush(self.timers, (when, task.schedule.number, state, task))
-        if self.timers[0][3] is task:
+    def end_at(self, when: float, end: End) -> None:
+        """Cancel work as late at a time, by `sweep`; under the lock."""
+        # Most timers are of work that ended in time.
+        if len(self._timers) > 2 * len(self.live) + 100:
+            self._timers = [x for x in self._timers if not x[2].ended]
+            heapify(self._timers)
+        self._timed += 1
+        heappush(self._timers, (when, self._timed, end))
+        if self._timers[0][2] is end:
             self.wake()
 
-    def pause(self, task: Task, until: float, now: float) -> None:
-        """Sleep until the end of a task, a time, or the time of the next timer; perhaps for less.
+    def pause(self, end: End, until: float, now: float) -> None:
+        """Sleep until an end, a time, or the time of the next timer; perhaps for less.
 
         Takes no lock of the graph, so an interrupt leaves no lock locked.
         """
         sleeper = threading.Lock()
         sleeper.acquire()
         self._sleepers.add(sleeper)
-        task.schedule.watched = True
-        if not task.outcome.ended:  # the thread that ends it from now on wakes this thread
-            until = min(until, now + LONGEST, *(timer[0] for timer in self.timers[:1]))
+        end.watched = True
+        if not end.ended:  # the thread that ends it from now on wakes this thread
+            until = min(until, now + LONGEST, *(timer[0] for timer in self._timers[:1]))
             sleeper.acquire(timeout=max(0.0, until - now))
         self._sleepers.discard(sleeper)
 
@@ -477,191 +483,49 @@ class Graph:
         return now
 
     def _expired(self, now: float) -> bool:
-        """Return True if the time of the first timer has come, or its task has ended."""
-        return any(timer[0] <= now or timer[3].outcome.ended for timer in self.timers[:1])
+        """Return True if the time of the first timer has come, or its work has ended."""
+        return any(timer[0] <= now or timer[2].ended for timer in self._timers[:1])
 
     def _sweep(self, now: float) -> None:
-        """Cancel tasks that are late, under the lock."""
+        """Cancel work that is late, under the lock."""
         while self._expired(now):
-            *_, state, task = heappop(self.timers)
-            waits = task.state == "leasing" and task.lease and task.lease.until is not None
-            if state == "late" or waits:
-                self.cancel(task, state)
-
-    def settle(self) -> None:
-        """Continue the tasks whose dependencies have all ended."""
-        while self.todo:
-            task = self.todo.pop()
-            outcome = task.outcome
-            left = self._left(task)
-            outcome.left = left
-            if task.queue and left.any():
-                self.place(task)
-            else:
-                if task.schedule.followers:
-                    task.schedule.trail = task.ran_before()
-                if not (task.queue or outcome.error or left.all()):
-                    short = [x.queue for x, *_ in task.after if x.queue and x.outcome.is_short]
-                    outcome.short = short[0].name if short else ""
-                self.end(task, left, "landed")
-
-    def _left(self, task: Task) -> Mask:
-        """Return the blocks that a task may move, by the tasks that it follows: bool
-        ``[blocks]``."""
-        outcome = task.outcome
-        left = ~outcome.landed
-        try:
-            eligible = task.eligible() if callable(task.eligible) else task.eligible
-            if eligible is not None:
-                left[:] = eligible
-        except Exception as error:  # raised by the maker's function
-            outcome.add_error(error)
-            left[:] = False
-            return left
-        try:
-            for before, blocks, its_blocks in task.after:
-                outcome.add_error(before.error)
-                landed = before.landed
-                if task.rescue:
-                    left &= ~landed
-                    outcome.landed = landed
-                elif blocks is None:
-                    left &= landed
-                else:
-                    left[np.asarray(blocks, int)[~landed[its_blocks]]] = False
-        except (IndexError, ValueError) as error:  # not blocks of both
-            outcome.error = error
-            left[:] = False
-        return left
-
-    def place(self, task: Task) -> None:
-        """Queue a task for its lease, or for its queue."""
-        lease = task.lease
-        if not lease or lease.items is not None or not lease.count:
-            self._start(task)
-            return
-        if lease.until is not None:
-            self.end_at(lease.until, task, "dropped")
-        task.outcome.state = "leasing"
-        waiting = self.waiting.setdefault(lease.pool, _Waiting())
-        lease.tasks.append(task)
-        heap = waiting.saves if lease.store else waiting.loads
-        heappush(heap, (task.schedule.due, task.schedule.number, lease))
-        self.grant(lease.pool)
-
-    def _start(self, task: Task, failure: Exception | None = None) -> None:
-        """Queue a task for the workers of its queue, or end it with a failure."""
-        if failure:
-            self.end(task, None, "failed", failure)
-        elif task.queue:
-            task.queue.push(task)
-
-    def grant(self, pool: Pool) -> None:
-        """Grant leases in order. Call it when items of a pool became free other than by a lease.
-
-        Loads pass a save that waits for other saves, but not a save that waits for loads.
-        """
-        check_pool(pool)
-        self.run(partial(self._grant, pool))
-
-    def _grant(self, pool: Pool) -> None:
-        """Give the items of a pool to the leases that wait for them, under the lock."""
-        waiting = self.waiting.get(pool)
-        if waiting is None:
-            return
-        heaps = [waiting.loads, waiting.saves]
-        while heaps := [heap for heap in heaps if heap]:
-            heap = min(heaps)
-            lease = heap[0][2]
-            tasks = [task for task in lease.tasks if task.state == "leasing"]
-            failure: Exception | None = None
-            if tasks and lease.items is None:
-                failure = self._fill(lease)
-                if lease.items is None and failure is None:
-                    passed = waiting.may_pass(lease)
-                    heaps = [other for other in heaps if other is not heap and passed]
-                    continue
-                waiting.granted_saves += lease.store and failure is None
-            heappop(heap)
-            lease.tasks.clear()
-            for task in tasks:  # together: no task may wait for one that waits for this lease
-                self._start(task, failure)
-
-    def take(self, lease: Lease) -> bool:
-        """Grant a lease that no task has yet, if its pool has the items and no lease waits for it.
-
-        Call it under the lock. The items go back with the last task of the lease.
-        """
-        waiting = self.waiting.setdefault(lease.pool, _Waiting())
-        if waiting.loads or waiting.saves or not lease.count or self._fill(lease):
-            return False
-        if lease.items is None:
-            return False
-        waiting.granted_saves += lease.store
-        return True
-
-    @staticmethod
-    def _fill(lease: Lease) -> Exception | None:
-        """Take the items of a lease if the pool has them; return the pool's error."""
-        try:
-            lease.items = lease.take()
-        except Exception as error:  # any error of the pool ends the tasks of the lease
-            return error
-        return None
+            self.cancel(heappop(self._timers)[2], "late")
 
     def end(
-        self, task: Task, landed: Mask | None, state: str, error: BaseException | None = None
+        self,
+        end: End,
+        landed: Mask | None,
+        state: str = "landed",
+        error: BaseException | None = None,
     ) -> None:
-        """Record the end of a task, and release the tasks that wait for it."""
-        outcome = task.outcome
-        outcome.end(state, landed, error)
-        self.live.discard(task)
-        if task.queue:
-            task.queue.queued_bytes -= task.nbytes
-            if state != "landed":
-                self.count(task.queue.tier, task.name, state, task.blocks)
-        ready = list[Task]()
-        schedule = task.schedule
-        for follower in schedule.followers:
-            follower.schedule.waits -= 1
-            if not follower.schedule.waits and not follower.outcome.ended:
-                ready.append(follower)
-        # The first is settled first: the end of a load comes after the ends of its layers.
-        self.todo += ready[::-1]
-        lease = task.lease
-        task.lease = None
-        task.work = None
-        task.after = ()
-        schedule.followers = []
-        if schedule.watched:
+        """Record an end with the blocks that landed; None: no block. `settle` goes on with the
+        coroutines that wait for it."""
+        end.add_error(error)
+        if landed is not None:
+            end.landed = landed
+        end.state = state
+        end.ended = True
+        end.cut = True
+        end.stop = None  # it retains what a handle need not
+        if isinstance(end, Task):
+            self._forget(end)
+        self._woken += end.waits
+        end.waits.clear()
+        if end.watched:
             self.wake()
-        on_end = task.on_end
-        task.on_end = None
+        on_end = end.on_end
+        end.on_end = None
         if on_end:
             on_end()
-        if lease:
-            self._release(lease, task)
 
-    def _release(self, lease: Lease, task: Task) -> None:
-        """Record the end of a task of a lease; return the items after the last task."""
-        lease.users -= 1
-        if lease.users:
-            return
-        try:
-            if lease.ended:
-                lease.ended(lease)
-        except Exception as error:  # raised by the maker: the items go back anyway
-            task.outcome.add_error(error)
-        if not lease.users:  # `ended` began no further task of the lease
-            self.give(lease)
-
-    def give(self, lease: Lease) -> None:
-        """Return the items of a lease without tasks to its pool, under the lock."""
-        if lease.count and lease.items is not None:
-            lease.pool.give(lease.items)
-            lease.items = None
-            self.waiting[lease.pool].granted_saves -= lease.store
-        self.grant(lease.pool)
+    def _forget(self, task: Task) -> None:
+        """Forget a task that has ended."""
+        self.live.discard(task)
+        task.work = None
+        queue = task.queue
+        queue.queued_bytes -= task.nbytes
+        if task.state != "landed" and queue.tier:
+            self.count(queue.tier, task.name, task.state, task.blocks)
 
     def count(self, tier: str, op: str, result: str, blocks: int = 1, nbytes: int = 0) -> None:
         """Add to the figures of `statistics`."""
@@ -705,7 +569,8 @@ class Graph:
         atexit.unregister(self.close)  # the interpreter's end waits once, if work hangs
         self.closed.set()
         for task in tuple(self.live):
-            self.cancel(task)
+            self._cancel(task, "cancelled")
+        self.settle()
         for queue in self.queues.values():
             queue.change.notify_all()
 

@@ -14,7 +14,7 @@ import torch
 from portakv import arguments
 from portakv.errors import PortaKVError, TransferCancelled, TransferError
 from portakv.graph.graph import Graph
-from portakv.graph.task import Mask, Task
+from portakv.graph.task import End, Mask
 from portakv.runtime.streams import ignoring_captures
 from portakv.runtime.transfer import Completion, Pending, Transfer
 
@@ -23,15 +23,15 @@ Missing: TypeAlias = Literal["raise", "skip"]
 
 
 class Handle(Transfer):
-    """A transfer that ends with a barrier, and retains an object until then.
+    """A transfer that ends with the work of a graph, and retains an object until then.
 
     If blocks did not land, its end raises `TransferError`, unless ``missing="skip"``, or
     `TransferCancelled` if it was cancelled.
 
     Args:
-        barrier: its task; the name "save" marks a transfer that writes blocks. None: no worker
-            moves a block (see `of_issued`).
-        layers: the barrier of each layer, which becomes a handle in the attribute.
+        end: its end; the name "save" marks a transfer that writes blocks. None: no worker moves a
+            block (see `of_issued`).
+        layers: the end of each layer, which becomes a handle in the attribute.
         retained: an object to retain until the end.
         excused: blocks that need not land, bool ``[blocks]``.
         why: takes the blocks that landed, and returns why the others did not, or an empty text.
@@ -45,7 +45,7 @@ class Handle(Transfer):
     """
 
     __slots__ = (
-        "_barriers",
+        "_ends",
         "_excused",
         "_graph",
         "_issued",
@@ -62,20 +62,20 @@ class Handle(Transfer):
     def __init__(
         self,
         graph: Graph,
-        barrier: Task | None,
-        layers: Sequence[Task] = (),
+        end: End | None,
+        layers: Sequence[End] = (),
         missing: Missing = "raise",
         retained: object = None,
         excused: Mask | bool = False,
         why: Callable[[Mask], str] | None = None,
     ) -> None:
-        barriers = () if barrier is None else (barrier,)
+        ends = () if end is None else (end,)
         super().__init__(
-            [Completion(pendings=(cast(Pending, x),), retained=retained) for x in barriers]
+            [Completion(pendings=(cast(Pending, x),), retained=retained) for x in ends]
         )
         self.layers = [Handle(graph, layer, missing=missing, why=why) for layer in layers]
         self._graph = graph
-        self._barriers = (*layers, *barriers)
+        self._ends = (*layers, *ends)
         self._skip = missing == "skip"
         self._excused = excused
         self._why = why
@@ -87,10 +87,10 @@ class Handle(Transfer):
         self.form = ""
         self.released: Transfer | None = None
 
-    def add_release(self, barrier: Task) -> None:
-        """Set `released`: a barrier after the tasks that read the caller's blocks."""
-        self.released = Transfer([Completion(pendings=(cast(Pending, barrier),))])
-        self._barriers = (barrier, *self._barriers)
+    def add_release(self, end: End) -> None:
+        """Set `released`: the end of the tasks that read the caller's blocks."""
+        self.released = Transfer([Completion(pendings=(cast(Pending, end),))])
+        self._ends = (end, *self._ends)
 
     def add_copies(self, ends: Sequence[Completion]) -> None:
         """Add copies to `released` that read the caller's blocks and were issued."""
@@ -132,7 +132,7 @@ class Handle(Transfer):
     @property
     def is_issued(self) -> bool:
         """Return whether all copies were issued: `wait` orders a stream, and blocks no host."""
-        return bool(self._issued) and not self._barriers
+        return bool(self._issued) and not self._ends
 
     @property
     def landed(self) -> Mask:
@@ -144,12 +144,12 @@ class Handle(Transfer):
 
     def _landed(self, there: bool) -> Mask:
         """Return the blocks that workers landed, and those that were issued if they are there."""
-        landed = np.array(self._barriers[-1].landed if self._barriers else (), np.bool_)
+        landed = np.array(self._ends[-1].landed if self._ends else (), np.bool_)
         blocks = self._issued_blocks
         if blocks is None:
             return landed
         there = there and not any(each.error for each in self._issued)
-        if not self._barriers:
+        if not self._ends:
             return blocks & there
         return np.where(blocks, there, landed)
 
@@ -160,18 +160,18 @@ class Handle(Transfer):
         """
 
         def follow() -> None:
-            barrier = self._barriers[-1] if self._barriers else None
-            if barrier is None or barrier.ended:
+            end = self._ends[-1] if self._ends else None
+            if end is None or end.ended:
                 call()
                 return
-            before = barrier.on_end
+            before = end.on_end
 
             def both() -> None:
                 if before is not None:
                     before()
                 call()
 
-            barrier.on_end = both
+            end.on_end = both
 
         self._graph.run(follow)
 
@@ -179,8 +179,8 @@ class Handle(Transfer):
         """Start no further block; return True if some blocks will not be moved."""
         graph = self._graph
         left = False
-        if self._barriers:  # each retains the tasks that it follows
-            left = any(graph.run(lambda: [graph.cancel(barrier) for barrier in self._barriers]))
+        if self._ends:
+            left = any(graph.run(lambda: [graph.cancel(end) for end in self._ends]))
         self.cancelled = self.cancelled or left
         return left
 
@@ -191,7 +191,7 @@ class Handle(Transfer):
         """
         super().wait(stream)
         self._ordered = True
-        if self._barriers:
+        if self._ends:
             self._finish()
 
     def _await_end(self, seconds: float) -> None:
@@ -200,40 +200,40 @@ class Handle(Transfer):
         Polls alone would take the interpreter from the workers: 0.3 ms of a load of 2 MiB.
         """
         until = time.monotonic() + arguments.seconds("timeout", seconds, optional=True)
-        for barrier in self._barriers:
-            barrier.wait(max(0.0, until - time.monotonic()))
+        for end in self._ends:
+            end.wait(max(0.0, until - time.monotonic()))
         super()._await_end(max(0.0, until - time.monotonic()))
 
     def _finish(self) -> None:
         super()._finish()
-        if not self._barriers:
+        if not self._ends:
             return
-        barrier = self._barriers[-1]
+        end = self._ends[-1]
         landed = self._landed(True)
-        if not barrier.ended:
+        if not end.ended:
             raise TransferError(
                 "Expected the process that started the transfer, got one that was forked from it. "
                 "Wait there."
             )
-        kind = TransferCancelled if isinstance(barrier.error, TransferCancelled) else TransferError
+        kind = TransferCancelled if isinstance(end.error, TransferCancelled) else TransferError
         if not ((landed | self._excused).all() or (self._skip and kind is TransferError)):
             counts = f"{landed.sum()} of {len(landed)} blocks landed."
-            raise kind(f"{counts} {self._explain(barrier, landed)}") from barrier.error
+            raise kind(f"{counts} {self._explain(end, landed)}") from end.error
 
-    def _explain(self, barrier: Task, landed: Mask) -> str:
+    def _explain(self, end: End, landed: Mask) -> str:
         """Return why blocks did not land, and how the caller may proceed."""
         sentences = []
         details = self._why(landed) if self._why else ""
         if details:
             sentences.append(f"{details}.")
-        if barrier.error:
-            known = isinstance(barrier.error, PortaKVError)
-            sentences.append(str(barrier.error) if known else repr(barrier.error))
+        if end.error:
+            known = isinstance(end.error, PortaKVError)
+            sentences.append(str(end.error) if known else repr(end.error))
 
-        if barrier.name == "save":
-            if not sentences and barrier.outcome.short:
-                sentences.append(f"{barrier.outcome.short} did not take the other blocks.")
-        elif not barrier.error:
+        if end.name == "save":
+            if not sentences and end.short:
+                sentences.append(f"{end.short} did not take the other blocks.")
+        elif not end.error:
             if not details:
                 sentences.append("No tier has the other blocks.")
             sentences.append("Begin the load with missing='skip' to accept that.")

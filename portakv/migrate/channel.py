@@ -12,21 +12,20 @@ import errno
 import logging
 import os
 import re
-import select
 import socket
 import tempfile
 import threading
+from asyncio import CancelledError
 from collections import Counter, deque
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
 from functools import partial
 from hashlib import blake2b
 from hmac import compare_digest
-from math import ceil
 from secrets import token_bytes
 from struct import Struct, unpack_from
-from time import monotonic, sleep
-from typing import Any, NamedTuple, TypeAlias, TypeVar, Union
+from time import monotonic
+from typing import Any, TypeAlias, TypeVar, Union
 
 import zmq
 from msgspec.msgpack import encode
@@ -39,10 +38,11 @@ from portakv.migrate.figures import Figures, channel_figures
 from portakv.migrate.messages import UNDECODABLE, VERSION, Message, Refused, decoder_of, new_decoder
 from portakv.runtime import resources
 from portakv.runtime.bounded import Bounded
-from portakv.runtime.devices import this_process
-from portakv.runtime.interrupts import Condition, abandoned, alongside, uninterrupted
+from portakv.runtime.interrupts import uninterrupted
 from portakv.runtime.rate_limited_log import RateLimitedLog
 from portakv.runtime.resources import reason
+from portakv.tasks import Handle, Limit, Runtime, TaskGroup, Wait, runtime
+from portakv.tasks.runtime import HANGUP, READ, WRITE
 
 # ------------------------------------------------------------------------------------------------
 # Check the address and the secret of a channel, and make its keys.
@@ -100,9 +100,10 @@ _log = logging.getLogger(__name__)
 class Peer:
     """A connection to a peer. ``id`` is random: the id of the peer's `Channel`."""
 
-    def __init__(self, id: bytes = b"") -> None:
+    def __init__(self, id: bytes = b"", used: Runtime | None = None) -> None:
         self.id = id
         self.gone = False
+        self._runtime = used or runtime()
         self._calls = dict[object, Callable[[], object]]()
         self.link = b""  # the number by which the requester knows the connection
 
@@ -121,12 +122,13 @@ class Peer:
     def end(self) -> None:
         """Mark the connection as ended, and make the calls of `on_gone`."""
         self.gone = True
-        for key in list(self._calls):
-            if call := self._calls.pop(key, None):  # else another thread has made the call
-                try:
-                    call()
-                except Exception:  # the other calls must be made, too
-                    _log.exception("A call for the end of a connection failed.")
+        with self._runtime.released():
+            for key in list(self._calls):
+                if call := self._calls.pop(key, None):  # else another thread has made the call
+                    try:
+                        call()
+                    except Exception:  # the other calls must be made, too
+                        _log.exception("A call for the end of a connection failed.")
 
 
 # ------------------------------------------------------------------------------------------------
@@ -162,7 +164,6 @@ class Sockets:
         self.keys = keys
         self.key = keys[1] if keys else b""
         self._context: zmq.Context[zmq.Socket[bytes]] | None = None
-        self._lock = threading.Lock()
 
     @property
     def context(self) -> zmq.Context[zmq.Socket[bytes]]:
@@ -170,11 +171,10 @@ class Sockets:
 
         Raises `OSError` without the resources for it, for which ZeroMQ would end the process.
         """
-        with self._lock:
-            if self._context is None:
-                self._context = started_context()
-                self._context.rcvhwm = 0  # for monitors: a full one would stop ZeroMQ's own thread
-            return self._context
+        if self._context is None:
+            self._context = started_context()
+            self._context.rcvhwm = 0  # for monitors: a full one would stop ZeroMQ's own thread
+        return self._context
 
     def server(self, address: str) -> zmq.Socket[bytes]:
         """Return a socket that will listen at an address."""
@@ -212,9 +212,8 @@ class Sockets:
 
     def close(self) -> None:
         """Close all sockets."""
-        with self._lock:
-            if self._context is not None:
-                self._context.destroy(0)
+        if self._context is not None:
+            self._context.destroy(0)
 
 
 def started_context() -> zmq.Context[zmq.Socket[bytes]]:
@@ -246,131 +245,21 @@ def started_context() -> zmq.Context[zmq.Socket[bytes]]:
     raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
 
 
-def event_of(monitor: zmq.Socket[bytes]) -> tuple[str, int]:
-    """Return the next event of a monitor, and its file descriptor or value."""
-    event, value = unpack_from("=Hi", monitor.recv_multipart()[0])
+def incoming(source: zmq.Socket[bytes]) -> Callable[[], Wait]:
+    """Return a function that makes a wait for the next message of a socket."""
+    sockets: list[tuple[Any, int]] = [(source, zmq.POLLIN)]
+
+    def poll(milliseconds: int) -> bool:
+        # It also has the socket learn of new room, without which it would drop an answer.
+        return bool(zmq.zmq_poll(sockets, milliseconds))
+
+    return partial(Wait, source.FD, READ, None, poll)
+
+
+def event_of(frames: list[bytes]) -> tuple[str, int]:
+    """Return the event in a message of a monitor, and its file descriptor or value."""
+    event, value = unpack_from("=Hi", frames[0])
     return str(zmq.Event(event).name), int(value)
-
-
-# ------------------------------------------------------------------------------------------------
-# The thread of a channel, which waits for its sockets.
-
-
-class Loop:
-    """A thread that calls a function when a socket has something to receive.
-
-    Attributes:
-        stopped: True from the call of `stop` on.
-
-    Raises `PeerError` if the process has no descriptor left.
-    """
-
-    def __init__(self) -> None:
-        resources.raise_limit_if_few()
-        self.stopped = False
-        self._poller = zmq.Poller()
-        self._calls = dict[object, Callable[[], object]]()
-        self._soon = deque[Callable[[], object]]()
-        self._timers = list[tuple[float, Callable[[], object]]]()
-        self._lock = threading.Lock()
-        self._thread = threading.Thread(target=self._run, name="portakv channel", daemon=True)
-        try:
-            self._wake = os.eventfd(0)
-        except OSError as error:
-            raise PeerError(
-                f"Expected a descriptor for a channel, but {resources.reason(error)}."
-            ) from None
-        self.watch(self._wake, self._run_soon)
-
-    @property
-    def runs_here(self) -> bool:
-        """Return True in the thread itself."""
-        return self._thread.ident == threading.get_ident()
-
-    def start(self) -> None:
-        """Start the thread. Raises `PeerError` if the system gives no more."""
-        resources.start_thread(self._thread, PeerError)
-
-    def watch(
-        self, socket: zmq.Socket[bytes] | int, call: Callable[[], object], events: int = zmq.POLLIN
-    ) -> None:
-        """Call ``call`` in the thread each time something can be received, or at other events of
-        ZeroMQ's poller.
-
-        Runs in the thread, or before `start`.
-        """
-        self._calls[socket] = call
-        self._poller.register(socket, events)
-
-    def forget(self, socket: zmq.Socket[bytes] | int) -> None:
-        """Watch a socket no longer, if it is watched. Runs in the thread."""
-        if self._calls.pop(socket, None) is not None:
-            self._poller.unregister(socket)
-
-    def run_soon(self, call: Callable[[], object]) -> None:
-        """Make a call in the thread. Any thread may ask for it.
-
-        After `stop` the calling thread makes it.
-        """
-        with self._lock:  # the descriptor is closed under it
-            if not self.stopped:
-                self._soon.append(call)
-                os.eventfd_write(self._wake, 1)
-                return
-        call()
-
-    def run_later(self, seconds: float, call: Callable[[], object]) -> None:
-        """Make a call in the thread after so many seconds. Runs in the thread, or before `start`.
-
-        Does nothing after `stop`.
-        """
-        self._timers.append((monotonic() + seconds, call))
-
-    def stop(self) -> bool:
-        """End the thread, if it runs, and wait for that. Return False if it was stopped before."""
-        with self._lock:
-            if self.stopped:
-                return False
-            self.stopped = True
-            os.eventfd_write(self._wake, 1)
-        if self._thread.ident is not None:
-            self._thread.join()
-        self._drain()  # what the thread has not run
-        os.close(self._wake)
-        return True
-
-    def _run(self) -> None:
-        while not self.stopped:
-            for ready, _ in self._poller.poll(self._pause()):
-                if ready in self._calls:  # else an earlier call of this round has ended its watch
-                    self._make(self._calls[ready])
-            now = monotonic()
-            for timer in [each for each in self._timers if each[0] <= now]:
-                self._timers.remove(timer)
-                self._make(timer[1])
-
-    def _pause(self) -> int | None:
-        """Return the milliseconds until the next timer; None without one."""
-        if not self._timers:
-            return None
-        return max(0, int(1e3 * (min(due for due, _ in self._timers) - monotonic())) + 1)
-
-    def _make(self, call: Callable[[], object]) -> None:
-        """Make a call, and log its error."""
-        try:
-            call()
-        except Exception:  # one peer's message must not stop the others'
-            _log.exception("A channel failed at a message, and goes on.")
-
-    def _run_soon(self) -> None:
-        """Make the calls that other threads requested."""
-        os.eventfd_read(self._wake)
-        self._drain()
-
-    def _drain(self) -> None:
-        """Make the calls, in their order."""
-        while self._soon:
-            self._make(self._soon.popleft())
 
 
 # ------------------------------------------------------------------------------------------------
@@ -397,12 +286,12 @@ _CREDENTIALS = Struct("iII")
 
 
 class UnixListener:
-    """Listens at a Unix socket that only this user reaches, and answers in the channel's thread.
+    """Listens at a Unix socket that only this user reaches, and answers requests.
 
     Args:
         key: from the secret; empty without one.
         server: is called for each event.
-        loop: the channel's thread.
+        tasks: the coroutines of the channel.
 
     Raises `OSError` if no socket can be made.
 
@@ -411,13 +300,12 @@ class UnixListener:
             even SIGKILL leaves a file.
     """
 
-    def __init__(self, key: bytes, server: Server, loop: Loop) -> None:
+    def __init__(self, key: bytes, server: Server, tasks: TaskGroup) -> None:
         self._key = key
         self._server = server
-        self._loop = loop
-        self._connections = dict[int, _Connection]()
+        self._tasks = tasks
+        self._connections = dict[_Connection, Handle[None]]()
         self._made = 0
-        self._looks = False  # whether a look at the processes is to come
         self._path = -1
         self._spare = -1  # a descriptor that is closed so that a connection can be refused
         self._listening = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -430,13 +318,9 @@ class UnixListener:
             self.close()
             raise
         self.address = f"ipc:///proc/{os.getpid()}/fd/{self._path}"
-        loop.watch(self._listening.fileno(), self._accept)
 
     def close(self) -> None:
-        """Close the socket and all connections, after the loop was stopped."""
-        for connection in self._connections.values():
-            _shut(connection.socket)
-        self._connections.clear()
+        """Close the socket, after its coroutines have ended."""
         _shut(self._listening)
         for descriptor in (self._path, self._spare):
             if descriptor >= 0:
@@ -446,155 +330,106 @@ class UnixListener:
 
     # --- connections
 
-    def _accept(self) -> None:
+    async def accept(self) -> None:
         """Accept a connection, or refuse it if there is no descriptor for it."""
+        await Wait(self._listening.fileno())
         try:
             accepted, _ = self._listening.accept()
         except OSError as error:
-            if error.errno in (errno.EAGAIN, errno.ECONNABORTED, errno.EINTR):
+            if error.errno in (errno.EAGAIN, errno.ECONNABORTED):
                 return
-            if not (error.errno == errno.EMFILE and resources.raise_limit()):
-                self._refuse(error)
+            if error.errno == errno.EMFILE and resources.raise_limit():
+                return
+            if not self._refuse(error):
+                await Wait(until=self._tasks.runtime.time() + AGAIN)
+            self._find_spare()
             return
         accepted.setblocking(False)
         accepted.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, BUFFER)
-        fd = accepted.fileno()
         self._made += 1
         connection = _Connection(accepted, b"unix %d" % self._made)
-        self._connections[fd] = connection
-        self._server.begin(fd)
-        self._loop.watch(fd, lambda: self._receive(connection))
-        self._send(connection, _HELLO + connection.nonce)
-        if not self._looks:
-            self._looks = True
-            self._loop.run_later(_beat(), self._look)
+        first = not self._connections
+        self._connections[connection] = self._tasks.start(self._serve(connection), locked=False)
+        if first:
+            self._tasks.start(self._look(), locked=False)
 
-    def _refuse(self, error: OSError) -> None:
-        """Tell the next peer that there is no descriptor for it. If there is not even one for that,
-        accept nothing for a moment."""
+    async def _look(self) -> None:
+        """End connections to processes that are stopped or dead, or shake no hands."""
+        while self._connections:
+            await Wait(until=self._tasks.runtime.time() + _beat())
+            for connection, serving in [*self._connections.items()]:
+                if serving.done():
+                    del self._connections[connection]
+                elif connection.is_over():
+                    serving.cancel()
+
+    def _refuse(self, error: OSError) -> bool:
+        """Tell the next peer that there is no descriptor for it; return False if there is not even
+        one for that."""
         why = resources.reason(error)
         _limited_log.warning("accept", "A channel refuses a connection: %s.", why)
         why = resources.reason(error, "the process there")
-        refused = False
-        if self._spare >= 0:
-            os.close(self._spare)
-            self._spare = -1
-            with suppress(OSError):  # another thread has taken the descriptor
-                accepted, _ = self._listening.accept()
-                with accepted, suppress(OSError):
-                    accepted.setblocking(False)
-                    accepted.send(_REFUSED + why.encode())
-                refused = True
         if self._spare < 0:
-            with suppress(OSError):
-                self._spare = os.eventfd(0)
-        if not refused:
-            self._loop.forget(self._listening.fileno())
-            self._loop.run_later(AGAIN, self._listen_again)
-
-    def _listen_again(self) -> None:
-        """Accept connections again."""
-        if self._spare < 0:
-            with suppress(OSError):
-                self._spare = os.eventfd(0)
-        self._loop.watch(self._listening.fileno(), self._accept)
-
-    def _end(self, connection: _Connection) -> None:
-        """End a connection."""
-        fd = connection.socket.fileno()
-        if self._connections.pop(fd, None) is None:
-            return
-        self._loop.forget(fd)
-        self._server.end(fd)
-        _shut(connection.socket)
-        if self._spare < 0:
-            with suppress(OSError):
-                self._spare = os.eventfd(0)
-
-    def _look(self) -> None:
-        """End the connections to processes that are stopped or dead, or shake no hands."""
-        for connection in [*self._connections.values()]:
-            late = not connection.welcome and monotonic() > connection.until
-            if late or connection.process.is_gone():
-                self._end(connection)
-        self._looks = bool(self._connections)
-        if self._looks:
-            self._loop.run_later(_beat(), self._look)
-
-    # --- packets
-
-    def _receive(self, connection: _Connection) -> None:
-        """Take a packet of a connection."""
+            return False
+        os.close(self._spare)
+        self._spare = -1
         try:
-            data = connection.socket.recv(HEAD.size + LIMIT + 1)
-        except BlockingIOError:
-            return
-        except OSError:  # the peer is gone
-            data = b""
-        if not data:
-            self._end(connection)
-        elif connection.welcome:
-            self._answer(connection, data)
-        else:
-            self._greet(connection, data)
+            accepted, _ = self._listening.accept()
+        except OSError:  # another thread has taken the descriptor
+            return False
+        with accepted, suppress(OSError):
+            accepted.setblocking(False)
+            accepted.send(_REFUSED + why.encode())
+        return True
 
-    def _greet(self, connection: _Connection, data: bytes) -> None:
+    def _find_spare(self) -> None:
+        if self._spare < 0:
+            with suppress(OSError):
+                self._spare = os.eventfd(0)
+
+    async def _serve(self, connection: _Connection) -> None:
+        """Shake hands with a peer, and answer its requests until either side ends."""
+        fd = connection.socket.fileno()
+        self._server.begin(fd)
+        try:
+            if await self._shake_hands(connection):
+                while data := await connection.receive():
+                    back = self._server.reply(connection.name, fd, data)
+                    if len(back) > PACKET:
+                        await self.send_parts(connection, back)
+                    elif back:
+                        await connection.send(b"\0" + back)
+                    self._server.run_later_calls()
+        except ConnectionError:  # the peer is gone
+            return
+        finally:
+            self._server.end(fd)
+            self._tasks.runtime.started().descriptors.forget(fd)
+            _shut(connection.socket)
+            self._find_spare()
+
+    async def _shake_hands(self, connection: _Connection) -> bool:
         """Compare the secrets, and show the peer that this side has it."""
+        await connection.send(_HELLO + connection.nonce)
+        data = await connection.receive()
+        if not data:
+            return False
         nonce = data[:_NONCE]
         if compare_digest(data[_NONCE:], _proof(self._key, b"client", connection.nonce, nonce)):
             connection.welcome = True
-            proof = _proof(self._key, b"server", nonce, connection.nonce)
-            self._send(connection, _WELCOME + proof)
-            return
+            await connection.send(_WELCOME + _proof(self._key, b"server", nonce, connection.nonce))
+            return True
         self._server.fail()
-        self._send(connection, _REFUSED + b"the secret differs, or the process is not a channel")
-        self._end(connection)
+        await connection.send(_REFUSED + b"the secret differs, or the process is not a channel")
+        return False
 
-    def _answer(self, connection: _Connection, data: bytes) -> None:
-        """Answer a request."""
-        back = self._server.reply(connection.name, connection.socket.fileno(), data)
+    @staticmethod
+    async def send_parts(connection: _Connection, back: bytes) -> None:
+        """Send an answer of several packets."""
         view = memoryview(back)
         for start in range(0, len(back), PACKET):
             more = start + PACKET < len(back)
-            self._send(connection, bytes([more]) + view[start : start + PACKET])
-        self._server.run_later_calls()
-
-    def _send(self, connection: _Connection, packet: bytes) -> None:
-        """Send a packet, or keep it until there is room. Meanwhile nothing is received."""
-        fd = connection.socket.fileno()
-        if fd < 0:  # it has ended
-            return
-        if not connection.waiting:
-            try:
-                connection.socket.send(packet)
-                return
-            except BlockingIOError:
-                self._loop.forget(fd)
-                self._loop.watch(fd, lambda: self._go_on(connection), zmq.POLLOUT)
-            except ConnectionError:  # the peer is gone; what it has sent before is received first
-                return
-            except OSError as error:  # the rest of an answer would count as a whole one
-                _limited_log.warning(
-                    "send", "A channel ends a connection: %s.", resources.reason(error)
-                )
-                self._end(connection)
-                return
-        connection.waiting.append(packet)
-
-    def _go_on(self, connection: _Connection) -> None:
-        """Send the packets that wait, as far as there is room."""
-        try:
-            while connection.waiting:
-                connection.socket.send(connection.waiting[0])
-                connection.waiting.popleft()
-        except BlockingIOError:
-            return
-        except OSError:
-            self._end(connection)
-            return
-        fd = connection.socket.fileno()
-        self._loop.forget(fd)
-        self._loop.watch(fd, lambda: self._receive(connection))
+            await connection.send(bytes([more]) + view[start : start + PACKET])
 
 
 class _Connection:
@@ -605,51 +440,44 @@ class _Connection:
         self.name = name
         self.nonce = token_bytes(_NONCE)
         self.welcome = False  # the peer has shown its secret
-        self.until = monotonic() + HANDSHAKE / 1e3  # of the time for that
-        self.waiting = deque[bytes]()  # packets for which there was no room
-        self.process = _Process(accepted)
+        self._until = monotonic() + HANDSHAKE / 1e3  # of the time for that
+        self._process = _Process(accepted)
+
+    async def receive(self) -> bytes:
+        """Return a packet; no bytes if the peer is gone."""
+        while True:
+            await Wait(self.socket.fileno())
+            try:
+                return self.socket.recv(HEAD.size + LIMIT + 1)
+            except BlockingIOError:
+                continue
+
+    async def send(self, packet: bytes) -> None:
+        """Send a packet, once there is room. Raises `ConnectionError` if the peer gets no more."""
+        while True:
+            try:
+                self.socket.send(packet)
+                return
+            except BlockingIOError:
+                await Wait(self.socket.fileno(), WRITE)
+            except ConnectionError:  # what the peer has sent before is received first
+                return
+            except OSError as error:  # the rest of an answer would count as a whole one
+                why = resources.reason(error)
+                _limited_log.warning("send", "A channel ends a connection: %s.", why)
+                raise ConnectionResetError(why) from None
+
+    def is_over(self) -> bool:
+        """Return True if the other process is stopped or dead, or has shaken no hands in time."""
+        late = not self.welcome and monotonic() > self._until
+        return late or self._process.is_gone()
 
 
-class LinkTerms(NamedTuple):
-    """What a channel gives to each of its links.
+class _Link:
+    """The connection of a channel to another one, made again when it ends.
 
-    Attributes:
-        key: from the secret; empty without one.
-        loop: the channel's thread.
-        counts: the counters of the channel.
-        drop: is called with a link that has failed while no request used it, and with its lock.
-    """
-
-    key: bytes
-    loop: Loop
-    counts: Counter[str]
-    drop: Callable[[UnixLink], object]
-
-
-class _Dialled:
-    """A socket of a link, from the connect until its end.
-
-    Attributes:
-        greeted: True after the handshake.
-        expected: the last packet of the handshake.
-        until: the end of the time for the handshake.
-        parts: the packets of an answer that have come.
-    """
-
-    def __init__(self, connected: socket.socket) -> None:
-        self.socket = connected
-        self.process = _Process(connected)
-        self.greeted = False
-        self.expected = b""
-        self.until = monotonic() + HANDSHAKE / 1e3
-        self.parts = list[bytes]()
-
-
-class UnixLink:
-    """The connection of a channel to another one at a Unix socket, made again when it ends.
-
-    One thread at a time sends and receives: the one that has ``lock``. The channel's thread shakes
-    hands, and sees the end of the connection.
+    The coroutine `keep` makes and watches it. One request at a time, which has acquired ``queue``,
+    sends and receives.
 
     Args:
         address: of the other channel.
@@ -657,252 +485,207 @@ class UnixLink:
 
     Attributes:
         requests: the number of the last request.
-        lock: of the thread that uses the link.
+        queue: of the requests.
         life: the present connection.
         up: whether the connection stands.
         why: why the link has failed; empty as long as it has not.
         closed: True after `close`.
-        wait: milliseconds for which `send` and `receive` wait.
     """
 
-    def __init__(self, address: str, number: int, terms: LinkTerms) -> None:
+    def __init__(self, address: str, number: int, runtime: Runtime, counts: Counter[str]) -> None:
         self.address = address
         self.number = number
         self.requests = 0
-        self.lock = threading.Lock()
-        self.life = Peer()
+        self.queue = Limit(runtime)
+        self.life = Peer(used=runtime)
         self.up = False
         self.why = ""
         self.closed = False
-        self.wait = 0
-        self._terms = terms
-        self._ready = Condition()  # for what both threads set: `up`, `life` and the next line
-        self._dialled: _Dialled | None = None
+        self.keeper: Handle[None] | None = None
+        self._counts = counts
+        self._runtime = runtime
+        self._requester: Wait | None = None  # of a request that waits for a change
 
-    def open(self) -> None:
-        """Connect. From here on the link may be dropped.
+    async def changed(self, until: float) -> None:
+        """Wait until the connection begins or ends, or the link fails."""
+        self._requester = Wait(until=until)
+        await self._requester
 
-        Raises `OSError` if no channel listens there.
-        """
-        self._connect()
-        self._terms.loop.run_soon(self._look_later)
+    def note_change(self) -> None:
+        """Wake the request that waits for a change."""
+        if self._requester is not None:
+            self._requester.wake()
 
-    def send(self, data: bytes) -> None:
-        """Send a request. Raises `BlockingIOError` if it could not be sent within ``wait``."""
-        standing = self._standing()
-        try:
-            standing.socket.send(data)
-        except BlockingIOError:
-            _wait_for(standing.socket, select.POLLOUT, self.wait)
-            raise
-        except ConnectionError:
-            self._lose(standing)
-            raise BlockingIOError from None
-        except OSError as error:
-            if error.errno in (errno.ENOBUFS, errno.ENOMEM):  # the system may soon have memory
-                sleep(AGAIN / 10)
-            else:
-                self.why = self.why or str(error)
-            raise BlockingIOError from None
+    def begin_life(self) -> None:
+        """Let requests use the connection."""
+        self.up = True
+        self.note_change()
 
-    def receive(self) -> bytes:
-        """Return an answer. Raises `BlockingIOError` if there is none within ``wait``."""
-        standing = self._standing()
-        while True:
-            _wait_for(standing.socket, select.POLLIN, self.wait)
-            try:
-                packet = standing.socket.recv(PACKET + 2)
-            except ConnectionError:
-                packet = b""
-            standing.parts.append(packet[1:])
-            # No channel sends more bytes of an answer.
-            if not packet or sum(map(len, standing.parts)) > ANSWER + BACK.size:
-                self._lose(standing)
-                raise BlockingIOError
-            if not packet[0]:
-                answer = b"".join(standing.parts)
-                standing.parts.clear()
-                return answer
+    def end_life(self) -> None:
+        """Report the end of a connection that stood."""
+        if self.up:
+            self.up = False
+            ended = self.life
+            self.life = Peer(used=self._runtime)
+            self.note_change()
+            self._counts["lost"] += 1
+            ended.end()
 
     def close(self) -> None:
-        """Close the link, whose lock the caller has."""
+        """Close the link; `keep` closes its socket."""
+        self.why = self.why or "it is gone"
         self.closed = True
-        self._discard()
-        with self._ready:
-            self._ready.notify_all()
+        if self.keeper is not None:
+            self.keeper.cancel()
+        self.note_change()
         self.life.end()
 
-    # --- the connection; the caller has the lock
 
-    def _standing(self) -> _Dialled:
-        """Return the socket of a connection that stands.
+class UnixLink(_Link):
+    """The connection to a Unix socket.
 
-        Raises `BlockingIOError` if there is none within ``wait``.
-        """
-        dialled = self._dialled
-        if dialled is not None and dialled.greeted and not self.up:
-            self._lose(dialled)  # the channel's thread has found its end
-        if self._dialled is None and not self.why:
-            self._try_to_connect()
-        with self._ready:
-            self._ready.wait_for(lambda: self.up or self.why, self.wait / 1e3)
-            if self._dialled is None or not self.up:
-                raise BlockingIOError
-            return self._dialled
+    Args:
+        key: from the secret; empty without one.
 
-    def _connect(self) -> None:
-        """Connect, without waiting for the other process.
+    Raises `OSError` if no channel listens there.
+    """
 
-        Makes no socket if too many others wait. Raises `OSError` if no channel listens there.
-        """
+    def __init__(
+        self, address: str, number: int, runtime: Runtime, counts: Counter[str], key: bytes
+    ) -> None:
+        super().__init__(address, number, runtime, counts)
+        self._key = key
+        self._parts = list[bytes]()  # the packets of an answer that have come
+        self._socket: socket.socket | None = self._connected()
+
+    def _connected(self) -> socket.socket | None:
+        """Return a connected socket; None if too many others wait for the other process."""
         made = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         try:
             made.setblocking(False)
             made.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, BUFFER)
             made.connect(self.address.removeprefix("ipc://"))
-            dialled = _Dialled(made)
-            dialled.process.check_user()
+            self._process = _Process(made)
+            self._process.check_user()
         except BlockingIOError:
             made.close()
-            return
+            return None
         except BaseException:
             made.close()
             raise
-        with self._ready:
-            self._dialled = dialled
-        loop = self._terms.loop
-        loop.run_soon(lambda: loop.watch(made.fileno(), lambda: self._see(dialled)))
+        return made
 
-    def _try_to_connect(self) -> None:
-        """Connect; note why that is not possible."""
+    async def keep(self) -> None:
+        """Connect again after each end of the connection, until that fails."""
+        while not self.why:
+            try:
+                await self._live()
+                if not self.why:
+                    self._socket = self._connected()
+            except (FileNotFoundError, ConnectionRefusedError):
+                self.why = self.why or "no channel listens there"
+            except OSError as error:
+                self.why = self.why or resources.reason(error)
+
+    async def _live(self) -> None:
+        """Shake hands, and wait for the end of the connection."""
+        used = self._socket
+        if used is None:
+            await Wait(until=self._runtime.time() + AGAIN / 10)
+            return
         try:
-            self._connect()
-        except (FileNotFoundError, ConnectionRefusedError):
-            self.why = self.why or "no channel listens there"
-        except OSError as error:
-            self.why = self.why or resources.reason(error)
+            self.why = await self._shake_hands(used)
+            if not self.why:
+                self.begin_life()
+                fd = used.fileno()
+                while not await Wait(fd, HANGUP, self._runtime.time() + _beat()):
+                    if self._process.is_gone():
+                        break
+        finally:
+            # A request may wait for the socket; its wait ends, and it takes another one.
+            self._socket = None
+            self._parts.clear()
+            if self._runtime.runs_here:
+                self._runtime.started().descriptors.forget(used.fileno())
+            _shut(used)
+            self.end_life()
 
-    def _lose(self, lost: _Dialled) -> None:
-        """End a connection, and make another one if the other process still listens."""
-        if lost is self._dialled:
-            self._discard()
-            self._end_life()
-            if not (self.why or self.closed):
-                self._try_to_connect()
-
-    def _discard(self) -> None:
-        """Close the socket, in the channel's thread, which watches it."""
-        with self._ready:
-            dialled = self._dialled
-            self._dialled = None
-        if dialled is None:
-            return
-        dead = dialled.socket
-        with suppress(OSError):  # the other side has ended it
-            dead.shutdown(socket.SHUT_RDWR)
-
-        def close() -> None:
-            self._terms.loop.forget(dead.fileno())
-            dead.close()
-
-        self._terms.loop.run_soon(close)
-
-    # --- the channel's thread, which has no lock
-
-    def _see(self, seen: _Dialled) -> None:
-        """Take a packet of the handshake, or note the end of the connection."""
-        if not seen.greeted and seen is self._dialled:
-            self._shake_hands(seen)
-            return
-        self._terms.loop.forget(seen.socket.fileno())
-        if seen is self._dialled:
-            self._end_life()
-            self._settle()
-
-    def _shake_hands(self, seen: _Dialled) -> None:
-        """Take a packet of the handshake."""
-        try:
-            packet = seen.socket.recv(PACKET)
-        except BlockingIOError:
-            return
-        except OSError:
-            packet = b""
-        kind = packet[:1]
-        rest = packet[1:]
-        key = self._terms.key
-        if kind == _HELLO and len(rest) == _NONCE and not seen.expected:
+    async def _shake_hands(self, used: socket.socket) -> str:
+        """Return why the handshake failed; empty if it did not."""
+        until = self._runtime.time() + HANDSHAKE / 1e3
+        packet = await self._packet(used, until)
+        if packet is not None and packet[:1] == _HELLO and len(packet) == 1 + _NONCE:
             nonce = token_bytes(_NONCE)
-            seen.expected = _WELCOME + _proof(key, b"server", nonce, rest)
+            expected = _WELCOME + _proof(self._key, b"server", nonce, packet[1:])
             with suppress(OSError):  # the next packet shows the end
-                seen.socket.send(nonce + _proof(key, b"client", rest, nonce))
-        elif packet and compare_digest(packet, seen.expected):
-            self._begin_life(seen)
+                used.send(nonce + _proof(self._key, b"client", packet[1:], nonce))
+            packet = await self._packet(used, until)
+            if packet is not None and compare_digest(packet, expected):
+                return ""
+        if packet is None:
+            why = "the process is stopped or busy, or it is not a channel"
+        elif packet[:1] == _REFUSED:
+            why = packet[1:4097].decode(errors="replace")
         else:
             why = "the process has just ended, or it is not a channel"
-            if kind == _REFUSED:
-                why = rest[:4096].decode(errors="replace")
-            self._fail(f"no handshake: {why}", seen)
+        return f"no handshake: {why}"
 
-    def _begin_life(self, seen: _Dialled) -> None:
-        """Let requesters use a connection, which receive from here on."""
-        loop = self._terms.loop
-        fd = seen.socket.fileno()
-        loop.forget(fd)
-        loop.watch(fd, lambda: self._see(seen), zmq.POLLERR)  # an end needs no interest
-        with self._ready:
-            if seen is self._dialled:
-                seen.greeted = True
-                self.up = True
-                self._ready.notify_all()
+    async def _packet(self, used: socket.socket, until: float) -> bytes | None:
+        """Return a packet of the handshake; None if none comes in time."""
+        while await Wait(used, READ, until):
+            with suppress(BlockingIOError):
+                try:
+                    return used.recv(PACKET)
+                except ConnectionError:
+                    return b""
+        return None
 
-    def _look_later(self) -> None:
-        """Look at the other process after a moment, and again until the link is closed."""
-        if not self.closed:
-            self._terms.loop.run_later(_beat(), self._look)
-
-    def _look(self) -> None:
-        """End the connection if the other process is stopped or dead, or shakes no hands."""
-        self._look_later()
-        seen = self._dialled
-        if self.closed or seen is None:
-            return
-        if not seen.greeted and monotonic() > seen.until:
-            busy = "the process is stopped or busy, or it is not a channel"
-            self._fail(f"no handshake: {busy}", seen)
-        elif seen.greeted and seen.process.is_gone():
-            self._end_life()
-            self._settle()
-
-    def _fail(self, why: str, seen: _Dialled) -> None:
-        """Note why the link has failed."""
-        self._terms.loop.forget(seen.socket.fileno())
-        with self._ready:
-            self.why = self.why or why
-            self._ready.notify_all()
-        self._settle()
-
-    def _settle(self) -> None:
-        """Make another connection, or drop the link, unless a requester has it, which then does."""
-        if not self.lock.acquire(blocking=False):
-            return
+    async def send(self, data: bytes, until: float) -> bool:
+        """Send a request; return False if it could not be sent."""
+        used = self._socket
+        if used is None or not self.up:
+            await self.changed(until)
+            return False
         try:
-            if self._dialled is not None and not self.up:
-                self._lose(self._dialled)
-            if self.why:
-                self._terms.drop(self)
-        finally:
-            self.lock.release()
+            used.send(data)
+            return True
+        except BlockingIOError:
+            await Wait(used, WRITE, until)
+        except ConnectionError:
+            await self.changed(until)
+        except OSError as error:
+            if error.errno in (errno.ENOBUFS, errno.ENOMEM):  # the system may soon have memory
+                await Wait(until=self._runtime.time() + AGAIN / 10)
+            else:
+                self.why = self.why or str(error)
+        return False
 
-    def _end_life(self) -> None:
-        """Report the end of a connection that stood, once."""
-        with self._ready:
-            if not self.up:
-                return
-            self.up = False
-            ended = self.life
-            self.life = Peer()
-        self._terms.counts["lost"] += 1
-        ended.end()
+    async def receive(self, until: float) -> bytes | None:
+        """Return an answer; None if there is none yet."""
+        while True:
+            used = self._socket
+            if used is None or not self.up:
+                await self.changed(until)
+                return None
+            try:
+                packet = used.recv(PACKET + 2)
+            except BlockingIOError:
+                if not await Wait(used, READ, until):
+                    return None
+                continue
+            except ConnectionError:
+                packet = b""
+            self._parts.append(packet[1:])
+            # No channel sends more bytes of an answer.
+            if not packet or sum(map(len, self._parts)) > ANSWER + BACK.size:
+                with suppress(OSError):  # the other side has ended it
+                    used.shutdown(socket.SHUT_RDWR)
+                await self.changed(until)
+                return None
+            if not packet[0]:
+                answer = b"".join(self._parts)
+                self._parts.clear()
+                return answer
 
 
 class _Process:
@@ -998,14 +781,6 @@ def _proof(key: bytes, side: bytes, *nonces: bytes) -> bytes:
     return blake2b(b"".join(nonces), key=key, digest_size=32, person=b"unix " + side).digest()
 
 
-def _wait_for(waiting: socket.socket, event: int, milliseconds: int) -> None:
-    """Wait for an event of a socket. Raises `BlockingIOError` if there is none in time."""
-    poll = select.poll()
-    poll.register(waiting, event)
-    if not poll.poll(milliseconds):
-        raise BlockingIOError
-
-
 # ------------------------------------------------------------------------------------------------
 # The requests that a channel sends: one connection for each address, and a number each.
 
@@ -1014,70 +789,107 @@ T = TypeVar("T")
 LOOK = 20
 
 
-class TcpLink:
-    """The connection to an address of TCP, by ZeroMQ; see `UnixLink` for its attributes."""
+class TcpLink(_Link):
+    """The connection to an address of TCP, by ZeroMQ, which connects again by itself."""
 
-    def __init__(self, socket: zmq.Socket[bytes], address: str, number: int) -> None:
-        self.address = address
-        self.number = number
-        self.requests = 0
-        self.lock = threading.Lock()
-        self.life = Peer()
-        self.up = False
-        self.why = ""
-        self._socket = socket
-        self._wait = LOOK
-        socket.sndtimeo = socket.rcvtimeo = LOOK
+    def __init__(
+        self,
+        address: str,
+        number: int,
+        runtime: Runtime,
+        counts: Counter[str],
+        used: zmq.Socket[bytes],
+    ) -> None:
+        super().__init__(address, number, runtime, counts)
+        self._socket = used
         # Use a separate name: pyzmq's name is its descriptor's, which is reused before it is free.
-        self.monitor = socket.get_monitor_socket(addr=f"inproc://{number}")
-        socket.connect(address)
+        self._monitor = used.get_monitor_socket(addr=f"inproc://{number}")
+        self._answer = b""
+        self._patience = 0  # milliseconds for which the socket waits for an answer
+        self._fd: int = used.FD
+        self._monitor_fd: int = self._monitor.FD
+        used.connect(address)
 
-    @property
-    def closed(self) -> bool:
-        """Return True after `close`."""
-        return self._socket.closed
+    async def keep(self) -> None:
+        """Follow the events of the connection, until it fails."""
+        try:
+            while not self.why:
+                self._look()
+                await Wait(self._monitor_fd)
+        finally:
+            self.end_life()
+            await self._close_socket()
 
-    @property
-    def wait(self) -> int:
-        """Return the milliseconds for which `receive` waits."""
-        return self._wait
+    async def _close_socket(self) -> None:
+        """Close the socket after the present request, which may wait in ZeroMQ, in its thread."""
+        unused = False
+        while not unused:
+            with suppress(CancelledError):  # the channel is closed meanwhile
+                unused = await self.queue.acquire(priority="urgent")
+        for fd in (self._fd, self._monitor_fd):
+            self._runtime.started().descriptors.forget(fd)
+        self._socket.disable_monitor()
+        self._socket.close(0)
+        self.queue.release()
 
-    @wait.setter
-    def wait(self, milliseconds: int) -> None:
-        if milliseconds != self._wait:
-            self._wait = milliseconds
+    def _look(self) -> None:
+        """Process the events that have come. Also a request does, if the loop is busy."""
+        while self._monitor.poll(0):
+            self._see(*event_of(self._monitor.recv_multipart()))
+
+    def _see(self, event: str, value: int) -> None:
+        if event == "HANDSHAKE_SUCCEEDED":
+            self.begin_life()
+        elif event == "DISCONNECTED":
+            self.end_life()
+        elif event == "CLOSED":
+            self.why = "no channel listens there"
+        elif event.startswith("HANDSHAKE_FAILED"):
+            why = "the secret differs, the process has just ended, or it is not a channel"
+            if value == errno.EAGAIN:  # nothing came in `HANDSHAKE` milliseconds
+                why = "the process is stopped or busy, or it is not a channel"
+            self.why = f"no handshake: {why}"
+
+    async def send(self, data: bytes, until: float) -> bool:
+        """Send a request; return False if it could not be sent."""
+        if self.closed:
+            return False
+        try:
+            self._socket.send(data, zmq.NOBLOCK)
+            return True
+        except zmq.Again:
+            await Wait(self._fd, READ, until)
+            return False
+
+    async def receive(self, until: float) -> bytes | None:
+        """Return an answer; None if there is none yet."""
+        if not self.closed and await Wait(self._fd, READ, until, self._take):
+            return self._answer
+        if not self.up and not self.closed:
+            self._look()
+        return None
+
+    def _take(self, milliseconds: int) -> bool:
+        """Take an answer; return False if none comes in so many milliseconds."""
+        if milliseconds and milliseconds != self._patience:
+            self._patience = milliseconds
             self._socket.rcvtimeo = milliseconds
-
-    def send(self, data: bytes) -> None:
-        """Send a request. Raises `BlockingIOError` if it could not be sent soon."""
         try:
-            self._socket.send(data)
+            self._answer = self._socket.recv(0 if milliseconds else zmq.NOBLOCK)
         except zmq.Again:
-            raise BlockingIOError from None
-
-    def receive(self) -> bytes:
-        """Return an answer. Raises `BlockingIOError` if there is none within ``wait``."""
-        try:
-            return self._socket.recv()
-        except zmq.Again:
-            raise BlockingIOError from None
-
-    def close(self) -> None:
-        """Close the link, whose lock the caller has."""
-        if not self._socket.closed:
-            self._socket.close(0)
-        self.life.end()
+            return False
+        return True
 
 
-_Link: TypeAlias = TcpLink | UnixLink
+Link: TypeAlias = TcpLink | UnixLink
 
 
 class Client:
-    """The connections of a channel to others. Any thread may send requests.
+    """The connections of a channel to others. Coroutines of any thread may send requests.
 
     Args:
         sockets: makes the sockets.
-        loop: the thread that watches the connections.
+        tasks: the coroutines of the channel.
         id: the id of the channel.
         counts: the counters of the channel.
         check_open: raises `PeerError` if the channel sends no more requests.
@@ -1086,156 +898,128 @@ class Client:
     def __init__(
         self,
         sockets: Sockets,
-        loop: Loop,
+        runtime: Runtime,
+        tasks: TaskGroup,
         id: bytes,
         counts: Counter[str],
         check_open: Callable[[], None],
     ) -> None:
         self._sockets = sockets
-        self._loop = loop
+        self._runtime = runtime
+        self._tasks = tasks
         self.id = id
         self._counts = counts
         self._check_open = check_open
-        self._lock = threading.Lock()
-        self._links = dict[str, _Link]()
+        self._links = dict[str, Link]()
         self._made = 0
 
     def __len__(self) -> int:
         return len(self._links)
 
-    def ask(
+    async def ask(
         self,
         address: str,
         message: Message,
         kind: type[T],
         until: float,
-        stop: Callable[[], bool],
-        sent: Callable[[], object] = bool,
+        stop: Callable[[], bool] = bool,
     ) -> T:
-        """Return the answer to a message; see `Channel.ask`. ``until``: a time of `monotonic`."""
-        back = b""
-        for received in self._sending(address, message, until, True, stop):
-            sent()
-            back = received
+        """Return the answer to a message; see `Channel.ask`. ``until``: by `Runtime.time`."""
+        back = await self.send(address, message, until, stop, answer=True)
         return answer_of(back, address, message, kind)
 
-    def ask_all(
+    async def ask_all(
         self, requests: Sequence[tuple[str, Message]], kind: type[T], until: float
     ) -> list[T | PortaKVError]:
-        """Send the first request to each address, then read the answers and send the others."""
+        """Return the results of several requests, those to one address in turn."""
         results = dict[int, Any]()
-        sending = [self._sending(*x, until, True) for x in requests]
-        first = {requests[n][0]: n for n in reversed(range(len(requests)))}
-        order = [first[address] for address in sorted(first)]  # each uses one connection
 
-        def go_on(n: int, last: bool) -> None:
-            try:
-                if last:
-                    results[n] = answer_of([*sending[n]][-1], *requests[n], kind)
-                else:
-                    next(sending[n])
-            except PortaKVError as error:
-                results[n] = error
+        async def in_turn(numbers: list[int]) -> None:
+            for n in numbers:
+                try:
+                    results[n] = await self.ask(*requests[n], kind, until)
+                except PortaKVError as error:
+                    results[n] = error
 
-        try:
-            for n in order:
-                go_on(n, False)
-            for n in (*order, *range(len(requests))):
-                if n not in results:
-                    go_on(n, True)
-        finally:
-            for one in sending:  # if it ended early, else an error's traceback keeps connections
-                one.close()
+        by_address = dict[str, list[int]]()
+        for n, (address, _) in enumerate(requests):
+            by_address.setdefault(address, []).append(n)
+        *others, last = by_address.values() or [[]]
+        handles = [self._runtime.start(in_turn(numbers)) for numbers in others]
+        await in_turn(last)
+        for handle in handles:
+            await handle
         return [results[n] for n in range(len(requests))]
 
-    def tell(self, address: str, message: Message, until: float, stop: Callable[[], bool]) -> None:
-        """Send a message without an answer; see `Channel.tell`."""
-        for _ in self._sending(address, message, until, False, stop):
-            pass
-
-    def _sending(
-        self,
-        address: str,
-        message: Message,
-        until: float,
-        answer: bool,
-        stop: Callable[[], bool] = bool,
-    ) -> Generator[bytes]:
-        """Yield empty bytes each time the message is sent, and at last the answer if one is
-        expected.
-
-        The connection belongs to this thread until the generator ends.
-        """
+    async def send(
+        self, address: str, message: Message, until: float, stop: Callable[[], bool], answer: bool
+    ) -> bytes:
+        """Send a message; return the bytes of the answer, if one is expected."""
         what = f"{message.purpose} {address}"
         body = encode(message)
         by = None
         if len(body) > LIMIT:
             raise PeerError(f"{what} has {len(body)} bytes; a message has at most {LIMIT}.")
-        link = self._acquire(address, until, what)
+        link = await self._acquire(address, until, what)
         try:
             link.requests += answer
             number = link.requests * answer
             data = HEAD.pack(VERSION, self.id, link.number, number) + body
-            link.wait = min(LOOK, max(1, ceil(1e3 * (until - monotonic()))))
             while True:
                 self._check(link, until, what, stop)
-                with suppress(BlockingIOError):  # nothing came or went within `wait` milliseconds
-                    # Repeat after the next connection stands: before, the old one may take the
-                    # message.
-                    if by is not (life := link.life) and (link.up or by is None):
-                        link.send(data)
-                        by = life
-                        yield b""
-                    if not answer:
-                        return
-                    back = link.receive().ljust(BACK.size, b"\0")
+                pause = min(until, self._runtime.time() + LOOK / 1e3)
+                # Repeat after the next connection stands: before, the old one may take the message.
+                if by is not (life := link.life) and (link.up or by is None):
+                    if not await link.send(data, pause):
+                        continue
+                    by = life
+                if not answer:
+                    return b""
+                back = await link.receive(pause)
+                if back is not None:
+                    back = back.ljust(BACK.size, b"\0")
                     if back[0] != VERSION or BACK.unpack_from(back)[2] == number:
-                        yield back
-                        return
+                        return back
         finally:
-            link.lock.release()
+            link.queue.release()
 
-    def _acquire(self, address: str, until: float, what: str) -> _Link:
-        """Return the link to an address, with its lock, for one request.
+    async def _acquire(self, address: str, until: float, what: str) -> Link:
+        """Return the link to an address for one request, which releases its queue.
 
         A link that an earlier request closed, such as one with less time, is replaced.
         """
         while True:
             link = self.link(address)
-            if not link.lock.acquire(timeout=max(0.0, until - monotonic())):
+            if not await link.queue.acquire(until=until):
                 raise TransferTimeout(
                     f"{what} was not sent: an earlier request still waits for its answer."
                 )
             if not link.closed:
                 return link
-            link.lock.release()
+            link.queue.release()
 
-    def _check(self, link: _Link, until: float, what: str, stop: Callable[[], bool]) -> None:
+    def _check(self, link: Link, until: float, what: str, stop: Callable[[], bool]) -> None:
         """Raise the error of a link's connection; after its end the next request makes another."""
-        if stop():
+        with self._runtime.released():
+            stopped = stop()
+        if stopped:
             raise TransferTimeout(f"{what} was cancelled, because nothing waits for its answer.")
-        if abandoned():  # the answer to this request is ignored
-            raise KeyboardInterrupt
-        late = monotonic() > until
-        why = link.why or ("the channel was closed" if self._loop.stopped else "")
-        if late and link.up and not why:
+        late = self._runtime.time() > until
+        if late and link.up and not link.why:
             raise TransferTimeout(f"{what} got no answer in time; the connection stands.")
-        if late or why:
+        if late or link.why:
+            why = link.why or "no connection in time"
             self._drop(link)
-            raise PeerError(
-                f"{what} failed: {why or 'no connection in time'}. Check that the process there "
-                f"runs."
-            )
+            raise PeerError(f"{what} failed: {why}. Check that the process there runs.")
 
-    def link(self, address: str) -> _Link:
-        """Return the link to an address, made at the first request.
+    def link(self, address: str) -> Link:
+        """Return the link to an address, made at the first request. Runs in a step.
 
         Raises `PeerError` if no channel can be there.
         """
         try:
-            with self._lock:
-                self._check_open()
-                return self._links.get(address) or self._new_link(address)
+            self._check_open()
+            return self._links.get(address) or self._new_link(address)
         except FileNotFoundError:
             why = "no channel listens there any more, its process has ended"
             raise PeerError(
@@ -1246,7 +1030,7 @@ class Client:
                 f"Expected an address of a channel, got {address!r}: {reason(error)}."
             ) from None
 
-    def _new_link(self, address: str) -> _Link:
+    def _new_link(self, address: str) -> Link:
         local = re.match("ipc://(/.+)", address)
         if "\0" in address or not (local or (self._sockets.keys and NUMERIC.match(address))):
             raise OSError(
@@ -1256,66 +1040,39 @@ class Client:
         if local and os.stat(local[1]).st_uid != os.getuid():
             raise OSError("another user listens there")
         self._made += 1
-        # The link is there before the channel's thread may drop it.
+        terms = (address, self._made, self._runtime, self._counts)
+        link: Link
         if local:
-            terms = LinkTerms(self._sockets.key, self._loop, self._counts, self._drop)
-            link = UnixLink(address, self._made, terms)
-            self._links[address] = link
+            link = UnixLink(*terms, self._sockets.key)
+        else:
+            used = self._sockets.client(address)
             try:
-                link.open()
+                link = TcpLink(*terms, used)
             except BaseException:
-                self._links.pop(address, None)
+                used.close(0)
                 raise
-            return link
-        socket = self._sockets.client(address)
+        self._links[address] = link
+        link.keeper = self._tasks.start(self._keep(link))
+        return link
+
+    async def _keep(self, link: Link) -> None:
+        """Keep a link until it fails."""
         try:
-            made = TcpLink(socket, address, self._made)
-        except BaseException:
-            socket.close(0)
-            raise
-        self._links[address] = made
-        self._loop.run_soon(lambda: self._loop.watch(made.monitor, partial(self._see, made)))
-        return made
-
-    def _see(self, link: TcpLink) -> None:
-        """Process an event of a connection, in the channel's thread."""
-        event, value = event_of(link.monitor)
-        if event == "HANDSHAKE_SUCCEEDED":
-            link.up = True
-        elif event == "DISCONNECTED" and link.up:
-            self._counts["lost"] += 1
-            link.up = False
-            life = link.life
-            link.life = Peer()
-            life.end()
-        elif event == "CLOSED":
-            link.why = link.why or "no channel listens there"
-        elif event.startswith("HANDSHAKE_FAILED"):
-            secret = "the secret differs, " if self._sockets.keys else ""
-            link.why = f"no handshake: {secret}the process has just ended, or it is not a channel"
-            if value == errno.EAGAIN:  # nothing came in `HANDSHAKE` milliseconds
-                link.why = "no handshake: the process is stopped or busy, or it is not a channel"
-        elif event == "MONITOR_STOPPED":
-            self._loop.forget(link.monitor)
-            link.monitor.close(0)
-        if link.why and link.lock.acquire(blocking=False):  # otherwise its requester checks it
+            await link.keep()
+        finally:
             self._drop(link)
-            link.lock.release()
 
-    def _drop(self, link: _Link) -> None:
-        """Close a link, whose lock the caller has."""
-        link.why = link.why or "it is gone"
+    def _drop(self, link: Link) -> None:
+        """Close a link."""
         if not link.closed:
             self._links.pop(link.address, None)
-        link.close()
+            link.close()
 
     def close(self) -> None:
-        """Close all links, after the loop was stopped."""
-        with self._lock:
-            links = tuple(self._links.values())
-        for link in links:
-            with link.lock:
-                self._drop(link)
+        """Close all links."""
+        for link in tuple(self._links.values()):
+            link.why = link.why or "the channel was closed"
+            self._drop(link)
 
 
 def answer_of(back: bytes, address: str, message: Message, kind: type[T]) -> T:
@@ -1338,6 +1095,11 @@ def answer_of(back: bytes, address: str, message: Message, kind: type[T]) -> T:
         raise PeerError(
             f"{what} got an answer that is not valid. Use one release on both sides."
         ) from None
+
+
+def _log_failure(error: BaseException) -> None:
+    """Log the error that ended a coroutine of a channel."""
+    _log.error("A channel failed at a message, and goes on.", exc_info=error)
 
 
 def _printable(text: bytes) -> str:
@@ -1484,32 +1246,43 @@ class Server:
 
     Args:
         sockets: makes the sockets.
+        tasks: the coroutines of the channel.
         address: where to listen, as in `Channel`.
         counts: the counters of the channel.
     """
 
-    def __init__(self, sockets: Sockets, address: str | None, counts: Counter[str]) -> None:
+    def __init__(
+        self,
+        sockets: Sockets,
+        runtime: Runtime,
+        tasks: TaskGroup,
+        address: str | None,
+        counts: Counter[str],
+    ) -> None:
         self.address = address or "a Unix socket"
         self.services = _Services()
         self._sockets = sockets
+        self._runtime = runtime
+        self._tasks = tasks
         self._unix: UnixListener | None = None
         self._counts = counts
         self._peers = dict[bytes, Peer]()
         self._fds = dict[int, bytes]()  # the names of connections, by their descriptors
         self._last = _Answers()
         self.later = deque[Callable[[], object]]()
+        self.answers_now = False  # the loop's thread executes a request
         self._strangers = _Strangers(counts)
         self._router: zmq.Socket[bytes] | None = None
         self._seen: zmq.Socket[bytes] | None = None
 
-    def listen(self, address: str | None, loop: Loop) -> None:
-        """Listen, and have the loop answer what comes.
+    def listen(self, address: str | None) -> None:
+        """Listen, and start to answer what comes. Runs in a step.
 
         Raises `PeerError` if nothing can listen there, or if descriptors, a thread or a folder are
         missing.
         """
         try:
-            self._listen(address, loop)
+            self._listen(address)
         except (OSError, zmq.ZMQError) as error:
             why = resources.reason(error)
             if not address or error.errno in (*resources.NONE_FREE, errno.EAGAIN):
@@ -1521,24 +1294,45 @@ class Server:
                 f"Pass an address of this host and a free port."
             ) from None
 
-    def _listen(self, address: str | None, loop: Loop) -> None:
+    def _listen(self, address: str | None) -> None:
         if not address:
-            self._unix = UnixListener(self._sockets.key, self, loop)
+            self._unix = UnixListener(self._sockets.key, self, self._tasks)
             self.address = self._unix.address
+            self._tasks.start(self._repeat(self._unix.accept), locked=False)
             return
         router = self._sockets.server(address)
         self._router = router
         self._seen = router.get_monitor_socket(_EVENTS)
-        # ZeroMQ asks the channel's thread for the permission of each connection.
+        # ZeroMQ asks the channel for the permission of each connection.
         zap: zmq.Socket[bytes] = self._sockets.context.socket(zmq.REP)
         zap.bind("inproc://zeromq.zap.01")
         router.bind(address)
         self.address = router.getsockopt_string(zmq.LAST_ENDPOINT).rstrip("\0")
         if re.match(r"tcp://(0\.0\.0\.0|\[::(ffff:0\.0\.0\.0)?\])", self.address):
             raise OSError("that is every interface")
-        loop.watch(router, partial(self._take, router))
-        loop.watch(self._seen, self._see)
-        loop.watch(zap, partial(self._admit, zap))
+        self._tasks.start(self._serve(router, partial(self._take, router)), locked=False)
+        self._tasks.start(self._serve(self._seen, self._see), locked=False)
+        self._tasks.start(self._serve(zap, partial(self._admit, zap)), locked=False)
+
+    @staticmethod
+    async def _repeat(step: Callable[[], Awaitable[object]]) -> None:
+        """Await a step again and again. One peer's message must not stop the others'."""
+        while True:
+            try:
+                await step()
+            except Exception as error:
+                _log_failure(error)
+
+    @staticmethod
+    async def _serve(source: zmq.Socket[bytes], process: Callable[[], object]) -> None:
+        """Process each message of a socket of ZeroMQ, as `_repeat` does."""
+        message = incoming(source)
+        while True:
+            await message()
+            try:
+                process()
+            except Exception as error:
+                _log_failure(error)
 
     def statistics(self) -> dict[str, int]:
         """Return the connections now, and the bytes of cached answers."""
@@ -1561,9 +1355,9 @@ class Server:
         zap.send_multipart([b"1.0", requests[1], well, b"", b"", b""])
 
     def _see(self) -> None:
-        """Process all events of TCP connections to this channel."""
+        """Process all events of TCP connections that have come."""
         while self._seen is not None and self._seen.poll(0):
-            event, value = event_of(self._seen)
+            event, value = event_of(self._seen.recv_multipart())
             if event == "ACCEPTED":
                 self.begin(value)
             elif event == "DISCONNECTED":
@@ -1600,23 +1394,24 @@ class Server:
         if before := self._peers.pop(self._fds[fd], None):
             before.end()
         self._fds[fd] = name
-        self._peers[name] = Peer(id)
+        self._peers[name] = Peer(id, self._runtime)
         return self._peers[name]
 
     def _take(self, router: zmq.Socket[bytes]) -> None:
         """Answer one request by TCP."""
         # Frame by frame: the calls for messages of several frames ask the socket about each.
-        frames = [router.recv(copy=False)]
-        while frames[-1].more:
-            frames.append(router.recv(copy=False))
-        name, *others, frame = frames
-        if others:  # no channel sends messages of several frames
+        name = router.recv()
+        frame = router.recv(copy=False)
+        if frame.more:  # no channel sends messages of several frames
+            while frame.more:
+                frame = router.recv(copy=False)
             self._counts["size"] += 1
             self._cut(frame.get(zmq.SRCFD))
             return
-        back = self.reply(name.bytes, frame.get(zmq.SRCFD), frame.bytes)
+        fd = -1 if name in self._peers else frame.get(zmq.SRCFD)
+        back = self.reply(name, fd, frame.bytes)
         if back:
-            router.send(name.bytes, zmq.SNDMORE)
+            router.send(name, zmq.SNDMORE)
             router.send(back)
         self.run_later_calls()
 
@@ -1660,10 +1455,13 @@ class Server:
 
     def _execute(self, peer: Peer, data: memoryview, number: int) -> bytes:
         """Execute a request, and return what is sent back."""
+        self.answers_now = True
         try:
             body = self.services.answer(peer, data)
         except _Rejection as rejection:
             return self._refused(number, rejection.reason, str(rejection))
+        finally:
+            self.answers_now = False
         return BACK.pack(VERSION, False, number) + body if body else b""
 
     def _refused(self, number: int, reason: str, why: str) -> bytes:
@@ -1682,7 +1480,6 @@ class Server:
 
 
 __all__ = ["Channel", "Peer"]
-SENDING = 0.02  # seconds for which a caller lets a helper send its message
 
 
 class Channel:
@@ -1714,20 +1511,30 @@ class Channel:
         self.address = address or self.address
         self.id = token_bytes(16)
         self.counts = Counter[str]()
-        self._process = this_process()
+        self.closed = False
+        self._runtime = runtime()
+        self._tasks = TaskGroup(self._runtime, _log_failure)
         self._users = dict[str, object]()  # the owner, the reader and others of this channel
+        self._server = Server(self._sockets, self._runtime, self._tasks, address, self.counts)
+        self._client = Client(
+            self._sockets, self._runtime, self._tasks, self.id, self.counts, self.check_open
+        )
         uninterrupted(partial(self._start, address), undo=lambda _: self.close())
 
     def _start(self, address: str | None) -> None:
-        """Listen, and start the channel's thread."""
-        self._server = Server(self._sockets, address, self.counts)
-        self._loop = Loop()
-        self._client = Client(self._sockets, self._loop, self.id, self.counts, self.check_open)
+        """Listen, and start the loop."""
         try:
-            self._server.listen(address, self._loop)
-            self._loop.start()
+            resources.raise_limit_if_few()
+            try:
+                self._runtime.started(PeerError)
+            except OSError as error:
+                raise PeerError(
+                    f"Expected a descriptor for a channel, but {resources.reason(error)}."
+                ) from None
+            with self._runtime.lock:
+                self._server.listen(address)
         except PeerError:
-            self._end()
+            self._end_here()
             raise
         self.address = self._server.address
         atexit.register(self.close)
@@ -1738,7 +1545,7 @@ class Channel:
     @property
     def forked(self) -> bool:
         """Return True in a process that was forked from the one that made the channel."""
-        return self._process.forked
+        return self._runtime.forked
 
     def serve(self, kind: type[T], answer: Callable[[Peer, T], Message | None]) -> None:
         """Answer messages of ``kind`` by ``answer`` from now on.
@@ -1753,7 +1560,7 @@ class Channel:
 
         So what the call begins does not delay the answer. In another thread it is made immediately.
         """
-        if self._loop.runs_here:
+        if self._runtime.runs_here and self._server.answers_now:
             self._server.later.append(call)
         else:
             call()
@@ -1776,9 +1583,9 @@ class Channel:
 
     def check_open(self) -> None:
         """Raise `PeerError` after `close`, and in a forked process."""
-        if self._loop.stopped or self._process.forked:
+        if self.closed or self._runtime.forked:
             gone = "is closed"
-            if self._process.forked:
+            if self._runtime.forked:
                 gone = "belongs to the process that this one was forked from"
             raise PeerError(f"Expected a channel that is open, got one that {gone}. Make another.")
 
@@ -1807,12 +1614,11 @@ class Channel:
         kind: type[T],
         timeout: float | None = None,
         stop: Callable[[], bool] = bool,
-        sent: Callable[[], object] = bool,
     ) -> T:
         """Return the answer of the channel at ``address`` to a message.
 
         If the connection breaks, the next connection repeats the request, which is executed at most
-        once. Ends early if ``stop()`` returns True. Calls ``sent`` each time the message is sent.
+        once. Ends early if ``stop()`` returns True.
 
         Raises:
             PeerError: the peer cannot be reached, is gone or rejects, or the secret differs.
@@ -1820,32 +1626,20 @@ class Channel:
 
         If the caller is interrupted, the connection stays usable, and the answer is dropped.
         """
+        answer: T = self._runtime.run(self.answer, address, message, kind, timeout, stop)
+        return answer
+
+    async def answer(
+        self,
+        address: str,
+        message: Message,
+        kind: type[T],
+        timeout: float | None = None,
+        stop: Callable[[], bool] = bool,
+    ) -> T:
+        """Return what `ask` returns, in a coroutine of the runtime."""
         until = self._until(timeout)
-        return uninterrupted(partial(self._client.ask, address, message, kind, until, stop, sent))
-
-    def begin_to_ask(
-        self, address: str, message: Message, kind: type[T], timeout: float | None = None
-    ) -> Callable[[], T]:
-        """Send a message, and return the call that waits for the answer as `ask` does, for one use.
-
-        Until the answer, other requests to the address wait. A caller that needs no answer does not
-        make the call.
-        """
-        sent = threading.Lock()  # locked until the message is sent; an event costs ten calls more
-        sent.acquire()
-
-        def note() -> None:
-            if sent.locked():
-                sent.release()
-
-        def ask() -> T:
-            try:
-                return self.ask(address, message, kind, timeout, sent=note)
-            finally:
-                note()
-
-        answer = alongside(ask)
-        sent.acquire(timeout=SENDING)  # the helper has the interpreter meanwhile
+        answer: T = await self._client.ask(address, message, kind, until, stop)
         return answer
 
     def ask_all(
@@ -1856,7 +1650,13 @@ class Channel:
         All addresses get their first request together. An address with several requests gets the
         next one after it has answered.
         """
-        return uninterrupted(partial(self._client.ask_all, requests, kind, self._until(timeout)))
+        return self._runtime.run(self.answers, requests, kind, timeout)
+
+    async def answers(
+        self, requests: Sequence[tuple[str, Message]], kind: type[T], timeout: float | None = None
+    ) -> list[T | PortaKVError]:
+        """Return what `ask_all` returns, in a coroutine of the runtime."""
+        return await self._client.ask_all(requests, kind, self._until(timeout))
 
     def tell(
         self,
@@ -1867,14 +1667,27 @@ class Channel:
     ) -> None:
         """Send a message without an answer, unless ``stop()`` returns True before it is sent; raise
         as `ask`."""
-        uninterrupted(partial(self._client.tell, address, message, self._until(timeout), stop))
+        self._runtime.run(self.send, address, message, timeout, stop)
+
+    async def send(
+        self,
+        address: str,
+        message: Message,
+        timeout: float | None = None,
+        stop: Callable[[], bool] = bool,
+    ) -> None:
+        """Send a message as `tell` does, in a coroutine of the runtime."""
+        await self._client.send(address, message, self._until(timeout), stop, answer=False)
 
     def watch(self, address: str, gone: Callable[[], object]) -> Callable[[], object]:
         """Call ``gone`` when the connection to ``address`` ends; see `Peer.on_gone`."""
-        return uninterrupted(
-            lambda: self._client.link(address).life.on_gone(gone),
-            undo=lambda take_back: take_back(),
-        )
+
+        def watch() -> Callable[[], object]:
+            with self._runtime.lock:
+                life = self._client.link(address).life
+            return life.on_gone(gone)
+
+        return uninterrupted(watch, undo=lambda take_back: take_back())
 
     def statistics(self) -> dict[str, int]:
         """Return the connections now, from and to other channels, and the counters."""
@@ -1886,19 +1699,30 @@ class Channel:
 
     def close(self) -> None:
         """End all connections; requests in flight raise `PeerError`."""
-        if not self._process.forked:
+        if not self._runtime.forked:
             uninterrupted(self._close)
 
     def _close(self) -> None:
         """Close the channel, and no longer at the end of the interpreter."""
         atexit.unregister(self.close)
-        self._end()
+        self._end_here()
 
-    def _end(self) -> None:
-        """Stop the channel's thread, drop all connections, and close the sockets."""
-        if self._loop.stop():
-            self._client.close()
-            self._server.close()
+    def _end_here(self) -> None:
+        """End all connections, and wait for that, except in the loop itself."""
+        if self._runtime.runs_here:
+            self._runtime.start(self._end())
+        else:
+            self._runtime.run(self._end)
+
+    async def _end(self) -> None:
+        """Drop all connections, and close the sockets after the coroutines have ended."""
+        if self.closed:
+            return
+        self.closed = True
+        self._client.close()
+        await self._tasks.close()
+        self._server.close()
+        with self._runtime.released():
             self._sockets.close()
 
     def _until(self, timeout: float | None) -> float:

@@ -7,9 +7,9 @@ if it can, and otherwise agrees with the owner on a transport.
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from asyncio import CancelledError
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass
 from functools import partial
 from math import inf
@@ -21,7 +21,6 @@ from weakref import finalize
 import torch
 
 from portakv import arguments
-from portakv.arguments import FOREVER
 from portakv.errors import (
     BackendUnavailable,
     LayoutError,
@@ -31,7 +30,6 @@ from portakv.errors import (
     TransferTimeout,
     Unsupported,
 )
-from portakv.graph import Graph, Task
 from portakv.migrate import shared_memory
 from portakv.migrate.buffers import Staging
 from portakv.migrate.channel import Channel
@@ -57,16 +55,17 @@ from portakv.migrate.transports.base import Transport
 from portakv.migrate.words import NamesOfOwner, Place, WordsOfOwner, open_page
 from portakv.runtime.bounded import Bounded
 from portakv.runtime.devices import inside
-from portakv.runtime.interrupts import Condition, shielded
 from portakv.runtime.late_release import release
 from portakv.runtime.resources import reason
 from portakv.runtime.streams import own_stream
+from portakv.tasks import Handle, Limit, Wait, runtime
 
 # ------------------------------------------------------------------------------------------------
-# Questions of the thread that looks after pulls, to several owners at a time.
+# Questions of the coroutine that looks after pulls, to several owners at a time.
 
 ASKING = 0.1  # the most seconds that a question may take, since other pulls wait meanwhile
 PAUSE = 4e-3  # seconds between two questions to an owner about the same
+BLOCKING = 4  # calls at a time that may take over a millisecond
 BUSY = 0.5  # seconds without a question to an owner that did not answer in time
 
 #: The address and the epoch of an owner.
@@ -74,7 +73,7 @@ OwnerKey: TypeAlias = tuple[str, bytes]
 
 
 class Questions:
-    """Asks owners. One thread calls it; any may call `note`.
+    """Asks owners. One coroutine calls it; any thread may call `note`.
 
     Args:
         channel: of the reader.
@@ -100,12 +99,12 @@ class Questions:
         """Note that an owner has just answered another thread."""
         self._next[owner] = monotonic() + PAUSE, False
 
-    def ask(self, questions: Sequence[tuple[OwnerKey, Message]]) -> list[Any]:
+    async def ask(self, questions: Sequence[tuple[OwnerKey, Message]]) -> list[Any]:
         """Return the answer, or the error, of each question; None if an owner is late."""
         if not questions:
             return []
         requests = [(address, message) for (address, _), message in questions]
-        answers = self._channel.ask_all(requests, self._kind, ASKING)
+        answers = await self._channel.answers(requests, self._kind, ASKING)
         result = list[Any]()
         for (owner, _), answer in zip(questions, answers, strict=True):
             late = isinstance(answer, TransferTimeout)
@@ -278,7 +277,7 @@ Sources = Sequence[Source]
 class Connections:
     """The owners of one reader; see `Reader` for the arguments.
 
-    A helper thread connects and closes for the main thread: no interrupt may cut that in two.
+    Coroutines connect to owners, in steps that have the runtime's lock.
     """
 
     def __init__(
@@ -293,21 +292,23 @@ class Connections:
         self._transports = dict[str, Transport]()
         self._owners = dict[tuple[str, bytes], Connection]()
         self._closed = False
-        self._lock = threading.Lock()  # for new owners and transports, and the end
-        self._connecting = set[str]()  # addresses that a thread connects to
-        self._change = Condition()
+        self._runtime = runtime()
+        #: Of copies on the host, imports and maps of memory: what may take over a millisecond.
+        self.blocking = Limit(self._runtime, BLOCKING)
+        #: Addresses that a coroutine connects to, and the coroutines that wait for the same.
+        self._connecting = dict[str, list[Wait]]()
 
     def __len__(self) -> int:
         return len(self._owners)
 
-    def resolve(self, packed: Sequence[bytes], until: float = inf) -> list[Source]:
+    async def resolve(self, packed: Sequence[bytes], until: float = inf) -> list[Source]:
         """Return each ticket of the result of `listed` with its owner, by the time ``until``.
 
         Raises as `of`, and `PeerError` for bytes that are not a ticket.
         """
         read = [Ticket.read(data) for data in packed]
         try:
-            owners = [self.of(ticket, until) for ticket in read]
+            owners = [await self.of(ticket, until) for ticket in read]
         except PeerError as error:
             if monotonic() < until:
                 raise
@@ -325,7 +326,7 @@ class Connections:
             return None
         return _signed(packed, read, owners)
 
-    def of(self, ticket: Ticket, until: float = inf) -> Connection:
+    async def of(self, ticket: Ticket, until: float = inf) -> Connection:
         """Return the owner of a ticket, and connect to it at the first call.
 
         Raises:
@@ -336,12 +337,12 @@ class Connections:
         """
         if (owner := self._owners.get((ticket.address, ticket.epoch))) is not None:
             return owner
-        return self._connect(ticket, until)
+        return await self._connect(ticket, until)
 
-    def prepare(self, address: str, epoch: bytes = ANY) -> None:
+    async def prepare(self, address: str, epoch: bytes = ANY) -> None:
         """Connect to the owner at an address, unless that was done; raise as `of`."""
         if self.find(address, epoch) is None:
-            self._connect(Ticket(epoch, ANY, address, 0, (b"",), (1,), 0.0), inf)
+            await self._connect(Ticket(epoch, ANY, address, 0, (b"",), (1,), 0.0), inf)
 
     def find(self, address: str, epoch: bytes = ANY) -> Connection | None:
         """Return the connection to the owner of an epoch at an address, or to whoever has the
@@ -351,53 +352,52 @@ class Connections:
         owners = [*self._owners.values()]
         return next((owner for owner in owners if owner.address == address), None)
 
-    @shielded
-    def _connect(self, ticket: Ticket, until: float) -> Connection:
-        """Connect to the owner of a ticket, unless another thread has.
+    async def _connect(self, ticket: Ticket, until: float) -> Connection:
+        """Connect to the owner of a ticket, unless another coroutine has.
 
         Only handshakes with one address wait for each other.
         """
-        with self._turn(ticket.address, until):
-            if (owner := self.find(ticket.address, ticket.epoch)) is not None:
+        address = ticket.address
+        await self._wait_for_turn(address, until)
+        self._connecting[address] = []
+        try:
+            if (owner := self.find(address, ticket.epoch)) is not None:
                 return owner
             if self._closed:
                 raise closed_reader()
-            owner = Connection(self.channel, ticket.address, self._shake_hands(ticket, until))
-            for old in [x for x in [*self._owners.values()] if x.address == owner.address]:
+            handshake = await self._shake_hands(ticket, until)
+            owner = Connection(self.channel, address, handshake)
+            for old in [x for x in [*self._owners.values()] if x.address == address]:
                 self._forget(old)
             try:
-                map_owner(owner, self.device)
+                await self.blocking.work(map_owner, owner, self.device)
             except NotMapped as error:
                 owner.why_not_mapped = str(error)
-                self._agree_or_raise(owner, ticket, until)
+                await self._agree_or_raise(owner, ticket, until)
             self._add(owner)
             gone = partial(self._forget, owner, gone=True)
-            owner.unwatch = self.channel.watch(ticket.address, gone)
+            owner.unwatch = self.channel.watch(address, gone)
+        finally:
+            for wait in self._connecting.pop(address):
+                wait.wake()
         return owner
 
-    @contextmanager
-    def _turn(self, address: str, until: float) -> Iterator[None]:
-        """Be the only thread that connects to an address; raise `TransferTimeout` if another one
+    async def _wait_for_turn(self, address: str, until: float) -> None:
+        """Wait until no other coroutine connects to an address; raise `TransferTimeout` if one
         does until the time ``until``."""
-        wait = min(max(0.0, until - monotonic()), FOREVER)
-        with self._change:
-            if not self._change.wait_for(lambda: address not in self._connecting, wait):
+        while (waiting := self._connecting.get(address)) is not None:
+            wait = Wait(until=until if until < inf else None)
+            waiting.append(wait)
+            if not await wait:
                 raise TransferTimeout(
                     f"The handshake with {address} timed out after one of another call. Pull again "
                     f"with a longer timeout."
                 )
-            self._connecting.add(address)
-        try:
-            yield
-        finally:
-            with self._change:
-                self._connecting.discard(address)
-                self._change.notify_all()
 
-    def _agree_or_raise(self, owner: Connection, ticket: Ticket, until: float) -> None:
+    async def _agree_or_raise(self, owner: Connection, ticket: Ticket, until: float) -> None:
         """Agree with an owner on a transport; raise `Unsupported` if there is none for its rows."""
         try:
-            self._agree(owner, ticket, until)
+            await self._agree(owner, ticket, until)
         except PortaKVError as error:
             peer = isinstance(error, PeerError | TransferTimeout)
             if peer and not isinstance(error, Refused):
@@ -408,48 +408,45 @@ class Connections:
     def _add(self, owner: Connection) -> None:
         """Let pulls use an owner, with a number that no other has; raise `PeerError` after
         `close`."""
-        with self._lock:
-            closed = self._closed
-            if not closed:
-                used = {one.number for one in [*self._owners.values()]}
-                owner.number = min({*range(len(used) + 1)} - used)
-                self._owners[owner.address, owner.handshake.epoch] = owner
-        if closed:
+        if self._closed:
             self._forget(owner)
             raise closed_reader()
+        used = {one.number for one in [*self._owners.values()]}
+        owner.number = min({*range(len(used) + 1)} - used)
+        self._owners[owner.address, owner.handshake.epoch] = owner
 
-    def extend(self, ticket: bytes, seconds: float, until: float) -> float:
+    async def extend(self, ticket: bytes, seconds: float, until: float) -> float:
         """Renew the lease of a ticket's offer by the time ``until``; see `Reader.extend`."""
         parsed = Ticket.read(carried("ticket", ticket, "Pass Offer.ticket."))
-        owner = self.of(parsed, until)
+        owner = await self.of(parsed, until)
         _signed([ticket], [parsed], [owner])
         renewal = Renew(parsed.epoch, parsed.offer, seconds)
-        answer = self.channel.ask(owner.address, renewal, Answer, until - monotonic())
+        left = until - monotonic()
+        answer = await self.channel.answer(owner.address, renewal, Answer, left)
         if answer.state != "held":
             raise parsed.gone(answer.why)
         return answer.seconds
 
-    @shielded
-    def close(self) -> None:
+    async def close(self) -> None:
         """Say goodbye to each owner, release it, and close the transports."""
-        with self._lock:  # a handshake that ends later adds nothing
-            self._closed = True
+        self._closed = True  # a handshake that ends later adds nothing
         until = monotonic() + min(FAREWELL, self.channel.timeout)
         for owner in [*self._owners.values()]:
             with suppress(PortaKVError):  # the peer may be gone
                 left = max(0.0, until - monotonic())
-                self.channel.tell(owner.address, Bye(), left)
+                await self.channel.send(owner.address, Bye(), left)
             self._forget(owner)
         for transport in self._transports.values():
-            transport.close()
+            await self.blocking.work(transport.close)
 
-    def _shake_hands(
+    async def _shake_hands(
         self, ticket: Ticket, until: float, transport: str = "", device: torch.device = _HOST
     ) -> Handshake:
         hello = Hello(self._model, shared_memory.where(device), transport)
         seconds = min(self.channel.timeout, max(0.0, until - monotonic()))
         kind: Any = Handshake | Answer
-        answer: Handshake | Answer = self.channel.ask(ticket.address, hello, kind, seconds)
+        answer: Handshake | Answer
+        answer = await self.channel.answer(ticket.address, hello, kind, seconds)
         if isinstance(answer, Answer):
             if answer.state == "gone":
                 raise ticket.gone(answer.why)
@@ -461,7 +458,7 @@ class Connections:
             raise ticket.gone(REASONS["restarted"])
         return answer
 
-    def _agree(self, owner: Connection, ticket: Ticket, until: float) -> None:
+    async def _agree(self, owner: Connection, ticket: Ticket, until: float) -> None:
         """Agree with an owner on a transport.
 
         The staging buffers are on the device of both sides' rows or, if the transport does not run
@@ -476,18 +473,16 @@ class Connections:
         )
         device = self.device if same else _HOST
         try:
-            transport = choose(device, name)
+            transport = await self.blocking.work(choose, device, name)
         except BackendUnavailable:
             device = _HOST
-            transport = choose(device, name)
-        with self._lock:
-            shared = self._transports.setdefault(f"{transport.name} {device}", transport)
-            closed = self._closed
-        if closed or shared is not transport:
-            transport.close()
-        if closed:
+            transport = await self.blocking.work(choose, device, name)
+        shared = self._transports.setdefault(f"{transport.name} {device}", transport)
+        if self._closed or shared is not transport:
+            await self.blocking.work(transport.close)
+        if self._closed:
             raise closed_reader()
-        agreed = self._shake_hands(ticket, until, transport.name, device)
+        agreed = await self._shake_hands(ticket, until, transport.name, device)
         same_rows = agreed.described == owner.handshake.described
         if not (same_rows and 1 <= agreed.slots <= MOST_BUFFERS):
             raise PeerError(
@@ -496,9 +491,8 @@ class Connections:
                 f"owner."
             )
         owner.handshake = agreed
-        owner.staged = Staging(
-            shared, device, self.device, agreed.slots, owner.channel, owner.address
-        )
+        terms = shared, device, self.device, agreed.slots, owner.channel, owner.address
+        owner.staged = await self.blocking.work(Staging, *terms)
 
     def _forget(self, owner: Connection, gone: bool = False) -> None:
         """Release an owner. Pulls that still read it retain its memory until they end.
@@ -509,9 +503,10 @@ class Connections:
         self._owners.pop((owner.address, owner.handshake.epoch), None)
         for one in [*self._owners.values()]:
             one.cuts.clear()  # cuts with this owner retain its memory
-        owner.unwatch()
-        if owner.staged:
-            owner.staged.release(gone)
+        with self._runtime.released():  # a thread that makes a lane has the lock of the staging
+            owner.unwatch()
+            if owner.staged:
+                owner.staged.release(gone)
 
 
 def listed(tickets: bytes | Sequence[bytes]) -> list[bytes]:
@@ -556,63 +551,68 @@ def _other_rows(ticket: Ticket, why: str) -> LayoutError:
 
 
 # ------------------------------------------------------------------------------------------------
-# Connect a reader to owners in workers that do nothing else.
-
-#: Handshakes together. Each owner that is stopped occupies a worker until its handshake times out.
-WIDTH = 16
+# The handshakes of a reader that are under way.
 
 
 @dataclass(frozen=True)
 class Attempt:
-    """A handshake with an owner: the task that makes it, and when it began."""
+    """A handshake with an owner: the coroutine that makes it, and when it began."""
 
-    task: Task
+    handle: Handle[None]
     began: float
 
     @property
     def error(self) -> PortaKVError | None:
         """Return why the handshake failed; None if it has not ended, or connected the owner."""
-        error = self.task.error
+        error = self.handle.error
         if error is None or isinstance(error, PortaKVError):
             return error
+        if isinstance(error, CancelledError):
+            return closed_reader()
         why = reason(error) if isinstance(error, OSError) else repr(error)
         return TransferError(f"The handshake failed: {why}.")
 
 
 class Connector:
-    """Makes the handshakes of one reader, one for each owner at a time. Any thread may call it.
+    """Makes the handshakes of one reader, one for each owner at a time. Coroutines call it.
 
     Args:
         on_end: called at the end of each handshake; it must be quick and take no lock.
     """
 
-    def __init__(self, graph: Graph, owners: Connections, on_end: Callable[[], object]) -> None:
-        self._graph = graph
+    def __init__(self, owners: Connections, on_end: Callable[[], object]) -> None:
         self._owners = owners
         self._on_end = on_end
-        self._queue = graph.queue("connect", width=WIDTH)
-        self._lock = threading.Lock()
+        self._runtime = runtime()
         self._attempts = dict[OwnerKey, Attempt]()
 
     def begin(self, owner: OwnerKey) -> Attempt:
         """Return the handshake with an owner that is under way; begin one if there is none.
 
-        An address that is not connected at all needs one handshake, whatever the epoch. Raises
-        `TransferError` if the graph is closed.
+        An address that is not connected at all needs one handshake, whatever the epoch.
         """
         address, epoch = owner
         if self._owners.find(address) is None:
             epoch = ANY
-        with self._lock:
-            attempt = self._attempts.get((address, epoch))
-            if attempt is not None and not attempt.task.ended:
-                return attempt
-            connect = partial(self._owners.prepare, address, epoch)
-            task = Task(lambda *_: connect(), 1, queue=self._queue, name="connect")
-            task.on_end = self._on_end
-            attempt = Attempt(task, monotonic())
-            self._graph.submit([task], priority="urgent")
-            # Only those under way are kept; an interrupt before this line costs a handshake more.
-            under_way = {k: v for k, v in self._attempts.items() if not v.task.ended}
-            self._attempts = {**under_way, (address, epoch): attempt}
+        attempt = self._attempts.get((address, epoch))
+        if attempt is not None and not attempt.handle.done():
             return attempt
+        began = monotonic()
+        attempt = Attempt(self._runtime.start(self._owners.prepare(address, epoch)), began)
+        under_way = {k: v for k, v in self._attempts.items() if not v.handle.done()}
+        self._attempts = {**under_way, (address, epoch): attempt}
+        attempt.handle.on_end(self._on_end)
+        return attempt
+
+    async def prepare(self, address: str) -> None:
+        """Connect to the owner at an address; raise as `Connections.of`."""
+        await Wait(until=0.0)  # the rest runs in the loop
+        try:
+            await self.begin((address, ANY)).handle
+        except CancelledError:
+            raise closed_reader() from None
+
+    def close(self) -> None:
+        """End the handshakes that are under way."""
+        for attempt in [*self._attempts.values()]:
+            attempt.handle.cancel()

@@ -8,15 +8,19 @@ pulls of weights count at the end of each pull.
 from __future__ import annotations
 
 import sys
-import threading
 from collections import Counter, defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from time import perf_counter
+from typing import TypeVar
 
 from portakv.graph.meter import by_label
 from portakv.graph.trace import Figures as Figures
 from portakv.graph.trace import Spent
 from portakv.runtime import tracing
+from portakv.runtime.tracing import Began
+from portakv.tasks import runtime
+
+T = TypeVar("T")
 
 _ENDS = ("taken", "expired", "revoked", "lost")
 _NOT_EVENTS = ("peers", "links", "kept_bytes")
@@ -95,32 +99,31 @@ class PullCounts:
 
 
 class WeightCounts:
-    """What pulls of weights have brought to this process. Any thread may call."""
+    """What pulls of weights have brought to this process."""
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
         self._nbytes = 0
         self._spent = {"done": Spent(), "failed": Spent()}
 
-    def pull(self, work: Callable[[], int]) -> int:
-        """Return the bytes of a pull, which ``work`` makes, and count it."""
-        began = tracing.begin()
+    async def pull(self, began: Began, work: Callable[[T], Awaitable[int]], request: T) -> int:
+        """Return the bytes of a pull, which a coroutine makes, and count it."""
         start = perf_counter()
         nbytes = 0
         result = "failed"
         try:
-            nbytes = work()
+            nbytes = await work(request)
             result = "done"
         finally:
-            with self._lock:
-                self._nbytes += nbytes
-                self._spent[result].add(perf_counter() - start)
-            tracing.end("portakv weights", began, {"pull.size": nbytes}, sys.exc_info()[1])
+            self._nbytes += nbytes
+            self._spent[result].add(perf_counter() - start)
+            error = sys.exc_info()[1]
+            with runtime().released():
+                tracing.end("portakv weights", began, {"pull.size": nbytes}, error)
         return nbytes
 
     def figures(self) -> Figures:
         """Return the bytes and the seconds, in the form of `Graph.statistics`."""
-        with self._lock:
+        with runtime().lock:
             return {
                 "weight_bytes_total": [{"value": self._nbytes}],
                 **_histograms("weight_pull_seconds", self._spent),

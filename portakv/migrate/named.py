@@ -5,8 +5,8 @@ complete.
 A caller looks into the tables of owners on this host. It asks the other owners, for a moment: most
 offers exist by then, and each thread that has to wake costs as much as a small pull. For offers
 that do not exist yet the reader's `Housekeeper` asks the owners which of the names they have
-offered, all names of one owner in one request. It asks in the same way for marks, and has a worker
-begin or continue a pull that need not wait any longer.
+offered, all names of one owner in one request. It asks in the same way for marks, and wakes the
+coroutines of pulls that need not wait any longer.
 """
 
 from __future__ import annotations
@@ -26,7 +26,6 @@ from portakv.errors import (
     TransferError,
     TransferTimeout,
 )
-from portakv.graph.task import Task
 from portakv.migrate.connections import (
     ANY,
     Attempt,
@@ -56,7 +55,7 @@ def incomplete(sources: Sources) -> bool:
 
 
 class Wanted(ABC):
-    """What a pull waits for. One worker at a time begins the pull or continues it.
+    """What a pull waits for.
 
     Raises `PeerError` for bytes that are not a ticket.
 
@@ -69,9 +68,7 @@ class Wanted(ABC):
         queried: the owners have had the names in a request once.
         sources: of the pull; none before its owners and offers are ``known``.
         marks: the last known mark of each source.
-        whole: a worker goes on only when all rows are complete.
-        issued: set when nothing more will be issued.
-        task: of the last worker.
+        whole: the pull goes on only when all rows are complete.
     """
 
     def __init__(self, tickets: list[bytes]) -> None:
@@ -85,10 +82,7 @@ class Wanted(ABC):
         self.sources: Sources = ()
         self.marks = list[int]()
         self.whole = False
-        self.issued = threading.Event()
-        self.task: Task | None = None
-        self._used: list[int] | None = None  # the marks that a worker has used
-        self._turn = threading.Lock()  # a worker has it: no two issue copies of one pull
+        self._used: list[int] | None = None  # the marks up to which copies were issued
         for at, data in enumerate(tickets):
             named = Named.read(data)
             if named is not None:
@@ -102,8 +96,8 @@ class Wanted(ABC):
         """Stop the pull by an error."""
 
     @abstractmethod
-    def advance(self) -> None:
-        """Have a worker issue what the marks allow, or end the pull; set its task."""
+    def go_on(self) -> None:
+        """Wake the coroutine of the pull."""
 
     @property
     def complete(self) -> bool:
@@ -115,7 +109,7 @@ class Wanted(ABC):
     def handshakes(self) -> list[str]:
         """Return the addresses of owners whose handshake is under way."""
         attempts = [*self.attempts.items()]
-        return [address for (address, _), attempt in attempts if not attempt.task.ended]
+        return [address for (address, _), attempt in attempts if not attempt.handle.done()]
 
     def look_up(self, owners: Connections) -> None:
         """Find offers in the tables of their owners."""
@@ -141,14 +135,20 @@ class Wanted(ABC):
         self.sources = sources
         self.known = True
 
-    def look(self) -> None:
-        """Have a worker go on if it can; read the marks in shared memory before."""
+    @property
+    def may_go_on(self) -> bool:
+        """Return True if the pull need not wait for what it knows now."""
         if not self.known:
-            if not self.names and not self.owners:
-                self.go_on()
-            return
+            return not self.names and not self.owners
+        return self.complete or not (self.whole or self.marks == self._used)
+
+    def look(self) -> None:
+        """Wake the coroutine of the pull if it can go on; read the marks in shared memory before.
+
+        It wakes once for the same marks.
+        """
         self.read_marks()
-        if self.complete or not (self.whole or self.marks == self._used):
+        if self.may_go_on:
             self.go_on()
 
     def read_marks(self) -> None:
@@ -157,26 +157,10 @@ class Wanted(ABC):
             if source.ticket.progress:
                 self.take(at, source.mark)
 
-    def go_on(self) -> None:
-        """Have a worker issue copies or end the pull, unless one does."""
-        task = self.task
-        unrun = task is not None and task.state == "cancelled"  # the reader was closed
-        if not self.issued.is_set() and (self._turn.acquire(blocking=False) or unrun):
-            self.advance()
-
     def take_marks(self) -> list[int]:
-        """Return the marks for the worker whose turn it is."""
+        """Return the marks up to which copies are issued next."""
         self._used = [*self.marks]
         return self._used
-
-    def end_turn(self) -> None:
-        """Let the next worker go on."""
-        self._turn.release()
-
-    def end(self) -> None:
-        """Issue nothing more."""
-        self.task = None
-        self.issued.set()
 
 
 class LateLayer(Transfer):
@@ -248,12 +232,12 @@ class _Asked(NamedTuple):
 
 
 class Finder:
-    """Connects to owners, and asks them for the offers of names and for marks. One thread calls it;
-    any may call `find_now`.
+    """Connects to owners, and asks them for the offers of names and for marks. One coroutine calls
+    it; any thread may call `find_now`.
 
     Args:
         owners: of the reader.
-        connector: connects to owners, in workers.
+        connector: connects to owners.
     """
 
     def __init__(self, owners: Connections, connector: Connector) -> None:
@@ -286,9 +270,9 @@ class Finder:
                         wanted.take(each.at, ticket)
         return not wanted.names
 
-    def look(self, waiting: Sequence[Wanted]) -> None:
-        """Connect to the owners of pulls that wait, ask for their names and marks, and have workers
-        go on with the pulls that can."""
+    async def look(self, waiting: Sequence[Wanted]) -> None:
+        """Connect to the owners of pulls that wait, ask for their names and marks, and wake the
+        coroutines of pulls that can go on."""
         marks = defaultdict[OwnerKey, list[_Asked]](list)
         for wanted in waiting:
             for owner in [*wanted.owners]:
@@ -301,8 +285,8 @@ class Finder:
                     marks[ticket.address, ticket.epoch].append(_Asked(wanted, at, ticket))
 
         due = {owner: some for owner, some in marks.items() if self._marks.is_due(owner)}
-        _ask(self._names, self._due_names(_names_by_owner(waiting)))
-        _ask(self._marks, due)
+        await _ask(self._names, self._due_names(_names_by_owner(waiting)))
+        await _ask(self._marks, due)
         for wanted in waiting:
             wanted.look()
 
@@ -324,23 +308,20 @@ class Finder:
         return due
 
     def _connect(self, owner: OwnerKey, wanted: Wanted) -> None:
-        """Have a worker connect to an owner that a pull waits for; stop the pull if that failed."""
+        """Connect to an owner that a pull waits for; stop the pull if that failed."""
         error: PortaKVError | None = None
         attempt = wanted.attempts.get(owner)
         if attempt is None:
-            try:
-                wanted.attempts[owner] = self._connector.begin(owner)
-            except PortaKVError as closed:  # the reader is
-                error = closed
-        elif attempt.task.ended:
+            wanted.attempts[owner] = self._connector.begin(owner)
+        elif attempt.handle.done():
             del wanted.attempts[owner]
             # A pull does not end with a handshake that began before it: the next look begins
             # another. So does a pull whose owner's address has another epoch.
             if attempt.began >= wanted.since:
                 error = attempt.error
         if isinstance(error, OfferGone) and owner in wanted.owners:
-            # The owner answers. The worker that begins the pull gets the same answer, and the
-            # error names the offer of this pull.
+            # The owner answers. The pull gets the same answer when it begins, and the error names
+            # its offer.
             del wanted.owners[owner]
         elif error is not None:
             wanted.stop(error)
@@ -355,14 +336,14 @@ def _names_by_owner(waiting: Sequence[Wanted]) -> dict[OwnerKey, list[_Asked]]:
     return names
 
 
-def _ask(questions: Questions, by_owner: Mapping[OwnerKey, Sequence[_Asked]]) -> None:
+async def _ask(questions: Questions, by_owner: Mapping[OwnerKey, Sequence[_Asked]]) -> None:
     """Ask owners, all at a time, for tickets or marks, and take the answers."""
     batches = [
         (owner, some[first : first + MOST_NAMES])
         for owner, some in by_owner.items()
         for first in range(0, len(some), MOST_NAMES)
     ]
-    answers = questions.ask([(owner, _request(owner[1], some)) for owner, some in batches])
+    answers = await questions.ask([(owner, _request(owner[1], some)) for owner, some in batches])
     for (_, some), answer in zip(batches, answers, strict=True):
         for each in some:
             each.wanted.queried = True

@@ -2,16 +2,19 @@
 """A `Pull` is the handle of rows in flight, and commits them.
 
 A pull commits its rows only if every offer still held after all bytes had been read. `Reader.pull`
-makes pulls. The thread that looks at a pull after its copies have ended commits it: a caller in
-`Pull.done` or `Pull.synchronize`, or the reader's `Housekeeper`. A worker does if the pull has to
-wait for tasks or for an owner's answer.
+makes pulls. Whoever looks at a pull after its copies have ended commits it: a caller in `Pull.done`
+or `Pull.synchronize`, or the reader's `Housekeeper`. Its coroutine commits a pull that has to wait
+for calls of other threads, or for an owner's answer.
 """
 
 from __future__ import annotations
 
+from asyncio import CancelledError
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
+from math import inf
 from time import monotonic, perf_counter
 from typing import TypeAlias, cast
 
@@ -27,7 +30,7 @@ from portakv.errors import (
     TransferError,
     TransferTimeout,
 )
-from portakv.graph import Graph, Task
+from portakv.graph import End, Task
 from portakv.migrate.connections import Source, Sources
 from portakv.migrate.crossed import Crossed, PullStatistics, joined_error
 from portakv.migrate.messages import REASONS, About, Answer, Check, Renew
@@ -37,6 +40,8 @@ from portakv.runtime.devices import this_process
 from portakv.runtime.interrupts import shielded
 from portakv.runtime.streams import StreamFence
 from portakv.runtime.transfer import Completion, Pending, Transfer
+from portakv.tasks import Handle, Wait, runtime
+from portakv.tasks.runtime import Steps
 
 CANCELLED = "The pull was cancelled; no rows were committed."
 MAPPED = "mapped", "the owners' memory can be mapped"
@@ -45,7 +50,10 @@ LOOK = 0.5  # seconds between two questions to owners that send rows, which also
 LAST_QUESTION = 0.5  # seconds after a pull's deadline in which owners may still answer
 
 
-Ending: TypeAlias = BlockTransfer | Task
+#: Work of a pull that streams do not order: a task, or a coroutine.
+Ending: TypeAlias = End | Handle[None]
+#: The most seconds between two looks at copies, of a coroutine that waits for their ends.
+GLANCE = 1e-3
 
 
 @dataclass
@@ -56,8 +64,8 @@ class Requested:
     blocks: int = 0
     strategy: tuple[str, str] = MAPPED  # its name, and why
     pieces: int = 0  # copies and tasks that were started
-    #: Has a worker renew the offers of a pull whose own worker takes rows meanwhile; called once,
-    #: if the pull lasts so long.
+    #: Has a coroutine renew the offers of a pull whose worker takes rows meanwhile; called once, if
+    #: the pull lasts so long.
     tend: Callable[[], object] | None = None
     #: Sources that receive no request for rows, so that the pull is reported to them.
     quiet: Sources = ()
@@ -73,34 +81,48 @@ class Requested:
 
 
 class PartTransfer(Transfer):
-    """A transfer that also ends with tasks of a graph, and raises the error of the first that
-    failed.
+    """A transfer that also ends with tasks and coroutines, and raises the first of their errors.
 
-    Whoever issues it may still add tasks and copies.
+    Whoever issues it may still add some, and copies.
     """
 
-    def __init__(self, tasks: Sequence[Task] = ()) -> None:
-        self.tasks = [*tasks]
-        super().__init__([Completion(pendings=cast("list[Pending]", self.tasks))])
+    def __init__(self, endings: Sequence[Ending] = ()) -> None:
+        self.endings = [*endings]
+        self._process = this_process()
+        super().__init__([Completion(pendings=cast("list[Pending]", self.endings))])
 
     def add(self, copy: Transfer) -> None:
         """End with a copy, too."""
         self.completions = [*self.completions, *copy.completions]
 
+    def done(self) -> bool:
+        """Return True once all has ended; raise the errors of the pull."""
+        self._refuse_fork()
+        return super().done()
+
     def wait(self, stream: torch.Stream | None = None) -> None:
         """Block the host, because no stream orders the tasks. Raises the same errors as `done`."""
+        self._refuse_fork()
         super().wait(stream)
         self._finish()
 
+    def synchronize(self, timeout: float | None = None) -> None:
+        """Block the host until all has ended; see `Transfer.synchronize`."""
+        self._refuse_fork()
+        super().synchronize(timeout)
+
+    def _refuse_fork(self) -> None:
+        """Raise in a process that was forked from the reader's."""
+        if self._process.forked:
+            raise forked_error()
+
     def _finish(self) -> None:
         super()._finish()
-        for task in self.tasks:
-            if not task.ended:
-                raise forked_error()
-            error = known(task.error)
+        for each in self.endings:
+            error = known(each.error)
             if error:
                 raise error
-            if not task.landed.all():
+            if isinstance(each, End) and not each.landed.all():
                 raise TransferError(
                     "Expected all rows of the pull to arrive, got an end before that. Pull again."
                 )
@@ -139,17 +161,18 @@ class Pull(Transfer):
             then, but must not pass on a result before the whole pull has ended.
     """
 
-    #: All copies exist, or a task that makes them. Another thread may have the pull before.
-    begun = True
-
     def __init__(self, sources: Sources, until: float, wake: Callable[[], None]) -> None:
         super().__init__([Completion(pendings=(_End(self),))])
         self.sources = sources
-        self.wake = wake  # has the reader's thread report the end
+        self.wake = wake  # has the reader's coroutine report the end
         self.until = until
         self.copies: Sequence[BlockTransfer] = []
-        self.slices: Sequence[Task] = []
-        #: The task that commits a pull of tasks, or one that asks an owner.
+        self.slices: Sequence[Ending] = []
+        #: The call that makes the pull has not returned.
+        self.in_call = False
+        #: The coroutine that makes all copies, and commits a pull that has to wait.
+        self.steps: Handle[None] | None = None
+        #: The task that takes all rows and commits them.
         self.task: Task | None = None
         self.layers: Sequence[Transfer] = ()
         self.requested = Requested()
@@ -160,6 +183,8 @@ class Pull(Transfer):
         #: When the pull began, and when its end was noticed.
         self._times = [perf_counter()]
         self._process = this_process()
+        self._pause: Wait | None = None  # of the coroutine
+        self._news = False  # there is a reason to end the next pause
 
     # --- for callers
 
@@ -242,6 +267,11 @@ class Pull(Transfer):
     # --- the end
 
     @property
+    def begun(self) -> bool:
+        """Return True if all copies exist. Another thread may have the pull before."""
+        return not self.in_call and (self.steps is None or self.steps.done())
+
+    @property
     def concluded(self) -> bool:
         """Return True if the end of the pull was noticed; never looks at its copies."""
         return len(self._times) > 1
@@ -266,8 +296,7 @@ class Pull(Transfer):
         task = self.task
         if task is not None:
             # A task that ran has ended the pull. One that never ran left that to others.
-            # The task of a pull by name may have made others meanwhile.
-            if task.ended and self.task is task and not self.concluded:
+            if task.ended and not self.concluded:
                 self.conclude(known(task.error) or TransferCancelled(CANCELLED))
             return self.concluded
         copies = self.copies
@@ -286,9 +315,8 @@ class Pull(Transfer):
     def block(self) -> None:
         """Block the host until the pull has ended."""
         while not self.look():
-            wanted = self.requested.wanted
-            if wanted is not None:
-                wanted.issued.wait()
+            if self.steps is not None:
+                self.steps.wait()
             task = self.task
             if task is not None:
                 task.wait()
@@ -328,6 +356,8 @@ class Pull(Transfer):
         first = self._verdict.setdefault("error", error) is error
         if first:
             self.stop_copies()
+            if not self.begun:
+                self.go_on()
         return first
 
     def stop_copies(self) -> None:
@@ -405,56 +435,108 @@ class Pull(Transfer):
         return None
 
     def drop(self) -> None:
-        """Stop a pull of which a part could not be started, and wait for the copies in flight.
+        """Stop a pull whose call has failed, and wait for the copies in flight.
 
-        The reader's thread ends a pull that waits.
+        Its coroutine ends a pull that waits.
         """
         cancelled = TransferCancelled(CANCELLED)
         self.stop(cancelled)
-        if self.requested.wanted is not None or self.concluded:
+        if not self.begun or self.concluded:
             return
         for copy in self.copies:
             with suppress(PortaKVError):  # the owner may be gone
                 copy.synchronize()
-        if self.task is None or self.task.schedule.graph is None:  # else the task ends the pull
+        if self.task is None or self.task.graph is None:  # else the task ends the pull
             self.task = None
             self.conclude(cancelled)
 
-    # --- in a worker
+    # --- in coroutines
 
-    def run(self, graph: Graph, checks: Sequence[Task]) -> None:
+    def go_on(self) -> None:
+        """Wake the coroutine of the pull. Any thread may call it."""
+        if not self._process.forked:
+            runtime().call_soon(self._go_on)
+
+    def _go_on(self) -> None:
+        self._news = True
+        if self._pause is not None:
+            runtime().wake(self._pause)
+
+    async def pause(self, seconds: float = inf) -> None:
+        """Wait for a call of `go_on`, at most for some seconds. One coroutine calls it."""
+        if not self._news:
+            self._pause = Wait(until=None if seconds == inf else runtime().time() + seconds)
+            await self._pause
+        self._pause = None
+        self._news = False
+
+    async def finish(
+        self, tasks: Sequence[Task], checks: Sequence[Callable[[], Steps[None]]]
+    ) -> None:
         """Wait for all bytes, verify them, and commit if every offer holds.
 
         Renews meanwhile the offers of owners that share no memory.
+
+        Args:
+            tasks: those that take rows; each calls `go_on` at its end.
+            checks: make the coroutines that compare checksums.
         """
-        endings: list[Ending] = [*self.copies, *self.slices]
-        # Every copy is waited for, so nothing is written after the end. The last one first: this
-        # thread then wakes once, and not at the end of each slice.
-        for one in reversed(endings):
-            self._await(one)
+        await self._until(partial(self.have_ended, tasks))
         unfit = self.requested.unfit
-        errors: list[BaseException | None] = [task.error for task in self.slices]
+        errors: list[BaseException | None] = [each.error for each in self.slices]
         errors += [end.error for copy in self.copies for end in copy.completions]
-        unfit += [error for error in errors if isinstance(error, PackOverflow)]
-        for check in () if self.over or unfit else checks:
-            graph.submit([check], priority="urgent")
-            self._await(check)
-        self.confirm(self.remote)
+        for error in errors:
+            if isinstance(error, PackOverflow):  # all other blocks are moved
+                unfit.append(error)
+            elif error is not None:
+                self.stop(known(error) or TransferCancelled(CANCELLED))
+        await self._verify(checks)
+        await self.confirm(self.remote)
+
+    async def _verify(self, checks: Sequence[Callable[[], Steps[None]]]) -> None:
+        """Run checks, all at a time; stop the pull by the error of one."""
+        if self.over or self.requested.unfit:
+            return
+        handles = [runtime().start(check()) for check in checks]
+        for handle in handles:
+            handle.on_end(self.go_on)
+        await self._until(lambda: all(handle.done() for handle in handles))
+        for handle in handles:
+            if handle.error is not None:
+                self.stop(known(handle.error) or TransferCancelled(CANCELLED))
+
+    def have_ended(self, tasks: Sequence[Task]) -> bool:
+        """Return True if these tasks, and all copies and slices of the pull, have ended."""
+        if not all(task.ended for task in tasks):
+            return False
+        for each in self.slices:
+            if not each.wait(0.0):
+                return False
+        ended = True
+        for copy in self.copies:
+            for end in copy.completions:
+                try:
+                    ended = end.ended() and ended
+                except Exception as error:  # torch raises errors of many kinds; it runs no more
+                    self.stop(known(error) or TransferCancelled(CANCELLED))
+        return ended
 
     @property
     def remote(self) -> list[Source]:
         """Return the sources of which only the owner can say whether the offer holds."""
         return [source for source in self.sources if source.word is None]
 
-    def ask(self, source: Source) -> list[Answer | PortaKVError] | None:
+    async def ask(self, source: Source) -> list[Answer | PortaKVError] | None:
         """Return the answer of the only owner whether its offer held, or the error of the request.
         None: nothing will be committed.
 
         All bytes have left the owner's memory before.
         """
-        return None if self.stopped or self.requested.unfit else self._answers([source], Check)
+        if self.stopped or self.requested.unfit:
+            return None
+        return await self._answers([source], Check)
 
-    def confirm(
+    async def confirm(
         self, sources: Sequence[Source], answers: Sequence[Answer | PortaKVError] | None = None
     ) -> None:
         """End the pull: commit it if the owners of these sources answer that their offers held.
@@ -466,7 +548,7 @@ class Pull(Transfer):
         error = joined_error(self.requested.unfit)
         if not (self.stopped or error):
             if answers is None:
-                answers = self._answers(sources, Check)
+                answers = await self._answers(sources, Check)
             for source, answer in zip(sources, answers, strict=True):
                 if isinstance(answer, PortaKVError):
                     error = error or answer
@@ -474,39 +556,39 @@ class Pull(Transfer):
                     error = source.ticket.gone(answer.why)
         self.conclude(error or self._gone())
 
-    def renew_until(self, one: Task) -> None:
+    async def renew_until(self, one: Task) -> None:
         """Renew the offers of owners that share no memory, now and until a task has ended."""
         remote = self.remote
         if not self.stopped:
-            self._renew(remote, max((source.ticket.lease for source in remote), default=LOOK))
-        self._await(one)
+            await self._renew(remote, max((source.ticket.lease for source in remote), default=LOOK))
+        await self._until(lambda: one.ended)
 
-    def _await(self, one: Ending) -> None:
-        """Wait for a copy or a task, and renew the offers; stop the pull by its error."""
+    async def _until(self, ended: Callable[[], bool]) -> None:
+        """Wait until a function returns True, and renew the offers meanwhile.
+
+        Calls of `go_on` report all ends but those of copies.
+        """
         remote = self.remote
         third = max(MOMENT, min((source.ticket.lease for source in remote), default=LOOK) / 3)
-        while True:
-            seconds = third if self.over else max(0.0, min(third, LOOK, self.until - monotonic()))
-            try:
-                if _over(one, seconds):
-                    return
-            except PackOverflow:  # all other blocks are moved
-                return
-            except BaseException as error:  # also an interrupt; the other copies are waited for
-                self.stop(known(error) or TransferCancelled(CANCELLED))
-                return
-            if not self.stopped:
-                self._renew(remote, 3 * third)
+        renewal = monotonic() + min(third, LOOK)
+        glance = GLANCE / 16
+        while not ended():
+            if not self.over and monotonic() >= renewal:
+                await self._renew(remote, 3 * third)
+                renewal = monotonic() + min(third, LOOK)
+            glance = min(2 * glance, GLANCE)
+            await self.pause(glance if self.copies else min(third, LOOK))
 
-    def _renew(self, remote: Sequence[Source], seconds: float) -> None:
+    async def _renew(self, remote: Sequence[Source], seconds: float) -> None:
         """Renew the leases of offers; stop the pull if an owner or an offer is gone."""
-        for source, answer in zip(remote, self._answers(remote, Renew, seconds), strict=True):
+        answers = await self._answers(remote, Renew, seconds)
+        for source, answer in zip(remote, answers, strict=True):
             if isinstance(answer, PeerError):
                 self.stop(answer)
             elif isinstance(answer, Answer) and answer.state == "gone":
                 self.stop(source.ticket.gone(answer.why))
 
-    def _answers(
+    async def _answers(
         self, sources: Sequence[Source], kind: type[About], *terms: float
     ) -> list[Answer | PortaKVError]:
         """Return each owner's answer about its offer, or the error of the request.
@@ -520,38 +602,26 @@ class Pull(Transfer):
         ]
         channel = sources[0].owner.channel
         left = self.until + LAST_QUESTION - monotonic()
-        return channel.ask_all(requests, Answer, min(channel.timeout, max(0.0, left)))
+        return await channel.answers(requests, Answer, min(channel.timeout, max(0.0, left)))
 
-
-def _over(one: Ending, seconds: float) -> bool:
-    """Wait for a task or a copy; return True if it ended, and raise its error."""
-    if isinstance(one, Task):
-        if (over := one.wait(seconds)) and one.error:
-            raise one.error
-        return over
-    with suppress(TransferTimeout):  # it has not ended yet
-        one.synchronize(seconds)
-        return True
-    return False
+    async def fail(self, error: BaseException, tasks: Sequence[Task] = ()) -> None:
+        """End a pull of which no more can be issued, after the copies and tasks in flight."""
+        reason = known(error) or TransferCancelled(CANCELLED)
+        self.stop(reason)
+        glance = GLANCE / 16
+        while not self.have_ended(tasks):
+            glance = min(2 * glance, LOOK / 10)
+            await self.pause(glance)
+        self.task = None
+        self.conclude(reason)
 
 
 def known(error: BaseException | None) -> PortaKVError | None:
     """Return an error of a copy or a task as one of this library's."""
     if error is None or isinstance(error, PortaKVError):
         return error
+    if isinstance(error, CancelledError):
+        return TransferCancelled(CANCELLED)
     failure = TransferError(f"The pull failed: {error!r}.")
     failure.__cause__ = error
     return failure
-
-
-def fail(pull: Pull, error: BaseException) -> None:
-    """End a pull of which no more can be issued, after the copies and tasks in flight."""
-    reason = known(error) or TransferCancelled(CANCELLED)
-    pull.stop(reason)
-    for copy in pull.copies:
-        with suppress(Exception):  # of a peer, or of torch: the copy runs no more
-            copy.synchronize()
-    for task in pull.slices:
-        task.wait()
-    pull.task = None
-    pull.conclude(reason)

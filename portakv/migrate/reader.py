@@ -10,14 +10,13 @@ from __future__ import annotations
 import atexit
 import logging
 import os
-import threading
+from asyncio import CancelledError
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext, suppress
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
 from math import inf
 from operator import is_
-from queue import Empty
 from time import monotonic
 from typing import NamedTuple
 from weakref import ref
@@ -38,7 +37,6 @@ from portakv.graph.graph import Graph
 from portakv.graph.task import Task
 from portakv.migrate.channel import Channel
 from portakv.migrate.connections import (
-    ANY,
     PAUSE,
     Connections,
     Connector,
@@ -60,19 +58,19 @@ from portakv.migrate.plan import (
     indices_of,
     planned,
 )
-from portakv.migrate.pull import CANCELLED, PartTransfer, Pull, fail, known
+from portakv.migrate.pull import CANCELLED, Ending, PartTransfer, Pull, known
 from portakv.migrate.shards import Shard
-from portakv.migrate.staged_reader import StagedReceiver, verified
+from portakv.migrate.staged_reader import Arrival, StagedReceiver, verified
 from portakv.runtime import tracing
 from portakv.runtime.devices import capturing, refuse_capture
 from portakv.runtime.finished import Finished
-from portakv.runtime.inbox import Inbox
 from portakv.runtime.interrupts import shielded
 from portakv.runtime.streams import StreamFence, ignore_captures_elsewhere, own_stream
+from portakv.tasks import Handle, Runtime, Wait, runtime
 from portakv.view.index import Ids, Index
 
 # ------------------------------------------------------------------------------------------------
-# One thread of a reader looks after all of its pulls.
+# One coroutine of a reader looks after all of its pulls.
 
 _log = logging.getLogger(__name__)
 FIRST_LOOK = 1e-3  # seconds until the first look at a pull
@@ -82,7 +80,8 @@ BEGIN = 4e-3
 LOOK = 0.05  # the most seconds between two looks at a pull
 PROMPT = 1e-3  # the same if somebody waits for `Reader.finished`, or a pull for a mark
 GATHER = 1e-3  # seconds after the end of a pull in which further ends are reported together
-IDLE = 40  # looks without a pull, after which the thread waits until it is woken
+POLLS = 8  # looks for a further end, after which the coroutine sleeps until it is woken
+IDLE = 40  # looks without a pull, after which the coroutine waits until it is woken
 RENEWAL = 0.5  # the most seconds between two renewals: much of a lease may be over at the pull
 SENDING = 0.5  # the most seconds for a message to an owner
 BUSY = 0.5  # seconds without a message to an owner, after one could not be sent
@@ -101,47 +100,70 @@ class _Watched:
 
 
 class Wakes:
-    """Wake a thread immediately, or within `GATHER` if a pull has ended.
+    """Wake a coroutine immediately, or within `GATHER` if a pull has ended.
 
-    A caller that pulls on has the interpreter until then, and one look reports several ends.
-
-    Attributes:
-        gathering: the thread waits for further ends, or for a reason to look immediately.
+    A caller that pulls on has the interpreter until then, and one look reports several ends. To
+    wake the loop costs a caller the interpreter, so for `POLLS` times `GATHER` after an end the
+    coroutine wakes by itself. Any thread may call `look` and `end`.
     """
 
-    def __init__(self) -> None:
-        self.gathering = False
-        self._queue = Inbox[bool]()  # True: look immediately
+    def __init__(self, runtime: Runtime) -> None:
+        self._runtime = runtime
+        self._called = False  # since the last look
+        self._now = False  # look immediately
+        self._sleeps = False  # until it is woken
+        self._polls = 0  # how often the coroutine wakes by itself before it sleeps
+        self._wait: Wait | None = None
 
     def look(self) -> None:
-        """Have the thread look immediately."""
-        self._queue.put(True)
+        """Have the coroutine look immediately."""
+        self._now = True
+        self._called = True
+        self._runtime.call_soon(self._wake)
 
     def end(self) -> None:
-        """Have the thread look soon; several ends wake it once."""
-        if not self.gathering:
-            self._queue.put(False)
+        """Have the coroutine look soon; several ends wake it once."""
+        self._called = True
+        if self._sleeps:
+            self._runtime.call_soon(self._wake)
 
-    def wait(self, seconds: float | None) -> bool:
-        """Wait until the thread has to look; return False after ``seconds`` without a wake."""
-        try:
-            now = self._queue.get(timeout=seconds)
-        except Empty:
+    def _wake(self) -> None:
+        self._sleeps = False
+        if self._wait is not None:
+            self._runtime.wake(self._wait)
+
+    async def wait(self, seconds: float | None) -> bool:
+        """Wait until there is a reason to look; return False after ``seconds`` without one."""
+        time = self._runtime.time
+        until = inf if seconds is None else time() + seconds
+        for _ in range(self._polls):
+            if self._called or time() >= until:
+                break
+            await self._pause(min(until, time() + GATHER))
+        else:
+            self._sleeps = True
+            if not self._called:  # since it sleeps
+                await self._pause(until)
+            self._sleeps = False
+            if self._called and not self._now:
+                await self._pause(time() + GATHER)  # for further ends, or for a reason to look now
+        if not self._called:
+            self._polls = 0
             return False
-        with suppress(Empty):
-            until = monotonic() + GATHER
-            self.gathering = True
-            while not now:
-                now = self._queue.get(timeout=max(0.0, until - monotonic()))
-        self.gathering = False  # before the look, which sees all that ended until then
-        with suppress(Empty):
-            while True:
-                self._queue.get_nowait()
+        self._polls = POLLS
+        self._now = False
+        self._called = False  # before the look, which sees all that ended until then
         return True
+
+    async def _pause(self, until: float) -> None:
+        """Wait for a call of `look`, or of `end` if the coroutine sleeps."""
+        self._wait = Wait(until=None if until == inf else until)
+        await self._wait
+        self._wait = None
 
 
 class Housekeeper:
-    """The thread and the pulls that it looks after.
+    """Looks after the pulls of a reader, by a coroutine that begins with the first pull.
 
     A pull is added by one step, so that no interrupt leaves a half of it.
     """
@@ -151,16 +173,19 @@ class Housekeeper:
         self.finished: Finished[Pull] = Finished()
         self.counts = PullCounts()
         self._device = device
+        self._runtime = runtime()
         #: Finds offers by their names, and marks; None before the first pull that waits.
         self.finder: Finder | None = None
         self._most = LOOK  # seconds between two looks; less if a pull waits for a name or a mark
         self._pulls = dict[Pull, _Watched]()
         self._busy = dict[str, float]()  # addresses, with the time of the next message
-        self._wakes = Wakes()
+        self._wakes = Wakes(self._runtime)
         self._parked = True
-        self.closing = False  # True once no thread looks after pulls any more
-        self._lock = threading.Lock()  # for the beginning of the thread
-        self._thread: threading.Thread | None = None
+        #: Pulls that would wait any longer end, because the reader closes.
+        self.leaves = False
+        self._closing = False
+        self._begun = False
+        self._steps: Handle[None] | None = None
 
     @property
     def pulls(self) -> list[Pull]:
@@ -179,39 +204,34 @@ class Housekeeper:
 
     def add(self, pull: Pull) -> None:
         """Look after a pull from now on."""
-        self._pulls[pull] = _Watched(monotonic())
+        self._pulls.setdefault(pull, _Watched(monotonic()))
         waits = pull.requested.wanted is not None
         if self._parked or self.finished.started or waits:
             self.wake()
 
     def wake(self) -> None:
-        """Have the thread look immediately; begin it at the first call."""
+        """Have the coroutine look immediately; begin it at the first call."""
         self._wakes.look()
-        if self._thread is None:
+        if not self._begun:
             self._begin()
 
     def report(self) -> None:
-        """Have the thread look soon, for a pull that has ended; begin it at the first call."""
+        """Have the coroutine look soon, for a pull that has ended; begin it at the first call."""
         self._wakes.end()
-        if self._thread is None:
+        if not self._begun:
             self._begin()
 
     def note_connection(self) -> None:
-        """Have the thread look at pulls that may wait for the end of a handshake."""
+        """Have the coroutine look at pulls that may wait for the end of a handshake."""
         if self._pulls:
             self._wakes.look()
 
     def wait(self, seconds: float) -> None:
-        """Wait for the pulls in flight, and cancel those that last longer."""
+        """Wait for the pulls in flight, and cancel those that last longer, or wait for owners."""
         until = monotonic() + seconds
+        self.leaves = True
+        self._wakes.look()
         for pull in self.pulls:
-            wanted = pull.requested.wanted
-            if wanted is not None:
-                task = wanted.task
-                if task is not None:  # after it, it is known what the pull waits for
-                    task.wait(max(0.0, until - monotonic()))
-                if pull.requested.wanted is not None:
-                    pull.cancel()
             try:
                 pull.synchronize(max(0.0, until - monotonic()))
             except TransferTimeout:
@@ -219,32 +239,38 @@ class Housekeeper:
             except PortaKVError:  # its caller gets the error by which it ended
                 continue
 
-    @shielded
     def _begin(self) -> None:
-        """Start the thread, unless another caller has."""
-        with self._lock:
-            if self._thread is None:
-                thread = threading.Thread(target=self._run, name="portakv pulls", daemon=True)
-                thread.start()
-                self._thread = thread
-                atexit.register(self.close)
+        """Begin the coroutine in the loop. An interrupted call is made again."""
+        self._runtime.call_soon(self._begin_here)
+        self._begun = True
+
+    def _begin_here(self) -> None:
+        if self._steps is None:
+            atexit.register(self.close)
+            ignore_captures_elsewhere(self._device)
+            self._steps = self._runtime.start(self._run())
 
     @shielded
     def close(self) -> None:
-        """Report the ends of pulls that have ended, and stop the thread."""
+        """Report the ends of pulls that have ended, and end the coroutines."""
         atexit.unregister(self.close)
-        self.closing = True
-        thread = self._thread
-        if thread is not None:
+        self.leaves = True
+        until = monotonic() + CLOSING
+        for pull in self.pulls:
+            if not pull.begun:
+                pull.stop(TransferCancelled(CANCELLED))
+                if pull.steps is not None:
+                    pull.steps.wait(max(0.0, until - monotonic()))
+        self._closing = True
+        if self._steps is not None:
             self._wakes.look()
-            thread.join(CLOSING)
+            self._steps.wait(max(0.0, until - monotonic()))
         self.finished.close()
 
-    # --- in the thread
+    # --- in the coroutine
 
-    def _run(self) -> None:
+    async def _run(self) -> None:
         """Look at all pulls until the reader is closed."""
-        ignore_captures_elsewhere(self._device)
         idle = 0
         pause = FIRST_LOOK
         looked_after = False
@@ -252,43 +278,48 @@ class Housekeeper:
             # Also a pull that began and ended between two turns: others follow it.
             idle = 0 if self._pulls or looked_after else idle + 1
             self._parked = idle > IDLE
-            if self._pulls:  # also one that was added before it could see that this thread waits
+            if self._pulls:  # also one that was added before it could see that this waits
                 self._parked = False
             seconds = pause if self._pulls else LOOK
-            if self._wakes.wait(None if self._parked else seconds):
+            if await self._wakes.wait(None if self._parked else seconds):
                 pause = FIRST_LOOK
             most = PROMPT if self.finished.started else self._most
             pause = min(2 * pause, most) if self._pulls else FIRST_LOOK
-            looked_after = self._look_at_all()
-            if self.closing:
+            looked_after = await self._look_at_all()
+            if self._closing:
                 return
 
-    def _look_at_all(self) -> bool:
+    async def _look_at_all(self) -> bool:
         """Look at each pull; report the ends. Return True if there are pulls."""
-        if self.closing or not self._pulls:  # these are the last messages, or there are none
+        if self._closing or not self._pulls:  # these are the last messages, or there are none
             self._busy.clear()
         try:
             pulls = [*self._pulls.items()]
         except RuntimeError:  # a pull was added meanwhile; the next look is soon
             return True
         try:
-            self._find([pull for pull, _ in pulls])
+            await self._find([pull for pull, _ in pulls])
         except Exception:  # one answer must not stop the others' pulls
             _log.exception("The offers and marks of pulls that wait could not be found.")
         for pull, watched in pulls:
             try:
                 # A caller that waits for a pull notices its end, and needs the interpreter then.
-                if pull.concluded or (not pull.has_waiter and pull.look()):
-                    self._report_end(pull, watched)
+                if pull.concluded or (not pull.has_waiter and self._has_ended(pull)):
+                    await self._report_end(pull, watched)
                 else:
-                    self._look_after(pull, watched)
+                    await self._look_after(pull, watched)
             except Exception as error:  # one pull must not stop the others
                 _log.exception("A pull failed.")
                 pull.stop(TransferError(f"The pull failed: {error!r}."))
         return bool(pulls)
 
-    def _find(self, pulls: list[Pull]) -> None:
-        """Ask for the offers and marks that pulls wait for, and have workers go on with these
+    def _has_ended(self, pull: Pull) -> bool:
+        """Return True if a pull has ended; torch may have locks."""
+        with self._runtime.released():
+            return pull.look()
+
+    async def _find(self, pulls: list[Pull]) -> None:
+        """Ask for the offers and marks that pulls wait for, and wake the coroutines of these
         pulls."""
         waiting = list[Wanted]()
         for pull in pulls:
@@ -296,7 +327,7 @@ class Housekeeper:
             if wanted is None:
                 continue
             pull.stop_after_failure()
-            if pull.over or self.closing:
+            if pull.over or self.leaves:
                 wanted.go_on()
             else:
                 waiting.append(wanted)
@@ -304,9 +335,9 @@ class Housekeeper:
         if any(wanted.known for wanted in waiting):
             self._most = PROMPT
         if self.finder is not None:
-            self.finder.look(waiting)
+            await self.finder.look(waiting)
 
-    def _report_end(self, pull: Pull, watched: _Watched) -> None:
+    async def _report_end(self, pull: Pull, watched: _Watched) -> None:
         """Report the end of a pull to its owners and to `Reader.finished`.
 
         An owner whose connection is busy gets it at a later look.
@@ -314,12 +345,13 @@ class Housekeeper:
         if not watched.ended:
             watched.ended = True
             self.finished.add(pull)
-            self._count(pull, watched)
+            with self._runtime.released():  # whoever follows spans may have locks
+                self._count(pull, watched)
             pull.requested.quiet = ()
         left = list[Source]()
         for source in pull.sources:
             about = source.ticket.epoch, source.ticket.offer
-            if not self._tell(source, Close(*about, pull.published)):
+            if not await self._tell(source, Close(*about, pull.published)):
                 left.append(source)
         pull.sources = left  # a handle retains no memory of owners
         if not left:
@@ -346,7 +378,7 @@ class Housekeeper:
         parent = next((each.ticket.traceparent for each in pull.sources), "")
         tracing.end("portakv pull", watched.span, attributes, pull.error, parent, pull.age)
 
-    def _look_after(self, pull: Pull, watched: _Watched) -> None:
+    async def _look_after(self, pull: Pull, watched: _Watched) -> None:
         """Stop a pull that cannot be committed any more; else renew its leases."""
         now = monotonic()
         if pull.over:
@@ -358,31 +390,30 @@ class Housekeeper:
             return
         self._tend(pull, now - watched.began)
         wanted = pull.requested.wanted
-        # A worker renews the others if the pull does not wait.
+        # The pull's own coroutine renews the others if the pull does not wait.
         shared = [each for each in pull.sources if wanted is not None or each.word is not None]
         if not watched.begun and now >= watched.began + min(BEGIN, _third(shared)):
             watched.begun = wanted is None or pull.requested.pieces > 0  # else it has not begun
             watched.renew = now + _third(shared)
             for source in pull.requested.quiet:
-                self._tell(source, Begin(source.ticket.epoch, source.ticket.offer))
+                await self._tell(source, Begin(source.ticket.epoch, source.ticket.offer))
         elif watched.begun and now >= watched.renew:
             watched.renew = now + _third(shared)
             for source in shared:
                 ticket = source.ticket
-                self._tell(source, Renew(ticket.epoch, ticket.offer, ticket.lease))
+                await self._tell(source, Renew(ticket.epoch, ticket.offer, ticket.lease))
 
     @staticmethod
     def _tend(pull: Pull, seconds: float) -> None:
-        """Have a worker renew the offers of a pull that has lasted for some seconds, before a third
-        of their leases is over; a shorter pull needs no such worker."""
+        """Have a coroutine renew the offers of a pull that has lasted for some seconds, before a
+        third of their leases is over; a shorter pull needs none."""
         tend = pull.requested.tend
         if tend is None or seconds < _third([*pull.sources]) - LOOK:
             return
         pull.requested.tend = None
-        with suppress(PortaKVError):  # the graph is closed, so the pull ends
-            tend()
+        tend()
 
-    def _tell(self, source: Source, message: Message) -> bool:
+    async def _tell(self, source: Source, message: Message) -> bool:
         """Send a message to an owner, unless the owner is gone; return False if its connection is
         busy."""
         owner = source.owner
@@ -392,8 +423,8 @@ class Housekeeper:
             return False
         self._busy.pop(owner.address, None)
         try:
-            owner.channel.tell(owner.address, message, SENDING)
-        except TransferTimeout:  # another thread waits for an answer by this connection
+            await owner.channel.send(owner.address, message, SENDING)
+        except TransferTimeout:  # another request waits for an answer by this connection
             self._busy[owner.address] = monotonic() + BUSY
             return False
         except PortaKVError:  # the owner may be gone
@@ -408,9 +439,9 @@ def _third(sources: list[Source]) -> float:
 
 
 # ------------------------------------------------------------------------------------------------
-# Issue a pull: its copies in the caller's thread, and tasks for all that has to wait.
+# Issue a pull: its copies in the caller's thread, except for those that would block it.
 
-LONG = 1 << 20  # bytes on the host that a worker copies, so that the call does not block
+LONG = 1 << 20  # bytes on the host that other threads copy, so that the call does not block
 
 
 class Request(NamedTuple):
@@ -478,6 +509,7 @@ class Issuing:
             self.layers = [[PartTransfer() for _ in range(count)] for count in layers]
         self._staged = set[bytes]()  # offers whose owners get requests for rows
         self._takers = list[StagedReceiver]()
+        self._calls = list[Handle[None]]()  # copies by other threads, which have not begun
 
         for step in self.plan:
             if step.cut.packed:
@@ -485,11 +517,11 @@ class Issuing:
         requested = pull.requested
         requested.encoded = request.pack is not None
         requested.nbytes = sum([step.nbytes for step in self.plan])
-        # A copy at a rate has a separate worker.
+        # A copy at a rate has a separate thread.
         on_host = issuer.device.type == "cpu"
         self._long = on_host and requested.nbytes > LONG and not request.options.max_gbps
         pull.copies = self._copies = list[BlockTransfer]()
-        pull.slices = self._slices = list[Task]()
+        pull.slices = self._slices = list[Ending]()
 
     def count_blocks(self) -> None:
         """Count the blocks of the pull, for its statistics."""
@@ -499,20 +531,31 @@ class Issuing:
         blocks = count_blocks(request.indices, request.first, past, self._skips)
         pull.requested.blocks = blocks
 
-    def issue(self, some: Sequence[Step]) -> list[Task]:
-        """Issue the copies of steps, or of parts of steps, and return their tasks."""
+    def issue(self, some: Sequence[Step]) -> None:
+        """Issue the copies of steps, or of parts of steps; `begin` begins those that would block.
+
+        After an error nothing of these is in flight but copies.
+        """
+        try:
+            self._issue(some)
+        except BaseException:
+            for call in self._calls:
+                call.discard()
+            self._slices[:] = [each for each in self._slices if _is_in_flight(each)]
+            raise
+
+    def _issue(self, some: Sequence[Step]) -> None:
         pull = self._pull
         options = self._request.options
         requested = pull.requested
         wait_for_events(pull.sources, self._issuer.device)
-        tasks = list[Task]()
         staged = dict[bytes, list[Step]]()  # by offers whose owners send the rows
         for step in some:
             if step.cut.src is None:
                 staged.setdefault(step.ticket.offer, []).append(step)
                 requested.strategy = step.owner.strategy
             elif self._long:
-                tasks += self._copies_in_workers(step)
+                self._copy_elsewhere(step)
             else:
                 copy = _copy_of(step, options, self._rate([step]) if options.max_gbps else None)
                 self._copies.append(copy)
@@ -520,12 +563,11 @@ class Issuing:
                     for layer, end in zip(step.cut.layers, copy.layers, strict=True):
                         self.layers[step.cut.group][layer].add(end)
         for steps_of_offer in staged.values():
-            tasks.append(self._take(steps_of_offer))
+            self._take(steps_of_offer)
         self._staged |= staged.keys()
-        return tasks
 
-    def _take(self, some: Sequence[Step]) -> Task:
-        """Return the task that takes the rows of an offer from the owner that sends them, at their
+    def _take(self, some: Sequence[Step]) -> None:
+        """Make the task that takes the rows of an offer from the owner that sends them, at their
         share of the rate."""
         request = self._request
         rate = self._rate(some)
@@ -534,15 +576,31 @@ class Issuing:
         taker = StagedReceiver(self._issuer.graph, some, self._pull, rate, crossed)
         self._takers.append(taker)
         for each in taker.arrivals:
-            self._add_task(each.step, each.part.layers, each)
-        return taker.task
+            self._add(each.step, each.part.layers, each)
 
-    def _add_task(self, step: Step, layers: range, task: Task) -> None:
-        """Let the pull, and some layers of a step, end with a task."""
-        self._slices.append(task)
+    def _add(self, step: Step, layers: range, ending: Ending) -> None:
+        """Let the pull, and some layers of a step, end with work that streams do not order."""
+        self._slices.append(ending)
         if self.layers:
             for layer in step.cut.layers[layers.start : layers.stop]:
-                self.layers[step.cut.group][layer].tasks.append(task)
+                self.layers[step.cut.group][layer].endings.append(ending)
+
+    def begin(self) -> None:
+        """Begin the work of `issue` that would block. Any thread may call it."""
+        if self._calls:
+            calls = self._calls
+            self._calls = []
+            for call in calls:
+                call.on_end(self._pull.go_on)
+                call.begin()
+        if self._takers:
+            tasks = [task for task in self.tasks if task.graph is None]
+            self._issuer.graph.submit(tasks, priority="urgent")
+
+    @property
+    def tasks(self) -> list[Task]:
+        """Return the tasks that take rows."""
+        return [taker.task for taker in self._takers]
 
     def _rate(self, some: Sequence[Step]) -> float | None:
         """Return the share of steps in the rate of the pull; None: it has none."""
@@ -551,32 +609,35 @@ class Issuing:
             return None
         return rate * sum(step.nbytes for step in some) / self._pull.requested.nbytes
 
-    def end(self, alone: bool = False) -> list[Task]:
-        """Return the task that commits the pull.
+    def end(self, alone: bool = False) -> bool:
+        """Return True if the pull has to wait for its `finish`.
 
-        None if whoever looks at the pull commits it, or the task that takes all of its rows.
+        False if whoever looks at the pull commits it, or the task that takes all of its rows.
 
         Args:
-            alone: no task of the pull was submitted yet.
+            alone: no part of the pull has begun yet.
         """
         pull = self._pull
-        issuer = self._issuer
         requested = pull.requested
         requested.quiet = pull.sources
         if self._staged:
             requested.quiet = [x for x in pull.sources if x.ticket.offer not in self._staged]
-        # This is set last, for the reader's thread.
+        # This is set last, for the reader's coroutine.
         requested.pieces = len(self._copies) + len(self._slices)
 
-        verifying = self.plan if self._request.verify else ()
-        checks = [Task(partial(verified, step, pull), 1, queue=issuer.checks) for step in verifying]
-        if not (self._slices or checks or pull.remote):
-            return []
-        if alone and self._one_taker and not checks:
+        if not (self._slices or self._request.verify or pull.remote):
+            return False
+        if alone and self._one_taker and not self._request.verify:
             self._commit_by(self._takers[0])
-            return []
-        pull.task = Task(lambda *_: pull.run(issuer.graph, checks), 1, queue=issuer.pulls)
-        return [pull.task]
+            return False
+        return True
+
+    async def finish(self) -> None:
+        """Wait for all rows, verify and commit them."""
+        verifying = self.plan if self._request.verify else ()
+        blocking = self._issuer.owners.blocking
+        checks = [partial(verified, step, self._pull, blocking) for step in verifying]
+        await self._pull.finish(self.tasks, checks)
 
     @property
     def _one_taker(self) -> bool:
@@ -586,18 +647,15 @@ class Issuing:
     def _commit_by(self, taker: StagedReceiver) -> None:
         """Let the task that takes all rows also commit the pull: no other thread has to wake.
 
-        If it lasts long, another worker renews the offer.
+        If it lasts long, a coroutine renews the offer.
         """
-        issuer = self._issuer
         pull = self._pull
         taker.commits = True
         pull.task = taker.task
-        renew = Task(lambda *_: pull.renew_until(taker.task), 1, queue=issuer.pulls, name="renew")
-        pull.requested.tend = partial(issuer.graph.submit, [renew], priority="urgent")
+        pull.requested.tend = lambda: runtime().start(pull.renew_until(taker.task))
 
-    def _copies_in_workers(self, step: Step) -> list[Task]:
-        """Return the tasks that copy the rows of a step on the host."""
-        tasks = list[Task]()
+    def _copy_elsewhere(self, step: Step) -> None:
+        """Have other threads copy the rows of a step on the host."""
         options = self._request.options
         layers = step.cut.dst.layers
         each = 1 if options.by_layer else layers
@@ -605,9 +663,16 @@ class Issuing:
         for start in range(0, layers, each):
             some = range(start, start + each)
             copy = partial(_copy_layers, step, some, self._pull, options)
-            tasks.append(Task(copy, 1, queue=self._issuer.copies))
-            self._add_task(step, some, tasks[-1])
-        return tasks
+            call = Handle(runtime(), self._issuer.owners.blocking.work(copy))
+            self._calls.append(call)
+            self._add(step, some, call)
+
+
+def _is_in_flight(ending: Ending) -> bool:
+    """Return True if work has begun."""
+    if isinstance(ending, Arrival):
+        return ending.whole.graph is not None
+    return not ending.done()
 
 
 def _copy_of(step: Step, options: CopyOptions, rate: float | None) -> BlockTransfer:
@@ -619,7 +684,7 @@ def _copy_of(step: Step, options: CopyOptions, rate: float | None) -> BlockTrans
     )
 
 
-def _copy_layers(step: Step, layers: range, pull: Pull, options: CopyOptions, *_: object) -> None:
+def _copy_layers(step: Step, layers: range, pull: Pull, options: CopyOptions) -> None:
     """Copy layers of a step between views on the host."""
     if pull.over:
         raise TransferCancelled(CANCELLED)
@@ -630,7 +695,7 @@ def _copy_layers(step: Step, layers: range, pull: Pull, options: CopyOptions, *_
             dst = step.cut.dst.slice(layers=window)
             indices = step.src_index, step.dst_index
             copy_checked(src, dst, *indices, step.tokens, options).synchronize()
-    except PackOverflow:  # the rows of the other tasks are moved
+    except PackOverflow:  # the rows of the other copies are moved
         raise
     except BaseException as error:
         pull.stop(known(error) or TransferCancelled(CANCELLED))  # no mark is waited for
@@ -638,9 +703,7 @@ def _copy_layers(step: Step, layers: range, pull: Pull, options: CopyOptions, *_
 
 
 # ------------------------------------------------------------------------------------------------
-# Issue the copies of pulls that wait, in workers, as their offers exist and their marks rise.
-
-WIDTH = 8  # pulls of which parts are issued together
+# Issue the copies of pulls that wait, as their offers exist and their marks rise.
 
 
 class _Reach:
@@ -684,7 +747,7 @@ class _Reach:
 
 
 class LatePull(Wanted):
-    """A pull that waits, whose copies workers issue as their offers exist and become complete.
+    """A pull that waits. Its copies are issued as its offers exist and become complete.
 
     Attributes:
         after: orders its copies after the stream of the caller; set when the pull begins to wait.
@@ -701,7 +764,6 @@ class LatePull(Wanted):
         self._issuing: Issuing | None = None
         self._reaches = list[_Reach]()
         self._settled = set[LateLayer]()  # layers of which all parts are issued
-        pull.begun = False
         if options.by_layer:
             layers = sum(shard.view.layers for shard in issuer.shards)
             pull.layers = [LateLayer() for _ in range(layers)]
@@ -715,91 +777,94 @@ class LatePull(Wanted):
         self.know(sources)
         return issuing
 
-    def start(self) -> None:
-        """Have the reader's thread look at what the pull waits for; the pull then continues after
-        the work of the caller's stream."""
-        pull = self.pull
-        housekeeper = self._issuer.housekeeper
+    def prepare(self) -> None:
+        """Have the pull continue after the work of the caller's stream, and say what it waits for.
+        Runs in the caller's thread."""
         self.after = StreamFence(self._issuer.device)
         if self.known:
             self._note_begin()
-        pull.requested.wanted = self
-        housekeeper.add(pull)  # wakes its thread
-        if housekeeper.closing:  # its thread may have ended before
-            self.go_on()
+        self.pull.requested.wanted = self
 
     def stop(self, error: PortaKVError) -> object:
         return self.pull.stop(error)
 
-    @property
-    def _stopped(self) -> bool:
-        """Return True if nothing of the pull will be committed, or the reader closes."""
-        return self.pull.over or self._issuer.housekeeper.closing
+    def go_on(self) -> None:
+        self.pull.go_on()
 
-    def advance(self) -> None:
-        try:
-            if self._stopped and not self.known:
-                raise TransferCancelled(CANCELLED)
-            begins = self._issuer.begins
-            self.task = Task(lambda *_: self._run(), 1, queue=begins, name="begin")
-            self._issuer.graph.submit([self.task], priority="urgent")
-        except PortaKVError as error:  # also of a graph that is closed
-            self._fail(error)
+    async def run(self) -> None:
+        """Wait for the owners, the offers and the rows; issue the copies, and commit what has to
+        wait.
 
-    def end(self) -> None:
-        self.pull.requested.wanted = None
-        super().end()
-
-    def _fail(self, error: BaseException) -> None:
-        """End the pull by an error, after the copies and tasks in flight."""
-        fail(self.pull, error)
-        self.end()
-
-    # --- in a worker
-
-    def _run(self) -> None:
-        """Issue the parts that have become complete; end the pull if it was stopped, or if none is
-        left."""
-        try:
-            if self._issue():
-                self.pull.begun = True
-                if self.pull.task is None:  # else that task reports the end
-                    self._issuer.housekeeper.wake()
-                self.end()
-            else:
-                self.end_turn()
-                if self._issuer.housekeeper.closing:
-                    self.go_on()
-        except BaseException as error:
-            self._fail(error)
-
-    def _issue(self) -> bool:
-        """Issue what the marks allow; return True if that was the last part, and all rows are
-        complete: rows that this reader does not need may still be written until then."""
+        The reader's coroutine finds what the pull waits for, and wakes this one.
+        """
         pull = self.pull
-        issuing = self._issuing
-        first = issuing is None
-        assert self.after is not None  # `start` has set it
-        if self._stopped:
+        issuer = self._issuer
+        first = not self.known
+        try:
+            await Wait(until=0.0)  # the rest runs in the loop
+            if not self.known:
+                await self._wait()
+                sources = await issuer.owners.resolve(self.tickets, pull.until)
+                self._check()  # also while the owners were resolved
+                await issuer.owners.blocking.work(self._issue, sources)
+            while not self._is_issued:
+                first = False
+                await self._wait()
+                await issuer.owners.blocking.work(self._issue)
+            pull.requested.wanted = None
+            assert self._issuing is not None  # `plan` has set it
+            if self._issuing.end(alone=first):
+                self._issuing.begin()
+                await self._issuing.finish()
+            else:
+                self._issuing.begin()
+        except (Exception, CancelledError) as error:
+            pull.requested.wanted = None
+            await pull.fail(error, self._tasks)
+        if pull.task is None:  # else that task reports the end
+            issuer.housekeeper.wake()
+
+    async def _wait(self) -> None:
+        """Wait until the pull may go on; raise if it was stopped, or if the reader closes."""
+        self._check()
+        while not self.may_go_on:
+            await self.pull.pause()
+            self._check()
+
+    def _check(self) -> None:
+        if self.pull.over or (self._issuer.housekeeper.leaves and not self.may_go_on):
             raise TransferCancelled(CANCELLED)
+
+    @property
+    def _is_issued(self) -> bool:
+        """Return True if all copies are issued, and all rows are complete: rows that this reader
+        does not need may still be written until then."""
+        return self.complete and all(each.reached == each.end for each in self._reaches)
+
+    @property
+    def _tasks(self) -> list[Task]:
+        """Return the tasks of the pull that were submitted."""
+        tasks = () if self._issuing is None else self._issuing.tasks
+        return [task for task in tasks if task.graph is not None]
+
+    def _issue(self, sources: Sources | None = None) -> None:
+        """Issue what the marks allow, in a thread that may block; plan the pull before.
+
+        ``sources``: of a pull that is not planned yet.
+        """
+        assert self.after is not None  # `prepare` has set it
         with torch.inference_mode(False), self.after.inside():
-            if issuing is None:
-                sources = self._issuer.owners.resolve(self.tickets, pull.until)
-                if pull.over:  # also while the owners were resolved
-                    raise TransferCancelled(CANCELLED)
-                issuing = self.plan(sources)
+            if sources is not None:
+                self.plan(sources)
                 if incomplete(sources):
                     self._note_begin()
                     self._issuer.housekeeper.wake()  # to look at the marks
                 self.read_marks()
-            tasks = issuing.issue([*self._parts()])
-        ended = self.complete and all(each.reached == each.end for each in self._reaches)
-        if ended:
-            tasks += issuing.end(alone=first)
-        if tasks:
-            self._issuer.graph.submit(tasks, priority="urgent")
-        self._settle(issuing)
-        return ended
+            assert self._issuing is not None
+            self._issuing.issue([*self._parts()])
+        if not self._is_issued:
+            self._issuing.begin()
+        self._settle(self._issuing)
 
     def _parts(self) -> Iterator[Step]:
         """Yield the parts that have become complete, by the marks of the sources."""
@@ -812,7 +877,7 @@ class LatePull(Wanted):
                 yield part
 
     def _note_begin(self) -> None:
-        """Have the reader's thread report the pull to the owners as begun."""
+        """Have the reader's coroutine report the pull to the owners as begun."""
         self.pull.requested.quiet = self.pull.sources
         self.pull.requested.pieces = 1
 
@@ -831,8 +896,8 @@ class LatePull(Wanted):
 
 
 # ------------------------------------------------------------------------------------------------
-# Begin pulls: immediately if their owners are connected and their offers exist, else in a worker
-# when they do; see `named`.
+# Begin pulls: immediately if their owners are connected and their offers exist, else when they do;
+# see `named`.
 
 
 class Issuer:
@@ -844,12 +909,9 @@ class Issuer:
         self.housekeeper = housekeeper
         self.shards = owners.shards
         self.device = owners.device
-        self.pulls = graph.queue("pull", width=16)
-        self.checks = graph.queue("verify", width=16)
-        self.copies = graph.queue("copy", width=4)
-        self.begins = graph.queue("begin", width=WIDTH)
-        self._connector = Connector(graph, owners, housekeeper.note_connection)
-        self._finder = Finder(owners, self._connector)
+        self._runtime = runtime()
+        self.connector = Connector(owners, housekeeper.note_connection)
+        self._finder = Finder(owners, self.connector)
         housekeeper.finder = self._finder
         #: The pull of the last call that has asked owners itself.
         self._asked: ref[Pull] | None = None
@@ -863,30 +925,104 @@ class Issuer:
         itself. Any other pull ends with those of its owners and rows.
         """
         pull = Pull((), until, self.housekeeper.report)
-        named = any_named(tickets)
-        sources = None if named else self.owners.resolve_connected(tickets)
-        late: LatePull | None = None
-        if sources is not None:
-            pull.sources = sources
-        else:
-            if not named:
-                check_arguments(tickets, self.shards, request.indices, request.first)
-            late = LatePull(self, pull, tickets, request)
+        pull.in_call = True  # another call may have it meanwhile
+        steps = self._pull(pull, tickets, request)
         try:
-            if late is None:
-                self._begin(pull, request)
-            elif self._exist(late):
-                self._begin_found(late, pull, request)
-            else:
-                late.start()
+            try:
+                wait = steps.send(None)
+            except StopIteration:
+                pull.in_call = False
+                if self.device.type == "cpu":  # without a rate its copies have ended
+                    pull.look()
+                return pull
+            pull.steps = Handle(self._runtime, steps)
+            pull.in_call = False
+            self.housekeeper.add(pull)
+            pull.steps.follow(wait)
         except BaseException:  # the caller does not get the handle of the copies in flight
+            pull.in_call = False
+            if pull.steps is not None:
+                pull.steps.abandon()
             pull.drop()
             raise
         return pull
 
+    async def _pull(self, pull: Pull, tickets: list[bytes], request: Request) -> None:
+        """Begin a pull, and go on with it as long as it has to wait. This is the way of a pull.
+
+        The step until the first wait runs in the caller's thread.
+        """
+        named = any_named(tickets)
+        sources = None if named else self.owners.resolve_connected(tickets)
+        if sources is not None and not incomplete(sources):
+            pull.sources = sources
+            issuing = self._issued(pull, request)
+            if self._waits(issuing, pull):
+                await self._finish(issuing, pull)
+            return
+
+        if sources is None and not named:
+            check_arguments(tickets, self.shards, request.indices, request.first)
+        late = LatePull(self, pull, tickets, request)
+        if sources is not None:
+            late.plan(sources)
+        elif self._exist(late) and await self._issue_found(late, pull, request):
+            return
+        late.prepare()
+        await late.run()
+
+    async def _issue_found(self, late: LatePull, pull: Pull, request: Request) -> bool:
+        """Issue a pull by name whose offers exist; return False if its rows are not complete.
+
+        The pull ends by the errors of its owners and rows.
+        """
+        try:
+            sources = self.owners.resolve_connected(late.tickets)
+            if sources is None:  # an owner has just gone
+                return False
+            if incomplete(sources):
+                late.plan(sources)
+                return False
+            pull.sources = sources
+            with torch.inference_mode(False), self.apart(sources):
+                issuing = self._issued(pull, request)
+        except PortaKVError as error:
+            pull.stop(error)
+            self.housekeeper.add(pull)
+            await pull.fail(error)
+            return True
+        if self._waits(issuing, pull):
+            await self._finish(issuing, pull)
+        return True
+
+    def _issued(self, pull: Pull, request: Request) -> Issuing:
+        """Issue the copies of a pull whose rows are complete."""
+        issuing = Issuing(self, pull, request)
+        issuing.issue(issuing.plan)
+        issuing.count_blocks()  # what no copy needs comes after the copies
+        pull.layers = [layer for layers in issuing.layers for layer in layers]
+        return issuing
+
+    def _waits(self, issuing: Issuing, pull: Pull) -> bool:
+        """Return True if a pull has to wait; else have it looked after, and begin its tasks."""
+        if issuing.end(alone=True):
+            return True
+        self.housekeeper.add(pull)
+        issuing.begin()
+        return False
+
+    async def _finish(self, issuing: Issuing, pull: Pull) -> None:
+        """Begin the work of a pull that would block, wait for it, and commit the rows."""
+        try:
+            await Wait(until=0.0)  # the rest runs in the loop
+            issuing.begin()
+            await issuing.finish()
+        except (Exception, CancelledError) as error:
+            await pull.fail(error, issuing.tasks)
+
     def prepare(self, address: str) -> PartTransfer:
-        """Connect to the owner at an address in a worker, and return the end."""
-        return PartTransfer([self._connector.begin((address, ANY)).task])
+        """Connect to the owner at an address, and return the end."""
+        return PartTransfer([self._runtime.start(self.connector.prepare(address))])
 
     def _exist(self, late: LatePull) -> bool:
         """Return True if the offers of a pull by name exist, as their owners' tables or the owners
@@ -912,37 +1048,6 @@ class Issuer:
         except BaseException:  # an interrupt: the next call does not wait for this pull
             self._asked = None
             raise
-
-    def _begin_found(self, late: LatePull, pull: Pull, request: Request) -> None:
-        """Begin a pull by name whose offers exist; end it by the errors of its owners and rows."""
-        try:
-            pull.sources = self.owners.resolve(late.tickets, pull.until)
-            with torch.inference_mode(False), self.apart(pull.sources):
-                self._begin(pull, request, late)
-        except PortaKVError as error:
-            fail(pull, error)
-            if not pull.begun:
-                self.housekeeper.add(pull)
-
-    def _begin(self, pull: Pull, request: Request, late: LatePull | None = None) -> None:
-        """Issue the copies of a pull whose sources are known; have workers do so as the rows become
-        complete."""
-        if incomplete(pull.sources):
-            late = late or LatePull(self, pull, [], request)
-            late.plan(pull.sources)
-            late.start()
-            return
-        issuing = Issuing(self, pull, request)
-        tasks = issuing.issue(issuing.plan)
-        issuing.count_blocks()  # what no copy needs comes after the copies
-        tasks += issuing.end(alone=True)
-        pull.layers = [layer for layers in issuing.layers for layer in layers]
-        pull.begun = True
-        self.housekeeper.add(pull)
-        if tasks:
-            self.graph.submit(tasks, priority="urgent")
-        elif self.device.type == "cpu":  # without a rate its copies have ended
-            pull.look()
 
     def apart(self, sources: Sources) -> AbstractContextManager[object]:
         """Make a private stream current, after the caller's, if an owner's device still writes the
@@ -1069,7 +1174,7 @@ class Reader:
             self._graph.submit(())  # raises the error of a graph that was forked
 
     def prepare(self, address: str) -> PartTransfer:
-        """Connect to the owner at an address, and map its memory, in a worker.
+        """Connect to the owner at an address, and map its memory, in the background.
 
         The first pull of that owner then waits for no handshake. The result ends with the
         connection, and raises the errors of `pull` that are about owners. An owner that took the
@@ -1106,7 +1211,7 @@ class Reader:
         if timeout is not None:
             limit = arguments.seconds("timeout", timeout)
         self._check_open()
-        return self._owners.extend(ticket, seconds, monotonic() + limit)
+        return runtime().run(self._owners.extend, ticket, seconds, monotonic() + limit)
 
     def explain(self, tickets: bytes | Sequence[bytes]) -> str:
         """Return a line for each ticket: how its rows would be copied, and why.
@@ -1115,7 +1220,7 @@ class Reader:
         """
         self._check_open()
         lines = list[str]()
-        for ticket, owner, _ in self._owners.resolve(listed(tickets)):
+        for ticket, owner, _ in runtime().run(self._owners.resolve, listed(tickets)):
             how = "one launch for each piece reads the rows in the owner's memory"
             if owner.why_not_mapped:
                 transport = owner.staging.transport
@@ -1172,5 +1277,6 @@ class Reader:
         self._closed = True
         self._graph.close(2.0)
         self._housekeeper.close()
-        self._owners.close()
+        self._issuer.connector.close()
+        runtime().run(self._owners.close)
         self.channel.free("a reader", self)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import threading
 from collections import defaultdict, deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
 from itertools import groupby
@@ -34,7 +34,7 @@ from portakv.errors import (
     TransferError,
     TransferTimeout,
 )
-from portakv.graph import Graph, Outcome, Task
+from portakv.graph import End, Graph, Task
 from portakv.layout.encodings import Pack
 from portakv.migrate.buffers import StagingBuffer
 from portakv.migrate.checksum import MODULUS, checksum_of
@@ -58,6 +58,7 @@ from portakv.migrate.staging import Chunks, Slots, has_ended, part_of, rows_byte
 from portakv.migrate.transports.base import Lane, Moving
 from portakv.runtime.streams import StreamFence
 from portakv.runtime.worker import RateLimit
+from portakv.tasks import Limit, Wait, runtime
 
 T = TypeVar("T")
 
@@ -78,7 +79,7 @@ LEAST_ON_DEVICE = 128 << 20
 _LANDED = np.ones(1, np.bool_)
 
 
-class Arrival(Task):
+class Arrival(End):
     """The end of a slice of a step, for a pull and its layers. The task ``whole`` takes the slice,
     among others.
 
@@ -102,8 +103,7 @@ class Arrival(Task):
         whole: Task,
         slots: Slots | None = None,
     ) -> None:
-        # Not the constructor of a task: no caller passes terms of slices that need its checks.
-        self.outcome = Outcome(1)
+        super().__init__(None, 1)
         self.step = step
         self.part = part
         self.whole = whole
@@ -177,13 +177,13 @@ class Arrival(Task):
         """End the slice, unless it has ended."""
         if not self.ended:
             if error is None:
-                self.outcome.end("landed", _LANDED, None)
-            else:
-                self.outcome.end("failed", None, error)
+                self.landed = _LANDED
+            self.error = error
+            self.ended = True
             self._over.set()
 
     def wait(self, timeout: float | None = None) -> bool:
-        if self.whole.schedule.graph is None:
+        if self.whole.graph is None:
             return False  # nothing takes the slice: its task was not submitted
         until = monotonic() + arguments.seconds("timeout", timeout, optional=True)
         while not self._over.wait(min(0.05, max(0.0, until - monotonic()))):
@@ -271,31 +271,31 @@ def arrivals(
 
 
 # ------------------------------------------------------------------------------------------------
-# Send the requests of a pull's workers to its owners: for rows, for checksums, and for the choice
-# of an encoding.
+# Send the requests of a pull to its owners: for rows, for checksums, and for the choice of an
+# encoding.
 
 PATIENCE = 30.0  # seconds for which a busy owner gets the request again
 
 
-def ask(
+async def ask(
     source: Source,
     request: ForRows,
     pull: Pull,
     patience: float = PATIENCE,
-    by: Callable[..., Answer] | None = None,
+    by: Callable[..., Awaitable[Any]] | None = None,
 ) -> Answer:
     """Return an owner's answer to a request for rows; ask again while the owner is busy.
 
-    ``by``: `Channel.ask` of the owner's channel, or of the channel of an agreement with it.
+    ``by``: `Channel.answer` of the owner's channel, or of the channel of an agreement with it.
     """
     until = monotonic() + patience
     owner = source.owner
-    asks = by or owner.channel.ask
+    asks = by or owner.channel.answer
     chooses = isinstance(request, Choose)
     kind: Any = Answer | Chosen if chooses else Answer
     while not pull.over:
         try:
-            answer = asks(owner.address, request, kind, stop=lambda: pull.over)
+            answer: Answer = await asks(owner.address, request, kind, stop=lambda: pull.over)
         except TransferTimeout:
             if pull.over:
                 break
@@ -308,11 +308,12 @@ def ask(
             left_out = "chose no encoding" if chooses else "sent no rows"
             raise Refused(f"{owner.address} {left_out}: {answer.why or 'it is busy.'}")
         pause = answer.seconds if answer.seconds > 0 else 1e-3
-        sleep(min(pause, 0.05))  # at most this long, because the pull may end meanwhile
+        # At most this long, because the pull may end meanwhile.
+        await Wait(until=runtime().time() + min(pause, 0.05))
     raise TransferCancelled(CANCELLED)
 
 
-def verified(step: Step, pull: Pull, *_: object) -> None:
+async def verified(step: Step, pull: Pull, blocking: Limit) -> None:
     """Compare the rows that a step copied with the owner's rows, by checksums."""
     whole = step.owner_part(range(step.cut.dst.layers), 0, step.tokens)
     source = Source(step.ticket, step.owner)
@@ -321,9 +322,9 @@ def verified(step: Step, pull: Pull, *_: object) -> None:
     for start, end in step.runs():
         part = replace(whole, first=whole.first + start, count=end - start)
         dst_index = step.dst_index.shifted(start)
-        local += checksum_of(step.cut.dst, dst_index, part)
+        local += await blocking.work(checksum_of, step.cut.dst, dst_index, part)
         request = Sum(step.ticket.epoch, step.ticket.offer, part)
-        remote += ask(source, request, pull, inf).digest
+        remote += (await ask(source, request, pull, inf)).digest
     if (local - remote) % MODULUS:
         raise TransferError(
             f"Expected the bytes of the rows of {step.owner.address}, got others (checksums "
@@ -371,7 +372,7 @@ def _choice_of(step: Step, pull: Pull, most_gbps: float) -> EncodingChoice:
     terms = part, link, history.needs_sample(step.window)
     request = Choose(step.ticket.epoch, step.ticket.offer, *terms)
     try:
-        answer = ask(source, request, pull)
+        answer = runtime().run(ask, source, request, pull)
     except Refused as error:  # it stays busy, or is of a release that does not know the request
         return EncodingChoice(None, f"The owner made no choice: {error}", link)
     if not isinstance(answer, Chosen):
@@ -447,6 +448,7 @@ class StagedReceiver:
         self._rate = RateLimit(max_gbps or inf)
         queue = graph.queue(f"take:{first.owner.number}", width=first.owner.handshake.slots)
         self.task = Task(self._run, 1, queue=queue, name="take")
+        self.task.on_end = pull.go_on
         self.arrivals = arrivals(steps, max_gbps, self.task, crossed)
         self._in_flight = deque[InFlight]()
         self._scattered = deque[Scattered]()
@@ -458,7 +460,7 @@ class StagedReceiver:
             self._take_all()
         finally:
             if self.commits:
-                self._pull.confirm([self._source], self._answers)
+                runtime().run(self._pull.confirm, [self._source], self._answers)
 
     def _take_all(self) -> None:
         """Take all slices; return after the last copy, with or without an error."""
@@ -481,7 +483,7 @@ class StagedReceiver:
                     for placing in self._scattered:
                         self._await(placing.moving.wait)
                     # The answer is read here: other requests to the owner wait for it.
-                    self._answers = self._pull.ask(self._source)
+                    self._answers = runtime().run(self._pull.ask, self._source)
                 self._settle(wait=True)
                 takers = [*self._stage.takers]  # of all pulls, since they share the transport
                 if start is not None and all(taker.measures for taker in takers):
@@ -552,7 +554,8 @@ class StagedReceiver:
         name = self._stage.transport.name
         encoding = batch[0].encoding
         gather = Gather(ticket.epoch, ticket.offer, parts, name, tag, encoding)
-        ask(self._source, gather, self._pull, by=self._stage.channel.ask)
+        by = self._stage.channel.answer
+        runtime().run(ask, self._source, gather, self._pull, PATIENCE, by)
 
     def _free_buffer(self, lane: Lane, nbytes: int) -> StagingBuffer:
         """Return a free staging buffer; empty the oldest of this pull if there is none."""

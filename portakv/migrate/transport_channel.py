@@ -6,6 +6,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, TypeVar
 
 from portakv.errors import PeerError, TransferTimeout
+from portakv.tasks import runtime
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -53,12 +54,24 @@ class TransportChannel:
         stop: Callable[[], bool] = bool,
     ) -> T:
         """Return the owner's answer; see `Channel.ask`. Raises `PeerError` after the end."""
+        answer: T = runtime().run(self.answer, address, message, kind, timeout, stop)
+        return answer
+
+    async def answer(
+        self,
+        address: str,
+        message: Message,
+        kind: type[T],
+        timeout: float | None = None,
+        stop: Callable[[], bool] = bool,
+    ) -> T:
+        """Return what `ask` returns, in a coroutine of the runtime."""
 
         def stops() -> bool:
             return self._ended() or stop()
 
         try:
-            return self.channel.ask(address, self.enclosed(message), kind, timeout, stops)
+            return await self.channel.answer(address, self.enclosed(message), kind, timeout, stops)
         except TransferTimeout:
             self._check()
             raise

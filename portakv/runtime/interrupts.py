@@ -76,7 +76,7 @@ class Work(Generic[T]):
     def abandon(self) -> None:
         """Have a helper undo the work, and wait at most `GRACE` seconds for that."""
         self.abandoned = True
-        _hand_over(self.take_back)
+        hand_over(self.take_back)
         self.undone.acquire(timeout=GRACE)
 
 
@@ -104,7 +104,7 @@ def uninterrupted(work: Callable[[], T], undo: Callable[[T], object] | None = No
         return work()
     task = Work(work, undo)
     try:
-        if not _hand_over(task.run):
+        if not hand_over(task.run):
             return work()
         while not task.end.acquire(timeout=LOOK):
             pass
@@ -134,11 +134,13 @@ def shielded(work: Callable[P, T]) -> Callable[P, T]:
 def alongside(work: Callable[[], T]) -> Callable[[], T]:
     """Begin work in a helper, and return the call that waits for its result, for one use.
 
-    A caller that needs no result does not make the call. If the system creates no thread, the call
-    does the work.
+    A caller that needs no result does not make the call. If the system creates no thread, the work
+    is done before the return.
     """
     task = Work(work, None)
-    return partial(_result_of, task) if _hand_over(task.run) else work
+    if not hand_over(task.run):
+        task.run()
+    return partial(_result_of, task)
 
 
 def _result_of(task: Work[T]) -> T:
@@ -172,7 +174,7 @@ def _locked() -> threading.Lock:
     return lock
 
 
-def _hand_over(call: Callable[[], object]) -> bool:
+def hand_over(call: Callable[[], object]) -> bool:
     """Have a helper make a call; return False if the system creates no thread."""
     try:
         _idle.pop()

@@ -40,7 +40,7 @@ class Pending(Protocol):
     def done(self) -> bool:
         """Return True once the bytes have landed; never blocks."""
 
-    def wait(self) -> None:
+    def wait(self) -> object:
         """Block the host until the bytes have landed."""
 
 

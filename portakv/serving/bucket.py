@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import itertools
 import re
-import threading
 import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
@@ -20,6 +19,7 @@ from portakv.serving.server.messages import MOST_KEYS
 from portakv.storage.store import FormStore
 from portakv.storage.tiers.base import Keys
 from portakv.storage.tiers.remote import Remote, check_remote
+from portakv.tasks import runtime
 
 #: Seconds that a lookup may take: less than a scheduler side's patience, so that a request gets the
 #: blocks that the bucket has confirmed by then.
@@ -115,7 +115,7 @@ class BucketAnswers:
         self._begin = begin
         self._now = now
         self._since = now()
-        self._lock = threading.Lock()
+        self._lock = runtime().lock
         #: By the first key of a lookup that has not ended, until when its end is expected.
         self._open = dict[bytes, float]()
         #: By key, until when a block is not looked up again.

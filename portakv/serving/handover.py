@@ -6,16 +6,14 @@ from __future__ import annotations
 
 import logging
 import time
-from collections import Counter, defaultdict
+from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from functools import partial
-from threading import Event
 from typing import NamedTuple
 
 from portakv.copy.options import Overlap
 from portakv.errors import PeerError, PortaKVError, TransferTimeout
-from portakv.graph import Graph, Task
 from portakv.migrate import Channel, Owner, Pull, Reader, Shard, Ticket
 from portakv.migrate.messages import (
     MOST_NAMES,
@@ -29,6 +27,7 @@ from portakv.runtime.bounded import Bounded
 from portakv.runtime.rate_limited_log import RateLimitedLog
 from portakv.serving.handover_tickets import Endpoint, HandoverTerms
 from portakv.serving.plan import Handovers, OfferJob, PullJob
+from portakv.tasks import Handle, Limit, Wait, runtime
 
 _log = RateLimitedLog(logging.getLogger(__name__))
 #: Workers of an engine that may pull one offer. The engine says when all of them have it.
@@ -39,8 +38,9 @@ MOST_LEASE = 3600.0
 LOOK = 0.02
 #: Seconds for a message to an engine.
 SENDING = 1.0
-#: Messages to engines that are sent together.
+#: Messages to engines that are sent together, and the last ones, for which `Handover.close` waits.
 WIDTH = 4
+SENDS = 1024
 #: Seconds between the first two attempts to connect to an engine that does not listen yet, and the
 #: most between later ones.
 AGAIN = 1.0
@@ -100,12 +100,14 @@ class Handover:
         self.terms = terms
         self._leads = leads
         self._channel = Channel(address, secret=terms.secret())
-        self._graph = Graph()
+        self._runtime = runtime()
+        self._width = Limit(self._runtime, WIDTH)  # of messages
+        self._sends = deque[Handle[None]](maxlen=SENDS)
         self._offers = dict[bytes, str]()  # the requests, by the names of offers
         self.pulling = list[_Pulling]()
         self._ends = Counter[str]()
         self._looked = 0.0
-        self._closing = Event()
+        self._meeting: Handle[None] | None = None
         self._gone: Bounded[str, float] = Bounded("engines that take no message", 1024)
         self.owner: Owner | None = None
         self.reader: Reader | None = None
@@ -180,47 +182,53 @@ class Handover:
         return ended
 
     def meet(self) -> None:
-        """Connect to the workers in ``terms.peers`` as soon as each listens, in a worker.
+        """Connect to the workers in ``terms.peers`` as soon as each listens, in the loop.
 
         A first pull of one of them then waits for no handshake, and maps no memory. The log has a
         line about a worker that does not answer, and about one whose rows this engine cannot take.
         """
         if self.reader is None or not self.terms.peers:
             return
-        queue = self._graph.queue("peers", width=1)
-        self._graph.submit([Task(self._meet_all, 1, queue=queue, name="peers")])
+        self._meeting = self._runtime.start(self._meet_all(), locked=False)
 
-    def _meet_all(self, *_: object) -> None:
+    async def _meet_all(self) -> None:
         """Connect to all workers; until each has answered, ask again."""
-        assert self.reader is not None
-        left = list(self.terms.peers)
+        left: Sequence[str] = self.terms.peers
         pause = AGAIN
-        while left:
-            absent = list[str]()
-            try:
-                attempts = [(peer, self.reader.prepare(peer)) for peer in left]
-            except PortaKVError:
-                return  # the reader is closed
-            for peer, attempt in attempts:
-                try:
-                    attempt.synchronize()
-                except (PeerError, TransferTimeout) as error:
-                    _log.warning(f"peer {peer}", "%s is not connected yet: %s", peer, error)
-                    absent.append(peer)
-                except PortaKVError as error:
-                    _log.warning("peer", "No rows of %s will be taken: %s", peer, error)
-            left = absent
-            if self._closing.wait(pause if left else 0.0):
-                return
+        while left := await self._meet(left):
+            await Wait(until=self._runtime.time() + pause)
             pause = min(2 * pause, MOST_AGAIN)
+
+    async def _meet(self, peers: Sequence[str]) -> list[str]:
+        """Connect to workers, and return those that do not answer."""
+        assert self.reader is not None
+        absent = list[str]()
+        try:
+            attempts = [(peer, self.reader.prepare(peer)) for peer in peers]
+        except PortaKVError:
+            return []  # the reader is closed
+        for peer, attempt in attempts:
+            try:
+                while not attempt.done():
+                    await Wait(until=self._runtime.time() + LOOK)
+            except (PeerError, TransferTimeout) as error:
+                _log.warning(f"peer {peer}", "%s is not connected yet: %s", peer, error)
+                absent.append(peer)
+            except PortaKVError as error:
+                _log.warning("peer", "No rows of %s will be taken: %s", peer, error)
+        return absent
 
     def close(self) -> None:
         """End all offers and pulls."""
-        self._closing.set()
+        if self._meeting is not None:
+            self._meeting.cancel()
         for each in (self.reader, self.owner):
             if each is not None:
                 each.close()
-        self._graph.close(SENDING)
+        until = time.monotonic() + SENDING
+        with suppress(TransferTimeout):
+            for send in self._sends:
+                send.synchronize(max(0.0, until - time.monotonic()))
         self._channel.close()
 
     def _offer(self, job: OfferJob) -> None:
@@ -270,7 +278,7 @@ class Handover:
             return None
 
     def tell(self, tickets: Iterable[bytes], message: Callable[..., Message]) -> None:
-        """Send the owners of tickets a message about the names of their offers, in a worker."""
+        """Send the owners of tickets a message about the names of their offers."""
         names = defaultdict[tuple[str, bytes], list[bytes]](list)
         for ticket in tickets:
             named = Named.read(ticket)
@@ -279,22 +287,18 @@ class Handover:
         for (address, epoch), known in names.items():
             for first in range(0, len(known), MOST_NAMES):
                 some = message(epoch=epoch, names=tuple(known[first : first + MOST_NAMES]))
-                self._send(address, some)
+                self._sends.append(self._runtime.start(self._send(address, some)))
 
-    def _send(self, address: str, message: Message) -> None:
-        """Send a message in a worker. An owner that is gone needs none."""
-
-        def run(*_: object) -> None:
-            if time.monotonic() < self._gone.get(address, 0.0):
-                return
-            try:
-                self._channel.tell(address, message, SENDING)
-            except PortaKVError:
-                self._gone[address] = time.monotonic() + GONE
-
-        with suppress(PortaKVError):  # the graph is closed
-            queue = self._graph.queue("leases", width=WIDTH)
-            self._graph.submit([Task(run, 1, queue=queue, name="lease")])
+    async def _send(self, address: str, message: Message) -> None:
+        """Send a message. An owner that is gone needs none."""
+        await self._width.acquire()
+        try:
+            if time.monotonic() >= self._gone.get(address, 0.0):
+                await self._channel.send(address, message, SENDING)
+        except PortaKVError:
+            self._gone[address] = time.monotonic() + GONE
+        finally:
+            self._width.release()
 
 
 def _log_failed_pull(error: PortaKVError) -> None:

@@ -1,18 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
 """`PageTasks`: saves and loads of pages whose sizes are not known before they come.
 
-A task has pages of any sizes, each at its own address. A thread reports the ends of tasks and the
-pages that were lost. Another thread opens the store for sizes that are new.
+A task has pages of any sizes, each at its own address. A coroutine has helpers report the ends of
+tasks and the pages that were lost. Another helper opens the store for sizes that are new.
 """
 
 from __future__ import annotations
 
 import logging
-import select
-import threading
 import time
 from collections import Counter, OrderedDict, deque
 from collections.abc import Callable, Hashable, Iterable, Sequence
+from contextlib import suppress
 from functools import partial
 from itertools import compress
 from math import gcd
@@ -51,6 +50,7 @@ from portakv.serving.worker import Calls
 from portakv.storage.calls import Change
 from portakv.storage.eviction import Pins
 from portakv.storage.tiers.base import Keys
+from portakv.tasks import Wait, Work, runtime
 
 # ------------------------------------------------------------------------------------------------
 # The pages of a store that an engine counts, and lookups whose answers it has not fetched.
@@ -70,7 +70,7 @@ class Counted(Generic[Key]):
     """The pages that an engine counts, by their names, with its own keys and their bytes."""
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
+        self._lock = runtime().lock
         self._pages = dict[bytes, tuple[Key, int]]()
 
     def __len__(self) -> int:
@@ -113,7 +113,7 @@ class Lookups(Generic[Answer]):
 
     def __init__(self, nothing: Callable[[int], Answer], most: int = UNFETCHED) -> None:
         self._log = RateLimitedLog(_logger)
-        self._lock = threading.Lock()
+        self._lock = runtime().lock
         self._nothing = nothing
         self._most = most
         # Answers, with the numbers of their keys, and the names of locked pages.
@@ -414,10 +414,10 @@ class PagePool:
         return job.landed
 
 
-#: Milliseconds between two looks for tasks that are late while all workers hang: while a load is
-#: under way, whose caller waits, and else.
-SOON = 100
-LOOK = 1000
+#: Seconds between two looks for tasks that are late while all workers hang: while a load is under
+#: way, whose caller waits, and else.
+SOON = 0.1
+LOOK = 1.0
 #: Seconds between two attempts to open a store after one that failed.
 PAUSE = 5.0
 #: The most keys that wait to be deleted when the store has opened.
@@ -483,9 +483,9 @@ class PageTasks:
 
     Args:
         store: of the pages; `close` closes it.
-        ended: called for each task that has ended, in the thread of the tasks.
-        lost: called with the keys of `page_key` of pages that the store no longer has, in the same
-            thread.
+        ended: called for each task that has ended, in a helper thread.
+        lost: called with the keys of `page_key` of pages that the store no longer has, after these
+            calls.
 
     No method but `close` waits for a transfer, and none waits for a folder to open. A save that the
     folder holds up ends after `SAVE` seconds, a load after the deadline of the store's terms. After
@@ -501,8 +501,8 @@ class PageTasks:
         self.store = store
         self._ended = ended
         self._lost = lost
-        self._wake = Finished[None]()
-        self._wake.start()
+        self._runtime = runtime()
+        self._wait = Wait(store.fileno())  # of the coroutine
         # Tasks until the store has opened for their sizes, and the times by which they end.
         self._waiting = dict[PageTask, float]()
         self._opens = False  # a call of `_open_for_waiting` follows
@@ -510,20 +510,18 @@ class PageTasks:
         self._deleted = deque[bytes](maxlen=DELETED)  # while the store was closed
         self._next_try = dict[int, float]()  # of sizes for which the store could not be opened
         self._loads = set[PageTask]()  # under way
-        self._closing = threading.Event()
+        self._closing = False
         # The locks of pages add up. A batch of pins ends with the last lock of its pages.
-        self._lock = threading.Lock()
         self._locks = dict[bytes, list[Pins]]()
         self._locks_of = Counter[Pins]()
-        self._calls = Calls("portakv-pages-calls")
-        self._thread = threading.Thread(target=self._run, name="portakv-pages", daemon=True)
+        self._calls = Calls()
         store.changes()  # later changes are kept
-        self._thread.start()
+        self._running = self._runtime.start(self._run())
 
     @property
     def alive(self) -> bool:
         """Return whether tasks are carried out."""
-        return self._thread.is_alive() and not self._closing.is_set()
+        return not (self._running.done() or self._closing)
 
     @property
     def locked(self) -> int:
@@ -578,7 +576,7 @@ class PageTasks:
         for pages in self.store.every():
             pins = pages.pin([keys[number] for number in left])
             locked = [*compress(left, pins.held)]
-            with self._lock:
+            with self._runtime.lock:
                 for number in locked:
                     self._locks.setdefault(keys[number], []).append(pins)
                     self._locks_of[pins] += 1
@@ -603,7 +601,7 @@ class PageTasks:
     def unlock(self, keys: Iterable[bytes]) -> None:
         """End a lock of each page; ignore pages that are not locked."""
         ended = list[Pins]()
-        with self._lock:
+        with self._runtime.lock:
             for key in keys:
                 if key not in self._locks:
                     continue
@@ -628,7 +626,7 @@ class PageTasks:
         for pages in self.store.every():
             result |= pages.delete(keys)
         after = self._opened()
-        if (None in before or before != after) and not self._closing.is_set():
+        if (None in before or before != after) and not self._closing:
             self._deleted.extend(keys)
             self._open_later()
         return result
@@ -643,16 +641,16 @@ class PageTasks:
 
         Raises `TransferTimeout` as `BlockStore.close` does.
         """
-        self._closing.set()
-        self._wake.add(None)
-        self._thread.join(timeout)
+        self._closing = True
+        self._look_soon()
         try:
+            with suppress(TransferTimeout):
+                self._running.synchronize(timeout)
             self.store.close(timeout)
         finally:
-            self._wake.close()
             self._calls.close(timeout)
 
-    # --- the thread that opens the store
+    # --- the helper that opens the store
 
     def _open_later(self) -> None:
         """Have the store opened for the tasks that wait, and deletions made."""
@@ -666,14 +664,14 @@ class PageTasks:
         self._opens = False  # tasks that come from here on have another call
         for task in [*self._waiting]:
             for nbytes in self._closed_sizes(task):
-                if not self._closing.is_set():
+                if not self._closing:
                     self._open(nbytes)
             self._delete_again()
             if self._waiting.pop(task, None) is not None:
                 self._begin(task)
         self._delete_again()
-        self._wake.add(None)
-        if self._closing.is_set():
+        self._look_soon()
+        if self._closing:
             try:
                 self.store.close()
             except TransferTimeout as error:
@@ -696,20 +694,28 @@ class PageTasks:
             keys = [self._deleted.popleft() for _ in range(len(self._deleted))]
             self.delete(keys)
 
-    # --- the thread that reports
+    # --- the coroutine, and the helper that reports
 
-    def _run(self) -> None:
-        """Report what ends, until the store is closed."""
-        poller = select.poll()
-        for fd in (self.store.fileno(), self._wake.fileno()):
-            poller.register(fd, select.POLLIN)
-        while not self._closing.is_set():
-            poller.poll(SOON if self._loads else LOOK)
-            self._look()
+    async def _run(self) -> None:
+        """Have helpers report what ends, and end late tasks, until the store is closed."""
+        while not self._closing:
+            self._wait.until = self._runtime.time() + (SOON if self._loads else LOOK)
+            await self._wait
+            self._wait = Wait(self._wait.fd)  # before the look, which may miss what comes from here
+            with self._runtime.released():
+                ended = self._ended_tasks()
+                lost = self._lost_pages()
+                self._end_late()
+            if (ended or lost) and not self._closing:
+                await Work(self._report, ended, lost)
 
-    def _look(self) -> None:
-        """Report the tasks that have ended and the pages that were lost, and end late tasks."""
-        self._wake.take()
+    def _look_soon(self) -> None:
+        """Have the coroutine look now for what ends."""
+        with self._runtime.lock:
+            self._wait.wake()
+
+    def _ended_tasks(self) -> list[PageTask]:
+        """Return the tasks that have ended."""
         ended = list[PageTask]()
         for job in self.store.finished():
             task, part = _of(job)
@@ -718,20 +724,35 @@ class PageTasks:
             if not task.left:
                 ended.append(task)
         self._loads.difference_update(ended)
+        return ended
+
+    def _lost_pages(self) -> list[bytes]:
+        """Return the keys of pages that were lost, and not stored again."""
         changes = [self._changes.popleft() for _ in range(len(self._changes))]
         changes += self.store.changes()
         gone = [change.key for change in changes if not change.stored]
-        for task in ended:
-            _report(self._ended, task)
-        lost = [*compress(gone, ~self.holds(gone))]
-        if lost:
-            _report(self._lost, lost)
+        return [*compress(gone, ~self.holds(gone))]
+
+    def _end_late(self) -> None:
+        """End the tasks for which the store does not open in time."""
         now = time.monotonic()
         for task, until in [*self._waiting.items()]:
             if now >= until and self._waiting.pop(task, None) is not None:
                 line = "Pages are not stored or loaded: their folder does not open. %s"
                 _log.warning("late", line, SLOW_DEVICE)
                 self._begin(task, late=True)
+
+    def _report(self, ended: Sequence[PageTask], lost: list[bytes]) -> None:
+        """Report tasks and pages to the engine; its errors end no other report."""
+        reports = [partial(self._ended, task) for task in ended]
+        if lost:
+            reports.append(partial(self._lost, lost))
+        for report in reports:
+            try:
+                report()
+            except Exception as error:  # of the engine's own code, which may raise anything
+                line = "A report of pages failed: %r. Look at the engine's log."
+                _log.warning("report", line, error)
 
     def _closed_sizes(self, task: PageTask) -> set[int]:
         """Return the sizes of a task for which the store is to be opened.
@@ -753,10 +774,9 @@ class PageTasks:
         parts = task.parts()
         task.left = len(parts)
         if task.kind == "load":
-            sleeps = not self._loads
             self._loads.add(task)
-            if sleeps:  # the thread looks again soon
-                self._wake.add(None)
+            if self.store.terms.deadline < LOOK:  # it ends before the present pause
+                self._look_soon()
         for nbytes, part in parts:
             try:
                 self._begin_part(task, part, by_size.get(nbytes))
@@ -788,11 +808,3 @@ def _of(job: PageJob) -> tuple[PageTask, list[int]]:
     tag: Any = job.tag
     task, part = tag
     return task, part
-
-
-def _report(call: Callable[[Any], object], what: object) -> None:
-    """Call what an engine wants to hear; its errors end no other report."""
-    try:
-        call(what)
-    except Exception as error:  # of the engine's own code, which may raise anything
-        _log.warning("report", "A report of pages failed: %r. Look at the engine's log.", error)

@@ -2,13 +2,12 @@
 """`PageTier`: a tier of pages below an engine's own tier of host memory.
 
 The engine decides which pages move. Its scheduler calls; no call waits for a disk, nor for the plan
-of a transfer, which a thread makes.
+of a transfer, which a helper makes.
 """
 
 from __future__ import annotations
 
 import logging
-import threading
 import time
 from collections.abc import Callable, Collection, Hashable, Sequence
 from functools import partial
@@ -23,6 +22,7 @@ from portakv.serving.pages import SAVE, PageJob, Pages, PageStore, page_key
 from portakv.serving.worker import Calls
 from portakv.storage.store import FormStore
 from portakv.storage.tiers.base import Keys
+from portakv.tasks import runtime
 
 _log = RateLimitedLog(logging.getLogger(__name__))
 #: Seconds for which a page that did not land is not offered again, unless it is saved meanwhile.
@@ -148,7 +148,7 @@ class PageTier:
         self.view = pages.over(memory)
         self._now = now
         self._chain_of = chain_of
-        self._lock = threading.Lock()  # of the jobs
+        self._lock = runtime().lock  # of the jobs
         # The jobs that have not been reported, by their tags; None: it has not begun.
         self._jobs = dict[Hashable, PageJob | None]()
         # The last page of each chain of each request, which the next one follows.
@@ -161,7 +161,7 @@ class PageTier:
         self._names: Bounded[bytes, bytes] = Bounded("keys of stored pages", REMEMBERED)
         if reports:
             store.changes()  # later ones are kept
-        self._calls = Calls("portakv tier")
+        self._calls = Calls()
 
     @property
     def busy(self) -> bool:
@@ -203,13 +203,13 @@ class PageTier:
         self._submit(PageJob("load", keys, self.pages.size.nbytes, number), load)
 
     def _submit(self, refused: PageJob, call: Callable[[], PageJob]) -> None:
-        """Have the thread begin a job. ``refused`` ends in its place if the store refuses it."""
+        """Have a helper begin a job. ``refused`` ends in its place if the store refuses it."""
         self._jobs[refused.tag] = None
         if not self._calls.add(partial(self._begin, refused, call)):
             self._refuse(refused, "Expected a tier that is open, got one that was closed.")
 
     def _begin(self, refused: PageJob, call: Callable[[], PageJob]) -> None:
-        """Begin a job, in the thread."""
+        """Begin a job, in the helper."""
         try:
             self._note_begun(call())
         except Exception as error:  # class 4: the engine waits for the end of each job

@@ -4,15 +4,13 @@
 from __future__ import annotations
 
 import logging
-import threading
 import time
+from collections import deque
 from collections.abc import Callable, Collection, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from math import lcm
-from queue import SimpleQueue
 from secrets import token_bytes
 from typing import Literal, NamedTuple, Protocol
 
@@ -21,67 +19,76 @@ import torch
 
 from portakv.copy.call import calling_for_layers
 from portakv.copy.layer_words import LayerWords
-from portakv.errors import PortaKVError, StoreError
+from portakv.errors import PortaKVError
 from portakv.graph import Mask
+from portakv.runtime.interrupts import alongside, hand_over
 from portakv.runtime.rate_limited_log import SLOW_DEVICE, RateLimitedLog
-from portakv.runtime.resources import start_thread
 from portakv.runtime.streams import StreamFence
 from portakv.serving.handover import Handover
 from portakv.serving.plan import Job, Plan, Report
 from portakv.storage.form import BlockForm
 from portakv.storage.store import BlockStore
 from portakv.storage.tiers.base import After, Keys
+from portakv.tasks import Signal, runtime
 from portakv.view import IdList, KVView
 
 # ------------------------------------------------------------------------------------------------
-# A thread that makes calls for an engine, which waits for none of them.
+# Calls for which an engine does not wait.
 
 _log = RateLimitedLog(logging.getLogger(__name__))
 
 
 class Calls:
-    """Makes calls in their order, in a thread.
+    """Makes calls in their order, in a helper thread. Any thread may call.
 
-    ``name``: of the thread.
+    Attributes:
+        closed: no more calls are added.
     """
 
-    def __init__(self, name: str) -> None:
-        self._queue = SimpleQueue[Callable[[], object] | None]()
-        self._lock = threading.Lock()
-        self._closed = False
-        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
-        start_thread(self._thread, StoreError)
-
-    @property
-    def closed(self) -> bool:
-        """Return whether no more calls are added."""
-        return self._closed
+    def __init__(self) -> None:
+        self.closed = False
+        self._runtime = runtime()
+        self._calls = deque[Callable[[], object]]()
+        self._running = False  # a helper makes calls
+        self._ended = Signal(self._runtime)
 
     def add(self, call: Callable[[], object]) -> bool:
         """Have a call made; return False after `close`."""
-        with self._lock:
-            if not self._closed:
-                self._queue.put(call)
-            return not self._closed
+        with self._runtime.lock:
+            if not self.closed:
+                self._calls.append(call)
+        if not self._running:
+            self._begin()
+        return not self.closed
 
-    def wait(self) -> None:
-        """Wait until the calls that were added have been made."""
-        made = threading.Event()
-        if self.add(made.set):
-            made.wait()
-        else:
-            self._thread.join()
+    def wait(self, timeout: float | None = None) -> None:
+        """Wait until the calls that were added have been made, at most so many seconds."""
+        self._begin()  # an interrupt may have cut `add`
+        self._ended.block(lambda: not (self._calls or self._running), timeout)
 
     def close(self, timeout: float) -> None:
-        """Make the calls that were added, and end the thread; wait at most so many seconds."""
-        with self._lock:
-            if not self._closed:
-                self._closed = True
-                self._queue.put(None)
-        self._thread.join(timeout)
+        """Add no more calls, and wait for the others as `wait` does."""
+        with self._runtime.lock:
+            self.closed = True
+        self.wait(timeout)
+
+    def _begin(self) -> None:
+        if not hand_over(self._run):  # the system gives no thread
+            self._run()
 
     def _run(self) -> None:
-        while (call := self._queue.get()) is not None:
+        """Make calls, unless another helper does."""
+        with self._runtime.lock:
+            if self._running:
+                return
+            self._running = True
+        while True:
+            with self._runtime.lock:
+                if not self._calls:
+                    self._running = False
+                    self._ended.notify()
+                    return
+                call = self._calls.popleft()
             try:
                 call()
             except Exception as error:  # the next calls must be made
@@ -89,11 +96,11 @@ class Calls:
 
 
 # ------------------------------------------------------------------------------------------------
-# A thread that issues the loads of a step, whose layers wait by words.
+# A helper that issues the loads of a step, whose layers wait by words.
 
 
 class Issuer:
-    """Issue the loads of steps in a thread, so that the model's thread goes on meanwhile.
+    """Issue the loads of steps in a helper, so that the model's thread goes on meanwhile.
 
     To issue a load layer by layer takes the host about as long as a part of a step. The word of a
     layer is raised while later layers are issued.
@@ -109,8 +116,7 @@ class Issuer:
         self._words = words
         self._at_first = at_first
         self._sizes = set[int]()
-        self._thread = ThreadPoolExecutor(1, "portakv-loads")
-        self._issuing: Future[None] | None = None
+        self._issued: Callable[[], None] | None = None  # waits until the loads were issued
 
     def issue(
         self, loads: Sequence[Callable[[], None]], fence: StreamFence, size: int, alone: bool
@@ -136,10 +142,7 @@ class Issuer:
             finally:
                 words.commit()
 
-        try:
-            self._issuing = self._thread.submit(issue)
-        except RuntimeError:  # the interpreter ends
-            issue()
+        self._issued = alongside(issue)
         kind = size.bit_length()
         if self._at_first and kind not in self._sizes:
             self._sizes.add(kind)
@@ -147,10 +150,10 @@ class Issuer:
 
     def join(self) -> None:
         """Wait until the loads of the present step were issued; raise what stopped them."""
-        issuing = self._issuing
-        if issuing is not None:
-            self._issuing = None
-            issuing.result()
+        issued = self._issued
+        if issued is not None:
+            self._issued = None
+            issued()
 
 
 # ------------------------------------------------------------------------------------------------

@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Plan a call of a block store.
+"""The way of a load and of a save of a block store.
 
-The plan locates each part of a block in a tier or in rows, and makes the tasks of the transfer
-graph that bring it into rows and into a view. It joins transfers that other calls have started.
+A call locates each part of a block in a tier or in rows. Coroutines then bring the blocks into rows
+(`InFlight.read`, `InFlight.save`), from there into a view (`Call.cross`) or into tiers
+(`InFlight.store`), and end the call (`Call.finish`). They run tasks of the transfer graph, and join
+transfers that other calls have started.
 """
 
 from __future__ import annotations
@@ -10,14 +12,15 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
 from copy import copy
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from itertools import count, pairwise, repeat
-from operator import itemgetter
-from typing import Any, Literal, NamedTuple, Protocol, TypeAlias, runtime_checkable
+from operator import attrgetter
+from typing import Any, Literal, NamedTuple, Protocol, TypeAlias, cast, runtime_checkable
 from weakref import WeakSet
 
 import numpy as np
@@ -36,7 +39,19 @@ from portakv.copy.choose_encoding import (
     stays_raw,
 )
 from portakv.errors import InvalidTerms, PackOverflow, PortaKVError, Unsupported
-from portakv.graph import Graph, Guard, Handle, Lease, Mask, Missing, Priority, Queue, Task, Workers
+from portakv.graph import (
+    SLACK,
+    End,
+    Ending,
+    Graph,
+    Handle,
+    Mask,
+    Missing,
+    Priority,
+    Queue,
+    Task,
+    Workers,
+)
 from portakv.graph.trace import COUNTED, Counts
 from portakv.layout.encodings import FLAG_AT, PACKED, Pack, PackedPlane
 from portakv.runtime.finished import Finished
@@ -45,9 +60,20 @@ from portakv.storage import image
 from portakv.storage.encoded import EncodedFigures
 from portakv.storage.eviction import FIRST, Changed, marks_of
 from portakv.storage.form import BlockForm, Slices
-from portakv.storage.memory import Claim, Crossing, Rows, SizedRows, Want, end_later
+from portakv.storage.memory import (
+    Claim,
+    Crossing,
+    Held,
+    PinnedRows,
+    RowQueue,
+    Rows,
+    SizedRows,
+    Taker,
+    Want,
+)
 from portakv.storage.reasons import OVERFLOWED, Explanation, Reason, Reasons
 from portakv.storage.tiers.base import Keys, TierStore
+from portakv.tasks.runtime import Steps
 from portakv.view import KVView
 
 # ------------------------------------------------------------------------------------------------
@@ -187,7 +213,7 @@ class Announced:
         self.changes = Finished[Change]()
         self.indices = dict[str, dict[str, Listed]]()
         self._graph = graph
-        self._issued = deque[tuple[Handle, Task | None]]()
+        self._issued = deque[tuple[Handle, End | None]]()
         self._lock = threading.Lock()  # reports come from several tiers
         self._beginning = threading.Lock()
         self._begun = False  # changes are announced
@@ -198,22 +224,22 @@ class Announced:
         self.handles.close()
         self.changes.close()
 
-    def follow(self, handle: Handle, barrier: Task | None) -> None:
+    def follow(self, handle: Handle, end: End | None) -> None:
         """Announce a handle at its end, under the graph's lock.
 
-        ``barrier``: the task with which the part of the workers ends.
+        ``end``: that of the part of the workers.
         """
-        if barrier is None or barrier.ended:
+        if end is None or end.ended:
             self.handles.add(handle)
         else:
-            barrier.on_end = partial(self.handles.add, handle)
+            end.on_end = partial(self.handles.add, handle)
 
-    def follow_issued(self, handle: Handle, barrier: Task | None) -> None:
+    def follow_issued(self, handle: Handle, end: End | None) -> None:
         """Announce a handle at its end, of which a part was issued.
 
         Nothing reports the end of such a copy, so a worker looks for it.
         """
-        self._issued.append((handle, barrier))
+        self._issued.append((handle, end))
         task = Task(self._look, 1, queue=self._graph.queue("ends"), name="end")
         self._graph.submit([task], priority="urgent")
 
@@ -221,11 +247,11 @@ class Announced:
         """Look for the ends of issued copies until all have ended, in any order."""
         while self._issued and not self._graph.closed.is_set():
             for _ in range(len(self._issued)):
-                handle, barrier = self._issued.popleft()
+                handle, end = self._issued.popleft()
                 if handle.issued_ended():
-                    self._graph.run(partial(self.follow, handle, barrier))
+                    self._graph.run(partial(self.follow, handle, end))
                 else:
-                    self._issued.append((handle, barrier))
+                    self._issued.append((handle, end))
             time.sleep(LOOK)
 
     @property
@@ -345,20 +371,20 @@ class FormPart:
 
 
 class Arrival(NamedTuple):
-    """Blocks ``at`` of a call that arrive in ``rows`` of a lease.
+    """Blocks ``at`` of a call that arrive in ``rows`` of those that are held.
 
-    They are complete for stage n after the tasks ``ends[n]`` have ended.
+    They are complete for stage n after ``ends[n]``.
     """
 
-    lease: Lease
-    ends: dict[int, list[Task]]
+    held: Held
+    ends: dict[int, list[End]]
     at: Sequence[int]
     rows: Sequence[int]
 
     def cross(self, crossing: Crossing, stage: Stage, _: Task, mask: Mask) -> None:
         """Copy the blocks of a mask from their rows into the view, as the task of a stage."""
         left = np.flatnonzero(mask)
-        items = np.array(self.lease.items)[np.array(self.rows)[left]]
+        items = np.array(self.held.items)[np.array(self.rows)[left]]
         crossing.copy(stage.inner, stage.outer, items, np.array(self.at)[left])
 
 
@@ -401,60 +427,6 @@ def task_blocks(
     share = -(-len(blocks) // max([least, *widths]))
     most = max(1, min(rows, nbytes // size, share, BLOCKS))
     return [blocks[first : first + most] for first in range(0, len(blocks), most)]
-
-
-# ------------------------------------------------------------------------------------------------
-# The rows of saves that wait for a remote tier, and that other saves may need.
-
-
-class Uploads:
-    """The writes of saves to remote tiers, except of saves that wait for rows.
-
-    Callers hold the graph's lock.
-
-    Attributes:
-        rows: how many hold a block until it is written.
-    """
-
-    def __init__(self, graph: Graph, memory: Rows) -> None:
-        self.rows = 0
-        self._graph = graph
-        self._memory = memory
-        self._tasks = dict[Task, int]()  # with their rows, in order
-
-    def begin(self, task: Task, rows: int) -> None:
-        """Note a task that writes rows, until its end."""
-        self.rows += rows
-        self._tasks[task] = rows
-        task.on_end = partial(self._end, task)
-
-    def _end(self, task: Task) -> None:
-        self.rows -= self._tasks.pop(task)
-
-    def _waiting(self) -> list[Task]:
-        """Return the tasks that no worker has begun, and whose rows nothing else needs."""
-        queued = [task for task in self._tasks if task.state == "queued"]
-        uses = Counter(task.lease for task in queued)  # several if there are several remote tiers
-        return [x for x in queued if x.lease is not None and x.lease.users == uses[x.lease]]
-
-    def make_way(self, count: int) -> int:
-        """Drop uploads that wait for a slow tier if a save needs ``count`` rows, the latest first.
-
-        They keep half of the rows that saves may have. So a remote tier that is slower than saves
-        costs no block of a nearer tier. The order is that of all forms together, since an engine
-        may need a block of all its groups of layers.
-
-        Returns how many rows were given back.
-        """
-        half = (self._memory.most + self._memory.host) // 2
-        before = self.rows
-        if before <= half or not self._memory.lacks(count):
-            return 0
-        for task in sorted(self._waiting(), key=lambda task: task.schedule.number, reverse=True):
-            if self.rows <= half or not self._memory.lacks(count):
-                break
-            self._graph.cancel(task, "dropped")
-        return before - self.rows
 
 
 # ------------------------------------------------------------------------------------------------
@@ -742,24 +714,31 @@ class Chooser:
 
 CACHED = "kept"  # a location: the host tier
 NOT_COMING = (None, 0)
-RELEASE = "release"  # the name of the barrier of `Handle.released`
 
 
 #: Tier stores with the queues that read a block, nearest first.
 Queues: TypeAlias = tuple[tuple[TierStore, Queue], ...]
 #: The place of a part of a block: `CACHED`, a transfer that brings it, or tier stores.
 Location: TypeAlias = "str | InFlight | Queues"
-#: A task at which blocks of a call end: their numbers in the call and in the task.
-Ending: TypeAlias = tuple[Task, Sequence[int], Sequence[int]]
+
+
+class Planned(NamedTuple):
+    """A coroutine that begins with the others of its plan, those of the first ``stage`` first, and
+    the tasks that it runs. It is a user of rows."""
+
+    stage: int
+    tasks: Sequence[Task]
+    held: Held
+    steps: Callable[[], Steps[None]]
 
 
 class SharedState:
     """The state that the calls of a store share, under the graph's lock.
 
     ``begun``: reads and saves that have not ended. ``in_transit``: the last of them by part and
-    key, with the row of the block. ``barriers``: the last task of each call. ``hits``: the keys of
+    key, with the row of the block. ``ends``: of all calls. ``hits``: the keys of
     loads that callers' threads made, whose use is not recorded yet, with their forms.
-    ``announced``: what the store announces. ``uploads``: rows that wait for remote tiers.
+    ``announced``: what the store announces.
     ``generation``: of the newest block of a save.
     """
 
@@ -768,11 +747,11 @@ class SharedState:
         self.rows = rows
         self.tier_stores = list[TierStore]()
         self.in_transit = dict[bytes, tuple[InFlight, int]]()
-        self.barriers = WeakSet[Task]()
+        self.ends = WeakSet[End]()
+        self.row_queue = RowQueue(graph, rows)
         self.begun = set[InFlight]()
         self.hits = deque[tuple[FormBlocks, list[bytes]]]()
         self.announced = Announced(graph)
-        self.uploads = Uploads(graph, rows)
         self.log = RateLimitedLog(logging.getLogger(__name__))
         self.generation = 0
         self.forms = dict[str, FormBlocks]()  # by their names, once tiers are open
@@ -785,6 +764,28 @@ class SharedState:
             self.rows.use([form.own.name(key) for key in keys])
             form.touch(keys)
         self.rows.forget_loans()
+
+    def drop_uploads(self, count: int) -> int:
+        """Drop uploads that wait for a slow tier if a save needs ``count`` rows, the latest first;
+        return how many blocks these had.
+
+        Not those of saves that wait for rows. They keep half of the rows that saves may have. So a
+        remote tier that is slower than saves costs no block of a nearer tier. The order is that of
+        all forms together, since an engine may need a block of all its groups of layers.
+        """
+        memory = self.rows
+        if not memory.lacks(count):
+            return 0
+        uploads = [(task, x) for x in self.begun for task in x.uploads if not task.ended]
+        left = sum(x.count for _, x in uploads) - (memory.most + memory.host) // 2
+        waiting = [(task.schedule.number, task, x) for task, x in uploads if x.waits_for_uploads]
+        dropped = 0
+        for _, task, in_flight in sorted(waiting, reverse=True):
+            if dropped >= left or not memory.lacks(count):
+                break
+            self.graph.cancel(task, "dropped")
+            dropped += in_flight.count
+        return dropped
 
 
 class FormBlocks:
@@ -993,9 +994,11 @@ class Call:
     """One call of a user, and its plan.
 
     Attributes:
+        end: its end.
         located: the blocks that have a location, bool ``[blocks]``.
-        ends: the tasks at which blocks of the call end, each with the numbers of these blocks in
-            the call and in the task, and with the layers that it completes.
+        ends: the tasks with which blocks of the call end.
+        copies: its tasks that no other call needs.
+        flights: the transfers that bring its blocks, with those of other calls.
         gathers: the tasks of a save that read the caller's blocks.
         in_transit: its transfers that have not ended, and 1 for its plan.
     """
@@ -1004,16 +1007,18 @@ class Call:
         self.form = form
         self.request = request
         many = len(request.keys)
-        self.barrier = Task(None, many, name=request.kind)
+        self.end = End(form.shared.graph, many, request.kind)
+        self.end.stop = self._stop
         self.located: Mask = np.ones(many, np.bool_)
         self.excused: Mask = np.zeros(many, np.bool_)  # need not land: no tier admits them yet
-        self.ends = list[tuple[Ending, range]]()
-        self.gathers = list[Ending]()
+        self.ends = list[Ending]()
+        self.copies = list[Task]()
+        self.flights = dict[InFlight, None]()
+        self.gathers = list[Task]()
         self.in_transit = 1
+        self.since = time.perf_counter()  # when its plan last took the graph's lock
         self.explanation = Explanation(request.keys)
-        self._guard = Guard()  # of `ends`, until the barrier follows them
-        self._tasks = list[tuple[int, Task]]()  # tasks with the numbers of their stages
-        self._leases = list[Lease]()  # leases of pinned rows
+        self._planned = list[Planned]()
 
     @property
     def shared(self) -> SharedState:
@@ -1047,40 +1052,31 @@ class Call:
     ) -> Iterator[Arrival]:
         """Bring blocks from a location into rows, for stages of these segments."""
         graph = self.shared.graph
-        rows = self.shared.rows
         names = {i: part.name(self.request.keys[i]) for i in some}
         if isinstance(location, InFlight):  # another call brings them
-            location.calls.append((self, some))
-            self.explanation.sources.append(location.reasons)
+            items = [self.shared.in_transit[names[i]][1] for i in some]
+            location.join(self, some)
             every = [*location.ends.values()]
             ends = [[location.ends[x]] if x in location.ends else every for x in segments]
-            items = [self.shared.in_transit[names[i]][1] for i in some]
-            self.explanation.tasks += [(end, some, items) for end in every]
+            last = (tasks[-1] for tasks in location.tasks.values())
+            self.explanation.tasks += [(task, some, items) for task in last]
             yield Arrival(location, dict(enumerate(ends)), some, items)
-        elif isinstance(location, str):  # its rows stay until the tasks that use them have ended
+        elif isinstance(location, str):  # its rows stay until the copies out of them have ended
             least = 1 if self.request.lent else 2  # the copier has no workers to share them
             for at in self.chunks(part, some, LOADED, len({*segments}), least=least):
-                lease = Lease(rows, 0, ended=self._unpin)
-                self._leases.append(lease)
-                lease.items = [rows.find(names[i]) for i in at]
+                held = PinnedRows(self.shared.rows, [names[i] for i in at])
                 graph.count("host", "load", "hit", len(at), len(at) * part.form.image_bytes)
                 self.form.count("host", "load", "hit", len(at))
-                yield Arrival(lease, {n: [] for n, _ in enumerate(segments)}, at, range(len(at)))
+                yield Arrival(held, {n: [] for n, _ in enumerate(segments)}, at, range(len(at)))
         else:
             yield from self._read(part, location, some, segments)
-
-    def _unpin(self, lease: Lease) -> None:
-        """Release the rows of the host tier that a lease has, once."""
-        items = lease.items
-        lease.items = None
-        self.shared.rows.unpin(items)
 
     def _read(
         self, part: FormPart, tier_stores: Queues, some: list[int], segments: list[int | None]
     ) -> Iterator[Arrival]:
         """Read blocks from the first tier store, and blocks that do not land from the next one.
 
-        If the segments need more than staging holds together, each segment has a separate lease, so
+        If the segments need more than staging holds together, each segment has separate rows, so
         that the first layers do not wait for the last.
         """
         pieces = [*dict.fromkeys(segments)]
@@ -1091,31 +1087,49 @@ class Call:
             for group in [[x] for x in pieces] if apart else [pieces]:
                 in_flight = InFlight(self, part, at, apart=str(group).encode() if apart else b"")
                 for segment in group:
-                    before = list[Task]()
                     order = (pieces.index(segment), len(pieces))
+                    tasks = list[Task]()
                     for tier_store, queue in tier_stores:
-                        work = partial(in_flight.read, tier_store, segment)
-                        rescue = bool(before)
-                        task = self.task(at, work, queue, in_flight, before, order, rescue)
+                        work = partial(in_flight.read_from, tier_store, segment)
+                        task = self.task(at, work, queue, in_flight, order[1])
                         task.alone = tier_store.tier == "disk" and task.nbytes < SMALL * len(at)
-                        before = [task]
-                    in_flight.ends[segment] = before[0]
+                        tasks.append(task)
+                    in_flight.ends[segment] = End(self.shared.graph, len(at))
+                    in_flight.tasks[segment] = tasks
+                    self.plan(order[0], tasks, in_flight, partial(in_flight.read, segment))
                 ends = {
                     n: [in_flight.ends[x]] for n, x in enumerate(segments) if x in in_flight.ends
                 }
                 yield Arrival(in_flight, ends, at, range(len(at)))
 
-    def cross(
+    def copy(
         self, arrival: Arrival, stages: Sequence[Stage], crossing: Crossing, queue: Queue
     ) -> None:
         """Plan the copies of blocks from their rows into a view."""
-        many = range(len(arrival.at))
-        for number, ends in arrival.ends.items():
-            after = [(end, many, arrival.rows) for end in ends]
+        for number in arrival.ends:
             work = partial(arrival.cross, crossing, stages[number])
-            order = (number, len(stages))
-            task = self.task(arrival.at, work, queue, arrival.lease, after, order)
-            self.ends.append(((task, arrival.at, many), stages[number].layers))
+            task = self.task(arrival.at, work, queue, arrival.held, len(stages))
+            self.plan_crossing(number, task, arrival, stages[number].layers)
+
+    def plan_crossing(
+        self, stage: int, task: Task, arrival: Arrival, layers: range = range(0)
+    ) -> None:
+        """Plan the copy of blocks of a load out of their rows."""
+        self.copies.append(task)
+        self.ends.append(Ending(task, arrival.at, range(len(arrival.at)), layers))
+        self.plan(stage, [task], arrival.held, partial(self.cross, stage, task, arrival))
+
+    def arrives(self, arrival: Arrival) -> None:
+        """Let the call end with blocks that arrive in rows."""
+        self.ends += [Ending(end, arrival.at, arrival.rows) for end in arrival.ends[0]]
+
+    async def cross(self, stage: int, task: Task, arrival: Arrival) -> None:
+        """Copy blocks from their rows into a view, once they have arrived."""
+        ends = arrival.ends[stage]
+        left: Mask = np.ones(len(arrival.at), np.bool_)
+        for end in ends:
+            left &= (await end).landed[arrival.rows]
+        await self.shared.graph.move(task, left, *ends)
 
     def chunks(
         self,
@@ -1136,57 +1150,66 @@ class Call:
         at: Sequence[int],
         work: Callable[[Task, Mask], Any],
         queue: Workers,
-        lease: Lease,
-        after: Sequence[Task | Ending],
-        order: tuple[int, int] = (0, 1),
-        rescue: bool = False,
+        held: Held,
+        stages: int = 1,
     ) -> Task:
-        """Plan ``work(task, mask)`` on rows of a lease, for stage ``order[0]`` of ``order[1]``."""
-        nbytes = len(at) * self.form.most_bytes // order[1]
-        task = Task(
-            work,
-            len(at),
-            queue=queue,
-            nbytes=nbytes,
-            after=after,
-            rescue=rescue,
-            lease=lease,
-            name=self.request.kind,
-        )
-        self._tasks.append((order[0], task))
+        """Return a task for blocks in rows, one of so many stages."""
+        nbytes = len(at) * self.form.most_bytes // stages
+        task = Task(work, len(at), queue=queue, nbytes=nbytes, name=self.request.kind, uses=held)
         self.explanation.tasks.append((task, at, range(len(at))))
         return task
 
-    def submit(self, *barriers: Task) -> None:
-        """Start the planned tasks, those of the first stages first."""
-        tasks = [*(task for _, task in sorted(self._tasks, key=itemgetter(0))), *barriers]
-        self._tasks.clear()
-        # A call that joins a task may have a later deadline.
-        late = self.request.deadline if barriers else None
-        if tasks:
-            self.shared.graph.submit(tasks, priority=self.request.priority, deadline=late)
-        self._guard.follow([end for (end, *_), _ in self.ends[self._guard.followed :]])
-        if barriers:
-            self._guard.release()
+    def plan(
+        self, stage: int, tasks: Sequence[Task], held: Held, steps: Callable[[], Steps[None]]
+    ) -> None:
+        """Plan a coroutine that runs tasks, and uses rows until its end."""
+        held.hold()
+        self._planned.append(Planned(stage, tasks, held, steps))
+
+    def submit(self) -> None:
+        """Start the planned coroutines, those of the first stages first."""
+        graph = self.shared.graph
+        planned = sorted(self._planned, key=attrgetter("stage"))
+        self._planned.clear()
+        for each in planned:
+            held = each.held
+            if isinstance(held, InFlight) and held.rows.state == "new":
+                graph.enter([held.rows], self.request.priority)
+            graph.enter(each.tasks, self.request.priority)
+            if isinstance(held, InFlight):
+                held.drop_unwritten()
+        for each in planned:
+            graph.start(self._run(each))
+
+    async def _run(self, planned: Planned) -> None:
+        """Run a coroutine, which uses rows until its end."""
+        graph = self.shared.graph
+        try:
+            await planned.steps()
+        except Exception as error:  # nobody may wait for ever
+            for task in planned.tasks:
+                if not task.ended:
+                    graph.end(task, None, "failed", error)
+        finally:
+            planned.held.release()
 
     def drop(self) -> None:
-        """Drop a plan that failed: no other call may wait for tasks that never start."""
-        shared = self.shared
-        for in_flight in shared.begun:
-            if not in_flight.users:
-                in_flight.end_copy()
-                shared.graph.give(in_flight)
-        shared.begun = {in_flight for in_flight in shared.begun if in_flight.users}
-        shared.in_transit = {name: x for name, x in shared.in_transit.items() if x[0].users}
-        for lease in self._leases:
-            if not lease.users and lease.items:
-                shared.rows.unpin(lease.items)
-        started = [end for end, _ in self.ends if end[0].schedule.graph]
-        if started and not shared.graph.closed.is_set():  # its earlier slices
-            self.barrier.after = started
-            self._tasks.clear()
-            self.submit(self.barrier)
-            shared.graph.cancel(self.barrier)
+        """Drop a plan that failed, and cancel what it has begun."""
+        for each in self._planned:
+            each.held.release()
+        self._planned.clear()
+        for in_flight in self.flights:
+            if not in_flight.users and in_flight in self.shared.begun:  # it was not planned
+                in_flight.over()
+        self.shared.graph.cancel(self.end)
+
+    def _stop(self, state: str, error: Exception) -> bool:
+        """Cancel the copies of the call, and the transfers that no other call wants; return True
+        if some blocks will not be moved."""
+        graph = self.shared.graph
+        stopped = [graph.stop(task, state, error) for task in self.copies]
+        stopped += [in_flight.stop(state, error) for in_flight in self.flights]
+        return any(stopped)
 
     def transfer_ended(self) -> None:
         """Note the end of a transfer, or of the plan.
@@ -1207,47 +1230,69 @@ class Call:
         eligible: Callable[[], Mask] | None = None,
         follow: bool = True,
     ) -> Handle:
-        """Start a call with one barrier at its end and, by layer, one barrier for each layer.
+        """Return the handle of the call, which ends with its tasks.
+
+        ``layers``: so many layers end by themselves, too.
 
         ``follow``: announce the handle at its end.
         """
-        blocks = self.located if eligible is None else eligible
         self.transfer_ended()
+        self.submit()
+        shared = self.shared
+        graph = shared.graph
         many = len(self.request.keys)
-        barriers = [Task(None, many, eligible=blocks) for _ in range(layers)]
-        for layer, barrier in enumerate(barriers):
-            barrier.after = [end for end, has in self.ends if layer in has]
-        self.barrier.eligible = blocks
-        self.barrier.after = [end for end, _ in self.ends]
+        eligible = eligible or (lambda: self.located)
+        by_layer = [End(graph, many) for _ in range(layers)]
+        for layer, end in enumerate(by_layer):
+            graph.start(graph.finish(end, [x for x in self.ends if layer in x.layers], eligible))
         released = None
         if self.request.kind == "save":
-            released = Task(None, many, after=self.gathers, name=RELEASE)
+            released = End(graph, many)
+            graph.start(graph.finish(released, [Ending(task) for task in self.gathers]))
         else:
             self.explanation.located = self.located
-        self.submit(*barriers, *([released] if released else []), self.barrier)
-        self.shared.barriers.add(self.barrier)
+        shared.ends.add(self.end)
         why = self.explanation.sentence
-        graph = self.shared.graph
-        handle = Handle(graph, self.barrier, barriers, missing, view, self.excused, why)
+        handle = Handle(graph, self.end, by_layer, missing, view, self.excused, why)
         handle.form = self.form.name
         if released:
             handle.add_release(released)
-        if follow and self.shared.announced.handles.started:
-            self.shared.announced.follow(handle, self.barrier)
+        if follow and shared.announced.handles.started:
+            shared.announced.follow(handle, self.end)
+        self._be_due()
+        graph.start(graph.finish(self.end, self.ends, eligible))
         return handle
 
+    def _be_due(self) -> None:
+        """Let all that the call waits for be due as the call is, and cancel it at its deadline."""
+        graph = self.shared.graph
+        now = graph.clock()
+        due = SLACK[self.request.priority]
+        deadline = self.request.deadline
+        if deadline is not None:
+            due = min(due, deadline)
+            graph.end_at(now + deadline, self.end)
+        for task in self.copies:
+            graph.hasten(task, now + due)
+        for in_flight in self.flights:
+            for task in in_flight.every_task():
+                graph.hasten(task, now + due)
+        graph.sweep()
 
-class InFlight(Lease):
+
+class InFlight(Taker):
     """Rows that a transfer fills.
 
-    Row i has block ``keys[i]`` of the part after all of ``ends`` landed it: one task for each
-    segment, or the task of None. A block of a save that does not fit into packed slots has a raw
-    image in its row, which is one of ``raw_rows`` then.
+    Row i has block ``keys[i]`` of the part after all of ``ends`` landed it: one for each segment,
+    or that of None. A block of a save that does not fit into packed slots has a raw image in its
+    row, which is one of ``raw_rows`` then.
 
     Later calls use the rows as well, unless their name has a suffix ``apart``. ``calls`` are all
-    calls with their blocks, the maker and its blocks ``at`` first. A save ends with the tasks
-    ``last``; it is dropped if it has no rows at ``until``. If it writes a tier, it has a
-    generation, and checksums by row. ``copied`` waits for its copy, if that was issued.
+    calls with their blocks, the maker and its blocks ``at`` first. ``tasks`` are those of each
+    segment, one after the other, and ``writes`` those of a save that write tiers. A save that
+    ``drops`` waits for no rows, and ``uploads`` are its writes to remote tiers. If a save writes a
+    tier, it has a generation, and checksums by row. ``copied`` waits for its copy, if that was
+    issued.
     """
 
     def __init__(
@@ -1255,19 +1300,24 @@ class InFlight(Lease):
         call: Call,
         part: FormPart,
         at: list[int],
-        until: float | None = None,
+        drops: bool = False,
         apart: bytes = b"",
     ) -> None:
         shared = call.shared
-        super().__init__(shared.rows, len(at), call.request.kind == "save", until, InFlight.over)
         self._call = call
         self._memory = shared.rows
+        self.count = len(at)
+        self.store = call.request.kind == "save"
+        self.drops = drops
+        self.rows = shared.row_queue.request(self)
         self.part = part
         self.at = at
         self.calls = [(call, at)]
         self.keys = [call.request.keys[i] for i in at]
-        self.ends = dict[int | None, Task]()
-        self.last = list[Task]()
+        self.ends = dict[int | None, End]()
+        self.tasks = dict[int | None, list[Task]]()
+        self.writes = list[Task]()
+        self.uploads = list[Task]()
         self.generation = 0
         self.sums = dict[int, Sequence[int]]()
         self.copied: Callable[[], object] | None = None
@@ -1277,6 +1327,7 @@ class InFlight(Lease):
         packs = self.store and self.raw_form is not None
         self._passing = bool(apart) or (call.request.lent and packs)
         call.explanation.sources.append(self.reasons)
+        call.flights[self] = None
         self.names = part.names(self.keys)
         if apart:
             self.names = [name + apart for name in self.names]
@@ -1305,7 +1356,102 @@ class InFlight(Lease):
     @property
     def wanted(self) -> bool:
         """Return True if a call that is neither cancelled nor late waits for the rows."""
-        return any(not call.barrier.outcome.cut for call, _ in self.calls)
+        return any(not call.end.cut for call, _ in self.calls)
+
+    @property
+    def waits_for_uploads(self) -> bool:
+        """Return True if nothing needs the rows but uploads that no worker has begun."""
+        return self.users == sum(task.state == "queued" for task in self.uploads)
+
+    def join(self, call: Call, blocks: list[int]) -> None:
+        """Let another call wait for the rows, or for what is stored from them."""
+        self.calls.append((call, blocks))
+        call.flights[self] = None
+        call.explanation.sources.append(self.reasons)
+
+    def every_task(self) -> list[Task]:
+        """Return all tasks, and that which waits for rows."""
+        moving = [task for tasks in self.tasks.values() for task in tasks]
+        return [self.rows, *moving, *self.writes]
+
+    def stop(self, state: str, error: Exception) -> bool:
+        """Cancel what no call wants any longer, under the graph's lock; return True if some blocks
+        will not be moved."""
+        graph = self._call.shared.graph
+        unwanted = list[Task]()
+        if not self.wanted:
+            unwanted = self.every_task()
+        elif all(call.end.cut for call, _ in self.calls if call.request.kind == "save"):
+            unwanted = self.writes
+        stopped = [graph.stop(task, state, error) for task in unwanted]
+        return any(stopped)
+
+    def drop_unwritten(self) -> None:
+        """Drop a save whose writes were all dropped when they were entered."""
+        if self.writes and all(task.cut for task in self.writes):
+            first = self.writes[0]
+            for task in self.every_task():
+                self._call.shared.graph.stop(task, first.state, cast(Exception, first.error))
+
+    # --- the coroutines, under the graph's lock ---
+
+    async def _wait_for_rows(self, tasks: Sequence[Task]) -> None:
+        """Wait for rows. Without them, tasks end as the wait did."""
+        graph = self._call.shared.graph
+        rows = self.rows
+        if rows.state == "waiting" and self.items is None:
+            rows.queue.push(rows)
+            if self.drops:
+                graph.cancel(rows, "dropped")
+        if self.items is None:
+            await rows
+        elif not rows.ended:
+            graph.end(rows, None)
+        for task in tasks if self.items is None else ():
+            if not task.ended:
+                graph.end(task, None, rows.state, rows.error)
+
+    async def read(self, segment: int | None) -> None:
+        """Read blocks, or a segment of them: from the nearest tier, and what did not come from
+        there from the next one."""
+        graph = self._call.shared.graph
+        tasks = self.tasks[segment]
+        end = self.ends[segment]
+        await self._wait_for_rows(tasks)
+        left: Mask = np.ones(self.count, np.bool_)
+        try:
+            for task in tasks:
+                left = left & ~await graph.move(task, left, end)
+                end.add_error(task.error)
+                end.trail = task.trail
+        finally:
+            graph.end(end, ~left)
+
+    async def save(self, writes: Sequence[tuple[Task, Task | None]]) -> None:
+        """Copy blocks of the caller into rows, seal them, and store them in tiers.
+
+        ``writes``: the task for each tier, and a task that goes before it.
+        """
+        graph = self._call.shared.graph
+        tasks = self.tasks[None]
+        await self._wait_for_rows(tasks[:1])
+        landed: Mask = np.ones(self.count, np.bool_)
+        for number, task in enumerate(tasks):
+            landed = await graph.move(task, landed, *tasks[:number][-1:])
+        for task, before in writes:
+            self.hold()
+            graph.start(self.store_in(task, before))
+
+    async def store_in(self, task: Task, before: Task | None) -> None:
+        """Write blocks from their rows to a tier, after another write if there is one."""
+        gathered = self.tasks[None][-1]
+        ends = [gathered]
+        if before is not None:
+            ends.append(await before)
+        try:
+            await self._call.shared.graph.move(task, gathered.landed, *ends)
+        finally:
+            self.release()
 
     def over(self) -> None:
         """Return the rows, under the graph's lock, and cache rows whose blocks landed whole.
@@ -1315,9 +1461,29 @@ class InFlight(Lease):
         call = self._call
         shared = call.shared
         # The copy of a save that was cancelled may still write the rows. A worker then waits for
-        # its end, and calls `over` once more.
-        if self.copied is not None and end_later(shared.graph, self, self.end_copy):
+        # its end, and releases them once more.
+        if self.copied is not None and not shared.graph.closed.is_set():
+            self.hold()
+            task = Task(self._end_copy, 1, queue=shared.graph.queue("ends"), name="end", uses=self)
+            task.on_end = self.release
+            shared.graph.submit([task], priority="urgent")
             return
+        self._end_copy()
+        try:
+            self._cache()
+            call.transfer_ended()
+        finally:
+            shared.row_queue.give(self)
+
+    def _end_copy(self, *_: object) -> None:
+        """Wait for a copy, whose result nobody needs."""
+        with suppress(Exception):  # of the device; the rows go back anyway
+            self.end_copy()
+
+    def _cache(self) -> None:
+        """Cache the rows whose blocks landed whole, and let no other call join."""
+        call = self._call
+        shared = call.shared
         landed = np.zeros(self.count, np.bool_)
         if self.items and (None in self.ends or len(self.ends) == len(self.part.form.segments)):
             landed = np.logical_and.reduce([end.landed for end in self.ends.values()])
@@ -1340,7 +1506,6 @@ class InFlight(Lease):
             names = [names[row] for row in whole]
             sizes = [self._part_in(row).form.image_bytes for row in whole]
             shared.rows.keep(items, names, self._follows(whole), prefetched, claim, sizes)
-        call.transfer_ended()
 
     def _claim(self) -> Claim:
         """Return the cached rows that the blocks may evict, under the graph's lock."""
@@ -1373,17 +1538,18 @@ class InFlight(Lease):
 
     def _warn_dropped(self) -> None:
         """Log that tasks were dropped, because staging was full or a queue was slow."""
-        tasks = dict.fromkeys([*self.ends.values(), *self.last])
-        dropped = [task for task in tasks if task.state == "dropped"]
+        dropped = [
+            task for task in self.every_task() if task.state == "dropped" and task.queue.tier
+        ]
         if dropped:
-            queues = ", ".join(dict.fromkeys(task.queue.name for task in dropped if task.queue))
+            queues = ", ".join(dict.fromkeys(task.queue.name for task in dropped))
             text = "A %s dropped %d blocks on %s, the first is %s: no free staging, or a slow queue"
             values = self._call.request.kind, self.count, queues, self.keys[0].hex()
             self._call.shared.log.warning("dropped", text, *values)
 
     # --- the work of tasks, in workers, for the blocks of a mask ---
 
-    def read(self, tier_store: TierStore, segment: int | None, _: Task, mask: Mask) -> Mask:
+    def read_from(self, tier_store: TierStore, segment: int | None, _: Task, mask: Mask) -> Mask:
         """Read blocks, or a segment of them, into the rows."""
         rows: list[int] = np.flatnonzero(mask).tolist()
         keys = [self.keys[row] for row in rows]

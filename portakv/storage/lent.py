@@ -8,7 +8,6 @@ that end, whatever happens to the call or to the store.
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Sequence
 from functools import partial
 from itertools import count
@@ -21,7 +20,7 @@ from portakv.graph import Graph, Mask, Task, Workers
 from portakv.graph.graph import Queue
 from portakv.graph.trace import Ran
 from portakv.runtime.transfer import Completion
-from portakv.storage.calls import RELEASE, Arrival, Call, FormPart, InFlight
+from portakv.storage.calls import Arrival, Call, FormPart, InFlight
 from portakv.storage.form import BlockForm
 from portakv.storage.memory import Loan
 from portakv.storage.reasons import FAILED, Reason, Reasons
@@ -74,22 +73,23 @@ class LentCopy:
     ) -> None:
         """Describe the blocks of a mask, of a task that copies the blocks of an arrival."""
         numbers = np.flatnonzero(mask).tolist()
-        items = arrival.lease.items
+        items = arrival.held.items
         self.kind: Kind = "save" if call.request.kind == "save" else "load"
         self.rows: Sequence[int] = [items[arrival.rows[i]] for i in numbers]
         self.blocks: Sequence[int] = [arrival.at[i] for i in numbers]
         self.form = part.form
-        lease = arrival.lease
+        held = arrival.held
         self._in_flight: InFlight | None = None  # of a save
-        if self.kind == "save" and isinstance(lease, InFlight):
-            self._in_flight = lease
+        if self.kind == "save" and isinstance(held, InFlight):
+            self._in_flight = held
+        self._call = call
         self.inner = part.part_slices
         self.outer = part.own_slices
         self._reasons = reasons
         self._keys = [call.request.keys[i] for i in self.blocks]
         self._numbers = numbers  # of the blocks in the task
         self._queue = queue
-        self._task = task  # its lease retains the rows
+        self._task = task  # it retains the rows
 
     @property
     def raw(self) -> BlockForm | None:
@@ -106,13 +106,12 @@ class LentCopy:
 
         The copier may stop early, and ends the copy as always.
         """
-        task = self._task
         graph = self._queue.graph
         if not graph.process.forked:
             graph.sweep()
-        followers = [x for x in [*task.schedule.followers] if x.name != RELEASE]
-        # Some may come later, while the call is planned.
-        return bool(followers) and all(follower.outcome.cut for follower in followers)
+        in_flight = self._in_flight
+        wanted = not self._call.end.cut if in_flight is None else in_flight.wanted
+        return not (wanted or self._task.ended)
 
     def end(
         self,
@@ -214,8 +213,6 @@ class LentQueue(Workers):
         self.tier = LENT
         self.width = 1
         self.queued_bytes = 0
-        self._ready = deque[Task]()
-        self._beginning = False
         # The copies that have not ended, with their places in the trace and their starts.
         self._begun = dict[Task, tuple[int, float]]()
 
@@ -225,28 +222,14 @@ class LentQueue(Workers):
         return False
 
     def push(self, task: Task, /) -> None:
-        """Begin the copy of a task, under the graph's lock.
-
-        A copier may end a copy while it begins it, which may make other tasks ready. They begin
-        one after the other, however many there are.
-        """
-        task.outcome.state = "running"
-        self._ready.append(task)
-        if self._beginning:
-            return
-        self._beginning = True
-        while self._ready:
-            self._begin(self._ready.popleft())
-        self._beginning = False
-
-    def _begin(self, task: Task) -> None:
-        """Begin the copy of a task."""
+        """Begin the copy of a task, under the graph's lock. A copier may end it meanwhile."""
+        task.state = "running"
         places = {place for place, _ in self._begun.values()}
         place = next(number for number in count(1) if number not in places)
         self._begun[task] = place, self.graph.clock()
         try:
             if task.work is not None:
-                task.work(task, task.outcome.left.copy())
+                task.work(task, task.left.copy())
         except BaseException as error:  # of the copier; the tasks after it must not wait for ever
             self.finish(task, None, error)
 
@@ -256,8 +239,10 @@ class LentQueue(Workers):
             return
         graph = self.graph
         place, start = self._begun.pop(task)
-        what = task.schedule.number, task.name, task.blocks, task.nbytes, (*task.ran_before(),)
+        schedule = task.schedule
+        what = schedule.number, task.name, task.blocks, task.nbytes, schedule.followed
         graph.trace.add(self.tier, Ran(self.name, place, start, graph.clock(), *what))
+        task.trail = (schedule.number,)
         graph.end(task, landed, "failed" if error else "landed", error)
         graph.settle()
 
@@ -284,30 +269,24 @@ class Lending:
     def issue(self, call: Call, started: Sequence[InFlight]) -> None:
         """Do nothing: the copies begin once they have rows."""
 
-    def gather(self, call: Call, in_flight: InFlight) -> Task:
-        """Plan the copy of blocks of a save into rows, and the task that seals them."""
+    def gather(self, call: Call, in_flight: InFlight) -> list[Task]:
+        """Return the copy of blocks of a save into rows, and the task that seals them."""
         at = in_flight.at
         arrival = Arrival(in_flight, {}, at, range(len(at)))
         lent = self._lend(call, in_flight.part, arrival, in_flight.reasons)
-        task = call.task(at, in_flight.seal, self._seals, in_flight, [lent])
-        call.gathers.append((lent, at, range(len(at))))
-        in_flight.ends[None] = task
-        in_flight.last = [lent, task]
-        return task
+        call.gathers.append(lent)
+        return [lent, call.task(at, in_flight.seal, self._seals, in_flight)]
 
     def cross(self, call: Call, part: FormPart, arrival: Arrival) -> None:
         """Plan the copy of blocks of a load out of their rows."""
         reasons = Reasons()
         call.explanation.sources.append(reasons)
-        task = self._lend(call, part, arrival, reasons)
-        call.ends.append(((task, arrival.at, range(len(arrival.at))), range(0)))
+        call.plan_crossing(0, self._lend(call, part, arrival, reasons), arrival)
 
     def _lend(self, call: Call, part: FormPart, arrival: Arrival, reasons: Reasons) -> Task:
-        """Plan the copy of blocks of an arrival, once they have arrived."""
-        many = range(len(arrival.at))
-        after = [(end, many, arrival.rows) for end in arrival.ends.get(0, ())]
+        """Return the task that begins the copy of blocks of an arrival."""
 
         def begin(task: Task, mask: Mask) -> None:
             self._copier.begin(LentCopy(self._queue, call, part, arrival, reasons, task, mask))
 
-        return call.task(arrival.at, begin, self._queue, arrival.lease, after)
+        return call.task(arrival.at, begin, self._queue, arrival.held)

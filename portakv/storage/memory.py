@@ -8,8 +8,8 @@ import os
 from bisect import bisect_left, insort
 from collections import Counter, deque
 from collections.abc import Callable, Collection, Hashable, Iterable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import replace
+from heapq import heappop, heappush
 from itertools import pairwise
 from math import gcd
 from threading import get_ident
@@ -25,7 +25,7 @@ from portakv.arguments import invalid, naming, shown
 from portakv.copy.options import USUAL, CopyOptions
 from portakv.copy.rows import copy_rows as copy_rows
 from portakv.errors import InvalidTerms, LayoutError, SlotError
-from portakv.graph import Graph, Lease, Task
+from portakv.graph import Graph, Task, Workers
 from portakv.host import pinned
 from portakv.host.shared import unnamed
 from portakv.plan.plan import CopyPlan
@@ -45,28 +45,6 @@ from portakv.storage.form import BlockForm
 from portakv.storage.image import Row
 from portakv.view import IdList, Index, KVView
 from portakv.view.destination import note_written
-
-# ------------------------------------------------------------------------------------------------
-# The end of a copy that outlives its transfer.
-
-
-def end_later(graph: Graph, lease: Lease, end: Callable[[], object]) -> bool:
-    """Have a worker call ``end``, which waits for a copy into the rows of a lease.
-
-    The lease ends once more after that. Without workers, call ``end`` here and return False.
-    """
-
-    def wait(*_: object) -> None:
-        with suppress(Exception):  # of the device; the rows go back anyway
-            end()
-
-    if graph.closed.is_set():  # no worker is left
-        wait()
-        return False
-    task = Task(wait, 1, queue=graph.queue("ends"), lease=lease, name="end")
-    graph.submit([task], priority="urgent")
-    return True
-
 
 # ------------------------------------------------------------------------------------------------
 # Free pages of memory, in runs of any length.
@@ -888,6 +866,129 @@ class Rows:
             self.chains.remove(key)
             self.unused.discard(key)
         return items
+
+
+# ------------------------------------------------------------------------------------------------
+# Rows that transfers use, and transfers that wait for rows.
+
+
+class Held:
+    """Rows that coroutines of a graph use, until the last of them has ended.
+
+    Attributes:
+        items: the rows; None before they are granted.
+        users: how many coroutines use them. Changed under the graph's lock.
+    """
+
+    items: Any = None
+    users = 0
+
+    def hold(self) -> None:
+        """Note one more user."""
+        self.users += 1
+
+    def release(self) -> None:
+        """Note the end of a user. The last one gives the rows back."""
+        self.users -= 1
+        if not self.users:
+            self.over()
+
+    def over(self) -> None:
+        """Give the rows back."""
+        raise NotImplementedError
+
+
+class PinnedRows(Held):
+    """Rows of the host tier that stay where they are."""
+
+    def __init__(self, memory: Rows, keys: Sequence[bytes]) -> None:
+        self._memory = memory
+        self.items = [memory.find(key) for key in keys]
+
+    def over(self) -> None:
+        """Let the rows go in their turn."""
+        self._memory.unpin(self.items)
+
+
+class Taker(Held):
+    """A transfer that takes rows, all or none; ``store``: of a save."""
+
+    store = False
+
+    def take(self) -> list[int] | None:
+        """Return rows, or None if there are not enough, under the graph's lock."""
+        raise NotImplementedError
+
+
+class RowQueue(Workers):
+    """Gives rows to transfers, in the order in which these are due.
+
+    A transfer waits by a task, whose end says that it has the rows. Loads pass a save that waits
+    for other saves, but not a save that waits for loads. Callers hold the graph's lock.
+    """
+
+    name = "rows"
+    tier = ""
+    width = 1
+    queued_bytes = 0
+    slow = False
+
+    def __init__(self, graph: Graph, memory: Rows) -> None:
+        self._graph = graph
+        self._memory = memory
+        self._loads = list[tuple[float, int, Task]]()  # heaps, by due time
+        self._saves = list[tuple[float, int, Task]]()
+        self._granted_saves = 0
+
+    def request(self, taker: Taker) -> Task:
+        """Return a task that ends once a transfer has its rows."""
+        return Task(lambda *_: None, 0, queue=self, uses=taker)
+
+    def push(self, task: Task, /) -> None:
+        """Let a transfer wait for rows."""
+        task.state = "queued"
+        heap = self._saves if task.uses.store else self._loads
+        heappush(heap, (task.schedule.due, task.schedule.number, task))
+        self._grant()
+
+    def _grant(self) -> None:
+        """Give rows to the transfers that wait for them."""
+        heaps = [self._loads, self._saves]
+        while heaps := [heap for heap in heaps if heap]:
+            heap = min(heaps)
+            task = heap[0][2]
+            if not task.ended:
+                error: Exception | None = None
+                try:
+                    taken = self._take(task.uses)
+                except Exception as caught:  # the transfer fails, and no other one
+                    error = caught
+                if error is None and not taken:
+                    pass_it = self._granted_saves or not task.uses.store
+                    heaps = [other for other in heaps if other is not heap and pass_it]
+                    continue
+                self._graph.end(task, None, "failed" if error else "landed", error)
+            heappop(heap)
+
+    def _take(self, taker: Taker) -> bool:
+        """Give a transfer rows, if there are enough."""
+        taker.items = taker.take()
+        if taker.items is None:
+            return False
+        self._granted_saves += taker.store
+        return True
+
+    def take(self, taker: Taker) -> bool:
+        """Give a transfer rows if there are enough, and if no other one waits for some."""
+        return not (self._loads or self._saves) and self._take(taker)
+
+    def give(self, taker: Taker) -> None:
+        """Take the rows of a transfer back, if it has some."""
+        if taker.items is not None:
+            self._memory.give(taker.items)
+            taker.items = None
+            self._granted_saves -= taker.store
+        self._grant()
 
 
 class Crossing:

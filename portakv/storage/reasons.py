@@ -118,7 +118,7 @@ class Explanation:
             pairs = zip(blocks, rows, strict=True)
             missing = [(block, row) for block, row in pairs if not landed[block]]
             if task.state != "landed":
-                reason = Reason(task.state, task.queue.name if task.queue else "")
+                reason = Reason(task.state, task.queue.name)
                 for block, _ in missing:
                     unrun.setdefault(block, {})[reason] = None
             else:

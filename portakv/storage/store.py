@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import cache, partial, reduce
 from inspect import signature
@@ -18,9 +18,9 @@ import numpy as np
 from portakv.arguments import flag, instance, invalid, nbytes, one_of, seconds, text
 from portakv.copy.options import USUAL, CopyOptions, options_from
 from portakv.errors import InvalidTerms, StoreError, TransferTimeout, Unsupported
-from portakv.graph import SLACK, Graph, Handle, Mask, Missing, Priority, Task, watch
+from portakv.graph import SLACK, End, Ending, Graph, Handle, Mask, Missing, Priority, Task, watch
 from portakv.graph.graph import Queue
-from portakv.runtime.interrupts import abandoned, uninterrupted
+from portakv.runtime.interrupts import uninterrupted
 from portakv.runtime.transfer import Completion
 from portakv.storage.calls import (
     APART,
@@ -35,7 +35,6 @@ from portakv.storage.calls import (
     Change,
     Chooser,
     Encoding,
-    Ending,
     FormBlocks,
     InFlight,
     Listed,
@@ -53,6 +52,7 @@ from portakv.storage.keys import check_key, check_keys, predecessors
 from portakv.storage.lent import Borrowed, Copier, Lending, LentQueue
 from portakv.storage.memory import Crossing, Loan, Rows, rows_for
 from portakv.storage.tiers.base import After, Keys, Tier, TierStore, tier_figures, tiers_of
+from portakv.tasks.runtime import Steps
 from portakv.view import IdList, KVView
 
 # ------------------------------------------------------------------------------------------------
@@ -102,7 +102,7 @@ class ViewSource:
     def _issue(self, call: Call, started: Sequence[InFlight]) -> None:
         """Issue one copy for chunks for which staging has room."""
         crossing = self._crossing
-        granted = [in_flight for in_flight in started if call.shared.graph.take(in_flight)]
+        granted = [in_flight for in_flight in started if call.shared.row_queue.take(in_flight)]
         if granted:
             items = [item for in_flight in granted for item in in_flight.items]
             blocks = [block for in_flight in granted for block in in_flight.at]
@@ -113,17 +113,14 @@ class ViewSource:
                 for in_flight in granted if crossing.ends else ():
                     in_flight.copied = partial(crossing.wait, crossing.ends[-1])
 
-    def gather(self, call: Call, in_flight: InFlight) -> Task:
-        """Plan the task that copies blocks of the view into rows, and seals them."""
-        at = in_flight.at
+    def gather(self, call: Call, in_flight: InFlight) -> list[Task]:
+        """Return the task that copies blocks of the view into rows, and seals them."""
         work = partial(in_flight.gather, self._crossing, self.view)
-        task = call.task(at, work, self._queue, in_flight, ())
-        task.schedule.soon = in_flight.until is not None  # it waits for no staging either
-        in_flight.ends[None] = task
-        in_flight.last = [task]
+        task = call.task(in_flight.at, work, self._queue, in_flight)
+        task.schedule.soon = in_flight.drops  # it waits for no staging either
         if in_flight.copied is None:
-            call.gathers.append((task, at, range(len(at))))
-        return task
+            call.gathers.append(task)
+        return [task]
 
 
 #: Brings the blocks of a save into rows.
@@ -147,8 +144,6 @@ Full: TypeAlias = Literal["drop", "wait"]
 # Their values, which take longer to list than a call has.
 FULL = get_args(Full)
 MISSING = get_args(Missing)
-#: The steps of a plan, which returns a handle.
-Steps: TypeAlias = Generator[None, None, Handle]
 
 
 def _check_copier(copier: object) -> None:
@@ -503,7 +498,7 @@ class FormStore:
         crossing.prepare(form.own.rows)
         packed = bool(form.own.form.encoding)
         source = ViewSource(view, crossing, self._down, self.rows.pinned, packed)
-        return self._planned(call, partial(self._save, call, source, self._until(full)))
+        return self._planned(call, partial(self._save, call, source, self._drops(full)))
 
     def save_lent(
         self,
@@ -537,7 +532,7 @@ class FormStore:
         before = predecessors(after, keys, self._weak)
         call = Call(form, Request("save", keys, priority, deadline, before, lent=True))
         source = Lending(copier, self._lent, self._down)
-        return self._planned(call, partial(self._save, call, source, self._until(full)))
+        return self._planned(call, partial(self._save, call, source, self._drops(full)))
 
     def _refuse_packed(self, form: FormBlocks, what: str, packs: bool) -> None:
         """Raise `Unsupported` for a store of blocks that are packed, or may be, unless the copier
@@ -553,35 +548,35 @@ class FormStore:
             )
             raise Unsupported(f"{what} of packed blocks", why)
 
-    def _until(self, full: Full | None) -> float | None:
-        """Return the time at which blocks of a save are dropped that have no staging by then."""
-        return self.graph.clock() if (full or self._full) == "drop" else None
+    def _drops(self, full: Full | None) -> bool:
+        """Return True if blocks of a save are dropped that find no staging."""
+        return (full or self._full) == "drop"
 
-    def _save(self, call: Call, source: Source, until: float | None) -> Steps:
-        """Plan a save in steps, under the graph's lock."""
+    async def _save(self, call: Call, source: Source, drops: bool) -> Handle:
+        """Plan a save, under the graph's lock."""
         keys = call.request.keys
-        yield from self._touch(call)
+        await self._touch(call)
         groups = dict[tuple[TierStore, ...], list[int]]()
         for number, part in enumerate(call.slices(range(len(keys)))):
             if number:
-                yield
+                await self._breathe(call)
             self._lacking(call, part, groups)
         for tier_stores, some in groups.items():
             for alike in _by_gaps(call, tier_stores, some):
-                yield from self._save_in(call, source, until, tier_stores, alike)
+                await self._save_in(call, source, drops, tier_stores, alike)
         handle = call.handle(source.view, eligible=partial(call.form.stored, keys))
         handle.add_copies(source.ends)
         return handle
 
-    def _save_in(
+    async def _save_in(
         self,
         call: Call,
         source: Source,
-        until: float | None,
+        drops: bool,
         tier_stores: tuple[TierStore, ...],
         some: list[int],
-    ) -> Generator[None, None, None]:
-        """Plan in steps the save of blocks that some tiers lack."""
+    ) -> None:
+        """Plan the save of blocks that some tiers lack."""
         form = call.form
         queues = [tier_store.queue_for_write(0) for tier_store in tier_stores]
         # Without a write, a small task has no work that workers could share.
@@ -593,24 +588,26 @@ class FormStore:
         before = call.request.before(some)
         gaps = {x for x in tier_stores if not form.continues(before, x)}
 
-        written = dict[TierStore, Ending]()
+        written = dict[TierStore, Task]()
         generation = self._shared.generation + len(chunks)  # a prefix is the newer part
         self._shared.generation = generation
         together = max(1, SLICE // len(chunks[0]))
         for first in range(0, len(chunks), together):
             if first:
-                yield
+                await self._breathe(call)
             group = [self._left(call, at, tier_stores) for at in chunks[first : first + together]]
-            started = [InFlight(call, form.own, at, until) for at in group if at]
-            if until is not None:
+            started = [InFlight(call, form.own, at, drops) for at in group if at]
+            if drops:
                 self._make_way(call, started)
             source.issue(call, started)
             for in_flight in started:
                 if tier_stores:
                     in_flight.generation = generation
                     generation -= 1
-                gather = source.gather(call, in_flight)
-                self._write(call, in_flight, gather, tier_stores, gaps, written)
+                tasks = source.gather(call, in_flight)
+                in_flight.ends[None] = tasks[-1]
+                in_flight.tasks[None] = tasks
+                self._write(call, in_flight, tier_stores, gaps, written)
                 if tier_stores:
                     call.submit()  # now, so that the queues count it for the next chunk
             call.submit()
@@ -619,25 +616,25 @@ class FormStore:
         self,
         call: Call,
         in_flight: InFlight,
-        gather: Task,
         tier_stores: Sequence[TierStore],
         gaps: set[TierStore],
-        written: dict[TierStore, Ending],
+        written: dict[TierStore, Task],
     ) -> None:
-        """Plan the writes of a chunk of a save."""
+        """Plan the copies and the writes of a chunk of a save."""
         at = in_flight.at
+        writes = list[tuple[Task, Task | None]]()
         for tier_store in tier_stores:
             queue = tier_store.queue_for_write(len(at) * call.form.own.form.image_bytes)
             write = partial(in_flight.write, tier_store, queue)
-            order: list[Ending] = []
-            if tier_store in gaps and tier_store in written:
-                order.append(written[tier_store])
-            task = call.task(at, write, queue, in_flight, [gather, *order])
-            if tier_store.tier == "remote" and in_flight.until is not None:
-                self._shared.uploads.begin(task, len(at))
-            written[tier_store] = (task, [], [])
-            in_flight.last.append(task)
-        call.ends += [((end, at, range(len(at))), range(0)) for end in in_flight.last]
+            task = call.task(at, write, queue, in_flight)
+            if tier_store.tier == "remote" and in_flight.drops:
+                in_flight.uploads.append(task)
+            writes.append((task, written.get(tier_store) if tier_store in gaps else None))
+            written[tier_store] = task
+            in_flight.writes.append(task)
+        tasks = [*in_flight.tasks[None], *in_flight.writes]
+        call.plan(0, tasks, in_flight, partial(in_flight.save, writes))
+        call.ends += [Ending(task, at, range(len(at))) for task in tasks]
 
     def _make_way(self, call: Call, started: Sequence[InFlight]) -> None:
         """Drop uploads whose rows a save to a nearer tier needs, under the graph's lock."""
@@ -645,7 +642,7 @@ class FormStore:
         if not any(x.writable and x.tier != "remote" for x in tier_stores):
             return
         count = sum(in_flight.count for in_flight in started)
-        dropped = self._shared.uploads.make_way(count)
+        dropped = self._shared.drop_uploads(count)
         if dropped:
             text = (
                 "A remote tier is slower than saves: %d blocks are not put there. Raise its "
@@ -697,9 +694,10 @@ class FormStore:
         for i, name, there in zip(blocks, names, stored, strict=True):
             in_flight, row = self._shared.in_transit.get(name, (None, 0))
             if in_flight and in_flight.store and in_flight.wanted:
-                call.ends += [((end, [i], [row]), range(0)) for end in in_flight.last]
-                call.explanation.sources.append(in_flight.reasons)
-                call.explanation.tasks += [(end, [i], [row]) for end in in_flight.last]
+                in_flight.join(call, [i])
+                tasks = [*in_flight.tasks[None], *in_flight.writes]
+                call.ends += [Ending(task, [i], [row]) for task in tasks]
+                call.explanation.tasks += [(task, [i], [row]) for task in tasks]
             elif not there:
                 left.append(i)
         return left
@@ -759,13 +757,13 @@ class FormStore:
                 hits = np.array([row is not None for row in loan.rows])
                 handle.add_issued(crossing.issue(form.own.rows, loan)[0], hits)
                 self._count_hits(form, [key for key, hit in zip(keys, hits, strict=True) if hit])
-                self._follow_issued(handle, form, call.barrier)
+                self._follow_issued(handle, form, call.end)
             except BaseException:  # also an interrupt: no caller has a handle
                 handle.cancel()
                 raise
         return handle
 
-    def _load(
+    async def _load(
         self,
         call: Call,
         crossing: Crossing,
@@ -773,30 +771,30 @@ class FormStore:
         by_layer: bool,
         missing: Missing,
         loan: Loan | None,
-    ) -> Steps:
-        """Plan the part of a load that workers move in steps, under the graph's lock."""
+    ) -> Handle:
+        """Plan the part of a load that workers move, under the graph's lock."""
         hits = () if loan is None else loan.rows
         blocks = [i for i, _ in enumerate(call.request.keys) if not hits or hits[i] is None]
         stages_of = cache(lambda part: part.stages(view, by_layer))
         for number, some in enumerate(call.slices(blocks, whole=by_layer)):
             if number:
-                yield
+                await self._breathe(call)
             for (part, location), at in call.groups(some).items():
                 stages = stages_of(part)
                 segments = [stage.segment for stage in stages]
                 for arrival in call.bring(part, location, at, segments):
-                    call.cross(arrival, stages, crossing, self._up)
+                    call.copy(arrival, stages, crossing, self._up)
             call.submit()
-        yield from self._touch(call)
+        await self._touch(call)
         return call.handle(view, view.layers * by_layer, missing, follow=loan is None)
 
-    def _touch(self, call: Call) -> Generator[None, None, None]:
-        """Record in steps the use of the blocks of a call, and what those of a save follow."""
+    async def _touch(self, call: Call) -> None:
+        """Record the use of the blocks of a call, and what those of a save follow."""
         keys = call.request.keys
         follows = call.request.follows
         for number, some in enumerate(reversed(call.slices(range(len(keys))))):
             if number:
-                yield
+                await self._breathe(call)
             call.form.touch([keys[i] for i in some], [follows[i] for i in some if follows])
 
     def load_lent(
@@ -830,12 +828,14 @@ class FormStore:
         lending = Lending(copier, self._lent, self._down)
         return self._planned(call, partial(self._load_lent, call, lending, missing, packs))
 
-    def _load_lent(self, call: Call, lending: Lending, missing: Missing, packs: bool) -> Steps:
-        """Plan a load whose copies are lent in steps, under the graph's lock."""
+    async def _load_lent(
+        self, call: Call, lending: Lending, missing: Missing, packs: bool
+    ) -> Handle:
+        """Plan a load whose copies are lent, under the graph's lock."""
         for number, some in enumerate(call.slices(range(len(call.request.keys)))):
             if number:
                 call.submit()
-                yield
+                await self._breathe(call)
             groups = call.groups(some)
             # Others would copy packed rows as they are, so these blocks count as missing.
             packed = set[int]()
@@ -846,7 +846,7 @@ class FormStore:
                 left = [i for i in at if i not in packed] if packed else at
                 for arrival in call.bring(part, location, left, [None]) if left else ():
                     lending.cross(call, part, arrival)
-        yield from self._touch(call)
+        await self._touch(call)
         return call.handle(None, missing=missing)
 
     def borrow(self, keys: Keys, packs: bool = False) -> Borrowed | None:
@@ -899,13 +899,11 @@ class FormStore:
             here = self.rows.pinned
         return self._borrow(form, keys, crossing, "load", whole) if here else None
 
-    def _follow_issued(
-        self, handle: Handle, form: FormBlocks, barrier: Task | None = None
-    ) -> Handle:
+    def _follow_issued(self, handle: Handle, form: FormBlocks, end: End | None = None) -> Handle:
         """Announce a handle of which a part was issued, if somebody asks for ended handles."""
         handle.form = form.name
         if self._shared.announced.handles.started:
-            self._shared.announced.follow_issued(handle, barrier)
+            self._shared.announced.follow_issued(handle, end)
         return handle
 
     def _count_hits(self, form: FormBlocks, keys: list[bytes]) -> None:
@@ -931,55 +929,51 @@ class FormStore:
         call = Call(form, Request("prefetch", keys, priority))
         return self._planned(call, partial(self._prefetch, call))
 
-    def _prefetch(self, call: Call) -> Steps:
-        """Plan a prefetch in steps, under the graph's lock."""
+    async def _prefetch(self, call: Call) -> Handle:
+        """Plan a prefetch, under the graph's lock."""
         most = max(1, self.rows.holds(call.form.own.form.image_bytes) // 2)
         call.located[most:] = False
         for number, blocks in enumerate(call.slices(range(len(call.request.keys))[:most])):
             if number:
-                yield
+                await self._breathe(call)
             for (part, location), some in call.groups(blocks).items():
                 if location == CACHED:
                     continue
                 for arrival in call.bring(part, location, some, [None]):
-                    ends = [(end, arrival.at, arrival.rows) for end in arrival.ends[0]]
-                    call.ends += [(end, range(0)) for end in ends]
+                    call.arrives(arrival)
             call.submit()
         return call.handle(None, missing="skip")
 
-    def _planned(self, call: Call, plan: Callable[[], Steps]) -> Handle:
-        """Return the handle that ``plan()`` returns, whose steps run while the graph is locked and
-        the store open. Cancel the call if the caller is interrupted meanwhile."""
+    def _planned(self, call: Call, plan: Callable[[], Steps[Handle]]) -> Handle:
+        """Return the handle of a call, whose plan runs while the graph is locked and the store
+        open. Cancel the call if the caller is interrupted meanwhile."""
+        return self.graph.runtime.run(self._run, call, plan, undo=Handle.cancel)
 
-        def planned() -> Steps:
-            try:
-                self._refuse_closed(call.request.kind)
-                self._shared.record_hits()
-                steps = plan()
-                while True:
-                    try:
-                        next(steps)
-                    except StopIteration as end:
-                        handle: Handle = end.value
-                        return handle
-                    yield
-                    if abandoned():
-                        raise KeyboardInterrupt  # the caller has raised it, and has no handle
-                    self._refuse_closed(call.request.kind)
-            except BaseException:  # also an interrupt: no caller has a handle
-                call.drop()
-                raise
+    async def _run(self, call: Call, plan: Callable[[], Steps[Handle]]) -> Handle:
+        """Run the plan of a call."""
+        try:
+            self._refuse_closed(call.request.kind)
+            self._shared.record_hits()
+            return await plan()
+        except BaseException:  # also an interrupt: no caller has a handle
+            call.drop()
+            raise
+        finally:
+            self.graph.settle()
 
-        return self.graph.run_steps(planned(), undo=Handle.cancel)
+    async def _breathe(self, call: Call) -> None:
+        """Let others take the graph's lock if the plan of a call has had it for a while."""
+        call.since = await self.graph.breathe(call.since)
+        self._refuse_closed(call.request.kind)
 
     def _hanging(self, all_tasks: bool) -> int:
         """Return the number of transfers of the store that have not ended, under the graph's lock.
 
         Lent copies do not count: they use no tier. ``all_tasks``: count all tasks of the graph.
         """
-        live = [x for x in self.graph.live if x.queue and not isinstance(x.queue, LentQueue)]
+        live = [x for x in self.graph.live if not isinstance(x.queue, LentQueue)]
         begun = self._shared.begun
-        return len({task.lease for task in live if all_tasks or task.lease in begun})
+        return len({task.uses for task in live if all_tasks or task.uses in begun})
 
 
 #: Seconds between two looks at the loads that `BlockStore.close` waits for.
@@ -1320,17 +1314,16 @@ class BlockStore(FormStore):
         self._shared.closed = True
         until = self.graph.clock() + timeout
         # Under the lock, so that no call that saw the store open is missed.
-        barriers = self.graph.run(lambda: [*self._shared.barriers])
-        for barrier in sorted(barriers, key=lambda barrier: barrier.name != "prefetch"):
-            left = 0.0 if barrier.name == "prefetch" else max(0.0, until - self.graph.clock())
-            barrier.wait(left)
-            self.graph.cancel(barrier)
+        ends = self.graph.run(lambda: [*self._shared.ends])
+        for end in sorted(ends, key=lambda end: end.name != "prefetch"):
+            end.wait(0.0 if end.name == "prefetch" else max(0.0, until - self.graph.clock()))
+            self.graph.cancel(end)
         if self._own_graph:
             self.graph.close(max(0.0, until - self.graph.clock()))
         begun = self.graph.run(lambda: [*self._shared.begun])
         for in_flight in begun:
-            for end in (*in_flight.ends.values(), *in_flight.last):
-                end.wait(max(0.0, until - self.graph.clock()))
+            for task in in_flight.every_task():
+                task.wait(max(0.0, until - self.graph.clock()))
         self.rows.end_left_loans()  # a traceback may retain the call that was interrupted
         while self.rows.loans() and self.graph.clock() < until:
             time.sleep(PAUSE)

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import logging
 import secrets
-import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
@@ -15,16 +14,15 @@ from secrets import token_bytes
 from typing import (
     TYPE_CHECKING,
     Annotated,
+    Any,
     ClassVar,
     Literal,
     NamedTuple,
-    TypeAlias,
     TypeVar,
     Union,
     cast,
     get_args,
 )
-from weakref import ref
 
 import torch
 from msgspec import Meta, msgpack
@@ -36,13 +34,10 @@ from portakv.errors import (
     OfferGone,
     PeerError,
     PortaKVError,
-    TransferCancelled,
     TransferError,
     TransferTimeout,
     Unsupported,
 )
-from portakv.graph.graph import Graph
-from portakv.graph.task import Task
 from portakv.migrate.channel import Channel, Peer
 from portakv.migrate.described import strided
 from portakv.migrate.figures import Figures, published_figures
@@ -66,10 +61,14 @@ from portakv.migrate.shared_memory import Held, Opener, where
 from portakv.migrate.staging import staging
 from portakv.migrate.transport_channel import TransportChannel
 from portakv.migrate.transports import check_transport, choose, forced
+from portakv.migrate.transports.base import Lane as TransportLane
 from portakv.migrate.transports.base import Moving, Transport
 from portakv.runtime.bounded import Bounded
-from portakv.runtime.interrupts import abandoned, uninterrupted
-from portakv.runtime.streams import StreamFence
+from portakv.runtime.devices import inside
+from portakv.runtime.interrupts import uninterrupted
+from portakv.runtime.streams import StreamFence, ignoring_captures, own_stream
+from portakv.tasks import Limit, TaskGroup, Wait, Work, runtime
+from portakv.tasks.runtime import EXIT
 from portakv.weights.parameters import (
     Box,
     Cell,
@@ -206,6 +205,24 @@ def pack(full: torch.Tensor, parts: Sequence[torch.Tensor]) -> None:
     copy_pairs([*zip(boxes, parts, strict=True)])
 
 
+def follower(device: torch.device) -> torch.Stream:
+    """Return a private stream that follows the current work of a device's current stream."""
+    stream: torch.Stream = own_stream(device)
+    stream.wait_stream(torch.accelerator.current_stream(device.index))
+    return stream
+
+
+@contextmanager
+def on_streams(streams: Iterable[torch.Stream]) -> Iterator[None]:
+    """Make streams current for this thread, while others may capture graphs."""
+    with ExitStack() as stack:
+        for stream in streams:
+            stack.enter_context(ignoring_captures(stream.device))
+            stack.enter_context(inside(stream.device))  # a context for a new thread
+            stack.enter_context(inside(stream))
+        yield
+
+
 class LaneChannel(TransportChannel):
     """A channel for the transport of one lane, which a `Reader` and other lanes use as well.
 
@@ -257,8 +274,8 @@ class Lane:
         with torch.inference_mode(False), StreamFence(device).inside():
             self.memory = staging(BUFFERS * nbytes, device, rows=_on_device(tensors))
             self.buffers = [*self.memory.view(BUFFERS, -1)]
-            #: What the worker's streams follow: the work of the memory's earlier users.
-            self.fences = [StreamFence(each) for each in {device, *tensors}]
+            #: They follow the work of the memory's earlier users.
+            self.streams = [follower(each) for each in {device, *tensors} if each.type != "cpu"]
         self.full = set[int]()  # numbers of buffers whose last slice has not crossed
         self.dirty = True  # the memory contains bytes of its earlier users
         self.lane = transport.lane(self.key, channel)
@@ -267,7 +284,7 @@ class Lane:
     def clean(self) -> None:
         """Zero all memory before its first use, so that no earlier user's bytes are sent.
 
-        The worker does so: a channel's thread must be quick. It zeros all buffers together, because
+        A helper does so: a channel's thread must be quick. It zeros all buffers together, because
         a transport registers the whole allocation.
         """
         if self.dirty:
@@ -380,8 +397,10 @@ class Published:
         items = items_of(tensors)
         self._weights = Versioned(tensors, items)
         self._id = secrets.token_bytes(16)
-        self.graph = Graph()
-        self._changing = threading.Lock()
+        self._runtime = runtime()
+        self._tasks = TaskGroup(self._runtime, _log_failure)
+        self._sending = Limit(self._runtime)  # readers take turns, slice by slice
+        self._closed = False
         self._channel = channel
         self._devices: Devices = frozenset(x.tensor.device for x in tensors.values())
         # The device of all tensors, or the host.
@@ -392,9 +411,6 @@ class Published:
         self._buffer_bytes = _buffer_bytes(total, staging // BUFFERS, self._device)
         self._transports = dict[str, Transport]()  # by name and device
         self._lanes = dict[bytes, Lane]()
-        self._lock = threading.Lock()  # of the lanes
-        # One worker: readers take turns, slice by slice.
-        self._queue = self.graph.queue("send")
         self._synchronize()
         self._regions = list[Held]()
         self.why_not_mapped = ""
@@ -402,14 +418,14 @@ class Published:
             self._export(expose)
         except Unsupported as error:
             self.why_not_mapped = str(error)
-        self._sums = Checksums(self._weights, self.graph)
-        self._sums.all(self._weights.version())  # a worker begins
+        self._sums = Checksums(self._weights, self._tasks)
         self.ticket = sealed(WeightsTicket(channel.address, self._id))
         uninterrupted(self._serve)
 
     def _serve(self) -> None:
         """Answer on the channel, and end the lanes of the publication before, which no longer
         answers."""
+        self._sums.all(self._weights.version())  # a helper begins
         channel = self._channel
         channel.serve(AskWeights, self._answer)
         channel.serve(Connect, self._connect)
@@ -451,7 +467,7 @@ class Published:
 
     def _note_change(self, note: Callable[[Update], object], token: Update) -> None:
         """Note the begin or the end of an update: pulls wait for it, and those it overlaps fail."""
-        with self._changing:
+        with self._runtime.lock:
             note(token)
             self._weights.changes += 1
 
@@ -472,7 +488,7 @@ class Published:
 
     def _is_gone(self, id: bytes) -> bool:
         """Return True for the id of another publication, and after `close`."""
-        return id != self._id or self.graph.closed.is_set()
+        return id != self._id or self._closed
 
     def _answer(self, _: Peer, request: AskWeights) -> Weights:
         version = self._weights.version()
@@ -492,7 +508,7 @@ class Published:
         if request.begin and self._weights.updates:
             return Weights("busy", version=version)
         if request.begin:
-            self._sums.all(version)  # a worker begins, unless they are there
+            self._sums.all(version)  # a helper begins, unless they are there
         if sums:
             return self._answer_sums(request, version)
         if request.what == "regions":
@@ -520,8 +536,7 @@ class Published:
                 f"Expected the owner's transport {self._transport!r}, got {request.transport!r}. "
                 f"Pass both sides the same transport="
             )
-        with self._lock:
-            own = [one for one in self._lanes.values() if one.peer is peer]
+        own = [one for one in [*self._lanes.values()] if one.peer is peer]
         if len(own) >= _MOST_LANES or request.lane in self._lanes:
             raise PeerError(f"Expected at most {_MOST_LANES} lanes of a reader, got another.")
 
@@ -529,13 +544,12 @@ class Published:
         transport = self._transports.get(name) or choose(device, request.transport)
         self._transports[name] = transport
         lane = Lane(self._channel, peer, transport, self._buffer_bytes, self._devices)
-        with self._lock:
-            self._lanes[request.lane] = lane
+        self._lanes[request.lane] = lane
         lane.unwatch = peer.on_gone(partial(self._end_lane, request.lane))
         return Connected(transport.name, where(device), self._buffer_bytes, why=why)
 
     def _send(self, peer: Peer, request: SendSlice) -> Weights:
-        """Have the worker pack and send a slice, unless its buffer is not free yet.
+        """Have a helper pack and send a slice, unless its buffer is not free yet.
 
         Raises `PeerError` for a lane that cannot send it.
         """
@@ -555,9 +569,15 @@ class Published:
             return Weights("busy", version=version)
         lane.full.add(buffer)
         lane.tag = request.tag
-        task = Task(partial(self._pack, lane, request), 1, queue=self._queue, name="send")
-        self.graph.submit([task], priority="urgent")
+        self._tasks.start(self._send_in_turn(lane, request))
         return Weights("held", version=version)
+
+    async def _send_in_turn(self, lane: Lane, request: SendSlice) -> None:
+        await self._sending.acquire()
+        try:
+            await Work(self._pack, lane, request)
+        finally:
+            self._sending.release()
 
     def statistics(self) -> dict[str, int]:
         """Return the lanes to readers that do not map the memory (``lanes``), and the bytes of all
@@ -585,7 +605,14 @@ class Published:
 
         Readers that mapped the memory release it at their next pull, or when the connection ends.
         """
-        self.graph.close()
+        uninterrupted(self._close)
+
+    def _close(self) -> None:
+        self._closed = True
+        if not self._runtime.forked:
+            ended = self._runtime.start(self._tasks.close())
+            with suppress(TransferTimeout):  # work hangs
+                ended.wait(0.0 if self._runtime.runs_here else EXIT)
         self._end_lanes()
         for region in self._regions:
             region.close()
@@ -620,8 +647,7 @@ class Published:
 
     def _end_lane(self, id: bytes) -> None:
         """Release a lane and its staging buffers; quick."""
-        with self._lock:
-            lane = self._lanes.pop(id, None)
+        lane = self._lanes.pop(id, None)
         if lane is not None:
             lane.end()
 
@@ -634,9 +660,9 @@ class Published:
             transport.close()
         self._transports.clear()
 
-    # --- in the worker
+    # --- in a helper
 
-    def _pack(self, lane: Lane, request: SendSlice, *_: object) -> None:
+    def _pack(self, lane: Lane, request: SendSlice) -> None:
         """Pack a slice into its buffer, and send it.
 
         The reader waits for the bytes, so they are sent as zeros if the slice cannot be packed. The
@@ -645,9 +671,7 @@ class Published:
         """
         buffer = request.tag % BUFFERS
         full = lane.buffers[buffer][: request.nbytes]
-        with torch.inference_mode(False), ExitStack() as streams:
-            for fence in lane.fences:
-                streams.enter_context(fence.inside())
+        with torch.inference_mode(False), on_streams(lane.streams):
             if full.device.type != "cpu":
                 current = torch.accelerator.current_stream(full.device.index)
                 full.record_stream(current)
@@ -673,6 +697,11 @@ class Published:
         tensors = self._weights.numbered([number for number, *_ in request.boxes])
         boxes = zip(tensors, request.boxes, strict=True)
         return [part_of(tensor, start, extents) for tensor, (_, start, extents) in boxes]
+
+
+def _log_failure(error: BaseException) -> None:
+    """Log the error of a coroutine of a publication."""
+    _log.error("A publication failed at a request, and goes on.", exc_info=error)
 
 
 def _page(some: Sequence[T]) -> Iterator[T]:
@@ -702,7 +731,8 @@ def publish(
     get the weights by a transport. Readers map host memory only if it was shared before
     (``tensor.share_memory_()``); `Published.why_not_mapped` says why they do not.
 
-    A worker computes the checksums of all tensors now, and again when a pull begins after a change.
+    A helper thread computes the checksums of all tensors now, and again when a pull begins after a
+    change.
 
     Args:
         staging: the most bytes of the staging buffers of one reader that does not map, on either
@@ -723,6 +753,7 @@ prepare(globals())
 # ------------------------------------------------------------------------------------------------
 # A reader's lane to an owner that sends weights: the transport, and the staging buffers here.
 
+PAUSE = 5e-4  # seconds before the first repeat of a request to a busy owner
 _FAREWELL = 0.5  # seconds for the last message of a lane
 _LEAST = 4096  # bytes of a staging buffer, which the owner chooses
 _MOST = 1 << 36
@@ -746,88 +777,78 @@ class Receiver:
     """A lane by which one owner sends weights, and the staging buffers that it fills.
 
     Attributes:
+        turn: one pull at a time uses the lane.
         gone: the lane was released, so another pull needs another.
         tag: of the last slice that the owner has accepted.
-        ended: the number of slices that have ended. If it is less than ``tag`` after a pull, the
-            end of the pull was interrupted, and bytes may still arrive in the buffers.
         why: why the memory is not mapped, and why this transport was chosen.
     """
 
-    def __init__(self, owner: Owner, terms: Terms) -> None:
-        (device, transport, why) = terms
-        described = owner.connect(Connect(owner.id, bytes(16)))
+    transport: Transport
+    lane: TransportLane
+    buffer_bytes: int
+    buffers: list[torch.Tensor]
+
+    def __init__(self, owner: Owner) -> None:
+        self.id = token_bytes(16)
+        self.turn = Limit(runtime())
+        self.gone = False
+        self.tag = 0
+        self.why = ""
+        self._owner = owner.address
+        self._channel = owner.channel
+
+    async def connect(self, owner: Owner, terms: Terms) -> None:
+        """Agree on a transport with the owner, and on the lane."""
+        described = await owner.connect(Connect(owner.id, bytes(16)))
+        device: torch.device = await owner.work(self._choose, described, terms)
+        self.why = f"{described.why or terms.why} ({self.transport.why})"
+        try:
+            request = Connect(owner.id, self.id, self.transport.name, where(device))
+            answer = await owner.connect(request)
+            self.buffer_bytes = _checked(answer, request, owner.address)
+            await owner.work(self._meet, owner, device, terms)
+        except BaseException:  # also a cancellation: no caller has the lane
+            await Work(self.release)
+            raise
+
+    def _choose(self, described: Connected, terms: Terms) -> torch.device:
+        """Choose the transport, and return the device of its buffers."""
+        device = terms.device
         # Another device of the same type: NCCL does not serve two processes on one.
         same = described.device.partition(" ")[0] == device.type
         if not same or described.device == where(device):
             device = _HOST
-        name = forced(transport) or described.transport or None
+        name = forced(terms.transport) or described.transport or None
         try:
             self.transport = choose(device, name)
         except BackendUnavailable:
             device = _HOST
             self.transport = choose(device, name)
-        self.id = token_bytes(16)
-        self._leave = partial(owner.channel.tell, owner.address, Leave(self.id), _FAREWELL)
-        self.gone = False
-        self.tag = 0
-        self.ended = 0
-        self._lock = threading.Lock()
-        # Weak, because the end of a pull may be interrupted.
-        self._user: Callable[[], object] = lambda: None
-        self.why = f"{described.why or why} ({self.transport.why})"
-        try:
-            request = Connect(owner.id, self.id, self.transport.name, where(device))
-            answer = owner.connect(request)
-            self.buffer_bytes = _checked(answer, request, owner.address)
-            channel = cast("Channel", LaneChannel(owner.channel, self.id))
-            self.lane = self.transport.lane(owner.address, channel)
-            self.lane.meet(stop=partial(_is_over, owner))
-            self.buffers = _buffers(self.buffer_bytes, device, terms.device)
-        except BaseException:  # also an interrupt: no caller has the lane
-            self.release()
-            raise
+        return device
 
-    def claim(self, user: object) -> bool:
-        """Let a pull use the lane, unless another pull does; return True if it may."""
-        with self._lock:
-            if self._user() is None:
-                self._user = ref(user)
-            return self._user() is user
-
-    def free(self, user: object) -> None:
-        """Let other pulls use the lane, if this one does."""
-        if self._user() is user:
-            self._user = lambda: None
+    def _meet(self, owner: Owner, device: torch.device, terms: Terms) -> None:
+        """Make the lane, and the staging buffers."""
+        channel = cast("Channel", LaneChannel(owner.channel, self.id))
+        self.lane = self.transport.lane(owner.address, channel)
+        self.lane.meet(stop=lambda: owner.left <= 0.0)
+        self.buffers = _buffers(self.buffer_bytes, device, terms.device)
 
     @property
     def usable(self) -> bool:
-        """Return True if a pull may use the lane, now or after another pull."""
-        in_step = self.tag == self.ended or self._user() is not None
-        return in_step and not self.gone and self.lane.gone is None
+        """Return True if a pull may use the lane."""
+        return not self.gone and self.lane.gone is None
 
     def release(self) -> None:
         """Release the lane on both sides; its slices in flight end with an error."""
-        uninterrupted(self._release)
-
-    def _release(self) -> None:
         if not self.gone:
             self.drop()
             with suppress(PortaKVError):  # the owner may be gone
-                self._leave()
+                self._channel.tell(self._owner, Leave(self.id), _FAREWELL)
 
     def drop(self) -> None:
         """Release the lane here; quick, for the thread that notices the end of a connection."""
         self.gone = True
         self.transport.close(0.0)
-
-
-def _is_over(owner: Owner) -> bool:
-    """Return True if a pull must end."""
-    try:
-        owner.check()
-    except PortaKVError:
-        return True
-    return False
 
 
 def _checked(answer: Connected, request: Connect, address: str) -> int:
@@ -857,10 +878,6 @@ def _buffers(nbytes: int, device: torch.device, tensors: torch.device) -> list[t
 MOST_LISTING = 256 << 20  # the most bytes of an owner's list
 
 
-#: The call that waits for the answer to a request that was sent before.
-Reply: TypeAlias = Callable[[], Weights]
-
-
 class Publication:
     """What this process knows of an owner's weights, and the owner's memory that it has opened."""
 
@@ -881,12 +898,12 @@ class Publication:
         #: A pull compared checksums of whole boxes, so the next may.
         self.compares_whole = False
         # By plan, and the owner's number in it. A plan is of tensors of one description.
-        self._sources = Bounded[tuple[Plan, int], list[torch.Tensor]]("sources of weights", 8)
-        self._connecting = threading.Lock()
+        self.sources = Bounded[tuple[Plan, int], list[torch.Tensor]]("sources of weights", 8)
+        self._connecting = Limit(runtime())
         #: By the device of the reader's tensors, and the transport that the reader forces.
         self._receivers = dict[tuple[torch.device, str | None], Receiver]()
 
-    def sources(
+    def open(
         self, plan: Plan, number: int, tensors: Mapping[str, torch.Tensor]
     ) -> list[torch.Tensor]:
         """Return the sources of an owner's cells of a plan, in memory that is opened if necessary.
@@ -894,13 +911,10 @@ class Publication:
         ``tensors``: the reader's, by name. Raises `PeerError` for a place outside of the owner's
         regions, and `Unsupported` if the memory cannot be mapped.
         """
-
-        def opened() -> list[torch.Tensor]:
-            openers = dict[torch.device, Opener]()
-            cells = [plan.cells[n] for n in plan.numbers[number]]
-            return [self._source(cell, tensors[cell.name], openers) for cell in cells]
-
-        return self._sources.get_or_make((plan, number), opened)
+        openers = dict[torch.device, Opener]()
+        cells = [plan.cells[n] for n in plan.numbers[number]]
+        opened = [self._source(cell, tensors[cell.name], openers) for cell in cells]
+        return self.sources.setdefault((plan, number), opened)
 
     def _source(
         self, cell: Cell, like: torch.Tensor, openers: dict[torch.device, Opener]
@@ -942,27 +956,21 @@ class Publication:
         numbered = tuple((self.numbers[name], box) for name, box in boxes)
         return WantedSums(whole, numbered, places)
 
-    def receiver(self, owner: Owner, terms: Terms) -> Receiver:
+    async def receiver(self, owner: Owner, terms: Terms) -> Receiver:
         """Return the lane by which the owner sends weights to a device; connect at the first call.
 
         Raises `Unsupported` if the owner and this process have no transport.
         """
-        receiver = self._receivers.get(terms[:2])
-        if receiver is not None and receiver.usable:
-            return receiver
-        return uninterrupted(partial(self._connect, owner, terms))
-
-    def _connect(self, owner: Owner, terms: Terms) -> Receiver:
-        """Connect, unless another pull does."""
-        while not self._connecting.acquire(timeout=0.05):
-            owner.check()
+        await owner.turn(self._connecting)
         try:
             receiver = self._receivers.get(terms[:2])
             if receiver is not None and receiver.usable:
                 return receiver
             if receiver is not None:
-                receiver.release()
-            receiver = self._receivers[terms[:2]] = Receiver(owner, terms)
+                await Work(receiver.release)
+            receiver = Receiver(owner)
+            await receiver.connect(owner, terms)
+            self._receivers[terms[:2]] = receiver
             return receiver
         except (Refused, BackendUnavailable, Unsupported) as error:
             reason = f"{terms.why}; and they cannot be sent: {error}"
@@ -996,48 +1004,24 @@ def _forget(key: tuple[bytes, str, bytes]) -> None:
         publication.close()
 
 
-def begin_all(channel: object, tickets: object, timeout: object) -> dict[bytes, Reply]:
-    """Ask the owners whose weights are known here for the begin of a pull, and return what waits
-    for the answers, by tickets.
-
-    The arguments are those of a pull, before they are checked. Asks nothing for wrong ones.
-    """
-    listed = [tickets] if isinstance(tickets, bytes) else tickets
-    timed = timeout is None or (isinstance(timeout, int | float) and timeout > 0)
-    begun = dict[bytes, Reply]()
-    if not (isinstance(channel, Channel) and timed and isinstance(listed, list | tuple)):
-        return begun
-    seconds = min(cast("float", timeout or channel.timeout), channel.timeout)
-    for ticket in {x for x in listed if isinstance(x, bytes)}:
-        decoded = unsealed(ticket, WeightsTicket)
-        known = decoded and publications.get((channel.id, decoded.address, decoded.id))
-        if decoded and known:
-            request = _begin(decoded.id, known)
-            begun[ticket] = channel.begin_to_ask(decoded.address, request, Weights, seconds)
-    return begun
-
-
-def _begin(id: bytes, known: Publication) -> AskWeights:
-    """Return the request at the begin of a pull of weights that are known here."""
-    if known.compares_whole:
-        return AskWeights(id, what="sums", begin=True)
-    return AskWeights(id, len(known.items), begin=True)
-
-
 class Owner:
     """An owner of weights, for one pull that ends at the time ``until``.
 
-    ``begun``: of `begin_all`.
+    Attributes:
+        version: of the weights at the begin of the pull; None before its answer.
+        publication: set by `open`.
+        work: returns work of the pull, which may block.
     """
+
+    publication: Publication
 
     def __init__(
         self,
         channel: Channel,
-        ticket: bytes,
         timeout: float,
         until: float,
-        stopped: Callable[[], bool],
-        begun: Reply | None = None,
+        work: Callable[..., Work[Any]],
+        ticket: bytes,
     ) -> None:
         decoded = unsealed(ticket, WeightsTicket)
         if decoded is None:
@@ -1048,29 +1032,40 @@ class Owner:
         self.channel = channel
         self.timeout = timeout
         self.until = until
+        self.work = work
         self.address = decoded.address
         self.id = decoded.id
         self.version: int | None = None
         self._listed: Sequence[int] = ()  # checksums that came with the answer to the begin
-        self._stopped = stopped
         self._key = channel.id, decoded.address, decoded.id
+
+    async def open(self) -> None:
+        """Begin the pull, and list the weights unless they are known here."""
         known = publications.get(self._key)
         if known is None:
-            self.publication = self._list()
+            self.publication = await self._list()
             return
         self.publication = known
-        self._listed = self.ask(_begin(self.id, known), begun).sums
+        request = AskWeights(self.id, len(known.items), begin=True)
+        if known.compares_whole:
+            request = AskWeights(self.id, what="sums", begin=True)
+        self._listed = (await self.ask(request)).sums
 
-    def _list(self) -> Publication:
+    async def _list(self) -> Publication:
         """Request all items and regions, and keep them until the connection ends."""
         request = AskWeights(self.id, begin=True)
-        pairs = self._all("weights", request, lambda page: page.items)
+        pairs = await self._all("weights", request, lambda page: page.items)
         items = dict(pairs)
         if len(items) < len(pairs):
             raise self._wrong_list("weights", len(pairs), len(pairs))
-        handles = self._all(
+        handles = await self._all(
             "regions", AskWeights(self.id, what="regions"), lambda page: page.regions
         )
+        publication: Publication = await Work(self._keep, items, handles)
+        return publication
+
+    def _keep(self, items: dict[str, Item], handles: list[bytes]) -> Publication:
+        """Keep a publication until the connection ends."""
         # A channel publishes once, so what it published before is gone.
         for key in [key for key in [*publications] if key[:2] == self._key[:2]]:
             if key != self._key:
@@ -1086,7 +1081,7 @@ class Owner:
             raise
         return publication
 
-    def _all(
+    async def _all(
         self,
         what: str,
         request: AskWeights,
@@ -1102,7 +1097,7 @@ class Owner:
         while total is None or len(listed) < total:
             first = len(listed)
             begin = request.begin and not first
-            page = self.ask(AskWeights(request.id, first, what=request.what, begin=begin))
+            page = await self.ask(AskWeights(request.id, first, what=request.what, begin=begin))
             some = of(page)
             listed += some
             nbytes += len(msgpack.encode(page))
@@ -1120,25 +1115,27 @@ class Owner:
             f"another owner."
         )
 
-    def ask(self, request: AskWeights, reply: Reply | None = None) -> Weights:
-        """Return the owner's answer, after the owner has one; raise if its weights changed.
-
-        ``reply``: the request was sent.
-        """
-        pause = 5e-4
+    async def ask(self, request: AskWeights) -> Weights:
+        """Return the owner's answer, after the owner has one; raise if its weights changed."""
+        pause = PAUSE
         while True:
-            self.check()
-            answer = self._in_time(reply) if reply else self.ask_once(request, Weights)
+            answer = await self.ask_once(request, Weights)
             self.judge(answer)
             if answer.state == "held":
                 return answer
-            reply = None
-            self.pause(pause)
-            pause = min(2 * pause, 0.05)
+            pause = await self.pause(pause)
 
-    def pause(self, seconds: float) -> None:
-        """Wait before the next request to a busy owner, but not past the time of the pull."""
-        time.sleep(min(seconds, max(0.0, self.until - time.monotonic())))
+    async def pause(self, seconds: float) -> float:
+        """Wait before the next request to a busy owner, but not past the time of the pull; return
+        the seconds to wait before the request after that."""
+        await Wait(until=min(time.monotonic() + seconds, self.until))
+        return min(2 * seconds, 0.05)
+
+    async def turn(self, limit: Limit, nbytes: int = 0) -> None:
+        """Acquire a place of a limit in the time of the pull."""
+        while not await limit.acquire(nbytes, until=self.until):
+            await Wait(until=self.until)
+            self.check()
 
     def judge(self, answer: Weights) -> None:
         """Raise if an answer says that the weights have changed, or are gone."""
@@ -1157,21 +1154,17 @@ class Owner:
                 f"got other memory. Have its process publish the weights again."
             )
 
-    def ask_once(self, request: Message, kind: type[T]) -> T:
+    async def ask_once(self, request: Message, kind: type[T]) -> T:
         """Return the owner's answer to a message, in the time of the pull; it may be busy."""
-        ask = partial(self.channel.ask, self.address, request, kind, self._left)
-        return self._in_time(ask)
-
-    def _in_time(self, ask: Callable[[], T]) -> T:
-        """Return the result of a request; raise the error of a pull whose time is over."""
+        self.check()
         try:
-            return ask()
+            return await self.channel.answer(self.address, request, kind, self.left)
         except TransferTimeout:
             self.check()  # the better reason, if the time of the pull is over
             raise
 
     @property
-    def _left(self) -> float:
+    def left(self) -> float:
         """Return the seconds in which the owner has to answer."""
         left = max(0.0, self.until - time.monotonic())
         return min(left, self.channel.timeout)
@@ -1183,40 +1176,29 @@ class Owner:
             f"The weights at {self.address} are no longer published; request a new ticket."
         )
 
-    def connect(self, request: Connect) -> Connected:
+    async def connect(self, request: Connect) -> Connected:
         """Return the owner's answer to a request for a lane."""
-        self.check()
-        answer = self.ask_once(request, Connected)
+        answer = await self.ask_once(request, Connected)
         if answer.gone:
             raise self._gone()
         return answer
 
     def check(self) -> None:
-        """Raise the error of a pull that was cancelled or whose time is over."""
-        if self._stopped() or abandoned():
-            raise TransferCancelled("The pull of weights was cancelled. Do not use the weights.")
+        """Raise the error of a pull whose time is over."""
         if time.monotonic() >= self.until:
             raise TransferTimeout(
                 f"The pull of weights from {self.address} timed out after {self.timeout:g} s. Do "
                 f"not use the weights; pull again with a longer timeout."
             )
 
-    def begin_to_confirm(self) -> Callable[[], object]:
-        """Ask whether the weights have changed since they were listed, and return the call that
-        waits for the answer and raises `TransferError` if they have."""
-        self.check()
-        request = AskWeights(self.id, len(self.publication.items))
-        reply = self.channel.begin_to_ask(self.address, request, Weights, self._left)
-        return partial(self.ask, request, reply)
-
-    def confirm(self, again: bool = False) -> None:
+    async def confirm(self, again: bool = False) -> None:
         """Raise `TransferError` if the weights have changed since they were listed.
 
         ``again``: report checksums that differ, so that the owner does not use them again.
         """
-        self.ask(AskWeights(self.id, len(self.publication.items), again=again))
+        await self.ask(AskWeights(self.id, len(self.publication.items), again=again))
 
-    def sums(self, wanted: WantedSums) -> list[int]:
+    async def sums(self, wanted: WantedSums) -> list[int]:
         """Return the owner's checksums of its cells of a plan."""
         self.publication.compares_whole |= wanted.whole
         listed = list[int]()
@@ -1225,10 +1207,10 @@ class Owner:
         elif wanted.whole:
             request = AskWeights(self.id, what="sums")
             total = len(self.publication.boxes)
-            listed = self._all("checksums", request, lambda page: page.sums, total=total)
+            listed = await self._all("checksums", request, lambda page: page.sums, total=total)
         for first in range(0, len(wanted.boxes), MOST_BOXES):
             some = wanted.boxes[first : first + MOST_BOXES]
-            answer = self.ask(AskWeights(self.id, boxes=some)).sums
+            answer = (await self.ask(AskWeights(self.id, boxes=some))).sums
             if len(answer) != len(some):
                 raise PeerError(
                     f"Expected {len(some)} checksums from {self.address}, got {len(answer)}. Do "

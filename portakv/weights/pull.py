@@ -7,49 +7,57 @@ a pull opened stays open for the next pull, until the connection to the owner en
 
 from __future__ import annotations
 
-import os
-import threading
 import time
+from asyncio import CancelledError
 from collections import defaultdict, deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
 from functools import partial
 from math import prod
 from operator import is_, sub
 from time import monotonic
-from typing import Literal, NamedTuple, TypeAlias, cast, overload
+from typing import Any, Literal, NamedTuple, TypeAlias, TypeVar, overload
 from weakref import ref
 
 import torch
 from torch.autograd.graph import increment_version
 
 from portakv.arguments import flag, instance, invalid, items, rate, seconds
-from portakv.errors import PeerError, PortaKVError, TransferError, Unsupported
-from portakv.graph.graph import Graph
-from portakv.graph.task import Task
+from portakv.errors import (
+    PeerError,
+    PortaKVError,
+    TransferCancelled,
+    TransferError,
+    TransferTimeout,
+    Unsupported,
+)
 from portakv.migrate.channel import Channel
 from portakv.migrate.checksum import BoxSums, SummedPart
 from portakv.migrate.figures import WEIGHTS
 from portakv.migrate.messages import carried
 from portakv.migrate.transports import check_transport
 from portakv.migrate.transports.base import Moving
+from portakv.runtime import tracing
 from portakv.runtime.bounded import Bounded
 from portakv.runtime.devices import capturing, inside, refuse_capture
-from portakv.runtime.streams import StreamFence, completion, side_stream
-from portakv.runtime.transfer import Completion, Pending, Transfer
-from portakv.runtime.worker import RateLimit
+from portakv.runtime.interrupts import uninterrupted
+from portakv.runtime.streams import completion, side_stream
+from portakv.runtime.transfer import Completion, Transfer
+from portakv.tasks import Limit, Runtime, Work, runtime
 from portakv.weights.owner import (
     BUFFERS,
     MOST_BOX_BYTES,
     MOST_BOXES_OF_SLICE,
+    PAUSE,
     Owner,
     Receiver,
-    Reply,
     SendSlice,
     Terms,
     Weights,
-    begin_all,
     box_bytes,
+    follower,
+    on_streams,
     packed_bytes,
     unpacked,
 )
@@ -79,192 +87,181 @@ from portakv.weights.plan import (
     tiles_of,
 )
 
+T = TypeVar("T")
+
 # ------------------------------------------------------------------------------------------------
 # The reader's side of pulls of weights through staging buffers.
 
-_LOOK = 0.05  # seconds between two looks at a cancellation
-_TURN = 2e-3  # seconds between two looks at a lane that another pull uses
+_LOOK = 0.05  # seconds between two looks at the end of a pull
 _ASK = 1.0  # seconds without bytes after which a pull requests the version
 STOPPING = 0.5  # seconds for the slices in flight of a pull that has failed
 
 
-class _Slice(NamedTuple):
+@dataclass(eq=False)
+class _Slice:
     """A slice that was requested, and what it is copied to."""
 
     receiver: Receiver
     owner: Owner
+    tag: int
     buffer: torch.Tensor
     moving: Moving
     into: list[torch.Tensor]
-    then: list[Callable[[], object]]  # called after the copies from the buffer
+    then: list[Callable[[], object]] = field(default_factory=list)  # called after the copies
+    copied: bool = False  # on a stream that follows the bytes
 
 
 class Incoming:
     """The slices of one pull, which arrive in the order of the requests.
 
-    Use it as a context manager: no other pull uses its lanes until the end.
+    No other pull uses its lanes between `begin` and `end`.
 
     Args:
         terms: by the numbers of the owners that send weights.
-        owners: of the weights.
-        tensors: the reader's, by name.
     """
 
     def __init__(
-        self,
-        terms: Mapping[int, Terms],
-        owners: Sequence[Owner],
-        tensors: Mapping[str, torch.Tensor],
+        self, request: PullRequest, owners: Sequence[Owner], terms: Mapping[int, Terms]
     ) -> None:
-        self._terms = terms
+        self._request = request
         self._owners = owners
-        self._tensors = tensors
+        self._terms = terms
         self._receivers = dict[int, Receiver]()
         self._in_flight = deque[_Slice]()
-        self._copied = deque[_Slice]()  # copied on a stream that follows the bytes
 
-    def __enter__(self) -> Incoming:
+    async def begin(self) -> None:
         """Wait for each lane. All pulls do so in one order, so no two wait for each other."""
-        try:
-            for number in sorted(self._terms, key=self._order):
-                self._receivers[number] = self._claimed(number)
-        except BaseException:
-            self.__exit__()
-            raise
-        return self
+        for number in sorted(self._terms, key=self._order):
+            owner = self._owners[number]
+            while number not in self._receivers:
+                receiver = await owner.publication.receiver(owner, self._terms[number])
+                await owner.turn(receiver.turn)
+                if receiver.usable:
+                    self._receivers[number] = receiver
+                else:  # another pull has left it closed
+                    receiver.turn.release()
 
     def _order(self, number: int) -> tuple[str, bytes, str]:
         owner = self._owners[number]
         return owner.address, owner.id, str(self._terms[number].device)
 
-    def _claimed(self, number: int) -> Receiver:
-        """Return the lane to an owner, after another pull has left it."""
-        owner = self._owners[number]
-        while True:
-            receiver = owner.publication.receiver(owner, self._terms[number])
-            if receiver.claim(self):
-                if receiver.usable and receiver.tag == receiver.ended:
-                    return receiver
-                receiver.free(self)  # another pull has left it closed, or out of step
-                receiver.release()
-            owner.check()
-            owner.pause(_TURN)
-
-    def request(self, number: int, cells: Sequence[Cell]) -> None:
+    async def request(self, number: int, cells: Sequence[Cell]) -> None:
         """Request cells of an owner, in as many slices as they need."""
         owner = self._owners[number]
         receiver = self._receivers[number]
-        itemsizes = [self._tensors[cell.name].itemsize for cell in cells]
-        for some, nbytes in slices(cells, itemsizes, receiver.buffer_bytes):
-            numbers = owner.publication.numbers
-            boxes = tuple((numbers[x.name], x.src, x.box.extents) for x in some)
-            into = [part_of(self._tensors[x.name], x.box.start, x.box.extents) for x in some]
-            buffer = self._buffer(receiver)
-            with torch.inference_mode(False):
-                buffer = buffer[:nbytes]
-            request = SendSlice(owner.id, receiver.id, receiver.tag + 1, nbytes, boxes)
-            answer, moving = self._accepted(owner, receiver, request, buffer)
-            self._in_flight.append(_Slice(receiver, owner, buffer, moving, into, []))
-            owner.judge(answer)  # only now, because the owner sends the slice in any case
+        itemsizes = [self._request.tensors[cell.name].itemsize for cell in cells]
+        parts: list[tuple[list[Cell], int]] = await Work(
+            list, slices(cells, itemsizes, receiver.buffer_bytes)
+        )
+        for some, nbytes in parts:
+            tag = receiver.tag + 1
+            await self._empty(receiver, tag)
+            pause = PAUSE
+            while receiver.tag != tag:
+                owner.check()
+                answer = await self._request.work(self._send, number, some, tag, nbytes)
+                owner.judge(answer)
+                if answer.state != "held":
+                    pause = await owner.pause(pause)
 
-    def _accepted(
-        self, owner: Owner, receiver: Receiver, request: SendSlice, buffer: torch.Tensor
-    ) -> tuple[Weights, Moving]:
-        """Return the owner's answer after it has accepted a request, and the transfer of its bytes
-        into a buffer."""
-        pause = 5e-4
-        while True:
-            owner.check()
-            try:
-                answer = owner.ask_once(request, Weights)
-                if answer.state == "held":
-                    receiver.tag = request.tag
-                    return answer, receiver.lane.move(buffer, request.tag)
-            except BaseException:  # the owner may send the slice, which the next would take
-                receiver.release()
-                raise
-            owner.judge(answer)
-            owner.pause(pause)
-            pause = min(2 * pause, 0.05)
+    def _send(self, number: int, cells: Sequence[Cell], tag: int, nbytes: int) -> Weights:
+        """Request a slice, and have the lane receive it. No cancellation comes between the two."""
+        owner = self._owners[number]
+        receiver = self._receivers[number]
+        tensors = self._request.tensors
+        numbers = owner.publication.numbers
+        boxes = tuple((numbers[x.name], x.src, x.box.extents) for x in cells)
+        request = SendSlice(owner.id, receiver.id, tag, nbytes, boxes)
+        into = [part_of(tensors[x.name], x.box.start, x.box.extents) for x in cells]
+        with torch.inference_mode(False):
+            buffer = receiver.buffers[tag % BUFFERS][:nbytes]
+        try:
+            answer = owner.channel.ask(owner.address, request, Weights, owner.left)
+            if answer.state == "held":
+                moving = receiver.lane.move(buffer, tag)
+                receiver.tag = tag
+                self._in_flight.append(_Slice(receiver, owner, tag, buffer, moving, into))
+            return answer
+        except BaseException as error:  # the owner may send the slice, which the next would take
+            receiver.release()
+            if isinstance(error, TransferTimeout):
+                owner.check()  # the better reason, if the time of the pull is over
+            raise
 
     def then(self, call: Callable[[], object]) -> None:
         """Call ``call`` after the copies of all slices that were requested until now."""
-        if self._in_flight:
+        if self._in_flight and not self._in_flight[-1].copied:
             self._in_flight[-1].then.append(call)
         else:
             call()
 
-    def finish(self) -> None:
+    async def finish(self) -> None:
         """Copy all slices, and wait until their bytes have landed. Raises the error of a slice."""
+        for each in [*self._in_flight]:
+            await self._copy(each)
         while self._in_flight:
-            self._land()
-        while self._copied:
-            self._settle()
+            await self._settle()
 
-    def __exit__(self, *_: object) -> None:
+    async def end(self) -> None:
         """Leave all lanes; release those whose slices do not arrive any more."""
+        try:
+            if self._receivers:
+                await self._request.work(self._leave)
+        finally:
+            for receiver in self._receivers.values():
+                receiver.turn.release()
+
+    def _leave(self) -> None:
+        """Wait for the slices in flight, and until no copy reads a staging buffer: the next pull of
+        a lane has another stream. No cancellation cuts this short."""
         until = monotonic() + STOPPING
-        for each in [*self._copied, *self._in_flight]:
+        for each in self._in_flight:
             if not each.moving.free.wait(max(0.0, until - monotonic())) or each.moving.error:
                 each.receiver.release()
-            each.receiver.ended += 1
-        self._copied.clear()
-        self._in_flight.clear()
-        self._wait_for_copies()
-        for receiver in self._receivers.values():
-            receiver.free(self)
-
-    def _wait_for_copies(self) -> None:
-        """Wait until no copy reads a staging buffer: the next pull of a lane has another stream."""
         buffers = [each for receiver in self._receivers.values() for each in receiver.buffers]
         for device in {each.device for each in buffers if not each.is_cpu}:
             torch.accelerator.current_stream(device.index).synchronize()
 
-    def _buffer(self, receiver: Receiver) -> torch.Tensor:
-        """Return the next staging buffer of a lane, after its last bytes were copied."""
-        buffer = receiver.buffers[(receiver.tag + 1) % BUFFERS]
-        while any(_same(each.buffer, buffer) for each in self._in_flight):
-            self._land()
-        while any(_same(each.buffer, buffer) for each in self._copied):
-            self._settle()
-        return buffer
+    async def _empty(self, receiver: Receiver, tag: int) -> None:
+        """Wait until the bytes that lay in the staging buffer of a slice before were copied."""
+        before = receiver, tag - BUFFERS
+        while before in [(each.receiver, each.tag) for each in self._in_flight]:
+            await self._settle()
 
-    def _land(self) -> None:
-        """Copy the oldest slice from its staging buffer, after its bytes."""
+    async def _settle(self) -> None:
+        """Wait until the oldest slice was copied and has landed, and no library touches it."""
         oldest = self._in_flight[0]
-        _await(oldest, oldest.moving.follow)
+        await self._copy(oldest)
+        await self._await(oldest, oldest.moving.wait)
+        await self._await(oldest, oldest.moving.free.wait)
         self._in_flight.popleft()
-        self._copied.append(oldest)
-        device = oldest.buffer.device
-        if device.type != "cpu":
-            oldest.buffer.record_stream(torch.accelerator.current_stream(device.index))
-        packed = unpacked(oldest.buffer, [(each.dtype, each.shape) for each in oldest.into])
-        copy_pairs([*zip(oldest.into, packed, strict=True)])
-        for call in oldest.then:
-            call()
 
-    def _settle(self) -> None:
-        """Wait until the oldest slice that was copied has landed, and no library touches it."""
-        oldest = self._copied[0]
-        _await(oldest, oldest.moving.wait)
-        _await(oldest, oldest.moving.free.wait)
-        self._copied.popleft()
-        oldest.receiver.ended += 1
+    async def _copy(self, slice: _Slice) -> None:
+        """Copy a slice from its staging buffer after its bytes, unless it was copied."""
+        if not slice.copied:
+            await self._await(slice, slice.moving.follow)
+            slice.copied = True
+            await self._request.work(_unpack, slice)
 
-
-def _await(slice: _Slice, ended: Callable[[float], bool]) -> None:
-    """Wait for the bytes of a slice, as long as the pull may and the weights stay."""
-    last = monotonic()
-    while not ended(_LOOK):
-        slice.owner.check()
-        if monotonic() - last > _ASK:
-            slice.owner.confirm()
-            last = monotonic()
+    async def _await(self, slice: _Slice, ended: Callable[[float], bool]) -> None:
+        """Wait for the bytes of a slice, as long as the pull may and the weights stay."""
+        last = monotonic()
+        while not await self._request.work(ended, _LOOK):
+            slice.owner.check()
+            if monotonic() - last > _ASK:
+                await slice.owner.confirm()
+                last = monotonic()
 
 
-def _same(one: torch.Tensor, other: torch.Tensor) -> bool:
-    """Return True if two parts of staging buffers begin at one address."""
-    return one.data_ptr() == other.data_ptr()
+def _unpack(slice: _Slice) -> None:
+    """Copy a slice from its staging buffer, and make the calls that come after the copies."""
+    device = slice.buffer.device
+    if device.type != "cpu":
+        slice.buffer.record_stream(torch.accelerator.current_stream(device.index))
+    packed = unpacked(slice.buffer, [(each.dtype, each.shape) for each in slice.into])
+    copy_pairs([*zip(slice.into, packed, strict=True)])
+    for call in slice.then:
+        call()
 
 
 def slices(
@@ -306,9 +303,6 @@ class Copies:
 
     The bytes come from the memory of owners or, if it cannot be mapped, through staging buffers.
 
-    Raises `PeerError` if an owner's memory does not fit, and `Unsupported` if it can neither be
-    mapped nor sent.
-
     Attributes:
         owners: of the weights.
         plan: of the pull.
@@ -317,6 +311,7 @@ class Copies:
     def __init__(self, request: PullRequest, owners: Sequence[Owner], plan: Plan) -> None:
         self.owners = owners
         self.plan = plan
+        self._request = request
         self._tensors = request.tensors
         self._devices = request.devices
         self._tiled = any(map(tiled_on, request.devices))
@@ -326,54 +321,64 @@ class Copies:
         # The ends of the batches in flight; streams that compute checksums after a batch's copy.
         self._in_flight = deque[list[Completion]]()
         self._streams = dict[torch.device, torch.Stream]()
-        for number, owner in enumerate(owners):
-            cells = plan.numbers[number]
+        self.incoming = Incoming(request, owners, self._terms)
+
+    async def open(self) -> None:
+        """Map the memory of each owner, or connect to an owner that sends its weights.
+
+        Raises `PeerError` if an owner's memory does not fit, and `Unsupported` if it can neither be
+        mapped nor sent.
+        """
+        for number, owner in enumerate(self.owners):
+            cells = self.plan.numbers[number]
+            known = owner.publication
             try:
-                opened = owner.publication.sources(plan, number, request.tensors)
+                opened = known.sources.get((self.plan, number)) or await self._request.work(
+                    known.open, self.plan, number, self._tensors
+                )
                 self._sources.update(zip(cells, opened, strict=True))
             except Unsupported as error:
-                terms = Terms(self._device(cells), request.transport, str(error))
+                terms = Terms(self._device(cells), self._request.transport, str(error))
                 self._terms[number] = terms
-                owner.publication.receiver(owner, terms)
+                await known.receiver(owner, terms)
 
     def _device(self, cells: Sequence[int]) -> torch.device:
         """Return the device of all tensors of these cells, or the host."""
         devices = {self._tensors[self.plan.cells[n].name].device for n in cells}
         return devices.pop() if len(devices) == 1 else torch.device("cpu")
 
-    def explain(self) -> list[str]:
-        """Return for each owner how its weights cross, and why."""
+    async def explain(self) -> str:
+        """Return a line for each owner: how its weights cross, and why."""
         lines = list[str]()
         for number, owner in enumerate(self.owners):
             how = "its memory is mapped"
             if number in self._terms:
-                receiver = owner.publication.receiver(owner, self._terms[number])
+                receiver = await owner.publication.receiver(owner, self._terms[number])
                 how = f"{receiver.transport.name} sends it through staging buffers: {receiver.why}"
             lines.append(f"{owner.address}: {how}.")
-        return lines
+        return "\n".join(lines)
 
-    def incoming(self) -> Incoming:
-        """Return the slices that owners send, a context in which `copy` may be called."""
-        return Incoming(self._terms, self.owners, self._tensors)
-
-    def copy(self, batch: Batch, incoming: Incoming) -> None:
+    async def copy(self, batch: Batch) -> None:
         """Copy a batch. The copies and their checksums may be in flight afterwards."""
-        pairs = list[Pair]()
-        wanted = defaultdict[int, list[Cell]](list)
+        sent = defaultdict[int, list[Cell]](list)
+        for piece in batch.pieces if self._terms else ():
+            if piece.copied and piece.cell.owner in self._terms:
+                sent[piece.cell.owner].append(piece.cell)
+        for number, some in sent.items():
+            await self.incoming.request(number, some)
+        await self._request.work(self._copy_mapped, batch)
+
+    def _copy_mapped(self, batch: Batch) -> None:
+        """Copy the pieces of a batch that lie in mapped memory; compare it after its slices."""
         # With owners that send, tiles of the mapped ones would be a plan for each mixture.
         rest = batch.pieces if self._terms else self._copy_tiles(batch)
-        for piece in rest:
-            owner = piece.cell.owner
-            if not piece.copied:
-                continue
-            if owner in self._terms:
-                wanted[owner].append(piece.cell)
-            else:
-                pairs.append(self._pair(piece))
-        for number, some in wanted.items():
-            incoming.request(number, some)
+        pairs = [
+            self._pair(piece)
+            for piece in rest
+            if piece.copied and piece.cell.owner not in self._terms
+        ]
         copy_pairs(pairs)
-        incoming.then(partial(self._compare, batch))
+        self.incoming.then(partial(self._compare, batch))
 
     def _pair(self, piece: Piece) -> Pair:
         """Return what a piece writes, and what it reads."""
@@ -521,7 +526,7 @@ class PullRequest:
         plans: the plans of pulls into tensors with these facts.
         until: the time at which the pull ends.
         batch: the bytes of a batch.
-        begun: of `begin_all`.
+        began: the beginning of the pull's span.
     """
 
     def __init__(
@@ -533,6 +538,7 @@ class PullRequest:
         max_gbps: float | None,
         timeout: float | None,
         transport: str | None,
+        wait: bool = True,
     ) -> None:
         self.timeout = seconds("timeout", timeout, above=True, optional=True)
         self.until = time.monotonic() + self.timeout
@@ -547,9 +553,24 @@ class PullRequest:
         check_transport(transport, device)
         self.transport = transport
         self.tickets = _check_tickets(tickets)
-        self.begun = dict[bytes, Reply]()
         on_host = any(device.type == "cpu" for device in self.devices)
         self.batch = _PACED if self.rate or on_host else _BATCH
+        self.wait = flag("wait", wait)
+        self.began = tracing.begin()
+        devices = [device for device in self.devices if device.type != "cpu"]
+        streams = [torch.accelerator.current_stream(device.index) for device in devices]
+        #: The caller's, or private ones if the caller does not wait.
+        self._streams = streams if self.wait else [follower(device) for device in devices]
+
+    def work(self, call: Callable[..., T], *arguments: object) -> Work[T]:
+        """Return work of the pull, for which the pull's streams are current."""
+        if self._streams:
+            return Work(self._on_streams, partial(call, *arguments))
+        return Work(call, *arguments)
+
+    def _on_streams(self, call: Callable[[], T]) -> T:
+        with on_streams(self._streams):
+            return call()
 
 
 def _checked_destinations(
@@ -581,61 +602,56 @@ def _checked_destinations(
     return parameters, tensors_of(parameters), plans
 
 
-def opened(request: PullRequest, stopped: Callable[[], bool] = bool) -> Copies:
-    """Return the copies of a pull, for which all owners are open."""
-    owners = [
-        Owner(
-            request.channel,
-            ticket,
-            request.timeout,
-            request.until,
-            stopped,
-            request.begun.pop(ticket, None),
-        )
-        for ticket in request.tickets
-    ]
-    # By the facts of both sides.
-    digests = tuple(owner.publication.digest for owner in owners)
-    planned = request.plans.get_or_make(
-        (digests, request.some, request.batch), lambda: _make_plan(request, owners)
-    )
-    return Copies(request, owners, planned)
+async def pull(request: PullRequest) -> int:
+    """Pull weights, and return the bytes.
 
+    The caller's thread runs this coroutine. With ``wait=False`` the loop runs it, and helpers do
+    what blocks. The steps:
 
-def pull(request: PullRequest, stopped: Callable[[], bool]) -> int:
-    """Pull weights in this thread, and return the bytes."""
-    copies = opened(request, stopped)
+    - `opened`: all owners begin together. Each names the version of its weights, and lists what is
+      not known here. Memory is mapped, or an owner that sends its weights is connected.
+    - `Incoming.begin`: wait for the lanes of owners that send, in one order for all pulls.
+    - `Copies.copy`, for each batch at its rate: request slices, copy what is mapped, and begin the
+      checksums.
+    - `Incoming.finish` and `end`: copy the last slices, and leave the lanes in step or released.
+    - `Owner.sums` and `Owner.confirm`: request checksums while the devices copy, and ask each owner
+      after the last byte if its weights have changed.
+    - Compare the checksums; the error names each parameter whose checksums differ.
+    """
+    copies = await opened(request)
     planned = copies.plan
     owners = copies.owners
-    pace = RateLimit(request.rate) if request.rate else None
+    incoming = copies.incoming
+    pace = Limit(runtime(), gbps=request.rate)
     try:
-        with copies.incoming() as incoming:
+        try:
+            await incoming.begin()
             for batch in planned.batches:
-                owner = owners[batch.pieces[0].cell.owner]
-                _wait_for_turn(pace, batch.nbytes, owner)
-                copies.copy(batch, incoming)
-            incoming.finish()
+                await owners[batch.pieces[0].cell.owner].turn(pace, batch.nbytes)
+                pace.release()
+                await copies.copy(batch)
+            await incoming.finish()
+        finally:
+            await incoming.end()
         # While the devices copy. A change that comes after the answers is noticed at the end.
-        answers = [owner.sums(sums) for owner, sums in zip(owners, planned.sums, strict=True)]
-        copies.wait_for_bytes()
+        answers = [await owner.sums(sums) for owner, sums in zip(owners, planned.sums, strict=True)]
+        await request.work(copies.wait_for_bytes)
         # Nothing is read there any more. The last checksums are computed while the owners answer.
-        confirmations = [owner.begin_to_confirm() for owner in owners]
-        here = copies.sums(len(planned.cells))
-    except PeerError:
-        for owner in owners:
-            owner.confirm()  # the end of a publication is the better reason
+        await _together([owner.confirm() for owner in owners])
+        here = await request.work(copies.sums, len(planned.cells))
+    except BaseException as error:
+        await request.work(copies.synchronize)
+        if isinstance(error, PeerError):
+            for owner in owners:
+                await owner.confirm()  # the end of a publication is the better reason
         raise
-    finally:
-        copies.synchronize()
 
     wrong = list[str]()
     for numbers, there, owner in zip(planned.numbers, answers, owners, strict=True):
         if there != [here[n] for n in numbers]:
             differs = [n for n, sum in zip(numbers, there, strict=True) if here[n] != sum]
             wrong += [planned.cells[n].name for n in differs]
-            owner.confirm(again=True)
-    for confirm in confirmations:
-        confirm()
+            await owner.confirm(again=True)
     if wrong:
         names = ", ".join(dict.fromkeys(wrong))
         raise TransferError(
@@ -643,6 +659,32 @@ def pull(request: PullRequest, stopped: Callable[[], bool]) -> int:
             f"{names}. Do not use any of the weights; pull again."
         )
     return planned.nbytes
+
+
+async def _together(coroutines: Sequence[Coroutine[Any, Any, None]]) -> None:
+    """Run coroutines at the same time: the first one here, and the others in the loop."""
+    first, *others = coroutines
+    started = [runtime().start(each) for each in others]
+    await first
+    for each in started:
+        await each
+
+
+async def opened(request: PullRequest) -> Copies:
+    """Return the copies of a pull, for which all owners are open."""
+    terms = request.channel, request.timeout, request.until, request.work
+    owners = [Owner(*terms, ticket) for ticket in request.tickets]
+    await _together([owner.open() for owner in owners])
+    # By the facts of both sides.
+    digests = tuple(owner.publication.digest for owner in owners)
+    key = digests, request.some, request.batch
+    planned = request.plans.get(key)
+    if planned is None:
+        made = await request.work(_make_plan, request, owners)
+        planned = request.plans.setdefault(key, made)
+    copies = Copies(request, owners, planned)
+    await copies.open()
+    return copies
 
 
 def _make_plan(request: PullRequest, owners: Sequence[Owner]) -> Plan:
@@ -666,20 +708,21 @@ def _check_tickets(tickets: bytes | Sequence[bytes]) -> Sequence[bytes]:
     return [carried(f"tickets[{number}]", one, do) for number, one in enumerate(tickets)]
 
 
-def _wait_for_turn(pace: RateLimit | None, nbytes: int, owner: Owner) -> None:
-    """Wait until the rate allows so many bytes; raise `TransferTimeout` after the pull's time."""
-    if pace:
-        start = pace.start_of(nbytes)
-        while (wait := pace.left(start)) > 0.0:
-            owner.check()
-            time.sleep(min(wait, 0.1, max(0.0, owner.until - time.monotonic())))
-    owner.check()
+_AT_ONCE = 4  # pulls at the same time whose callers do not wait
+
+#: The turns of these pulls, by runtime; a forked process has another.
+_turns: Bounded[Runtime, Limit] = Bounded("turns of pulls of weights", 1)
 
 
-_WORKERS = 4  # pulls at the same time whose callers do not wait
-
-# The graph whose workers run pulls; a forked process makes another.
-_graphs: Bounded[int, Graph] = Bounded("graphs of pulls of weights", 1)
+async def _in_turn(request: PullRequest) -> int:
+    """Pull weights after earlier pulls whose callers do not wait."""
+    here = runtime()
+    turn = _turns.get_or_make(here, partial(Limit, here, _AT_ONCE))
+    await turn.acquire()
+    try:
+        return await WEIGHTS.pull(request.began, pull, request)
+    finally:
+        turn.release()
 
 
 class WeightsPull(Transfer):
@@ -690,55 +733,40 @@ class WeightsPull(Transfer):
     """
 
     def __init__(self, request: PullRequest) -> None:
-        fences = [StreamFence(device) for device in request.devices]
-        self._stopped = threading.Event()
-        self._result = list[int]()
-        result = self._result
-        stopped = self._stopped
-        graph = _graphs.get_or_make(os.getpid(), Graph)
-
-        def ends() -> bool:
-            """Return True for a cancelled pull, and at the end of the process."""
-            return stopped.is_set() or graph.closed.is_set()
-
-        def work(*_: object) -> None:
-            with ExitStack() as stack:
-                for fence in fences:
-                    stack.enter_context(fence.inside())
-                result.append(WEIGHTS.pull(partial(pull, request, ends)))
-
-        self._task = Task(work, 1, queue=graph.queue("weights", _WORKERS), name="pull")
-        super().__init__([Completion(pendings=cast("tuple[Pending, ...]", (self._task,)))])
-        try:
-            graph.submit([self._task])
-        except BaseException:  # the caller does not get the handle of the pull
-            stopped.set()
-            raise
+        self._cancelled = False
+        self._pull = uninterrupted(
+            lambda: runtime().start(_in_turn(request)), undo=lambda handle: handle.cancel()
+        )
+        super().__init__([Completion(pendings=(self._pull,))])
 
     @property
     def nbytes(self) -> int:
         """Return the bytes that were pulled; 0 before the end and after an error."""
-        return sum(self._result)
+        return self._pull.value or 0
 
     @property
     def ended(self) -> bool:
         """Return True if the pull has ended, with or without an error; never block or raise."""
-        return self._task.ended
+        return self._pull.ended
 
     @property
     def error(self) -> PortaKVError | None:
         """Return the error of a pull that has ended; never block or raise."""
-        error = self._task.error if self._task.ended else None
+        error = self._pull.error
         if error is None or isinstance(error, PortaKVError):
             return error
+        if isinstance(error, CancelledError):
+            return TransferCancelled("The pull of weights was cancelled. Do not use the weights.")
         failure = TransferError(f"The pull of weights failed: {error!r}.")
         failure.__cause__ = error
         return failure
 
     def cancel(self) -> bool:
         """Copy no further batch; return False if the pull has ended."""
-        self._stopped.set()
-        return not self._task.ended
+        if self._cancelled:  # a second time would end the first one's clean-up
+            return not self.ended
+        self._cancelled = True
+        return self._pull.cancel()
 
     def wait(self, stream: torch.Stream | None = None) -> None:
         """Block the host, because no stream orders the checksums. Raises as `done`."""
@@ -747,7 +775,7 @@ class WeightsPull(Transfer):
 
     def _finish(self) -> None:
         super()._finish()
-        if not self._task.ended:
+        if not self.ended:
             raise TransferError(
                 "The pull runs in the process that this one was forked from. Wait for it there."
             )
@@ -811,12 +839,9 @@ def pull_weights(
     `TransferTimeout`, `Unsupported` if an owner's memory can neither be mapped nor sent,
     `TransferError` if weights changed meanwhile, or with the names whose checksums differ.
     """
-    # While the arguments are checked.
-    replies = begin_all(channel, tickets, timeout) if wait is True else {}
-    request = PullRequest(channel, tickets, parameters, some, max_gbps, timeout, transport)
-    if flag("wait", wait):
-        request.begun = replies
-        return WEIGHTS.pull(partial(pull, request, bool))
+    request = PullRequest(channel, tickets, parameters, some, max_gbps, timeout, transport, wait)
+    if request.wait:
+        return runtime().run(WEIGHTS.pull, request.began, pull, request)
     return WeightsPull(request)
 
 
@@ -836,4 +861,9 @@ def prepare_weights(
     arguments, and raises the errors, of `pull_weights`.
     """
     request = PullRequest(channel, tickets, parameters, some, None, timeout, transport)
-    return "\n".join(opened(request).explain())
+    return runtime().run(_explained, request)
+
+
+async def _explained(request: PullRequest) -> str:
+    copies = await opened(request)
+    return await copies.explain()

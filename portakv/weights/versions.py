@@ -13,10 +13,13 @@ import torch
 from msgspec import msgpack
 
 from portakv.errors import LayoutError
-from portakv.graph.graph import Graph
-from portakv.migrate.checksum import Later, box_checksums
+from portakv.migrate.checksum import box_checksums
 from portakv.runtime.bounded import Bounded
+from portakv.tasks import Limit, TaskGroup, Work, runtime
 from portakv.weights.parameters import Box, Item, Parameter, forms_of, part_of
+
+#: How often the checksums were forgotten, the version, and the encoded boxes; all boxes: none.
+_Key = tuple[int, int, bytes]
 
 _version_of: Callable[[torch.Tensor], int] = attrgetter("_version")
 
@@ -78,42 +81,64 @@ class Versioned:
             raise LayoutError(what) from None
 
 
+#: Computations that a publication begins while others run.
+_MOST = 256
+
+
 class Checksums:
-    """The checksums of published weights, computed once for each version by a worker.
+    """The checksums of published weights, computed once for each version by helpers.
 
     One thread at a time calls it.
+
+    Args:
+        tasks: of the publication.
     """
 
-    def __init__(self, weights: Versioned, graph: Graph) -> None:
+    def __init__(self, weights: Versioned, tasks: TaskGroup) -> None:
         self._weights = weights
-        # A part of each result's key: what a worker began before `forget` is not used after it.
+        self._tasks = tasks
+        self._turn = Limit(runtime())  # one computation at a time
+        # A part of each result's key: what a helper began before `forget` is not used after it.
         self._forgotten = 0
-        self._later = Later[list[int]]("checksums of weights", graph.queue("weights"))
-        self._known = Bounded[tuple[int, int, bytes], list[int]]("known checksums of weights", 256)
+        # Empty while a helper computes them, and if the weights have changed meanwhile.
+        self._known = Bounded[_Key, list[int] | Exception]("known checksums of weights", _MOST)
 
     def all(self, version: int) -> list[int] | None:
-        """Return the checksums of all boxes of all items; None: a worker computes them.
+        """Return the checksums of all boxes of all items; None: a helper computes them.
 
-        Raises the worker's error.
+        Raises the error of the computation.
         """
         return self._of(version, b"", partial(self._compute, version))
 
     def of(self, numbered: Sequence[tuple[int, Box]], version: int) -> list[int] | None:
-        """Return the checksums of boxes of numbered items; None: a worker computes them.
+        """Return the checksums of boxes of numbered items; None: a helper computes them.
 
-        Raises the worker's error, and `LayoutError` for a wrong number.
+        Raises the error of the computation, and `LayoutError` for a wrong number.
         """
         tensors = self._weights.numbered(number for number, _ in numbered)
         boxes = [(tensor, box) for tensor, (_, box) in zip(tensors, numbered, strict=True)]
         return self._of(version, msgpack.encode(numbered), partial(checksums, boxes))
 
     def _of(self, version: int, name: bytes, make: Callable[[], list[int]]) -> list[int] | None:
-        """Return checksums that ``make`` computes in a worker; None: they are not there yet."""
+        """Return checksums that ``make`` computes in a helper; None: they are not there yet."""
         key = self._forgotten, version, name
-        sums = self._known.get(key) or self._later.answer(key, make)
-        if sums:
-            self._known[key] = sums
+        if key not in self._known and len(self._tasks) < _MOST:
+            self._known[key] = []
+            self._tasks.start(self._make(key, make))
+        sums = self._known.get(key)
+        if isinstance(sums, Exception):
+            del self._known[key]
+            raise sums
         return sums or None
+
+    async def _make(self, key: _Key, make: Callable[[], list[int]]) -> None:
+        await self._turn.acquire()
+        try:
+            self._known[key] = await Work(make)
+        except Exception as error:  # whoever requested them gets it
+            self._known[key] = error
+        finally:
+            self._turn.release()
 
     def _compute(self, version: int) -> list[int]:
         """Return all checksums, each memory's computed once; none if no pull can use them."""

@@ -4,7 +4,8 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import pytest
@@ -83,11 +84,12 @@ class Held:
         self.queue.change = self.change = Counted(graph.lock)
         self.going = set[str]()
         self.end = dict[str, threading.Event]()
-        graph.submit([Task(nothing, 1, queue=self.queue) for _ in range(WIDTH)])
+        begun = threading.Barrier(WIDTH)
+        graph.submit([Task(lambda *_: begun.wait(WAIT), 1, queue=self.queue) for _ in range(WIDTH)])
         assert until(lambda: not graph.live, WAIT)
         assert len(self.queue.threads) == WIDTH
 
-    def submit(self, name: str, alone: bool = False, after: Sequence[Task] = ()) -> Task:
+    def submit(self, name: str, alone: bool = False, after: Task | None = None) -> Task:
         """Submit a background task that is held."""
         end = self.end[name] = threading.Event()
 
@@ -95,9 +97,20 @@ class Held:
             self.going.add(name)
             assert end.wait(2 * WAIT)  # longer than a test waits for another task
 
-        task = Task(work, 1, queue=self.queue, after=after, name=name)
+        task = Task(work, 1, queue=self.queue, name=name)
         task.alone = alone
-        self.graph.submit([task], priority="background")
+
+        async def follow(before: Task) -> None:
+            await self.graph.move(task, (await before).landed)
+
+        def begin(before: Task) -> None:
+            self.graph.enter([task], "background")
+            self.graph.start(follow(before))
+
+        if after is not None:
+            self.graph.run(partial(begin, after))
+        else:
+            self.graph.submit([task], priority="background")
         return task
 
     def sleeping(self, workers: int) -> bool:
@@ -134,7 +147,7 @@ def test_the_end_of_a_task_that_ran_alone_starts_both_kinds(held: Held) -> None:
     first = held.submit("first", alone=True)
     assert held.runs("first")
     held.submit("second", alone=True)
-    held.submit("follower", after=[first])
+    held.submit("follower", after=first)
     assert held.sleeping(WIDTH - 1), "no other worker is about to look at the heaps"
     held.end["first"].set()
     assert held.runs("second", "follower")
@@ -164,7 +177,7 @@ def test_a_former_entry_of_a_task_holds_up_nothing(held: Held, graph: Graph, how
     if how == "cancelled":
         assert graph.cancel(second)
     else:
-        graph.submit([Task(None, 1, after=[second])], priority="urgent")
+        graph.run(lambda: graph.hasten(second, 0.0))
         assert held.runs("second")
     held.submit("other")
     assert held.runs("other")

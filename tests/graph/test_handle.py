@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from support.graph_ends import end_of
 from support.waits import LIMIT
 
 from portakv.errors import TransferCancelled, TransferError, TransferTimeout
@@ -30,11 +31,10 @@ def graph() -> Iterator[Graph]:
 
 
 def submitted(graph: Graph, work: Any, blocks: int = 3, **terms: Any) -> Handle:
-    """Return the handle of one task and its barrier."""
+    """Return the handle of one task."""
     task = Task(work, blocks, queue=graph.queue("disk"))
-    gate = Task(None, blocks, after=[task])
-    graph.submit([task, gate], priority="urgent")
-    return Handle(graph, gate, **terms)
+    graph.submit([task], priority="urgent")
+    return Handle(graph, end_of(graph, [task], blocks), **terms)
 
 
 def test_all_landed(graph: Graph) -> None:
@@ -71,19 +71,26 @@ def test_a_save_names_the_first_tier_that_did_not_take_all(graph: Graph) -> None
         Task(partial(lambda n, _, mask: mask & (np.arange(3) < n), n), 3, queue=graph.queue(name))
         for name, n in (("disk:/a", 3), ("disk:/b", 2), ("remote", 0))
     )
-    gate = Task(None, 3, after=[takes, half, none], name="save")
-    graph.submit([takes, half, none, gate])
+    graph.submit([takes, half, none])
+    end = end_of(graph, [takes, half, none], 3, "save")
     with pytest.raises(TransferError, match=r"^0 of 3 blocks landed\. disk:/b did not") as error:
-        Handle(graph, gate).synchronize()
+        Handle(graph, end).synchronize()
     assert "skip" not in str(error.value)
 
 
 def test_a_save_that_fails_names_its_cause(graph: Graph) -> None:
     work = Task(lambda task, mask: 1 // 0, 3, queue=graph.queue("disk"))
-    gate = Task(None, 3, after=[work], name="save")
-    graph.submit([work, gate])
+    graph.submit([work])
     with pytest.raises(TransferError, match=r"^0 of 3 blocks landed\. ZeroDivisionError"):
-        Handle(graph, gate).synchronize()
+        Handle(graph, end_of(graph, [work], 3, "save")).synchronize()
+
+
+def test_blocks_that_cannot_be_told_do_not_land(graph: Graph) -> None:
+    work = Task(lambda task, mask: None, 3, queue=graph.queue("disk"))
+    graph.submit([work])
+    end = end_of(graph, [work], 3, eligible=lambda: 1 // 0)
+    with pytest.raises(TransferError, match=r"^0 of 3 blocks landed\. ZeroDivisionError"):
+        Handle(graph, end).synchronize()
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
@@ -136,10 +143,11 @@ def test_layers_end_one_by_one_and_are_cancelled_together(graph: Graph) -> None:
     second = Task(lambda task, mask: go.wait(LIMIT) and None, 2, queue=disk)
     third = Task(lambda task, mask: None, 2, queue=disk)
     parts = [[first], [first, second], [second, third]]  # segments that layers share
-    layers = [Task(None, 2, after=part) for part in parts]
-    gate = Task(None, 2, after=[first, second, third])
-    graph.submit([first, second, third, *layers, gate])
-    handle = Handle(graph, gate, layers)
+    graph.submit([first, second, third])
+    layers = [end_of(graph, part, 2) for part in parts]
+    for layer in layers:
+        layer.stop = None
+    handle = Handle(graph, end_of(graph, [first, second, third], 2), layers)
     handle.layers[0].synchronize(LIMIT)
     with pytest.raises(TransferTimeout):
         handle.layers[1].synchronize(0.01)

@@ -43,7 +43,7 @@ def test_rows_of_a_prompt_cross_to_other_blocks(seen: dict[str, Any]) -> None:
 def test_a_first_hand_over_makes_nothing_that_the_start_has_not_made(seen: dict[str, Any]) -> None:
     """No module is imported, and no kind of thread begins: the start has rehearsed it."""
     at_start = {*seen["at_start"]}
-    assert {"portakv.backends.reference", "portakv connect"} <= at_start
+    assert {"portakv.backends.reference", "portakv loop"} <= at_start
     assert {*seen["later"]} - at_start == set()
     assert seen["blank"] == [False, False]
 

@@ -25,16 +25,15 @@ from portakv.errors import (
     TransferError,
     TransferTimeout,
 )
-from portakv.graph import Graph, Task
 from portakv.migrate import Reader, Ticket
-from portakv.migrate.connections import WIDTH
+from portakv.migrate.connections import BLOCKING
 from portakv.migrate.messages import Handshake, Hello
 from portakv.migrate.pull import PartTransfer
 from portakv.migrate.reader import LONG
 
 NAME = bytes(range(16))
-#: As many stopped owners as the workers that copy on the host.
-COPIERS = 4
+#: Preparations for one owner.
+MANY = 32
 OWNER = """
 from support.migrate_pulls import *
 made, rows = Sides(), Rows()
@@ -82,18 +81,11 @@ def couple(made: Sides, timeout: float = LIMIT) -> Couple:
 
 def begun(reader: Reader, owners: list[tuple[str, list[bytes]]]) -> list[PartTransfer]:
     """Prepare for stopped owners, and return the ends when the handshakes are under way."""
+    before = reader.channel.statistics()["links"]
     hung = [reader.prepare(address) for address, _ in owners]
-    tasks = [task for each in hung for task in each.tasks]
-    assert until(lambda: all(task.state == "running" for task in tasks))
+    assert until(lambda: reader.channel.statistics()["links"] == before + len(owners))
     sleep(0.1)
     return hung
-
-
-def graph_of(part: PartTransfer) -> Graph:
-    """Return the graph of a reader, by one of its tasks."""
-    graph = part.tasks[0].schedule.graph
-    assert isinstance(graph, Graph)
-    return graph
 
 
 @pytest.mark.parametrize("count", [1, 2])
@@ -112,7 +104,7 @@ def test_a_stopped_owner_delays_no_handshake_with_another(
             each.synchronize(LIMIT)
 
 
-def test_handshakes_with_stopped_owners_occupy_no_worker_that_copies(
+def test_handshakes_with_stopped_owners_occupy_no_thread_that_copies(
     made: Sides, nursery: Nursery
 ) -> None:
     blocks = 2 * LONG // Rows(1).whole.nbytes
@@ -122,34 +114,13 @@ def test_handshakes_with_stopped_owners_occupy_no_worker_that_copies(
     reader = made.reader(dst.shard, timeout=LIMIT)
     reader.prepare(owner.channel.address).synchronize(LIMIT)
     offer = owner.offer(range(blocks), tokens=16 * blocks)
-    with stopped(nursery, COPIERS) as owners:
+    with stopped(nursery, BLOCKING) as owners:
         hung = begun(reader, owners)
         pulled = reader.pull(offer.ticket, range(blocks))
-        assert until(lambda: pulled.slices or pulled.ended)  # workers copy: it is long
+        assert until(lambda: pulled.slices or pulled.ended)  # threads copy: it is long
         pulled.synchronize(LIMIT)
         assert not any(each.done() for each in hung)
         assert torch.equal(dst.whole, src.whole)
-
-
-def test_workers_that_copy_are_occupied_by_slow_copies_alone(made: Sides) -> None:
-    """The test above shows something: this pull waits as long as such workers are occupied."""
-    blocks = 2 * LONG // Rows(1).whole.nbytes
-    owner = made.owner(Rows(blocks).shard)
-    reader = made.reader(Rows(blocks, fill=-1).shard)
-    prepared = reader.prepare(owner.channel.address)
-    prepared.synchronize(LIMIT)
-    offer = owner.offer(range(blocks), tokens=16 * blocks)
-    released = threading.Event()
-    graph = graph_of(prepared)
-    queue = graph.queues["copy"]
-    assert queue.width == COPIERS
-    slow = [Task(lambda *_: released.wait(LIMIT), 1, queue=queue) for _ in range(COPIERS)]
-    graph.submit(slow, priority="urgent")
-    pulled = reader.pull(offer.ticket, range(blocks))
-    sleep(0.1)
-    assert not pulled.ended
-    released.set()
-    pulled.synchronize(LIMIT)
 
 
 def test_a_pull_of_a_stopped_owner_does_not_block_its_call(made: Sides, nursery: Nursery) -> None:
@@ -215,7 +186,7 @@ def test_a_pull_ends_with_the_error_of_its_own_handshake(made: Sides, nursery: N
 
 
 @pytest.mark.parametrize("named", [False, True])
-def test_one_stopped_owner_occupies_one_worker(made: Sides, nursery: Nursery, named: bool) -> None:
+def test_a_stopped_owner_gets_one_handshake(made: Sides, nursery: Nursery, named: bool) -> None:
     """Pulls and preparations of it share a handshake. Those of a third owner begin meanwhile."""
     both = couple(made)
     offer = both.offer(name=NAME) if named else both.offer()
@@ -223,12 +194,13 @@ def test_one_stopped_owner_occupies_one_worker(made: Sides, nursery: Nursery, na
     if named:
         ticket = Ticket.of(both.owner.channel.address, both.owner.epoch, NAME)
     with stopped(nursery, 1) as [(address, tickets)]:
-        hung = [both.reader.prepare(address) for _ in range(2 * WIDTH)]
+        hung = [both.reader.prepare(address) for _ in range(MANY)]
         waiting = [both.reader.pull(each, [3]) for each in tickets]
         both.reader.pull(ticket, both.into).synchronize(LIMIT)
         assert not any(each.done() for each in hung)
         assert both.right()
-        assert len({each.tasks[0] for each in hung}) == 1
+        attempts = vars(vars(both.reader)["_issuer"].connector)["_attempts"]
+        assert [key[0] for key in attempts].count(address) == 1
         assert not any(each.ended for each in waiting)
         for each in waiting:
             each.cancel()
@@ -297,7 +269,7 @@ def test_a_handshake_that_outlives_its_reader_connects_nothing(made: Sides) -> N
     assert requested.wait(LIMIT)
     both.reader.close()
     answered.set()
-    assert until(lambda: prepared.tasks[0].ended)
+    assert until(lambda: prepared.endings[0].done())
     assert both.reader.statistics()["owners"] == 0
     with pytest.raises(PeerError, match="one that is closed"):
         prepared.synchronize(LIMIT)

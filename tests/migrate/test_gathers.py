@@ -23,6 +23,7 @@ from portakv.migrate.staged_owner import Gathers
 from portakv.migrate.transports import TRANSPORTS
 from portakv.migrate.transports.distributed import Join
 from portakv.migrate.transports.onesided import Taken, There, Where
+from portakv.tasks import Wait, runtime
 
 
 class Other(Memory):
@@ -243,23 +244,26 @@ class Late(Channel):
         self.gathers = 0  # requests for rows that were answered
         super().__init__(*terms, **named)
 
-    def ask(self, address: str, message: Message, *terms: Any, **named: Any) -> Any:
-        self.wait(message)
+    async def answer(self, address: str, message: Message, *terms: Any, **named: Any) -> Any:
+        if self.waits(message):
+            while not self.event.is_set():
+                await Wait(until=runtime().time() + 0.01)
         if isinstance(message, Where):
             self.places.add(message.tag)
-        answer: Any = super().ask(address, message, *terms, **named)
+        answer: Any = await super().answer(address, message, *terms, **named)
         self.gathers += isinstance(message, Gather)
         return answer
 
     def tell(self, address: str, message: Message, *terms: Any) -> None:
-        self.wait(message)
+        if self.waits(message):
+            assert self.event.wait(LIMIT)
         super().tell(address, message, *terms)
 
-    def wait(self, message: Message) -> None:
-        """Wait for the event with a message of the kind."""
-        if self.kind is not None and isinstance(message, self.kind):
-            self.waiting += 1
-            assert self.event.wait(LIMIT)
+    def waits(self, message: Message) -> bool:
+        """Return True, and count the message, if it is of the kind."""
+        held = self.kind is not None and isinstance(message, self.kind)
+        self.waiting += held
+        return held
 
 
 @pytest.mark.parametrize("kind", [Taken, Stop])

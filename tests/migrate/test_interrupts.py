@@ -46,7 +46,7 @@ from portakv.weights import (
 from portakv.weights.owner import Published
 from portakv_examples.channel_transport import ChannelTransport
 
-FILES = files_of("migrate", "weights", "graph", "runtime/interrupts.py")
+FILES = files_of("migrate", "weights", "graph", "tasks", "runtime/interrupts.py")
 Steps = Generator[Callable[[], object], None, None]
 MINUTE = timedelta(seconds=60)
 
@@ -325,8 +325,11 @@ def meeting(folder: Path) -> Steps:
 #: Public names that no scenario calls in the caller's thread, and why.
 NOT_CALLED = {
     "Channel.after_answer": "runs in the channel's thread",
+    "Channel.answer": "runs in the loop",
+    "Channel.answers": "runs in the loop",
     "Channel.figures": "reads `Channel.statistics`",
     "Channel.replace": "runs in a helper",
+    "Channel.send": "runs in the loop",
     "Offer.holds": "runs in the owner's thread",
     "Owner.figures": "reads `Owner.statistics`",
     "Published.figures": "reads `Published.statistics`",
@@ -336,13 +339,17 @@ NOT_CALLED = {
     "Pull.ask": "runs in a worker",
     "Pull.confirm": "runs in a worker",
     "Pull.drop": "runs after a pull that failed",
-    "Pull.has_waiter": "runs in the reader's thread",
-    "Pull.lost": "runs in the reader's thread",
-    "Pull.over": "runs in a worker",
-    "Pull.renew_until": "runs in a worker",
-    "Pull.run": "runs in a worker",
+    "Pull.fail": "runs in the loop",
+    "Pull.finish": "runs in the loop",
+    "Pull.go_on": "runs in the thread of what has ended",
+    "Pull.has_waiter": "runs in the loop",
+    "Pull.have_ended": "runs in the loop",
+    "Pull.lost": "runs in the loop",
+    "Pull.over": "runs in the loop",
+    "Pull.pause": "runs in the loop",
+    "Pull.renew_until": "runs in the loop",
     "Pull.stop": "`Pull.cancel` has a helper run it",
-    "Pull.stop_after_failure": "runs in the reader's thread",
+    "Pull.stop_after_failure": "runs in the loop",
     "Pull.stop_copies": "`Pull.cancel` has a helper run it",
     "Pull.stopped": "`Pull.cancel` has a helper run it",
 }

@@ -35,16 +35,14 @@ from portakv.errors import (
     LayoutError,
     OfferGone,
     PeerError,
-    PortaKVError,
     TransferCancelled,
     TransferError,
     TransferTimeout,
 )
-from portakv.graph.task import Task
 from portakv.migrate import Shard, Ticket, messages
 from portakv.migrate.channel import Channel
 from portakv.migrate.connections import Source
-from portakv.migrate.named import LateLayer, Wanted, incomplete
+from portakv.migrate.named import LateLayer, incomplete
 from portakv.migrate.pull import Pull
 from portakv.migrate.reader import wait_for_events
 from portakv.migrate.shared_memory import shared_empty
@@ -399,35 +397,6 @@ def test_rows_without_words_are_read_after_the_owners_answer(made: Sides) -> Non
         assert torch.equal(dst.whole[:, :, 6, :32], rows[:, :, [7, 3]].flatten(2, 3))
         for one in reversed(made.made):  # before the pool
             one.close()
-
-
-def test_a_worker_that_never_ran_is_replaced() -> None:
-    """A graph that is closed cancels it; whoever waits must not wait for ever."""
-    tasks = list[Any]()
-
-    class Counted(Wanted):
-        def stop(self, error: PortaKVError) -> None:
-            raise error
-
-        def advance(self) -> None:
-            self.task = Task(None, 1)
-            tasks.append(self.task)
-
-    followed = Counted([])
-    followed.go_on()
-    followed.go_on()  # one worker at a time
-    assert len(tasks) == 1
-    tasks[0].outcome.state = "cancelled"
-    followed.go_on()
-    assert len(tasks) == 2
-    followed.end_turn()
-    followed.go_on()
-    assert len(tasks) == 3
-    followed.end()
-    tasks[2].outcome.state = "cancelled"
-    followed.go_on()
-    assert len(tasks) == 3
-    assert followed.issued.is_set()
 
 
 # --- answers of owners

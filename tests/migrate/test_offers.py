@@ -56,6 +56,7 @@ from portakv.migrate.shards import Shard
 from portakv.migrate.shared_memory import shared_empty
 from portakv.migrate.staged_owner import BUFFERS
 from portakv.migrate.staged_reader import ask
+from portakv.tasks import runtime
 
 SLOW = 2e-4  # 10^9 bytes a second: a pull of 75 tokens takes a tenth of a second
 NEVER = 1e-9  # 10^9 bytes a second: a pull of 75 tokens takes hours
@@ -116,13 +117,16 @@ def test_an_offer_that_ends_in_mid_copy_is_not_published(made: Sides, end: str) 
 
 def test_an_owner_that_is_busy_for_too_long_is_given_up_in_a_sentence() -> None:
     """Not if it sums digests up, which take as long as they take."""
-    owner = SimpleNamespace(
-        address="it", channel=SimpleNamespace(ask=lambda *_, **__: Answer("busy"))
-    )
+
+    async def answer(*_: object, **__: object) -> Answer:
+        return Answer("busy")
+
+    owner = SimpleNamespace(address="it", channel=SimpleNamespace(answer=answer))
     source = cast(Any, SimpleNamespace(owner=owner))
     pull = cast(Any, SimpleNamespace(over=False))
+    gather = Gather(b"", b"", (BoxPart(0, (0, 1), (0, 1), 0, 1),), "", 1)
     with pytest.raises(PeerError, match="it sent no rows: it is busy"):
-        ask(source, Gather(b"", b"", (BoxPart(0, (0, 1), (0, 1), 0, 1),), "", 1), pull, 0.0)
+        runtime().run(ask, source, gather, pull, 0.0)
 
 
 def test_an_owner_that_was_closed_offers_nothing(made: Sides) -> None:
@@ -286,9 +290,11 @@ def test_an_owner_that_reallocates_between_two_greetings_is_not_paired_with(made
     """It would be known by an epoch that it no longer has, with buffers that are never released."""
     both = Couple(made, "staging")
 
+    say_hello = both.owner._hello
+
     def hello(peer: Peer, requested: Hello) -> Any:
-        answer = both.owner._hello(peer, requested)
-        both.owner.channel.serve(Hello, both.owner._hello)
+        answer = say_hello(peer, requested)
+        both.owner.channel.serve(Hello, say_hello)
         both.owner.reallocate(both.src.shard)
         return answer
 

@@ -21,7 +21,6 @@ from support.waits import LIMIT, until
 
 from portakv import KVView
 from portakv.errors import OfferGone, PeerError, TransferError
-from portakv.migrate.connections import WIDTH
 from portakv.migrate.messages import Ticket
 from portakv.migrate.shards import Shard
 
@@ -279,9 +278,9 @@ def test_killed_at_any_moment_nothing_leaks_and_nobody_hangs(
             assert until(lambda: reader.channel.statistics()["links"] <= 1)
             before = left()
     now = before or left()
-    # Workers begin when they are needed first: as many more as connect, and some that pull. One
-    # connection has four files. Fifty owners that leave a thread or a file would exceed both.
-    threads = now[0] + WIDTH + 4
+    # Workers that take rows begin when they are needed first. One connection has four files. Fifty
+    # owners that leave a thread or a file would exceed both.
+    threads = now[0] + 4
     assert until(lambda: left()[0] <= threads and left()[1] <= now[1] + 4, LIMIT), (left(), now)
     assert (local.whole[:, :, [0, 2, 3, 5, 7]] == -1).all()
 

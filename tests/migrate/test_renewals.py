@@ -77,8 +77,8 @@ def test_renewals_end_at_the_longest_lease(made: Sides) -> None:
 
 
 @pytest.mark.parametrize("waits", [True, False])
-def test_the_readers_thread_leaves_the_end_to_a_caller_that_waits(made: Sides, waits: bool) -> None:
-    """The thread renews the offer meanwhile; without such a caller the thread commits the pull."""
+def test_the_loop_leaves_the_end_to_a_caller_that_waits(made: Sides, waits: bool) -> None:
+    """The loop renews the offer meanwhile; without such a caller the loop commits the pull."""
     both = Couple(made)
     clock = Clock(both.owner)
     offer = both.offer(lease=0.5)
@@ -98,10 +98,10 @@ def test_the_readers_thread_leaves_the_end_to_a_caller_that_waits(made: Sides, w
         pulled = both.pull(offer)
         ends = callers.submit(pulled.synchronize) if waits else None
         assert until(lambda: pulled.has_waiter == waits)
-        clock.outlast(offer, 0.5)  # the thread has looked after the pull at least once since
+        clock.outlast(offer, 0.5)  # the loop has looked after the pull at least once since
         pulled.look = partial(followed, pulled.look)
         clock.outlast(offer, 0.5)
-        assert ("portakv pulls" in looks) != waits
+        assert ("portakv loop" in looks) != waits
         copied.set()
         if ends is not None:
             ends.result(LIMIT)

@@ -253,21 +253,24 @@ _NO_THREAD = """
 def refuse(thread):
     raise RuntimeError("can't start new thread")
 
-Channel().close()
+def make(*addresses):
+    before = none.count(most)
+    threading.Thread.start = refuse
+    for address in addresses:
+        try:
+            Channel(address, secret=SECRET)
+        except PortaKVError as error:
+            assert "no thread can be started, see `ulimit -u`" in str(error), str(error)
+        else:
+            sys.exit("no error")
+    threading.Thread.start = start
+    assert none.count(most) == before
+
 most = none.limit()
-before = none.count(most)
 start = threading.Thread.start
-threading.Thread.start = refuse
-for address in (None, "tcp://127.0.0.1:0"):
-    try:
-        Channel(address, secret=SECRET)
-    except PortaKVError as error:
-        assert "no thread can be started, see `ulimit -u`" in str(error), str(error)
-    else:
-        sys.exit("no error")
-threading.Thread.start = start
-assert none.count(most) == before
+make(None, "tcp://127.0.0.1:0")  # the first channel starts the loop of the process
 Channel().close()
+make("tcp://127.0.0.1:0")  # a later one at a Unix socket starts no thread
 """
 
 

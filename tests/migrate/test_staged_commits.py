@@ -75,6 +75,10 @@ def answered_before(both: Couple, offer: Offer) -> list[Answer]:
     return [both.reader.channel.ask(both.owner.channel.address, check, Answer)]
 
 
+async def nothing(*_: object) -> None:
+    """Renew no offer."""
+
+
 @pytest.mark.parametrize("guarded", [True, False])
 def test_an_offer_that_ends_while_its_last_bytes_cross_is_not_committed(
     made: Sides, gate: threading.Event, monkeypatch: pytest.MonkeyPatch, guarded: bool
@@ -82,12 +86,16 @@ def test_an_offer_that_ends_while_its_last_bytes_cross_is_not_committed(
     """The pull asks after its last bytes. A question before them would commit it."""
     both = couple(made)
     if not guarded:
-        monkeypatch.setattr(Pull, "renew_until", lambda *_: None)
+        monkeypatch.setattr(Pull, "renew_until", nothing)
     offer, pulled = held_pull(both)
     assert messages(both.owner, Check) == []
     if not guarded:
         early = answered_before(both, offer)
-        monkeypatch.setattr(Pull, "ask", lambda *_: early)
+
+        async def asked(*_: object) -> Any:
+            return early
+
+        monkeypatch.setattr(Pull, "ask", asked)
     offer.revoke()
     gate.set()
     if guarded:
@@ -178,7 +186,7 @@ def test_a_pull_that_waits_for_its_bytes_renews_its_offer(
     both = couple(made)
     clock = Clock(both.owner)
     if not guarded:
-        monkeypatch.setattr(Pull, "renew_until", lambda *_: None)
+        monkeypatch.setattr(Pull, "renew_until", nothing)
     offer, pulled = held_pull(both, lease=LEASE)
     if guarded:
         clock.outlast(offer, LEASE)

@@ -21,6 +21,7 @@ from portakv.migrate import Channel, Owner, Reader, Shard, Ticket, shared_empty,
 from portakv.migrate.buffers import Staging
 from portakv.migrate.messages import Gather
 from portakv.migrate.transports import TRANSPORTS, distributed
+from portakv.tasks import Wait, runtime
 
 BLOCKS = 64
 LAYOUT = "layer kv block token head dim"
@@ -113,19 +114,19 @@ def test_no_memory_for_slices_that_no_pull_wants_ends_the_lane(
     sides.pull().synchronize(LIMIT)
     pulls = list[Any]()
     requested = threading.Event()
-    ask = Channel.ask
+    ask = Channel.answer
 
-    def asked(channel: Channel, address: str, message: Any, *more: Any, **options: Any) -> Any:
-        answer = ask(channel, address, message, *more, **options)
+    async def asked(channel: Channel, address: str, message: Any, *more: Any, **terms: Any) -> Any:
+        answer = await ask(channel, address, message, *more, **terms)
         if isinstance(message, Gather) and not requested.is_set():
             requested.set()
             while not pulls:
-                threading.Event().wait(0.01)
-            threading.Event().wait(0.2)  # the owner sends meanwhile
+                await Wait(until=runtime().time() + 0.01)
+            await Wait(until=runtime().time() + 0.2)  # the owner sends meanwhile
             pulls[0].cancel()
         return answer
 
-    monkeypatch.setattr(Channel, "ask", asked)
+    monkeypatch.setattr(Channel, "answer", asked)
     spares = list[int]()
 
     def spare(_: Staging, nbytes: int) -> torch.Tensor:

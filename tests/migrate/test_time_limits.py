@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from msgspec.structs import replace
+from support.migrate_pulls import channel_of, elsewhere
 from support.waits import LIMIT
 
 from portakv import KVView
@@ -20,6 +21,7 @@ from portakv.errors import InvalidTerms, PeerError, PortaKVError, TransferError,
 from portakv.migrate import Channel, Owner, Reader, Shard, shared_empty
 from portakv.migrate.messages import Answer, Gather, Handshake, Hello
 from portakv.migrate.pull import Pull
+from portakv.tasks import Wait, runtime
 
 SECRET = b"of both sides, 16 bytes or more"
 
@@ -142,18 +144,18 @@ def test_an_owner_that_stops_answering_ends_with_the_pull_s_time(
     """All questions after the pull's time share half a second: none gets a separate one."""
     owner, reader, ticket = staged
     reader.pull(ticket, [2, 3], timeout=10.0).synchronize()
-    ticket = owner.offer([0, 1], tokens=20).ticket
+    ticket = owner.offer([0, 1], tokens=20, lease=0.15).ticket  # it is renewed after 0.05 seconds
     owner.channel.serve(Gather, lambda *_: Answer("busy", seconds=0.05))
     over = 0.0  # seconds after the pull's time that its questions may take together
     until = time.monotonic() + 0.3
 
-    def wait(questions: Any, kind: Any, seconds: float) -> list[PortaKVError]:
+    async def wait(questions: Any, kind: Any, seconds: float) -> list[PortaKVError]:
         nonlocal over
         over += time.monotonic() + seconds - max(until, time.monotonic())
-        time.sleep(seconds)
+        await Wait(until=runtime().time() + seconds)
         return [TransferTimeout("no answer") for _ in questions]
 
-    reader.channel.ask_all = wait  # type: ignore[assignment]
+    reader.channel.answers = wait  # type: ignore[assignment]
     with pytest.raises(TransferError):
         reader.pull(ticket, [2, 3], timeout=0.3, **terms).synchronize()
     assert over < 0.7
@@ -163,7 +165,8 @@ def test_an_owner_that_stops_answering_ends_with_the_pull_s_time(
 def test_two_pulls_of_a_stopped_owner_wait_for_their_own_times() -> None:
     """The second waits for the handshake of the first, which may last longer."""
     with (
-        closing(Channel("tcp://127.0.0.1:0", secret=SECRET)) as here,
+        elsewhere() as used,
+        closing(channel_of(used, "tcp://127.0.0.1:0", secret=SECRET)) as here,
         closing(Channel(secret=SECRET, timeout=2 * LIMIT)) as there,
     ):
         owner = Owner(here, caches(), model="m")

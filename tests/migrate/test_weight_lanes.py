@@ -3,11 +3,8 @@
 
 from __future__ import annotations
 
-import threading
 import time
 from secrets import token_bytes
-from types import SimpleNamespace
-from typing import Any
 
 import pytest
 import torch
@@ -23,55 +20,18 @@ from portakv.weights.owner import (
     Connect,
     Connected,
     OfLane,
-    Receiver,
     SendSlice,
-    Terms,
     Weights,
     WeightsTicket,
     pack,
     packed_bytes,
     unpacked,
 )
-from portakv.weights.pull import Incoming
 
 channels = pytest.fixture(make_channels)
 
 LITTLE = 1 << 16  # bytes of staging: buffers of 16 KiB
 SLICE = LITTLE // 4
-
-
-class Left(Receiver):
-    """A lane that a pull has left: slices that the owner has accepted, and those that ended."""
-
-    def __init__(self, tag: int, ended: int) -> None:
-        self.tag = tag
-        self.ended = ended
-        self.gone = False
-        self.lane = SimpleNamespace(gone=None)
-        self.transport: Any = SimpleNamespace(close=lambda patience: None)
-        self._leave: Any = lambda: None
-        self._lock = threading.Lock()
-        self._user: Any = lambda: None
-        self.buffers = list[torch.Tensor]()
-
-
-def test_a_lane_that_an_interrupted_pull_left_is_not_used() -> None:
-    """It was in use when the next pull looked for it, so the pull finds that out by the claim."""
-    made = [Left(3, 2), Left(3, 3)]
-    lanes = iter(made)
-    owner: Any = SimpleNamespace(
-        address="a",
-        id=b"1",
-        publication=SimpleNamespace(receiver=lambda owner, terms: next(lanes)),
-        check=lambda: None,
-        pause=lambda seconds: None,
-    )
-    terms = {0: Terms(torch.device("cpu"), None, "")}
-    with Incoming(terms, [owner], {}) as incoming:
-        assert not made[1].claim(object)
-        assert made[1].claim(incoming)
-    assert [lane.gone for lane in made] == [True, False]
-    assert made[1].claim(object)
 
 
 def test_what_a_strange_reader_sends_is_refused(channels: Channels) -> None:

@@ -37,14 +37,15 @@ from portakv.errors import (
     TransferError,
     TransferTimeout,
 )
-from portakv.graph.task import Task
 from portakv.migrate.channel import Channel
 from portakv.migrate.messages import unsealed
 from portakv.migrate.shared_memory import shared_empty
+from portakv.weights import versions
 from portakv.weights.owner import AskWeights, Weights, WeightsTicket, publish
 from portakv.weights.parameters import Box, Parameter
 from portakv.weights.plan import copy_pairs
 from portakv.weights.pull import pull_weights
+from portakv.weights.versions import checksums
 
 channels = pytest.fixture(make_channels)
 
@@ -369,24 +370,24 @@ def test_what_is_published_no_more_is_gone(channels: Channels) -> None:
 
 
 def test_an_owner_that_makes_no_checksums_is_waited_for_until_the_timeout(
-    channels: Channels,
+    channels: Channels, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Its worker has another question that does not end."""
+    """Its helper computes, and does not end."""
     release = threading.Event()
-    channel = channels()
-    owner = publish(channel, {"w": Parameter(shared(whole_of((4,))))})
     begun = threading.Event()
+    owner = publish(channels(), {"w": Parameter(shared(whole_of((4,))))})
 
-    def work(*_: object) -> None:
+    def hang(boxes: Any) -> list[int]:
         begun.set()
-        release.wait(LIMIT)
+        assert release.wait(LIMIT)
+        return checksums(boxes)
 
-    owner.graph.submit([Task(work, 1, queue=owner.graph.queue("weights"))])
-    assert begun.wait(LIMIT)
+    monkeypatch.setattr(versions, "checksums", hang)
     owner.changed()  # the checksums that it has are of another version
     local = {"w": Parameter(torch.zeros(4, dtype=torch.int32))}
     with pytest.raises(TransferTimeout, match=r"timed out after 0\.05 s"):
         pull_weights(channels(), owner.ticket, local, timeout=0.05)
+    assert begun.is_set()
     release.set()
     owner.close()
 

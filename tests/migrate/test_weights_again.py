@@ -7,8 +7,8 @@ import gc
 import os
 import threading
 import time
-from collections.abc import Callable
-from contextlib import closing, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -28,7 +28,7 @@ from support.weight_cases import (
 )
 
 from portakv.errors import LayoutError, OfferGone, PeerError
-from portakv.graph.graph import Graph
+from portakv.tasks import TaskGroup, runtime
 from portakv.weights import Parameter, prepare_weights, publish, pull_weights, versions
 from portakv.weights.owner import Weights, publications
 from portakv.weights.parameters import Box, items_of
@@ -194,6 +194,14 @@ def test_copies_on_the_host_touch_no_bytes_between_tensors() -> None:
     assert torch.equal(into, expected)
 
 
+@contextmanager
+def closing_tasks() -> Iterator[TaskGroup]:
+    """Coroutines of a publication, which end with the test."""
+    tasks = TaskGroup(runtime(), print)
+    yield tasks
+    runtime().run(tasks.close)
+
+
 def weights_of(tensor: torch.Tensor) -> Versioned:
     """Return weights of one tensor."""
     parameters = {"w": Parameter(tensor)}
@@ -216,8 +224,8 @@ def test_checksums_in_progress_are_not_used_after_they_were_refused(
         return sums
 
     monkeypatch.setattr(versions, "checksums", slow)
-    with closing(Graph()) as graph:
-        sums = Checksums(weights, graph)
+    with closing_tasks() as tasks:
+        sums = Checksums(weights, tasks)
         version = weights.version()
         assert sums.all(version) is None
         assert computed.wait(LIMIT)
@@ -231,12 +239,12 @@ def test_checksums_of_another_version_are_not_computed() -> None:
     """A worker finds that the weights have changed since the request."""
     tensor = torch.arange(4)
     weights = weights_of(tensor)
-    with closing(Graph()) as graph:
-        sums = Checksums(weights, graph)
+    with closing_tasks() as tasks:
+        sums = Checksums(weights, tasks)
         old = weights.version()
         tensor.fill_(7)
         assert sums.all(old) is None
-        repeated(lambda: not graph.live or None)
+        repeated(lambda: not len(tasks) or None)
         assert sums.all(old) is None
         assert repeated(lambda: sums.all(weights.version()))
 
@@ -246,10 +254,10 @@ def test_checksums_of_parts_are_not_used_after_they_were_refused() -> None:
     tensor = torch.arange(4)
     box = Box((0,), (0,), (3,))
     boxes = [(0, box)]
-    with closing(Graph()) as graph:
-        sums = Checksums(weights_of(tensor), graph)
-        assert sums.of(boxes, 0) is None
-        repeated(lambda: not graph.live or None)
+    with closing_tasks() as tasks:
+        sums = Checksums(weights_of(tensor), tasks)
+        sums.of(boxes, 0)
+        repeated(lambda: not len(tasks) or None)
         tensor.numpy()[:] = 7
         sums.forget()
         assert repeated(lambda: sums.of(boxes, 0)) == checksums([(tensor, box)])

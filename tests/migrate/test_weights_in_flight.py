@@ -84,6 +84,27 @@ def test_a_cancelled_pull_ends_with_an_error(channels: Channels) -> None:
                 end()
 
 
+def test_a_pull_that_waits_is_cancelled_immediately(channels: Channels) -> None:
+    """It waits for its rate, or for a pull whose rate has its lane."""
+    published = publish(channels(), {str(i): torch.ones(20 << 20) for i in range(2)})
+    channel = channels()
+    tensors = {str(i): torch.zeros(20 << 20) for i in range(2)}
+    paced = pull_weights(channel, published.ticket, tensors, wait=False, max_gbps=1e-5)
+    until = time.monotonic() + LIMIT
+    while not published.statistics()["lanes"] and time.monotonic() < until:
+        time.sleep(1e-3)
+    waits = pull_weights(channel, published.ticket, tensors, wait=False)
+    time.sleep(0.05)
+    for pull in (waits, paced):
+        assert pull.cancel()
+        with pytest.raises(TransferCancelled):
+            pull.synchronize(LIMIT)
+        pull.cancel()
+    pull_weights(channel, published.ticket, tensors, timeout=LIMIT)
+    assert all(x.eq(1).all() for x in tensors.values())
+    published.close()
+
+
 def test_an_update_fails_a_pull_in_flight(channels: Channels) -> None:
     with waiting(channels) as (pull, go_on, published, _):
         with published.update():

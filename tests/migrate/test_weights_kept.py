@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from support.cuda_on_cpu import why_not
+from support.interrupts import in_other_thread
 from support.sums_on_cpu import SMALL, HostDriver
 from support.weight_cases import Channels, find_wrong_copies, make_channels, shared, whole_of
 
@@ -31,6 +32,17 @@ class Followed(SumKernel):
     def __init__(self) -> None:
         super().__init__(CPU, HostDriver(), SMALL)
         self.listed = 0
+        self.reader = threading.get_ident()  # the thread that pulls
+
+    def pull(self, *terms: Any) -> int:
+        """Pull in a thread that does the work of the pull itself, as the main one does not."""
+
+        def act() -> int:
+            self.reader = threading.get_ident()
+            return pull_weights(*terms)
+
+        nbytes: int = in_other_thread(act)
+        return nbytes
 
     def tables(self, parts: Any) -> Any:
         some = [*parts]
@@ -47,7 +59,7 @@ def kernel(monkeypatch: pytest.MonkeyPatch) -> Followed:
     made = Followed()
 
     def find(device: torch.device) -> Followed | None:
-        return made if threading.current_thread() is threading.main_thread() else None
+        return made if threading.get_ident() == made.reader else None
 
     monkeypatch.setattr(checksum, "kernel_of", find)
     return made
@@ -69,13 +81,13 @@ def test_tables_are_listed_once_and_find_wrong_bytes(
         "half": Parameter.split(part, 1, (8,), (1, 2)),
     }
     channel = channels()
-    pull_weights(channel, owner.ticket, local)
+    kernel.pull(channel, owner.ticket, local)
     assert kernel.listed == 3
-    pull = partial(pull_weights, channel, owner.ticket, local)
+    pull = partial(kernel.pull, channel, owner.ticket, local)
     find_wrong_copies(monkeypatch, pull, {"rows, tied": into, "half": part})
     with owner.update():
         rows.fill_(5)
-    pull_weights(channel, owner.ticket, local)
+    kernel.pull(channel, owner.ticket, local)
     assert into.eq(5).all()
     assert torch.equal(part, half[:, 4:])
     assert kernel.listed == 3
@@ -126,12 +138,12 @@ def test_tensors_that_get_other_memory_are_filled_there(
     local = {"w": torch.zeros(6, 4, dtype=torch.int32)}
     channel = channels()
     for _ in range(3):
-        pull_weights(channel, owner.ticket, local)
+        kernel.pull(channel, owner.ticket, local)
         assert torch.equal(local["w"], source)
         former = local["w"].view(-1) if local["w"].is_contiguous() else local["w"].t().view(-1)
         former.zero_()
         change(local)
-        pull_weights(channel, owner.ticket, local)
+        kernel.pull(channel, owner.ticket, local)
         assert torch.equal(local["w"], source)
         assert not former.any()
     owner.close()

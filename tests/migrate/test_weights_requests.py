@@ -14,6 +14,7 @@ from support.weight_cases import Channels, make_channels, shared, whole_of
 
 from portakv.errors import InvalidTerms, OfferGone, PeerError, TransferError, TransferTimeout
 from portakv.migrate.channel import Channel
+from portakv.tasks import Work
 from portakv.weights import publish, pull, pull_weights
 from portakv.weights.owner import AskWeights, Owner
 from portakv.weights.plan import copy_pairs
@@ -30,11 +31,11 @@ class Followed(Channel):
         self.asked = list[AskWeights]()
         self.before: Callable[[AskWeights], object] = bool
 
-    def ask(self, address: str, message: Any, *terms: Any, **named: Any) -> Any:
+    async def answer(self, address: str, message: Any, *terms: Any) -> Any:
         if isinstance(message, AskWeights):
             self.asked.append(message)
-            self.before(message)
-        return super().ask(address, message, *terms, **named)
+            await Work(self.before, message)
+        return await super().answer(address, message, *terms)
 
 
 @pytest.fixture
@@ -79,8 +80,8 @@ def test_a_change_after_the_last_byte_fails_the_pull(
         with owner.update():
             source.fill_(5)
 
-    def ask_nothing(_: Owner) -> Any:
-        return bool
+    async def ask_nothing(_: Owner) -> None:
+        pass
 
     with monkeypatch.context() as patch:
         patch.setattr(pull.Copies, "wait_for_bytes", change)
@@ -88,7 +89,7 @@ def test_a_change_after_the_last_byte_fails_the_pull(
             with pytest.raises(TransferError, match="changed while they were pulled"):
                 pull_weights(followed, owner.ticket, {"w": into})
         else:
-            patch.setattr(Owner, "begin_to_confirm", ask_nothing)
+            patch.setattr(Owner, "confirm", ask_nothing)
             pull_weights(followed, owner.ticket, {"w": into})
             assert not into.eq(5).all()
     pull_weights(followed, owner.ticket, {"w": into})

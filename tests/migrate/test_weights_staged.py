@@ -431,6 +431,38 @@ def test_a_reader_waits_for_no_bytes_of_a_publication_that_ended(
     owner.close()
 
 
+def test_a_failed_pull_that_is_cancelled_while_it_ends_leaves_its_lane(
+    channels: Channels, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It waits for its slices in flight, and no cancellation cuts that short."""
+    tensors = many()
+    go_on = threading.Event()
+
+    def hang(full: torch.Tensor, parts: Sequence[torch.Tensor]) -> None:
+        go_on.wait(LIMIT)
+        pack(full, parts)
+
+    monkeypatch.setattr(weight_send, "pack", hang)
+    monkeypatch.setattr("portakv.weights.pull.STOPPING", LIMIT)
+    owner = publish(channels(), tensors, staging=LITTLE)
+    channel = channels()
+    local = zeros_of(tensors)
+    pull = pull_weights(channel, owner.ticket, local, wait=False)
+    assert until(lambda: owner.statistics()["lanes"])
+    with owner.update():
+        pass
+    time.sleep(1.5)  # it has noticed the update after a second
+    assert pull.cancel()
+    assert not pull.ended
+    go_on.set()
+    with pytest.raises(TransferError):  # or its kind, a cancellation
+        pull.synchronize(LIMIT)
+    pull_weights(channel, owner.ticket, local, timeout=LIMIT)
+    assert equal(local, tensors)
+    assert owner.statistics()["lanes"] == 1
+    owner.close()
+
+
 def test_a_cancelled_pull_gives_the_staging_back(channels: Channels) -> None:
     tensors = many()
     owner = publish(channels(), tensors, staging=LITTLE)

@@ -29,6 +29,7 @@ from support.migrate_pulls import (
 )
 from support.named_memory import named_memory
 from support.peer_cases import reading
+from support.seeded_loop import run_seeded
 from support.waits import LIMIT, until
 
 from portakv import CopyPlan, InvalidTerms
@@ -49,6 +50,7 @@ from portakv.migrate.owner import Ticket as TicketByName
 from portakv.migrate.pull import Pull
 from portakv.migrate.reader import IDLE, Housekeeper, Wakes
 from portakv.migrate.words import PLACES, Place, Words, WordsOfOwner, fence, open_page
+from portakv.tasks import Runtime, Wait, runtime
 
 SLOW = 2e-4  # 10^9 bytes a second: a pull of 75 tokens takes a tenth of a second
 NEVER = 1e-9  # 10^9 bytes a second: a pull of 75 tokens takes hours
@@ -186,12 +188,12 @@ def test_a_mapped_pull_asks_its_owner_nothing(made: Sides) -> None:
 
 
 def test_a_pull_ends_in_its_caller_s_thread(made: Sides) -> None:
-    """Nothing else has to run: the thread of the reader is held up, and so is the owner."""
+    """Nothing else has to run: the loop is held up, which serves the reader and the owner."""
     both = Couple(made)
     both.pull(both.offer()).synchronize(LIMIT)
     go = threading.Event()
     both.owner.channel.serve(Close, lambda *_: go.wait(LIMIT) and None)  # type: ignore[arg-type]
-    both.reader.channel.tell = lambda *_: go.wait(LIMIT)  # type: ignore[assignment]
+    runtime().call_soon(go.wait, LIMIT)
     for n in range(3):
         both.dst.whole.fill_(-1)
         pulled = both.pull(both.offer())
@@ -502,9 +504,9 @@ def test_owners_prepared_together_have_one_connection(made: Sides) -> None:
     hellos = list[Hello]()
 
     class Noted(Connections):
-        def _connect(self, ticket: Ticket, until: float) -> Connection:
+        async def _connect(self, ticket: Ticket, until: float) -> Connection:
             callers.append(ticket)
-            return super()._connect(ticket, until)
+            return await super()._connect(ticket, until)
 
     handshake = both.reader.channel.ask(both.owner.channel.address, Hello(MODEL), Handshake)
 
@@ -515,16 +517,18 @@ def test_owners_prepared_together_have_one_connection(made: Sides) -> None:
 
     both.owner.channel.serve(Hello, hello)
     connections = Noted(both.reader.channel, [both.dst.shard], MODEL, None)
-    with closing(connections):
-        address = both.owner.channel.address
-        prepared = [threading.Thread(target=connections.prepare, args=[address]) for _ in range(2)]
-        for one in prepared:
-            one.start()
-        for one in prepared:
-            one.join(LIMIT)
-        connection = connections.of(Ticket.read(both.offer().ticket))
-        assert not connection.gone
-        assert (len(connections), len(hellos), len(callers)) == (1, 1, 2)
+    run = runtime().run
+    address = both.owner.channel.address
+    terms = connections.prepare, address
+    prepared = [threading.Thread(target=run, args=terms) for _ in range(2)]
+    for one in prepared:
+        one.start()
+    for one in prepared:
+        one.join(LIMIT)
+    connection = run(connections.of, Ticket.read(both.offer().ticket))
+    assert not connection.gone
+    assert (len(connections), len(hellos), len(callers)) == (1, 1, 2)
+    run(connections.close)
 
 
 def test_staging_of_all_readers_has_a_total(made: Sides) -> None:
@@ -550,15 +554,15 @@ def test_an_end_that_cannot_be_sent_is_sent_later(made: Sides) -> None:
     both = Couple(made)
     go = threading.Event()
     refused = list[object]()
-    tell = both.reader.channel.tell
+    send = both.reader.channel.send
 
-    def busy(address: str, message: Any, timeout: float) -> None:
+    async def busy(address: str, message: Any, timeout: float) -> None:
         if not go.is_set():
             refused.append(message)
-            raise TransferTimeout("another thread waits for an answer")
-        tell(address, message, timeout)
+            raise TransferTimeout("another request waits for its answer")
+        await send(address, message, timeout)
 
-    both.reader.channel.tell = busy  # type: ignore[assignment, method-assign]
+    both.reader.channel.send = busy  # type: ignore[assignment, method-assign]
     both.reader.finished()
     offers = [both.offer() for _ in range(3)]
     for offer in offers:
@@ -573,7 +577,7 @@ def test_an_end_that_cannot_be_sent_is_sent_later(made: Sides) -> None:
     assert both.reader.statistics()["committed"] == len(both.reader.finished()) == 3
 
 
-def test_the_thread_outlives_a_failed_look() -> None:
+def test_the_coroutine_outlives_a_failed_look() -> None:
     """Another thread may change the pulls while they are listed."""
     failed = list[int]()
 
@@ -596,9 +600,9 @@ def test_the_thread_outlives_a_failed_look() -> None:
 
 
 @pytest.mark.parametrize("counts", [True, False])
-def test_pulls_that_follow_each_other_wake_no_thread(counts: bool) -> None:
+def test_pulls_that_follow_each_other_wake_nothing(counts: bool) -> None:
     """A wake takes the interpreter from the call. ``counts`` False: the control, in which a look at
-    a pull that ended between two turns of the thread counts as an idle one."""
+    a pull that ended between two turns of the coroutine counts as an idle one."""
     wakes = list[int]()
 
     class Counting(Housekeeper):
@@ -606,8 +610,8 @@ def test_pulls_that_follow_each_other_wake_no_thread(counts: bool) -> None:
             wakes.append(1)
             super().wake()
 
-        def _look_at_all(self) -> bool:
-            return super()._look_at_all() and counts
+        async def _look_at_all(self) -> bool:
+            return await super()._look_at_all() and counts
 
     with closing(Counting(torch.device("cpu"))) as housekeeper:
         for _ in range(2 * IDLE):
@@ -615,45 +619,53 @@ def test_pulls_that_follow_each_other_wake_no_thread(counts: bool) -> None:
             housekeeper.add(pull)
             assert pull.look()
             assert until(lambda: not housekeeper.pulls)
-    # A machine that stands still for seconds lets the thread wait.
+    # A machine that stands still for seconds lets the coroutine wait.
     assert (len(wakes) < IDLE // 2) == counts
 
 
-def test_ends_are_reported_together_unless_the_thread_has_to_look(
-    monkeypatch: pytest.MonkeyPatch,
+@pytest.mark.parametrize("seed", range(20))
+def test_ends_are_reported_together_unless_there_is_a_reason_to_look(
+    monkeypatch: pytest.MonkeyPatch, seed: int
 ) -> None:
     """A caller that pulls on is not held up by the report of its last pull."""
     monkeypatch.setattr(housekeeping, "GATHER", 600.0)
-    wakes = Wakes()
-    looks = list[bool]()
-    thread = threading.Thread(target=lambda: looks.append(wakes.wait(LIMIT)), daemon=True)
-    thread.start()
-    for _ in range(3):
-        wakes.end()
-        assert until(lambda: wakes.gathering)
-    assert not looks
-    wakes.look()
-    thread.join(LIMIT)
-    assert looks == [True]
-    assert not wakes.gathering
-    assert not wakes.wait(0.0), "one look is for all ends"
 
-    wakes.look()
-    assert wakes.wait(LIMIT), "no end, so nothing is gathered"
-    monkeypatch.setattr(housekeeping, "GATHER", 0.0)
-    wakes.end()
-    assert wakes.wait(LIMIT)
+    async def steps(runtime: Runtime) -> None:
+        wakes = Wakes(runtime)
+        looks = list[float]()
+
+        async def look() -> None:
+            while await wakes.wait(3600.0):
+                looks.append(runtime.time())
+
+        looking = runtime.start(look())
+        for _ in range(3):
+            wakes.end()
+            await Wait(until=runtime.time() + 1.0)
+        assert not looks
+        wakes.look()
+        await Wait(until=runtime.time() + 1.0)
+        assert looks == [3.0], "one look is for all ends"
+        wakes.look()
+        await Wait(until=runtime.time() + 1.0)
+        assert looks[1:] == [4.0], "no end, so nothing is gathered"
+        wakes.end()
+        await looking
+        assert looks[2:] == [604.0], "the coroutine looks for further ends by itself"
+        assert runtime.time() == 604.0 + 3600.0
+
+    run_seeded(seed, steps)
 
 
 def test_an_end_that_nobody_can_receive_is_dropped(made: Sides) -> None:
     both = Couple(made)
     refused = list[object]()
 
-    def busy(*sent: object) -> None:
+    async def busy(*sent: object) -> None:
         refused.append(sent)
-        raise TransferTimeout("another thread waits for an answer")
+        raise TransferTimeout("another request waits for its answer")
 
-    both.reader.channel.tell = busy  # type: ignore[assignment, method-assign]
+    both.reader.channel.send = busy  # type: ignore[assignment, method-assign]
     both.pull(both.offer()).synchronize(LIMIT)
     assert until(lambda: bool(refused))
     assert both.reader.statistics()["pulls"] == 1

@@ -7,7 +7,6 @@ import os
 import signal
 import sys
 import threading
-import time
 from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
@@ -19,7 +18,7 @@ from support.interrupts import settles
 from support.waits import LIMIT
 
 from portakv.runtime import interrupts
-from portakv.runtime.interrupts import Condition, abandoned, alongside, uninterrupted
+from portakv.runtime.interrupts import Condition, abandoned, uninterrupted
 
 LINES = 40  # of the module, at most, that a caller runs
 
@@ -193,37 +192,3 @@ def test_a_condition_wakes_who_waits() -> None:
             change.notify_all()
         thread.join(1e-3)
     assert seen == [True]
-
-
-def test_work_alongside_runs_while_its_caller_goes_on() -> None:
-    go_on = threading.Event()
-
-    def work() -> int:
-        assert go_on.wait(LIMIT)
-        return threading.get_ident()
-
-    result = alongside(work)
-    go_on.set()
-    assert result() != threading.get_ident()
-    failing = alongside(lambda: 1 // 0)
-    with pytest.raises(ZeroDivisionError):
-        failing()
-
-
-@pytest.mark.usefixtures("ctrl_c")
-def test_an_interrupt_abandons_work_alongside() -> None:
-    main = threading.main_thread().ident or 0
-    ended = list[bool]()
-    asked = threading.Event()
-
-    def work() -> None:
-        assert asked.wait(LIMIT)
-        time.sleep(0.05)  # the caller waits for the result by now; before, nothing is abandoned
-        signal.pthread_kill(main, signal.SIGINT)
-        ended.append(settles(abandoned))
-
-    result = alongside(work)
-    asked.set()
-    with pytest.raises(KeyboardInterrupt):
-        result()
-    assert settles(lambda: ended == [True])

@@ -31,6 +31,7 @@ from portakv.serving.page_tasks import ServerPageStore
 from portakv.serving.page_tier import PageTier
 from portakv.serving.pages import PageSize
 from portakv.serving.server.index import Known, missed
+from portakv.serving.server.messages import KeysPage
 from portakv.storage.image import HEADER
 
 SIZE = 8192
@@ -148,12 +149,14 @@ def test_what_one_engine_has_stored_the_other_loads(tmp_path: Path, closing: Exi
 
 def test_losses_between_two_store_servers_are_reported() -> None:
     """What the server before had, and the next one lacks, was lost meanwhile."""
+    one = b"1" * 32
+    two = b"2" * 32
     before = Known()
-    before.add("0 disk", [key(1), key(2)])
+    before.add_page(KeysPage(0, (("0 disk", one + two),), False))
     after = Known()
-    after.add("0 disk", [key(2)])
+    after.add_page(KeysPage(0, (("0 disk", two),), False))
     (change,) = missed([before], [after])
-    assert change.key == key(1)
+    assert change.key == one
     assert not change.stored
     assert missed([], [after]) == []
 

@@ -318,14 +318,14 @@ class Held:
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.go = threading.Event()
         self.waiting = threading.Event()
-        real = Requests.start_copy
+        real = ServerTransfer.start_copy
 
-        def start(requests: Requests, piece: Any, issued: bool = False) -> bool:
+        def start(transfer: ServerTransfer, issued: bool = False) -> bool:
             self.waiting.set()
             assert self.go.wait(LIMIT)
-            return real(requests, piece, issued)
+            return real(transfer, issued)
 
-        monkeypatch.setattr(Requests, "start_copy", start)
+        monkeypatch.setattr(ServerTransfer, "start_copy", start)
 
 
 def test_a_cancelled_save_reads_no_block(
@@ -517,24 +517,24 @@ def test_what_begins_as_its_session_ends_copies_nothing(
     blocks.save(view, range(4), KEYS[:4]).synchronize(LIMIT)
     link = client.link
     begin = Requests.begin
-    start_copy = Requests.start_copy
-    copies = list[Any]()
+    start_copy = ServerTransfer.start_copy
+    copies = list[ServerTransfer]()
 
     def late(requests: Requests, *args: Any) -> Any:
         assert link.session is not None
         link.lose(link.session, "of this test")
         return begin(requests, *args)
 
-    def start(requests: Requests, piece: Any, issued: bool = False) -> bool:
-        begun = start_copy(requests, piece, issued)
-        copies.extend([piece] * begun)
+    def start(transfer: ServerTransfer, issued: bool = False) -> bool:
+        begun = start_copy(transfer, issued)
+        copies.extend([transfer] * begun)
         return begun
 
     def moved(save: bool) -> ServerTransfer:
         with monkeypatch.context() as patch:
             patch.setattr(Place, "address", lambda _: "")  # the server retains the session
             patch.setattr(Requests, "begin", late)
-            patch.setattr(Requests, "start_copy", start)
+            patch.setattr(ServerTransfer, "start_copy", start)
             if not save:
                 transfer = blocks.load(caches(), range(4), KEYS[:4])
                 transfer.wait()

@@ -24,7 +24,7 @@ from portakv.errors import (
 )
 from portakv.serving import Place, ServerIndex, StoreClient
 from portakv.serving.server import link as store_server_link
-from portakv.serving.server.client import MappedRows, Requests
+from portakv.serving.server.client import MappedRows, Requests, ServerTransfer
 from portakv.storage import BlockForm, BlockStore
 
 
@@ -137,16 +137,16 @@ def test_an_interrupted_load_keeps_no_rows(
     client = at.join(view)
     blocks = client.blocks[0]
     blocks.save(view, range(8), KEYS[:8]).synchronize(LIMIT)
-    start_copy = Requests.start_copy
+    start_copy = ServerTransfer.start_copy
 
-    def start(requests: Requests, piece: Any, issued: bool = False) -> bool:
-        begun = start_copy(requests, piece, issued)
+    def start(transfer: ServerTransfer, issued: bool = False) -> bool:
+        begun = start_copy(transfer, issued)
         signal.raise_signal(signal.SIGINT)
         return begun
 
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
-        monkeypatch.setattr(Requests, "start_copy", start)
+        monkeypatch.setattr(ServerTransfer, "start_copy", start)
         with pytest.raises(KeyboardInterrupt):
             blocks.load(caches(), range(8), KEYS[:8])
     finally:

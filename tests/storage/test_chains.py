@@ -22,6 +22,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 from hypothesis.stateful import run_state_machine_as_test as run_model
 from support import slot_cases as cases
+from support.graph_ends import end_of_handle
 from support.slot_cases import FORM, KEYS
 from support.storage_cases import FakeTier, key_of, small_form
 from support.waits import LIMIT
@@ -643,7 +644,7 @@ class StoreModel(RuleBasedStateMachine):
         def work() -> None:
             keys = [key_of(i) for i in some]
             handle = self.store.save(self.view, some, keys, after=after, priority="urgent")
-            assert handle._barriers[-1].wait(LIMIT)
+            assert end_of_handle(handle).wait(LIMIT)
             disk, _ = self.tiers()
             assert handle.landed.tolist() == [i in disk for i in some]
 

@@ -22,7 +22,7 @@ from portakv.errors import PortaKVError, TransferError
 from portakv.graph.graph import Graph
 from portakv.graph.handle import Handle
 from portakv.graph.prometheus import Collector
-from portakv.graph.task import Lease, Task
+from portakv.graph.task import Task
 from portakv.graph.trace import Trace
 from portakv.storage import BlockForm, BlockStore, Disk, Remote, prefix_keys
 from portakv.storage.eviction import Pins
@@ -284,26 +284,9 @@ def closing(folder: Path) -> Steps:
     BlockStore(FORM, staging=SIZE, tiers=[disk(folder / "c")]).close()
 
 
-class Pool:
-    """Three things that leases take."""
-
-    def __init__(self) -> None:
-        self.free = 3
-
-    def take(self, count: int, store: bool) -> list[int] | None:
-        if count > self.free:
-            return None
-        self.free -= count
-        return [0] * count
-
-    def give(self, items: list[int]) -> None:
-        self.free += len(items)
-
-
 def graphs(folder: Path) -> Steps:
-    """Run tasks that follow each other, share leases, are late, and are cancelled."""
+    """Run tasks that wait for each other, are late, and are cancelled."""
     graph = Graph()
-    pool = Pool()
     go = threading.Event()
     queue = graph.queue("one", 2)
     narrow = graph.queue("two", 1, max_gbps=10.0)
@@ -314,19 +297,13 @@ def graphs(folder: Path) -> Steps:
     def act() -> None:
         tasks = list[Task]()
         for number in range(6):
-            lease = Lease(pool, 2, number % 2 == 1)
-            read = Task(slow, 2, queue=queue, lease=lease, nbytes=10)
-            check = Task(None, 2, after=[read])
-            stage = Task(slow, 1, queue=narrow, lease=lease, after=[(check, [0], [1])], nbytes=10)
-            gate = Task(None, 1, after=[stage])
-            graph.submit(
-                [read, check, stage, gate], priority="background" if number % 2 else "urgent"
-            )
-            tasks.append(gate)
+            read = Task(slow, 2, queue=queue, nbytes=10)
+            stage = Task(slow, 1, queue=narrow, nbytes=10)
+            graph.submit([read, stage], priority="background" if number % 2 else "urgent")
+            tasks.append(stage)
         late = Task(slow, 1, queue=narrow, nbytes=5)
         graph.submit([late], deadline=0.001)
         graph.cancel(tasks[4])
-        graph.grant(pool)
         graph.count("tier", "op", "hit")
         tasks[0].done()
         late.wait(0.05)
@@ -337,16 +314,15 @@ def graphs(folder: Path) -> Steps:
 
     yield act
     go.set()
-    task = Task(None, 1, after=[Task(slow, 1, queue=narrow, lease=Lease(pool, 3))])
-    graph.submit([task.after[0][0], task], priority="background")
-    assert task.wait(LIMIT), "it hangs"
+    task = Task(slow, 1, queue=narrow)
+    graph.submit([task], priority="background")
+    assert settles(task.done), "it hangs"
     assert settles(lambda: not graph.live), "a node lives"
-    assert pool.free == 3, "items are lent"
     assert (queue.queued_bytes, narrow.queued_bytes) == (0, 0)
     with_error = pytest.raises(TransferError)
     assert graph.close(LIMIT)
     with with_error:
-        graph.submit([Task(None, 1)])
+        graph.submit([Task(slow, 1, queue=narrow)])
 
 
 def ending(folder: Path) -> Steps:
@@ -364,18 +340,22 @@ def ending(folder: Path) -> Steps:
 
 #: Public names that no scenario calls in the caller's thread, and why.
 NOT_CALLED = {
+    "Graph.breathe": "runs in a helper",
     "Graph.end": "runs in a helper or a worker",
     "Graph.end_at": "runs in a helper or a worker",
-    "Graph.place": "runs in a helper or a worker",
+    "Graph.enter": "runs in a helper",
+    "Graph.finish": "runs in a helper or a worker",
+    "Graph.hasten": "runs in a helper",
+    "Graph.move": "runs in a helper or a worker",
+    "Graph.start": "runs in a helper",
+    "Graph.stop": "runs in a helper or a worker",
     "Graph.settle": "runs in a helper or a worker",
     "Graph.wake": "runs in a helper or a worker",
     "Handle.add_copies": "runs in a helper",
     "Handle.add_release": "runs in a helper",
-    "Graph.take": "runs in a helper",
-    "Graph.give": "runs in a helper or a worker",
     "Handle.issued_ended": "runs in a worker",
-    "Task.ran_before": "runs in a worker",
-    "Task.state": "changes nothing",
+    "Task.is_short": "runs in a helper or a worker",
+    "Task.moved": "runs in a worker",
     "BlockStore.figures": "changes nothing",
     "Trace.add": "runs in a worker",
     "Trace.note": "one append to a bounded list",

@@ -179,9 +179,8 @@ def test_a_load_that_joins_a_slice_of_another_gets_its_blocks(
     assert same(second, cache(0))
 
 
-def test_steps_end_with_a_result_or_an_error() -> None:
+def test_others_get_the_lock_while_a_plan_breathes() -> None:
     graph = Graph()
-    undone: list[int] = []
     free: list[bool] = []
 
     def is_free() -> None:
@@ -189,21 +188,33 @@ def test_steps_end_with_a_result_or_an_error() -> None:
         if free[-1]:
             graph.lock.release()
 
-    def steps(result: int) -> Any:
-        for _ in range(3):
-            thread = threading.Thread(target=is_free)
-            thread.start()
-            thread.join()
-            yield
-        return 1 // result
+    def look() -> None:
+        thread = threading.Thread(target=is_free)
+        thread.start()
+        thread.join()
 
-    assert graph.run_steps(steps(1), undo=undone.append) == 1
-    assert free == [False] * 3
+    async def plan() -> float:
+        look()
+        since = time.perf_counter()
+        assert await graph.breathe(since) == since  # it has held the lock for a moment only
+        waits = threading.Thread(target=is_free)
+        waits.start()
+        later = await graph.breathe(since - 1.0)
+        waits.join()
+        assert later > since
+        look()
+        return later
+
     with pytest.raises(ZeroDivisionError):
-        graph.run_steps(steps(0), undo=undone.append)
-    assert not undone
+        graph.runtime.run(lambda: failing())
+    graph.runtime.run(plan)
+    assert free == [False, True, False]
     is_free()
     assert free[-1]
+
+
+async def failing() -> float:
+    return 1 / 0
 
 
 def test_a_cancelled_call_takes_nothing_from_one_that_is_being_planned() -> None:

@@ -25,6 +25,7 @@ from support import ready
 from support.ambient import STATES
 from support.core_cases import noise
 from support.device_cases import current, delay
+from support.graph_ends import end_of_handle
 from support.storage_cases import FakeStore, FakeTier, key_of, rows_in_use, small_form
 from support.threads import interrupting
 from support.waits import LIMIT
@@ -524,7 +525,7 @@ def test_a_save_of_more_than_a_tier_holds_leaves_its_beginning(
         saved(store, source, range(5), keys[:5])
         saved(store, cache(), range(5), [key_of(i) for i in range(90, 95)])
     handle = store.save(source, range(20), keys)
-    assert handle._barriers[-1].wait(LIMIT)
+    assert end_of_handle(handle).wait(LIMIT)
     assert handle.landed.tolist() == [i < 10 for i in range(20)]
     assert store.lookup(keys) == 10
     saved(store, source, [11], [key_of(99)])  # of another call: it takes the end's place

@@ -6,13 +6,13 @@ from __future__ import annotations
 import threading
 import time
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from portakv.errors import TransferCancelled, TransferError
-from portakv.graph import Graph, Handle, Lease, Task
+from portakv.graph import End, Graph, Handle, Task
 from support.waits import LIMIT
 
 BLOCKS = 3
@@ -26,25 +26,6 @@ UNRUN = ("cancelled", "late", "dropped")
 Bits = tuple[bool, ...]
 
 
-class Staging:
-    """A pool that fails a test if a buffer comes back twice."""
-
-    def __init__(self, count: int) -> None:
-        self.count = count
-        self.free = set(range(count))
-
-    def take(self, count: int, store: bool) -> list[int] | None:
-        """Return free buffers, or None if there are not enough."""
-        if count > len(self.free):
-            return None
-        return [self.free.pop() for _ in range(count)]
-
-    def give(self, items: list[int]) -> None:
-        """Take buffers back."""
-        assert not self.free & {*items}, "a buffer came back twice"
-        self.free |= {*items}
-
-
 class Work:
     """Work that starts, and runs until the machine ends it with a result or an error."""
 
@@ -55,8 +36,6 @@ class Work:
         self.result: Any = None
 
     def __call__(self, task: Task, mask: Any) -> Any:
-        if task.lease is not None and not task.lease.items:
-            self.log.append("a task runs without the buffers of its lease")
         self.masks.append(tuple(mask.tolist()))
         if not self.go.wait(4 * LIMIT):
             self.log.append("no one ended a task")
@@ -67,47 +46,39 @@ class Work:
 
 @dataclass(eq=False)
 class Known:
-    """A task and all that the model knows of it."""
+    """A task, or the end of several, and all that the model knows of it."""
 
-    task: Task
+    task: Task | End
     number: int  # in the order of submission
-    after: list[tuple[Known, list[tuple[int, int]] | None]]
-    eligible: Bits
-    work: Work | None  # None: a barrier
-    lease: Lease | None
+    after: list[Known]  # of an end; of a task the one before it in its chain
+    work: Work | None = None  # None: an end
     due: float = 0.0
     background: bool = False
-    followers: list[Known] = field(default_factory=list)
     droppable: bool = False  # a queue was slow when it was submitted
     wanted: bool = True  # neither cancelled nor late
     unrun: str = ""  # its state, if it ended without a run
     since: float | None = None  # the time at which it was seen to run
     final: tuple[str, Bits] | None = None  # its state and its blocks when it was seen to end
-    handle: Handle | None = None  # of a barrier
+    handle: Handle | None = None  # of an end
 
     @property
     def queue(self) -> str:
-        """Return the name of its queue; an empty text for a barrier."""
-        return self.task.queue.name if self.task.queue else ""
+        """Return the name of its queue; an empty text for an end."""
+        return self.task.queue.name if isinstance(self.task, Task) else ""
 
     @property
     def order(self) -> tuple[float, int]:
-        """Return its place among the tasks that wait for the same worker or pool."""
+        """Return its place among the tasks that wait for the same worker."""
         return self.due, self.number
 
     @property
     def left(self) -> Bits | None:
-        """Return the blocks that it has to move; None before the tasks that it follows end."""
-        left = np.array(self.eligible, bool)
-        for before, pairs in self.after:
-            landed = before.landed
-            if landed is None:
+        """Return the blocks that it has to move; None before what it follows has ended."""
+        left = np.ones(BLOCKS, bool)
+        for before in self.after:
+            if before.landed is None:
                 return None
-            if self.task.rescue:
-                left &= ~np.array(landed)
-                continue
-            for block, its_block in [(i, i) for i in range(BLOCKS)] if pairs is None else pairs:
-                left[block] &= landed[its_block]
+            left &= before.landed
         return tuple(left.tolist())
 
     @property
@@ -115,21 +86,17 @@ class Known:
         """Return its blocks that landed; None before it ends."""
         if self.final:
             return self.final[1]
-        before = self.after[0][0].landed if self.task.rescue else NONE
         if self.unrun:
-            return before or NONE
+            return NONE
         left = self.left
-        if left is None or before is None:
+        if left is None or not self.work or not any(left):
+            return left
+        if not self.work.go.is_set():
             return None
-        result: Any = None
-        if self.work and any(left):
-            if not self.work.go.is_set():
-                return None
-            result = self.work.result
+        result = self.work.result
         if is_failure(result):
-            return before
-        moved = left if result is None else np.logical_and(left, result)
-        return tuple(np.logical_or(before, moved).tolist())
+            return NONE
+        return left if result is None else tuple(np.logical_and(left, result).tolist())
 
     @property
     def ended(self) -> bool:
@@ -155,18 +122,15 @@ def free_for_background(running: list[Known], width: int) -> bool:
 class Model:
     """The tasks of one graph, and the comparison of each with its predicted state."""
 
-    def __init__(self, graph: Graph, now: list[float], staging: Staging) -> None:
+    def __init__(self, graph: Graph, now: list[float]) -> None:
         self.graph = graph
         self.now = now
-        self.staging = staging
         self.log = list[str]()
         self.tasks = list[Known]()
-        self.timers = list[tuple[float, Known | Lease]]()
+        self.timers = list[tuple[float, Known]]()
         self.counts = Counter[tuple[str, str, str]]()
         # When the graph stood still last:
         self.running = list[Known]()
-        self.leasing = list[Known]()
-        self.saves = False  # True if a save had buffers
 
     # --- what calls change ------------------------------------------------------------------------
 
@@ -177,13 +141,8 @@ class Model:
         for known in group:
             if deadline is not None:
                 known.due = min(known.due, now + deadline)
-            for before, _ in known.after:
-                before.followers.append(known)
-            self.hasten(known)
         if deadline is not None:
-            self.timers += [(now + deadline, known) for known in group if not known.followers]
-        leases = dict.fromkeys(x.lease for x in group if x.lease)
-        self.timers += [(x.until, x) for x in leases if x.until is not None]
+            self.timers += [(now + deadline, known) for known in group]
         for known in group:
             if known.background and known.queue and self.slow(known.queue):
                 self.cancel(known, "dropped")
@@ -191,43 +150,31 @@ class Model:
                     each.droppable = True
         self.expire()
 
-    def hasten(self, known: Known) -> None:
-        """Make the tasks that it follows as urgent as itself."""
-        for before, _ in known.after:
-            if before.due > known.due and not before.ended and before.since is None:
-                before.due = known.due
-                before.background = False
-                self.hasten(before)
-
     def slow(self, name: str) -> bool:
         """Return True if a task of a queue has run for too long."""
         since = [x.since for x in self.tasks if x.queue == name and x.since is not None]
         return any(self.now[0] - x > STALL for x in since)
 
     def expire(self) -> None:
-        """End the tasks whose deadline has passed, and the tasks without a lease in time."""
+        """End the tasks whose deadline has passed."""
         passed = [x for x in self.timers if x[0] <= self.now[0]]
         self.timers = [x for x in self.timers if x[0] > self.now[0]]
         for _, each in sorted(passed, key=lambda x: x[0]):
-            if isinstance(each, Known):
-                self.cancel(each, "late")
-            elif not each.items:  # else another chain ended at the same time, before this one
-                for known in [x for x in self.leasing if x.lease is each]:
-                    self.cancel(known, "dropped")
+            self.cancel(each, "late")
 
     def cancel(self, known: Known, state: str = "cancelled") -> bool:
-        """End a task that does not run, and the tasks before it that no other task needs."""
-        if known.ended or known.running:
+        """End a task that does not run, or those before an end."""
+        if known.ended or known.running or not known.wanted:
             return False
         known.wanted = False
-        changed = False
         if known.work:
             known.unrun = state
-            changed = True
-        for before, _ in known.after:
-            if before.work and not any(x.wanted and not x.ended for x in before.followers):
-                changed |= self.cancel(before, state)
-        return changed
+            return True
+        stopped = [x for x in known.after if x.wanted and not (x.ended or x.running)]
+        for before in stopped:
+            before.wanted = False
+            before.unrun = state
+        return bool(stopped)
 
     def close(self) -> None:
         """End every task that does not run, in any order."""
@@ -250,7 +197,6 @@ class Model:
         with self.graph.lock:
             if in_order:
                 self.compare_order()
-                self.compare_grants()
             self.compare()
 
     def moves(self) -> str:
@@ -280,15 +226,12 @@ class Model:
         return [x for x in tasks if x.task.state == "queued"], [x for x in tasks if x.running]
 
     def compare(self) -> None:
-        """Compare every task, queue and buffer with the model."""
+        """Compare every task and queue with the model."""
         assert not self.log, self.log
         for known in self.tasks:
             self.compare_task(known)
-        self.compare_leases()
         self.compare_figures()
         self.running = [x for x in self.tasks if x.running]
-        self.leasing = [x for x in self.tasks if x.task.state == "leasing"]
-        self.saves = any(x.lease.store and x.lease.items for x in self.tasks if x.lease)
 
     def compare_task(self, known: Known) -> None:
         """Compare one task: it ends once, with the right blocks, and never runs too early."""
@@ -311,9 +254,7 @@ class Model:
         assert known.handle is None or known.handle.cancelled or known.ended == self.done(known)
         if not task.ended:
             return
-        # A rescue that never started has the blocks of the task before it, or none.
-        possible = [known.landed, NONE] if known.unrun else [known.landed]
-        assert seen[1] in possible, f"task {known.number}: {seen[1]}, not {known.landed}"
+        assert seen[1] == known.landed, f"task {known.number}: {seen[1]}, not {known.landed}"
         self.compare_error(known)
         known.final = seen
         known.since = None
@@ -326,19 +267,13 @@ class Model:
             return known.unrun
         left = known.left
         if left is None:
-            return "waiting"
+            return "waiting" if known.work else "new"
         if not known.work or not any(left):
             return "landed"
         if known.work.masks:
             if not known.work.go.is_set():
                 return "running"
             return "failed" if is_failure(known.work.result) else "landed"
-        lease = known.lease
-        if lease and not lease.items:
-            if lease.until is None or lease.until > self.now[0]:
-                return "leasing"
-            known.unrun = "dropped"
-            return "dropped"
         return "queued"
 
     def done(self, known: Known) -> bool:
@@ -354,7 +289,7 @@ class Model:
         """Check that an ended task has its own error, or the error of a task that it follows."""
         error = known.task.error
         result = known.work.result if known.work and known.work.masks else None
-        before = [x.task.error for x, _ in known.after if x.task.error]
+        before = [x.task.error for x in known.after if x.task.error]
         if error in before:
             return
         if known.unrun or not known.wanted:
@@ -379,47 +314,6 @@ class Model:
                     rivals = [x for x in started if x.background]
                 assert all(x.order < waits.order for x in rivals), "a task was overtaken"
 
-    def compare_leases(self) -> None:
-        """Check who has each buffer, and that no task waits for buffers without a reason."""
-        chains = dict[Lease, list[Known]]()
-        for known in self.tasks:
-            if known.lease:
-                chains.setdefault(known.lease, []).append(known)
-        lent = list[int]()
-        waiting = list[tuple[tuple[float, int], Lease]]()
-        parted = False  # a task of a chain without buffers was cancelled, and another is left
-        for lease, tasks in chains.items():
-            lent += lease.items or ()
-            assert len(lease.items or ()) in (0, lease.count)
-            assert not lease.items or not all(x.final for x in tasks), "an ended chain has buffers"
-            cancelled = any(x.unrun for x in tasks) and not all(x.final for x in tasks)
-            parted = parted or (cancelled and not lease.items)
-            orders = [x.order for x in tasks if x.task.state == "leasing"]
-            if orders:
-                waiting.append((min(orders), lease))
-        assert sorted([*lent, *self.staging.free]) == list(range(self.staging.count))
-        if waiting and not parted:  # else the graph grants at the next end of a chain
-            _, first = min(waiting, key=lambda x: x[0])
-            assert first.count > len(self.staging.free), "a lease waits for free buffers"
-
-    def compare_grants(self) -> None:
-        """Check that no save passes a save, no load a load, and no load a save that waits for
-        loads."""
-        leases = {known.lease for known in self.tasks if known.lease}
-        saves = self.saves or any(lease.store and lease.items for lease in leases)
-        waiting = [x for x in self.leasing if x.task.state == "leasing"]
-        granted = [x for x in self.leasing if x.lease and x.lease.items]
-        for known in granted:
-            for waits in waiting:
-                assert known.lease
-                assert waits.lease
-                differ = waits.lease.store != known.lease.store
-                may_pass = differ and (saves or not waits.lease.store)
-                # One call may have made both as urgent, one after the other; and a chain keeps the
-                # place of a task that was cancelled.
-                due = min(x.due for x in self.tasks if x.lease is known.lease)
-                assert due <= waits.due or may_pass, "a lease was passed"
-
     def compare_figures(self) -> None:
         """Compare the figures of the graph and of its queues."""
         self.graph.counts.sum_up()
@@ -427,6 +321,6 @@ class Model:
         assert counted == dict(self.counts), "a wrong figure"
         for name in WIDTHS:
             queue = self.graph.queue(name)
-            nbytes = sum(x.task.nbytes for x in self.tasks if x.queue == name and not x.final)
+            nbytes = sum(x.number for x in self.tasks if x.queue == name and not x.final)
             assert queue.queued_bytes == nbytes
             assert queue.slow == self.slow(name)

@@ -196,9 +196,9 @@ def reach(
     return public, shielded | {name for _, name in called}, sorted(of_called - run), len(of_called)
 
 
-def settles(holds: Callable[[], bool], seconds: float = LIMIT) -> bool:
+def settles(holds: Callable[[], bool], seconds: float | None = None) -> bool:
     """Wait until something holds; return False if it does not in time."""
-    until = time.monotonic() + seconds
+    until = time.monotonic() + (LIMIT if seconds is None else seconds)
     while not holds():
         if time.monotonic() > until:
             return False

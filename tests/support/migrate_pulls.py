@@ -13,6 +13,7 @@ from contextlib import closing, contextmanager, suppress
 from time import monotonic
 from types import SimpleNamespace
 from typing import Any, cast
+from unittest.mock import patch
 
 import torch
 
@@ -24,8 +25,10 @@ from portakv.migrate.owner import Offer, Owner
 from portakv.migrate.reader import Reader
 from portakv.migrate.shards import Shard
 from portakv.migrate.shared_memory import shared_empty
+from portakv.tasks import Runtime, runtime
 from support import ready
 from support.peer_cases import ReadsPeers
+from support.seeded_loop import ThreadLoop
 from support.waits import LIMIT, until
 
 LAYOUT = "layer | kv block token head dim"
@@ -33,15 +36,38 @@ MODEL = "a model"
 SMALL = 1 << 15  # bytes of staging: slots of two pages, so that a pull has many slices
 
 
-class Sides:
-    """Owners and readers, each with a separate channel."""
+@contextmanager
+def elsewhere() -> Iterator[Runtime]:
+    """Yield a runtime with a separate loop, as another process has one."""
+    loop = ThreadLoop()
+    loop.begin()
+    try:
+        yield Runtime(loop)
+    finally:
+        loop.end()
 
-    def __init__(self) -> None:
+
+def channel_of(used: Runtime, *terms: Any, **named: Any) -> Channel:
+    """Return a channel of a runtime. If it answers late, it holds up no other runtime."""
+    with patch("portakv.migrate.channel.runtime", lambda: used):
+        return Channel(*terms, **named)
+
+
+class Sides:
+    """Owners and readers, each with a separate channel.
+
+    Args:
+        used: the runtime that serves the owners.
+    """
+
+    def __init__(self, used: Runtime | None = None) -> None:
         self.made = list[Any]()
+        self._runtime = used or runtime()
 
     def owner(self, *shards: Shard, **options: Any) -> Owner:
         """Return an owner of shards."""
-        self.made.append(channel := Channel(timeout=20.0))
+        channel = channel_of(self._runtime, timeout=20.0)
+        self.made.append(channel)
         self.made.append(owner := Owner(channel, *shards, **{"model": MODEL, **options}))
         return owner
 
@@ -60,17 +86,19 @@ def sides(devices: Sequence[str] = (), nccl: bool = False) -> Iterator[Sides]:
     not count: it keeps files from its first group on, and no call ends its wait for a peer that is
     killed before both have met.
     """
-    made = Sides()
     ready.begin()
+    runtime().started()  # the loop of the process stays
     for device in devices:  # the driver's files are there before
         torch.zeros(1, device=device)
     before = left(nccl)
     files = Counter(_open_files())
-    try:
-        yield made
-    finally:
-        for one in reversed(made.made):
-            one.close()
+    with elsewhere() as used:
+        made = Sides(used)
+        try:
+            yield made
+        finally:
+            for one in reversed(made.made):
+                one.close()
     for one in made.made:
         if isinstance(one, Owner):
             statistics = one.statistics()

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import partial
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -14,6 +13,7 @@ import torch
 
 from portakv.errors import TransferError
 from portakv.migrate.channel import Channel
+from portakv.tasks import Work
 from portakv.weights import pull as weight_copy
 from portakv.weights.owner import AskWeights, SendSlice
 from portakv.weights.plan import copy_pairs
@@ -69,8 +69,8 @@ class Between(Channel):
         self.requested |= {requested} if sums else set()
         return self.channel.ask(address, requested, kind, *arguments, **named)
 
-    def begin_to_ask(self, *request: Any) -> Any:
-        return partial(self.ask, *request)
+    async def answer(self, *request: Any) -> Any:
+        return await Work(self.ask, *request)
 
 
 class AtSlice(Channel):
@@ -88,14 +88,17 @@ class AtSlice(Channel):
         self.slices = list[SendSlice]()
 
     def ask(self, address: str, requested: Any, kind: Any, *arguments: Any, **named: Any) -> Any:  # type: ignore[override]
+        self._note(requested)
+        return self.channel.ask(address, requested, kind, *arguments, **named)
+
+    def _note(self, requested: Any) -> None:
         if isinstance(requested, SendSlice) and requested not in self.slices:
             self.slices.append(requested)
             if len(self.slices) == self.number:
                 self.before()
-        return self.channel.ask(address, requested, kind, *arguments, **named)
 
-    def begin_to_ask(self, *request: Any) -> Any:
-        return partial(self.ask, *request)
+    async def answer(self, *request: Any) -> Any:
+        return await Work(self.ask, *request)
 
 
 Channels = Callable[[], Channel]

@@ -4,27 +4,25 @@
 from __future__ import annotations
 
 import logging
-import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
 from functools import partial
 from itertools import count
-from typing import Literal, NamedTuple, TypeAlias
+from typing import Literal, NamedTuple, TypeVar
 
 import numpy as np
 import torch
 
 from portakv.arguments import flag, instance, items, one_of, seconds, text
-from portakv.errors import InvalidTerms, PortaKVError, StoreError, TransferError, TransferTimeout
-from portakv.graph import SLACK, Graph, Mask, Priority, Task
+from portakv.errors import InvalidTerms, PortaKVError, StoreError, TransferTimeout
+from portakv.graph import SLACK, Mask, Priority
 from portakv.host import pinned
 from portakv.migrate.channel import Channel, Peer
 from portakv.migrate.shared_memory import open_shared
 from portakv.runtime.bounded import Bounded
-from portakv.runtime.devices import inside, this_process
-from portakv.runtime.interrupts import Condition, uninterrupted
+from portakv.runtime.devices import inside
+from portakv.runtime.interrupts import uninterrupted
 from portakv.runtime.rate_limited_log import RateLimitedLog
 from portakv.runtime.transfer import Completion, Transfer
 from portakv.serving.server.link import ASKING, PATIENT, Link, Place, Session, Sides, this_client
@@ -58,7 +56,10 @@ from portakv.storage.keys import check_keys, predecessors
 from portakv.storage.memory import Crossing, Loan
 from portakv.storage.store import SHORT_COPY
 from portakv.storage.tiers.base import After, Keys
+from portakv.tasks import Limit, Signal, Wait, Work, runtime
 from portakv.view import IdList, KVView
+
+T = TypeVar("T")
 
 # ------------------------------------------------------------------------------------------------
 # The rows of a server's store, mapped by a rank.
@@ -184,205 +185,98 @@ GRACE = 0.5
 LOOK = 1.0
 
 
-@dataclass(eq=False)
-class Piece:
-    """A request of a transfer, of at most `MOST_KEYS` keys. The client's lock guards it.
+class Piece(NamedTuple):
+    """A request of a transfer, of at most `MOST_KEYS` keys.
 
     Attributes:
         number: of the request.
-        packs: a save of packed blocks: those that do not fit get rows once more, so that nothing is
-            released before the server says that no rows follow.
         first: the number of its first block in the transfer.
         blocks: how many it has.
-        asking: the first answer of the server has not come.
-        more: further rows may follow.
-        closed: no copy begins any more: the transfer was cancelled, is late, or lost its server.
-        queued: leases whose copies have not begun.
-        copying: leases whose copies are under way in workers.
-        issued: leases whose copies were issued on the caller's stream.
-        granted: how many blocks have rows, as whole blocks.
-        landed: the blocks that were copied from rows of whole blocks, bool ``[blocks]``.
-        covered: of other blocks the cells that were copied.
-        stored: the blocks of a save that are stored; None: it has not ended.
     """
 
     number: int
     first: int
     blocks: int
-    saves: bool
-    packs: bool = False
-    asking: bool = True
-    more: bool = True
-    closed: bool = False
-    queued: int = 0
-    copying: int = 0
-    issued: int = 0
-    granted: int = 0
-    covered: dict[int, int] = field(default_factory=dict)
-    stored: Mask | None = None
 
-    def __post_init__(self) -> None:
-        self.landed: Mask = np.zeros(self.blocks, np.bool_)
 
-    @property
-    def issued_all(self) -> bool:
-        """Return whether nothing is under way, or follows, but what was issued."""
-        left = self.asking or self.queued or (self.more and self.granted < self.blocks)
-        return not self.copying and (self.closed or not left)
+class Hit(NamedTuple):
+    """Rows that the caller's thread copies for a request."""
 
-    @property
-    def released(self) -> bool:
-        """Return whether no copy is under way, and none follows."""
-        return self.issued_all and not self.issued
-
-    @property
-    def ended(self) -> bool:
-        """Return whether the request has ended."""
-        return self.released and (self.closed or not self.saves or self.stored is not None)
+    piece: Piece
+    grant: Grant
 
 
 class Released:
     """The end of the copies of a save, after which nothing reads the caller's blocks."""
 
-    def __init__(self, changed: threading.Condition, pieces: Sequence[Piece]) -> None:
-        self._changed = changed
-        self._pieces = pieces
+    def __init__(self, transfer: ServerTransfer) -> None:
+        self._transfer = transfer
 
     def done(self) -> bool:
         """Return whether nothing reads the caller's blocks; never block for long."""
-        with self._changed:
-            return all(piece.released for piece in self._pieces)
+        return self._transfer.is_released()
 
     def wait(self, stream: torch.Stream | None = None) -> None:
         """Block until nothing reads the caller's blocks."""
-        with self._changed:
-            while not all(piece.released for piece in self._pieces):
-                self._changed.wait(LOOK)
+        self._transfer.block(self.done)
 
 
 # ------------------------------------------------------------------------------------------------
-# The requests of a rank to its server, and how far their copies are.
+# The requests of a rank to its server.
 
-#: What workers do: copies of loads and of saves, and waits for copies that were issued.
-Kind: TypeAlias = Literal["load", "save", "end"]
-#: The name and the width of the queue of each kind.
-_QUEUES = {"load": ("host-device", 2), "save": ("device-host", 2), "end": ("ends", 1)}
+#: Helpers that copy for loads, and as many that copy for saves.
+WIDTH = 2
 
 
 class Requests:
     """The requests of a rank that have not ended. Any thread may call.
 
     Attributes:
-        changed: the lock of all pieces, notified at each change.
-        graph: its workers copy.
-        process: whose requests they are.
+        runtime: its lock guards all transfers.
+        changed: tells of each change.
+        numbers: of requests and locks.
         open: those that have not ended, by their numbers.
+        copies: those that are under way.
     """
 
     def __init__(self) -> None:
-        self.process = this_process()
-        self.changed = Condition()
-        self.graph = Graph()
-        self.numbers = count(1)  # of requests and locks
+        self.runtime = runtime()
+        self.changed = Signal(self.runtime)
+        self.numbers = count(1)
         self.open = dict[int, tuple[ServerTransfer, Piece]]()
-        self._copies = 0  # copies
+        self.copies = 0
+        self._loads = Limit(self.runtime, WIDTH)
+        self._saves = Limit(self.runtime, WIDTH)
 
-    @property
-    def idle(self) -> bool:
-        """Return whether no copy is under way."""
-        return not self._copies
-
-    def begin(
-        self, transfer: ServerTransfer, keys: int, saves: bool, packs: bool = False
-    ) -> list[Piece]:
-        """Return the requests of a load or save of so many keys; ``packs``: see `Piece`."""
-        pieces = list[Piece]()
-        with self.changed:
-            for first in range(0, keys, MOST_KEYS):
-                many = min(MOST_KEYS, keys - first)
-                piece = Piece(next(self.numbers), first, many, saves, packs)
-                pieces.append(piece)
-                self.open[piece.number] = transfer, piece
+    def begin(self, transfer: ServerTransfer, keys: int) -> list[Piece]:
+        """Return the requests of a transfer of so many keys."""
+        pieces = [
+            Piece(next(self.numbers), first, min(MOST_KEYS, keys - first))
+            for first in range(0, keys, MOST_KEYS)
+        ]
+        for piece in pieces:
+            self.open[piece.number] = transfer, piece
         return pieces
-
-    def take(self, piece: Piece, progress: Progress, answer: bool = False) -> None:
-        """Note what the server says about a request. ``answer``: for the first time."""
-        with self.changed:
-            piece.queued += len(progress.grants)
-            for grant in progress.grants:
-                if not (grant.form or piece.packs):
-                    piece.granted += len(grant.places) // 4
-            piece.asking = piece.asking and not answer
-            piece.more = piece.more and progress.more
-            if progress.stored is not None:
-                piece.stored = np.frombuffer(progress.stored, np.bool_).copy()
-            self._note(piece)
-
-    def drop(self, piece: Piece) -> None:
-        """End a request that the server does not answer."""
-        with self.changed:
-            piece.closed = True
-            piece.asking = False
-            self._note(piece)
 
     def close_all(self) -> None:
         """Begin no further copy, and wait for no further rows."""
-        with self.changed:
-            for _, piece in [*self.open.values()]:
-                piece.closed = True
-                self._note(piece)
+        with self.runtime.lock:
+            for transfer, _ in [*self.open.values()]:
+                transfer.close()
 
-    def start_copy(self, piece: Piece, issued: bool = False) -> bool:
-        """Note that a copy begins; return False if it must not.
-
-        ``issued``: on the stream of the caller, not by a worker.
-        """
-        with self.changed:
-            piece.queued -= 1
-            if piece.closed:
-                self._note(piece)
-                return False
-            piece.copying += not issued
-            piece.issued += issued
-            self._copies += 1
-            return True
-
-    def end_copy(self, piece: Piece, grant: Grant, cells: int, issued: bool = False) -> None:
-        """Note that a copy has ended, which brought cells of blocks."""
-        places = ids_in(grant.places) if cells else []
-        with self.changed:
-            piece.copying -= not issued
-            piece.issued -= issued
-            self._copies -= 1
-            if not grant.form:
-                piece.landed[places] = True
-            for place in places if grant.form else []:
-                piece.covered[place] = piece.covered.get(place, 0) | cells
-            self._note(piece)
-
-    def run(self, kind: Kind, work: Callable[[], object], priority: Priority = "urgent") -> None:
-        """Have a worker do something."""
-        name, width = _QUEUES[kind]
-
-        def call(task: Task, mask: Mask) -> None:
-            work()
-
-        task = Task(call, 1, queue=self.graph.queue(name, width=width), name=kind)
-        self.graph.submit([task], priority=priority)
+    async def in_turn(self, saves: bool, priority: Priority, steps: Awaitable[T]) -> T:
+        """Return the result of an awaitable once few others of loads, or of saves, run."""
+        limit = self._saves if saves else self._loads
+        await limit.acquire(priority=priority)
+        try:
+            return await steps
+        finally:
+            limit.release()
 
     def close(self, timeout: float) -> None:
         """End all requests, and wait for copies under way, at most so many seconds."""
         self.close_all()
-        with self.changed:
-            self.changed.wait_for(lambda: self.idle, timeout)
-
-    def _note(self, piece: Piece) -> None:
-        """Wake who waits for a request, and forget it if it has ended; under the lock."""
-        if piece.ended:
-            transfer, _ = self.open.pop(piece.number, (None, piece))
-            if transfer is not None:
-                transfer.look()
-        self.changed.notify_all()
+        self.changed.block(lambda: not self.copies, timeout)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -397,7 +291,6 @@ class ServerTransfer:
     """A load or a save through a server. It never raises: what did not land is in `landed`.
 
     Attributes:
-        released: of a save, ends when nothing reads the caller's blocks; None of a load.
         layers: of a load by layer, what to wait for before each layer; empty for others.
         pieces: its requests.
         issued: the end of the copy on the caller's stream, if the call issued one.
@@ -418,13 +311,13 @@ class ServerTransfer:
 
         Raises the errors of copies that are impossible.
         """
-        self.pieces: Sequence[Piece] = ()
         self.layers: Sequence[ServerTransfer | Transfer] = ()
         self.issued: Completion | None = None
         self.issued_blocks: Mask | None = None
         self._ordered = False  # a stream waits for what was issued
         self._requests = blocks.requests
         self._changed = blocks.requests.changed
+        self._runtime = blocks.requests.runtime
         self._link = blocks.link
         self._session = session = blocks.link.session
         self._group = blocks.group
@@ -435,51 +328,56 @@ class ServerTransfer:
         self._saves = saves
         self._until = None if deadline is None else time.monotonic() + deadline
         self._call: Callable[[], object] | None = None
+        # Packed blocks that do not fit get rows once more, so that nothing is released before the
+        # server says that no rows follow.
+        self._packs = saves and bool(self._part.form.encoding)
+        # The runtime's lock guards what follows.
+        self._closed = False  # no copy begins: it was cancelled, is late, or lost its server
+        self._queued = 0  # first answers that have not come, and leases whose copies have not begun
+        self._copying = 0  # leases whose copies are under way in helpers
+        self._issuing = 0  # leases whose copies were issued on the caller's stream
+        self._lacking = dict[int, int]()  # by request that may get more rows, its blocks without
+        self._unstored = set[int]()  # the requests of a save that have not ended
+        self._landed: Mask = np.zeros(keys, np.bool_)
+        self._covered = dict[int, int]()  # the cells that have come of blocks in several rows
         if session is not None:
             crossing.prepare(self._rows_of(session))
-        packs = saves and bool(self._part.form.encoding)
-        self.pieces = self._requests.begin(self, keys, saves, packs)
-        self.released = Released(self._changed, self.pieces) if saves else None
-        # A session that ended before they began has ended none of them.
-        if session is None or self._link.session is not session:
-            self._session = None
-            for piece in self.pieces:
-                self._requests.drop(piece)
+        with self._runtime.lock:
+            self.pieces = self._requests.begin(self, keys)
+            self._queued = len(self.pieces)
+            self._lacking = {piece.number: piece.blocks for piece in self.pieces}
+            self._unstored = {*self._lacking} if saves else set()
+            # A session that ended before they began has ended none of them.
+            if session is None or self._link.session is not session:
+                self._session = None
+                self.close()
+
+    @property
+    def released(self) -> Released | None:
+        """Return what ends when nothing reads the blocks of a save; None of a load."""
+        return Released(self) if self._saves else None
 
     def when_ended(self, call: Callable[[], object]) -> None:
         """Have a function called once when it has ended, or now if it has.
 
-        It is called under the client's lock, in any thread: it must be quick, and wait for nothing.
+        It is called in a step, in any thread: it must be quick, and wait for nothing.
         """
-        self._call = call
-        self.look()
-
-    def look(self) -> None:
-        """Call the function of `when_ended` if it has ended."""
-        with self._changed:
-            if self._ended():
-                call = self._call
-                self._call = None
-                if call is not None:
-                    call()
+        with self._runtime.lock:
+            self._call = call
+            self._note()
 
     def done(self) -> bool:
         """Return whether it has ended; never block, never raise."""
-        ended = self._ended()
-        if not ended and self._until is not None and time.monotonic() > self._until + GRACE:
-            self.cancel()
-            ended = self._ended()
-        return ended
-
-    def _ended(self) -> bool:
-        with self._changed:
-            return all(piece.ended for piece in self.pieces)
+        late = self._until is not None and time.monotonic() > self._until + GRACE
+        with self._runtime.lock:
+            if late and not self._ended():
+                self.cancel()
+            return self._ended()
 
     @property
     def is_issued(self) -> bool:
         """Return whether all copies were issued: `wait` orders a stream, and blocks no host."""
-        with self._changed:
-            return self.issued is not None and all(piece.issued_all for piece in self.pieces)
+        return self.issued is not None and self._issued_all()
 
     @property
     def landed(self) -> Mask:
@@ -487,51 +385,30 @@ class ServerTransfer:
 
         After `wait`, the blocks of a copy that was issued count: the stream finds their bytes.
         """
-        result = np.zeros(sum(piece.blocks for piece in self.pieces), np.bool_)
+        result: Mask = self._landed.copy()
         if self._ordered and self.issued_blocks is not None:
             result |= self.issued_blocks
-        with self._changed:
-            for piece in self.pieces:
-                some = result[piece.first : piece.first + piece.blocks]
-                if piece.saves:
-                    some |= False if piece.stored is None else piece.stored
-                else:
-                    some |= piece.landed
-                    whole = self._part.cells
-                    some[[at for at, cells in piece.covered.items() if cells == whole]] = True
         return result
 
     def cancel(self) -> bool:
         """Copy no further block; return whether some blocks will not be copied."""
-        with self._changed:
-            left = [piece for piece in self.pieces if not piece.closed and not piece.ended]
-            for piece in left:
-                piece.closed = True
-            self._changed.notify_all()
+        with self._runtime.lock:
+            if self._closed or self._ended():
+                return False
+            self.close()
         session = self._session
-        if not left:
-            return False
-        self.look()
-        if session is not None and self._link.session is session:
+        if session is not None:
             for piece in self.pieces:  # nothing waits for them any longer
-                stop = Stop(session.number, piece.number)
-                with suppress(TransferError):  # the client was closed meanwhile
-                    self._run(partial(self._link.tell, session, stop))
+                self._runtime.start(self._link.tell(session, Stop(session.number, piece.number)))
         return True
 
     def synchronize(self, timeout: float | None = None) -> None:
         """Block until it has ended. Raises `TransferTimeout` after so many seconds."""
-        until = None if timeout is None else time.monotonic() + timeout
-        while not self.done():
-            left = LOOK if until is None else min(LOOK, until - time.monotonic())
-            if left <= 0:
-                raise TransferTimeout(
-                    f"The transfer timed out after {timeout:g} s, and goes on. Wait again, or call "
-                    f"done()."
-                )
-            with self._changed:
-                if not self._ended():
-                    self._changed.wait(left)
+        if not self.block(self.done, timeout):
+            raise TransferTimeout(
+                f"The transfer timed out after {timeout:g} s, and goes on. Wait again, or call "
+                f"done()."
+            )
 
     def wait(self, stream: torch.Stream | None = None) -> None:
         """Make the current stream (or ``stream``) wait; block the host for what others copy."""
@@ -539,16 +416,104 @@ class ServerTransfer:
         if issued is not None:
             issued.wait(stream)
             self._ordered = True
-        while not self.done():
-            with self._changed:
-                if all(piece.issued_all for piece in self.pieces):
-                    return
-                self._changed.wait(LOOK)
+        self.block(lambda: self.done() or self._issued_all())
+
+    def block(self, condition: Callable[[], bool], timeout: float | None = None) -> bool:
+        """Wait for a condition, at most so many seconds; return whether it holds.
+
+        Looks now and then, since a transfer may become late.
+        """
+        until = None if timeout is None else time.monotonic() + timeout
+        left = LOOK
+        while not self._changed.block(condition, min(left, LOOK)):
+            if until is not None:
+                left = until - time.monotonic()
+                if left <= 0:
+                    return False
+        return True
+
+    # --- how far it is
+
+    def close(self) -> None:
+        """Begin no further copy, and wait for no further rows. Runs in a step."""
+        self._closed = True
+        self._note()
+
+    def take(self, piece: Piece, progress: Progress, answer: bool = False) -> None:
+        """Note what the server says about a request. ``answer``: for the first time."""
+        with self._runtime.lock:
+            self._queued += len(progress.grants) - answer
+            left = self._lacking.pop(piece.number, 0)
+            if not self._packs:
+                left -= sum(len(x.places) // 4 for x in progress.grants if not x.form)
+            if progress.more and left > 0:
+                self._lacking[piece.number] = left
+            if progress.stored is not None:
+                stored = np.frombuffer(progress.stored, np.bool_)
+                self._landed[piece.first : piece.first + piece.blocks] = stored
+                self._unstored.discard(piece.number)
+            self._note()
+
+    def start_copy(self, issued: bool = False) -> bool:
+        """Note that a copy begins; return False if it must not.
+
+        ``issued``: on the stream of the caller, not by a helper.
+        """
+        with self._runtime.lock:
+            self._queued -= 1
+            if self._closed:
+                self._note()
+                return False
+            self._copying += not issued
+            self._issuing += issued
+            self._requests.copies += 1
+            return True
+
+    def end_copy(self, piece: Piece, grant: Grant, cells: int, issued: bool = False) -> None:
+        """Note that a copy has ended, which brought cells of blocks."""
+        loaded = cells and not self._saves
+        blocks = [piece.first + place for place in ids_in(grant.places)] if loaded else []
+        with self._runtime.lock:
+            self._copying -= not issued
+            self._issuing -= issued
+            self._requests.copies -= 1
+            for block in blocks:
+                came = self._covered.pop(block, 0) | cells
+                if came == self._part.cells or not grant.form:
+                    self._landed[block] = True
+                else:
+                    self._covered[block] = came
+            self._note()
+
+    def is_released(self) -> bool:
+        """Return whether no copy is under way, and none follows."""
+        with self._runtime.lock:
+            return self._issued_all() and not self._issuing
+
+    def _issued_all(self) -> bool:
+        """Return whether nothing is under way, or follows, but what was issued."""
+        with self._runtime.lock:
+            left = self._queued or self._lacking
+            return not self._copying and (self._closed or not left)
+
+    def _ended(self) -> bool:
+        return self.is_released() and (self._closed or not self._unstored)
+
+    def _note(self) -> None:
+        """Wake who waits for it, and forget its requests if it has ended."""
+        if self._ended():
+            for piece in self.pieces:
+                self._requests.open.pop(piece.number, None)
+            call = self._call
+            self._call = None
+            if call is not None:
+                call()
+        self._changed.notify()
 
     # --- requests
 
     def _save(self, keys: list[bytes], after: Sequence[bytes | None]) -> None:
-        """Have a worker request rows, and copy into them. `ServerBlocks` calls it.
+        """Request rows, and have helpers copy into them. `ServerBlocks` calls it.
 
         ``after``: for each key the one that it follows.
         """
@@ -561,9 +526,9 @@ class ServerTransfer:
                 before = joined_after(after[some], keys[some])
                 words = session.number, piece.number, self._group, joined_keys(keys[some])
                 request = Save(*words, before, self._priority)
-                self._run(partial(self._ask_later, session, piece, request))
+                self._runtime.start(self._ask_later(session, piece, request))
         except BaseException:  # also an interrupt: no caller has a handle
-            self._withdraw()
+            self.cancel()
             raise
 
     def _load(self, keys: list[bytes], deadline: float | None, by_layer: bool) -> None:
@@ -581,25 +546,19 @@ class ServerTransfer:
                 words = session.number, piece.number, self._group, some
                 request = Load(*words, deadline or 0.0, self._priority)
                 later = list[Grant]()
-                for grant in self._ask(session, piece, request):
+                for grant in self._runtime.run(self._ask, session, piece, request):
                     if here and not grant.form:
                         hits.append(Hit(piece, grant))
                     else:
                         later.append(grant)
-                self._copy_later(session, piece, later)
+                self.copy_later(session, piece, later)
             if hits:
                 self._issue(session, len(keys), hits)
         except BaseException as error:  # also an interrupt: no caller has a handle
-            self._withdraw()
+            self.cancel()
             if not isinstance(error, Exception):  # no one knows the rows of an answer that is lost
                 self._link.lose(session, "A load was interrupted.")
             raise
-
-    def _withdraw(self) -> None:
-        """Copy no further block of a transfer that no caller has, and forget it."""
-        self.cancel()
-        for piece in self.pieces:
-            self._requests.drop(piece)
 
     def _rows_of(self, session: Session) -> KVView:
         """Return the rank's part of rows of whole blocks."""
@@ -618,38 +577,42 @@ class ServerTransfer:
         rows: MappedRows = session.data
         return rows.pinned
 
-    def _ask_later(self, session: Session, piece: Piece, request: Save) -> None:
-        """Request rows in a worker, and have them copied."""
-        self._copy_later(session, piece, self._ask(session, piece, request))
+    async def _ask_later(self, session: Session, piece: Piece, request: Save) -> None:
+        """Request rows in turn, and have them copied."""
+        ask = self._ask(session, piece, request)
+        grants = await self._requests.in_turn(self._saves, self._priority, ask)
+        self.copy_later(session, piece, grants)
 
-    def _ask(self, session: Session, piece: Piece, request: Load | Save) -> Sequence[Grant]:
+    async def _ask(self, session: Session, piece: Piece, request: Load | Save) -> Sequence[Grant]:
         """Request rows, and return those that are there; without an answer the request ends."""
-        if not piece.closed:
+        if not self._closed:
             try:
                 timeout = PATIENT if self._saves else ASKING
-                answer = self._link.ask(session, request, Progress, timeout)
-                self._requests.take(piece, answer, answer=True)
+                answer = await self._link.ask(session, request, Progress, timeout)
+                self.take(piece, answer, answer=True)
                 return answer.grants
             except PortaKVError as error:
                 kind = "save" if self._saves else "load"
                 _log.warning(kind, "A %s of %d blocks ends: %s", kind, piece.blocks, error)
-        self._requests.drop(piece)
+        with self._runtime.lock:
+            self._queued -= 1
+            self._lacking.pop(piece.number, None)
+            self._unstored.discard(piece.number)
+            self._note()
         return ()
 
     # --- copies
 
-    def _copy_later(self, session: Session, piece: Piece, grants: Sequence[Grant]) -> None:
-        """Have workers copy rows."""
+    def copy_later(self, session: Session, piece: Piece, grants: Sequence[Grant]) -> None:
+        """Have helpers copy rows."""
         for grant in grants:
-            self._run(partial(self._copy, session, piece, grant))
-
-    def _run(self, work: partial[None]) -> None:
-        self._requests.run("save" if self._saves else "load", work, self._priority)
+            copy = Work(self._copy, session, piece, grant)
+            self._runtime.start(self._requests.in_turn(self._saves, self._priority, copy))
 
     def _copy(self, session: Session, piece: Piece, grant: Grant) -> None:
-        """Copy rows in a worker, and report that."""
-        if not self._requests.start_copy(piece):
-            self._report(session, grant, False)
+        """Copy rows in a helper, and report that."""
+        if not self.start_copy():
+            self._runtime.run(self._report, session, grant, False)
             return
         rows: MappedRows = session.data
         cells = 0
@@ -659,84 +622,75 @@ class ServerTransfer:
             at = [piece.first + place for place in ids_in(grant.places)]
             items = ids_in(grant.rows)
             terms = (self._part, grant.form, self._crossing, self._view)
-            cells, unfit = rows.copy(*terms, items, at, piece.saves)
+            cells, unfit = rows.copy(*terms, items, at, self._saves)
             landed = True
         except PortaKVError as error:
             _log.warning("copy", "A copy failed: %s", error)
         finally:
-            self._requests.end_copy(piece, grant, cells)
-            self._report(session, grant, landed, unfit)
+            self.end_copy(piece, grant, cells)
+            self._runtime.run(self._report, session, grant, landed, unfit)
 
-    def _report(
+    async def _report(
         self, session: Session, grant: Grant, landed: bool, unfit: Mask | None = None
     ) -> None:
         """Report the end of a copy to the server. ``unfit``: the blocks that were not packed."""
         mask = np.full(len(grant.places) // 4, landed, np.uint8)
         if unfit is not None:
             mask[unfit] = UNFIT
-        self._link.tell(session, Report(session.number, grant.lease, mask.tobytes()))
+        await self._link.tell(session, Report(session.number, grant.lease, mask.tobytes()))
 
     def _issue(self, session: Session, blocks: int, hits: Sequence[Hit]) -> None:
         """Copy rows on the caller's current stream."""
         loan = Loan((), self._crossing)
         loan.rows = [None] * blocks
+        begun = list[Hit]()
         landed = False
         try:
-            start = partial(self._start_issued, loan, hits)
-            uninterrupted(start, lambda _: self._end_issued(hits, False))
-            if any(hit.begun for hit in hits):
+            start = partial(self._start_issued, loan, hits, begun)
+            uninterrupted(start, lambda _: self._end_issued(begun, False))
+            if begun:
                 by_layer = bool(self.layers) and None not in loan.rows
                 _, layers = self._crossing.issue(self._rows_of(session), loan, by_layer)
                 self.layers = layers or self.layers
             landed = True
         finally:
-            uninterrupted(partial(self._note_issued, session, loan, hits, landed))
+            uninterrupted(partial(self._note_issued, session, loan, hits, begun, landed))
 
-    def _start_issued(self, loan: Loan, hits: Sequence[Hit]) -> None:
+    def _start_issued(self, loan: Loan, hits: Sequence[Hit], begun: list[Hit]) -> None:
         """Note that the copies that may begin do, whose rows become those of a loan."""
         rows = [*loan.rows]
         for hit in hits:
-            hit.begun = self._requests.start_copy(hit.piece, issued=True)
-            if hit.begun:
+            if self.start_copy(issued=True):
+                begun.append(hit)
                 pairs = zip(ids_in(hit.grant.places), ids_in(hit.grant.rows), strict=True)
                 for place, row in pairs:
                     rows[hit.piece.first + place] = row
         loan.rows = rows
 
-    def _note_issued(self, session: Session, loan: Loan, hits: Sequence[Hit], landed: bool) -> None:
+    def _note_issued(
+        self, session: Session, loan: Loan, hits: Sequence[Hit], begun: list[Hit], landed: bool
+    ) -> None:
         """Note the copy that was issued, if one was, and have its end followed."""
         if loan.end is None:
             loan.cancel()
         self.issued = loan.end
         self.issued_blocks = np.array([row is not None for row in loan.rows])
-        if loan.ended():
-            self._end_issued(hits, landed)
-        self._requests.run("end", partial(self._follow, session, loan, hits, landed))
+        self._runtime.start(self._follow(session, loan, hits, begun, landed))
 
-    def _follow(self, session: Session, loan: Loan, hits: Sequence[Hit], landed: bool) -> None:
-        """Wait in a worker for a copy that was issued, and report its end."""
+    async def _follow(
+        self, session: Session, loan: Loan, hits: Sequence[Hit], begun: list[Hit], landed: bool
+    ) -> None:
+        """Wait for a copy that was issued, and report its end."""
         while not loan.ended():
-            time.sleep(POLL)
-        self._end_issued(hits, landed)
+            await Wait(until=self._runtime.time() + POLL)
+        self._end_issued(begun, landed)
         for hit in hits:
-            self._report(session, hit.grant, landed)
+            await self._report(session, hit.grant, landed)
 
-    def _end_issued(self, hits: Sequence[Hit], landed: bool) -> None:
-        """Note the end of a copy that was issued, once."""
-        cells = self._part.cells if landed else 0
-        for hit in hits:
-            if hit.begun:
-                hit.begun = False
-                self._requests.end_copy(hit.piece, hit.grant, cells, issued=True)
-
-
-@dataclass(eq=False)
-class Hit:
-    """Rows that the caller's thread copies for a request; ``begun``: it has begun to."""
-
-    piece: Piece
-    grant: Grant
-    begun: bool = False
+    def _end_issued(self, begun: list[Hit], landed: bool) -> None:
+        """Note the ends of copies that were issued, once."""
+        while begun:
+            self.end_copy(*begun.pop(), self._part.cells if landed else 0, issued=True)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -823,11 +777,8 @@ class ServerBlocks:
         """
         checked = check_keys(keys)
         pins = Pins(len(checked))
-        session = self._usable_session
-        for first in range(0, len(checked) if session else 0, MOST_KEYS):
-            assert session is not None
+        for session, first, some in self._batches(checked):
             number = next(self.requests.numbers)
-            some = joined_keys(checked[first : first + MOST_KEYS])
             done = self._done(session, Lock(session.number, number, self.group, some))
             places = [first + at for at in np.flatnonzero(done).tolist()]
             release = partial(self._unlock, session, number)
@@ -844,32 +795,31 @@ class ServerBlocks:
         """
         checked = check_keys(keys)
         gone = np.zeros(len(checked), np.bool_)
-        session = self._usable_session
-        for first in range(0, len(checked) if session else 0, MOST_KEYS):
-            assert session is not None
-            some = joined_keys(checked[first : first + MOST_KEYS])
+        for session, first, some in self._batches(checked):
             done = self._done(session, Delete(session.number, self.group, some))
             gone[first : first + len(done)] = done
         return gone
 
-    @property
-    def _usable_session(self) -> Session | None:
-        return None if self.requests.process.forked else self.link.session
+    def _batches(self, keys: list[bytes]) -> Iterator[tuple[Session, int, bytes]]:
+        """Yield the session, the number of the first key and the keys of each request."""
+        session = None if self.requests.runtime.forked else self.link.session
+        if session is not None:
+            for first in range(0, len(keys), MOST_KEYS):
+                yield session, first, joined_keys(keys[first : first + MOST_KEYS])
 
     def _done(self, session: Session, message: Lock | Delete) -> Mask:
         """Return for which blocks the server has done a request; for none without an answer."""
         if self.link.session is session:
             with suppress(PortaKVError):  # the session has ended, or ends now
-                answer = self.link.ask(session, message, Done, ASKING)
+                ask = partial(self.link.ask, session, message, Done, ASKING)
+                answer = self.requests.runtime.run(ask)
                 done: Mask = np.frombuffer(answer.done, np.bool_).copy()
                 return done
         return np.zeros(len(message.keys) // KEY, np.bool_)
 
     def _unlock(self, session: Session, number: int) -> None:
-        """Tell the server of the end of locks, in a worker."""
-        with suppress(TransferError):  # the client was closed, and its locks have ended
-            tell = partial(self.link.tell, session, Unlock(session.number, number))
-            self.requests.run("load", tell)
+        """Tell the server of the end of locks."""
+        self.requests.runtime.start(self.link.tell(session, Unlock(session.number, number)))
 
     def _transfer(
         self,
@@ -883,7 +833,7 @@ class ServerBlocks:
         """Return a transfer of blocks of a view. Raises `StoreError` in a forked process."""
         if deadline is not None:
             seconds("deadline", deadline)
-        if self.requests.process.forked:
+        if self.requests.runtime.forked:
             raise StoreError(
                 "Expected the client of a store server of this process, got one of the process "
                 "that this one was forked from. Make another."
@@ -939,7 +889,7 @@ class StoreClient:
         channel = Channel()
         self._hello = partial(Join, name, client, channel.address, texts)
         channel.serve(Progress, self._progress)
-        sides = Sides(self._hello, Joined, lambda: self._requests.idle, self._began, self._ended)
+        sides = Sides(self._hello, Joined, self._is_idle, self._began, self._ended)
         self.link = Link(place, channel, sides)
         self.blocks = [
             ServerBlocks(self._requests, self.link, number, part)
@@ -963,35 +913,42 @@ class StoreClient:
     def close(self, timeout: float = 10.0) -> None:
         """End the loads and saves, and leave the server."""
         timeout = seconds("timeout", timeout)
-        if self._requests.process.forked:
+        if self._requests.runtime.forked:
             return
         self._requests.close(timeout)
         self.link.close()
-        self._requests.graph.close(timeout)
-        if self._mapped is not None and self._requests.idle:
+        if self._mapped is not None and self._is_idle():
             self._mapped.close()
 
-    def _began(self, address: str, joined: Joined) -> MappedRows:
+    def _is_idle(self) -> bool:
+        """Return whether no copy is under way."""
+        return not self._requests.copies
+
+    async def _began(self, address: str, joined: Joined) -> MappedRows:
         """Map the rows of a server, in place of those of the server before."""
+        rows: MappedRows = await Work(self._map, joined.rows)
+        return rows
+
+    def _map(self, rows: bytes) -> MappedRows:
         if self._mapped is not None:
             self._mapped.close()
             self._mapped = None
-        self._mapped = MappedRows(joined.rows, self._device)
+        self._mapped = MappedRows(rows, self._device)
         return self._mapped
 
     def _ended(self, session: Session) -> None:
         self._requests.close_all()
 
     def _progress(self, peer: Peer, progress: Progress) -> None:
-        """Take rows of the server, in the thread of the channel."""
+        """Take rows of the server."""
         session = self.link.session
         if session is None or session.number != progress.session:
             return
-        waiting = self._requests.open.get(progress.number)
-        if waiting is not None:
-            transfer, piece = waiting
-            self._requests.take(piece, progress)
-            transfer._copy_later(session, piece, progress.grants)
-        for grant in progress.grants if waiting is None else ():  # nothing waits for these rows
+        transfer, piece = self._requests.open.get(progress.number, (None, None))
+        if transfer is not None and piece is not None:
+            transfer.take(piece, progress)
+            transfer.copy_later(session, piece, progress.grants)
+            return
+        for grant in progress.grants:  # nothing waits for these rows
             report = Report(session.number, grant.lease, bytes(len(grant.places) // 4))
-            self._requests.run("load", partial(self.link.tell, session, report))
+            self._requests.runtime.start(self.link.tell(session, report))

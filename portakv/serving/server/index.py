@@ -3,15 +3,12 @@
 
 from __future__ import annotations
 
-import threading
 from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
-from functools import partial
 
 from portakv.arguments import instance, seconds, text, whole
 from portakv.errors import InvalidTerms
 from portakv.migrate.channel import Channel, Peer
-from portakv.runtime.devices import this_process
 from portakv.serving.bucket import ServerBucket
 from portakv.serving.local import counted_bytes
 from portakv.serving.server.link import PATIENT, Link, Place, Session, Sides, this_client
@@ -30,6 +27,7 @@ from portakv.serving.server.messages import (
 )
 from portakv.storage.calls import Change
 from portakv.storage.tiers.base import Keys
+from portakv.tasks import Work, runtime
 
 #: The most changes that wait for `ServerIndex.take_events`.
 EVENTS = 1 << 16
@@ -43,12 +41,13 @@ class Known:
         self.tiers = dict[bytes, int]()
         self._names = dict[str, int]()  # the bits of tiers, by their names
 
-    def add(self, tier: str, keys: Iterable[bytes]) -> None:
-        """Note that a tier has blocks. ``tier``: as `tier_of` returns it."""
-        bit = self._bit(tier)
+    def add_page(self, page: KeysPage) -> None:
+        """Note that tiers have blocks."""
         tiers = self.tiers
-        for key in keys:
-            tiers[key] = tiers.get(key, 0) | bit
+        for tier, keys in page.tiers:
+            bit = self._bit(tier)
+            for key in keys_in(keys):
+                tiers[key] = tiers.get(key, 0) | bit
 
     def change(self, changed: Changed) -> None:
         """Note a block that a tier has stored, or lost."""
@@ -102,8 +101,7 @@ class ServerIndex:
         self._every = False  # of all of them, and the losses between two sessions
         self._left: list[Known] = []  # what was known in the session before
         self._waiting: list[Changed] | None = None  # changes, while a snapshot is read
-        self._lock = threading.Lock()
-        self._process = this_process()
+        self._runtime = runtime()  # its lock guards all
         self._channel = Channel()
         self._channel.serve(Changes, self._take)
         self._channel.serve(LookedUp, self._looked_up)
@@ -165,7 +163,7 @@ class ServerIndex:
         ``every``: of the blocks of all groups, and the losses that were missed between two
         sessions, of tiers without a name.
         """
-        with self._lock:
+        with self._runtime.lock:
             self._every = every
             self._recorded = self._groups if every else 1
 
@@ -176,7 +174,7 @@ class ServerIndex:
         Of a block of several groups, those of the first group, unless `record` says otherwise. Some
         are missing if changes were missed.
         """
-        with self._lock:
+        with self._runtime.lock:
             made = [*self._events]
             self._events.clear()
         return made
@@ -214,13 +212,13 @@ class ServerIndex:
 
     def close(self) -> None:
         """Leave the server."""
-        if not self._process.forked:
+        if not self._runtime.forked:
             self._link.close()
 
     def _groups_here(self) -> list[Known]:
         """Return what is known of each group; nothing in a forked process, where it stands
         still."""
-        return [] if self._process.forked else self._known
+        return [] if self._runtime.forked else self._known
 
     @property
     def _forms(self) -> list[tuple[int, ...]]:
@@ -231,64 +229,60 @@ class ServerIndex:
 
     # --- for the link
 
-    def _began(self, address: str, followed: Followed) -> None:
+    async def _began(self, address: str, followed: Followed) -> None:
         """Read the index."""
-        with self._lock:
-            self._followed = followed
-        self._read(address, followed.session)
+        self._followed = followed
+        await self._read(address, followed.session)
 
     def _ended(self, session: Session) -> None:
-        with self._lock:
-            self._followed = Followed(0, (), self._followed.nbytes)
-            self._left = self._known or self._left
-            self._known = []
-            self._losses += 1
+        self._followed = Followed(0, (), self._followed.nbytes)
+        self._left = self._known or self._left
+        self._known = []
+        self._losses += 1
         self._bucket.forget()
 
-    def _look(self, session: Session) -> None:
+    async def _look(self, session: Session) -> None:
         """Send lookups in the bucket, and read the index again if changes were missed."""
         for number, keys in self._bucket.take():
-            self._link.tell(session, LookUp(session.number, number, joined_keys(keys)))
+            await self._link.tell(session, LookUp(session.number, number, joined_keys(keys)))
         if self._number < 0:
-            self._read(session.address, session.number)
+            await self._read(session.address, session.number)
 
-    def _read(self, address: str, session: int) -> None:
+    async def _read(self, address: str, session: int) -> None:
         """Read a snapshot of the index, and apply the changes that have come since."""
-        with self._lock:
-            self._waiting = []
-        read = [*map(partial(self._read_group, address, session), range(self._groups))]
-        with self._lock:
-            waiting = self._waiting or ()
-            self._waiting = None
-            if self._followed.session != session:  # it has ended
-                return
-            self._losses += 1
-            known = [each for each, _ in read]
-            if self._every:
-                self._events += missed(self._known or self._left, known)
-            self._left = []
-            self._known = known
-            # Changes before a snapshot do no harm: those after them follow in order.
-            self._number = min(number for _, number in read)
-            self.apply(waiting)
+        self._waiting = []
+        groups = range(self._groups)
+        read = [await self._read_group(address, session, group) for group in groups]
+        waiting = self._waiting
+        self._waiting = None
+        if self._followed.session != session:  # it has ended
+            return
+        self._losses += 1
+        known = [each for each, _ in read]
+        if self._every:
+            self._events += missed(self._known or self._left, known)
+        self._left = []
+        self._known = known
+        # Changes before a snapshot do no harm: those after them follow in order.
+        self._number = min(number for _, number in read)
+        self.apply(waiting)
 
-    def _read_group(self, address: str, session: int, group: int) -> tuple[Known, int]:
+    async def _read_group(self, address: str, session: int, group: int) -> tuple[Known, int]:
         """Return the blocks of a group, and the number of the last change before them."""
         known = Known()
         more = True
         page = 0
         while more:
             question = AskKeys(session, group, page)
-            answer = self._channel.ask(address, question, KeysPage, PATIENT)
-            for tier, keys in answer.tiers:
-                known.add(tier, keys_in(keys))
+            answer = await self._channel.answer(address, question, KeysPage, PATIENT)
+            await Work(known.add_page, answer)  # of thousands of keys
             more = answer.more
             page += 1
         return known, answer.number
 
     def _take(self, peer: Peer, message: Changes) -> None:
-        """Take changes, in the thread of the channel."""
-        with self._lock:
+        """Take changes."""
+        with self._runtime.lock:
             if message.session != self._followed.session:
                 return
             if self._waiting is not None:
@@ -297,12 +291,12 @@ class ServerIndex:
                 self.apply(message.changes)
 
     def _looked_up(self, peer: Peer, message: LookedUp) -> None:
-        """Take the end of a lookup, in the thread of the channel."""
+        """Take the end of a lookup."""
         if message.session == self._followed.session:
             self._bucket.looked_up(message.number, message.count, message.answers)
 
     def apply(self, changes: Iterable[Changed]) -> None:
-        """Apply changes in order, under the lock; after a gap have all read again."""
+        """Apply changes in order, in a step; after a gap have all read again."""
         for changed in changes:
             if changed.number <= self._number:
                 continue

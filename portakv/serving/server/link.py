@@ -6,9 +6,7 @@ from __future__ import annotations
 import logging
 import os
 import re
-import threading
-import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from functools import cache, partial
 from hashlib import sha256
@@ -20,9 +18,7 @@ from portakv.errors import InvalidTerms, PeerError, PortaKVError, StoreError, Tr
 from portakv.host.shared import process_space, started
 from portakv.migrate.channel import Channel, Peer
 from portakv.migrate.messages import Message, Refused
-from portakv.runtime.interrupts import Condition
 from portakv.runtime.rate_limited_log import RateLimitedLog
-from portakv.runtime.resources import start_thread
 from portakv.serving.server.messages import (
     PROTOCOL,
     Alive,
@@ -41,6 +37,7 @@ from portakv.storage.tiers.files import (
     read_file,
     unusable,
 )
+from portakv.tasks import Signal, Work, runtime
 
 # ------------------------------------------------------------------------------------------------
 # Where the processes of a host find the server that serves them.
@@ -211,25 +208,24 @@ class Sides(NamedTuple):
         hello: returns the request for a session, from the number of the session before.
         kind: the type of its answer.
         ready: returns whether a session may begin: nothing of the session before is under way.
-        began: makes the data of a session from the server's address and the answer with which it
-            begins.
-        ended: is called with a session that has ended, in any thread, before the next one begins;
-            be quick.
-        look: is called with a session now and then, and after `Link.wake`.
+        began: a coroutine that makes the data of a session, from the server's address and the
+            answer with which it begins.
+        ended: is called in a step with a session that has ended, before the next one begins.
+        look: a coroutine that runs with a session now and then, and after `Link.wake`.
     """
 
     hello: Callable[[int], Message]
     kind: type[Any]
     ready: Callable[[], bool]
-    began: Callable[[str, Any], object]
+    began: Callable[[str, Any], Awaitable[object]]
     ended: Callable[[Session], object]
-    look: Callable[[Session], object] = lambda _: None
+    look: Callable[[Session], Awaitable[object]] | None = None
 
 
 class Link:
     """The connection of a process to the server of a place.
 
-    A thread makes it, looks whether it stands, and makes it again.
+    A coroutine makes it, looks whether it stands, and makes it again.
 
     Args:
         place: where the address of the server stands.
@@ -246,32 +242,28 @@ class Link:
         self._place = place
         self._channel = channel
         self._sides = sides
+        self._runtime = runtime()
         self._before = 0  # the number of the last session
         self._known = ""  # the address of the last server that answered
         self._alike = True  # it has the version of this process
         self._refusal = ""  # why a session could not begin
-        self._changed = Condition()
         # The last line in the log since the last session, but that of its end; the loudest level.
         self._said = ""
         self._level = logging.INFO
-        channel.serve(Farewell, self._farewell)
-        self._wake = threading.Event()
+        self._changed = Signal(self._runtime)  # also after `wake`
+        self._looks_now = False
         self._stopped = False
-        self._thread = threading.Thread(
-            target=self._run, name="portakv store server link", daemon=True
-        )
+        channel.serve(Farewell, self._farewell)
 
     def start(self) -> None:
-        """Start the thread. Raises `StoreError` if the system gives no more."""
-        try:
-            start_thread(self._thread, StoreError)
-        except StoreError:
-            self._channel.close()
-            raise
+        """Start the coroutine."""
+        self._keeper = self._runtime.start(self._keep())
 
     def wake(self) -> None:
-        """Have the thread look at the session now."""
-        self._wake.set()
+        """Have the session looked at now."""
+        with self._runtime.lock:
+            self._looks_now = True
+            self._changed.notify()
 
     def wait(self, timeout: float) -> bool:
         """Wait for a session, at most so many seconds; return whether there is one.
@@ -279,101 +271,101 @@ class Link:
         Returns at once if the server is of another version, which a later one may not be. Raises
         `InvalidTerms` with the sentence of a server that refuses the blocks of this process.
         """
-        with self._changed:
-            self._changed.wait_for(
-                lambda: self.session or self._refusal or not self._alike, timeout
-            )
-            if self.session is None and self._refusal:
-                raise InvalidTerms(self._refusal)
-            return self.session is not None
+        self._changed.block(lambda: self.session or self._refusal or not self._alike, timeout)
+        refusal = self._refusal
+        if self.session is None and refusal:
+            raise InvalidTerms(refusal)
+        return self.session is not None
 
-    def ask(self, session: Session, message: Message, kind: type[T], timeout: float = PATIENT) -> T:
+    async def ask(
+        self, session: Session, message: Message, kind: type[T], timeout: float = PATIENT
+    ) -> T:
         """Return the answer of the server. Raises `PeerError` and the like without one.
 
         The session ends if the server does not answer within so many seconds.
         """
         try:
-            return self._channel.ask(session.address, message, kind, timeout)
+            return await self._channel.answer(session.address, message, kind, timeout)
         except Refused:
-            self._wake.set()  # look whether the session stands
+            self.wake()  # look whether the session stands
             raise
         except TransferError as error:
             self.lose(session, str(error))
             raise
 
-    def tell(self, session: Session, message: Message) -> None:
+    async def tell(self, session: Session, message: Message) -> None:
         """Send a message, if the session stands. The session ends if the server does not take
         it."""
         if self.session is not session:
             return
         try:
-            self._channel.tell(session.address, message, PATIENT)
+            await self._channel.send(session.address, message, PATIENT)
         except PortaKVError as error:
             self.lose(session, str(error))
 
     def lose(self, session: Session, why: str, in_order: bool = False) -> None:
         """End a session, and log why; ``in_order``: its server said that it ends."""
-        with self._changed:
+        with self._runtime.lock:
             if self.session is not session:
                 return
             self.session = None
-            self._sides.ended(session)  # under the lock: before the thread can join again
-            self._changed.notify_all()
+            self._sides.ended(session)  # in this step: before the next session can begin
+            self.wake()
         if not self._stopped:
             self._said = ""
             self._level = logging.INFO if in_order else logging.WARNING
             _log.log(self._level, ENDED if in_order else GONE, self._place.name, why)
-        self._wake.set()
 
     def close(self) -> None:
-        """End the session and the thread, and close the channel."""
+        """End the session and the coroutine, and close the channel."""
         self._stopped = True
-        self._wake.set()
-        self._thread.join()
+        self.wake()
+        self._keeper.synchronize()
         session = self.session
         if session is not None:
             if self._sides.ready():
-                self.tell(session, Leave(session.number))
+                self._runtime.run(self.tell, session, Leave(session.number))
             self.lose(session, "")
         self._channel.close()
 
-    # --- the thread
+    # --- the coroutine
 
-    def _run(self) -> None:
+    async def _keep(self) -> None:
         """Have a session, until the link is closed."""
-        since = time.monotonic()
+        since = self._runtime.time()
         while not self._stopped:
-            with self._changed:
-                session = self.session
+            self._looks_now = False
+            session = self.session
             try:
-                pause = self._join() if session is None else self._look(session)
+                pause = await (self._join() if session is None else self._look(session))
             except Exception as error:  # the next try may succeed
                 self._say(f"A process failed to reach its store server, and tries again: {error!r}")
                 pause = REFUSED
-            now = time.monotonic()
+            now = self._runtime.time()
             if self.session is not None:
                 since = now
             elif now > since + LONELY and not self._said:  # the log has no reason yet
                 self._say(
                     f"No store server serves {self._place.name}: nothing is stored or loaded."
                 )
-            self._wake.wait(pause)
-            self._wake.clear()
+            await self._changed.wait_for(lambda: self._looks_now, now + pause)
 
-    def _look(self, session: Session) -> float:
+    async def _look(self, session: Session) -> float:
         """Look whether a session stands; return the seconds until the next look."""
         try:
-            self._channel.ask(session.address, Alive(session.number), Alive, PATIENT)
-            self._sides.look(session)
+            alive = Alive(session.number)
+            await self._channel.answer(session.address, alive, Alive, PATIENT)
+            if self._sides.look is not None:
+                await self._sides.look(session)
         except PortaKVError as error:
             self.lose(session, str(error))
             return 0.0
         return BEAT
 
-    def _join(self) -> float:
+    async def _join(self) -> float:
         """Try to begin a session; return the seconds until the next step."""
         try:
-            address = self._place.address()
+            address = await Work(self._place.address)
         except PortaKVError as error:
             self._refuse(str(error))
             return REFUSED
@@ -382,10 +374,11 @@ class Link:
         if not address or not self._sides.ready():
             return ABSENT
         try:
-            if not self._speaks_to(address):
+            if not await self._speaks_to(address):
                 return REFUSED
             kind: Any = self._sides.kind | Later
-            answer = self._channel.ask(address, self._sides.hello(self._before), kind, PATIENT)
+            hello = self._sides.hello(self._before)
+            answer = await self._channel.answer(address, hello, kind, PATIENT)
         except Refused as error:
             self._refuse(sentence_of(error), by_store_server=True)
             return REFUSED
@@ -393,58 +386,57 @@ class Link:
             return ABSENT
         if isinstance(answer, Later):
             return BUSY
-        return self._begin(address, answer)
+        return await self._begin(address, answer)
 
     def _forget_store_server(self) -> None:
         """Forget why the last server did not serve this process; another one may."""
-        with self._changed:
-            if self._refusal or not self._alike:
-                self._said = ""
-            self._known = ""
-            self._alike = True
-            self._refusal = ""
-            self.refused = False
+        if self._refusal or not self._alike:
+            self._said = ""
+        self._known = ""
+        self._alike = True
+        self._refusal = ""
+        self.refused = False
 
-    def _speaks_to(self, address: str) -> bool:
+    async def _speaks_to(self, address: str) -> bool:
         """Return whether a server has the version of this process."""
         if self._known == address and self._alike:
             return True
-        version = self._channel.ask(address, AskProtocol(PROTOCOL), ServerProtocol, PATIENT).version
-        with self._changed:
-            self._known = address
-            self._alike = version == PROTOCOL
-            self._changed.notify_all()
+        question = AskProtocol(PROTOCOL)
+        answer = await self._channel.answer(address, question, ServerProtocol, PATIENT)
+        self._known = address
+        self._alike = answer.version == PROTOCOL
+        self._changed.notify()
         if not self._alike:
             self._say(
                 f"Expected a store server of version {PROTOCOL} in {self._place.name}, got version "
-                f"{version}: nothing is stored or loaded. Run one release of PortaKV on a host."
+                f"{answer.version}: nothing is stored or loaded. Run one release of PortaKV on a "
+                f"host."
             )
         return self._alike
 
-    def _begin(self, address: str, answer: Any) -> float:
+    async def _begin(self, address: str, answer: Any) -> float:
         """Begin a session; return the seconds until the next step."""
         self._before = answer.session
         try:
-            session = Session(address, answer.session, self._sides.began(address, answer))
+            data = await self._sides.began(address, answer)
         except PeerError:  # the server has ended since its answer; another one may serve soon
             return ABSENT
         except PortaKVError as error:
             self._refuse(str(error))
             return REFUSED
-        with self._changed:
-            self.session = session
-            self._refusal = ""
-            self.refused = False
-            self._changed.notify_all()
+        self.session = Session(address, answer.session, data)
+        self._refusal = ""
+        self.refused = False
+        self._changed.notify()
         # The return of a server is as loud as its loss, or as why there was none.
         _log.log(self._level, "The store server of %s serves this process.", self._place.name)
         self._said = ""
         self._level = logging.INFO
-        self._channel.watch(address, partial(self._gone, session.number))
+        self._channel.watch(address, partial(self._gone, answer.session))
         return 0.0
 
     def _farewell(self, peer: Peer, message: Farewell) -> Farewell:
-        """End a session whose server ends in order, in the thread of the channel."""
+        """End a session whose server ends in order."""
         session = self.session
         if session is not None and session.number == message.session:
             self.lose(session, "", in_order=True)
@@ -461,10 +453,9 @@ class Link:
 
     def _refuse(self, why: str, by_store_server: bool = False) -> None:
         """Note why there is no session, and log it once."""
-        with self._changed:
-            self._refusal = why
-            self.refused = by_store_server
-            self._changed.notify_all()
+        self._refusal = why
+        self.refused = by_store_server
+        self._changed.notify()
         self._say(
             f"Nothing is stored or loaded through the store server of {self._place.name}: {why}"
         )

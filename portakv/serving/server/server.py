@@ -7,14 +7,11 @@ import atexit
 import logging
 import os
 import select
-import threading
 import time
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import chain
 from secrets import randbits
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -36,7 +33,6 @@ from portakv.migrate.messages import Message
 from portakv.migrate.shared_memory import share
 from portakv.runtime import resources
 from portakv.runtime.bounded import Bounded
-from portakv.runtime.devices import this_process
 from portakv.runtime.rate_limited_log import RateLimitedLog
 from portakv.serving.bucket import look_up
 from portakv.serving.local import SHARE, StoreTerms, alike_in
@@ -84,6 +80,8 @@ from portakv.serving.watched import answer
 from portakv.storage.calls import Change
 from portakv.storage.form import BlockForm
 from portakv.storage.store import BlockStore
+from portakv.tasks import Wait, Work, runtime
+from portakv.tasks.runtime import READ
 
 if TYPE_CHECKING:
     from portakv.serving.kv_events import EventPublisher
@@ -241,7 +239,6 @@ class OpenStore:
     Attributes:
         handle: the rows, for `open_shared`.
         bucket: the store has a bucket.
-        looked_up: the ends of lookups in the bucket, for the followers that requested them.
     """
 
     def __init__(
@@ -267,8 +264,6 @@ class OpenStore:
         self.state = ServerState(wake, patience)
         watch(self.state)
         self.bucket = terms.bucket is not None
-        self.looked_up = deque[tuple[Follower, LookedUp]]()
-        self._wake = wake
         self._events = events
         self.feed = Feed(self.store)
         try:
@@ -314,20 +309,6 @@ class OpenStore:
         """Return whether the store has the forms of whole blocks."""
         return all(form.digest in self.state.stores for form in forms)
 
-    def look_up(self, follower: Follower, number: int, keys: Sequence[bytes]) -> None:
-        """Look up blocks in the bucket, in a worker, and have ``looked_up`` hold how that ended.
-
-        Raises `TransferError` after the store was closed.
-        """
-
-        def ended(count: int, answers: bool) -> None:
-            message = LookedUp(follower.session, number, count, answers)
-            self.looked_up.append((follower, message))
-            self._wake()
-
-        if self.bucket:
-            look_up([*map(self.store.of, follower.forms)], keys, ended)
-
     def close(self, timeout: float) -> PortaKVError | None:
         """End all sessions and close the store; return the error of a store that hangs."""
         rows_here.pop(self.handle, None)
@@ -346,7 +327,7 @@ rows_here: Bounded[bytes, torch.Tensor] = Bounded("rows of store servers", 16)
 
 
 # ------------------------------------------------------------------------------------------------
-# The server: its answers to clients, and its thread.
+# The server: its answers to clients, and its coroutine.
 
 #: Seconds for which the refusal of a rank counts for its engine. The rank tries again before.
 REFUSED = 5.0
@@ -408,8 +389,8 @@ class StoreServer:
         self._patience = seconds("patience", patience, above=True)
         self._events = events
         self._busy_since: float | None = None
-        self._stopped = threading.Event()
-        self._process = this_process()
+        self._stopped = False
+        self._runtime = runtime()
         self._looked = 0.0  # when processes were looked at
         self._opened: OpenStore | None = None
         self._wanted: Sequence[BlockForm] = ()  # forms of whole blocks that a client waits for
@@ -418,20 +399,22 @@ class StoreServer:
         # Why the last rank of an engine was refused, and until when that counts.
         self._refused: Bounded[str, tuple[str, float]] = Bounded("refused engines", ENGINES)
         self._ends = False  # no session begins any more
-        self._thread = threading.Thread(target=self._run, name="portakv store server", daemon=True)
         self._channel = Channel()
         with ExitStack() as undo:
             undo.callback(self._channel.close)
             try:
                 self._event = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+                undo.callback(os.close, self._event)
+                self._epoll = select.epoll()  # of that, and of the open store
             except OSError as error:
                 why = resources.reason(error)
                 raise StoreError(f"Expected a descriptor for a store server, but {why}.") from None
-            undo.callback(os.close, self._event)
+            undo.callback(self._epoll.close)
+            self._epoll.register(self._event, READ)
             self._answer_messages()
             undo.callback(self.place.release)
             self._serve_if_possible()
-            resources.start_thread(self._thread, StoreError)
+            self._running = self._runtime.start(self._run())
             undo.pop_all()
         atexit.register(self._take_leave)  # before the channel closes at the interpreter's end
 
@@ -456,7 +439,7 @@ class StoreServer:
         those of its channel; only the last ones while the store is closed, and none after
         `close`."""
         figures = dict[str, list[dict[str, Any]]]()
-        if not self._stopped.is_set():
+        if not self._stopped:
             figures = self._channel.figures()
         opened = self._opened
         if opened is not None:
@@ -468,21 +451,22 @@ class StoreServer:
     def close(self, timeout: float = 10.0) -> None:
         """Serve no longer: close the store within so many seconds. Clients go on with misses."""
         timeout = seconds("timeout", timeout)
-        if self._process.forked or self._stopped.is_set():
+        if self._runtime.forked or self._stopped:
             return
         atexit.unregister(self._take_leave)
-        self._stopped.set()
+        self._stopped = True
         self._wake()
-        self._thread.join()
+        self._running.synchronize()
         self._take_leave()
         self._channel.close()
         self._close_store(timeout)
         self.place.release()
+        self._epoll.close()
         os.close(self._event)
 
     def _take_leave(self) -> None:
         """Tell clients and followers that this server ends in order; no session begins any more."""
-        if self._process.forked:
+        if self._runtime.forked:
             return
         self._ends = True
         opened = self._opened
@@ -496,13 +480,13 @@ class StoreServer:
         with suppress(PortaKVError):
             self._channel.ask_all(requests, Farewell, LEAVING)
 
-    # --- messages, in the thread of the channel
+    # --- messages
 
     def _answer_messages(self) -> None:
         """Answer the messages of clients, and `portakv top`.
 
-        A store is opened at the first `Join`, which names its forms. That takes seconds, so another
-        thread does it, and the client asks again.
+        A store is opened at the first `Join`, which names its forms. That takes seconds, so a
+        helper does it, and the client asks again.
         """
         serve = self._channel.serve
         serve(AskProtocol, lambda *_: ServerProtocol(PROTOCOL))
@@ -591,50 +575,54 @@ class StoreServer:
         """Begin a lookup in the bucket. One that cannot begin has no answer."""
         opened = self._opened
         follower = None if opened is None else opened.feed.followers.get(ask.session)
-        if opened is not None and follower is not None:
-            with suppress(PortaKVError):  # the store closes
-                opened.look_up(follower, ask.number, keys_in(ask.keys))
+        if opened is None or follower is None or not opened.bucket:
+            return
+
+        def ended(count: int, answers: bool) -> None:
+            message = LookedUp(ask.session, ask.number, count, answers)
+            self._runtime.start(self._tell_follower(opened, follower, message))
+
+        with suppress(PortaKVError):  # the store closes
+            look_up([*map(opened.store.of, follower.forms)], keys_in(ask.keys), ended)
 
     def _open_store(self) -> OpenStore:
         if self._opened is None:
             raise ended_session()
         return self._opened
 
-    # --- the thread
+    # --- the coroutine
 
     def _wake(self) -> None:
         with suppress(OSError):  # the counter is full, or the server was closed
             os.eventfd_write(self._event, 1)
 
-    def _run(self) -> None:
+    async def _run(self) -> None:
         """Go on until the server is closed."""
-        while not self._stopped.is_set():
+        while not self._stopped:
             try:
-                self._wait()
-                self._serve_if_possible()
-                self._open_if_wanted()
-                self._advance()
+                await Wait(self._epoll.fileno(), READ, self._runtime.time() + LOOK)
+                with suppress(BlockingIOError):
+                    os.eventfd_read(self._event)
+                self._look_at_processes()
+                if not (self.place.claimed or self.terms.attaches):
+                    await Work(self._serve_if_possible)
+                if self._wanted and self.serves:
+                    await Work(self._open, self._wanted)
+                await self._advance()
             except Exception as error:  # the other clients must be served
                 _log.warning("step", "A store server failed, and goes on: %r. Report it.", error)
-                self._stopped.wait(LOOK)
+                await Wait(until=self._runtime.time() + LOOK)
 
-    def _wait(self) -> None:
-        """Wait until something happens, at most `LOOK` seconds; note processes that have ended."""
-        poll = select.poll()
-        poll.register(self._event, select.POLLIN)
+    def _look_at_processes(self) -> None:
+        """Note processes that have ended."""
         opened = self._opened
-        if opened is not None and not opened.store.graph.closed.is_set():
-            poll.register(opened.store.finished_fd(), select.POLLIN)
-            poll.register(opened.store.listen_fd(), select.POLLIN)
-        poll.poll(LOOK * 1000)
-        with suppress(BlockingIOError):
-            os.eventfd_read(self._event)
         now = time.monotonic()
-        if opened is not None and now > self._looked + LOOK:
-            self._looked = now
-            for process in opened.state.processes():
-                if has_ended(process):
-                    opened.state.process_ended(process)
+        if opened is None or now <= self._looked + LOOK:
+            return
+        self._looked = now
+        for process in opened.state.processes():
+            if has_ended(process):
+                opened.state.process_ended(process)
 
     def _serve_if_possible(self) -> None:
         """Serve, unless another process does, or the terms leave it to a store server."""
@@ -644,15 +632,15 @@ class StoreServer:
             self.place.publish(self._channel.address)
             _logger.info("This process keeps the blocks in %s.", self.place.name)
 
-    def _open_if_wanted(self) -> None:
+    def _open(self, wanted: Sequence[BlockForm]) -> None:
         """Open the store for the forms that a client waits for."""
-        wanted = self._wanted
-        if not wanted or not self.serves:
-            return
         self._close_store(BUSY)
         refusal: PortaKVError | None = None
         try:
-            self._opened = OpenStore(self.terms, wanted, self._wake, self._patience, self._events)
+            opened = OpenStore(self.terms, wanted, self._wake, self._patience, self._events)
+            self._opened = opened
+            for fd in (opened.store.finished_fd(), opened.store.listen_fd()):
+                self._epoll.register(fd, READ)
         except StoreBusy as error:
             now = time.monotonic()
             self._busy_since = self._busy_since or now
@@ -675,31 +663,36 @@ class StoreServer:
         if error is not None:
             _log.warning("close", "The store of a store server could not be closed: %s", error)
 
-    def _tell(self, address: str, message: Message, lost: Callable[[], object]) -> None:
+    async def _tell(self, address: str, message: Message, lost: Callable[[], object]) -> None:
         """Send a message to a client, whose session ends if it does not take the message."""
         try:
-            self._channel.tell(address, message, TELLING)
+            await self._channel.send(address, message, TELLING)
         except PortaKVError as error:
             _log.warning("client", "A client of a store server is gone: %s", error)
             lost()
 
-    def _advance(self) -> None:
+    async def _advance(self) -> None:
         """Go on with what the store has done, and tell clients and routers."""
         if self._events is not None:
             self._events.answer()
         opened = self._opened
         if opened is None or opened.store.graph.closed.is_set():  # the interpreter ends
             return
-        opened.store.graph.sweep()  # loads end in time also if a disk holds all workers
-        for handle in opened.store.finished():
-            opened.state.ended(handle)
-        opened.state.advance()
+        with self._runtime.released():
+            opened.store.graph.sweep()  # loads end in time also if a disk holds all workers
+            for handle in opened.store.finished():
+                opened.state.ended(handle)
+            opened.state.advance()
+            changes = opened.changes()
         for client, progress in opened.state.take():
-            self._tell(client.address, progress, partial(opened.state.lost, client))
-        messages = [opened.looked_up.popleft() for _ in range(len(opened.looked_up))]
-        for follower, message in chain(messages, opened.feed.announce(opened.changes())):
-            lost = partial(opened.feed.followers.pop, follower.session, None)
-            self._tell(follower.address, message, lost)
+            await self._tell(client.address, progress, partial(opened.state.lost, client))
+        for follower, message in opened.feed.announce(changes):
+            await self._tell_follower(opened, follower, message)
+
+    async def _tell_follower(self, opened: OpenStore, follower: Follower, message: Message) -> None:
+        """Send a message to a follower."""
+        lost = partial(opened.feed.followers.pop, follower.session, None)
+        await self._tell(follower.address, message, lost)
 
 
 def place_of(terms: StoreTerms, engine: str) -> Place:

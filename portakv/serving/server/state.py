@@ -16,7 +16,6 @@ The rules, in order of their weight:
 
 from __future__ import annotations
 
-import threading
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Sequence
@@ -50,6 +49,7 @@ from portakv.storage.eviction import Pins
 from portakv.storage.form import BlockForm
 from portakv.storage.lent import Borrowed, LentCopy
 from portakv.storage.store import FormStore
+from portakv.tasks import runtime
 
 # ------------------------------------------------------------------------------------------------
 # Parts of blocks: those of ranks, and the whole blocks that a server stores.
@@ -325,7 +325,7 @@ class ServerState:
         self._wake = wake
         self._patience = patience
         self._now = now
-        self._lock = threading.RLock()
+        self._lock = runtime().lock
         self._clients = dict[int, Client]()  # by session
         self._processes = dict[tuple[int, int, int], ClientProcess]()
         self._works = dict[Handle, Work]()  # that have not ended

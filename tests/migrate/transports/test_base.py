@@ -16,6 +16,7 @@ from portakv.migrate.transports.base import Moving
 from portakv.migrate.transports.distributed import Distributed
 
 CPU = torch.device("cpu")
+API = "nixl._api"
 
 
 @pytest.fixture(autouse=True)
@@ -43,7 +44,7 @@ def test_a_device_that_torch_has_no_group_for_is_told_of_each_transport() -> Non
 
 @pytest.mark.parametrize("by", ["name", "environment"])
 def test_a_forced_transport_never_falls_back(by: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "nixl._api", None)  # as if it were not installed
+    monkeypatch.setitem(sys.modules, API, None)  # as if it were not installed
     if by == "environment":
         monkeypatch.setenv("PORTAKV_MOVER", "nixl")
     with pytest.raises(
@@ -54,7 +55,7 @@ def test_a_forced_transport_never_falls_back(by: str, monkeypatch: pytest.Monkey
 
 def test_a_release_that_is_too_old_is_rejected(monkeypatch: pytest.MonkeyPatch) -> None:
     """NIXL 0.8 would be accepted otherwise, and no buffer would cross."""
-    monkeypatch.setitem(sys.modules, "nixl._api", ModuleType("nixl._api"))
+    monkeypatch.setitem(sys.modules, API, ModuleType(API))
     probed = TRANSPORTS.load("nixl").probe(CPU)
     assert not probed.accepted
     assert "nixl._api has no nixl_thread_sync_t; install a newer one by `pip" in probed.reason

@@ -1,0 +1,754 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Run coroutines in the caller's thread until they wait, and then in one loop of the process.
+
+A coroutine is a sequence of steps: what it does between two waits is one step. One lock,
+`Runtime.lock`, is held during each step and never during a wait. State that only steps change is
+therefore guarded, whichever thread runs them. Code of others, which may have locks of its own, runs
+while the lock is `Runtime.released`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import atexit
+import os
+import select
+import selectors
+import threading
+from collections import deque
+from collections.abc import Callable, Coroutine, Generator
+from contextlib import suppress
+from functools import partial
+from math import ceil
+from socket import socket
+from threading import get_ident
+from time import monotonic
+from typing import Any, Generic, TypeVar
+
+from portakv.errors import PortaKVError, TransferError, TransferTimeout
+from portakv.runtime import resources
+from portakv.runtime.devices import this_process
+from portakv.runtime.interrupts import abandoned, hand_over, interruptible, uninterrupted
+
+T = TypeVar("T")
+#: A coroutine that returns T.
+Steps = Coroutine[Any, Any, T]
+
+READ = select.POLLIN
+WRITE = select.POLLOUT
+#: The end of a connection, which the system reports without interest in any other event.
+HANGUP = 0
+#: Seconds after which a thread notices an interrupt that came just before it began to wait.
+LOOK = 0.2
+#: Seconds for which the end of the interpreter waits for work that blocks.
+EXIT = 10.0
+
+
+class Wait:
+    """A wait of a coroutine: ``await`` returns True, or False once the time is over.
+
+    A call of `wake` ends it, but for a descriptor for which `Runtime.run` waits.
+
+    Args:
+        fd: a descriptor or a socket that ends the wait by ``events``, too. A socket that is closed
+            before the wait begins, when another file may have its descriptor, ends it as well.
+        events: `READ`, `WRITE` or `HANGUP`.
+        until: the end of the wait, by `Runtime.time`; None: no limit.
+        poll: returns True if the event has come, after at most so many milliseconds. For sockets
+            of ZeroMQ, whose descriptors report also what concerns only ZeroMQ. A caller's thread
+            waits in it; the loop calls it with 0, both without the lock. It may take the message.
+        here: the thread that calls `wake` goes on with the coroutine. Such a wait has neither a
+            descriptor nor a limit, and needs no loop: an engine that keeps the interpreter would
+            hold up each change to another thread.
+    """
+
+    __slots__ = ("events", "fd", "here", "poll", "resume", "timer", "until", "woken")
+
+    def __init__(
+        self,
+        fd: int | socket | None = None,
+        events: int = READ,
+        until: float | None = None,
+        poll: Callable[[int], bool] | None = None,
+        here: bool = False,
+    ) -> None:
+        self.fd = fd
+        self.events = events
+        self.here = here
+        self.until = until
+        self.poll = poll
+        self.woken = False
+        # Set in the step that begins the wait, and in the loop.
+        self.resume: Callable[[], object] | None = None
+        self.timer: asyncio.TimerHandle | None = None
+
+    def __await__(self) -> Generator[Wait, None, bool]:
+        if not self.woken:
+            yield self
+        return self.woken
+
+    def is_closed(self) -> bool:
+        """Return True if the socket was closed, which ends the wait; else take its descriptor."""
+        if isinstance(self.fd, socket):
+            self.fd = self.fd.fileno()
+            self.woken = self.fd < 0
+        return self.fd == -1
+
+    def wake(self) -> None:
+        """End the wait, if it has not ended. The caller has the runtime's lock."""
+        if not self.woken:
+            self.woken = True
+            if self.resume is not None:
+                self.resume()
+
+
+class Work(Generic[T]):
+    """Work of a coroutine that blocks, such as a large copy: ``await`` returns its result.
+
+    The lock is released meanwhile. `Runtime.run` does the work in the caller's thread. For a
+    coroutine of the loop a helper does it, and runs the next steps until the coroutine waits. If
+    the system gives no thread, the thread of the last step does the work. A coroutine that is
+    cancelled goes on after the end of the work.
+    """
+
+    __slots__ = ("_call",)
+
+    def __init__(self, call: Callable[..., T], *arguments: object) -> None:
+        self._call = partial(call, *arguments)
+
+    def __await__(self) -> Generator[Work[T], T, T]:
+        return (yield self)
+
+    def done(self, steps: Steps[Any]) -> Callable[[], Any]:
+        """Do the work, once, and return the call that goes on with its coroutine."""
+        try:
+            return partial(steps.send, self._call())
+        except BaseException as error:  # the coroutine gets it
+            return partial(steps.throw, error)
+        finally:
+            del self._call  # it refers to views
+
+
+class Signal:
+    """Tells coroutines and threads of changes. All calls but `block` are made in steps, or with the
+    runtime's lock."""
+
+    def __init__(self, runtime: Runtime) -> None:
+        self._runtime = runtime
+        self._waits = set[Wait]()
+
+    def notify(self) -> None:
+        """Wake all that wait."""
+        waits = tuple(self._waits)
+        self._waits.clear()
+        for wait in waits:
+            wait.wake()
+
+    async def wait_for(self, condition: Callable[[], object], until: float | None = None) -> bool:
+        """Wait until a condition holds; return False if it does not at ``until``."""
+        woken = True
+        while woken and not condition():
+            wait = Wait(until=until)
+            self._waits.add(wait)
+            try:
+                woken = await wait
+            finally:
+                self._waits.discard(wait)
+        return woken or bool(condition())
+
+    def block(self, condition: Callable[[], object], timeout: float | None = None) -> bool:
+        """Have this thread wait for a condition; return False if it does not hold in time.
+
+        Also the main thread waits here itself. By a helper it would wake later.
+        """
+        until = None if timeout is None else monotonic() + timeout
+        woken = True
+        while woken:
+            end = threading.Lock()
+            end.acquire()
+            wait = Wait()
+            wait.resume = end.release
+            with self._runtime.lock:
+                if condition():
+                    return True
+                self._waits.add(wait)
+            woken = end.acquire(timeout=-1 if until is None else max(0.0, until - monotonic()))
+            self._waits.discard(wait)
+        with self._runtime.lock:
+            return bool(condition())
+
+
+class Released:
+    """A context in which this thread does not have the lock, if it had it."""
+
+    __slots__ = ("_lock", "_state")
+
+    def __init__(self, lock: Any) -> None:
+        self._lock = lock
+        self._state: object = None
+
+    def __enter__(self) -> None:
+        # The methods by which a condition of Python releases its lock, however often it was taken.
+        if self._lock._is_owned():
+            self._state = self._lock._release_save()
+
+    def __exit__(self, *error: object) -> None:
+        if self._state is not None:
+            self._lock._acquire_restore(self._state)
+
+
+class Handle(Generic[T]):
+    """A coroutine that was started, and its end.
+
+    ``await`` it in a coroutine of the runtime or in any other loop, which it wakes. It has no lock,
+    since the main thread uses it, where an interrupt may come between any two bytecodes.
+
+    Args:
+        locked: the coroutine has the runtime's lock during its steps.
+    """
+
+    def __init__(self, runtime: Runtime, steps: Steps[T], locked: bool = True) -> None:
+        self._runtime = runtime
+        self._steps = steps
+        self._locked = locked
+        self.ended = False
+        self.value: Any = None
+        self.error: BaseException | None = None
+        self._calls = deque[Callable[[], object]]()  # to be made at the end
+        self._wait: Any = None  # the present wait
+        self._cancelled = False
+
+    def begin(self) -> None:
+        """Make the first step here, or in the loop for the main thread."""
+        if not interruptible() or self._runtime.runs_here:
+            self.step(self._steps.send, None)
+        else:
+            self._runtime.call_soon(self.step, self._steps.send, None)
+
+    def follow(self, wait: Wait) -> None:
+        """Have the loop go on after the first wait of a coroutine.
+
+        The caller has made the first step by ``send(None)``, without the lock: any thread may do
+        that, also the main thread. The wait has a time, and nothing wakes it.
+        """
+        self._wait = wait
+        self._runtime.call_soon(self._begin_to_wait, wait)
+
+    def discard(self) -> None:
+        """End a coroutine that has not begun, and never will, as cancelled."""
+        self._steps.close()
+        self.settle(None, asyncio.CancelledError())
+
+    def abandon(self) -> None:
+        """Cancel a coroutine whose `follow` was interrupted, wherever that was."""
+        self._runtime.call_soon(self._abandon)
+
+    def _abandon(self) -> None:
+        if self.ended:
+            return
+        self._cancelled = True
+        if self._wait is not None:
+            self._cancel()
+        else:  # the interrupt came before the wait was noted
+            self.step(self._steps.throw, asyncio.CancelledError())
+
+    def done(self) -> bool:
+        """Return True once the coroutine has ended, or once it cannot end in a forked process."""
+        return self.ended or self._runtime.forked
+
+    def cancel(self) -> bool:
+        """Have the coroutine's wait raise `CancelledError`; return False if it has ended."""
+        if self.ended:
+            return False
+        self._cancelled = True
+        self._runtime.call_soon(self._cancel)
+        return True
+
+    def _cancel(self) -> None:
+        if self._cancelled and self._wait is not None and not isinstance(self._wait, Work):
+            self._go_on(self._wait)
+
+    def step(self, step: Callable[..., Any], *arguments: object) -> None:
+        """Run the coroutine until its next wait, which the loop makes, or until a helper works."""
+        work = self._advance(step, *arguments)
+        if work is None:
+            return
+        self._runtime.note_work(self)
+        if not hand_over(partial(self._do, work)):
+            with self._runtime.released():
+                self._do(work)
+
+    def _do(self, work: Work[Any] | None) -> None:
+        """Do work in a helper, and go on with the coroutine there until it waits."""
+        while work is not None:
+            step = work.done(self._steps)
+            if self._cancelled:
+                self._cancelled = False
+                step = partial(self._steps.throw, asyncio.CancelledError())
+            work = self._advance(step)
+
+    def _advance(self, step: Callable[..., Any], *arguments: object) -> Work[Any] | None:
+        """Run the coroutine until its next wait, or until the work that it returns."""
+        runtime = self._runtime
+        try:
+            if self._locked:
+                with runtime.lock:
+                    wait = step(*arguments)
+                    self._wait = wait
+                    if isinstance(wait, Work):
+                        return wait
+                    if isinstance(wait, Wait):
+                        wait.resume = partial(self._go_on, wait)
+                        if wait.here and not self._cancelled:
+                            return None
+                        wait.resume = partial(runtime.call_soon, wait.resume)
+            else:
+                self._wait = wait = step(*arguments)
+                if isinstance(wait, Work):
+                    return wait
+        except StopIteration as end:
+            self.settle(end.value, None)
+        except BaseException as error:  # whoever waits for the handle gets it
+            self.settle(None, error)
+        else:
+            if runtime.runs_here:
+                self._begin_to_wait(wait)
+            else:
+                runtime.call_soon(self._begin_to_wait, wait)
+        return None
+
+    def _begin_to_wait(self, wait: Any) -> None:
+        """Have the loop end a wait by its event, or at its time."""
+        if self._wait is not wait:
+            return  # it has ended
+        if self._cancelled:
+            self._go_on(wait)
+        elif not isinstance(wait, Wait):
+            wait.add_done_callback(self._go_on)  # a future of asyncio
+        elif wait.is_closed():
+            self._go_on(wait)
+        elif wait.poll is not None and wait.poll(0):  # the descriptor may not report it again
+            wait.woken = True
+            self._runtime.started().call_soon(self._go_on, wait)
+        else:
+            loop = self._runtime.started()
+            if wait.until is not None:
+                wait.timer = loop.call_at(wait.until, self._go_on, wait)
+            if isinstance(wait.fd, int):
+                try:
+                    loop.descriptors.watch(wait.fd, wait.events, self._see)
+                except OSError as error:  # a bad descriptor
+                    self._wait = None
+                    self.step(self._steps.throw, error)
+
+    def _see(self) -> None:
+        """Go on after the event of a descriptor, which is watched no longer."""
+        wait = self._wait
+        if wait.poll is not None and not wait.poll(0):
+            self._runtime.started().descriptors.watch(wait.fd, wait.events, self._see)
+            return
+        wait.woken = True
+        self._wait = None
+        if wait.timer is not None:
+            wait.timer.cancel()
+        self.step(self._steps.send, None)
+
+    def _go_on(self, wait: Any) -> None:
+        """Go on after a wait, in the loop."""
+        if self._wait is not wait:
+            return  # something else has ended it
+        self._wait = None
+        if isinstance(wait, Wait):
+            if wait.timer is not None:
+                wait.timer.cancel()
+            if isinstance(wait.fd, int):
+                self._runtime.started().descriptors.unwatch(wait.fd, wait.events)
+        if self._cancelled:
+            self._cancelled = False
+            self.step(self._steps.throw, asyncio.CancelledError())
+        else:
+            self.step(self._steps.send, None)
+
+    def settle(self, value: Any, error: BaseException | None) -> None:
+        """Note the end, and make the calls of `on_end`."""
+        self.value = value
+        self.error = error
+        self.ended = True
+        self._make_calls()
+
+    def on_end(self, call: Callable[[], object]) -> None:
+        """Make a quick call at the end of the coroutine, immediately if it has ended."""
+        self._calls.append(call)
+        if self.ended:
+            self._make_calls()
+
+    def _make_calls(self) -> None:
+        while self._calls:
+            with suppress(IndexError):  # another thread has just taken the last call
+                self._calls.popleft()()
+
+    def synchronize(self, timeout: float | None = None) -> T:
+        """Return the result of the coroutine, or raise its error.
+
+        Raises `TransferTimeout` after ``timeout`` seconds. The coroutine goes on.
+        """
+        if not self.wait(timeout):
+            raise TransferTimeout(f"The work did not end within {timeout} s, and goes on.")
+        if self.error is None:
+            value: T = self.value
+            return value
+        raise self.error
+
+    def wait(self, timeout: float | None = None) -> bool:
+        """Block until the coroutine has ended, at most ``timeout`` seconds; return True if it has.
+
+        Looks now and then, since a wake may come too early. A forked process waits for nothing.
+        """
+        if self.ended:
+            return True
+        end = threading.Lock()
+        end.acquire()
+        self.on_end(end.release)
+        until = None if timeout is None else self._runtime.time() + timeout
+        while not self.ended and not self._runtime.forked:
+            left = LOOK if until is None else until - self._runtime.time()
+            if left <= 0:
+                return False
+            end.acquire(timeout=min(left, LOOK))
+        return True
+
+    def __await__(self) -> Generator[Any, Any, T]:
+        if not self.ended and self._runtime.lock._is_owned():  # in a step
+            wait = Wait()
+            self.on_end(partial(self._runtime.wake, wait))
+            yield from wait.__await__()
+        elif not self.ended:
+            loop = asyncio.get_running_loop()
+            future = loop.create_future()
+            self.on_end(partial(loop.call_soon_threadsafe, _set, future))
+            yield from future
+        return self.synchronize()
+
+
+def _set(future: asyncio.Future[None]) -> None:
+    """End a future, unless it was cancelled."""
+    if not future.done():
+        future.set_result(None)
+
+
+class Descriptors(selectors.EpollSelector):
+    """The descriptors of a loop: those of `Wait`, and those that the loop itself watches.
+
+    An event of a `Wait` goes on with its coroutine immediately. By the loop's own readers it would
+    take two rounds of the loop, a future and a task.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._poll = select.epoll.fromfd(os.dup(self.fileno()))  # the same queue of events
+        self._calls = dict[int, dict[int, Callable[[], object]]]()  # by descriptor and event
+        self._masks = dict[int, int]()  # the events that are requested now
+
+    def select(self, timeout: float | None = None) -> list[tuple[selectors.SelectorKey, int]]:
+        """Make the calls whose events have come, and return the loop's own events."""
+        ready = list[tuple[selectors.SelectorKey, int]]()
+        for fd, events in self._poll.poll(timeout):
+            if fd in self._masks:
+                self._see(fd, events)
+            elif key := self.get_map().get(fd):
+                ready.append((key, key.events))
+        return ready
+
+    def _see(self, fd: int, events: int) -> None:
+        calls = self._calls[fd]
+        for mask in tuple(calls):
+            # A call may have forgotten the descriptor meanwhile.
+            if events & (mask | select.EPOLLHUP | select.EPOLLERR) and mask in calls:
+                calls.pop(mask)()  # most coroutines wait for the same event again
+        self._renew(fd)
+
+    def watch(self, fd: int, events: int, call: Callable[[], object]) -> None:
+        """Make a call once at an event of a descriptor. Runs in the loop."""
+        self._calls.setdefault(fd, {})[events or select.EPOLLRDHUP] = call
+        self._renew(fd)
+
+    def _renew(self, fd: int) -> None:
+        """Request the events of a descriptor that are watched, and no others."""
+        mask = sum(self._calls.get(fd, ()))
+        before = self._masks.get(fd, 0)
+        if mask == before:
+            return
+        if not mask:
+            self._drop(fd)
+            return
+        if before:
+            self._poll.modify(fd, mask)
+        else:
+            self._poll.register(fd, mask)
+        self._masks[fd] = mask
+
+    def _drop(self, fd: int) -> None:
+        """Request no event of a descriptor."""
+        self._calls.pop(fd, None)
+        self._masks.pop(fd, None)
+        with suppress(OSError):  # it is closed
+            self._poll.unregister(fd)
+
+    def unwatch(self, fd: int, events: int) -> None:
+        """Make the call of `watch` no longer."""
+        self._calls.get(fd, {}).pop(events or select.EPOLLRDHUP, None)
+        self._renew(fd)
+
+    def forget(self, fd: int) -> None:
+        """End all waits for a descriptor that is closed next. Runs in the loop."""
+        calls = self._calls.get(fd, {})
+        self._drop(fd)
+        while calls:
+            calls.popitem()[1]()
+
+    def close(self) -> None:
+        """Close the selector's descriptors."""
+        self._poll.close()
+        super().close()
+
+
+class Loop(asyncio.SelectorEventLoop):
+    """The loop of a runtime, whatever policy the process has set."""
+
+    def __init__(self) -> None:
+        self.descriptors = Descriptors()
+        self.ident = 0  # of the thread that runs it
+        super().__init__(self.descriptors)
+
+    def run_forever(self) -> None:
+        """Run until `stop`."""
+        self.ident = get_ident()
+        try:
+            super().run_forever()
+        finally:
+            self.ident = 0
+
+
+class Runtime:
+    """One loop in one thread, which starts at the first wait that no caller's thread makes.
+
+    Args:
+        loop: a loop that the caller runs, as tests do; None: a new loop in a thread.
+
+    Attributes:
+        lock: held during each step of a coroutine. A thread that has it may take it again.
+    """
+
+    def __init__(self, loop: Loop | None = None) -> None:
+        self.lock: Any = threading.RLock()
+        self._process = this_process()
+        self._loop = loop
+        self._starting = threading.Lock()
+        self._working = set[Handle[Any]]()  # whose work helpers do
+
+    @property
+    def forked(self) -> bool:
+        """Return True in a process that was forked from the one that made the runtime."""
+        return self._process.forked
+
+    def released(self) -> Released:
+        """Return a context for code of others and for copies, which need no lock of a runtime."""
+        return Released(self.lock)
+
+    def time(self) -> float:
+        """Return the time of the loop, in seconds."""
+        return monotonic() if self._loop is None else self._loop.time()
+
+    @property
+    def runs_here(self) -> bool:
+        """Return True in the thread of the loop."""
+        return self._loop is not None and self._loop.ident == get_ident()
+
+    # --- coroutines
+
+    def run(
+        self,
+        function: Callable[..., Steps[T]],
+        *arguments: object,
+        undo: Callable[[T], object] | None = None,
+    ) -> T:
+        """Return the result of a coroutine, whose waits are the calling thread's own.
+
+        No other thread has a part in them, so an answer of a few microseconds takes no longer. Such
+        a coroutine waits for nothing but `Wait` and `Work`. A helper makes and runs it for the main
+        thread; if that is interrupted, ``undo(result)`` reverts it. A thread that has the lock runs
+        it itself.
+        """
+        run = partial(self._run, function, arguments)
+        return run() if self.lock._is_owned() else uninterrupted(run, undo)
+
+    def _run(self, function: Callable[..., Steps[T]], arguments: tuple[object, ...]) -> T:
+        steps = function(*arguments)
+        step: Callable[[], Any] = partial(steps.send, None)
+        interrupted = False
+        while True:
+            woken = threading.Lock()
+            try:
+                with self.lock:
+                    wait = step()
+                    if isinstance(wait, Wait) and wait.fd is None:
+                        woken.acquire()
+                        wait.resume = woken.release
+            except StopIteration as end:
+                result: T = end.value
+                return result
+
+            if isinstance(wait, Work):
+                step = wait.done(steps)
+            else:
+                self._wait_here(wait, woken)
+                step = partial(steps.send, None)
+            if abandoned() and not interrupted:
+                interrupted = True  # once, so that the coroutine can wait while it ends
+                step = partial(steps.throw, KeyboardInterrupt())
+
+    def _wait_here(self, wait: Wait, woken: threading.Lock) -> None:
+        """Make a wait in the caller's thread. ``woken`` is released by `Wait.wake`."""
+        left = -1.0 if wait.until is None else max(0.0, wait.until - self.time())
+        if wait.fd is None:
+            woken.acquire(timeout=left)
+        elif wait.poll is not None:
+            wait.woken = wait.poll(max(-1, ceil(1e3 * left)))
+        elif not wait.is_closed():
+            poll = select.poll()
+            poll.register(wait.fd, wait.events)
+            if poll.poll(1e3 * left if left >= 0 else None):
+                wait.woken = True
+
+    def start(self, steps: Steps[T], locked: bool = True) -> Handle[T]:
+        """Run a coroutine here until its first wait, then in the loop; return its end.
+
+        The main thread, where an interrupt may cut a step in two, leaves all steps to the loop.
+
+        Args:
+            locked: False for a coroutine that changes no state which other threads change, and
+                that nothing wakes but descriptors and the time: it runs without the lock.
+        """
+        handle = Handle(self, steps, locked)
+        handle.begin()
+        return handle
+
+    # --- the loop
+
+    def started(self, error: type[PortaKVError] = TransferError) -> Loop:
+        """Return the loop, which runs. Raises ``error`` if the system gives no thread, and
+        `OSError` if it gives no descriptor."""
+        if self._loop is None:
+            with self._starting:
+                if self._loop is None:
+                    self._loop = self._new_loop(error)
+        return self._loop
+
+    def _new_loop(self, error: type[PortaKVError]) -> Loop:
+        loop = Loop()
+        thread = threading.Thread(target=loop.run_forever, name="portakv loop", daemon=True)
+        try:
+            resources.start_thread(thread, error)
+        except PortaKVError:
+            loop.close()
+            raise
+        return loop
+
+    def call_soon(self, call: Callable[..., object], *arguments: object) -> None:
+        """Make a quick call in the loop. Any thread may ask for it."""
+        self.started().call_soon_threadsafe(call, *arguments)
+
+    # --- work that blocks
+
+    def note_work(self, handle: Handle[Any]) -> None:
+        """Let the end of the interpreter wait for a coroutine that has work done."""
+        if handle not in self._working:
+            self._working.add(handle)
+            # Registered again: memory that the work uses must not go before its end.
+            atexit.unregister(self._end_work)
+            atexit.register(self._end_work)
+            handle.on_end(partial(self._working.discard, handle))
+
+    def _end_work(self) -> None:
+        """Cancel the coroutines that have work done, and wait for their ends."""
+        if self.forked:
+            return
+        until = self.time() + EXIT
+        for handle in tuple(self._working):
+            handle.cancel()
+        for handle in tuple(self._working):
+            handle.wait(max(0.0, until - self.time()))
+
+    # --- waits
+
+    def wake(self, wait: Wait) -> None:
+        """End a wait. Any thread but the main one may ask for it."""
+        with self.lock:
+            wait.wake()
+
+
+class TaskGroup:
+    """Coroutines that a runtime runs together, and that end together.
+
+    Args:
+        failed: is called with the error of a coroutine that fails.
+    """
+
+    def __init__(self, runtime: Runtime, failed: Callable[[BaseException], object]) -> None:
+        self.runtime = runtime
+        self._failed = failed
+        self._running = set[Handle[None]]()
+        self.closed = False
+
+    def __len__(self) -> int:
+        return len(self._running)
+
+    def start(self, steps: Steps[None], locked: bool = True) -> Handle[None]:
+        """Start a coroutine, which `close` cancels; see `Runtime.start`."""
+        handle = self.runtime.start(self._noted(steps), locked)
+        self._running.add(handle)
+        handle.on_end(partial(self._running.discard, handle))
+        if self.closed:  # by another thread meanwhile
+            handle.cancel()
+        return handle
+
+    async def _noted(self, steps: Steps[None]) -> None:
+        try:
+            await steps
+        except Exception as error:  # the others go on
+            with self.runtime.released():
+                self._failed(error)
+
+    async def close(self) -> None:
+        """Cancel all coroutines, and wait for their ends."""
+        self.closed = True
+        for handle in tuple(self._running):
+            handle.cancel()
+        for handle in tuple(self._running):
+            with suppress(asyncio.CancelledError):
+                await handle
+
+
+_runtime: Runtime | None = None
+_making = threading.Lock()
+
+
+def runtime() -> Runtime:
+    """Return the runtime of this process."""
+    global _runtime
+    with _making:
+        if _runtime is None:
+            _runtime = Runtime()
+        return _runtime
+
+
+def _forget() -> None:
+    """Begin anew in a forked process, which has neither the thread nor the end of any step."""
+    global _runtime, _making
+    _making = threading.Lock()
+    if _runtime is not None:
+        _runtime.lock = threading.RLock()  # a thread of the parent may have the other one
+        _runtime = None
+
+
+os.register_at_fork(after_in_child=_forget)

@@ -1,0 +1,113 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Loops for tests: one with a seeded order and a fake clock, one of a separate thread, and one that
+watches its steps."""
+
+from __future__ import annotations
+
+import asyncio
+import selectors
+import threading
+import time
+from collections.abc import Callable
+from contextvars import Context
+from random import Random
+from typing import Any
+
+from portakv.tasks import Handle, Runtime
+from portakv.tasks.runtime import Loop, Steps
+
+#: Seconds of a thread's processor time that one round of a loop may take.
+MOST = 2e-3
+
+
+class SeededLoop(Loop):
+    """A loop whose ready calls run in an order that a seed gives, and whose time is its own.
+
+    A pause takes no time: the clock goes on to the next timer.
+    """
+
+    def __init__(self, seed: int) -> None:
+        self.now = 0.0
+        self.random = Random(seed)
+        self._calls = list[asyncio.Handle]()
+        super().__init__()
+        self.descriptors.select = self._select  # type: ignore[method-assign]
+
+    def time(self) -> float:
+        return self.now
+
+    def call_soon(  # type: ignore[override]
+        self, callback: Callable[..., Any], *args: Any, context: Context | None = None
+    ) -> asyncio.Handle:
+        self._calls.append(asyncio.Handle(callback, args, self, context))
+        super().call_soon(self._run_any)
+        return self._calls[-1]
+
+    call_soon_threadsafe = call_soon  # type: ignore[assignment]
+
+    def call_at(  # type: ignore[override]
+        self, when: float, callback: Callable[..., Any], *args: Any, context: Context | None = None
+    ) -> asyncio.TimerHandle:
+        return super().call_at(when, self.call_soon, callback, *args, context=context)
+
+    def _run_any(self) -> None:
+        call = self._calls.pop(self.random.randrange(len(self._calls)))
+        if not call.cancelled():
+            call._run()
+
+    def _select(self, timeout: float | None = None) -> list[tuple[selectors.SelectorKey, int]]:
+        assert timeout is not None, "no coroutine is ready, and none waits for a time"
+        self.now += timeout
+        return []
+
+
+def run_seeded(seed: int, steps: Callable[[Runtime], Steps[None]]) -> float:
+    """Run a coroutine in a seeded order; return the time that it took by the fake clock."""
+    loop = SeededLoop(seed)
+    runtime = Runtime(loop)
+    handle: Handle[None] = runtime.start(steps(runtime))
+    handle.on_end(loop.stop)
+    loop.run_forever()
+    loop.close()
+    handle.synchronize()
+    return loop.now
+
+
+class ThreadLoop(Loop):
+    """A loop in a separate thread, as another process has one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.thread = threading.Thread(target=self.run_forever, daemon=True)
+
+    def begin(self) -> None:
+        """Start the thread."""
+        self.thread.start()
+
+    def end(self) -> None:
+        """Stop the thread."""
+        self.call_soon_threadsafe(self.stop)
+        self.thread.join()
+        self.close()
+
+
+class WatchedLoop(ThreadLoop):
+    """A loop in a thread that notes the rounds which took more than `MOST` of its processor time.
+
+    Another thread that holds the interpreter takes no processor time of this one.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.slow = list[float]()
+        self._last = 0.0
+        self._poll = self.descriptors.select
+        self.descriptors.select = self._select  # type: ignore[method-assign]
+        self.begin()
+
+    def _select(self, timeout: float | None = None) -> list[tuple[selectors.SelectorKey, int]]:
+        now = time.thread_time()  # a pause takes none
+        if self._last and now - self._last > MOST:
+            self.slow.append(now - self._last)
+        self._last = now
+        return self._poll(timeout)

@@ -1,0 +1,105 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A limit lets as many work as it has places, in the order in which the work is due."""
+
+from __future__ import annotations
+
+import pytest
+from support.seeded_loop import run_seeded
+
+from portakv.tasks import Limit, Runtime, Wait
+from portakv.tasks.limit import Priority
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_no_more_work_than_places(seed: int) -> None:
+    now = [0, 0]
+
+    async def steps(of_test: Runtime) -> None:
+        limit = Limit(of_test, width=3)
+
+        async def work(n: int) -> None:
+            assert await limit.acquire()
+            now[0] += 1
+            now[1] = max(now)
+            await Wait(until=of_test.time() + n)
+            now[0] -= 1
+            limit.release()
+
+        for each in [of_test.start(work(n)) for n in range(1, 9)]:
+            await each
+
+    run_seeded(seed, steps)
+    assert now == [0, 3]
+
+
+def begun(requests: list[tuple[float, Priority]]) -> list[int]:
+    """Return the order in which work begins that is requested at times, by priorities."""
+    order = list[int]()
+
+    async def steps(of_test: Runtime) -> None:
+        limit = Limit(of_test)
+        await limit.acquire()
+
+        async def work(n: int, at: float, priority: Priority) -> None:
+            await Wait(until=at)
+            await limit.acquire(priority=priority)
+            order.append(n)
+            limit.release()
+
+        handles = [of_test.start(work(n, *each)) for n, each in enumerate(requests)]
+        await Wait(until=10.0)
+        limit.release()
+        for each in handles:
+            await each
+
+    run_seeded(1, steps)
+    return order
+
+
+def test_the_order_is_that_of_due_times() -> None:
+    assert begun([(1.0, "background"), (1.1, "normal"), (1.12, "urgent"), (1.2, "normal")]) == [
+        2,
+        1,
+        3,
+        0,
+    ]
+    assert begun([(1.0, "background"), (4.0, "urgent")]) == [0, 1], "it has waited long enough"
+
+
+@pytest.mark.parametrize("seed", range(10))
+@pytest.mark.parametrize("end", ["late", "cancelled"])
+def test_work_that_gives_up_leaves_its_place(end: str, seed: int) -> None:
+    async def steps(of_test: Runtime) -> None:
+        limit = Limit(of_test)
+        assert await limit.acquire()
+        late = of_test.start(limit.acquire(until=1.0 if end == "late" else None))
+        if end == "cancelled":
+            await Wait(until=1.0)
+            late.cancel()
+        limit_ends = of_test.start(limit.acquire())
+        await Wait(until=1.0)
+        limit.release()
+        if end == "late" and await late:  # the place came in time
+            limit.release()
+        assert await limit_ends
+
+    run_seeded(seed, steps)
+
+
+def test_work_keeps_a_rate() -> None:
+    starts = list[float]()
+
+    async def steps(of_test: Runtime) -> None:
+        limit = Limit(of_test, width=4, gbps=1.0)
+
+        async def work() -> None:
+            assert await limit.acquire(10**9)
+            starts.append(of_test.time())
+            limit.release()
+
+        for each in [of_test.start(work()) for _ in range(4)]:
+            await each
+        assert not await limit.acquire(10**9, until=of_test.time() + 0.5)
+
+    run_seeded(3, steps)
+    assert [round(x, 6) for x in starts] == [0.0, 1.0, 2.0, 3.0]
