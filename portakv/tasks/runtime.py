@@ -720,13 +720,15 @@ class TaskGroup:
                 self._failed(error)
 
     async def close(self) -> None:
-        """Cancel all coroutines, and wait for their ends."""
+        """Cancel all coroutines, and wait for their ends, also if the caller is interrupted."""
         self.closed = True
         for handle in tuple(self._running):
             handle.cancel()
         for handle in tuple(self._running):
-            with suppress(asyncio.CancelledError):
-                await handle
+            while not handle.done():
+                # What the coroutines use is given up after this, and only once.
+                with suppress(asyncio.CancelledError, KeyboardInterrupt):
+                    await handle
 
 
 _runtime: Runtime | None = None

@@ -443,6 +443,30 @@ def test_a_group_ends_its_coroutines_and_reports_errors() -> None:
     assert len(group) == 0
 
 
+def test_an_interrupt_cuts_no_close_of_a_group() -> None:
+    """What comes after the close finds all coroutines ended."""
+    ended = list[str]()
+    group = TaskGroup(runtime(), lambda _: None)
+
+    async def stay() -> None:
+        try:
+            await Wait()
+        finally:
+            await Wait(until=runtime().time() + 0.5)
+            ended.append("stay")
+
+    async def close() -> None:
+        await group.close()
+        ended.append("closed")
+
+    group.start(stay())
+    ident = threading.main_thread().ident
+    threading.Timer(0.05, signal.pthread_kill, (ident, signal.SIGINT)).start()
+    with pytest.raises(KeyboardInterrupt):
+        runtime().run(close)
+    assert until(lambda: ended == ["stay", "closed"], LIMIT)
+
+
 def test_a_forked_process_has_its_own_runtime() -> None:
     before = runtime()
     before.start(where(soon())).synchronize(LIMIT)
