@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from functools import partial
 from statistics import median
 
+import numpy as np
 import torch
 
 from portakv.graph.graph import Graph
@@ -55,14 +56,21 @@ def _nodes(count: int) -> Rows:
 
 def _chains(count: int) -> None:
     graph = Graph()
-    tasks = list[Task]()
     queue = graph.queue("bench", width=2)
-    for number in range(count // CHAIN * CHAIN):
-        after = tasks[-1:] if number % CHAIN else []
-        tasks.append(Task(lambda task, mask: None, 1, queue=queue, after=after))
-    barrier = Task(None, 1, after=tasks[CHAIN - 1 :: CHAIN])
-    graph.submit([*tasks, barrier])
-    if not (barrier.wait(60) and barrier.landed.all()):
+    tasks = [Task(lambda task, mask: None, 1, queue=queue) for _ in range(count // CHAIN * CHAIN)]
+
+    async def chain(some: list[Task]) -> None:
+        landed = np.ones(1, np.bool_)
+        for task in some:
+            landed = await graph.move(task, landed)
+
+    def begin() -> None:
+        graph.enter(tasks, "normal")
+        for first in range(0, len(tasks), CHAIN):
+            graph.start(chain(tasks[first : first + CHAIN]))
+
+    graph.run(begin)
+    if not all(task.wait(60) and task.landed.all() for task in tasks):
         raise RuntimeError("a task did not land")
     graph.close()
 

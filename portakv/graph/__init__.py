@@ -1,13 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tasks with priorities and deadlines, which the workers of queues execute for coroutines.
+"""Tasks with priorities and deadlines, which helpers execute for coroutines.
 
 The package uses no files, no networks and no block store.
 """
 
 from portakv.graph.alarms import watch as watch
-from portakv.graph.graph import SLACK as SLACK
 from portakv.graph.graph import Graph
-from portakv.graph.graph import Priority as Priority
 from portakv.graph.graph import Queue as Queue
 from portakv.graph.handle import Handle
 from portakv.graph.handle import Missing as Missing
@@ -17,5 +15,7 @@ from portakv.graph.task import Ending as Ending
 from portakv.graph.task import Mask as Mask
 from portakv.graph.task import Task
 from portakv.graph.task import Workers as Workers
+from portakv.tasks.limit import SLACK as SLACK
+from portakv.tasks.limit import Priority as Priority
 
 __all__ = ["Collector", "Graph", "Handle", "Task"]

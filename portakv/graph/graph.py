@@ -1,16 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """The transfer graph: queues of blocking work with priorities, rates and deadlines.
 
-Workers of the queues execute tasks, for block stores and for other code that moves blocks. What
-follows tasks is written as coroutines, which go on in the thread that ends a task.
+Helpers execute tasks in the order of their queues, for block stores and for other code that moves
+blocks. What follows tasks is written as coroutines, which go on in the thread that ends a task.
 """
 
 from __future__ import annotations
 
-import atexit
-import threading
 import time
-from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from heapq import heapify, heappop, heappush
@@ -19,24 +16,19 @@ from typing import Literal, TypeAlias, TypeVar, get_args
 
 import numpy as np
 
-from portakv import arguments
+from portakv import arguments, tasks
 from portakv.errors import InvalidTerms, TransferCancelled, TransferError
 from portakv.graph.task import End, Ending, Mask, Task, Workers
-from portakv.graph.trace import COUNTED, Counts, Figures, Ran, Trace
-from portakv.runtime.devices import this_process
-from portakv.runtime.interrupts import Condition, uninterrupted
-from portakv.runtime.worker import EXIT_SECONDS, RateLimit
-from portakv.tasks import Handle, Runtime, Wait
-from portakv.tasks.runtime import Steps
+from portakv.graph.trace import COUNTED, Counts, Figures, Trace
+from portakv.runtime.interrupts import uninterrupted
+from portakv.tasks import Handle, Limit, Runtime, Signal, Wait, Work
+from portakv.tasks.limit import SLACK, Priority
+from portakv.tasks.runtime import EXIT, Steps
 
 T = TypeVar("T")
 
-#: How soon a task is due.
-Priority: TypeAlias = Literal["urgent", "normal", "background"]
 #: How a task ends that did not run.
 Unrun: TypeAlias = Literal["cancelled", "late", "dropped"]
-#: Seconds after its submission at which a task of each priority is due.
-SLACK = {"urgent": 0.0, "normal": 0.05, "background": 2.0}
 #: Seconds of `Graph.breathe`, in which a thread wakes that sleeps on the lock.
 YIELD = 2e-4
 #: Seconds for which a plan may hold the lock. Its steps run together until then, since a thread
@@ -49,173 +41,119 @@ QUEUE_FIGURES = {
     "queue_oldest_seconds": "oldest_wait",
     "queue_slow": "slow",
 }
-#: The most seconds for which a thread sleeps.
-LONGEST = 3600.0
 
 
-class Queue(Workers):
-    """A queue of tasks with ``width`` workers, which `Graph.queue` makes.
+class Queue(Limit, Workers):
+    """A queue of tasks of which ``width`` run at a time, which `Graph.queue` makes.
 
     Attributes:
         max_gbps: the most 10^9 bytes of tasks that start in a second; None: no limit.
-        queued_bytes: of tasks that were submitted for it and have not ended.
         ran_bytes: of tasks that have run.
-        running: the tasks that run, with their starts.
     """
+
+    graph: Graph
 
     def __init__(
         self, graph: Graph, name: str, width: int, max_gbps: float | None, stall_seconds: float
     ):
-        self.graph = graph
-        self.name = name
-        self.width = max(1, width)
+        Workers.__init__(self, graph, name, name.partition(":")[0])
+        Limit.__init__(self, graph.runtime, max(1, width), max_gbps)
         self.stall = stall_seconds
         self.max_gbps = max_gbps
-        self.tier = name.partition(":")[0]
-        self.change = Condition(graph.lock)
-        self.queued_bytes = 0
         self.ran_bytes = 0
-        self.running = dict[Task, float]()
-        self._limit = None if max_gbps is None else RateLimit(max_gbps, graph.clock)
-        self._next_start = 0.0  # of a task, by the limit
-        self.threads = list[threading.Thread]()  # of the workers
-        self._idle = 0  # workers that sleep, also those that were just woken
-        # True while a worker that ended a task takes the next: to wake another costs more than a
-        # task.
-        self.taker = False
-        # (due, number, task): urgent and normal ones, the background's, and those of these that
-        # are `Task.alone`, so that none of them holds up another kind.
-        self.heaps = [list[tuple[float, int, Task]]() for _ in range(3)]
 
     @property
     def oldest_wait(self) -> float:
-        """Return the seconds that the oldest task has waited for a worker."""
-        tasks = [task for heap in self.heaps for *_, task in heap]
-        since = [task.schedule.since for task in tasks if task.state == "queued"]
-        return self.graph.clock() - min(since) if since else 0.0
+        """Return the seconds that the oldest task has waited for its turn."""
+        tasks = [task for task in self.graph.live if task.queue is self and task.state == "queued"]
+        return self.graph.clock() - min(task.since for task in tasks) if tasks else 0.0
 
     @property
     def slow(self) -> bool:
         """Return True if a task has run longer than ``stall_seconds``; new background tasks are
         dropped."""
         now = self.graph.clock()
-        return now - min(self.running.values(), default=now) > self.stall
+        return now - min((x.since for x in self.running.values()), default=now) > self.stall
 
-    def push(self, task: Task, /) -> None:
-        """Queue a task for the workers."""
-        schedule = task.schedule
+    async def run(self, task: Task) -> None:
+        """Run a task in its turn, unless it ends before that."""
         task.state = "queued"
-        schedule.since = self.graph.clock()
-        kind = 1 + task.alone if schedule.background else 0
-        heappush(self.heaps[kind], (schedule.due, schedule.number, task))
-        if not self.taker:
-            self.change.notify()
-        free = self._idle + self.taker
-        self.taker = False
-        if len(self.threads) < self.width and sum(map(len, self.heaps)) > free:
-            try:
-                self._begin_worker()
-            except RuntimeError as error:  # the system gives no more threads
-                if not self.threads:
-                    self.graph.end(task, None, "failed", error)
+        task.since = self.graph.clock()
+        wait = Wait(here=True)
+        # It goes on before others, which look at what follows the task.
+        task.waits.appendleft(wait)
+        if not await self.take(task, wait):
+            return
+        if not task.ended:  # meanwhile
+            task.waits.remove(wait)
+            self.begin(task)
+            await self._move(task)
+        # The next turn comes after what follows the task is queued, which may be due before others.
+        self.graph.runtime.step.follow(partial(self.release, task))
 
-    def _begin_worker(self) -> None:
-        terms = self.serve, f"portakv {self.name}", (len(self.threads) + 1,)
-        thread = threading.Thread(None, *terms, daemon=True)
-        thread.start()
-        self.threads.append(thread)
-        # Registered again, because memory must not go before a worker.
-        atexit.register(self.graph.close)
+    async def call(self, name: str, work: Callable[..., T], *arguments: object) -> T:
+        """Return the result of a call that blocks, which is made in its turn and urgent.
 
-    def next(self) -> Task | None:
-        """Wait for a task and mark it as running; return None if the graph is closed."""
-        with self.graph.lock:
-            self.taker = False
-            while not self.graph.closed.is_set():
-                now = self.graph.sweep()
-                kinds = 1
-                # One worker is left for tasks that are not of the background.
-                background = [task for task in self.running if task.schedule.background]
-                if len(background) < max(1, self.width - 1):
-                    kinds = 2 if any(task.alone for task in background) else 3
-                heaps = [heap for heap in self.heaps[:kinds] if heap]
-                start = self._next_start
-                if start > now or not heaps:
-                    self._idle += 1
-                    self.change.wait(start - now if start > now else None)
-                    self._idle -= 1
-                elif (task := heappop(min(heaps))[2]).state == "queued":  # it was not cancelled
-                    task.state = "running"
-                    self.running[task] = now
-                    if self._limit is not None:
-                        self._limit.start_of(task.nbytes)
-                        self._next_start = self._limit.start_of(0)
-                        self.change.notify()  # another worker waits until then
-                    return task
-        return None
+        ``name``: the operation, for figures and traces.
+        """
+        results = list[T]()
+        task = Task(lambda *_: results.append(work(*arguments)), 1, queue=self, name=name)
+        self.graph.enter([task], "urgent")
+        try:
+            await self.graph.move(task, np.ones(1, np.bool_))
+        finally:
+            self.graph.cancel(task)
+        if task.error is not None:
+            raise task.error
+        return results[0]
 
-    def serve(self, worker: int) -> None:
-        """Run tasks until the graph is closed."""
-        graph = self.graph
-        task = self.next()
-        while task:
-            error: BaseException | None = None
-            landed: Mask | None = None
-            try:
-                landed = task.moved()
-            except BaseException as caught:  # no caller stands above this thread
-                clear_frames(caught.__traceback__)  # frames retain views
-                error = caught
-                landed = None
-            with graph.lock:
-                start = self.running.pop(task)
-                self.ran_bytes += task.nbytes
-                end = graph.clock()
-                schedule = task.schedule
-                what = schedule.number, task.name, task.blocks, task.nbytes, schedule.followed
-                ran = Ran(self.name, worker, start, end, *what)
-                graph.trace.add(self.tier, ran, start - schedule.since)
-                task.trail = (schedule.number,)
-                self.taker = not (schedule.background and any(self.heaps[1:]))
-                graph.end(task, landed, "failed" if error else "landed", error)
-                graph.settle()
-                task = error = landed = None  # an idle worker retains nothing
-                task = self.next()  # inside the lock: to take the lock twice costs more than a task
+    async def _move(self, task: Task) -> None:
+        landed: Mask | None = None
+        error: BaseException | None = None
+        try:
+            landed = await Work(task.moved)
+        except BaseException as caught:  # whoever waits for the task gets it
+            clear_frames(caught.__traceback__)  # frames retain views
+            error = caught
+        self.ran_bytes += task.nbytes
+        self.finish(task, landed, error)
+        if not self.running:
+            self.graph.idle.notify()
 
 
 class Graph:
-    """Queues and tasks under one ``lock``, which a caller may hold for a moment.
+    """Queues and tasks under one ``lock``, that of a runtime, which a caller may hold for a moment.
 
-    ``clock`` never goes back. After an interrupt of a caller, all tasks are as before the call or
-    as after the whole call: the main thread changes them in a helper (`run`). So methods that
-    change them come in pairs, such as `cancel` and `_cancel`: the public half checks its arguments,
-    and the private half does the work under the lock.
+    After an interrupt of a caller, all tasks are as before the call or as after the whole call: the
+    main thread changes them in a helper (`run`). So methods that change them come in pairs, such as
+    `cancel` and `_cancel`: the public half checks its arguments, and the private half does the work
+    under the lock.
 
-    Coroutines of its `runtime` run tasks one after the other, by
-    ``landed = await graph.move(task, mask, before)``.
+    Coroutines run tasks one after the other, by ``landed = await graph.move(task, mask, before)``.
+
+    Args:
+        runtime: runs the coroutines; None: that of the process.
     """
 
-    def __init__(self, clock: Callable[[], float] = time.monotonic, trace_events: int = 100_000):
-        if not callable(clock):
-            raise arguments.invalid("clock", "a function that returns seconds", clock)
+    def __init__(self, trace_events: int = 100_000, runtime: Runtime | None = None):
         arguments.whole("trace_events", trace_events)
-        self.clock = clock
+        if runtime is not None:
+            arguments.instance("runtime", runtime, Runtime, "Pass None for that of the process.")
         self.trace = Trace(trace_events)
-        self.process = this_process()
-        self.runtime = Runtime()  # of its coroutines, whose waits need no loop
+        self.runtime = runtime or tasks.runtime()
+        self.clock = self.runtime.time
         self.lock = self.runtime.lock
-        self.closed = threading.Event()
+        self.closed = False
         self.number = 0
         self.queues = dict[str, Queue]()
         self.counts = Counts()
         self.live = set[Task]()
-        # The waits of coroutines whose ends have come.
-        self._woken = deque[Wait]()
+        self.idle = Signal(self.runtime)  # a queue has no task that runs
         # The times at which work is late that has not ended: when, number, end.
         self._timers = list[tuple[float, int, End]]()
         self._timed = 0
-        self._settles = False
-        self._sleepers = set[threading.Lock]()  # one locked lock for each thread in `pause`
+        self._next_look: Wait | None = None  # of the coroutine that looks at them
+        self.runtime.shut_at_exit.add(self)
 
     def queue(
         self,
@@ -278,22 +216,30 @@ class Graph:
             raise InvalidTerms(
                 "Expected tasks that are new, got one that was submitted before. Make another."
             )
-        if self.process.forked:  # the lock may be held for ever
-            raise _not_open("belongs to the process that this one was forked from")
+        self.check_open()
         begin = partial(self._submit, tasks, priority, by)
         self.run(begin, undo=lambda _: [self.cancel(task) for task in tasks])
 
     def _submit(self, tasks: Sequence[Task], priority: Priority, by: float) -> None:
         """Start tasks, under the lock."""
         self.enter(tasks, priority, by)
-        now = self.clock()
         for task in tasks:
             if by < np.inf:
-                self.end_at(now + by, task)
-            if not task.ended:
-                task.left = np.ones(task.blocks, np.bool_)
-                task.queue.push(task)
-        self.sweep()
+                self.end_at(self.clock() + by, task)
+        for task in tasks:
+            self.start(self._run(task))
+
+    async def _run(self, task: Task) -> None:
+        await self.move(task, np.ones(task.blocks, np.bool_))
+
+    def check_open(self) -> None:
+        """Raise `TransferError` after `close`, or in a forked process."""
+        got = "is closed"
+        if self.runtime.forked:  # the lock may be held for ever
+            got = "belongs to the process that this one was forked from"
+        elif not self.closed:
+            return
+        raise TransferError(f"Expected a graph that is open, got one that {got}. Make another.")
 
     def run(self, work: Callable[[], T], undo: Callable[[T], object] | None = None) -> T:
         """Return ``work()``, run under the lock where no interrupt reaches it.
@@ -303,11 +249,8 @@ class Graph:
         """
 
         def locked() -> T:
-            with self.lock:
-                try:
-                    return work()
-                finally:
-                    self.settle()
+            with self.runtime.step:
+                return work()
 
         if self.lock._is_owned():  # as `threading.Condition` asks it
             return locked()
@@ -325,16 +268,14 @@ class Graph:
 
         ``by``: the seconds in which they have to end.
         """
-        if self.closed.is_set():
-            raise _not_open("is closed")
+        self.check_open()
         now = self.clock()
         background = priority == "background"
         for task in tasks:
-            schedule = task.schedule
             self.number += 1
-            schedule.number = self.number
-            schedule.due = now + min(by, SLACK["normal" if schedule.soon else priority])
-            schedule.background = background
+            task.number = self.number
+            task.due = now + min(by, SLACK["normal" if task.soon else priority])
+            task.background = background
             task.graph = self
             task.state = "waiting"
             self.live.add(task)
@@ -351,15 +292,11 @@ class Graph:
             for each in before:
                 task.add_error(each.error)
                 trail.update(dict.fromkeys(each.trail))
-            task.schedule.followed = task.trail = (*trail,)
+            task.followed = task.trail = (*trail,)
             if left.any():
-                task.queue.push(task)
+                await task.queue.run(task)
             else:
                 self.end(task, left)
-        if not task.ended:
-            wait = Wait(here=True)
-            task.waits.insert(0, wait)  # before others, which look at what follows the task
-            await wait
         return task.landed
 
     async def finish(
@@ -393,36 +330,23 @@ class Graph:
         held."""
         if time.perf_counter() < since + HOLD:
             return since
-        self.settle()
         await Wait(until=self.runtime.time() + YIELD)
         return time.perf_counter()
 
     def hasten(self, task: Task, due: float) -> None:
         """Let a task be due at a time, if that is sooner: somebody waits for it."""
-        schedule = task.schedule
-        if schedule.due > due and not task.ended and task.state != "running":
-            schedule.due = due
-            schedule.background = False
+        if task.due > due and not task.ended and task.state != "running":
+            task.due = due
+            task.background = False
             if task.state == "queued":
                 task.queue.push(task)
-
-    def settle(self) -> None:
-        """Go on with the coroutines that wait for what has ended."""
-        if self._settles:
-            return
-        self._settles = True
-        try:
-            while self._woken:
-                self._woken.popleft().wake()
-        finally:
-            self._settles = False
 
     def cancel(self, task: End, state: Unrun = "cancelled") -> bool:
         """Cancel a task that does not run, or the work before another end; return True if some
         blocks will not be moved."""
         arguments.instance("task", task, End)
         arguments.one_of("state", state, get_args(Unrun))
-        if task.graph is not self or self.process.forked:
+        if task.graph is not self or self.runtime.forked:
             return False
         return self.run(partial(self._cancel, task, state))
 
@@ -445,51 +369,31 @@ class Graph:
         return end.stop is not None and end.stop(state, error)
 
     def end_at(self, when: float, end: End) -> None:
-        """Cancel work as late at a time, by `sweep`; under the lock."""
+        """Cancel work as late at a time; under the lock."""
+        if when <= self.clock():
+            self._cancel(end, "late")
+            return
         # Most timers are of work that ended in time.
         if len(self._timers) > 2 * len(self.live) + 100:
             self._timers = [x for x in self._timers if not x[2].ended]
             heapify(self._timers)
         self._timed += 1
         heappush(self._timers, (when, self._timed, end))
-        if self._timers[0][2] is end:
-            self.wake()
+        if self._next_look is None:
+            self.start(self._look())
+        elif self._timers[0][2] is end:
+            self._next_look.wake()
 
-    def pause(self, end: End, until: float, now: float) -> None:
-        """Sleep until an end, a time, or the time of the next timer; perhaps for less.
-
-        Takes no lock of the graph, so an interrupt leaves no lock locked.
-        """
-        sleeper = threading.Lock()
-        sleeper.acquire()
-        self._sleepers.add(sleeper)
-        end.watched = True
-        if not end.ended:  # the thread that ends it from now on wakes this thread
-            until = min(until, now + LONGEST, *(timer[0] for timer in self._timers[:1]))
-            sleeper.acquire(timeout=max(0.0, until - now))
-        self._sleepers.discard(sleeper)
-
-    def wake(self) -> None:
-        """Wake the threads in `pause`; under the lock."""
-        for sleeper in tuple(self._sleepers):
-            self._sleepers.discard(sleeper)
-            sleeper.release()
-
-    def sweep(self) -> float:
-        """Cancel tasks that are late, and return the time. Workers and waiting callers call it."""
-        now = self.clock()
-        if self._expired(now):
-            self.run(partial(self._sweep, now))
-        return now
-
-    def _expired(self, now: float) -> bool:
-        """Return True if the time of the first timer has come, or its work has ended."""
-        return any(timer[0] <= now or timer[2].ended for timer in self._timers[:1])
-
-    def _sweep(self, now: float) -> None:
-        """Cancel work that is late, under the lock."""
-        while self._expired(now):
-            self.cancel(heappop(self._timers)[2], "late")
+    async def _look(self) -> None:
+        """Cancel work that is late, in the loop, until no work has a time."""
+        while self._timers:
+            when = self._timers[0][0]
+            if when <= self.clock():
+                self._cancel(heappop(self._timers)[2], "late")
+            else:
+                self._next_look = Wait(until=when)
+                await self._next_look
+        self._next_look = None
 
     def end(
         self,
@@ -498,8 +402,7 @@ class Graph:
         state: str = "landed",
         error: BaseException | None = None,
     ) -> None:
-        """Record an end with the blocks that landed; None: no block. `settle` goes on with the
-        coroutines that wait for it."""
+        """Record an end with the blocks that landed; None: no block."""
         end.add_error(error)
         if landed is not None:
             end.landed = landed
@@ -509,10 +412,10 @@ class Graph:
         end.stop = None  # it retains what a handle need not
         if isinstance(end, Task):
             self._forget(end)
-        self._woken += end.waits
-        end.waits.clear()
-        if end.watched:
-            self.wake()
+        while self._timers and self._timers[0][2].ended:
+            heappop(self._timers)  # it retains what the work used
+        while end.waits:
+            end.waits.popleft().wake()
         on_end = end.on_end
         end.on_end = None
         if on_end:
@@ -539,7 +442,7 @@ class Graph:
         Each name has a list of samples with labels and a "value". `Collector` also takes other
         figures.
         """
-        if self.process.forked:  # its lock may be locked for ever
+        if self.runtime.forked:  # its lock may be locked for ever
             return {}
         return self.run(self._statistics)
 
@@ -551,30 +454,18 @@ class Graph:
             figures[name] = [{"queue": x.name, "value": getattr(x, attribute)} for x in queues]
         return figures
 
-    def close(self, timeout: float = EXIT_SECONDS) -> bool:
+    def close(self, timeout: float = EXIT) -> bool:
         """Cancel tasks that do not run, and wait for running ones; return True if they ended in
         time."""
         timeout = arguments.seconds("timeout", timeout)
-        if self.process.forked:
+        if self.runtime.forked:
             return True
-        until = time.monotonic() + timeout
-        self.run(self._close)
-        threads = [thread for queue in [*self.queues.values()] for thread in queue.threads]
-        for thread in threads:
-            thread.join(max(0.0, until - time.monotonic()))
+        self.run(self.shut)
+        self.idle.block(lambda: not any(x.running for x in self.queues.values()), timeout)
         return not self.live
 
-    def _close(self) -> None:
-        """Cancel tasks that do not run, and let idle workers end."""
-        atexit.unregister(self.close)  # the interpreter's end waits once, if work hangs
-        self.closed.set()
+    def shut(self) -> None:
+        """Take no more tasks, and cancel those that do not run; under the lock."""
+        self.closed = True
         for task in tuple(self.live):
             self._cancel(task, "cancelled")
-        self.settle()
-        for queue in self.queues.values():
-            queue.change.notify_all()
-
-
-def _not_open(why: str) -> TransferError:
-    """Return the error for work on a graph whose workers do not run here."""
-    return TransferError(f"Expected a graph that is open, got one that {why}. Make another.")

@@ -4,51 +4,38 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections import deque
 from collections.abc import Callable, Generator, Sequence
-from dataclasses import dataclass
+from contextlib import suppress
+from itertools import count
+from threading import Lock
+from time import monotonic
 from typing import Any, NamedTuple, Protocol, TypeAlias, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
 from portakv import arguments
-from portakv.runtime.devices import Process
-from portakv.tasks import Wait
+from portakv.graph.trace import Ran, Trace
+from portakv.tasks import Runtime, Wait
+from portakv.tasks.limit import Turn
+from portakv.tasks.runtime import LOOK
 
 #: Blocks of a task: bool ``[blocks]``.
 Mask: TypeAlias = npt.NDArray[np.bool_]
 E = TypeVar("E", bound="End")
 
 
-class Workers(ABC):
-    """The queue of a task, whose workers run it; `Graph.queue` makes it."""
-
-    name: str
-    tier: str  # empty: no figures count its tasks
-    width: int
-    queued_bytes: int
-
-    @property
-    @abstractmethod
-    def slow(self) -> bool:
-        """Return True if a task runs for too long."""
-
-    @abstractmethod
-    def push(self, task: Task, /) -> None:
-        """Queue a task."""
-
-
 class Executor(Protocol):
     """The graph of a task."""
 
-    process: Process
-    clock: Callable[[], float]
+    runtime: Runtime
+    trace: Trace
 
-    def sweep(self) -> float:
-        """Cancel tasks that are late, and return the time."""
-
-    def pause(self, end: End, until: float, now: float, /) -> None:
-        """Wait for an end, at most until a time."""
+    def end(
+        self, end: End, landed: Mask | None, state: str = ..., error: BaseException | None = None, /
+    ) -> None:
+        """Record an end."""
 
 
 class End:
@@ -60,7 +47,7 @@ class End:
         name: the operation.
         blocks: their number.
         state: how it ended; of a task also how far it is, see `Task.state`.
-        ended: True after the end; unlike `done`, cancel no task that is late.
+        ended: True after the end.
         cut: True if no block starts any more: the work has ended or is cancelled.
         error: the first exception of the work, or of work before it.
         landed: the blocks that landed, bool ``[blocks]``, which are known after the end.
@@ -70,6 +57,7 @@ class End:
             not started, and returns True if there is such work.
         trail: the numbers of the last tasks that ran for it, for the trace.
         short: of a save, the queue that did not take all blocks, without an error; else empty.
+        waits: of coroutines and threads, in the order in which they go on.
     """
 
     def __init__(self, graph: Executor | None, blocks: int, name: str = "") -> None:
@@ -85,8 +73,7 @@ class End:
         self.stop: Callable[[str, Exception], bool] | None = None
         self.trail: tuple[int, ...] = ()
         self.short = ""
-        self.watched = False  # a thread sleeps until the end
-        self.waits = list[Wait]()  # of coroutines
+        self.waits = deque[Wait]()
 
     def add_error(self, error: BaseException | None) -> None:
         """Record an error, unless an earlier one is known."""
@@ -97,16 +84,28 @@ class End:
         return self.wait(0.0)
 
     def wait(self, timeout: float | None = None) -> bool:
-        """Block until the work has ended, at most ``timeout`` seconds; return True if it has."""
+        """Block until the work has ended, at most ``timeout`` seconds; return True if it has.
+
+        Takes no lock of the graph, so an interrupt leaves no lock locked.
+        """
         seconds = arguments.seconds("timeout", timeout, optional=True)
-        graph = self.graph
-        if graph is None:  # it was not submitted
+        if self.graph is None:  # it was not submitted
             return False
-        if self.ended or graph.process.forked:  # a child has no thread to wait for
+        if self.ended or self.graph.runtime.forked:  # a child has no thread to wait for
             return True
-        until = graph.clock() + seconds
-        while (now := graph.sweep()) < until and not self.ended:
-            graph.pause(self, until, now)
+        if not seconds:
+            return False
+        woken = Lock()
+        woken.acquire()
+        wait = Wait()
+        wait.resume = woken.release
+        self.waits.append(wait)
+        until = monotonic() + seconds
+        # Looks now and then, since an interrupt may come just before a wait begins.
+        while not self.ended and (left := until - monotonic()) > 0:
+            woken.acquire(timeout=min(left, LOOK))
+        with suppress(ValueError):  # it was woken
+            self.waits.remove(wait)
         return self.ended
 
     def __await__(self: E) -> Generator[Wait, None, E]:
@@ -131,46 +130,27 @@ class Ending(NamedTuple):
     layers: range = range(0)
 
 
-@dataclass(eq=False, slots=True)
-class Schedule:
-    """The place of a task among the tasks of its graph, which changes it under the graph's lock.
-
-    Attributes:
-        number: the number of the task in the order in which tasks were entered.
-        due: the time at which the task is due, by the graph's clock.
-        background: True if the task may wait for all tasks that are not of the background.
-        soon: a background task that is due as a normal one is, since a caller waits for it; set it
-            before the task is entered.
-        since: the time since which the task waits for a worker.
-        followed: the numbers of the tasks that ran before it, for the trace.
-    """
-
-    number: int = 0
-    due: float = 0.0
-    background: bool = False
-    soon: bool = False
-    since: float = 0.0
-    followed: tuple[int, ...] = ()
-
-
-class Task(End):
-    """Blocking work for some blocks.
+class Task(End, Turn):
+    """Blocking work for some blocks, and its turn in a queue.
 
     Args:
         work: ``work(task, mask)`` moves the blocks of a mask (bool ``[blocks]``) and returns the
             blocks that landed; None: all of them.
-        queue: the queue whose workers run the task.
+        queue: the queue that runs the task.
         name: the operation, for figures and traces.
         uses: what the work uses until the end of the task.
 
     Attributes:
-        alone: a background task that keeps the interpreter rather than a device. A queue runs one
-            of them at a time, as more would only make urgent work wait; set it before `submit`.
         state: new, waiting (for other work), queued or running; then landed (it ran, or no block
             was left for it), failed, cancelled, late or dropped.
         ended, error, landed, on_end: of its end, see `End`.
         left: the blocks to move, which are known before the task is queued.
-        schedule: its place among the tasks of its graph.
+        number: of the task in the order in which tasks were entered.
+        due, background, alone: see `Turn`; set ``alone`` before the task is entered.
+        soon: a background task that is due as a normal one is, since a caller waits for it; set it
+            before the task is entered.
+        since: the time since which the task waits for its turn.
+        followed: the numbers of the tasks that ran before it, for the trace.
     """
 
     def __init__(
@@ -190,14 +170,15 @@ class Task(End):
         arguments.text("name", name, least=0)
         if not isinstance(queue, Workers):
             raise arguments.invalid("queue", "a Queue", queue, "Take it from Graph.queue(name).")
-        super().__init__(None, blocks, name)
+        End.__init__(self, None, blocks, name)
+        Turn.__init__(self, nbytes=nbytes)
         self.work: Callable[[Task, Mask], Any] | None = work
         self.queue = queue
-        self.nbytes = nbytes
         self.uses = uses
-        self.alone = False
         self.left: Mask = self.landed
-        self.schedule = Schedule()
+        self.soon = False
+        self.since = 0.0
+        self.followed: tuple[int, ...] = ()
 
     @property
     def is_short(self) -> bool:
@@ -211,3 +192,65 @@ class Task(End):
         if landed is None:
             return self.left
         return self.left & np.asarray(landed, np.bool_).reshape(self.blocks)
+
+
+class Running(NamedTuple):
+    """A task that runs since a time; the trace shows it at a place of its queue."""
+
+    place: int
+    since: float
+
+
+class Workers(ABC):
+    """The queue of a task, which runs it.
+
+    Attributes:
+        tier: empty: no figures count its tasks.
+        queued_bytes: of tasks that were entered for it and have not ended.
+        running: the tasks that run.
+    """
+
+    def __init__(self, graph: Executor, name: str, tier: str) -> None:
+        self.graph = graph
+        self.name = name
+        self.tier = tier
+        self.queued_bytes = 0
+        self.running = dict[Task, Running]()
+
+    @property
+    def slow(self) -> bool:
+        """Return True if a task runs for too long, so that new background tasks are dropped."""
+        return False
+
+    @abstractmethod
+    def push(self, task: Task, /) -> None:
+        """Queue a task, also one that is queued and is due sooner from now on."""
+
+    async def run(self, task: Task) -> None:
+        """Queue a task, and wait for its end."""
+        self.push(task)
+        if not task.ended:
+            wait = Wait(here=True)
+            # It goes on before others, which look at what follows the task.
+            task.waits.appendleft(wait)
+            await wait
+
+    def begin(self, task: Task) -> None:
+        """Note that a task runs."""
+        places = {running.place for running in self.running.values()}
+        place = next(number for number in count(1) if number not in places)
+        task.state = "running"
+        self.running[task] = Running(place, self.graph.runtime.time())
+
+    def finish(self, task: Task, landed: Mask | None, error: BaseException | None = None) -> None:
+        """Record the end of a task that runs. A second call does nothing."""
+        running = self.running.pop(task, None)
+        if running is None:
+            return
+        place, start = running
+        end = self.graph.runtime.time()
+        what = task.number, task.name, task.blocks, task.nbytes, task.followed
+        ran = Ran(self.name, place, start, end, *what)
+        self.graph.trace.add(self.tier, ran, start - task.since)
+        task.trail = (task.number,)
+        self.graph.end(task, landed, "failed" if error else "landed", error)

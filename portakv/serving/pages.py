@@ -436,13 +436,6 @@ class PageStore(SizedPages):
                     raise
             return found
 
-    def finished(self) -> list[PageJob]:
-        """Return the jobs that have ended since the last call, as `SizedPages.finished` does."""
-        store = self._store
-        if store is not None:
-            store.graph.sweep()
-        return super().finished()
-
     def changes(self) -> list[Change]:
         """Return the pages that were stored or lost since the last call, in order.
 

@@ -73,6 +73,7 @@ from portakv.storage.memory import (
 )
 from portakv.storage.reasons import OVERFLOWED, Explanation, Reason, Reasons
 from portakv.storage.tiers.base import Keys, TierStore
+from portakv.tasks import Wait, Work
 from portakv.tasks.runtime import Steps
 from portakv.view import KVView
 
@@ -213,7 +214,6 @@ class Announced:
         self.changes = Finished[Change]()
         self.indices = dict[str, dict[str, Listed]]()
         self._graph = graph
-        self._issued = deque[tuple[Handle, End | None]]()
         self._lock = threading.Lock()  # reports come from several tiers
         self._beginning = threading.Lock()
         self._begun = False  # changes are announced
@@ -235,24 +235,17 @@ class Announced:
             end.on_end = partial(self.handles.add, handle)
 
     def follow_issued(self, handle: Handle, end: End | None) -> None:
-        """Announce a handle at its end, of which a part was issued.
+        """Announce a handle at its end, of which a part was issued."""
+        self._graph.runtime.start(self._look(handle, end), locked=False)
 
-        Nothing reports the end of such a copy, so a worker looks for it.
-        """
-        self._issued.append((handle, end))
-        task = Task(self._look, 1, queue=self._graph.queue("ends"), name="end")
-        self._graph.submit([task], priority="urgent")
-
-    def _look(self, *unused: object) -> None:
-        """Look for the ends of issued copies until all have ended, in any order."""
-        while self._issued and not self._graph.closed.is_set():
-            for _ in range(len(self._issued)):
-                handle, end = self._issued.popleft()
-                if handle.issued_ended():
-                    self._graph.run(partial(self.follow, handle, end))
-                else:
-                    self._issued.append((handle, end))
-            time.sleep(LOOK)
+    async def _look(self, handle: Handle, end: End | None) -> None:
+        """Look for the end of issued copies, which nothing reports."""
+        graph = self._graph
+        while not handle.issued_ended():
+            if graph.closed:
+                return
+            await Wait(until=graph.clock() + LOOK)
+        graph.run(partial(self.follow, handle, end))
 
     @property
     def is_unchanged(self) -> bool:
@@ -778,12 +771,13 @@ class SharedState:
             return 0
         uploads = [(task, x) for x in self.begun for task in x.uploads if not task.ended]
         left = sum(x.count for _, x in uploads) - (memory.most + memory.host) // 2
-        waiting = [(task.schedule.number, task, x) for task, x in uploads if x.waits_for_uploads]
+        waiting = [(task.number, task, x) for task, x in uploads if x.waits_for_uploads]
         dropped = 0
         for _, task, in_flight in sorted(waiting, reverse=True):
             if dropped >= left or not memory.lacks(count):
                 break
             self.graph.cancel(task, "dropped")
+            self.graph.runtime.step.go_on()  # the rows become free
             dropped += in_flight.count
         return dropped
 
@@ -1277,7 +1271,6 @@ class Call:
         for in_flight in self.flights:
             for task in in_flight.every_task():
                 graph.hasten(task, now + due)
-        graph.sweep()
 
 
 class InFlight(Taker):
@@ -1460,13 +1453,11 @@ class InFlight(Taker):
         """
         call = self._call
         shared = call.shared
-        # The copy of a save that was cancelled may still write the rows. A worker then waits for
-        # its end, and releases them once more.
-        if self.copied is not None and not shared.graph.closed.is_set():
+        # The copy of a save that was cancelled may still write the rows. They are released once
+        # more after its end.
+        if self.copied is not None and not shared.graph.closed:
             self.hold()
-            task = Task(self._end_copy, 1, queue=shared.graph.queue("ends"), name="end", uses=self)
-            task.on_end = self.release
-            shared.graph.submit([task], priority="urgent")
+            shared.graph.start(self._release_after_copy())
             return
         self._end_copy()
         try:
@@ -1475,7 +1466,12 @@ class InFlight(Taker):
         finally:
             shared.row_queue.give(self)
 
-    def _end_copy(self, *_: object) -> None:
+    async def _release_after_copy(self) -> None:
+        await Work(self._end_copy)
+        self.release()
+        self._call.shared.graph.idle.notify()
+
+    def _end_copy(self) -> None:
         """Wait for a copy, whose result nobody needs."""
         with suppress(Exception):  # of the device; the rows go back anyway
             self.end_copy()
@@ -1692,5 +1688,4 @@ class InFlight(Taker):
 
     def _is_cancelled(self) -> bool:
         """Return True if a read may stop; needs no lock, as no call is wanted again."""
-        self._call.shared.graph.sweep()
         return not self.wanted

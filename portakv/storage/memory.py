@@ -927,14 +927,8 @@ class RowQueue(Workers):
     for other saves, but not a save that waits for loads. Callers hold the graph's lock.
     """
 
-    name = "rows"
-    tier = ""
-    width = 1
-    queued_bytes = 0
-    slow = False
-
     def __init__(self, graph: Graph, memory: Rows) -> None:
-        self._graph = graph
+        super().__init__(graph, "rows", "")
         self._memory = memory
         self._loads = list[tuple[float, int, Task]]()  # heaps, by due time
         self._saves = list[tuple[float, int, Task]]()
@@ -948,7 +942,7 @@ class RowQueue(Workers):
         """Let a transfer wait for rows."""
         task.state = "queued"
         heap = self._saves if task.uses.store else self._loads
-        heappush(heap, (task.schedule.due, task.schedule.number, task))
+        heappush(heap, (task.due, task.number, task))
         self._grant()
 
     def _grant(self) -> None:
@@ -967,7 +961,7 @@ class RowQueue(Workers):
                     pass_it = self._granted_saves or not task.uses.store
                     heaps = [other for other in heaps if other is not heap and pass_it]
                     continue
-                self._graph.end(task, None, "failed" if error else "landed", error)
+                self.graph.end(task, None, "failed" if error else "landed", error)
             heappop(heap)
 
     def _take(self, taker: Taker) -> bool:

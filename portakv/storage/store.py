@@ -117,7 +117,7 @@ class ViewSource:
         """Return the task that copies blocks of the view into rows, and seals them."""
         work = partial(in_flight.gather, self._crossing, self.view)
         task = call.task(in_flight.at, work, self._queue, in_flight)
-        task.schedule.soon = in_flight.drops  # it waits for no staging either
+        task.soon = in_flight.drops  # it waits for no staging either
         if in_flight.copied is None:
             call.gathers.append(task)
         return [task]
@@ -439,12 +439,12 @@ class FormStore:
 
     def _refuse_closed(self, kind: str) -> None:
         shared = self._shared
-        if not (shared.closed or shared.graph.process.forked or shared.graph.closed.is_set()):
+        if not (shared.closed or shared.graph.runtime.forked or shared.graph.closed):
             return
         got = "one whose graph was closed"
         if shared.closed:
             got = "one that was closed"
-        if shared.graph.process.forked:
+        if shared.graph.runtime.forked:
             got = "one of the process that this one was forked from"
         raise StoreError(f"Expected an open store for a {kind}, got {got}. Make another.")
 
@@ -958,8 +958,6 @@ class FormStore:
         except BaseException:  # also an interrupt: no caller has a handle
             call.drop()
             raise
-        finally:
-            self.graph.settle()
 
     async def _breathe(self, call: Call) -> None:
         """Let others take the graph's lock if the plan of a call has had it for a while."""
@@ -973,7 +971,8 @@ class FormStore:
         """
         live = [x for x in self.graph.live if not isinstance(x.queue, LentQueue)]
         begun = self._shared.begun
-        return len({task.uses for task in live if all_tasks or task.uses in begun})
+        copies = {in_flight for in_flight in begun if in_flight.copied is not None}
+        return len(copies | {task.uses for task in live if all_tasks or task.uses in begun})
 
 
 #: Seconds between two looks at the loads that `BlockStore.close` waits for.
@@ -1309,7 +1308,7 @@ class BlockStore(FormStore):
         handle ends with it; what it copies from there on is stored nowhere.
         """
         timeout = seconds("timeout", timeout)
-        if self.graph.process.forked:  # locks may be held for ever, and nothing here is its own
+        if self.graph.runtime.forked:  # locks may be held for ever, and nothing here is its own
             return
         self._shared.closed = True
         until = self.graph.clock() + timeout
@@ -1324,6 +1323,8 @@ class BlockStore(FormStore):
         for in_flight in begun:
             for task in in_flight.every_task():
                 task.wait(max(0.0, until - self.graph.clock()))
+        left = max(0.0, until - self.graph.clock())
+        self.graph.idle.block(lambda: all(x.copied is None for x in self._shared.begun), left)
         self.rows.end_left_loans()  # a traceback may retain the call that was interrupted
         while self.rows.loans() and self.graph.clock() < until:
             time.sleep(PAUSE)

@@ -23,7 +23,8 @@ from math import ceil
 from socket import socket
 from threading import get_ident
 from time import monotonic
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, TypeAlias, TypeVar
+from weakref import WeakSet
 
 from portakv.errors import PortaKVError, TransferError, TransferTimeout
 from portakv.runtime import resources
@@ -57,9 +58,9 @@ class Wait:
         poll: returns True if the event has come, after at most so many milliseconds. For sockets
             of ZeroMQ, whose descriptors report also what concerns only ZeroMQ. A caller's thread
             waits in it; the loop calls it with 0, both without the lock. It may take the message.
-        here: the thread that calls `wake` goes on with the coroutine. Such a wait has neither a
-            descriptor nor a limit, and needs no loop: an engine that keeps the interpreter would
-            hold up each change to another thread.
+        here: the thread that calls `wake` goes on with the coroutine, after its own step. Such a
+            wait has neither a descriptor nor a limit, and needs no loop: an engine that keeps the
+            interpreter would hold up each change to another thread.
     """
 
     __slots__ = ("events", "fd", "here", "poll", "resume", "timer", "until", "woken")
@@ -178,23 +179,63 @@ class Signal:
             return bool(condition())
 
 
+class Step:
+    """The context of a step: its thread has the lock.
+
+    At the end of the outermost one the thread goes on with the coroutines that it has woken, one
+    after the other and not one within the other.
+    """
+
+    __slots__ = ("_calls", "depth", "lock")
+
+    def __init__(self) -> None:
+        self.lock: Any = threading.RLock()
+        self.depth = 0
+        self._calls = deque[Callable[[], object]]()
+
+    def follow(self, call: Callable[[], object]) -> None:
+        """Make a call at the end of the step. The caller has the lock."""
+        self._calls.append(call)
+
+    def __enter__(self) -> None:
+        self.lock.acquire()
+        self.depth += 1
+
+    def go_on(self) -> None:
+        """Go on with the coroutines that were woken, before the end of the present step."""
+        while self._calls:
+            self._calls.popleft()()
+
+    def __exit__(self, *error: object) -> None:
+        try:
+            if self.depth == 1:
+                self.go_on()
+        finally:
+            self.depth -= 1
+            self.lock.release()
+
+
 class Released:
     """A context in which this thread does not have the lock, if it had it."""
 
-    __slots__ = ("_lock", "_state")
+    __slots__ = ("_depth", "_state", "_step")
 
-    def __init__(self, lock: Any) -> None:
-        self._lock = lock
+    def __init__(self, step: Step) -> None:
+        self._step = step
+        self._depth = 0
         self._state: object = None
 
     def __enter__(self) -> None:
         # The methods by which a condition of Python releases its lock, however often it was taken.
-        if self._lock._is_owned():
-            self._state = self._lock._release_save()
+        if self._step.lock._is_owned():
+            self._depth = self._step.depth
+            self._step.depth = 0
+            self._state = self._step.lock._release_save()
 
     def __exit__(self, *error: object) -> None:
         if self._state is not None:
-            self._lock._acquire_restore(self._state)
+            self._step.lock._acquire_restore(self._state)
+            self._step.depth = self._depth
 
 
 class Handle(Generic[T]):
@@ -274,25 +315,34 @@ class Handle(Generic[T]):
         if work is None:
             return
         self._runtime.note_work(self)
-        if not hand_over(partial(self._do, work)):
+        woken = getattr(_helper, "woken", None)
+        if woken is not None:
+            woken.append((self, work))
+        elif not hand_over(partial(_serve, self, work)):
             with self._runtime.released():
-                self._do(work)
+                _serve(self, work)
 
-    def _do(self, work: Work[Any] | None) -> None:
-        """Do work in a helper, and go on with the coroutine there until it waits."""
-        while work is not None:
-            step = work.done(self._steps)
-            if self._cancelled:
-                self._cancelled = False
-                step = partial(self._steps.throw, asyncio.CancelledError())
-            work = self._advance(step)
+    def do(self, work: Work[Any], woken: Woken) -> Work[Any] | None:
+        """Do work in a helper, go on with the coroutine, and return its next work.
+
+        ``woken`` gets the coroutines that this wakes.
+        """
+        step = work.done(self._steps)
+        if self._cancelled:
+            self._cancelled = False
+            step = partial(self._steps.throw, asyncio.CancelledError())
+        _helper.woken = woken
+        try:
+            return self._advance(step)
+        finally:
+            _helper.woken = None
 
     def _advance(self, step: Callable[..., Any], *arguments: object) -> Work[Any] | None:
         """Run the coroutine until its next wait, or until the work that it returns."""
         runtime = self._runtime
         try:
             if self._locked:
-                with runtime.lock:
+                with runtime.step:
                     wait = step(*arguments)
                     self._wait = wait
                     if isinstance(wait, Work):
@@ -300,6 +350,7 @@ class Handle(Generic[T]):
                     if isinstance(wait, Wait):
                         wait.resume = partial(self._go_on, wait)
                         if wait.here and not self._cancelled:
+                            wait.resume = partial(runtime.step.follow, wait.resume)
                             return None
                         wait.resume = partial(runtime.call_soon, wait.resume)
             else:
@@ -430,6 +481,31 @@ class Handle(Generic[T]):
         return self.synchronize()
 
 
+#: Coroutines that a helper's step has woken, and that have work done.
+Woken: TypeAlias = "deque[tuple[Handle[Any], Work[Any]]]"
+#: Its ``woken`` is that of the present step.
+_helper = threading.local()
+
+
+def _serve(handle: Handle[Any], work: Work[Any]) -> None:
+    """Do the work of a coroutine in a helper, then its next work.
+
+    After the last one this helper does the work of a coroutine that it has woken, since a change of
+    threads costs more than most work. Other helpers do the work of the others.
+    """
+    woken: Woken = deque()
+    while True:
+        following = handle.do(work, woken)
+        if following is not None:
+            work = following
+        elif woken:
+            handle, work = woken.popleft()
+        else:
+            return
+        while woken and hand_over(partial(_serve, *woken[0])):
+            woken.popleft()
+
+
 def _set(future: asyncio.Future[None]) -> None:
     """End a future, unless it was cancelled."""
     if not future.done():
@@ -536,15 +612,22 @@ class Runtime:
         loop: a loop that the caller runs, as tests do; None: a new loop in a thread.
 
     Attributes:
-        lock: held during each step of a coroutine. A thread that has it may take it again.
+        step: the context of each step of a coroutine.
     """
 
     def __init__(self, loop: Loop | None = None) -> None:
-        self.lock: Any = threading.RLock()
+        self.step = Step()
         self._process = this_process()
         self._loop = loop
         self._starting = threading.Lock()
         self._working = set[Handle[Any]]()  # whose work helpers do
+        #: Each has a method `shut`, which the end of the interpreter calls with the lock.
+        self.shut_at_exit = WeakSet[Any]()
+
+    @property
+    def lock(self) -> Any:
+        """Return the lock of steps. A thread that has it may take it again."""
+        return self.step.lock
 
     @property
     def forked(self) -> bool:
@@ -553,7 +636,7 @@ class Runtime:
 
     def released(self) -> Released:
         """Return a context for code of others and for copies, which need no lock of a runtime."""
-        return Released(self.lock)
+        return Released(self.step)
 
     def time(self) -> float:
         """Return the time of the loop, in seconds."""
@@ -589,7 +672,7 @@ class Runtime:
         while True:
             woken = threading.Lock()
             try:
-                with self.lock:
+                with self.step:
                     wait = step()
                     if isinstance(wait, Wait) and wait.fd is None:
                         woken.acquire()
@@ -674,6 +757,9 @@ class Runtime:
         if self.forked:
             return
         until = self.time() + EXIT
+        with self.step:
+            for each in tuple(self.shut_at_exit):
+                each.shut()
         for handle in tuple(self._working):
             handle.cancel()
         for handle in tuple(self._working):
@@ -683,7 +769,7 @@ class Runtime:
 
     def wake(self, wait: Wait) -> None:
         """End a wait. Any thread but the main one may ask for it."""
-        with self.lock:
+        with self.step:
             wait.wake()
 
 
@@ -747,7 +833,7 @@ def _forget() -> None:
     global _runtime, _making
     _making = threading.Lock()
     if _runtime is not None:
-        _runtime.lock = threading.RLock()  # a thread of the parent may have the other one
+        _runtime.step = Step()  # a thread of the parent may have the other one
         _runtime = None
 
 

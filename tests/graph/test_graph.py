@@ -17,10 +17,12 @@ from typing import Any
 
 import pytest
 from support.graph_ends import end_of, run_in_turn
+from support.seeded_loop import SetLoop
 from support.waits import until
 
 from portakv.errors import InvalidTerms, TransferError
 from portakv.graph import End, Graph, Task
+from portakv.runtime import interrupts
 
 WAIT = 30.0  # seconds, for what takes none
 
@@ -48,15 +50,17 @@ def nothing(task: Task, mask: Any) -> None:
 
 
 @pytest.fixture
-def now() -> list[float]:
-    """Return the time that the graph's clock shows."""
-    return [0.0]
+def clock() -> Iterator[SetLoop]:
+    """Return a clock that stands still until a test sets it."""
+    loop = SetLoop()
+    yield loop
+    loop.end()
 
 
 @pytest.fixture
-def graph(now: list[float]) -> Iterator[Graph]:
-    """Return a graph whose clock stands still until a test sets it."""
-    graph = Graph(clock=lambda: now[0])
+def graph(clock: SetLoop) -> Iterator[Graph]:
+    """Return a graph with that clock."""
+    graph = Graph(runtime=clock.runtime)
     yield graph
     assert graph.close(WAIT)
 
@@ -113,42 +117,48 @@ def test_terms_that_are_none_are_refused_before_anything_begins(graph: Graph) ->
     assert [x.queued_bytes for x in graph.queues.values()] == [0] * len(graph.queues)
 
 
-def test_a_system_without_threads_fails_what_it_cannot_begin(
+def test_a_system_without_threads_runs_tasks_in_the_callers(
     graph: Graph, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def start(thread: threading.Thread) -> None:
         raise RuntimeError("can't start new thread")
 
-    plain = Task(nothing, 1, queue=graph.queue("any"))
-    wide = graph.queue("wide", 2)
     work = Blocked()
-    graph.submit([Task(work, 1, queue=wide)])
+    most = 1 + sum(each.name == interrupts.NAME for each in threading.enumerate())
+    queue = graph.queue("wide", most)
+    running = [Task(work, 1, queue=queue) for _ in range(most)]
+    graph.submit(running)
+    assert until(lambda: len(queue.running) == most, WAIT)
     with monkeypatch.context() as patch:
         patch.setattr(threading.Thread, "start", start)
-        queued = Task(nothing, 1, queue=wide)
-        graph.submit([plain, queued])
-    assert plain.done()
-    assert (plain.state, str(plain.error)) == ("failed", "can't start new thread")
+        tasks = [Task(nothing, 1, queue=graph.queue("any")) for _ in range(3)]
+        graph.submit(tasks)
+    assert [task.state for task in tasks] == ["landed"] * 3
     work.end.set()
-    assert queued.wait(WAIT)
-    again = Task(nothing, 1, queue=plain.queue)
-    graph.submit([again])
-    assert again.wait(WAIT)
+    assert all(task.wait(WAIT) for task in running)
 
 
-def test_a_queue_has_as_many_threads_as_tasks_ran_together(graph: Graph) -> None:
+def test_one_helper_runs_tasks_one_after_the_other(graph: Graph) -> None:
+    """A change of threads costs more than a task."""
+    idents = set[int]()
+    queue = graph.queue("one")
+
+    def note(task: Task, mask: Any) -> None:
+        idents.add(threading.get_ident())
+
+    graph.submit([Task(note, 1, queue=queue) for _ in range(50)])
+    assert until(lambda: not graph.live, WAIT)
+    assert len(idents) == 1
+    assert threading.get_ident() not in idents
+
+
+def test_a_queue_runs_as_many_tasks_together_as_its_width(graph: Graph) -> None:
     queue = graph.queue("wide", 3)
-    for _ in range(5):
-        task = Task(nothing, 1, queue=queue)
-        graph.submit([task])
-        assert task.wait(WAIT)
-        assert until(lambda: queue._idle == 1, WAIT)
-    assert len(queue.threads) == 1
     begun = threading.Barrier(3)
-    tasks = [Task(lambda *_: begun.wait(WAIT) and None, 1, queue=queue) for _ in range(3)]
+    tasks = [Task(lambda *_: begun.wait(WAIT) and None, 1, queue=queue) for _ in range(6)]
     graph.submit(tasks)
     assert all(task.wait(WAIT) for task in tasks)
-    assert len(queue.threads) == 3
+    assert {ran.worker for ran in graph.trace.ran} == {1, 2, 3}
 
 
 # --- order ----------------------------------------------------------------------------------------
@@ -168,13 +178,13 @@ def test_what_an_urgent_one_waits_for_is_as_urgent(graph: Graph, busy: Blocked) 
     assert ran == ["c", "a", "b"]
 
 
-def test_background_for_ever_and_urgent_for_ever_both_go_on(graph: Graph, now: list[float]) -> None:
+def test_background_for_ever_and_urgent_for_ever_both_go_on(graph: Graph, clock: SetLoop) -> None:
     """Fault 51. Each task submits the next of its kind, and each takes a tenth of a second."""
     ran = Counter[str]()
     queue = graph.queue("one")
 
     def work(task: Task, mask: Any) -> None:
-        now[0] += 0.1
+        clock.set(clock.time() + 0.1)
         ran[task.name] += 1
         if ran.total() < 400:
             begin(task.name)
@@ -204,7 +214,7 @@ def test_links_keep_a_pace() -> None:
 
 
 def test_what_waits_for_its_pace_can_be_overtaken_and_cancelled(
-    graph: Graph, now: list[float]
+    graph: Graph, clock: SetLoop
 ) -> None:
     """The queue is not slow meanwhile."""
     queue = graph.queue("paced", 4, max_gbps=0.1, stall_seconds=0.05)
@@ -214,9 +224,10 @@ def test_what_waits_for_its_pace_can_be_overtaken_and_cancelled(
     urgent = Task(nothing, 1, queue=queue, nbytes=10**7, name="urgent")
     graph.submit([urgent], priority="urgent")
     assert graph.cancel(tasks[1])
-    now[0] = 0.09
+    clock.set(0.09)
     assert not queue.slow
-    for now[0], task in [(0.101, urgent), (0.202, tasks[2]), (0.303, tasks[3])]:
+    for at, task in [(0.101, urgent), (0.202, tasks[2]), (0.303, tasks[3])]:
+        clock.set(at)
         assert task.wait(WAIT)
     began = {ran.name: ran.start for ran in graph.trace.ran}
     assert began == {"a": 0.0, "urgent": 0.101, "c": 0.202, "d": 0.303}
@@ -232,7 +243,6 @@ def test_what_ended_is_forgotten(graph: Graph) -> None:
     end = end_of(graph, [task, other])
     work.end.set()
     assert end.wait(WAIT)
-    graph.sweep()
     del uses, work, task, other, end
     until = time.monotonic() + WAIT
     while any(ref() for ref in refs) and time.monotonic() < until:
@@ -285,7 +295,7 @@ def test_nothing_grows_with_what_ended(graph: Graph) -> None:
         graph.cancel(end)
         assert end.wait(WAIT)
     work.end.set()
-    sizes = [len(graph._timers), len(graph.live), *map(len, queue.heaps)]
+    sizes = [len(graph._timers), len(graph.live), *map(len, queue._heaps)]
     assert max(sizes) < 300
 
 
@@ -302,22 +312,20 @@ def test_a_deadline_in_the_past_begins_nothing(graph: Graph) -> None:
     assert blocks_of(graph, "late") == 1
 
 
-def test_a_worker_begins_nothing_that_is_late(
-    graph: Graph, busy: Blocked, now: list[float]
-) -> None:
+def test_a_worker_begins_nothing_that_is_late(graph: Graph, busy: Blocked, clock: SetLoop) -> None:
     """No caller waits for the task, and its turn comes."""
     ran = list[str]()
     late = Task(lambda task, mask: ran.append("late"), 1, queue=graph.queue("one"))
     good = Task(lambda task, mask: ran.append("good"), 1, queue=graph.queue("one"))
     graph.submit([late], deadline=1.0)
     graph.submit([good])
-    now[0] = 2.0
+    clock.set(2.0)
     busy.end.set()
     assert good.wait(WAIT)
     assert (ran, late.state) == (["good"], "late")
 
 
-def test_a_stalled_disk_holds_up_nobody_else(graph: Graph, now: list[float]) -> None:
+def test_a_stalled_disk_holds_up_nobody_else(graph: Graph, clock: SetLoop) -> None:
     """Fault 26."""
     work = Blocked()
     disk = graph.queue("disk", 2, stall_seconds=10.0)
@@ -328,7 +336,7 @@ def test_a_stalled_disk_holds_up_nobody_else(graph: Graph, now: list[float]) -> 
     graph.submit([other])
     assert other.wait(WAIT)
     assert not disk.slow
-    now[0] = 11.0
+    clock.set(11.0)
     assert disk.slow
     store = Task(nothing, 1, queue=disk, name="write")
     load = Task(nothing, 1, queue=disk)
@@ -413,14 +421,13 @@ def test_nothing_asks_a_clock_that_may_go_back(monkeypatch: pytest.MonkeyPatch) 
 
     monkeypatch.setattr(time, "time", back)
     graph = Graph()
-    assert graph.clock is time.monotonic
     tasks = [Task(nothing, 1, queue=graph.queue("any"), nbytes=9) for _ in range(9)]
     graph.submit(tasks, deadline=WAIT)
     assert all(task.wait(WAIT) for task in tasks)
     assert graph.close(WAIT)
 
 
-def test_close_cancels_what_waits_and_waits_for_what_runs(now: list[float]) -> None:
+def test_close_cancels_what_waits_and_waits_for_what_runs() -> None:
     """Fault 15, in the graph's sense; a graph that is closed takes nothing more."""
     graph = Graph()
     work = Blocked()

@@ -307,7 +307,6 @@ def graphs(folder: Path) -> Steps:
         graph.count("tier", "op", "hit")
         tasks[0].done()
         late.wait(0.05)
-        graph.sweep()
         [*Collector(graph).collect()]
         for task in tasks:
             task.wait(LIMIT)
@@ -347,10 +346,9 @@ NOT_CALLED = {
     "Graph.finish": "runs in a helper or a worker",
     "Graph.hasten": "runs in a helper",
     "Graph.move": "runs in a helper or a worker",
+    "Graph.shut": "runs in a helper",
     "Graph.start": "runs in a helper",
     "Graph.stop": "runs in a helper or a worker",
-    "Graph.settle": "runs in a helper or a worker",
-    "Graph.wake": "runs in a helper or a worker",
     "Handle.add_copies": "runs in a helper",
     "Handle.add_release": "runs in a helper",
     "Handle.issued_ended": "runs in a worker",
