@@ -47,7 +47,7 @@ class Held(NamedTuple):
     entered: threading.Event
 
     @contextmanager
-    def inside(self) -> Iterator[None]:
+    def inside(self, _: object = None) -> Iterator[None]:
         self.entered.set()
         self.event.wait(LIMIT)
         yield
@@ -316,12 +316,12 @@ def test_who_waits_for_a_buffer_is_called_once_when_it_is_free() -> None:
     moving = Moving(torch.zeros(8, dtype=torch.uint8), LIMIT)
     calls = list[str]()
     assert moving.begin()
-    moving.on_free(lambda: calls.append("before"))
+    moving.on(moving.free, lambda: calls.append("before"))
     moving.end(PeerError("The peer is gone."))
     assert calls == []  # a library touches it still
     moving.end(untouched=True)
     moving.end(untouched=True)
-    moving.on_free(lambda: calls.append("after"))
+    moving.on(moving.free, lambda: calls.append("after"))
     assert calls == ["before", "after"]
     with pytest.raises(PeerError, match="is gone"):
         moving.follow(0.0)
