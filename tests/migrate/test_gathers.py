@@ -195,7 +195,7 @@ def test_only_the_memory_that_slots_have_now_is_registered(
 
     def only_these() -> bool:  # the next buffer releases what a buffer had before it grew
         both.pull(both.offer()).synchronize(LIMIT)
-        free = [*connection.staging.buffers.queue]
+        free = [*connection.staging.buffers]
         memory = [buffer.memory for buffer in free]
         local = {(x.data_ptr(), x.nbytes) for x in memory if x.nbytes}
         remote = {

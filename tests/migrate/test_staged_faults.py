@@ -92,10 +92,11 @@ def test_a_buffer_that_becomes_free_meanwhile_is_not_sent_twice(
 
     def free(buffer: staged_owner.StagingBuffer) -> bool:
         was = buffer.sent is None or buffer.sent.free.is_set()
-        if not was:
+        if not was and threading.current_thread().name != "portakv loop":
             seen.append(was)
             assert buffer.sent is not None
-            buffer.sent.free.wait(LIMIT)
+            with runtime().released():
+                buffer.sent.free.wait(LIMIT)
         return was
 
     monkeypatch.setattr(staged_owner.StagingBuffer, "free", property(free))
