@@ -4,10 +4,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from heapq import heappop, heappush
 from typing import Literal, TypeAlias, TypeVar
 
-from portakv.tasks.runtime import Runtime, Wait, Work
+from portakv.runtime.bounded import Bounded
+from portakv.tasks.runtime import Runtime, Wait, Work, runtime
 
 T = TypeVar("T")
 
@@ -162,3 +164,17 @@ class Limit:
         await Wait(until=self._next)
         self._delayed = False
         self._begin()
+
+
+#: The most helpers that do the work of `blocking` at the same time.
+BLOCKING = 4
+
+#: The limits of such work, by runtime; a forked process has another.
+_blocking: Bounded[Runtime, Limit] = Bounded("limits of blocking work", 1)
+
+
+def blocking() -> Limit:
+    """Return the limit of this process for work that may take over a millisecond, such as copies on
+    the host, imports and maps of memory. Such work waits for no other work of the limit."""
+    here = runtime()
+    return _blocking.get_or_make(here, partial(Limit, here, BLOCKING))

@@ -238,24 +238,96 @@ class Released:
             self._step.depth = self._depth
 
 
-class Handle(Generic[T]):
-    """A coroutine that was started, and its end.
+class End(Generic[T]):
+    """The end of some work, which `settle` notes.
 
     ``await`` it in a coroutine of the runtime or in any other loop, which it wakes. It has no lock,
     since the main thread uses it, where an interrupt may come between any two bytecodes.
+    """
+
+    def __init__(self, runtime: Runtime) -> None:
+        self._runtime = runtime
+        self.ended = False
+        self.value: Any = None
+        self.error: BaseException | None = None
+        self._calls = deque[Callable[[], object]]()  # to be made at the end
+
+    def done(self) -> bool:
+        """Return True once the work has ended, or once it cannot end in a forked process."""
+        return self.ended or self._runtime.forked
+
+    def settle(self, value: Any, error: BaseException | None) -> None:
+        """Note the end, and make the calls of `on_end`."""
+        self.value = value
+        self.error = error
+        self.ended = True
+        self._make_calls()
+
+    def on_end(self, call: Callable[[], object]) -> None:
+        """Make a quick call at the end, immediately if it has come."""
+        self._calls.append(call)
+        if self.ended:
+            self._make_calls()
+
+    def _make_calls(self) -> None:
+        while self._calls:
+            with suppress(IndexError):  # another thread has just taken the last call
+                self._calls.popleft()()
+
+    def synchronize(self, timeout: float | None = None) -> T:
+        """Return the result of the work, or raise its error.
+
+        Raises `TransferTimeout` after ``timeout`` seconds. The work goes on.
+        """
+        if not self.wait(timeout):
+            raise TransferTimeout(f"The work did not end within {timeout} s, and goes on.")
+        if self.error is None:
+            value: T = self.value
+            return value
+        raise self.error
+
+    def wait(self, timeout: float | None = None) -> bool:
+        """Block until the work has ended, at most ``timeout`` seconds; return True if it has.
+
+        Looks now and then, since a wake may come too early. A forked process waits for nothing.
+        """
+        if self.ended:
+            return True
+        end = threading.Lock()
+        end.acquire()
+        self.on_end(end.release)
+        until = None if timeout is None else self._runtime.time() + timeout
+        while not self.ended and not self._runtime.forked:
+            left = LOOK if until is None else until - self._runtime.time()
+            if left <= 0:
+                return False
+            end.acquire(timeout=min(left, LOOK))
+        return True
+
+    def __await__(self) -> Generator[Any, Any, T]:
+        if not self.ended and self._runtime.lock._is_owned():  # in a step
+            wait = Wait()
+            self.on_end(partial(self._runtime.wake, wait))
+            yield from wait.__await__()
+        elif not self.ended:
+            loop = asyncio.get_running_loop()
+            future = loop.create_future()
+            self.on_end(partial(loop.call_soon_threadsafe, _set, future))
+            yield from future
+        return self.synchronize()
+
+
+class Handle(End[T]):
+    """A coroutine that was started, and its end.
 
     Args:
         locked: the coroutine has the runtime's lock during its steps.
     """
 
     def __init__(self, runtime: Runtime, steps: Steps[T], locked: bool = True) -> None:
-        self._runtime = runtime
+        super().__init__(runtime)
         self._steps = steps
         self._locked = locked
-        self.ended = False
-        self.value: Any = None
-        self.error: BaseException | None = None
-        self._calls = deque[Callable[[], object]]()  # to be made at the end
         self._wait: Any = None  # the present wait
         self._cancelled = False
 
@@ -292,10 +364,6 @@ class Handle(Generic[T]):
             self._cancel()
         else:  # the interrupt came before the wait was noted
             self.step(self._steps.throw, asyncio.CancelledError())
-
-    def done(self) -> bool:
-        """Return True once the coroutine has ended, or once it cannot end in a forked process."""
-        return self.ended or self._runtime.forked
 
     def cancel(self) -> bool:
         """Have the coroutine's wait raise `CancelledError`; return False if it has ended."""
@@ -419,66 +487,6 @@ class Handle(Generic[T]):
             self.step(self._steps.throw, asyncio.CancelledError())
         else:
             self.step(self._steps.send, None)
-
-    def settle(self, value: Any, error: BaseException | None) -> None:
-        """Note the end, and make the calls of `on_end`."""
-        self.value = value
-        self.error = error
-        self.ended = True
-        self._make_calls()
-
-    def on_end(self, call: Callable[[], object]) -> None:
-        """Make a quick call at the end of the coroutine, immediately if it has ended."""
-        self._calls.append(call)
-        if self.ended:
-            self._make_calls()
-
-    def _make_calls(self) -> None:
-        while self._calls:
-            with suppress(IndexError):  # another thread has just taken the last call
-                self._calls.popleft()()
-
-    def synchronize(self, timeout: float | None = None) -> T:
-        """Return the result of the coroutine, or raise its error.
-
-        Raises `TransferTimeout` after ``timeout`` seconds. The coroutine goes on.
-        """
-        if not self.wait(timeout):
-            raise TransferTimeout(f"The work did not end within {timeout} s, and goes on.")
-        if self.error is None:
-            value: T = self.value
-            return value
-        raise self.error
-
-    def wait(self, timeout: float | None = None) -> bool:
-        """Block until the coroutine has ended, at most ``timeout`` seconds; return True if it has.
-
-        Looks now and then, since a wake may come too early. A forked process waits for nothing.
-        """
-        if self.ended:
-            return True
-        end = threading.Lock()
-        end.acquire()
-        self.on_end(end.release)
-        until = None if timeout is None else self._runtime.time() + timeout
-        while not self.ended and not self._runtime.forked:
-            left = LOOK if until is None else until - self._runtime.time()
-            if left <= 0:
-                return False
-            end.acquire(timeout=min(left, LOOK))
-        return True
-
-    def __await__(self) -> Generator[Any, Any, T]:
-        if not self.ended and self._runtime.lock._is_owned():  # in a step
-            wait = Wait()
-            self.on_end(partial(self._runtime.wake, wait))
-            yield from wait.__await__()
-        elif not self.ended:
-            loop = asyncio.get_running_loop()
-            future = loop.create_future()
-            self.on_end(partial(loop.call_soon_threadsafe, _set, future))
-            yield from future
-        return self.synchronize()
 
 
 #: Coroutines that a helper's step has woken, and that have work done.
