@@ -80,12 +80,10 @@ class Queue(Limit, Workers):
         task.state = "queued"
         task.since = self.graph.clock()
         wait = Wait(here=True)
-        # It goes on before others, which look at what follows the task.
-        task.waits.appendleft(wait)
+        task.wake_first(wait)
         if not await self.take(task, wait):
             return
         if not task.ended:  # meanwhile
-            task.waits.remove(wait)
             self.begin(task)
             await self._move(task)
         # The next turn comes after what follows the task is queued, which may be due before others.
@@ -407,19 +405,13 @@ class Graph:
         if landed is not None:
             end.landed = landed
         end.state = state
-        end.ended = True
         end.cut = True
         end.stop = None  # it retains what a handle need not
         if isinstance(end, Task):
             self._forget(end)
+        end.settle(None, end.error)
         while self._timers and self._timers[0][2].ended:
             heappop(self._timers)  # it retains what the work used
-        while end.waits:
-            end.waits.popleft().wake()
-        on_end = end.on_end
-        end.on_end = None
-        if on_end:
-            on_end()
 
     def _forget(self, task: Task) -> None:
         """Forget a task that has ended."""

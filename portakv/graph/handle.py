@@ -156,24 +156,13 @@ class Handle(Transfer):
     def when_ended(self, call: Callable[[], object]) -> None:
         """Have a function called once when workers have ended their part, or now if they have.
 
-        It is called under the graph's lock, in any thread: it must be quick, and wait for nothing.
+        It may be called under the graph's lock, in any thread: it must be quick, and wait for
+        nothing.
         """
-
-        def follow() -> None:
-            end = self._ends[-1] if self._ends else None
-            if end is None or end.ended:
-                call()
-                return
-            before = end.on_end
-
-            def both() -> None:
-                if before is not None:
-                    before()
-                call()
-
-            end.on_end = both
-
-        self._graph.run(follow)
+        if self._ends:
+            self._ends[-1].on_end(call)
+        else:
+            call()
 
     def cancel(self) -> bool:
         """Start no further block; return True if some blocks will not be moved."""

@@ -4,22 +4,17 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections import deque
 from collections.abc import Callable, Generator, Sequence
-from contextlib import suppress
 from itertools import count
-from threading import Lock
-from time import monotonic
 from typing import Any, NamedTuple, Protocol, TypeAlias, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
-from portakv import arguments
+from portakv import arguments, tasks
 from portakv.graph.trace import Ran, Trace
 from portakv.tasks import Runtime, Wait
 from portakv.tasks.limit import Turn
-from portakv.tasks.runtime import LOOK
 
 #: Blocks of a task: bool ``[blocks]``.
 Mask: TypeAlias = npt.NDArray[np.bool_]
@@ -38,10 +33,10 @@ class Executor(Protocol):
         """Record an end."""
 
 
-class End:
+class End(tasks.End[None]):
     """The end of work for some blocks. The graph changes it under its lock.
 
-    A coroutine of the graph awaits it, and any thread waits for it.
+    A coroutine of the graph awaits it, which raises nothing, and any thread waits for it.
 
     Attributes:
         name: the operation.
@@ -51,67 +46,41 @@ class End:
         cut: True if no block starts any more: the work has ended or is cancelled.
         error: the first exception of the work, or of work before it.
         landed: the blocks that landed, bool ``[blocks]``, which are known after the end.
-        on_end: a function that is called once at the end, under the graph's lock; set it under that
-            lock.
         stop: cancels the work before the end: it takes the state and the error of work that has
             not started, and returns True if there is such work.
         trail: the numbers of the last tasks that ran for it, for the trace.
         short: of a save, the queue that did not take all blocks, without an error; else empty.
-        waits: of coroutines and threads, in the order in which they go on.
     """
 
-    def __init__(self, graph: Executor | None, blocks: int, name: str = "") -> None:
-        self.graph = graph
+    def __init__(self, graph: Executor, blocks: int, name: str = "") -> None:
+        super().__init__(graph.runtime)
+        self.graph: Executor | None = graph
         self.name = name
         self.blocks = blocks
         self.state = "new"
-        self.ended = False
         self.cut = False
-        self.error: BaseException | None = None
         self.landed: Mask = np.zeros(blocks, np.bool_)
-        self.on_end: Callable[[], object] | None = None
         self.stop: Callable[[str, Exception], bool] | None = None
         self.trail: tuple[int, ...] = ()
         self.short = ""
-        self.waits = deque[Wait]()
 
     def add_error(self, error: BaseException | None) -> None:
         """Record an error, unless an earlier one is known."""
         self.error = self.error or error
 
-    def done(self) -> bool:
-        """Return True if the work has ended; never block."""
-        return self.wait(0.0)
-
     def wait(self, timeout: float | None = None) -> bool:
-        """Block until the work has ended, at most ``timeout`` seconds; return True if it has.
-
-        Takes no lock of the graph, so an interrupt leaves no lock locked.
-        """
+        """Block until the work has ended, at most ``timeout`` seconds; return True if it has."""
         seconds = arguments.seconds("timeout", timeout, optional=True)
-        if self.graph is None:  # it was not submitted
-            return False
-        if self.ended or self.graph.runtime.forked:  # a child has no thread to wait for
-            return True
-        if not seconds:
-            return False
-        woken = Lock()
-        woken.acquire()
-        wait = Wait()
-        wait.resume = woken.release
-        self.waits.append(wait)
-        until = monotonic() + seconds
-        # Looks now and then, since an interrupt may come just before a wait begins.
-        while not self.ended and (left := until - monotonic()) > 0:
-            woken.acquire(timeout=min(left, LOOK))
-        with suppress(ValueError):  # it was woken
-            self.waits.remove(wait)
-        return self.ended
+        return self.graph is not None and super().wait(seconds)  # else it was not submitted
 
-    def __await__(self: E) -> Generator[Wait, None, E]:
+    def wake_first(self, wait: Wait) -> None:
+        """Wake a coroutine at the end before all others, which look at what follows the work."""
+        self._calls.appendleft(wait.wake)
+
+    def __await__(self: E) -> Generator[Wait, None, E]:  # type: ignore[override]
         if not self.ended:
             wait = Wait(here=True)
-            self.waits.append(wait)
+            self.on_end(wait.wake)
             yield from wait.__await__()
         return self
 
@@ -143,7 +112,7 @@ class Task(End, Turn):
     Attributes:
         state: new, waiting (for other work), queued or running; then landed (it ran, or no block
             was left for it), failed, cancelled, late or dropped.
-        ended, error, landed, on_end: of its end, see `End`.
+        ended, error, landed: of its end, see `End`.
         left: the blocks to move, which are known before the task is queued.
         number: of the task in the order in which tasks were entered.
         due, background, alone: see `Turn`; set ``alone`` before the task is entered.
@@ -170,8 +139,9 @@ class Task(End, Turn):
         arguments.text("name", name, least=0)
         if not isinstance(queue, Workers):
             raise arguments.invalid("queue", "a Queue", queue, "Take it from Graph.queue(name).")
-        End.__init__(self, None, blocks, name)
+        End.__init__(self, queue.graph, blocks, name)
         Turn.__init__(self, nbytes=nbytes)
+        self.graph = None  # until it is entered
         self.work: Callable[[Task, Mask], Any] | None = work
         self.queue = queue
         self.uses = uses
@@ -231,8 +201,7 @@ class Workers(ABC):
         self.push(task)
         if not task.ended:
             wait = Wait(here=True)
-            # It goes on before others, which look at what follows the task.
-            task.waits.appendleft(wait)
+            task.wake_first(wait)
             await wait
 
     def begin(self, task: Task) -> None:

@@ -225,14 +225,11 @@ class Announced:
         self.changes.close()
 
     def follow(self, handle: Handle, end: End | None) -> None:
-        """Announce a handle at its end, under the graph's lock.
-
-        ``end``: that of the part of the workers.
-        """
-        if end is None or end.ended:
+        """Announce a handle at its end; ``end``: that of the part of the workers."""
+        if end is None:
             self.handles.add(handle)
         else:
-            end.on_end = partial(self.handles.add, handle)
+            end.on_end(partial(self.handles.add, handle))
 
     def follow_issued(self, handle: Handle, end: End | None) -> None:
         """Announce a handle at its end, of which a part was issued."""
@@ -240,12 +237,11 @@ class Announced:
 
     async def _look(self, handle: Handle, end: End | None) -> None:
         """Look for the end of issued copies, which nothing reports."""
-        graph = self._graph
         while not handle.issued_ended():
-            if graph.closed:
+            if self._graph.closed:
                 return
-            await Wait(until=graph.clock() + LOOK)
-        graph.run(partial(self.follow, handle, end))
+            await Wait(until=self._graph.clock() + LOOK)
+        self.follow(handle, end)
 
     @property
     def is_unchanged(self) -> bool:

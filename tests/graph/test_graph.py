@@ -258,7 +258,7 @@ def test_ends_of_one_task_come_in_the_order_in_which_they_were_made(graph: Graph
     ends = [end_of(graph, [read]) for _ in range(4)]
     order = list[int]()
     for number, end in enumerate(ends):
-        end.on_end = partial(order.append, number)
+        end.on_end(partial(order.append, number))
     work.end.set()
     assert all(end.wait(WAIT) for end in ends)
     with graph.lock:  # all of them end under it
