@@ -11,14 +11,13 @@ from statistics import median
 import numpy as np
 import torch
 
-from portakv.graph.graph import Graph
-from portakv.graph.task import Task
 from portakv.storage.eviction import FIRST, mark_of
 from portakv.storage.form import BlockForm
 from portakv.storage.io.choose import choose
 from portakv.storage.store import BlockStore
 from portakv.storage.tiers.disk import Disk
 from portakv.storage.tiers.folder import Slots
+from portakv.storage.work import Graph, Task
 from portakv.view import KVView
 from portakv_benchmarks.host.suite import KB
 from portakv_benchmarks.shared.harness import Row, Rows, Step, short

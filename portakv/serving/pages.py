@@ -25,7 +25,6 @@ import torch
 
 from portakv.arguments import instance, invalid, items, octets, seconds, text, whole
 from portakv.errors import InvalidTerms, PortaKVError, StoreError, TransferTimeout
-from portakv.graph import Handle, Mask, Priority
 from portakv.runtime.finished import Finished
 from portakv.serving.local import PATIENCE, StoreTerms, found_in, open_store
 from portakv.serving.server.client import GRACE, ServerBlocks, ServerTransfer
@@ -38,6 +37,8 @@ from portakv.storage.store import FormStore
 from portakv.storage.tiers.base import Keys
 from portakv.storage.tiers.files import claim, unusable
 from portakv.storage.tiers.files import forms_in as every_form_in
+from portakv.storage.work import Handle, Mask
+from portakv.tasks import Priority
 from portakv.view import IdList, KVView
 
 # ------------------------------------------------------------------------------------------------

@@ -39,19 +39,6 @@ from portakv.copy.choose_encoding import (
     stays_raw,
 )
 from portakv.errors import InvalidTerms, PackOverflow, PortaKVError, Unsupported
-from portakv.graph import (
-    SLACK,
-    End,
-    Ending,
-    Graph,
-    Handle,
-    Mask,
-    Missing,
-    Priority,
-    Queue,
-    Task,
-    Workers,
-)
 from portakv.graph.trace import COUNTED, Counts
 from portakv.layout.encodings import FLAG_AT, PACKED, Pack, PackedPlane
 from portakv.runtime.finished import Finished
@@ -73,7 +60,8 @@ from portakv.storage.memory import (
 )
 from portakv.storage.reasons import OVERFLOWED, Explanation, Reason, Reasons
 from portakv.storage.tiers.base import Keys, TierStore
-from portakv.tasks import Wait, Work
+from portakv.storage.work import End, Ending, Graph, Handle, Mask, Missing, Queue, Task, Workers
+from portakv.tasks import SLACK, Priority, Wait, Work
 from portakv.tasks.runtime import Steps
 from portakv.view import KVView
 

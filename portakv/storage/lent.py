@@ -15,13 +15,12 @@ from typing import Literal, Protocol, TypeAlias
 import numpy as np
 
 from portakv.arguments import invalid
-from portakv.graph import Graph, Mask, Task, Workers
-from portakv.graph.graph import Queue
 from portakv.runtime.transfer import Completion
 from portakv.storage.calls import Arrival, Call, FormPart, InFlight
 from portakv.storage.form import BlockForm
 from portakv.storage.memory import Loan
 from portakv.storage.reasons import FAILED, Reason, Reasons
+from portakv.storage.work import Graph, Mask, Queue, Task, Workers
 from portakv.view import KVView
 
 #: The name of the queue of lent copies in figures, traces and errors; after it that of the form.

@@ -25,7 +25,6 @@ from portakv.arguments import invalid, naming, shown
 from portakv.copy.options import USUAL, CopyOptions
 from portakv.copy.rows import copy_rows as copy_rows
 from portakv.errors import InvalidTerms, LayoutError, SlotError
-from portakv.graph import Graph, Task, Workers
 from portakv.host import pinned
 from portakv.host.shared import unnamed
 from portakv.plan.plan import CopyPlan
@@ -43,6 +42,7 @@ from portakv.runtime.transfer import Completion, Transfer
 from portakv.storage.eviction import FIRST, UNKNOWN, Chains, Changed, marks_of
 from portakv.storage.form import BlockForm
 from portakv.storage.image import Row
+from portakv.storage.work import Graph, Task, Workers
 from portakv.view import IdList, Index, KVView
 from portakv.view.destination import note_written
 

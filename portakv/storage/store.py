@@ -18,8 +18,7 @@ import numpy as np
 from portakv.arguments import flag, instance, invalid, nbytes, one_of, seconds, text
 from portakv.copy.options import USUAL, CopyOptions, options_from
 from portakv.errors import InvalidTerms, StoreError, TransferTimeout, Unsupported
-from portakv.graph import SLACK, End, Ending, Graph, Handle, Mask, Missing, Priority, Task, watch
-from portakv.graph.graph import Queue
+from portakv.graph import watch
 from portakv.runtime.interrupts import uninterrupted
 from portakv.runtime.transfer import Completion
 from portakv.storage.calls import (
@@ -52,6 +51,8 @@ from portakv.storage.keys import check_key, check_keys, predecessors
 from portakv.storage.lent import Borrowed, Copier, Lending, LentQueue
 from portakv.storage.memory import Crossing, Loan, Rows, rows_for
 from portakv.storage.tiers.base import After, Keys, Tier, TierStore, tier_figures, tiers_of
+from portakv.storage.work import End, Ending, Graph, Handle, Mask, Missing, Queue, Task
+from portakv.tasks import SLACK, Priority
 from portakv.tasks.runtime import Steps
 from portakv.view import IdList, KVView
 

@@ -35,9 +35,9 @@ from portakv.errors import (
     TransferError,
     TransferTimeout,
 )
-from portakv.graph import Graph
 from portakv.storage import Disk
 from portakv.storage.lent import LentCopy
+from portakv.storage.work import Graph
 
 
 @pytest.fixture

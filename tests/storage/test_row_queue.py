@@ -15,9 +15,10 @@ from support.storage_cases import FakeTier, key_of, small_form
 from support.waits import LIMIT
 
 from portakv import KVView, TransferError
-from portakv.graph import Graph, Priority, Task
 from portakv.storage import BlockStore
 from portakv.storage.memory import RowQueue, Rows, Taker
+from portakv.storage.work import Graph, Task
+from portakv.tasks import Priority
 
 FORM = small_form()
 

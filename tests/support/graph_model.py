@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from portakv.errors import TransferCancelled, TransferError
-from portakv.graph import End, Graph, Handle, Task
+from portakv.storage.work import End, Graph, Handle, Task
 from support.seeded_loop import SetLoop
 from support.waits import LIMIT
 

@@ -47,13 +47,13 @@ from typing import Any, Protocol, TypeAlias
 
 from portakv.arguments import invalid, items, shown
 from portakv.errors import InvalidTerms, StoreError
-from portakv.graph.graph import Graph, Queue
 from portakv.graph.trace import Figures
 from portakv.selection import Catalog, Kind
 from portakv.storage.form import BlockForm
 from portakv.storage.image import Row
 from portakv.storage.memory import Rows
 from portakv.storage.reasons import Report
+from portakv.storage.work import Graph, Queue
 
 # ------------------------------------------------------------------------------------------------
 # Figures for operators from what tier stores report about themselves.

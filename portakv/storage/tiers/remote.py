@@ -30,7 +30,6 @@ import numpy as np
 from portakv.arguments import kind_of
 from portakv.errors import InvalidTerms, StoreError
 from portakv.extras import installing
-from portakv.graph.graph import Graph, Queue
 from portakv.runtime import resources
 from portakv.runtime.bounded import Bounded
 from portakv.runtime.devices import this_process
@@ -42,6 +41,7 @@ from portakv.storage.image import HEADER, Row, header, verify
 from portakv.storage.reasons import Reason, Report
 from portakv.storage.tiers import compressed
 from portakv.storage.tiers.compressed import Compressor, check_compress
+from portakv.storage.work import Graph, Queue
 from portakv.tasks import Handle
 
 # ------------------------------------------------------------------------------------------------

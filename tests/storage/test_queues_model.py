@@ -14,13 +14,13 @@ from hypothesis import strategies as st
 from hypothesis.errors import Flaky
 from hypothesis.stateful import RuleBasedStateMachine, precondition, rule
 from hypothesis.stateful import run_state_machine_as_test as run_machine
-from support.graph_ends import end_of, run_in_turn
+from support.graph_ends import end_of, run_in_turn, submit
 from support.graph_model import BLOCKS, SLACK, STALL, WIDTHS, Known, Model, Work
 from support.seeded_loop import SetLoop
 from support.waits import LIMIT
 
 from portakv.errors import TransferError
-from portakv.graph import End, Graph, Handle, Task
+from portakv.storage.work import End, Graph, Handle, Task
 
 BITS = st.lists(st.booleans(), min_size=BLOCKS, max_size=BLOCKS)
 AT = st.integers(0, 99)  # chooses among the things that are there
@@ -58,7 +58,7 @@ class GraphMachine(RuleBasedStateMachine):
         """Submit tasks, and perhaps wait for the end of all by a handle."""
         group = [self.known(queue, [], number, terms) for number, queue in enumerate(queues)]
         tasks = [known.task for known in group if isinstance(known.task, Task)]
-        self.graph.submit(tasks, priority=terms.priority, deadline=terms.deadline)
+        submit(self.graph, tasks, priority=terms.priority, deadline=terms.deadline)
         self.model.submit(group, terms.deadline)
         if ends:
             self.end(group)
@@ -146,7 +146,7 @@ class GraphMachine(RuleBasedStateMachine):
             self.model.compare()
             assert all(known.final for known in self.model.tasks)
             with pytest.raises(TransferError, match="closed"):
-                self.graph.submit([])
+                self.graph.check_open()
 
 
 WIDE = pytest.param(10.0, marks=pytest.mark.full)

@@ -9,9 +9,10 @@ from functools import partial
 from typing import Any
 
 import pytest
+from support.graph_ends import submit
 from support.waits import until
 
-from portakv.graph import Graph, Task
+from portakv.storage.work import Graph, Task
 
 WAIT = 30.0  # seconds; nothing here takes as long
 WIDTH = 4  # places; three of them are for tasks of the background
@@ -44,7 +45,7 @@ def test_background_tasks_that_run_alone_leave_the_other_workers_free(
     tasks = [Task(work, 1, queue=queue) for _ in range(3)]
     for task in tasks:
         task.alone = alone
-    graph.submit(tasks, priority="background")
+    submit(graph, tasks, priority="background")
     urgent = [Task(nothing, 1, queue=queue) for _ in range(8)]
     for task in urgent:
         task.alone = alone  # says nothing of an urgent task
@@ -52,7 +53,7 @@ def test_background_tasks_that_run_alone_leave_the_other_workers_free(
         assert until(lambda: len(going) == 3, WAIT)
     else:
         assert until(lambda: len(going) == 1, WAIT)
-        graph.submit(urgent, priority="urgent")
+        submit(graph, urgent, priority="urgent")
         assert all(task.wait(WAIT) for task in urgent)
         assert len(going) == 1, "the other workers took what was urgent, and nothing else"
     end.set()
@@ -90,7 +91,7 @@ class Held:
         if after is not None:
             self.graph.run(partial(begin, after))
         else:
-            self.graph.submit([task], priority="background")
+            submit(self.graph, [task], priority="background")
         return task
 
     def runs(self, *names: str) -> bool:
