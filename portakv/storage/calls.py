@@ -60,7 +60,7 @@ from portakv.storage.memory import (
 )
 from portakv.storage.reasons import OVERFLOWED, Explanation, Reason, Reasons
 from portakv.storage.tiers.base import Keys, TierStore
-from portakv.storage.work import End, Ending, Graph, Handle, Mask, Missing, Queue, Task, Workers
+from portakv.storage.work import BaseQueue, End, Ending, Graph, Handle, Mask, Missing, Queue, Task
 from portakv.tasks import SLACK, Priority, Wait, Work
 from portakv.tasks.runtime import Steps
 from portakv.view import KVView
@@ -1127,7 +1127,7 @@ class Call:
         self,
         at: Sequence[int],
         work: Callable[[Task, Mask], Any],
-        queue: Workers,
+        queue: BaseQueue,
         held: Held,
         stages: int = 1,
     ) -> Task:

@@ -20,7 +20,7 @@ from portakv.storage.calls import Arrival, Call, FormPart, InFlight
 from portakv.storage.form import BlockForm
 from portakv.storage.memory import Loan
 from portakv.storage.reasons import FAILED, Reason, Reasons
-from portakv.storage.work import Graph, Mask, Queue, Task, Workers
+from portakv.storage.work import BaseQueue, Graph, Mask, Queue, Task
 from portakv.view import KVView
 
 #: The name of the queue of lent copies in figures, traces and errors; after it that of the form.
@@ -194,7 +194,7 @@ class Borrowed:
             self.loan.cancel()
 
 
-class LentQueue(Workers):
+class LentQueue(BaseQueue):
     """The queue of lent copies, whose work begins a copy. A copier ends it.
 
     A copy is never cancelled, as its copier may use the rows. It holds up no other copy. ``form``:

@@ -42,7 +42,7 @@ from portakv.runtime.transfer import Completion, Transfer
 from portakv.storage.eviction import FIRST, UNKNOWN, Chains, Changed, marks_of
 from portakv.storage.form import BlockForm
 from portakv.storage.image import Row
-from portakv.storage.work import Graph, Task, Workers
+from portakv.storage.work import BaseQueue, Graph, Task
 from portakv.view import IdList, Index, KVView
 from portakv.view.destination import note_written
 
@@ -920,7 +920,7 @@ class Taker(Held):
         raise NotImplementedError
 
 
-class RowQueue(Workers):
+class RowQueue(BaseQueue):
     """Gives rows to transfers, in the order in which these are due.
 
     A transfer waits by a task, whose end says that it has the rows. Loads pass a save that waits

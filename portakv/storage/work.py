@@ -141,7 +141,7 @@ class Task(End, Turn):
         work: Callable[[Task, Mask], Any],
         blocks: int,
         *,
-        queue: Workers,
+        queue: BaseQueue,
         nbytes: int = 0,
         name: str = "",
         uses: Any = None,
@@ -177,7 +177,7 @@ class Running(NamedTuple):
     since: float
 
 
-class Workers(ABC):
+class BaseQueue(ABC):
     """The queue of a task, which runs it.
 
     Attributes:
@@ -231,7 +231,7 @@ class Workers(ABC):
         self.graph.end(task, landed, "failed" if error else "landed", error)
 
 
-class Queue(Limit, Workers):
+class Queue(Limit, BaseQueue):
     """A queue of tasks of which ``width`` run at a time, which `Graph.queue` makes.
 
     Attributes:
@@ -242,7 +242,7 @@ class Queue(Limit, Workers):
     def __init__(
         self, graph: Graph, name: str, width: int, max_gbps: float | None, stall_seconds: float
     ):
-        Workers.__init__(self, graph, name, name.partition(":")[0])
+        BaseQueue.__init__(self, graph, name, name.partition(":")[0])
         Limit.__init__(self, graph.runtime, max(1, width), max_gbps)
         self.stall = stall_seconds
         self.max_gbps = max_gbps
