@@ -539,7 +539,7 @@ class StagedReceiver:
         with self._runtime.released():
             lane = self._stage.lane()
         if lane is not self._stage.met:
-            await blocking().work(lane.meet, lambda: self._pull.over)
+            await Work(lane.meet, lambda: self._pull.over)
             self._stage.met = lane
         return lane
 
