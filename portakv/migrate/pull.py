@@ -13,7 +13,6 @@ from asyncio import CancelledError
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from math import inf
 from time import monotonic, perf_counter
 from typing import Protocol, TypeAlias, cast
 
@@ -38,7 +37,7 @@ from portakv.runtime.devices import this_process
 from portakv.runtime.interrupts import shielded
 from portakv.runtime.streams import StreamFence
 from portakv.runtime.transfer import Completion, Pending, Transfer
-from portakv.tasks import End, Handle, Wait, runtime
+from portakv.tasks import End, Handle, Signal, runtime
 from portakv.tasks.runtime import Steps
 
 CANCELLED = "The pull was cancelled; no rows were committed."
@@ -185,8 +184,8 @@ class Pull(Transfer):
         #: When the pull began, and when its end was noticed.
         self._times = [perf_counter()]
         self._process = this_process()
-        self._pause: Wait | None = None  # of the coroutine
-        self._news = False  # there is a reason to end the next pause
+        #: What the coroutine waits for; see `go_on`.
+        self.changes = Signal(runtime())
 
     # --- for callers
 
@@ -448,17 +447,8 @@ class Pull(Transfer):
             runtime().call_soon(self._go_on)
 
     def _go_on(self) -> None:
-        self._news = True
-        if self._pause is not None:
-            runtime().wake(self._pause)
-
-    async def pause(self, seconds: float = inf) -> None:
-        """Wait for a call of `go_on`, at most for some seconds. One coroutine calls it."""
-        if not self._news:
-            self._pause = Wait(until=None if seconds == inf else runtime().time() + seconds)
-            await self._pause
-        self._pause = None
-        self._news = False
+        with runtime().lock:
+            self.changes.notify()
 
     async def finish(self, checks: Sequence[Callable[[], Steps[None]]]) -> None:
         """Wait for all bytes, verify them, and commit if every offer holds.
@@ -569,7 +559,8 @@ class Pull(Transfer):
                 await self.renew(remote, 3 * third)
                 renewal = monotonic() + min(third, LOOK)
             glance = min(2 * glance, GLANCE)
-            await self.pause(glance if self.copies else min(third, LOOK))
+            seconds = glance if self.copies else min(third, LOOK)
+            await self.changes.wait_for(ended, runtime().time() + seconds)
 
     async def renew(self, remote: Sequence[Source], seconds: float) -> None:
         """Renew the leases of offers; stop the pull if an owner or an offer is gone."""
@@ -603,7 +594,7 @@ class Pull(Transfer):
         glance = GLANCE / 16
         while not self.have_ended():
             glance = min(2 * glance, LOOK / 10)
-            await self.pause(glance)
+            await self.changes.wait_for(self.have_ended, runtime().time() + glance)
         self.conclude(reason)
 
 

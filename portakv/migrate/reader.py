@@ -755,12 +755,12 @@ class LatePull(Wanted):
         try:
             await Wait(until=0.0)  # the rest runs in the loop
             if not self.known:
-                await self._wait()
+                await pull.changes.wait_for(self._goes_on)
                 sources = await issuer.owners.resolve(self.tickets, pull.until)
                 self._check()  # also while the owners were resolved
                 await blocking().work(self._issue, sources)
             while not self._is_issued:
-                await self._wait()
+                await pull.changes.wait_for(self._goes_on)
                 await blocking().work(self._issue)
             pull.requested.wanted = None
             assert self._issuing is not None  # `plan` has set it
@@ -771,12 +771,10 @@ class LatePull(Wanted):
             await pull.fail(error)
         issuer.housekeeper.wake()
 
-    async def _wait(self) -> None:
-        """Wait until the pull may go on; raise if it was stopped, or if the reader closes."""
+    def _goes_on(self) -> bool:
+        """Return True if the pull may go on; raise if it was stopped, or if the reader closes."""
         self._check()
-        while not self.may_go_on:
-            await self.pull.pause()
-            self._check()
+        return self.may_go_on
 
     def _check(self) -> None:
         if self.pull.over or (self._issuer.housekeeper.leaves and not self.may_go_on):

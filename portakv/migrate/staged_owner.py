@@ -65,7 +65,7 @@ from portakv.migrate.transports import check_transport, choose, forced
 from portakv.migrate.transports.base import Lane, Moving, Transport
 from portakv.runtime.bounded import Bounded
 from portakv.runtime.streams import StreamFence
-from portakv.tasks import Limit, TaskGroup, Wait, Work, runtime
+from portakv.tasks import Limit, TaskGroup, Work, runtime
 from portakv.tasks.runtime import EXIT
 from portakv.view import Index, KVView
 
@@ -243,6 +243,7 @@ _log = logging.getLogger(__name__)
 BlockList: TypeAlias = tuple[npt.NDArray[np.int32], int]
 BUFFERS = 4  # for each reader: one is filled, two are on the wire, one is emptied
 MOMENT = 1e-3  # seconds for which a helper waits for a buffer: the loop would take longer to wake
+LOOK = 0.5  # seconds between two looks at a buffer that is not free
 #: Requests of a reader that are not sent yet. A reader has at most one for each of its buffers.
 MOST_WAITING = 16
 
@@ -566,9 +567,7 @@ class Gathers:
             finally:
                 self._turn.release()
             if sent is not None and not await Work(sent.free.wait, MOMENT):
-                wait = Wait()
-                sent.on(sent.free, partial(self._runtime.wake, wait))
-                await wait
+                await sent.seen(sent.free, LOOK)
 
     async def _send_some(self, peer: Peer, line: Line) -> Moving | None:
         """Send as many parts to a reader as it has buffers, then others have their turn.

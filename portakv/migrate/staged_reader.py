@@ -539,7 +539,7 @@ class StagedReceiver:
         with self._runtime.released():
             lane = self._stage.lane()
         if lane is not self._stage.met:
-            await blocking().work(lane.meet, lambda: self._pull.over)
+            await Work(lane.meet, lambda: self._pull.over)
             self._stage.met = lane
         return lane
 
@@ -630,7 +630,6 @@ class StagedReceiver:
             if not wait and not moving.over.is_set():
                 return
             await self._until(moving, moving.over)
-            moving.wait(0.0)  # raises its error
             if not placing.has_ended(wait=False):
                 if not wait:
                     return
@@ -718,12 +717,7 @@ class StagedReceiver:
     async def _until(self, moving: Moving, event: threading.Event) -> None:
         """Wait for an event of a buffer in flight, as long as the pull waits."""
         until = monotonic() + PATIENCE
-        while not event.is_set():
-            wait = Wait(until=self._runtime.time() + LOOK)
-            moving.on(event, partial(self._runtime.wake, wait))
-            await wait
-            if event is not moving.free:
-                moving.wait(0.0)  # ends a buffer that is late, and raises its error
+        while not await moving.seen(event, LOOK):
             self._check(until)
 
     def _check(self, until: float) -> None:

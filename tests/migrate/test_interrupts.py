@@ -346,7 +346,6 @@ NOT_CALLED = {
     "Pull.have_ended": "runs in the loop",
     "Pull.lost": "runs in the loop",
     "Pull.over": "runs in the loop",
-    "Pull.pause": "runs in the loop",
     "Pull.renew": "runs in the loop",
     "Pull.stop": "`Pull.cancel` has a helper run it",
     "Pull.stop_after_failure": "runs in the loop",

@@ -55,6 +55,7 @@ from portakv.runtime.inbox import Inbox
 from portakv.runtime.resources import start_thread
 from portakv.runtime.transfer import event_pool
 from portakv.runtime.worker import EXIT_SECONDS
+from portakv.tasks import Wait, runtime
 
 if TYPE_CHECKING:
     from portakv.migrate.channel import Channel, Peer
@@ -142,6 +143,20 @@ class Moving:
         with self._lock:
             self._calls.append((event, call))
         self._make_calls()
+
+    async def seen(self, event: threading.Event, seconds: float) -> bool:
+        """Wait in a coroutine for an event of the buffer, at most some seconds; return True if it
+        is set.
+
+        Raises as `wait`, except if it waits until the buffer is free.
+        """
+        if not event.is_set():
+            wait = Wait(until=runtime().time() + seconds)
+            self.on(event, partial(runtime().wake, wait))
+            await wait
+        if event is not self.free:
+            self.wait(0.0)
+        return event.is_set()
 
     def _make_calls(self) -> None:
         """Make the calls whose events are set."""
