@@ -147,12 +147,14 @@ class Limit:
 
     def _first(self) -> list[tuple[float, int, Turn]]:
         """Return the heap of the turn that is due first; an empty one if no turn may begin."""
-        others = self._heaps[2]
+        background, alone, first = self._heaps
         # One place is left for work that is not of the background.
-        if self._background >= max(1, self.width - 1):
-            return others
-        background = self._heaps[:1] if self._alone else self._heaps[:2]
-        return min(filter(None, (others, *background)), default=others)
+        if self._background < max(1, self.width - 1):
+            if background and (not first or background < first):
+                first = background
+            if alone and not self._alone and (not first or alone < first):
+                first = alone
+        return first
 
     def _delay(self) -> None:
         """Begin again at the time that the rate allows."""

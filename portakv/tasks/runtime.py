@@ -627,6 +627,8 @@ class Runtime:
         self.step = Step()
         self._process = this_process()
         self._loop = loop
+        #: Returns the time of the loop, in seconds.
+        self.time: Callable[[], float] = monotonic if loop is None else loop.time
         self._starting = threading.Lock()
         self._working = set[Handle[Any]]()  # whose work helpers do
         #: Each has a method `shut`, which the end of the interpreter calls with the lock.
@@ -645,10 +647,6 @@ class Runtime:
     def released(self) -> Released:
         """Return a context for code of others and for copies, which need no lock of a runtime."""
         return Released(self.step)
-
-    def time(self) -> float:
-        """Return the time of the loop, in seconds."""
-        return monotonic() if self._loop is None else self._loop.time()
 
     @property
     def runs_here(self) -> bool:
@@ -754,10 +752,11 @@ class Runtime:
     def note_work(self, handle: Handle[Any]) -> None:
         """Let the end of the interpreter wait for a coroutine that has work done."""
         if handle not in self._working:
+            if not self._working:
+                # Registered again: memory that the work uses must not go before its end.
+                atexit.unregister(self._end_work)
+                atexit.register(self._end_work)
             self._working.add(handle)
-            # Registered again: memory that the work uses must not go before its end.
-            atexit.unregister(self._end_work)
-            atexit.register(self._end_work)
             handle.on_end(partial(self._working.discard, handle))
 
     def _end_work(self) -> None:
