@@ -13,7 +13,6 @@ from collections.abc import Callable, Generator, Iterable, Sequence
 from contextlib import nullcontext
 from functools import partial
 from heapq import heapify, heappop, heappush
-from itertools import count
 from traceback import clear_frames
 from typing import Any, Literal, NamedTuple, TypeAlias, TypeVar, cast
 
@@ -213,7 +212,9 @@ class BaseQueue(ABC):
     def begin(self, task: Task) -> None:
         """Note that a task runs."""
         places = {running.place for running in self.running.values()}
-        place = next(number for number in count(1) if number not in places)
+        place = 1
+        while place in places:
+            place += 1
         task.state = "running"
         self.running[task] = Running(place, self.graph.runtime.time())
 
@@ -286,7 +287,8 @@ class Queue(Limit, BaseQueue):
         try:
             await self.graph.move(task, np.ones(1, np.bool_))
         finally:
-            self.graph.cancel(task)
+            if not task.ended:
+                self.graph.cancel(task)
         if task.error is not None:
             raise task.error
         return results[0]

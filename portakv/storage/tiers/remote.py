@@ -157,16 +157,17 @@ class RemoteStore:
         now = self._remote.now()
         until = runtime.time() + (3e9 if timeout is None else timeout)
         left = [key for key in keys if abs(self.verdicts.get(key, 0.0)) <= now]
-        requests = list[Handle[bool]]()
+
+        def begin() -> list[Handle[bool]]:
+            call = partial(self._heads.call, "lookup", self._there)
+            return [runtime.start(call(key)) for key in left if not self._fault(key)]
+
+        requests = self._graph.run(begin, undo=_cancel_all)
         try:
-            for key in left:
-                if not self._fault(key):
-                    requests.append(runtime.start(self._heads.call("lookup", self._there, key)))
             for request in requests:
                 request.wait(max(0.0, until - runtime.time()))
         finally:
-            for request in requests:
-                request.cancel()
+            _cancel_all(requests)
         return self.known(keys)
 
     def known(self, keys: Keys) -> list[bool]:
@@ -553,6 +554,12 @@ class RemoteStore:
         if remote.compressor:
             figures["compressed"] = remote.compressor.statistics()
         return figures
+
+
+def _cancel_all(requests: Sequence[Handle[bool]]) -> None:
+    """Cancel the requests that have not begun."""
+    for request in requests:
+        request.cancel()
 
 
 def _codec() -> Any:
