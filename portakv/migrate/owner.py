@@ -580,13 +580,13 @@ class Offer:
         """
         owner = self._owner
         until = owner.now() + arguments.seconds("timeout", timeout, optional=True)
-        while True:
+        while self.state == "held":
             now = owner.now()
-            left = max(0.0, min(until, self.lease.until + 1e-3, now + LOOK) - now)
-            if owner.changes.block(lambda: not self.holds(), left):
-                return True
-            if owner.now() >= until:
+            if now >= until:
                 return False
+            look = min(until, self.lease.until + 1e-3, now + LOOK)
+            owner.changes.block(lambda: self._state != "held", max(0.0, look - now))
+        return True
 
     def revoke(self) -> None:
         """End the offer immediately: no reader commits rows that it reads from now on."""

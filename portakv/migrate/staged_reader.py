@@ -16,7 +16,7 @@ from functools import partial
 from itertools import groupby
 from math import inf
 from time import monotonic
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from msgspec.structs import replace
@@ -56,6 +56,8 @@ from portakv.migrate.transports.base import Lane, Moving
 from portakv.runtime.streams import StreamFence
 from portakv.runtime.worker import RateLimit
 from portakv.tasks import End, Handle, Wait, Work, blocking, runtime
+
+T = TypeVar("T")
 
 # ------------------------------------------------------------------------------------------------
 # The slices in which the rows of a pull arrive in staging buffers.
@@ -376,6 +378,7 @@ BATCH = 16
 MOST_PACED = 8
 LOOK = 0.05  # seconds between two looks at a pull that waits
 STOPPING = 0.5  # seconds for the answer of an owner that is to stop, and for its last slices
+SOON = 0.02  # seconds for which a helper waits for bytes: by the loop they would come later
 MOMENT = 1e-3  # seconds for which a pull waits for its turn before it empties a buffer
 
 
@@ -593,10 +596,11 @@ class StagedReceiver:
         """Copy the rows of the oldest slice from its staging buffer, after its bytes."""
         arrival, buffer, moving, lane = self._in_flight[0]
         scatter = arrival.scattering(buffer.chunks)  # the host's part, while the bytes arrive
-        await self._until(moving, moving.issued)
-        self._look_at_bytes()
 
-        def copy() -> None:
+        def copy() -> bool:
+            if not moving.issued.wait(SOON):
+                return False
+            self._look_at_bytes()
             moving.follow(0.0)
             placing = Scattered(arrival, moving, lane, scatter())
             self._scattered.append(placing)
@@ -605,14 +609,16 @@ class StagedReceiver:
             buffer.copy = placing.copy
             self._in_flight.popleft()
             self._stage.give_back(buffer)
+            return True
 
-        await blocking().work(self._inside, copy)
+        while not await blocking().work(self._inside, copy):
+            await self._until(moving, moving.issued)
         await self._settle(wait=False)
 
-    def _inside(self, work: Callable[[], None]) -> None:
+    def _inside(self, work: Callable[[], T]) -> T:
         """Do work on a stream after the caller's."""
         with torch.inference_mode(False), self._after.inside():
-            work()
+            return work()
 
     def _look_at_bytes(self) -> None:
         """Let the pull ask about its offer if all bytes have left the owner's memory."""
