@@ -213,7 +213,7 @@ class Announced:
         self.changes.close()
 
     def follow(self, handle: Handle, end: End | None) -> None:
-        """Announce a handle at its end; ``end``: that of the part of the workers."""
+        """Announce a handle at its end; ``end``: that of the part of the helpers."""
         if end is None:
             self.handles.add(handle)
         else:
@@ -396,8 +396,8 @@ def task_blocks(
 ) -> list[list[int]]:
     """Return the blocks of each task, at most ``nbytes`` and ``rows`` of them.
 
-    At least ``least`` tasks share the blocks, or all workers of a queue of some width. Few bytes
-    are one task, unless the workers share them, as each task costs its steps.
+    At least ``least`` tasks share the blocks, or all places of a queue of some width. Few bytes
+    are one task, unless the helpers share them, as each task costs its steps.
     """
     if len(blocks) * size <= SHARED:
         least = 1
@@ -1040,7 +1040,7 @@ class Call:
             self.explanation.tasks += [(task, some, items) for task in last]
             yield Arrival(location, dict(enumerate(ends)), some, items)
         elif isinstance(location, str):  # its rows stay until the copies out of them have ended
-            least = 1 if self.request.lent else 2  # the copier has no workers to share them
+            least = 1 if self.request.lent else 2  # the copier has no helpers to share them
             for at in self.chunks(part, some, LOADED, len({*segments}), least=least):
                 held = PinnedRows(self.shared.rows, [names[i] for i in at])
                 graph.count("host", "load", "hit", len(at), len(at) * part.form.image_bytes)
@@ -1059,7 +1059,7 @@ class Call:
         """
         pieces = [*dict.fromkeys(segments)]
         apart = len(pieces) > 1 and len(some) > self.shared.rows.staging
-        # A disk reads 8 MiB sooner in two pieces than in four, which leave saves no worker.
+        # A disk reads 8 MiB sooner in two pieces than in four, which leave saves no helper.
         queues = [queue for tier_store, queue in tier_stores[:1] if tier_store.tier != "disk"]
         for at in self.chunks(part, some, LOADED, len(pieces), *queues):
             for group in [[x] for x in pieces] if apart else [pieces]:
@@ -1118,7 +1118,7 @@ class Call:
         *queues: Queue,
         least: int = 2,
     ) -> list[list[int]]:
-        """Return the blocks of each task: at least ``least`` tasks share them, or all workers."""
+        """Return the blocks of each task: at least ``least`` tasks share them, or all places."""
         most = self.shared.rows.most // (4 if pieces > 1 else 1)
         size = part.form.image_bytes
         return task_blocks(blocks, size, pieces * nbytes, most, least, [x.width for x in queues])
@@ -1337,7 +1337,7 @@ class InFlight(Taker):
 
     @property
     def waits_for_uploads(self) -> bool:
-        """Return True if nothing needs the rows but uploads that no worker has begun."""
+        """Return True if nothing needs the rows but uploads that no helper has begun."""
         return self.users == sum(task.state == "queued" for task in self.uploads)
 
     def join(self, call: Call, blocks: list[int]) -> None:
@@ -1527,7 +1527,7 @@ class InFlight(Taker):
             values = self._call.request.kind, self.count, queues, self.keys[0].hex()
             self._call.shared.log.warning("dropped", text, *values)
 
-    # --- the work of tasks, in workers, for the blocks of a mask ---
+    # --- the work of tasks, in helpers, for the blocks of a mask ---
 
     def read_from(self, tier_store: TierStore, segment: int | None, _: Task, mask: Mask) -> Mask:
         """Read blocks, or a segment of them, into the rows."""

@@ -61,7 +61,7 @@ from portakv.view import IdList, KVView
 
 
 class ViewSource:
-    """The view of a caller, which workers of a queue read, or copies that `issue` issues.
+    """The view of a caller, which helpers read, or copies that `issue` issues.
 
     Attributes:
         view: of the caller.
@@ -75,8 +75,8 @@ class ViewSource:
         self.view = view
         self._crossing = crossing
         self._queue = queue
-        fast = pinned and not queue.max_gbps  # otherwise a worker keeps the pace, or waits
-        # A worker sees which packed blocks do not fit.
+        fast = pinned and not queue.max_gbps  # otherwise a helper keeps the pace, or waits
+        # A helper sees which packed blocks do not fit.
         self.issues = fast and crossing.waits_for_nothing and not packed
         self.long_tasks = self.issues or (fast and crossing.on_device and packed)
 
@@ -176,7 +176,7 @@ def _by_gaps(
 class FormStore:
     """The blocks of one form of a `BlockStore`, which makes it by `BlockStore.of`.
 
-    All forms of a store share its staging, host tier, tiers and workers. A key of one form names no
+    All forms of a store share its staging, host tier, tiers and queues. A key of one form names no
     block of another form, except where both are parts of one cache that overlap.
 
     Raises:
@@ -208,7 +208,7 @@ class FormStore:
 
     @property
     def graph(self) -> Graph:
-        """Return the graph whose workers move the blocks."""
+        """Return the graph, in the turns of whose queues helpers move the blocks."""
         return self._shared.graph
 
     @property
@@ -580,7 +580,7 @@ class FormStore:
         """Plan the save of blocks that some tiers lack."""
         form = call.form
         queues = [tier_store.queue_for_write(0) for tier_store in tier_stores]
-        # Without a write, a small task has no work that workers could share.
+        # Without a write, a small task has no work that helpers could share.
         nbytes = LONG if source.long_tasks and not tier_stores else SAVED
         chunks = call.chunks(form.own, some, nbytes, 1, *queues)
 
@@ -723,7 +723,7 @@ class FormStore:
         This call issues the copy of blocks that the host tier has, ordered on the current stream of
         the view's device, whatever its priority and deadline. Workers copy the others, and all of
         them at a limited rate or in a longer copy between host views; also by layer if the host
-        tier does not have all. `trace` and queues know what workers copy.
+        tier does not have all. `trace` and queues know what helpers copy.
 
         ``by_layer``: read, verify and deliver layers one after the other, each with a separate end
         (`Handle.layers`). Some layers of a block that does not land may then be written, with
@@ -773,7 +773,7 @@ class FormStore:
         missing: Missing,
         loan: Loan | None,
     ) -> Handle:
-        """Plan the part of a load that workers move, under the graph's lock."""
+        """Plan the part of a load that helpers move, under the graph's lock."""
         hits = () if loan is None else loan.rows
         blocks = [i for i, _ in enumerate(call.request.keys) if not hits or hits[i] is None]
         stages_of = cache(lambda part: part.stages(view, by_layer))
@@ -887,7 +887,7 @@ class FormStore:
     def _loan(
         self, form: FormBlocks, crossing: Crossing, view: KVView, keys: list[bytes], whole: bool
     ) -> Loan | None:
-        """Return the rows of blocks that the caller's thread copies; None if workers copy all.
+        """Return the rows of blocks that the caller's thread copies; None if helpers copy all.
 
         The caller's thread issues a copy to a device, which it does not wait for, and makes a short
         one on the host. ``whole``: rows of all keys, or None.
@@ -1022,7 +1022,7 @@ class BlockStore(FormStore):
         tiers: `Disk`, `Remote`, or an object with their ``forms`` and ``open``. Or a text
             ``NAME:PLACE``, such as ``remote:s3://bucket/kv``: a tier of that name, also of another
             package, made with the place alone.
-        graph: shares workers with other code; by default the store's own graph.
+        graph: shares queues with other code; by default the store's own graph.
         full: what a save does with blocks that find no free staging: ``drop`` them immediately, or
             ``wait`` for staging. A save may say otherwise.
         weak_keys: accept keys of less than 16 bytes, of which two may be equal.

@@ -352,7 +352,7 @@ class Graph:
         The part of the name before ":" is the tier.
 
         Args:
-            width: workers; None: the queue's, or 1.
+            width: tasks that run at a time; None: the queue's, or 1.
             max_gbps: the most 10^9 bytes in a second; None: the queue's, or no limit.
             stall_seconds: the seconds before `Queue.slow`; None: the queue's, or 10.
 
@@ -612,7 +612,7 @@ class Handle(Transfer):
     `TransferCancelled` if it was cancelled.
 
     Args:
-        end: its end; the name "save" marks a transfer that writes blocks. None: no worker moves a
+        end: its end; the name "save" marks a transfer that writes blocks. None: no helper moves a
             block (see `of_issued`).
         layers: the end of each layer, which becomes a handle in the attribute.
         retained: an object to retain until the end.
@@ -662,7 +662,7 @@ class Handle(Transfer):
         self._skip = missing == "skip"
         self._excused = excused
         self._why = why
-        # The ends of copies that were issued, which no worker makes, and the blocks that they move.
+        # The ends of copies that were issued, which no helper makes, and the blocks that they move.
         self._issued: Sequence[Completion] = ()
         self._issued_blocks: Mask | None = None
         self._ordered = False  # a stream waits for these copies
@@ -691,7 +691,7 @@ class Handle(Transfer):
         return handle
 
     def add_issued(self, transfer: Transfer, blocks: Mask) -> None:
-        """Add a transfer that was issued and moves the blocks of a mask, which workers do not move.
+        """Add a transfer that was issued and moves the blocks of a mask, which helpers do not move.
 
         The handle ends after it, too.
         """
@@ -726,7 +726,7 @@ class Handle(Transfer):
         return self._landed(self._ordered or all(each.ended() for each in self._issued))
 
     def _landed(self, there: bool) -> Mask:
-        """Return the blocks that workers landed, and those that were issued if they are there."""
+        """Return the blocks that helpers landed, and those that were issued if they are there."""
         landed = np.array(self._ends[-1].landed if self._ends else (), np.bool_)
         blocks = self._issued_blocks
         if blocks is None:
@@ -737,7 +737,7 @@ class Handle(Transfer):
         return np.where(blocks, there, landed)
 
     def when_ended(self, call: Callable[[], object]) -> None:
-        """Have a function called once when workers have ended their part, or now if they have.
+        """Have a function called once when helpers have ended their part, or now if they have.
 
         It may be called under the graph's lock, in any thread: it must be quick, and wait for
         nothing.
@@ -757,9 +757,9 @@ class Handle(Transfer):
         return left
 
     def wait(self, stream: torch.Stream | None = None) -> None:
-        """Make the current stream (or ``stream``) wait; block the host until workers have ended.
+        """Make the current stream (or ``stream``) wait; block the host until helpers have ended.
 
-        No stream has the work of workers. Raises the same errors as `done` after that.
+        No stream has the work of helpers. Raises the same errors as `done` after that.
         """
         super().wait(stream)
         self._ordered = True
@@ -767,9 +767,9 @@ class Handle(Transfer):
             self._finish()
 
     def _await_end(self, seconds: float) -> None:
-        """Sleep until workers have ended their part, then poll for copies that were issued.
+        """Sleep until helpers have ended their part, then poll for copies that were issued.
 
-        Polls alone would take the interpreter from the workers: 0.3 ms of a load of 2 MiB.
+        Polls alone would take the interpreter from the helpers: 0.3 ms of a load of 2 MiB.
         """
         until = time.monotonic() + arguments.seconds("timeout", seconds, optional=True)
         for end in self._ends:
