@@ -25,7 +25,6 @@ from portakv.arguments import invalid, naming, shown
 from portakv.copy.options import USUAL, CopyOptions
 from portakv.copy.rows import copy_rows as copy_rows
 from portakv.errors import InvalidTerms, LayoutError, SlotError
-from portakv.graph import Graph, Task, Workers
 from portakv.host import pinned
 from portakv.host.shared import unnamed
 from portakv.plan.plan import CopyPlan
@@ -43,6 +42,7 @@ from portakv.runtime.transfer import Completion, Transfer
 from portakv.storage.eviction import FIRST, UNKNOWN, Chains, Changed, marks_of
 from portakv.storage.form import BlockForm
 from portakv.storage.image import Row
+from portakv.storage.work import BaseQueue, Graph, Task
 from portakv.view import IdList, Index, KVView
 from portakv.view.destination import note_written
 
@@ -920,21 +920,15 @@ class Taker(Held):
         raise NotImplementedError
 
 
-class RowQueue(Workers):
+class RowQueue(BaseQueue):
     """Gives rows to transfers, in the order in which these are due.
 
     A transfer waits by a task, whose end says that it has the rows. Loads pass a save that waits
     for other saves, but not a save that waits for loads. Callers hold the graph's lock.
     """
 
-    name = "rows"
-    tier = ""
-    width = 1
-    queued_bytes = 0
-    slow = False
-
     def __init__(self, graph: Graph, memory: Rows) -> None:
-        self._graph = graph
+        super().__init__(graph, "rows", "")
         self._memory = memory
         self._loads = list[tuple[float, int, Task]]()  # heaps, by due time
         self._saves = list[tuple[float, int, Task]]()
@@ -948,7 +942,7 @@ class RowQueue(Workers):
         """Let a transfer wait for rows."""
         task.state = "queued"
         heap = self._saves if task.uses.store else self._loads
-        heappush(heap, (task.schedule.due, task.schedule.number, task))
+        heappush(heap, (task.due, task.number, task))
         self._grant()
 
     def _grant(self) -> None:
@@ -967,7 +961,7 @@ class RowQueue(Workers):
                     pass_it = self._granted_saves or not task.uses.store
                     heaps = [other for other in heaps if other is not heap and pass_it]
                     continue
-                self._graph.end(task, None, "failed" if error else "landed", error)
+                self.graph.end(task, None, "failed" if error else "landed", error)
             heappop(heap)
 
     def _take(self, taker: Taker) -> bool:

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Loops for tests: one with a seeded order and a fake clock, one of a separate thread, and one that
-watches its steps."""
+"""Loops for tests: one with a seeded order and a fake clock, and others in a thread. One of these
+has a fake clock, and one watches its steps."""
 
 from __future__ import annotations
 
@@ -89,6 +89,27 @@ class ThreadLoop(Loop):
         self.call_soon_threadsafe(self.stop)
         self.thread.join()
         self.close()
+
+
+class SetLoop(ThreadLoop):
+    """A loop in a thread whose time stands still until a test sets it."""
+
+    def __init__(self, now: float = 0.0) -> None:
+        self._now = now
+        super().__init__()
+        self.runtime = Runtime(self)
+        self.begin()
+
+    def time(self) -> float:
+        return self._now
+
+    def set(self, now: float) -> None:
+        """Let it be a time, and wait until the loop has done what is due by then."""
+        self._now = now
+        for _ in range(2):
+            seen = threading.Event()
+            self.call_soon_threadsafe(seen.set)
+            assert seen.wait(30.0)
 
 
 class WatchedLoop(ThreadLoop):

@@ -55,6 +55,7 @@ from portakv.runtime.inbox import Inbox
 from portakv.runtime.resources import start_thread
 from portakv.runtime.transfer import event_pool
 from portakv.runtime.worker import EXIT_SECONDS
+from portakv.tasks import Wait, runtime
 
 if TYPE_CHECKING:
     from portakv.migrate.channel import Channel, Peer
@@ -82,7 +83,7 @@ class Moving:
         self.free = threading.Event()
         self.issued = threading.Event()
         self._event: torch.Event | None = None  # recorded after the bytes, if a stream orders them
-        self._calls = list[Callable[[], object]]()
+        self._calls = list[tuple[threading.Event, Callable[[], object]]]()
         self._touched = False
         self._lock = threading.Lock()
 
@@ -119,6 +120,7 @@ class Moving:
         with self._lock:
             self._event = event
             self.issued.set()
+        self._make_calls()
 
     def follow(self, timeout: float) -> bool:
         """Order the current stream of the buffer's device after the bytes; return True if it is.
@@ -133,16 +135,36 @@ class Moving:
         self._event.wait(torch.accelerator.current_stream(self.buffer.device.index))
         return True
 
-    def on_free(self, call: Callable[[], object]) -> None:
-        """Call ``call`` once when the buffer may be used again, immediately if it may.
+    def on(self, event: threading.Event, call: Callable[[], object]) -> None:
+        """Make a call once when an event of the buffer is set, immediately if it is.
 
-        The call must be quick: it runs in the thread that ends the buffer.
+        The call must be quick: it runs in the thread that sets the event.
         """
         with self._lock:
-            if not self.free.is_set():
-                self._calls.append(call)
-                return
-        call()
+            self._calls.append((event, call))
+        self._make_calls()
+
+    async def seen(self, event: threading.Event, seconds: float) -> bool:
+        """Wait in a coroutine for an event of the buffer, at most some seconds; return True if it
+        is set.
+
+        Raises as `wait`, except if it waits until the buffer is free.
+        """
+        if not event.is_set():
+            wait = Wait(until=runtime().time() + seconds)
+            self.on(event, partial(runtime().wake, wait))
+            await wait
+        if event is not self.free:
+            self.wait(0.0)
+        return event.is_set()
+
+    def _make_calls(self) -> None:
+        """Make the calls whose events are set."""
+        with self._lock:
+            calls = [call for event, call in self._calls if event.is_set()]
+            self._calls = [each for each in self._calls if not each[0].is_set()]
+        for call in calls:
+            call()
 
     def poll(self, ended: Callable[[], bool]) -> None:
         """Call ``ended`` until it returns True, at growing intervals so that other threads can run.
@@ -164,20 +186,16 @@ class Moving:
 
     def end(self, error: Exception | None = None, untouched: bool = False) -> None:
         """End the buffer; the first end counts. ``untouched``: no library touches it now."""
-        calls = list[Callable[[], object]]()
         with self._lock:
             self._touched = self._touched and not untouched
             if not self._touched:
                 self.free.set()
-                calls = self._calls
-                self._calls = []
             if not self.over.is_set():
                 self.error = error
                 self.over.set()
                 self.issued.set()
             self._before = None  # else each buffer would retain all earlier ones
-        for call in calls:
-            call()
+        self._make_calls()
 
 
 def gone_peer(other: str | Peer) -> PeerError:
