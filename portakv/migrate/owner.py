@@ -875,6 +875,7 @@ class Owner:
     def _enter(self, made: Offer, event: int, lease: float) -> Offer:
         """Register an offer of rows after an event, and write its ticket."""
         with self.lock:
+            self.refuse_closed()  # another thread may have closed it since the call began
             ids = tuple([each.tobytes() for each, _ in made.ids])
             steps = tuple([step for _, step in made.ids])
             made.place = self.words.take(

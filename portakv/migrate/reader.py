@@ -284,8 +284,9 @@ class Housekeeper:
                 pause = FIRST_LOOK
             most = PROMPT if self.finished.started else self._most
             pause = min(2 * pause, most) if self._pulls else FIRST_LOOK
+            closes = self._closing  # a pull may end while this look goes on
             looked_after = await self._look_at_all()
-            if self._closing:
+            if closes:
                 return
 
     async def _look_at_all(self) -> bool:

@@ -20,21 +20,13 @@ from portakv.tasks.runtime import Loop, Steps
 MOST = 2e-3
 
 
-class SeededLoop(Loop):
-    """A loop whose ready calls run in an order that a seed gives, and whose time is its own.
+class ShuffledLoop(Loop):
+    """A loop whose ready calls run in an order that a seed gives."""
 
-    A pause takes no time: the clock goes on to the next timer.
-    """
-
-    def __init__(self, seed: int) -> None:
-        self.now = 0.0
-        self.random = Random(seed)
+    def __init__(self, random: Random) -> None:
+        self.random = random
         self._calls = list[asyncio.Handle]()
         super().__init__()
-        self.descriptors.select = self._select  # type: ignore[method-assign]
-
-    def time(self) -> float:
-        return self.now
 
     def call_soon(  # type: ignore[override]
         self, callback: Callable[..., Any], *args: Any, context: Context | None = None
@@ -43,7 +35,12 @@ class SeededLoop(Loop):
         super().call_soon(self._run_any)
         return self._calls[-1]
 
-    call_soon_threadsafe = call_soon  # type: ignore[assignment]
+    def call_soon_threadsafe(  # type: ignore[override]
+        self, callback: Callable[..., Any], *args: Any, context: Context | None = None
+    ) -> asyncio.Handle:
+        self._calls.append(asyncio.Handle(callback, args, self, context))
+        super().call_soon_threadsafe(self._run_any)
+        return self._calls[-1]
 
     def call_at(  # type: ignore[override]
         self, when: float, callback: Callable[..., Any], *args: Any, context: Context | None = None
@@ -54,6 +51,18 @@ class SeededLoop(Loop):
         call = self._calls.pop(self.random.randrange(len(self._calls)))
         if not call.cancelled():
             call._run()
+
+
+class SeededLoop(ShuffledLoop):
+    """A loop with a seeded order, whose time is its own: it goes on to the next timer."""
+
+    def __init__(self, seed: int) -> None:
+        self.now = 0.0
+        super().__init__(Random(seed))
+        self.descriptors.select = self._select  # type: ignore[method-assign]
+
+    def time(self) -> float:
+        return self.now
 
     def _select(self, timeout: float | None = None) -> list[tuple[selectors.SelectorKey, int]]:
         assert timeout is not None, "no coroutine is ready, and none waits for a time"
