@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable, Sequence
-from functools import partial
 from time import perf_counter
 from typing import Any, NamedTuple
 
@@ -20,7 +19,7 @@ import torch
 from torch.autograd.graph import increment_version
 from torch.utils.dlpack import DLDeviceType
 
-from portakv.backends.row_kernels import FIRST_WORK, RowKernels, after_tables
+from portakv.backends.row_kernels import RowKernels
 from portakv.backends.rows_kernel import MAX_ENTRIES
 from portakv.backends.strided import StridedLaunch, Units
 from portakv.copy.call import memory_of_host
@@ -28,7 +27,8 @@ from portakv.copy.counting import TOGETHER, Counted
 from portakv.copy.handle import BlockTransfer, skipped_tokens
 from portakv.copy.options import CopyOptions
 from portakv.core.call import (
-    OTHERWISE,
+    ANSWER,
+    PICKED,
     SKIPS,
     TO_THE_END,
     TOKENS,
@@ -37,13 +37,10 @@ from portakv.core.call import (
     Watch,
     calls,
 )
-from portakv.core.link import COUNT
 from portakv.core.view import words_of_dtypes
 from portakv.errors import LayoutError, PortaKVError, SlotError
-from portakv.interconnect.choose import HostLaunch, across
-from portakv.interconnect.link import CheckedCopy
-from portakv.interconnect.strategy import PINNED, Strategy, StrategyLaunch
-from portakv.interconnect.zero_copy import ZeroCopy
+from portakv.interconnect.choose import across
+from portakv.interconnect.strategy import PINNED, Strategy, StrategyLaunch, WholeCopies
 from portakv.plan.move import Move
 from portakv.registry.prepared import PREPARED, Prepared, bring_table, prepared
 from portakv.registry.registry import Choice, choose
@@ -58,6 +55,7 @@ from portakv.runtime.transfer import (
     acquire_word,
     event_pool,
     hold,
+    hold_memory,
     word_batches,
 )
 from portakv.view.bound import BoundLayout, Facts
@@ -68,6 +66,7 @@ from portakv.view.view import KVView
 
 _AWAY = {"peer", "remote"}
 _OPENED = "opened"  # of a view, for the core
+_OPENED_WITHOUT = "opened without its table"
 
 
 def opened(view: KVView, tables: bool = True) -> OpenedView | None:
@@ -77,7 +76,7 @@ def opened(view: KVView, tables: bool = True) -> OpenedView | None:
     ``tables``: kernels of the core may read its table of addresses. It then waits for a table that
     is sent to the device.
     """
-    key = _OPENED, tables
+    key = _OPENED if tables else _OPENED_WITHOUT
     known: OpenedView | None = view.derived.get(key)
     if known is not None or view.temporary or not view.known or view.form.encoding:
         return known
@@ -159,10 +158,9 @@ class ChunkCopies:
         if kernels is None:
             return
         self._opened.kernels = kernels.address
-        self._opened.current = kernels.current
+        self._opened.current = kernels.executor.current
         self._copy: Callable[..., int] = calls().copy_chunk
-        if self._caches.tabled:
-            self._copy = partial(after_tables, [cache], cache.device, self._copy)
+        self._tabled = [cache] if self._caches.tabled else []
 
     def add_layout(self, layout: BoundLayout, itemsize: int) -> None:
         """Take the layout of chunks whose elements have so many bytes."""
@@ -179,8 +177,7 @@ class ChunkCopies:
         Raises:
             TransferError: the driver's error.
         """
-        address = self._address
-        if not address:
+        if not self._address:
             return None
         chunk = memory_obj
         if type(chunk) is not torch.Tensor:
@@ -198,31 +195,15 @@ class ChunkCopies:
         if kernels is None or not (on_device or _few(ids, start, end)):
             return self._launched(store, chunk, slot_mapping, ids, start, end)
 
-        retained = chunk, ids, self._cache
-        transfer = None
-        ends = kernels.ends
-        if ends is not None and not kernels.process.forked:
-            free = ends.plain if on_device else ends.listed
-            try:
-                at = free.pop()
-            except IndexError:
-                used = ends.acquire_after_ends(free)
-                if used is None:
-                    return None
-                at = used
-            result = self._copy(address, store, chunk, ids, start, end, at.address, None)
-            if result >= 0:
-                transfer = at.transfer(result, ids, retained, kernels.carried, self._owner)
-            else:
-                kernels.give_back(at, OTHERWISE if result == FIRST_WORK else result)
-                if result == OTHERWISE:
-                    return None
-        if transfer is None:
-            arguments = address, store, chunk, ids, start, end
-            issued = kernels.issue(self._copy, arguments, not on_device, retained, ids, self._owner)
-            if issued is None:
-                return None
-            transfer, result = issued
+        arguments = self._address, store, chunk, ids, start, end
+        issued = kernels.issue(self._copy, arguments, not on_device, self._tabled)
+        if issued is None:
+            return None
+        at, result = issued
+        completions: tuple[Completion, ...] = ()
+        if at is not None:
+            completions = (at.completion(result, ids, self._owner),)
+        transfer = Transfer(completions, (chunk, ids, self._cache), kernels.carried)
         counts = Counted.counts
         if counts is not None:
             counts.new.append((kernels.carried[0], "device", self._cache.form, result >> TOKENS))
@@ -314,10 +295,12 @@ def copied(
         return None
     if not (read.step and written.step):
         return None
-    by = None
     # More ids than kernels read from pinned memory.
     many = tokens > LISTED * min(read.step, written.step)
     many = many and True in (read.on_host, written.on_host)
+    # The core compares the tokens of both sides.
+    listed = TO_THE_END if count is None else tokens
+    made: tuple[Transfer, int] | None = None
     if src.device == dst.device:
         choice = _inside(src, dst, options)
         if choice is None:
@@ -326,17 +309,10 @@ def copied(
         if kernels is None or many:  # a launch reads an index on the device
             ids = src_ids, dst_ids
             return _launched(src, dst, *ids, read, written, count, tokens, choice, began)
-        by = _Executor(kernels, kernels.carried)
-    if many:
-        return None
-    if by is None and False not in (read.on_host, written.on_host):  # the number of runs is known
-        new = any(not (ids is None or isinstance(ids, Index)) for ids in (src_ids, dst_ids))
-        steps = read.plan_step, written.plan_step
-        by = _across_link(src, dst, steps, tokens, new, options)
-    if by is None:
-        return None
-    # The core compares the tokens of both sides.
-    made = _issue(src, dst, read, written, TO_THE_END if count is None else tokens, by)
+        made = _copy_inside(src, dst, read, written, listed, kernels)
+    elif not many and False not in (read.on_host, written.on_host):
+        new = not all(ids is None or isinstance(ids, Index) for ids in (src_ids, dst_ids))
+        made = _copy_across(src, dst, read, written, listed, new, options)
     if made is None:
         return None
     transfer, result = made
@@ -347,23 +323,6 @@ def copied(
         skipped = skipped_tokens(Move(src, dst, *indices, tokens))
     step = read.plan_step or written.plan_step
     return BlockTransfer.of_views(transfer, src, dst, step, tokens, skipped, began)
-
-
-class _Executor(NamedTuple):
-    """What makes a copy.
-
-    Attributes:
-        kernels: the row kernels that make it, or whose device orders it.
-        carried: what executes it, and why.
-        launch: of a strategy that makes it by other means, or of all strategies, one of which is
-            picked by the ids.
-        new: ids are a caller's for one call.
-    """
-
-    kernels: RowKernels
-    carried: tuple[str, str]
-    launch: StrategyLaunch | None = None
-    new: bool = False
 
 
 class _Side(NamedTuple):
@@ -418,105 +377,98 @@ def _tokens(read: _Side, written: _Side, src: KVView) -> int:
     return src.slots - read.offset
 
 
-def _issue(
-    src: KVView,
-    dst: KVView,
-    read: _Side,
-    written: _Side,
-    tokens: int,
-    by: _Executor,
-) -> tuple[Transfer, int] | None:
-    """Make a copy by the core, and return its end and the core's result; None: the core does not
-    make it."""
-    reader = plain_reader()
-    if reader is None:
-        return None
-    from_view = src.derived.get(_OPENED) or opened(src)
-    to_view = dst.derived.get(_OPENED) or opened(dst)
+class _Both(NamedTuple):
+    """Both sides of a copy as the core takes them.
+
+    Attributes:
+        arguments: of the core, from the source's view to the tokens.
+        ids: of both sides.
+        tabled: the views whose tables of addresses kernels read.
+        src, dst: the opened views.
+    """
+
+    arguments: tuple[Any, ...]
+    ids: tuple[object, object]
+    tabled: list[KVView]
+    src: OpenedView
+    dst: OpenedView
+
+
+def _both(
+    src: KVView, dst: KVView, read: _Side, written: _Side, tokens: int, device: torch.device
+) -> _Both | None:
+    """Return both sides of a copy; None: the core does not read one of them."""
+    from_view = opened(src)
+    to_view = opened(dst)
     if from_view is None or to_view is None:
         return None
-    device = dst.device if src.device.type == "cpu" else src.device
     tabled = []
     if from_view.tabled or to_view.tabled:
         tabled = [view for view, each in ((src, from_view), (dst, to_view)) if each.tabled]
         if not has_tables(device, tabled):  # the general way sends them there
             return None
-    kernels, carried, launch, _ = by
-    crossing = None
-    copy: Callable[..., int] = calls().copy_views
-    views: tuple[int, ...] = reader.address, from_view.address, to_view.address
-    if launch is None:
-        views = kernels.address, *views
-    else:
-        crossing = _Crossing(launch, by, src, dst)
-        copy = crossing.copy
-    if tabled:
-        copy = partial(after_tables, tabled, device, copy)
-    from_ids, from_step, from_offset, on_host, _ = read
-    to_ids, to_step, to_offset, to_host, _ = written
-
+    from_ids, from_step, from_offset, _, _ = read
+    to_ids, to_step, to_offset, _, _ = written
     ids = from_ids, to_ids
     numbers = from_step, to_step, from_offset, to_offset, tokens
-    memory = () if src.device == dst.device else memory_of_host(src, dst)
+    arguments = from_view.address, to_view.address, *ids, *numbers
+    return _Both(arguments, ids, tabled, from_view, to_view)
+
+
+def _copy_inside(
+    src: KVView, dst: KVView, read: _Side, written: _Side, tokens: int, kernels: RowKernels
+) -> tuple[Transfer, int] | None:
+    """Make a copy inside a device by the core; return its end and the core's result."""
+    both = _both(src, dst, read, written, tokens, dst.device)
+    if both is None or not kernels.executor.torch:
+        return None
+    on_host = bool(read.on_host or written.on_host)
+    arguments = kernels.executor_at, *both.arguments
+    issued = kernels.issue(calls().copy_views, arguments, on_host, both.tabled)
+    if issued is None:
+        return None
+    end, result = issued
+    completions = () if end is None else (end.completion(result, both.ids),)
+    return Transfer(completions, (src, dst, both.ids), kernels.carried), result
+
+
+def _copy_across(
+    src: KVView,
+    dst: KVView,
+    read: _Side,
+    written: _Side,
+    tokens: int,
+    new: bool,
+    options: CopyOptions,
+) -> tuple[Transfer, int] | None:
+    """Make a copy between a device and pinned memory as `_copy_inside` does; ``new``: ids are a
+    caller's for one call."""
+    found = _across_link(src, dst, read.plan_step, written.plan_step, options)
+    if found is None:
+        return None
+    whole, carried = found
+    down = src.form.place == "device"
+    rows, host = (src, dst) if down else (dst, src)
+    both = _both(src, dst, read, written, tokens, rows.device)
+    if both is None:
+        return None
+    arguments = (rows, host), (*both.arguments, *whole.launch.terms(host, new))
     try:
-        made = kernels.issue(
-            copy,
-            (*views, *ids, *numbers),
-            bool(on_host or to_host),
-            (src, dst, ids),
-            ids,
-            memory=memory,
-            carried=carried,
-        )
+        issued = whole.kernels.issue(whole.copy, arguments, True, both.tabled)
     except BaseException:  # also an interrupt; what was launched may still run
-        if memory:
-            completion(device, None, *memory)
+        completion(rows.device, None, *memory_of_host(src, dst))
         raise
-    if made is not None and crossing is not None:
-        increment_version(to_view.versions)
-        made[0].carried = crossing.carried
-    return made
-
-
-class _Crossing:
-    """A copy between a device and pinned memory by a strategy that orders copies of the driver.
-
-    Attributes:
-        carried: the strategy, and why; known once the core has read the ids.
-    """
-
-    def __init__(
-        self,
-        launch: StrategyLaunch,
-        by: _Executor,
-        src: KVView,
-        dst: KVView,
-    ) -> None:
-        self.carried = by.carried
-        self._launch = launch
-        self._new = by.new
-        self._down = src.form.place == "device"
-        self._views = (src, dst) if self._down else (dst, src)  # of the device, and of the host
-
-    def copy(self, *arguments: Any) -> int:
-        """Make the copy, as `Calls.copy_views` does; the kernels are left out of the arguments."""
-        *sides, end, stream = arguments
-        launch = self._launch
-        checked = CheckedCopy(*self._views, self._down, stream, end)
-        result = calls().read_copy(*sides, *launch.counted, checked.address, end, stream)
-        if result < 0 or not isinstance(launch, HostLaunch):
-            return result if result < 0 else launch.cross(checked)
-        number, groups, host_groups = checked.words[COUNT : COUNT + 3]
-        found = launch.pick_counted(number, groups, host_groups, self._views[1], self._new)
-        if found is None:
-            return OTHERWISE
-        _, picked = found
-        means = launch.prepared(picked.strategy)
-        if not isinstance(means, StrategyLaunch):
-            return OTHERWISE
-        self.carried = picked
-        launch.log(picked)
-        return means.cross(checked)
+    if issued is None:
+        return None
+    end, result = issued
+    completions: tuple[Completion, ...] = ()
+    if end is not None:
+        # No allocator orders the host's memory, which the opened view has.
+        memory = both.dst if down else both.src
+        completions = (Completion(end, (), (), None, (both.ids, memory), end),)
+        hold_memory(completions[0])
+    carried = whole.launch.picked(result >> ANSWER & PICKED) or carried
+    return Transfer(completions, (src, dst, both.ids), carried), result
 
 
 def has_tables(device: torch.device, views: Sequence[KVView]) -> bool:
@@ -753,14 +705,10 @@ def _index_of(ids: Ids | None, step: int) -> Index | None:
 
 
 def _across_link(
-    src: KVView,
-    dst: KVView,
-    steps: tuple[int, int],
-    count: int,
-    new: bool,
-    options: CopyOptions,
-) -> _Executor | None:
-    """Return what copies between a device and pinned memory."""
+    src: KVView, dst: KVView, src_step: int, dst_step: int, options: CopyOptions
+) -> tuple[WholeCopies, tuple[str, str]] | None:
+    """Return what copies between a device and pinned memory, and a reason if there is no pick;
+    None: the core does not make such copies."""
     places = src.form.place, dst.form.place
     if places not in PINNED or src.temporary or dst.temporary:
         return None
@@ -772,24 +720,13 @@ def _across_link(
             return None
         if not named or options.terms is not None:
             choice = across(choice, options.terms)
-        ready = prepared(src.form, dst.form, *steps, None, choice)
-        host = dst if down else src
-        launch = ready.launch
-        if isinstance(launch, HostLaunch):
-            found = launch.pick_counted(count, 1, 1, host, new)
-            if found is not None:
-                strategy, picked = found
-                if isinstance(strategy, ZeroCopy) and launch.has_prepared(picked.strategy):
-                    launch.log(picked)
-                    return _Executor(strategy.kernels[src.form.place], picked)
+        ready = prepared(src.form, dst.form, src_step, dst_step, None, choice)
         by = ready.choice.backend
-        if not isinstance(by, Strategy) or not isinstance(launch, StrategyLaunch):
+        if not isinstance(by, Strategy) or by.refuses(dst if down else src):
             return None
-        if by.refuses(host):
-            return None
-        if isinstance(by, ZeroCopy):
-            return _Executor(by.kernels[src.form.place], ready.carried)
-        kernels = by.half.backend.row_kernels
     except PortaKVError:  # the general way says it in its turn
         return None
-    return None if kernels is None else _Executor(kernels, ready.carried, launch, new)
+    whole = ready.launch.whole if isinstance(ready.launch, StrategyLaunch) else None
+    if whole is None or not whole.kernels.executor.torch:
+        return None
+    return whole, ready.carried

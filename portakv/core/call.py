@@ -22,16 +22,21 @@ from portakv.core.view import address_in_torch, handle_at
 
 # The codes of `core.h`.
 OTHERWISE = -50
+STREAM = -51
+PREPARE = -110
 DRIVER = -1000
 #: An end or a count: as many as there are.
 TO_THE_END = -1
 #: An answer about an end: the work has ended, and its status word reports an error.
 REPORTS = -1
-#: Bits of a result below its tokens: a status word may be written; ids of the host skip positions.
+#: Bits of a result: a status word may be written; ids of the host skip positions.
 GUARDED = 2
 SKIPS = 1
+#: Above these bits is the answer of a pick, below the tokens.
+ANSWER = 2
+PICKED = (1 << 14) - 1
 #: The bits below the tokens.
-TOKENS = 2
+TOKENS = 16
 
 
 class _Watch(ctypes.Structure):
@@ -107,6 +112,17 @@ def handles_of(tensors: Sequence[torch.Tensor]) -> array[int]:
     return array("q", [id(each) + at for each in tensors])
 
 
+class Fault(ctypes.Structure):
+    """`portakv_link_fault` of `core.h`."""
+
+    _fields_ = (
+        ("code", ctypes.c_int64),
+        ("what", ctypes.c_int64),
+        ("slice", ctypes.c_int64),
+        ("values", ctypes.c_int64 * 2),
+    )
+
+
 class CopyEnd(ctypes.Structure):
     """`portakv_copy_end` of `core.h`."""
 
@@ -118,6 +134,7 @@ class CopyEnd(ctypes.Structure):
         ("record", ctypes.c_void_p),
         ("query", ctypes.c_void_p),
         ("word", ctypes.c_void_p),
+        ("fault", Fault),
     )
 
 
@@ -129,6 +146,30 @@ class CurrentStream(ctypes.Structure):
         ("current_device", ctypes.c_void_p),
         ("current_stream", ctypes.c_void_p),
         ("capturing", ctypes.c_void_p),
+    )
+
+
+class Executor(ctypes.Structure):
+    """`portakv_executor` of `core.h`."""
+
+    _fields_ = (
+        ("kernels", ctypes.c_void_p),
+        ("torch", ctypes.c_void_p),
+        ("current", ctypes.c_void_p),
+    )
+
+
+class Crossings(ctypes.Structure):
+    """`portakv_crossings` of `core.h`."""
+
+    _fields_ = (
+        ("by", Executor),
+        ("plans", ctypes.c_void_p * 2),
+        ("link", ctypes.c_void_p),
+        ("aside", ctypes.c_int64),
+        ("picked", ctypes.c_void_p),
+        ("only", ctypes.c_int64),
+        ("counted", ctypes.c_int64 * 4),
     )
 
 
@@ -284,11 +325,10 @@ class Calls(NamedTuple):
     query_end: Callable[[int], int]
     check_views: Callable[..., tuple[int, int, int] | int]
     check_chunk: Callable[..., tuple[int, int, int, tuple[Any, ...]] | int]
-    read_copy: Callable[..., int]
-    current_stream: Callable[[int], int]
+    copy_across: Callable[..., int]
 
 
 @cache
 def calls() -> Calls:
     """Return the functions."""
-    return Calls(*map(python_function, (0, 1, 2, 3, 4, 6, 7)))
+    return Calls(*map(python_function, (0, 1, 2, 3, 4, 6)))

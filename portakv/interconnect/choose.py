@@ -13,24 +13,28 @@ import logging
 import threading
 from array import array
 from collections.abc import Mapping
+from functools import cached_property
 from typing import cast
 
 import torch
 
 from portakv.backends.base import PEERS, Capabilities, Decision, Launch, Pending
+from portakv.core.call import Crossings
 from portakv.core.pick import BITS, ORDER, pack_copies, pick_copy, set_of
 from portakv.errors import BackendUnavailable, Unsupported
 from portakv.interconnect.costs import costs_of
-from portakv.interconnect.link import by_torch, link_of
+from portakv.interconnect.link import CudaLink, by_torch, link_of
 from portakv.interconnect.pick import Explained, Pick, Rules, none_left, pick
 from portakv.interconnect.pieces import RunCounter
 from portakv.interconnect.strategy import (
     Strategy,
     StrategyLaunch,
     Terms,
+    WholeCopies,
     known_to_host,
     read_on,
 )
+from portakv.interconnect.zero_copy import ZeroCopy
 from portakv.plan.plan import CopyPlan, Move
 from portakv.registry import REGISTRY, Choice, bring, prepare_by
 from portakv.registry.prepared import Prepared
@@ -128,7 +132,6 @@ class HostLaunch(StrategyLaunch):
         self._readies: dict[str, Prepared] = {}  # the same, as callers call them directly
         self._whole = RunCounter(plan, fold_below=below)
         self._of_host = RunCounter.of_host(plan, below)
-        self.counted = plan.unit, *self._whole.limits, self._of_host.limits[1]
         self._rules = Rules(self.direction, self._terms)
         self._copies = array(
             "q",
@@ -248,40 +251,40 @@ class HostLaunch(StrategyLaunch):
             if not known[strategy.reads] or not (clean or strategy.capabilities().guards)
         )
 
-    def pick_counted(
-        self, count: int, groups: int, host_groups: int, host: KVView, new: bool
-    ) -> tuple[Strategy, Pick] | None:
-        """Return the strategy for a copy whose ids the host knows, and the pick; None: the strategy
-        that was picked does not take the copy.
-
-        It prepares nothing, since a graph may be captured.
-
-        Args:
-            count: tokens.
-            groups, host_groups: of units that follow each other, on both sides and on the host's.
-                For one group each, `zero_copy` is certain for any ids: more runs cost every other
-                strategy more, and the kernel as much as before.
-            host: the view of the host.
-            new: ids are a caller's for one call.
-        """
-        picked = self._pick_by(count, groups, host_groups, self.out, 0, new)
-        strategy = self.strategies.get(picked.strategy)
-        if strategy is None or strategy.refuses(host):
+    @cached_property
+    def whole(self) -> WholeCopies | None:  # type: ignore[override]
+        """See `StrategyLaunch`."""
+        kernels = self._host.half.backend.row_kernels
+        direct = self.strategies.get(ZeroCopy.name)
+        if isinstance(direct, ZeroCopy):
+            kernels = direct.kernels[self.plan.src.place]
+        if kernels is None:
             return None
-        return strategy, picked
+        link = link_of(self.device)
+        counted = self.plan.unit, *self._whole.limits, self._of_host.limits[1]
+        driver = link if isinstance(link, CudaLink) else None
+        return WholeCopies(self, kernels, driver, -1, counted, self._copies_at)
 
-    def has_prepared(self, name: str) -> bool:
-        """Return True if a strategy is prepared."""
-        return name in self._launches
+    def described(self, words: Crossings, strategy: str) -> StrategyLaunch | None:
+        launch = self.prepared(strategy)
+        return launch.described(words, strategy) if isinstance(launch, StrategyLaunch) else None
 
-    def log(self, picked: Pick) -> None:
-        """Log, once for each strategy of a device, that it executes copies, and why."""
+    def terms(self, host: KVView, new: bool) -> tuple[int, int, bool]:
+        out = self._unfit
+        direct = self.strategies.get(ZeroCopy.name)
+        if direct is not None and direct.refuses(host):
+            out |= BITS[ZeroCopy.name]
+        return costs_of(self.device).addresses[self.direction], out, new
+
+    def picked(self, answer: int) -> tuple[str, str]:
+        picked = self._rules.worded(answer, self.out)
         self._host.log(*picked)
+        return picked
 
     def picked_for(self, move: Move) -> tuple[Prepared, tuple[str, str]]:
         """See `Picks`; raise as the function `pick` does."""
         picked = self._pick_prepared(move)
-        self.log(picked)
+        self._host.log(*picked)
         return self._ready(picked.strategy), picked
 
     def instead_of(self, carried: tuple[str, str]) -> tuple[Prepared, tuple[str, str]] | None:

@@ -3,16 +3,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from ctypes import addressof
 from dataclasses import dataclass, replace
 from math import inf
-from typing import Literal, TypeAlias, get_args
+from typing import Any, Literal, TypeAlias, get_args
 
 import torch
 
 from portakv.arguments import flag, one_of, rate, whole
 from portakv.backends.base import Backend, Decision, MoveLaunch, Pending
-from portakv.core.call import OTHERWISE
-from portakv.interconnect.link import CheckedCopy
+from portakv.backends.row_kernels import FIRST_WORK, RowKernels
+from portakv.core.call import DRIVER, OTHERWISE, PREPARE, CopyEnd, Crossings, Executor, calls
+from portakv.core.link import EDGES, STAGE
+from portakv.core.pick import ORDER
+from portakv.host import pinned
+from portakv.interconnect.link import CudaLink
+from portakv.interconnect.pieces import Uncrossed
 from portakv.plan.move import Move as Move
 from portakv.plan.plan import CopyPlan
 from portakv.registry.registry import Choice, choose
@@ -113,32 +120,130 @@ class StrategyLaunch(MoveLaunch):
 
     Attributes:
         downward: from the device to the host.
-        counted: the tokens of a unit, and after how many units the pitch of the source, of the
-            destination and of the host's rows changes; 0: never, or nothing depends on it.
+        whole: the copies that the core makes by one call each; None: it makes none.
     """
 
     device: torch.device
     tables = False, False  # it sends the tables that its kernels read
+    whole: WholeCopies | None = None
 
     def __init__(self, plan: CopyPlan, device: torch.device) -> None:
         self.device = device
-        self.counted = plan.unit, 0, 0, 0
         self.downward = plan.src.place == "device"
 
-    def cross(self, copy: CheckedCopy) -> int:
-        """Submit a copy whose sides the core has read; return its tokens times 4, or a code of
-        `portakv_copy_function` of ``core.h``.
+    def described(self, words: Crossings, strategy: str) -> StrategyLaunch | None:
+        """Write what the core needs for copies by a strategy, and return its launch; None: the core
+        does not make them."""
+        return None
 
-        Raises:
-            TransferError: the driver refused a call; what was submitted stays ordered.
+    def cross(self, submit: Callable[[int], int], end: int) -> int:
+        """Submit a copy by the core, once it is `described`; return the core's result.
+
+        Args:
+            submit: submits it, given the address of the words of buffers; 0: it needs none.
+            end: the address of the copy's `portakv_copy_end`.
         """
-        return OTHERWISE
+        return submit(0)
+
+    def terms(self, host: KVView, new: bool) -> tuple[int, int, bool]:
+        """Return what the pick of a copy depends on: costs, strategies that are out, ``new``.
+
+        Args:
+            host: the view of the host.
+            new: ids are a caller's for one call.
+        """
+        return 0, 0, new
+
+    def picked(self, answer: int) -> tuple[str, str] | None:
+        """Return the strategy of a copy that the core made, and why, by the answer of its pick;
+        None: there was no pick."""
+        return None
 
     def ends(self, move: Move) -> tuple[KVView, KVView, Index, Index]:
         """Return the rows of the device, the rows of the host, and the index of each."""
         if self.downward:
             return move.src, move.dst, move.src_index, move.dst_index
         return move.dst, move.src, move.dst_index, move.src_index
+
+
+class WholeCopies:
+    """The copies by one launch that the core makes by one call each.
+
+    Args:
+        launch: of a strategy, or one that picks a strategy for each copy.
+        kernels: of the device, whose ends the copies have.
+        link: the driver of the link; None: the strategy does not use it.
+        only: the number of the strategy in `ORDER`; -1: each copy has a pick.
+        counted: the tokens of a unit, and after how many units the pitch of the source, of the
+            destination and of the host's rows changes; 0: never, or nothing depends on it.
+        picked: the address of the words of `PickedCopies`; 0: there are no picks.
+
+    Attributes:
+        words: what the core reads of the copies.
+    """
+
+    def __init__(
+        self,
+        launch: StrategyLaunch,
+        kernels: RowKernels,
+        link: CudaLink | None,
+        only: int,
+        counted: tuple[int, int, int, int],
+        picked: int = 0,
+    ) -> None:
+        self.kernels = kernels
+        self.launch = launch
+        by = kernels.executor
+        self.words = words = Crossings(Executor(None, by.torch, by.current))
+        words.only = only
+        words.counted[:] = counted
+        words.picked = picked
+        if link is not None:
+            words.link = link.core.address
+            words.aside = link.aside
+        self._link = link
+        self._address = addressof(words)
+        self._call = calls().copy_across
+
+    def copy(
+        self, views: tuple[KVView, KVView], sides: tuple[Any, ...], end: int, stream: Any
+    ) -> int:
+        """Make a copy, and return the core's result.
+
+        Args:
+            views: of the device and of the host.
+            sides: the arguments of the core from the source's view to the terms of the pick.
+            end: the address of the copy's `portakv_copy_end`.
+            stream: the handle of the copy's stream; None: the core asks for it.
+
+        Raises:
+            TransferError: the link's driver refused a call; what was submitted stays ordered.
+        """
+        uncrossed = Uncrossed() if pinned.boundaries() else None
+
+        def submit(staging: int = 0) -> int:
+            edges = 0 if uncrossed is None else uncrossed.address
+            return self._call(self._address, *sides, edges, staging, end, stream)
+
+        result = submit()
+        number = PREPARE - result
+        if 0 <= number < len(ORDER):
+            strategy = ORDER[number]
+            launch = self.launch.described(self.words, strategy)
+            if launch is None:
+                return OTHERWISE
+            # Without several allocations there are no edges besides those of registrations.
+            if strategy == "staged" and views[1].entries > 1:
+                uncrossed = Uncrossed(views[1])
+            result = launch.cross(submit, end)
+        if result == EDGES:
+            uncrossed = Uncrossed(*views)
+            result = submit()
+        if self._link is not None and end and result <= DRIVER and result != FIRST_WORK:
+            fault = CopyEnd.from_address(end).fault
+            if fault.what not in (0, STAGE):  # else a launch was refused
+                self._link.refuse(fault)
+        return result
 
 
 def read_on(stream: torch.Stream | None, index: Index) -> Index:

@@ -20,8 +20,18 @@ from portakv.backends.base import PEERS, Capabilities, Decision, Launch
 from portakv.backends.row_kernels import RowKernels
 from portakv.backends.rows_kernel import RowsKernel, Tuning
 from portakv.backends.rows_launch import LoadedKernels, RowsLaunch
+from portakv.core.call import Crossings
+from portakv.core.pick import ORDER
 from portakv.errors import Unsupported
-from portakv.interconnect.strategy import PINNED, SMALL, Move, Strategy, StrategyLaunch, Terms
+from portakv.interconnect.strategy import (
+    PINNED,
+    SMALL,
+    Move,
+    Strategy,
+    StrategyLaunch,
+    Terms,
+    WholeCopies,
+)
 from portakv.plan.plan import CopyPlan
 from portakv.registry.prepared import bring_table
 from portakv.runtime import cuda, streams
@@ -196,7 +206,7 @@ class ZeroCopy(Strategy):
         table = self.kernels[plan.src.place].table
         self._kernels.add_to(table, kernels)
         rows = RowsLaunch(plan, kernels, table, self._driver, self.device)
-        return _ZeroCopyLaunch(plan, self.device, rows)
+        return _ZeroCopyLaunch(plan, self.device, rows, self.kernels[plan.src.place])
 
 
 class _Kernels(StrategyLaunch):
@@ -229,10 +239,24 @@ class _Kernels(StrategyLaunch):
 class _ZeroCopyLaunch(StrategyLaunch):
     """A launch of the kernel that retains the host's memory."""
 
-    def __init__(self, plan: CopyPlan, device: torch.device, rows: RowsLaunch) -> None:
+    def __init__(
+        self, plan: CopyPlan, device: torch.device, rows: RowsLaunch, kernels: RowKernels
+    ) -> None:
         super().__init__(plan, device)
         self.bare = _Kernels(plan, device, rows)  # see `Prepared`
         self._pinned = plan.src.place != "peer"  # else the transfer retains a peer's memory
+        self._unit = plan.unit
+        self._kernels = kernels
+
+    @cached_property
+    def whole(self) -> WholeCopies | None:  # type: ignore[override]
+        """See `StrategyLaunch`."""
+        only = ORDER.index(ZeroCopy.name)
+        return WholeCopies(self, self._kernels, None, only, (self._unit, 0, 0, 0))
+
+    def described(self, words: Crossings, strategy: str) -> StrategyLaunch | None:
+        words.by.kernels = self._kernels.address
+        return self
 
     def enqueue(self, move: Move, stream: torch.Stream | None, status: torch.Tensor | None) -> None:
         host = move.dst if self.downward else move.src
