@@ -79,8 +79,6 @@ class RowKernels:
         Raises:
             TransferError: the driver's error. What was launched may use the end, which is given up.
         """
-        if self.process.forked:
-            self._stream(None)  # raises
         ends = self.ends
         end = None
         at = 0
@@ -95,7 +93,8 @@ class RowKernels:
             at = end.address
 
         stream: int | None = None
-        result = STREAM if tabled else function(*arguments, at, stream)
+        named = tabled or self.process.forked  # after a fork only torch is asked
+        result = STREAM if named else function(*arguments, at, stream)
         if result == STREAM:  # torch is asked, which raises what the core does not
             stream = self._stream(None)
             # None: another device is current, of which the next question would be answered.

@@ -12,6 +12,7 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Callable, Sequence
 from time import perf_counter
+from types import NoneType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -21,7 +22,7 @@ from torch.utils.dlpack import DLDeviceType
 
 from portakv.backends.row_kernels import RowKernels
 from portakv.backends.rows_kernel import MAX_ENTRIES
-from portakv.backends.strided import StridedLaunch, Units
+from portakv.backends.strided import ChunkRows, StridedLaunch, Units
 from portakv.copy.call import memory_of_host
 from portakv.copy.counting import TOGETHER, Counted
 from portakv.copy.handle import BlockTransfer, skipped_tokens
@@ -55,12 +56,11 @@ from portakv.runtime.transfer import (
     acquire_word,
     event_pool,
     hold,
-    hold_memory,
     word_batches,
 )
-from portakv.view.bound import BoundLayout, Facts
+from portakv.view.bound import BoundLayout
 from portakv.view.destination import check_writable, with_versions
-from portakv.view.form import Form, form_of, plain_reader
+from portakv.view.form import Form, plain_reader
 from portakv.view.index import CONSECUTIVE, PAST_ANY_VIEW, Ids, Index, as_ids, index_of
 from portakv.view.view import KVView
 
@@ -237,27 +237,26 @@ class ChunkCopies:
         if isinstance(checked, int):
             return None
         tokens, unit, units, described = checked
-        bound = self._layouts[chunk.itemsize]
-        view = KVView.of_facts(bound, chunk, _facts(chunk, described))
+        rows = ChunkRows(self._layouts[chunk.itemsize], chunk, described)
         if index is not None:
             index = index.shifted(start - index.offset)
-            move = Move(view, cache, CONSECUTIVE, index, tokens)
+            move = Move(rows.view, cache, CONSECUTIVE, index, tokens)
             if store:
-                move = Move(cache, view, index, CONSECUTIVE, tokens)
+                move = Move(cache, rows.view, index, CONSECUTIVE, tokens)
             transfer = _by_ids(self._choice, move, unit, tokens > unit * units, self._owner)
         else:
             skips = tokens > unit * units  # then both sides have numbers
             read = torch.from_numpy(numbers[:units]) if store or skips else None
             written = torch.from_numpy(numbers[most : most + units]) if skips or not store else None
-            source = Units(cache if store else view, read, 0)
-            target = Units(view if store else cache, written, 0)
+            source = Units(cache if store else rows, read, 0)
+            target = Units(rows if store else cache, written, 0)
             transfer = _by_units(self._choice, source, target, unit, units)
         if transfer is None:
             return None
         increment_version(chunk if store else self._caches.versions)
         counts = Counted.counts
         if counts is not None:
-            forms = (cache.form, view.form) if store else (view.form, cache.form)
+            forms = (cache.form, rows.form) if store else (rows.form, cache.form)
             counts.new.append((transfer.carried[0], forms[0].place, forms[1], tokens))
             if len(counts.new) >= TOGETHER:
                 counts.sum_up()
@@ -311,7 +310,8 @@ def copied(
             return _launched(src, dst, *ids, read, written, count, tokens, choice, began)
         made = _copy_inside(src, dst, read, written, listed, kernels)
     elif not many and False not in (read.on_host, written.on_host):
-        new = not all(ids is None or isinstance(ids, Index) for ids in (src_ids, dst_ids))
+        kept = (Index, NoneType)
+        new = not (isinstance(src_ids, kept) and isinstance(dst_ids, kept))
         made = _copy_across(src, dst, read, written, listed, new, options)
     if made is None:
         return None
@@ -465,8 +465,7 @@ def _copy_across(
     if end is not None:
         # No allocator orders the host's memory, which the opened view has.
         memory = both.dst if down else both.src
-        completions = (Completion(end, (), (), None, (both.ids, memory), end),)
-        hold_memory(completions[0])
+        completions = (end.completion_across((both.ids, memory)),)
     carried = whole.launch.picked(result >> ANSWER & PICKED) or carried
     return Transfer(completions, (src, dst, both.ids), carried), result
 
@@ -560,14 +559,6 @@ def _few(ids: Any, start: object, end: object) -> bool:
     return (ids.numel() if type(ids) is torch.Tensor else len(ids)) - start <= LISTED
 
 
-def _facts(chunk: torch.Tensor, described: tuple[Any, ...]) -> Facts:
-    """Return the facts of a chunk from what the core read of it."""
-    form, origins, owners, spans, slots, grad = described
-    if isinstance(form, bytes):
-        form = form_of(form)
-    return (form, origins, owners, spans), slots, chunk.device, grad
-
-
 def _by_units(choice: Choice, src: Units, dst: Units, unit: int, units: int) -> Transfer | None:
     """Launch a copy on the host of so many units of ``unit`` tokens, which the core has checked;
     None: no backend takes its plan."""
@@ -579,7 +570,8 @@ def _by_units(choice: Choice, src: Units, dst: Units, unit: int, units: int) -> 
     if type(ready.launch) is StridedLaunch:
         ready.launch.copy(src, dst, units)
         return Transfer((), None, ready.carried)
-    sides = src.rows, dst.rows, _index(src, unit), _index(dst, unit)
+    src_rows, dst_rows = (x.view if isinstance(x, ChunkRows) else x for x in (src.rows, dst.rows))
+    sides = src_rows, dst_rows, _index(src, unit), _index(dst, unit)
     return _launch(ready, Move(*sides, unit * units))
 
 

@@ -167,7 +167,8 @@ def options_of(options: CopyOptions | None, *keywords: object) -> CopyOptions:
             return USUAL
         if type(options) is CopyOptions:
             return options
-    return options_from(options, dict(zip(NAMES, keywords, strict=True)))
+    each = zip(NAMES, keywords, USUAL_VALUES, strict=True)
+    return options_from(options, {name: value for name, value, usual in each if value is not usual})
 
 
 def _copied_blocks(

@@ -26,6 +26,7 @@ from portakv.runtime.transfer import (
     Owner,
     StatusWord,
     hold,
+    hold_memory,
     retire,
     word_batches,
 )
@@ -87,7 +88,7 @@ class End:
         self.release = (ends.listed if ids else ends.plain).append
 
     def completion(self, result: int, ids: object, owner: Owner | None = None) -> Completion:
-        """Return the completion of the copy inside a device that the end was given to.
+        """Return the completion of a copy inside a device, which has this end.
 
         Args:
             result: the core's, of the copy.
@@ -101,6 +102,15 @@ class End:
         if result & GUARDED:
             completion.words = self.words
         hold(completion, owner)
+        return completion
+
+    def completion_across(self, memory: object) -> Completion:
+        """Return the completion of a copy across the link, which has this end.
+
+        ``memory``: that no allocator orders on a stream; it is kept until the end.
+        """
+        completion = Completion(self, (), (), None, memory, self)
+        hold_memory(completion)
         return completion
 
     def query(self) -> bool:
