@@ -391,10 +391,6 @@ PORTAKV_API int64_t portakv_link_submit(portakv_link *link, const int64_t *const
 PORTAKV_API int64_t portakv_link_rows(portakv_link *link, const int64_t *copy,
                                       portakv_link_fault *fault);
 
-// Write the nanoseconds inside calls of the driver and their number since the last call, and count
-// them from now on, or not. Launches of kernels count with the core's part in them.
-PORTAKV_API void portakv_link_time(portakv_link *link, int on, int64_t *out);
-
 // --- Slices of forms --------------------------------------------------------------------------
 
 enum {

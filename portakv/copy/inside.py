@@ -111,7 +111,7 @@ def open_view(view: KVView, memory: Watch | None, tables: bool = True) -> Opened
         view.table.data_ptr() if looked_up else 0,
         view.slots,
         view.spans,
-        _dlpack_device(view.owners[0]),
+        _dlpack_device(view.device),
         writable,
         form.table_on_device,
         memory,
@@ -121,12 +121,12 @@ def open_view(view: KVView, memory: Watch | None, tables: bool = True) -> Opened
     )
 
 
-def _dlpack_device(tensor: torch.Tensor) -> tuple[int, int]:
-    """Return DLPack's numbers of the device of a tensor."""
+def _dlpack_device(device: torch.device) -> tuple[int, int]:
+    """Return DLPack's numbers of a device."""
     try:
-        return tensor.__dlpack_device__()
+        return torch.empty(0, device=device).__dlpack_device__()
     except ValueError:  # torch does not know the name of a vendor's device
-        return DLDeviceType.kDLExtDev, tensor.device.index or 0
+        return DLDeviceType.kDLExtDev, device.index or 0
 
 
 class ChunkCopies:

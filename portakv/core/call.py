@@ -39,23 +39,8 @@ PICKED = (1 << 14) - 1
 TOKENS = 16
 
 
-class _Watch(ctypes.Structure):
-    """`portakv_watch` of `core.h`."""
-
-    _fields_ = (
-        ("tensors", ctypes.c_void_p),
-        ("addresses", ctypes.c_void_p),
-        ("count", ctypes.c_int64),
-        ("storages", ctypes.c_void_p),
-        ("sizes", ctypes.c_void_p),
-        ("storage_count", ctypes.c_int64),
-        ("address_of", ctypes.c_void_p),
-        ("storage_bytes", ctypes.c_void_p),
-    )
-
-
 class Watch:
-    """Tensors and storages whose memory must stay as it is."""
+    """Tensors and storages whose memory must stay as it is; `portakv_watch` of `core.h`."""
 
     def __init__(self, tensors: Sequence[torch.Tensor]) -> None:
         self._tensors = tuple(tensors)
@@ -76,17 +61,12 @@ class Watch:
         tensors = handles_of(self._tensors)
         storages = array("q", [tensors[number] for number in self._first])
         self._pointers = tensors, storages
-        self._words = _Watch(
-            tensors.buffer_info()[0],
-            self._addresses.buffer_info()[0],
-            len(tensors),
-            storages.buffer_info()[0],
-            self._sizes.buffer_info()[0],
-            len(storages),
-            address_in_torch("aoti_torch_get_data_ptr"),
-            address_in_torch("aoti_torch_get_storage_size"),
-        )
-        return ctypes.addressof(self._words)
+        self._words = array("q", (*tensors.buffer_info(), *storages.buffer_info()))
+        self._words.insert(1, self._addresses.buffer_info()[0])
+        self._words.insert(4, self._sizes.buffer_info()[0])
+        self._words.append(address_in_torch("aoti_torch_get_data_ptr"))
+        self._words.append(address_in_torch("aoti_torch_get_storage_size"))
+        return self._words.buffer_info()[0]
 
     @property
     def in_place(self) -> bool:
@@ -173,31 +153,8 @@ class Crossings(ctypes.Structure):
     )
 
 
-class _View(ctypes.Structure):
-    """`portakv_copy_view` of `core.h`."""
-
-    _fields_ = (
-        ("form", ctypes.c_void_p),
-        ("dtypes", ctypes.c_void_p),
-        ("addresses", ctypes.c_void_p),
-        ("table", ctypes.c_int64),
-        ("slots", ctypes.c_int64),
-        ("spans", ctypes.c_void_p),
-        ("span_count", ctypes.c_int64),
-        ("device_type", ctypes.c_int64),
-        ("device_id", ctypes.c_int64),
-        ("writable", ctypes.c_int64),
-        ("table_on_device", ctypes.c_int64),
-        ("watch", ctypes.c_void_p),
-        ("entries", ctypes.c_int64),
-        ("entry_bytes", ctypes.c_int64),
-        ("versions", ctypes.c_void_p),
-        ("version_count", ctypes.c_int64),
-    )
-
-
 class OpenedView:
-    """A view as the core reads it in each call.
+    """A view as the core reads it in each call; `portakv_copy_view` of `core.h`.
 
     Args:
         form: the address of the form's words, which stay as long as this object.
@@ -245,23 +202,13 @@ class OpenedView:
         ranges = array("q", [address for span in spans for address in span])
         raised = handles_of(versions)
         self._kept = words, ranges, watch, raised, kept
-        self._words = _View(
-            form,
-            words.buffer_info()[0],
-            addresses,
-            table,
-            slots,
-            ranges.buffer_info()[0],
-            len(spans),
-            *device,
-            writable,
-            table_on_device,
-            watch.address if watch else 0,
-            *entries,
-            raised.buffer_info()[0],
-            len(raised),
-        )
-        self.address = ctypes.addressof(self._words)
+        at = words.buffer_info()[0], addresses, table
+        covered = ranges.buffer_info()[0], len(spans)
+        watched = watch.address if watch else 0
+        flags = writable, table_on_device
+        memory = watched, *entries, *raised.buffer_info()
+        self._words = array("q", (form, *at, slots, *covered, *device, *flags, *memory))
+        self.address = self._words.buffer_info()[0]
 
 
 class _Words(ctypes.Structure):

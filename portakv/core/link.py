@@ -9,7 +9,7 @@ from __future__ import annotations
 import ctypes
 from array import array
 from collections.abc import Sequence
-from ctypes import c_char_p, c_int, c_int64, c_void_p
+from ctypes import c_char_p, c_int64, c_void_p
 from functools import cache
 from struct import Struct
 from typing import Any, NamedTuple, TypeAlias
@@ -158,13 +158,6 @@ class Link:
             return _refused(fault)
         return None
 
-    def time(self, on: bool) -> tuple[int, int]:
-        """Return the nanoseconds inside calls of the driver, and their number, since the last call;
-        count them from now on, or not."""
-        out = (c_int64 * 2)()
-        _functions().time(self.address, on, ctypes.addressof(out))
-        return out[0], out[1]
-
     def __del__(self) -> None:
         if getattr(self, "address", 0):
             self._close(self.address)
@@ -200,7 +193,6 @@ class _Functions(NamedTuple):
     close: Any
     submit: Any
     rows: Any
-    time: Any
 
 
 @cache
@@ -226,7 +218,4 @@ def _functions() -> _Functions:
     rows = core.portakv_link_rows
     rows.argtypes = (c_void_p, c_char_p, c_void_p)
     rows.restype = c_int64
-    time = core.portakv_link_time
-    time.argtypes = (c_void_p, c_int, c_void_p)
-    time.restype = None
-    return _Functions(schedule, cut, make, close, submit, rows, time)
+    return _Functions(schedule, cut, make, close, submit, rows)

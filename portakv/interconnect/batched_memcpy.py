@@ -6,15 +6,14 @@ No kernel runs on the device. The host pays for each piece.
 
 from __future__ import annotations
 
-from functools import cached_property
-
 import torch
 
 from portakv.backends.base import Capabilities, Decision, Launch
+from portakv.backends.row_kernels import RowKernels
 from portakv.core.call import Crossings
 from portakv.core.pick import ORDER
 from portakv.interconnect.link import CudaLink, link_of, uncut
-from portakv.interconnect.strategy import PINNED, Move, Strategy, StrategyLaunch, WholeCopies
+from portakv.interconnect.strategy import PINNED, Move, Strategy, StrategyLaunch
 from portakv.plan.plan import CopyPlan
 from portakv.runtime import streams
 
@@ -44,22 +43,15 @@ class BatchedMemcpy(Strategy):
 
 
 class _BatchedMemcpyLaunch(StrategyLaunch):
+    strategy = BatchedMemcpy.name
+
     def __init__(self, plan: CopyPlan, strategy: Strategy) -> None:
         super().__init__(plan, strategy.device)
         self.bare = _Copies(plan, strategy.device)  # see `Prepared`
-        self._unit = plan.unit
         self._strategy = strategy
 
-    @cached_property
-    def whole(self) -> WholeCopies | None:  # type: ignore[override]
-        """See `StrategyLaunch`."""
-        kernels = self._strategy.half.backend.row_kernels
-        link = self.bare.link
-        if kernels is None or not isinstance(link, CudaLink):
-            return None
-        return WholeCopies(
-            self, kernels, link, ORDER.index("batched_memcpy"), (self._unit, 0, 0, 0)
-        )
+    def row_kernels(self) -> RowKernels | None:
+        return self._strategy.half.backend.row_kernels
 
     def described(self, words: Crossings, strategy: str) -> StrategyLaunch | None:
         if self.bare.words is None:

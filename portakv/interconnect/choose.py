@@ -13,24 +13,23 @@ import logging
 import threading
 from array import array
 from collections.abc import Mapping
-from functools import cached_property
 from typing import cast
 
 import torch
 
 from portakv.backends.base import PEERS, Capabilities, Decision, Launch, Pending
+from portakv.backends.row_kernels import RowKernels
 from portakv.core.call import Crossings
 from portakv.core.pick import BITS, ORDER, pack_copies, pick_copy, set_of
 from portakv.errors import BackendUnavailable, Unsupported
 from portakv.interconnect.costs import costs_of
-from portakv.interconnect.link import CudaLink, by_torch, link_of
+from portakv.interconnect.link import by_torch, link_of
 from portakv.interconnect.pick import Explained, Pick, Rules, none_left, pick
 from portakv.interconnect.pieces import RunCounter
 from portakv.interconnect.strategy import (
     Strategy,
     StrategyLaunch,
     Terms,
-    WholeCopies,
     known_to_host,
     read_on,
 )
@@ -130,22 +129,23 @@ class HostLaunch(StrategyLaunch):
         self._lock = threading.RLock()
         self._launches: dict[str, Launch] = {}
         self._readies: dict[str, Prepared] = {}  # the same, as callers call them directly
-        self._whole = RunCounter(plan, fold_below=below)
+        self._both = RunCounter(plan, fold_below=below)
         self._of_host = RunCounter.of_host(plan, below)
+        self.counted = plan.unit, *self._both.limits, self._of_host.limits[1]
         self._rules = Rules(self.direction, self._terms)
         self._copies = array(
             "q",
             pack_copies(
-                self._whole.plan_at,
+                self._both.plan_at,
                 self._of_host.plan_at,
                 plan.unit,
                 plan.token_bytes,
                 plan.runs_per_unit,
             )
-            + self._whole.folding.tobytes()
+            + self._both.folding.tobytes()
             + self._rules.words,
         )
-        self._copies_at = self._copies.buffer_info()[0]
+        self.picked_at = self._copies.buffer_info()[0]
         self._choose = pick_copy()
 
     def pick(self, move: Move, guarded: bool = False, quick: bool = False) -> Pick:
@@ -193,8 +193,8 @@ class HostLaunch(StrategyLaunch):
         dense = self._of_host.shape(host_groups, move.count)
         shapes = {
             "staged": dense,
-            "batched_memcpy": self._whole.shape(groups, move.count),
-            "zero_copy": self._whole.unmerged(move.count),
+            "batched_memcpy": self._both.shape(groups, move.count),
+            "zero_copy": self._both.unmerged(move.count),
             "pageable": dense,
         }
         names = frozenset(name for name in ORDER if waits & BITS[name])
@@ -214,7 +214,7 @@ class HostLaunch(StrategyLaunch):
     def _groups(self, move: Move) -> tuple[int, int]:
         """Return the groups of neighbours of a transfer on both sides together, and on the host."""
         host_index = self.ends(move)[3]
-        groups = self._whole.groups(move.src_index, move.dst_index, move.count)
+        groups = self._both.groups(move.src_index, move.dst_index, move.count)
         return groups, self._of_host.groups(host_index, host_index, move.count)
 
     def _pick_by(
@@ -230,7 +230,7 @@ class HostLaunch(StrategyLaunch):
         costs = costs_of(self.device).addresses[self.direction]
         unfit = self._unfit if out is self.out else set_of(out)
         answer = self._choose(
-            self._copies_at, costs, groups, host_groups, count, unfit, waits, new_ids
+            self.picked_at, costs, groups, host_groups, count, unfit, waits, new_ids
         )
         return self._rules.worded(answer, out)
 
@@ -251,19 +251,11 @@ class HostLaunch(StrategyLaunch):
             if not known[strategy.reads] or not (clean or strategy.capabilities().guards)
         )
 
-    @cached_property
-    def whole(self) -> WholeCopies | None:  # type: ignore[override]
-        """See `StrategyLaunch`."""
-        kernels = self._host.half.backend.row_kernels
+    def row_kernels(self) -> RowKernels | None:
         direct = self.strategies.get(ZeroCopy.name)
         if isinstance(direct, ZeroCopy):
-            kernels = direct.kernels[self.plan.src.place]
-        if kernels is None:
-            return None
-        link = link_of(self.device)
-        counted = self.plan.unit, *self._whole.limits, self._of_host.limits[1]
-        driver = link if isinstance(link, CudaLink) else None
-        return WholeCopies(self, kernels, driver, -1, counted, self._copies_at)
+            return direct.kernels[self.plan.src.place]
+        return self._host.half.backend.row_kernels
 
     def described(self, words: Crossings, strategy: str) -> StrategyLaunch | None:
         launch = self.prepared(strategy)

@@ -11,12 +11,12 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Callable
-from functools import cached_property
 from typing import NamedTuple
 
 import torch
 
 from portakv.backends.base import Capabilities, Launch
+from portakv.backends.row_kernels import RowKernels
 from portakv.backends.rows_launch import RowsLaunch
 from portakv.core.call import OTHERWISE, CopyEnd, Crossings, Fault
 from portakv.core.link import OUTSIDE, ROOM, STAGE, Cut
@@ -32,7 +32,6 @@ from portakv.interconnect.strategy import (
     Move,
     Strategy,
     StrategyLaunch,
-    WholeCopies,
     read_on,
 )
 from portakv.plan.plan import CopyPlan
@@ -214,9 +213,10 @@ class StagedCrossing:
 class StagedLaunch(StrategyLaunch):
     """A prepared copy, in slices."""
 
+    strategy = Staged.name
+
     def __init__(self, plan: CopyPlan, strategy: Strategy) -> None:
         super().__init__(plan, strategy.device)
-        self._unit = plan.unit
         self._strategy = strategy
         self._detached = strategy.terms.detached
         self.stages = Stages.tried(plan, strategy.half, strategy.device)
@@ -225,13 +225,8 @@ class StagedLaunch(StrategyLaunch):
         if isinstance(self.link, CudaLink):
             self._crossing = StagedCrossing(self.stages, self.link, strategy.device)
 
-    @cached_property
-    def whole(self) -> WholeCopies | None:  # type: ignore[override]
-        """See `StrategyLaunch`."""
-        kernels = self._strategy.half.backend.row_kernels
-        if kernels is None or not isinstance(self.link, CudaLink):
-            return None
-        return WholeCopies(self, kernels, self.link, ORDER.index("staged"), (self._unit, 0, 0, 0))
+    def row_kernels(self) -> RowKernels | None:
+        return self._strategy.half.backend.row_kernels
 
     def described(self, words: Crossings, strategy: str) -> StrategyLaunch | None:
         plan = None if self._crossing is None or self._detached else self._crossing.words

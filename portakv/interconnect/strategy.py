@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from ctypes import addressof
 from dataclasses import dataclass, replace
+from functools import cached_property
 from math import inf
 from typing import Any, Literal, TypeAlias, get_args
 
@@ -18,7 +19,7 @@ from portakv.core.call import DRIVER, OTHERWISE, PREPARE, CopyEnd, Crossings, Ex
 from portakv.core.link import EDGES, STAGE
 from portakv.core.pick import ORDER
 from portakv.host import pinned
-from portakv.interconnect.link import CudaLink
+from portakv.interconnect.link import CudaLink, TorchLink, link_of
 from portakv.interconnect.pieces import Uncrossed
 from portakv.plan.move import Move as Move
 from portakv.plan.plan import CopyPlan
@@ -120,16 +121,31 @@ class StrategyLaunch(MoveLaunch):
 
     Attributes:
         downward: from the device to the host.
-        whole: the copies that the core makes by one call each; None: it makes none.
+        strategy: of all its copies; empty: each copy has a pick.
+        counted: the tokens of a unit, and after how many units the pitch of the source, of the
+            destination and of the host's rows changes; 0: never, or nothing depends on it.
+        picked_at: the address of the words of `PickedCopies`; 0: there are no picks.
     """
 
     device: torch.device
     tables = False, False  # it sends the tables that its kernels read
-    whole: WholeCopies | None = None
+    strategy = ""
+    picked_at = 0
 
     def __init__(self, plan: CopyPlan, device: torch.device) -> None:
         self.device = device
         self.downward = plan.src.place == "device"
+        self.counted = plan.unit, 0, 0, 0
+
+    def row_kernels(self) -> RowKernels | None:
+        """Return kernels of the device, whose ends the core's copies have; None: there are none."""
+        return None
+
+    @cached_property
+    def whole(self) -> WholeCopies | None:
+        """The copies that the core makes by one call each; None: it makes none."""
+        kernels = self.row_kernels()
+        return None if kernels is None else WholeCopies(self, kernels, link_of(self.device))
 
     def described(self, words: Crossings, strategy: str) -> StrategyLaunch | None:
         """Write what the core needs for copies by a strategy, and return its launch; None: the core
@@ -171,37 +187,29 @@ class WholeCopies:
 
     Args:
         launch: of a strategy, or one that picks a strategy for each copy.
-        kernels: of the device, whose ends the copies have.
-        link: the driver of the link; None: the strategy does not use it.
-        only: the number of the strategy in `ORDER`; -1: each copy has a pick.
-        counted: the tokens of a unit, and after how many units the pitch of the source, of the
-            destination and of the host's rows changes; 0: never, or nothing depends on it.
-        picked: the address of the words of `PickedCopies`; 0: there are no picks.
+        kernels: see `StrategyLaunch.row_kernels`.
+        link: of the device.
 
     Attributes:
         words: what the core reads of the copies.
     """
 
     def __init__(
-        self,
-        launch: StrategyLaunch,
-        kernels: RowKernels,
-        link: CudaLink | None,
-        only: int,
-        counted: tuple[int, int, int, int],
-        picked: int = 0,
+        self, launch: StrategyLaunch, kernels: RowKernels, link: CudaLink | TorchLink
     ) -> None:
         self.kernels = kernels
         self.launch = launch
         by = kernels.executor
         self.words = words = Crossings(Executor(None, by.torch, by.current))
-        words.only = only
-        words.counted[:] = counted
-        words.picked = picked
-        if link is not None:
+        words.counted[:] = launch.counted
+        words.picked = launch.picked_at
+        if launch.strategy:
+            words.only = ORDER.index(launch.strategy)
+        self._link: CudaLink | None = None
+        if isinstance(link, CudaLink):
+            self._link = link
             words.link = link.core.address
             words.aside = link.aside
-        self._link = link
         self._address = addressof(words)
         self._call = calls().copy_across
 

@@ -21,7 +21,6 @@ from portakv.backends.row_kernels import RowKernels
 from portakv.backends.rows_kernel import RowsKernel, Tuning
 from portakv.backends.rows_launch import LoadedKernels, RowsLaunch
 from portakv.core.call import Crossings
-from portakv.core.pick import ORDER
 from portakv.errors import Unsupported
 from portakv.interconnect.strategy import (
     PINNED,
@@ -30,7 +29,6 @@ from portakv.interconnect.strategy import (
     Strategy,
     StrategyLaunch,
     Terms,
-    WholeCopies,
 )
 from portakv.plan.plan import CopyPlan
 from portakv.registry.prepared import bring_table
@@ -239,20 +237,18 @@ class _Kernels(StrategyLaunch):
 class _ZeroCopyLaunch(StrategyLaunch):
     """A launch of the kernel that retains the host's memory."""
 
+    strategy = ZeroCopy.name
+
     def __init__(
         self, plan: CopyPlan, device: torch.device, rows: RowsLaunch, kernels: RowKernels
     ) -> None:
         super().__init__(plan, device)
         self.bare = _Kernels(plan, device, rows)  # see `Prepared`
         self._pinned = plan.src.place != "peer"  # else the transfer retains a peer's memory
-        self._unit = plan.unit
         self._kernels = kernels
 
-    @cached_property
-    def whole(self) -> WholeCopies | None:  # type: ignore[override]
-        """See `StrategyLaunch`."""
-        only = ORDER.index(ZeroCopy.name)
-        return WholeCopies(self, self._kernels, None, only, (self._unit, 0, 0, 0))
+    def row_kernels(self) -> RowKernels:
+        return self._kernels
 
     def described(self, words: Crossings, strategy: str) -> StrategyLaunch | None:
         words.by.kernels = self._kernels.address

@@ -126,7 +126,7 @@ def test_the_core_picks_as_the_launch_does(monkeypatch: pytest.MonkeyPatch) -> N
     with strategies(monkeypatch, zero_copy=f"{__name__}:Direct"):
         launch, move = ready(2)
         costs, out, new = launch.terms(move.dst, new=True)
-        answer = pick_copy()(launch._copies_at, costs, 1, 1, move.count, out, 0, new)
+        answer = pick_copy()(launch.picked_at, costs, 1, 1, move.count, out, 0, new)
         assert launch.picked(answer) == launch.pick(move)
         monkeypatch.setattr(Direct, "refuses", lambda *_: "it does not reach it")
         _, without, _ = launch.terms(move.dst, new=True)
@@ -524,7 +524,7 @@ def test_a_copy_for_the_kernel_counts_no_runs() -> None:
     def count(*_: object) -> int:
         raise AssertionError("the runs were counted")
 
-    launch._whole.groups = count  # type: ignore[method-assign, assignment]
+    launch._both.groups = count  # type: ignore[method-assign, assignment]
     assert launch.pick(move, quick=True).strategy == "zero_copy"
     with pytest.raises(AssertionError, match="counted"):
         launch.pick(move)

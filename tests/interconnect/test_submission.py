@@ -360,6 +360,8 @@ def test_the_sentences_of_a_slice(monkeypatch: pytest.MonkeyPatch) -> None:
 class Slices(StrategyLaunch):
     """The strategy `staged` over the stages of a rig."""
 
+    strategy = "staged"
+
     def __init__(self, rig: Rig) -> None:
         assert isinstance(rig.stages.plan, CopyPlan)
         super().__init__(rig.stages.plan, CPU)
@@ -399,22 +401,21 @@ class Whole(Rig):
 
     def by_slices(self) -> WholeCopies:
         """Return what makes the copies of the strategy `staged`."""
-        return self._whole(Slices(self), "staged")
+        return self._whole(Slices(self))
 
-    def by_pieces(self, unit: int = 1) -> WholeCopies:
+    def by_pieces(self) -> WholeCopies:
         """Return what makes the copies of the strategy `batched_memcpy`."""
         self._patch.setattr(batched_memcpy, "link_of", lambda _: self.link)
         assert isinstance(self.stages.plan, CopyPlan)
         launch = BatchedMemcpy(CPU).prepare(self.stages.plan)
         assert isinstance(launch, StrategyLaunch)
-        return self._whole(launch, "batched_memcpy", unit)
+        return self._whole(launch)
 
-    def _whole(self, launch: StrategyLaunch, strategy: str, unit: int = 1) -> WholeCopies:
+    def _whole(self, launch: StrategyLaunch) -> WholeCopies:
         reader = plain_reader()
         assert reader is not None
         kernels: Any = SimpleNamespace(executor=Executor(None, reader.address, None))
-        counted = unit, 0, 0, 0
-        return WholeCopies(launch, kernels, self.link, ORDER.index(strategy), counted)
+        return WholeCopies(launch, kernels, self.link)
 
     def make(self, whole: WholeCopies, *terms: int, listed: bool = True) -> int:
         """Make the copy, and return the core's result; raise the driver's error.
@@ -542,7 +543,12 @@ def test_one_call_records_the_end_after_all_work(
     rig.event = 7, ctypes.cast(function, ctypes.c_void_p).value or 0
     whole = (rig.by_slices if by == "slices" else rig.by_pieces)()
     assert rig.made(whole)
-    assert recorded == [(7, rig.work, len(rig.driver.queue))]
+    if by == "pieces":
+        assert recorded == [(7, rig.work, len(rig.driver.queue))]
+    else:  # the copy's stream waits for the event
+        assert recorded == [(7, LINK if downward else HALF, len(rig.driver.queue) - 1)]
+        assert rig.driver.queue[-1].kind == "wait"
+        assert rig.driver.queue[-1].stream == rig.work
     with pytest.raises(TransferError, match="an event that orders copies"):
         rig.make(whole)
 
@@ -570,9 +576,11 @@ def test_stages_of_another_backend_are_not_one_call(
 def test_what_one_call_does_not_make(monkeypatch: pytest.MonkeyPatch) -> None:
     layouts = "block layer kv token head dim", "block layer kv token head dim"
     rig = Whole(monkeypatch, layouts, True)
-    assert not rig.made(rig.by_pieces(unit=5))  # part of a unit
     whole = rig.by_pieces()
     assert rig.made(whole)
+    whole.words.counted[0] = 5  # part of a unit
+    assert not rig.made(whole)
+    whole.words.counted[0] = BLOCK
     good = rig.indices
     wrong = [
         torch.full((9,), 2),  # twice in the destination
@@ -611,7 +619,7 @@ def test_one_call_picks_by_the_groups_of_a_plan(
         assert words[18:21].tolist() == [WIDE, EVEN, NARROW]
         words[15:21] = array("q", [0, 0, 0, wide, EVEN, 0])  # no copy is small or narrow
         at = words.buffer_info()[0]
-        whole = rig.by_pieces(plan.unit)
+        whole = rig.by_pieces()
         whole.words.picked = at
         whole.words.counted[:] = plan.unit, *both.limits, host.limits[1]
         whole.launch = Unprepared(plan, CPU)
