@@ -377,27 +377,11 @@ def _tokens(read: _Side, written: _Side, src: KVView) -> int:
     return src.slots - read.offset
 
 
-class _Both(NamedTuple):
-    """Both sides of a copy as the core takes them.
-
-    Attributes:
-        arguments: of the core, from the source's view to the tokens.
-        ids: of both sides.
-        tabled: the views whose tables of addresses kernels read.
-        src, dst: the opened views.
-    """
-
-    arguments: tuple[Any, ...]
-    ids: tuple[object, object]
-    tabled: list[KVView]
-    src: OpenedView
-    dst: OpenedView
-
-
-def _both(
+def _arguments(
     src: KVView, dst: KVView, read: _Side, written: _Side, tokens: int, device: torch.device
-) -> _Both | None:
-    """Return both sides of a copy; None: the core does not read one of them."""
+) -> tuple[tuple[Any, ...], list[KVView]] | None:
+    """Return the arguments of the core from the source's view to the tokens, and the views whose
+    tables of addresses kernels read; None: the core does not read one of the views."""
     from_view = opened(src)
     to_view = opened(dst)
     if from_view is None or to_view is None:
@@ -409,27 +393,29 @@ def _both(
             return None
     from_ids, from_step, from_offset, _, _ = read
     to_ids, to_step, to_offset, _, _ = written
-    ids = from_ids, to_ids
-    numbers = from_step, to_step, from_offset, to_offset, tokens
-    arguments = from_view.address, to_view.address, *ids, *numbers
-    return _Both(arguments, ids, tabled, from_view, to_view)
+    # fmt: off
+    return (from_view.address, to_view.address, from_ids, to_ids,
+            from_step, to_step, from_offset, to_offset, tokens), tabled
+    # fmt: on
 
 
 def _copy_inside(
     src: KVView, dst: KVView, read: _Side, written: _Side, tokens: int, kernels: RowKernels
 ) -> tuple[Transfer, int] | None:
     """Make a copy inside a device by the core; return its end and the core's result."""
-    both = _both(src, dst, read, written, tokens, dst.device)
+    both = _arguments(src, dst, read, written, tokens, dst.device)
     if both is None or not kernels.executor.torch:
         return None
+    arguments, tabled = both
     on_host = bool(read.on_host or written.on_host)
-    arguments = kernels.executor_at, *both.arguments
-    issued = kernels.issue(calls().copy_views, arguments, on_host, both.tabled)
+    arguments = kernels.executor_at, *arguments
+    issued = kernels.issue(calls().copy_views, arguments, on_host, tabled)
     if issued is None:
         return None
     end, result = issued
-    completions = () if end is None else (end.completion(result, both.ids),)
-    return Transfer(completions, (src, dst, both.ids), kernels.carried), result
+    ids = read.ids, written.ids
+    completions = () if end is None else (end.completion(result, ids),)
+    return Transfer(completions, (src, dst, ids), kernels.carried), result
 
 
 def _copy_across(
@@ -447,27 +433,27 @@ def _copy_across(
     if found is None:
         return None
     whole, carried = found
-    down = src.form.place == "device"
-    rows, host = (src, dst) if down else (dst, src)
-    both = _both(src, dst, read, written, tokens, rows.device)
+    rows, host = (src, dst) if src.form.place == "device" else (dst, src)
+    both = _arguments(src, dst, read, written, tokens, rows.device)
     if both is None:
         return None
-    arguments = (rows, host), (*both.arguments, *whole.launch.terms(host, new))
+    arguments, tabled = both
+    sides = *arguments, *whole.launch.terms(host, new)
     try:
-        issued = whole.kernels.issue(whole.copy, arguments, True, both.tabled)
+        issued = whole.kernels.issue(whole.copy, (rows, host, sides), True, tabled)
     except BaseException:  # also an interrupt; what was launched may still run
         completion(rows.device, None, *memory_of_host(src, dst))
         raise
     if issued is None:
         return None
     end, result = issued
+    ids = read.ids, written.ids
     completions: tuple[Completion, ...] = ()
     if end is not None:
         # No allocator orders the host's memory, which the opened view has.
-        memory = both.dst if down else both.src
-        completions = (end.completion_across((both.ids, memory)),)
+        completions = (end.completion_across((ids, opened(host))),)
     carried = whole.launch.picked(result >> ANSWER & PICKED) or carried
-    return Transfer(completions, (src, dst, both.ids), carried), result
+    return Transfer(completions, (src, dst, ids), carried), result
 
 
 def has_tables(device: torch.device, views: Sequence[KVView]) -> bool:

@@ -209,17 +209,16 @@ class WholeCopies:
         if isinstance(link, CudaLink):
             self._link = link
             words.link = link.core.address
-            words.aside = link.aside
         self._address = addressof(words)
         self._call = calls().copy_across
 
     def copy(
-        self, views: tuple[KVView, KVView], sides: tuple[Any, ...], end: int, stream: Any
+        self, rows: KVView, host: KVView, sides: tuple[Any, ...], end: int, stream: Any
     ) -> int:
         """Make a copy, and return the core's result.
 
         Args:
-            views: of the device and of the host.
+            rows, host: the views of the device and of the host.
             sides: the arguments of the core from the source's view to the terms of the pick.
             end: the address of the copy's `portakv_copy_end`.
             stream: the handle of the copy's stream; None: the core asks for it.
@@ -237,15 +236,17 @@ class WholeCopies:
         number = PREPARE - result
         if 0 <= number < len(ORDER):
             strategy = ORDER[number]
+            if self._link is not None:  # no graph is captured
+                self.words.aside = self._link.aside
             launch = self.launch.described(self.words, strategy)
             if launch is None:
                 return OTHERWISE
             # Without several allocations there are no edges besides those of registrations.
-            if strategy == "staged" and views[1].entries > 1:
-                uncrossed = Uncrossed(views[1])
+            if strategy == "staged" and host.entries > 1:
+                uncrossed = Uncrossed(host)
             result = launch.cross(submit, end)
         if result == EDGES:
-            uncrossed = Uncrossed(*views)
+            uncrossed = Uncrossed(rows, host)
             result = submit()
         if self._link is not None and end and result <= DRIVER and result != FIRST_WORK:
             fault = CopyEnd.from_address(end).fault

@@ -436,8 +436,8 @@ class Whole(Rig):
         end = CopyEnd(memory, room.size, 0, *self.event)
         views = [each.address for each in self._opened]
         sides = *views, *ids, *steps, *offsets, self.count, *(terms or (0, 0, 0))
-        ends = self.rows, self.host
-        result = whole.copy(ends, sides, ctypes.addressof(end), self.work)
+        at = ctypes.addressof(end)
+        result = whole.copy(self.rows, self.host, sides, at, self.work)
         if result <= DRIVER:
             self.driver.refuse(DRIVER - result, "The launch")
         return result
