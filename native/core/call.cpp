@@ -401,9 +401,9 @@ class ChunkPair {
         ids_(arguments.object()),
         start_(arguments.position(0)),
         end_(arguments.position(kToTheEnd)),
-        facts_(Asker(python, *copies.torch).describe(chunk, false)),
+        facts_(Asker(python, *copies.by.torch).describe(chunk, false)),
         layout_(layout_of(copies, facts_)),
-        reader(python, *copies.torch, layout_) {}
+        reader(python, *copies.by.torch, layout_) {}
 
   // Read the slots, those of a list of Python into `lists`.
   void read_slots(Room &lists) {
@@ -495,18 +495,18 @@ int64_t copy_chunk(const Python &python, Arguments arguments) {
   ChunkPair pair(python, arguments);
   const portakv_chunk_copies &copies = pair.copies;
   require(!any_error(*copies.words));
-  Means means(arguments, python, copies.current);
+  Means means(arguments, python, copies.by.current);
   if (!means.named) return PORTAKV_COPY_STREAM;
   pair.read_slots(means.lists);
   pair.check();
   place(pair.slots, pair.on_host, means.lists, pair.paged);
   const int64_t result =
-      copy(*copies.kernels, python, pair.from(), pair.to(), pair.count, pair.found, means);
+      copy(*copies.by.kernels, python, pair.from(), pair.to(), pair.count, pair.found, means);
   if (result < 0) return result;
   if (pair.store) {
     pair.reader.ask().raise_version(pair.chunk);
   } else {
-    raise_versions(*copies.torch, *copies.caches);
+    raise_versions(*copies.by.torch, *copies.caches);
   }
   return result;
 }

@@ -584,12 +584,10 @@ typedef struct portakv_words {
 
 // The copies between registered caches and chunks.
 typedef struct portakv_chunk_copies {
-  const portakv_kernels *kernels;  // null: the copies are only checked
+  portakv_executor by;  // without kernels the copies are only checked
   const portakv_copy_view *caches;
-  const PortakvTorch *torch;
   // The layouts of chunks whose elements have 1, 2, 4, 8 and 16 bytes; null: unknown.
   const int64_t *layouts[5];
-  const portakv_current *current;  // null: the core does not name the current stream
   const portakv_words *words;      // no copy is made while one of them reports an error
 } portakv_chunk_copies;
 

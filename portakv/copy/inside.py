@@ -33,6 +33,7 @@ from portakv.core.call import (
     SKIPS,
     TO_THE_END,
     TOKENS,
+    Executor,
     OpenedChunks,
     OpenedView,
     Watch,
@@ -151,14 +152,9 @@ class ChunkCopies:
         if reader is None:
             return
         self._caches = open_view(cache, memory, tables=kernels is not None)
-        self._opened.caches = self._caches.address
-        self._opened.torch = reader.address
-        self._opened.words = word_batches.address
+        by = Executor(None, reader.address, None) if kernels is None else kernels.executor
+        self._opened = OpenedChunks(by, self._caches.address, words=word_batches.address)
         self._address = ctypes.addressof(self._opened)
-        if kernels is None:
-            return
-        self._opened.kernels = kernels.address
-        self._opened.current = kernels.executor.current
         self._copy: Callable[..., int] = calls().copy_chunk
         self._tabled = [cache] if self._caches.tabled else []
 
@@ -268,17 +264,15 @@ def copied(
     dst: KVView,
     src_ids: Ids | None,
     dst_ids: Ids | None,
-    src_step: int,
-    dst_step: int,
+    by_block: bool,
     count: object,
     options: CopyOptions,
 ) -> BlockTransfer | None:
-    """Copy between two views of one device on the current stream; None: the core does not make
-    such a copy.
+    """Copy between two views on the current stream; None: the core does not make such a copy.
 
     Args:
-        src_ids, dst_ids: as `copy_rows` takes them.
-        src_step, dst_step: tokens of an id that is no `Index`.
+        src_ids, dst_ids: as `copy_rows` or `copy_blocks` takes them.
+        by_block: they are of blocks.
         count: tokens; None: those of the ids.
 
     Raises:
@@ -287,6 +281,8 @@ def copied(
     if not isinstance(src, KVView) or not isinstance(dst, KVView):
         return None
     began = perf_counter()
+    src_step = src.form.block_size if by_block else 1
+    dst_step = dst.form.block_size if by_block else 1
     read = _side(src_ids, src_step)
     written = _side(dst_ids, dst_step)
     tokens = _tokens(read, written, src) if count is None else count
@@ -294,6 +290,8 @@ def copied(
         return None
     if not (read.step and written.step):
         return None
+    if by_block and (read.step, written.step) != (src_step or 1, dst_step or 1):
+        return None  # an index of something else than blocks
     # More ids than kernels read from pinned memory.
     many = tokens > LISTED * min(read.step, written.step)
     many = many and True in (read.on_host, written.on_host)

@@ -249,11 +249,9 @@ class OpenedChunks(ctypes.Structure):
     """`portakv_chunk_copies` of `core.h`."""
 
     _fields_ = (
-        ("kernels", ctypes.c_void_p),
+        ("by", Executor),
         ("caches", ctypes.c_void_p),
-        ("torch", ctypes.c_void_p),
         ("layouts", ctypes.c_void_p * 5),
-        ("current", ctypes.c_void_p),
         ("words", ctypes.c_void_p),
     )
 
