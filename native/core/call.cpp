@@ -64,7 +64,7 @@ End end_of(const portakv_copy_view &view) {
 struct Ids {
   portakv_ids list;
   bool on_host;
-  bool read;  // from a list of Python, into memory of the call's caller
+  bool read;  // into memory of the call's caller, which kernels reach
 };
 
 // Ids of the host that kernels of a device read: memory that both reach.
@@ -162,8 +162,8 @@ bool placed(const Ids &ids, bool device_is_host) {
 }
 
 // Give checked ids to the kernels of a device.
-void place(const Ids &ids, bool device_is_host, Room &room, End &end) {
-  const portakv_ids &list = ids.list;
+void place(Ids &ids, bool device_is_host, Room &room, End &end) {
+  portakv_ids &list = ids.list;
   if (list.data == nullptr) return;
   if (placed(ids, device_is_host)) {
     end.rows.ids = reinterpret_cast<intptr_t>(list.data);
@@ -178,6 +178,9 @@ void place(const Ids &ids, bool device_is_host, Room &room, End &end) {
   end.rows.ids = reinterpret_cast<intptr_t>(out);
   end.rows.wide = 1;
   end.rows.offset = list.offset % list.step;
+  ids.read = true;
+  list.data = out;
+  list.width = 8;
 }
 
 // --- Memory -----------------------------------------------------------------------------------

@@ -236,9 +236,10 @@ class ChunkCopies:
         rows = ChunkRows(self._layouts[chunk.itemsize], chunk, described)
         if index is not None:
             index = index.shifted(start - index.offset)
-            move = Move(rows.view, cache, CONSECUTIVE, index, tokens)
+            view = rows.view
+            move = Move(view, cache, CONSECUTIVE, index, tokens)
             if store:
-                move = Move(cache, rows.view, index, CONSECUTIVE, tokens)
+                move = Move(cache, view, index, CONSECUTIVE, tokens)
             transfer = _by_ids(self._choice, move, unit, tokens > unit * units, self._owner)
         else:
             skips = tokens > unit * units  # then both sides have numbers

@@ -199,7 +199,9 @@ class CudaLink:
         to_device = dst.form.place == "device"
 
         def submit() -> Fault | None:
-            return self.core.submit(pieces, self._crossing(to_device, stream))
+            handle = cuda.raw(stream, self.device.index)
+            crossing = pack_crossing(to_device, handle, self.aside, *rules())
+            return self.core.submit(pieces, crossing)
 
         self.ordered(submit)
 
@@ -262,10 +264,6 @@ class CudaLink:
         if fault is not None:
             self.refuse(fault)
 
-    def crossing(self, to_device: bool, handle: int) -> tuple[int, ...]:
-        """Return the words of a stream that pieces cross on, and of the rules."""
-        return to_device, handle, self.aside, *rules()
-
     def rows(
         self,
         plan: array[int],
@@ -307,9 +305,6 @@ class CudaLink:
             return 0
         self._other_stream: torch.Stream = own_stream(self.device)
         return cuda.raw(self._other_stream, self.device.index)
-
-    def _crossing(self, to_device: bool, stream: torch.Stream | None) -> bytes:
-        return pack_crossing(*self.crossing(to_device, cuda.raw(stream, self.device.index)))
 
     def refuse(self, fault: Fault) -> NoReturn:
         """Raise the error of a call that the driver refused."""
