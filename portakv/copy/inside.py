@@ -287,9 +287,11 @@ def copied(
     read = _side(src_ids, src_step)
     written = _side(dst_ids, dst_step)
     tokens = _tokens(read, written, src) if count is None else count
-    if type(tokens) is not int or not 0 < tokens < PAST_ANY_VIEW:
-        return None
-    if not (read.step and written.step):
+    if (
+        type(tokens) is not int
+        or not 0 < tokens < PAST_ANY_VIEW
+        or not (read.step and written.step)
+    ):
         return None
     if by_block and (read.step, written.step) != (src_step or 1, dst_step or 1):
         return None  # an index of something else than blocks
@@ -300,8 +302,11 @@ def copied(
     listed = TO_THE_END if count is None else tokens
     made: tuple[Transfer, int] | None = None
     if src.device == dst.device:
-        choice = _inside(src, dst, options)
-        if choice is None:
+        if options.terms is not None or src.form.place in _AWAY or dst.form.place in _AWAY:
+            return None  # no launch of a backend makes it
+        try:
+            choice = choose(src.device, options.backend)
+        except PortaKVError:  # the general way says it after it has looked at the ids
             return None
         kernels = choice.backend.row_kernels
         if kernels is None or many:  # a launch reads an index on the device
@@ -459,17 +464,6 @@ def has_tables(device: torch.device, views: Sequence[KVView]) -> bool:
     """Return True if the tables of addresses of views lie on a device. That of pinned memory is on
     the host, which kernels do not reach by its address."""
     return all(view.table.device == device for view in views)
-
-
-def _inside(src: KVView, dst: KVView, options: CopyOptions) -> Choice | None:
-    """Return what copies inside a device, or on the host; None: it is not a backend's launch."""
-    if options.terms is not None or src.form.place in _AWAY or dst.form.place in _AWAY:
-        return None
-    try:
-        choice = choose(src.device, options.backend)
-    except PortaKVError:  # the general way says it after it has looked at the ids
-        return None
-    return choice
 
 
 def _launched(

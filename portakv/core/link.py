@@ -147,24 +147,21 @@ class Link:
         pointers = array("q", [each.__array_interface__["data"][0] for each in arrays])
         fault = Fault()
         at = pointers.buffer_info()[0]
-        if _functions().submit(self.address, at, arrays[0].size, crossing, _at(fault)):
+        reported = ctypes.addressof(fault)
+        if _functions().submit(self.address, at, arrays[0].size, crossing, reported):
             return _refused(fault)
         return None
 
     def rows(self, copy: bytes) -> Fault | None:
         """Submit a copy of rows, by `pack_copy`."""
         fault = Fault()
-        if _functions().rows(self.address, copy, _at(fault)):
+        if _functions().rows(self.address, copy, ctypes.addressof(fault)):
             return _refused(fault)
         return None
 
     def __del__(self) -> None:
         if getattr(self, "address", 0):
             self._close(self.address)
-
-
-def _at(fault: Fault) -> int:
-    return ctypes.addressof(fault)
 
 
 def _refused(fault: Fault) -> Fault:

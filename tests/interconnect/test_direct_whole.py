@@ -49,6 +49,10 @@ def views(downward: bool) -> tuple[KVView, KVView]:
     return put(rows, "device"), put(host, "pinned")
 
 
+def version_of(view: KVView) -> int:
+    return int(view.tensors._version)
+
+
 def opened_at(view: KVView, device: int) -> OpenedView:
     """Return a view for the core, as one of the device of this number of DLPack."""
     with pytest.MonkeyPatch.context() as patch:
@@ -87,13 +91,13 @@ def test_bytes_are_those_of_numpy(
         end = CopyEnd(room.__array_interface__["data"][0], ROOM)
         opened = [opened_at(view, 2 if view is rows else 1) for view in (src, dst)]
         sides = *[each.address for each in opened], *ids, SIZE, SIZE, 0, 0, count * SIZE
-        version = dst.tensors._version
+        before = version_of(dst)
         sides = *sides, *launch.terms(host, True)
         result = whole.copy(rows, host, sides, ctypes.addressof(end), 7)
     assert result >> TOKENS == count * SIZE
     assert bool(result & SKIPS) == any(min(pair) < 0 for pair in pairs)
     assert torch.equal(blocks[dst], expected)
-    assert dst.tensors._version == version + 1
+    assert version_of(dst) == before + 1
     assert {stream for _, _, stream in driver.launches} == {7}
 
 
