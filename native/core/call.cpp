@@ -758,7 +758,7 @@ Object check_chunk(const Python &python, Arguments arguments) {
                   pair.reader.answer());
 }
 
-// --- Across the link ------------------------------------------------------------------------------
+// --- Across the link --------------------------------------------------------------------------
 
 // Return the positions of a side whose ids lie in the host's memory.
 Positions positions_of(const portakv_copy_view &view, const End &end, int64_t count) {
@@ -796,12 +796,15 @@ int64_t groups_of(const Positions &src, const Positions &dst, int64_t count, int
 struct PickTerms {
   const double *costs;
   int64_t out;
-  int64_t new_ids;
+  int64_t flags;
 
   explicit PickTerms(Arguments &arguments)
       : costs(arguments.pointer<const double>()),
         out(arguments.number()),
-        new_ids(arguments.number()) {}
+        flags(arguments.number()) {}
+
+  bool new_ids() const { return (flags & 1) != 0; }
+  bool reached() const { return (flags & 2) == 0; }
 };
 
 // A copy between a device and pinned memory.
@@ -823,7 +826,7 @@ class Across {
     std::memcpy(&copies, crossings_.picked, sizeof copies);
     const auto picked = [&](int64_t groups, int64_t host_groups) {
       const int64_t answer = portakv::pick(copies, terms.costs, groups, host_groups, copy_.count,
-                                           terms.out, 0, terms.new_ids != 0);
+                                           terms.out, 0, terms.new_ids());
       require(answer >= 0);
       return answer;
     };
@@ -851,8 +854,8 @@ class Across {
 
   // Copy by calls of the driver, as the words of a CrossingPlan say.
   int64_t by_driver(const Python &python, const int64_t *plan, const int64_t *staging,
-                    const int64_t *uncrossed) {
-    require(!pair_.found.skips && pair_.count < kMostTokens);
+                    const Uncrossed *uncrossed) {
+    require(pair_.count < kMostTokens);
     check_units(pair_.from, pair_.to, pair_.count, crossings_.unit);
     // The forms fit each other: there is a plan.
     check_ends(pair_.from, pair_.to, read_form(pair_.from.form).parts.size());
@@ -871,7 +874,7 @@ class Across {
     call.before = call.stream;
     call.aside = crossings_.aside;
     call.end = reinterpret_cast<intptr_t>(means_.at);
-    if (uncrossed != nullptr) std::memcpy(&call.edged, uncrossed, kUncrossedWords * sizeof *uncrossed);
+    if (uncrossed != nullptr) call.uncrossed = *uncrossed;
     portakv_link_fault fault{};
     void *const thread = python.leave();  // a driver with a full queue blocks
     const int64_t code =
@@ -885,8 +888,6 @@ class Across {
   }
 
  private:
-  static constexpr size_t kUncrossedWords = 7;
-
   const portakv_crossings &crossings_;
   Pair &pair_;
   Means &means_;
@@ -897,7 +898,7 @@ int64_t copy_across(const Python &python, Arguments arguments) {
   const auto &crossings = *arguments.pointer<const portakv_crossings>();
   Pair pair(python, *crossings.by.torch, arguments);
   const PickTerms terms(arguments);
-  const auto *uncrossed = arguments.pointer<const int64_t>();
+  const auto *uncrossed = arguments.pointer<const Uncrossed>();
   const auto *staging = arguments.pointer<const int64_t>();
   Means means(arguments, python, crossings.by.current);
   if (!means.named) return PORTAKV_COPY_STREAM;
@@ -908,9 +909,10 @@ int64_t copy_across(const Python &python, Arguments arguments) {
   const int64_t answer = across.pick(terms);
   const int64_t strategy = answer & 15;
   int64_t result = PORTAKV_COPY_PREPARE - strategy;
-  if (strategy == kZeroCopy && crossings.by.kernels != nullptr) {
+  if (strategy == kZeroCopy && crossings.by.kernels != nullptr && terms.reached()) {
     result = across.by_kernels(python);
   } else if (strategy == kStaged || strategy == kBatchedMemcpy) {
+    require(!pair.found.skips);
     const int64_t *const plan = crossings.plans[strategy == kStaged ? 0 : 1];
     const bool ready = plan != nullptr && (strategy != kStaged || staging != nullptr);
     if (ready) result = across.by_driver(python, plan, staging, uncrossed);

@@ -611,9 +611,10 @@ typedef struct portakv_chunk_copies {
 // 6: copy between a device and pinned memory, by ids on the host.
 //   crossings   a portakv_crossings
 //   src .. count  as of 1
-//   costs, out, new_ids  for the pick; see `portakv_pick_copy`
-//   uncrossed   words: 1 if the edges of allocations are listed, then three lists of addresses as of
-//               `portakv_pieces_list`; 0: none are listed
+//   costs, out  for the pick; see `portakv_pick_copy`
+//   flags       1 if the ids are new, plus 2 if Python has to look at the host's memory before a
+//               kernel reaches it: `zero_copy` is then not prepared
+//   uncrossed   an Uncrossed (link.h); 0: no addresses are listed
 //   staging     the StagingBuffers (link.h) of the stream; 0: `staged` is not prepared
 // Then for all three
 //   end         a portakv_copy_end; 0: one without memory and event

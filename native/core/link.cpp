@@ -514,12 +514,13 @@ class RowsCrossing {
     if (plan_.kernels == 0) {
       PiecesRequest request = request_of(copy_.src, copy_.dst, copy_.count);
       request.merged = plan_.merged;
-      request.edged = call_.edged;
+      request.edged = call_.uncrossed.edged;
       submit(request, call_.stream);
     } else {
       in_slices(fault);
     }
-    if (end_ != nullptr) check(end_->record(end_->event, handle_of(call_.stream)), PORTAKV_LINK_EVENT);
+    if (end_ == nullptr) return;
+    check(end_->record(end_->event, handle_of(call_.stream)), PORTAKV_LINK_EVENT);
   }
 
  private:
@@ -635,9 +636,9 @@ class RowsCrossing {
     request.limits = plan_.limits;
     request.src_whole = copy_.src_whole;
     request.dst_whole = copy_.dst_whole;
-    request.registered = call_.registered;
-    request.src_edges = call_.edges[0];
-    request.dst_edges = call_.edges[1];
+    request.registered = call_.uncrossed.registered;
+    request.src_edges = call_.uncrossed.edges[0];
+    request.dst_edges = call_.uncrossed.edges[1];
     return request;
   }
 

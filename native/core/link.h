@@ -206,6 +206,13 @@ struct CheckedCopy {
 };
 static_assert(sizeof(CheckedCopy) == 25 * sizeof(int64_t), "a copy is words");
 
+// Addresses that no piece crosses; see `PiecesRequest`. Words: the members.
+struct Uncrossed {
+  int64_t edged;
+  Edges registered;
+  Edges edges[2];  // of the allocations of the host's rows, or of both sides
+};
+
 // One copy. Words: the members.
 struct CrossingCopy {
   int64_t plan;     // pointer to a CrossingPlan
@@ -215,10 +222,7 @@ struct CrossingCopy {
   int64_t before;  // the stream whose present work comes before the slices
   int64_t aside;   // see `Crossing`
   int64_t end;    // pointer to a portakv_copy_end whose event is recorded after the copy; 0: none
-  // See `PiecesRequest`; the edges are of the allocations of the host's rows, or of both sides.
-  int64_t edged;
-  Edges registered;
-  Edges edges[2];
+  Uncrossed uncrossed;
 };
 
 }  // namespace portakv

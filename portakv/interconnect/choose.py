@@ -261,12 +261,16 @@ class HostLaunch(StrategyLaunch):
         launch = self.prepared(strategy)
         return launch.described(words, strategy) if isinstance(launch, StrategyLaunch) else None
 
-    def terms(self, host: KVView, new: bool) -> tuple[int, int, bool]:
+    def terms(self, host: KVView, new: bool, look: bool = False) -> tuple[int, int, int]:
         out = self._unfit
+        unknown = 0
         direct = self.strategies.get(ZeroCopy.name)
-        if direct is not None and direct.refuses(host):
-            out |= BITS[ZeroCopy.name]
-        return costs_of(self.device).addresses[self.direction], out, new
+        if isinstance(direct, ZeroCopy) and not direct.reaches(host):
+            if not look:
+                unknown = 2
+            elif direct.refuses(host):
+                out |= BITS[ZeroCopy.name]
+        return costs_of(self.device).addresses[self.direction], out, new | unknown
 
     def picked(self, answer: int) -> tuple[str, str]:
         picked = self._rules.worded(answer, self.out)

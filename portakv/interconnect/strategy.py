@@ -161,12 +161,13 @@ class StrategyLaunch(MoveLaunch):
         """
         return submit(0)
 
-    def terms(self, host: KVView, new: bool) -> tuple[int, int, bool]:
-        """Return what the pick of a copy depends on: costs, strategies that are out, ``new``.
+    def terms(self, host: KVView, new: bool, look: bool = False) -> tuple[int, int, int]:
+        """Return what the pick of a copy depends on: costs, strategies that are out, flags.
 
         Args:
             host: the view of the host.
             new: ids are a caller's for one call.
+            look: ask the driver whether kernels reach the host's memory.
         """
         return 0, 0, new
 
@@ -236,6 +237,8 @@ class WholeCopies:
         number = PREPARE - result
         if 0 <= number < len(ORDER):
             strategy = ORDER[number]
+            if strategy == "zero_copy":
+                sides = *sides[:-3], *self.launch.terms(host, bool(sides[-1] & 1), look=True)
             if self._link is not None:  # no graph is captured
                 self.words.aside = self._link.aside
             launch = self.launch.described(self.words, strategy)

@@ -199,6 +199,10 @@ class ZeroCopy(Strategy):
     def refuses(self, host: KVView) -> str:
         return unreached(host, self.device)
 
+    def reaches(self, host: KVView) -> bool:
+        """Return True if the driver has said so before."""
+        return (_REACHED, self.device) in host.derived
+
     def prepare(self, plan: CopyPlan) -> Launch:
         kernels = [ZeroCopyKernel(plan, nest, self.terms) for nest in range(plan.words[1])]
         table = self.kernels[plan.src.place].table

@@ -125,12 +125,13 @@ class Direct(ZeroCopy):
 def test_the_core_picks_as_the_launch_does(monkeypatch: pytest.MonkeyPatch) -> None:
     with strategies(monkeypatch, zero_copy=f"{__name__}:Direct"):
         launch, move = ready(2)
-        costs, out, new = launch.terms(move.dst, new=True)
-        answer = pick_copy()(launch.picked_at, costs, 1, 1, move.count, out, 0, new)
+        costs, out, flags = launch.terms(move.dst, new=True)
+        assert flags == 3  # the driver is asked if the kernel is picked
+        answer = pick_copy()(launch.picked_at, costs, 1, 1, move.count, out, 0, True)
         assert launch.picked(answer) == launch.pick(move)
+        assert launch.terms(move.dst, True, look=True) == (costs, out, 1)
         monkeypatch.setattr(Direct, "refuses", lambda *_: "it does not reach it")
-        _, without, _ = launch.terms(move.dst, new=True)
-        assert without == out | BITS["zero_copy"]
+        assert launch.terms(move.dst, True, look=True) == (costs, out | BITS["zero_copy"], 1)
 
 
 def test_it_can_do_what_its_strategies_can() -> None:
