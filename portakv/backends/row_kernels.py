@@ -34,16 +34,14 @@ class RowKernels:
 
     Attributes:
         table: the core's table of the kernels.
-        address: of the table.
         carried: what executes their copies, and why.
         ends: of copies; None: work has ended when a launch returns.
-        executor: what the core reads of the kernels.
+        executor: what the core reads of the kernels; ``executor_at`` is its address.
         process: that uses the driver, which need not survive a fork.
     """
 
     def __init__(self, driver: KernelDriver, device: torch.device, name: str) -> None:
         self.table = Kernels(driver.entry)
-        self.address = self.table.address
         self.carried = name, TAKES
         self._driver = driver
         self._device = device
@@ -53,7 +51,7 @@ class RowKernels:
         self._names = _current_stream(driver, device)
         current = None if self._names is None else ctypes.addressof(self._names)
         reader = plain_reader()
-        self.executor = Executor(self.address, reader.address if reader else None, current)
+        self.executor = Executor(self.table.address, reader.address if reader else None, current)
         self.executor_at = ctypes.addressof(self.executor)
         self.ends = ends_of(driver, device)
 

@@ -196,9 +196,7 @@ class ChunkCopies:
         if issued is None:
             return None
         at, result = issued
-        completions: tuple[Completion, ...] = ()
-        if at is not None:
-            completions = (at.completion(result, ids, self._owner),)
+        completions = () if at is None else (at.completion(result, ids, self._owner),)
         transfer = Transfer(completions, (chunk, ids, self._cache), kernels.carried)
         counts = Counted.counts
         if counts is not None:
@@ -452,10 +450,8 @@ def _copy_across(
         return None
     end, result = issued
     ids = read.ids, written.ids
-    completions: tuple[Completion, ...] = ()
-    if end is not None:
-        # No allocator orders the host's memory, which the opened view has.
-        completions = (end.completion_across((ids, opened(host))),)
+    # No allocator orders the host's memory, which the opened view has.
+    completions = () if end is None else (end.completion_across((ids, opened(host))),)
     carried = whole.launch.picked(result >> ANSWER & PICKED) or carried
     return Transfer(completions, (src, dst, ids), carried), result
 

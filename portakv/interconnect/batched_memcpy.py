@@ -13,7 +13,14 @@ from portakv.backends.row_kernels import RowKernels
 from portakv.core.call import Crossings
 from portakv.core.pick import ORDER
 from portakv.interconnect.link import CudaLink, link_of, uncut
-from portakv.interconnect.strategy import PINNED, Move, Strategy, StrategyLaunch
+from portakv.interconnect.strategy import (
+    PINNED,
+    Cross,
+    Move,
+    Strategy,
+    StrategyLaunch,
+    cross_plainly,
+)
 from portakv.plan.plan import CopyPlan
 from portakv.runtime import streams
 
@@ -53,11 +60,11 @@ class _BatchedMemcpyLaunch(StrategyLaunch):
     def row_kernels(self) -> RowKernels | None:
         return self._strategy.half.backend.row_kernels
 
-    def described(self, words: Crossings, strategy: str) -> StrategyLaunch | None:
+    def described(self, words: Crossings, strategy: str) -> Cross | None:
         if self.bare.words is None:
             return None
         words.plans[ORDER.index(strategy)] = self.bare.words.buffer_info()[0]
-        return self
+        return cross_plainly
 
     def enqueue(self, move: Move, stream: torch.Stream | None, status: torch.Tensor | None) -> None:
         try:

@@ -12,7 +12,6 @@ from __future__ import annotations
 import logging
 import threading
 from array import array
-from collections.abc import Mapping
 from typing import cast
 
 import torch
@@ -27,6 +26,7 @@ from portakv.interconnect.link import by_torch, link_of
 from portakv.interconnect.pick import Explained, Pick, Rules, none_left, pick
 from portakv.interconnect.pieces import RunCounter
 from portakv.interconnect.strategy import (
+    Cross,
     Strategy,
     StrategyLaunch,
     Terms,
@@ -165,23 +165,25 @@ class HostLaunch(StrategyLaunch):
             strategies = tuple(self.strategies.items())
             unfit = [name for name, each in strategies if not each.capabilities().guards]
             out = {**dict.fromkeys(unfit, "it takes no ids that are to be guarded"), **out}
+        waits, new_ids = self._conditions(move)
+
+        def pick_by(groups: int, host_groups: int) -> Pick:
+            costs = costs_of(self.device).addresses[self.direction]
+            unfit = set_of(out)
+            of_ids = groups, host_groups, move.count
+            answer = self._choose(self.picked_at, costs, *of_ids, unfit, waits, new_ids)
+            return self._rules.worded(answer, out)
+
         while True:
-            picked = self._pick(move, out, quick)
+            # More runs cost every other strategy more, and the kernel as much as before.
+            picked = pick_by(1, 1) if quick else None
+            if picked is None or picked.strategy != "zero_copy":
+                picked = pick_by(*self._groups(move))
             strategy = self.strategies.get(picked.strategy)  # another thread may have removed it
             why = strategy.refuses(host) if strategy is not None else ""
             if not why:
                 return picked
             out = {**out, picked.strategy: why}
-
-    def _pick(self, move: Move, out: Mapping[str, str], quick: bool) -> Pick:
-        """Pick as `pick` does, without the strategies in ``out``."""
-        waits, new_ids = self._conditions(move)
-        if quick:
-            # More runs cost every other strategy more, and the kernel as much as before.
-            picked = self._pick_by(move.count, 1, 1, out, waits, new_ids)
-            if picked.strategy == "zero_copy":
-                return picked
-        return self._pick_by(move.count, *self._groups(move), out, waits, new_ids)
 
     def explain(self, move: Move) -> Explained:
         """Return the pick for a transfer with the cost by each strategy; raise as `pick` does."""
@@ -205,10 +207,19 @@ class HostLaunch(StrategyLaunch):
         """Return the strategies that would wait for a device, and whether the ids are new."""
         rows, host, device_index, host_index = self.ends(move)
         count = move.count
+        # The ids need no guard; a strategy without a guard reads other ids back.
         clean = device_index.is_clean(count, rows.slots) and host_index.is_clean(count, host.slots)
-        waits = self._waiting(
-            known_to_host(rows, device_index), known_to_host(host, host_index), clean
-        )
+        rows_known = known_to_host(rows, device_index)
+        host_known = known_to_host(host, host_index)
+        waits = 0
+        if not (rows_known and host_known):
+            known = {"none": True, "host": host_known, "both": False}
+            # Another thread may remove a strategy meanwhile.
+            waits = set_of(
+                name
+                for name, strategy in tuple(self.strategies.items())
+                if not known[strategy.reads] or not (clean or strategy.capabilities().guards)
+            )
         return waits, move.src_index.temporary or move.dst_index.temporary
 
     def _groups(self, move: Move) -> tuple[int, int]:
@@ -217,47 +228,13 @@ class HostLaunch(StrategyLaunch):
         groups = self._both.groups(move.src_index, move.dst_index, move.count)
         return groups, self._of_host.groups(host_index, host_index, move.count)
 
-    def _pick_by(
-        self,
-        count: int,
-        groups: int,
-        host_groups: int,
-        out: Mapping[str, str],
-        waits: int,
-        new_ids: bool,
-    ) -> Pick:
-        """Pick for so many groups of neighbours on both sides together, and on the host."""
-        costs = costs_of(self.device).addresses[self.direction]
-        unfit = self._unfit if out is self.out else set_of(out)
-        answer = self._choose(
-            self.picked_at, costs, groups, host_groups, count, unfit, waits, new_ids
-        )
-        return self._rules.worded(answer, out)
-
-    def _waiting(self, rows: bool, host: bool, clean: bool) -> int:
-        """Return the set of strategies that would wait for a device.
-
-        ``rows`` and ``host``: the host knows the addresses and ids of the device's rows, and of its
-        own. ``clean``: the ids need no guard; a strategy without a guard reads other ids back.
-        """
-        if rows and host:
-            return 0
-        known = {"none": True, "host": host, "both": rows and host}
-        # Another thread may remove a strategy meanwhile.
-        strategies = tuple(self.strategies.items())
-        return set_of(
-            name
-            for name, strategy in strategies
-            if not known[strategy.reads] or not (clean or strategy.capabilities().guards)
-        )
-
     def row_kernels(self) -> RowKernels | None:
         direct = self.strategies.get(ZeroCopy.name)
         if isinstance(direct, ZeroCopy):
             return direct.kernels[self.plan.src.place]
         return self._host.half.backend.row_kernels
 
-    def described(self, words: Crossings, strategy: str) -> StrategyLaunch | None:
+    def described(self, words: Crossings, strategy: str) -> Cross | None:
         launch = self.prepared(strategy)
         return launch.described(words, strategy) if isinstance(launch, StrategyLaunch) else None
 

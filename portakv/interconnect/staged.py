@@ -29,6 +29,7 @@ from portakv.interconnect.slices import BothStages, Sizes, SlicedRows, Stages
 from portakv.interconnect.staging import Staging, staging
 from portakv.interconnect.strategy import (
     PINNED,
+    Cross,
     Move,
     Strategy,
     StrategyLaunch,
@@ -116,7 +117,7 @@ class StagedCrossing:
         return staging(self._device, torch.accelerator.current_stream(self._device.index))
 
     def cross(self, submit: Callable[[int], int], end: int) -> int:
-        """Submit a copy, as `StrategyLaunch.cross` does."""
+        """Submit a copy; see `Cross`."""
         buffers = self._buffers()
         with buffers.lock:
             result = submit(buffers.words.buffer_info()[0])
@@ -228,15 +229,12 @@ class StagedLaunch(StrategyLaunch):
     def row_kernels(self) -> RowKernels | None:
         return self._strategy.half.backend.row_kernels
 
-    def described(self, words: Crossings, strategy: str) -> StrategyLaunch | None:
-        plan = None if self._crossing is None or self._detached else self._crossing.words
-        if plan is None:
+    def described(self, words: Crossings, strategy: str) -> Cross | None:
+        crossing = self._crossing
+        if crossing is None or self._detached or crossing.words is None:
             return None
-        words.plans[ORDER.index(strategy)] = plan.buffer_info()[0]
-        return self
-
-    def cross(self, submit: Callable[[int], int], end: int) -> int:
-        return OTHERWISE if self._crossing is None else self._crossing.cross(submit, end)
+        words.plans[ORDER.index(strategy)] = crossing.words.buffer_info()[0]
+        return crossing.cross
 
     def enqueue(self, move: Move, stream: torch.Stream | None, status: torch.Tensor | None) -> None:
         host = move.dst if self.downward else move.src

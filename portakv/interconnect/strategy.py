@@ -116,6 +116,16 @@ class Strategy(Backend):
         return self._half
 
 
+#: Submit a copy by the core, and return the core's result. The arguments are what submits it, given
+#: the address of the words of buffers or 0, and the address of the copy's `portakv_copy_end`.
+Cross: TypeAlias = Callable[[Callable[[int], int], int], int]
+
+
+def cross_plainly(submit: Callable[[int], int], end: int) -> int:
+    """Submit a copy that needs no buffers."""
+    return submit(0)
+
+
 class StrategyLaunch(MoveLaunch):
     """A launch across the link.
 
@@ -147,19 +157,10 @@ class StrategyLaunch(MoveLaunch):
         kernels = self.row_kernels()
         return None if kernels is None else WholeCopies(self, kernels, link_of(self.device))
 
-    def described(self, words: Crossings, strategy: str) -> StrategyLaunch | None:
-        """Write what the core needs for copies by a strategy, and return its launch; None: the core
-        does not make them."""
+    def described(self, words: Crossings, strategy: str) -> Cross | None:
+        """Write what the core needs for copies by a strategy, and return what submits one; None:
+        the core does not make them."""
         return None
-
-    def cross(self, submit: Callable[[int], int], end: int) -> int:
-        """Submit a copy by the core, once it is `described`; return the core's result.
-
-        Args:
-            submit: submits it, given the address of the words of buffers; 0: it needs none.
-            end: the address of the copy's `portakv_copy_end`.
-        """
-        return submit(0)
 
     def terms(self, host: KVView, new: bool, look: bool = False) -> tuple[int, int, int]:
         """Return what the pick of a copy depends on: costs, strategies that are out, flags.
@@ -241,13 +242,13 @@ class WholeCopies:
                 sides = *sides[:-3], *self.launch.terms(host, bool(sides[-1] & 1), look=True)
             if self._link is not None:  # no graph is captured
                 self.words.aside = self._link.aside
-            launch = self.launch.described(self.words, strategy)
-            if launch is None:
+            cross = self.launch.described(self.words, strategy)
+            if cross is None:
                 return OTHERWISE
             # Without several allocations there are no edges besides those of registrations.
             if strategy == "staged" and host.entries > 1:
                 uncrossed = Uncrossed(host)
-            result = launch.cross(submit, end)
+            result = cross(submit, end)
         if result == EDGES:
             uncrossed = Uncrossed(rows, host)
             result = submit()

@@ -25,10 +25,12 @@ from portakv.errors import Unsupported
 from portakv.interconnect.strategy import (
     PINNED,
     SMALL,
+    Cross,
     Move,
     Strategy,
     StrategyLaunch,
     Terms,
+    cross_plainly,
 )
 from portakv.plan.plan import CopyPlan
 from portakv.registry.prepared import bring_table
@@ -254,9 +256,9 @@ class _ZeroCopyLaunch(StrategyLaunch):
     def row_kernels(self) -> RowKernels:
         return self._kernels
 
-    def described(self, words: Crossings, strategy: str) -> StrategyLaunch | None:
-        words.by.kernels = self._kernels.address
-        return self
+    def described(self, words: Crossings, strategy: str) -> Cross | None:
+        words.by.kernels = self._kernels.table.address
+        return cross_plainly
 
     def enqueue(self, move: Move, stream: torch.Stream | None, status: torch.Tensor | None) -> None:
         host = move.dst if self.downward else move.src

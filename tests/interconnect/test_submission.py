@@ -49,7 +49,7 @@ from portakv.interconnect.pieces import RunCounter
 from portakv.interconnect.slices import BothStages, Sizes
 from portakv.interconnect.staged import StagedCrossing
 from portakv.interconnect.staging import DETACHED_RING, RING, DenseRows, Staging, cached_staging
-from portakv.interconnect.strategy import StrategyLaunch, Terms, WholeCopies
+from portakv.interconnect.strategy import Cross, StrategyLaunch, Terms, WholeCopies
 from portakv.plan.move import Move
 from portakv.runtime import cuda
 from portakv.view.form import plain_reader
@@ -367,15 +367,12 @@ class Slices(StrategyLaunch):
         super().__init__(rig.stages.plan, CPU)
         self._crossing = rig.crossing()
 
-    def described(self, words: Crossings, strategy: str) -> StrategyLaunch | None:
+    def described(self, words: Crossings, strategy: str) -> Cross | None:
         plan = self._crossing.words
         if plan is None:
             return None
         words.plans[ORDER.index(strategy)] = plan.buffer_info()[0]
-        return self
-
-    def cross(self, submit: Callable[[int], int], end: int) -> int:
-        return self._crossing.cross(submit, end)
+        return self._crossing.cross
 
 
 class Unprepared(StrategyLaunch):
