@@ -105,7 +105,9 @@ class Staging:
         #: Makes the error of what is in flight, or comes later, from `release` on.
         self._over: Callable[[str], PeerError] | None = None
         self._lock = threading.RLock()  # a connection that ends inside of `lane` calls `release`
-        #: Of pulls: buffers are filled in the order of the requests for them.
+        #: Of pulls that take slices at the same time, as many as there are buffers.
+        self.places = Limit(self._runtime, count)
+        #: Of pulls that request slices: buffers are filled in the order of the requests for them.
         self.turn = Limit(self._runtime)
         self.met: Lane | None = None  # the lane that the owner knows
         self.tag = 0  # of the last slice that was requested

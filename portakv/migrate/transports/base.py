@@ -10,8 +10,8 @@ converts nothing. The library calls a transport in this order:
    the same name. The owner's channel serves the messages in ``asks`` from then on.
 3. `Transport.lane` returns the `Lane` to one peer, and creates the lane at the first call. The
    channel closes the lane when the peer is gone.
-4. `Lane.move` queues one buffer and returns a `Moving` without blocking. The owner calls it in its
-   worker for gathers, the reader in a worker of its pull. Both pass the buffers of one peer in one
+4. `Lane.move` queues one buffer and returns a `Moving` without blocking. Helper threads call it,
+   and a reader's loop for buffers of the host. Both sides pass the buffers of one peer in one
    order.
    The reader calls `Lane.meet` first, before it requests rows from the owner.
 5. `Lane.carry` runs in a thread of the lane and moves the bytes. It may send messages in ``asks``
