@@ -64,8 +64,15 @@ class StagingBuffer:
             self.chunks = Chunks(self.memory)
 
 
-class Takes(Protocol):
-    """Takes slices for a pull."""
+class Taker(Protocol):
+    """A coroutine that takes the rows of an offer for a pull, in slices."""
+
+    @property
+    def has_crossed(self) -> bool:
+        """Return True if all bytes have left the owner's memory."""
+
+    def done(self) -> bool:
+        """Return True once nothing of this is in flight."""
 
     @property
     def over(self) -> bool:
@@ -112,7 +119,7 @@ class Staging:
         self.met: Lane | None = None  # the lane that the owner knows
         self.tag = 0  # of the last slice that was requested
         #: What takes slices of this owner now; see `staged_reader.StagedReceiver`.
-        self.takers = set[Takes]()
+        self.takers = set[Taker]()
         self.history = PullHistory()
         #: The free buffers; the last used is taken first. Steps change them.
         self.buffers = [StagingBuffer(staging(0, device), rows) for _ in range(count)]
