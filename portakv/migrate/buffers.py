@@ -64,8 +64,15 @@ class StagingBuffer:
             self.chunks = Chunks(self.memory)
 
 
-class Takes(Protocol):
-    """Takes slices for a pull."""
+class Taker(Protocol):
+    """A coroutine that takes the rows of an offer for a pull, in slices."""
+
+    @property
+    def has_crossed(self) -> bool:
+        """Return True if all bytes have left the owner's memory."""
+
+    def done(self) -> bool:
+        """Return True once nothing of this is in flight."""
 
     @property
     def over(self) -> bool:
@@ -105,12 +112,14 @@ class Staging:
         #: Makes the error of what is in flight, or comes later, from `release` on.
         self._over: Callable[[str], PeerError] | None = None
         self._lock = threading.RLock()  # a connection that ends inside of `lane` calls `release`
-        #: Of pulls: buffers are filled in the order of the requests for them.
+        #: Of pulls that take slices at the same time, as many as there are buffers.
+        self.places = Limit(self._runtime, count)
+        #: Of pulls that request slices: buffers are filled in the order of the requests for them.
         self.turn = Limit(self._runtime)
         self.met: Lane | None = None  # the lane that the owner knows
         self.tag = 0  # of the last slice that was requested
         #: What takes slices of this owner now; see `staged_reader.StagedReceiver`.
-        self.takers = set[Takes]()
+        self.takers = set[Taker]()
         self.history = PullHistory()
         #: The free buffers; the last used is taken first. Steps change them.
         self.buffers = [StagingBuffer(staging(0, device), rows) for _ in range(count)]

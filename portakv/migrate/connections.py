@@ -197,7 +197,7 @@ def _check(address: str, handshake: Handshake) -> None:
 _HOST = torch.device("cpu")
 FAREWELL = 0.5  # seconds for the last message to all owners
 ANY = bytes(16)  # the epoch of whoever has an address: no owner has it, and no ticket
-MOST_BUFFERS = 64  # staging buffers of an owner; each has a worker here
+MOST_BUFFERS = 64  # staging buffers of an owner, and pulls that take its rows at the same time
 
 
 class Connection:

@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from time import monotonic, perf_counter
-from typing import Protocol, TypeAlias, cast
+from typing import TypeAlias, cast
 
 import torch
 
@@ -28,6 +28,7 @@ from portakv.errors import (
     TransferError,
     TransferTimeout,
 )
+from portakv.migrate.buffers import Taker
 from portakv.migrate.connections import Source, Sources
 from portakv.migrate.crossed import Crossed, PullStatistics, joined_error
 from portakv.migrate.messages import REASONS, About, Answer, Check, Renew
@@ -72,17 +73,6 @@ class Requested:
     #: The errors of blocks that did not fit into packed slots. They do not stop the pull: all other
     #: blocks are moved, and one error then names these.
     unfit: list[PackOverflow] = field(default_factory=list)
-
-
-class Taker(Protocol):
-    """A coroutine that takes the rows of an offer from its owner."""
-
-    @property
-    def has_crossed(self) -> bool:
-        """Return True if all bytes have left the owner's memory."""
-
-    def done(self) -> bool:
-        """Return True once nothing of this is in flight."""
 
 
 class PartTransfer(Transfer):

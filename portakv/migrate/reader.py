@@ -896,9 +896,7 @@ class Issuer:
         sources = None if named else self.owners.resolve_connected(tickets)
         if sources is not None and not incomplete(sources):
             pull.sources = sources
-            issuing = self._issued(pull, request)
-            if self._waits(issuing, pull):
-                await self._finish(issuing, pull)
+            await self._finish(self._issued(pull, request), pull)
             return
 
         if sources is None and not named:
@@ -931,8 +929,7 @@ class Issuer:
             self.housekeeper.add(pull)
             await pull.fail(error)
             return True
-        if self._waits(issuing, pull):
-            await self._finish(issuing, pull)
+        await self._finish(issuing, pull)
         return True
 
     def _issued(self, pull: Pull, request: Request) -> Issuing:
@@ -943,15 +940,11 @@ class Issuer:
         pull.layers = [layer for layers in issuing.layers for layer in layers]
         return issuing
 
-    def _waits(self, issuing: Issuing, pull: Pull) -> bool:
-        """Return True if a pull has to wait; else have it looked after."""
-        if issuing.end():
-            return True
-        self.housekeeper.add(pull)
-        return False
-
     async def _finish(self, issuing: Issuing, pull: Pull) -> None:
-        """Begin the work of a pull that would block, wait for it, and commit the rows."""
+        """Have a pull looked after. If it has to wait, do so and commit the rows."""
+        if not issuing.end():
+            self.housekeeper.add(pull)
+            return
         try:
             await Wait(until=0.0)  # the rest runs in the loop
             await issuing.finish()

@@ -585,19 +585,15 @@ class Gathers:
                 return sent
             sending.begun += 1
             part = Filling(sending, sending.begun - 1, buffer)
-            await Work(self._bring_or_close, peer, line, part)
+            try:
+                await Work(self._bring, peer, line, part)
+            except Exception:  # a reader that waits for this part would take the next in its place
+                _log.exception("A staging buffer could not be sent; its reader gets an error.")
+                gone = PeerError("The owner could not send a buffer; it did not cross.")
+                await Work(sending.lane.close, gone)
         return None
 
     # --- in helpers
-
-    def _bring_or_close(self, peer: Peer, line: Line, part: Filling) -> None:
-        """Fill a buffer with a part and send it; close the lane if that fails."""
-        try:
-            self._bring(peer, line, part)
-        except Exception:  # a reader that waits for this part would take the next in its place
-            _log.exception("A staging buffer could not be sent; its reader gets an error.")
-            gone = PeerError("The owner could not send a buffer; it did not cross.")
-            part.sending.lane.close(gone)
 
     def _bring(self, peer: Peer, line: Line, filling: Filling) -> None:
         """Fill a buffer with a part and send it.

@@ -444,6 +444,14 @@ class StagedReceiver:
     # --- in the coroutine
 
     async def _run(self) -> None:
+        """Take all slices, after earlier pulls of the owner's rows."""
+        await self._stage.places.acquire()
+        try:
+            await self._take_or_stop()
+        finally:
+            self._stage.places.release()
+
+    async def _take_or_stop(self) -> None:
         """Take all slices; end after the last copy, with or without an error."""
         began = monotonic()
         stage = self._stage
