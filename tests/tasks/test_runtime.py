@@ -789,7 +789,7 @@ def test_a_cancelled_coroutine_waits_for_its_call_and_drops_one_that_has_not_beg
     assert sorted(made) == [*range(4)]
 
 
-def test_a_helper_does_the_first_work_that_its_step_wakes() -> None:
+def test_a_helper_does_the_last_work_that_its_step_wakes() -> None:
     """Other helpers do the rest. Coroutines that are woken go on after the step, one by one."""
     own = Runtime()
     order = list[str]()
@@ -817,7 +817,7 @@ def test_a_helper_does_the_first_work_that_its_step_wakes() -> None:
     for handle in in_other_thread(begin):
         handle.synchronize(LIMIT)
     assert order == ["first", "0", "1"]
-    assert threads["0"] == threads["first"]
+    assert threads["1"] == threads["first"]
 
 
 # --- coroutines that begin in the main thread
