@@ -203,7 +203,6 @@ class Announced:
         self.indices = dict[str, dict[str, Listed]]()
         self._graph = graph
         self._lock = threading.Lock()  # reports come from several tiers
-        self._beginning = threading.Lock()
         self._begun = False  # changes are announced
         self._number = 0
 
@@ -238,7 +237,7 @@ class Announced:
 
     def listen(self) -> Finished[Change]:
         """Return the changes of all indices, which are kept from the first call on."""
-        with self._beginning:  # two first calls
+        with self._graph.lock:  # two first calls
             if not self.changes.started:
                 self.changes.start()
                 for form, named in self.indices.items():

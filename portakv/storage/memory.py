@@ -7,7 +7,8 @@ import ctypes
 import os
 from bisect import bisect_left, insort
 from collections import Counter, deque
-from collections.abc import Callable, Collection, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from heapq import heappop, heappush
 from itertools import pairwise
@@ -985,6 +986,24 @@ class RowQueue(BaseQueue):
         self._grant()
 
 
+#: Streams, by device, of copies of helpers that have ended. A stream has staging and events, so
+#: there are as many as copies run together, and not one for each helper.
+_idle = deque[dict[str, torch.Stream]]()
+
+
+@contextmanager
+def _idle_streams() -> Iterator[dict[str, torch.Stream]]:
+    """Lend the streams of a copy that has ended."""
+    try:
+        streams = _idle.pop()
+    except IndexError:
+        streams = {}
+    try:
+        yield streams
+    finally:
+        _idle.append(streams)
+
+
 class Crossing:
     """Copies between rows, seen as ``inner``, and ``blocks`` of a view.
 
@@ -1175,14 +1194,14 @@ class Crossing:
     def copy(self, inner: KVView, outer: KVView, items: Any, at: Any) -> None:
         """Copy blocks between rows ``items`` and places ``at`` of the view, and wait for the end.
 
-        Each side has its own view. On a device the copy uses a private stream of this thread, after
-        the work that the maker's stream had. Only workers call it.
+        Each side has its own view. On a device the copy has a stream alone, after the work that the
+        maker's stream had. Only helpers call it.
         """
         assert self._after is not None  # `prepare` was called
         sides = self._sides(inner, outer, items, at)
         if copy_long_runs(*sides, self._options):
             return
-        with torch.inference_mode(False), self._after.inside():
+        with torch.inference_mode(False), _idle_streams() as streams, self._after.inside(streams):
             with on_one_core(self._view.device):
                 transfer = copy_rows(*sides, options=self._options)
             transfer.synchronize()

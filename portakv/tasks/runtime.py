@@ -498,8 +498,9 @@ _helper = threading.local()
 def _serve(handle: Handle[Any], work: Work[Any]) -> None:
     """Do the work of a coroutine in a helper, then its next work.
 
-    After the last one this helper does the work of a coroutine that it has woken, since a change of
-    threads costs more than most work. Other helpers do the work of the others.
+    After the last one this helper does the work of the coroutine that it has woken last, since a
+    change of threads costs more than most work. That is the next work of the same queue. Other
+    helpers do the work of the others, such as a write of rows that this helper has filled.
     """
     woken: Woken = deque()
     while True:
@@ -507,7 +508,7 @@ def _serve(handle: Handle[Any], work: Work[Any]) -> None:
         if following is not None:
             work = following
         elif woken:
-            handle, work = woken.popleft()
+            handle, work = woken.pop()
         else:
             return
         while woken and hand_over(partial(_serve, *woken[0])):

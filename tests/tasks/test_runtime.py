@@ -813,6 +813,37 @@ def test_a_cancelled_coroutine_waits_for_its_call_and_drops_one_that_has_not_beg
     assert sorted(made) == [*range(4)]
 
 
+def test_a_helper_does_the_last_work_that_its_step_wakes() -> None:
+    """Other helpers do the rest. Coroutines that are woken go on after the step, one by one."""
+    own = Runtime()
+    order = list[str]()
+    threads = dict[str, str]()
+    waits = [Wait(here=True) for _ in range(2)]
+
+    def call(name: str) -> None:
+        threads[name] = str(threading.get_ident())
+
+    async def woken(name: str, wait: Wait) -> None:
+        await wait
+        order.append(name)
+        await Work(call, name)
+
+    async def first() -> None:
+        await Work(call, "first")
+        for wait in waits:
+            wait.wake()
+        order.append("first")
+
+    def begin() -> list[Handle[None]]:
+        handles = [own.start(woken(str(n), wait)) for n, wait in enumerate(waits)]
+        return [*handles, own.start(first())]
+
+    for handle in in_other_thread(begin):
+        handle.synchronize(LIMIT)
+    assert order == ["first", "0", "1"]
+    assert threads["1"] == threads["first"]
+
+
 # --- coroutines that begin in the main thread
 
 
