@@ -214,7 +214,7 @@ class Lock:
         return True
 
     def _is_free(self) -> bool:
-        """Return True if no process that lives has the lock. All processes have those of modules."""
+        """Return True if no process that lives has the lock: all have the locks of modules."""
         return not self._held or (self._holder is not None and self._holder.process.dead)
 
     def release(self) -> None:

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import pytest
 from support.scheduled_pulls import pulls
 from support.scheduled_servers import hands, takeovers
+from support.scheduled_stores import evictions, saves
 from support.schedules import Schedule, Stuck, judge, simulated
 
 from portakv.serving.server.state import ServerState
@@ -29,6 +30,8 @@ MACHINES: dict[str, Callable[[Schedule], None]] = {
     "pull": pulls,
     "hand-over": hands,
     "takeover": takeovers,
+    "save": saves,
+    "eviction": evictions,
 }
 
 
@@ -85,6 +88,13 @@ FAULTS = [
     Fault("takeover", "portakv.serving.server.link.Place.release", no_call),
     # Transfers of a session that has ended go on.
     Fault("takeover", "portakv.serving.server.client.Requests.close_all", no_call),
+    # A load takes bytes that a tier has damaged.
+    Fault("save", "portakv.storage.image.verify", yes),
+    # A transfer that ends keeps its rows.
+    Fault("save", "portakv.storage.memory.Rows.give", no_call),
+    Fault("eviction", "portakv.storage.memory.Rows.give", no_call),
+    # Pins hold nothing.
+    Fault("eviction", "portakv.storage.eviction.Chains.pin", no_call),
 ]
 
 
@@ -100,7 +110,7 @@ def test_a_protocol_holds_in_many_schedules(machine: str, part: int) -> None:
     judge(MACHINES[machine], range(part, WIDE, PARTS))
 
 
-@pytest.mark.parametrize("fault", FAULTS, ids=[fault.name for fault in FAULTS])
+@pytest.mark.parametrize("fault", FAULTS, ids=[f"{x.machine}-{x.name}" for x in FAULTS])
 def test_a_machine_finds_a_bug(monkeypatch: pytest.MonkeyPatch, fault: Fault) -> None:
     """The negative controls."""
     monkeypatch.setattr(fault.name, fault.instead)
