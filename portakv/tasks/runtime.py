@@ -724,9 +724,12 @@ class TaskGroup:
         self.closed = True
         for handle in tuple(self._running):
             handle.cancel()
-        for handle in tuple(self._running):
-            with suppress(asyncio.CancelledError):
-                await handle
+        ended = set[Handle[None]]()
+        while waiting := self._running - ended:  # one that ends may start another
+            for handle in waiting:
+                with suppress(asyncio.CancelledError):
+                    await handle
+            ended |= waiting
 
 
 _runtime: Runtime | None = None

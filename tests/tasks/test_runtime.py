@@ -739,6 +739,33 @@ def test_a_group_waits_for_coroutines_that_delay_its_end(seed: int) -> None:
     run_seeded(seed, steps)
 
 
+@pytest.mark.parametrize("seed", range(20))
+def test_a_group_waits_for_a_coroutine_that_its_last_one_starts(seed: int) -> None:
+    """As a listener does that accepts a connection while it is closed."""
+    ended = list[str]()
+
+    async def late(runtime: Runtime) -> None:
+        try:
+            await Wait()
+        finally:
+            await Wait(until=runtime.time() + 1.0)
+            ended.append("late")
+
+    async def accepts(runtime: Runtime, group: TaskGroup) -> None:
+        try:
+            await Wait()
+        finally:
+            group.start(late(runtime))
+
+    async def steps(runtime: Runtime) -> None:
+        group = TaskGroup(runtime, lambda _: None)
+        group.start(accepts(runtime, group))
+        await group.close()
+        assert ended == ["late"]
+
+    run_seeded(seed, steps)
+
+
 # --- calls that block
 
 
