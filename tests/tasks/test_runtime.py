@@ -489,25 +489,6 @@ def test_the_watchdog_finds_a_step_that_keeps_the_loop_busy(
     assert bool(loop.slow) == slow
 
 
-BUSY = """
-import threading, time
-from portakv.tasks import Wait, runtime
-def hold():
-    while True: pass
-async def steps():
-    for _ in range(20):
-        await Wait(until=runtime().time())
-    return "ended"
-threading.Thread(target=hold, daemon=True).start()
-print(runtime().start(steps()).synchronize(60), runtime().run(steps))
-"""
-
-
-def test_a_thread_that_holds_the_interpreter_stops_nothing() -> None:
-    done = subprocess.run([sys.executable, "-c", BUSY], capture_output=True, text=True, timeout=120)
-    assert done.stdout == "ended ended\n", done.stderr
-
-
 class Buffer:
     """Lends a place to one coroutine. With a fault it looks and takes in two steps."""
 
