@@ -26,6 +26,7 @@ import socket
 import sys
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from functools import cached_property, partial
@@ -415,7 +416,9 @@ class Schedule:
             clear_frames(self.error.__traceback__)
         for process in self.processes:
             del process.runtime
-        gc.collect()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", RuntimeWarning)  # of coroutines that have not begun
+            gc.collect()
         for process in self.processes:
             if process.dead or self.error is not None:
                 process.end()
