@@ -974,7 +974,8 @@ class Owner:
         """End every offer, and answer no further request."""
         if not self.channel.free("an owner", self):
             return
-        self._closed = True
+        with self.change:  # no offer comes after the last revoke
+            self._closed = True
         self.revoke_all()
         if self._exports is not None:
             self._exports.close()

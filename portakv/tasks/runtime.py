@@ -818,11 +818,13 @@ class TaskGroup:
         self.closed = True
         for handle in tuple(self._running):
             handle.cancel()
-        for handle in tuple(self._running):
-            while not handle.done():
+        ended = set[Handle[None]]()
+        while waiting := self._running - ended:  # one that ends may start another
+            for handle in waiting:
                 # What the coroutines use is given up after this, and only once.
                 with suppress(asyncio.CancelledError, KeyboardInterrupt):
                     await handle
+            ended |= {handle for handle in waiting if handle.done()}
 
 
 _runtime: Runtime | None = None

@@ -130,14 +130,34 @@ class WatchedLoop(ThreadLoop):
     def __init__(self) -> None:
         super().__init__()
         self.slow = list[float]()
-        self._last = 0.0
-        self._poll = self.descriptors.select
-        self.descriptors.select = self._select  # type: ignore[method-assign]
+        note_slow_rounds(self, self.slow)
         self.begin()
 
-    def _select(self, timeout: float | None = None) -> list[tuple[selectors.SelectorKey, int]]:
+
+def note_slow_rounds(loop: Loop, slow: list[float]) -> None:
+    """Note the seconds of each round of a loop that takes more than `MOST` of processor time."""
+    poll = loop.descriptors.select
+    last = 0.0
+
+    def select(timeout: float | None = None) -> list[tuple[selectors.SelectorKey, int]]:
+        nonlocal last
         now = time.thread_time()  # a pause takes none
-        if self._last and now - self._last > MOST:
-            self.slow.append(now - self._last)
-        self._last = now
-        return self._poll(timeout)
+        if last and now - last > MOST:
+            slow.append(now - last)
+        last = now
+        return poll(timeout)
+
+    loop.descriptors.select = select  # type: ignore[method-assign]
+
+
+def watch_steps() -> list[float]:
+    """Watch each loop that this process makes; return the list of slow rounds."""
+    slow = list[float]()
+    made = Loop.__init__
+
+    def make(self: Loop) -> None:
+        made(self)
+        note_slow_rounds(self, slow)
+
+    Loop.__init__ = make  # type: ignore[method-assign]
+    return slow

@@ -514,25 +514,6 @@ def test_the_watchdog_finds_a_step_that_keeps_the_loop_busy(
     assert bool(loop.slow) == slow
 
 
-BUSY = """
-import threading, time
-from portakv.tasks import Wait, runtime
-def hold():
-    while True: pass
-async def steps():
-    for _ in range(20):
-        await Wait(until=runtime().time())
-    return "ended"
-threading.Thread(target=hold, daemon=True).start()
-print(runtime().start(steps()).synchronize(60), runtime().run(steps))
-"""
-
-
-def test_a_thread_that_holds_the_interpreter_stops_nothing() -> None:
-    done = subprocess.run([sys.executable, "-c", BUSY], capture_output=True, text=True, timeout=120)
-    assert done.stdout == "ended ended\n", done.stderr
-
-
 class Buffer:
     """Lends a place to one coroutine. With a fault it looks and takes in two steps."""
 
@@ -760,6 +741,33 @@ def test_a_group_waits_for_coroutines_that_delay_its_end(seed: int) -> None:
         assert runtime.time() == 3.0
         assert late.done()
         assert len(group) == 0
+
+    run_seeded(seed, steps)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_a_group_waits_for_a_coroutine_that_its_last_one_starts(seed: int) -> None:
+    """As a listener does that accepts a connection while it is closed."""
+    ended = list[str]()
+
+    async def late(runtime: Runtime) -> None:
+        try:
+            await Wait()
+        finally:
+            await Wait(until=runtime.time() + 1.0)
+            ended.append("late")
+
+    async def accepts(runtime: Runtime, group: TaskGroup) -> None:
+        try:
+            await Wait()
+        finally:
+            group.start(late(runtime))
+
+    async def steps(runtime: Runtime) -> None:
+        group = TaskGroup(runtime, lambda _: None)
+        group.start(accepts(runtime, group))
+        await group.close()
+        assert ended == ["late"]
 
     run_seeded(seed, steps)
 
