@@ -974,7 +974,7 @@ class Owner:
         """End every offer, and answer no further request."""
         if not self.channel.free("an owner", self):
             return
-        with self.change:  # no offer comes after the last revoke
+        with self.lock:  # no offer comes after the last revoke
             self._closed = True
         self.revoke_all()
         if self._exports is not None:
