@@ -151,7 +151,7 @@ class Thread:
             return
         self.is_ready = _always
         current().threads.append(self)
-        _thread.start_new_thread(self._run, ())
+        _thread.start_new_thread(self.serve, ())
         current().preempt()
 
     def goes_on(self) -> bool:
@@ -169,7 +169,7 @@ class Thread:
         """Wait for the end of the thread."""
         current().wait(lambda: self.over, timeout)
 
-    def _run(self) -> None:
+    def serve(self) -> None:
         schedule = current()
         self.turn.acquire()
         self.ident = get_ident()
@@ -388,7 +388,7 @@ class Schedule:
             main = Thread(target=self._main, args=(scenario,))
             main.is_ready = _always
             self.threads.append(main)
-            _thread.start_new_thread(main._run, ())
+            _thread.start_new_thread(main.serve, ())
             main.turn.release()
             assert self._all_over.acquire(timeout=LIMIT), "a thread blocks outside of the schedule"
         finally:
