@@ -93,8 +93,6 @@ FAULTS = [
     # A transfer that ends keeps its rows.
     Fault("save", "portakv.storage.memory.Rows.give", no_call),
     Fault("eviction", "portakv.storage.memory.Rows.give", no_call),
-    # Pins hold nothing.
-    Fault("eviction", "portakv.storage.eviction.Chains.pin", no_call),
 ]
 
 
