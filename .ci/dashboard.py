@@ -26,11 +26,11 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 
 from portakv import KVView
 from portakv.copy import count_copies
-from portakv.graph import Task
 from portakv.graph.meter import Family, Meter
 from portakv.graph.metrics import ENGINE, PREFIX
 from portakv.graph.trace import Figures
@@ -38,6 +38,7 @@ from portakv.integrations.vllm.metrics import COUNTED, LEVELS, figures_of, serie
 from portakv.migrate import Channel, Owner, Pull, Reader, Shard, Ticket, shared_empty
 from portakv.serving import StoreClient, StoreServer, StoreTerms
 from portakv.storage import BlockForm, BlockStore, Disk, Remote, prefix_keys
+from portakv.storage.work import Task
 from portakv.weights import count_weights, publish, pull_weights
 
 DASHBOARD = Path(__file__).resolve().parents[1] / "docs" / "operations" / "dashboard.json"
@@ -143,12 +144,23 @@ def working(folder: Path) -> Iterator[Work]:
                 engine[name] += 0.001 if "seconds" in name else 100
 
         def occupy(turn: int, until: threading.Event) -> None:
-            queue = store.graph.queue("host-device")
-            tasks = [
-                Task(lambda *_: until.wait(), 1, queue=queue, name="hold", nbytes=size * (turn % 5))
+            graph = store.graph
+            queue = graph.queue("host-device")
+            nbytes = size * (turn % 5)
+            held = [
+                Task(lambda *_: until.wait(), 1, queue=queue, name="hold", nbytes=nbytes)
                 for _ in range(queue.width + 2)
             ]
-            store.graph.submit(tasks)
+
+            async def hold(task: Task) -> None:
+                await graph.move(task, np.ones(1, np.bool_))
+
+            def begin() -> None:
+                graph.enter(held, "normal")
+                for task in held:
+                    graph.start(hold(task))
+
+            graph.run(begin)
             if turn % 4 == 1:  # a pull of an offer that never comes
                 name = turn.to_bytes(16, "big")
                 waiting.append(reader.pull(Ticket.of(there.address, owner.epoch, name), [0]))

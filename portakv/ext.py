@@ -34,7 +34,6 @@ from portakv import (
 from portakv.backends.base import Backend, Capabilities, Decision, Launch, Pending
 
 if TYPE_CHECKING:
-    from portakv.graph import Graph, Handle, Queue, Task
     from portakv.migrate.channel import Channel, Peer
     from portakv.migrate.messages import Bytes, Count, Message
     from portakv.migrate.transports.base import Lane, Moving, Transport
@@ -43,6 +42,7 @@ if TYPE_CHECKING:
     from portakv.storage.memory import Rows
     from portakv.storage.reasons import Reason, Report
     from portakv.storage.tiers.base import Tier, TierStore
+    from portakv.storage.work import Graph, Handle, Queue
 
 __all__ = [
     "Backend",
@@ -74,7 +74,6 @@ __all__ = [
     "Request",
     "Rows",
     "StoreError",
-    "Task",
     "Tier",
     "TierStore",
     "Transfer",
@@ -90,10 +89,9 @@ __all__ = [
 
 #: The modules of names that a backend does not need.
 _LATER = {
-    "Graph": "portakv.graph",
-    "Handle": "portakv.graph",
-    "Task": "portakv.graph",
-    "Queue": "portakv.graph",
+    "Graph": "portakv.storage.work",
+    "Handle": "portakv.storage.work",
+    "Queue": "portakv.storage.work",
     "BlockForm": "portakv.storage.form",
     "Tier": "portakv.storage.tiers.base",
     "TierStore": "portakv.storage.tiers.base",

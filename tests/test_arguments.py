@@ -19,6 +19,7 @@ from typing import Any, TypeVar, cast
 
 import pytest
 import torch
+from support.graph_ends import submit
 from support.migrate_pulls import MODEL, Rows
 from support.storage_cases import key_of, small_form
 from support.waits import LIMIT
@@ -26,7 +27,7 @@ from support.waits import LIMIT
 import portakv
 from portakv import InvalidTerms, KVView, Pack, PortaKVError
 from portakv.arguments import kind_of
-from portakv.graph import Collector, Graph, Handle, Task
+from portakv.graph import Collector
 from portakv.migrate import (
     Channel,
     Owner,
@@ -41,6 +42,7 @@ from portakv.migrate import (
 )
 from portakv.storage import AutoEncoding, BlockForm, BlockStore, Disk, Remote, keys, prefix_keys
 from portakv.storage.lent import LentCopy
+from portakv.storage.work import Graph, Handle, Task
 from portakv.weights import (
     Box,
     Parameter,
@@ -122,7 +124,7 @@ class Scene:
 
     def task(self, graph: Graph) -> Task:
         task = Task(lambda *_: None, 2, queue=graph.queue("a"))
-        graph.submit([task])
+        submit(graph, [task])
         return task
 
     def channel(self) -> Channel:
@@ -217,11 +219,7 @@ CALLS: dict[str, Callable[[Scene], Call]] = {
     # graph
     "Graph": lambda s: (Graph, {}),
     "Graph.queue": lambda s: (s.graph().queue, {"name": "b"}),
-    "Graph.submit": lambda s: (s.graph().submit, {"tasks": []}),
-    "Graph.cancel": lambda s: ((g := s.graph()).cancel, {"task": s.task(g)}),
     "Graph.close": lambda s: (s.graph().close, {}),
-    "Task": lambda s: (Task, {"work": bool, "blocks": 2, "queue": s.graph().queue("a")}),
-    "Task.wait": lambda s: (s.task(s.graph()).wait, {}),
     "Handle.wait": lambda s: (Handle((g := s.graph()), s.task(g)).wait, {}),
     "Collector": lambda s: (Collector, {"sources": s.graph()}),
     # migrate
@@ -431,7 +429,7 @@ def test_a_word_that_an_argument_does_not_know_is_named_with_those_that_it_does(
 
 def test_the_sweep_finds_what_is_public() -> None:
     names = {name for name, _ in arguments()}
-    assert {"BlockStore.save", "Graph.submit", "Owner.offer", "prefix_keys"} <= names
+    assert {"BlockStore.save", "Graph.queue", "Owner.offer", "prefix_keys"} <= names
     assert len(arguments()) > 120
 
 

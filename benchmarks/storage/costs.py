@@ -11,14 +11,13 @@ from statistics import median
 import numpy as np
 import torch
 
-from portakv.graph.graph import Graph
-from portakv.graph.task import Task
 from portakv.storage.eviction import FIRST, mark_of
 from portakv.storage.form import BlockForm
 from portakv.storage.io.choose import choose
 from portakv.storage.store import BlockStore
 from portakv.storage.tiers.disk import Disk
 from portakv.storage.tiers.folder import Slots
+from portakv.storage.work import Graph, Task
 from portakv.view import KVView
 from portakv_benchmarks.host.suite import KB
 from portakv_benchmarks.shared.harness import Row, Rows, Step, short
@@ -57,26 +56,21 @@ def _nodes(count: int) -> Rows:
 def _chains(count: int) -> None:
     graph = Graph()
     queue = graph.queue("bench", width=2)
-    chains = [
-        [Task(lambda task, mask: None, 1, queue=queue) for _ in range(CHAIN)]
-        for _ in range(count // CHAIN)
-    ]
+    tasks = [Task(lambda task, mask: None, 1, queue=queue) for _ in range(count // CHAIN * CHAIN)]
 
-    async def run(chain: Sequence[Task]) -> None:
-        left = np.ones(1, bool)
-        for task in chain:
-            left = await graph.move(task, left)
+    async def chain(some: list[Task]) -> None:
+        landed = np.ones(1, np.bool_)
+        for task in some:
+            landed = await graph.move(task, landed)
 
     def begin() -> None:
-        for chain in chains:
-            graph.enter(chain, "normal")
-        for chain in chains:
-            graph.start(run(chain))
+        graph.enter(tasks, "normal")
+        for first in range(0, len(tasks), CHAIN):
+            graph.start(chain(tasks[first : first + CHAIN]))
 
     graph.run(begin)
-    for chain in chains:
-        if not (chain[-1].wait(60) and chain[-1].landed.all()):
-            raise RuntimeError("a task did not land")
+    if not all(task.wait(60) and task.landed.all() for task in tasks):
+        raise RuntimeError("a task did not land")
     graph.close()
 
 

@@ -14,11 +14,11 @@ from itertools import count
 import torch
 
 from portakv import KVView
-from portakv.graph.handle import Handle
 from portakv.storage.form import BlockForm
 from portakv.storage.io.choose import choose
 from portakv.storage.store import BlockStore
 from portakv.storage.tiers.disk import Disk
+from portakv.storage.work import Handle
 from portakv_benchmarks.host.suite import KB, MB
 from portakv_benchmarks.shared.files import Slab, close
 from portakv_benchmarks.shared.harness import Rows, Step, quantile, short

@@ -23,8 +23,6 @@ import numpy as np
 import torch
 
 from portakv import KVView, Unsupported
-from portakv.graph.graph import Graph, Queue
-from portakv.graph.task import Task
 from portakv.storage import image
 from portakv.storage.calls import LOADED, SAVED
 from portakv.storage.form import BlockForm
@@ -32,6 +30,8 @@ from portakv.storage.io.choose import choose
 from portakv.storage.memory import Rows as Memory
 from portakv.storage.tiers.disk import Disk
 from portakv.storage.tiers.remote import Remote
+from portakv.storage.work import Graph, Queue
+from portakv.tasks import Handle
 from portakv_benchmarks.host.suite import MB
 from portakv_benchmarks.shared.files import FIO, FsNative, Slab, close
 from portakv_benchmarks.shared.harness import Row, Rows, Step, having, short
@@ -90,25 +90,22 @@ class Tier:
         return timed(partial(self._run, op))
 
     def _run(self, op: str) -> None:
-        tasks = list[Task]()
+        ends = list[Handle[Any]]()
         tier_store = self.tier_store
         first = self.first[op]
         for at in range(0, self.amount, self.chunks[op]):
             keys = self.keys[at : at + self.chunks[op]]
             rows = [self.memory.array[first + at + n] for n in range(len(keys))]
-            nbytes = len(keys) * self.form.image_bytes
-            queue = tier_store.queue_for_write(nbytes)
+            queue = tier_store.queue_for_write(len(keys) * self.form.image_bytes)
             if op == "load":
                 queue = tier_store.queue(keys[0])
-            work = partial(self._move, op, queue, keys, rows)
-            tasks.append(Task(work, len(keys), queue=queue, nbytes=nbytes))
-        self.graph.submit(tasks)
-        for task in tasks:
-            task.wait()
-            if task.error or not task.landed.all():
-                raise RuntimeError(f"{op}: blocks did not land ({task.error})")
+            call = queue.call(op, self._move, op, queue, keys, rows)
+            ends.append(self.graph.runtime.start(call))
+        for end in ends:
+            if not end.synchronize().all():
+                raise RuntimeError(f"{op}: blocks did not land")
 
-    def _move(self, op: str, queue: Queue, keys: list[bytes], rows: Any, *_: object) -> Any:
+    def _move(self, op: str, queue: Queue, keys: list[bytes], rows: Any) -> Any:
         if op == "load":
             return np.array(self.tier_store.read(keys, rows))
         numbers = [next(self.numbers) for _ in keys]

@@ -20,11 +20,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from portakv.graph.graph import Graph
 from portakv.storage import image, reasons
 from portakv.storage.form import BlockForm
 from portakv.storage.memory import Rows
 from portakv.storage.reasons import Reason
+from portakv.storage.work import Graph
 from portakv_conformance.contract.runner import expect, run_threads
 from portakv_conformance.draw.arrangement import Keywords
 

@@ -14,13 +14,13 @@ from typing import Any
 
 import torch
 
-from portakv.graph.graph import Graph
 from portakv.migrate.transports.base import Moving
 from portakv.migrate.transports.distributed import Distributed, Pair
 from portakv.storage import Disk
 from portakv.storage.form import BlockForm
 from portakv.storage.io.base import Ended, Request
 from portakv.storage.io.threads import Threads
+from portakv.storage.work import Graph
 
 # --- I/O engines ----------------------------------------------------------------------------------
 

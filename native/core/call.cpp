@@ -16,6 +16,7 @@
 #include "form.h"
 #include "ids.h"
 #include "link.h"
+#include "pick.h"
 #include "plan.h"
 #include "rows.h"
 #include "tensors.h"
@@ -63,7 +64,7 @@ End end_of(const portakv_copy_view &view) {
 struct Ids {
   portakv_ids list;
   bool on_host;
-  bool read;  // from a list of Python, into memory of the call's caller
+  bool read;  // into memory of the call's caller, which kernels reach
 };
 
 // Ids of the host that kernels of a device read: memory that both reach.
@@ -161,8 +162,8 @@ bool placed(const Ids &ids, bool device_is_host) {
 }
 
 // Give checked ids to the kernels of a device.
-void place(const Ids &ids, bool device_is_host, Room &room, End &end) {
-  const portakv_ids &list = ids.list;
+void place(Ids &ids, bool device_is_host, Room &room, End &end) {
+  portakv_ids &list = ids.list;
   if (list.data == nullptr) return;
   if (placed(ids, device_is_host)) {
     end.rows.ids = reinterpret_cast<intptr_t>(list.data);
@@ -177,6 +178,9 @@ void place(const Ids &ids, bool device_is_host, Room &room, End &end) {
   end.rows.ids = reinterpret_cast<intptr_t>(out);
   end.rows.wide = 1;
   end.rows.offset = list.offset % list.step;
+  ids.read = true;
+  list.data = out;
+  list.width = 8;
 }
 
 // --- Memory -----------------------------------------------------------------------------------
@@ -292,21 +296,23 @@ bool name_stream(const portakv_current &of, void **stream) {
   return of.capturing(*stream, &captured) == 0 && captured == 0;
 }
 
-// The end of a copy, and the stream of its kernels: the last arguments of each call.
+// The end of a copy, and the stream of its work: the last arguments of each call.
 struct Means {
+  portakv_copy_end *at;  // null: there is no event, and no memory
   portakv_copy_end end;
   Room lists;
   void *stream;
   bool named;  // there is a stream
 
-  // `none`: what the stream's argument is if the core is to name the stream by `current`.
-  explicit Means(Arguments &arguments, Object none = nullptr,
-                 const portakv_current *current = nullptr)
-      : end{}, lists(nullptr, 0), stream(nullptr), named(true) {
-    const auto *passed = arguments.pointer<const portakv_copy_end>();
-    if (passed != nullptr) end = *passed;
+  Means(Arguments &arguments, const Python &python, const portakv_current *current)
+      : at(arguments.pointer<portakv_copy_end>()),
+        end{},
+        lists(nullptr, 0),
+        stream(nullptr),
+        named(true) {
+    if (at != nullptr) end = *at;
     lists = Room(end.list, end.room);
-    if (arguments.next() == none) {
+    if (arguments.next() == python.none) {
       named = current != nullptr && name_stream(*current, &stream);
     } else {
       stream = arguments.pointer<void>();
@@ -315,6 +321,8 @@ struct Means {
 };
 
 // --- The copy ---------------------------------------------------------------------------------
+
+constexpr int64_t kMostTokens = int64_t{1} << 46;  // that a result holds
 
 // Check that two ends of so many parts share no memory, and that their dtypes fit.
 void check_ends(const End &src, const End &dst, size_t parts) {
@@ -336,7 +344,7 @@ void check_units(const End &src, const End &dst, int64_t count, int64_t unit) {
 
 // Plan a copy between two ends that share no memory.
 Plan plan_of(const End &src, const End &dst, int64_t count) {
-  require(count > 0);
+  require(count > 0 && count < kMostTokens);
   const Form from = read_form(src.form);
   const Form to = read_form(dst.form);
   require(from.parts.size() == to.parts.size());
@@ -346,6 +354,11 @@ Plan plan_of(const End &src, const End &dst, int64_t count) {
   require(make_plan(from, to, src.step, dst.step, 0, plan, refusal));
   check_units(src, dst, count, plan.unit);
   return plan;
+}
+
+// Return the result of core.h for so many tokens; `answer`: of a pick, 0 inside a device.
+int64_t result_of(int64_t count, int64_t answer, const Found &found) {
+  return count << 16 | answer << 2 | int64_t{found.guarded} << 1 | int64_t{found.skips};
 }
 
 // Plan a copy between two ends, and launch it. Return the result of core.h.
@@ -366,7 +379,7 @@ int64_t copy(const portakv_kernels &kernels, const Python &python, const End &sr
   python.enter(thread);
   if (error > 0) return PORTAKV_COPY_DRIVER - error;
   require(error == 0);
-  return count << 2 | int64_t{found.guarded} << 1 | int64_t{found.skips};
+  return result_of(count, 0, found);
 }
 
 // Return the layout of chunks of a described tensor.
@@ -391,9 +404,9 @@ class ChunkPair {
         ids_(arguments.object()),
         start_(arguments.position(0)),
         end_(arguments.position(kToTheEnd)),
-        facts_(Asker(python, *copies.torch).describe(chunk, false)),
+        facts_(Asker(python, *copies.by.torch).describe(chunk, false)),
         layout_(layout_of(copies, facts_)),
-        reader(python, *copies.torch, layout_) {}
+        reader(python, *copies.by.torch, layout_) {}
 
   // Read the slots, those of a list of Python into `lists`.
   void read_slots(Room &lists) {
@@ -485,18 +498,18 @@ int64_t copy_chunk(const Python &python, Arguments arguments) {
   ChunkPair pair(python, arguments);
   const portakv_chunk_copies &copies = pair.copies;
   require(!any_error(*copies.words));
-  Means means(arguments, python.none, copies.current);
+  Means means(arguments, python, copies.by.current);
   if (!means.named) return PORTAKV_COPY_STREAM;
   pair.read_slots(means.lists);
   pair.check();
   place(pair.slots, pair.on_host, means.lists, pair.paged);
   const int64_t result =
-      copy(*copies.kernels, python, pair.from(), pair.to(), pair.count, pair.found, means);
+      copy(*copies.by.kernels, python, pair.from(), pair.to(), pair.count, pair.found, means);
   if (result < 0) return result;
   if (pair.store) {
     pair.reader.ask().raise_version(pair.chunk);
   } else {
-    raise_versions(*copies.torch, *copies.caches);
+    raise_versions(*copies.by.torch, *copies.caches);
   }
   return result;
 }
@@ -505,8 +518,8 @@ int64_t copy_chunk(const Python &python, Arguments arguments) {
 // are declared in the order of the arguments.
 class Pair {
  public:
-  Pair(const Python &python, Arguments &arguments)
-      : ask_(python, *arguments.pointer<const PortakvTorch>()),
+  Pair(const Python &python, const PortakvTorch &torch, Arguments &arguments)
+      : ask_(python, torch),
         src_(*arguments.pointer<const portakv_copy_view>()),
         dst_(*arguments.pointer<const portakv_copy_view>()),
         src_ids_(arguments.object()),
@@ -550,7 +563,6 @@ class Pair {
     portakv::check(written, dst_step_, dst_offset_, count, true, to, found);
   }
 
-  const PortakvTorch &torch() const { return ask_.torch; }
   const portakv_copy_view &src() const { return src_; }
   const portakv_copy_view &dst() const { return dst_; }
 
@@ -582,18 +594,17 @@ class Pair {
 };
 
 int64_t copy_views(const Python &python, Arguments arguments) {
-  const auto &kernels = *arguments.pointer<const portakv_kernels>();
-  Pair pair(python, arguments);
-  Means means(arguments);
+  const auto &by = *arguments.pointer<const portakv_executor>();
+  Pair pair(python, *by.torch, arguments);
+  Means means(arguments, python, by.current);
+  if (!means.named) return PORTAKV_COPY_STREAM;
   pair.check(means.lists);
-  const bool on_host = pair.from_host && pair.to_host;
-  place(pair.read, on_host, means.lists, pair.from);
-  place(pair.written, on_host, means.lists, pair.to);
-  // The planes follow the host's order: neighbours cross the link together.
-  const bool by_source = pair.from_host && !pair.to_host;
+  require(pair.from_host == pair.to_host);
+  place(pair.read, pair.from_host, means.lists, pair.from);
+  place(pair.written, pair.from_host, means.lists, pair.to);
   const int64_t result =
-      copy(kernels, python, pair.from, pair.to, pair.count, pair.found, means, by_source);
-  if (result >= 0) raise_versions(pair.torch(), pair.dst());
+      copy(*by.kernels, python, pair.from, pair.to, pair.count, pair.found, means);
+  if (result >= 0) raise_versions(*by.torch, pair.dst());
   return result;
 }
 
@@ -604,12 +615,6 @@ int64_t query_end(const Python &python, Arguments arguments) {
   const int answer = end.query(end.event);
   python.enter(thread);
   return answer == 0 && *end.word != 0 ? PORTAKV_COPY_REPORTS : answer;
-}
-
-int64_t current_stream(const Python &, Arguments arguments) {
-  void *stream = nullptr;
-  require(name_stream(*arguments.pointer<const portakv_current>(), &stream));
-  return reinterpret_cast<intptr_t>(stream);
 }
 
 // The numbers of the units of one end, in the order of the positions; -1 if the id is negative.
@@ -727,7 +732,8 @@ Object units_of(const Python &python, const Ids &read, const Ids &written, const
 }
 
 Object check_views(const Python &python, Arguments arguments) {
-  Pair pair(python, arguments);
+  const auto &torch = *arguments.pointer<const PortakvTorch>();
+  Pair pair(python, torch, arguments);
   const Numbers numbers(arguments);
   Lists lists(pair.listed());
   pair.check(lists.room);
@@ -752,7 +758,7 @@ Object check_chunk(const Python &python, Arguments arguments) {
                   pair.reader.answer());
 }
 
-// --- Copies that other means make ---------------------------------------------------------------
+// --- Across the link --------------------------------------------------------------------------
 
 // Return the positions of a side whose ids lie in the host's memory.
 Positions positions_of(const portakv_copy_view &view, const End &end, int64_t count) {
@@ -786,37 +792,134 @@ int64_t groups_of(const Positions &src, const Positions &dst, int64_t count, int
   return groups;
 }
 
-int64_t read_copy(const Python &python, Arguments arguments) {
-  Pair pair(python, arguments);
-  const int64_t unit = arguments.number();
-  const int64_t src_limit = arguments.number();
-  const int64_t dst_limit = arguments.number();
-  const int64_t host_limit = arguments.number();
-  auto &out = *arguments.pointer<CheckedCopy>();
-  Means means(arguments);
-  pair.check(means.lists);
-  require(pair.from_host != pair.to_host && !pair.found.guarded && !pair.found.skips);
-  check_units(pair.from, pair.to, pair.count, unit);
-  // The forms fit each other: there is a plan.
-  check_ends(pair.from, pair.to, read_form(pair.from.form).parts.size());
-  // The host's own side is read during the call.
-  place(pair.read, pair.from_host, means.lists, pair.from);
-  place(pair.written, pair.to_host, means.lists, pair.to);
+// A pick, as its caller passes it.
+struct PickTerms {
+  const double *costs;
+  int64_t out;
+  int64_t flags;
 
-  out.src = positions_of(pair.src(), pair.from, pair.count);
-  out.dst = positions_of(pair.dst(), pair.to, pair.count);
-  out.count = pair.count;
-  const Positions &host = pair.from_host ? out.src : out.dst;
-  constexpr int64_t kSorted = int64_t{1} << 16;  // more units are counted in the order of their ids
-  const auto whole = [](const portakv_copy_view &view) {
-    return view.entries > 1 ? view.entry_bytes : 0;
-  };
-  out.src_whole = whole(pair.src());
-  out.dst_whole = whole(pair.dst());
-  out.rows = (pair.from_host ? pair.to : pair.from).rows;
-  out.groups = groups_of(out.src, out.dst, pair.count, unit, src_limit, dst_limit, kSorted);
-  out.host_groups = groups_of(host, host, pair.count, unit, host_limit, host_limit, 0);
-  return pair.count << 2;
+  explicit PickTerms(Arguments &arguments)
+      : costs(arguments.pointer<const double>()),
+        out(arguments.number()),
+        flags(arguments.number()) {}
+
+  bool new_ids() const { return (flags & 1) != 0; }
+  bool reached() const { return (flags & 2) == 0; }
+};
+
+// A copy between a device and pinned memory.
+class Across {
+ public:
+  Across(const portakv_crossings &crossings, Pair &pair, Means &means)
+      : crossings_(crossings), pair_(pair), means_(means) {}
+
+  // Read the positions of both sides, and pick a strategy. Return the answer of the pick.
+  int64_t pick(const PickTerms &terms) {
+    // The host's own side is read during the call.
+    place(pair_.read, pair_.from_host, means_.lists, pair_.from);
+    place(pair_.written, pair_.to_host, means_.lists, pair_.to);
+    copy_.src = positions_of(pair_.src(), pair_.from, pair_.count);
+    copy_.dst = positions_of(pair_.dst(), pair_.to, pair_.count);
+    copy_.count = pair_.count;
+    if (crossings_.picked == nullptr) return crossings_.only;
+    PickedCopies copies;
+    std::memcpy(&copies, crossings_.picked, sizeof copies);
+    const auto picked = [&](int64_t groups, int64_t host_groups) {
+      const int64_t answer = portakv::pick(copies, terms.costs, groups, host_groups, copy_.count,
+                                           terms.out, 0, terms.new_ids());
+      require(answer >= 0);
+      return answer;
+    };
+    // More runs cost every other strategy more, and the kernel as much as before.
+    const int64_t quick = picked(1, 1);
+    if ((quick & 15) == kZeroCopy) return quick;
+    constexpr int64_t kSorted = int64_t{1} << 16;  // more units are counted in the ids' order
+    const Positions &host = pair_.from_host ? copy_.src : copy_.dst;
+    const int64_t unit = crossings_.unit;
+    const int64_t groups = groups_of(copy_.src, copy_.dst, copy_.count, unit, crossings_.src_limit,
+                                     crossings_.dst_limit, kSorted);
+    return picked(groups, groups_of(host, host, copy_.count, unit, crossings_.host_limit,
+                                    crossings_.host_limit, 0));
+  }
+
+  // Copy by the kernels that reach the host's memory.
+  int64_t by_kernels(const Python &python) {
+    // They also read the ids of the host's side.
+    const bool up = pair_.from_host;
+    place(up ? pair_.read : pair_.written, false, means_.lists, up ? pair_.from : pair_.to);
+    // The planes follow the host's order: neighbours cross the link together.
+    return copy(*crossings_.by.kernels, python, pair_.from, pair_.to, pair_.count, pair_.found,
+                means_, up);
+  }
+
+  // Copy by calls of the driver, as the words of a CrossingPlan say.
+  int64_t by_driver(const Python &python, const int64_t *plan, const int64_t *staging,
+                    const Uncrossed *uncrossed) {
+    require(pair_.count < kMostTokens);
+    check_units(pair_.from, pair_.to, pair_.count, crossings_.unit);
+    // The forms fit each other: there is a plan.
+    check_ends(pair_.from, pair_.to, read_form(pair_.from.form).parts.size());
+    const auto whole = [](const portakv_copy_view &view) {
+      return view.entries > 1 ? view.entry_bytes : 0;
+    };
+    copy_.src_whole = whole(pair_.src());
+    copy_.dst_whole = whole(pair_.dst());
+    copy_.rows = (pair_.from_host ? pair_.to : pair_.from).rows;
+
+    CrossingCopy call{};
+    call.plan = reinterpret_cast<intptr_t>(plan);
+    call.staging = reinterpret_cast<intptr_t>(staging);
+    call.copy = reinterpret_cast<intptr_t>(&copy_);
+    call.stream = reinterpret_cast<intptr_t>(means_.stream);
+    call.before = call.stream;
+    call.aside = crossings_.aside;
+    call.end = reinterpret_cast<intptr_t>(means_.at);
+    if (uncrossed != nullptr) call.uncrossed = *uncrossed;
+    portakv_link_fault fault{};
+    void *const thread = python.leave();  // a driver with a full queue blocks
+    const int64_t code =
+        portakv_link_rows(crossings_.link, reinterpret_cast<const int64_t *>(&call), &fault);
+    python.enter(thread);
+    if (means_.at != nullptr) means_.at->fault = fault;
+    if (code > 0) return PORTAKV_COPY_DRIVER - code;
+    if (code == PORTAKV_RUNS_EDGES || code == PORTAKV_LINK_ROOM) return code;
+    require(code == 0);
+    return result_of(pair_.count, 0, pair_.found);
+  }
+
+ private:
+  const portakv_crossings &crossings_;
+  Pair &pair_;
+  Means &means_;
+  CheckedCopy copy_{};
+};
+
+int64_t copy_across(const Python &python, Arguments arguments) {
+  const auto &crossings = *arguments.pointer<const portakv_crossings>();
+  Pair pair(python, *crossings.by.torch, arguments);
+  const PickTerms terms(arguments);
+  const auto *uncrossed = arguments.pointer<const Uncrossed>();
+  const auto *staging = arguments.pointer<const int64_t>();
+  Means means(arguments, python, crossings.by.current);
+  if (!means.named) return PORTAKV_COPY_STREAM;
+  pair.check(means.lists);
+  require(pair.from_host != pair.to_host && !pair.found.guarded);
+
+  Across across(crossings, pair, means);
+  const int64_t answer = across.pick(terms);
+  const int64_t strategy = answer & 15;
+  int64_t result = PORTAKV_COPY_PREPARE - strategy;
+  if (strategy == kZeroCopy && crossings.by.kernels != nullptr && terms.reached()) {
+    result = across.by_kernels(python);
+  } else if (strategy == kStaged || strategy == kBatchedMemcpy) {
+    require(!pair.found.skips);
+    const int64_t *const plan = crossings.plans[strategy == kStaged ? 0 : 1];
+    const bool ready = plan != nullptr && (strategy != kStaged || staging != nullptr);
+    if (ready) result = across.by_driver(python, plan, staging, uncrossed);
+  }
+  if (result < 0) return result;
+  raise_versions(*crossings.by.torch, pair.dst());
+  return result | answer << 2;
 }
 
 Object answer(const Python &python, int64_t result) { return python.new_integer(result); }
@@ -868,13 +971,12 @@ constexpr auto passed = called<pass_on<function>, count_of(function)>;
 
 const PythonFunction kFunctions[] = {
     {"copy_chunk", called<copy_chunk, 8>, kFastCall, nullptr},
-    {"copy_views", called<copy_views, 13>, kFastCall, nullptr},
+    {"copy_views", called<copy_views, 12>, kFastCall, nullptr},
     {"query_end", called<query_end, 1>, kFastCall, nullptr},
     {"check_views", called<check_views, 12>, kFastCall, nullptr},
     {"check_chunk", called<check_chunk, 8>, kFastCall, nullptr},
     {"plan_make", passed<portakv_plan_make>, kFastCall, nullptr},
-    {"read_copy", called<read_copy, 17>, kFastCall, nullptr},
-    {"current_stream", called<current_stream, 1>, kFastCall, nullptr},
+    {"copy_across", called<copy_across, 17>, kFastCall, nullptr},
     {"pick_copy", passed<portakv_pick_copy>, kFastCall, nullptr},
     {"view_read", passed<portakv_view_read>, kFastCall, nullptr},
     {"form_slice", passed<portakv_form_slice>, kFastCall, nullptr},

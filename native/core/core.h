@@ -391,10 +391,6 @@ PORTAKV_API int64_t portakv_link_submit(portakv_link *link, const int64_t *const
 PORTAKV_API int64_t portakv_link_rows(portakv_link *link, const int64_t *copy,
                                       portakv_link_fault *fault);
 
-// Write the nanoseconds inside calls of the driver and their number since the last call, and count
-// them from now on, or not. Launches of kernels count with the core's part in them.
-PORTAKV_API void portakv_link_time(portakv_link *link, int on, int64_t *out);
-
 // --- Slices of forms --------------------------------------------------------------------------
 
 enum {
@@ -490,7 +486,9 @@ PORTAKV_API void *portakv_view_read_tensors(const int64_t *bound, void *tensors)
 
 enum {
   PORTAKV_COPY_OTHERWISE = -50,  // nothing was launched: the call is none of these, or is wrong
-  PORTAKV_COPY_STREAM = -51,     // nothing was launched: name the stream, as of function 7
+  PORTAKV_COPY_STREAM = -51,     // nothing was launched: name the stream
+  // Nothing was launched, for lack of the strategy that was picked. Its number is subtracted.
+  PORTAKV_COPY_PREPARE = -110,
   PORTAKV_COPY_DRIVER = -1000,   // less the driver's error; launches before it stay ordered
   PORTAKV_COPY_TO_THE_END = -1,  // of an end, or of a count: as many as there are
   PORTAKV_COPY_REPORTS = -1      // the work has ended, and its status word reports an error
@@ -540,6 +538,7 @@ typedef struct portakv_copy_end {
   int (*record)(void *event, void *stream);
   int (*query)(void *event);
   const int64_t *word;  // where the host reads the status word
+  portakv_link_fault fault;  // the core writes what a call of a link's driver refused
 } portakv_copy_end;
 
 // Functions that name the current stream of a device.
@@ -553,6 +552,29 @@ typedef struct portakv_current {
   int (*capturing)(void *stream, int *status);
 } portakv_current;
 
+// What launches the kernels of a device.
+typedef struct portakv_executor {
+  const portakv_kernels *kernels;
+  const PortakvTorch *torch;
+  const portakv_current *current;  // null: the core does not name the current stream
+} portakv_executor;
+
+// The copies between one form on a device and one in pinned memory. Strategies have the numbers of
+// pick.h. Words are those of link.h and pick.h; a null means that the strategy is not prepared.
+typedef struct portakv_crossings {
+  portakv_executor by;     // its kernels are those of `zero_copy`
+  const int64_t *plans[2];  // the CrossingPlan of `staged` and of `batched_memcpy`
+  portakv_link *link;
+  int64_t aside;           // see `Crossing`
+  const int64_t *picked;   // PickedCopies; null: each copy takes the strategy `only`
+  int64_t only;
+  // Tokens of a unit, and limits of groups of units; see `portakv_runs_groups`.
+  int64_t unit;
+  int64_t src_limit;
+  int64_t dst_limit;
+  int64_t host_limit;
+} portakv_crossings;
+
 // The status words of a process, in batches of PORTAKV_WORDS. Its owner only adds batches.
 enum { PORTAKV_WORDS = 64 };
 typedef struct portakv_words {
@@ -562,12 +584,10 @@ typedef struct portakv_words {
 
 // The copies between registered caches and chunks.
 typedef struct portakv_chunk_copies {
-  const portakv_kernels *kernels;  // null: the copies are only checked
+  portakv_executor by;  // without kernels the copies are only checked
   const portakv_copy_view *caches;
-  const PortakvTorch *torch;
   // The layouts of chunks whose elements have 1, 2, 4, 8 and 16 bytes; null: unknown.
   const int64_t *layouts[5];
-  const portakv_current *current;  // null: the core does not name the current stream
   const portakv_words *words;      // no copy is made while one of them reports an error
 } portakv_chunk_copies;
 
@@ -580,25 +600,35 @@ typedef struct portakv_chunk_copies {
 //   chunk       a tensor
 //   ids         a list of integers, or a tensor of int32 or int64: a slot for each token
 //   start, end  integers, the range of the ids that is copied; None as end: all from the start on
-// 1: copy between two views by the ids of either side, or None for consecutive tokens.
-//   kernels     a portakv_kernels
-//   torch       a PortakvTorch
+// 1: copy inside a device, between two views by the ids of either side, or None for consecutive
+// tokens.
+//   executor    a portakv_executor
 //   src, dst    a portakv_copy_view each
 //   src_ids, dst_ids
 //   src_step, dst_step      tokens of an id; of a side without ids they do not matter
 //   src_offset, dst_offset  tokens that are passed over
 //   count       tokens, or TO_THE_END of the ids
-// Then for both
+// 6: copy between a device and pinned memory, by ids on the host.
+//   crossings   a portakv_crossings
+//   src .. count  as of 1
+//   costs, out  for the pick; see `portakv_pick_copy`
+//   flags       1 if the ids are new, plus 2 if Python has to look at the host's memory before a
+//               kernel reaches it: `zero_copy` is then not prepared
+//   uncrossed   an Uncrossed (link.h); 0: no addresses are listed
+//   staging     the StagingBuffers (link.h) of the stream; 0: `staged` is not prepared
+// Then for all three
 //   end         a portakv_copy_end; 0: one without memory and event
-//   stream      a stream of the current device; of 0 also None: the current one
-// The function tells torch that the destination was written. It returns the tokens times 4, plus 2 if
-// the status word may be written, plus 1 if ids of the host skip positions; or a code. An event that the driver did not record is the driver's error.
+//   stream      a stream of the current device; None: the current one
+// The function tells torch that the destination was written. It returns the tokens times 2^16, plus
+// four times the answer of the pick, plus 2 if the status word may be written, plus 1 if ids of the
+// host skip positions; or a code. Of 6 that may be PORTAKV_RUNS_EDGES or PORTAKV_LINK_ROOM: nothing
+// was submitted. An event that the driver did not record is the driver's error.
 //
 // 2: ask whether the work before the event of an end, a portakv_copy_end, has ended. It returns the
 // driver's answer, or PORTAKV_COPY_REPORTS.
 //
 // 3, 4: check a copy as of 1 and of 0 that a launch of Python makes.
-//   torch .. count, or copies .. end
+//   torch, src .. count, or copies .. end; torch is a PortakvTorch
 //   units, room     memory for the numbers of the units of the source, then of the destination, with
 //                   room for so many of each; 0: the launch reads the ids
 // The function returns a tuple: tokens, tokens of a unit, units without those that negative ids skip,
@@ -606,20 +636,8 @@ typedef struct portakv_chunk_copies {
 // without ids are written only if units are skipped. All units of ids on a device count: the launch
 // judges the ids.
 //
-// 5: `portakv_plan_make` with its arguments.
-//
-// 6: read and check a copy between views of a device and of pinned memory, whose ids lie on the host.
-//   torch .. count  as of 1
-//   unit        tokens that the copy moves together
-//   src_limit, dst_limit, host_limit  of groups of units; see `portakv_runs_groups`
-//   out         gets a CheckedCopy (link.h)
-//   end, stream     as of 1; nothing is recorded
-// The function returns the tokens times 4, or a code.
-//
-// 7: return the current stream of a device by a portakv_current; OTHERWISE: another device is
-// current, the stream is being captured, or a function failed.
-//
-// 8, 9, 10: `portakv_pick_copy`, `portakv_view_read` and `portakv_form_slice` with their arguments.
+// 5, 7, 8, 9: `portakv_plan_make`, `portakv_pick_copy`, `portakv_view_read` and
+// `portakv_form_slice` with their arguments.
 PORTAKV_API void *portakv_python_function(int64_t number);
 
 // Return 0 if a write of the first or the last byte of a range of host memory would fail. It is then

@@ -2,8 +2,6 @@
 #include "link.h"
 
 #include <algorithm>
-#include <atomic>
-#include <chrono>
 #include <cstring>
 #include <memory>
 #include <mutex>
@@ -97,34 +95,18 @@ using namespace portakv;
 
 struct portakv_link {
   Driver driver;
-  std::mutex mutex;  // of all members below but the times
+  std::mutex mutex;  // of all members below
   // By stream: the bytes that crossed since its last rest.
   std::unordered_map<int64_t, int64_t> in_a_row;
   uint32_t *word = nullptr;  // for rests; allocated before the first one, and never freed
   bool rests = true;         // until the driver reports that the device has no such wait
   Handle event = nullptr;    // between the legacy default stream and the one that replaces it
-  std::atomic<bool> timed{false};
-  std::atomic<int64_t> nanoseconds{0};
-  std::atomic<int64_t> calls{0};
 
   bool batches() const { return driver.batch != nullptr || driver.old_batch != nullptr; }
 };
 
 namespace portakv {
 namespace {
-
-// Calls the driver, and counts its time if that is asked for.
-template <class Call>
-int called(portakv_link &link, Call &&call) {
-  if (!link.timed.load(std::memory_order_relaxed)) return call();
-  using Clock = std::chrono::steady_clock;
-  const Clock::time_point begin = Clock::now();
-  const int error = call();
-  const auto spent = std::chrono::duration_cast<std::chrono::nanoseconds>(Clock::now() - begin);
-  link.nanoseconds += spent.count();
-  link.calls++;
-  return error;
-}
 
 void check(int64_t code, int64_t what, int64_t first = 0, int64_t second = 0) {
   if (code != 0) throw Refused{code, what, {first, second}};
@@ -310,15 +292,15 @@ class Submission {
       const int64_t *dst = pieces.dst + first;
       const int64_t *src = pieces.src + first;
       const int64_t *width = pieces.width + first;
-      const int error = called(link_, [&] {
-        if (link_.driver.batch != nullptr) {
-          return link_.driver.batch(dst, src, width, count, &attributes, &from_first, 1,
-                                    handle_of(stream));
-        }
-        size_t failed = 0;
-        return link_.driver.old_batch(dst, src, width, count, &attributes, &from_first, 1, &failed,
-                                      handle_of(stream));
-      });
+      const Handle on = handle_of(stream);
+      const Driver &driver = link_.driver;
+      size_t failed = 0;
+      int error = 0;
+      if (driver.batch != nullptr) {
+        error = driver.batch(dst, src, width, count, &attributes, &from_first, 1, on);
+      } else {
+        error = driver.old_batch(dst, src, width, count, &attributes, &from_first, 1, &failed, on);
+      }
       check(error, PORTAKV_LINK_BATCH, number);
       first += number;
       most = std::min(rules_.growth * most, rules_.most);
@@ -340,16 +322,13 @@ class Submission {
     const bool down = crossing_.to_device == 0;
     const Copy2D rows{end(piece.src, !down, piece.src_pitch), end(piece.dst, down, piece.dst_pitch),
                       static_cast<uint64_t>(piece.width), static_cast<uint64_t>(piece.height)};
-    check(called(link_, [&] { return link_.driver.copy_rows(&rows, handle_of(crossing_.stream)); }),
-          PORTAKV_LINK_COPY, piece.height, piece.width);
+    check(link_.driver.copy_rows(&rows, handle_of(crossing_.stream)), PORTAKV_LINK_COPY,
+          piece.height, piece.width);
   }
 
   void copy_plain(int64_t dst, int64_t src, int64_t width, int64_t stream) {
-    check(called(link_,
-                 [&] {
-                   return link_.driver.copy(static_cast<uint64_t>(dst), static_cast<uint64_t>(src),
-                                            static_cast<size_t>(width), handle_of(stream));
-                 }),
+    check(link_.driver.copy(static_cast<uint64_t>(dst), static_cast<uint64_t>(src),
+                            static_cast<size_t>(width), handle_of(stream)),
           PORTAKV_LINK_COPY, 1, width);
   }
 
@@ -373,10 +352,8 @@ class Submission {
     if (!link_.rests) return;
     if (link_.word == nullptr) allocate_word();
     if (link_.word == nullptr) return;
-    const int error = called(link_, [&] {
-      return link_.driver.wait_value(handle_of(stream), reinterpret_cast<uint64_t>(link_.word), 0,
-                                     kAtLeast);
-    });
+    const int error = link_.driver.wait_value(handle_of(stream),
+                                              reinterpret_cast<uint64_t>(link_.word), 0, kAtLeast);
     link_.rests = error != kNotSupported;
     if (link_.rests) check(error, PORTAKV_LINK_REST);
   }
@@ -402,10 +379,8 @@ class Submission {
     if (link_.event == nullptr) {
       check(driver.create_event(&link_.event, kNoTiming), PORTAKV_LINK_EVENT);
     }
-    check(called(link_, [&] { return driver.record(link_.event, handle_of(before)); }),
-          PORTAKV_LINK_EVENT);
-    check(called(link_, [&] { return driver.wait(handle_of(stream), link_.event, 0); }),
-          PORTAKV_LINK_EVENT);
+    check(driver.record(link_.event, handle_of(before)), PORTAKV_LINK_EVENT);
+    check(driver.wait(handle_of(stream), link_.event, 0), PORTAKV_LINK_EVENT);
   }
 
   portakv_link &link_;
@@ -530,6 +505,8 @@ class RowsCrossing {
     std::memcpy(&plan_, reinterpret_cast<const void *>(call_.plan), sizeof plan_);
     std::memcpy(&copy_, reinterpret_cast<const void *>(call_.copy), sizeof copy_);
     crosses_ = read_plan(reinterpret_cast<const int64_t *>(plan_.plan));
+    const auto *const end = reinterpret_cast<const portakv_copy_end *>(call_.end);
+    if (end != nullptr && end->event != nullptr) end_ = end;
   }
 
   // Submit the copy, in slices by dense rows or as its pieces, and record its end.
@@ -537,15 +514,13 @@ class RowsCrossing {
     if (plan_.kernels == 0) {
       PiecesRequest request = request_of(copy_.src, copy_.dst, copy_.count);
       request.merged = plan_.merged;
-      request.edged = call_.edged;
+      request.edged = call_.uncrossed.edged;
       submit(request, call_.stream);
     } else {
       in_slices(fault);
     }
-    const auto *const end = reinterpret_cast<const portakv_copy_end *>(call_.end);
-    if (end == nullptr || end->event == nullptr) return;
-    check(called(link_, [&] { return end->record(end->event, handle_of(call_.stream)); }),
-          PORTAKV_LINK_EVENT);
+    if (end_ == nullptr) return;
+    check(end_->record(end_->event, handle_of(call_.stream)), PORTAKV_LINK_EVENT);
   }
 
  private:
@@ -573,8 +548,11 @@ class RowsCrossing {
       first_steps(order_, execute);
       for (; at < number; at++) slice_steps(order_, at, execute);
       at = number - 1;
+      by_end_ = end_ != nullptr && order_.alone == 0;
       last_steps(order_, execute);
+      if (by_end_) end_ = nullptr;  // it is recorded
     } catch (...) {
+      by_end_ = false;
       failed_steps(order_, [&](const ScheduleStep &step) { perform(step); });
       fault.slice = slices_.cuts[static_cast<size_t>(at)].count;
       throw;
@@ -583,7 +561,7 @@ class RowsCrossing {
 
   // Return true if nothing is under way on the stream of slices.
   bool at_rest() {
-    return called(link_, [&] { return link_.driver.query(handle_of(staging_.link)); }) == 0;
+    return link_.driver.query(handle_of(staging_.link)) == 0;
   }
 
   // Execute a step of the schedule; return the driver's answer.
@@ -591,18 +569,20 @@ class RowsCrossing {
     const Driver &driver = link_.driver;
     const int64_t streams[] = {call_.stream, staging_.half, staging_.link, call_.before};
     const int64_t stream = streams[step.stream];
+    const bool by_end = by_end_ && step.number == order_.buffers + kEnded;
     const auto event = [&] {
+      if (by_end) return end_->event;
       return handle_of(reinterpret_cast<const int64_t *>(staging_.events)[step.number]);
     };
     failing_ = PORTAKV_LINK_EVENT;
     switch (step.kind) {
       case kWait:
-        return called(link_, [&] { return driver.wait(handle_of(stream), event(), 0); });
+        return driver.wait(handle_of(stream), event(), 0);
       case kRecord:
-        return called(link_, [&] { return driver.record(event(), handle_of(stream)); });
+        return (by_end ? end_->record : driver.record)(event(), handle_of(stream));
       case kStage:
         failing_ = PORTAKV_LINK_STAGE;
-        return called(link_, [&] { return launch(step.number, handle_of(stream)); });
+        return launch(step.number, handle_of(stream));
       case kCross:
         cross(step.number, stream);
         return 0;
@@ -656,9 +636,9 @@ class RowsCrossing {
     request.limits = plan_.limits;
     request.src_whole = copy_.src_whole;
     request.dst_whole = copy_.dst_whole;
-    request.registered = call_.registered;
-    request.src_edges = call_.edges[0];
-    request.dst_edges = call_.edges[1];
+    request.registered = call_.uncrossed.registered;
+    request.src_edges = call_.uncrossed.edges[0];
+    request.dst_edges = call_.uncrossed.edges[1];
     return request;
   }
 
@@ -679,6 +659,8 @@ class RowsCrossing {
   SliceOrder order_{};
   Plan stage_;  // of the device
   RowsOptions options_{};
+  const portakv_copy_end *end_ = nullptr;  // whose event is to be recorded
+  bool by_end_ = false;  // that event is the schedule's last one
   int64_t failing_ = 0;
 };
 
@@ -780,12 +762,6 @@ int64_t portakv_link_submit(portakv_link *link, const int64_t *const *columns, i
 
 int64_t portakv_link_rows(portakv_link *link, const int64_t *words, portakv_link_fault *fault) {
   return judged(fault, [&] { RowsCrossing(*link, words).run(*fault); });
-}
-
-void portakv_link_time(portakv_link *link, int on, int64_t *out) {
-  out[0] = link->nanoseconds.exchange(0);
-  out[1] = link->calls.exchange(0);
-  link->timed = on != 0;
 }
 
 }  // extern "C"

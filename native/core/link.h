@@ -200,13 +200,18 @@ struct CheckedCopy {
   Positions src;
   Positions dst;
   int64_t count;
-  int64_t groups;       // of units that follow each other on both sides
-  int64_t host_groups;  // on the host's
-  int64_t src_whole;    // see `PiecesRequest`
+  int64_t src_whole;  // see `PiecesRequest`
   int64_t dst_whole;
   portakv_rows_side rows;  // the device's, as kernels of its stage read them
 };
-static_assert(sizeof(CheckedCopy) == 27 * sizeof(int64_t), "a copy is words");
+static_assert(sizeof(CheckedCopy) == 25 * sizeof(int64_t), "a copy is words");
+
+// Addresses that no piece crosses; see `PiecesRequest`. Words: the members.
+struct Uncrossed {
+  int64_t edged;
+  Edges registered;
+  Edges edges[2];  // of the allocations of the host's rows, or of both sides
+};
 
 // One copy. Words: the members.
 struct CrossingCopy {
@@ -217,9 +222,7 @@ struct CrossingCopy {
   int64_t before;  // the stream whose present work comes before the slices
   int64_t aside;   // see `Crossing`
   int64_t end;    // pointer to a portakv_copy_end whose event is recorded after the copy; 0: none
-  int64_t edged;  // see `PiecesRequest`
-  Edges registered;
-  Edges edges[2];  // of the allocations of the host's rows, or of both sides
+  Uncrossed uncrossed;
 };
 
 }  // namespace portakv

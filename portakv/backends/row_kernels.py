@@ -8,19 +8,13 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from portakv.core.call import (
-    DRIVER,
-    GUARDED,
-    OTHERWISE,
-    CurrentStream,
-    calls,
-)
+from portakv.core.call import DRIVER, STREAM, CurrentStream, Executor
 from portakv.core.rows import Kernels
 from portakv.core.view import address_in_torch
 from portakv.runtime.cuda import NO_CONTEXT, KernelDriver
 from portakv.runtime.devices import capture_question, this_process
 from portakv.runtime.ends import End, ends_of
-from portakv.runtime.transfer import Completion, Owner, Transfer, hold, hold_memory
+from portakv.view.form import plain_reader
 from portakv.view.view import KVView
 
 #: The result of the core for the first work of a thread, of which nothing was launched.
@@ -40,24 +34,25 @@ class RowKernels:
 
     Attributes:
         table: the core's table of the kernels.
-        address: of the table.
-        carried: the executor and the reason for it.
+        carried: what executes their copies, and why.
         ends: of copies; None: work has ended when a launch returns.
-        current: where the core finds what names the current stream; None: torch names it.
+        executor: what the core reads of the kernels; ``executor_at`` is its address.
         process: that uses the driver, which need not survive a fork.
     """
 
     def __init__(self, driver: KernelDriver, device: torch.device, name: str) -> None:
         self.table = Kernels(driver.entry)
-        self.address = self.table.address
         self.carried = name, TAKES
         self._driver = driver
+        self._device = device
         self._stream = driver.number
         self._capturing = capture_question(device)
         self.process = this_process()
-        self._current = calls().current_stream
         self._names = _current_stream(driver, device)
-        self.current = None if self._names is None else ctypes.addressof(self._names)
+        current = None if self._names is None else ctypes.addressof(self._names)
+        reader = plain_reader()
+        self.executor = Executor(self.table.address, reader.address if reader else None, current)
+        self.executor_at = ctypes.addressof(self.executor)
         self.ends = ends_of(driver, device)
 
     def issue(
@@ -65,39 +60,23 @@ class RowKernels:
         function: Callable[..., int],
         arguments: Sequence[object],
         on_host: bool,
-        retained: object,
-        ids: object,
-        owner: Owner | None = None,
-        memory: Sequence[torch.Tensor] = (),
-        carried: tuple[str, str] | None = None,
-    ) -> tuple[Transfer, int] | None:
+        tabled: Sequence[KVView] = (),
+    ) -> tuple[End | None, int] | None:
         """Make a copy by a function of the core on the current stream.
 
         Args:
             function: takes the arguments, then the address of a `portakv_copy_end` and a stream.
             arguments: of the copy.
             on_host: ids lie on the host.
-            retained: what the handle keeps until the end.
-            ids: memory that is kept until the end also if the handle is dropped.
-            owner: it reports an error if the handle does not.
-            memory: the same of memory that no allocator orders on a stream.
-            carried: what executes the copy, and why; None: as for all copies inside the device.
+            tabled: views whose tables of addresses the kernels read.
 
         Returns:
-            The handle, and the result of the function; None: it launched nothing.
+            The end of the copy, which has none if the work has ended, and the result of the
+            function; None: it launched nothing.
 
         Raises:
-            TransferError: the driver's error.
+            TransferError: the driver's error. What was launched may use the end, which is given up.
         """
-        current = self.current
-        stream: int | None = OTHERWISE
-        if current is not None and not self.process.forked:
-            stream = self._current(current)
-        if stream == OTHERWISE:  # torch is asked, which raises what the core does not
-            stream = self._stream(None)
-            # None: another device is current, of which the next question would be answered.
-            if stream is None or self._capturing():
-                return None
         ends = self.ends
         end = None
         at = 0
@@ -111,39 +90,26 @@ class RowKernels:
                     return None
             at = end.address
 
-        result = function(*arguments, at, stream)
+        stream: int | None = None
+        named = tabled or self.process.forked  # after a fork only torch is asked
+        result = STREAM if named else function(*arguments, at, stream)
+        if result == STREAM:  # torch is asked, which raises what the core does not
+            stream = self._stream(None)
+            # None: another device is current, of which the next question would be answered.
+            if stream is not None and not self._capturing():
+                for view in tabled:
+                    view.follow_table(self._device)
+                result = function(*arguments, at, stream)
         if result == FIRST_WORK:
             with self._driver.current():
                 result = function(*arguments, at, stream)
-        if result < 0:
-            self.give_back(end, result)
-            return None
-
-        carried = carried or self.carried
-        if end is None:
-            return Transfer((), None, carried), result
-        if not memory:
-            return end.transfer(result, ids, retained, carried, owner), result
-        words = end.words if result & GUARDED else ()
-        completion = Completion(end, (), words, None, (ids, memory), end)
-        # Either queue releases the end if the handle is dropped. Only a word can bring an error,
-        # which `LateErrors` look for among the copies in flight.
-        hold_memory(completion)
-        if words:
-            hold(completion, owner)
-        return Transfer((completion,), retained, carried), result
-
-    def give_back(self, end: End | None, result: int) -> None:
-        """Release the end of a copy for which a function of the core returned a code.
-
-        Raises:
-            TransferError: the code is the driver's error. What was launched may use the end, which
-                is given up.
-        """
+        if result >= 0:
+            return end, result
         if result <= DRIVER:
             self._driver.refuse(DRIVER - result, "The launch")
         if end is not None:
             end.release(end)
+        return None
 
 
 def _current_stream(driver: KernelDriver, device: torch.device) -> CurrentStream | None:
@@ -159,12 +125,3 @@ def _current_stream(driver: KernelDriver, device: torch.device) -> CurrentStream
     if torch.cuda.device_count() == 1:  # it is always the current one
         current_device = 0
     return CurrentStream(device.index, current_device, current, capturing)
-
-
-def after_tables(
-    views: Sequence[KVView], device: torch.device, copy: Callable[..., int], *arguments: object
-) -> int:
-    """Make a copy by a function of the core after the tables of addresses of views were sent."""
-    for view in views:
-        view.follow_table(device)
-    return copy(*arguments)

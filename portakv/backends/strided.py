@@ -12,13 +12,15 @@ from collections.abc import Callable, Hashable, Iterator, Sequence
 from itertools import chain, groupby, product
 from math import gcd, prod
 from operator import itemgetter, mul
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 import torch
 
 from portakv.backends.base import MoveLaunch
 from portakv.plan.plan import CopyPlan, Move, Nest, Side
+from portakv.view.bound import BoundLayout
+from portakv.view.form import Form, form_of
 from portakv.view.index import Index
 from portakv.view.view import KVView
 
@@ -30,6 +32,8 @@ _Tensors = list[torch.Tensor]
 _Picked = torch.Tensor | None
 #: A tensor over planes, and the number of its first dimensions that count planes.
 _Grids = tuple[torch.Tensor, int]
+#: A view, or the chunk of one call.
+_Source: TypeAlias = "KVView | ChunkRows"
 _Planes = tuple[_Tensors, _Picked, _Tensors, _Picked]
 
 
@@ -69,16 +73,59 @@ class Ops(NamedTuple):
     nested: bool = False
 
 
+class ChunkRows:
+    """The rows of a chunk for one call, as torch calls read those of a view.
+
+    Args:
+        bound: the layout of the chunk.
+        chunk: its tensor.
+        described: what `portakv_view_read_tensors` of ``core.h`` returns of the chunk.
+    """
+
+    raw = False
+    temporary = True
+
+    def __init__(self, bound: BoundLayout, chunk: torch.Tensor, described: tuple[Any, ...]) -> None:
+        form, self._origins, _, _, self.slots, _ = described
+        self.form: Form = form_of(form) if isinstance(form, bytes) else form
+        self.device = chunk.device
+        self.derived: dict[Hashable, Any] = {}
+        self._bound = bound
+        self._chunk = chunk
+        self._described = described
+
+    def strided(
+        self,
+        entry: int,
+        offset: int,
+        dtype: torch.dtype,
+        size: Sequence[int],
+        stride: Sequence[int],
+    ) -> torch.Tensor:
+        """Return a tensor over rows, as `KVView.strided` does."""
+        storage = self._chunk.untyped_storage()
+        start = self._origins[entry] + offset - storage.data_ptr()
+        empty = torch.empty(0, dtype=dtype, device=self.device)
+        return empty.set_(storage, start // dtype.itemsize, size, stride)
+
+    @property
+    def view(self) -> KVView:
+        """Return the chunk as a view."""
+        _, origins, owners, spans, slots, grad = self._described
+        facts = (self.form, origins, owners, spans), slots, self.device, grad
+        return KVView.of_facts(self._bound, self._chunk, facts)
+
+
 class Units(NamedTuple):
     """The units of one side of a copy.
 
     Attributes:
-        rows: a view.
+        rows: a view, or a chunk.
         numbers: the number of each unit, int64 on the device of the view; None: consecutive units.
         offset: tokens before the first of consecutive units.
     """
 
-    rows: KVView
+    rows: _Source
     numbers: torch.Tensor | None
     offset: int
 
@@ -345,7 +392,12 @@ class _Rows:
         return begin * first.stride, sizes
 
     def tensors(
-        self, view: KVView, entry: int, start: int, numbers: _Picked, at: slice | torch.Tensor
+        self,
+        view: _Source,
+        entry: int,
+        start: int,
+        numbers: _Picked,
+        at: slice | torch.Tensor,
     ) -> tuple[_Tensors, _Picked]:
         """Return for each plane the tensor over rows of an entry, and the rows of the units ``at``
         (None: all)."""
@@ -368,11 +420,11 @@ class _Rows:
             known = made[key] = _unbound(self._whole(view, entry))
         return known, self._walked(numbers) if self._walk else numbers
 
-    def _tensors_of(self, view: KVView) -> dict[Hashable, Any]:
+    def _tensors_of(self, view: _Source) -> dict[Hashable, Any]:
         """Return the tensors that were made of a view: those that it keeps, or of this copy."""
         return view.derived if self._made is None else self._made
 
-    def _whole(self, view: KVView, entry: int) -> list[_Grids]:
+    def _whole(self, view: _Source, entry: int) -> list[_Grids]:
         """Return tensors over all rows of an entry."""
         made = self._tensors_of(view)
         key = (self, entry, _WHOLE)
@@ -385,7 +437,7 @@ class _Rows:
         return known
 
     def _consecutive(
-        self, view: KVView, entry: int, start: int, at: slice | torch.Tensor
+        self, view: _Source, entry: int, start: int, at: slice | torch.Tensor
     ) -> tuple[_Tensors, _Picked]:
         """Return the tensors and rows of units that follow each other from byte ``start`` on."""
         if isinstance(at, slice):
@@ -399,7 +451,7 @@ class _Rows:
         at = at.to(view.device)
         return self.over(view, entry, start, [(rows, self._near)]), self._walked(at)
 
-    def _part(self, view: KVView, entry: int, start: int, rows: int) -> _Tensors:
+    def _part(self, view: _Source, entry: int, start: int, rows: int) -> _Tensors:
         """Return the tensors over so many rows that follow each other from byte ``start`` on."""
         whole: list[_Grids] | None = None
         if self._near == self._grain and start % self._near == 0:
@@ -420,7 +472,7 @@ class _Rows:
         return rows
 
     def over(
-        self, view: KVView, entry: int, start: int, loops: Sequence[tuple[int, int]]
+        self, view: _Source, entry: int, start: int, loops: Sequence[tuple[int, int]]
     ) -> _Tensors:
         """Return for each plane the tensor over rows from byte ``start`` on.
 
@@ -429,7 +481,7 @@ class _Rows:
         return _unbound(self._over(view, entry, start, loops))
 
     def _over(
-        self, view: KVView, entry: int, start: int, loops: Sequence[tuple[int, int]]
+        self, view: _Source, entry: int, start: int, loops: Sequence[tuple[int, int]]
     ) -> list[_Grids]:
         """Return the same as one tensor for each grid."""
         size = [*[extent for extent, _ in loops], *self._size]
@@ -445,7 +497,7 @@ class _Rows:
                 made.append((tensor, len(sizes) - len(size)))
         return made
 
-    def _rows_of(self, view: KVView) -> int:
+    def _rows_of(self, view: _Source) -> int:
         """Return the number of rows of a view in one entry."""
         first, *bounded = self._side.units
         blocks = view.slots // self._unit // prod(step.extent for step in bounded)

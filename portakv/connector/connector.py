@@ -19,13 +19,13 @@ import torch
 from torch.compiler import is_compiling, is_dynamo_compiling
 
 from portakv.connector import in_graph
-from portakv.connector.in_graph import Allocations, first_tensor, flatten
+from portakv.connector.in_graph import Allocations, first_tensor
 from portakv.copy.call import Context, Passed, check_rows
 from portakv.copy.inside import ChunkCopies
 from portakv.copy.options import Check, CopyOptions, options_from, refuse_options
 from portakv.copy.request import Ids, MemoryObject, Tensors, whole
 from portakv.copy.submit import check_issue, issue
-from portakv.errors import DeviceMismatch, LayoutError, SlotError
+from portakv.errors import DeviceMismatch, LayoutError, PortaKVError, SlotError
 from portakv.layout.language import parse
 from portakv.layout.presets import resolve
 from portakv.plan.move import Move
@@ -126,7 +126,7 @@ class Registration:
         if choice.can.tables:
             view.table  # noqa: B018 - made now, so that no transfer has to
         self.allocations = Allocations(kv_caches)
-        self._facts = _facts(self.allocations.leaves)
+        self._read = bound.read
         self._layout = chunk_layout
         self._bound = dict[tuple[str, int], BoundLayout]()
         self.direct = ChunkCopies(view, self.allocations.memory, choice, owner)
@@ -135,15 +135,11 @@ class Registration:
         """Return True if these are its caches, or tensors at the same addresses with the same
         strides."""
         try:
-            leaves, levels = flatten(kv_caches)
-            if levels != self.allocations.levels or _facts(leaves) != self._facts:
-                return False
-            # The registered tensors are plain. Lazy ones at their addresses are other objects.
-            return self.allocations.holds(leaves) or not any(
-                leaf.is_conj() or leaf.is_neg() for leaf in leaves
-            )
-        except (AttributeError, LayoutError, RuntimeError):  # the layout says what they lack
+            (form, origins, _, _), slots, device, _ = self._read(kv_caches)
+        except (AttributeError, PortaKVError, RuntimeError):  # the layout says what they lack
             return False
+        view = self.view
+        return (form, origins, slots, device) == (view.form, view.origins, view.slots, view.device)
 
     def check_memory(self) -> None:
         """Raise `LayoutError` if the memory of a cache was freed or replaced, or became too
@@ -360,10 +356,6 @@ def _check_caches(kv_caches: Tensors, bound: BoundLayout) -> None:
             f"{kv_caches.dtype} tensor of one dimension. If it is the slot mapping, pass "
             f"slot_mapping=..., and no caches if they are registered."
         )
-
-
-def _facts(leaves: Sequence[torch.Tensor]) -> list[tuple[object, ...]]:
-    return [(leaf.data_ptr(), leaf.shape, leaf.stride(), leaf.dtype) for leaf in leaves]
 
 
 KV_LAYOUT = "layer | kv block token head dim"

@@ -11,8 +11,8 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable, Sequence
-from functools import partial
 from time import perf_counter
+from types import NoneType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -20,30 +20,29 @@ import torch
 from torch.autograd.graph import increment_version
 from torch.utils.dlpack import DLDeviceType
 
-from portakv.backends.row_kernels import FIRST_WORK, RowKernels, after_tables
+from portakv.backends.row_kernels import RowKernels
 from portakv.backends.rows_kernel import MAX_ENTRIES
-from portakv.backends.strided import StridedLaunch, Units
+from portakv.backends.strided import ChunkRows, StridedLaunch, Units
 from portakv.copy.call import memory_of_host
 from portakv.copy.counting import TOGETHER, Counted
 from portakv.copy.handle import BlockTransfer, skipped_tokens
 from portakv.copy.options import CopyOptions
 from portakv.core.call import (
-    OTHERWISE,
+    ANSWER,
+    PICKED,
     SKIPS,
     TO_THE_END,
     TOKENS,
+    Executor,
     OpenedChunks,
     OpenedView,
     Watch,
     calls,
 )
-from portakv.core.link import COUNT
 from portakv.core.view import words_of_dtypes
 from portakv.errors import LayoutError, PortaKVError, SlotError
-from portakv.interconnect.choose import HostLaunch, across
-from portakv.interconnect.link import CheckedCopy
-from portakv.interconnect.strategy import PINNED, Strategy, StrategyLaunch
-from portakv.interconnect.zero_copy import ZeroCopy
+from portakv.interconnect.choose import across
+from portakv.interconnect.strategy import PINNED, Strategy, StrategyLaunch, WholeCopies
 from portakv.plan.move import Move
 from portakv.registry.prepared import PREPARED, Prepared, bring_table, prepared
 from portakv.registry.registry import Choice, choose
@@ -60,14 +59,15 @@ from portakv.runtime.transfer import (
     hold,
     word_batches,
 )
-from portakv.view.bound import BoundLayout, Facts
+from portakv.view.bound import BoundLayout
 from portakv.view.destination import check_writable, with_versions
-from portakv.view.form import Form, form_of, plain_reader
+from portakv.view.form import Form, plain_reader
 from portakv.view.index import CONSECUTIVE, PAST_ANY_VIEW, Ids, Index, as_ids, index_of
 from portakv.view.view import KVView
 
 _AWAY = {"peer", "remote"}
 _OPENED = "opened"  # of a view, for the core
+_OPENED_WITHOUT = "opened without its table"
 
 
 def opened(view: KVView, tables: bool = True) -> OpenedView | None:
@@ -77,7 +77,7 @@ def opened(view: KVView, tables: bool = True) -> OpenedView | None:
     ``tables``: kernels of the core may read its table of addresses. It then waits for a table that
     is sent to the device.
     """
-    key = _OPENED, tables
+    key = _OPENED if tables else _OPENED_WITHOUT
     known: OpenedView | None = view.derived.get(key)
     if known is not None or view.temporary or not view.known or view.form.encoding:
         return known
@@ -112,7 +112,7 @@ def open_view(view: KVView, memory: Watch | None, tables: bool = True) -> Opened
         view.table.data_ptr() if looked_up else 0,
         view.slots,
         view.spans,
-        _dlpack_device(view.owners[0]),
+        _dlpack_device(view.device),
         writable,
         form.table_on_device,
         memory,
@@ -122,12 +122,12 @@ def open_view(view: KVView, memory: Watch | None, tables: bool = True) -> Opened
     )
 
 
-def _dlpack_device(tensor: torch.Tensor) -> tuple[int, int]:
-    """Return DLPack's numbers of the device of a tensor."""
+def _dlpack_device(device: torch.device) -> tuple[int, int]:
+    """Return DLPack's numbers of a device."""
     try:
-        return tensor.__dlpack_device__()
+        return torch.empty(0, device=device).__dlpack_device__()
     except ValueError:  # torch does not know the name of a vendor's device
-        return DLDeviceType.kDLExtDev, tensor.device.index or 0
+        return DLDeviceType.kDLExtDev, device.index or 0
 
 
 class ChunkCopies:
@@ -152,17 +152,11 @@ class ChunkCopies:
         if reader is None:
             return
         self._caches = open_view(cache, memory, tables=kernels is not None)
-        self._opened.caches = self._caches.address
-        self._opened.torch = reader.address
-        self._opened.words = word_batches.address
+        by = Executor(None, reader.address, None) if kernels is None else kernels.executor
+        self._opened = OpenedChunks(by, self._caches.address, words=word_batches.address)
         self._address = ctypes.addressof(self._opened)
-        if kernels is None:
-            return
-        self._opened.kernels = kernels.address
-        self._opened.current = kernels.current
         self._copy: Callable[..., int] = calls().copy_chunk
-        if self._caches.tabled:
-            self._copy = partial(after_tables, [cache], cache.device, self._copy)
+        self._tabled = [cache] if self._caches.tabled else []
 
     def add_layout(self, layout: BoundLayout, itemsize: int) -> None:
         """Take the layout of chunks whose elements have so many bytes."""
@@ -179,8 +173,7 @@ class ChunkCopies:
         Raises:
             TransferError: the driver's error.
         """
-        address = self._address
-        if not address:
+        if not self._address:
             return None
         chunk = memory_obj
         if type(chunk) is not torch.Tensor:
@@ -198,31 +191,13 @@ class ChunkCopies:
         if kernels is None or not (on_device or _few(ids, start, end)):
             return self._launched(store, chunk, slot_mapping, ids, start, end)
 
-        retained = chunk, ids, self._cache
-        transfer = None
-        ends = kernels.ends
-        if ends is not None and not kernels.process.forked:
-            free = ends.plain if on_device else ends.listed
-            try:
-                at = free.pop()
-            except IndexError:
-                used = ends.acquire_after_ends(free)
-                if used is None:
-                    return None
-                at = used
-            result = self._copy(address, store, chunk, ids, start, end, at.address, None)
-            if result >= 0:
-                transfer = at.transfer(result, ids, retained, kernels.carried, self._owner)
-            else:
-                kernels.give_back(at, OTHERWISE if result == FIRST_WORK else result)
-                if result == OTHERWISE:
-                    return None
-        if transfer is None:
-            arguments = address, store, chunk, ids, start, end
-            issued = kernels.issue(self._copy, arguments, not on_device, retained, ids, self._owner)
-            if issued is None:
-                return None
-            transfer, result = issued
+        arguments = self._address, store, chunk, ids, start, end
+        issued = kernels.issue(self._copy, arguments, not on_device, self._tabled)
+        if issued is None:
+            return None
+        at, result = issued
+        completions = () if at is None else (at.completion(result, ids, self._owner),)
+        transfer = Transfer(completions, (chunk, ids, self._cache), kernels.carried)
         counts = Counted.counts
         if counts is not None:
             counts.new.append((kernels.carried[0], "device", self._cache.form, result >> TOKENS))
@@ -256,10 +231,10 @@ class ChunkCopies:
         if isinstance(checked, int):
             return None
         tokens, unit, units, described = checked
-        bound = self._layouts[chunk.itemsize]
-        view = KVView.of_facts(bound, chunk, _facts(chunk, described))
+        rows = ChunkRows(self._layouts[chunk.itemsize], chunk, described)
         if index is not None:
             index = index.shifted(start - index.offset)
+            view = rows.view
             move = Move(view, cache, CONSECUTIVE, index, tokens)
             if store:
                 move = Move(cache, view, index, CONSECUTIVE, tokens)
@@ -268,15 +243,15 @@ class ChunkCopies:
             skips = tokens > unit * units  # then both sides have numbers
             read = torch.from_numpy(numbers[:units]) if store or skips else None
             written = torch.from_numpy(numbers[most : most + units]) if skips or not store else None
-            source = Units(cache if store else view, read, 0)
-            target = Units(view if store else cache, written, 0)
+            source = Units(cache if store else rows, read, 0)
+            target = Units(rows if store else cache, written, 0)
             transfer = _by_units(self._choice, source, target, unit, units)
         if transfer is None:
             return None
         increment_version(chunk if store else self._caches.versions)
         counts = Counted.counts
         if counts is not None:
-            forms = (cache.form, view.form) if store else (view.form, cache.form)
+            forms = (cache.form, rows.form) if store else (rows.form, cache.form)
             counts.new.append((transfer.carried[0], forms[0].place, forms[1], tokens))
             if len(counts.new) >= TOGETHER:
                 counts.sum_up()
@@ -288,17 +263,15 @@ def copied(
     dst: KVView,
     src_ids: Ids | None,
     dst_ids: Ids | None,
-    src_step: int,
-    dst_step: int,
+    by_block: bool,
     count: object,
     options: CopyOptions,
 ) -> BlockTransfer | None:
-    """Copy between two views of one device on the current stream; None: the core does not make
-    such a copy.
+    """Copy between two views on the current stream; None: the core does not make such a copy.
 
     Args:
-        src_ids, dst_ids: as `copy_rows` takes them.
-        src_step, dst_step: tokens of an id that is no `Index`.
+        src_ids, dst_ids: as `copy_rows` or `copy_blocks` takes them.
+        by_block: they are of blocks.
         count: tokens; None: those of the ids.
 
     Raises:
@@ -307,36 +280,41 @@ def copied(
     if not isinstance(src, KVView) or not isinstance(dst, KVView):
         return None
     began = perf_counter()
+    src_step = src.form.block_size if by_block else 1
+    dst_step = dst.form.block_size if by_block else 1
     read = _side(src_ids, src_step)
     written = _side(dst_ids, dst_step)
     tokens = _tokens(read, written, src) if count is None else count
-    if type(tokens) is not int or not 0 < tokens < PAST_ANY_VIEW:
+    if (
+        type(tokens) is not int
+        or not 0 < tokens < PAST_ANY_VIEW
+        or not (read.step and written.step)
+    ):
         return None
-    if not (read.step and written.step):
-        return None
-    by = None
+    if by_block and (read.step, written.step) != (src_step or 1, dst_step or 1):
+        return None  # an index of something else than blocks
     # More ids than kernels read from pinned memory.
     many = tokens > LISTED * min(read.step, written.step)
     many = many and True in (read.on_host, written.on_host)
+    # The core compares the tokens of both sides.
+    listed = TO_THE_END if count is None else tokens
+    made: tuple[Transfer, int] | None = None
     if src.device == dst.device:
-        choice = _inside(src, dst, options)
-        if choice is None:
+        if options.terms is not None or src.form.place in _AWAY or dst.form.place in _AWAY:
+            return None  # no launch of a backend makes it
+        try:
+            choice = choose(src.device, options.backend)
+        except PortaKVError:  # the general way says it after it has looked at the ids
             return None
         kernels = choice.backend.row_kernels
         if kernels is None or many:  # a launch reads an index on the device
             ids = src_ids, dst_ids
             return _launched(src, dst, *ids, read, written, count, tokens, choice, began)
-        by = _Executor(kernels, kernels.carried)
-    if many:
-        return None
-    if by is None and False not in (read.on_host, written.on_host):  # the number of runs is known
-        new = any(not (ids is None or isinstance(ids, Index)) for ids in (src_ids, dst_ids))
-        steps = read.plan_step, written.plan_step
-        by = _across_link(src, dst, steps, tokens, new, options)
-    if by is None:
-        return None
-    # The core compares the tokens of both sides.
-    made = _issue(src, dst, read, written, TO_THE_END if count is None else tokens, by)
+        made = _copy_inside(src, dst, read, written, listed, kernels)
+    elif not many and False not in (read.on_host, written.on_host):
+        kept = (Index, NoneType)
+        new = not (isinstance(src_ids, kept) and isinstance(dst_ids, kept))
+        made = _copy_across(src, dst, read, written, listed, new, options)
     if made is None:
         return None
     transfer, result = made
@@ -347,23 +325,6 @@ def copied(
         skipped = skipped_tokens(Move(src, dst, *indices, tokens))
     step = read.plan_step or written.plan_step
     return BlockTransfer.of_views(transfer, src, dst, step, tokens, skipped, began)
-
-
-class _Executor(NamedTuple):
-    """What makes a copy.
-
-    Attributes:
-        kernels: the row kernels that make it, or whose device orders it.
-        carried: what executes it, and why.
-        launch: of a strategy that makes it by other means, or of all strategies, one of which is
-            picked by the ids.
-        new: ids are a caller's for one call.
-    """
-
-    kernels: RowKernels
-    carried: tuple[str, str]
-    launch: StrategyLaunch | None = None
-    new: bool = False
 
 
 class _Side(NamedTuple):
@@ -418,122 +379,87 @@ def _tokens(read: _Side, written: _Side, src: KVView) -> int:
     return src.slots - read.offset
 
 
-def _issue(
-    src: KVView,
-    dst: KVView,
-    read: _Side,
-    written: _Side,
-    tokens: int,
-    by: _Executor,
-) -> tuple[Transfer, int] | None:
-    """Make a copy by the core, and return its end and the core's result; None: the core does not
-    make it."""
-    reader = plain_reader()
-    if reader is None:
-        return None
-    from_view = src.derived.get(_OPENED) or opened(src)
-    to_view = dst.derived.get(_OPENED) or opened(dst)
+def _arguments(
+    src: KVView, dst: KVView, read: _Side, written: _Side, tokens: int, device: torch.device
+) -> tuple[tuple[Any, ...], list[KVView]] | None:
+    """Return the arguments of the core from the source's view to the tokens, and the views whose
+    tables of addresses kernels read; None: the core does not read one of the views."""
+    from_view = opened(src)
+    to_view = opened(dst)
     if from_view is None or to_view is None:
         return None
-    device = dst.device if src.device.type == "cpu" else src.device
     tabled = []
     if from_view.tabled or to_view.tabled:
         tabled = [view for view, each in ((src, from_view), (dst, to_view)) if each.tabled]
         if not has_tables(device, tabled):  # the general way sends them there
             return None
-    kernels, carried, launch, _ = by
-    crossing = None
-    copy: Callable[..., int] = calls().copy_views
-    views: tuple[int, ...] = reader.address, from_view.address, to_view.address
-    if launch is None:
-        views = kernels.address, *views
-    else:
-        crossing = _Crossing(launch, by, src, dst)
-        copy = crossing.copy
-    if tabled:
-        copy = partial(after_tables, tabled, device, copy)
-    from_ids, from_step, from_offset, on_host, _ = read
-    to_ids, to_step, to_offset, to_host, _ = written
+    from_ids, from_step, from_offset, _, _ = read
+    to_ids, to_step, to_offset, _, _ = written
+    # fmt: off
+    return (from_view.address, to_view.address, from_ids, to_ids,
+            from_step, to_step, from_offset, to_offset, tokens), tabled
+    # fmt: on
 
-    ids = from_ids, to_ids
-    numbers = from_step, to_step, from_offset, to_offset, tokens
-    memory = () if src.device == dst.device else memory_of_host(src, dst)
+
+def _copy_inside(
+    src: KVView, dst: KVView, read: _Side, written: _Side, tokens: int, kernels: RowKernels
+) -> tuple[Transfer, int] | None:
+    """Make a copy inside a device by the core; return its end and the core's result."""
+    both = _arguments(src, dst, read, written, tokens, dst.device)
+    if both is None or not kernels.executor.torch:
+        return None
+    arguments, tabled = both
+    on_host = bool(read.on_host or written.on_host)
+    arguments = kernels.executor_at, *arguments
+    issued = kernels.issue(calls().copy_views, arguments, on_host, tabled)
+    if issued is None:
+        return None
+    end, result = issued
+    ids = read.ids, written.ids
+    completions = () if end is None else (end.completion(result, ids),)
+    return Transfer(completions, (src, dst, ids), kernels.carried), result
+
+
+def _copy_across(
+    src: KVView,
+    dst: KVView,
+    read: _Side,
+    written: _Side,
+    tokens: int,
+    new: bool,
+    options: CopyOptions,
+) -> tuple[Transfer, int] | None:
+    """Make a copy between a device and pinned memory as `_copy_inside` does; ``new``: ids are a
+    caller's for one call."""
+    found = _across_link(src, dst, read.plan_step, written.plan_step, options)
+    if found is None:
+        return None
+    whole, carried = found
+    rows, host = (src, dst) if src.form.place == "device" else (dst, src)
+    both = _arguments(src, dst, read, written, tokens, rows.device)
+    if both is None:
+        return None
+    arguments, tabled = both
+    sides = *arguments, *whole.launch.terms(host, new)
     try:
-        made = kernels.issue(
-            copy,
-            (*views, *ids, *numbers),
-            bool(on_host or to_host),
-            (src, dst, ids),
-            ids,
-            memory=memory,
-            carried=carried,
-        )
+        issued = whole.kernels.issue(whole.copy, (rows, host, sides), True, tabled)
     except BaseException:  # also an interrupt; what was launched may still run
-        if memory:
-            completion(device, None, *memory)
+        completion(rows.device, None, *memory_of_host(src, dst))
         raise
-    if made is not None and crossing is not None:
-        increment_version(to_view.versions)
-        made[0].carried = crossing.carried
-    return made
-
-
-class _Crossing:
-    """A copy between a device and pinned memory by a strategy that orders copies of the driver.
-
-    Attributes:
-        carried: the strategy, and why; known once the core has read the ids.
-    """
-
-    def __init__(
-        self,
-        launch: StrategyLaunch,
-        by: _Executor,
-        src: KVView,
-        dst: KVView,
-    ) -> None:
-        self.carried = by.carried
-        self._launch = launch
-        self._new = by.new
-        self._down = src.form.place == "device"
-        self._views = (src, dst) if self._down else (dst, src)  # of the device, and of the host
-
-    def copy(self, *arguments: Any) -> int:
-        """Make the copy, as `Calls.copy_views` does; the kernels are left out of the arguments."""
-        *sides, end, stream = arguments
-        launch = self._launch
-        checked = CheckedCopy(*self._views, self._down, stream, end)
-        result = calls().read_copy(*sides, *launch.counted, checked.address, end, stream)
-        if result < 0 or not isinstance(launch, HostLaunch):
-            return result if result < 0 else launch.cross(checked)
-        number, groups, host_groups = checked.words[COUNT : COUNT + 3]
-        found = launch.pick_counted(number, groups, host_groups, self._views[1], self._new)
-        if found is None:
-            return OTHERWISE
-        _, picked = found
-        means = launch.prepared(picked.strategy)
-        if not isinstance(means, StrategyLaunch):
-            return OTHERWISE
-        self.carried = picked
-        launch.log(picked)
-        return means.cross(checked)
+    if issued is None:
+        return None
+    end, result = issued
+    ids = read.ids, written.ids
+    # No allocator orders the host's memory, which the opened view has.
+    completions = () if end is None else (end.completion_across((ids, opened(host))),)
+    carried = whole.launch.picked(result >> ANSWER & PICKED) or carried
+    return Transfer(completions, (src, dst, ids), carried), result
 
 
 def has_tables(device: torch.device, views: Sequence[KVView]) -> bool:
     """Return True if the tables of addresses of views lie on a device. That of pinned memory is on
     the host, which kernels do not reach by its address."""
     return all(view.table.device == device for view in views)
-
-
-def _inside(src: KVView, dst: KVView, options: CopyOptions) -> Choice | None:
-    """Return what copies inside a device, or on the host; None: it is not a backend's launch."""
-    if options.terms is not None or src.form.place in _AWAY or dst.form.place in _AWAY:
-        return None
-    try:
-        choice = choose(src.device, options.backend)
-    except PortaKVError:  # the general way says it after it has looked at the ids
-        return None
-    return choice
 
 
 def _launched(
@@ -608,14 +534,6 @@ def _few(ids: Any, start: object, end: object) -> bool:
     return (ids.numel() if type(ids) is torch.Tensor else len(ids)) - start <= LISTED
 
 
-def _facts(chunk: torch.Tensor, described: tuple[Any, ...]) -> Facts:
-    """Return the facts of a chunk from what the core read of it."""
-    form, origins, owners, spans, slots, grad = described
-    if isinstance(form, bytes):
-        form = form_of(form)
-    return (form, origins, owners, spans), slots, chunk.device, grad
-
-
 def _by_units(choice: Choice, src: Units, dst: Units, unit: int, units: int) -> Transfer | None:
     """Launch a copy on the host of so many units of ``unit`` tokens, which the core has checked;
     None: no backend takes its plan."""
@@ -627,7 +545,8 @@ def _by_units(choice: Choice, src: Units, dst: Units, unit: int, units: int) -> 
     if type(ready.launch) is StridedLaunch:
         ready.launch.copy(src, dst, units)
         return Transfer((), None, ready.carried)
-    sides = src.rows, dst.rows, _index(src, unit), _index(dst, unit)
+    src_rows, dst_rows = (x.view if isinstance(x, ChunkRows) else x for x in (src.rows, dst.rows))
+    sides = src_rows, dst_rows, _index(src, unit), _index(dst, unit)
     return _launch(ready, Move(*sides, unit * units))
 
 
@@ -753,14 +672,10 @@ def _index_of(ids: Ids | None, step: int) -> Index | None:
 
 
 def _across_link(
-    src: KVView,
-    dst: KVView,
-    steps: tuple[int, int],
-    count: int,
-    new: bool,
-    options: CopyOptions,
-) -> _Executor | None:
-    """Return what copies between a device and pinned memory."""
+    src: KVView, dst: KVView, src_step: int, dst_step: int, options: CopyOptions
+) -> tuple[WholeCopies, tuple[str, str]] | None:
+    """Return what copies between a device and pinned memory, and a reason if there is no pick;
+    None: the core does not make such copies."""
     places = src.form.place, dst.form.place
     if places not in PINNED or src.temporary or dst.temporary:
         return None
@@ -772,24 +687,13 @@ def _across_link(
             return None
         if not named or options.terms is not None:
             choice = across(choice, options.terms)
-        ready = prepared(src.form, dst.form, *steps, None, choice)
-        host = dst if down else src
-        launch = ready.launch
-        if isinstance(launch, HostLaunch):
-            found = launch.pick_counted(count, 1, 1, host, new)
-            if found is not None:
-                strategy, picked = found
-                if isinstance(strategy, ZeroCopy) and launch.has_prepared(picked.strategy):
-                    launch.log(picked)
-                    return _Executor(strategy.kernels[src.form.place], picked)
+        ready = prepared(src.form, dst.form, src_step, dst_step, None, choice)
         by = ready.choice.backend
-        if not isinstance(by, Strategy) or not isinstance(launch, StrategyLaunch):
+        if not isinstance(by, Strategy) or by.refuses(dst if down else src):
             return None
-        if by.refuses(host):
-            return None
-        if isinstance(by, ZeroCopy):
-            return _Executor(by.kernels[src.form.place], ready.carried)
-        kernels = by.half.backend.row_kernels
     except PortaKVError:  # the general way says it in its turn
         return None
-    return None if kernels is None else _Executor(kernels, ready.carried, launch, new)
+    whole = ready.launch.whole if isinstance(ready.launch, StrategyLaunch) else None
+    if whole is None or not whole.kernels.executor.torch:
+        return None
+    return whole, ready.carried

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field, fields
-from functools import partial
 from typing import Any, Literal, TypeAlias, get_args
 
 import torch
@@ -81,17 +80,21 @@ class CopyOptions:
         if self.late is not None and not isinstance(self.late, LateErrors):
             raise invalid("late", "a LateErrors or None", self.late, "Pass LateErrors().")
         sliced = self.cancellable or self.max_gbps is not None
-        # Made in any case, since it checks its values. No stream orders slices.
-        detached = flag("detached", self.detached) and not sliced
+        detached = flag("detached", self.detached) and not sliced  # no stream orders slices
         if self.max_gbps is not None:
             rate("max_gbps", self.max_gbps)  # terms of a worker's slices also have inf
-        terms = Terms(self.overlap, self.max_thread_blocks, self.max_gbps, detached)
-        put = partial(object.__setattr__, self)  # the options are frozen
-        put("sliced", sliced)
-        put("strict", self.check == "strict")
-        put("terms", terms if sliced or terms != _NO_TERMS else None)
-        apart = self.by_layer or self.reinterpret or self.strict or self.late is not None
-        put("whole", not (apart or sliced or detached) and self.stream is None)
+        computes = isinstance(self.overlap, str) and self.overlap == "compute"
+        terms = None
+        if not computes or self.max_thread_blocks is not None or sliced or detached:
+            terms = Terms(self.overlap, self.max_thread_blocks, self.max_gbps, detached)
+        strict = self.check == "strict"
+        apart = self.by_layer or self.reinterpret or strict or self.late is not None
+        whole = not (apart or sliced or detached) and self.stream is None
+        put = object.__setattr__  # the options are frozen
+        put(self, "sliced", sliced)
+        put(self, "strict", strict)
+        put(self, "terms", terms)
+        put(self, "whole", whole)
 
     def check_only(self, what: str, names: Collection[str]) -> None:
         """Raise `InvalidTerms` if another option than these is set; ``what`` has no use for it."""
@@ -103,9 +106,9 @@ class CopyOptions:
                 )
 
 
-_NO_TERMS = Terms()
 #: The options, in the order of their keywords.
 NAMES = tuple(each.name for each in fields(CopyOptions) if each.init)
+_KNOWN = frozenset(NAMES)
 #: The options of a copy that passes none.
 USUAL = CopyOptions()
 #: Those of all keywords, in their order.
@@ -133,7 +136,7 @@ def options_from(options: CopyOptions | None, keywords: dict[str, Any]) -> CopyO
     Raises:
         InvalidTerms: both, a keyword that is not an option, or a value that an option cannot have.
     """
-    for name in keywords.keys() - set(NAMES):
+    for name in keywords.keys() - _KNOWN:
         raise InvalidTerms(
             f"Expected terms among {', '.join(sorted(NAMES))}, got {name}. Leave {name} out."
         )

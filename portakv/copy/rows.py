@@ -86,7 +86,7 @@ def copy_rows(
         late,
     )
     if options.whole:
-        made = copied(src, dst, src_index, dst_index, 1, 1, count, options)
+        made = copied(src, dst, src_index, dst_index, False, count, options)
         if made is not None:
             return made
     move = move_of(src, dst, src_index, dst_index, count)
@@ -145,7 +145,7 @@ def copy_blocks(
         late,
     )
     if options.whole and skip == 0 and type(skip) is int:
-        made = _copied_blocks(src, dst, src_blocks, dst_blocks, count, options)
+        made = copied(src, dst, src_blocks, dst_blocks, True, count, options)
         if made is not None:
             return made
     src_index = block_index(src, src_blocks, "src")
@@ -167,26 +167,8 @@ def options_of(options: CopyOptions | None, *keywords: object) -> CopyOptions:
             return USUAL
         if type(options) is CopyOptions:
             return options
-    return options_from(options, dict(zip(NAMES, keywords, strict=True)))
-
-
-def _copied_blocks(
-    src: KVView,
-    dst: KVView,
-    src_blocks: Ids | None,
-    dst_blocks: Ids | None,
-    count: object,
-    options: CopyOptions,
-) -> BlockTransfer | None:
-    """Copy blocks by one call of the core; None: it does not make such a copy."""
-    if not (isinstance(src, KVView) and isinstance(dst, KVView)):
-        return None
-    src_size = src.form.block_size
-    dst_size = dst.form.block_size
-    for blocks, size in ((src_blocks, src_size), (dst_blocks, dst_size)):
-        if isinstance(blocks, Index) and blocks.step != size:
-            return None
-    return copied(src, dst, src_blocks, dst_blocks, src_size, dst_size, count, options)
+    each = zip(NAMES, keywords, USUAL_VALUES, strict=True)
+    return options_from(options, {name: value for name, value, usual in each if value is not usual})
 
 
 def _after(view: KVView, index: Index, skip: object, side: str) -> Index:

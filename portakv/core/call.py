@@ -22,35 +22,25 @@ from portakv.core.view import address_in_torch, handle_at
 
 # The codes of `core.h`.
 OTHERWISE = -50
+STREAM = -51
+PREPARE = -110
 DRIVER = -1000
 #: An end or a count: as many as there are.
 TO_THE_END = -1
 #: An answer about an end: the work has ended, and its status word reports an error.
 REPORTS = -1
-#: Bits of a result below its tokens: a status word may be written; ids of the host skip positions.
+#: Bits of a result: a status word may be written; ids of the host skip positions.
 GUARDED = 2
 SKIPS = 1
+#: Above these bits is the answer of a pick, below the tokens.
+ANSWER = 2
+PICKED = (1 << 14) - 1
 #: The bits below the tokens.
-TOKENS = 2
-
-
-class _Watch(ctypes.Structure):
-    """`portakv_watch` of `core.h`."""
-
-    _fields_ = (
-        ("tensors", ctypes.c_void_p),
-        ("addresses", ctypes.c_void_p),
-        ("count", ctypes.c_int64),
-        ("storages", ctypes.c_void_p),
-        ("sizes", ctypes.c_void_p),
-        ("storage_count", ctypes.c_int64),
-        ("address_of", ctypes.c_void_p),
-        ("storage_bytes", ctypes.c_void_p),
-    )
+TOKENS = 16
 
 
 class Watch:
-    """Tensors and storages whose memory must stay as it is."""
+    """Tensors and storages whose memory must stay as it is; `portakv_watch` of `core.h`."""
 
     def __init__(self, tensors: Sequence[torch.Tensor]) -> None:
         self._tensors = tuple(tensors)
@@ -71,17 +61,12 @@ class Watch:
         tensors = handles_of(self._tensors)
         storages = array("q", [tensors[number] for number in self._first])
         self._pointers = tensors, storages
-        self._words = _Watch(
-            tensors.buffer_info()[0],
-            self._addresses.buffer_info()[0],
-            len(tensors),
-            storages.buffer_info()[0],
-            self._sizes.buffer_info()[0],
-            len(storages),
-            address_in_torch("aoti_torch_get_data_ptr"),
-            address_in_torch("aoti_torch_get_storage_size"),
-        )
-        return ctypes.addressof(self._words)
+        self._words = array("q", (*tensors.buffer_info(), *storages.buffer_info()))
+        self._words.insert(1, self._addresses.buffer_info()[0])
+        self._words.insert(4, self._sizes.buffer_info()[0])
+        self._words.append(address_in_torch("aoti_torch_get_data_ptr"))
+        self._words.append(address_in_torch("aoti_torch_get_storage_size"))
+        return self._words.buffer_info()[0]
 
     @property
     def in_place(self) -> bool:
@@ -107,6 +92,17 @@ def handles_of(tensors: Sequence[torch.Tensor]) -> array[int]:
     return array("q", [id(each) + at for each in tensors])
 
 
+class Fault(ctypes.Structure):
+    """`portakv_link_fault` of `core.h`."""
+
+    _fields_ = (
+        ("code", ctypes.c_int64),
+        ("what", ctypes.c_int64),
+        ("slice", ctypes.c_int64),
+        ("values", ctypes.c_int64 * 2),
+    )
+
+
 class CopyEnd(ctypes.Structure):
     """`portakv_copy_end` of `core.h`."""
 
@@ -118,6 +114,7 @@ class CopyEnd(ctypes.Structure):
         ("record", ctypes.c_void_p),
         ("query", ctypes.c_void_p),
         ("word", ctypes.c_void_p),
+        ("fault", Fault),
     )
 
 
@@ -132,31 +129,32 @@ class CurrentStream(ctypes.Structure):
     )
 
 
-class _View(ctypes.Structure):
-    """`portakv_copy_view` of `core.h`."""
+class Executor(ctypes.Structure):
+    """`portakv_executor` of `core.h`."""
 
     _fields_ = (
-        ("form", ctypes.c_void_p),
-        ("dtypes", ctypes.c_void_p),
-        ("addresses", ctypes.c_void_p),
-        ("table", ctypes.c_int64),
-        ("slots", ctypes.c_int64),
-        ("spans", ctypes.c_void_p),
-        ("span_count", ctypes.c_int64),
-        ("device_type", ctypes.c_int64),
-        ("device_id", ctypes.c_int64),
-        ("writable", ctypes.c_int64),
-        ("table_on_device", ctypes.c_int64),
-        ("watch", ctypes.c_void_p),
-        ("entries", ctypes.c_int64),
-        ("entry_bytes", ctypes.c_int64),
-        ("versions", ctypes.c_void_p),
-        ("version_count", ctypes.c_int64),
+        ("kernels", ctypes.c_void_p),
+        ("torch", ctypes.c_void_p),
+        ("current", ctypes.c_void_p),
+    )
+
+
+class Crossings(ctypes.Structure):
+    """`portakv_crossings` of `core.h`."""
+
+    _fields_ = (
+        ("by", Executor),
+        ("plans", ctypes.c_void_p * 2),
+        ("link", ctypes.c_void_p),
+        ("aside", ctypes.c_int64),
+        ("picked", ctypes.c_void_p),
+        ("only", ctypes.c_int64),
+        ("counted", ctypes.c_int64 * 4),
     )
 
 
 class OpenedView:
-    """A view as the core reads it in each call.
+    """A view as the core reads it in each call; `portakv_copy_view` of `core.h`.
 
     Args:
         form: the address of the form's words, which stay as long as this object.
@@ -204,23 +202,13 @@ class OpenedView:
         ranges = array("q", [address for span in spans for address in span])
         raised = handles_of(versions)
         self._kept = words, ranges, watch, raised, kept
-        self._words = _View(
-            form,
-            words.buffer_info()[0],
-            addresses,
-            table,
-            slots,
-            ranges.buffer_info()[0],
-            len(spans),
-            *device,
-            writable,
-            table_on_device,
-            watch.address if watch else 0,
-            *entries,
-            raised.buffer_info()[0],
-            len(raised),
-        )
-        self.address = ctypes.addressof(self._words)
+        at = words.buffer_info()[0], addresses, table
+        covered = ranges.buffer_info()[0], len(spans)
+        watched = watch.address if watch else 0
+        flags = writable, table_on_device
+        memory = watched, *entries, *raised.buffer_info()
+        self._words = array("q", (form, *at, slots, *covered, *device, *flags, *memory))
+        self.address = self._words.buffer_info()[0]
 
 
 class _Words(ctypes.Structure):
@@ -261,11 +249,9 @@ class OpenedChunks(ctypes.Structure):
     """`portakv_chunk_copies` of `core.h`."""
 
     _fields_ = (
-        ("kernels", ctypes.c_void_p),
+        ("by", Executor),
         ("caches", ctypes.c_void_p),
-        ("torch", ctypes.c_void_p),
         ("layouts", ctypes.c_void_p * 5),
-        ("current", ctypes.c_void_p),
         ("words", ctypes.c_void_p),
     )
 
@@ -284,11 +270,10 @@ class Calls(NamedTuple):
     query_end: Callable[[int], int]
     check_views: Callable[..., tuple[int, int, int] | int]
     check_chunk: Callable[..., tuple[int, int, int, tuple[Any, ...]] | int]
-    read_copy: Callable[..., int]
-    current_stream: Callable[[int], int]
+    copy_across: Callable[..., int]
 
 
 @cache
 def calls() -> Calls:
     """Return the functions."""
-    return Calls(*map(python_function, (0, 1, 2, 3, 4, 6, 7)))
+    return Calls(*map(python_function, (0, 1, 2, 3, 4, 6)))

@@ -9,13 +9,14 @@ from __future__ import annotations
 import ctypes
 from array import array
 from collections.abc import Sequence
-from ctypes import c_char_p, c_int, c_int64, c_void_p
+from ctypes import c_char_p, c_int64, c_void_p
 from functools import cache
 from struct import Struct
 from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 
+from portakv.core.call import Fault
 from portakv.core.library import library, pylibrary
 from portakv.core.plan import NO_MEMORY
 from portakv.core.runs import Int64
@@ -56,9 +57,6 @@ _order = Struct("=7q").pack
 pack_crossing = Struct("=8q").pack
 #: A `CrossingCopy`.
 pack_copy = Struct("=14q").pack
-#: Words of a `CheckedCopy`, and the place of its tokens. Both numbers of groups follow them.
-CHECKED = 27
-COUNT = 16
 
 
 class SliceOrder(NamedTuple):
@@ -113,24 +111,6 @@ def cut_copy(rules: array[int], count: int, offset: int, idle: bool) -> tuple[in
     return slots, [Cut(*pair) for pair in zip(words[::2], words[1::2], strict=True)]
 
 
-class Fault(NamedTuple):
-    """What a call of the link refused; `portakv_link_fault` of `core.h`."""
-
-    code: int
-    what: int
-    slice: int
-    values: tuple[int, int]
-
-
-class _Fault(ctypes.Structure):
-    _fields_ = [
-        ("code", c_int64),
-        ("what", c_int64),
-        ("slice", c_int64),
-        ("values", c_int64 * 2),
-    ]
-
-
 def schedule_of(order: SliceOrder) -> Schedule:
     """Return the schedule of a copy in slices, which an executor in Python follows."""
     out = array("q", bytes(8 * (64 + 32 * order.slices)))
@@ -156,44 +136,35 @@ class Link:
         self.batches = bool(addresses[2] or addresses[3])
         self._library = driver  # whose functions are called
         self._close = core.close
-        self._link = core.open(addresses.buffer_info()[0])
-        if not self._link:
+        #: Of the link, for the core.
+        self.address: int = core.open(addresses.buffer_info()[0])
+        if not self.address:
             raise MemoryError("The core has no memory for a link.")
 
     def submit(self, columns: Sequence[Int64], crossing: bytes) -> Fault | None:
         """Order pieces; `Pieces` has the columns. Return what was refused."""
         arrays = [np.ascontiguousarray(column) for column in columns]
         pointers = array("q", [each.__array_interface__["data"][0] for each in arrays])
-        fault = _Fault()
+        fault = Fault()
         at = pointers.buffer_info()[0]
-        if _functions().submit(self._link, at, arrays[0].size, crossing, _at(fault)):
+        reported = ctypes.addressof(fault)
+        if _functions().submit(self.address, at, arrays[0].size, crossing, reported):
             return _refused(fault)
         return None
 
     def rows(self, copy: bytes) -> Fault | None:
         """Submit a copy of rows, by `pack_copy`."""
-        fault = _Fault()
-        if _functions().rows(self._link, copy, _at(fault)):
+        fault = Fault()
+        if _functions().rows(self.address, copy, ctypes.addressof(fault)):
             return _refused(fault)
         return None
 
-    def time(self, on: bool) -> tuple[int, int]:
-        """Return the nanoseconds inside calls of the driver, and their number, since the last call;
-        count them from now on, or not."""
-        out = (c_int64 * 2)()
-        _functions().time(self._link, on, ctypes.addressof(out))
-        return out[0], out[1]
-
     def __del__(self) -> None:
-        if getattr(self, "_link", 0):
-            self._close(self._link)
+        if getattr(self, "address", 0):
+            self._close(self.address)
 
 
-def _at(fault: _Fault) -> int:
-    return ctypes.addressof(fault)
-
-
-def _refused(fault: _Fault) -> Fault:
+def _refused(fault: Fault) -> Fault:
     """Return what was refused; raise an error for a code that no caller words."""
     if fault.code == NO_MEMORY:
         raise MemoryError("The core has no memory for the pieces of a copy.")
@@ -201,7 +172,7 @@ def _refused(fault: _Fault) -> Fault:
         raise PortaKVError(
             "Expected a plan and positions that fit each other. Report this as a bug."
         )
-    return Fault(fault.code, fault.what, fault.slice, (fault.values[0], fault.values[1]))
+    return fault
 
 
 def _address(driver: ctypes.CDLL, name: str) -> int:
@@ -219,7 +190,6 @@ class _Functions(NamedTuple):
     close: Any
     submit: Any
     rows: Any
-    time: Any
 
 
 @cache
@@ -245,7 +215,4 @@ def _functions() -> _Functions:
     rows = core.portakv_link_rows
     rows.argtypes = (c_void_p, c_char_p, c_void_p)
     rows.restype = c_int64
-    time = core.portakv_link_time
-    time.argtypes = (c_void_p, c_int, c_void_p)
-    time.restype = None
-    return _Functions(schedule, cut, make, close, submit, rows, time)
+    return _Functions(schedule, cut, make, close, submit, rows)

@@ -61,7 +61,7 @@ def pick_copy() -> Callable[..., int]:
     """Return `portakv_pick_copy`."""
     words = c_void_p, c_void_p
     numbers = (c_int64,) * 5
-    return function_of_numbers(8, "portakv_pick_copy", *words, *numbers, c_int)
+    return function_of_numbers(7, "portakv_pick_copy", *words, *numbers, c_int)
 
 
 class _Functions(NamedTuple):

@@ -23,7 +23,7 @@ _EMPTY = array("q", [0])
 def _slice() -> Callable[..., int]:
     """Return `portakv_form_slice`."""
     return function_of_numbers(
-        10, "portakv_form_slice", c_void_p, c_int64, c_void_p, c_void_p, c_int64
+        9, "portakv_form_slice", c_void_p, c_int64, c_void_p, c_void_p, c_int64
     )
 
 

@@ -222,7 +222,7 @@ def _read_function() -> Callable[..., int]:
     numbers = (ctypes.c_int64,) * 3
     words = (ctypes.c_void_p,) * 3
     room = ctypes.c_void_p, ctypes.c_int64
-    return function_of_numbers(9, "portakv_view_read", *words, *numbers, *room)
+    return function_of_numbers(8, "portakv_view_read", *words, *numbers, *room)
 
 
 @cache

@@ -1,21 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tasks with priorities and deadlines, which the workers of queues execute for coroutines.
+"""Figures for operators: traces, metrics and alarms of stores, channels and weights.
 
 The package uses no files, no networks and no block store.
 """
 
 from portakv.graph.alarms import watch as watch
-from portakv.graph.graph import SLACK as SLACK
-from portakv.graph.graph import Graph
-from portakv.graph.graph import Priority as Priority
-from portakv.graph.graph import Queue as Queue
-from portakv.graph.handle import Handle
-from portakv.graph.handle import Missing as Missing
 from portakv.graph.prometheus import Collector
-from portakv.graph.task import End as End
-from portakv.graph.task import Ending as Ending
-from portakv.graph.task import Mask as Mask
-from portakv.graph.task import Task
-from portakv.graph.task import Workers as Workers
 
-__all__ = ["Collector", "Graph", "Handle", "Task"]
+__all__ = ["Collector"]

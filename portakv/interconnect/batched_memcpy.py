@@ -6,15 +6,21 @@ No kernel runs on the device. The host pays for each piece.
 
 from __future__ import annotations
 
-from array import array
-
 import torch
 
 from portakv.backends.base import Capabilities, Decision, Launch
-from portakv.core.call import OTHERWISE
-from portakv.core.link import COUNT
-from portakv.interconnect.link import CheckedCopy, CudaLink, link_of, uncut
-from portakv.interconnect.strategy import PINNED, Move, Strategy, StrategyLaunch
+from portakv.backends.row_kernels import RowKernels
+from portakv.core.call import Crossings
+from portakv.core.pick import ORDER
+from portakv.interconnect.link import CudaLink, link_of, uncut
+from portakv.interconnect.strategy import (
+    PINNED,
+    Cross,
+    Move,
+    Strategy,
+    StrategyLaunch,
+    cross_plainly,
+)
 from portakv.plan.plan import CopyPlan
 from portakv.runtime import streams
 
@@ -40,16 +46,25 @@ class BatchedMemcpy(Strategy):
         return Decision(self.name, False, why) if narrow else decision
 
     def prepare(self, plan: CopyPlan) -> Launch:
-        return _BatchedMemcpyLaunch(plan, self.device)
+        return _BatchedMemcpyLaunch(plan, self)
 
 
 class _BatchedMemcpyLaunch(StrategyLaunch):
-    def __init__(self, plan: CopyPlan, device: torch.device) -> None:
-        super().__init__(plan, device)
-        self.bare = _Copies(plan, device)  # see `Prepared`
+    strategy = BatchedMemcpy.name
 
-    def cross(self, copy: CheckedCopy) -> int:
-        return self.bare.cross(copy)
+    def __init__(self, plan: CopyPlan, strategy: Strategy) -> None:
+        super().__init__(plan, strategy.device)
+        self.bare = _Copies(plan, strategy.device)  # see `Prepared`
+        self._strategy = strategy
+
+    def row_kernels(self) -> RowKernels | None:
+        return self._strategy.half.backend.row_kernels
+
+    def described(self, words: Crossings, strategy: str) -> Cross | None:
+        if self.bare.words is None:
+            return None
+        words.plans[ORDER.index(strategy)] = self.bare.words.buffer_info()[0]
+        return cross_plainly
 
     def enqueue(self, move: Move, stream: torch.Stream | None, status: torch.Tensor | None) -> None:
         try:
@@ -66,21 +81,15 @@ class _Copies(StrategyLaunch):
     def __init__(self, plan: CopyPlan, device: torch.device) -> None:
         super().__init__(plan, device)
         self._plan = plan
-        self._link = link_of(device)
-        self._words: array[int] | None = None  # of the plan, for a link by the driver
-        if isinstance(self._link, CudaLink):
-            self._words = self._link.words_of(plan, uncut(self.downward))
-
-    def cross(self, copy: CheckedCopy) -> int:
-        link = self._link
-        if self._words is None or not isinstance(link, CudaLink):
-            return OTHERWISE
-        fault = link.pieces(self._words, copy)
-        return copy.words[COUNT] << 2 if fault is None else link.refused(fault)
+        self.link = link_of(device)
+        #: Of the plan, for a link by the driver.
+        self.words = None
+        if isinstance(self.link, CudaLink):
+            self.words = self.link.words_of(plan, uncut(self.downward))
 
     def enqueue(self, move: Move, stream: torch.Stream | None, status: torch.Tensor | None) -> None:
         # Every id is checked on the host before anything is moved.
         if not move.ids_on_host:
             src_index = move.src_index.to_host()
             move = move._replace(src_index=src_index, dst_index=move.dst_index.to_host())
-        self._link.carry(self._plan, move, stream)
+        self.link.carry(self._plan, move, stream)

@@ -12,12 +12,13 @@ from __future__ import annotations
 import logging
 import threading
 from array import array
-from collections.abc import Mapping
 from typing import cast
 
 import torch
 
 from portakv.backends.base import PEERS, Capabilities, Decision, Launch, Pending
+from portakv.backends.row_kernels import RowKernels
+from portakv.core.call import Crossings
 from portakv.core.pick import BITS, ORDER, pack_copies, pick_copy, set_of
 from portakv.errors import BackendUnavailable, Unsupported
 from portakv.interconnect.costs import costs_of
@@ -25,12 +26,14 @@ from portakv.interconnect.link import by_torch, link_of
 from portakv.interconnect.pick import Explained, Pick, Rules, none_left, pick
 from portakv.interconnect.pieces import RunCounter
 from portakv.interconnect.strategy import (
+    Cross,
     Strategy,
     StrategyLaunch,
     Terms,
     known_to_host,
     read_on,
 )
+from portakv.interconnect.zero_copy import ZeroCopy
 from portakv.plan.plan import CopyPlan, Move
 from portakv.registry import REGISTRY, Choice, bring, prepare_by
 from portakv.registry.prepared import Prepared
@@ -126,23 +129,23 @@ class HostLaunch(StrategyLaunch):
         self._lock = threading.RLock()
         self._launches: dict[str, Launch] = {}
         self._readies: dict[str, Prepared] = {}  # the same, as callers call them directly
-        self._whole = RunCounter(plan, fold_below=below)
+        self._both = RunCounter(plan, fold_below=below)
         self._of_host = RunCounter.of_host(plan, below)
-        self.counted = plan.unit, *self._whole.limits, self._of_host.limits[1]
+        self.counted = plan.unit, *self._both.limits, self._of_host.limits[1]
         self._rules = Rules(self.direction, self._terms)
         self._copies = array(
             "q",
             pack_copies(
-                self._whole.plan_at,
+                self._both.plan_at,
                 self._of_host.plan_at,
                 plan.unit,
                 plan.token_bytes,
                 plan.runs_per_unit,
             )
-            + self._whole.folding.tobytes()
+            + self._both.folding.tobytes()
             + self._rules.words,
         )
-        self._copies_at = self._copies.buffer_info()[0]
+        self.picked_at = self._copies.buffer_info()[0]
         self._choose = pick_copy()
 
     def pick(self, move: Move, guarded: bool = False, quick: bool = False) -> Pick:
@@ -162,23 +165,25 @@ class HostLaunch(StrategyLaunch):
             strategies = tuple(self.strategies.items())
             unfit = [name for name, each in strategies if not each.capabilities().guards]
             out = {**dict.fromkeys(unfit, "it takes no ids that are to be guarded"), **out}
+        waits, new_ids = self._conditions(move)
+
+        def pick_by(groups: int, host_groups: int) -> Pick:
+            costs = costs_of(self.device).addresses[self.direction]
+            unfit = set_of(out)
+            of_ids = groups, host_groups, move.count
+            answer = self._choose(self.picked_at, costs, *of_ids, unfit, waits, new_ids)
+            return self._rules.worded(answer, out)
+
         while True:
-            picked = self._pick(move, out, quick)
+            # More runs cost every other strategy more, and the kernel as much as before.
+            picked = pick_by(1, 1) if quick else None
+            if picked is None or picked.strategy != "zero_copy":
+                picked = pick_by(*self._groups(move))
             strategy = self.strategies.get(picked.strategy)  # another thread may have removed it
             why = strategy.refuses(host) if strategy is not None else ""
             if not why:
                 return picked
             out = {**out, picked.strategy: why}
-
-    def _pick(self, move: Move, out: Mapping[str, str], quick: bool) -> Pick:
-        """Pick as `pick` does, without the strategies in ``out``."""
-        waits, new_ids = self._conditions(move)
-        if quick:
-            # More runs cost every other strategy more, and the kernel as much as before.
-            picked = self._pick_by(move.count, 1, 1, out, waits, new_ids)
-            if picked.strategy == "zero_copy":
-                return picked
-        return self._pick_by(move.count, *self._groups(move), out, waits, new_ids)
 
     def explain(self, move: Move) -> Explained:
         """Return the pick for a transfer with the cost by each strategy; raise as `pick` does."""
@@ -190,8 +195,8 @@ class HostLaunch(StrategyLaunch):
         dense = self._of_host.shape(host_groups, move.count)
         shapes = {
             "staged": dense,
-            "batched_memcpy": self._whole.shape(groups, move.count),
-            "zero_copy": self._whole.unmerged(move.count),
+            "batched_memcpy": self._both.shape(groups, move.count),
+            "zero_copy": self._both.unmerged(move.count),
             "pageable": dense,
         }
         names = frozenset(name for name in ORDER if waits & BITS[name])
@@ -202,86 +207,57 @@ class HostLaunch(StrategyLaunch):
         """Return the strategies that would wait for a device, and whether the ids are new."""
         rows, host, device_index, host_index = self.ends(move)
         count = move.count
+        # The ids need no guard; a strategy without a guard reads other ids back.
         clean = device_index.is_clean(count, rows.slots) and host_index.is_clean(count, host.slots)
-        waits = self._waiting(
-            known_to_host(rows, device_index), known_to_host(host, host_index), clean
-        )
+        rows_known = known_to_host(rows, device_index)
+        host_known = known_to_host(host, host_index)
+        waits = 0
+        if not (rows_known and host_known):
+            known = {"none": True, "host": host_known, "both": False}
+            # Another thread may remove a strategy meanwhile.
+            waits = set_of(
+                name
+                for name, strategy in tuple(self.strategies.items())
+                if not known[strategy.reads] or not (clean or strategy.capabilities().guards)
+            )
         return waits, move.src_index.temporary or move.dst_index.temporary
 
     def _groups(self, move: Move) -> tuple[int, int]:
         """Return the groups of neighbours of a transfer on both sides together, and on the host."""
         host_index = self.ends(move)[3]
-        groups = self._whole.groups(move.src_index, move.dst_index, move.count)
+        groups = self._both.groups(move.src_index, move.dst_index, move.count)
         return groups, self._of_host.groups(host_index, host_index, move.count)
 
-    def _pick_by(
-        self,
-        count: int,
-        groups: int,
-        host_groups: int,
-        out: Mapping[str, str],
-        waits: int,
-        new_ids: bool,
-    ) -> Pick:
-        """Pick for so many groups of neighbours on both sides together, and on the host."""
-        costs = costs_of(self.device).addresses[self.direction]
-        unfit = self._unfit if out is self.out else set_of(out)
-        answer = self._choose(
-            self._copies_at, costs, groups, host_groups, count, unfit, waits, new_ids
-        )
-        return self._rules.worded(answer, out)
+    def row_kernels(self) -> RowKernels | None:
+        direct = self.strategies.get(ZeroCopy.name)
+        if isinstance(direct, ZeroCopy):
+            return direct.kernels[self.plan.src.place]
+        return self._host.half.backend.row_kernels
 
-    def _waiting(self, rows: bool, host: bool, clean: bool) -> int:
-        """Return the set of strategies that would wait for a device.
+    def described(self, words: Crossings, strategy: str) -> Cross | None:
+        launch = self.prepared(strategy)
+        return launch.described(words, strategy) if isinstance(launch, StrategyLaunch) else None
 
-        ``rows`` and ``host``: the host knows the addresses and ids of the device's rows, and of its
-        own. ``clean``: the ids need no guard; a strategy without a guard reads other ids back.
-        """
-        if rows and host:
-            return 0
-        known = {"none": True, "host": host, "both": rows and host}
-        # Another thread may remove a strategy meanwhile.
-        strategies = tuple(self.strategies.items())
-        return set_of(
-            name
-            for name, strategy in strategies
-            if not known[strategy.reads] or not (clean or strategy.capabilities().guards)
-        )
+    def terms(self, host: KVView, new: bool, look: bool = False) -> tuple[int, int, int]:
+        out = self._unfit
+        unknown = 0
+        direct = self.strategies.get(ZeroCopy.name)
+        if isinstance(direct, ZeroCopy) and not direct.reaches(host):
+            if not look:
+                unknown = 2
+            elif direct.refuses(host):
+                out |= BITS[ZeroCopy.name]
+        return costs_of(self.device).addresses[self.direction], out, new | unknown
 
-    def pick_counted(
-        self, count: int, groups: int, host_groups: int, host: KVView, new: bool
-    ) -> tuple[Strategy, Pick] | None:
-        """Return the strategy for a copy whose ids the host knows, and the pick; None: the strategy
-        that was picked does not take the copy.
-
-        It prepares nothing, since a graph may be captured.
-
-        Args:
-            count: tokens.
-            groups, host_groups: of units that follow each other, on both sides and on the host's.
-                For one group each, `zero_copy` is certain for any ids: more runs cost every other
-                strategy more, and the kernel as much as before.
-            host: the view of the host.
-            new: ids are a caller's for one call.
-        """
-        picked = self._pick_by(count, groups, host_groups, self.out, 0, new)
-        strategy = self.strategies.get(picked.strategy)
-        if strategy is None or strategy.refuses(host):
-            return None
-        return strategy, picked
-
-    def has_prepared(self, name: str) -> bool:
-        """Return True if a strategy is prepared."""
-        return name in self._launches
-
-    def log(self, picked: Pick) -> None:
-        """Log, once for each strategy of a device, that it executes copies, and why."""
+    def picked(self, answer: int) -> tuple[str, str]:
+        picked = self._rules.worded(answer, self.out)
         self._host.log(*picked)
+        return picked
 
     def picked_for(self, move: Move) -> tuple[Prepared, tuple[str, str]]:
         """See `Picks`; raise as the function `pick` does."""
         picked = self._pick_prepared(move)
-        self.log(picked)
+        self._host.log(*picked)
         return self._ready(picked.strategy), picked
 
     def instead_of(self, carried: tuple[str, str]) -> tuple[Prepared, tuple[str, str]] | None:

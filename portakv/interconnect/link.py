@@ -16,17 +16,15 @@ from typing import NoReturn
 
 import torch
 
-from portakv.core.call import DRIVER
+from portakv.core.call import Fault
 from portakv.core.link import (
     BATCH,
-    CHECKED,
     COPY,
     EDGES,
     EVENT,
     OUTSIDE,
     REST,
     WORD,
-    Fault,
     Link,
     pack_copy,
     pack_crossing,
@@ -77,8 +75,6 @@ IN_A_ROW = 88 << 20
 #: copies, which cost the host less; 8 KiB 0.89 and 0.76; 32 KiB 0.98 - 1.0 and 0.5 - 0.92, by their
 #: height.
 FOLD_BELOW = 8 << 10
-
-_NULL_STREAMS = (0, 1)  # the legacy default stream, by both of its handles
 
 
 def by_torch(device: torch.device) -> bool:
@@ -203,7 +199,9 @@ class CudaLink:
         to_device = dst.form.place == "device"
 
         def submit() -> Fault | None:
-            return self.core.submit(pieces, self._crossing(to_device, stream))
+            handle = cuda.raw(stream, self.device.index)
+            crossing = pack_crossing(to_device, handle, self.aside, *rules())
+            return self.core.submit(pieces, crossing)
 
         self.ordered(submit)
 
@@ -217,11 +215,14 @@ class CudaLink:
         """Copy as `TorchLink.carry` does."""
         check_copy(plan, move)
         downward = move.src.form.place == "device"
-        copy = CheckedCopy.of(move, downward, cuda.raw(stream, self.device.index))
+        copy = checked_words(move, downward)
         words = self.words_of(plan, uncut(downward), merged=merged)
+        handle = cuda.raw(stream, self.device.index)
 
         def submit() -> Fault | None:
-            fault = self.pieces(words, copy)
+            fault = self.rows(words, copy, handle, Uncrossed())
+            if fault is not None and fault.code == EDGES:
+                fault = self.rows(words, copy, handle, Uncrossed(move.src, move.dst))
             if fault is not None and fault.code == OUTSIDE:
                 raise outside(move)
             return fault
@@ -246,13 +247,6 @@ class CudaLink:
         words = *cut, *stage, plan.words.buffer_info()[0], merged
         return array("q", [*words, *limits_of(self.fold_below), *rules()])
 
-    def pieces(self, words: array[int], copy: CheckedCopy) -> Fault | None:
-        """Submit a copy as its pieces, by the words of its plan; return what was refused."""
-        fault = self.rows(words, copy, Uncrossed())
-        if fault is not None and fault.code == EDGES:
-            fault = self.rows(words, copy, Uncrossed(copy.rows, copy.host))
-        return fault
-
     def ordered(self, submit: Callable[[], Fault | None]) -> None:
         """Call what submits work to the driver, with the device current in this thread.
 
@@ -268,16 +262,13 @@ class CudaLink:
         else:
             fault = submit()
         if fault is not None:
-            self._refuse(fault)
-
-    def crossing(self, to_device: bool, handle: int) -> tuple[int, ...]:
-        """Return the words of a stream that pieces cross on, and of the rules."""
-        return to_device, handle, self._aside(handle), *rules()
+            self.refuse(fault)
 
     def rows(
         self,
         plan: array[int],
-        copy: CheckedCopy,
+        copy: array[int],
+        stream: int,
         uncrossed: Uncrossed,
         staging: array[int] | None = None,
         before: int | None = None,
@@ -286,6 +277,8 @@ class CudaLink:
 
         Args:
             plan: the words of a `CrossingPlan` of ``link.h``.
+            copy: those of a `CheckedCopy`.
+            stream: the handle of the copy's stream.
             uncrossed: addresses that no piece crosses.
             staging: the words of the buffers; None: pieces cross without.
             before: the handle of the stream whose present work comes before slices; None: of the
@@ -295,39 +288,25 @@ class CudaLink:
             pack_copy(
                 plan.buffer_info()[0],
                 0 if staging is None else staging.buffer_info()[0],
-                copy.address,
-                copy.stream,
-                copy.stream if before is None else before,
-                self._aside(copy.stream),
-                copy.end,
-                uncrossed.edged,
+                copy.buffer_info()[0],
+                stream,
+                stream if before is None else before,
+                self.aside,
+                0,
                 *uncrossed.words,
             )
         )
 
-    def refused(self, fault: Fault) -> int:
-        """Return the result of a call of the core that was refused before any work, for lack of a
-        context; raise the error of any other."""
-        if fault.code != cuda.NO_CONTEXT:
-            self._refuse(fault)
-        return DRIVER - cuda.NO_CONTEXT
-
-    def _aside(self, handle: int) -> int:
-        """Return the stream that replaces one that rejects batches; 0: none."""
-        if handle not in _NULL_STREAMS or not self.core.batches:
+    @cached_property
+    def aside(self) -> int:
+        """The handle of the stream that replaces the legacy default stream, which rejects batches;
+        0: there are no batches."""
+        if not self.core.batches:
             return 0
+        self._other_stream: torch.Stream = own_stream(self.device)
         return cuda.raw(self._other_stream, self.device.index)
 
-    def _crossing(self, to_device: bool, stream: torch.Stream | None) -> bytes:
-        return pack_crossing(*self.crossing(to_device, cuda.raw(stream, self.device.index)))
-
-    @cached_property
-    def _other_stream(self) -> torch.Stream:
-        """Return the stream that replaces the legacy default stream, which rejects batches."""
-        other: torch.Stream = own_stream(self.device)
-        return other
-
-    def _refuse(self, fault: Fault) -> NoReturn:
+    def refuse(self, fault: Fault) -> NoReturn:
         """Raise the error of a call that the driver refused."""
         first, second = fault.values
         what = {
@@ -355,60 +334,25 @@ def rules() -> tuple[int, ...]:
     return IN_A_ROW, FIRST_DESCRIPTORS, MOST_DESCRIPTORS, GROWTH, LEAST_BATCH
 
 
-class CheckedCopy:
-    """A copy across the link whose sides fit each other.
+def checked_words(move: Move, downward: bool, staged: bytes | None = None) -> array[int]:
+    """Return the words of a `CheckedCopy` of ``link.h`` of a copy with ids on the host; raise for a
+    number that no view has.
 
     Args:
-        rows, host: the views of the device and of the host.
         downward: from the device to the host.
-        stream: the handle of the copy's stream.
-        end: the address of the `portakv_copy_end` whose event follows the copy; 0: none.
-        words: `CheckedCopy` of ``link.h``; None: the core writes them.
-
-    Attributes:
-        address: of these words.
+        staged: the device's rows as `KernelsLaunch.side` describes them to the kernels of a stage,
+            with ids on the device; None: pieces cross without a stage.
     """
-
-    __slots__ = ("address", "downward", "end", "host", "rows", "stream", "words")
-
-    def __init__(
-        self,
-        rows: KVView,
-        host: KVView,
-        downward: bool,
-        stream: int,
-        end: int = 0,
-        words: array[int] | None = None,
-    ) -> None:
-        self.rows = rows
-        self.host = host
-        self.downward = downward
-        self.stream = stream
-        self.end = end
-        self.words = array("q", bytes(8 * CHECKED)) if words is None else words
-        self.address = self.words.buffer_info()[0]
-
-    @classmethod
-    def of(
-        cls, move: Move, downward: bool, stream: int, staged: bytes | None = None
-    ) -> CheckedCopy:
-        """Return a copy with ids on the host; raise for a number that no view has.
-
-        ``staged``: the device's rows as `KernelsLaunch.side` describes them to the kernels of a
-        stage, with ids on the device; None: pieces cross without a stage.
-        """
-        src, dst, src_index, dst_index, count = move
-        rows, host = (src, dst) if downward else (dst, src)
-        unread = (0,) * 8
-        from_words = unread if staged and downward else side_words(src, src_index)
-        to_words = unread if staged and not downward else side_words(dst, dst_index)
-        wholes = whole_bytes(src), whole_bytes(dst)
-        try:
-            words = array("q", (*from_words, *to_words, count, 0, 0, *wholes))
-        except OverflowError:  # a number past 64 bits
-            raise outside(move) from None
-        words.frombytes(staged or bytes(48))
-        return cls(rows, host, downward, stream, 0, words)
+    src, dst, src_index, dst_index, count = move
+    unread = (0,) * 8
+    from_words = unread if staged and downward else side_words(src, src_index)
+    to_words = unread if staged and not downward else side_words(dst, dst_index)
+    try:
+        words = array("q", (*from_words, *to_words, count, whole_bytes(src), whole_bytes(dst)))
+    except OverflowError:  # a number past 64 bits
+        raise outside(move) from None
+    words.frombytes(staged or bytes(48))
+    return words
 
 
 @cache

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Sequence
-from itertools import chain
 from typing import NamedTuple
 
 import numpy as np
@@ -53,7 +52,7 @@ ALL = 1 << 62
 #: planes are not merged.
 LARGE = 4096
 
-_NOTHING = (0,) * 6  # three empty lists
+_WORDS = 7  # a flag and three lists
 _ONES = np.ones(4096, dtype=np.int64)
 _ONES.setflags(write=False)  # the heights of most lists of pieces
 
@@ -115,7 +114,7 @@ def request_of(
     src, dst, src_index, dst_index, count = move
     sides = *side_words(src, src_index), *side_words(dst, dst_index)
     whole = whole_bytes(src), whole_bytes(dst)
-    return (*sides, count, *limits_of(below), *whole, merged, uncrossed.edged, *uncrossed.words)
+    return (*sides, count, *limits_of(below), *whole, merged, *uncrossed.words)
 
 
 def check_copy(plan: CopyPlan, move: Move) -> None:
@@ -134,22 +133,27 @@ class Uncrossed:
     of views.
 
     Attributes:
-        edged: there are views.
-        words: the lists as the core reads them, while this object lives.
+        words: 1 if there are views, and the lists, as the core reads them while this object lives.
     """
 
-    __slots__ = ("_arrays", "edged", "words")
+    __slots__ = ("_arrays", "words")
 
     def __init__(self, *views: KVView) -> None:
-        self.edged = bool(views)
         boundaries = pinned.boundaries()
-        self.words: tuple[int, ...] = _NOTHING
+        self.words = array("q", bytes(8 * _WORDS))
         if not (boundaries or views):
             return
         self._arrays = [np.array(boundaries, dtype=np.int64)]
         self._arrays += [view.edges() for view in views if view.entries > 1]
-        lists = [(pointer_to(array), array.size) for array in self._arrays]
-        self.words = (*chain.from_iterable(lists), *_NOTHING)[: len(_NOTHING)]
+        self.words[0] = bool(views)
+        for number, each in enumerate(self._arrays):
+            self.words[1 + 2 * number] = pointer_to(each)
+            self.words[2 + 2 * number] = each.size
+
+    @property
+    def address(self) -> int:
+        """Return the address of the words."""
+        return self.words.buffer_info()[0]
 
 
 def whole_bytes(view: KVView) -> int:

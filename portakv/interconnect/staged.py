@@ -10,21 +10,31 @@ slice is gathered, or the last one scattered. A smaller one is one slice on the 
 from __future__ import annotations
 
 from array import array
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 
 from portakv.backends.base import Capabilities, Launch
+from portakv.backends.row_kernels import RowKernels
 from portakv.backends.rows_launch import RowsLaunch
-from portakv.core.call import OTHERWISE
-from portakv.core.link import COUNT, OUTSIDE, ROOM, STAGE, Cut, Fault
+from portakv.core.call import OTHERWISE, CopyEnd, Crossings, Fault
+from portakv.core.link import OUTSIDE, ROOM, STAGE, Cut
+from portakv.core.pick import ORDER
 from portakv.errors import Unsupported
-from portakv.interconnect.link import CheckedCopy, CudaLink, link_of
+from portakv.interconnect.link import CudaLink, checked_words, link_of
 from portakv.interconnect.passage import Passage, by_backend, first_of, place_rows
 from portakv.interconnect.pieces import Uncrossed
 from portakv.interconnect.slices import BothStages, Sizes, SlicedRows, Stages
 from portakv.interconnect.staging import Staging, staging
-from portakv.interconnect.strategy import PINNED, Move, Strategy, StrategyLaunch, read_on
+from portakv.interconnect.strategy import (
+    PINNED,
+    Cross,
+    Move,
+    Strategy,
+    StrategyLaunch,
+    read_on,
+)
 from portakv.plan.plan import CopyPlan
 from portakv.plan.runs import outside
 from portakv.registry.prepared import Prepared
@@ -90,22 +100,34 @@ class StagedCrossing:
         if stages.usual is not None:
             self._settle(*stages.usual, 0)
 
-    def cross(self, copy: CheckedCopy) -> int:
-        """Submit a copy, as `StrategyLaunch.cross` does."""
-        current = torch.accelerator.current_stream(self._device.index)
-        buffers = staging(self._device, current)
-        with buffers.lock:
+    @property
+    def words(self) -> array[int] | None:
+        """Return the words of a `CrossingPlan`; None: the core does not make the copies."""
+        if self._settled is None and not self._declines:
+            buffers = self._buffers()
             try:
-                if self.stage(buffers) is None or self._settled is None:
-                    return OTHERWISE
-                fault = self._submit(self._settled, copy, buffers)
-            except (torch.OutOfMemoryError, Unsupported):  # nothing was submitted
+                with buffers.lock:
+                    self.stage(buffers)
+            except (torch.OutOfMemoryError, Unsupported):
+                return None
+        return None if self._settled is None else self._settled.words
+
+    def _buffers(self) -> Staging:
+        """Return the buffers of the current stream."""
+        return staging(self._device, torch.accelerator.current_stream(self._device.index))
+
+    def cross(self, submit: Callable[[int], int], end: int) -> int:
+        """Submit a copy; see `Cross`."""
+        buffers = self._buffers()
+        with buffers.lock:
+            result = submit(buffers.words.buffer_info()[0])
+            if result != ROOM:
+                return result
+            try:
+                buffers.reserve(CopyEnd.from_address(end).fault.values[0])
+            except torch.OutOfMemoryError:  # nothing was submitted
                 return OTHERWISE
-        if fault is None:
-            return copy.words[COUNT] << 2
-        if fault.code != cuda.NO_CONTEXT:
-            self._refuse(fault, copy)
-        return self._link.refused(fault)
+            return submit(buffers.words.buffer_info()[0])
 
     def stage(self, buffers: Staging) -> Prepared | None:
         """Return the device's stage; None: the core does not launch its kernels.
@@ -137,42 +159,28 @@ class StagedCrossing:
         rows = move.src if downward else move.dst
         stage = settled.launch
         side = stage.side(rows, index, stage.tables[0 if downward else 1])
-        copy = CheckedCopy.of(move, downward, work, side)
+        copy = checked_words(move, downward, side)
+        host = move.dst if downward else move.src
+        # Without several allocations there are no edges besides those of registrations.
+        uncrossed = Uncrossed(host) if host.entries > 1 else Uncrossed()
 
         def submit() -> Fault | None:
-            fault = self._submit(settled, copy, buffers, before)
-            if fault is not None:
-                if fault.code == OUTSIDE:
-                    raise outside(move)
-                self._refuse(fault, copy)
+            return self._link.rows(settled.words, copy, work, uncrossed, buffers.words, before)
+
+        def submit_with_room() -> Fault | None:
+            fault = submit()
+            if fault is not None and fault.code == ROOM:
+                buffers.reserve(fault.values[0])
+                fault = submit()
+            if fault is None:
+                return None
+            if fault.code == OUTSIDE:
+                raise outside(move)
+            if fault.what == STAGE:
+                stage.refuse(fault.code, rows.slots, 0, fault.slice)
             return fault
 
-        self._link.ordered(submit)
-
-    def _submit(
-        self,
-        settled: _Settled,
-        copy: CheckedCopy,
-        buffers: Staging,
-        before: int | None = None,
-    ) -> Fault | None:
-        """Submit a copy, with buffers that are large enough; return what was refused."""
-        # Without several allocations there are no edges besides those of registrations.
-        uncrossed = Uncrossed(copy.host) if copy.host.entries > 1 else Uncrossed()
-
-        def submit() -> Fault | None:
-            return self._link.rows(settled.words, copy, uncrossed, buffers.words, before)
-
-        fault = submit()
-        if fault is not None and fault.code == ROOM:
-            buffers.reserve(fault.values[0])
-            fault = submit()
-        return fault
-
-    def _refuse(self, fault: Fault, copy: CheckedCopy) -> None:
-        """Raise the error of a slice that the kernels' launch or the driver refused."""
-        if fault.what == STAGE and self._settled is not None:
-            self._settled.launch.refuse(fault.code, copy.rows.slots, 0, fault.slice)
+        self._link.ordered(submit_with_room)
 
     def _settle_fixed(self, buffers: Staging) -> None:
         """Prepare both stages for buffers of one length, since their form depends on it."""
@@ -206,8 +214,11 @@ class StagedCrossing:
 class StagedLaunch(StrategyLaunch):
     """A prepared copy, in slices."""
 
+    strategy = Staged.name
+
     def __init__(self, plan: CopyPlan, strategy: Strategy) -> None:
         super().__init__(plan, strategy.device)
+        self._strategy = strategy
         self._detached = strategy.terms.detached
         self.stages = Stages.tried(plan, strategy.half, strategy.device)
         self.link = link_of(strategy.device)
@@ -215,10 +226,15 @@ class StagedLaunch(StrategyLaunch):
         if isinstance(self.link, CudaLink):
             self._crossing = StagedCrossing(self.stages, self.link, strategy.device)
 
-    def cross(self, copy: CheckedCopy) -> int:
-        if self._crossing is None or self._detached:
-            return OTHERWISE
-        return self._crossing.cross(copy)
+    def row_kernels(self) -> RowKernels | None:
+        return self._strategy.half.backend.row_kernels
+
+    def described(self, words: Crossings, strategy: str) -> Cross | None:
+        crossing = self._crossing
+        if crossing is None or self._detached or crossing.words is None:
+            return None
+        words.plans[ORDER.index(strategy)] = crossing.words.buffer_info()[0]
+        return crossing.cross
 
     def enqueue(self, move: Move, stream: torch.Stream | None, status: torch.Tensor | None) -> None:
         host = move.dst if self.downward else move.src

@@ -3,16 +3,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from ctypes import addressof
 from dataclasses import dataclass, replace
+from functools import cached_property
 from math import inf
-from typing import Literal, TypeAlias, get_args
+from typing import Any, Literal, TypeAlias, get_args
 
 import torch
 
 from portakv.arguments import flag, one_of, rate, whole
 from portakv.backends.base import Backend, Decision, MoveLaunch, Pending
-from portakv.core.call import OTHERWISE
-from portakv.interconnect.link import CheckedCopy
+from portakv.backends.row_kernels import FIRST_WORK, RowKernels
+from portakv.core.call import DRIVER, OTHERWISE, PREPARE, CopyEnd, Crossings, Executor, calls
+from portakv.core.link import EDGES, STAGE
+from portakv.core.pick import ORDER
+from portakv.host import pinned
+from portakv.interconnect.link import CudaLink, TorchLink, link_of
+from portakv.interconnect.pieces import Uncrossed
 from portakv.plan.move import Move as Move
 from portakv.plan.plan import CopyPlan
 from portakv.registry.registry import Choice, choose
@@ -108,37 +116,147 @@ class Strategy(Backend):
         return self._half
 
 
+#: Submit a copy by the core, and return the core's result. The arguments are what submits it, given
+#: the address of the words of buffers or 0, and the address of the copy's `portakv_copy_end`.
+Cross: TypeAlias = Callable[[Callable[[int], int], int], int]
+
+
+def cross_plainly(submit: Callable[[int], int], end: int) -> int:
+    """Submit a copy that needs no buffers."""
+    return submit(0)
+
+
 class StrategyLaunch(MoveLaunch):
     """A launch across the link.
 
     Attributes:
         downward: from the device to the host.
+        strategy: of all its copies; empty: each copy has a pick.
         counted: the tokens of a unit, and after how many units the pitch of the source, of the
             destination and of the host's rows changes; 0: never, or nothing depends on it.
+        picked_at: the address of the words of `PickedCopies`; 0: there are no picks.
     """
 
     device: torch.device
     tables = False, False  # it sends the tables that its kernels read
+    strategy = ""
+    picked_at = 0
 
     def __init__(self, plan: CopyPlan, device: torch.device) -> None:
         self.device = device
-        self.counted = plan.unit, 0, 0, 0
         self.downward = plan.src.place == "device"
+        self.counted = plan.unit, 0, 0, 0
 
-    def cross(self, copy: CheckedCopy) -> int:
-        """Submit a copy whose sides the core has read; return its tokens times 4, or a code of
-        `portakv_copy_function` of ``core.h``.
+    def row_kernels(self) -> RowKernels | None:
+        """Return kernels of the device, whose ends the core's copies have; None: there are none."""
+        return None
 
-        Raises:
-            TransferError: the driver refused a call; what was submitted stays ordered.
+    @cached_property
+    def whole(self) -> WholeCopies | None:
+        """The copies that the core makes by one call each; None: it makes none."""
+        kernels = self.row_kernels()
+        return None if kernels is None else WholeCopies(self, kernels, link_of(self.device))
+
+    def described(self, words: Crossings, strategy: str) -> Cross | None:
+        """Write what the core needs for copies by a strategy, and return what submits one; None:
+        the core does not make them."""
+        return None
+
+    def terms(self, host: KVView, new: bool, look: bool = False) -> tuple[int, int, int]:
+        """Return what the pick of a copy depends on: costs, strategies that are out, flags.
+
+        Args:
+            host: the view of the host.
+            new: ids are a caller's for one call.
+            look: ask the driver whether kernels reach the host's memory.
         """
-        return OTHERWISE
+        return 0, 0, new
+
+    def picked(self, answer: int) -> tuple[str, str] | None:
+        """Return the strategy of a copy that the core made, and why, by the answer of its pick;
+        None: there was no pick."""
+        return None
 
     def ends(self, move: Move) -> tuple[KVView, KVView, Index, Index]:
         """Return the rows of the device, the rows of the host, and the index of each."""
         if self.downward:
             return move.src, move.dst, move.src_index, move.dst_index
         return move.dst, move.src, move.dst_index, move.src_index
+
+
+class WholeCopies:
+    """The copies by one launch that the core makes by one call each.
+
+    Args:
+        launch: of a strategy, or one that picks a strategy for each copy.
+        kernels: see `StrategyLaunch.row_kernels`.
+        link: of the device.
+
+    Attributes:
+        words: what the core reads of the copies.
+    """
+
+    def __init__(
+        self, launch: StrategyLaunch, kernels: RowKernels, link: CudaLink | TorchLink
+    ) -> None:
+        self.kernels = kernels
+        self.launch = launch
+        by = kernels.executor
+        self.words = words = Crossings(Executor(None, by.torch, by.current))
+        words.counted[:] = launch.counted
+        words.picked = launch.picked_at
+        if launch.strategy:
+            words.only = ORDER.index(launch.strategy)
+        self._link: CudaLink | None = None
+        if isinstance(link, CudaLink):
+            self._link = link
+            words.link = link.core.address
+        self._address = addressof(words)
+        self._call = calls().copy_across
+
+    def copy(
+        self, rows: KVView, host: KVView, sides: tuple[Any, ...], end: int, stream: Any
+    ) -> int:
+        """Make a copy, and return the core's result.
+
+        Args:
+            rows, host: the views of the device and of the host.
+            sides: the arguments of the core from the source's view to the terms of the pick.
+            end: the address of the copy's `portakv_copy_end`.
+            stream: the handle of the copy's stream; None: the core asks for it.
+
+        Raises:
+            TransferError: the link's driver refused a call; what was submitted stays ordered.
+        """
+        uncrossed = Uncrossed() if pinned.boundaries() else None
+
+        def submit(staging: int = 0) -> int:
+            edges = 0 if uncrossed is None else uncrossed.address
+            return self._call(self._address, *sides, edges, staging, end, stream)
+
+        result = submit()
+        number = PREPARE - result
+        if 0 <= number < len(ORDER):
+            strategy = ORDER[number]
+            if strategy == "zero_copy":
+                sides = *sides[:-3], *self.launch.terms(host, bool(sides[-1] & 1), look=True)
+            if self._link is not None:  # no graph is captured
+                self.words.aside = self._link.aside
+            cross = self.launch.described(self.words, strategy)
+            if cross is None:
+                return OTHERWISE
+            # Without several allocations there are no edges besides those of registrations.
+            if strategy == "staged" and host.entries > 1:
+                uncrossed = Uncrossed(host)
+            result = cross(submit, end)
+        if result == EDGES:
+            uncrossed = Uncrossed(rows, host)
+            result = submit()
+        if self._link is not None and end and result <= DRIVER and result != FIRST_WORK:
+            fault = CopyEnd.from_address(end).fault
+            if fault.what not in (0, STAGE):  # else a launch was refused
+                self._link.refuse(fault)
+        return result
 
 
 def read_on(stream: torch.Stream | None, index: Index) -> Index:

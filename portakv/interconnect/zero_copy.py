@@ -20,8 +20,18 @@ from portakv.backends.base import PEERS, Capabilities, Decision, Launch
 from portakv.backends.row_kernels import RowKernels
 from portakv.backends.rows_kernel import RowsKernel, Tuning
 from portakv.backends.rows_launch import LoadedKernels, RowsLaunch
+from portakv.core.call import Crossings
 from portakv.errors import Unsupported
-from portakv.interconnect.strategy import PINNED, SMALL, Move, Strategy, StrategyLaunch, Terms
+from portakv.interconnect.strategy import (
+    PINNED,
+    SMALL,
+    Cross,
+    Move,
+    Strategy,
+    StrategyLaunch,
+    Terms,
+    cross_plainly,
+)
 from portakv.plan.plan import CopyPlan
 from portakv.registry.prepared import bring_table
 from portakv.runtime import cuda, streams
@@ -191,12 +201,16 @@ class ZeroCopy(Strategy):
     def refuses(self, host: KVView) -> str:
         return unreached(host, self.device)
 
+    def reaches(self, host: KVView) -> bool:
+        """Return True if the driver has said so before."""
+        return (_REACHED, self.device) in host.derived
+
     def prepare(self, plan: CopyPlan) -> Launch:
         kernels = [ZeroCopyKernel(plan, nest, self.terms) for nest in range(plan.words[1])]
         table = self.kernels[plan.src.place].table
         self._kernels.add_to(table, kernels)
         rows = RowsLaunch(plan, kernels, table, self._driver, self.device)
-        return _ZeroCopyLaunch(plan, self.device, rows)
+        return _ZeroCopyLaunch(plan, self.device, rows, self.kernels[plan.src.place])
 
 
 class _Kernels(StrategyLaunch):
@@ -229,10 +243,22 @@ class _Kernels(StrategyLaunch):
 class _ZeroCopyLaunch(StrategyLaunch):
     """A launch of the kernel that retains the host's memory."""
 
-    def __init__(self, plan: CopyPlan, device: torch.device, rows: RowsLaunch) -> None:
+    strategy = ZeroCopy.name
+
+    def __init__(
+        self, plan: CopyPlan, device: torch.device, rows: RowsLaunch, kernels: RowKernels
+    ) -> None:
         super().__init__(plan, device)
         self.bare = _Kernels(plan, device, rows)  # see `Prepared`
         self._pinned = plan.src.place != "peer"  # else the transfer retains a peer's memory
+        self._kernels = kernels
+
+    def row_kernels(self) -> RowKernels:
+        return self._kernels
+
+    def described(self, words: Crossings, strategy: str) -> Cross | None:
+        words.by.kernels = self._kernels.table.address
+        return cross_plainly
 
     def enqueue(self, move: Move, stream: torch.Stream | None, status: torch.Tensor | None) -> None:
         host = move.dst if self.downward else move.src

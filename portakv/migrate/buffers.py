@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
-from queue import LifoQueue
 from typing import TYPE_CHECKING, Protocol, cast
 
 import torch
@@ -16,6 +15,7 @@ from portakv.migrate.pull_history import PullHistory
 from portakv.migrate.staging import Chunks, has_ended, staging
 from portakv.migrate.transport_channel import TransportChannel
 from portakv.migrate.transports.base import Lane, Moving, Transport, gone_peer, released_peer
+from portakv.tasks import Limit, Signal, runtime
 
 if TYPE_CHECKING:
     from portakv.migrate.channel import Channel
@@ -36,19 +36,23 @@ class StagingBuffer:
         #: The copy that follows the bytes; None if their pull ended before.
         self.copy: BlockTransfer | None = None
 
-    def prepare(
-        self, lane: Lane, nbytes: int, most: int, wait: Callable[[Callable[[float], bool]], None]
-    ) -> None:
+    def must_be_free(self, lane: Lane, nbytes: int) -> bool:
+        """Return True if the last transfer into the buffer must be free before `prepare`.
+
+        No stream orders a buffer that grows to ``nbytes``, has another lane, or is of a pull that
+        ended early.
+        """
+        grows = nbytes > self.memory.nbytes
+        return self.moving is not None and (self.copy is None or grows or self.lane is not lane)
+
+    def prepare(self, nbytes: int, most: int) -> None:
         """Order the current stream after the last use of the buffer; let it grow to ``nbytes``.
 
-        Its memory has at most ``most`` bytes. ``wait`` waits until a function of seconds returns
-        True: no stream orders a buffer of another lane, or of a pull that ended early. The host
-        waits for a copy from host memory, since transports write that in no stream's order.
+        Its memory has at most ``most`` bytes. The host waits for a copy from host memory, since
+        transports write that in no stream's order.
         """
         copy = self.copy
         grows = nbytes > self.memory.nbytes
-        if self.moving is not None and (copy is None or grows or self.lane is not lane):
-            wait(self.moving.free.wait)
         if copy is not None:
             if grows or self.memory.device.type == "cpu":
                 has_ended(copy, wait=True)
@@ -60,8 +64,15 @@ class StagingBuffer:
             self.chunks = Chunks(self.memory)
 
 
-class Takes(Protocol):
-    """Takes slices for a pull."""
+class Taker(Protocol):
+    """A coroutine that takes the rows of an offer for a pull, in slices."""
+
+    @property
+    def has_crossed(self) -> bool:
+        """Return True if all bytes have left the owner's memory."""
+
+    def done(self) -> bool:
+        """Return True once nothing of this is in flight."""
 
     @property
     def over(self) -> bool:
@@ -94,24 +105,25 @@ class Staging:
     ) -> None:
         self.transport = transport
         self.device = device
+        self._runtime = runtime()
         #: For requests for rows, and for the lane: it sends nothing after `release`.
         self.channel = TransportChannel(channel, lambda: self._over is not None, self._ended)
         self._address = address
         #: Makes the error of what is in flight, or comes later, from `release` on.
         self._over: Callable[[str], PeerError] | None = None
         self._lock = threading.RLock()  # a connection that ends inside of `lane` calls `release`
-        # Buffers are filled in the order of the requests for them. The pull that gets the turn next
-        # holds ``next`` until then.
-        self.turn = threading.Lock()
-        self.next = threading.Lock()
+        #: Of pulls that take slices at the same time, as many as there are buffers.
+        self.places = Limit(self._runtime, count)
+        #: Of pulls that request slices: buffers are filled in the order of the requests for them.
+        self.turn = Limit(self._runtime)
+        self.met: Lane | None = None  # the lane that the owner knows
         self.tag = 0  # of the last slice that was requested
         #: What takes slices of this owner now; see `staged_reader.StagedReceiver`.
-        self.takers = set[Takes]()
+        self.takers = set[Taker]()
         self.history = PullHistory()
-        #: The free buffers; the last used is taken first.
-        self.buffers = LifoQueue[StagingBuffer]()
-        for _ in range(count):
-            self.buffers.put(StagingBuffer(staging(0, device), rows))
+        #: The free buffers; the last used is taken first. Steps change them.
+        self.buffers = [StagingBuffer(staging(0, device), rows) for _ in range(count)]
+        self._freed = Signal(self._runtime)
 
     def lane(self) -> Lane:
         """Return the lane to the owner; raise `PeerError` after `release`."""
@@ -120,6 +132,16 @@ class Staging:
                 raise self._ended()
             lane: Lane = self.transport.lane(self._address, cast("Channel", self.channel))
             return lane
+
+    async def has_free(self, until: float) -> bool:
+        """Wait for a free buffer; return False if there is none at ``until``."""
+        return await self._freed.wait_for(lambda: self.buffers, until)
+
+    def give_back(self, buffer: StagingBuffer) -> None:
+        """Let the next pull have a buffer. Any thread may call it."""
+        with self._runtime.lock:
+            self.buffers.append(buffer)
+            self._freed.notify()
 
     def release(self, gone: bool = False) -> None:
         """End the agreement: its lane, and all messages that are not sent yet. Does not block.

@@ -26,14 +26,13 @@ import torch
 
 from portakv.copy import copy_rows
 from portakv.errors import TransferError, Unsupported
-from portakv.graph.graph import Queue
-from portakv.graph.task import Task
 from portakv.migrate.messages import Box
 from portakv.migrate.messages import BoxPart as Rows
 from portakv.migrate.staging import chunk, page_of, rows_bytes, staging
 from portakv.runtime import cuda, hip
 from portakv.runtime.bounded import Bounded
 from portakv.runtime.cuda import KernelDriver
+from portakv.tasks import Handle, Limit, runtime
 from portakv.view import Index, KVView
 
 # ------------------------------------------------------------------------------------------------
@@ -709,29 +708,34 @@ def _by_number(numbers: Sequence[int], sums: torch.Tensor) -> dict[int, int]:
 
 
 class Later(Generic[A]):
-    """Results of a worker for requests that take longer than a channel may, such as checksums.
+    """Results for requests that take longer than a channel may, such as checksums.
 
     A peer repeats its request until the result exists. Only one thread calls this class.
+
+    Args:
+        turn: of the helpers that compute them.
     """
 
-    def __init__(self, name: str, queue: Queue) -> None:
-        self._queue = queue
-        self._results = Bounded[Hashable, tuple[Task, list[A]]](name, _MAX_REQUESTS)
+    def __init__(self, name: str, turn: Limit) -> None:
+        self._turn = turn
+        self._results = Bounded[Hashable, Handle[A]](name, _MAX_REQUESTS)
 
     def answer(self, question: Hashable, make: Callable[[], A]) -> A | None:
         """Return the result of ``make`` and drop it here, or None if it does not exist yet.
 
         Raises the error of ``make``.
         """
-        task, answers = self._results.get(question, (None, list[A]()))
-        if task is not None and task.done():
+        result = self._results.get(question)
+        if result is not None and result.done():
             del self._results[question]
-            if task.error:
-                raise task.error
-            return answers[0]
+            return result.synchronize()
 
-        if task is None and len(self._queue.graph.live) < _MAX_REQUESTS:
-            task = Task(lambda *_: answers.append(make()), 1, queue=self._queue, name="answer")
-            self._results[question] = task, answers
-            self._queue.graph.submit([task], priority="urgent")
+        begun = [each for each in self._results.values() if not each.ended]
+        if result is None and len(begun) < _MAX_REQUESTS:
+            self._results[question] = runtime().start(self._turn.work(make))
         return None
+
+    def close(self) -> None:
+        """Begin no further computation."""
+        for result in self._results.values():
+            result.cancel()

@@ -58,14 +58,13 @@ from portakv.runtime.devices import inside
 from portakv.runtime.late_release import release
 from portakv.runtime.resources import reason
 from portakv.runtime.streams import own_stream
-from portakv.tasks import Handle, Limit, Wait, runtime
+from portakv.tasks import Handle, Wait, blocking, runtime
 
 # ------------------------------------------------------------------------------------------------
 # Questions of the coroutine that looks after pulls, to several owners at a time.
 
 ASKING = 0.1  # the most seconds that a question may take, since other pulls wait meanwhile
 PAUSE = 4e-3  # seconds between two questions to an owner about the same
-BLOCKING = 4  # calls at a time that may take over a millisecond
 BUSY = 0.5  # seconds without a question to an owner that did not answer in time
 
 #: The address and the epoch of an owner.
@@ -198,7 +197,7 @@ def _check(address: str, handshake: Handshake) -> None:
 _HOST = torch.device("cpu")
 FAREWELL = 0.5  # seconds for the last message to all owners
 ANY = bytes(16)  # the epoch of whoever has an address: no owner has it, and no ticket
-MOST_BUFFERS = 64  # staging buffers of an owner; each has a worker here
+MOST_BUFFERS = 64  # staging buffers of an owner, and pulls that take its rows at the same time
 
 
 class Connection:
@@ -293,8 +292,6 @@ class Connections:
         self._owners = dict[tuple[str, bytes], Connection]()
         self._closed = False
         self._runtime = runtime()
-        #: Of copies on the host, imports and maps of memory: what may take over a millisecond.
-        self.blocking = Limit(self._runtime, BLOCKING)
         #: Addresses that a coroutine connects to, and the coroutines that wait for the same.
         self._connecting = dict[str, list[Wait]]()
 
@@ -370,7 +367,7 @@ class Connections:
             for old in [x for x in [*self._owners.values()] if x.address == address]:
                 self._forget(old)
             try:
-                await self.blocking.work(map_owner, owner, self.device)
+                await blocking().work(map_owner, owner, self.device)
             except NotMapped as error:
                 owner.why_not_mapped = str(error)
                 await self._agree_or_raise(owner, ticket, until)
@@ -437,7 +434,7 @@ class Connections:
                 await self.channel.send(owner.address, Bye(), left)
             self._forget(owner)
         for transport in self._transports.values():
-            await self.blocking.work(transport.close)
+            await blocking().work(transport.close)
 
     async def _shake_hands(
         self, ticket: Ticket, until: float, transport: str = "", device: torch.device = _HOST
@@ -473,13 +470,13 @@ class Connections:
         )
         device = self.device if same else _HOST
         try:
-            transport = await self.blocking.work(choose, device, name)
+            transport = await blocking().work(choose, device, name)
         except BackendUnavailable:
             device = _HOST
-            transport = await self.blocking.work(choose, device, name)
+            transport = await blocking().work(choose, device, name)
         shared = self._transports.setdefault(f"{transport.name} {device}", transport)
         if self._closed or shared is not transport:
-            await self.blocking.work(transport.close)
+            await blocking().work(transport.close)
         if self._closed:
             raise closed_reader()
         agreed = await self._shake_hands(ticket, until, transport.name, device)
@@ -492,7 +489,7 @@ class Connections:
             )
         owner.handshake = agreed
         terms = shared, device, self.device, agreed.slots, owner.channel, owner.address
-        owner.staged = await self.blocking.work(Staging, *terms)
+        owner.staged = await blocking().work(Staging, *terms)
 
     def _forget(self, owner: Connection, gone: bool = False) -> None:
         """Release an owner. Pulls that still read it retain its memory until they end.

@@ -11,7 +11,6 @@ coroutines of pulls that need not wait any longer.
 
 from __future__ import annotations
 
-import threading
 from abc import ABC, abstractmethod
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -39,6 +38,7 @@ from portakv.migrate.messages import MOST_NAMES, Answer, Find, Found, Marked, Ma
 from portakv.runtime.bounded import Bounded
 from portakv.runtime.devices import this_process
 from portakv.runtime.transfer import Completion, Transfer
+from portakv.tasks import End, runtime
 
 #: The most seconds for which a call waits for the answers of owners.
 MOMENT = 1e-3
@@ -169,22 +169,22 @@ class LateLayer(Transfer):
     def __init__(self) -> None:
         super().__init__([Completion(pendings=(self,))])
         self._process = this_process()
-        self._known = threading.Event()
+        self._known = End[None](runtime())
         self._layer = Transfer()
         self._error: PortaKVError | None = None
 
     def settle(self, layer: Transfer, error: PortaKVError | None = None) -> None:
         """Set the transfer that ends with the layer, or the error by which the pull did not begin.
         The first call counts."""
-        if not self._known.is_set():
+        if not self._known.ended:
             self._layer = layer
             self._error = error
-            self._known.set()
+            self._known.settle(None, None)
 
     def done(self) -> bool:
         """Return True once the layer has landed; raise the errors of the pull."""
         self._refuse_fork()
-        if not self._known.is_set():
+        if not self._known.ended:
             return False
         self._finish()
         return self._layer.done()
@@ -198,7 +198,7 @@ class LateLayer(Transfer):
         self._refuse_fork()
         seconds = arguments.seconds("timeout", timeout, optional=True)
         until = monotonic() + seconds
-        if not self._known.wait(min(seconds, threading.TIMEOUT_MAX)):
+        if not self._known.wait(seconds):
             raise TransferTimeout(
                 f"Expected the layer within {seconds:g} s, got no end; the pull goes on. Wait "
                 f"longer."

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import logging
 import secrets
-import threading
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
@@ -25,8 +24,6 @@ from msgspec.structs import replace
 from portakv import arguments
 from portakv.errors import InvalidTerms, LayoutError, OfferGone, PeerError, SlotError, Unsupported
 from portakv.graph.alarms import watch
-from portakv.graph.graph import Graph
-from portakv.graph.task import Task
 from portakv.migrate import messages, shared_memory
 from portakv.migrate.channel import Channel, Peer
 from portakv.migrate.described import Regions, describe
@@ -39,9 +36,10 @@ from portakv.runtime import tracing
 from portakv.runtime.bounded import Bounded
 from portakv.runtime.devices import capturing, refuse_capture
 from portakv.runtime.finished import Finished
-from portakv.runtime.interrupts import Condition, abandoned, shielded, uninterrupted
+from portakv.runtime.interrupts import shielded, uninterrupted
 from portakv.runtime.streams import StreamFence, ignore_captures_elsewhere
 from portakv.runtime.transfer import event_pool
+from portakv.tasks import Signal, Work, runtime
 from portakv.view.index import Ids, Index
 
 # ------------------------------------------------------------------------------------------------
@@ -179,7 +177,7 @@ PAST = "rows past the mark of an offer were requested; read its mark first."
 
 
 class Progress:
-    """The mark of an offer. The owner's lock guards all calls."""
+    """The mark of an offer. The runtime's lock guards all calls."""
 
     def __init__(self, unit: Unit, end: int) -> None:
         self.unit = unit
@@ -224,14 +222,13 @@ class _Raise(NamedTuple):
 class Raises:
     """Shows marks after the work of their streams, in the order of each offer's raises.
 
-    A worker looks at the events as long as there are any: the caller's thread must not wait for its
-    stream, and no other thread of an owner may.
+    A helper looks at the events as long as there are any: the caller's thread must not wait for its
+    stream, and the loop would look too seldom.
     """
 
-    def __init__(self, change: threading.Condition) -> None:
-        self._change = change  # the owner's lock
+    def __init__(self) -> None:
+        self._runtime = runtime()
         self._pending = deque[_Raise]()
-        self._graph = Graph()
         self._looking = False
 
     def after(
@@ -242,13 +239,12 @@ class Raises:
         show: Callable[[], object],
         fail: Callable[[], object],
     ) -> None:
-        """Call ``show`` under the owner's lock, which the caller has, when an event has ended;
+        """Call ``show`` under the runtime's lock, which the caller has, when an event has ended;
         ``fail`` if the device failed."""
         self._pending.append(_Raise(progress, event, device, show, fail))
         if not self._looking:
-            task = Task(lambda *_: self._look(), 1, queue=self._graph.queue("marks"), name="marks")
-            self._graph.submit([task], priority="urgent")
             self._looking = True
+            self._runtime.start(self._look())
 
     @property
     def pending(self) -> int:
@@ -257,31 +253,26 @@ class Raises:
 
     def close(self) -> None:
         """Show no further mark."""
-        with self._change:
+        with self._runtime.lock:
             self._pending.clear()
-        self._graph.close()
 
-    # --- in the worker
-
-    def _look(self) -> None:
+    async def _look(self) -> None:
         """Look at the events until none is left."""
         pause = SOON
-        looked_at = set[torch.device]()
-        while True:
-            with self._change:
-                pending = [*self._pending]
-                if not pending:
-                    self._looking = False
-                    return
-            for device in {one.device for one in pending} - looked_at:
-                ignore_captures_elsewhere(device)
-                looked_at.add(device)
-            ended = self._show_ended(pending)
-            pause = SOON if ended else min(2 * pause, LATER)
-            sleep(pause)
+        try:
+            while self._pending:
+                ended = await Work(self._show_ended, [*self._pending])
+                pause = SOON if ended else min(2 * pause, LATER)
+                await Work(sleep, pause)
+        finally:
+            self._looking = False
+
+    # --- in a helper
 
     def _show_ended(self, pending: list[_Raise]) -> bool:
         """Show the marks whose events have ended; return True if there are any."""
+        for device in {one.device for one in pending}:
+            ignore_captures_elsewhere(device)
         unended = set[Progress]()
         shown = False
         for one in pending:
@@ -296,7 +287,7 @@ class Raises:
             except Exception:  # torch raises errors of many kinds
                 _log.exception("The work before a mark failed on its device; the offer ends.")
                 end = one.fail
-            with self._change:
+            with self._runtime.lock:
                 if one in self._pending:  # else the owner is closed
                     self._pending.remove(one)
                     end()
@@ -313,7 +304,7 @@ REMEMBERED = 4096  # ended offers for which an owner still reports the reason
 
 
 class Names:
-    """The offers of an owner by name. The owner's lock guards all calls.
+    """The offers of an owner by name. The runtime's lock guards all calls.
 
     Attributes:
         table: the offers' tickets, for readers of this host.
@@ -462,7 +453,7 @@ def block_list(name: str, shard: Shard, block_ids: Ids | None, tokens: int) -> B
     return ids, index.step
 
 
-LOOK = 0.1  # seconds between two checks of a call that waits for the end of an offer
+LOOK = 0.1  # seconds between two looks at a lease, of a call that waits for the end of an offer
 UNKNOWN = messages.Answer("gone", messages.REASONS["gone"])
 NOT_SENT = "some of its rows could not be sent; the owner's log has the reason"
 SPOILT = messages.Answer("gone", NOT_SENT)
@@ -488,7 +479,7 @@ class Offer:
     that started to read it are gone.
 
     A helper thread runs the methods that change the offer for the main thread: no interrupt may cut
-    them in two. `holds` does not, since its callers may have the owner's lock.
+    them in two. `holds` does not, since its callers may have the runtime's lock.
 
     Attributes:
         ticket: bytes for the reader, which travel with the request. Any process that has the
@@ -539,8 +530,8 @@ class Offer:
         return self._state
 
     def holds(self) -> bool:
-        """Return True if the offer holds, for a caller that may have the owner's lock."""
-        with self._owner.change:
+        """Return True if the offer holds, for a caller that may have the runtime's lock."""
+        with self._owner.lock:
             if self._state == "held" and self._owner.now() > self.lease.until:
                 self._end("expired")  # a caller that has the lock must not wait for a helper
             return self._state == "held"
@@ -552,7 +543,7 @@ class Offer:
     def _end(self, state: str) -> None:
         """Record the end, stop to watch the readers, and wake the threads that wait for the end."""
         owner = self._owner
-        with owner.change:
+        with owner.lock:
             if self._state == "held":
                 # First the word: no reader commits rows that it reads from now on. A forked child
                 # has the same page, and must not end its parent's offers.
@@ -567,11 +558,12 @@ class Offer:
                     "offer.state": state,
                     "offer.tokens": self.tokens,
                 }
-                tracing.end("portakv offer", self.began, attributes)
                 for stop in self.begun.values():
                     stop()
                 owner.ends.add(Ended(self, state, frozenset(self.through)))
-                owner.change.notify_all()
+                owner.changes.notify()
+                with owner.runtime.released():  # whoever follows spans may have locks
+                    tracing.end("portakv offer", self.began, attributes)
 
     def _why_ended(self) -> str:
         """Return why the offer ended, as a clause for a reader."""
@@ -581,7 +573,6 @@ class Offer:
             return "its readers have taken it"
         return messages.REASONS[self._state]
 
-    @shielded
     def taken(self, timeout: float | None = None) -> bool:
         """Wait until the offer has ended, at most ``timeout`` seconds; return True if it has.
 
@@ -589,12 +580,12 @@ class Offer:
         """
         owner = self._owner
         until = owner.now() + arguments.seconds("timeout", timeout, optional=True)
-        with owner.change:
-            while self.state == "held":
-                now = owner.now()
-                if now >= until or abandoned():
-                    return False
-                owner.change.wait(min(until, self.lease.until + 1e-3, now + LOOK) - now)
+        while self.state == "held":
+            now = owner.now()
+            if now >= until:
+                return False
+            look = min(until, self.lease.until + 1e-3, now + LOOK)
+            owner.changes.block(lambda: self._state != "held", max(0.0, look - now))
         return True
 
     def revoke(self) -> None:
@@ -610,12 +601,11 @@ class Offer:
         """
         limits = "a number of seconds from 0 to 10^6"
         seconds = arguments.number("seconds", seconds, 0.0, MOST_LEASE, limits)
-        with self._owner.change:
+        with self._owner.lock:
             if not self.holds():
                 return False
             self.lease.until = max(self.lease.until, self._owner.now() + seconds)
             self.lease.latest = max(self.lease.latest, self.lease.until)
-            self._owner.change.notify_all()
             return True
 
     @property
@@ -644,7 +634,7 @@ class Offer:
     def _raise_to(self, mark: int, event: torch.Event | None) -> None:
         """Record a raise, and show it when its event has ended."""
         owner = self._owner
-        with owner.change:
+        with owner.lock:
             progress = self.progress
             if progress is None:
                 raise InvalidTerms(
@@ -664,7 +654,7 @@ class Offer:
                 owner.raises.after(progress, event, owner.device, show, fail)
 
     def _show(self, progress: Progress, mark: int) -> None:
-        """Let readers see a mark, unless the offer has ended. The caller has the owner's lock."""
+        """Let readers see a mark, unless the offer has ended. The caller has the runtime's lock."""
         if self._state == "held":
             progress.mark = mark
             self._owner.words.mark(self.place, mark)
@@ -728,7 +718,9 @@ class Owner:
         arguments.one_of("expose", expose, get_args(Expose))
         self.channel = channel
         self.model = model
-        self.change = Condition(threading.RLock())
+        self.runtime = runtime()
+        self.lock = self.runtime.lock
+        self.changes = Signal(self.runtime)  # ends of offers
         self.counts = Counter[str]()
         self._key = secrets.token_bytes(32)  # signs tickets, also those of later epochs
         self._expose = expose
@@ -743,7 +735,7 @@ class Owner:
     def _start(self, shards: Sequence[Shard]) -> None:
         """Serve the offers of the shards on the channel."""
         channel = self.channel
-        self.raises = Raises(self.change)
+        self.raises = Raises()
         channel.claim("an owner", self)
         try:
             self.reallocate(*shards)
@@ -781,7 +773,7 @@ class Owner:
                 f"Expected shards in at most {messages.MOST_REGIONS - 1} allocations, got "
                 f"{len(regions.storages)}. Make the tensors slices of fewer allocations."
             )
-        with self.change:
+        with self.lock:
             self.revoke_all()
             self.epoch = secrets.token_bytes(16)
             self.shards = shards
@@ -847,7 +839,7 @@ class Owner:
             mark = Progress(progress, layers if progress == "layers" else tokens)
         lists = block_lists(self.shards, blocks, tokens)
         if name is not None:
-            with self.change:
+            with self.lock:
                 self.names.check_new(name, sum(ids.nbytes for ids, _ in lists))
         on = self.device
         stream = None if on.type == "cpu" else torch.get_device_module(on).current_stream(on)
@@ -873,16 +865,17 @@ class Owner:
         the owner sends; return its number, -1 if the device exports no events."""
         if not self._events:
             return -1
-        with self.change:
+        with self.lock:
             event = self._turn = (self._turn + 1) % EVENTS
-            # An older offer's event, perhaps recorded on another stream.
-            self._events[event].wait(stream)
-            self._events[event].record(stream)
+        # An older offer's event, perhaps recorded on another stream.
+        self._events[event].wait(stream)
+        self._events[event].record(stream)
         return event
 
     def _enter(self, made: Offer, event: int, lease: float) -> Offer:
         """Register an offer of rows after an event, and write its ticket."""
-        with self.change:
+        with self.lock:
+            self.refuse_closed()  # another thread may have closed it since the call began
             ids = tuple([each.tobytes() for each, _ in made.ids])
             steps = tuple([step for _, step in made.ids])
             made.place = self.words.take(
@@ -930,7 +923,7 @@ class Owner:
         if parsed.epoch != self.epoch:
             return False  # all offers before `reallocate` have ended
         if isinstance(parsed, messages.Named):
-            with self.change:
+            with self.lock:
                 offer = self.names.withdraw(parsed.name)
         else:
             offer = self.offers.get(parsed.offer)
@@ -968,7 +961,7 @@ class Owner:
     def statistics(self) -> dict[str, int]:
         """Return the number of active offers, of ends by reason, of answers, and of buffers in
         use."""
-        with self.change:
+        with self.lock:
             exports = sum(offer.state == "held" for offer in [*self.offers.values()])
             return {**self.counts, "held": exports, "slots": self._gathers.buffers}
 
@@ -981,7 +974,8 @@ class Owner:
         """End every offer, and answer no further request."""
         if not self.channel.free("an owner", self):
             return
-        self._closed = True
+        with self.lock:  # no offer comes after the last revoke
+            self._closed = True
         self.revoke_all()
         if self._exports is not None:
             self._exports.close()
@@ -1009,14 +1003,14 @@ class Owner:
         return offer if exports else None
 
     def _begin(self, peer: Peer, begin: messages.About) -> None:
-        with self.change:
+        with self.lock:
             offer = self._current(begin)
             if offer is not None and peer.id not in offer.begun:
                 offer.begun[peer.id] = peer.on_gone(partial(self._less, offer, peer.id, "lost"))
 
     def _less(self, offer: Offer, reader: bytes, state: str) -> None:
         """Count a reader that has the rows of an offer, or is gone; each counts once."""
-        with self.change:
+        with self.lock:
             offer.begun.pop(reader, lambda: None)()
             offer.through.add(reader)
             if len(offer.through) >= offer.readers:
@@ -1028,7 +1022,7 @@ class Owner:
         return messages.Answer("gone", why) if why else UNKNOWN
 
     def _check(self, peer: Peer, check: messages.Check) -> messages.Answer:
-        with self.change:
+        with self.lock:
             offer = self._current(check)
             if offer is None:
                 self.counts["gone"] += 1
@@ -1036,7 +1030,7 @@ class Owner:
             return SPOILT if peer.id in offer.spoilt else messages.Answer("held")
 
     def _close(self, peer: Peer, close: messages.Close) -> None:
-        with self.change:
+        with self.lock:
             offer = self._current(close)
             if offer is None:
                 return
@@ -1050,7 +1044,7 @@ class Owner:
             offer.begun.pop(peer.id, lambda: None)()
 
     def _renew(self, _: Peer, renew: messages.Renew) -> messages.Answer:
-        with self.change:
+        with self.lock:
             offer = self._current(renew)
             if offer is None:
                 return self._gone(renew)
@@ -1058,23 +1052,23 @@ class Owner:
             return messages.Answer("held", seconds=offer.lease.until - self.now())
 
     def _find(self, _: Peer, find: messages.Find) -> messages.Found | messages.Answer:
-        with self.change:
+        with self.lock:
             if find.epoch != self.epoch:
                 return messages.Answer("gone", messages.REASONS["restarted"])
             return self.names.find(find.names)
 
     def _renew_named(self, _: Peer, renew: messages.RenewNamed) -> None:
-        with self.change:
+        with self.lock:
             for offer in self.names.held(renew.names if renew.epoch == self.epoch else ()):
                 offer.lease.renew(self.now() + renew.seconds)
 
     def _end_named(self, _: Peer, end: messages.EndNamed) -> None:
-        with self.change:
+        with self.lock:
             for offer in self.names.held(end.names if end.epoch == self.epoch else ()):
                 offer.end("taken")
 
     def _marks(self, peer: Peer, marks: messages.Marks) -> messages.Marked | messages.Answer:
-        with self.change:
+        with self.lock:
             if marks.epoch != self.epoch:
                 return messages.Answer("gone", messages.REASONS["restarted"])
             shown = list[int]()
@@ -1093,7 +1087,7 @@ class Owner:
         self._gathers.forget(peer)
 
     def _gather(self, peer: Peer, request: messages.ForRows) -> messages.Answer:
-        with self.change:
+        with self.lock:
             offer = self._current(request)
             if offer is None:
                 return self._gone(request)
@@ -1106,7 +1100,7 @@ class Owner:
                 rows.check(part)
             if not all(self._is_complete(offer, part) for part in request.parts):
                 return messages.Answer("refused", PAST)
-            return self._gathers.answer(peer, request, rows)
+        return self._gathers.answer(peer, request, rows)
 
     def _is_complete(self, offer: Offer, part: messages.BoxPart) -> bool:
         """Return True if rows do not reach past the mark of their offer."""

@@ -4,7 +4,7 @@
 A pull commits its rows only if every offer still held after all bytes had been read. `Reader.pull`
 makes pulls. Whoever looks at a pull after its copies have ended commits it: a caller in `Pull.done`
 or `Pull.synchronize`, or the reader's `Housekeeper`. Its coroutine commits a pull that has to wait
-for calls of other threads, or for an owner's answer.
+for work of helpers, or for an owner's answer.
 """
 
 from __future__ import annotations
@@ -13,8 +13,6 @@ from asyncio import CancelledError
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from functools import partial
-from math import inf
 from time import monotonic, perf_counter
 from typing import TypeAlias, cast
 
@@ -30,7 +28,7 @@ from portakv.errors import (
     TransferError,
     TransferTimeout,
 )
-from portakv.graph import End, Task
+from portakv.migrate.buffers import Taker
 from portakv.migrate.connections import Source, Sources
 from portakv.migrate.crossed import Crossed, PullStatistics, joined_error
 from portakv.migrate.messages import REASONS, About, Answer, Check, Renew
@@ -40,7 +38,7 @@ from portakv.runtime.devices import this_process
 from portakv.runtime.interrupts import shielded
 from portakv.runtime.streams import StreamFence
 from portakv.runtime.transfer import Completion, Pending, Transfer
-from portakv.tasks import Handle, Wait, runtime
+from portakv.tasks import End, Handle, Signal, runtime
 from portakv.tasks.runtime import Steps
 
 CANCELLED = "The pull was cancelled; no rows were committed."
@@ -50,8 +48,8 @@ LOOK = 0.5  # seconds between two questions to owners that send rows, which also
 LAST_QUESTION = 0.5  # seconds after a pull's deadline in which owners may still answer
 
 
-#: Work of a pull that streams do not order: a task, or a coroutine.
-Ending: TypeAlias = End | Handle[None]
+#: The end of a part of a pull that streams do not order.
+Ending: TypeAlias = End[None]
 #: The most seconds between two looks at copies, of a coroutine that waits for their ends.
 GLANCE = 1e-3
 
@@ -63,15 +61,12 @@ class Requested:
     nbytes: float = 0.0
     blocks: int = 0
     strategy: tuple[str, str] = MAPPED  # its name, and why
-    pieces: int = 0  # copies and tasks that were started
-    #: Has a coroutine renew the offers of a pull whose worker takes rows meanwhile; called once, if
-    #: the pull lasts so long.
-    tend: Callable[[], object] | None = None
+    pieces: int = 0  # copies and slices that were started
     #: Sources that receive no request for rows, so that the pull is reported to them.
     quiet: Sources = ()
     #: What the pull waits for, as long as it does: owners, offers by name, or rows.
     wanted: Wanted | None = None
-    #: What each task that takes rows has taken so far.
+    #: The rows that each owner has sent so far.
     crossed: list[Crossed] = field(default_factory=list)
     #: The caller requested an encoding.
     encoded: bool = False
@@ -81,7 +76,7 @@ class Requested:
 
 
 class PartTransfer(Transfer):
-    """A transfer that also ends with tasks and coroutines, and raises the first of their errors.
+    """A transfer that also ends with slices and coroutines, and raises the first of their errors.
 
     Whoever issues it may still add some, and copies.
     """
@@ -101,7 +96,7 @@ class PartTransfer(Transfer):
         return super().done()
 
     def wait(self, stream: torch.Stream | None = None) -> None:
-        """Block the host, because no stream orders the tasks. Raises the same errors as `done`."""
+        """Block the host, because no stream orders these ends. Raises the same errors as `done`."""
         self._refuse_fork()
         super().wait(stream)
         self._finish()
@@ -122,10 +117,6 @@ class PartTransfer(Transfer):
             error = known(each.error)
             if error:
                 raise error
-            if isinstance(each, End) and not each.landed.all():
-                raise TransferError(
-                    "Expected all rows of the pull to arrive, got an end before that. Pull again."
-                )
 
 
 class _End:
@@ -172,8 +163,8 @@ class Pull(Transfer):
         self.in_call = False
         #: The coroutine that makes all copies, and commits a pull that has to wait.
         self.steps: Handle[None] | None = None
-        #: The task that takes all rows and commits them.
-        self.task: Task | None = None
+        #: The coroutines that take rows from owners.
+        self.takers = list[Taker]()
         self.layers: Sequence[Transfer] = ()
         self.requested = Requested()
         #: Orders copies from staging buffers after the caller's stream; None if there are none.
@@ -183,8 +174,8 @@ class Pull(Transfer):
         #: When the pull began, and when its end was noticed.
         self._times = [perf_counter()]
         self._process = this_process()
-        self._pause: Wait | None = None  # of the coroutine
-        self._news = False  # there is a reason to end the next pause
+        #: What the coroutine waits for; see `go_on`.
+        self.changes = Signal(runtime())
 
     # --- for callers
 
@@ -292,13 +283,7 @@ class Pull(Transfer):
         return self.begun and self._look_at_parts()
 
     def _look_at_parts(self) -> bool:
-        """Return True if the pull has ended by its task or its copies; commit it if these have."""
-        task = self.task
-        if task is not None:
-            # A task that ran has ended the pull. One that never ran left that to others.
-            if task.ended and not self.concluded:
-                self.conclude(known(task.error) or TransferCancelled(CANCELLED))
-            return self.concluded
+        """Return True if the pull has ended by its copies; commit it then."""
         copies = self.copies
         try:
             for copy in copies:
@@ -317,9 +302,6 @@ class Pull(Transfer):
         while not self.look():
             if self.steps is not None:
                 self.steps.wait()
-            task = self.task
-            if task is not None:
-                task.wait()
             for copy in self.copies:
                 for end in copy.completions:
                     with suppress(RuntimeError):  # torch's error, which `look` gets again
@@ -338,8 +320,7 @@ class Pull(Transfer):
         # Release the memory of the owners, and this object from its own completion.
         self.copies = ()
         self.slices = ()
-        self.task = None
-        self.requested.tend = None
+        self.takers = []
         self.completions[0].pendings = ()
         for layer in self.layers:
             if isinstance(layer, LateLayer):  # it never began
@@ -366,7 +347,7 @@ class Pull(Transfer):
             copy.cancel()
 
     def stop_after_failure(self) -> None:
-        """Stop the pull if one of its copies has failed; a task stops it itself.
+        """Stop the pull if one of its copies has failed; a coroutine stops it itself.
 
         Blocks that do not fit into packed slots stop nothing: all other blocks are moved.
         """
@@ -446,9 +427,7 @@ class Pull(Transfer):
         for copy in self.copies:
             with suppress(PortaKVError):  # the owner may be gone
                 copy.synchronize()
-        if self.task is None or self.task.graph is None:  # else the task ends the pull
-            self.task = None
-            self.conclude(cancelled)
+        self.conclude(cancelled)
 
     # --- in coroutines
 
@@ -458,30 +437,23 @@ class Pull(Transfer):
             runtime().call_soon(self._go_on)
 
     def _go_on(self) -> None:
-        self._news = True
-        if self._pause is not None:
-            runtime().wake(self._pause)
+        with runtime().lock:
+            self.changes.notify()
 
-    async def pause(self, seconds: float = inf) -> None:
-        """Wait for a call of `go_on`, at most for some seconds. One coroutine calls it."""
-        if not self._news:
-            self._pause = Wait(until=None if seconds == inf else runtime().time() + seconds)
-            await self._pause
-        self._pause = None
-        self._news = False
-
-    async def finish(
-        self, tasks: Sequence[Task], checks: Sequence[Callable[[], Steps[None]]]
-    ) -> None:
+    async def finish(self, checks: Sequence[Callable[[], Steps[None]]]) -> None:
         """Wait for all bytes, verify them, and commit if every offer holds.
 
-        Renews meanwhile the offers of owners that share no memory.
+        Renews meanwhile the offers of owners that share no memory. Asks owners while the last
+        copies run from staging buffers.
 
         Args:
-            tasks: those that take rows; each calls `go_on` at its end.
             checks: make the coroutines that compare checksums.
         """
-        await self._until(partial(self.have_ended, tasks))
+        answers = None
+        if not checks:
+            await self._until(self._have_crossed)
+            answers = await self.ask()
+        await self._until(self.have_ended)
         unfit = self.requested.unfit
         errors: list[BaseException | None] = [each.error for each in self.slices]
         errors += [end.error for copy in self.copies for end in copy.completions]
@@ -491,7 +463,7 @@ class Pull(Transfer):
             elif error is not None:
                 self.stop(known(error) or TransferCancelled(CANCELLED))
         await self._verify(checks)
-        await self.confirm(self.remote)
+        await self.confirm(answers)
 
     async def _verify(self, checks: Sequence[Callable[[], Steps[None]]]) -> None:
         """Run checks, all at a time; stop the pull by the error of one."""
@@ -505,13 +477,21 @@ class Pull(Transfer):
             if handle.error is not None:
                 self.stop(known(handle.error) or TransferCancelled(CANCELLED))
 
-    def have_ended(self, tasks: Sequence[Task]) -> bool:
-        """Return True if these tasks, and all copies and slices of the pull, have ended."""
-        if not all(task.ended for task in tasks):
-            return False
-        for each in self.slices:
-            if not each.wait(0.0):
+    def have_ended(self) -> bool:
+        """Return True if all copies and slices of the pull have ended."""
+        taken = all(taker.done() for taker in self.takers)
+        return taken and all(each.done() for each in self.slices) and self._copies_have_ended()
+
+    def _have_crossed(self) -> bool:
+        """Return True if nothing reads the memory of owners any more."""
+        for taker in self.takers:
+            if not (taker.has_crossed or taker.done()):
                 return False
+        calls = [each for each in self.slices if isinstance(each, Handle)]
+        return all(call.done() for call in calls) and self._copies_have_ended()
+
+    def _copies_have_ended(self) -> bool:
+        """Return True if all copies between views have ended; stop the pull if one fails."""
         ended = True
         for copy in self.copies:
             for end in copy.completions:
@@ -526,20 +506,18 @@ class Pull(Transfer):
         """Return the sources of which only the owner can say whether the offer holds."""
         return [source for source in self.sources if source.word is None]
 
-    async def ask(self, source: Source) -> list[Answer | PortaKVError] | None:
-        """Return the answer of the only owner whether its offer held, or the error of the request.
-        None: nothing will be committed.
+    async def ask(self) -> list[Answer | PortaKVError] | None:
+        """Return the answer of each owner of `remote` whether its offer held, or the error of the
+        request. None: nothing will be committed.
 
-        All bytes have left the owner's memory before.
+        All bytes have left the memory of these owners before.
         """
         if self.stopped or self.requested.unfit:
             return None
-        return await self._answers([source], Check)
+        return await self._answers(self.remote, Check)
 
-    async def confirm(
-        self, sources: Sequence[Source], answers: Sequence[Answer | PortaKVError] | None = None
-    ) -> None:
-        """End the pull: commit it if the owners of these sources answer that their offers held.
+    async def confirm(self, answers: Sequence[Answer | PortaKVError] | None) -> None:
+        """End the pull: commit it if the owners of `remote` answer that their offers held.
 
         ``answers``: of `ask`; None: ask them now.
         A pull that was stopped, or that has blocks that did not fit, is not committed, whatever
@@ -547,21 +525,15 @@ class Pull(Transfer):
         """
         error = joined_error(self.requested.unfit)
         if not (self.stopped or error):
+            remote = self.remote
             if answers is None:
-                answers = await self._answers(sources, Check)
-            for source, answer in zip(sources, answers, strict=True):
+                answers = await self._answers(remote, Check)
+            for source, answer in zip(remote, answers, strict=True):
                 if isinstance(answer, PortaKVError):
                     error = error or answer
                 elif answer.state != "held" and not isinstance(error, OfferGone):
                     error = source.ticket.gone(answer.why)
         self.conclude(error or self._gone())
-
-    async def renew_until(self, one: Task) -> None:
-        """Renew the offers of owners that share no memory, now and until a task has ended."""
-        remote = self.remote
-        if not self.stopped:
-            await self._renew(remote, max((source.ticket.lease for source in remote), default=LOOK))
-        await self._until(lambda: one.ended)
 
     async def _until(self, ended: Callable[[], bool]) -> None:
         """Wait until a function returns True, and renew the offers meanwhile.
@@ -574,12 +546,13 @@ class Pull(Transfer):
         glance = GLANCE / 16
         while not ended():
             if not self.over and monotonic() >= renewal:
-                await self._renew(remote, 3 * third)
+                await self.renew(remote, 3 * third)
                 renewal = monotonic() + min(third, LOOK)
             glance = min(2 * glance, GLANCE)
-            await self.pause(glance if self.copies else min(third, LOOK))
+            seconds = glance if self.copies else min(third, LOOK)
+            await self.changes.wait_for(ended, runtime().time() + seconds)
 
-    async def _renew(self, remote: Sequence[Source], seconds: float) -> None:
+    async def renew(self, remote: Sequence[Source], seconds: float) -> None:
         """Renew the leases of offers; stop the pull if an owner or an offer is gone."""
         answers = await self._answers(remote, Renew, seconds)
         for source, answer in zip(remote, answers, strict=True):
@@ -604,15 +577,14 @@ class Pull(Transfer):
         left = self.until + LAST_QUESTION - monotonic()
         return await channel.answers(requests, Answer, min(channel.timeout, max(0.0, left)))
 
-    async def fail(self, error: BaseException, tasks: Sequence[Task] = ()) -> None:
-        """End a pull of which no more can be issued, after the copies and tasks in flight."""
+    async def fail(self, error: BaseException) -> None:
+        """End a pull of which no more can be issued, after the copies and slices in flight."""
         reason = known(error) or TransferCancelled(CANCELLED)
         self.stop(reason)
         glance = GLANCE / 16
-        while not self.have_ended(tasks):
+        while not self.have_ended():
             glance = min(2 * glance, LOOK / 10)
-            await self.pause(glance)
-        self.task = None
+            await self.changes.wait_for(self.have_ended, runtime().time() + glance)
         self.conclude(reason)
 
 

@@ -33,8 +33,7 @@ from portakv.errors import (
     TransferError,
     TransferTimeout,
 )
-from portakv.graph.graph import Graph
-from portakv.graph.task import Task
+from portakv.graph.trace import Trace
 from portakv.migrate.channel import Channel
 from portakv.migrate.connections import (
     PAUSE,
@@ -60,13 +59,13 @@ from portakv.migrate.plan import (
 )
 from portakv.migrate.pull import CANCELLED, Ending, PartTransfer, Pull, known
 from portakv.migrate.shards import Shard
-from portakv.migrate.staged_reader import Arrival, StagedReceiver, verified
+from portakv.migrate.staged_reader import StagedReceiver, verified
 from portakv.runtime import tracing
 from portakv.runtime.devices import capturing, refuse_capture
 from portakv.runtime.finished import Finished
 from portakv.runtime.interrupts import shielded
 from portakv.runtime.streams import StreamFence, ignore_captures_elsewhere, own_stream
-from portakv.tasks import Handle, Runtime, Wait, runtime
+from portakv.tasks import Handle, Runtime, Wait, blocking, runtime
 from portakv.view.index import Ids, Index
 
 # ------------------------------------------------------------------------------------------------
@@ -285,8 +284,9 @@ class Housekeeper:
                 pause = FIRST_LOOK
             most = PROMPT if self.finished.started else self._most
             pause = min(2 * pause, most) if self._pulls else FIRST_LOOK
+            closes = self._closing  # a pull may end while this look goes on
             looked_after = await self._look_at_all()
-            if self._closing:
+            if closes:
                 return
 
     async def _look_at_all(self) -> bool:
@@ -388,7 +388,6 @@ class Housekeeper:
         if error is not None:
             pull.stop(error)
             return
-        self._tend(pull, now - watched.began)
         wanted = pull.requested.wanted
         # The pull's own coroutine renews the others if the pull does not wait.
         shared = [each for each in pull.sources if wanted is not None or each.word is not None]
@@ -402,16 +401,6 @@ class Housekeeper:
             for source in shared:
                 ticket = source.ticket
                 await self._tell(source, Renew(ticket.epoch, ticket.offer, ticket.lease))
-
-    @staticmethod
-    def _tend(pull: Pull, seconds: float) -> None:
-        """Have a coroutine renew the offers of a pull that has lasted for some seconds, before a
-        third of their leases is over; a shorter pull needs none."""
-        tend = pull.requested.tend
-        if tend is None or seconds < _third([*pull.sources]) - LOOK:
-            return
-        pull.requested.tend = None
-        tend()
 
     async def _tell(self, source: Source, message: Message) -> bool:
         """Send a message to an owner, unless the owner is gone; return False if its connection is
@@ -508,8 +497,9 @@ class Issuing:
             layers = [shard.view.layers for shard in issuer.shards]
             self.layers = [[PartTransfer() for _ in range(count)] for count in layers]
         self._staged = set[bytes]()  # offers whose owners get requests for rows
+        # Both have not begun: those that take rows, and copies by helpers.
         self._takers = list[StagedReceiver]()
-        self._calls = list[Handle[None]]()  # copies by other threads, which have not begun
+        self._calls = list[Handle[None]]()
 
         for step in self.plan:
             if step.cut.packed:
@@ -541,7 +531,10 @@ class Issuing:
         except BaseException:
             for call in self._calls:
                 call.discard()
-            self._slices[:] = [each for each in self._slices if _is_in_flight(each)]
+            for taker in self._takers:
+                for arrival in taker.arrivals:
+                    arrival.end(TransferCancelled(CANCELLED))
+            self._slices[:] = [each for each in self._slices if not each.done()]
             raise
 
     def _issue(self, some: Sequence[Step]) -> None:
@@ -567,13 +560,13 @@ class Issuing:
         self._staged |= staged.keys()
 
     def _take(self, some: Sequence[Step]) -> None:
-        """Make the task that takes the rows of an offer from the owner that sends them, at their
-        share of the rate."""
+        """Make the coroutine that takes the rows of an offer from the owner that sends them, at
+        their share of the rate."""
         request = self._request
         rate = self._rate(some)
         crossed = Crossed(request.pack, request.auto, inf if rate is None else rate)
         self._pull.requested.crossed.append(crossed)
-        taker = StagedReceiver(self._issuer.graph, some, self._pull, rate, crossed)
+        taker = StagedReceiver(self._issuer.trace, some, self._pull, rate, crossed)
         self._takers.append(taker)
         for each in taker.arrivals:
             self._add(each.step, each.part.layers, each)
@@ -587,20 +580,15 @@ class Issuing:
 
     def begin(self) -> None:
         """Begin the work of `issue` that would block. Any thread may call it."""
-        if self._calls:
-            calls = self._calls
-            self._calls = []
-            for call in calls:
-                call.on_end(self._pull.go_on)
-                call.begin()
-        if self._takers:
-            tasks = [task for task in self.tasks if task.graph is None]
-            self._issuer.graph.submit(tasks, priority="urgent")
-
-    @property
-    def tasks(self) -> list[Task]:
-        """Return the tasks that take rows."""
-        return [taker.task for taker in self._takers]
+        calls = self._calls
+        self._calls = []
+        for call in calls:
+            call.on_end(self._pull.go_on)
+            call.begin()
+        takers = self._takers
+        self._takers = []
+        for taker in takers:
+            taker.begin()
 
     def _rate(self, some: Sequence[Step]) -> float | None:
         """Return the share of steps in the rate of the pull; None: it has none."""
@@ -609,14 +597,9 @@ class Issuing:
             return None
         return rate * sum(step.nbytes for step in some) / self._pull.requested.nbytes
 
-    def end(self, alone: bool = False) -> bool:
-        """Return True if the pull has to wait for its `finish`.
-
-        False if whoever looks at the pull commits it, or the task that takes all of its rows.
-
-        Args:
-            alone: no part of the pull has begun yet.
-        """
+    def end(self) -> bool:
+        """Return True if the pull has to wait for its `finish`; False if whoever looks at the pull
+        commits it."""
         pull = self._pull
         requested = pull.requested
         requested.quiet = pull.sources
@@ -624,38 +607,16 @@ class Issuing:
             requested.quiet = [x for x in pull.sources if x.ticket.offer not in self._staged]
         # This is set last, for the reader's coroutine.
         requested.pieces = len(self._copies) + len(self._slices)
-
-        if not (self._slices or self._request.verify or pull.remote):
-            return False
-        if alone and self._one_taker and not self._request.verify:
-            self._commit_by(self._takers[0])
-            return False
-        return True
+        return bool(self._slices or self._request.verify or pull.remote)
 
     async def finish(self) -> None:
-        """Wait for all rows, verify and commit them."""
+        """Begin the work that would block; wait for all rows, verify and commit them."""
+        self.begin()
         verifying = self.plan if self._request.verify else ()
-        blocking = self._issuer.owners.blocking
-        checks = [partial(verified, step, self._pull, blocking) for step in verifying]
-        await self._pull.finish(self.tasks, checks)
-
-    @property
-    def _one_taker(self) -> bool:
-        """Return True if one task takes all rows, from the pull's only owner."""
-        return len(self._takers) == len(self._pull.sources) == 1 and not self._copies
-
-    def _commit_by(self, taker: StagedReceiver) -> None:
-        """Let the task that takes all rows also commit the pull: no other thread has to wake.
-
-        If it lasts long, a coroutine renews the offer.
-        """
-        pull = self._pull
-        taker.commits = True
-        pull.task = taker.task
-        pull.requested.tend = lambda: runtime().start(pull.renew_until(taker.task))
+        await self._pull.finish([partial(verified, step, self._pull) for step in verifying])
 
     def _copy_elsewhere(self, step: Step) -> None:
-        """Have other threads copy the rows of a step on the host."""
+        """Have helpers copy the rows of a step on the host."""
         options = self._request.options
         layers = step.cut.dst.layers
         each = 1 if options.by_layer else layers
@@ -663,16 +624,9 @@ class Issuing:
         for start in range(0, layers, each):
             some = range(start, start + each)
             copy = partial(_copy_layers, step, some, self._pull, options)
-            call = Handle(runtime(), self._issuer.owners.blocking.work(copy))
+            call = Handle(runtime(), blocking().work(copy))
             self._calls.append(call)
             self._add(step, some, call)
-
-
-def _is_in_flight(ending: Ending) -> bool:
-    """Return True if work has begun."""
-    if isinstance(ending, Arrival):
-        return ending.whole.graph is not None
-    return not ending.done()
 
 
 def _copy_of(step: Step, options: CopyOptions, rate: float | None) -> BlockTransfer:
@@ -799,37 +753,29 @@ class LatePull(Wanted):
         """
         pull = self.pull
         issuer = self._issuer
-        first = not self.known
         try:
             await Wait(until=0.0)  # the rest runs in the loop
             if not self.known:
-                await self._wait()
+                await pull.changes.wait_for(self._goes_on)
                 sources = await issuer.owners.resolve(self.tickets, pull.until)
                 self._check()  # also while the owners were resolved
-                await issuer.owners.blocking.work(self._issue, sources)
+                await blocking().work(self._issue, sources)
             while not self._is_issued:
-                first = False
-                await self._wait()
-                await issuer.owners.blocking.work(self._issue)
+                await pull.changes.wait_for(self._goes_on)
+                await blocking().work(self._issue)
             pull.requested.wanted = None
             assert self._issuing is not None  # `plan` has set it
-            if self._issuing.end(alone=first):
-                self._issuing.begin()
+            if self._issuing.end():
                 await self._issuing.finish()
-            else:
-                self._issuing.begin()
         except (Exception, CancelledError) as error:
             pull.requested.wanted = None
-            await pull.fail(error, self._tasks)
-        if pull.task is None:  # else that task reports the end
-            issuer.housekeeper.wake()
+            await pull.fail(error)
+        issuer.housekeeper.wake()
 
-    async def _wait(self) -> None:
-        """Wait until the pull may go on; raise if it was stopped, or if the reader closes."""
+    def _goes_on(self) -> bool:
+        """Return True if the pull may go on; raise if it was stopped, or if the reader closes."""
         self._check()
-        while not self.may_go_on:
-            await self.pull.pause()
-            self._check()
+        return self.may_go_on
 
     def _check(self) -> None:
         if self.pull.over or (self._issuer.housekeeper.leaves and not self.may_go_on):
@@ -840,12 +786,6 @@ class LatePull(Wanted):
         """Return True if all copies are issued, and all rows are complete: rows that this reader
         does not need may still be written until then."""
         return self.complete and all(each.reached == each.end for each in self._reaches)
-
-    @property
-    def _tasks(self) -> list[Task]:
-        """Return the tasks of the pull that were submitted."""
-        tasks = () if self._issuing is None else self._issuing.tasks
-        return [task for task in tasks if task.graph is not None]
 
     def _issue(self, sources: Sources | None = None) -> None:
         """Issue what the marks allow, in a thread that may block; plan the pull before.
@@ -903,8 +843,9 @@ class LatePull(Wanted):
 class Issuer:
     """Begins the pulls of one reader."""
 
-    def __init__(self, graph: Graph, owners: Connections, housekeeper: Housekeeper) -> None:
-        self.graph = graph
+    def __init__(self, owners: Connections, housekeeper: Housekeeper) -> None:
+        #: The rows that owners have sent, and choices of an encoding.
+        self.trace = Trace(TRACED)
         self.owners = owners
         self.housekeeper = housekeeper
         self.shards = owners.shards
@@ -956,9 +897,7 @@ class Issuer:
         sources = None if named else self.owners.resolve_connected(tickets)
         if sources is not None and not incomplete(sources):
             pull.sources = sources
-            issuing = self._issued(pull, request)
-            if self._waits(issuing, pull):
-                await self._finish(issuing, pull)
+            await self._finish(self._issued(pull, request), pull)
             return
 
         if sources is None and not named:
@@ -991,8 +930,7 @@ class Issuer:
             self.housekeeper.add(pull)
             await pull.fail(error)
             return True
-        if self._waits(issuing, pull):
-            await self._finish(issuing, pull)
+        await self._finish(issuing, pull)
         return True
 
     def _issued(self, pull: Pull, request: Request) -> Issuing:
@@ -1003,22 +941,16 @@ class Issuer:
         pull.layers = [layer for layers in issuing.layers for layer in layers]
         return issuing
 
-    def _waits(self, issuing: Issuing, pull: Pull) -> bool:
-        """Return True if a pull has to wait; else have it looked after, and begin its tasks."""
-        if issuing.end(alone=True):
-            return True
-        self.housekeeper.add(pull)
-        issuing.begin()
-        return False
-
     async def _finish(self, issuing: Issuing, pull: Pull) -> None:
-        """Begin the work of a pull that would block, wait for it, and commit the rows."""
+        """Have a pull looked after. If it has to wait, do so and commit the rows."""
+        if not issuing.end():
+            self.housekeeper.add(pull)
+            return
         try:
             await Wait(until=0.0)  # the rest runs in the loop
-            issuing.begin()
             await issuing.finish()
         except (Exception, CancelledError) as error:
-            await pull.fail(error, issuing.tasks)
+            await pull.fail(error)
 
     def prepare(self, address: str) -> PartTransfer:
         """Connect to the owner at an address, and return the end."""
@@ -1063,6 +995,7 @@ class Issuer:
 OPTIONS = ("by_layer", "overlap", "max_thread_blocks", "max_gbps")
 USUAL_TERMS = (USUAL.by_layer, USUAL.overlap, USUAL.max_thread_blocks, USUAL.max_gbps)
 
+TRACED = 100_000  # times at which owners have sent rows, for `Reader.trace`
 PATIENCE = 7.0  # seconds for which `Reader.close` waits for pulls, which end within three
 
 
@@ -1090,12 +1023,11 @@ class Reader:
         arguments.instance("channel", channel, Channel)
         arguments.text("model", model)
         self._owners = Connections(channel, shards, model, transport)
-        self._graph = Graph()
         self.channel = channel
         self.shards = shards
         self.device = self._owners.device
         self._housekeeper = Housekeeper(self.device)
-        self._issuer = Issuer(self._graph, self._owners, self._housekeeper)
+        self._issuer = Issuer(self._owners, self._housekeeper)
         self._closed = False
         channel.claim("a reader", self)
 
@@ -1171,7 +1103,10 @@ class Reader:
         if self._closed:
             raise closed_reader()
         if self.channel.forked:
-            self._graph.submit(())  # raises the error of a graph that was forked
+            raise TransferError(
+                "Expected a graph that is open, got one that belongs to the process that this one "
+                "was forked from. Make another."
+            )
 
     def prepare(self, address: str) -> PartTransfer:
         """Connect to the owner at an address, and map its memory, in the background.
@@ -1230,14 +1165,14 @@ class Reader:
         return "\n".join(lines)
 
     def trace(self, path: str | os.PathLike[str]) -> None:
-        """Write the last tasks of the reader, and its last choices of an encoding, for Perfetto or
-        Chrome.
+        """Write when owners have sent rows last, and the last choices of an encoding, for Perfetto
+        or Chrome.
 
         Raises:
             InvalidTerms: not a path.
             TransferError: the file cannot be written.
         """
-        self._graph.trace.write(path, TransferError)
+        self._issuer.trace.write(path, TransferError)
 
     def finished(self) -> list[Pull]:
         """Return the pulls that have ended since the last call, in the order of their ends.
@@ -1275,7 +1210,6 @@ class Reader:
         """
         self._housekeeper.wait(PATIENCE)
         self._closed = True
-        self._graph.close(2.0)
         self._housekeeper.close()
         self._issuer.connector.close()
         runtime().run(self._owners.close)

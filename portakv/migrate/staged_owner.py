@@ -1,17 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """The owner's side of pulls through staging buffers.
 
-A worker gathers offered rows into staging buffers, which transports send. It also computes
-checksums of rows.
+Helpers gather offered rows into staging buffers, one at a time, and transports send these. They
+also compute checksums of rows.
 """
 
 from __future__ import annotations
 
 import logging
-import threading
 from collections import deque
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple, TypeAlias
@@ -33,8 +32,6 @@ from portakv.copy.choose_encoding import (
 )
 from portakv.copy.rows import copy_rows
 from portakv.errors import LayoutError, PeerError, PortaKVError, TransferError, Unsupported
-from portakv.graph import Graph, Task
-from portakv.graph.graph import Queue
 from portakv.migrate.channel import Channel, Peer
 from portakv.migrate.checksum import Later, checksum_of
 from portakv.migrate.messages import (
@@ -68,11 +65,14 @@ from portakv.migrate.transports import check_transport, choose, forced
 from portakv.migrate.transports.base import Lane, Moving, Transport
 from portakv.runtime.bounded import Bounded
 from portakv.runtime.streams import StreamFence
+from portakv.tasks import Limit, TaskGroup, Work, runtime
+from portakv.tasks.runtime import EXIT
 from portakv.view import Index, KVView
 
 # ------------------------------------------------------------------------------------------------
 # Compute the answers of an owner that take longer than its channel may: checksums of rows, and
-# choices of an encoding by a sample of rows. The worker of the owner computes them.
+# choices of an encoding by a sample of rows. Helpers compute them, in turn with those that send
+# rows.
 
 #: The most windows of shards whose samples are kept: those of readers that pull layer by layer are
 #: single layers.
@@ -107,22 +107,40 @@ class RetainedSample:
         return None if self.sampled is None else judged(rated, self.sampled)
 
 
+class Turn(Limit):
+    """The turn of helpers that read the rows of an owner.
+
+    Parts of an offer share their ids on a device, and only one stream is ordered after these.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(runtime())
+        self._streams = dict[str, torch.Stream]()  # by device
+
+    @contextmanager
+    def inside(self, after: StreamFence) -> Iterator[None]:
+        """Make that stream current, ordered after a fence, for the helper whose turn it is."""
+        with torch.inference_mode(False), after.inside(self._streams):
+            yield
+
+
 class LateAnswers:
     """The answers of one owner. Only the channel's thread calls it; see `Later`.
 
     ``rows`` and ``after`` of its methods: return the rows, and the work that wrote them.
     """
 
-    def __init__(self, queue: Queue) -> None:
-        self._sums = Later[int]("checksums of rows", queue)
-        self._looks = Later[RetainedSample]("samples of rows", queue)
+    def __init__(self, turn: Turn) -> None:
+        self._turn = turn
+        self._sums = Later[int]("checksums of rows", turn)
+        self._looks = Later[RetainedSample]("samples of rows", turn)
         self._kept: Bounded[tuple[bytes, int, Box], RetainedSample] = Bounded(
             "samples of pulls", MOST_KEPT
         )
 
     def sum(self, request: Sum, rows: Callable[[], Rows], after: StreamFence) -> Answer:
         """Return a checksum of rows, or that it does not exist yet."""
-        total = self._sums.answer(request, partial(_sum, request, rows, after))
+        total = self._sums.answer(request, partial(_sum, self._turn, request, rows, after))
         return _BUSY if total is None else Answer("done", digest=total)
 
     def choose(
@@ -141,14 +159,15 @@ class LateAnswers:
                 f"{part.count}. Connect sides of one release."
             )
 
-        # Most requests find a sample, and cost no turn of the worker.
+        # Most requests find a sample, and need no turn.
         key = request.epoch, part.group, part.box
         kept = self._kept.get(key)
         choice = None
         if kept is not None and kept.left > 0 and not request.again:
             choice = kept.choice(view, request.link_gbps)
         if kept is None or choice is None:
-            kept = self._looks.answer(request, partial(_look, request, view, rows, after))
+            look = partial(_look, self._turn, request, view, rows, after)
+            kept = self._looks.answer(request, look)
             if kept is None:
                 return _BUSY
             self._kept[key] = kept
@@ -159,6 +178,11 @@ class LateAnswers:
         layers = part.layers[1] - part.layers[0]
         kept.left -= rows_bytes(view, layers, part.count, part.heads[1] - part.heads[0])
         return _chosen(choice)
+
+    def close(self) -> None:
+        """Compute no further answer."""
+        self._sums.close()
+        self._looks.close()
 
 
 def _chosen(choice: EncodingChoice) -> Chosen:
@@ -174,24 +198,24 @@ def _chosen(choice: EncodingChoice) -> Chosen:
     )
 
 
-# --- in the worker
+# --- in a helper
 
 
-def _sum(request: Sum, rows: Callable[[], Rows], after: StreamFence) -> int:
-    with torch.inference_mode(False), after.inside():
+def _sum(turn: Turn, request: Sum, rows: Callable[[], Rows], after: StreamFence) -> int:
+    with turn.inside(after):
         view, ids = rows()
         return checksum_of(view, ids, request.part)
 
 
 def _look(
-    request: Choose, view: KVView, rows: Callable[[], Rows], after: StreamFence
+    turn: Turn, request: Choose, view: KVView, rows: Callable[[], Rows], after: StreamFence
 ) -> RetainedSample:
     """Measure the rate of packing, and take a sample if the rates do not decide already.
 
     The rate is that of the whole view: another measurement for each window of it would hold up the
-    worker, which sends the rows of all pulls.
+    rows of all pulls.
     """
-    with torch.inference_mode(False), after.inside():
+    with turn.inside(after):
         why = stays_raw(view, None, None)
         if why:
             return RetainedSample(why)
@@ -218,7 +242,8 @@ _log = logging.getLogger(__name__)
 #: Block ids of a shard, int32, and the tokens of a block.
 BlockList: TypeAlias = tuple[npt.NDArray[np.int32], int]
 BUFFERS = 4  # for each reader: one is filled, two are on the wire, one is emptied
-MOMENT = 1e-3  # seconds for which the worker waits for a buffer if it has nothing else to do
+MOMENT = 1e-3  # seconds for which a helper waits for a buffer: the loop would take longer to wake
+LOOK = 0.5  # seconds between two looks at a buffer that is not free
 #: Requests of a reader that are not sent yet. A reader has at most one for each of its buffers.
 MOST_WAITING = 16
 
@@ -228,7 +253,7 @@ class Offered(NamedTuple):
 
     Attributes:
         shards: of the owner, when a reader requested the rows.
-        indices: returns the index of each shard, for the worker. All parts of the offer share the
+        indices: returns the index of each shard, for helpers. All parts of the offer share the
             indices, with their ids on a device.
         after: the work that wrote the rows.
         spoilt: the readers to which some of the rows could not be sent.
@@ -337,7 +362,7 @@ class Line:
         self.transport = transport
         self.sendings = deque[Sending]()
         self.last = 0  # tag of the last request
-        self.active = False  # a task continues, or will when a buffer is free
+        self.active = False  # a coroutine sends their parts
 
     def current(self) -> Sending | None:
         """Return the request whose parts are sent now; drop those that are over."""
@@ -366,11 +391,11 @@ class Gathers:
         self._transports = dict[str, Transport]()  # by name
         self._lines = dict[Peer, Line]()  # of readers; each agreement makes another
         self._buffers = dict[tuple[Peer, int], StagingBuffer]()
-        self._lock = threading.Lock()  # a reader that is gone gets no buffer
-        self._graph = Graph()
-        # One worker: readers take turns, after as many parts as they have buffers.
-        self._queue = self._graph.queue("gather")
-        self._late = LateAnswers(self._queue)
+        self._runtime = runtime()
+        self._lock = self._runtime.lock  # a reader that is gone gets no buffer
+        self._tasks = TaskGroup(self._runtime, _log_failure)
+        self._turn = Turn()  # of readers, after as many parts as they have buffers
+        self._late = LateAnswers(self._turn)
 
     @property
     def buffers(self) -> int:
@@ -414,7 +439,7 @@ class Gathers:
             line.transport.forget(peer)
 
     def send(self, peer: Peer, gather: Gather, offered: Offered) -> Answer:
-        """Have the worker send rows in parts, after earlier requests of the reader.
+        """Have rows sent in parts, after earlier requests of the reader.
 
         Only one thread calls this method, after `Offered.check` of each part.
         """
@@ -445,8 +470,8 @@ class Gathers:
             line.sendings.append(Sending(gather, sizes, offered, lane, count))
             begins = not line.active
             line.active = True
-        if begins:  # after the answer: the worker would hold the interpreter meanwhile
-            self._channel.after_answer(partial(self._continue, peer, line))
+        if begins:  # after the answer: a helper would hold the interpreter meanwhile
+            self._channel.after_answer(lambda: self._tasks.start(self._send_all(peer, line)))
         return Answer("done")
 
     def stop(self, peer: Peer, stop: Stop) -> Stopped:
@@ -463,8 +488,8 @@ class Gathers:
         return Stopped(1 << 31)  # all parts were sent
 
     def answer(self, peer: Peer, request: ForRows, offered: Offered) -> Answer:
-        """Have the worker send rows, compute their checksum, or take a sample of them to choose how
-        they cross. The reader repeats its request until the checksum or the sample exists.
+        """Have rows sent, their checksum computed, or a sample of them taken to choose how they
+        cross. The reader repeats its request until the checksum or the sample exists.
 
         The caller has called `Offered.check` of each part. Raises as `LateAnswers.choose`.
         """
@@ -524,64 +549,51 @@ class Gathers:
     def close(self) -> None:
         """Cancel the gathers in flight and close the transports."""
         self._lines = {}
-        self._graph.close()
+        if not self._runtime.forked:
+            self._late.close()
+            ended = self._runtime.start(self._tasks.close())
+            ended.wait(0.0 if self._runtime.runs_here else EXIT)
         for transport in self._transports.values():
             transport.close()
 
-    # --- in the worker, and in the threads that end buffers
+    # --- in coroutines
 
-    def _continue(self, peer: Peer, line: Line) -> None:
-        """Have the worker send the next part to a reader."""
-        task = Task(lambda *_: self._advance(peer, line), 1, queue=self._queue, name="gather")
-        with suppress(TransferError):  # the owner is closed
-            self._graph.submit([task], priority="urgent")
-
-    def _advance(self, peer: Peer, line: Line) -> None:
-        """Send parts to a reader while its buffers are free.
-
-        If others wait, they get a turn after as many parts as a reader has buffers.
-        """
-        sent = 0
-        while sent < BUFFERS or not self._others_wait:
-            part = self._next_part(peer, line)
-            if part is None:
-                return
-            sent += 1
+    async def _send_all(self, peer: Peer, line: Line) -> None:
+        """Send all parts to a reader, in turn with other readers."""
+        while line.active:
+            await self._turn.acquire()
             try:
-                self._bring(peer, line, part)
+                sent = await self._send_some(peer, line)
+            finally:
+                self._turn.release()
+            if sent is not None and not await Work(sent.free.wait, MOMENT):
+                await sent.seen(sent.free, LOOK)
+
+    async def _send_some(self, peer: Peer, line: Line) -> Moving | None:
+        """Send as many parts to a reader as it has buffers, then others have their turn.
+
+        Returns the last transfer from the buffer of the next part if that is not free.
+        """
+        for _ in range(BUFFERS):
+            sending = line.current()
+            if sending is None or self._lines.get(peer) is not line:
+                line.active = False
+                return None
+            buffer = self._buffers[peer, sending.begun % sending.buffers]
+            sent = buffer.sent
+            if not buffer.free:  # it may become free at any time: one look decides
+                return sent
+            sending.begun += 1
+            part = Filling(sending, sending.begun - 1, buffer)
+            try:
+                await Work(self._bring, peer, line, part)
             except Exception:  # a reader that waits for this part would take the next in its place
                 _log.exception("A staging buffer could not be sent; its reader gets an error.")
                 gone = PeerError("The owner could not send a buffer; it did not cross.")
-                part.sending.lane.close(gone)
-        self._continue(peer, line)
+                await Work(sending.lane.close, gone)
+        return None
 
-    def _next_part(self, peer: Peer, line: Line) -> Filling | None:
-        """Return the next part for a reader and its buffer.
-
-        None: there is no part, or its buffer is not free in a moment. The end of the buffer's last
-        transfer then has the worker continue.
-        """
-        while True:
-            with self._lock:
-                sending = line.current()
-                if sending is None or self._lines.get(peer) is not line:
-                    line.active = False
-                    return None
-                buffer = self._buffers[peer, sending.begun % sending.buffers]
-                sent = buffer.sent
-                if buffer.free:  # it may become free at any time: one look decides
-                    sending.begun += 1
-                    return Filling(sending, sending.begun - 1, buffer)
-            assert sent is not None  # a buffer that was never sent is free
-            # A task costs more than such a wait.
-            if self._others_wait or not sent.free.wait(MOMENT):
-                sent.on_free(partial(self._continue, peer, line))
-                return None
-
-    @property
-    def _others_wait(self) -> bool:
-        """Return True if the worker has more to do than its present task."""
-        return len(self._graph.live) > 1
+    # --- in helpers
 
     def _bring(self, peer: Peer, line: Line, filling: Filling) -> None:
         """Fill a buffer with a part and send it.
@@ -597,7 +609,7 @@ class Gathers:
         try:
             if not sending.stopped and peer.id not in offered.spoilt and offered.holds():
                 slots = offered.slots(sending.gather, part)
-                with torch.inference_mode(False), offered.after.inside():
+                with self._turn.inside(offered.after):
                     rows = offered.rows(part, as_bytes=slots is None)
                     self._fill(buffer, full, part.count, rows, slots)
                     self._move(peer, line, sending, buffer, full, tag)
@@ -608,7 +620,7 @@ class Gathers:
             )
             offered.spoilt.add(peer.id)
         # Use the stream of a failed gather, whose copies may still run.
-        with torch.inference_mode(False), StreamFence(buffer.memory.device).inside():
+        with self._turn.inside(StreamFence(buffer.memory.device)):
             buffer.clean()
             full.zero_()  # as many bytes as the reader waits for
             self._move(peer, line, sending, buffer, full, tag)
@@ -661,3 +673,8 @@ class Gathers:
             here = self._lines.get(peer) is line
         if here:  # outside of the lock: a device may delay the call; `forget` closes the lane
             buffer.sent = sending.lane.move(full, tag)
+
+
+def _log_failure(error: BaseException) -> None:
+    """Log the error of a coroutine of an owner."""
+    _log.error("An owner failed to send rows, and goes on.", exc_info=error)

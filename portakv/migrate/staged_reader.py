@@ -3,7 +3,7 @@
 
 A `StagedReceiver` requests all rows of one offer together. The owner sends them in slices. While
 one slice crosses, the owner fills the buffer of the next, and the reader empties the buffer of the
-one before. The functions run in the workers of a pull.
+one before.
 """
 
 from __future__ import annotations
@@ -11,19 +11,16 @@ from __future__ import annotations
 import threading
 from collections import defaultdict, deque
 from collections.abc import Awaitable, Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from functools import partial
 from itertools import groupby
 from math import inf
-from queue import Empty
-from time import monotonic, sleep
+from time import monotonic
 from typing import Any, NamedTuple, TypeVar
 
-import numpy as np
 import torch
 from msgspec.structs import replace
 
-from portakv import arguments
 from portakv.copy.choose_encoding import EncodingChoice
 from portakv.copy.handle import BlockTransfer
 from portakv.errors import (
@@ -34,7 +31,7 @@ from portakv.errors import (
     TransferError,
     TransferTimeout,
 )
-from portakv.graph import End, Graph, Task
+from portakv.graph.trace import Ran, Trace
 from portakv.layout.encodings import Pack
 from portakv.migrate.buffers import StagingBuffer
 from portakv.migrate.checksum import MODULUS, checksum_of
@@ -58,7 +55,7 @@ from portakv.migrate.staging import Chunks, Slots, has_ended, part_of, rows_byte
 from portakv.migrate.transports.base import Lane, Moving
 from portakv.runtime.streams import StreamFence
 from portakv.runtime.worker import RateLimit
-from portakv.tasks import Limit, Wait, runtime
+from portakv.tasks import End, Handle, Wait, Work, blocking, runtime
 
 T = TypeVar("T")
 
@@ -75,13 +72,8 @@ LEAST_ON_HOST = 32 << 20
 LEAST_ON_DEVICE = 128 << 20
 
 
-#: What landed of a slice that landed, as tasks have it.
-_LANDED = np.ones(1, np.bool_)
-
-
-class Arrival(End):
-    """The end of a slice of a step, for a pull and its layers. The task ``whole`` takes the slice,
-    among others.
+class Arrival(End[None]):
+    """The end of a slice of a step, for a pull and its layers.
 
     Attributes:
         staged_bytes: of the slice in a staging buffer.
@@ -96,18 +88,10 @@ class Arrival(End):
     unfit: Sequence[int] = ()
     _left = 0  # of `again`, the slices that have not ended
 
-    def __init__(
-        self,
-        step: Step,
-        part: Slice,
-        whole: Task,
-        slots: Slots | None = None,
-    ) -> None:
-        super().__init__(None, 1)
+    def __init__(self, step: Step, part: Slice, slots: Slots | None = None) -> None:
+        super().__init__(runtime())
         self.step = step
         self.part = part
-        self.whole = whole
-        self._over = threading.Event()
         self.cross_in(slots)
 
     def scattering(self, chunks: Chunks) -> Callable[[], BlockTransfer]:
@@ -169,35 +153,18 @@ class Arrival(End):
         layers, first, _ = self.part
         for start, count in runs(blocks):
             part = Slice(layers, first + start * unit, count * unit)
-            again = Arrival(self.step, part, self.whole)
+            again = Arrival(self.step, part)
             again.whole_slice = self
             yield again
 
     def end(self, error: BaseException | None = None) -> None:
         """End the slice, unless it has ended."""
         if not self.ended:
-            if error is None:
-                self.landed = _LANDED
-            self.error = error
-            self.ended = True
-            self._over.set()
-
-    def wait(self, timeout: float | None = None) -> bool:
-        if self.whole.graph is None:
-            return False  # nothing takes the slice: its task was not submitted
-        until = monotonic() + arguments.seconds("timeout", timeout, optional=True)
-        while not self._over.wait(min(0.05, max(0.0, until - monotonic()))):
-            if self.whole.wait(0.0):  # it never ran, or this process was forked
-                if self.whole.ended:
-                    self.end(self.whole.error or TransferCancelled(CANCELLED))
-                return True
-            if monotonic() >= until:
-                return False
-        return True
+            self.settle(None, error)
 
 
 def end_unfit(taken: Sequence[Arrival], errors: list[PackOverflow]) -> None:
-    """End the slices with blocks that hold no rows, after a task has taken all of its slices.
+    """End the slices with blocks that hold no rows, after all slices of an offer were taken.
 
     ``errors`` first gets an error for each step, which names such blocks of all of its slices. The
     error of a slice names those of its layers.
@@ -239,10 +206,8 @@ class Scattered(NamedTuple):
         return not self.copy.completions or has_ended(self.copy, wait)
 
 
-def arrivals(
-    steps: Sequence[Step], max_gbps: float | None, whole: Task, crossed: Crossed
-) -> list[Arrival]:
-    """Return the slices of steps that a task takes, packed slices first.
+def arrivals(steps: Sequence[Step], max_gbps: float | None, crossed: Crossed) -> list[Arrival]:
+    """Return the slices of steps, packed slices first.
 
     They are small enough that several are under way, large enough that their number costs little,
     and not longer than a moment at a limited rate. ``crossed``: names the encoding, and gets the
@@ -261,7 +226,7 @@ def arrivals(
         most = min(most, int(PACED * 1e9 * max_gbps))
     # Slices are cut by their raw bytes, so that a buffer has space for blocks that do not fit.
     made = [
-        Arrival(step, part, whole, slots)
+        Arrival(step, part, slots)
         for step, slots in parts
         for part in step.slices(most, 1 if slots is None else slots.unit)
     ]
@@ -313,7 +278,7 @@ async def ask(
     raise TransferCancelled(CANCELLED)
 
 
-async def verified(step: Step, pull: Pull, blocking: Limit) -> None:
+async def verified(step: Step, pull: Pull) -> None:
     """Compare the rows that a step copied with the owner's rows, by checksums."""
     whole = step.owner_part(range(step.cut.dst.layers), 0, step.tokens)
     source = Source(step.ticket, step.owner)
@@ -322,7 +287,7 @@ async def verified(step: Step, pull: Pull, blocking: Limit) -> None:
     for start, end in step.runs():
         part = replace(whole, first=whole.first + start, count=end - start)
         dst_index = step.dst_index.shifted(start)
-        local += await blocking.work(checksum_of, step.cut.dst, dst_index, part)
+        local += await blocking().work(checksum_of, step.cut.dst, dst_index, part)
         request = Sum(step.ticket.epoch, step.ticket.offer, part)
         remote += (await ask(source, request, pull, inf)).digest
     if (local - remote) % MODULUS:
@@ -336,7 +301,7 @@ async def verified(step: Step, pull: Pull, blocking: Limit) -> None:
 # --- the choice of an encoding
 
 
-def leave_to_owner(arrivals: list[Arrival], pull: Pull, crossed: Crossed) -> None:
+async def leave_to_owner(arrivals: list[Arrival], pull: Pull, crossed: Crossed) -> None:
     """Have the owner choose how the slices cross that were made for packed rows.
 
     ``arrivals``: all slices of an offer, which get their slots, or none. ``crossed`` gets the
@@ -344,7 +309,7 @@ def leave_to_owner(arrivals: list[Arrival], pull: Pull, crossed: Crossed) -> Non
     """
     steps = {id(each.step): each.step for each in arrivals if each.slots is not None}
     for step in steps.values():
-        choice = _choice_of(step, pull, crossed.most_gbps)
+        choice = await _choice_of(step, pull, crossed.most_gbps)
         crossed.choices.append(choice)
         if choice.pack is None:  # it concerns more rows than a reason for parts of blocks
             crossed.why = _clause(choice.why)
@@ -355,7 +320,7 @@ def leave_to_owner(arrivals: list[Arrival], pull: Pull, crossed: Crossed) -> Non
     arrivals.sort(key=lambda each: each.slots is None)  # slices of one encoding are one request
 
 
-def _choice_of(step: Step, pull: Pull, most_gbps: float) -> EncodingChoice:
+async def _choice_of(step: Step, pull: Pull, most_gbps: float) -> EncodingChoice:
     """Return the owner's choice for the whole blocks of a step, at the rate of its transport.
 
     The rows cross raw as long as the rate is not known, and if the owner makes no choice that this
@@ -372,7 +337,7 @@ def _choice_of(step: Step, pull: Pull, most_gbps: float) -> EncodingChoice:
     terms = part, link, history.needs_sample(step.window)
     request = Choose(step.ticket.epoch, step.ticket.offer, *terms)
     try:
-        answer = runtime().run(ask, source, request, pull)
+        answer = await ask(source, request, pull)
     except Refused as error:  # it stays busy, or is of a release that does not know the request
         return EncodingChoice(None, f"The owner made no choice: {error}", link)
     if not isinstance(answer, Chosen):
@@ -411,33 +376,34 @@ def _clause(sentence: str) -> str:
 #: rate.
 BATCH = 16
 MOST_PACED = 8
-LOOK = 0.05  # seconds between two looks at the pulls that need a lane
+LOOK = 0.05  # seconds between two looks at a pull that waits
 STOPPING = 0.5  # seconds for the answer of an owner that is to stop, and for its last slices
+SOON = 0.02  # seconds for which a helper waits for bytes: by the loop they would come later
+MOMENT = 1e-3  # seconds for which a pull waits for its turn before it empties a buffer
 
 
 class StagedReceiver:
     """Takes the rows of one offer for a pull: one request, and its slices in their order.
 
-    No host waits between the slices of a device: streams order all copies.
+    No host waits between the slices of a device: streams order all copies. A helper that does a
+    part of the work has a stream after that of the caller.
 
     Attributes:
-        commits: the pull has no other part, so the worker that took the rows also ends the pull.
-            It asks whether the offer held while the last copies of a device run; copies on the
-            host have ended before.
+        arrivals: the ends of the slices.
+        has_crossed: all bytes have left the owner's memory.
     """
-
-    commits = False
 
     def __init__(
         self,
-        graph: Graph,
+        trace: Trace,
         steps: Sequence[Step],
         pull: Pull,
         max_gbps: float | None,
         crossed: Crossed,
     ) -> None:
         first = steps[0]
-        self._graph = graph
+        self._runtime = runtime()
+        self._trace = trace
         self._crossed = crossed
         self._source = Source(first.ticket, first.owner)
         self._stage = first.owner.staging
@@ -446,67 +412,24 @@ class StagedReceiver:
             pull.after = StreamFence(first.cut.dst.device)
         self._after = pull.after
         self._rate = RateLimit(max_gbps or inf)
-        queue = graph.queue(f"take:{first.owner.number}", width=first.owner.handshake.slots)
-        self.task = Task(self._run, 1, queue=queue, name="take")
-        self.task.on_end = pull.go_on
-        self.arrivals = arrivals(steps, max_gbps, self.task, crossed)
+        self.arrivals = arrivals(steps, max_gbps, crossed)
+        self.has_crossed = False
         self._in_flight = deque[InFlight]()
         self._scattered = deque[Scattered]()
-        self._answers: list[Answer | PortaKVError] | None = None  # whether the offer held
+        self._posted = 0  # slices of the present request that have a receive
+        self._last = False  # all slices were requested
+        self._steps: Handle[None] | None = None
 
-    def _run(self, *_: object) -> None:
-        """Take all slices, and end the pull if no other worker does."""
-        try:
-            self._take_all()
-        finally:
-            if self.commits:
-                runtime().run(self._pull.confirm, [self._source], self._answers)
+    def begin(self) -> None:
+        """Begin to take the slices. Any thread may call it."""
+        self._steps = Handle(self._runtime, self._run())
+        self._steps.on_end(self._pull.go_on)
+        self._pull.takers.append(self)
+        self._steps.begin()
 
-    def _take_all(self) -> None:
-        """Take all slices; return after the last copy, with or without an error."""
-        error: BaseException | None = None
-        self._stage.takers.add(self)
-        try:
-            with torch.inference_mode(False), self._after.inside():
-                if self._crossed.auto:
-                    leave_to_owner(self.arrivals, self._pull, self._crossed)
-                    graph = self._graph
-                    for choice in self._crossed.choices:
-                        graph.trace.note("encoding", graph.clock(), choice.figures())
-                start = self._stage.history.begin()
-                self._take_each(self.arrivals)
-                if self._crossed.packed:
-                    self._settle(wait=True)  # only then it is known which blocks did not fit
-                    end_unfit(self.arrivals, self._pull.requested.unfit)
-                    self._take_each([x for each in self.arrivals for x in each.again])
-                if self.commits:
-                    for placing in self._scattered:
-                        self._await(placing.moving.wait)
-                    # The answer is read here: other requests to the owner wait for it.
-                    self._answers = runtime().run(self._pull.ask, self._source)
-                self._settle(wait=True)
-                takers = [*self._stage.takers]  # of all pulls, since they share the transport
-                if start is not None and all(taker.measures for taker in takers):
-                    self._stage.history.end(start)
-        except BaseException as caught:
-            error = caught
-            # The others of the pull need not go on, and no mark is waited for.
-            self._pull.stop(known(caught) or TransferCancelled(CANCELLED))
-            raise
-        finally:
-            self._stage.takers.discard(self)
-            self._release(error)
-
-    def _take_each(self, some: Sequence[Arrival]) -> None:
-        """Take slices by requests for some of them, and issue their copies."""
-        for encoding, alike in groupby(some, lambda each: each.encoding):
-            listed = [*alike]
-            self._crossed.packed |= bool(encoding)
-            batch = BATCH if self._crossed.most_gbps == inf else MOST_PACED
-            for start in range(0, len(listed), batch):
-                self._take(listed[start : start + batch])
-        while self._in_flight:
-            self._scatter()
+    def done(self) -> bool:
+        """Return True once nothing of this is in flight."""
+        return self._steps is not None and self._steps.done()
 
     @property
     def measures(self) -> bool:
@@ -518,87 +441,213 @@ class StagedReceiver:
         """Return True if the pull waits for no slice any more."""
         return self._pull.over
 
-    def _take(self, batch: Sequence[Arrival]) -> None:
+    # --- in the coroutine
+
+    async def _run(self) -> None:
+        """Take all slices, after earlier pulls of the owner's rows."""
+        await self._stage.places.acquire()
+        try:
+            await self._take_or_stop()
+        finally:
+            self._stage.places.release()
+
+    async def _take_or_stop(self) -> None:
+        """Take all slices; end after the last copy, with or without an error."""
+        began = monotonic()
+        stage = self._stage
+        stage.takers.add(self)
+        number = len(stage.takers)
+        error: BaseException | None = None
+        try:
+            self._check(inf)
+            await self._take_all()
+        except BaseException as caught:
+            error = caught
+            # The others of the pull need not go on, and no mark is waited for.
+            self._pull.stop(known(caught) or TransferCancelled(CANCELLED))
+            raise
+        finally:
+            stage.takers.discard(self)
+            await self._release(error)
+            queue = f"take:{self._source.owner.number}"
+            what = len(self._trace.ran) + 1, "take", 1, 0, ()
+            self._trace.add("take", Ran(queue, number, began, monotonic(), *what))
+
+    async def _take_all(self) -> None:
+        """Take all slices."""
+        if self._crossed.auto:
+            await leave_to_owner(self.arrivals, self._pull, self._crossed)
+            for choice in self._crossed.choices:
+                self._trace.note("encoding", monotonic(), choice.figures())
+        start = self._stage.history.begin()
+        await self._take_each(self.arrivals)
+        if not self._last:
+            await self._settle(wait=True)  # only then it is known which blocks did not fit
+            end_unfit(self.arrivals, self._pull.requested.unfit)
+            self._last = True
+            await self._take_each([x for each in self.arrivals for x in each.again])
+        for placing in self._scattered:
+            await self._until(placing.moving, placing.moving.over)
+        self._look_at_bytes()
+        await self._settle(wait=True)
+        takers = [*self._stage.takers]  # of all pulls, since they share the transport
+        if start is not None and all(taker.measures for taker in takers):
+            self._stage.history.end(start)
+
+    async def _take_each(self, some: Sequence[Arrival]) -> None:
+        """Take slices by requests for some of them, and issue their copies."""
+        for encoding, alike in groupby(some, lambda each: each.encoding):
+            listed = [*alike]
+            self._crossed.packed |= bool(encoding)
+            batch = BATCH if self._crossed.most_gbps == inf else MOST_PACED
+            for start in range(0, len(listed), batch):
+                await self._take(listed[start : start + batch])
+        self._last = self._last or not self._crossed.packed
+        while self._in_flight:
+            await self._scatter()
+
+    async def _take(self, batch: Sequence[Arrival]) -> None:
         """Request slices, and post the transport's receives for all of them in their order."""
         stage = self._stage
-        with self._turn():
-            lane = stage.lane()
-            lane.meet(stop=lambda: self._pull.over)
+        await self._take_turn()
+        try:
+            lane = await self._lane()
             tag = stage.tag + 1
             stage.tag += len(batch)
-            posted = 0
+            self._posted = 0
             try:
-                self._request(batch, tag)
+                await self._request(batch, tag)
                 for number, arrival in enumerate(batch):
-                    nbytes = arrival.staged_bytes
-                    self._pace(nbytes)
+                    await self._pace(arrival.staged_bytes)
                     self._check(inf)
-                    buffer = self._free_buffer(lane, nbytes)
+                    buffer = await self._free_buffer(lane, arrival.staged_bytes)
                     try:
-                        moving = lane.move(buffer.memory[:nbytes], tag + number)
+                        await self._post(arrival, buffer, lane, tag + number)
                     except BaseException:
-                        stage.buffers.put(buffer)
+                        if self._posted == number:
+                            stage.give_back(buffer)
                         raise
-                    buffer.moving = moving
-                    buffer.lane = lane
-                    self._in_flight.append(InFlight(arrival, buffer, moving, lane))
-                    posted += 1
             except BaseException:
-                self.stop(lane, batch, tag, posted)
+                await self.stop(lane, batch, tag, self._posted)
                 raise
+        finally:
+            stage.turn.release()
 
-    def _request(self, batch: Sequence[Arrival], tag: int) -> None:
+    async def _take_turn(self) -> None:
+        """Wait for the owner's turn; empty the buffers of this pull meanwhile, which others may
+        need."""
+        until = monotonic() + PATIENCE
+        time = self._runtime.time
+        while not await self._stage.turn.acquire(
+            until=time() + (MOMENT if self._in_flight else LOOK)
+        ):
+            if self._in_flight:
+                await self._scatter()
+            self._check(until)
+
+    async def _lane(self) -> Lane:
+        """Return the lane to the owner, which knows it."""
+        with self._runtime.released():
+            lane = self._stage.lane()
+        if lane is not self._stage.met:
+            await Work(lane.meet, lambda: self._pull.over)
+            self._stage.met = lane
+        return lane
+
+    async def _request(self, batch: Sequence[Arrival], tag: int) -> None:
         """Have the owner send slices under the tags from ``tag`` on."""
         ticket = self._source.ticket
         parts = tuple(each.step.owner_part(*each.part) for each in batch)
         name = self._stage.transport.name
         encoding = batch[0].encoding
         gather = Gather(ticket.epoch, ticket.offer, parts, name, tag, encoding)
-        by = self._stage.channel.answer
-        runtime().run(ask, self._source, gather, self._pull, PATIENCE, by)
+        await ask(self._source, gather, self._pull, PATIENCE, self._stage.channel.answer)
 
-    def _free_buffer(self, lane: Lane, nbytes: int) -> StagingBuffer:
+    async def _free_buffer(self, lane: Lane, nbytes: int) -> StagingBuffer:
         """Return a free staging buffer; empty the oldest of this pull if there is none."""
-        pool = self._stage.buffers
-
-        def take(seconds: float) -> StagingBuffer | None:
-            with suppress(Empty):
-                return pool.get(timeout=seconds)
-            return None
-
-        buffer = self._obtain(take)
-        most = self._source.owner.handshake.slot_bytes
+        stage = self._stage
+        until = monotonic() + PATIENCE
+        while not stage.buffers:
+            if self._in_flight:
+                await self._scatter()
+            else:
+                await stage.has_free(self._runtime.time() + LOOK)
+            self._check(until)
+        buffer = stage.buffers.pop()
         try:
-            buffer.prepare(lane, nbytes, most, self._await)
+            if buffer.moving is not None and buffer.must_be_free(lane, nbytes):
+                await self._until(buffer.moving, buffer.moving.free)
         except BaseException:
-            pool.put(buffer)
+            stage.give_back(buffer)
             raise
         return buffer
 
-    def _scatter(self) -> None:
+    async def _post(self, arrival: Arrival, buffer: StagingBuffer, lane: Lane, tag: int) -> None:
+        """Have the transport bring the bytes of a slice into a buffer."""
+        nbytes = arrival.staged_bytes
+
+        def post() -> None:
+            buffer.prepare(nbytes, self._source.owner.handshake.slot_bytes)
+            moving = lane.move(buffer.memory[:nbytes], tag)
+            buffer.moving = moving
+            buffer.lane = lane
+            self._in_flight.append(InFlight(arrival, buffer, moving, lane))
+            self._posted += 1
+
+        if self._stage.device.type == "cpu" and nbytes <= buffer.memory.nbytes:
+            with self._runtime.released():
+                self._inside(post)
+        else:
+            await blocking().work(self._inside, post)
+
+    async def _scatter(self) -> None:
         """Copy the rows of the oldest slice from its staging buffer, after its bytes."""
         arrival, buffer, moving, lane = self._in_flight[0]
         scatter = arrival.scattering(buffer.chunks)  # the host's part, while the bytes arrive
-        self._await(moving.follow)
-        copy = scatter()
-        placing = Scattered(arrival, moving, lane, copy)
-        self._scattered.append(placing)
-        if buffer.memory.device.type == "cpu":  # no stream orders the next bytes after the copy
-            placing.has_ended(wait=True)
-        buffer.copy = copy
-        self._in_flight.popleft()
-        self._stage.buffers.put(buffer)
-        self._settle(wait=False)
 
-    def _settle(self, wait: bool) -> None:
+        def copy() -> bool:
+            if not moving.issued.wait(SOON):
+                return False
+            self._look_at_bytes()
+            moving.follow(0.0)
+            placing = Scattered(arrival, moving, lane, scatter())
+            self._scattered.append(placing)
+            if buffer.memory.device.type == "cpu":  # no stream orders the next bytes after the copy
+                placing.has_ended(wait=True)
+            buffer.copy = placing.copy
+            self._in_flight.popleft()
+            self._stage.give_back(buffer)
+            return True
+
+        while not await blocking().work(self._inside, copy):
+            await self._until(moving, moving.issued)
+        await self._settle(wait=False)
+
+    def _inside(self, work: Callable[[], T]) -> T:
+        """Do work on a stream after the caller's."""
+        with torch.inference_mode(False), self._after.inside():
+            return work()
+
+    def _look_at_bytes(self) -> None:
+        """Let the pull ask about its offer if all bytes have left the owner's memory."""
+        moving = [each.moving for each in self._in_flight]
+        moving += [each.moving for each in self._scattered]
+        if self._last and all(each.over.is_set() for each in moving):
+            self.has_crossed = True
+            self._pull.go_on()
+
+    async def _settle(self, wait: bool) -> None:
         """End the slices whose bytes and copies have ended, or wait for all."""
         while self._scattered:
             placing = self._scattered[0]
-            if not wait and not placing.moving.over.is_set():
+            moving = placing.moving
+            if not wait and not moving.over.is_set():
                 return
-            self._await(placing.moving.wait)
-            if not placing.has_ended(wait):
-                return
+            await self._until(moving, moving.over)
+            if not placing.has_ended(wait=False):
+                if not wait:
+                    return
+                await blocking().work(placing.has_ended, True)
             unfit = placing.arrival.end_with(placing.copy)
             self._count(placing.arrival, unfit)
             self._scattered.popleft()
@@ -614,38 +663,33 @@ class StagedReceiver:
         else:
             history.count_packed(nbytes, arrival.step.window, arrival.packed_blocks, unfit)
 
-    def _release(self, error: BaseException | None) -> None:
+    async def _release(self, error: BaseException | None) -> None:
         """Wait for the copies in flight, return the buffers, and end the slices."""
         for each in self._in_flight:
-            self._stage.buffers.put(each.buffer)
+            self._stage.give_back(each.buffer)
         until = monotonic() + STOPPING
         for placing in self._scattered:
-            self._end(placing, until)
+            await self._end(placing, until)
         self._in_flight.clear()
         self._scattered.clear()
         for arrival in self.arrivals:
             arrival.end(error)
 
-    def _end(self, placing: Scattered, until: float) -> None:
+    async def _end(self, placing: Scattered, until: float) -> None:
         """Wait for a copy that follows bytes on their way, so that nothing is written afterwards.
 
         Bytes that do not come in time end with their lane, unless another pull needs the lane.
         """
         with suppress(PortaKVError):  # the pull has an error before
-            while True:
-                try:
-                    placing.copy.synchronize(max(0.0, until - monotonic()))
-                    return
-                except TransferTimeout:
-                    if not all(taker.over for taker in [*self._stage.takers]):
-                        until = monotonic() + LOOK
-                        continue
+            while not placing.copy.done():
+                if monotonic() < until or not all(taker.over for taker in self._stage.takers):
+                    await Wait(until=self._runtime.time() + MOMENT)
+                    continue
                 ended = PeerError("Its pull ended before the buffers had crossed.")
-                placing.lane.close(ended)
-                placing.copy.synchronize()
-                return
+                await Work(placing.lane.close, ended)
+                await Work(placing.copy.synchronize)
 
-    def stop(self, lane: Lane, batch: Sequence[Arrival], tag: int, posted: int) -> None:
+    async def stop(self, lane: Lane, batch: Sequence[Arrival], tag: int, posted: int) -> None:
         """Stop a request of which ``posted`` slices have a receive.
 
         Both sides stay in step: the owner sends no more slices than it says, and this side receives
@@ -657,52 +701,38 @@ class StagedReceiver:
         why = "The owner did not stop; its buffers did not cross."
         try:
             stop = Stop(tag, posted)
-            answer = self._stage.channel.ask(owner.address, stop, Stopped, STOPPING)
+            answer = await self._stage.channel.answer(owner.address, stop, Stopped, STOPPING)
             rest = batch[posted : answer.parts]
             if len(rest) > owner.handshake.slots:  # it has no buffers for so many
                 why = "The owner sent too many slices; its buffers did not cross."
                 raise PeerError(why)
             why = "A pull did not receive all slices that its owner sent."
-            for number, arrival in enumerate(rest, posted):
-                lane.move(self._stage.spare(arrival.staged_bytes), tag + number)
-        except Exception:  # such as no memory: the next pull would take these slices for its own
-            lane.close(PeerError(why))
-            lane.skip(range(tag + posted, tag + len(batch)))
 
-    def _pace(self, nbytes: int) -> None:
+            def receive() -> None:
+                for number, arrival in enumerate(rest, posted):
+                    lane.move(self._stage.spare(arrival.staged_bytes), tag + number)
+
+            await Work(self._inside, receive)
+        except Exception:  # such as no memory: the next pull would take these slices for its own
+            await Work(lane.close, PeerError(why))
+            await Work(lane.skip, range(tag + posted, tag + len(batch)))
+
+    async def _pace(self, nbytes: int) -> None:
         """Wait for the turn of a slice at the pull's rate."""
         start = self._rate.start_of(nbytes)
         left = self._rate.left(start)
         while left and not self._pull.over:
             if self._in_flight and self._in_flight[0].moving.over.is_set():
-                self._scatter()
+                await self._scatter()
             else:
-                sleep(min(left, 0.01))
+                await Wait(until=self._runtime.time() + min(left, 0.01))
             left = self._rate.left(start)
 
-    @contextmanager
-    def _turn(self) -> Iterator[None]:
-        """Hold the owner's turn, after a pull that has waited for it longer."""
-        stage = self._stage
-        self._obtain(lambda seconds: stage.next.acquire(timeout=seconds))
-        try:
-            self._obtain(lambda seconds: stage.turn.acquire(timeout=seconds))
-        finally:
-            stage.next.release()
-        try:
-            yield
-        finally:
-            stage.turn.release()
-
-    def _obtain(self, take: Callable[[float], T | None]) -> T:
-        """Return what other pulls hold, from a function that waits for it for some seconds;
-        meanwhile empty the buffers of this pull, which they may need."""
+    async def _until(self, moving: Moving, event: threading.Event) -> None:
+        """Wait for an event of a buffer in flight, as long as the pull waits."""
         until = monotonic() + PATIENCE
-        while not (taken := take(0.0 if self._in_flight else 0.05)):
-            if self._in_flight:
-                self._scatter()
+        while not await moving.seen(event, LOOK):
             self._check(until)
-        return taken
 
     def _check(self, until: float) -> None:
         """Raise if the pull no longer waits for a staging buffer."""
@@ -712,9 +742,3 @@ class StagedReceiver:
             raise TransferTimeout(
                 f"No staging buffer was free for {PATIENCE:g} s. Pull again later."
             )
-
-    def _await(self, ended: Callable[[float], bool]) -> None:
-        """Wait for the bytes of a buffer, as long as the pull waits."""
-        until = monotonic() + PATIENCE
-        while not ended(0.05):
-            self._check(until)

@@ -25,8 +25,8 @@ from portakv.runtime.transfer import (
     Completion,
     Owner,
     StatusWord,
-    Transfer,
     hold,
+    hold_memory,
     retire,
     word_batches,
 )
@@ -87,21 +87,12 @@ class End:
         self.words = ((word, 0),)
         self.release = (ends.listed if ids else ends.plain).append
 
-    def transfer(
-        self,
-        result: int,
-        ids: object,
-        retained: object,
-        carried: tuple[str, str],
-        owner: Owner | None,
-    ) -> Transfer:
-        """Return the handle of the copy that the end was given to.
+    def completion(self, result: int, ids: object, owner: Owner | None = None) -> Completion:
+        """Return the completion of a copy inside a device, which has this end.
 
         Args:
             result: the core's, of the copy.
             ids: memory that is kept until the end also if the handle is dropped.
-            retained: what the handle keeps until then.
-            carried: what executes the copy, and why.
             owner: it reports an error if the handle does not.
         """
         # Without `__init__`: what is not set has the class's value.
@@ -111,7 +102,16 @@ class End:
         if result & GUARDED:
             completion.words = self.words
         hold(completion, owner)
-        return Transfer((completion,), retained, carried)
+        return completion
+
+    def completion_across(self, memory: object) -> Completion:
+        """Return the completion of a copy across the link, which has this end.
+
+        ``memory``: that no allocator orders on a stream; it is kept until the end.
+        """
+        completion = Completion(self, (), (), None, memory, self)
+        hold_memory(completion)
+        return completion
 
     def query(self) -> bool:
         """Return True once the copy has ended; never block."""

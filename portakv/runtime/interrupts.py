@@ -13,7 +13,6 @@ import threading
 from collections import deque
 from collections.abc import Callable
 from functools import partial, wraps
-from queue import SimpleQueue
 from typing import Generic, ParamSpec, TypeVar, cast
 
 P = ParamSpec("P")
@@ -174,35 +173,55 @@ def _locked() -> threading.Lock:
     return lock
 
 
+class _Thread:
+    """A helper, which makes one call after the other.
+
+    Attributes:
+        call: the next call.
+        wake: released once there is one.
+    """
+
+    def __init__(self) -> None:
+        self.call: Callable[[], object] | None = None
+        self.wake = _locked()
+
+    def serve(self) -> None:
+        """Make calls."""
+        while True:
+            self.wake.acquire()
+            call = self.call
+            if call is not None:
+                call()
+            self.call = call = None  # an idle helper retains nothing
+            _idle.append(self)
+
+
 def hand_over(call: Callable[[], object]) -> bool:
-    """Have a helper make a call; return False if the system creates no thread."""
+    """Have a helper make a call; return False if the system creates no thread.
+
+    It is the helper that became idle last: the others may have been idle for long, and take longer
+    to wake. An interrupt in this call may leave one helper idle for ever.
+    """
     try:
-        _idle.pop()
+        helper = _idle.pop()
     except IndexError:
+        helper = _Thread()
         try:
-            threading.Thread(target=_serve, name=NAME, daemon=True).start()
+            threading.Thread(target=helper.serve, name=NAME, daemon=True).start()
         except RuntimeError:  # also while the interpreter ends
             return False
-    _calls.put(call)
+    helper.call = call
+    helper.wake.release()
     return True
-
-
-def _serve() -> None:
-    """Make calls, one after the other."""
-    while True:
-        _calls.get()()  # no name: an idle helper retains nothing
-        _idle.append(None)
 
 
 def _forget_helpers() -> None:
     """Begin without helpers: a forked process has none of the parent's threads."""
-    global _calls, _idle
-    _calls = SimpleQueue()
+    global _idle
     _idle = deque()
 
 
-_calls: SimpleQueue[Callable[[], object]] = SimpleQueue()
-#: An entry for each helper that waits for a call.
-_idle: deque[None] = deque()
+#: The helpers that wait for a call.
+_idle: deque[_Thread] = deque()
 _helper = threading.local()
 os.register_at_fork(after_in_child=_forget_helpers)

@@ -245,14 +245,23 @@ class StreamFence:
             event = event_pool(device).recorded(None)
         self._event = event
 
-    def inside(self) -> AbstractContextManager[object]:
-        """Make a private stream of this thread current, ordered after the fence."""
+    def inside(
+        self, shared: dict[str, torch.Stream] | None = None
+    ) -> AbstractContextManager[object]:
+        """Make a private stream of this thread current, ordered after the fence.
+
+        Args:
+            shared: the streams, by device, of several threads that work in turn; one of these takes
+                the place of the thread's.
+        """
         if self._event is None:
             return nullcontext()
-        own = _own.__dict__
-        if (stream := own.get(str(self._device))) is None:
+        streams: dict[str, torch.Stream] = _own.__dict__ if shared is None else shared
+        stream = streams.get(str(self._device))
+        if stream is None or shared is not None:  # perhaps another thread has made it
             ignore_captures_elsewhere(self._device)
-            stream = own[str(self._device)] = own_stream(self._device)
+        if stream is None:
+            stream = streams[str(self._device)] = own_stream(self._device)
         return self.on(stream)
 
     def on(self, stream: torch.Stream) -> AbstractContextManager[object]:

@@ -582,10 +582,11 @@ _holding_memory: deque[Completion] = deque()
 def hold_memory(completion: Completion) -> None:
     """Retain a completion, and so the memory that it uses, until it has ended.
 
-    Also release the oldest completions that have ended.
+    Each fourth call also releases the oldest completions that have ended.
     """
     _holding_memory.append(completion)
-    copies_holding_memory()
+    if len(_holding_memory) % 4 == 0:
+        copies_holding_memory()
 
 
 def retire() -> None:

@@ -8,12 +8,12 @@ import re
 import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from functools import partial
 from typing import Any
 
 from portakv.arguments import kind_of, text
 from portakv.errors import InvalidTerms, PortaKVError
-from portakv.graph import Mask, Task
 from portakv.runtime.bounded import Bounded
 from portakv.serving.server.messages import MOST_KEYS
 from portakv.storage.store import FormStore
@@ -187,30 +187,34 @@ class BucketAnswers:
 
 
 def look_up(groups: Sequence[FormStore], keys: Keys, ended: Callable[[int, bool], object]) -> None:
-    """Have a worker look up blocks, and report how many lead, and whether that came in time.
+    """Begin to look up blocks. Report later how many lead, and whether that came in time.
 
     Args:
         groups: of one store. A block can be loaded if the stores of all groups have it.
         keys: of the blocks.
         ended: takes the report.
-
-    Raises `TransferError` after the store was closed.
     """
-    graph = groups[0].graph
-    until = graph.clock() + LOOKUP
+    runtime().start(_look_up(groups, keys, ended, runtime().time() + LOOKUP))
 
-    def work(task: Task, mask: Mask) -> None:
-        count = len(keys)
-        try:
-            for group in groups:
-                left = max(0.0, until - graph.clock())
-                count = group.lookup(keys[:count], left) if count and left else 0
-        except PortaKVError:  # it was closed
-            count = 0
-        ended(count, count > 0 or graph.clock() < until)
 
-    task = Task(work, 1, queue=graph.queue("lookup", WORKERS), name="lookup")
-    graph.submit([task], priority="urgent")
+async def _look_up(
+    groups: Sequence[FormStore], keys: Keys, ended: Callable[[int, bool], object], until: float
+) -> None:
+    queue = groups[0].graph.queue("lookup", WORKERS)
+    count = 0
+    with suppress(PortaKVError):  # the store was closed
+        count = await queue.call("lookup", _leading, groups, keys, until)
+    ended(count, count > 0 or runtime().time() < until)
+
+
+def _leading(groups: Sequence[FormStore], keys: Keys, until: float) -> int:
+    """Return how many leading blocks the stores of all groups have, as far as is known by a
+    time."""
+    count = len(keys)
+    for group in groups:
+        left = max(0.0, until - runtime().time())
+        count = group.lookup(keys[:count], left) if count and left else 0
+    return count
 
 
 def answers_of(groups: Sequence[FormStore]) -> BucketAnswers:

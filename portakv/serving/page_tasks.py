@@ -23,7 +23,6 @@ import numpy.typing as npt
 
 from portakv.arguments import invalid, items, octets, whole
 from portakv.errors import InvalidTerms, PortaKVError, TransferTimeout
-from portakv.graph import Mask
 from portakv.runtime.bounded import Bounded
 from portakv.runtime.finished import Finished
 from portakv.runtime.rate_limited_log import SLOW_DEVICE, RateLimitedLog
@@ -50,6 +49,7 @@ from portakv.serving.worker import Calls
 from portakv.storage.calls import Change
 from portakv.storage.eviction import Pins
 from portakv.storage.tiers.base import Keys
+from portakv.storage.work import Mask
 from portakv.tasks import Wait, Work, runtime
 
 # ------------------------------------------------------------------------------------------------

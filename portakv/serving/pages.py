@@ -25,7 +25,6 @@ import torch
 
 from portakv.arguments import instance, invalid, items, octets, seconds, text, whole
 from portakv.errors import InvalidTerms, PortaKVError, StoreError, TransferTimeout
-from portakv.graph import Handle, Mask, Priority
 from portakv.runtime.finished import Finished
 from portakv.serving.local import PATIENCE, StoreTerms, found_in, open_store
 from portakv.serving.server.client import GRACE, ServerBlocks, ServerTransfer
@@ -38,6 +37,8 @@ from portakv.storage.store import FormStore
 from portakv.storage.tiers.base import Keys
 from portakv.storage.tiers.files import claim, unusable
 from portakv.storage.tiers.files import forms_in as every_form_in
+from portakv.storage.work import Handle, Mask
+from portakv.tasks import Priority
 from portakv.view import IdList, KVView
 
 # ------------------------------------------------------------------------------------------------
@@ -435,13 +436,6 @@ class PageStore(SizedPages):
                         del self._sizes[size]  # the others can be opened without it
                     raise
             return found
-
-    def finished(self) -> list[PageJob]:
-        """Return the jobs that have ended since the last call, as `SizedPages.finished` does."""
-        store = self._store
-        if store is not None:
-            store.graph.sweep()
-        return super().finished()
 
     def changes(self) -> list[Change]:
         """Return the pages that were stored or lost since the last call, in order.

@@ -10,12 +10,12 @@ from typing import Any
 
 from portakv.arguments import instance, octets, text
 from portakv.errors import InvalidTerms, PortaKVError, StoreError, TransferTimeout
-from portakv.graph import Handle
 from portakv.runtime.rate_limited_log import SLOW_DEVICE, RateLimitedLog
 from portakv.serving.local import PATIENCE, TOKENS, GroupView, LocalIndex, StoreTerms
 from portakv.storage import BlockForm, prefix_keys
 from portakv.storage.store import FormStore
 from portakv.storage.tiers.base import Keys
+from portakv.storage.work import Handle
 from portakv.view import KVView
 
 _log = RateLimitedLog(logging.getLogger(__name__))

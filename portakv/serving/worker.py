@@ -20,7 +20,6 @@ import torch
 from portakv.copy.call import calling_for_layers
 from portakv.copy.layer_words import LayerWords
 from portakv.errors import PortaKVError
-from portakv.graph import Mask
 from portakv.runtime.interrupts import alongside, hand_over
 from portakv.runtime.rate_limited_log import SLOW_DEVICE, RateLimitedLog
 from portakv.runtime.streams import StreamFence
@@ -29,6 +28,7 @@ from portakv.serving.plan import Job, Plan, Report
 from portakv.storage.form import BlockForm
 from portakv.storage.store import BlockStore
 from portakv.storage.tiers.base import After, Keys
+from portakv.storage.work import Mask
 from portakv.tasks import Signal, runtime
 from portakv.view import IdList, KVView
 

@@ -39,19 +39,6 @@ from portakv.copy.choose_encoding import (
     stays_raw,
 )
 from portakv.errors import InvalidTerms, PackOverflow, PortaKVError, Unsupported
-from portakv.graph import (
-    SLACK,
-    End,
-    Ending,
-    Graph,
-    Handle,
-    Mask,
-    Missing,
-    Priority,
-    Queue,
-    Task,
-    Workers,
-)
 from portakv.graph.trace import COUNTED, Counts
 from portakv.layout.encodings import FLAG_AT, PACKED, Pack, PackedPlane
 from portakv.runtime.finished import Finished
@@ -73,6 +60,8 @@ from portakv.storage.memory import (
 )
 from portakv.storage.reasons import OVERFLOWED, Explanation, Reason, Reasons
 from portakv.storage.tiers.base import Keys, TierStore
+from portakv.storage.work import BaseQueue, End, Ending, Graph, Handle, Mask, Missing, Queue, Task
+from portakv.tasks import SLACK, Priority, Wait, Work
 from portakv.tasks.runtime import Steps
 from portakv.view import KVView
 
@@ -213,9 +202,7 @@ class Announced:
         self.changes = Finished[Change]()
         self.indices = dict[str, dict[str, Listed]]()
         self._graph = graph
-        self._issued = deque[tuple[Handle, End | None]]()
         self._lock = threading.Lock()  # reports come from several tiers
-        self._beginning = threading.Lock()
         self._begun = False  # changes are announced
         self._number = 0
 
@@ -225,34 +212,23 @@ class Announced:
         self.changes.close()
 
     def follow(self, handle: Handle, end: End | None) -> None:
-        """Announce a handle at its end, under the graph's lock.
-
-        ``end``: that of the part of the workers.
-        """
-        if end is None or end.ended:
+        """Announce a handle at its end; ``end``: that of the part of the helpers."""
+        if end is None:
             self.handles.add(handle)
         else:
-            end.on_end = partial(self.handles.add, handle)
+            end.on_end(partial(self.handles.add, handle))
 
     def follow_issued(self, handle: Handle, end: End | None) -> None:
-        """Announce a handle at its end, of which a part was issued.
+        """Announce a handle at its end, of which a part was issued."""
+        self._graph.runtime.start(self._look(handle, end), locked=False)
 
-        Nothing reports the end of such a copy, so a worker looks for it.
-        """
-        self._issued.append((handle, end))
-        task = Task(self._look, 1, queue=self._graph.queue("ends"), name="end")
-        self._graph.submit([task], priority="urgent")
-
-    def _look(self, *unused: object) -> None:
-        """Look for the ends of issued copies until all have ended, in any order."""
-        while self._issued and not self._graph.closed.is_set():
-            for _ in range(len(self._issued)):
-                handle, end = self._issued.popleft()
-                if handle.issued_ended():
-                    self._graph.run(partial(self.follow, handle, end))
-                else:
-                    self._issued.append((handle, end))
-            time.sleep(LOOK)
+    async def _look(self, handle: Handle, end: End | None) -> None:
+        """Look for the end of issued copies, which nothing reports."""
+        while not handle.issued_ended():
+            if self._graph.closed:
+                return
+            await Wait(until=self._graph.clock() + LOOK)
+        self.follow(handle, end)
 
     @property
     def is_unchanged(self) -> bool:
@@ -261,7 +237,7 @@ class Announced:
 
     def listen(self) -> Finished[Change]:
         """Return the changes of all indices, which are kept from the first call on."""
-        with self._beginning:  # two first calls
+        with self._graph.lock:  # two first calls
             if not self.changes.started:
                 self.changes.start()
                 for form, named in self.indices.items():
@@ -419,8 +395,8 @@ def task_blocks(
 ) -> list[list[int]]:
     """Return the blocks of each task, at most ``nbytes`` and ``rows`` of them.
 
-    At least ``least`` tasks share the blocks, or all workers of a queue of some width. Few bytes
-    are one task, unless the workers share them, as each task costs its steps.
+    At least ``least`` tasks share the blocks, or all places of a queue of some width. Few bytes
+    are one task, unless the helpers share them, as each task costs its steps.
     """
     if len(blocks) * size <= SHARED:
         least = 1
@@ -778,12 +754,13 @@ class SharedState:
             return 0
         uploads = [(task, x) for x in self.begun for task in x.uploads if not task.ended]
         left = sum(x.count for _, x in uploads) - (memory.most + memory.host) // 2
-        waiting = [(task.schedule.number, task, x) for task, x in uploads if x.waits_for_uploads]
+        waiting = [(task.number, task, x) for task, x in uploads if x.waits_for_uploads]
         dropped = 0
         for _, task, in_flight in sorted(waiting, reverse=True):
             if dropped >= left or not memory.lacks(count):
                 break
             self.graph.cancel(task, "dropped")
+            self.graph.runtime.step.go_on()  # the rows become free
             dropped += in_flight.count
         return dropped
 
@@ -1062,7 +1039,7 @@ class Call:
             self.explanation.tasks += [(task, some, items) for task in last]
             yield Arrival(location, dict(enumerate(ends)), some, items)
         elif isinstance(location, str):  # its rows stay until the copies out of them have ended
-            least = 1 if self.request.lent else 2  # the copier has no workers to share them
+            least = 1 if self.request.lent else 2  # the copier has no helpers to share them
             for at in self.chunks(part, some, LOADED, len({*segments}), least=least):
                 held = PinnedRows(self.shared.rows, [names[i] for i in at])
                 graph.count("host", "load", "hit", len(at), len(at) * part.form.image_bytes)
@@ -1081,7 +1058,7 @@ class Call:
         """
         pieces = [*dict.fromkeys(segments)]
         apart = len(pieces) > 1 and len(some) > self.shared.rows.staging
-        # A disk reads 8 MiB sooner in two pieces than in four, which leave saves no worker.
+        # A disk reads 8 MiB sooner in two pieces than in four, which leave saves no helper.
         queues = [queue for tier_store, queue in tier_stores[:1] if tier_store.tier != "disk"]
         for at in self.chunks(part, some, LOADED, len(pieces), *queues):
             for group in [[x] for x in pieces] if apart else [pieces]:
@@ -1140,7 +1117,7 @@ class Call:
         *queues: Queue,
         least: int = 2,
     ) -> list[list[int]]:
-        """Return the blocks of each task: at least ``least`` tasks share them, or all workers."""
+        """Return the blocks of each task: at least ``least`` tasks share them, or all places."""
         most = self.shared.rows.most // (4 if pieces > 1 else 1)
         size = part.form.image_bytes
         return task_blocks(blocks, size, pieces * nbytes, most, least, [x.width for x in queues])
@@ -1149,7 +1126,7 @@ class Call:
         self,
         at: Sequence[int],
         work: Callable[[Task, Mask], Any],
-        queue: Workers,
+        queue: BaseQueue,
         held: Held,
         stages: int = 1,
     ) -> Task:
@@ -1277,7 +1254,6 @@ class Call:
         for in_flight in self.flights:
             for task in in_flight.every_task():
                 graph.hasten(task, now + due)
-        graph.sweep()
 
 
 class InFlight(Taker):
@@ -1360,7 +1336,7 @@ class InFlight(Taker):
 
     @property
     def waits_for_uploads(self) -> bool:
-        """Return True if nothing needs the rows but uploads that no worker has begun."""
+        """Return True if nothing needs the rows but uploads that no helper has begun."""
         return self.users == sum(task.state == "queued" for task in self.uploads)
 
     def join(self, call: Call, blocks: list[int]) -> None:
@@ -1460,13 +1436,11 @@ class InFlight(Taker):
         """
         call = self._call
         shared = call.shared
-        # The copy of a save that was cancelled may still write the rows. A worker then waits for
-        # its end, and releases them once more.
-        if self.copied is not None and not shared.graph.closed.is_set():
+        # The copy of a save that was cancelled may still write the rows. They are released once
+        # more after its end.
+        if self.copied is not None and not shared.graph.closed:
             self.hold()
-            task = Task(self._end_copy, 1, queue=shared.graph.queue("ends"), name="end", uses=self)
-            task.on_end = self.release
-            shared.graph.submit([task], priority="urgent")
+            shared.graph.start(self._release_after_copy())
             return
         self._end_copy()
         try:
@@ -1475,7 +1449,12 @@ class InFlight(Taker):
         finally:
             shared.row_queue.give(self)
 
-    def _end_copy(self, *_: object) -> None:
+    async def _release_after_copy(self) -> None:
+        await Work(self._end_copy)
+        self.release()
+        self._call.shared.graph.idle.notify()
+
+    def _end_copy(self) -> None:
         """Wait for a copy, whose result nobody needs."""
         with suppress(Exception):  # of the device; the rows go back anyway
             self.end_copy()
@@ -1547,7 +1526,7 @@ class InFlight(Taker):
             values = self._call.request.kind, self.count, queues, self.keys[0].hex()
             self._call.shared.log.warning("dropped", text, *values)
 
-    # --- the work of tasks, in workers, for the blocks of a mask ---
+    # --- the work of tasks, in helpers, for the blocks of a mask ---
 
     def read_from(self, tier_store: TierStore, segment: int | None, _: Task, mask: Mask) -> Mask:
         """Read blocks, or a segment of them, into the rows."""
@@ -1692,5 +1671,4 @@ class InFlight(Taker):
 
     def _is_cancelled(self) -> bool:
         """Return True if a read may stop; needs no lock, as no call is wanted again."""
-        self._call.shared.graph.sweep()
         return not self.wanted

@@ -16,9 +16,9 @@ from typing import Generic, Protocol, TypeAlias, TypeVar, runtime_checkable
 import numpy as np
 
 from portakv.core.xxh3 import checksum, checksums
-from portakv.graph import Mask
 from portakv.runtime.interrupts import Condition, uninterrupted
 from portakv.storage.reasons import EVICTED
+from portakv.storage.work import Mask
 
 # ------------------------------------------------------------------------------------------------
 # Blocks that stay where they are until a caller releases them.

@@ -10,20 +10,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
-from itertools import count
 from typing import Literal, Protocol, TypeAlias
 
 import numpy as np
 
 from portakv.arguments import invalid
-from portakv.graph import Graph, Mask, Task, Workers
-from portakv.graph.graph import Queue
-from portakv.graph.trace import Ran
 from portakv.runtime.transfer import Completion
 from portakv.storage.calls import Arrival, Call, FormPart, InFlight
 from portakv.storage.form import BlockForm
 from portakv.storage.memory import Loan
 from portakv.storage.reasons import FAILED, Reason, Reasons
+from portakv.storage.work import BaseQueue, Graph, Mask, Queue, Task
 from portakv.view import KVView
 
 #: The name of the queue of lent copies in figures, traces and errors; after it that of the form.
@@ -106,9 +103,6 @@ class LentCopy:
 
         The copier may stop early, and ends the copy as always.
         """
-        graph = self._queue.graph
-        if not graph.process.forked:
-            graph.sweep()
         in_flight = self._in_flight
         wanted = not self._call.end.cut if in_flight is None else in_flight.wanted
         return not (wanted or self._task.ended)
@@ -137,7 +131,7 @@ class LentCopy:
             expected = "no raw block in a copy that keeps none"
             raise invalid("raw", expected, raw, "Leave it out.")
         graph = self._queue.graph
-        if not graph.process.forked:  # the lock may be held for ever
+        if not graph.runtime.forked:  # the lock may be held for ever
             graph.run(partial(self._end, made, rough))
 
     def _mask(self, name: str, value: Mask | Sequence[bool] | None, default: bool) -> Mask:
@@ -200,51 +194,27 @@ class Borrowed:
             self.loan.cancel()
 
 
-class LentQueue(Workers):
+class LentQueue(BaseQueue):
     """The queue of lent copies, whose work begins a copy. A copier ends it.
 
     A copy is never cancelled, as its copier may use the rows. It holds up no other copy. ``form``:
     the name of the blocks' form, of a store with several forms; else empty.
     """
 
-    def __init__(self, graph: Graph, form: str) -> None:
-        self.graph = graph
-        self.name = f"{LENT}:{form}" if form else LENT
-        self.tier = LENT
-        self.width = 1
-        self.queued_bytes = 0
-        # The copies that have not ended, with their places in the trace and their starts.
-        self._begun = dict[Task, tuple[int, float]]()
+    graph: Graph
 
-    @property
-    def slow(self) -> bool:
-        """Return False: the copies of a copier that hangs are no reason to drop others."""
-        return False
+    def __init__(self, graph: Graph, form: str) -> None:
+        super().__init__(graph, f"{LENT}:{form}" if form else LENT, LENT)
 
     def push(self, task: Task, /) -> None:
         """Begin the copy of a task, under the graph's lock. A copier may end it meanwhile."""
-        task.state = "running"
-        places = {place for place, _ in self._begun.values()}
-        place = next(number for number in count(1) if number not in places)
-        self._begun[task] = place, self.graph.clock()
+        task.since = self.graph.clock()
+        self.begin(task)
         try:
             if task.work is not None:
                 task.work(task, task.left.copy())
         except BaseException as error:  # of the copier; the tasks after it must not wait for ever
             self.finish(task, None, error)
-
-    def finish(self, task: Task, landed: Mask | None, error: BaseException | None = None) -> None:
-        """Record the end of a copy, under the graph's lock. A second call does nothing."""
-        if task not in self._begun:
-            return
-        graph = self.graph
-        place, start = self._begun.pop(task)
-        schedule = task.schedule
-        what = schedule.number, task.name, task.blocks, task.nbytes, schedule.followed
-        graph.trace.add(self.tier, Ran(self.name, place, start, graph.clock(), *what))
-        task.trail = (schedule.number,)
-        graph.end(task, landed, "failed" if error else "landed", error)
-        graph.settle()
 
 
 class Lending:

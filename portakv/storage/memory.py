@@ -7,7 +7,8 @@ import ctypes
 import os
 from bisect import bisect_left, insort
 from collections import Counter, deque
-from collections.abc import Callable, Collection, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from heapq import heappop, heappush
 from itertools import pairwise
@@ -25,7 +26,6 @@ from portakv.arguments import invalid, naming, shown
 from portakv.copy.options import USUAL, CopyOptions
 from portakv.copy.rows import copy_rows as copy_rows
 from portakv.errors import InvalidTerms, LayoutError, SlotError
-from portakv.graph import Graph, Task, Workers
 from portakv.host import pinned
 from portakv.host.shared import unnamed
 from portakv.plan.plan import CopyPlan
@@ -43,6 +43,7 @@ from portakv.runtime.transfer import Completion, Transfer
 from portakv.storage.eviction import FIRST, UNKNOWN, Chains, Changed, marks_of
 from portakv.storage.form import BlockForm
 from portakv.storage.image import Row
+from portakv.storage.work import BaseQueue, Graph, Task
 from portakv.view import IdList, Index, KVView
 from portakv.view.destination import note_written
 
@@ -920,21 +921,15 @@ class Taker(Held):
         raise NotImplementedError
 
 
-class RowQueue(Workers):
+class RowQueue(BaseQueue):
     """Gives rows to transfers, in the order in which these are due.
 
     A transfer waits by a task, whose end says that it has the rows. Loads pass a save that waits
     for other saves, but not a save that waits for loads. Callers hold the graph's lock.
     """
 
-    name = "rows"
-    tier = ""
-    width = 1
-    queued_bytes = 0
-    slow = False
-
     def __init__(self, graph: Graph, memory: Rows) -> None:
-        self._graph = graph
+        super().__init__(graph, "rows", "")
         self._memory = memory
         self._loads = list[tuple[float, int, Task]]()  # heaps, by due time
         self._saves = list[tuple[float, int, Task]]()
@@ -948,7 +943,7 @@ class RowQueue(Workers):
         """Let a transfer wait for rows."""
         task.state = "queued"
         heap = self._saves if task.uses.store else self._loads
-        heappush(heap, (task.schedule.due, task.schedule.number, task))
+        heappush(heap, (task.due, task.number, task))
         self._grant()
 
     def _grant(self) -> None:
@@ -967,7 +962,7 @@ class RowQueue(Workers):
                     pass_it = self._granted_saves or not task.uses.store
                     heaps = [other for other in heaps if other is not heap and pass_it]
                     continue
-                self._graph.end(task, None, "failed" if error else "landed", error)
+                self.graph.end(task, None, "failed" if error else "landed", error)
             heappop(heap)
 
     def _take(self, taker: Taker) -> bool:
@@ -989,6 +984,24 @@ class RowQueue(Workers):
             taker.items = None
             self._granted_saves -= taker.store
         self._grant()
+
+
+#: Streams, by device, of copies of helpers that have ended. A stream has staging and events, so
+#: there are as many as copies run together, and not one for each helper.
+_idle = deque[dict[str, torch.Stream]]()
+
+
+@contextmanager
+def _idle_streams() -> Iterator[dict[str, torch.Stream]]:
+    """Lend the streams of a copy that has ended."""
+    try:
+        streams = _idle.pop()
+    except IndexError:
+        streams = {}
+    try:
+        yield streams
+    finally:
+        _idle.append(streams)
 
 
 class Crossing:
@@ -1181,14 +1194,14 @@ class Crossing:
     def copy(self, inner: KVView, outer: KVView, items: Any, at: Any) -> None:
         """Copy blocks between rows ``items`` and places ``at`` of the view, and wait for the end.
 
-        Each side has its own view. On a device the copy uses a private stream of this thread, after
-        the work that the maker's stream had. Only workers call it.
+        Each side has its own view. On a device the copy has a stream alone, after the work that the
+        maker's stream had. Only helpers call it.
         """
         assert self._after is not None  # `prepare` was called
         sides = self._sides(inner, outer, items, at)
         if copy_long_runs(*sides, self._options):
             return
-        with torch.inference_mode(False), self._after.inside():
+        with torch.inference_mode(False), _idle_streams() as streams, self._after.inside(streams):
             with on_one_core(self._view.device):
                 transfer = copy_rows(*sides, options=self._options)
             transfer.synchronize()

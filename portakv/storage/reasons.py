@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import NamedTuple, TypeAlias
 
-from portakv.graph.task import Mask, Task
+from portakv.storage.work import Mask, Task
 
 #: The bytes came and are wrong, or the device has lost them.
 DAMAGED = "damaged"

@@ -18,8 +18,7 @@ import numpy as np
 from portakv.arguments import flag, instance, invalid, nbytes, one_of, seconds, text
 from portakv.copy.options import USUAL, CopyOptions, options_from
 from portakv.errors import InvalidTerms, StoreError, TransferTimeout, Unsupported
-from portakv.graph import SLACK, End, Ending, Graph, Handle, Mask, Missing, Priority, Task, watch
-from portakv.graph.graph import Queue
+from portakv.graph import watch
 from portakv.runtime.interrupts import uninterrupted
 from portakv.runtime.transfer import Completion
 from portakv.storage.calls import (
@@ -52,6 +51,8 @@ from portakv.storage.keys import check_key, check_keys, predecessors
 from portakv.storage.lent import Borrowed, Copier, Lending, LentQueue
 from portakv.storage.memory import Crossing, Loan, Rows, rows_for
 from portakv.storage.tiers.base import After, Keys, Tier, TierStore, tier_figures, tiers_of
+from portakv.storage.work import End, Ending, Graph, Handle, Mask, Missing, Queue, Task
+from portakv.tasks import SLACK, Priority
 from portakv.tasks.runtime import Steps
 from portakv.view import IdList, KVView
 
@@ -60,7 +61,7 @@ from portakv.view import IdList, KVView
 
 
 class ViewSource:
-    """The view of a caller, which workers of a queue read, or copies that `issue` issues.
+    """The view of a caller, which helpers read, or copies that `issue` issues.
 
     Attributes:
         view: of the caller.
@@ -74,8 +75,8 @@ class ViewSource:
         self.view = view
         self._crossing = crossing
         self._queue = queue
-        fast = pinned and not queue.max_gbps  # otherwise a worker keeps the pace, or waits
-        # A worker sees which packed blocks do not fit.
+        fast = pinned and not queue.max_gbps  # otherwise a helper keeps the pace, or waits
+        # A helper sees which packed blocks do not fit.
         self.issues = fast and crossing.waits_for_nothing and not packed
         self.long_tasks = self.issues or (fast and crossing.on_device and packed)
 
@@ -117,7 +118,7 @@ class ViewSource:
         """Return the task that copies blocks of the view into rows, and seals them."""
         work = partial(in_flight.gather, self._crossing, self.view)
         task = call.task(in_flight.at, work, self._queue, in_flight)
-        task.schedule.soon = in_flight.drops  # it waits for no staging either
+        task.soon = in_flight.drops  # it waits for no staging either
         if in_flight.copied is None:
             call.gathers.append(task)
         return [task]
@@ -175,7 +176,7 @@ def _by_gaps(
 class FormStore:
     """The blocks of one form of a `BlockStore`, which makes it by `BlockStore.of`.
 
-    All forms of a store share its staging, host tier, tiers and workers. A key of one form names no
+    All forms of a store share its staging, host tier, tiers and queues. A key of one form names no
     block of another form, except where both are parts of one cache that overlap.
 
     Raises:
@@ -207,7 +208,7 @@ class FormStore:
 
     @property
     def graph(self) -> Graph:
-        """Return the graph whose workers move the blocks."""
+        """Return the graph, in the turns of whose queues helpers move the blocks."""
         return self._shared.graph
 
     @property
@@ -439,12 +440,12 @@ class FormStore:
 
     def _refuse_closed(self, kind: str) -> None:
         shared = self._shared
-        if not (shared.closed or shared.graph.process.forked or shared.graph.closed.is_set()):
+        if not (shared.closed or shared.graph.runtime.forked or shared.graph.closed):
             return
         got = "one whose graph was closed"
         if shared.closed:
             got = "one that was closed"
-        if shared.graph.process.forked:
+        if shared.graph.runtime.forked:
             got = "one of the process that this one was forked from"
         raise StoreError(f"Expected an open store for a {kind}, got {got}. Make another.")
 
@@ -579,7 +580,7 @@ class FormStore:
         """Plan the save of blocks that some tiers lack."""
         form = call.form
         queues = [tier_store.queue_for_write(0) for tier_store in tier_stores]
-        # Without a write, a small task has no work that workers could share.
+        # Without a write, a small task has no work that helpers could share.
         nbytes = LONG if source.long_tasks and not tier_stores else SAVED
         chunks = call.chunks(form.own, some, nbytes, 1, *queues)
 
@@ -722,7 +723,7 @@ class FormStore:
         This call issues the copy of blocks that the host tier has, ordered on the current stream of
         the view's device, whatever its priority and deadline. Workers copy the others, and all of
         them at a limited rate or in a longer copy between host views; also by layer if the host
-        tier does not have all. `trace` and queues know what workers copy.
+        tier does not have all. `trace` and queues know what helpers copy.
 
         ``by_layer``: read, verify and deliver layers one after the other, each with a separate end
         (`Handle.layers`). Some layers of a block that does not land may then be written, with
@@ -772,7 +773,7 @@ class FormStore:
         missing: Missing,
         loan: Loan | None,
     ) -> Handle:
-        """Plan the part of a load that workers move, under the graph's lock."""
+        """Plan the part of a load that helpers move, under the graph's lock."""
         hits = () if loan is None else loan.rows
         blocks = [i for i, _ in enumerate(call.request.keys) if not hits or hits[i] is None]
         stages_of = cache(lambda part: part.stages(view, by_layer))
@@ -886,7 +887,7 @@ class FormStore:
     def _loan(
         self, form: FormBlocks, crossing: Crossing, view: KVView, keys: list[bytes], whole: bool
     ) -> Loan | None:
-        """Return the rows of blocks that the caller's thread copies; None if workers copy all.
+        """Return the rows of blocks that the caller's thread copies; None if helpers copy all.
 
         The caller's thread issues a copy to a device, which it does not wait for, and makes a short
         one on the host. ``whole``: rows of all keys, or None.
@@ -958,8 +959,6 @@ class FormStore:
         except BaseException:  # also an interrupt: no caller has a handle
             call.drop()
             raise
-        finally:
-            self.graph.settle()
 
     async def _breathe(self, call: Call) -> None:
         """Let others take the graph's lock if the plan of a call has had it for a while."""
@@ -973,7 +972,8 @@ class FormStore:
         """
         live = [x for x in self.graph.live if not isinstance(x.queue, LentQueue)]
         begun = self._shared.begun
-        return len({task.uses for task in live if all_tasks or task.uses in begun})
+        copies = {in_flight for in_flight in begun if in_flight.copied is not None}
+        return len(copies | {task.uses for task in live if all_tasks or task.uses in begun})
 
 
 #: Seconds between two looks at the loads that `BlockStore.close` waits for.
@@ -1022,7 +1022,7 @@ class BlockStore(FormStore):
         tiers: `Disk`, `Remote`, or an object with their ``forms`` and ``open``. Or a text
             ``NAME:PLACE``, such as ``remote:s3://bucket/kv``: a tier of that name, also of another
             package, made with the place alone.
-        graph: shares workers with other code; by default the store's own graph.
+        graph: shares queues with other code; by default the store's own graph.
         full: what a save does with blocks that find no free staging: ``drop`` them immediately, or
             ``wait`` for staging. A save may say otherwise.
         weak_keys: accept keys of less than 16 bytes, of which two may be equal.
@@ -1309,7 +1309,7 @@ class BlockStore(FormStore):
         handle ends with it; what it copies from there on is stored nowhere.
         """
         timeout = seconds("timeout", timeout)
-        if self.graph.process.forked:  # locks may be held for ever, and nothing here is its own
+        if self.graph.runtime.forked:  # locks may be held for ever, and nothing here is its own
             return
         self._shared.closed = True
         until = self.graph.clock() + timeout
@@ -1324,6 +1324,8 @@ class BlockStore(FormStore):
         for in_flight in begun:
             for task in in_flight.every_task():
                 task.wait(max(0.0, until - self.graph.clock()))
+        left = max(0.0, until - self.graph.clock())
+        self.graph.idle.block(lambda: all(x.copied is None for x in self._shared.begun), left)
         self.rows.end_left_loans()  # a traceback may retain the call that was interrupted
         while self.rows.loans() and self.graph.clock() < until:
             time.sleep(PAUSE)

@@ -1,7 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
 """Run everything that waits as coroutines: one loop, one thread, one lock for a process."""
 
-from portakv.tasks.limit import Limit
-from portakv.tasks.runtime import Handle, Runtime, Signal, TaskGroup, Wait, Work, runtime
+from portakv.tasks.limit import SLACK, Limit, Priority, Turn, blocking
+from portakv.tasks.runtime import End, Handle, Runtime, Signal, TaskGroup, Wait, Work, runtime
 
-__all__ = ["Handle", "Limit", "Runtime", "Signal", "TaskGroup", "Wait", "Work", "runtime"]
+__all__ = [
+    "SLACK",
+    "End",
+    "Handle",
+    "Limit",
+    "Priority",
+    "Runtime",
+    "Signal",
+    "TaskGroup",
+    "Turn",
+    "Wait",
+    "Work",
+    "blocking",
+    "runtime",
+]

@@ -23,7 +23,8 @@ from math import ceil
 from socket import socket
 from threading import get_ident
 from time import monotonic
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, TypeAlias, TypeVar
+from weakref import WeakSet
 
 from portakv.errors import PortaKVError, TransferError, TransferTimeout
 from portakv.runtime import resources
@@ -57,9 +58,9 @@ class Wait:
         poll: returns True if the event has come, after at most so many milliseconds. For sockets
             of ZeroMQ, whose descriptors report also what concerns only ZeroMQ. A caller's thread
             waits in it; the loop calls it with 0, both without the lock. It may take the message.
-        here: the thread that calls `wake` goes on with the coroutine. Such a wait has neither a
-            descriptor nor a limit, and needs no loop: an engine that keeps the interpreter would
-            hold up each change to another thread.
+        here: the thread that calls `wake` goes on with the coroutine, after its own step. Such a
+            wait has neither a descriptor nor a limit, and needs no loop: an engine that keeps the
+            interpreter would hold up each change to another thread.
     """
 
     __slots__ = ("events", "fd", "here", "poll", "resume", "timer", "until", "woken")
@@ -178,43 +179,155 @@ class Signal:
             return bool(condition())
 
 
+class Step:
+    """The context of a step: its thread has the lock.
+
+    At the end of the outermost one the thread goes on with the coroutines that it has woken, one
+    after the other and not one within the other.
+    """
+
+    __slots__ = ("_calls", "depth", "lock")
+
+    def __init__(self) -> None:
+        self.lock: Any = threading.RLock()
+        self.depth = 0
+        self._calls = deque[Callable[[], object]]()
+
+    def follow(self, call: Callable[[], object]) -> None:
+        """Make a call at the end of the step. The caller has the lock."""
+        self._calls.append(call)
+
+    def __enter__(self) -> None:
+        self.lock.acquire()
+        self.depth += 1
+
+    def go_on(self) -> None:
+        """Go on with the coroutines that were woken, before the end of the present step."""
+        while self._calls:
+            self._calls.popleft()()
+
+    def __exit__(self, *error: object) -> None:
+        try:
+            if self.depth == 1:
+                self.go_on()
+        finally:
+            self.depth -= 1
+            self.lock.release()
+
+
 class Released:
     """A context in which this thread does not have the lock, if it had it."""
 
-    __slots__ = ("_lock", "_state")
+    __slots__ = ("_depth", "_state", "_step")
 
-    def __init__(self, lock: Any) -> None:
-        self._lock = lock
+    def __init__(self, step: Step) -> None:
+        self._step = step
+        self._depth = 0
         self._state: object = None
 
     def __enter__(self) -> None:
         # The methods by which a condition of Python releases its lock, however often it was taken.
-        if self._lock._is_owned():
-            self._state = self._lock._release_save()
+        if self._step.lock._is_owned():
+            self._depth = self._step.depth
+            self._step.depth = 0
+            self._state = self._step.lock._release_save()
 
     def __exit__(self, *error: object) -> None:
         if self._state is not None:
-            self._lock._acquire_restore(self._state)
+            self._step.lock._acquire_restore(self._state)
+            self._step.depth = self._depth
 
 
-class Handle(Generic[T]):
-    """A coroutine that was started, and its end.
+class End(Generic[T]):
+    """The end of some work, which `settle` notes.
 
     ``await`` it in a coroutine of the runtime or in any other loop, which it wakes. It has no lock,
     since the main thread uses it, where an interrupt may come between any two bytecodes.
+    """
+
+    def __init__(self, runtime: Runtime) -> None:
+        self._runtime = runtime
+        self.ended = False
+        self.value: Any = None
+        self.error: BaseException | None = None
+        self._calls = deque[Callable[[], object]]()  # to be made at the end
+
+    def done(self) -> bool:
+        """Return True once the work has ended, or once it cannot end in a forked process."""
+        return self.ended or self._runtime.forked
+
+    def settle(self, value: Any, error: BaseException | None) -> None:
+        """Note the end, and make the calls of `on_end`."""
+        self.value = value
+        self.error = error
+        self.ended = True
+        self._make_calls()
+
+    def on_end(self, call: Callable[[], object]) -> None:
+        """Make a quick call at the end, immediately if it has come."""
+        self._calls.append(call)
+        if self.ended:
+            self._make_calls()
+
+    def _make_calls(self) -> None:
+        while self._calls:
+            with suppress(IndexError):  # another thread has just taken the last call
+                self._calls.popleft()()
+
+    def synchronize(self, timeout: float | None = None) -> T:
+        """Return the result of the work, or raise its error.
+
+        Raises `TransferTimeout` after ``timeout`` seconds. The work goes on.
+        """
+        if not self.wait(timeout):
+            raise TransferTimeout(f"The work did not end within {timeout} s, and goes on.")
+        if self.error is None:
+            value: T = self.value
+            return value
+        raise self.error
+
+    def wait(self, timeout: float | None = None) -> bool:
+        """Block until the work has ended, at most ``timeout`` seconds; return True if it has.
+
+        Looks now and then, since a wake may come too early. A forked process waits for nothing.
+        """
+        if self.ended:
+            return True
+        end = threading.Lock()
+        end.acquire()
+        self.on_end(end.release)
+        until = None if timeout is None else self._runtime.time() + timeout
+        while not self.ended and not self._runtime.forked:
+            left = LOOK if until is None else until - self._runtime.time()
+            if left <= 0:
+                return False
+            end.acquire(timeout=min(left, LOOK))
+        return True
+
+    def __await__(self) -> Generator[Any, Any, T]:
+        if not self.ended and self._runtime.lock._is_owned():  # in a step
+            wait = Wait()
+            self.on_end(partial(self._runtime.wake, wait))
+            yield from wait.__await__()
+        elif not self.ended:
+            loop = asyncio.get_running_loop()
+            future = loop.create_future()
+            self.on_end(partial(loop.call_soon_threadsafe, _set, future))
+            yield from future
+        return self.synchronize()
+
+
+class Handle(End[T]):
+    """A coroutine that was started, and its end.
 
     Args:
         locked: the coroutine has the runtime's lock during its steps.
     """
 
     def __init__(self, runtime: Runtime, steps: Steps[T], locked: bool = True) -> None:
-        self._runtime = runtime
+        super().__init__(runtime)
         self._steps = steps
         self._locked = locked
-        self.ended = False
-        self.value: Any = None
-        self.error: BaseException | None = None
-        self._calls = deque[Callable[[], object]]()  # to be made at the end
         self._wait: Any = None  # the present wait
         self._cancelled = False
 
@@ -252,10 +365,6 @@ class Handle(Generic[T]):
         else:  # the interrupt came before the wait was noted
             self.step(self._steps.throw, asyncio.CancelledError())
 
-    def done(self) -> bool:
-        """Return True once the coroutine has ended, or once it cannot end in a forked process."""
-        return self.ended or self._runtime.forked
-
     def cancel(self) -> bool:
         """Have the coroutine's wait raise `CancelledError`; return False if it has ended."""
         if self.ended:
@@ -274,25 +383,34 @@ class Handle(Generic[T]):
         if work is None:
             return
         self._runtime.note_work(self)
-        if not hand_over(partial(self._do, work)):
+        woken = getattr(_helper, "woken", None)
+        if woken is not None:
+            woken.append((self, work))
+        elif not hand_over(partial(_serve, self, work)):
             with self._runtime.released():
-                self._do(work)
+                _serve(self, work)
 
-    def _do(self, work: Work[Any] | None) -> None:
-        """Do work in a helper, and go on with the coroutine there until it waits."""
-        while work is not None:
-            step = work.done(self._steps)
-            if self._cancelled:
-                self._cancelled = False
-                step = partial(self._steps.throw, asyncio.CancelledError())
-            work = self._advance(step)
+    def do(self, work: Work[Any], woken: Woken) -> Work[Any] | None:
+        """Do work in a helper, go on with the coroutine, and return its next work.
+
+        ``woken`` gets the coroutines that this wakes.
+        """
+        step = work.done(self._steps)
+        if self._cancelled:
+            self._cancelled = False
+            step = partial(self._steps.throw, asyncio.CancelledError())
+        _helper.woken = woken
+        try:
+            return self._advance(step)
+        finally:
+            _helper.woken = None
 
     def _advance(self, step: Callable[..., Any], *arguments: object) -> Work[Any] | None:
         """Run the coroutine until its next wait, or until the work that it returns."""
         runtime = self._runtime
         try:
             if self._locked:
-                with runtime.lock:
+                with runtime.step:
                     wait = step(*arguments)
                     self._wait = wait
                     if isinstance(wait, Work):
@@ -300,6 +418,7 @@ class Handle(Generic[T]):
                     if isinstance(wait, Wait):
                         wait.resume = partial(self._go_on, wait)
                         if wait.here and not self._cancelled:
+                            wait.resume = partial(runtime.step.follow, wait.resume)
                             return None
                         wait.resume = partial(runtime.call_soon, wait.resume)
             else:
@@ -369,65 +488,31 @@ class Handle(Generic[T]):
         else:
             self.step(self._steps.send, None)
 
-    def settle(self, value: Any, error: BaseException | None) -> None:
-        """Note the end, and make the calls of `on_end`."""
-        self.value = value
-        self.error = error
-        self.ended = True
-        self._make_calls()
 
-    def on_end(self, call: Callable[[], object]) -> None:
-        """Make a quick call at the end of the coroutine, immediately if it has ended."""
-        self._calls.append(call)
-        if self.ended:
-            self._make_calls()
+#: Coroutines that a helper's step has woken, and that have work done.
+Woken: TypeAlias = "deque[tuple[Handle[Any], Work[Any]]]"
+#: Its ``woken`` is that of the present step.
+_helper = threading.local()
 
-    def _make_calls(self) -> None:
-        while self._calls:
-            with suppress(IndexError):  # another thread has just taken the last call
-                self._calls.popleft()()
 
-    def synchronize(self, timeout: float | None = None) -> T:
-        """Return the result of the coroutine, or raise its error.
+def _serve(handle: Handle[Any], work: Work[Any]) -> None:
+    """Do the work of a coroutine in a helper, then its next work.
 
-        Raises `TransferTimeout` after ``timeout`` seconds. The coroutine goes on.
-        """
-        if not self.wait(timeout):
-            raise TransferTimeout(f"The work did not end within {timeout} s, and goes on.")
-        if self.error is None:
-            value: T = self.value
-            return value
-        raise self.error
-
-    def wait(self, timeout: float | None = None) -> bool:
-        """Block until the coroutine has ended, at most ``timeout`` seconds; return True if it has.
-
-        Looks now and then, since a wake may come too early. A forked process waits for nothing.
-        """
-        if self.ended:
-            return True
-        end = threading.Lock()
-        end.acquire()
-        self.on_end(end.release)
-        until = None if timeout is None else self._runtime.time() + timeout
-        while not self.ended and not self._runtime.forked:
-            left = LOOK if until is None else until - self._runtime.time()
-            if left <= 0:
-                return False
-            end.acquire(timeout=min(left, LOOK))
-        return True
-
-    def __await__(self) -> Generator[Any, Any, T]:
-        if not self.ended and self._runtime.lock._is_owned():  # in a step
-            wait = Wait()
-            self.on_end(partial(self._runtime.wake, wait))
-            yield from wait.__await__()
-        elif not self.ended:
-            loop = asyncio.get_running_loop()
-            future = loop.create_future()
-            self.on_end(partial(loop.call_soon_threadsafe, _set, future))
-            yield from future
-        return self.synchronize()
+    After the last one this helper does the work of the coroutine that it has woken last, since a
+    change of threads costs more than most work. That is the next work of the same queue. Other
+    helpers do the work of the others, such as a write of rows that this helper has filled.
+    """
+    woken: Woken = deque()
+    while True:
+        following = handle.do(work, woken)
+        if following is not None:
+            work = following
+        elif woken:
+            handle, work = woken.pop()
+        else:
+            return
+        while woken and hand_over(partial(_serve, *woken[0])):
+            woken.popleft()
 
 
 def _set(future: asyncio.Future[None]) -> None:
@@ -536,15 +621,24 @@ class Runtime:
         loop: a loop that the caller runs, as tests do; None: a new loop in a thread.
 
     Attributes:
-        lock: held during each step of a coroutine. A thread that has it may take it again.
+        step: the context of each step of a coroutine.
     """
 
     def __init__(self, loop: Loop | None = None) -> None:
-        self.lock: Any = threading.RLock()
+        self.step = Step()
         self._process = this_process()
         self._loop = loop
+        #: Returns the time of the loop, in seconds.
+        self.time: Callable[[], float] = monotonic if loop is None else loop.time
         self._starting = threading.Lock()
         self._working = set[Handle[Any]]()  # whose work helpers do
+        #: Each has a method `shut`, which the end of the interpreter calls with the lock.
+        self.shut_at_exit = WeakSet[Any]()
+
+    @property
+    def lock(self) -> Any:
+        """Return the lock of steps. A thread that has it may take it again."""
+        return self.step.lock
 
     @property
     def forked(self) -> bool:
@@ -553,11 +647,7 @@ class Runtime:
 
     def released(self) -> Released:
         """Return a context for code of others and for copies, which need no lock of a runtime."""
-        return Released(self.lock)
-
-    def time(self) -> float:
-        """Return the time of the loop, in seconds."""
-        return monotonic() if self._loop is None else self._loop.time()
+        return Released(self.step)
 
     @property
     def runs_here(self) -> bool:
@@ -589,7 +679,7 @@ class Runtime:
         while True:
             woken = threading.Lock()
             try:
-                with self.lock:
+                with self.step:
                     wait = step()
                     if isinstance(wait, Wait) and wait.fd is None:
                         woken.acquire()
@@ -663,10 +753,11 @@ class Runtime:
     def note_work(self, handle: Handle[Any]) -> None:
         """Let the end of the interpreter wait for a coroutine that has work done."""
         if handle not in self._working:
+            if not self._working:
+                # Registered again: memory that the work uses must not go before its end.
+                atexit.unregister(self._end_work)
+                atexit.register(self._end_work)
             self._working.add(handle)
-            # Registered again: memory that the work uses must not go before its end.
-            atexit.unregister(self._end_work)
-            atexit.register(self._end_work)
             handle.on_end(partial(self._working.discard, handle))
 
     def _end_work(self) -> None:
@@ -674,6 +765,9 @@ class Runtime:
         if self.forked:
             return
         until = self.time() + EXIT
+        with self.step:
+            for each in tuple(self.shut_at_exit):
+                each.shut()
         for handle in tuple(self._working):
             handle.cancel()
         for handle in tuple(self._working):
@@ -683,7 +777,7 @@ class Runtime:
 
     def wake(self, wait: Wait) -> None:
         """End a wait. Any thread but the main one may ask for it."""
-        with self.lock:
+        with self.step:
             wait.wake()
 
 
@@ -724,11 +818,13 @@ class TaskGroup:
         self.closed = True
         for handle in tuple(self._running):
             handle.cancel()
-        for handle in tuple(self._running):
-            while not handle.done():
+        ended = set[Handle[None]]()
+        while waiting := self._running - ended:  # one that ends may start another
+            for handle in waiting:
                 # What the coroutines use is given up after this, and only once.
                 with suppress(asyncio.CancelledError, KeyboardInterrupt):
                     await handle
+            ended |= {handle for handle in waiting if handle.done()}
 
 
 _runtime: Runtime | None = None
@@ -749,7 +845,7 @@ def _forget() -> None:
     global _runtime, _making
     _making = threading.Lock()
     if _runtime is not None:
-        _runtime.lock = threading.RLock()  # a thread of the parent may have the other one
+        _runtime.step = Step()  # a thread of the parent may have the other one
         _runtime = None
 
 

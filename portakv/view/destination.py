@@ -109,9 +109,12 @@ def _find_versions(view: KVView) -> tuple[torch.Tensor, ...]:
     written = {}
     for tensor in flat:
         begin = tensor.data_ptr()
-        past = begin + reach(tensor.shape, tensor.stride()) * tensor.itemsize
         at = bisect_right(pasts, begin)
-        if at < len(spans) and spans[at][0] < past:
+        if at == len(spans):
+            continue
+        first = spans[at][0]
+        # Most tensors need no look at their strides.
+        if first <= begin or first < begin + reach(tensor.shape, tensor.stride()) * tensor.itemsize:
             base = tensor if tensor._base is None else tensor._base
             written[id(base)] = base
     return tuple(written.values())

@@ -688,7 +688,7 @@ class Published:
                 _log.exception("A staging buffer could not be sent; its reader gets an error.")
                 lane.lane.close(PeerError("The owner could not send a buffer; it did not cross."))
                 return
-            moving.on_free(partial(lane.full.discard, buffer))
+            moving.on(moving.free, partial(lane.full.discard, buffer))
 
     def _parts(self, request: SendSlice) -> list[torch.Tensor]:
         """Return the boxes of a request; raise `LayoutError` for boxes that do not exist."""

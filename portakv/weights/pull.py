@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from math import prod
 from operator import is_, sub
+from threading import Event
 from time import monotonic
 from typing import Any, Literal, NamedTuple, TypeAlias, TypeVar, overload
 from weakref import ref
@@ -232,21 +233,21 @@ class Incoming:
         """Wait until the oldest slice was copied and has landed, and no library touches it."""
         oldest = self._in_flight[0]
         await self._copy(oldest)
-        await self._await(oldest, oldest.moving.wait)
-        await self._await(oldest, oldest.moving.free.wait)
+        await self._await(oldest, oldest.moving.over)
+        await self._await(oldest, oldest.moving.free)
         self._in_flight.popleft()
 
     async def _copy(self, slice: _Slice) -> None:
         """Copy a slice from its staging buffer after its bytes, unless it was copied."""
         if not slice.copied:
-            await self._await(slice, slice.moving.follow)
+            await self._await(slice, slice.moving.issued)
             slice.copied = True
             await self._request.work(_unpack, slice)
 
-    async def _await(self, slice: _Slice, ended: Callable[[float], bool]) -> None:
-        """Wait for the bytes of a slice, as long as the pull may and the weights stay."""
+    async def _await(self, slice: _Slice, event: Event) -> None:
+        """Wait for an event of a slice, as long as the pull may and the weights stay."""
         last = monotonic()
-        while not await self._request.work(ended, _LOOK):
+        while not await slice.moving.seen(event, _LOOK):
             slice.owner.check()
             if monotonic() - last > _ASK:
                 await slice.owner.confirm()
@@ -255,6 +256,7 @@ class Incoming:
 
 def _unpack(slice: _Slice) -> None:
     """Copy a slice from its staging buffer, and make the calls that come after the copies."""
+    slice.moving.follow(0.0)
     device = slice.buffer.device
     if device.type != "cpu":
         slice.buffer.record_stream(torch.accelerator.current_stream(device.index))

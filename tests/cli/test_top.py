@@ -14,16 +14,18 @@ import pytest
 import torch
 from prometheus_client import CollectorRegistry, generate_latest
 from support.command_line import run
+from support.graph_ends import submit
 from support.waits import LIMIT, until
 
 from portakv import KVView
 from portakv.cli.top import Key, Reading, Row, read, rows_of
 from portakv.errors import PeerError, StoreError
-from portakv.graph import Collector, Graph, Task
+from portakv.graph import Collector
 from portakv.migrate import Channel
 from portakv.serving import StoreClient, StoreServer, StoreTerms
 from portakv.serving.watched import MOST, answer, ask
 from portakv.storage import BlockForm, prefix_keys
+from portakv.storage.work import Graph, Task
 
 
 def reading(at: float, values: Mapping[tuple[str, ...], float]) -> Reading:
@@ -139,7 +141,7 @@ def test_a_metrics_page_has_what_the_process_has() -> None:
     """Those of vLLM's process have its labels, which are left out; buckets are not read."""
     graph = Graph()
     task = Task(lambda *_: None, 1, queue=graph.queue("disk:/a"), name="load")
-    graph.submit([task])
+    submit(graph, [task])
     assert task.wait(LIMIT)
     graph.count("disk", "load", "hit", 2, 20)
     registry = CollectorRegistry()

@@ -314,7 +314,7 @@ def test_a_report_expires_with_the_source_of_its_tier(
 def test_the_source_of_a_tier_is_what_its_store_consists_of() -> None:
     """Modules that the tier imports count, in turn; those that it does not import do not."""
     names = {*source.counted("portakv.storage.tiers.disk")}
-    assert {"portakv.storage.tiers.disk", "portakv.storage.image", "portakv.graph.graph"} <= names
+    assert {"portakv.storage.tiers.disk", "portakv.storage.image", "portakv.storage.work"} <= names
     assert not any(name.startswith(("portakv.serving", "portakv.copy")) for name in names)
     lmcache = {*source.counted("portakv.integrations.lmcache_l2")}
     assert {"portakv.integrations.lmcache_l2", "portakv.serving.pages"} <= lmcache

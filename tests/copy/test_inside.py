@@ -524,7 +524,7 @@ def test_no_number_past_64_bits_reaches_a_copy(numbers: tuple[int, int, int]) ->
     assert written is not None
     room = torch.empty(16, dtype=torch.int64)
     end = CopyEnd(room.data_ptr(), 16, 0, None, None, None)
-    sides = kernels.address, reader.address, read.address, written.address
+    sides = kernels.executor_at, read.address, written.address
     ids = [1, 2, 3], [4, 5, 6], 1, 1
     wrong = src_offset, dst_offset, count
     for offsets in (wrong, (0, 0, 3)):

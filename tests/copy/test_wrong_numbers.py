@@ -27,10 +27,10 @@ from portakv import (
     copy_rows,
     copy_runs,
 )
-from portakv.graph import Graph
 from portakv.host import memcpy, pinned
 from portakv.host.pool import PinnedPool
 from portakv.interconnect.strategy import Terms
+from portakv.storage.work import Graph
 
 SHAPE = (2, 4, 16, 2, 8)
 LAYOUT = "kv block token head dim"

@@ -21,13 +21,13 @@ from support.waits import LIMIT, until
 from portakv import InvalidTerms, KVView
 from portakv.copy import copy_rows, copy_runs, count_copies
 from portakv.copy.counting import TOGETHER, CopyCounts, Counted
-from portakv.graph import Graph
 from portakv.graph.meter import Meter, figures_of
 from portakv.graph.metrics import ENGINE, METRICS, NAMESPACE, PREFIX
 from portakv.graph.prometheus import Collector
 from portakv.migrate import Channel
 from portakv.serving import StoreServer, StoreTerms
 from portakv.storage import BlockForm, BlockStore, Disk
+from portakv.storage.work import Graph
 from portakv.weights import count_weights, publish, pull_weights
 
 LAYOUT = "layer | kv block token head dim"

@@ -12,13 +12,15 @@ from typing import Any
 import pytest
 import torch
 from support import ready
+from support.graph_ends import submit
 from support.migrate_pulls import Rows, sides
 from support.waits import LIMIT, until
 
 from portakv.errors import InvalidTerms, OfferGone, PeerError, Unsupported
-from portakv.graph import Graph, Task, open_telemetry
+from portakv.graph import open_telemetry
 from portakv.migrate.messages import Ticket
 from portakv.runtime import tracing
+from portakv.storage.work import Graph, Task
 
 sdk = pytest.importorskip("opentelemetry.sdk", reason="opentelemetry-sdk is not installed")
 HEADER = "00-0123456789abcdef0123456789abcdef-0123456789abcdef-01"
@@ -69,7 +71,7 @@ def test_open_telemetry_reads_the_figures_of_sources() -> None:
             return graph.statistics()
 
     task = Task(lambda task, mask: None, 2, queue=graph.queue("disk:/a", 2), name="read")
-    graph.submit([task])
+    submit(graph, [task])
     assert task.wait(LIMIT)
     assert graph.close()
     graph.count("disk", "read", "hit", 2, 20)

@@ -11,13 +11,12 @@ from typing import Any
 import pytest
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
-from support.graph_ends import run_in_turn
+from support.graph_ends import run_in_turn, submit
 from support.waits import LIMIT
 
 from portakv.errors import TransferError, Unsupported
-from portakv.graph.graph import Graph
 from portakv.graph.prometheus import Collector
-from portakv.graph.task import Task
+from portakv.storage.work import Graph, Task
 
 
 def ran() -> Graph:
@@ -142,7 +141,7 @@ def test_arrows_lead_past_tasks_that_never_ran() -> None:
 def test_a_trace_keeps_the_last_tasks_alone() -> None:
     graph = Graph(trace_events=3)
     tasks = [Task(lambda task, mask: None, 1, queue=graph.queue("any")) for _ in range(9)]
-    graph.submit(tasks)
+    submit(graph, tasks)
     assert all(task.wait(LIMIT) for task in tasks)
     assert [x["args"]["task"] for x in graph.trace.events() if x["ph"] == "X"] == [7, 8, 9]
     assert graph.close()

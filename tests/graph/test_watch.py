@@ -256,7 +256,8 @@ def test_a_forked_process_watches_what_it_opens(process: Process) -> None:
 def test_the_interpreter_ends_next_to_a_look() -> None:
     script = """
 import sys, threading
-from portakv.graph import Graph, alarms
+from portakv.graph import alarms
+from portakv.storage.work import Graph
 alarms.LOOK = 1e-4
 class Slow:
     def figures(self):

@@ -10,11 +10,10 @@ from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
+from support.graph_ends import submit
 from support.vllm_stub import CLASSES_OF_METRICS, METRICS
 from support.waits import LIMIT
 
-from portakv.graph import Graph
-from portakv.graph.task import Task
 from portakv.integrations.vllm import metrics
 from portakv.integrations.vllm.metrics import (
     SUPPORTED,
@@ -29,6 +28,7 @@ from portakv.serving import Described, Group, Report, SchedulerSide
 from portakv.serving.local import LocalIndex
 from portakv.storage import prefix_keys
 from portakv.storage.calls import Change
+from portakv.storage.work import Graph, Task
 
 
 def test_counters_are_reported_as_what_they_have_grown_by() -> None:
@@ -64,7 +64,7 @@ def counters_of_a_graph() -> dict[str, float]:
     graph = Graph()
     queue = graph.queue("disk:/nvme", 1)
     tasks = [Task(lambda *_: None, 1, queue=queue, name="load") for _ in range(2)]
-    graph.submit(tasks)
+    submit(graph, tasks)
     assert all(task.wait(LIMIT) for task in tasks)
     graph.count("disk", "load", "hit", 2, 20)
     graph.count("disk", "load", "miss", 1)

@@ -109,6 +109,8 @@ def test_memory_that_a_lane_uses_is_not_handed_out_before_its_copies_end(used: b
     submit(src)
     lane.jobs[1].synchronize()
     dst.tensors[0].zero_()
+    # The driver loads a kernel at its first launch, and waits for the device then.
+    torch.full((8,), 99, dtype=torch.uint8, device=device)
     with lane.current():
         _sleep(400_000_000)  # 0.2 s or more
     submit(src)

@@ -32,7 +32,7 @@ from support.threads import run_threads
 
 from portakv import CopyPlan, Index, KVView, Unsupported
 from portakv.backends.base import Capabilities, Decision
-from portakv.core.pick import ORDER
+from portakv.core.pick import BITS, ORDER, pick_copy
 from portakv.interconnect import choose
 from portakv.interconnect import pick as picking
 from portakv.interconnect import pieces as pieces_of
@@ -122,17 +122,16 @@ class Direct(ZeroCopy):
         return lambda *_: None
 
 
-def test_a_counted_pick_prepares_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A graph may be captured: nothing can be prepared then, and a failure would last."""
+def test_the_core_picks_as_the_launch_does(monkeypatch: pytest.MonkeyPatch) -> None:
     with strategies(monkeypatch, zero_copy=f"{__name__}:Direct"):
         launch, move = ready(2)
-        found = launch.pick_counted(move.count, 1, 1, move.dst, new=True)
-        assert found is not None
-        assert found[0] is launch.strategies["zero_copy"]
-        assert found[1] == launch.pick(move)
-        assert not launch.has_prepared("zero_copy")
-        launch.prepared("zero_copy")
-        assert launch.has_prepared("zero_copy")
+        costs, out, flags = launch.terms(move.dst, new=True)
+        assert flags == 3  # the driver is asked if the kernel is picked
+        answer = pick_copy()(launch.picked_at, costs, 1, 1, move.count, out, 0, True)
+        assert launch.picked(answer) == launch.pick(move)
+        assert launch.terms(move.dst, True, look=True) == (costs, out, 1)
+        monkeypatch.setattr(Direct, "refuses", lambda *_: "it does not reach it")
+        assert launch.terms(move.dst, True, look=True) == (costs, out | BITS["zero_copy"], 1)
 
 
 def test_it_can_do_what_its_strategies_can() -> None:
@@ -526,7 +525,7 @@ def test_a_copy_for_the_kernel_counts_no_runs() -> None:
     def count(*_: object) -> int:
         raise AssertionError("the runs were counted")
 
-    launch._whole.groups = count  # type: ignore[method-assign, assignment]
+    launch._both.groups = count  # type: ignore[method-assign, assignment]
     assert launch.pick(move, quick=True).strategy == "zero_copy"
     with pytest.raises(AssertionError, match="counted"):
         launch.pick(move)

@@ -25,7 +25,8 @@ from support.fake_libcuda import Call, FakeLibrary
 from support.guarded_memory import refused
 
 from portakv import KVView, TransferError
-from portakv.core.link import Fault, Link, pack_crossing
+from portakv.core.call import Fault
+from portakv.core.link import Link, pack_crossing
 from portakv.interconnect import link
 from portakv.interconnect.link import FOLD_BELOW, LEAST_BATCH, CudaLink, TorchLink, link_of
 from portakv.interconnect.pieces import ALL, Pieces

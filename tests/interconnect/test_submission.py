@@ -27,18 +27,29 @@ from portakv import CopyPlan, Index, KVView, SlotError, TransferError, copy_rows
 from portakv.backends.rows_kernel import kernels_of
 from portakv.backends.rows_launch import LoadedKernels, RowsLaunch
 from portakv.copy.inside import open_view
-from portakv.core.call import OTHERWISE, CopyEnd, Watch, calls
-from portakv.core.link import COUNT, EVENTS
+from portakv.core.call import (
+    DRIVER,
+    OTHERWISE,
+    TOKENS,
+    CopyEnd,
+    Crossings,
+    Executor,
+    Watch,
+)
+from portakv.core.link import EVENTS
+from portakv.core.pick import BITS, ORDER, pack_copies, pick_copy
 from portakv.core.rows import Kernels
 from portakv.host import pinned
 from portakv.interconnect import batched_memcpy, link, staged
 from portakv.interconnect.batched_memcpy import BatchedMemcpy
-from portakv.interconnect.link import CheckedCopy, CudaLink
+from portakv.interconnect.costs import unmeasured
+from portakv.interconnect.link import CudaLink
+from portakv.interconnect.pick import EVEN, NARROW, WIDE, Rules
 from portakv.interconnect.pieces import RunCounter
 from portakv.interconnect.slices import BothStages, Sizes
 from portakv.interconnect.staged import StagedCrossing
 from portakv.interconnect.staging import DETACHED_RING, RING, DenseRows, Staging, cached_staging
-from portakv.interconnect.strategy import StrategyLaunch
+from portakv.interconnect.strategy import Cross, StrategyLaunch, Terms, WholeCopies
 from portakv.plan.move import Move
 from portakv.runtime import cuda
 from portakv.view.form import plain_reader
@@ -346,49 +357,98 @@ def test_the_sentences_of_a_slice(monkeypatch: pytest.MonkeyPatch) -> None:
         rig.carry(crossing)
 
 
+class Slices(StrategyLaunch):
+    """The strategy `staged` over the stages of a rig."""
+
+    strategy = "staged"
+
+    def __init__(self, rig: Rig) -> None:
+        assert isinstance(rig.stages.plan, CopyPlan)
+        super().__init__(rig.stages.plan, CPU)
+        self._crossing = rig.crossing()
+
+    def described(self, words: Crossings, strategy: str) -> Cross | None:
+        plan = self._crossing.words
+        if plan is None:
+            return None
+        words.plans[ORDER.index(strategy)] = plan.buffer_info()[0]
+        return self._crossing.cross
+
+
+class Unprepared(StrategyLaunch):
+    """Prepares no strategy.
+
+    Attributes:
+        requested: the strategy that was requested last.
+    """
+
+    requested = ""
+
+    def described(self, words: Crossings, strategy: str) -> None:
+        self.requested = strategy
+
+
 class Whole(Rig):
-    """The same copy by one call of the core, from lists of ids or from arrays."""
+    """The same copy by one call of the core, from lists of ids or from arrays.
 
-    def read(self, *, listed: bool = True, words: tuple[int, ...] = (1, 0, 0, 0)) -> CheckedCopy:
-        """Return the copy as the core has read and checked it; raise for a code."""
-        reader = plain_reader()
-        assert reader is not None
-        room = self._room = np.zeros(64, dtype=np.int64)
-        ids = [self._ids_of(index, listed) for index in self.indices]
-        views = []
-        for view in self.ends:
-            device = (2, 0) if view is self.rows else (1, 0)
-            with pytest.MonkeyPatch.context() as patch:
-                patch.setattr(torch.Tensor, "__dlpack_device__", lambda _, at=device: at)
-                views.append(open_view(view, Watch(view.owners)))
-        steps = [BLOCK if each is not None else 1 for each in ids]
-        offsets = [index.offset for index in self.indices]
-        ends = self.rows, self.host
-        end = CopyEnd(room.__array_interface__["data"][0], room.size, 0, 0, 0, 0)
-        at = ctypes.addressof(end)
-        copy = CheckedCopy(*ends, self.downward, self.work)
-        result = calls().read_copy(
-            *(reader.address, views[0].address, views[1].address, *ids, *steps, *offsets),
-            *(self.count, *words, copy.address, at, self.work),
-        )
-        assert result == self.count << 2 or result == OTHERWISE
-        if result < 0:
-            raise ValueError("the core makes no such copy")
-        return copy
+    ``event``: the handle of an event and the address of what records it, of the copy's end.
+    """
 
-    def by_pieces(self) -> StrategyLaunch:
+    event = 0, 0
+
+    def by_slices(self) -> WholeCopies:
+        """Return what makes the copies of the strategy `staged`."""
+        return self._whole(Slices(self))
+
+    def by_pieces(self) -> WholeCopies:
         """Return what makes the copies of the strategy `batched_memcpy`."""
         self._patch.setattr(batched_memcpy, "link_of", lambda _: self.link)
         assert isinstance(self.stages.plan, CopyPlan)
         launch = BatchedMemcpy(CPU).prepare(self.stages.plan)
         assert isinstance(launch, StrategyLaunch)
-        return launch
+        return self._whole(launch)
+
+    def _whole(self, launch: StrategyLaunch) -> WholeCopies:
+        reader = plain_reader()
+        assert reader is not None
+        kernels: Any = SimpleNamespace(executor=Executor(None, reader.address, None))
+        return WholeCopies(launch, kernels, self.link)
+
+    def make(self, whole: WholeCopies, *terms: int, listed: bool = True) -> int:
+        """Make the copy, and return the core's result; raise the driver's error.
+
+        ``terms``: of the pick.
+        """
+        room = self._room = np.zeros(64, dtype=np.int64)
+        ids = [self._ids_of(index, listed) for index in self.indices]
+        self._opened = []
+        for view in self.ends:
+            device = (2, 0) if view is self.rows else (1, 0)
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(torch.Tensor, "__dlpack_device__", lambda _, at=device: at)
+                self._opened.append(open_view(view, Watch(view.owners)))
+        steps = [BLOCK if each is not None else 1 for each in ids]
+        offsets = [index.offset for index in self.indices]
+        memory = room.__array_interface__["data"][0]
+        end = CopyEnd(memory, room.size, 0, *self.event)
+        views = [each.address for each in self._opened]
+        sides = *views, *ids, *steps, *offsets, self.count, *(terms or (0, 0, 0))
+        at = ctypes.addressof(end)
+        result = whole.copy(self.rows, self.host, sides, at, self.work)
+        if result <= DRIVER:
+            self.driver.refuse(DRIVER - result, "The launch")
+        return result
+
+    def made(self, whole: WholeCopies, *, listed: bool = True) -> bool:
+        """Make the copy; return whether the core did."""
+        result = self.make(whole, listed=listed)
+        assert result == OTHERWISE or result >> TOKENS == self.count
+        return result >= 0
 
     def issue_pieces(self) -> None:
         """Issue a copy by its pieces alone."""
         assert not self.driver.note("write", self.work, self._write)
-        copy = self.read()
-        assert self.by_pieces().cross(copy) == self.count << 2
+        assert self.made(self.by_pieces())
         self.driver.note("read", self.work, self._read)
 
     @staticmethod
@@ -400,9 +460,9 @@ class Whole(Rig):
     def issue_whole(self, copies: int = 1) -> None:
         """Issue as `issue` does."""
         assert not self.driver.note("write", self.work, self._write)
-        crossing = self.crossing()
+        whole = self.by_slices()
         for nth in range(copies):
-            assert crossing.cross(self.read(listed=nth % 2 == 0)) == self.count << 2
+            assert self.made(whole, listed=nth % 2 == 0)
         self.driver.note("read", self.work, self._read)
 
 
@@ -453,14 +513,13 @@ def test_a_driver_that_refuses_a_slice_of_one_call(
 ) -> None:
     layouts = "block layer kv token head dim", "block layer kv token head dim"
     rig = Whole(monkeypatch, layouts, downward, usual=True)
-    launch = rig.crossing()
-    copy = rig.read()
-    assert launch.cross(copy) == rig.count << 2
+    whole = rig.by_slices()
+    assert rig.made(whole)
     for refused in range(len(rig.driver.queue)):
         rig.driver.forget()
         rig.driver.refuse_at = refused
         with pytest.raises(TransferError, match="error 1"):
-            launch.cross(copy)
+            rig.make(whole)
 
 
 @DOWNWARD
@@ -478,15 +537,17 @@ def test_one_call_records_the_end_after_all_work(
         return answers.pop(0)
 
     function = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p)(record)
-    address = ctypes.cast(function, ctypes.c_void_p).value
-    copy = rig.read()
-    end = CopyEnd(None, 0, 0, 7, address, None)
-    copy.end = ctypes.addressof(end)
-    cross = (rig.crossing if by == "slices" else rig.by_pieces)().cross
-    assert cross(copy) == rig.count << 2
-    assert recorded == [(7, rig.work, len(rig.driver.queue))]
-    with pytest.raises(TransferError, match="error 700"):
-        cross(copy)
+    rig.event = 7, ctypes.cast(function, ctypes.c_void_p).value or 0
+    whole = (rig.by_slices if by == "slices" else rig.by_pieces)()
+    assert rig.made(whole)
+    if by == "pieces":
+        assert recorded == [(7, rig.work, len(rig.driver.queue))]
+    else:  # the copy's stream waits for the event
+        assert recorded == [(7, LINK if downward else HALF, len(rig.driver.queue) - 1)]
+        assert rig.driver.queue[-1].kind == "wait"
+        assert rig.driver.queue[-1].stream == rig.work
+    with pytest.raises(TransferError, match="an event that orders copies"):
+        rig.make(whole)
 
 
 @DOWNWARD
@@ -502,9 +563,9 @@ def test_stages_of_another_backend_are_not_one_call(
         return SimpleNamespace(launch=None), None
 
     monkeypatch.setattr(OnHost, "of", other)
-    launch = rig.crossing()
+    whole = rig.by_slices()
     for _ in range(2):
-        assert launch.cross(rig.read()) == OTHERWISE
+        assert not rig.made(whole)
     assert len(prepared) == 1
     assert rig.driver.queue == []
 
@@ -512,9 +573,11 @@ def test_stages_of_another_backend_are_not_one_call(
 def test_what_one_call_does_not_make(monkeypatch: pytest.MonkeyPatch) -> None:
     layouts = "block layer kv token head dim", "block layer kv token head dim"
     rig = Whole(monkeypatch, layouts, True)
-    rig.read()
-    with pytest.raises(ValueError, match="no such copy"):
-        rig.read(words=(3, 0, 0, 0))  # part of a unit
+    whole = rig.by_pieces()
+    assert rig.made(whole)
+    whole.words.counted[0] = 5  # part of a unit
+    assert not rig.made(whole)
+    whole.words.counted[0] = BLOCK
     good = rig.indices
     wrong = [
         torch.full((9,), 2),  # twice in the destination
@@ -524,21 +587,41 @@ def test_what_one_call_does_not_make(monkeypatch: pytest.MonkeyPatch) -> None:
     ]
     for ids in wrong:
         rig.indices = good[0], Index(ids, BLOCK)
-        with pytest.raises(ValueError, match="no such copy"):
-            rig.read()
+        assert not rig.made(whole)
 
 
-def test_groups_are_counted_as_by_a_plan(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("source", [[0, 1, 2, 5, 6, 9, 8, 3, 11], [*range(9)]])
+def test_one_call_picks_by_the_groups_of_a_plan(
+    source: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
     layouts = "block layer kv token head dim", "block layer kv token head dim"
     rig = Whole(monkeypatch, layouts, True)
-    source = [0, 1, 2, 5, 6, 9, 8, 3, 11]
     target = [4, 5, 6, 7, 8, 1, 0, 2, 3]
     rig.indices = Index(torch.tensor(source), BLOCK), Index(torch.tensor(target), BLOCK)
     plan = rig.stages.plan
     assert isinstance(plan, CopyPlan)
     both = RunCounter(plan)
     host = RunCounter.of_host(plan)
-    copy = rig.read(words=(plan.unit, *both.limits, host.limits[1]))
-    _, groups, host_groups = copy.words[COUNT : COUNT + 3]
-    assert groups == both.groups(*rig.indices, rig.count)
-    assert host_groups == host.groups(rig.indices[1], rig.indices[1], rig.count)
+    groups = both.groups(*rig.indices, rig.count)
+    host_groups = host.groups(rig.indices[1], rig.indices[1], rig.count)
+    sizes = plan.unit, plan.token_bytes, plan.runs_per_unit
+    table = unmeasured("")
+    costs = table.addresses["d2h"]
+    kernel_out = BITS["zero_copy"]
+    picked = set()
+    run = both.shape(groups, rig.count).run_bytes
+    for wide in (run, run + 1):
+        copies = pack_copies(both.plan_at, host.plan_at, *sizes) + both.folding.tobytes()
+        words = array("q", copies + Rules("d2h", Terms()).words)
+        assert words[18:21].tolist() == [WIDE, EVEN, NARROW]
+        words[15:21] = array("q", [0, 0, 0, wide, EVEN, 0])  # no copy is small or narrow
+        at = words.buffer_info()[0]
+        whole = rig.by_pieces()
+        whole.words.picked = at
+        whole.words.counted[:] = plan.unit, *both.limits, host.limits[1]
+        whole.launch = Unprepared(plan, CPU)
+        assert rig.make(whole, costs, kernel_out, True) == OTHERWISE
+        answer = pick_copy()(at, costs, groups, host_groups, rig.count, kernel_out, 0, True)
+        assert whole.launch.requested == ORDER[answer & 15]
+        picked.add(whole.launch.requested)
+    assert picked == {"staged", "batched_memcpy"}

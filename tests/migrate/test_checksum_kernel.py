@@ -363,6 +363,7 @@ def test_a_gpu_sums_after_the_work_of_the_current_stream() -> None:
     """The stream is busy while the parts are added, and nothing waits for it before the results."""
     stream = torch.cuda.Stream()
     tensors = [torch.zeros(1 << 18, dtype=torch.int32, device=GPU) for _ in range(64)]
+    torch.cuda.synchronize()
     with torch.cuda.stream(stream):  # loads the kernel, and takes memory for a table
         assert box_checksums([(x, (0,)) for x in tensors]) == [0] * 64
     torch.cuda.synchronize()

@@ -26,10 +26,10 @@ from portakv.errors import (
     TransferTimeout,
 )
 from portakv.migrate import Reader, Ticket
-from portakv.migrate.connections import BLOCKING
 from portakv.migrate.messages import Handshake, Hello
 from portakv.migrate.pull import PartTransfer
 from portakv.migrate.reader import LONG
+from portakv.tasks.limit import BLOCKING
 
 NAME = bytes(range(16))
 #: Preparations for one owner.

@@ -131,7 +131,7 @@ class Held(NamedTuple):
     error: Exception | None = None
 
     @contextmanager
-    def inside(self) -> Iterator[None]:
+    def inside(self, _: object = None) -> Iterator[None]:
         self.event.wait(self.seconds)
         if self.error:
             raise self.error
@@ -195,7 +195,7 @@ def test_only_the_memory_that_slots_have_now_is_registered(
 
     def only_these() -> bool:  # the next buffer releases what a buffer had before it grew
         both.pull(both.offer()).synchronize(LIMIT)
-        free = [*connection.staging.buffers.queue]
+        free = [*connection.staging.buffers]
         memory = [buffer.memory for buffer in free]
         local = {(x.data_ptr(), x.nbytes) for x in memory if x.nbytes}
         remote = {
@@ -218,7 +218,7 @@ def test_rows_of_a_pairing_before_are_not_taken_for_those_of_now(made: Sides) ->
     offer = both.offer()
     offer.after = cast(Any, Held(gate))
     before = both.pull(offer)
-    assert until(lambda: both.owner._gathers._graph.live)
+    assert until(lambda: len(both.owner._gathers._tasks))
     both.src = Rows(fill=7)
     both.owner.reallocate(both.src.shard)
     offer = both.offer()

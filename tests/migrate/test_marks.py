@@ -10,7 +10,7 @@ from math import inf
 from secrets import token_bytes
 from time import sleep
 from types import SimpleNamespace
-from typing import Any, ClassVar, cast
+from typing import Any, cast
 
 import pytest
 import torch
@@ -24,12 +24,11 @@ from support.mark_cases import (
     end_of,
     steps_of,
 )
-from support.migrate_pulls import SMALL, Clock, Copies, Rows, Sides, sides
+from support.migrate_pulls import SMALL, Clock, Rows, Sides, sides
 from support.named_memory import named_memory
-from support.peer_cases import reading
 from support.waits import LIMIT, until
 
-from portakv import CopyPlan, KVView
+from portakv import KVView
 from portakv.errors import (
     InvalidTerms,
     LayoutError,
@@ -43,6 +42,7 @@ from portakv.migrate import Shard, Ticket, messages
 from portakv.migrate.channel import Channel
 from portakv.migrate.connections import Source
 from portakv.migrate.named import LateLayer, incomplete
+from portakv.migrate.plan import copy_checked
 from portakv.migrate.pull import Pull
 from portakv.migrate.reader import wait_for_events
 from portakv.migrate.shared_memory import shared_empty
@@ -512,38 +512,31 @@ def test_a_pull_that_ends_before_its_offer_is_complete(
     assert both.right()
 
 
-class Held(Copies):
-    """The host's backend; copies from staging buffers wait until ``go`` is set."""
-
-    name = "held"
-    go: ClassVar = threading.Event()
-    begun: ClassVar = threading.Event()
-
-    def observe(self, plan: CopyPlan) -> Any:
-        if "take" in threading.current_thread().name:
-            self.begun.set()
-            assert self.go.wait(LIMIT)
-
-
-def test_a_pull_ends_after_its_rows_in_flight(made: Sides) -> None:
+def test_a_pull_ends_after_its_rows_in_flight(made: Sides, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its caller may use the blocks again after the end."""
-    Held.go.clear()
-    Held.begun.clear()
-    with reading(Held):
-        both = Writing(made, "staging")
-        offer = both.offer(progress="layers")
-        pulled = both.pull(offer, by_layer=True, timeout=LIMIT)
-        both.write("layers", 0, 1)
-        offer.raise_to(1)
-        assert Held.begun.wait(LIMIT)
-        offer.revoke()
-        assert until(lambda: pulled.stopped)
-        sleep(0.2)
-        ended = pulled.ended
-        Held.go.set()
-        assert not ended
-        with pytest.raises(OfferGone):
-            pulled.synchronize(LIMIT)
+    go = threading.Event()
+    begun = threading.Event()
+
+    def held(*terms: Any) -> Any:
+        begun.set()
+        assert go.wait(LIMIT)
+        return copy_checked(*terms)
+
+    monkeypatch.setattr("portakv.migrate.staged_reader.copy_checked", held)
+    both = Writing(made, "staging")
+    offer = both.offer(progress="layers")
+    pulled = both.pull(offer, by_layer=True, timeout=LIMIT)
+    both.write("layers", 0, 1)
+    offer.raise_to(1)
+    assert begun.wait(LIMIT)
+    offer.revoke()
+    assert until(lambda: pulled.stopped)
+    sleep(0.2)
+    ended = pulled.ended
+    go.set()
+    assert not ended
+    with pytest.raises(OfferGone):
+        pulled.synchronize(LIMIT)
 
 
 @METHODS

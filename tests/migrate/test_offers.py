@@ -54,7 +54,6 @@ from portakv.migrate.pull import Pull
 from portakv.migrate.reader import Reader
 from portakv.migrate.shards import Shard
 from portakv.migrate.shared_memory import shared_empty
-from portakv.migrate.staged_owner import BUFFERS
 from portakv.migrate.staged_reader import ask
 from portakv.tasks import runtime
 
@@ -769,6 +768,7 @@ def test_owners_that_come_and_go_leave_no_workers(made: Sides) -> None:
     remote = Rows()
     local = Rows(8, 32, fill=-1)
     reader = made.reader(local.shard)
+    threads = list[int]()
     for _ in range(4):
         channel = Channel()
         owner = Owner(channel, remote.shard, model=MODEL, expose="staging", staging=SMALL)
@@ -776,7 +776,8 @@ def test_owners_that_come_and_go_leave_no_workers(made: Sides) -> None:
         owner.close()
         channel.close()
         assert until(lambda: reader.channel.statistics()["links"] == 0)
-        assert sum("take" in thread.name for thread in threading.enumerate()) <= BUFFERS
+        threads.append(threading.active_count())
+    assert until(lambda: threading.active_count() <= threads[0])
 
 
 def test_a_channel_has_one_owner_and_one_reader_at_a_time(made: Sides) -> None:

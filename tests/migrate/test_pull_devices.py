@@ -4,7 +4,7 @@ still reads."""
 
 from __future__ import annotations
 
-from typing import Any, cast
+from typing import Any
 
 import pytest
 import torch
@@ -17,7 +17,6 @@ from portakv.migrate import buffers
 from portakv.migrate.buffers import StagingBuffer
 from portakv.migrate.shards import Shard
 from portakv.migrate.staging import staging
-from portakv.migrate.transports.base import Lane
 from portakv_conformance import simdev
 
 SHAPE = 2, 2, 16, 16, 4, 8
@@ -144,7 +143,7 @@ def rows_of_a_buffer_that_is_filled_again(device: torch.device) -> torch.Tensor:
     copy_rows(src, dst).synchronize()
     delay(device)
     buffer.copy = copy_rows(src, dst)
-    buffer.prepare(cast(Lane, None), 4096, 4096, lambda _: None)
+    buffer.prepare(4096, 4096)
     buffer.memory.fill_(2)
     torch.accelerator.current_stream(device.index).synchronize()
     return rows.cpu()

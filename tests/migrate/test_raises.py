@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import os
-import threading
 from collections.abc import Iterator
 from contextlib import closing
 from time import monotonic, sleep
@@ -20,6 +19,7 @@ from portakv.errors import InvalidTerms, OfferGone, Unsupported
 from portakv.migrate import shared_memory
 from portakv.migrate.owner import Progress, Raises
 from portakv.migrate.words import Place, Words, WordsOfOwner
+from portakv.tasks import runtime
 
 UNITS = pytest.mark.parametrize("unit", ["layers", "tokens"])
 
@@ -114,11 +114,11 @@ def test_a_mark_of_an_ended_offer_is_not_raised(made: Sides, end: str) -> None:
 
 def test_a_late_raise_does_not_mark_a_later_offer() -> None:
     """Its event ends after the offer, whose place another offer has."""
-    change = threading.Condition(threading.RLock())
+    lock = runtime().lock
     event: Any = Event()
     shown = list[str]()
-    with closing(Raises(change)) as raises:
-        with change:
+    with closing(Raises()) as raises:
+        with lock:
             raises.after(
                 Progress("layers", 3),
                 event,
@@ -150,15 +150,15 @@ class Event:
 
 def test_raises_of_one_offer_are_shown_in_their_order() -> None:
     """The event of the later one ends first; another offer's does not wait for either."""
-    change = threading.Condition(threading.RLock())
+    lock = runtime().lock
     events: Any = [Event() for _ in range(4)]
     shown = list[int]()
     device = torch.device("cpu")
     one = Progress("layers", 4)
     other = Progress("layers", 4)
-    with closing(Raises(change)) as raises:
+    with closing(Raises()) as raises:
         for n, progress in enumerate((one, one, other, one)):
-            with change:
+            with lock:
                 show: Any = lambda n=n: shown.append(n)  # noqa: E731
                 raises.after(progress, events[n], device, show, list)
         events[1].ended = events[2].ended = True
@@ -168,7 +168,7 @@ def test_raises_of_one_offer_are_shown_in_their_order() -> None:
         events[0].ended = True
         assert until(lambda: shown == [2, 0, 1])
         events[3].error = RuntimeError("the device failed")
-        with change:
+        with lock:
             another: Any = Event()
             raises.after(other, another, device, list, list)
         assert until(lambda: events[3].queries > 0)
@@ -180,7 +180,7 @@ def test_a_device_that_fails_ends_the_offer(made: Sides) -> None:
     event: Any = Event()
     event.error = RuntimeError("the device failed")
     pulled = both.pull(offer, by_layer=True, timeout=LIMIT)
-    with both.owner.change:
+    with both.owner.lock:
         both.owner.raises.after(
             Progress("layers", 2),
             event,

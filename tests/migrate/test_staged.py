@@ -40,6 +40,10 @@ def made(monkeypatch: pytest.MonkeyPatch) -> Iterator[Sides]:
         yield those
 
 
+async def nothing(*_: object) -> None:
+    """Stop no request."""
+
+
 class Held(NamedTuple):
     """Work before an offer's rows, which lasts until an event."""
 
@@ -47,7 +51,7 @@ class Held(NamedTuple):
     entered: threading.Event
 
     @contextmanager
-    def inside(self) -> Iterator[None]:
+    def inside(self, _: object = None) -> Iterator[None]:
         self.entered.set()
         self.event.wait(LIMIT)
         yield
@@ -151,7 +155,7 @@ def test_slices_of_a_cancelled_pull_are_not_taken_for_those_of_the_next(
     both = Couple(made, "staging", transport="distributed")
     both.pull(both.offer()).synchronize(LIMIT)
     if not guarded:
-        monkeypatch.setattr(StagedReceiver, "stop", lambda *_: None)
+        monkeypatch.setattr(StagedReceiver, "stop", nothing)
     assert pull_after_a_cancelled_one(both, LIMIT if guarded else 3.0) == guarded
     assert len(messages(both.owner, Join)) == 1 or not guarded
 
@@ -243,7 +247,7 @@ def test_an_owner_that_does_not_stop_loses_its_lane_and_not_the_next_pull(made: 
     channel = cast(Watching, both.owner.channel)
     channel.silent.add(Stop)
     pulled = both.pull(both.offer(), max_gbps=NEVER)
-    assert until(lambda: bool((both.dst.whole != -1).any()), LIMIT)
+    assert until(lambda: len(messages(both.owner, Gather)) == 2, LIMIT)
     assert pulled.cancel()
     with pytest.raises(TransferError):
         pulled.synchronize(LIMIT)
@@ -290,7 +294,7 @@ def test_a_reader_that_takes_nothing_is_busy_after_some_requests(made: Sides) ->
 def test_a_buffer_is_used_again_after_its_last_use(
     before: str, nbytes: int, expected: list[str], on: str
 ) -> None:
-    """On a device by a stream, whichever worker has used it; else the host waits."""
+    """On a device by a stream, whichever helper has used it; else the host waits."""
     device = torch.device("cpu" if on == "the host" else "meta")
     if on == "the host":  # the transport writes it in no stream's order
         expected = [each.replace("followed", "awaited") for each in expected]
@@ -306,7 +310,9 @@ def test_a_buffer_is_used_again_after_its_last_use(
             "synchronize": lambda: log.append("copy is awaited"),
         }
         buffer.copy = cast(Any, SimpleNamespace(**ends))
-    buffer.prepare(lane, nbytes, 1 << 20, lambda _: log.append("bytes are awaited"))
+    if buffer.must_be_free(lane, nbytes):
+        log.append("bytes are awaited")
+    buffer.prepare(nbytes, 1 << 20)
     assert log == expected
     assert buffer.memory.nbytes >= nbytes
     assert buffer.copy is None
@@ -316,12 +322,12 @@ def test_who_waits_for_a_buffer_is_called_once_when_it_is_free() -> None:
     moving = Moving(torch.zeros(8, dtype=torch.uint8), LIMIT)
     calls = list[str]()
     assert moving.begin()
-    moving.on_free(lambda: calls.append("before"))
+    moving.on(moving.free, lambda: calls.append("before"))
     moving.end(PeerError("The peer is gone."))
     assert calls == []  # a library touches it still
     moving.end(untouched=True)
     moving.end(untouched=True)
-    moving.on_free(lambda: calls.append("after"))
+    moving.on(moving.free, lambda: calls.append("after"))
     assert calls == ["before", "after"]
     with pytest.raises(PeerError, match="is gone"):
         moving.follow(0.0)

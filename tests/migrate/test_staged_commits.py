@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The worker that takes the rows of a pull also commits it: it asks about the offer after the last
-bytes have left the owner, and another worker renews the offer of a pull that lasts."""
+"""A pull through staging buffers asks about its offer once, after the last bytes have left the
+owner, and renews an offer meanwhile that it waits for."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ def test_an_offer_that_ends_while_its_last_bytes_cross_is_not_committed(
     """The pull asks after its last bytes. A question before them would commit it."""
     both = couple(made)
     if not guarded:
-        monkeypatch.setattr(Pull, "renew_until", nothing)
+        monkeypatch.setattr(Pull, "renew", nothing)
     offer, pulled = held_pull(both)
     assert messages(both.owner, Check) == []
     if not guarded:
@@ -163,7 +163,7 @@ def test_one_question_ends_a_pull(made: Sides, gate: threading.Event) -> None:
         assert until(lambda offer=offer: offer.state == "taken", LIMIT)
 
 
-def test_a_pull_that_has_ended_retains_nothing_of_its_worker(
+def test_a_pull_that_has_ended_retains_nothing_of_what_took_its_rows(
     made: Sides, gate: threading.Event
 ) -> None:
     both = couple(made)
@@ -171,7 +171,8 @@ def test_a_pull_that_has_ended_retains_nothing_of_its_worker(
     both.pull(both.offer()).synchronize(LIMIT)
     gate.clear()
     pulled = both.pull(both.offer())
-    taker = weakref.ref(pulled.task)
+    assert until(lambda: pulled.takers, LIMIT)
+    taker = weakref.ref(pulled.takers[0])
     gate.set()
     pulled.synchronize(LIMIT)
     assert until(lambda: pulled.sources == [], LIMIT)  # its end is reported
@@ -186,7 +187,7 @@ def test_a_pull_that_waits_for_its_bytes_renews_its_offer(
     both = couple(made)
     clock = Clock(both.owner)
     if not guarded:
-        monkeypatch.setattr(Pull, "renew_until", nothing)
+        monkeypatch.setattr(Pull, "renew", nothing)
     offer, pulled = held_pull(both, lease=LEASE)
     if guarded:
         clock.outlast(offer, LEASE)

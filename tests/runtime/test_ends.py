@@ -21,12 +21,12 @@ from support.whole_copies import watch_whole_copies
 
 from portakv import AdaptiveConnector, LateErrors
 from portakv.backends.row_kernels import RowKernels
-from portakv.core.call import GUARDED, TOKENS, CopyEnd, CurrentStream
+from portakv.core.call import GUARDED, STREAM, TOKENS, CopyEnd, CurrentStream
 from portakv.errors import SlotError, TransferError
 from portakv.registry.registry import REGISTRY, choose
 from portakv.runtime import transfer
-from portakv.runtime.ends import Ends
-from portakv.runtime.transfer import Transfer
+from portakv.runtime.ends import End, Ends
+from portakv.runtime.transfer import Owner, Transfer
 
 pytestmark = pytest.mark.skipif(why_not() is not None, reason=why_not() or "")
 
@@ -43,12 +43,22 @@ class Rig:
         self.ends = self.kernels.ends = Ends(self.driver, CPU)
         self.bad = 0  # the position of a bad id that the next copy meets, from 1 on
 
-    def issue(self, *, listed: bool = False, **terms: Any) -> Transfer:
-        made = self.kernels.issue(self.copy, (), listed, None, None, **terms)
-        assert made is not None
-        return made[0]
+    def issue(
+        self, ids: object = None, owner: Owner | None = None, *, listed: bool = False
+    ) -> Transfer:
+        end, result = self.made(listed)
+        return Transfer((end.completion(result, ids, owner),))
 
-    def copy(self, at: int, stream: int) -> int:
+    def made(self, listed: bool) -> tuple[End, int]:
+        made = self.kernels.issue(self.copy, (), listed)
+        assert made is not None
+        end, result = made
+        assert end is not None
+        return end, result
+
+    def copy(self, at: int, stream: int | None) -> int:
+        if stream is None:
+            return STREAM
         end = CopyEnd.from_address(at)
         if self.bad:
             word = ctypes.c_int64.from_address(end.status)
@@ -153,7 +163,7 @@ def test_ends_of_dropped_copies_are_used_again(rig: Rig) -> None:
 
 def test_more_copies_by_ids_of_the_host_than_ends_with_lists(rig: Rig) -> None:
     copies = [rig.issue(listed=True) for _ in range(64)]
-    assert rig.kernels.issue(rig.copy, (), True, None, None) is None
+    assert rig.kernels.issue(rig.copy, (), True) is None
     rig.driver.work(1)
     another = rig.issue(listed=True)
     assert copies[0].done()
@@ -165,7 +175,7 @@ def test_more_copies_by_ids_of_the_host_than_ends_with_lists(rig: Rig) -> None:
 def test_the_number_of_ends_is_limited(rig: Rig) -> None:
     rig.ends = rig.kernels.ends = Ends(rig.driver, CPU, batches=3)
     copies = [rig.issue() for _ in range(2 * 64)]
-    assert rig.kernels.issue(rig.copy, (), False, None, None) is None
+    assert rig.kernels.issue(rig.copy, (), False) is None
     rig.driver.work()
     rig.issue()
     assert all(copy.done() for copy in copies)
@@ -173,7 +183,7 @@ def test_the_number_of_ends_is_limited(rig: Rig) -> None:
 
 def test_nothing_that_was_not_launched_keeps_an_end(rig: Rig) -> None:
     for _ in range(200):
-        assert rig.kernels.issue(lambda *_: -50, (), True, None, None) is None
+        assert rig.kernels.issue(lambda *_: -50, (), True) is None
     assert not rig.driver.queue
     assert len(rig.ends.listed) == 64
 
@@ -181,7 +191,7 @@ def test_nothing_that_was_not_launched_keeps_an_end(rig: Rig) -> None:
 def test_ids_are_retained_until_the_end(rig: Rig) -> None:
     ids = torch.zeros(3)
     gone = weakref.ref(ids)
-    made = rig.kernels.issue(rig.copy, (), False, None, ids)
+    made = rig.issue(ids)
     del ids, made
     gc.collect()
     assert gone() is not None
@@ -194,7 +204,8 @@ def test_ids_are_retained_until_the_end(rig: Rig) -> None:
 def test_memory_of_the_host_is_retained_until_the_end(rig: Rig) -> None:
     memory = torch.zeros(3)
     gone = weakref.ref(memory)
-    rig.issue(memory=(memory,))
+    end, _ = rig.made(listed=True)
+    end.completion_across(memory)
     del memory
     assert transfer.copies_holding_memory() == 1
     assert gone() is not None
@@ -257,9 +268,13 @@ def test_the_owner_reports_a_bad_id_of_a_dropped_copy(rig: Rig) -> None:
 # The current stream
 
 
+@pytest.mark.parametrize("alone", [False, True], ids=["", "one device"])
 @pytest.mark.parametrize("answers", [(7, 0, 0), (7, 1, 0), (8, 0, 0), (7, 0, 900)])
-def test_the_core_asks_for_the_current_stream(
-    rig: Rig, answers: tuple[int, int, int], monkeypatch: pytest.MonkeyPatch
+def test_a_copy_asks_for_the_stream_itself(
+    answers: tuple[int, int, int],
+    alone: bool,
+    late: EndingDriver,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     device, captured, error = answers
     asked: list[str] = []
@@ -288,50 +303,11 @@ def test_the_core_asks_for_the_current_stream(
     )
     addresses = [ctypes.cast(each, ctypes.c_void_p).value for each in functions]
     words = CurrentStream(7, *addresses)
-    rig.kernels.current = ctypes.addressof(words)
-    rig.issue()
-    by_core = answers == (7, 0, 0)
-    assert asked == ["device", "stream of 7", "capture of 7fff12345678"][: 3 if device == 7 else 1]
-    # Else torch is asked, whose answer stands.
-    assert rig.driver.queue[-1].stream == (0x7FFF12345678 if by_core else 0)
-
-    words.current_device = None  # the process has one device
-    asked.clear()
-    rig.issue()
-    assert asked == ["stream of 7", "capture of 7fff12345678"]
-
-    monkeypatch.setattr(rig.kernels.process, "forked", True, raising=False)
-    asked.clear()
-    rig.issue()  # the driver refuses it, if it does not survive a fork
-    assert not asked
-
-
-@pytest.mark.parametrize("captured", [0, 1])
-def test_a_copy_of_a_chunk_asks_for_the_stream_itself(
-    captured: int, late: EndingDriver, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    number = ctypes.POINTER(ctypes.c_int)
-    streams = 0
-
-    def current_stream(_: int, out: Any) -> int:
-        nonlocal streams
-        streams += 1
-        out[0] = 0x7FFF12345678
-        return 0
-
-    def capturing(_: int, out: Any) -> int:
-        out[0] = captured
-        return 0
-
-    functions = (
-        ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_int32, ctypes.POINTER(WORD))(current_stream),
-        ctypes.CFUNCTYPE(ctypes.c_int, WORD, number)(capturing),
-    )
-    addresses = [ctypes.cast(each, ctypes.c_void_p).value for each in functions]
-    words = CurrentStream(0, None, *addresses)
+    if alone:  # the process has one device
+        words.current_device = None
     kernels = choose("cpu", EndingOnCpu.name).backend.row_kernels
     assert kernels is not None
-    kernels.current = ctypes.addressof(words)
+    kernels.executor.current = ctypes.addressof(words)
     caches = [torch.randn(2, 4, 4, 2, 8) for _ in range(3)]
     connector = AdaptiveConnector("cpu", backend=EndingOnCpu.name)
     connector.register_kv_caches(caches)
@@ -339,14 +315,20 @@ def test_a_copy_of_a_chunk_asks_for_the_stream_itself(
     ids = torch.tensor([5, 2, 9])
     connector.from_gpu(chunk, None, ids)  # loads the kernel
     made = watch_whole_copies(monkeypatch)
-    streams = 0
+    asked.clear()
     connector.from_gpu(chunk, None, ids)
     assert made == [True]
-    assert streams == 1 + captured  # Python asks again, and names the stream by torch
-    assert late.queue[-1].stream == (0 if captured else 0x7FFF12345678)
+    right = alone or device == 7
+    by_core = right and (captured, error) == (0, 0)
+    questions = ["device", "stream of 7", "capture of 7fff12345678"][alone : 3 if right else 1]
+    assert asked == questions
+    # Else torch is asked, whose answer stands.
+    assert late.queue[-1].stream == (0x7FFF12345678 if by_core else 0)
 
     monkeypatch.setattr(kernels.process, "forked", True, raising=False)
-    connector.from_gpu(chunk, None, ids)
+    asked.clear()
+    connector.from_gpu(chunk, None, ids)  # the driver refuses it, if it does not survive a fork
+    assert not asked
     assert late.queue[-1].stream == 0
 
 

@@ -65,5 +65,8 @@ def test_copies_of_a_stores_workers_use_no_other_thread(
     view = KVView(torch.zeros(2, 4, 2, 4, 16), "layer block kv token (head dim)", heads=2)
     with BlockStore(BlockForm.of(view, model="m"), staging=1 << 20, host=1 << 20) as store:
         store.save(view, [0, 1, 2, 3], KEYS).synchronize(LIMIT)
-    assert {threads for is_main, threads in seen if not is_main} == {1 if limited else many}
+    by_helpers = {threads for is_main, threads in seen if not is_main}
+    assert by_helpers
+    # Helpers that other tests have begun have the number of then.
+    assert (by_helpers == {1}) is limited
     assert {threads for is_main, threads in seen if is_main} <= {many}

@@ -20,13 +20,13 @@ from support.waits import LIMIT, until
 
 from portakv import KVView
 from portakv.errors import InvalidTerms, StoreError, TransferError
-from portakv.graph import Handle
 from portakv.serving import Group, SchedulerSide
 from portakv.serving.bucket import BELIEVED, LOST, MISSING, MOST, BucketAnswers
 from portakv.serving.local import GroupView, LocalIndex, StoreTerms
 from portakv.serving.scheduler import PATIENCE
 from portakv.storage import Remote, prefix_keys
 from portakv.storage.store import FormStore
+from portakv.storage.work import Handle
 
 SIZE = 8
 TOKENS = [*range(40)]

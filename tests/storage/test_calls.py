@@ -14,8 +14,8 @@ from support.storage_cases import FakeTier, key_of, rows_in_use, small_form
 from support.waits import LIMIT
 
 from portakv import InvalidTerms, KVView, LayoutError, StoreError
-from portakv.graph import Graph
 from portakv.storage import BlockForm, BlockStore
+from portakv.storage.work import Graph
 
 KEYS = [key_of(i) for i in range(8)]
 LAYOUT = "layer | block kv token head dim"

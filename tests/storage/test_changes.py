@@ -19,10 +19,10 @@ from support.waits import LIMIT
 
 from portakv import KVView
 from portakv.errors import StoreError, TransferError
-from portakv.graph import Graph
 from portakv.runtime import interrupts
 from portakv.storage import BlockStore, Disk
 from portakv.storage.calls import Announced, Change, Snapshot
+from portakv.storage.work import Graph
 
 FORM = small_form()
 SIZE = FORM.image_bytes

@@ -21,12 +21,12 @@ from support.waits import LIMIT
 
 from portakv import KVView
 from portakv.errors import InvalidTerms, StoreError, TransferError
-from portakv.graph.graph import Graph
 from portakv.storage import BlockForm, BlockStore, Remote, reasons
 from portakv.storage.image import HEADER, Row, header, seal, verify
 from portakv.storage.reasons import Reason
 from portakv.storage.tiers import compressed
 from portakv.storage.tiers.remote import RemoteStore
+from portakv.storage.work import Graph
 
 zstd = pytest.importorskip("backports.zstd" if sys.version_info < (3, 14) else "compression.zstd")
 

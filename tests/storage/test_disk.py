@@ -22,12 +22,12 @@ from support import slot_cases as cases
 from support.slot_cases import FORM, KEYS, LARGE, Faulty, Tally
 
 from portakv.errors import InvalidTerms, StoreBusy, StoreError
-from portakv.graph.graph import Graph
 from portakv.storage import image
 from portakv.storage.form import BlockForm
 from portakv.storage.io.base import Engine, Request
 from portakv.storage.tiers.disk import Disk, DiskStore
 from portakv.storage.tiers.files import lock
+from portakv.storage.work import Graph
 
 GRAPH: Any = Tally
 NO_ROWS = SimpleNamespace(memory=())

@@ -19,11 +19,11 @@ from support.waits import LIMIT
 
 from portakv import BackendUnavailable, CopyOptions, KVView, StoreError, TransferError
 from portakv.errors import TransferCancelled, TransferTimeout
-from portakv.graph.graph import Graph
 from portakv.storage import BlockStore, memory
 from portakv.storage import memory as rows_module
 from portakv.storage import store as storing
 from portakv.storage.memory import Loan, Rows
+from portakv.storage.work import Graph
 
 FORM = small_form()
 SIZE = FORM.image_bytes

@@ -13,22 +13,21 @@ from typing import Any
 import pytest
 import torch
 from support.core_cases import noise
+from support.graph_ends import submit
 from support.interrupts import by_width, files_of, orphans, reach, settles
 from support.storage_cases import FakeTier, key_of, rows_in_use, small_form
 from support.waits import LIMIT
 
 from portakv import KVView
 from portakv.errors import PortaKVError, TransferError
-from portakv.graph.graph import Graph
-from portakv.graph.handle import Handle
 from portakv.graph.prometheus import Collector
-from portakv.graph.task import Task
 from portakv.graph.trace import Trace
 from portakv.storage import BlockForm, BlockStore, Disk, Remote, prefix_keys
 from portakv.storage.eviction import Pins
 from portakv.storage.lent import LentCopy
 from portakv.storage.store import FormStore
 from portakv.storage.tiers.base import Tier
+from portakv.storage.work import Graph, Handle, Task
 
 FILES = files_of("storage", "graph", "runtime/interrupts.py")
 KEYS = [key_of(number) for number in range(6)]
@@ -299,15 +298,14 @@ def graphs(folder: Path) -> Steps:
         for number in range(6):
             read = Task(slow, 2, queue=queue, nbytes=10)
             stage = Task(slow, 1, queue=narrow, nbytes=10)
-            graph.submit([read, stage], priority="background" if number % 2 else "urgent")
+            submit(graph, [read, stage], priority="background" if number % 2 else "urgent")
             tasks.append(stage)
         late = Task(slow, 1, queue=narrow, nbytes=5)
-        graph.submit([late], deadline=0.001)
+        submit(graph, [late], deadline=0.001)
         graph.cancel(tasks[4])
         graph.count("tier", "op", "hit")
         tasks[0].done()
         late.wait(0.05)
-        graph.sweep()
         [*Collector(graph).collect()]
         for task in tasks:
             task.wait(LIMIT)
@@ -315,14 +313,14 @@ def graphs(folder: Path) -> Steps:
     yield act
     go.set()
     task = Task(slow, 1, queue=narrow)
-    graph.submit([task], priority="background")
+    submit(graph, [task], priority="background")
     assert settles(task.done), "it hangs"
     assert settles(lambda: not graph.live), "a node lives"
     assert (queue.queued_bytes, narrow.queued_bytes) == (0, 0)
     with_error = pytest.raises(TransferError)
     assert graph.close(LIMIT)
     with with_error:
-        graph.submit([Task(slow, 1, queue=narrow)])
+        submit(graph, [Task(slow, 1, queue=narrow)])
 
 
 def ending(folder: Path) -> Steps:
@@ -331,7 +329,7 @@ def ending(folder: Path) -> Steps:
     go = threading.Event()
     queue = graph.queue("one", 1)
     tasks = [Task(lambda *_: go.wait(0.05), 1, queue=queue, nbytes=10) for _ in range(3)]
-    graph.submit(tasks)
+    submit(graph, tasks)
     yield lambda: graph.close(LIMIT)
     go.set()
     assert graph.close(LIMIT), "it hangs"
@@ -347,10 +345,9 @@ NOT_CALLED = {
     "Graph.finish": "runs in a helper or a worker",
     "Graph.hasten": "runs in a helper",
     "Graph.move": "runs in a helper or a worker",
+    "Graph.shut": "runs in a helper",
     "Graph.start": "runs in a helper",
     "Graph.stop": "runs in a helper or a worker",
-    "Graph.settle": "runs in a helper or a worker",
-    "Graph.wake": "runs in a helper or a worker",
     "Handle.add_copies": "runs in a helper",
     "Handle.add_release": "runs in a helper",
     "Handle.issued_ended": "runs in a worker",

@@ -507,7 +507,7 @@ def test_a_store_waits_for_borrowed_rows() -> None:
     assert borrowed is not None
     closing = Thread(target=store.close)
     closing.start()
-    assert until(lambda: store.graph.closed.is_set(), LIMIT)
+    assert until(lambda: store.graph.closed, LIMIT)
     assert closing.is_alive()
     borrowed.end()
     closing.join(LIMIT)

@@ -24,6 +24,7 @@ from support.lent_copies import (
     opened,
     same,
 )
+from support.seeded_loop import SetLoop
 from support.storage_cases import FakeTier, key_of, rows_in_use
 from support.waits import LIMIT, until
 
@@ -34,9 +35,9 @@ from portakv.errors import (
     TransferError,
     TransferTimeout,
 )
-from portakv.graph import Graph
 from portakv.storage import Disk
 from portakv.storage.lent import LentCopy
+from portakv.storage.work import Graph
 
 
 @pytest.fixture
@@ -166,12 +167,11 @@ def test_a_cancel_is_a_flag_for_the_copier(tier: FakeTier) -> None:
 
 
 def test_a_deadline_is_a_flag_for_the_copier(tier: FakeTier) -> None:
-    now = [100.0]
-    with Graphs(now) as graph, opened(tiers=[tier], graph=graph) as store:
+    with Clock() as clock, opened(tiers=[tier], graph=clock.graph) as store:
         hands = held(store)
         saved = store.save_lent(hands, KEYS, deadline=5.0)
         assert not any(copy.cancelled for copy in hands.copies)
-        now[0] += 10.0
+        clock.loop.set(10.0)
         assert all(copy.cancelled for copy in hands.copies)
         assert not saved.done()
         hands.finish()
@@ -181,22 +181,23 @@ def test_a_deadline_is_a_flag_for_the_copier(tier: FakeTier) -> None:
         assert not tier.blocks
 
 
-class Graphs:
-    """A graph whose clock the test sets, closed at the end."""
+class Clock:
+    """A clock that the test sets, and a graph with it, closed at the end."""
 
-    def __init__(self, now: list[float]) -> None:
-        self._graph = Graph(clock=lambda: now[0])
+    def __init__(self) -> None:
+        self.loop = SetLoop()
+        self.graph = Graph(runtime=self.loop.runtime)
 
-    def __enter__(self) -> Graph:
-        return self._graph
+    def __enter__(self) -> Clock:
+        return self
 
     def __exit__(self, *_: object) -> None:
-        assert self._graph.close(LIMIT)
+        assert self.graph.close(LIMIT)
+        self.loop.end()
 
 
 def test_a_load_that_is_late_begins_no_copy(tier: FakeTier) -> None:
-    now = [100.0]
-    with Graphs(now) as graph, opened(tiers=[tier], graph=graph) as store:
+    with Clock() as clock, opened(tiers=[tier], graph=clock.graph) as store:
         store.save(SOURCE, range(2), KEYS[:2], full="wait").synchronize(LIMIT)
         go = threading.Event()
         reads = threading.Event()
@@ -209,8 +210,7 @@ def test_a_load_that_is_late_begins_no_copy(tier: FakeTier) -> None:
         hands = held(store, cache(50))
         handle = store.load_lent(hands, KEYS[:2], deadline=5.0)
         assert reads.wait(LIMIT)
-        now[0] += 10.0
-        graph.sweep()
+        clock.loop.set(10.0)
         go.set()
         assert until(handle.done, LIMIT)
         assert not handle.landed.any()

@@ -39,12 +39,12 @@ from support.waits import LIMIT
 
 from portakv import KVView
 from portakv.errors import InvalidTerms, StoreError, TransferError
-from portakv.graph.graph import Graph
 from portakv.graph.prometheus import Collector
 from portakv.storage.form import BlockForm
 from portakv.storage.image import HEADER, Row, seal
 from portakv.storage.store import BlockStore
 from portakv.storage.tiers.remote import FAILURES, Remote, RemoteStore
+from portakv.storage.work import Graph
 
 CANONICAL = "block layer head kv token dim"
 SMALL = BlockForm("m", "float16", 2, (8, 8), 16, (0, 4, 4), (0, 2, 2), CANONICAL)
@@ -812,7 +812,7 @@ def test_a_lookup_that_hangs_does_not_keep_the_process(case: Case) -> None:
     """Fault 64."""
     text = """if True:
         import sys, threading, time
-        from portakv.graph.graph import Graph
+        from portakv.storage.work import Graph
         from portakv.storage.form import BlockForm
         from portakv.storage.tiers.remote import Remote
         form = BlockForm("m", "float16", 2, (8, 8), 16, (0, 4, 4), (0, 2, 2), "block layer page")

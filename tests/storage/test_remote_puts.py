@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 from support.small_bucket import Faults, SmallBucket
 
-from portakv.graph.graph import Graph
 from portakv.storage.form import BlockForm
 from portakv.storage.image import Row, seal
 from portakv.storage.tiers.remote import Remote, RemoteStore
+from portakv.storage.work import Graph
 
 FORM = BlockForm(
     "m", "float16", 2, (8, 8), 16, (0, 4, 4), (0, 2, 2), "block layer head kv token dim"

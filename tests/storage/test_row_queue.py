@@ -10,14 +10,15 @@ from typing import Any
 import pytest
 import torch
 from support.graph_ends import end_of_handle
+from support.seeded_loop import SetLoop
 from support.storage_cases import FakeTier, key_of, small_form
 from support.waits import LIMIT
 
 from portakv import KVView, TransferError
-from portakv.graph import Graph, Task
-from portakv.graph.graph import Priority
 from portakv.storage import BlockStore
 from portakv.storage.memory import RowQueue, Rows, Taker
+from portakv.storage.work import Graph, Task
+from portakv.tasks import Priority
 
 FORM = small_form()
 
@@ -43,11 +44,11 @@ class Case:
     """A queue of a few rows, of a graph whose clock stands still until a test sets it."""
 
     def __init__(self, rows: int) -> None:
-        self.now = 0.0
+        self.clock = SetLoop()
         self.free = [*range(rows)]
         self.takes = list[bool]()
         self.error: Exception | None = None
-        self.graph = Graph(clock=lambda: self.now)
+        self.graph = Graph(runtime=self.clock.runtime)
         memory: Any = self
         self.queue = RowQueue(self.graph, memory)
 
@@ -83,6 +84,7 @@ def cases() -> Iterator[Any]:
     yield make
     for case in made:
         assert case.graph.close(LIMIT)
+        case.clock.end()
 
 
 def test_rows_come_in_order_and_saves_do_not_starve(cases: Any) -> None:
@@ -91,7 +93,7 @@ def test_rows_come_in_order_and_saves_do_not_starve(cases: Any) -> None:
     first = case.request(1)
     assert first.ended
     large = case.request(2, store=True, priority="background")
-    case.now = 3.0
+    case.clock.set(3.0)
     late = case.request(1)
     assert (large.state, late.state) == ("queued", "queued")
     case.end(first)
@@ -102,7 +104,7 @@ def test_rows_come_in_order_and_saves_do_not_starve(cases: Any) -> None:
     case.end(late)
     assert other.ended
     waits = case.request(2, store=True, priority="background")
-    case.now = 9.0
+    case.clock.set(9.0)
     passes = case.request(0)
     assert (waits.state, passes.state) == ("queued", "landed")
     assert case.takes == [False, True, False, True, False]

@@ -13,15 +13,16 @@ import pytest
 import torch
 from support.core_cases import noise
 from support.device_cases import current, delay, on
+from support.graph_ends import submit
 from support.storage_cases import FakeTier, key_of, small_form
 from support.waits import LIMIT, until
 
 from portakv import KVView
 from portakv.errors import InvalidTerms, TransferCancelled, TransferError, TransferTimeout
-from portakv.graph import Task
 from portakv.storage import BlockStore
 from portakv.storage import store as form_store
 from portakv.storage.memory import Crossing
+from portakv.storage.work import Task
 
 FORM = small_form()
 KEYS = [key_of(i) for i in range(8)]
@@ -79,7 +80,7 @@ def no_copies(store: BlockStore) -> Iterator[None]:
     go = threading.Event()
     queue = store.graph.queue("device-host")
     tasks = [Task(lambda *_: go.wait(LIMIT), 1, queue=queue) for _ in range(queue.width)]
-    store.graph.submit(tasks, priority="urgent")
+    submit(store.graph, tasks, priority="urgent")
     try:
         yield
     finally:

@@ -18,10 +18,10 @@ from support.waits import LIMIT
 
 from portakv import KVView
 from portakv.errors import StoreError
-from portakv.graph import Graph
 from portakv.runtime.interrupts import abandoned
 from portakv.storage import BlockStore
 from portakv.storage.calls import SLICE
+from portakv.storage.work import Graph
 
 FORM = small_form(layers=2, heads=2)
 MANY = 3 * SLICE - 8

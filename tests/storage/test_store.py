@@ -41,7 +41,6 @@ from portakv.errors import (
     TransferTimeout,
     Unsupported,
 )
-from portakv.graph.graph import Graph
 from portakv.graph.prometheus import Collector
 from portakv.storage import BlockStore
 from portakv.storage.form import BlockForm
@@ -49,6 +48,7 @@ from portakv.storage.tiers import remote
 from portakv.storage.tiers.base import TierStore
 from portakv.storage.tiers.disk import Disk, DiskStore
 from portakv.storage.tiers.remote import RemoteStore
+from portakv.storage.work import Graph
 
 KEYS = [key_of(i) for i in range(8)]
 NO_RETRY = {"max_retries": 0}

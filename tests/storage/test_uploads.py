@@ -16,9 +16,9 @@ from support.waits import LIMIT, until
 
 from portakv import KVView
 from portakv.errors import TransferError
-from portakv.graph import Handle
 from portakv.storage import BlockForm, BlockStore, Disk, prefix_keys
 from portakv.storage.tiers.disk import DiskStore
+from portakv.storage.work import Handle
 
 VIEW = KVView([torch.arange(16.0 * 2 * 8).reshape(16, 2, 8)], "layer | block token dim")
 FORM = BlockForm.of(VIEW, "model")

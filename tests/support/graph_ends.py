@@ -7,7 +7,10 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
-from portakv.graph import End, Ending, Graph, Handle, Task
+import numpy as np
+
+from portakv.storage.work import End, Ending, Graph, Handle, Task
+from portakv.tasks import Priority
 
 
 def end_of(
@@ -28,6 +31,29 @@ def end_of(
     parts = [Ending(task, range(blocks), range(blocks)) for task in tasks]
     graph.run(partial(graph.start, graph.finish(end, parts, eligible)))
     return end
+
+
+def submit(
+    graph: Graph,
+    tasks: Sequence[Task],
+    priority: Priority = "normal",
+    deadline: float | None = None,
+) -> None:
+    """Start tasks together; ``deadline``: seconds after which those that do not run are late."""
+
+    async def run(task: Task) -> None:
+        await graph.move(task, ~task.landed)
+
+    def begin() -> None:
+        graph.enter(tasks, priority, np.inf if deadline is None else deadline)
+        if deadline is not None:
+            for task in tasks:
+                graph.end_at(graph.clock() + deadline, task)
+        for task in tasks:
+            graph.start(run(task))
+
+    graph.check_open()
+    graph.run(begin, undo=lambda _: [graph.cancel(task) for task in tasks])
 
 
 def run_in_turn(graph: Graph, tasks: Sequence[Task]) -> None:

@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 
 from portakv.errors import TransferCancelled, TransferError
-from portakv.graph import End, Graph, Handle, Task
+from portakv.storage.work import End, Graph, Handle, Task
+from support.seeded_loop import SetLoop
 from support.waits import LIMIT
 
 BLOCKS = 3
@@ -122,9 +123,9 @@ def free_for_background(running: list[Known], width: int) -> bool:
 class Model:
     """The tasks of one graph, and the comparison of each with its predicted state."""
 
-    def __init__(self, graph: Graph, now: list[float]) -> None:
+    def __init__(self, graph: Graph, clock: SetLoop) -> None:
         self.graph = graph
-        self.now = now
+        self.clock = clock
         self.log = list[str]()
         self.tasks = list[Known]()
         self.timers = list[tuple[float, Known]]()
@@ -137,7 +138,7 @@ class Model:
     def submit(self, group: list[Known], deadline: float | None) -> None:
         """Add tasks that were submitted together."""
         self.tasks += group
-        now = self.now[0]
+        now = self.clock.time()
         for known in group:
             if deadline is not None:
                 known.due = min(known.due, now + deadline)
@@ -153,12 +154,12 @@ class Model:
     def slow(self, name: str) -> bool:
         """Return True if a task of a queue has run for too long."""
         since = [x.since for x in self.tasks if x.queue == name and x.since is not None]
-        return any(self.now[0] - x > STALL for x in since)
+        return any(self.clock.time() - x > STALL for x in since)
 
     def expire(self) -> None:
         """End the tasks whose deadline has passed."""
-        passed = [x for x in self.timers if x[0] <= self.now[0]]
-        self.timers = [x for x in self.timers if x[0] > self.now[0]]
+        passed = [x for x in self.timers if x[0] <= self.clock.time()]
+        self.timers = [x for x in self.timers if x[0] > self.clock.time()]
         for _, each in sorted(passed, key=lambda x: x[0]):
             self.cancel(each, "late")
 
@@ -249,7 +250,7 @@ class Model:
             known.unrun = expected = "dropped"
         assert task.state == expected, f"task {known.number} is {task.state}, not {expected}"
         if known.running:
-            known.since = self.now[0] if known.since is None else known.since
+            known.since = self.clock.time() if known.since is None else known.since
         assert task.ended == known.ended
         assert known.handle is None or known.handle.cancelled or known.ended == self.done(known)
         if not task.ended:

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Loops for tests: one with a seeded order and a fake clock, one of a separate thread, and one that
-watches its steps."""
+"""Loops for tests: one with a seeded order and a fake clock, and others in a thread. One of these
+has a fake clock, and one watches its steps."""
 
 from __future__ import annotations
 
@@ -20,21 +20,13 @@ from portakv.tasks.runtime import Loop, Steps
 MOST = 2e-3
 
 
-class SeededLoop(Loop):
-    """A loop whose ready calls run in an order that a seed gives, and whose time is its own.
+class ShuffledLoop(Loop):
+    """A loop whose ready calls run in an order that a seed gives."""
 
-    A pause takes no time: the clock goes on to the next timer.
-    """
-
-    def __init__(self, seed: int) -> None:
-        self.now = 0.0
-        self.random = Random(seed)
+    def __init__(self, random: Random) -> None:
+        self.random = random
         self._calls = list[asyncio.Handle]()
         super().__init__()
-        self.descriptors.select = self._select  # type: ignore[method-assign]
-
-    def time(self) -> float:
-        return self.now
 
     def call_soon(  # type: ignore[override]
         self, callback: Callable[..., Any], *args: Any, context: Context | None = None
@@ -43,7 +35,12 @@ class SeededLoop(Loop):
         super().call_soon(self._run_any)
         return self._calls[-1]
 
-    call_soon_threadsafe = call_soon  # type: ignore[assignment]
+    def call_soon_threadsafe(  # type: ignore[override]
+        self, callback: Callable[..., Any], *args: Any, context: Context | None = None
+    ) -> asyncio.Handle:
+        self._calls.append(asyncio.Handle(callback, args, self, context))
+        super().call_soon_threadsafe(self._run_any)
+        return self._calls[-1]
 
     def call_at(  # type: ignore[override]
         self, when: float, callback: Callable[..., Any], *args: Any, context: Context | None = None
@@ -54,6 +51,18 @@ class SeededLoop(Loop):
         call = self._calls.pop(self.random.randrange(len(self._calls)))
         if not call.cancelled():
             call._run()
+
+
+class SeededLoop(ShuffledLoop):
+    """A loop with a seeded order, whose time is its own: it goes on to the next timer."""
+
+    def __init__(self, seed: int) -> None:
+        self.now = 0.0
+        super().__init__(Random(seed))
+        self.descriptors.select = self._select  # type: ignore[method-assign]
+
+    def time(self) -> float:
+        return self.now
 
     def _select(self, timeout: float | None = None) -> list[tuple[selectors.SelectorKey, int]]:
         assert timeout is not None, "no coroutine is ready, and none waits for a time"
@@ -91,6 +100,27 @@ class ThreadLoop(Loop):
         self.close()
 
 
+class SetLoop(ThreadLoop):
+    """A loop in a thread whose time stands still until a test sets it."""
+
+    def __init__(self, now: float = 0.0) -> None:
+        self._now = now
+        super().__init__()
+        self.runtime = Runtime(self)
+        self.begin()
+
+    def time(self) -> float:
+        return self._now
+
+    def set(self, now: float) -> None:
+        """Let it be a time, and wait until the loop has done what is due by then."""
+        self._now = now
+        for _ in range(2):
+            seen = threading.Event()
+            self.call_soon_threadsafe(seen.set)
+            assert seen.wait(30.0)
+
+
 class WatchedLoop(ThreadLoop):
     """A loop in a thread that notes the rounds which took more than `MOST` of its processor time.
 
@@ -100,14 +130,34 @@ class WatchedLoop(ThreadLoop):
     def __init__(self) -> None:
         super().__init__()
         self.slow = list[float]()
-        self._last = 0.0
-        self._poll = self.descriptors.select
-        self.descriptors.select = self._select  # type: ignore[method-assign]
+        note_slow_rounds(self, self.slow)
         self.begin()
 
-    def _select(self, timeout: float | None = None) -> list[tuple[selectors.SelectorKey, int]]:
+
+def note_slow_rounds(loop: Loop, slow: list[float]) -> None:
+    """Note the seconds of each round of a loop that takes more than `MOST` of processor time."""
+    poll = loop.descriptors.select
+    last = 0.0
+
+    def select(timeout: float | None = None) -> list[tuple[selectors.SelectorKey, int]]:
+        nonlocal last
         now = time.thread_time()  # a pause takes none
-        if self._last and now - self._last > MOST:
-            self.slow.append(now - self._last)
-        self._last = now
-        return self._poll(timeout)
+        if last and now - last > MOST:
+            slow.append(now - last)
+        last = now
+        return poll(timeout)
+
+    loop.descriptors.select = select  # type: ignore[method-assign]
+
+
+def watch_steps() -> list[float]:
+    """Watch each loop that this process makes; return the list of slow rounds."""
+    slow = list[float]()
+    made = Loop.__init__
+
+    def make(self: Loop) -> None:
+        made(self)
+        note_slow_rounds(self, slow)
+
+    Loop.__init__ = make  # type: ignore[method-assign]
+    return slow

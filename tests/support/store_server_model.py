@@ -21,7 +21,6 @@ from typing import Any
 import numpy as np
 
 from portakv.errors import PortaKVError
-from portakv.graph import Mask
 from portakv.serving.server.messages import (
     UNFIT,
     Grant,
@@ -35,6 +34,7 @@ from portakv.serving.server.messages import (
 from portakv.serving.server.state import Client, Lease, ServerState, cells_of, whole_form
 from portakv.storage import BlockForm
 from portakv.storage.eviction import Pins
+from portakv.storage.work import Mask
 
 LAYERS = 2
 HEADS = 4

@@ -17,9 +17,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from portakv.errors import PortaKVError
-from portakv.graph import Mask
 from portakv.serving import Plan, Report
 from portakv.serving.worker import Blocks, Ending, Moved
+from portakv.storage.work import Mask
 
 #: Steps after which a save has released its blocks, and after which a load or save has ended.
 RELEASED = 1

@@ -6,7 +6,7 @@ from __future__ import annotations
 import pytest
 from support.seeded_loop import run_seeded
 
-from portakv.tasks import Limit, Runtime, Wait
+from portakv.tasks import Limit, Runtime, Turn, Wait
 from portakv.tasks.limit import Priority
 
 
@@ -103,3 +103,87 @@ def test_work_keeps_a_rate() -> None:
 
     run_seeded(3, steps)
     assert [round(x, 6) for x in starts] == [0.0, 1.0, 2.0, 3.0]
+
+
+def test_work_that_waits_for_a_rate_has_no_place_and_is_overtaken() -> None:
+    starts = list[tuple[str, float]]()
+
+    async def steps(of_test: Runtime) -> None:
+        limit = Limit(of_test, gbps=1.0)
+
+        async def work(name: str, priority: Priority) -> None:
+            assert await limit.acquire(10**9, priority)
+            starts.append((name, round(of_test.time(), 6)))
+            limit.release()
+
+        handles = [of_test.start(work("first", "urgent"))]
+        await Wait(until=0.1)
+        handles.append(of_test.start(work("normal", "normal")))
+        await Wait(until=0.12)
+        handles.append(of_test.start(work("urgent", "urgent")))
+        await Wait(until=0.3)
+        assert not await limit.acquire(1, until=0.4)
+        for each in handles:
+            await each
+
+    run_seeded(5, steps)
+    assert starts == [("first", 0.0), ("urgent", 1.0), ("normal", 2.0)]
+
+
+def turn(due: float, number: int, background: bool = False, alone: bool = False) -> Turn:
+    """Return the turn of some work."""
+    made = Turn(due, number)
+    made.background = background
+    made.alone = alone
+    return made
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_work_of_the_background_leaves_a_place_and_some_of_it_runs_alone(seed: int) -> None:
+    async def steps(of_test: Runtime) -> None:
+        limit = Limit(of_test, width=4)
+        turns = [turn(0.0, n, True, alone=n < 2) for n in range(6)]
+        turns.append(turn(9.0, 9))  # due after all others
+
+        async def work(each: Turn) -> None:
+            if await limit.take(each, Wait(until=20.0)):
+                await Wait(until=10.0 + each.number)
+                limit.release(each)
+
+        handles = [of_test.start(work(each)) for each in turns]
+        await Wait(until=5.0)
+        assert [each.begun for each in turns] == [True, False, True, True, False, False, True]
+        await Wait(until=10.5)  # the first one has ended
+        assert [each.begun for each in turns] == [True, True, True, True, False, False, True]
+        for each in handles:
+            await each
+        assert all(each.begun for each in turns)
+
+    run_seeded(seed, steps)
+
+
+def test_a_turn_that_becomes_due_sooner_is_the_next_once() -> None:
+    order = list[int]()
+
+    async def steps(of_test: Runtime) -> None:
+        limit = Limit(of_test)
+        await limit.acquire()
+        turns = [turn(float(n), n, background=True) for n in range(3)]
+
+        async def work(each: Turn) -> None:
+            assert await limit.take(each, Wait(here=True))
+            order.append(each.number)
+            limit.release(each)
+
+        handles = [of_test.start(work(each)) for each in turns]
+        await Wait(until=1.0)
+        turns[2].due = -1.0
+        turns[2].background = False
+        limit.push(turns[2])
+        limit.release()
+        for each in handles:
+            await each
+        assert await limit.acquire(until=of_test.time() + 1.0), "the former entry took a place"
+
+    run_seeded(2, steps)
+    assert order == [2, 0, 1]

@@ -15,11 +15,11 @@ import torch
 
 from portakv.arguments import kind_of
 from portakv.errors import InvalidTerms
-from portakv.graph import Mask
 from portakv.integrations import MATRIX, IntegrationError
 from portakv.integrations.interfaces import lacks, names_in
 from portakv.serving.local import StoreTerms, checksum_of_weights
 from portakv.serving.page_tasks import PagePool
+from portakv.storage.work import Mask
 
 # ------------------------------------------------------------------------------------------------
 # The configuration of PortaKV as SGLang's storage backend. No engine is imported.

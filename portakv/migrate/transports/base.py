@@ -10,8 +10,8 @@ converts nothing. The library calls a transport in this order:
    the same name. The owner's channel serves the messages in ``asks`` from then on.
 3. `Transport.lane` returns the `Lane` to one peer, and creates the lane at the first call. The
    channel closes the lane when the peer is gone.
-4. `Lane.move` queues one buffer and returns a `Moving` without blocking. The owner calls it in its
-   worker for gathers, the reader in a worker of its pull. Both pass the buffers of one peer in one
+4. `Lane.move` queues one buffer and returns a `Moving` without blocking. Helper threads call it,
+   and a reader's loop for buffers of the host. Both sides pass the buffers of one peer in one
    order.
    The reader calls `Lane.meet` first, before it requests rows from the owner.
 5. `Lane.carry` runs in a thread of the lane and moves the bytes. It may send messages in ``asks``
@@ -51,10 +51,10 @@ from portakv.backends.base import Decision
 from portakv.errors import PeerError, TransferTimeout
 from portakv.migrate.messages import Message
 from portakv.runtime.devices import refuse_fork, this_process
-from portakv.runtime.inbox import Inbox
 from portakv.runtime.resources import start_thread
 from portakv.runtime.transfer import event_pool
 from portakv.runtime.worker import EXIT_SECONDS
+from portakv.tasks import Signal, Wait, runtime
 
 if TYPE_CHECKING:
     from portakv.migrate.channel import Channel, Peer
@@ -82,7 +82,7 @@ class Moving:
         self.free = threading.Event()
         self.issued = threading.Event()
         self._event: torch.Event | None = None  # recorded after the bytes, if a stream orders them
-        self._calls = list[Callable[[], object]]()
+        self._calls = list[tuple[threading.Event, Callable[[], object]]]()
         self._touched = False
         self._lock = threading.Lock()
 
@@ -119,6 +119,7 @@ class Moving:
         with self._lock:
             self._event = event
             self.issued.set()
+        self._make_calls()
 
     def follow(self, timeout: float) -> bool:
         """Order the current stream of the buffer's device after the bytes; return True if it is.
@@ -133,16 +134,36 @@ class Moving:
         self._event.wait(torch.accelerator.current_stream(self.buffer.device.index))
         return True
 
-    def on_free(self, call: Callable[[], object]) -> None:
-        """Call ``call`` once when the buffer may be used again, immediately if it may.
+    def on(self, event: threading.Event, call: Callable[[], object]) -> None:
+        """Make a call once when an event of the buffer is set, immediately if it is.
 
-        The call must be quick: it runs in the thread that ends the buffer.
+        The call must be quick: it runs in the thread that sets the event.
         """
         with self._lock:
-            if not self.free.is_set():
-                self._calls.append(call)
-                return
-        call()
+            self._calls.append((event, call))
+        self._make_calls()
+
+    async def seen(self, event: threading.Event, seconds: float) -> bool:
+        """Wait in a coroutine for an event of the buffer, at most some seconds; return True if it
+        is set.
+
+        Raises as `wait`, except if it waits until the buffer is free.
+        """
+        if not event.is_set():
+            wait = Wait(until=runtime().time() + seconds)
+            self.on(event, partial(runtime().wake, wait))
+            await wait
+        if event is not self.free:
+            self.wait(0.0)
+        return event.is_set()
+
+    def _make_calls(self) -> None:
+        """Make the calls whose events are set."""
+        with self._lock:
+            calls = [call for event, call in self._calls if event.is_set()]
+            self._calls = [each for each in self._calls if not each[0].is_set()]
+        for call in calls:
+            call()
 
     def poll(self, ended: Callable[[], bool]) -> None:
         """Call ``ended`` until it returns True, at growing intervals so that other threads can run.
@@ -164,20 +185,16 @@ class Moving:
 
     def end(self, error: Exception | None = None, untouched: bool = False) -> None:
         """End the buffer; the first end counts. ``untouched``: no library touches it now."""
-        calls = list[Callable[[], object]]()
         with self._lock:
             self._touched = self._touched and not untouched
             if not self._touched:
                 self.free.set()
-                calls = self._calls
-                self._calls = []
             if not self.over.is_set():
                 self.error = error
                 self.over.set()
                 self.issued.set()
             self._before = None  # else each buffer would retain all earlier ones
-        for call in calls:
-            call()
+        self._make_calls()
 
 
 def gone_peer(other: str | Peer) -> PeerError:
@@ -225,7 +242,8 @@ class Lane(ABC):
         self._moving = set[Moving]()
         # As many as have their turns together: the next one's turn begins after the first of them.
         self._last = deque[Moving](maxlen=self.width)
-        self._jobs = Inbox[Any]()
+        self._jobs = deque[Any]()  # for the threads of the lane; None: the lane is closed
+        self._more = Signal(runtime())
         self._turn = threading.Lock()
         self.order = threading.Lock()  # buffers are queued one at a time
         named: Any = {"target": self._run, "name": "portakv-transport", "daemon": True}
@@ -276,7 +294,17 @@ class Lane(ABC):
 
     def queue(self, moving: Moving, ready: torch.Event | None, tag: int) -> None:
         """Have a thread of the lane carry a buffer, after earlier buffers."""
-        self._jobs.put((moving, ready, tag))
+        self.put((moving, ready, tag))
+
+    def put(self, job: Any) -> None:
+        """Give the threads of the lane a job."""
+        self._jobs.append(job)
+        with runtime().lock:
+            self._more.notify()
+
+    def has_job(self, seconds: float | None = None) -> bool:
+        """Wait for a job, at most some seconds; return False if there is none by then."""
+        return bool(self._jobs) or self._more.block(lambda: self._jobs, seconds)
 
     def _admit(self, buffer: torch.Tensor) -> Moving:
         """Return a buffer in flight, which ends with this lane at the latest."""
@@ -309,7 +337,7 @@ class Lane(ABC):
             for moving in left:
                 moving.end(error, untouched)
             for _ in self.threads:
-                self._jobs.put(None)
+                self.put(None)
 
     def release(self, error: Exception) -> None:
         """Close the lane to a peer that is gone, or that has released it: it gets no message."""
@@ -342,7 +370,7 @@ class Lane(ABC):
 
     def _work(self) -> None:
         """Carry buffers until the lane is closed."""
-        while self._turn.acquire() and (job := self._jobs.get()):
+        while self._turn.acquire() and self.has_job() and (job := self._jobs.popleft()):
             moving = job[0]
             carrying = self.carry(*job)
             holds_turn = True

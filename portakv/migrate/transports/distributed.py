@@ -17,7 +17,6 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 from datetime import timedelta
 from functools import partial
-from queue import Empty
 from secrets import token_hex
 from typing import TYPE_CHECKING, Any
 
@@ -179,8 +178,8 @@ class DevicePair(Pair):
         ignore_captures_elsewhere(self.transport.device)
         closed = False
         while not (closed and self._is_idle()):
-            with suppress(Empty):
-                job = self._jobs.get(timeout=self._pause() if self._flying else None)
+            if self.has_job(self._pause() if self._flying else None):
+                job = self._jobs.popleft()
                 if job is None:
                     closed = True
                 else:
@@ -198,16 +197,16 @@ class DevicePair(Pair):
         """Issue a buffer, or have the thread issue it; one caller at a time."""
         if self._waiting or not self._connected:
             self._waiting += 1
-            self._jobs.put(partial(self._issue_later, moving, ready, tag))
+            self.put(partial(self._issue_later, moving, ready, tag))
             return
         try:
             self._issue(moving, ready, tag)
         except Exception as caught:  # whatever failed, later buffers would take its bytes
-            self._jobs.put(partial(self._abort, moving, caught))
+            self.put(partial(self._abort, moving, caught))
             self.close(self.failure(moving, caught))  # now: the next caller may be quicker
             return
         if len(self._flying) == 1:  # the thread may sleep until there is a job
-            self._jobs.put(bool)
+            self.put(bool)
 
     def _issue_later(self, moving: Moving, ready: torch.Event | None, tag: int) -> None:
         """Issue a buffer in the thread."""

@@ -16,7 +16,6 @@ import torch
 
 from portakv.arguments import flag, instance, items, one_of, seconds, text
 from portakv.errors import InvalidTerms, PortaKVError, StoreError, TransferTimeout
-from portakv.graph import SLACK, Mask, Priority
 from portakv.host import pinned
 from portakv.migrate.channel import Channel, Peer
 from portakv.migrate.shared_memory import open_shared
@@ -56,7 +55,8 @@ from portakv.storage.keys import check_keys, predecessors
 from portakv.storage.memory import Crossing, Loan
 from portakv.storage.store import SHORT_COPY
 from portakv.storage.tiers.base import After, Keys
-from portakv.tasks import Limit, Signal, Wait, Work, runtime
+from portakv.storage.work import Mask
+from portakv.tasks import SLACK, Limit, Priority, Signal, Wait, Work, runtime
 from portakv.view import IdList, KVView
 
 T = TypeVar("T")

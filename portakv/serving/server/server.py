@@ -676,10 +676,9 @@ class StoreServer:
         if self._events is not None:
             self._events.answer()
         opened = self._opened
-        if opened is None or opened.store.graph.closed.is_set():  # the interpreter ends
+        if opened is None or opened.store.graph.closed:  # the interpreter ends
             return
         with self._runtime.released():
-            opened.store.graph.sweep()  # loads end in time also if a disk holds all workers
             for handle in opened.store.finished():
                 opened.state.ended(handle)
             opened.state.advance()

@@ -30,7 +30,6 @@ import numpy as np
 
 from portakv.arguments import shown
 from portakv.errors import InvalidTerms, PeerError
-from portakv.graph import Handle
 from portakv.graph.trace import Figures
 from portakv.serving.server.messages import (
     UNFIT,
@@ -49,6 +48,7 @@ from portakv.storage.eviction import Pins
 from portakv.storage.form import BlockForm
 from portakv.storage.lent import Borrowed, LentCopy
 from portakv.storage.store import FormStore
+from portakv.storage.work import Handle
 from portakv.tasks import runtime
 
 # ------------------------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ The library calls a tier in this order:
 - For each call of a user, under the lock of the task graph: `known`, `wants`, `queue`,
   `queue_for_write` and `touch`. They answer from memory and return within microseconds.
 - `has` in the thread of a `lookup`, without that lock. It may ask over a network until its timeout.
-- `read` and `write` in workers of the queue that `queue` or `queue_for_write` returned, several
+- `read` and `write` in the turns of the queue that `queue` or `queue_for_write` returned, several
   together for one tier store. They block until the blocks came or are stored. The rows belong to
   them until they return, and no medium uses them afterwards: an operation that still uses a row
   has to end first.
@@ -47,13 +47,13 @@ from typing import Any, Protocol, TypeAlias
 
 from portakv.arguments import invalid, items, shown
 from portakv.errors import InvalidTerms, StoreError
-from portakv.graph.graph import Graph, Queue
 from portakv.graph.trace import Figures
 from portakv.selection import Catalog, Kind
 from portakv.storage.form import BlockForm
 from portakv.storage.image import Row
 from portakv.storage.memory import Rows
 from portakv.storage.reasons import Report
+from portakv.storage.work import Graph, Queue
 
 # ------------------------------------------------------------------------------------------------
 # Figures for operators from what tier stores report about themselves.
@@ -222,11 +222,11 @@ class TierStore(Protocol):
         ...
 
     def queue(self, key: bytes, /) -> Queue:
-        """Return the queue in whose workers a block is read."""
+        """Return the queue in whose turn a block is read."""
         ...
 
     def queue_for_write(self, nbytes: int, /) -> Queue:
-        """Return the queue in whose workers so many bytes are best written now."""
+        """Return the queue in whose turn so many bytes are best written now."""
         ...
 
     def read(

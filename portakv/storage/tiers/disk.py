@@ -18,7 +18,6 @@ from typing import Any, Literal, NamedTuple
 from portakv.arguments import invalid, number, one_of, whole
 from portakv.core.io import WRONG, Check
 from portakv.errors import InvalidTerms, StoreBusy, StoreError
-from portakv.graph.graph import Graph, Queue
 from portakv.runtime.bounded import Bounded
 from portakv.runtime.rate_limited_log import RateLimitedLog
 from portakv.storage import reasons
@@ -31,6 +30,7 @@ from portakv.storage.io.threads import verifies
 from portakv.storage.reasons import Reason, Report
 from portakv.storage.tiers.files import PAGE, cause_of, forms_in, open_to_others
 from portakv.storage.tiers.folder import Place, Slots, Space, Track
+from portakv.storage.work import Graph, Queue
 
 # ------------------------------------------------------------------------------------------------
 # `DiskStore` reads and writes the blocks of one form in all folders of a disk tier.

@@ -30,8 +30,6 @@ import numpy as np
 from portakv.arguments import kind_of
 from portakv.errors import InvalidTerms, StoreError
 from portakv.extras import installing
-from portakv.graph.graph import Graph, Queue
-from portakv.graph.task import Task
 from portakv.runtime import resources
 from portakv.runtime.bounded import Bounded
 from portakv.runtime.devices import this_process
@@ -43,6 +41,8 @@ from portakv.storage.image import HEADER, Row, header, verify
 from portakv.storage.reasons import Reason, Report
 from portakv.storage.tiers import compressed
 from portakv.storage.tiers.compressed import Compressor, check_compress
+from portakv.storage.work import Graph, Queue
+from portakv.tasks import Handle
 
 # ------------------------------------------------------------------------------------------------
 # `RemoteStore` reads and writes the blocks of one form in an object store.
@@ -150,23 +150,24 @@ class RemoteStore:
         """Return which blocks are stored; blocks without an answer after ``timeout`` seconds count
         as missing.
 
-        One task requests each block that is not known.
+        One request asks for each block that is not known.
         """
-        graph = self._graph
+        self._graph.check_open()
+        runtime = self._graph.runtime
         now = self._remote.now()
-        until = graph.clock() + (3e9 if timeout is None else timeout)
-        ask = self._there
+        until = runtime.time() + (3e9 if timeout is None else timeout)
         left = [key for key in keys if abs(self.verdicts.get(key, 0.0)) <= now]
-        works = [lambda _, mask, key=key: mask & ask(key) for key in left if not self._fault(key)]
-        tasks = [Task(work, 1, queue=self._heads, name="lookup") for work in works]
-        graph.submit(tasks, priority="urgent")
+
+        def begin() -> list[Handle[bool]]:
+            call = partial(self._heads.call, "lookup", self._there)
+            return [runtime.start(call(key)) for key in left if not self._fault(key)]
+
+        requests = self._graph.run(begin, undo=_cancel_all)
         try:
-            for task in tasks:
-                task.wait(max(0.0, until - graph.clock()))
+            for request in requests:
+                request.wait(max(0.0, until - runtime.time()))
         finally:
-            late = [task for task in tasks if not task.ended]
-            if late:
-                graph.run(lambda: [graph.cancel(task) for task in late])
+            _cancel_all(requests)
         return self.known(keys)
 
     def known(self, keys: Keys) -> list[bool]:
@@ -553,6 +554,12 @@ class RemoteStore:
         if remote.compressor:
             figures["compressed"] = remote.compressor.statistics()
         return figures
+
+
+def _cancel_all(requests: Sequence[Handle[bool]]) -> None:
+    """Cancel the requests that have not begun."""
+    for request in requests:
+        request.cancel()
 
 
 def _codec() -> Any:

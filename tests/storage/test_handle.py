@@ -13,13 +13,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-from support.graph_ends import end_of
+from support.graph_ends import end_of, submit
 from support.waits import LIMIT
 
 from portakv.errors import TransferCancelled, TransferError, TransferTimeout
-from portakv.graph.graph import Graph
-from portakv.graph.handle import Handle
-from portakv.graph.task import Task
+from portakv.storage.work import Graph, Handle, Task
 
 
 @pytest.fixture
@@ -33,7 +31,7 @@ def graph() -> Iterator[Graph]:
 def submitted(graph: Graph, work: Any, blocks: int = 3, **terms: Any) -> Handle:
     """Return the handle of one task."""
     task = Task(work, blocks, queue=graph.queue("disk"))
-    graph.submit([task], priority="urgent")
+    submit(graph, [task], priority="urgent")
     return Handle(graph, end_of(graph, [task], blocks), **terms)
 
 
@@ -71,7 +69,7 @@ def test_a_save_names_the_first_tier_that_did_not_take_all(graph: Graph) -> None
         Task(partial(lambda n, _, mask: mask & (np.arange(3) < n), n), 3, queue=graph.queue(name))
         for name, n in (("disk:/a", 3), ("disk:/b", 2), ("remote", 0))
     )
-    graph.submit([takes, half, none])
+    submit(graph, [takes, half, none])
     end = end_of(graph, [takes, half, none], 3, "save")
     with pytest.raises(TransferError, match=r"^0 of 3 blocks landed\. disk:/b did not") as error:
         Handle(graph, end).synchronize()
@@ -80,14 +78,14 @@ def test_a_save_names_the_first_tier_that_did_not_take_all(graph: Graph) -> None
 
 def test_a_save_that_fails_names_its_cause(graph: Graph) -> None:
     work = Task(lambda task, mask: 1 // 0, 3, queue=graph.queue("disk"))
-    graph.submit([work])
+    submit(graph, [work])
     with pytest.raises(TransferError, match=r"^0 of 3 blocks landed\. ZeroDivisionError"):
         Handle(graph, end_of(graph, [work], 3, "save")).synchronize()
 
 
 def test_blocks_that_cannot_be_told_do_not_land(graph: Graph) -> None:
     work = Task(lambda task, mask: None, 3, queue=graph.queue("disk"))
-    graph.submit([work])
+    submit(graph, [work])
     end = end_of(graph, [work], 3, eligible=lambda: 1 // 0)
     with pytest.raises(TransferError, match=r"^0 of 3 blocks landed\. ZeroDivisionError"):
         Handle(graph, end).synchronize()
@@ -143,7 +141,7 @@ def test_layers_end_one_by_one_and_are_cancelled_together(graph: Graph) -> None:
     second = Task(lambda task, mask: go.wait(LIMIT) and None, 2, queue=disk)
     third = Task(lambda task, mask: None, 2, queue=disk)
     parts = [[first], [first, second], [second, third]]  # segments that layers share
-    graph.submit([first, second, third])
+    submit(graph, [first, second, third])
     layers = [end_of(graph, part, 2) for part in parts]
     for layer in layers:
         layer.stop = None

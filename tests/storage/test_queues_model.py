@@ -14,12 +14,13 @@ from hypothesis import strategies as st
 from hypothesis.errors import Flaky
 from hypothesis.stateful import RuleBasedStateMachine, precondition, rule
 from hypothesis.stateful import run_state_machine_as_test as run_machine
-from support.graph_ends import end_of, run_in_turn
+from support.graph_ends import end_of, run_in_turn, submit
 from support.graph_model import BLOCKS, SLACK, STALL, WIDTHS, Known, Model, Work
+from support.seeded_loop import SetLoop
 from support.waits import LIMIT
 
 from portakv.errors import TransferError
-from portakv.graph import End, Graph, Handle, Task
+from portakv.storage.work import End, Graph, Handle, Task
 
 BITS = st.lists(st.booleans(), min_size=BLOCKS, max_size=BLOCKS)
 AT = st.integers(0, 99)  # chooses among the things that are there
@@ -46,9 +47,9 @@ class GraphMachine(RuleBasedStateMachine):
 
     def __init__(self, kind: type[Graph] = Graph) -> None:
         super().__init__()
-        self.now = [0.0]
-        self.graph = kind(clock=lambda: self.now[0])
-        self.model = Model(self.graph, self.now)
+        self.clock = SetLoop()
+        self.graph = kind(runtime=self.clock.runtime)
+        self.model = Model(self.graph, self.clock)
         for name, width in WIDTHS.items():
             self.graph.queue(name, width, stall_seconds=STALL)
 
@@ -57,7 +58,7 @@ class GraphMachine(RuleBasedStateMachine):
         """Submit tasks, and perhaps wait for the end of all by a handle."""
         group = [self.known(queue, [], number, terms) for number, queue in enumerate(queues)]
         tasks = [known.task for known in group if isinstance(known.task, Task)]
-        self.graph.submit(tasks, priority=terms.priority, deadline=terms.deadline)
+        submit(self.graph, tasks, priority=terms.priority, deadline=terms.deadline)
         self.model.submit(group, terms.deadline)
         if ends:
             self.end(group)
@@ -81,7 +82,7 @@ class GraphMachine(RuleBasedStateMachine):
         work = Work(self.model.log)
         name = f"task {number}"
         task = Task(work, BLOCKS, queue=self.graph.queue(queue), nbytes=number, name=name)
-        due = self.now[0] + SLACK[terms.priority]
+        due = self.clock.time() + SLACK[terms.priority]
         return Known(task, number, after, work, due, terms.priority == "background")
 
     def end(self, group: list[Known]) -> None:
@@ -119,10 +120,10 @@ class GraphMachine(RuleBasedStateMachine):
     @rule(seconds=st.sampled_from((0.03, 0.3, 1.0, 2.5)))
     def advance(self, seconds: float) -> None:
         """Let time pass, from one deadline to the next."""
-        end = self.now[0] + seconds
+        end = self.clock.time() + seconds
         stops = sorted({when for when, _ in self.model.timers if when < end})
-        for self.now[0] in (*stops, end):
-            self.graph.sweep()
+        for at in (*stops, end):
+            self.clock.set(at)
             self.model.expire()
             self.model.settle()
 
@@ -140,11 +141,12 @@ class GraphMachine(RuleBasedStateMachine):
             for work in works:
                 work.go.set()
         assert self.graph.close(LIMIT) or not sound
+        self.clock.end()
         if sound:
             self.model.compare()
             assert all(known.final for known in self.model.tasks)
             with pytest.raises(TransferError, match="closed"):
-                self.graph.submit([])
+                self.graph.check_open()
 
 
 WIDE = pytest.param(10.0, marks=pytest.mark.full)
@@ -176,8 +178,8 @@ class CountsNone(Graph):
 class NeverLate(Graph):
     """A graph that ignores deadlines."""
 
-    def sweep(self) -> float:
-        return self.clock()
+    def end_at(self, when: float, end: End) -> None:
+        pass
 
 
 class LastFirst(Graph):
@@ -186,7 +188,7 @@ class LastFirst(Graph):
     def enter(self, tasks: Any, *terms: Any) -> None:
         super().enter(tasks, *terms)
         for task in tasks:
-            task.schedule.due = float(-task.schedule.number)
+            task.due = float(-task.number)
 
 
 class RunsAll(Graph):

@@ -16,11 +16,13 @@ from itertools import pairwise
 from typing import Any
 
 import pytest
-from support.graph_ends import end_of, run_in_turn
+from support.graph_ends import end_of, run_in_turn, submit
+from support.seeded_loop import SetLoop
 from support.waits import until
 
 from portakv.errors import InvalidTerms, TransferError
-from portakv.graph import End, Graph, Task
+from portakv.runtime import interrupts
+from portakv.storage.work import End, Graph, Task
 
 WAIT = 30.0  # seconds, for what takes none
 
@@ -48,15 +50,17 @@ def nothing(task: Task, mask: Any) -> None:
 
 
 @pytest.fixture
-def now() -> list[float]:
-    """Return the time that the graph's clock shows."""
-    return [0.0]
+def clock() -> Iterator[SetLoop]:
+    """Return a clock that stands still until a test sets it."""
+    loop = SetLoop()
+    yield loop
+    loop.end()
 
 
 @pytest.fixture
-def graph(now: list[float]) -> Iterator[Graph]:
-    """Return a graph whose clock stands still until a test sets it."""
-    graph = Graph(clock=lambda: now[0])
+def graph(clock: SetLoop) -> Iterator[Graph]:
+    """Return a graph with that clock."""
+    graph = Graph(runtime=clock.runtime)
     yield graph
     assert graph.close(WAIT)
 
@@ -65,7 +69,7 @@ def graph(now: list[float]) -> Iterator[Graph]:
 def busy(graph: Graph) -> Iterator[Blocked]:
     """Occupy the one worker of queue "one"."""
     work = Blocked()
-    graph.submit([Task(work, 1, queue=graph.queue("one"))], priority="urgent")
+    submit(graph, [Task(work, 1, queue=graph.queue("one"))], priority="urgent")
     assert work.began.wait(WAIT)
     yield work
     work.end.set()
@@ -75,7 +79,7 @@ def test_a_mask_that_does_not_fit_fails_its_task_alone(graph: Graph) -> None:
     queue = graph.queue("any")
     wrong = Task(lambda task, mask: [True], 2, queue=queue)
     right = Task(lambda task, mask: [True, False], 2, queue=queue)
-    graph.submit([wrong, right])
+    submit(graph, [wrong, right])
     assert wrong.wait(WAIT)
     assert right.wait(WAIT)
     assert (wrong.state, *wrong.landed) == ("failed", False, False)
@@ -92,63 +96,48 @@ def test_a_link_keeps_its_terms(graph: Graph) -> None:
     assert graph.queue("disk:b").width == 1
 
 
-def test_terms_that_are_none_are_refused_before_anything_begins(graph: Graph) -> None:
-    good = Task(nothing, 1, queue=graph.queue("any"))
-    known = Task(nothing, 1, queue=graph.queue("any"))
-    graph.submit([known])
-    for tasks, terms in (
-        ([], {"priority": "hasty"}),
-        ([], {"priority": None}),
-        ([], {"deadline": "soon"}),
-        ([], {"deadline": -1}),
-        ([3], {}),
-        ([known], {}),
-    ):
-        with pytest.raises(InvalidTerms, match=f"Expected {next(iter(terms), 'tasks')}"):
-            graph.submit([good, *tasks], **terms)
-    assert not good.wait()
-    assert not graph.cancel(good)
-    graph.submit([good])
-    assert good.wait(WAIT)
-    assert [x.queued_bytes for x in graph.queues.values()] == [0] * len(graph.queues)
-
-
-def test_a_system_without_threads_fails_what_it_cannot_begin(
+def test_a_system_without_threads_runs_tasks_in_the_callers(
     graph: Graph, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def start(thread: threading.Thread) -> None:
         raise RuntimeError("can't start new thread")
 
-    plain = Task(nothing, 1, queue=graph.queue("any"))
-    wide = graph.queue("wide", 2)
     work = Blocked()
-    graph.submit([Task(work, 1, queue=wide)])
+    most = 1 + sum(each.name == interrupts.NAME for each in threading.enumerate())
+    queue = graph.queue("wide", most)
+    running = [Task(work, 1, queue=queue) for _ in range(most)]
+    submit(graph, running)
+    assert until(lambda: len(queue.running) == most, WAIT)
     with monkeypatch.context() as patch:
         patch.setattr(threading.Thread, "start", start)
-        queued = Task(nothing, 1, queue=wide)
-        graph.submit([plain, queued])
-    assert plain.done()
-    assert (plain.state, str(plain.error)) == ("failed", "can't start new thread")
+        tasks = [Task(nothing, 1, queue=graph.queue("any")) for _ in range(3)]
+        submit(graph, tasks)
+    assert [task.state for task in tasks] == ["landed"] * 3
     work.end.set()
-    assert queued.wait(WAIT)
-    again = Task(nothing, 1, queue=plain.queue)
-    graph.submit([again])
-    assert again.wait(WAIT)
+    assert all(task.wait(WAIT) for task in running)
 
 
-def test_a_queue_has_as_many_threads_as_tasks_ran_together(graph: Graph) -> None:
+def test_one_helper_runs_tasks_one_after_the_other(graph: Graph) -> None:
+    """A change of threads costs more than a task."""
+    idents = set[int]()
+    queue = graph.queue("one")
+
+    def note(task: Task, mask: Any) -> None:
+        idents.add(threading.get_ident())
+
+    submit(graph, [Task(note, 1, queue=queue) for _ in range(50)])
+    assert until(lambda: not graph.live, WAIT)
+    assert len(idents) == 1
+    assert threading.get_ident() not in idents
+
+
+def test_a_queue_runs_as_many_tasks_together_as_its_width(graph: Graph) -> None:
     queue = graph.queue("wide", 3)
-    for _ in range(5):
-        task = Task(nothing, 1, queue=queue)
-        graph.submit([task])
-        assert task.wait(WAIT)
-        assert until(lambda: queue._idle == 1, WAIT)
-    assert len(queue.threads) == 1
     begun = threading.Barrier(3)
-    tasks = [Task(lambda *_: begun.wait(WAIT) and None, 1, queue=queue) for _ in range(3)]
-    graph.submit(tasks)
+    tasks = [Task(lambda *_: begun.wait(WAIT) and None, 1, queue=queue) for _ in range(6)]
+    submit(graph, tasks)
     assert all(task.wait(WAIT) for task in tasks)
-    assert len(queue.threads) == 3
+    assert {ran.worker for ran in graph.trace.ran} == {1, 2, 3}
 
 
 # --- order ----------------------------------------------------------------------------------------
@@ -160,7 +149,7 @@ def test_what_an_urgent_one_waits_for_is_as_urgent(graph: Graph, busy: Blocked) 
     queue = graph.queue("one")
     work = lambda task, mask: ran.append(task.name)  # noqa: E731
     tasks = [Task(work, 1, queue=queue, name=name) for name in "abc"]
-    graph.submit(tasks, priority="background")
+    submit(graph, tasks, priority="background")
     with graph.lock:
         graph.hasten(tasks[-1], 0.0)
     busy.end.set()
@@ -168,20 +157,20 @@ def test_what_an_urgent_one_waits_for_is_as_urgent(graph: Graph, busy: Blocked) 
     assert ran == ["c", "a", "b"]
 
 
-def test_background_for_ever_and_urgent_for_ever_both_go_on(graph: Graph, now: list[float]) -> None:
+def test_background_for_ever_and_urgent_for_ever_both_go_on(graph: Graph, clock: SetLoop) -> None:
     """Fault 51. Each task submits the next of its kind, and each takes a tenth of a second."""
     ran = Counter[str]()
     queue = graph.queue("one")
 
     def work(task: Task, mask: Any) -> None:
-        now[0] += 0.1
+        clock.set(clock.time() + 0.1)
         ran[task.name] += 1
         if ran.total() < 400:
             begin(task.name)
 
     def begin(*kinds: Any) -> None:
         for kind in kinds:
-            graph.submit([Task(work, 1, queue=queue, name=kind)], priority=kind)
+            submit(graph, [Task(work, 1, queue=queue, name=kind)], priority=kind)
 
     with graph.lock:  # the first may not end before the others are there
         begin("background", "urgent", "urgent", "urgent")
@@ -196,7 +185,7 @@ def test_links_keep_a_pace() -> None:
     graph = Graph()
     queue = graph.queue("paced", 2, max_gbps=0.1)
     tasks = [Task(nothing, 1, queue=queue, nbytes=10**6) for _ in range(3)]
-    graph.submit(tasks)
+    submit(graph, tasks)
     assert all(task.wait(WAIT) for task in tasks)
     begun = sorted(ran.start for ran in graph.trace.ran)
     assert begun[2] - begun[0] >= 0.0199
@@ -204,19 +193,20 @@ def test_links_keep_a_pace() -> None:
 
 
 def test_what_waits_for_its_pace_can_be_overtaken_and_cancelled(
-    graph: Graph, now: list[float]
+    graph: Graph, clock: SetLoop
 ) -> None:
     """The queue is not slow meanwhile."""
     queue = graph.queue("paced", 4, max_gbps=0.1, stall_seconds=0.05)
     tasks = [Task(nothing, 1, queue=queue, nbytes=10**7, name=name) for name in "abcd"]
-    graph.submit(tasks, priority="normal")
+    submit(graph, tasks, priority="normal")
     assert tasks[0].wait(WAIT)
     urgent = Task(nothing, 1, queue=queue, nbytes=10**7, name="urgent")
-    graph.submit([urgent], priority="urgent")
+    submit(graph, [urgent], priority="urgent")
     assert graph.cancel(tasks[1])
-    now[0] = 0.09
+    clock.set(0.09)
     assert not queue.slow
-    for now[0], task in [(0.101, urgent), (0.202, tasks[2]), (0.303, tasks[3])]:
+    for at, task in [(0.101, urgent), (0.202, tasks[2]), (0.303, tasks[3])]:
+        clock.set(at)
         assert task.wait(WAIT)
     began = {ran.name: ran.start for ran in graph.trace.ran}
     assert began == {"a": 0.0, "urgent": 0.101, "c": 0.202, "d": 0.303}
@@ -228,11 +218,10 @@ def test_what_ended_is_forgotten(graph: Graph) -> None:
     task = Task(work := Blocked(), 1, queue=graph.queue("any"), uses=uses)
     other = Task(nothing, 1, queue=graph.queue("any"), uses=uses)
     refs = [weakref.ref(x) for x in (uses, work, task, other)]
-    graph.submit([task, other], deadline=99.0)
+    submit(graph, [task, other], deadline=99.0)
     end = end_of(graph, [task, other])
     work.end.set()
     assert end.wait(WAIT)
-    graph.sweep()
     del uses, work, task, other, end
     until = time.monotonic() + WAIT
     while any(ref() for ref in refs) and time.monotonic() < until:
@@ -244,11 +233,11 @@ def test_ends_of_one_task_come_in_the_order_in_which_they_were_made(graph: Graph
     """Whoever sees the end of a load, which is made last, sees the ends of its layers."""
     work = Blocked()
     read = Task(work, 1, queue=graph.queue("disk"))
-    graph.submit([read])
+    submit(graph, [read])
     ends = [end_of(graph, [read]) for _ in range(4)]
     order = list[int]()
     for number, end in enumerate(ends):
-        end.on_end = partial(order.append, number)
+        end.on_end(partial(order.append, number))
     work.end.set()
     assert all(end.wait(WAIT) for end in ends)
     with graph.lock:  # all of them end under it
@@ -262,7 +251,7 @@ def test_who_waits_learns_of_a_time_that_was_set_since() -> None:
     queue = real.queue("disk")
     running = Task(work, 1, queue=queue)
     late = Task(nothing, 1, queue=queue)
-    real.submit([running, late])
+    submit(real, [running, late])
     until = real.clock() + 0.2
     timer = threading.Timer(0.05, lambda: real.run(partial(real.end_at, until, late)))
     timer.start()
@@ -277,15 +266,15 @@ def test_nothing_grows_with_what_ended(graph: Graph) -> None:
     """Neither distant deadlines nor tasks that were cancelled accumulate."""
     queue = graph.queue("any")
     work = Blocked()
-    graph.submit([Task(work, 1, queue=queue)], deadline=1e8)
+    submit(graph, [Task(work, 1, queue=queue)], deadline=1e8)
     for _ in range(2000):
         waits = Task(nothing, 1, queue=graph.queue("other"))
-        graph.submit([waits], deadline=1e9)
+        submit(graph, [waits], deadline=1e9)
         end = end_of(graph, [waits])
         graph.cancel(end)
         assert end.wait(WAIT)
     work.end.set()
-    sizes = [len(graph._timers), len(graph.live), *map(len, queue.heaps)]
+    sizes = [len(graph._timers), len(graph.live), *map(len, queue._heaps)]
     assert max(sizes) < 300
 
 
@@ -296,44 +285,42 @@ def test_a_deadline_in_the_past_begins_nothing(graph: Graph) -> None:
     """Fault 53."""
     ran = list[str]()
     task = Task(lambda task, mask: ran.append("ran"), 1, queue=graph.queue("disk"), name="read")
-    graph.submit([task], priority="urgent", deadline=0.0)
+    submit(graph, [task], priority="urgent", deadline=0.0)
     assert (ran, task.state, task.landed.tolist()) == ([], "late", [False])
     assert task.done()
     assert blocks_of(graph, "late") == 1
 
 
-def test_a_worker_begins_nothing_that_is_late(
-    graph: Graph, busy: Blocked, now: list[float]
-) -> None:
+def test_a_worker_begins_nothing_that_is_late(graph: Graph, busy: Blocked, clock: SetLoop) -> None:
     """No caller waits for the task, and its turn comes."""
     ran = list[str]()
     late = Task(lambda task, mask: ran.append("late"), 1, queue=graph.queue("one"))
     good = Task(lambda task, mask: ran.append("good"), 1, queue=graph.queue("one"))
-    graph.submit([late], deadline=1.0)
-    graph.submit([good])
-    now[0] = 2.0
+    submit(graph, [late], deadline=1.0)
+    submit(graph, [good])
+    clock.set(2.0)
     busy.end.set()
     assert good.wait(WAIT)
     assert (ran, late.state) == (["good"], "late")
 
 
-def test_a_stalled_disk_holds_up_nobody_else(graph: Graph, now: list[float]) -> None:
+def test_a_stalled_disk_holds_up_nobody_else(graph: Graph, clock: SetLoop) -> None:
     """Fault 26."""
     work = Blocked()
     disk = graph.queue("disk", 2, stall_seconds=10.0)
     read = Task(work, 2, queue=disk)
-    graph.submit([read], priority="urgent")
+    submit(graph, [read], priority="urgent")
     assert work.began.wait(WAIT)
     other = Task(nothing, 1, queue=disk)
-    graph.submit([other])
+    submit(graph, [other])
     assert other.wait(WAIT)
     assert not disk.slow
-    now[0] = 11.0
+    clock.set(11.0)
     assert disk.slow
     store = Task(nothing, 1, queue=disk, name="write")
     load = Task(nothing, 1, queue=disk)
-    graph.submit([store], priority="background")
-    graph.submit([load], priority="urgent")
+    submit(graph, [store], priority="background")
+    submit(graph, [load], priority="urgent")
     assert store.done()
     assert load.wait(WAIT)
     assert (store.state, load.state) == ("dropped", "landed")
@@ -352,7 +339,7 @@ def test_work_that_raises_fails_its_node_alone(graph: Graph, error: BaseExceptio
     queue = graph.queue("disk")
     read = Task(work, 2, queue=queue, name="read")
     other = Task(nothing, 1, queue=queue)
-    graph.submit([read, other])
+    submit(graph, [read, other])
     end = end_of(graph, [read], 2)
     assert end.wait(WAIT)
     assert other.wait(WAIT)
@@ -413,19 +400,18 @@ def test_nothing_asks_a_clock_that_may_go_back(monkeypatch: pytest.MonkeyPatch) 
 
     monkeypatch.setattr(time, "time", back)
     graph = Graph()
-    assert graph.clock is time.monotonic
     tasks = [Task(nothing, 1, queue=graph.queue("any"), nbytes=9) for _ in range(9)]
-    graph.submit(tasks, deadline=WAIT)
+    submit(graph, tasks, deadline=WAIT)
     assert all(task.wait(WAIT) for task in tasks)
     assert graph.close(WAIT)
 
 
-def test_close_cancels_what_waits_and_waits_for_what_runs(now: list[float]) -> None:
+def test_close_cancels_what_waits_and_waits_for_what_runs() -> None:
     """Fault 15, in the graph's sense; a graph that is closed takes nothing more."""
     graph = Graph()
     work = Blocked()
     tasks = [Task(work, 1, queue=graph.queue("any")) for _ in range(3)]
-    graph.submit(tasks)
+    submit(graph, tasks)
     gate = end_of(graph, tasks)
     assert work.began.wait(WAIT)
     assert not gate.wait(0.01)
@@ -435,24 +421,24 @@ def test_close_cancels_what_waits_and_waits_for_what_runs(now: list[float]) -> N
     assert graph.close(WAIT)
     assert gate.done()
     with pytest.raises(TransferError, match="got one that is closed"):
-        graph.submit([Task(nothing, 1, queue=graph.queue("any"))])
+        submit(graph, [Task(nothing, 1, queue=graph.queue("any"))])
 
 
 def test_what_comes_while_a_graph_closes_is_refused() -> None:
     graph = Graph()
     reported = list[BaseException]()
     task = Task(nothing, 1, queue=graph.queue("any"))
-    graph.submit([task])
+    submit(graph, [task])
     assert task.wait(WAIT)
 
-    def submit() -> None:
+    def begin() -> None:
         try:
-            graph.submit([Task(nothing, 1, queue=task.queue)])
+            submit(graph, [Task(nothing, 1, queue=task.queue)])
         except TransferError as error:
             reported.append(error)
 
     with graph.lock:
-        late = threading.Thread(target=submit)
+        late = threading.Thread(target=begin)
         late.start()
         time.sleep(0.05)  # the thread waits for the lock
         graph.close(0.0)
@@ -468,7 +454,7 @@ def test_a_forked_child_is_refused() -> None:
     graph = Graph()
     work = Blocked()
     task, follower = (Task(work, 1, queue=graph.queue("any")) for _ in range(2))
-    graph.submit([task, follower])
+    submit(graph, [task, follower])
     assert work.began.wait(WAIT)
     locked = threading.Event()
     free = threading.Event()
@@ -485,7 +471,7 @@ def test_a_forked_child_is_refused() -> None:
         signal.alarm(5)  # ends it if it waits for the lock
         code = 1
         try:
-            graph.submit([Task(nothing, 1, queue=task.queue)])
+            submit(graph, [Task(nothing, 1, queue=task.queue)])
         except TransferError:
             ended = task.wait() and graph.close() and not graph.cancel(follower)
             code = 0 if ended and graph.statistics() == {} else 2

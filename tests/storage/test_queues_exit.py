@@ -15,13 +15,13 @@ def test_the_interpreter_ends_with_a_full_queue(seconds: float, left: int) -> No
     """Fault 64. What runs may go on for 10 s, and the rest does not begin."""
     script = f"""
 import atexit, time
-from portakv.graph.graph import Graph
-from portakv.graph.task import Task
+from support.graph_ends import submit
+from portakv.storage.work import Graph, Task
 queue = Graph().queue("any", 3)
 atexit.register(lambda: print(queue.queued_bytes))  # after the graph's end
 def work(task, mask):
     time.sleep({seconds})
-queue.graph.submit([Task(work, 1, queue=queue, nbytes=1) for _ in range(999)])
+submit(queue.graph, [Task(work, 1, queue=queue, nbytes=1) for _ in range(999)])
 while len(queue.running) < 3:
     time.sleep(0.001)
 """

@@ -9,13 +9,13 @@ from functools import partial
 from typing import Any
 
 import pytest
+from support.graph_ends import submit
 from support.waits import until
 
-from portakv.graph import Graph, Task
-from portakv.runtime.interrupts import Condition
+from portakv.storage.work import Graph, Task
 
 WAIT = 30.0  # seconds; nothing here takes as long
-WIDTH = 4  # workers; three of them run tasks of the background
+WIDTH = 4  # places; three of them are for tasks of the background
 
 
 @pytest.fixture
@@ -39,13 +39,13 @@ def test_background_tasks_that_run_alone_leave_the_other_workers_free(
     end = threading.Event()
 
     def work(task: Task, mask: Any) -> None:
-        going.add(task.schedule.number)
+        going.add(task.number)
         assert end.wait(WAIT)
 
     tasks = [Task(work, 1, queue=queue) for _ in range(3)]
     for task in tasks:
         task.alone = alone
-    graph.submit(tasks, priority="background")
+    submit(graph, tasks, priority="background")
     urgent = [Task(nothing, 1, queue=queue) for _ in range(8)]
     for task in urgent:
         task.alone = alone  # says nothing of an urgent task
@@ -53,7 +53,7 @@ def test_background_tasks_that_run_alone_leave_the_other_workers_free(
         assert until(lambda: len(going) == 3, WAIT)
     else:
         assert until(lambda: len(going) == 1, WAIT)
-        graph.submit(urgent, priority="urgent")
+        submit(graph, urgent, priority="urgent")
         assert all(task.wait(WAIT) for task in urgent)
         assert len(going) == 1, "the other workers took what was urgent, and nothing else"
     end.set()
@@ -61,33 +61,14 @@ def test_background_tasks_that_run_alone_leave_the_other_workers_free(
     assert len(going) == 3
 
 
-class Counted(Condition):
-    """Counts the threads that sleep, less those that were woken; none wakes at a time."""
-
-    asleep = 0
-
-    def wait(self, timeout: float | None = None) -> bool:
-        self.asleep += 1
-        return super().wait(timeout)
-
-    def notify(self, n: int = 1) -> None:
-        self.asleep -= min(n, self.asleep)
-        super().notify(n)
-
-
 class Held:
-    """Tasks of a queue whose workers all exist. A task that was made `held` runs until `end`."""
+    """Tasks of a queue. A task that was made `held` runs until `end`."""
 
     def __init__(self, graph: Graph) -> None:
         self.graph = graph
         self.queue = graph.queue("wide", WIDTH)
-        self.queue.change = self.change = Counted(graph.lock)
         self.going = set[str]()
         self.end = dict[str, threading.Event]()
-        begun = threading.Barrier(WIDTH)
-        graph.submit([Task(lambda *_: begun.wait(WAIT), 1, queue=self.queue) for _ in range(WIDTH)])
-        assert until(lambda: not graph.live, WAIT)
-        assert len(self.queue.threads) == WIDTH
 
     def submit(self, name: str, alone: bool = False, after: Task | None = None) -> Task:
         """Submit a background task that is held."""
@@ -110,12 +91,8 @@ class Held:
         if after is not None:
             self.graph.run(partial(begin, after))
         else:
-            self.graph.submit([task], priority="background")
+            submit(self.graph, [task], priority="background")
         return task
-
-    def sleeping(self, workers: int) -> bool:
-        """Return True once so many workers sleep."""
-        return until(lambda: self.change.asleep == workers, WAIT)
 
     def runs(self, *names: str) -> bool:
         """Return True once all of these tasks have begun."""
@@ -143,12 +120,11 @@ def test_a_task_that_waits_to_run_alone_holds_up_no_other_kind(held: Held) -> No
 
 
 def test_the_end_of_a_task_that_ran_alone_starts_both_kinds(held: Held) -> None:
-    """The worker that ends it takes the one that was due first, and another takes its follower."""
+    """The helper that ends it takes its follower, and another takes the one that was due first."""
     first = held.submit("first", alone=True)
     assert held.runs("first")
     held.submit("second", alone=True)
     held.submit("follower", after=first)
-    assert held.sleeping(WIDTH - 1), "no other worker is about to look at the heaps"
     held.end["first"].set()
     assert held.runs("second", "follower")
 

@@ -1,0 +1,223 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Judge protocols by drawn schedules of their threads, loops and processes, with drawn faults.
+
+Each protocol has a machine, which judges what its schedules do, and seeded bugs that it must find.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+from support.scheduled_pulls import pulls
+from support.scheduled_servers import hands, takeovers
+from support.scheduled_stores import evictions, saves
+from support.schedules import Schedule, Stuck, judge, simulated
+
+from portakv.serving.server.state import ServerState
+
+#: Schedules of each machine, and those of `.ci/full`, in parts.
+SCHEDULES = 200
+WIDE = 10_000
+PARTS = 10
+
+MACHINES: dict[str, Callable[[Schedule], None]] = {
+    "pull": pulls,
+    "hand-over": hands,
+    "takeover": takeovers,
+    "save": saves,
+    "eviction": evictions,
+}
+
+
+class Fault(NamedTuple):
+    """A bug of a protocol: the name of a function, and what takes its place."""
+
+    machine: str
+    name: str
+    instead: Callable[..., Any]
+
+
+def no_call(*_: object) -> None:
+    """Do nothing."""
+
+
+_report = ServerState.report
+
+
+def report_whole(state: ServerState, session: int, number: int, landed: bytes) -> None:
+    """Take the part of a rank for the whole blocks."""
+    client = next((each for each in state.clients() if each.session == session), None)
+    lease = None if client is None else client.leases.get(number)
+    if lease is not None:
+        lease.cells = -1
+    _report(state, session, number, landed)
+
+
+def yes(*_: object) -> bool:
+    """Return True."""
+    return True
+
+
+def lock_nothing(file: Path) -> int:
+    """Open a file that a process has to lock before it serves."""
+    return os.open(file, os.O_RDWR | os.O_CREAT, 0o600)
+
+
+FAULTS = [
+    # A reader takes rows of an offer that has ended meanwhile.
+    Fault("pull", "portakv.migrate.pull.Pull.ended_offer", no_call),
+    # An owner uses blocks again whose end it has not shown.
+    Fault("pull", "portakv.migrate.words.Words.end", no_call),
+    # The coroutine that looks after pulls is not woken.
+    Fault("pull", "portakv.migrate.reader.Housekeeper.wake", no_call),
+    # A block is sealed when the first of its ranks has copied its part.
+    Fault("hand-over", "portakv.serving.server.state.ServerState.report", report_whole),
+    # The blocks of a save are released while they are copied.
+    Fault("hand-over", "portakv.serving.server.client.ServerTransfer.is_released", yes),
+    # Rows stay lent to a process that has ended.
+    Fault("hand-over", "portakv.serving.server.state.ServerState.process_ended", no_call),
+    # Two processes serve one place.
+    Fault("takeover", "portakv.serving.server.link.lock", lock_nothing),
+    # A server that ends in order has its place for ever.
+    Fault("takeover", "portakv.serving.server.link.Place.release", no_call),
+    # Transfers of a session that has ended go on.
+    Fault("takeover", "portakv.serving.server.client.Requests.close_all", no_call),
+    # A load takes bytes that a tier has damaged.
+    Fault("save", "portakv.storage.image.verify", yes),
+    # A transfer that ends keeps its rows.
+    Fault("save", "portakv.storage.memory.Rows.give", no_call),
+    Fault("eviction", "portakv.storage.memory.Rows.give", no_call),
+]
+
+
+@pytest.mark.parametrize("machine", MACHINES)
+def test_a_protocol_holds_in_each_schedule(machine: str) -> None:
+    judge(MACHINES[machine], range(SCHEDULES))
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("part", range(PARTS))
+@pytest.mark.parametrize("machine", MACHINES)
+def test_a_protocol_holds_in_many_schedules(machine: str, part: int) -> None:
+    judge(MACHINES[machine], range(part, WIDE, PARTS))
+
+
+@pytest.mark.parametrize("fault", FAULTS, ids=[f"{x.machine}-{x.name}" for x in FAULTS])
+def test_a_machine_finds_a_bug(monkeypatch: pytest.MonkeyPatch, fault: Fault) -> None:
+    """The negative controls."""
+    monkeypatch.setattr(fault.name, fault.instead)
+    with pytest.raises(AssertionError, match="The schedule of seed"):
+        judge(MACHINES[fault.machine], range(SCHEDULES))
+
+
+# --- the schedules themselves
+
+
+class Counter:
+    """A number that threads add to. With a fault they look and write in two steps."""
+
+    def __init__(self, fault: bool) -> None:
+        self.fault = fault
+        self.lock = threading.Lock()
+        self.number = 0
+
+    def add(self) -> None:
+        with self.lock:
+            before = self.number
+            if not self.fault:
+                self.number += 1
+        if self.fault:
+            time.sleep(0.0)
+            self.number = before + 1
+
+
+def count(schedule: Schedule, fault: bool) -> int:
+    """Return what four threads count to."""
+    counter = Counter(fault)
+    process = schedule.process("counts")
+    threads = [schedule.begin(process, counter.add) for _ in range(4)]
+    for thread in threads:
+        thread.join()
+    return counter.number
+
+
+@pytest.mark.parametrize("fault", [False, True])
+def test_schedules_find_a_race_of_threads(fault: bool) -> None:
+    numbers = set[int]()
+    with simulated():
+        for seed in range(50):
+            Schedule(seed).run(lambda schedule: numbers.add(count(schedule, fault)))
+    assert (numbers == {4}) == (not fault)
+
+
+def test_a_pause_takes_no_time_and_a_wait_ends_by_the_clock() -> None:
+    times = list[float]()
+
+    def wait(schedule: Schedule) -> None:
+        begin = schedule.now
+        time.sleep(1000.0)
+        lock = threading.Lock()
+        lock.acquire()
+        assert not lock.acquire(timeout=500.0)
+        assert not threading.Event().wait(250.0)
+        times.append(schedule.now - begin)
+
+    with simulated():
+        Schedule(0).run(wait)
+    assert times == [pytest.approx(1750.0)]
+
+
+def test_threads_that_wait_for_each_other_are_an_error() -> None:
+    def wait(schedule: Schedule) -> None:
+        locks = threading.Lock(), threading.Lock()
+        for one in locks:
+            one.acquire()
+        process = schedule.process("waits")
+        for one in locks:
+            schedule.begin(process, one.acquire).join()
+
+    with simulated(), pytest.raises(Stuck):
+        Schedule(0).run(wait)
+
+
+def test_a_process_that_is_killed_takes_no_further_step() -> None:
+    steps = list[int]()
+
+    def act() -> None:
+        try:
+            while True:
+                time.sleep(1.0)
+                steps.append(len(steps))
+        finally:
+            steps.append(-1)
+
+    def kill(schedule: Schedule) -> None:
+        process = schedule.process("dies")
+        schedule.begin(process, act)
+        schedule.sleep(3.5)
+        schedule.kill(process)
+        schedule.sleep(3.0)
+        assert steps == [0, 1, 2]
+
+    with simulated():
+        Schedule(0).run(kill)
+
+
+def test_what_is_simulated_is_as_before_afterwards() -> None:
+    names = [
+        (threading, "Lock"),
+        (threading, "RLock"),
+        (threading, "Thread"),
+        (time, "monotonic"),
+        (time, "sleep"),
+    ]
+    before = [getattr(module, name) for module, name in names]
+    with simulated():
+        assert not [x for x in before if x in [getattr(m, name) for m, name in names]]
+    assert before == [getattr(module, name) for module, name in names]
