@@ -17,6 +17,7 @@ from support.waits import LIMIT
 from portakv import KVView
 from portakv.copy.rows import copy_rows
 from portakv.runtime.openmp import one_thread
+from portakv.runtime.streams import on_one_core
 from portakv.storage import BlockForm, BlockStore, memory
 
 KEYS = [key_of(i) for i in range(4)]
@@ -61,8 +62,6 @@ def test_copies_of_a_stores_workers_use_no_other_thread(
         return copy_rows(*arguments, **terms)
 
     monkeypatch.setattr(memory, "copy_rows", noting)
-    on_one_core = memory.on_one_core
-
     @contextmanager
     def of_many(device: torch.device) -> Iterator[None]:
         torch.set_num_threads(many)  # other tests may have begun this helper with another number
