@@ -62,6 +62,7 @@ def test_copies_of_a_stores_workers_use_no_other_thread(
         return copy_rows(*arguments, **terms)
 
     monkeypatch.setattr(memory, "copy_rows", noting)
+
     @contextmanager
     def of_many(device: torch.device) -> Iterator[None]:
         torch.set_num_threads(many)  # other tests may have begun this helper with another number
