@@ -616,8 +616,9 @@ def _sleep(seconds: float) -> None:
         _pause(seconds)
 
 
-def _new_lock() -> Lock:
-    return Lock()
+def _new_lock() -> Any:
+    """Return a lock; threads of other libraries wait by Python's own."""
+    return Lock() if is_scheduled() else _allocate_lock()
 
 
 def _new_poll() -> Poll:
