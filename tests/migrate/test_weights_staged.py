@@ -407,11 +407,8 @@ def test_the_end_of_a_publication_in_the_middle_is_the_reason(
     assert owner.statistics() == {"lanes": 0, "staging": 0}
 
 
-def test_a_reader_waits_for_no_bytes_of_a_publication_that_ended(
-    channels: Channels, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The owner's worker hangs, so the reader learns the end by a question."""
-    tensors = many()
+def hold_packing(monkeypatch: pytest.MonkeyPatch) -> threading.Event:
+    """Have owners pack tensors after an event."""
     go_on = threading.Event()
 
     def hang(full: torch.Tensor, parts: Sequence[torch.Tensor]) -> None:
@@ -419,6 +416,15 @@ def test_a_reader_waits_for_no_bytes_of_a_publication_that_ended(
         pack(full, parts)
 
     monkeypatch.setattr(weight_send, "pack", hang)
+    return go_on
+
+
+def test_a_reader_waits_for_no_bytes_of_a_publication_that_ended(
+    channels: Channels, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The owner's worker hangs, so the reader learns the end by a question."""
+    tensors = many()
+    go_on = hold_packing(monkeypatch)
     owner = publish(channels(), tensors, staging=LITTLE)
     pull = pull_weights(channels(), owner.ticket, zeros_of(tensors), wait=False)
     assert until(lambda: owner.statistics()["lanes"])
@@ -436,13 +442,7 @@ def test_a_failed_pull_that_is_cancelled_while_it_ends_leaves_its_lane(
 ) -> None:
     """It waits for its slices in flight, and no cancellation cuts that short."""
     tensors = many()
-    go_on = threading.Event()
-
-    def hang(full: torch.Tensor, parts: Sequence[torch.Tensor]) -> None:
-        go_on.wait(LIMIT)
-        pack(full, parts)
-
-    monkeypatch.setattr(weight_send, "pack", hang)
+    go_on = hold_packing(monkeypatch)
     monkeypatch.setattr("portakv.weights.pull.STOPPING", LIMIT)
     owner = publish(channels(), tensors, staging=LITTLE)
     channel = channels()

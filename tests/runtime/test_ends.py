@@ -96,14 +96,20 @@ def late() -> Iterator[EndingDriver]:
     REGISTRY.unregister(EndingOnCpu.name)
 
 
+def registered() -> tuple[list[torch.Tensor], AdaptiveConnector]:
+    """Return the caches of three layers, and a connector that has them."""
+    caches = [torch.randn(2, 4, 4, 2, 8) for _ in range(3)]
+    connector = AdaptiveConnector("cpu", backend=EndingOnCpu.name)
+    connector.register_kv_caches(caches)
+    return caches, connector
+
+
 @pytest.mark.parametrize("how", ["done", "synchronize", "dropped"])
 @pytest.mark.parametrize("kind", [list, torch.tensor])
 def test_a_copy_ends_when_its_kernels_do(
     how: str, kind: Any, late: EndingDriver, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    caches = [torch.randn(2, 4, 4, 2, 8) for _ in range(3)]
-    connector = AdaptiveConnector("cpu", backend=EndingOnCpu.name)
-    connector.register_kv_caches(caches)
+    caches, connector = registered()
     slots = [5, 2, 9]
     expected = torch.stack([cache.view(2, 16, 16)[:, slots] for cache in caches], dim=1)
     first = torch.zeros_like(expected)
@@ -308,9 +314,7 @@ def test_a_copy_asks_for_the_stream_itself(
     kernels = choose("cpu", EndingOnCpu.name).backend.row_kernels
     assert kernels is not None
     kernels.executor.current = ctypes.addressof(words)
-    caches = [torch.randn(2, 4, 4, 2, 8) for _ in range(3)]
-    connector = AdaptiveConnector("cpu", backend=EndingOnCpu.name)
-    connector.register_kv_caches(caches)
+    _, connector = registered()
     chunk = torch.zeros(2, 3, 3, 16)
     ids = torch.tensor([5, 2, 9])
     connector.from_gpu(chunk, None, ids)  # loads the kernel
@@ -336,9 +340,7 @@ def test_a_copy_asks_for_the_stream_itself(
 def test_ids_of_the_host_are_where_kernels_read_them(
     kind: str, late: EndingDriver, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    caches = [torch.randn(2, 4, 4, 2, 8) for _ in range(3)]
-    connector = AdaptiveConnector("cpu", backend=EndingOnCpu.name)
-    connector.register_kv_caches(caches)
+    caches, connector = registered()
     slots = [5, 2, 9]
     expected = torch.stack([cache.view(2, 16, 16)[:, slots] for cache in caches], dim=1)
     ids: Any = slots
@@ -360,9 +362,7 @@ def test_ids_of_the_host_are_where_kernels_read_them(
 def test_no_copy_is_made_whole_while_a_word_reports_an_error(
     late: EndingDriver, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    caches = [torch.randn(2, 4, 4, 2, 8) for _ in range(3)]
-    connector = AdaptiveConnector("cpu", backend=EndingOnCpu.name)
-    connector.register_kv_caches(caches)
+    _, connector = registered()
     chunk = torch.zeros(2, 3, 3, 16)
     made = watch_whole_copies(monkeypatch)
     version = chunk._version
