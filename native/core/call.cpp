@@ -42,6 +42,7 @@ struct End {
   bool table_on_device;
   portakv_rows_side rows;  // its ids are set by `place`
   int64_t step;            // tokens of an id, 0 without ids
+  bool ids_on_host;
 };
 
 End end_of(const portakv_copy_view &view) {
@@ -165,6 +166,7 @@ bool placed(const Ids &ids, bool device_is_host) {
 void place(Ids &ids, bool device_is_host, Room &room, End &end) {
   portakv_ids &list = ids.list;
   if (list.data == nullptr) return;
+  end.ids_on_host = ids.on_host;
   if (placed(ids, device_is_host)) {
     end.rows.ids = reinterpret_cast<intptr_t>(list.data);
     end.rows.wide = list.width == 8;
@@ -361,16 +363,29 @@ int64_t result_of(int64_t count, int64_t answer, const Found &found) {
   return count << 16 | answer << 2 | int64_t{found.guarded} << 1 | int64_t{found.skips};
 }
 
+// Let a side begin at the first id that it uses. Return the number of these ids if the host reads
+// them too, and int32 holds each; else 0.
+int64_t ids_on_host(const End &end, int64_t count, portakv_rows_side &rows) {
+  if (!end.ids_on_host || rows.slots / end.step > INT32_MAX) return 0;
+  const int64_t passed = rows.offset / end.step;
+  rows.ids += passed * (rows.wide != 0 ? 8 : 4);
+  rows.offset -= passed * end.step;
+  return rounded_up(rows.offset + count, end.step);
+}
+
 // Plan a copy between two ends, and launch it. Return the result of core.h.
 int64_t copy(const portakv_kernels &kernels, const Python &python, const End &src, const End &dst,
              int64_t count, const Found &found, const Means &means, bool by_source = false) {
   const Plan plan = plan_of(src, dst, count);
   const RowsOptions options{src.step, dst.step, src.table_on_device, dst.table_on_device, by_source};
+  portakv_rows_side from = src.rows;
+  portakv_rows_side to = dst.rows;
+  const OnHost on_host{ids_on_host(src, count, from), ids_on_host(dst, count, to)};
   void *const thread = python.leave();  // a driver with a full queue blocks
   int64_t error = PORTAKV_MALFORMED;
   try {
-    error = run_rows(kernels, plan, options, src.rows, dst.rows, count,
-                     found.guarded ? means.end.status : 0, means.stream);
+    error = run_rows(kernels, plan, options, from, to, count,
+                     found.guarded ? means.end.status : 0, means.stream, on_host);
     if (error == 0 && means.end.event != nullptr) {
       error = means.end.record(means.end.event, means.stream);
     }

@@ -244,13 +244,41 @@ struct Launch {
   const Kernel *kernel;
 };
 
+// Places ids of the host behind the tables of an argument, if there is room for them.
+class Carrier {
+ public:
+  Carrier(int32_t *place, const unsigned char *past)
+      : place_(place),
+        left_(std::min<int64_t>(reinterpret_cast<const int32_t *>(past) - place, kMostCarried)) {}
+
+  void carry(int64_t count, int64_t per_id, Request &request) {
+    if (count == 0 || count > left_) return;
+    const void *const ids = reinterpret_cast<const void *>(request.ids);
+    for (int64_t at = 0; at < count; at++) {
+      const int64_t id = request.wide != 0 ? static_cast<const int64_t *>(ids)[at]
+                                           : static_cast<const int32_t *>(ids)[at];
+      place_[next_ + at] = static_cast<int32_t>(std::max<int64_t>(id, -1));
+    }
+    // The kernel counts from the first id of either side.
+    request.first += next_ * per_id;
+    request.wide = 2;
+    next_ += count;
+    left_ -= count;
+  }
+
+ private:
+  int32_t *place_;
+  int64_t left_;
+  int64_t next_ = 0;
+};
+
 // Launch one nest; return the driver's error.
 int launch_nest(const portakv_kernels &kernels, const Launch &nest, int64_t unit,
                 const portakv_rows_side &src, const portakv_rows_side &dst, int64_t units,
-                uint64_t status, void *stream) {
+                uint64_t status, void *stream, OnHost on_host) {
   const RowsShape &shape = nest.shape;
   const Cut &cut = nest.kernel->cut;
-  alignas(16) unsigned char buffer[kMostBytes];
+  alignas(16) unsigned char buffer[kCarryingBytes];
   Argument argument = fixed_argument(unit, shape.src, shape.dst);
   argument.from = request_of(shape.src, src, unit);
   argument.to = request_of(shape.dst, dst, unit);
@@ -264,7 +292,10 @@ int launch_nest(const portakv_kernels &kernels, const Launch &nest, int64_t unit
     break;
   }
   auto *tables = reinterpret_cast<int64_t *>(buffer + sizeof(Argument));
-  place_table(shape.dst, dst, place_table(shape.src, src, tables));
+  int64_t *const behind = place_table(shape.dst, dst, place_table(shape.src, src, tables));
+  Carrier carrier(reinterpret_cast<int32_t *>(behind), buffer + sizeof buffer);
+  carrier.carry(on_host.src, shape.src.per_id, argument.from);
+  carrier.carry(on_host.dst, shape.dst.per_id, argument.to);
   void *parameters[] = {buffer};
   for (int64_t start = 0; start < units; start += cut.most_units) {
     const int64_t part = std::min(cut.most_units, units - start);
@@ -295,7 +326,7 @@ constexpr size_t kShapeWords = 64;
 
 int64_t run_rows(const portakv_kernels &kernels, const Plan &plan, const RowsOptions &options,
                  const portakv_rows_side &src, const portakv_rows_side &dst, int64_t count,
-                 uint64_t status, void *stream) {
+                 uint64_t status, void *stream, OnHost on_host) {
   const int64_t unit = plan.unit;
   if (!countable(src, dst, count, unit)) return PORTAKV_ROWS_UNITS;
   // Every kernel is found before the first one is launched.
@@ -319,7 +350,7 @@ int64_t run_rows(const portakv_kernels &kernels, const Plan &plan, const RowsOpt
   }
   for (size_t n = 0; n < plan.nests.size(); n++) {
     const int error =
-        launch_nest(kernels, launches[n], unit, src, dst, count / unit, status, stream);
+        launch_nest(kernels, launches[n], unit, src, dst, count / unit, status, stream, on_host);
     if (error != 0) return error;
   }
   return 0;

@@ -242,8 +242,8 @@ __device__ __forceinline__ bool plane_addresses(
     const CopyOf<Src, Dst>& copy, Plane plane, bool reports, char*& src, char*& dst) {
     u32 from, to;
     bool bad = false;
-    const bool read = number_of<Src>(copy.from, plane.unit, from, bad);
-    const bool write = number_of<Dst>(copy.to, plane.unit, to, bad);
+    const bool read = number_of<Src>(copy.from, 0, plane.unit, from, bad);
+    const bool write = number_of<Dst>(copy.to, 0, plane.unit, to, bad);
     if (bad && reports && plane.number == 0 && copy.status)
         report(copy.status, (i64)plane.unit * copy.unit + 1);
     if (bad || !read || !write) return false;

@@ -65,8 +65,8 @@ struct Step { i64 table, stride; };
 struct Request {
     i64 base;           // origin: an address, or bytes behind the table's addresses
     const i64* table;   // addresses, if the shape says UNITS
-    const void* ids;    // int32 or int64, if the shape says that there are any
-    i64 wide;           // ids are int64
+    const void* ids;    // if the shape says that there are any
+    i64 wide;           // ids are int32 (0), int64 (1), or those of `CarryingOf` from `first` on (2)
     i64 first;          // number of the unit at position 0 (of its id, if there are ids)
     i64 limit;          // units in the view: ids past it move nothing
 };
@@ -116,6 +116,13 @@ template <class Src, class Dst> struct CopyOf : Copy {
     i64 dst_table[Dst::entries ? Dst::entries : 1];
 };
 
+// The argument of a copy of rows: behind the tables there is room for few ids of the host, which a
+// kernel would else fetch over the link (14 - 21 us on an H200). It fits the 4 KiB of every driver.
+template <class Src, class Dst> struct CarryingOf : CopyOf<Src, Dst> {
+    static constexpr unsigned left = (4096 - sizeof(CopyOf<Src, Dst>)) / sizeof(int);
+    int carried[!Src::ids && !Dst::ids ? 2 : left < 512 ? left : 512];
+};
+
 // Walk a number through loops of constant extents, innermost last.
 template <unsigned... E> struct Walk;
 template <> struct Walk<> {
@@ -147,18 +154,22 @@ template <unsigned First, unsigned... Rest> struct Walk<First, Rest...> {
 template <class E> struct WalkOf;
 template <unsigned... E> struct WalkOf<Extents<E...>> { typedef Walk<E...> type; };
 
+// The id at a place of the list.
+__device__ __forceinline__ i64 id_at(const Request& request, const int* carried, i64 place) {
+    if (request.wide == 2) return carried[place];
+    return request.wide ? ((const i64*)request.ids)[place] : ((const int*)request.ids)[place];
+}
+
 // The number of a unit on one side: false if it is skipped or past the end (then `bad`).
 template <class Shape>
 __device__ __forceinline__ bool number_of(
-    const Request& request, unsigned unit, unsigned& number, bool& bad) {
+    const Request& request, const int* carried, unsigned unit, unsigned& number, bool& bad) {
     if constexpr (!Shape::ids) {
         number = (unsigned)(request.first + unit);
         return true;
     } else {
         const i64 at = request.first + unit;
-        const i64 slot = Shape::per_id == 1 ? at : at / Shape::per_id;
-        const i64 id = request.wide ? ((const i64*)request.ids)[slot]
-                                    : ((const int*)request.ids)[slot];
+        const i64 id = id_at(request, carried, Shape::per_id == 1 ? at : at / Shape::per_id);
         if (id < 0) return false;
         // Compared before it is multiplied: no id, however large, can overflow.
         if (id >= request.limit / Shape::per_id + 1) { bad = true; return false; }
@@ -200,12 +211,12 @@ __device__ __forceinline__ void report(i64* status, i64 position) {
 // Both addresses of a piece of a unit; false if it is not moved. A bad id is reported once.
 template <class Outer, class Inner, class Src, class Dst>
 __device__ __forceinline__ bool both_addresses(
-    const CopyOf<Src, Dst>& copy, unsigned unit, unsigned plane, unsigned piece, bool reports,
+    const CarryingOf<Src, Dst>& copy, unsigned unit, unsigned plane, unsigned piece, bool reports,
     char*& src, char*& dst) {
     unsigned from, to;
     bool bad = false;
-    const bool read = number_of<Src>(copy.from, unit, from, bad);
-    const bool write = number_of<Dst>(copy.to, unit, to, bad);
+    const bool read = number_of<Src>(copy.from, copy.carried, unit, from, bad);
+    const bool write = number_of<Dst>(copy.to, copy.carried, unit, to, bad);
     if (bad && reports && plane == 0 && copy.status) report(copy.status, (i64)unit * copy.unit + 1);
     if (bad || !read || !write) return false;
     src = address_of<Src, Outer, Inner>(copy.from, copy.src, copy.src_table, from, plane, piece);
@@ -224,7 +235,7 @@ __device__ __forceinline__ void prefetch(const void* address) {
 // Fetch what is copied `ahead` vectors later: past the end of a plane lies the next one.
 template <int Bytes, unsigned Run, class Inner, class Outer, class Src, class Dst>
 __device__ __forceinline__ void fetch_ahead(
-    const CopyOf<Src, Dst>& copy, unsigned at, unsigned plane, unsigned all) {
+    const CarryingOf<Src, Dst>& copy, unsigned at, unsigned plane, unsigned all) {
     constexpr unsigned row = Inner::product * Run;
     // A lane for each 128-byte line.
     if (!copy.ahead || at * Bytes % 128 >= Bytes) return;
@@ -232,7 +243,7 @@ __device__ __forceinline__ void fetch_ahead(
     if (later >= all) { later -= all; next += 1; }
     bool bad = false;
     if (later >= all || next >= gridDim.y
-        || !number_of<Src>(copy.from, copy.start + later / row, number, bad))
+        || !number_of<Src>(copy.from, copy.carried, copy.start + later / row, number, bad))
         return;
     const unsigned in = later % row;
     prefetch(
@@ -248,7 +259,7 @@ __device__ __forceinline__ void fetch_ahead(
 template <
     int Bytes, unsigned Run, unsigned Lanes, unsigned Each, class Inner, class Outer, class Src,
     class Dst>
-__device__ __forceinline__ void copy_rows(const CopyOf<Src, Dst>& copy) {
+__device__ __forceinline__ void copy_rows(const CarryingOf<Src, Dst>& copy) {
     constexpr unsigned row = Inner::product * Run;  // vectors of one unit in one plane
     typedef typename Vector<Bytes>::type V;
     const unsigned plane = blockIdx.y;

@@ -48,14 +48,13 @@ struct Divisor {
 // The id of a unit as the index has it. Read ahead of `number_of`, which decides by it: so all ids
 // of a thread are on their way before the first is waited for.
 template <class Shape>
-__device__ __forceinline__ i64 id_of(const Request& request, unsigned unit) {
+__device__ __forceinline__ i64 id_of(const Request& request, const int* carried, unsigned unit) {
     if constexpr (!Shape::ids) {
-        (void)request, (void)unit;
+        (void)request, (void)carried, (void)unit;
         return 0;
     } else {
         const i64 at = request.first + unit;
-        const i64 slot = Shape::per_id == 1 ? at : at / Shape::per_id;
-        return request.wide ? ((const i64*)request.ids)[slot] : ((const int*)request.ids)[slot];
+        return id_at(request, carried, Shape::per_id == 1 ? at : at / Shape::per_id);
     }
 }
 
@@ -65,13 +64,13 @@ __device__ __forceinline__ bool number_by(
     i64 id, const Request& request, unsigned unit, unsigned& number, bool& bad) {
     if constexpr (!Shape::ids) {
         (void)id;
-        return number_of<Shape>(request, unit, number, bad);
+        return number_of<Shape>(request, 0, unit, number, bad);
     } else {
         Request known = request;
         known.ids = &id;
         known.wide = 1;
         known.first = (request.first + unit) % Shape::per_id;
-        return number_of<Shape>(known, 0, number, bad);
+        return number_of<Shape>(known, 0, 0, number, bad);
     }
 }
 
@@ -107,7 +106,7 @@ __device__ __forceinline__ char* address_in(
 // each group of planes may have less to do.
 template <int Bytes, unsigned Run, unsigned Strips, unsigned Planes, class Inner, class Outer,
           class Src, class Dst>
-__device__ __forceinline__ void copy_direct(const CopyOf<Src, Dst>& copy) {
+__device__ __forceinline__ void copy_direct(const CarryingOf<Src, Dst>& copy) {
     constexpr unsigned row = Inner::product * Run;  // vectors of one unit in one plane
     constexpr unsigned groups = (Outer::product + Planes - 1) / Planes;
     typedef typename Vector<Bytes>::type V;
@@ -127,8 +126,8 @@ __device__ __forceinline__ void copy_direct(const CopyOf<Src, Dst>& copy) {
             const unsigned known = here < each_plane ? here : each_plane - 1;  // anything readable
             unit[nth] = copy.start + known / row;
             in[nth] = at < all && here == known ? here % row : row;
-            from_id[nth] = id_of<Src>(copy.from, unit[nth]);
-            to_id[nth] = id_of<Dst>(copy.to, unit[nth]);
+            from_id[nth] = id_of<Src>(copy.from, copy.carried, unit[nth]);
+            to_id[nth] = id_of<Dst>(copy.to, copy.carried, unit[nth]);
         }
         V vectors[Strips][Planes];
         Place into[Strips];

@@ -128,7 +128,7 @@ class RowsKernel:
                 f"typedef {extents(self.shape.outer)} Outer;",
                 f"typedef {side_text(self.shape.src)} Src;",
                 f"typedef {side_text(self.shape.dst)} Dst;",
-                "typedef CopyOf<Src, Dst> Argument;",
+                "typedef CarryingOf<Src, Dst> Argument;",
                 *(self.entry(each, name) for each, name in self.names.items()),
             ]
         )

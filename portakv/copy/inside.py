@@ -13,7 +13,7 @@ import ctypes
 from collections.abc import Callable, Sequence
 from time import perf_counter
 from types import NoneType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeGuard
 
 import numpy as np
 import torch
@@ -39,6 +39,7 @@ from portakv.core.call import (
     Watch,
     calls,
 )
+from portakv.core.rows import MOST_CARRIED
 from portakv.core.view import words_of_dtypes
 from portakv.errors import LayoutError, PortaKVError, SlotError
 from portakv.interconnect.choose import across
@@ -62,7 +63,7 @@ from portakv.runtime.transfer import (
 from portakv.view.bound import BoundLayout
 from portakv.view.destination import check_writable, with_versions
 from portakv.view.form import Form, plain_reader
-from portakv.view.index import CONSECUTIVE, PAST_ANY_VIEW, Ids, Index, as_ids, index_of
+from portakv.view.index import CONSECUTIVE, ID_DTYPES, PAST_ANY_VIEW, Ids, Index, as_ids, index_of
 from portakv.view.view import KVView
 
 _AWAY = {"peer", "remote"}
@@ -175,6 +176,7 @@ class ChunkCopies:
         """
         if not self._address:
             return None
+        kernels = self._kernels
         chunk = memory_obj
         if type(chunk) is not torch.Tensor:
             chunk = getattr(memory_obj, "tensor", None)
@@ -186,7 +188,10 @@ class ChunkCopies:
             ids = side.ids
             start += side.offset
             end = end + side.offset if type(end) is int else end
-        kernels = self._kernels
+            if kernels is not None and _many(slot_mapping, side):
+                count = (end if type(end) is int else side.number) - start
+                device = self._cache.device
+                ids = _kept_on(device, slot_mapping, start, count, self._cache.slots, not store)
         on_device = type(ids) is torch.Tensor and not ids.is_cpu
         if kernels is None or not (on_device or _few(ids, start, end)):
             return self._launched(store, chunk, slot_mapping, ids, start, end)
@@ -307,6 +312,10 @@ def copied(
         except PortaKVError:  # the general way says it after it has looked at the ids
             return None
         kernels = choice.backend.row_kernels
+        if kernels is not None:
+            read = _placed(read, src_ids, src, tokens, False)
+            written = _placed(written, dst_ids, dst, tokens, True)
+            many = many and True in (read.on_host, written.on_host)
         if kernels is None or many:  # a launch reads an index on the device
             ids = src_ids, dst_ids
             return _launched(src, dst, *ids, read, written, count, tokens, choice, began)
@@ -369,6 +378,32 @@ def _side(ids: object, step: int) -> _Side:
     if type(ids) is tuple or type(ids) is range:
         ids = list(ids)
     return _Side(ids, step, offset, True, len(ids)) if type(ids) is list else _Side(ids, 0)
+
+
+def _many(ids: object, side: _Side) -> TypeGuard[Index]:
+    """Return whether kernels read ids of the host from a copy on the device: those of an `Index`,
+    which has one, that are too many to travel with a launch."""
+    return type(ids) is Index and side.on_host is True and (side.number or 0) > MOST_CARRIED
+
+
+def _kept_on(
+    device: torch.device, index: Index, offset: int, count: int, slots: int, distinct: bool
+) -> torch.Tensor:
+    """Return the ids of an index on a device; those on the host if they skip, fail their check, or
+    cannot be copied now."""
+    assert index.ids is not None
+    if not index.has_ids_on(device, frozenset(ID_DTYPES)) and capturing(device):
+        return index.ids
+    ids = index.checked_on(device, offset, count, slots, distinct)
+    return index.ids if ids is None else ids
+
+
+def _placed(side: _Side, ids: object, view: KVView, tokens: int, distinct: bool) -> _Side:
+    """Return a side of a copy inside a device with its ids where kernels read them."""
+    if not _many(ids, side):
+        return side
+    found = _kept_on(view.device, ids, side.offset, tokens, view.slots, distinct)
+    return side._replace(ids=found, on_host=found.is_cpu)
 
 
 def _tokens(read: _Side, written: _Side, src: KVView) -> int:

@@ -269,8 +269,9 @@ class _Store:
         # The ids as a contiguous int64 array on the host, and contiguous in other places or dtypes.
         self.array = array
         self.copies: tuple[torch.Tensor, ...] = ()
-        # The ranges of ids on a device that passed a check: offset, count, slots.
-        self.clean = set[tuple[int, int, int]]()
+        # The ranges that passed a check: offset, count, slots, and of ids on the host, whether they
+        # were checked for repeats.
+        self.clean = set[tuple[int, ...]]()
 
     def keep(self, array: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
         """Return the first array that any thread kept: no later one takes its place, since the
@@ -553,6 +554,20 @@ class Index:
             self._store.add(ids)
         return ids
 
+    def checked_on(
+        self, device: torch.device, offset: int, count: int, slots: int, distinct: bool
+    ) -> torch.Tensor | None:
+        """Return host ids on ``device``; None: for these positions they fail `check` or skip."""
+        assert self.ids is not None
+        if not 0 < count <= self.ids.numel() * self.step - offset:
+            return None
+        place = offset, count, slots, distinct
+        if place not in self._store.clean:
+            if core.check(self.ids, self.step, offset, count, slots, distinct) != core.CLEAN:
+                return None
+            self._mark(place)
+        return self.ids_on(device)
+
     def has_ids_on(self, device: torch.device, dtypes: frozenset[torch.dtype]) -> bool:
         """Return True if `ids_on` copies nothing."""
         return self.ids is None or self._copy_on(device, dtypes) is not None
@@ -727,11 +742,13 @@ class Index:
 
     def mark_clean(self, count: int, slots: int) -> None:
         """Note that a check of ids on a device passed: no id is negative or past the end."""
-        if self.on_host:
-            return
+        if not self.on_host:
+            self._mark((self.offset, count, slots))
+
+    def _mark(self, place: tuple[int, ...]) -> None:
         if len(self._store.clean) >= _MOST:
             self._store.clean = set()
-        self._store.clean.add((self.offset, count, slots))
+        self._store.clean.add(place)
 
     def is_clean(self, count: int, slots: int) -> bool:
         """Return True if ids need no guard: they are on the host, trusted, or were marked clean."""
