@@ -42,7 +42,6 @@ struct End {
   bool table_on_device;
   portakv_rows_side rows;  // its ids are set by `place`
   int64_t step;            // tokens of an id, 0 without ids
-  bool ids_on_host;
 };
 
 End end_of(const portakv_copy_view &view) {
@@ -65,40 +64,34 @@ End end_of(const portakv_copy_view &view) {
 struct Ids {
   portakv_ids list;
   bool on_host;
-  bool read;  // into memory of the call's caller, which kernels reach
 };
 
-// Ids of the host that kernels of a device read: memory that both reach.
-class Room {
+// Memory of one call for ids of both sides that do not lie next to each other in memory.
+class Lists {
  public:
-  Room(int64_t *first, int64_t count) : next_(first), left_(first ? count : 0) {}
-
   int64_t *take(int64_t count) {
-    require(count <= left_);
-    int64_t *result = next_;
-    next_ += count;
-    left_ -= count;
-    return result;
+    Few<int64_t, 256> &ids = ids_[taken_++];
+    ids.resize(static_cast<size_t>(count));
+    return ids.data();
   }
 
  private:
-  int64_t *next_;
-  int64_t left_;
+  Few<int64_t, 256> ids_[2];
+  size_t taken_ = 0;
 };
 
-Ids read_ids(const Asker &ask, Object ids, DlDevice device, Room &room) {
+Ids read_ids(const Asker &ask, Object ids, DlDevice device, Lists &lists) {
   Ids result{};
   const Object type = ask.python.type(ids);
   ask.python.release(type);  // the ids hold it
   if (type == ask.python.list_type) {
     const int64_t length = ask.python.list_size(ids);
     require(length > 0);  // without memory an empty list would look like no ids
-    int64_t *out = room.take(length);
+    int64_t *out = lists.take(length);
     const portakv_ids_list_call call{ids, out, length};
     require(portakv_ids_read_list(&call) == 0);
     result.list = {out, 8, 8, length, 0, 0, 0};
     result.on_host = true;
-    result.read = true;
     return result;
   }
   const DlTensor facts = ask.describe(ids, false);
@@ -118,12 +111,6 @@ Ids read_ids(const Asker &ask, Object ids, DlDevice device, Room &room) {
     require(stride == width || length == 1);
   }
   return result;
-}
-
-// Return the length of a list of Python; 0 for another object.
-int64_t list_length(const Python &python, Object ids) {
-  const Owned type(python, python.type(ids));
-  return type.get() == python.list_type ? python.list_size(ids) : 0;
 }
 
 // What a check of both sides' ids found.
@@ -156,33 +143,25 @@ void check(Ids &ids, int64_t step, int64_t offset, int64_t count, bool distinct,
   found.skips = found.skips || code == PORTAKV_IDS_NEGATIVE;
 }
 
-// Return true if the kernels of a device read ids where they lie.
-bool placed(const Ids &ids, bool device_is_host) {
-  const bool dense = ids.list.stride == ids.list.width || ids.list.length == 1;
-  return !ids.on_host || ids.read || (device_is_host && dense);
-}
-
-// Give checked ids to the kernels of a device.
-void place(Ids &ids, bool device_is_host, Room &room, End &end) {
-  portakv_ids &list = ids.list;
+// Tell an end where its checked ids lie.
+void place(const Ids &ids, Lists &lists, End &end) {
+  const portakv_ids &list = ids.list;
   if (list.data == nullptr) return;
-  end.ids_on_host = ids.on_host;
-  if (placed(ids, device_is_host)) {
-    end.rows.ids = reinterpret_cast<intptr_t>(list.data);
-    end.rows.wide = list.width == 8;
-    return;
+  end.rows.ids = reinterpret_cast<intptr_t>(list.data);
+  end.rows.wide = list.width == 8 ? PORTAKV_WIDE_64 : PORTAKV_WIDE_32;
+  if (!ids.on_host) return;
+  require(end.rows.slots / list.step <= INT32_MAX);
+  if (list.stride != list.width && list.length != 1) {
+    const Places used(list);
+    int64_t *const out = lists.take(used.count());
+    with_ids(list, [&](const auto &each) {
+      for (int64_t at = used.first; at < used.past; at++) out[at - used.first] = each[at];
+    });
+    end.rows.ids = reinterpret_cast<intptr_t>(out);
+    end.rows.wide = PORTAKV_WIDE_64;
+    end.rows.offset = list.offset % list.step;
   }
-  const Places used(list);
-  int64_t *out = room.take(used.count());
-  with_ids(list, [&](const auto &each) {
-    for (int64_t at = used.first; at < used.past; at++) out[at - used.first] = each[at];
-  });
-  end.rows.ids = reinterpret_cast<intptr_t>(out);
-  end.rows.wide = 1;
-  end.rows.offset = list.offset % list.step;
-  ids.read = true;
-  list.data = out;
-  list.width = 8;
+  end.rows.wide += PORTAKV_WIDE_32_HOST - PORTAKV_WIDE_32;
 }
 
 // --- Memory -----------------------------------------------------------------------------------
@@ -300,20 +279,17 @@ bool name_stream(const portakv_current &of, void **stream) {
 
 // The end of a copy, and the stream of its work: the last arguments of each call.
 struct Means {
-  portakv_copy_end *at;  // null: there is no event, and no memory
+  portakv_copy_end *at;  // null: there is no event
   portakv_copy_end end;
-  Room lists;
   void *stream;
   bool named;  // there is a stream
 
   Means(Arguments &arguments, const Python &python, const portakv_current *current)
       : at(arguments.pointer<portakv_copy_end>()),
         end{},
-        lists(nullptr, 0),
         stream(nullptr),
         named(true) {
     if (at != nullptr) end = *at;
-    lists = Room(end.list, end.room);
     if (arguments.next() == python.none) {
       named = current != nullptr && name_stream(*current, &stream);
     } else {
@@ -363,29 +339,16 @@ int64_t result_of(int64_t count, int64_t answer, const Found &found) {
   return count << 16 | answer << 2 | int64_t{found.guarded} << 1 | int64_t{found.skips};
 }
 
-// Let a side begin at the first id that it uses. Return the number of these ids if the host reads
-// them too, and int32 holds each; else 0.
-int64_t ids_on_host(const End &end, int64_t count, portakv_rows_side &rows) {
-  if (!end.ids_on_host || rows.slots / end.step > INT32_MAX) return 0;
-  const int64_t passed = rows.offset / end.step;
-  rows.ids += passed * (rows.wide != 0 ? 8 : 4);
-  rows.offset -= passed * end.step;
-  return rounded_up(rows.offset + count, end.step);
-}
-
 // Plan a copy between two ends, and launch it. Return the result of core.h.
 int64_t copy(const portakv_kernels &kernels, const Python &python, const End &src, const End &dst,
              int64_t count, const Found &found, const Means &means, bool by_source = false) {
   const Plan plan = plan_of(src, dst, count);
   const RowsOptions options{src.step, dst.step, src.table_on_device, dst.table_on_device, by_source};
-  portakv_rows_side from = src.rows;
-  portakv_rows_side to = dst.rows;
-  const OnHost on_host{ids_on_host(src, count, from), ids_on_host(dst, count, to)};
   void *const thread = python.leave();  // a driver with a full queue blocks
   int64_t error = PORTAKV_MALFORMED;
   try {
-    error = run_rows(kernels, plan, options, from, to, count,
-                     found.guarded ? means.end.status : 0, means.stream, on_host);
+    error = run_rows(kernels, plan, options, src.rows, dst.rows, count,
+                     found.guarded ? means.end.status : 0, means.stream);
     if (error == 0 && means.end.event != nullptr) {
       error = means.end.record(means.end.event, means.stream);
     }
@@ -423,8 +386,7 @@ class ChunkPair {
         layout_(layout_of(copies, facts_)),
         reader(python, *copies.by.torch, layout_) {}
 
-  // Read the slots, those of a list of Python into `lists`.
-  void read_slots(Room &lists) {
+  void read_slots() {
     const DlDevice device = facts_.device;
     require(device.type == copies.caches->device_type && device.id == copies.caches->device_id);
     on_host = is_host(device.type);
@@ -471,8 +433,6 @@ class ChunkPair {
 
   const End &from() const { return store ? paged : dense; }
   const End &to() const { return store ? dense : paged; }
-  // Return the ids that a list of Python has.
-  int64_t listed() const { return list_length(reader.ask().python, ids_); }
 
  private:
   static constexpr int64_t kToTheEnd = PORTAKV_COPY_TO_THE_END;
@@ -491,6 +451,7 @@ class ChunkPair {
   Few<int64_t, 40> addresses_;
 
  public:
+  Lists lists;
   TensorReader reader;
   int64_t count = 0;
   bool on_host = false;
@@ -515,9 +476,9 @@ int64_t copy_chunk(const Python &python, Arguments arguments) {
   require(!any_error(*copies.words));
   Means means(arguments, python, copies.by.current);
   if (!means.named) return PORTAKV_COPY_STREAM;
-  pair.read_slots(means.lists);
+  pair.read_slots();
   pair.check();
-  place(pair.slots, pair.on_host, means.lists, pair.paged);
+  place(pair.slots, pair.lists, pair.paged);
   const int64_t result =
       copy(*copies.by.kernels, python, pair.from(), pair.to(), pair.count, pair.found, means);
   if (result < 0) return result;
@@ -545,8 +506,8 @@ class Pair {
         dst_offset_(arguments.number()),
         count(arguments.number()) {}
 
-  // Read and check the ids and the memory. Lists of Python are read into `lists`.
-  void check(Room &lists) {
+  // Read and check the ids and the memory.
+  void check() {
     require(dst_.writable != 0);
     // Across the link the device's kernels read or write memory of the host.
     from_host = is_host(static_cast<int32_t>(src_.device_type));
@@ -559,8 +520,8 @@ class Pair {
     check_memory(src_);
     check_memory(dst_);
     const Object none = ask_.python.none;
-    if (src_ids_ != none) read = read_ids(ask_, src_ids_, device, lists);
-    if (dst_ids_ != none) written = read_ids(ask_, dst_ids_, device, lists);
+    if (src_ids_ != none) read = read_ids(ask_, src_ids_, device, lists_);
+    if (dst_ids_ != none) written = read_ids(ask_, dst_ids_, device, lists_);
     if (count == PORTAKV_COPY_TO_THE_END) {
       const bool listed = read.list.data || written.list.data;
       const int64_t src_tokens =
@@ -581,9 +542,10 @@ class Pair {
   const portakv_copy_view &src() const { return src_; }
   const portakv_copy_view &dst() const { return dst_; }
 
-  // Return the most ids that lists of Python have.
-  int64_t listed() const {
-    return list_length(ask_.python, src_ids_) + list_length(ask_.python, dst_ids_);
+  // Tell both ends where their ids lie.
+  void place() {
+    portakv::place(read, lists_, from);
+    portakv::place(written, lists_, to);
   }
 
  private:
@@ -596,6 +558,7 @@ class Pair {
   const int64_t dst_step_;
   const int64_t src_offset_;
   const int64_t dst_offset_;
+  Lists lists_;
 
  public:
   int64_t count;
@@ -613,10 +576,9 @@ int64_t copy_views(const Python &python, Arguments arguments) {
   Pair pair(python, *by.torch, arguments);
   Means means(arguments, python, by.current);
   if (!means.named) return PORTAKV_COPY_STREAM;
-  pair.check(means.lists);
+  pair.check();
   require(pair.from_host == pair.to_host);
-  place(pair.read, pair.from_host, means.lists, pair.from);
-  place(pair.written, pair.from_host, means.lists, pair.to);
+  pair.place();
   const int64_t result =
       copy(*by.kernels, python, pair.from, pair.to, pair.count, pair.found, means);
   if (result >= 0) raise_versions(*by.torch, pair.dst());
@@ -709,21 +671,6 @@ int64_t write_units(const Ids &read, const Ids &written, const End &src, const E
   });
 }
 
-// The ids of lists of Python, in memory of one call.
-class Lists {
- public:
-  explicit Lists(int64_t count) {
-    ids_.resize(static_cast<size_t>(count));
-    room = Room(ids_.data(), count);
-  }
-
- private:
-  Few<int64_t, 256> ids_;
-
- public:
-  Room room{nullptr, 0};
-};
-
 // Plan a checked copy, write its units, and return what core.h says.
 Object units_of(const Python &python, const Ids &read, const Ids &written, const End &src,
                 const End &dst, int64_t count, const Found &found, const Numbers &numbers,
@@ -750,8 +697,7 @@ Object check_views(const Python &python, Arguments arguments) {
   const auto &torch = *arguments.pointer<const PortakvTorch>();
   Pair pair(python, torch, arguments);
   const Numbers numbers(arguments);
-  Lists lists(pair.listed());
-  pair.check(lists.room);
+  pair.check();
   return units_of(python, pair.read, pair.written, pair.from, pair.to, pair.count, pair.found,
                   numbers, nullptr);
 }
@@ -760,8 +706,7 @@ Object check_chunk(const Python &python, Arguments arguments) {
   ChunkPair pair(python, arguments);
   require(!any_error(*pair.copies.words));
   const Numbers numbers(arguments);
-  Lists lists(pair.listed());
-  pair.read_slots(lists.room);
+  pair.read_slots();
   pair.check();
   if (pair.store && pair.on_host) {
     for (const Span &span : pair.reader.view().spans) require(writable(span.first, span.past));
@@ -782,7 +727,7 @@ Positions positions_of(const portakv_copy_view &view, const End &end, int64_t co
   at.addresses = view.entries == 1 ? view.addresses[0] : reinterpret_cast<intptr_t>(view.addresses);
   at.ids = end.rows.ids;
   if (at.ids != 0) {
-    at.id_bytes = end.rows.wide != 0 ? 8 : 4;
+    at.id_bytes = end.rows.wide % 2 != 0 ? 8 : 4;
     at.number = (end.rows.offset + count + end.step - 1) / end.step;
   }
   at.step = at.ids != 0 ? end.step : 1;
@@ -830,9 +775,7 @@ class Across {
 
   // Read the positions of both sides, and pick a strategy. Return the answer of the pick.
   int64_t pick(const PickTerms &terms) {
-    // The host's own side is read during the call.
-    place(pair_.read, pair_.from_host, means_.lists, pair_.from);
-    place(pair_.written, pair_.to_host, means_.lists, pair_.to);
+    pair_.place();
     copy_.src = positions_of(pair_.src(), pair_.from, pair_.count);
     copy_.dst = positions_of(pair_.dst(), pair_.to, pair_.count);
     copy_.count = pair_.count;
@@ -859,12 +802,9 @@ class Across {
 
   // Copy by the kernels that reach the host's memory.
   int64_t by_kernels(const Python &python) {
-    // They also read the ids of the host's side.
-    const bool up = pair_.from_host;
-    place(up ? pair_.read : pair_.written, false, means_.lists, up ? pair_.from : pair_.to);
     // The planes follow the host's order: neighbours cross the link together.
     return copy(*crossings_.by.kernels, python, pair_.from, pair_.to, pair_.count, pair_.found,
-                means_, up);
+                means_, pair_.from_host);
   }
 
   // Copy by calls of the driver, as the words of a CrossingPlan say.
@@ -917,7 +857,7 @@ int64_t copy_across(const Python &python, Arguments arguments) {
   const auto *staging = arguments.pointer<const int64_t>();
   Means means(arguments, python, crossings.by.current);
   if (!means.named) return PORTAKV_COPY_STREAM;
-  pair.check(means.lists);
+  pair.check();
   require(pair.from_host != pair.to_host && !pair.found.guarded);
 
   Across across(crossings, pair, means);

@@ -94,12 +94,21 @@ enum {
 // The loaded kernels of a device by their shapes. Any number of threads may use and add to one.
 typedef struct portakv_kernels portakv_kernels;
 
+// Ids of a side: int32 and int64 where the kernels read them, and such ids where only the host reads
+// them during the call, each below 2^31: they travel in the arguments of as many launches as it takes.
+enum {
+  PORTAKV_WIDE_32 = 0,
+  PORTAKV_WIDE_64 = 1,
+  PORTAKV_WIDE_32_HOST = 2,
+  PORTAKV_WIDE_64_HOST = 3,
+};
+
 // What a call says of one side.
 typedef struct portakv_rows_side {
   const int64_t *addresses;  // of the view, in memory of the host; none is read of a `table` alone
   int64_t table;             // where a device reads those addresses; 0: it need not
-  int64_t ids;               // where the kernel reads ids; 0: consecutive tokens
-  int64_t wide;              // the ids are int64, else int32
+  int64_t ids;               // where the ids lie next to each other; 0: consecutive tokens
+  int64_t wide;              // which ids: of PORTAKV_WIDE_..
   int64_t offset;            // tokens that are passed over
   int64_t slots;             // tokens of the view
 } portakv_rows_side;
@@ -530,8 +539,6 @@ typedef struct portakv_copy_view {
 // The end of a copy: memory for its kernels, and an event after them. The caller keeps it, and gives
 // it to one copy at a time.
 typedef struct portakv_copy_end {
-  int64_t *list;    // memory that the kernels reach, for ids of the host; may be null
-  int64_t room;     // int64 ids that fit
   uint64_t status;  // as for `portakv_rows_run`; it is used only if ids lie on the device
   void *event;      // recorded after the kernels; null: the work has ended when a launch returns
   // Functions of the driver: cuEventRecord and cuEventQuery, or others with their arguments.

@@ -139,6 +139,7 @@ int portakv_pack_run(const portakv_pack *pack, const portakv_rows_side *src,
   const int64_t unit = pack->unit;
   const int64_t units = count / unit;
   if (!countable(*src, *dst, count, unit)) return PORTAKV_ROWS_UNITS;
+  if (std::max(src->wide, dst->wide) > PORTAKV_WIDE_64) return PORTAKV_MALFORMED;
   alignas(16) unsigned char buffer[kMostBytes + sizeof overflow];
   for (const PackKernel &kernel : pack->kernels) {
     const PackShape &shape = kernel.shape;

@@ -244,38 +244,48 @@ struct Launch {
   const Kernel *kernel;
 };
 
-// Places ids of the host behind the tables of an argument, if there is room for them.
-class Carrier {
- public:
-  Carrier(int32_t *place, const unsigned char *past)
-      : place_(place),
-        left_(std::min<int64_t>(reinterpret_cast<const int32_t *>(past) - place, kMostCarried)) {}
+// The ids of one side that lie on the host: those of each launch travel in its argument.
+struct Travelling {
+  const void *ids = nullptr;  // null: the side has none
+  bool wide = false;
+  int64_t per_id = 1;
+  int64_t first = 0;  // number of the first position's unit, counted from the first id
 
-  void carry(int64_t count, int64_t per_id, Request &request) {
-    if (count == 0 || count > left_) return;
-    const void *const ids = reinterpret_cast<const void *>(request.ids);
-    for (int64_t at = 0; at < count; at++) {
-      const int64_t id = request.wide != 0 ? static_cast<const int64_t *>(ids)[at]
-                                           : static_cast<const int32_t *>(ids)[at];
-      place_[next_ + at] = static_cast<int32_t>(std::max<int64_t>(id, -1));
-    }
-    // The kernel counts from the first id of either side.
-    request.first += next_ * per_id;
-    request.wide = 2;
-    next_ += count;
-    left_ -= count;
+  Travelling() = default;
+  Travelling(const portakv_rows_side &side, const RowsSide &fixed, const Request &request) {
+    if (side.ids == 0 || side.wide < PORTAKV_WIDE_32_HOST) return;
+    ids = reinterpret_cast<const void *>(side.ids);
+    wide = side.wide == PORTAKV_WIDE_64_HOST;
+    per_id = fixed.per_id;
+    first = request.first;
   }
 
- private:
-  int32_t *place_;
-  int64_t left_;
-  int64_t next_ = 0;
+  // The units, wherever they begin, whose ids are no more than `room`.
+  int64_t units_in(int64_t room) const {
+    return ids == nullptr ? INT64_MAX : (room - 1) * per_id;
+  }
+
+  // Write the ids of the units from `start` on to `out[next]` and so on; return the place behind.
+  int64_t write(int64_t start, int64_t units, int32_t *out, int64_t next, Request &request) const {
+    if (ids == nullptr) return next;
+    const int64_t at = first + start;
+    const int64_t past = (at + units - 1) / per_id + 1;
+    // The kernel adds the number of a position, of which `start` is the first.
+    request.first = next * per_id + at % per_id - start;
+    request.wide = kCarried;
+    for (int64_t place = at / per_id; place < past; place++) {
+      const int64_t id = wide ? static_cast<const int64_t *>(ids)[place]
+                              : static_cast<const int32_t *>(ids)[place];
+      out[next++] = static_cast<int32_t>(std::max<int64_t>(id, -1));
+    }
+    return next;
+  }
 };
 
 // Launch one nest; return the driver's error.
 int launch_nest(const portakv_kernels &kernels, const Launch &nest, int64_t unit,
                 const portakv_rows_side &src, const portakv_rows_side &dst, int64_t units,
-                uint64_t status, void *stream, OnHost on_host) {
+                uint64_t status, void *stream) {
   const RowsShape &shape = nest.shape;
   const Cut &cut = nest.kernel->cut;
   alignas(16) unsigned char buffer[kCarryingBytes];
@@ -293,12 +303,17 @@ int launch_nest(const portakv_kernels &kernels, const Launch &nest, int64_t unit
   }
   auto *tables = reinterpret_cast<int64_t *>(buffer + sizeof(Argument));
   int64_t *const behind = place_table(shape.dst, dst, place_table(shape.src, src, tables));
-  Carrier carrier(reinterpret_cast<int32_t *>(behind), buffer + sizeof buffer);
-  carrier.carry(on_host.src, shape.src.per_id, argument.from);
-  carrier.carry(on_host.dst, shape.dst.per_id, argument.to);
+  auto *const carried = reinterpret_cast<int32_t *>(behind);
+  const Travelling read(src, shape.src, argument.from);
+  const Travelling written(dst, shape.dst, argument.to);
+  int64_t room = reinterpret_cast<int32_t *>(buffer + sizeof buffer) - carried;
+  room = std::min(room, kMostCarried) / (read.ids != nullptr && written.ids != nullptr ? 2 : 1);
+  const int64_t most = std::min({cut.most_units, read.units_in(room), written.units_in(room)});
   void *parameters[] = {buffer};
-  for (int64_t start = 0; start < units; start += cut.most_units) {
-    const int64_t part = std::min(cut.most_units, units - start);
+  for (int64_t start = 0; start < units; start += most) {
+    const int64_t part = std::min(most, units - start);
+    written.write(start, part, carried, read.write(start, part, carried, 0, argument.from),
+                  argument.to);
     argument.start = static_cast<uint32_t>(start);
     argument.units = static_cast<uint32_t>(part);
     std::memcpy(buffer, &argument, sizeof argument);
@@ -326,7 +341,7 @@ constexpr size_t kShapeWords = 64;
 
 int64_t run_rows(const portakv_kernels &kernels, const Plan &plan, const RowsOptions &options,
                  const portakv_rows_side &src, const portakv_rows_side &dst, int64_t count,
-                 uint64_t status, void *stream, OnHost on_host) {
+                 uint64_t status, void *stream) {
   const int64_t unit = plan.unit;
   if (!countable(src, dst, count, unit)) return PORTAKV_ROWS_UNITS;
   // Every kernel is found before the first one is launched.
@@ -350,7 +365,7 @@ int64_t run_rows(const portakv_kernels &kernels, const Plan &plan, const RowsOpt
   }
   for (size_t n = 0; n < plan.nests.size(); n++) {
     const int error =
-        launch_nest(kernels, launches[n], unit, src, dst, count / unit, status, stream, on_host);
+        launch_nest(kernels, launches[n], unit, src, dst, count / unit, status, stream);
     if (error != 0) return error;
   }
   return 0;

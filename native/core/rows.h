@@ -85,7 +85,7 @@ struct Request {
   int64_t base;
   int64_t table;
   int64_t ids;
-  int64_t wide;  // of ids: 0 int32, 1 int64, 2 int32 in the argument
+  int64_t wide;  // of ids: 0 int32, 1 int64, `kCarried`
   int64_t first;
   int64_t limit;
 };
@@ -110,8 +110,9 @@ constexpr size_t kMostBytes = sizeof(Argument) + 2 * 8 * kMaxEntries;
 // Bytes of an argument with the ids that it carries, which every driver takes, and the most of them;
 // as `CarryingOf` of rows.cuh.
 constexpr size_t kCarryingBytes = 4096;
-constexpr size_t kMostCarried = 512;
-static_assert(kMostBytes + 2 * sizeof(int32_t) <= kCarryingBytes, "ids need room");
+constexpr int64_t kMostCarried = 512;
+static_assert(kMostBytes + 4 * sizeof(int32_t) <= kCarryingBytes, "two ids of each side need room");
+constexpr int64_t kCarried = 2;  // the ids are int32 in the argument
 
 // One step of a loop on one side.
 struct Walk {
@@ -186,18 +187,11 @@ struct portakv_kernels {
 
 namespace portakv {
 
-// The numbers of ids of both sides, from the first on, that the host reads too: they travel in the
-// argument of the kernels if there is room, and are then not fetched over the link. Each fits int32.
-struct OnHost {
-  int64_t src = 0;
-  int64_t dst = 0;
-};
-
 // Order a copy of `count` tokens, whole units, on a stream of the current device; see
 // `portakv_rows_run`, whose result this returns. Throw `TooManyLoops` and `Malformed`.
 int64_t run_rows(const portakv_kernels &kernels, const Plan &plan, const RowsOptions &options,
                  const portakv_rows_side &src, const portakv_rows_side &dst, int64_t count,
-                 uint64_t status, void *stream, OnHost on_host = {});
+                 uint64_t status, void *stream);
 
 // --- Parts of a launch, which kernels that pack have too --------------------------------------
 

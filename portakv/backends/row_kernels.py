@@ -59,7 +59,6 @@ class RowKernels:
         self,
         function: Callable[..., int],
         arguments: Sequence[object],
-        on_host: bool,
         tabled: Sequence[KVView] = (),
     ) -> tuple[End | None, int] | None:
         """Make a copy by a function of the core on the current stream.
@@ -67,7 +66,6 @@ class RowKernels:
         Args:
             function: takes the arguments, then the address of a `portakv_copy_end` and a stream.
             arguments: of the copy.
-            on_host: ids lie on the host.
             tabled: views whose tables of addresses the kernels read.
 
         Returns:
@@ -81,11 +79,10 @@ class RowKernels:
         end = None
         at = 0
         if ends is not None:
-            free = ends.listed if on_host else ends.plain
             try:
-                end = free.pop()
+                end = ends.free.pop()
             except IndexError:
-                end = ends.acquire_after_ends(free)
+                end = ends.acquire_after_ends()
                 if end is None:
                     return None
             at = end.address

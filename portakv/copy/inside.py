@@ -48,7 +48,6 @@ from portakv.plan.move import Move
 from portakv.registry.prepared import PREPARED, Prepared, bring_table, prepared
 from portakv.registry.registry import Choice, choose
 from portakv.runtime.devices import capturing
-from portakv.runtime.ends import LISTED
 from portakv.runtime.streams import completion
 from portakv.runtime.transfer import (
     Completion,
@@ -66,6 +65,8 @@ from portakv.view.form import Form, plain_reader
 from portakv.view.index import CONSECUTIVE, ID_DTYPES, PAST_ANY_VIEW, Ids, Index, as_ids, index_of
 from portakv.view.view import KVView
 
+#: The most ids of the host of one call of the core: a launch carries 146 to 512 of them.
+LISTED = 4096
 _AWAY = {"peer", "remote"}
 _OPENED = "opened"  # of a view, for the core
 _OPENED_WITHOUT = "opened without its table"
@@ -197,7 +198,7 @@ class ChunkCopies:
             return self._launched(store, chunk, slot_mapping, ids, start, end)
 
         arguments = self._address, store, chunk, ids, start, end
-        issued = kernels.issue(self._copy, arguments, not on_device, self._tabled)
+        issued = kernels.issue(self._copy, arguments, self._tabled)
         if issued is None:
             return None
         at, result = issued
@@ -444,9 +445,8 @@ def _copy_inside(
     if both is None or not kernels.executor.torch:
         return None
     arguments, tabled = both
-    on_host = bool(read.on_host or written.on_host)
     arguments = kernels.executor_at, *arguments
-    issued = kernels.issue(calls().copy_views, arguments, on_host, tabled)
+    issued = kernels.issue(calls().copy_views, arguments, tabled)
     if issued is None:
         return None
     end, result = issued
@@ -477,7 +477,7 @@ def _copy_across(
     arguments, tabled = both
     sides = *arguments, *whole.launch.terms(host, new)
     try:
-        issued = whole.kernels.issue(whole.copy, (rows, host, sides), True, tabled)
+        issued = whole.kernels.issue(whole.copy, (rows, host, sides), tabled)
     except BaseException:  # also an interrupt; what was launched may still run
         completion(rows.device, None, *memory_of_host(src, dst))
         raise
@@ -560,8 +560,8 @@ def _launched(
 
 
 def _few(ids: Any, start: object, end: object) -> bool:
-    """Return whether kernels read ids of the host from pinned memory, instead of a copy of all of
-    them on the device. ``start``, ``end``: as a caller passed them."""
+    """Return whether ids of the host travel with the launches, instead of a copy of all of them on the
+    device. ``start``, ``end``: as a caller passed them."""
     if type(start) is not int:
         return True
     if type(end) is int:

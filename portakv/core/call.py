@@ -107,8 +107,6 @@ class CopyEnd(ctypes.Structure):
     """`portakv_copy_end` of `core.h`."""
 
     _fields_ = (
-        ("list", ctypes.c_void_p),
-        ("room", ctypes.c_int64),
         ("status", ctypes.c_uint64),
         ("event", ctypes.c_void_p),
         ("record", ctypes.c_void_p),

@@ -20,7 +20,7 @@ LOOPS = -40
 UNITS = -41
 NOT_LOADED = -42
 NO_TABLE = -43
-#: The most ids of the host that travel in the argument of a kernel, as ``rows.h`` says.
+#: The most ids of the host that travel in the argument of one launch, as ``rows.h`` says.
 MOST_CARRIED = 512
 
 #: More words than a kernel has: it has at most 16 extents for each of its axes.

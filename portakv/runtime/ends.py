@@ -36,8 +36,6 @@ _NOT_READY = 600
 _ANSWERS = (0, _NOT_READY, REPORTS)
 _NO_TIMING = 2  # CU_EVENT_DISABLE_TIMING and hipEventDisableTiming
 
-#: The most ids of the host of one copy, of both sides together.
-LISTED = 2048
 _BATCH = WordBatches.SIZE  # ends of one allocation
 
 
@@ -67,12 +65,9 @@ class End:
 
     __slots__ = ("_ends", "_event", "_struct", "address", "ask", "device", "release", "words")
 
-    def __init__(self, ends: Ends, event: int, word: StatusWord, ids: int, status: int) -> None:
+    def __init__(self, ends: Ends, event: int, word: StatusWord, status: int) -> None:
         functions = ends.functions
-        room = LISTED if ids else 0
         self._struct = CopyEnd(
-            ids,
-            room,
             status,
             event,
             functions.record_address,
@@ -85,7 +80,7 @@ class End:
         self.address = ctypes.addressof(self._struct)
         self.device = ends.device
         self.words = ((word, 0),)
-        self.release = (ends.listed if ids else ends.plain).append
+        self.release = ends.free.append
 
     def completion(self, result: int, ids: object, owner: Owner | None = None) -> Completion:
         """Return the completion of a copy inside a device, which has this end.
@@ -139,22 +134,19 @@ class Ends:
         batches: the most batches of ends. Copies that find no end go the general way.
 
     Attributes:
-        listed: free ends with memory for ids of the host.
-        plain: free ends without.
+        free: ends that no copy has.
     """
 
     def __init__(self, driver: EventDriver, device: torch.device, batches: int = 64) -> None:
         self.device = device
         self.functions = driver.events
         self._driver = driver
-        self.listed = deque[End]()
-        self.plain = deque[End]()
+        self.free = deque[End]()
         self._batches = batches  # that may still be made
         self._making = Lock()
-        # Drivers allocate such memory after they have waited for the device. Without pinned memory,
-        # the general way makes copies by ids of the host.
+        # Drivers allocate such memory after they have waited for the device.
         with suppress(RuntimeError):
-            self._make(listed=True)
+            self._make()
 
     def call(self, function: Callable[..., int], *arguments: object) -> int:
         """Call a function of the driver on an event, and return 0, or another number if the event
@@ -174,31 +166,28 @@ class Ends:
             )
         return error
 
-    def acquire_after_ends(self, free: deque[End]) -> End | None:
-        """Return an end of `listed` or `plain`, which had none. None: all are in use, or none could
-        be made. Copies that have ended release theirs."""
+    def acquire_after_ends(self) -> End | None:
+        """Return an end if `free` has none. None: all are in use, or none could be made. Copies that
+        have ended release theirs."""
         retire()
-        if not free and free is self.plain and self._batches > 0:
-            self._make(listed=False)
+        if not self.free and self._batches > 0:
+            self._make()
         with suppress(IndexError):
-            return free.pop()
+            return self.free.pop()
         return None
 
-    def _make(self, listed: bool) -> None:
+    def _make(self) -> None:
         """Add free ends. The host may wait for the device."""
         with self._making, ignoring_captures(self.device), torch.inference_mode(False):
-            words = _pinned(self.device, _BATCH, 1)
-            ids = _pinned(self.device, _BATCH, LISTED) if listed else None
+            words = _pinned(self.device, _BATCH)
             word_batches.append(words.numpy().reshape(-1))
             with self._driver.current():
                 for nth in range(_BATCH):
                     word = StatusWord(words[nth])
                     # The tensor of the word retains the memory of all words.
-                    at = 0 if ids is None else ids[nth].data_ptr()
                     status = self._driver.word(word.address)
-                    end = End(self, self._event(), word, at, status)
+                    end = End(self, self._event(), word, status)
                     end.release(end)
-            _memory.append(ids)
             self._batches -= 1
 
     def _event(self) -> int:
@@ -207,12 +196,8 @@ class Ends:
         return handle.value or 0
 
 
-# Pinned memory, never freed: a launch may still use it when nothing else of this process does.
-_memory = list[Any]()
-
-
-def _pinned(device: torch.device, rows: int, length: int) -> torch.Tensor:
-    memory = torch.zeros(rows, length, dtype=torch.int64, device="cpu")
+def _pinned(device: torch.device, words: int) -> torch.Tensor:
+    memory = torch.zeros(words, 1, dtype=torch.int64, device="cpu")
     return memory if device.type == "cpu" else memory.pin_memory()
 
 

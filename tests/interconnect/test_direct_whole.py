@@ -7,7 +7,6 @@ from __future__ import annotations
 import ctypes
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -18,7 +17,7 @@ from support.whole_copies import needs_whole_copies
 
 from portakv import CopyPlan, KVView
 from portakv.copy.inside import open_view
-from portakv.core.call import OTHERWISE, SKIPS, TOKENS, CopyEnd, OpenedView, Watch
+from portakv.core.call import SKIPS, TOKENS, CopyEnd, OpenedView, Watch
 from portakv.interconnect.strategy import StrategyLaunch
 
 pytestmark = [
@@ -28,7 +27,6 @@ pytestmark = [
 
 SIZE = 4
 BLOCKS = 9
-ROOM = 2 * BLOCKS
 KINDS = ["list", "int64", "int32", "apart"]
 
 
@@ -87,8 +85,7 @@ def test_bytes_are_those_of_numpy(
         assert isinstance(launch, StrategyLaunch)
         whole = launch.whole
         assert whole is not None
-        room = np.zeros(ROOM, dtype=np.int64)
-        end = CopyEnd(room.__array_interface__["data"][0], ROOM)
+        end = CopyEnd()
         opened = [opened_at(view, 2 if view is rows else 1) for view in (src, dst)]
         sides = *[each.address for each in opened], *ids, SIZE, SIZE, 0, 0, count * SIZE
         before = version_of(dst)
@@ -99,22 +96,3 @@ def test_bytes_are_those_of_numpy(
     assert torch.equal(blocks[dst], expected)
     assert version_of(dst) == before + 1
     assert {stream for _, _, stream in driver.launches} == {7}
-
-
-def test_more_ids_than_the_memory_of_an_end_has_room_for() -> None:
-    rows, host = views(True)
-    with installed() as driver:
-        launch = Stores(CPU).prepare(CopyPlan(rows.form, host.form, SIZE, SIZE))
-        assert isinstance(launch, StrategyLaunch)
-        whole = launch.whole
-        assert whole is not None
-        room = np.zeros(5, dtype=np.int64)
-        end = CopyEnd(room.__array_interface__["data"][0], room.size)
-        opened = [opened_at(rows, 2), opened_at(host, 1)]
-        addresses = [each.address for each in opened]
-        for count in (2, 3):
-            ids = [*range(count)]
-            sides = *addresses, ids, ids, SIZE, SIZE, 0, 0, count * SIZE, 0, 0, 0
-            result = whole.copy(rows, host, sides, ctypes.addressof(end), 7)
-            assert (result == OTHERWISE) == (count == 3)
-        assert len(driver.launches) == 1

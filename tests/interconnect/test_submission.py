@@ -419,7 +419,6 @@ class Whole(Rig):
 
         ``terms``: of the pick.
         """
-        room = self._room = np.zeros(64, dtype=np.int64)
         ids = [self._ids_of(index, listed) for index in self.indices]
         self._opened = []
         for view in self.ends:
@@ -429,8 +428,7 @@ class Whole(Rig):
                 self._opened.append(open_view(view, Watch(view.owners)))
         steps = [BLOCK if each is not None else 1 for each in ids]
         offsets = [index.offset for index in self.indices]
-        memory = room.__array_interface__["data"][0]
-        end = CopyEnd(memory, room.size, 0, *self.event)
+        end = CopyEnd(0, *self.event)
         views = [each.address for each in self._opened]
         sides = *views, *ids, *steps, *offsets, self.count, *(terms or (0, 0, 0))
         at = ctypes.addressof(end)

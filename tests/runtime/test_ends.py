@@ -43,14 +43,12 @@ class Rig:
         self.ends = self.kernels.ends = Ends(self.driver, CPU)
         self.bad = 0  # the position of a bad id that the next copy meets, from 1 on
 
-    def issue(
-        self, ids: object = None, owner: Owner | None = None, *, listed: bool = False
-    ) -> Transfer:
-        end, result = self.made(listed)
+    def issue(self, ids: object = None, owner: Owner | None = None) -> Transfer:
+        end, result = self.made()
         return Transfer((end.completion(result, ids, owner),))
 
-    def made(self, listed: bool) -> tuple[End, int]:
-        made = self.kernels.issue(self.copy, (), listed)
+    def made(self) -> tuple[End, int]:
+        made = self.kernels.issue(self.copy, ())
         assert made is not None
         end, result = made
         assert end is not None
@@ -160,28 +158,13 @@ def test_ends_of_dropped_copies_are_used_again(rig: Rig) -> None:
     for _ in range(1000):
         rig.issue()
         rig.driver.work()
-    assert rig.driver.created == 2 * 64
-    for _ in range(1000):
-        rig.issue(listed=True)
-        rig.driver.work()
-    assert rig.driver.created == 2 * 64
-
-
-def test_more_copies_by_ids_of_the_host_than_ends_with_lists(rig: Rig) -> None:
-    copies = [rig.issue(listed=True) for _ in range(64)]
-    assert rig.kernels.issue(rig.copy, (), True) is None
-    rig.driver.work(1)
-    another = rig.issue(listed=True)
-    assert copies[0].done()
-    assert not another.done()
-    rig.driver.work()
-    assert another.done()
+    assert rig.driver.created == 64
 
 
 def test_the_number_of_ends_is_limited(rig: Rig) -> None:
-    rig.ends = rig.kernels.ends = Ends(rig.driver, CPU, batches=3)
+    rig.ends = rig.kernels.ends = Ends(rig.driver, CPU, batches=2)
     copies = [rig.issue() for _ in range(2 * 64)]
-    assert rig.kernels.issue(rig.copy, (), False) is None
+    assert rig.kernels.issue(rig.copy, ()) is None
     rig.driver.work()
     rig.issue()
     assert all(copy.done() for copy in copies)
@@ -189,9 +172,9 @@ def test_the_number_of_ends_is_limited(rig: Rig) -> None:
 
 def test_nothing_that_was_not_launched_keeps_an_end(rig: Rig) -> None:
     for _ in range(200):
-        assert rig.kernels.issue(lambda *_: -50, (), True) is None
+        assert rig.kernels.issue(lambda *_: -50, ()) is None
     assert not rig.driver.queue
-    assert len(rig.ends.listed) == 64
+    assert len(rig.ends.free) == 64
 
 
 def test_ids_are_retained_until_the_end(rig: Rig) -> None:
@@ -210,7 +193,7 @@ def test_ids_are_retained_until_the_end(rig: Rig) -> None:
 def test_memory_of_the_host_is_retained_until_the_end(rig: Rig) -> None:
     memory = torch.zeros(3)
     gone = weakref.ref(memory)
-    end, _ = rig.made(listed=True)
+    end, _ = rig.made()
     end.completion_across(memory)
     del memory
     assert transfer.copies_holding_memory() == 1
@@ -236,10 +219,10 @@ def test_no_copy_gets_an_end_that_a_thread_waits_for(rig: Rig) -> None:
     completion.blocked += 1  # as a thread that blocks until the event
     rig.driver.work()
     assert completion.ended()
-    assert end not in rig.ends.plain
+    assert end not in rig.ends.free
     completion.blocked -= 1
     completion.synchronize()
-    assert rig.ends.plain.count(end) == 1  # type: ignore[arg-type]
+    assert rig.ends.free.count(end) == 1  # type: ignore[arg-type]
 
 
 # Bad ids
@@ -384,13 +367,13 @@ def test_no_copy_is_made_whole_while_a_word_reports_an_error(
 
 def test_an_event_that_is_not_recorded(rig: Rig) -> None:
     rig.driver.refuse_at = 0
-    free = rig.ends.acquire_after_ends(rig.ends.plain)
+    free = rig.ends.acquire_after_ends()
     assert free is not None
     free.release(free)
     with pytest.raises(TransferError, match=r"^The launch: expected success"):
         rig.issue()
     rig.driver.refuse_at = -1
-    assert free not in rig.ends.plain  # what was launched may use it
+    assert free not in rig.ends.free  # what was launched may use it
     rig.issue().synchronize()
 
 
