@@ -10,7 +10,7 @@ from time import perf_counter
 
 import numpy as np
 
-from portakv.copy.counting import TOGETHER, Counted
+from portakv.copy.counting import Counted
 from portakv.errors import TransferError
 from portakv.plan.move import Move
 from portakv.runtime.transfer import NOTHING, Transfer
@@ -116,9 +116,7 @@ class BlockTransfer(Transfer):
         self._ended: float | None = None if transfer.completions else perf_counter()
         counts = Counted.counts
         if counts is not None and count:
-            counts.new.append((transfer.carried[0], form.place, dst.form, count))
-            if len(counts.new) >= TOGETHER:
-                counts.sum_up()
+            counts.add(transfer.carried[0], form.place, dst.form, count)
 
     @classmethod
     def of_views(

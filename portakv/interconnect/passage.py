@@ -16,7 +16,7 @@ import torch
 from portakv.core.link import RECORD, STAGED, WAIT, Cut, SliceOrder, Step, schedule_of
 from portakv.interconnect.slices import SlicedRows
 from portakv.interconnect.staging import Staging
-from portakv.interconnect.strategy import Move, read_on
+from portakv.interconnect.strategy import Move, finish, read_on
 from portakv.registry.prepared import Prepared, bring_table
 from portakv.runtime.devices import inside
 from portakv.runtime.pinned_ids import PinnedIds
@@ -32,9 +32,7 @@ Gather: TypeAlias = Callable[[int, Prepared, Move, torch.Stream], None]
 
 def by_backend(_: int, ready: Prepared, move: Move, stream: torch.Stream) -> None:
     """Enqueue the device's stage of a slice of rows."""
-    pending = ready.launch(*move, stream, None)
-    if pending is not None:
-        pending.wait()
+    finish(ready.launch(*move, stream, None))
 
 
 def place_rows(

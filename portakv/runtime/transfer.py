@@ -196,6 +196,23 @@ class Completion:
         self.retained = retained
         self.pool = pool
 
+    @classmethod
+    def after(
+        cls,
+        device: torch.device,
+        stream: torch.Stream | None,
+        pendings: Sequence[Pending] = (),
+        words: Sequence[tuple[StatusWord, int]] = (),
+        error: PortaKVError | None = None,
+        retained: object = None,
+    ) -> Completion:
+        """Return the end of the present work on a stream (None: on the device's current stream),
+        and of other work. The host has no streams."""
+        if device.type == "cpu":
+            return cls(None, pendings, words, error, retained)
+        pool = event_pool(device)
+        return cls(pool.recorded(stream), pendings, words, error, retained, pool)
+
     def ended(self) -> bool:
         """Return True once all bytes have landed, or an error ended the work; never blocks or
         raises."""

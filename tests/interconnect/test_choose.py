@@ -28,6 +28,7 @@ from support.host_choice_cases import (
     strategies,
     view,
 )
+from support.table_costs import host_looked_up, looked_up
 from support.threads import run_threads
 
 from portakv import CopyPlan, Index, KVView, Unsupported
@@ -244,8 +245,8 @@ def test_what_folds_counts_for_the_host_as_it_crosses(
     arguments = "batched_memcpy", "d2h", 256 * 30 * ROWS // pieces, pieces
     assert (one.run_bytes, one.runs) == arguments[2:]
     rows = 30 * ROWS * ROW["d2h"] if pieces < 30 * ROWS else 0
-    assert one.seconds == (H200.seconds(*arguments) or 0) + rows
-    assert one.host_seconds == H200.host_seconds(*arguments)
+    assert one.seconds == looked_up(H200, *arguments) + rows
+    assert one.host_seconds == host_looked_up(H200, *arguments)
 
 
 def test_pageable_memory_goes_through_pinned_memory() -> None:
