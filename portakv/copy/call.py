@@ -33,7 +33,7 @@ from portakv.runtime.transfer import (
     Pending,
     StatusWord,
     Transfer,
-    acquire_after_ends,
+    acquire_ids,
     acquire_word,
     bad_slot,
     hold,
@@ -528,7 +528,7 @@ class _Launching:
         few = 0 < max(src_index.listed, dst_index.listed) <= PinnedIds.MOST
         lists = None
         if ready.reads_pinned_ids and few and not self._sends_ids:
-            lists = PinnedIds.acquire() or acquire_after_ends()
+            lists = acquire_ids()
         if lists is None:
             return ready.place_both(move)
         self._lists.append(lists)

@@ -146,11 +146,10 @@ class HostLaunch(StrategyLaunch):
         self.picked_at = self._copies.buffer_info()[0]
         self._choose = pick_copy()
 
-    def pick(self, move: Move, guarded: bool = False, quick: bool = False) -> Pick:
+    def pick(self, move: Move, quick: bool = False) -> Pick:
         """Return the strategy that a transfer takes; move nothing.
 
         Args:
-            guarded: pick only a strategy that skips and guards ids.
             quick: do not count the runs of the ids if the strategy is certain without. The costs of
                 the other strategies are then those of the fewest runs that any ids give.
 
@@ -158,11 +157,6 @@ class HostLaunch(StrategyLaunch):
         """
         out = self.out
         host = self.ends(move)[1]
-        if guarded:
-            # Another thread may remove a strategy meanwhile.
-            strategies = tuple(self.strategies.items())
-            unfit = [name for name, each in strategies if not each.capabilities().guards]
-            out = {**dict.fromkeys(unfit, "it takes no ids that are to be guarded"), **out}
         waits, new_ids = self._conditions(move)
 
         def pick_by(groups: int, host_groups: int) -> Pick:
@@ -274,21 +268,15 @@ class HostLaunch(StrategyLaunch):
         self._host.log(name, why)
         return able[0], (name, why)
 
-    def _pick_prepared(self, move: Move, guarded: bool = False) -> tuple[Prepared, Pick]:
+    def _pick_prepared(self, move: Move) -> tuple[Prepared, Pick]:
         """Pick as `pick` does, and prepare the strategy."""
         while True:
-            picked = self.pick(move, guarded, quick=True)
+            picked = self.pick(move, quick=True)
             ready = self.prepared(picked.strategy)
             if ready is not None:  # else it was refused just now
                 return ready, picked
 
-    def launch_by(
-        self,
-        strategy: str,
-        move: Move,
-        stream: torch.Stream | None,
-        status: torch.Tensor | None = None,
-    ) -> Pending | None:
+    def launch_by(self, strategy: str, move: Move, stream: torch.Stream | None) -> Pending | None:
         """Copy by one strategy, even if another one would be picked.
 
         Raises:
@@ -298,25 +286,20 @@ class HostLaunch(StrategyLaunch):
         if ready is None:
             why = self.out.get(strategy, "no strategy has that name")
             raise Unsupported(f"A copy by the strategy {strategy!r}", why)
-        return ready.launch(*self._placed(ready, move, stream), stream, status)
+        return ready.launch(*self._placed(ready, move, stream), stream, None)
 
     def enqueue(
         self, move: Move, stream: torch.Stream | None, status: torch.Tensor | None
     ) -> Pending | None:
-        ready, picked = self._pick_prepared(move)
-        if status is not None and not ready.can.guards:
-            # The caller counts on a strategy that guards; since then another thread may have read
-            # the ids back.
-            _, picked = self._pick_prepared(move, guarded=True)
-        carried: tuple[str, str] = picked
+        carried: tuple[str, str] = self._pick_prepared(move)[1]
         try:
-            pending = self.launch_by(picked.strategy, move, stream, status)
+            pending = self.launch_by(carried[0], move, stream)
         except torch.OutOfMemoryError:
             instead = self.instead_of(carried)
             if instead is None:
                 raise
             _, carried = instead
-            pending = self.launch_by(carried[0], move, stream, status)
+            pending = self.launch_by(carried[0], move, stream)
         self._host.log(*carried)
         return pending
 

@@ -20,7 +20,7 @@ from portakv.interconnect.strategy import Move, finish, read_on
 from portakv.registry.prepared import Prepared, bring_table
 from portakv.runtime.devices import inside
 from portakv.runtime.pinned_ids import PinnedIds
-from portakv.runtime.transfer import acquire_after_ends
+from portakv.runtime.transfer import acquire_ids
 from portakv.view.index import Index
 from portakv.view.view import KVView
 
@@ -51,7 +51,7 @@ def place_rows(
         bring_table(rows, ready.choice.backend.device)
     # Few ids for one call stay in pinned memory, where kernels read them.
     if 0 < index.listed <= PinnedIds.MOST and ready.reads_pinned_ids:
-        memory = PinnedIds.acquire() or acquire_after_ends()
+        memory = acquire_ids()
         if memory is not None:
             lists.append(memory)
             return index.reading(memory.write(0, index.host_ids()))

@@ -459,10 +459,13 @@ class Transfer:
             )
 
 
-def acquire_after_ends() -> PinnedIds | None:
-    """Return a list for ids after the lists of copies that have ended were released; None: none."""
-    copies_holding_memory()
-    return PinnedIds.acquire()
+def acquire_ids() -> PinnedIds | None:
+    """Return pinned memory for ids; None: copies that have not ended use all of it."""
+    memory = PinnedIds.acquire()
+    if memory is None:
+        copies_holding_memory()  # releases the memory of copies that have ended
+        memory = PinnedIds.acquire()
+    return memory
 
 
 def bad_slot(position: int, slot: int | None = None, slots: int | None = None) -> SlotError:

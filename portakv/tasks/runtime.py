@@ -705,7 +705,8 @@ class Runtime:
         """Make a wait in the caller's thread. ``woken``: released by `Wait.wake`; None: the wait
         has a descriptor."""
         left = -1.0 if wait.until is None else max(0.0, wait.until - self.time())
-        if woken is not None:
+        if wait.fd is None:
+            assert woken is not None
             woken.acquire(timeout=left)
         elif wait.poll is not None:
             wait.woken = wait.poll(max(-1, ceil(1e3 * left)))

@@ -268,9 +268,9 @@ class _Store:
         if array is not None:
             self.array = array
         # The ids, contiguous, in other places or dtypes.
-        self.copies = list[torch.Tensor]()
+        self.copies: list[torch.Tensor] = []
         # The ranges of ids on a device that passed a check: offset, count, slots.
-        self.clean = set[tuple[int, int, int]]()
+        self.clean: set[tuple[int, int, int]] = set()
 
     def keep(self, array: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
         """Return the first array that any thread kept: no later one takes its place, since the
