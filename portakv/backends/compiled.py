@@ -12,7 +12,6 @@ import os
 import shutil
 import sys
 import sysconfig
-import threading
 from collections.abc import Callable
 from functools import cached_property
 from importlib.util import find_spec
@@ -38,6 +37,7 @@ from portakv.backends.strided import ELEMENTS
 from portakv.plan.plan import CopyPlan, Move, Nest
 from portakv.runtime.devices import capturing, refuse_capture
 from portakv.runtime.kernel_cache import LOADED
+from portakv.runtime.once import making
 from portakv.runtime.streams import side_stream
 from portakv.view.index import Index
 from portakv.view.view import KVView
@@ -51,10 +51,6 @@ class Compiled(Backend):
     """One indexed copy through ``torch.compile``, on devices that inductor compiles for."""
 
     name = "compiled"
-
-    def __init__(self, device: torch.device) -> None:
-        super().__init__(device)
-        self._lock = threading.RLock()
 
     @classmethod
     def probe(cls, device: torch.device) -> Decision:
@@ -76,7 +72,7 @@ class Compiled(Backend):
             raise refuse_capture(
                 why="it has to be compiled first; make the same call once before the capture"
             )
-        with self._lock:
+        with making():
             nests = [_NestLaunch(nest, plan, self._copying) for nest in plan.nests]
             return _CompiledLaunch(plan, nests, self._reporting(plan), self.device)
 

@@ -20,8 +20,8 @@ from portakv.core.pack import Packs, PackShape, shape_of
 from portakv.core.plan import Refused
 from portakv.core.rows import LOOPS
 from portakv.layout.packing import PACK
-from portakv.plan.packing import PackPlan
-from portakv.runtime.cuda import NO_CONTEXT, KernelDriver
+from portakv.plan.packing import Move, PackPlan
+from portakv.runtime.cuda import KernelDriver
 from portakv.view.index import Index
 from portakv.view.view import KVView
 
@@ -189,22 +189,15 @@ class KernelPackLaunch(KernelsLaunch):
         if not count:
             return
         driver = self._driver
-        handle = driver.number(stream)
-        if handle is None:
-            with driver.current():
-                self(src, dst, src_index, dst_index, count, stream, status, overflow)
-            return
 
-        word = 0 if status is None else driver.word(status.data_ptr())
-        words = overflow.data_ptr()
-        if overflow.is_cpu:
-            words = driver.word(words)
-        src_table, dst_table = self.tables
-        source = self.side(src, src_index, src_table)
-        target = self.side(dst, dst_index, dst_table)
-        error = self._packs.run(source, target, count, word, words, handle)
-        if error == NO_CONTEXT:  # the first work of a thread
-            with driver.current():
-                error = self._packs.run(source, target, count, word, words, handle)
+        def run(handle: int) -> int:
+            word = 0 if status is None else driver.word(status.data_ptr())
+            words = overflow.data_ptr()
+            if overflow.is_cpu:
+                words = driver.word(words)
+            sides = self.sides(Move(src, dst, src_index, dst_index, count))
+            return self._packs.run(*sides, count, word, words, handle)
+
+        error = driver.order(stream, run)
         if error:
             self.refuse(error, src.slots, dst.slots, count)

@@ -13,7 +13,7 @@ import torch
 
 from portakv.backends.base import Backend, Capabilities, Decision, Launch, places_on
 from portakv.backends.reference_pack import ReferencePack
-from portakv.backends.strided import Ops, StridedLaunch
+from portakv.backends.strided import Ops, StridedLaunch, pick_in_any_shape, put_in_any_shape
 from portakv.layout.packing import PACK
 from portakv.plan.packing import PackPlan
 from portakv.plan.plan import CopyPlan
@@ -37,9 +37,7 @@ def _pick(
     """Call `index_select` with row numbers of any shape; ``out`` may have holes."""
     if rows.dim() == 1:
         return torch.index_select(source, dim, rows, out=out)
-    if out is None:
-        return source[rows]
-    return torch.ops.aten.index.Tensor_out(source, [rows], out=out)  # type: ignore[no-any-return]
+    return pick_in_any_shape(source, dim, rows, out)
 
 
 def _put(target: torch.Tensor, dim: int, rows: torch.Tensor, source: torch.Tensor) -> None:
@@ -47,7 +45,7 @@ def _put(target: torch.Tensor, dim: int, rows: torch.Tensor, source: torch.Tenso
     if rows.dim() == 1:
         target.index_copy_(dim, rows, source)
     else:
-        target.index_put_((rows,), source)
+        put_in_any_shape(target, dim, rows, source)
 
 
 # complex128 is torch's only 16-byte dtype, and not every vendor has it. A CPU is faster with a call

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cached_property, partial
 from typing import NoReturn, Protocol
@@ -31,9 +30,10 @@ from portakv.core.rows import UNITS, Kernels, SideShape, pack_side
 from portakv.errors import Unsupported
 from portakv.plan.packing import PackPlan
 from portakv.plan.plan import CopyPlan, Move
-from portakv.runtime.cuda import NO_CONTEXT, KernelDriver
+from portakv.runtime.cuda import KernelDriver
 from portakv.runtime.devices import capturing, refuse_capture
 from portakv.runtime.kernel_cache import LOADED
+from portakv.runtime.once import making
 from portakv.view.index import Index
 from portakv.view.view import KVView
 
@@ -56,7 +56,6 @@ class LoadedKernels:
     def __init__(self, driver: KernelDriver, capturing: Callable[[], bool]) -> None:
         self._driver = driver
         self._capturing = capturing
-        self._lock = threading.Lock()
 
     def functions(self, kernels: Sequence[KernelText]) -> list[dict[int, object]]:
         """Return the entries of each kernel, by the vectors that one thread moves.
@@ -64,7 +63,7 @@ class LoadedKernels:
         Raises:
             Unsupported: a kernel is not loaded, and a graph is being captured.
         """
-        with self._lock:
+        with making():
             loaded = [LOADED.get_or_make((self, x.source), partial(self._load, x)) for x in kernels]
         return [
             {each: functions[name] for each, name in kernel.names.items()}
@@ -227,16 +226,12 @@ class RowsLaunch(KernelsLaunch, MoveLaunch):
 
     def enqueue(self, move: Move, stream: torch.Stream | None, status: torch.Tensor | None) -> None:
         """Order a copy on a stream of the driver's; see `MoveLaunch`."""
-        handle = self._driver.number(stream)
-        if handle is None:
-            with self._driver.current():
-                self.enqueue(move, stream, status)
-            return
-        word = 0 if status is None else self._driver.word(status.data_ptr())
-        call = self._plan, self._options, *self.sides(move), move.count, word, handle
-        error = self._table.run(*call)
-        if error == NO_CONTEXT:  # the first work of a thread
-            with self._driver.current():
-                error = self._table.run(*call)
+
+        def run(handle: int) -> int:
+            word = 0 if status is None else self._driver.word(status.data_ptr())
+            copy = self._plan, self._options, *self.sides(move), move.count, word
+            return self._table.run(*copy, handle)
+
+        error = self._driver.order(stream, run)
         if error:
             self.refuse(error, move.src.slots, move.dst.slots, move.count)

@@ -565,15 +565,19 @@ def _by_entry(
 # --- rows of the host -----------------------------------------------------------------------------
 
 
-def _pick_on_host(
+def pick_in_any_shape(
     source: torch.Tensor, _: int, rows: torch.Tensor, out: torch.Tensor | None = None
 ) -> torch.Tensor:
+    """Call `torch.Tensor.index` with row numbers of any shape; ``out`` may have holes."""
     if out is None:
         return source[rows]
     return torch.ops.aten.index.Tensor_out(source, [rows], out=out)  # type: ignore[no-any-return]
 
 
-def _put_on_host(target: torch.Tensor, _: int, rows: torch.Tensor, source: torch.Tensor) -> None:
+def put_in_any_shape(
+    target: torch.Tensor, _: int, rows: torch.Tensor, source: torch.Tensor
+) -> None:
+    """Call `Tensor.index_put_` with row numbers of any shape."""
     target.index_put_((rows,), source)
 
 
@@ -584,7 +588,7 @@ def _copy_bytes(target: torch.Tensor, source: torch.Tensor) -> None:
 
 #: Calls that torch divides among its threads. Threads of the library would be slower to wake, and
 #: would share the cores with torch's.
-HOST_OPS = Ops(16, False, True, True, _pick_on_host, _put_on_host, _copy_bytes)
+HOST_OPS = Ops(16, False, True, True, pick_in_any_shape, put_in_any_shape, _copy_bytes)
 
 
 def copy_on_host(move: Move) -> None:

@@ -8,7 +8,6 @@ Triton is imported when the backend is probed for a device that it could run on.
 from __future__ import annotations
 
 import os
-import threading
 from collections.abc import Callable
 from functools import partial
 from typing import Any, Protocol, TypeAlias
@@ -28,6 +27,7 @@ from portakv.backends.base import (
 from portakv.plan.plan import CopyPlan, Move
 from portakv.runtime.devices import capturing, refuse_capture, refuse_fork, this_process
 from portakv.runtime.kernel_cache import LOADED
+from portakv.runtime.once import making
 
 INTERPRET = "TRITON_INTERPRET"
 
@@ -60,10 +60,6 @@ class Triton(Backend):
 
     name = "triton"
 
-    def __init__(self, device: torch.device) -> None:
-        super().__init__(device)
-        self._lock = threading.Lock()
-
     @classmethod
     def probe(cls, device: torch.device) -> Decision:
         why = _missing(device)
@@ -89,7 +85,7 @@ class Triton(Backend):
         nests = [NestKernel(nest, plan) for nest in plan.nests]
         if self.device.type == "cpu":
             return _InterpretedLaunch(nests)
-        with self._lock:  # nests of one shape share a kernel
+        with making():  # nests of one shape share a kernel
             make = LOADED.get_or_make
             kernels = [make((self, nest.key), partial(self._loaded, nest)) for nest in nests]
         return _TritonLaunch(plan.unit, nests, kernels, self.device)
@@ -126,10 +122,6 @@ def _constants(nest: NestKernel) -> dict[str, object]:
     return {**nest.constants, "ELEMENT": elements[nest.element_bits]}
 
 
-# The interpreter replaces functions of triton while it runs, for all threads.
-_interpreting = threading.Lock()
-
-
 class _InterpretedLaunch(MoveLaunch):
     """Run the kernel through Triton's interpreter, in this thread."""
 
@@ -142,8 +134,7 @@ class _InterpretedLaunch(MoveLaunch):
         for nest in self._nests:
             constants = _constants(nest)
             for programs, arguments in nest.launches(move, status):
-                with _interpreting:
-                    copy_rows[(programs, nest.planes)](*arguments, **constants)
+                copy_rows[(programs, nest.planes)](*arguments, **constants)
 
 
 class _OnDevice:

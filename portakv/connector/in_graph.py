@@ -9,7 +9,6 @@ call. Eager calls do not use this module, and do not pay for the dispatcher.
 from __future__ import annotations
 
 import itertools
-import threading
 from collections.abc import Mapping, Sequence
 from functools import cache, partial
 from operator import is_
@@ -22,6 +21,7 @@ from portakv.arguments import kind_of
 from portakv.core.call import Watch
 from portakv.errors import LayoutError, TransferError
 from portakv.runtime.eager import eagerly as eagerly
+from portakv.runtime.once import making
 from portakv.view import KVView
 from portakv.view.bound import Tensors
 
@@ -162,7 +162,7 @@ def enlist(connector: object) -> int:
 
     Its method ``_run_op`` runs the calls of such functions.
     """
-    with _defining:
+    with making():  # `cache` does not wait
         _define()
     number = next(_numbers)
     _enlisted[number] = connector
@@ -173,12 +173,9 @@ _enlisted: WeakValueDictionary[int, Any] = WeakValueDictionary()
 _numbers = itertools.count(1)
 
 
-_defining = threading.Lock()  # torch lets a process define the ops once, and `cache` does not wait
-
-
 @cache
 def _define() -> torch.library.Library:
-    """Define the ops of compiled functions once for the process, in whichever thread is first."""
+    """Define the ops of compiled functions, which torch allows once for the process."""
     library = torch.library.Library(NAMESPACE, "DEF")
     for name, arguments in _SCHEMAS.items():
         # A view is read by its strides, so the compiler must not choose others.

@@ -33,10 +33,9 @@ from portakv.runtime.transfer import (
     Pending,
     StatusWord,
     Transfer,
-    acquire_after_ends,
+    acquire_ids,
     acquire_word,
     bad_slot,
-    event_pool,
     hold,
     hold_memory,
 )
@@ -529,7 +528,7 @@ class _Launching:
         few = 0 < max(src_index.listed, dst_index.listed) <= PinnedIds.MOST
         lists = None
         if ready.reads_pinned_ids and few and not self._sends_ids:
-            lists = PinnedIds.acquire() or acquire_after_ends()
+            lists = acquire_ids()
         if lists is None:
             return ready.place_both(move)
         self._lists.append(lists)
@@ -555,9 +554,8 @@ class _Launching:
         retained: object = (self._host, self._placed)
         if not (self._pendings or peer):  # the memory of the device may go before the end
             retained = (self._host, [part[2:4] for part in self._placed])  # both indices
-        pool = event_pool(device)
-        event = pool.recorded(stream)
-        completion = Completion(event, self._pendings, self._words, error, retained, pool)
+        ends = self._pendings, self._words, error, retained
+        completion = Completion.after(device, stream, *ends)
         completion.lists = self._lists
         # Either queue gives the event back if the handle is dropped. Only a word or other work
         # brings an error, which `LateErrors` look for among the copies in flight.

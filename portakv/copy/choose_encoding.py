@@ -9,7 +9,6 @@ copy costs the host more than its kernels cost the device, so that the time by t
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from math import inf
@@ -32,6 +31,7 @@ from portakv.interconnect import costs
 from portakv.layout.encodings import CODE_BITS, PACK, PACKED_DTYPE, Pack, slot_for
 from portakv.registry import choose
 from portakv.runtime.devices import inside
+from portakv.runtime.once import making
 from portakv.runtime.streams import ignoring_captures, own_stream
 from portakv.view import KVView
 from portakv.view.dense import dense_blocks
@@ -405,9 +405,6 @@ class Rates(NamedTuple):
     packing: float
 
 
-_lock = threading.Lock()
-
-
 def rates_of(view: KVView, pack: Pack, nbytes: int = MEASURED) -> Rates:
     """Return the rates for blocks like those of a view on a device, measured at the first call.
 
@@ -422,7 +419,7 @@ def rates_of(view: KVView, pack: Pack, nbytes: int = MEASURED) -> Rates:
     planes = tuple(pack.plane(size * width // 2) for width in form.widths)
     device = view.device
     subject = (planes, size, form.layers, form.heads, nbytes)
-    with _lock:  # one measurement at a time
+    with making():  # one measurement at a time
         return costs.measured(device, subject, lambda: measure(form, size, pack, device, nbytes))
 
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections import Counter, deque
 from threading import Lock
 
+from portakv.runtime.once import making
 from portakv.view.form import Form
 
 #: New copies that are added up together.
@@ -15,11 +16,10 @@ TOGETHER = 512
 class CopyCounts:
     """The copies that were issued and their bytes, by strategy and by the places of both sides.
 
-    Any thread may call. A copy appends to ``new`` in one step, without a lock, and calls `sum_up`
-    once in `TOGETHER` copies.
+    Any thread may call. A copy is noted in one step, without a lock. One in `TOGETHER` adds all up.
 
     Attributes:
-        new: strategy, the place of the source's rows, the destination's form, and tokens.
+        new: the arguments of `add`.
     """
 
     def __init__(self) -> None:
@@ -27,6 +27,13 @@ class CopyCounts:
         self.new = deque[tuple[str, str, Form, int]]()
         self._copies = Counter[tuple[str, str, str]]()
         self._nbytes = Counter[tuple[str, str, str]]()
+
+    def add(self, strategy: str, src: str, dst: Form, tokens: int) -> None:
+        """Count a copy by its strategy, the place of the source's rows and the form of the
+        destination."""
+        self.new.append((strategy, src, dst, tokens))
+        if len(self.new) >= TOGETHER:
+            self.sum_up()
 
     def sum_up(self) -> None:
         """Add what is new: most copies are alike, so `Counter` counts them first."""
@@ -55,7 +62,7 @@ class CopyCounts:
 
     def close(self) -> None:
         """Count no further copy; `count_copies` then begins anew."""
-        with _beginning:
+        with making():
             if Counted.counts is self:
                 Counted.counts = None
 
@@ -66,16 +73,13 @@ class Counted:
     counts: CopyCounts | None = None
 
 
-_beginning = Lock()
-
-
 def count_copies() -> CopyCounts:
     """Return the counts of the copies of this process, which are counted from the first call on.
 
     For `Collector` and `portakv.graph.open_telemetry.observe`. A copy that is replayed by a graph
     of a device is counted once, when it is captured.
     """
-    with _beginning:
+    with making():
         if Counted.counts is None:
             Counted.counts = CopyCounts()
         return Counted.counts

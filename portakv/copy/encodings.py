@@ -51,7 +51,6 @@ from portakv.runtime.transfer import (
     StatusWord,
     Transfer,
     acquire_word,
-    event_pool,
     hold,
 )
 from portakv.view.dense import dense_blocks
@@ -312,24 +311,20 @@ def _launch(checked: Checked, ready: Prepared, context: Context) -> Packed:
             report = OverflowReport.of(move, ready.plan.unit, device, packs, overflow)
         except BaseException:  # also an interrupt; kernels that run may write the words
             if on_device:
-                events = event_pool(device)
-                retained = (placed, overflow)
-                hold(Completion(events.recorded(stream), retained=retained, pool=events))
+                hold(Completion.after(device, stream, retained=(placed, overflow)))
             raise
-        pool = event_pool(device) if on_device else None
-        event = None if pool is None else pool.recorded(stream)
 
     pendings: list[Pending] = [] if pending is None else [pending]
     if not (on_device or pendings):
         ends = _ends_with(checked.error or report())
         return Packed(checked, Transfer(ends, None, ready.carried), report, stream)
-    completion = Completion(
-        event=event,
+    completion = Completion.after(
+        device,
+        stream,
         pendings=pendings,
         words=() if word is None else [(word, 0)],
         error=checked.error,
         retained=(move.src, move.dst, placed, overflow),
-        pool=pool,
     )
     completion.late_error = report
     hold(completion)
@@ -353,8 +348,7 @@ def _end_with(
     """Return the end of the work on a stream with the error that a report returns after it."""
     if device.type == "cpu":
         return _ends_with(report())
-    pool = event_pool(device)
-    completion = Completion(pool.recorded(stream), pool=pool)
+    completion = Completion.after(device, stream)
     completion.late_error = report
     hold(completion)
     return (completion,)
@@ -503,8 +497,7 @@ def _issue_slices(
         issue_slices(move, stages, cross, sizes, (current, work), words)
     with inside(work):
         report = OverflowReport.of(move, unit, device, not move.src.form.encoding, words)
-    pool = event_pool(device)
-    completion = Completion(event=pool.recorded(work), retained=(move, words), pool=pool)
+    completion = Completion.after(device, work, retained=(move, words))
     completion.late_error = report
     hold(completion)
     ends = (completion, *_ends_with(checked.error))

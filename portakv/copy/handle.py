@@ -10,7 +10,7 @@ from time import perf_counter
 
 import numpy as np
 
-from portakv.copy.counting import TOGETHER, Counted
+from portakv.copy.counting import Counted
 from portakv.errors import TransferError
 from portakv.plan.move import Move
 from portakv.runtime.transfer import NOTHING, Transfer
@@ -116,9 +116,7 @@ class BlockTransfer(Transfer):
         self._ended: float | None = None if transfer.completions else perf_counter()
         counts = Counted.counts
         if counts is not None and count:
-            counts.new.append((transfer.carried[0], form.place, dst.form, count))
-            if len(counts.new) >= TOGETHER:
-                counts.sum_up()
+            counts.add(transfer.carried[0], form.place, dst.form, count)
 
     @classmethod
     def of_views(
@@ -188,7 +186,7 @@ class BlockTransfer(Transfer):
     @property
     def cancelled(self) -> bool:
         """True if some blocks will not be moved because of `cancel`."""
-        return self._worker is not None and self._worker.progress.cancelled
+        return self._worker is not None and self._worker.cancelled
 
     @property
     def statistics(self) -> Statistics:
@@ -202,14 +200,13 @@ class BlockTransfer(Transfer):
             pieces = max(1, len(layers))
             carried = self.carried
         else:
-            progress = worker.progress
-            ended_at = progress.ended_at  # read first: the other fields are then complete
-            landed = worker.slices[: progress.landed]
+            ended_at = worker.ended_at  # read first: the other attributes are then complete
+            landed = worker.slices[: worker.landed]
             last = worker.slices[-1].layer
             nbytes = sum(piece.nbytes for piece in landed)
             tokens = sum(piece.tokens for piece in landed if piece.layer == last)
-            pieces = progress.issued
-            carried = progress.carried
+            pieces = worker.issued
+            carried = worker.carried
         seconds = None if ended_at is None else ended_at - self._began
         counts = nbytes, tokens // self._block, moving // self._block
         return Statistics(*counts, *carried, seconds, pieces, self.cancelled)

@@ -24,7 +24,7 @@ from portakv.backends.row_kernels import RowKernels
 from portakv.backends.rows_kernel import MAX_ENTRIES
 from portakv.backends.strided import ChunkRows, StridedLaunch, Units
 from portakv.copy.call import memory_of_host
-from portakv.copy.counting import TOGETHER, Counted
+from portakv.copy.counting import Counted
 from portakv.copy.handle import BlockTransfer, skipped_tokens
 from portakv.copy.options import CopyOptions
 from portakv.core.call import (
@@ -55,7 +55,6 @@ from portakv.runtime.transfer import (
     StatusWord,
     Transfer,
     acquire_word,
-    event_pool,
     hold,
     word_batches,
 )
@@ -206,9 +205,7 @@ class ChunkCopies:
         transfer = Transfer(completions, (chunk, ids, self._cache), kernels.carried)
         counts = Counted.counts
         if counts is not None:
-            counts.new.append((kernels.carried[0], "device", self._cache.form, result >> TOKENS))
-            if len(counts.new) >= TOGETHER:
-                counts.sum_up()
+            counts.add(kernels.carried[0], "device", self._cache.form, result >> TOKENS)
         return transfer
 
     def _launched(
@@ -258,9 +255,7 @@ class ChunkCopies:
         counts = Counted.counts
         if counts is not None:
             forms = (cache.form, rows.form) if store else (rows.form, cache.form)
-            counts.new.append((transfer.carried[0], forms[0].place, forms[1], tokens))
-            if len(counts.new) >= TOGETHER:
-                counts.sum_up()
+            counts.add(transfer.carried[0], forms[0].place, forms[1], tokens)
         return transfer
 
 
@@ -646,7 +641,6 @@ def _launch(
     placed = ready.place_both(move)
     tables: list[torch.Tensor] = []
     if device.type == "cpu":
-        event = pool = None
         pending = ready.launch(*placed, None, None)
         if pending is None:
             return Transfer((), None, ready.carried)
@@ -659,13 +653,11 @@ def _launch(
             if tables:
                 completion(device, None, *tables)
             raise
-        pool = event_pool(device)
-        event = pool.recorded(None)
     # The allocator knows the ids' memory by the stream on which they were brought, which may be
     # another one. It reuses the memory of the views after what it knows of the current stream.
     retained = placed[2:4] if pending is None else placed
     pendings = () if pending is None else (pending,)
-    end = Completion(event, pendings, words, None, (retained, tables), pool)
+    end = Completion.after(device, None, pendings, words, None, (retained, tables))
     hold(end, owner)
     return Transfer((end,), placed, ready.carried)
 

@@ -224,8 +224,8 @@ def move_of(
         raise not_a_view("src", src)
     if not isinstance(dst, KVView):
         raise not_a_view("dst", dst)
-    src_of = src_index if isinstance(src_index, Index) else index_of(src_index)
-    dst_of = dst_index if isinstance(dst_index, Index) else index_of(dst_index)
+    src_of = index_of(src_index)
+    dst_of = index_of(dst_index)
     if count is None:
         tokens = _covered(src, dst, src_of, dst_of)
     else:

@@ -9,16 +9,16 @@ interpreter: to get it back may take milliseconds if other threads run.
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable
 from functools import cache
 from struct import Struct
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from .library import pylibrary
+from .library import function
 
 _INT64 = np.dtype(np.int64)
 #: Codes of `check`. Below 0: a sentence is due.
@@ -60,24 +60,35 @@ def read_list(ids: list[Any]) -> tuple[torch.Tensor, npt.NDArray[np.int64]] | No
     array = np.empty(number, _INT64)
     tensor = torch.from_numpy(array)
     # The identity of an object of CPython is its address, and the caller holds the list.
-    code = _list_reader()(_pack_list(id(ids), tensor.data_ptr(), number))
+    code = _functions().read_list(_pack_list(id(ids), tensor.data_ptr(), number))
     return None if code else (tensor, array)
 
 
-def check(ids: torch.Tensor, step: int, offset: int, count: int, slots: int, distinct: bool) -> int:
+def check(
+    ids: torch.Tensor,
+    step: int,
+    offset: int,
+    count: int,
+    slots: int,
+    distinct: bool,
+    found: int = 0,
+) -> int:
     """Check the ids that ``count`` positions use in a view of ``slots`` slots; return a code.
 
     Args:
         ids: int32 or int64 on the host, with any stride.
         step, offset: as for an `Index`.
         distinct: no slot may occur twice.
+        found: where the core writes a fault; 0: nowhere.
     """
     width = ids.itemsize
     (stride,) = ids.stride()
+    pitch = stride * width
+    # As `_listed`, which would take a quarter longer.
     words = _pack_check(
-        ids.data_ptr(), width, stride * width, ids.numel(), step, offset, count, slots, distinct, 0
+        ids.data_ptr(), width, pitch, ids.numel(), step, offset, count, slots, distinct, found
     )
-    code = _checker()(words)
+    code: int = _functions().check(words)
     if code == _NO_MEMORY:
         raise MemoryError
     return code
@@ -87,22 +98,8 @@ def fault(
     ids: torch.Tensor, step: int, offset: int, count: int, slots: int, distinct: bool
 ) -> Fault:
     """Return what is wrong with ids for which `check` returned `PAST` or `TWICE`."""
-    width = ids.itemsize
-    (stride,) = ids.stride()
     found = _Fault()
-    words = _pack_check(
-        ids.data_ptr(),
-        width,
-        stride * width,
-        ids.numel(),
-        step,
-        offset,
-        count,
-        slots,
-        distinct,
-        ctypes.addressof(found),
-    )
-    _checker()(words)
+    check(ids, step, offset, count, slots, distinct, ctypes.addressof(found))
     return Fault(*found)
 
 
@@ -114,44 +111,34 @@ def slots(
     Raises:
         IndexError: the ids do not cover the positions.
     """
-    return _written(_slots_writer(), ids, step, offset, count, every, -(-count // every))
+    number = -(-count // every)
+    out = np.empty(number, np.int64)
+    if number:
+        words = _pack_written(*_listed(ids), step, offset, count, every, _address(out))
+        if _functions().slots(words) < number:
+            raise IndexError(f"{ids.numel()} ids do not cover {count} positions from {offset} on")
+    return out
 
 
 def without_repeats(ids: torch.Tensor) -> npt.NDArray[np.int64] | None:
     """Return ids on the host with -1 for each that a later one equals; None: no id occurs twice."""
-    width = ids.itemsize
-    (stride,) = ids.stride()
     number = ids.numel()
-    listed = (ids.data_ptr(), width, stride * width, number, 1, 0, number)
-    replaced = _last_writer()(_pack_last(*listed, 0))
+    listed = *_listed(ids), 1, 0, number
+    replaced = _functions().last(_pack_last(*listed, 0))
     if replaced == _NO_MEMORY:
         raise MemoryError
     if not replaced:
         return None
     out = np.empty(number, np.int64)
-    _last_writer()(_pack_last(*listed, _address(out)))
+    _functions().last(_pack_last(*listed, _address(out)))
     return out
 
 
-def _written(
-    writer: Callable[[bytes], int],
-    ids: torch.Tensor,
-    step: int,
-    offset: int,
-    count: int,
-    every: int,
-    number: int,
-) -> npt.NDArray[np.int64]:
-    """Return the ``number`` numbers that a function of the core writes for positions."""
-    out = np.empty(number, np.int64)
-    if not number:
-        return out
+def _listed(ids: torch.Tensor) -> tuple[int, int, int, int]:
+    """Return a list as the core reads it: its address, its width, its stride and its length."""
     width = ids.itemsize
     (stride,) = ids.stride()
-    listed = (ids.data_ptr(), width, stride * width, ids.numel(), step, offset, count)
-    if writer(_pack_written(*listed, every, _address(out))) < number:
-        raise IndexError(f"{ids.numel()} ids do not cover {count} positions from {offset} on")
-    return out
+    return ids.data_ptr(), width, stride * width, ids.numel()
 
 
 def _address(array: npt.NDArray[np.int64]) -> int:
@@ -161,31 +148,11 @@ def _address(array: npt.NDArray[np.int64]) -> int:
 
 
 @cache
-def _list_reader() -> Callable[[bytes], int]:
-    function = pylibrary().portakv_ids_read_list
-    function.argtypes = [ctypes.c_void_p]
-    return function
-
-
-@cache
-def _checker() -> Callable[[bytes], int]:
-    function = pylibrary().portakv_ids_check
-    function.argtypes = [ctypes.c_void_p]
-    return function
-
-
-@cache
-def _slots_writer() -> Callable[[bytes], int]:
-    return _writer("portakv_ids_slots")
-
-
-@cache
-def _last_writer() -> Callable[[bytes], int]:
-    return _writer("portakv_ids_last")
-
-
-def _writer(name: str) -> Callable[[bytes], int]:
-    function = pylibrary()[name]
-    function.argtypes = [ctypes.c_void_p]
-    function.restype = ctypes.c_int64
-    return function
+def _functions() -> SimpleNamespace:
+    """Return the functions."""
+    return SimpleNamespace(
+        read_list=function("ids_read_list", ctypes.c_int, ctypes.c_void_p),
+        check=function("ids_check", ctypes.c_int, ctypes.c_void_p),
+        slots=function("ids_slots", ctypes.c_int64, ctypes.c_void_p),
+        last=function("ids_last", ctypes.c_int64, ctypes.c_void_p),
+    )

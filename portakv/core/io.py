@@ -15,9 +15,10 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import cache
 from itertools import chain
-from typing import Any, NamedTuple
+from types import SimpleNamespace
+from typing import NamedTuple
 
-from portakv.core.library import library
+from portakv.core.library import function
 
 #: The result of a read whose bytes have another checksum.
 WRONG = -4096
@@ -91,45 +92,26 @@ class _Terms(ctypes.Structure):
     )
 
 
-class _Functions(NamedTuple):
-    """Functions of the core, which wait; so they release the interpreter."""
-
-    open: Callable[..., int | None]
-    look: Callable[..., None]
-    begin: Callable[..., int]
-    wait: Callable[..., int]
-    cancel: Callable[..., None]
-    release: Callable[..., None]
-    close: Callable[..., None]
-    free: Callable[..., None]
-    forked: Callable[..., None]
-
-
 @cache
-def _functions() -> _Functions:
+def _functions() -> SimpleNamespace:
+    """Return the functions, which wait."""
     pointer = ctypes.c_void_p
     number = ctypes.c_int64
     flag = ctypes.c_int
     words = ctypes.c_char_p
-    arguments: dict[str, list[Any]] = {
-        "open": [pointer, pointer],
-        "look": [pointer, pointer],
-        "begin": [pointer, pointer, words, words, number, flag, flag],
-        "wait": [pointer, pointer, number, number],
-        "cancel": [pointer, pointer],
-        "release": [pointer],
-        "close": [pointer],
-        "free": [pointer],
-        "forked": [pointer],
-    }
-    results = {"open": pointer, "begin": flag, "wait": number}
-    functions: dict[str, Any] = {}
-    for name, types in arguments.items():
-        function = functions[name] = getattr(library(), f"portakv_io_{name}")
-        function.argtypes = types
-        function.restype = results.get(name)
+    begun = pointer, pointer, words, words, number, flag, flag
     os.register_at_fork(after_in_child=_forget)
-    return _Functions(**functions)
+    return SimpleNamespace(
+        open=function("io_open", pointer, pointer, pointer, waits=True),
+        look=function("io_look", None, pointer, pointer, waits=True),
+        begin=function("io_begin", flag, *begun, waits=True),
+        wait=function("io_wait", number, pointer, pointer, number, number, waits=True),
+        cancel=function("io_cancel", None, pointer, pointer, waits=True),
+        release=function("io_release", None, pointer, waits=True),
+        close=function("io_close", None, pointer, waits=True),
+        free=function("io_free", None, pointer, waits=True),
+        forked=function("io_forked", None, pointer, waits=True),
+    )
 
 
 #: The engines of this process, whose descriptors a forked child closes.

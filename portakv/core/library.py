@@ -90,6 +90,20 @@ def check(path: Path, root: Path) -> None:
         )
 
 
+def function(name: str, result: Any, *arguments: Any, waits: bool = False) -> Callable[..., Any]:
+    """Return a function of the core with its prototype, as a separate object.
+
+    Args:
+        name: the function's in `core.h`, after ``portakv_``.
+        result, arguments: types of ctypes.
+        waits: calls release the interpreter. Others are shorter than taking it back.
+    """
+    made = (library() if waits else pylibrary())[f"portakv_{name}"]
+    made.argtypes = arguments
+    made.restype = result
+    return made
+
+
 def function_of_numbers(number: int, name: str, *arguments: Any) -> Callable[..., int]:
     """Return a function of the core that takes numbers and addresses, and returns a number.
 
@@ -99,21 +113,15 @@ def function_of_numbers(number: int, name: str, *arguments: Any) -> Callable[...
 
     Args:
         number: the function's in `portakv_python_function`.
-        name, arguments: the function's in `core.h`.
+        name, arguments: as for `function`.
     """
-    core = pylibrary()
-    if core.portakv_python_found():
+    if pylibrary().portakv_python_found():
         return python_function(number)
-    function = getattr(core, name)
-    function.argtypes = arguments
-    function.restype = ctypes.c_int64
-    return function  # type: ignore[no-any-return]
+    return function(name, ctypes.c_int64, *arguments)
 
 
 def python_function(number: int) -> Callable[..., Any]:
     """Return a function of Python that the core makes; `portakv_python_function` lists them. The
     core has found the interpreter."""
-    make = pylibrary().portakv_python_function
-    make.argtypes = (ctypes.c_int64,)
-    make.restype = ctypes.py_object
+    make = function("python_function", ctypes.py_object, ctypes.c_int64)
     return make(number)  # type: ignore[no-any-return]

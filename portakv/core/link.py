@@ -12,12 +12,13 @@ from collections.abc import Sequence
 from ctypes import c_char_p, c_int64, c_void_p
 from functools import cache
 from struct import Struct
-from typing import Any, NamedTuple, TypeAlias
+from types import SimpleNamespace
+from typing import NamedTuple, TypeAlias
 
 import numpy as np
 
 from portakv.core.call import Fault
-from portakv.core.library import library, pylibrary
+from portakv.core.library import function
 from portakv.core.plan import NO_MEMORY
 from portakv.core.runs import Int64
 from portakv.errors import PortaKVError
@@ -183,36 +184,16 @@ def _address(driver: ctypes.CDLL, name: str) -> int:
     return ctypes.cast(driver[name], c_void_p).value or 0
 
 
-class _Functions(NamedTuple):
-    schedule: Any
-    cut: Any
-    open: Any
-    close: Any
-    submit: Any
-    rows: Any
-
-
 @cache
-def _functions() -> _Functions:
-    """Return the functions with their prototypes. Those that call the driver release the
-    interpreter."""
-    core = library()
-    schedule = pylibrary().portakv_link_schedule
-    schedule.argtypes = (c_char_p, c_void_p, c_int64)
-    schedule.restype = c_int64
-    cut = pylibrary().portakv_link_cut
-    cut.argtypes = (c_void_p, c_int64, c_int64, c_int64, c_void_p, c_int64)
-    cut.restype = c_int64
-    make = core.portakv_link_open
-    make.argtypes = (c_void_p,)
-    make.restype = c_void_p
-    close = core.portakv_link_close
-    close.argtypes = (c_void_p,)
-    close.restype = None
-    submit = core.portakv_link_submit
-    submit.argtypes = (c_void_p, c_void_p, c_int64, c_char_p, c_void_p)
-    submit.restype = c_int64
-    rows = core.portakv_link_rows
-    rows.argtypes = (c_void_p, c_char_p, c_void_p)
-    rows.restype = c_int64
-    return _Functions(schedule, cut, make, close, submit, rows)
+def _functions() -> SimpleNamespace:
+    """Return the functions. Those that call the driver wait."""
+    rules = c_void_p, c_int64, c_int64, c_int64
+    pieces = c_void_p, c_void_p, c_int64, c_char_p, c_void_p
+    return SimpleNamespace(
+        schedule=function("link_schedule", c_int64, c_char_p, c_void_p, c_int64),
+        cut=function("link_cut", c_int64, *rules, c_void_p, c_int64),
+        open=function("link_open", c_void_p, c_void_p, waits=True),
+        close=function("link_close", None, c_void_p, waits=True),
+        submit=function("link_submit", c_int64, *pieces, waits=True),
+        rows=function("link_rows", c_int64, c_void_p, c_char_p, c_void_p, waits=True),
+    )

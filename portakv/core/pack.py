@@ -7,11 +7,12 @@ from array import array
 from collections.abc import Iterable
 from ctypes import c_char_p, c_int, c_int64, c_uint64, c_void_p
 from functools import cache
-from typing import Any, NamedTuple
+from types import SimpleNamespace
+from typing import NamedTuple
 
 from portakv.errors import PortaKVError
 
-from .library import library
+from .library import function
 from .rows import SideShape, address_of, read_extents, read_side, words_of_nest
 
 
@@ -93,28 +94,14 @@ class Packs:
             self._close(self.address)
 
 
-class _Functions(NamedTuple):
-    describe: Any
-    open: Any
-    close: Any
-    run: Any
-
-
 @cache
-def _functions() -> _Functions:
-    """Return the functions with their prototypes. Launches release the interpreter, since a driver
-    with a full queue blocks."""
-    core = library()
-    describe = core.portakv_pack_describe
-    describe.argtypes = (c_void_p, c_int64, c_void_p, c_void_p, c_int64)
-    describe.restype = c_int64
-    make = core.portakv_pack_open
-    make.argtypes = (c_void_p,) * 5
-    make.restype = c_void_p
-    close = core.portakv_pack_close
-    close.argtypes = (c_void_p,)
-    close.restype = None
-    run = core.portakv_pack_run
-    run.argtypes = (c_void_p, c_char_p, c_char_p, c_int64, c_uint64, c_uint64, c_void_p)
-    run.restype = c_int
-    return _Functions(describe, make, close, run)
+def _functions() -> SimpleNamespace:
+    """Return the functions. They wait, since a driver with a full queue blocks."""
+    words = c_void_p, c_int64, c_void_p, c_void_p, c_int64
+    copy = c_void_p, c_char_p, c_char_p, c_int64, c_uint64, c_uint64, c_void_p
+    return SimpleNamespace(
+        describe=function("pack_describe", c_int64, *words, waits=True),
+        open=function("pack_open", c_void_p, *(c_void_p,) * 5, waits=True),
+        close=function("pack_close", None, c_void_p, waits=True),
+        run=function("pack_run", c_int, *copy, waits=True),
+    )

@@ -9,9 +9,10 @@ from ctypes import c_double, c_int, c_int64, c_void_p
 from functools import cache
 from math import isnan
 from struct import Struct
-from typing import Any, NamedTuple
+from types import SimpleNamespace
+from typing import TypeAlias
 
-from portakv.core.library import function_of_numbers, pylibrary
+from portakv.core.library import function, function_of_numbers
 
 #: The strategies, the gentlest to a running model first: of equal costs the first one wins.
 ORDER = ("staged", "batched_memcpy", "zero_copy", "pageable")
@@ -46,14 +47,9 @@ NO_SHAPE = (0, -1, 0)
 _shapes = Struct(f"={3 * len(ORDER)}q").pack
 
 
-class Cost(NamedTuple):
-    """The cost of a copy by one strategy, with what it was looked up for: the bytes of a piece, and
-    the pieces. Seconds are None if they were not measured."""
-
-    run_bytes: int
-    pieces: int
-    seconds: float | None
-    host_seconds: float | None
+#: The cost of a copy by one strategy: the bytes of a piece and the pieces that it was looked up
+#: for, then the seconds of the device and of the host, None if they were not measured.
+Cost: TypeAlias = tuple[int, int, float | None, float | None]
 
 
 @cache
@@ -61,23 +57,17 @@ def pick_copy() -> Callable[..., int]:
     """Return `portakv_pick_copy`."""
     words = c_void_p, c_void_p
     numbers = (c_int64,) * 5
-    return function_of_numbers(7, "portakv_pick_copy", *words, *numbers, c_int)
-
-
-class _Functions(NamedTuple):
-    pick: Any
-    cost: Any
+    return function_of_numbers(7, "pick_copy", *words, *numbers, c_int)
 
 
 @cache
-def _functions() -> _Functions:
-    core = pylibrary()
-    address = c_void_p
-    core.portakv_pick.argtypes = (address, address, address, c_int64, c_int64, c_int, address)
-    core.portakv_pick.restype = c_int64
-    core.portakv_cost.argtypes = (address, c_double, c_double, address)
-    core.portakv_cost.restype = None
-    return _Functions(core.portakv_pick, core.portakv_cost)
+def _functions() -> SimpleNamespace:
+    """Return the functions."""
+    words = c_void_p, c_void_p, c_void_p
+    return SimpleNamespace(
+        pick=function("pick", c_int64, *words, c_int64, c_int64, c_int, c_void_p),
+        cost=function("cost", None, c_void_p, c_double, c_double, c_void_p),
+    )
 
 
 def look_up(columns: array[float], run_bytes: int, runs: int) -> tuple[float, float]:
@@ -101,7 +91,7 @@ def pick_by_shapes(
     room = found.buffer_info()[0]
     answer = _functions().pick(rules, costs.buffer_info()[0], words, out, waits, new_ids, room)
     rows = [found[at : at + 4] for at in range(0, len(found), 4)]
-    listed = [Cost(int(row[0]), int(row[1]), *map(_known, row[2:])) for row in rows]
+    listed = [(int(row[0]), int(row[1]), _known(row[2]), _known(row[3])) for row in rows]
     return answer, listed
 
 

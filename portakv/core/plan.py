@@ -7,9 +7,8 @@ from array import array
 from collections.abc import Callable
 from ctypes import c_int, c_int64, c_void_p
 from functools import cache
-from typing import Any
 
-from .library import function_of_numbers, pylibrary
+from .library import function, function_of_numbers
 
 # The codes of `core.h`.
 MALFORMED = -1
@@ -59,12 +58,12 @@ def pack_words(raw: int, packed: int, packs: bool, equal_planes: bool) -> array[
     return _words(_pack(), raw, packed, packs, equal_planes)
 
 
-def _words(function: Callable[..., int], *arguments: int) -> array[int]:
+def _words(write: Callable[..., int], *arguments: int) -> array[int]:
     """Return the words that a function writes, in as much room as they take."""
     room = _ROOM
     while True:
         out = _EMPTY * room
-        count = function(*arguments, out.buffer_info()[0], room)
+        count = write(*arguments, out.buffer_info()[0], room)
         if count < 0:
             raise Refused(count, out)
         if count <= room:
@@ -77,20 +76,11 @@ def _make() -> Callable[..., int]:
     """Return `portakv_plan_make`."""
     numbers = (c_int64,) * 3
     forms = c_void_p, c_void_p
-    return function_of_numbers(5, "portakv_plan_make", *forms, *numbers, c_void_p, c_int64)
+    return function_of_numbers(5, "plan_make", *forms, *numbers, c_void_p, c_int64)
 
 
 @cache
 def _pack() -> Callable[..., int]:
     """Return `portakv_plan_pack`."""
-    return _prototyped(pylibrary().portakv_plan_pack, c_void_p, c_void_p, c_int, c_int)
-
-
-def _prototyped(function: Any, *arguments: Any) -> Callable[..., int]:
-    """Return a function of these arguments, memory for words and its room.
-
-    Calls keep the interpreter: they are shorter than taking it back.
-    """
-    function.argtypes = (*arguments, c_void_p, c_int64)
-    function.restype = c_int64
-    return function  # type: ignore[no-any-return]
+    forms = c_void_p, c_void_p
+    return function("plan_pack", c_int64, *forms, c_int, c_int, c_void_p, c_int64)

@@ -8,11 +8,12 @@ from array import array
 from collections.abc import Callable, Iterable, Iterator
 from ctypes import c_char_p, c_int64, c_uint64, c_void_p
 from functools import cache
-from typing import Any, NamedTuple
+from types import SimpleNamespace
+from typing import NamedTuple
 
 from portakv.errors import PortaKVError
 
-from .library import library
+from .library import function
 from .plan import Refused
 
 # The codes of `core.h`.
@@ -81,7 +82,7 @@ def describe(plan: array[int], nest: int, options: array[int]) -> array[int]:
 
 
 def words_of_nest(
-    function: Callable[..., int], plan: array[int], nest: int, options: array[int]
+    write: Callable[..., int], plan: array[int], nest: int, options: array[int]
 ) -> array[int]:
     """Return the words that a function of the core writes about one nest of a plan.
 
@@ -89,7 +90,7 @@ def words_of_nest(
         Refused: as the function refuses the nest.
     """
     out = _EMPTY * _ROOM
-    count = function(address_of(plan), nest, address_of(options), address_of(out), _ROOM)
+    count = write(address_of(plan), nest, address_of(options), address_of(out), _ROOM)
     if count < 0:
         raise Refused(count, out)
     return out[:count]
@@ -164,41 +165,21 @@ def _refused() -> PortaKVError:
     )
 
 
-class _Functions(NamedTuple):
-    describe: Any
-    open: Any
-    close: Any
-    add: Any
-    run: Any
-
-
 def address_of(words: array[int]) -> int:
     """Return where words are."""
     return words.buffer_info()[0]
 
 
 @cache
-def _functions() -> _Functions:
-    """Return the functions with their prototypes. Launches release the interpreter, since a driver
-    with a full queue blocks."""
-    core = library()
-    describe = core.portakv_rows_describe
-    describe.argtypes = (c_void_p, c_int64, c_void_p, c_void_p, c_int64)
-    describe.restype = c_int64
-    make = core.portakv_kernels_open
-    make.argtypes = (c_void_p,)
-    make.restype = c_void_p
-    close = core.portakv_kernels_close
-    close.argtypes = (c_void_p,)
-    close.restype = None
-    add = core.portakv_kernels_add
-    add.argtypes = (c_void_p, c_void_p, c_int64, c_void_p, c_void_p)
-    add.restype = c_int64
-    run = core.portakv_rows_run
-    run.argtypes = (
-        *(c_void_p, c_void_p, c_void_p),
-        *(c_char_p, c_char_p),
-        *(c_int64, c_uint64, c_void_p),
+def _functions() -> SimpleNamespace:
+    """Return the functions. They wait, since a driver with a full queue blocks."""
+    sides = c_char_p, c_char_p
+    copy = c_void_p, c_void_p, c_void_p, *sides, c_int64, c_uint64, c_void_p
+    words = c_void_p, c_int64, c_void_p, c_void_p
+    return SimpleNamespace(
+        describe=function("rows_describe", c_int64, *words, c_int64, waits=True),
+        open=function("kernels_open", c_void_p, c_void_p, waits=True),
+        close=function("kernels_close", None, c_void_p, waits=True),
+        add=function("kernels_add", c_int64, c_void_p, *words, waits=True),
+        run=function("rows_run", c_int64, *copy, waits=True),
     )
-    run.restype = c_int64
-    return _Functions(describe, make, close, add, run)

@@ -10,16 +10,17 @@ from __future__ import annotations
 
 import ctypes
 from array import array
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from ctypes import c_char_p, c_int64, c_void_p
 from functools import cache
 from struct import Struct
 from struct import error as StructError
-from typing import Any, NamedTuple
+from types import SimpleNamespace
 
 import numpy as np
 import numpy.typing as npt
 
-from portakv.core.library import pylibrary
+from portakv.core.library import function
 from portakv.core.plan import NO_MEMORY
 from portakv.errors import PortaKVError
 
@@ -37,33 +38,18 @@ _copy = Struct("=17q").pack
 pack_request = Struct("=33q").pack
 
 
-class _Functions(NamedTuple):
-    """Functions of the core. They are short, so they hold the interpreter."""
-
-    runs_list: Callable[[int, bytes, int, int], int]
-    runs_groups: Callable[[bytes, int, int, int, int], int]
-    pieces_list: Callable[[int, bytes, int, int], int]
-    pieces_count: Callable[[int, int, int, int, int], int]
-
-
 @cache
-def _functions() -> _Functions:
-    words = ctypes.c_char_p
-    pointer = ctypes.c_void_p
-    number = ctypes.c_int64
-    arguments: dict[str, list[Any]] = {
-        "runs_list": [pointer, words, pointer, number],
-        "runs_groups": [words, number, number, number, number],
-        "pieces_list": [pointer, words, pointer, number],
-        "pieces_count": [pointer, number, number, pointer, pointer],
-    }
-    core = pylibrary()
-    functions: dict[str, Any] = {}
-    for name, types in arguments.items():
-        function = functions[name] = getattr(core, f"portakv_{name}")
-        function.argtypes = types
-        function.restype = number
-    return _Functions(**functions)
+def _functions() -> SimpleNamespace:
+    """Return the functions."""
+    listing = c_void_p, c_char_p, c_void_p, c_int64
+    numbers = (c_int64,) * 4
+    counted = c_void_p, c_int64, c_int64, c_void_p, c_void_p
+    return SimpleNamespace(
+        runs_list=function("runs_list", c_int64, *listing),
+        runs_groups=function("runs_groups", c_int64, c_char_p, *numbers),
+        pieces_list=function("pieces_list", c_int64, *listing),
+        pieces_count=function("pieces_count", c_int64, *counted),
+    )
 
 
 def pointer_to(array: Int64) -> int:

@@ -22,9 +22,7 @@ _EMPTY = array("q", [0])
 @cache
 def _slice() -> Callable[..., int]:
     """Return `portakv_form_slice`."""
-    return function_of_numbers(
-        9, "portakv_form_slice", c_void_p, c_int64, c_void_p, c_void_p, c_int64
-    )
+    return function_of_numbers(9, "form_slice", c_void_p, c_int64, c_void_p, c_void_p, c_int64)
 
 
 def slice_words(

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from portakv.core.library import function_of_numbers, pylibrary
+from portakv.core.library import function, function_of_numbers, pylibrary
 
 #: The code of `native/core/core.h` for which the tensors themselves show no reason.
 PAST_64_BITS = -3
@@ -128,10 +128,8 @@ def tensor_reader(forms: dict[Any, Any]) -> TensorReader | None:
         )
     except AttributeError:
         return None
-    function = pylibrary().portakv_view_read_tensors
-    function.argtypes = (ctypes.c_void_p, ctypes.py_object)
-    function.restype = ctypes.py_object
-    return TensorReader(function, ctypes.addressof(objects), objects)
+    reads = function("view_read_tensors", ctypes.py_object, ctypes.c_void_p, ctypes.py_object)
+    return TensorReader(reads, ctypes.addressof(objects), objects)
 
 
 @cache
@@ -186,13 +184,13 @@ def read_words(
 
     Returns a code if they cannot be read.
     """
-    function = _read_function()
+    read = _read_function()
     size_words = array("q", sizes)
     tensor_words = array("q", tensors)
     capacity = 256 + 8 * len(tensors)
     while True:
         out = array("q", bytes(8 * capacity))
-        count = function(
+        count = read(
             bound,
             size_words.buffer_info()[0],
             tensor_words.buffer_info()[0],
@@ -222,7 +220,7 @@ def _read_function() -> Callable[..., int]:
     numbers = (ctypes.c_int64,) * 3
     words = (ctypes.c_void_p,) * 3
     room = ctypes.c_void_p, ctypes.c_int64
-    return function_of_numbers(8, "portakv_view_read", *words, *numbers, *room)
+    return function_of_numbers(8, "view_read", *words, *numbers, *room)
 
 
 @cache

@@ -4,37 +4,30 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import cache
-from typing import Any, NamedTuple
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 
-from portakv.core.library import library, pylibrary
+from portakv.core.library import function
 
 #: Bytes whose checksum takes longer than another thread waits for the interpreter to change hands.
 LONG = 64 << 10
 
 
-class _Functions(NamedTuple):
-    """Functions of the core; ``long_pieces`` alone releases the interpreter in any case."""
-
-    buffer: Callable[[Any, int], int]
-    pieces: Callable[[Any, bytes, int, int, Any], None]
-    long_pieces: Callable[[Any, bytes, int, int, Any], None]
-
-
 @cache
-def _functions() -> _Functions:
-    buffer = pylibrary().portakv_xxh3_buffer
-    buffer.restype = ctypes.c_uint64
-    buffer.argtypes = [ctypes.py_object, ctypes.c_uint64]
-    pieces = [pylibrary().portakv_xxh3_pieces, library().portakv_xxh3_pieces]
+def _functions() -> SimpleNamespace:
+    """Return the functions; ``long_pieces`` alone waits."""
     pointer = ctypes.c_void_p
-    for function in pieces:
-        function.restype = None
-        function.argtypes = [pointer, ctypes.c_char_p, ctypes.c_int64, ctypes.c_uint64, pointer]
-    return _Functions(buffer, *pieces)
+    number = ctypes.c_uint64
+    pieces = pointer, ctypes.c_char_p, ctypes.c_int64, number, pointer
+    return SimpleNamespace(
+        buffer=function("xxh3_buffer", number, ctypes.py_object, number),
+        pieces=function("xxh3_pieces", None, *pieces),
+        long_pieces=function("xxh3_pieces", None, *pieces, waits=True),
+    )
 
 
 def checksum(data: Any, seed: int = 0) -> int:
@@ -42,7 +35,7 @@ def checksum(data: Any, seed: int = 0) -> int:
 
     ``seed``: the lowest 64 bits count.
     """
-    return _functions().buffer(data, seed)
+    return int(_functions().buffer(data, seed))
 
 
 def checksums(parts: Sequence[bytes]) -> list[int]:
@@ -66,6 +59,6 @@ def piece_checksums(base: Any, pieces: bytes, nbytes: int, seed: int = 0) -> lis
     count = len(pieces) // 16
     results = (ctypes.c_uint64 * count)()
     functions = _functions()
-    function = functions.long_pieces if nbytes > LONG else functions.pieces
-    function(base, pieces, count, seed, results)
+    write = functions.long_pieces if nbytes > LONG else functions.pieces
+    write(base, pieces, count, seed, results)
     return [*results]

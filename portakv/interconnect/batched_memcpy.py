@@ -18,11 +18,10 @@ from portakv.interconnect.strategy import (
     Cross,
     Move,
     Strategy,
-    StrategyLaunch,
+    UnownedLaunch,
     cross_plainly,
 )
 from portakv.plan.plan import CopyPlan
-from portakv.runtime import streams
 
 #: The least bytes of a plan's run. The host spends longer on describing a shorter run than any
 #: other strategy takes to move it: at 1 us a run, 16 bytes are 0.016 GB/s.
@@ -49,47 +48,31 @@ class BatchedMemcpy(Strategy):
         return _BatchedMemcpyLaunch(plan, self)
 
 
-class _BatchedMemcpyLaunch(StrategyLaunch):
+class _BatchedMemcpyLaunch(UnownedLaunch):
     strategy = BatchedMemcpy.name
 
     def __init__(self, plan: CopyPlan, strategy: Strategy) -> None:
         super().__init__(plan, strategy.device)
-        self.bare = _Copies(plan, strategy.device)  # see `Prepared`
+        self._plan = plan
         self._strategy = strategy
+        self._link = link_of(strategy.device)
+        # Of the plan, for a link by the driver.
+        self._words = None
+        if isinstance(self._link, CudaLink):
+            self._words = self._link.words_of(plan, uncut(self.downward))
 
     def row_kernels(self) -> RowKernels | None:
         return self._strategy.half.backend.row_kernels
 
     def described(self, words: Crossings, strategy: str) -> Cross | None:
-        if self.bare.words is None:
+        if self._words is None:
             return None
-        words.plans[ORDER.index(strategy)] = self.bare.words.buffer_info()[0]
+        words.plans[ORDER.index(strategy)] = self._words.buffer_info()[0]
         return cross_plainly
 
-    def enqueue(self, move: Move, stream: torch.Stream | None, status: torch.Tensor | None) -> None:
-        try:
-            self.bare.enqueue(move, stream, status)
-        finally:  # also after an error, when some of the copies may be on their way
-            host = move.dst if self.downward else move.src
-            # No allocator knows of these copies.
-            streams.completion(self.device, stream, *host.retained)
-
-
-class _Copies(StrategyLaunch):
-    """The copies alone. The caller retains the host's memory until they end."""
-
-    def __init__(self, plan: CopyPlan, device: torch.device) -> None:
-        super().__init__(plan, device)
-        self._plan = plan
-        self.link = link_of(device)
-        #: Of the plan, for a link by the driver.
-        self.words = None
-        if isinstance(self.link, CudaLink):
-            self.words = self.link.words_of(plan, uncut(self.downward))
-
-    def enqueue(self, move: Move, stream: torch.Stream | None, status: torch.Tensor | None) -> None:
+    def submit(self, move: Move, stream: torch.Stream | None, status: torch.Tensor | None) -> None:
         # Every id is checked on the host before anything is moved.
         if not move.ids_on_host:
             src_index = move.src_index.to_host()
             move = move._replace(src_index=src_index, dst_index=move.dst_index.to_host())
-        self.link.carry(self._plan, move, stream)
+        self._link.carry(self._plan, move, stream)

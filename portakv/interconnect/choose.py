@@ -10,13 +10,12 @@ would retain those of the capture.
 from __future__ import annotations
 
 import logging
-import threading
 from array import array
 from typing import cast
 
 import torch
 
-from portakv.backends.base import PEERS, Capabilities, Decision, Launch, Pending
+from portakv.backends.base import PEERS, Capabilities, Decision, Pending
 from portakv.backends.row_kernels import RowKernels
 from portakv.core.call import Crossings
 from portakv.core.pick import BITS, ORDER, pack_copies, pick_copy, set_of
@@ -35,10 +34,11 @@ from portakv.interconnect.strategy import (
 )
 from portakv.interconnect.zero_copy import ZeroCopy
 from portakv.plan.plan import CopyPlan, Move
-from portakv.registry import REGISTRY, Choice, bring, prepare_by
+from portakv.registry import REGISTRY, Choice, prepare_by
 from portakv.registry.prepared import Prepared
 from portakv.runtime.bounded import Bounded
 from portakv.runtime.devices import inside
+from portakv.runtime.once import making
 from portakv.view.view import KVView
 
 _log = logging.getLogger(__name__)
@@ -126,9 +126,7 @@ class HostLaunch(StrategyLaunch):
         self._unfit = set_of(self.out)
         # For torch each row on the host is a separate call: nothing folds.
         below = 0 if by_torch(host.device) else link_of(host.device).fold_below
-        self._lock = threading.RLock()
-        self._launches: dict[str, Launch] = {}
-        self._readies: dict[str, Prepared] = {}  # the same, as callers call them directly
+        self._prepared: dict[str, Prepared] = {}
         self._both = RunCounter(plan, fold_below=below)
         self._of_host = RunCounter.of_host(plan, below)
         self.counted = plan.unit, *self._both.limits, self._of_host.limits[1]
@@ -148,11 +146,10 @@ class HostLaunch(StrategyLaunch):
         self.picked_at = self._copies.buffer_info()[0]
         self._choose = pick_copy()
 
-    def pick(self, move: Move, guarded: bool = False, quick: bool = False) -> Pick:
+    def pick(self, move: Move, quick: bool = False) -> Pick:
         """Return the strategy that a transfer takes; move nothing.
 
         Args:
-            guarded: pick only a strategy that skips and guards ids.
             quick: do not count the runs of the ids if the strategy is certain without. The costs of
                 the other strategies are then those of the fewest runs that any ids give.
 
@@ -160,11 +157,6 @@ class HostLaunch(StrategyLaunch):
         """
         out = self.out
         host = self.ends(move)[1]
-        if guarded:
-            # Another thread may remove a strategy meanwhile.
-            strategies = tuple(self.strategies.items())
-            unfit = [name for name, each in strategies if not each.capabilities().guards]
-            out = {**dict.fromkeys(unfit, "it takes no ids that are to be guarded"), **out}
         waits, new_ids = self._conditions(move)
 
         def pick_by(groups: int, host_groups: int) -> Pick:
@@ -235,7 +227,8 @@ class HostLaunch(StrategyLaunch):
         return self._host.half.backend.row_kernels
 
     def described(self, words: Crossings, strategy: str) -> Cross | None:
-        launch = self.prepared(strategy)
+        ready = self.prepared(strategy)
+        launch = None if ready is None else ready.launch
         return launch.described(words, strategy) if isinstance(launch, StrategyLaunch) else None
 
     def terms(self, host: KVView, new: bool, look: bool = False) -> tuple[int, int, int]:
@@ -256,9 +249,9 @@ class HostLaunch(StrategyLaunch):
 
     def picked_for(self, move: Move) -> tuple[Prepared, tuple[str, str]]:
         """See `Picks`; raise as the function `pick` does."""
-        picked = self._pick_prepared(move)
+        ready, picked = self._pick_prepared(move)
         self._host.log(*picked)
-        return self._ready(picked.strategy), picked
+        return ready, picked
 
     def instead_of(self, carried: tuple[str, str]) -> tuple[Prepared, tuple[str, str]] | None:
         """Return what needs no memory of the device, if the strategy that was picked needs some.
@@ -267,108 +260,81 @@ class HostLaunch(StrategyLaunch):
         skips and guards ids.
         """
         strategy, why = carried
-        able = [name for name in _UNSTAGED if self.prepared(name)]
+        able = [ready for name in _UNSTAGED if (ready := self.prepared(name))]
         if not able or strategy in _UNSTAGED:
             return None
+        name = able[0].choice.name
         why = f"{strategy} was picked ({why}), but the device had no memory left for it"
-        self._host.log(able[0], why)
-        return self._ready(able[0]), (able[0], why)
+        self._host.log(name, why)
+        return able[0], (name, why)
 
-    def _ready(self, name: str) -> Prepared:
-        """Return a strategy that is prepared, as a caller calls it directly."""
-        ready = self._readies.get(name)
-        if ready is None:
-            launch = self.prepared(name)
-            assert launch is not None
-            strategy = self.strategies[name]
-            choice = Choice(strategy, (), False, strategy.capabilities())
-            made = Prepared.of(self.plan, launch, choice, (name, "requested"))
-            ready = self._readies.setdefault(name, made)
-        return ready
-
-    def _pick_prepared(self, move: Move, guarded: bool = False) -> Pick:
+    def _pick_prepared(self, move: Move) -> tuple[Prepared, Pick]:
         """Pick as `pick` does, and prepare the strategy."""
-        picked = self.pick(move, guarded, quick=True)
-        while self.prepared(picked.strategy) is None:  # refused just now: pick another strategy
-            picked = self.pick(move, guarded, quick=True)
-        return picked
+        while True:
+            picked = self.pick(move, quick=True)
+            ready = self.prepared(picked.strategy)
+            if ready is not None:  # else it was refused just now
+                return ready, picked
 
-    def launch_by(
-        self,
-        strategy: str,
-        move: Move,
-        stream: torch.Stream | None,
-        status: torch.Tensor | None = None,
-    ) -> Pending | None:
+    def launch_by(self, strategy: str, move: Move, stream: torch.Stream | None) -> Pending | None:
         """Copy by one strategy, even if another one would be picked.
 
         Raises:
             Unsupported: the strategy does not take the plan.
         """
-        launch = self.prepared(strategy)
-        if launch is None:
+        ready = self.prepared(strategy)
+        if ready is None:
             why = self.out.get(strategy, "no strategy has that name")
             raise Unsupported(f"A copy by the strategy {strategy!r}", why)
-        return launch(*self._placed(strategy, move, stream), stream, status)
+        return ready.launch(*self._placed(ready, move, stream), stream, None)
 
     def enqueue(
         self, move: Move, stream: torch.Stream | None, status: torch.Tensor | None
     ) -> Pending | None:
-        picked = self._pick_prepared(move)
-        if status is not None and not self.strategies[picked.strategy].capabilities().guards:
-            # The caller counts on a strategy that guards; since then another thread may have read
-            # the ids back.
-            picked = self._pick_prepared(move, guarded=True)
-        carried: tuple[str, str] = picked
+        carried: tuple[str, str] = self._pick_prepared(move)[1]
         try:
-            pending = self.launch_by(picked.strategy, move, stream, status)
+            pending = self.launch_by(carried[0], move, stream)
         except torch.OutOfMemoryError:
             instead = self.instead_of(carried)
             if instead is None:
                 raise
             _, carried = instead
-            pending = self.launch_by(carried[0], move, stream, status)
+            pending = self.launch_by(carried[0], move, stream)
         self._host.log(*carried)
         return pending
 
-    def prepared(self, name: str) -> Launch | None:
-        """Return the launch of a strategy, prepared at its first use. None: it cannot be
-        prepared."""
-        launch = self._launches.get(name)
-        if launch is not None or name not in self.strategies:
-            return launch
-        with self._lock:
-            if name in self.strategies and name not in self._launches:
-                launch, decision = prepare_by(self.strategies[name], self.plan)
+    def prepared(self, name: str) -> Prepared | None:
+        """Return a strategy, prepared at its first use. None: it cannot be prepared."""
+        ready = self._prepared.get(name)
+        if ready is not None or name not in self.strategies:
+            return ready
+        with making():
+            if name in self.strategies and name not in self._prepared:
+                strategy = self.strategies[name]
+                launch, decision = prepare_by(strategy, self.plan)
                 if launch is None:
                     out = {**self.out, name: decision.reason}
                     self._unfit = set_of(out)
                     self.out = out
                     del self.strategies[name]
                 else:
-                    self._launches[name] = launch
-            return self._launches.get(name)
+                    choice = Choice(strategy, (), False, strategy.capabilities())
+                    made = Prepared.of(self.plan, launch, choice, (name, "requested"))
+                    self._prepared[name] = made
+            return self._prepared.get(name)
 
-    def _placed(self, name: str, move: Move, stream: torch.Stream | None) -> Move:
+    def _placed(self, ready: Prepared, move: Move, stream: torch.Stream | None) -> Move:
         """Return the copy with the ids of both sides where a strategy reads them."""
-        can = self.strategies[name].capabilities()
-        if can.index_on == "any":
+        if ready.can.index_on == "any":
             return move
-        ids_device = can.home_of_ids(self.device)
-        dtypes = can.index_dtypes
         # The next layer of a detached copy may be read on a stream that waits for no other.
         separate = stream is not None and self._terms.detached
         with inside(None if separate else stream):
-            bring((move.src_index, move.dst_index), ids_device, dtypes)
-            src_index, dst_index = (
-                index if index.ids is None else index.placed(ids_device, dtypes)
-                for index in (move.src_index, move.dst_index)
-            )
+            placed = ready.place_both(move)
         if stream is not None and separate:
             stream.wait_stream(torch.accelerator.current_stream(self.device.index))
-        return move._replace(
-            src_index=read_on(stream, src_index), dst_index=read_on(stream, dst_index)
-        )
+        src_index = read_on(stream, placed.src_index)
+        return placed._replace(src_index=src_index, dst_index=read_on(stream, placed.dst_index))
 
 
 #: Strategies by the backend that they run over, by terms without a rate, and, for rows of another

@@ -11,7 +11,6 @@ import hashlib
 import json
 import math
 import re
-import threading
 from array import array
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
@@ -26,6 +25,7 @@ from portakv.core.pick import ORDER, look_up
 from portakv.runtime import cuda, kernel_cache
 from portakv.runtime.bounded import Bounded
 from portakv.runtime.devices import device_name
+from portakv.runtime.once import making
 
 Measured = TypeVar("Measured")
 
@@ -109,19 +109,6 @@ class Table:
     def addresses(self) -> dict[str, int]:
         """The addresses of the words of each direction."""
         return {direction: words.buffer_info()[0] for direction, words in self.words.items()}
-
-    def seconds(self, strategy: str, direction: str, run_bytes: int, runs: int) -> float | None:
-        """Return the seconds that the device takes; None if the strategy was not measured."""
-        columns = self.points.get((strategy, direction))
-        return cost(columns, run_bytes, runs)[0] if columns else None
-
-    def host_seconds(
-        self, strategy: str, direction: str, run_bytes: int, runs: int
-    ) -> float | None:
-        """Return the seconds that a call occupies the host; None if the strategy was not
-        measured."""
-        columns = self.points.get((strategy, direction))
-        return cost(columns, run_bytes, runs)[1] if columns else None
 
 
 def cost(columns: Columns, run_bytes: int, runs: int) -> tuple[float, float]:
@@ -293,7 +280,6 @@ def _time(number: object, least: float = 0.0) -> float:
 
 #: Measurements of each device by their subject: tables of strategies, and what `measured` adds.
 _measurements: Bounded[tuple[torch.device, object], Any] = Bounded("measurements of devices", 512)
-_lock = threading.Lock()
 
 
 def costs_of(device: torch.device) -> Table:
@@ -301,7 +287,7 @@ def costs_of(device: torch.device) -> Table:
     key = device, Table
     known = _measurements.get(key)
     if known is None:
-        with _lock:
+        with making():
             known = _measurements.get_or_make(key, lambda: _load(device))
     return cast("Table", known)
 
@@ -316,7 +302,7 @@ def measured(device: torch.device, subject: object, measure: Callable[[], Measur
 
 def forget() -> None:
     """Drop all measurements. The next look-up reads the files, or measures, again."""
-    with _lock:
+    with making():
         _measurements.clear()
 
 

@@ -53,13 +53,7 @@ class PackStages(BothStages):
         #: Bytes of dense rows for each byte of raw rows.
         self.share = per_token / plan.raw.token_bytes
         self._far = far
-        slots = self.quantum  # refuse now what cannot be executed
-        device = choice.backend.device
-        memory = torch.empty(dense.nbytes(slots), dtype=torch.uint8, device=device)
-        made = self.of(dense.view(memory, slots), slots)
-        self.carried = made[0].carried
-        if dense.any_length:
-            self.usual = made
+        self.carried = self.tried_on(choice.backend.device).carried  # refuses what none executes
 
     def of(self, dense: KVView, slots: int) -> tuple[Prepared, CopyPlan]:
         """Return the device's stage, prepared for buffers of ``slots`` slots, and the link's

@@ -16,11 +16,11 @@ import torch
 from portakv.core.link import RECORD, STAGED, WAIT, Cut, SliceOrder, Step, schedule_of
 from portakv.interconnect.slices import SlicedRows
 from portakv.interconnect.staging import Staging
-from portakv.interconnect.strategy import Move, read_on
+from portakv.interconnect.strategy import Move, finish, read_on
 from portakv.registry.prepared import Prepared, bring_table
 from portakv.runtime.devices import inside
 from portakv.runtime.pinned_ids import PinnedIds
-from portakv.runtime.transfer import acquire_after_ends
+from portakv.runtime.transfer import acquire_ids
 from portakv.view.index import Index
 from portakv.view.view import KVView
 
@@ -32,9 +32,7 @@ Gather: TypeAlias = Callable[[int, Prepared, Move, torch.Stream], None]
 
 def by_backend(_: int, ready: Prepared, move: Move, stream: torch.Stream) -> None:
     """Enqueue the device's stage of a slice of rows."""
-    pending = ready.launch(*move, stream, None)
-    if pending is not None:
-        pending.wait()
+    finish(ready.launch(*move, stream, None))
 
 
 def place_rows(
@@ -53,7 +51,7 @@ def place_rows(
         bring_table(rows, ready.choice.backend.device)
     # Few ids for one call stay in pinned memory, where kernels read them.
     if 0 < index.listed <= PinnedIds.MOST and ready.reads_pinned_ids:
-        memory = PinnedIds.acquire() or acquire_after_ends()
+        memory = acquire_ids()
         if memory is not None:
             lists.append(memory)
             return index.reading(memory.write(0, index.host_ids()))

@@ -64,6 +64,16 @@ class BothStages:
         plan."""
         raise NotImplementedError
 
+    def tried_on(self, device: torch.device) -> Prepared:
+        """Return the device's stage for buffers of the least length; raise as `prepared` if no
+        backend takes it."""
+        slots = self.quantum
+        memory = torch.empty(self.dense.nbytes(slots), dtype=torch.uint8, device=device)
+        made = self.of(self.dense.view(memory, slots), slots)
+        if self.dense.any_length:
+            self.usual = made
+        return made[0]
+
     def rules(self, sizes: Sizes, slots: int = 0) -> tuple[int, ...]:
         """Return how copies are cut, as `CutRules` of ``link.h``. ``slots``: of a buffer; 0: as
         many as the slices need."""
@@ -95,18 +105,11 @@ class Stages(BothStages):
         """
         made = cls(plan, half, "form")
         try:
-            made._try(device)
+            made.tried_on(device)
         except Unsupported:
             made = cls(plan, half, "layer")
-            made._try(device)
+            made.tried_on(device)
         return made
-
-    def _try(self, device: torch.device) -> None:
-        slots = self.quantum
-        memory = torch.empty(self.dense.nbytes(slots), dtype=torch.uint8, device=device)
-        made = self.of(self.dense.view(memory, slots), slots)
-        if self.dense.any_length:
-            self.usual = made
 
     def of(self, dense: KVView, slots: int) -> tuple[Prepared, CopyPlan]:
         """Return the device's stage, prepared for buffers of ``slots`` slots, and the link's

@@ -339,7 +339,6 @@ def _handle(event: Any) -> int:
 cached_staging: Bounded[tuple[torch.device, int, bool, bool], Staging] = Bounded(
     "staging of streams", STREAMS
 )
-_lock = threading.Lock()
 
 
 def staging(
@@ -354,10 +353,9 @@ def staging(
     Beyond `STREAMS` the staging that was not used for the longest time is freed.
     """
     key = device, work.stream_id, detached, packs
-    with _lock:
-        current = cached_staging.pop(key, None) or Staging(device, detached)
-        cached_staging[key] = current
-    return current
+    # The first of several threads wins.
+    current = cached_staging.pop(key, None) or Staging(device, detached)
+    return cached_staging.setdefault(key, current)
 
 
 class BounceBuffers(Buffers):

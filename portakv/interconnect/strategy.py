@@ -24,6 +24,8 @@ from portakv.interconnect.pieces import Uncrossed
 from portakv.plan.move import Move as Move
 from portakv.plan.plan import CopyPlan
 from portakv.registry.registry import Choice, choose
+from portakv.runtime import streams
+from portakv.runtime.devices import capturing
 from portakv.view.index import Index
 from portakv.view.view import KVView
 
@@ -182,6 +184,43 @@ class StrategyLaunch(MoveLaunch):
         if self.downward:
             return move.src, move.dst, move.src_index, move.dst_index
         return move.dst, move.src, move.dst_index, move.src_index
+
+
+class UnownedLaunch(StrategyLaunch):
+    """A launch of work that no allocator knows of, by `submit`. It retains the host's memory until
+    the work has ended. A transfer retains a peer's memory."""
+
+    def __init__(self, plan: CopyPlan, device: torch.device) -> None:
+        super().__init__(plan, device)
+        self.from_peer = plan.src.place == "peer"
+
+    def enqueue(self, move: Move, stream: torch.Stream | None, status: torch.Tensor | None) -> None:
+        host = move.dst if self.downward else move.src
+        captured = capturing(self.device)
+        try:
+            self.submit(move, stream, status)
+        finally:  # also after an error, when some of the work may be on its way
+            # A graph's memory belongs to its owner.
+            if host.retained and not (captured or self.from_peer):
+                streams.completion(self.device, stream, *host.retained)
+
+    def bare(
+        self,
+        src: KVView,
+        dst: KVView,
+        src_index: Index,
+        dst_index: Index,
+        count: int,
+        stream: torch.Stream | None,
+        status: torch.Tensor | None,
+    ) -> None:
+        """Launch for a caller that retains the host's memory; see `Prepared`."""
+        if count:
+            self.submit(Move(src, dst, src_index, dst_index, count), stream, status)
+
+    def submit(self, move: Move, stream: torch.Stream | None, status: torch.Tensor | None) -> None:
+        """Order the copy on a stream, as `enqueue`, and retain nothing."""
+        raise NotImplementedError
 
 
 class WholeCopies:

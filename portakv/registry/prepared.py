@@ -68,8 +68,8 @@ class Prepared:
         carried: the backend, and the reason for the choice.
         launch: a `PackLaunch` if the plan packs or unpacks; see `pack`.
         bare: the same launch for a caller that retains memory of the host until the work has ended.
-        unowned: `bare` is another launch, since nothing else knows that it uses that memory.
-        reads_pinned_ids: `bare` reads ids in pinned memory as fast as ids on the device.
+        unowned: the launch has an own `bare`, since nothing else knows that it uses that memory.
+        reads_pinned_ids: it reads ids in pinned memory as fast as ids on the device.
         picks: the launch, if it picks a strategy for each copy.
     """
 
@@ -92,7 +92,7 @@ class Prepared:
         """Return the launch of a plan, which a backend prepared, with what a call needs of it."""
         device = choice.backend.device
         bare: Launch = getattr(launch, "bare", launch)
-        reads_pinned_ids = device.type != "cpu" and getattr(bare, "reads_pinned_ids", False)
+        reads_pinned_ids = device.type != "cpu" and getattr(launch, "reads_pinned_ids", False)
         if reads_pinned_ids:
             with ignoring_captures(device):  # of other threads; the allocation may wait
                 PinnedIds.reserve()
@@ -311,6 +311,8 @@ def bring_table(
 
 
 _PLAIN = "bytes lie where strides say"
+#: Of all launches whose backends do not claim ``threads``: they may share more than a launch.
+_one_at_a_time = threading.Lock()
 
 
 class _CheckedLaunch:
@@ -325,7 +327,7 @@ class _CheckedLaunch:
     ) -> None:
         self._launch = launch
         self._checks = checks
-        self._lock = threading.Lock() if one_at_a_time else nullcontext()
+        self._lock = _one_at_a_time if one_at_a_time else nullcontext()
 
     def __call__(self, src: KVView, dst: KVView, *rest: Any, **named: Any) -> Pending | None:
         self.check_formats(src, dst)

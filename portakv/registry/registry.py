@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import logging
 import os
-import threading
 from collections.abc import Container, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -22,6 +21,7 @@ from portakv.backends.base import Backend, Capabilities, FormatCheck
 from portakv.errors import BackendUnavailable
 from portakv.registry.self_check import SelfCheck, self_check
 from portakv.runtime.devices import DeviceAbsent, devices_present, indexed
+from portakv.runtime.once import making
 from portakv.selection import Catalog, Decision, Kind, select, unavailable
 
 #: The backends of PortaKV, in the order in which they are probed. No other place in the library
@@ -100,7 +100,6 @@ class Registry:
     """The candidates' names, their answers for each device, and the choices made."""
 
     def __init__(self) -> None:
-        self._lock = threading.RLock()
         self.catalog = Catalog[Backend](KIND, Backend, BUILT_IN, "portakv.backends", LAST)
         self._answers: dict[tuple[str, torch.device], _Answer] = {}
         self.choices: dict[tuple[torch.device, str | None], Choice] = {}
@@ -111,13 +110,13 @@ class Registry:
 
     def register(self, name: str, target: str | type[Backend]) -> None:
         """Register a backend under a name; see `register_backend`."""
-        with self._lock:
+        with making():
             self.catalog.register(name, target)
             self._forget(name)  # an earlier probe of this name may have failed
 
     def unregister(self, name: str) -> None:
         """Remove a backend that `register` added; raise `BackendUnavailable` if it added none."""
-        with self._lock:
+        with making():
             self.catalog.unregister(name)
             self._forget(name)
 
@@ -129,7 +128,7 @@ class Registry:
 
     def names(self) -> list[str]:
         """Return every candidate, in the order in which they are probed."""
-        with self._lock:
+        with making():
             return self.catalog.names()
 
     def automatic(self, device: torch.device) -> list[str]:
@@ -158,7 +157,7 @@ class Registry:
     def admit(self, name: str, device: torch.device) -> Decision:
         """Accept a backend without its self-check, for a caller that tests it; its probe still
         counts."""
-        with self._lock:
+        with making():
             backend, reason, right = answer = self._answer(name, device, False)
             if backend is not None and right is None:
                 answer = _Answer(backend, f"{reason}; not self-checked, as requested", True)
@@ -166,7 +165,7 @@ class Registry:
             return answer.decision(name)
 
     def _answer(self, name: str, device: torch.device, check: bool) -> _Answer:
-        with self._lock:
+        with making():
             answer = self._answers.get((name, device)) or self._probe(name, device)
             backend, reason, right = answer
             if check and backend is not None and right is None:
@@ -181,7 +180,7 @@ class Registry:
     def choose(self, device: torch.device, forced: str | None) -> Choice:
         """Return the backend for a device, chosen once; raise `BackendUnavailable` as `choose`
         does."""
-        with self._lock:
+        with making():
             if (device, forced) in self.choices:
                 return self.choices[device, forced]
             try:
@@ -285,7 +284,7 @@ class Registry:
         # Only devices that extend torch can have formats that torch does not know.
         if device.type != torch._C._get_privateuse1_backend_name():
             return ()
-        with self._lock:
+        with making():
             if device not in self._format_checks:
                 classes = []
                 for name in self.names():

@@ -340,6 +340,22 @@ class Caller:
         """Make the device this thread's current one, with a context."""
         return inside(self.device)
 
+    def order(self, stream: torch.Stream | None, call: Callable[[int], int]) -> int:
+        """Make a call of the driver with the handle of a stream, while the device is current;
+        return its error.
+
+        ``stream`` is None for the current stream of this device.
+        """
+        handle = self.number(stream)
+        if handle is None:
+            with self.current():
+                return self.order(stream, call)
+        error = call(handle)
+        if error == NO_CONTEXT:  # the first work of a thread
+            with self.current():
+                error = call(handle)
+        return error
+
 
 #: cuLaunchKernel, and hipModuleLaunchKernel: a function, the blocks along x, y and z, the threads
 #: along x, y and z, the bytes of shared memory, a stream, and the list of parameters.
@@ -412,19 +428,10 @@ class KernelDriver(Caller, ABC):
         Raises:
             TransferError: the driver rejects the launch.
         """
-        handle = self.number(stream)
-        if handle is None:
-            with self.current():
-                self.launch(function, blocks, threads, parameter, stream, what)
-            return
         buffer = ctypes.create_string_buffer(parameter, len(parameter))
         parameters = (ctypes.c_void_p * 1)(ctypes.addressof(buffer))
-        shape = blocks, 1, 1, threads, 1, 1, 0
-        arguments = (self.address(function), *shape, handle, parameters, None)
-        error = self._call(*arguments)
-        if error == NO_CONTEXT:  # the first work of a thread
-            with self.current():
-                error = self._call(*arguments)
+        shape = self.address(function), blocks, 1, 1, threads, 1, 1, 0
+        error = self.order(stream, lambda handle: self._call(*shape, handle, parameters, None))
         if error:
             self.refuse(error, what)
 

@@ -11,7 +11,6 @@ import ctypes
 from collections import deque
 from collections.abc import Callable
 from contextlib import AbstractContextManager, suppress
-from threading import Lock
 from typing import Any, Protocol
 
 import torch
@@ -20,6 +19,7 @@ from portakv.core.call import GUARDED, REPORTS, CopyEnd, WordBatches, calls
 from portakv.errors import TransferError
 from portakv.runtime.cuda import NO_CONTEXT, EventFunctions, raw_stream
 from portakv.runtime.devices import inside
+from portakv.runtime.once import making
 from portakv.runtime.streams import ignoring_captures
 from portakv.runtime.transfer import (
     Completion,
@@ -143,7 +143,6 @@ class Ends:
         self._driver = driver
         self.free = deque[End]()
         self._batches = batches  # that may still be made
-        self._making = Lock()
         # Drivers allocate such memory after they have waited for the device.
         with suppress(RuntimeError):
             self._make()
@@ -178,7 +177,7 @@ class Ends:
 
     def _make(self) -> None:
         """Add free ends. The host may wait for the device."""
-        with self._making, ignoring_captures(self.device), torch.inference_mode(False):
+        with making(), ignoring_captures(self.device), torch.inference_mode(False):
             words = _pinned(self.device, _BATCH)
             word_batches.append(words.numpy().reshape(-1))
             with self._driver.current():
@@ -202,14 +201,13 @@ def _pinned(device: torch.device, words: int) -> torch.Tensor:
 
 
 _of_devices = dict[torch.device, Ends]()
-_opening = Lock()
 
 
 def ends_of(driver: EventDriver, device: torch.device) -> Ends | None:
     """Return the ends of a device's copies; None: work has ended when a launch returns."""
     if device.type == "cpu":
         return None
-    with _opening:
+    with making():
         if device not in _of_devices:
             _of_devices[device] = Ends(driver, device)
         return _of_devices[device]

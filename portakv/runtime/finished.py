@@ -6,7 +6,6 @@ from __future__ import annotations
 import os
 from collections import deque
 from contextlib import suppress
-from threading import Lock
 from typing import Generic, TypeVar
 
 from portakv.errors import HostMemoryError
@@ -32,11 +31,11 @@ class _Waiting(Generic[T]):
     of the write that set it, and later items would wake no one.
     """
 
+    fd = -1  # there is none before `fileno`
+
     def __init__(self, limit: int) -> None:
         self.items: deque[T] = deque(maxlen=limit)
         self.written = False
-        self.fd = -1  # there is none before `fileno`
-        self._making = Lock()
 
     def __del__(self) -> None:
         if self.fd >= 0:
@@ -44,9 +43,10 @@ class _Waiting(Generic[T]):
 
     def fileno(self) -> int:
         """Return the descriptor, which is readable if items wait already."""
-        with self._making:
-            if self.fd < 0:
-                self.fd = _eventfd()
+        if self.fd < 0:
+            made = _eventfd()
+            if vars(self).setdefault("fd", made) != made:  # another thread was first
+                os.close(made)
         if self.items:  # they came before the descriptor; the add of a later one writes
             self.wake()
         return self.fd

@@ -13,6 +13,7 @@ import threading
 from collections import deque
 from collections.abc import Callable
 from functools import partial, wraps
+from itertools import count
 from typing import Generic, ParamSpec, TypeVar, cast
 
 P = ParamSpec("P")
@@ -36,17 +37,17 @@ class Work(Generic[T]):
         self.error: BaseException | None = None
         self.abandoned = False
         self.ended = False
-        # The first thread that acquires the lock runs the work, or undoes it.
-        self._begun = threading.Lock()
-        self._undoing = threading.Lock()
+        # The thread that gets 0 runs the work, or undoes it.
+        self._begun = count()
+        self._undoing = count()
         # Locked until the work has ended, and until abandoned work is undone.
-        self.end = _locked()
-        self.undone = _locked()
+        self.end = locked()
+        self.undone = locked()
 
     def run(self) -> None:
         """Run the work, unless its caller was interrupted before."""
         work = self.work
-        if work is None or not self._begun.acquire(blocking=False):
+        if work is None or next(self._begun):
             return
         _helper.work = self
         try:
@@ -62,8 +63,8 @@ class Work(Generic[T]):
 
     def take_back(self) -> None:
         """Undo abandoned work if it has ended; prevent its start if it has not begun."""
-        never = self._begun.acquire(blocking=False)
-        if not (never or self.ended) or not self._undoing.acquire(blocking=False):
+        never = not next(self._begun)
+        if not (never or self.ended) or next(self._undoing):
             return
         try:
             if not never and self.error is None and self.undo is not None:
@@ -166,8 +167,8 @@ def abandoned() -> bool:
     return work is not None and work.abandoned
 
 
-def _locked() -> threading.Lock:
-    """Return a lock that is acquired."""
+def locked() -> threading.Lock:
+    """Return a lock that is acquired: a thread acquires it to wait, another one releases it."""
     lock = threading.Lock()
     lock.acquire()
     return lock
@@ -183,7 +184,7 @@ class _Thread:
 
     def __init__(self) -> None:
         self.call: Callable[[], object] | None = None
-        self.wake = _locked()
+        self.wake = locked()
 
     def serve(self) -> None:
         """Make calls."""

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 from collections import deque
 from contextlib import suppress
-from threading import Lock
 from typing import ClassVar
 
 import numpy as np
 import numpy.typing as npt
 import torch
+
+from portakv.runtime.once import making
 
 _LAUNCHES = 64  # whose ids a process has memory for; 1 MiB
 
@@ -30,7 +31,6 @@ class PinnedIds:
     #: Memory returns here only after everything that may read it has ended.
     _free: ClassVar[deque[PinnedIds]] = deque()
     _reserved: ClassVar = False
-    _reserving: ClassVar = Lock()
 
     __slots__ = ("_sides", "address")
 
@@ -46,7 +46,7 @@ class PinnedIds:
 
         Without pinned memory ids are sent.
         """
-        with cls._reserving, suppress(RuntimeError):
+        with making(), suppress(RuntimeError):
             if not cls._reserved:
                 shape = _LAUNCHES, 2, cls.MOST
                 memory = torch.empty(shape, dtype=torch.int64, device="cpu", pin_memory=True)

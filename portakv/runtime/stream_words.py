@@ -194,15 +194,13 @@ class CudaWords:
     def _set(self, first: int, count: int, number: int, stream: torch.Stream | None) -> None:
         """Write words of the device after the work of a stream; None: of the current one."""
         address = self._there + 4 * first
-        handle = self._driver.number(stream)
-        if handle is None:
-            with self._driver.current():
-                self._set(first, count, number, stream)
-            return
-        if count == 1:  # no multiprocessor has to be free for it
-            error = self._write_one(handle, address, number, 0)
-        else:
-            error = self._write_many(address, number, count, handle)
+
+        def write(handle: int) -> int:
+            if count == 1:  # no multiprocessor has to be free for it
+                return self._write_one(handle, address, number, 0)
+            return self._write_many(address, number, count, handle)
+
+        error = self._driver.order(stream, write)
         if error:
             name = cuda.error_name(error, cuda.library())
             raise cuda.refused(name, "A write of words by a stream")

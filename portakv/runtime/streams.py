@@ -159,8 +159,7 @@ def completion(
 ) -> Completion:
     """Return the end of all current work on ``stream``; retains objects, such as host memory, until
     then, also if the handle is dropped. ``lists``: ids that the work reads, given back then."""
-    pool = event_pool(device)
-    ended = Completion(pool.recorded(stream), retained=retained or None, pool=pool)
+    ended = Completion.after(device, stream, retained=retained or None)
     ended.lists = lists
     if retained or lists:
         hold_memory(ended)

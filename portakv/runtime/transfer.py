@@ -196,6 +196,23 @@ class Completion:
         self.retained = retained
         self.pool = pool
 
+    @classmethod
+    def after(
+        cls,
+        device: torch.device,
+        stream: torch.Stream | None,
+        pendings: Sequence[Pending] = (),
+        words: Sequence[tuple[StatusWord, int]] = (),
+        error: PortaKVError | None = None,
+        retained: object = None,
+    ) -> Completion:
+        """Return the end of the present work on a stream (None: on the device's current stream),
+        and of other work. The host has no streams."""
+        if device.type == "cpu":
+            return cls(None, pendings, words, error, retained)
+        pool = event_pool(device)
+        return cls(pool.recorded(stream), pendings, words, error, retained, pool)
+
     def ended(self) -> bool:
         """Return True once all bytes have landed, or an error ended the work; never blocks or
         raises."""
@@ -442,10 +459,13 @@ class Transfer:
             )
 
 
-def acquire_after_ends() -> PinnedIds | None:
-    """Return a list for ids after the lists of copies that have ended were released; None: none."""
-    copies_holding_memory()
-    return PinnedIds.acquire()
+def acquire_ids() -> PinnedIds | None:
+    """Return pinned memory for ids; None: copies that have not ended use all of it."""
+    memory = PinnedIds.acquire()
+    if memory is None:
+        copies_holding_memory()  # releases the memory of copies that have ended
+        memory = PinnedIds.acquire()
+    return memory
 
 
 def bad_slot(position: int, slot: int | None = None, slots: int | None = None) -> SlotError:

@@ -13,7 +13,6 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple
 
@@ -62,31 +61,6 @@ class RateLimit:
         return max(0.0, start - self._now())
 
 
-@dataclass(slots=True)
-class Progress:
-    """The progress of a worker through its slices."""
-
-    #: Slices that were issued.
-    issued: int = 0
-    #: Slices that landed before the first failed slice.
-    landed: int = 0
-    #: What executed the first slice, as `Transfer.carried`.
-    carried: tuple[str, str] = NOTHING
-    #: `Worker.cancel` was called before all slices were issued.
-    cancelled: bool = False
-    #: A slice failed. Slices that land after it are not counted.
-    gap: bool = False
-    #: The first error.
-    error: BaseException | None = None
-    #: Since this time, by `time.perf_counter`, no slice is in flight and none will be issued.
-    ended_at: float | None = None
-
-    @property
-    def is_stopped(self) -> bool:
-        """Return whether no further slice is to be issued."""
-        return self.cancelled or self.error is not None
-
-
 class Worker:
     """Issue slices in order from a separate thread, as fast as they land or the limit allows.
 
@@ -94,7 +68,13 @@ class Worker:
 
     Attributes:
         slices: all slices of the transfer.
-        progress: the slices issued and landed, and the error.
+        issued: slices that were issued.
+        landed: slices that landed before the first failed slice.
+        carried: what executed the first slice, as `Transfer.carried`.
+        cancelled: `cancel` was called before all slices were issued.
+        error: the first error.
+        ended_at: since this time, by `time.perf_counter`, no slice is in flight and none will be
+            issued.
         end: the completion of all slices, which reports a failure to `LateErrors`; None after that.
     """
 
@@ -106,7 +86,13 @@ class Worker:
         limit: RateLimit | None = None,
     ) -> None:
         self.slices = slices
-        self.progress = Progress()
+        self.issued = 0
+        self.landed = 0
+        self.carried = NOTHING
+        self.cancelled = False
+        self.error: BaseException | None = None
+        self.ended_at: float | None = None
+        self._gap = False  # a slice failed; slices that land after it are not counted
         self.end: SliceCompletion | None = None
         self._limit = limit
         # Both retain the views, and are deleted at the end.
@@ -134,20 +120,19 @@ class Worker:
         """Issue no further slice; return False if none was left, or an error had stopped it."""
         if self._process.forked:
             return False
-        progress = self.progress
         with self._change:
-            if progress.issued == len(self.slices) or progress.error is not None:
+            if self.issued == len(self.slices) or self.error is not None:
                 return False
-            progress.cancelled = True
+            self.cancelled = True
             self._change.notify_all()
             return True
 
     def has_landed(self, slices: int) -> bool:
         """Return True once the first ``slices`` landed, or never will; never blocks."""
-        if self.progress.ended_at is not None or self._process.forked:
+        if self.ended_at is not None or self._process.forked:
             return True
         # For all slices the thread must have released the views as well.
-        return slices <= self.progress.landed < len(self.slices)
+        return slices <= self.landed < len(self.slices)
 
     def wait(self, slices: int) -> None:
         """Block the host until `has_landed`."""
@@ -157,19 +142,18 @@ class Worker:
 
     def failure(self, slices: int) -> PortaKVError | None:
         """Return why the first ``slices`` did not all land; None if they did, or still may."""
-        progress = self.progress
-        if progress.landed >= slices:
+        if self.landed >= slices:
             return None
         if self._process.forked:
             return TransferError(
                 "Expected the process that started the transfer, got a process that was forked "
                 "while it ran. The transfer goes on in the parent. Query it there."
             )
-        if progress.ended_at is None:
+        if self.ended_at is None:
             return None
 
-        so_far = f"{progress.landed} of {len(self.slices)} slices had landed"
-        error = progress.error
+        so_far = f"{self.landed} of {len(self.slices)} slices had landed"
+        error = self.error
         if error is None:
             return TransferCancelled(
                 f"The transfer was cancelled when {so_far}; the rest was not moved. Its statistics "
@@ -197,7 +181,7 @@ class Worker:
 
         del self._issue, self._inside
         with self._change:
-            self.progress.ended_at = time.perf_counter()
+            self.ended_at = time.perf_counter()
             self._change.notify_all()
         end = self.end
         self.end = None
@@ -206,24 +190,27 @@ class Worker:
         running.discard(self)
 
     def _issue_all(self) -> None:
-        progress = self.progress
         for piece in self.slices:
             while len(self._in_flight) >= WINDOW:
                 self._land()
             self._keep_rate(piece)
             with self._change:
-                if progress.is_stopped:
+                if self._is_stopped():
                     return
-                progress.issued += 1
+                self.issued += 1
             transfer = self._issue(piece)
             self._in_flight.append(transfer)
-            if progress.carried is NOTHING:
-                progress.carried = transfer.carried
+            if self.carried is NOTHING:
+                self.carried = transfer.carried
+
+    def _is_stopped(self) -> bool:
+        """Return True if no further slice is to be issued."""
+        return self.cancelled or self.error is not None
 
     def _fail(self, error: BaseException) -> None:
         """Store the error unless an earlier one is stored; no slice is issued after it."""
         with self._change:
-            self.progress.error = self.progress.error or error
+            self.error = self.error or error
 
     def _keep_rate(self, piece: Slice) -> None:
         """Wait until the slice may start, until the transfer is cancelled, or a slice failed."""
@@ -236,17 +223,17 @@ class Worker:
             while self._in_flight:
                 self._land()
             with self._change:
-                self._change.wait_for(lambda: self.progress.is_stopped, limit.left(start))
+                self._change.wait_for(self._is_stopped, limit.left(start))
 
     def _land(self) -> None:
         """Wait for the oldest slice."""
         try:
             self._in_flight.popleft().synchronize()
         except BaseException as error:  # `failure` reports it; the thread has no caller
-            self.progress.gap = True
+            self._gap = True
             self._fail(error)
         with self._change:
-            self.progress.landed += not self.progress.gap
+            self.landed += not self._gap
             self._change.notify_all()
 
 

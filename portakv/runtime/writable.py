@@ -3,11 +3,11 @@
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Callable
+from ctypes import c_int, c_int64
 from functools import cache
 
-from portakv.core.library import pylibrary
+from portakv.core.library import function
 
 #: Why a destination is refused, as a clause.
 READ_ONLY = (
@@ -26,9 +26,6 @@ def writable(first: int, past: int) -> bool:
 
 @cache
 def _writable() -> Callable[[int, int], int]:
-    """Return the function. It never waits, so it keeps the interpreter's lock: another thread might
-    not give it back for milliseconds."""
-    function = pylibrary().portakv_writable
-    function.argtypes = (ctypes.c_int64, ctypes.c_int64)
-    function.restype = ctypes.c_int
-    return function
+    """Return the function. It never waits: another thread might not give the interpreter back for
+    milliseconds."""
+    return function("writable", c_int, c_int64, c_int64)

@@ -28,8 +28,15 @@ from weakref import WeakSet
 
 from portakv.errors import PortaKVError, TransferError, TransferTimeout
 from portakv.runtime import resources
-from portakv.runtime.devices import this_process
-from portakv.runtime.interrupts import abandoned, hand_over, interruptible, uninterrupted
+from portakv.runtime.bounded import Bounded
+from portakv.runtime.devices import Process, this_process
+from portakv.runtime.interrupts import (
+    abandoned,
+    hand_over,
+    interruptible,
+    locked,
+    uninterrupted,
+)
 
 T = TypeVar("T")
 #: A coroutine that returns T.
@@ -165,8 +172,7 @@ class Signal:
         until = None if timeout is None else monotonic() + timeout
         woken = True
         while woken:
-            end = threading.Lock()
-            end.acquire()
+            end = locked()
             wait = Wait()
             wait.resume = end.release
             with self._runtime.lock:
@@ -293,8 +299,7 @@ class End(Generic[T]):
         """
         if self.ended:
             return True
-        end = threading.Lock()
-        end.acquire()
+        end = locked()
         self.on_end(end.release)
         until = None if timeout is None else self._runtime.time() + timeout
         while not self.ended and not self._runtime.forked:
@@ -630,7 +635,6 @@ class Runtime:
         self._loop = loop
         #: Returns the time of the loop, in seconds.
         self.time: Callable[[], float] = monotonic if loop is None else loop.time
-        self._starting = threading.Lock()
         self._working = set[Handle[Any]]()  # whose work helpers do
         #: Each has a method `shut`, which the end of the interpreter calls with the lock.
         self.shut_at_exit = WeakSet[Any]()
@@ -677,12 +681,12 @@ class Runtime:
         step: Callable[[], Any] = partial(steps.send, None)
         interrupted = False
         while True:
-            woken = threading.Lock()
+            woken = None
             try:
                 with self.step:
                     wait = step()
                     if isinstance(wait, Wait) and wait.fd is None:
-                        woken.acquire()
+                        woken = locked()
                         wait.resume = woken.release
             except StopIteration as end:
                 result: T = end.value
@@ -697,10 +701,12 @@ class Runtime:
                 interrupted = True  # once, so that the coroutine can wait while it ends
                 step = partial(steps.throw, KeyboardInterrupt())
 
-    def _wait_here(self, wait: Wait, woken: threading.Lock) -> None:
-        """Make a wait in the caller's thread. ``woken`` is released by `Wait.wake`."""
+    def _wait_here(self, wait: Wait, woken: threading.Lock | None) -> None:
+        """Make a wait in the caller's thread. ``woken``: released by `Wait.wake`; None: the wait
+        has a descriptor."""
         left = -1.0 if wait.until is None else max(0.0, wait.until - self.time())
         if wait.fd is None:
+            assert woken is not None
             woken.acquire(timeout=left)
         elif wait.poll is not None:
             wait.woken = wait.poll(max(-1, ceil(1e3 * left)))
@@ -729,7 +735,7 @@ class Runtime:
         """Return the loop, which runs. Raises ``error`` if the system gives no thread, and
         `OSError` if it gives no descriptor."""
         if self._loop is None:
-            with self._starting:
+            with self.lock:
                 if self._loop is None:
                     self._loop = self._new_loop(error)
         return self._loop
@@ -827,26 +833,20 @@ class TaskGroup:
             ended |= {handle for handle in waiting if handle.done()}
 
 
-_runtime: Runtime | None = None
-_making = threading.Lock()
+_runtimes: Bounded[Process, Runtime] = Bounded("runtimes", 1)
 
 
 def runtime() -> Runtime:
-    """Return the runtime of this process."""
-    global _runtime
-    with _making:
-        if _runtime is None:
-            _runtime = Runtime()
-        return _runtime
+    """Return the runtime of this process. It begins without a thread, so the first of several
+    threads wins."""
+    return _runtimes.get_or_make(this_process(), Runtime)
 
 
 def _forget() -> None:
     """Begin anew in a forked process, which has neither the thread nor the end of any step."""
-    global _runtime, _making
-    _making = threading.Lock()
-    if _runtime is not None:
-        _runtime.step = Step()  # a thread of the parent may have the other one
-        _runtime = None
+    for each in _runtimes.values():
+        each.step = Step()  # a thread of the parent may have the other one
+    _runtimes.clear()
 
 
 os.register_at_fork(after_in_child=_forget)

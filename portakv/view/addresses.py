@@ -298,20 +298,13 @@ def _container_sizes(bound: BoundLayout, addresses: Addresses) -> list[int]:
     """
     text = bound.layout.text
     levels = len(bound.layout.containers)
-    dtype: object
+    sizes = [*addresses.shape]
+    dtype = addresses.dtype
     if isinstance(addresses, torch.Tensor):
-        sizes = [*addresses.shape]
-        dtype = addresses.dtype
         fits = dtype in _WORDS
     else:
-        try:
-            array = np.asarray(addresses)
-        except ValueError:  # lists of unequal lengths
-            array = np.empty(0, dtype=object)
-        sizes = [*array.shape]
-        dtype = array.dtype
-        words = array.dtype.kind in "iu" and array.itemsize == 8
-        fits = words or (array.dtype != object and not array.size)
+        words = addresses.dtype.kind in "iu" and addresses.itemsize == 8
+        fits = words or (addresses.dtype != object and not addresses.size)
     if not fits:
         raise LayoutError(
             f"Expected whole numbers of 64 bits as addresses for {text!r}, got {dtype}. Pass them "

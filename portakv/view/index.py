@@ -7,7 +7,6 @@ it is slot ``q``. ``step=1`` is a slot mapping, ``step=block_size`` a block tabl
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Sequence
 from typing import Any, TypeAlias
 
@@ -263,31 +262,21 @@ _MOST = 256  # ranges that are marked clean in one list of ids
 class _Store:
     """Share the copies of one list among all of its indices."""
 
-    __slots__ = ("array", "clean", "copies")
+    array: npt.NDArray[np.int64] | None = None  # the ids, contiguous and on the host
 
     def __init__(self, array: npt.NDArray[np.int64] | None = None) -> None:
-        # The ids as a contiguous int64 array on the host, and contiguous in other places or dtypes.
-        self.array = array
-        self.copies: tuple[torch.Tensor, ...] = ()
+        if array is not None:
+            self.array = array
+        # The ids, contiguous, in other places or dtypes.
+        self.copies: list[torch.Tensor] = []
         # The ranges that passed a check: offset, count, slots, and of ids on the host, whether they
         # were checked for repeats.
-        self.clean = set[tuple[int, ...]]()
+        self.clean: set[tuple[int, ...]] = set()
 
     def keep(self, array: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
         """Return the first array that any thread kept: no later one takes its place, since the
         core reads it by its address."""
-        with _storing:
-            if self.array is None:
-                self.array = array
-            return self.array
-
-    def add(self, copy: torch.Tensor) -> None:
-        """Keep a copy of the ids."""
-        with _storing:
-            self.copies = *self.copies, copy
-
-
-_storing = threading.Lock()  # for what is made once for a list
+        return vars(self).setdefault("array", array)  # type: ignore[no-any-return]
 
 
 class Index:
@@ -467,7 +456,7 @@ class Index:
         The offset is a whole number of blocks. Copies of the ids are shared.
         """
         store = _Store(self._store.array)
-        store.copies = self._store.copies  # those that there are
+        store.copies = [*self._store.copies]  # those that there are
         index = Index.__new__(Index)
         offset = self.offset // block_size
         index._set(self.ids, 1, offset, store, self.temporary, self.trusted)
@@ -525,7 +514,7 @@ class Index:
         used = slice(q // self.step, -(-(q + count) // self.step))
         array = self._store.array
         store = _Store(None if array is None else array[used])
-        store.copies = tuple([copy[used] for copy in self._store.copies])
+        store.copies = [copy[used] for copy in self._store.copies]
         return self._derived(self.ids[used], q % self.step, store)
 
     def ids_on(self, device: torch.device, dtypes: frozenset[torch.dtype] = _ANY) -> torch.Tensor:
@@ -551,7 +540,7 @@ class Index:
         ids = ids.to(device, ids.dtype if ids.dtype in dtypes else torch.int64).contiguous()
         if self.on_host:
             # A copy of device ids is ordered on one stream only, so it is not cached.
-            self._store.add(ids)
+            self._store.copies.append(ids)
         return ids
 
     def checked_on(
@@ -574,7 +563,7 @@ class Index:
 
     def add_copy(self, ids: torch.Tensor) -> None:
         """Cache a contiguous copy of the ids, made elsewhere, for `ids_on`."""
-        self._store.add(ids)
+        self._store.copies.append(ids)
 
     def _copy_on(self, device: torch.device, dtypes: frozenset[torch.dtype]) -> torch.Tensor | None:
         assert self.ids is not None

@@ -71,7 +71,7 @@ def test_whatever_carries_it_out_moves_the_right_bytes(
         pytest.skip(launch.out[how])
     if how in ORDER:
         named = Pick(how, "requested")
-        always = lambda self, move, guarded=False, quick=False: named  # noqa: E731
+        always = lambda self, move, quick=False: named  # noqa: E731
         monkeypatch.setattr(HostLaunch, "pick", always)
     used = strategies_used(monkeypatch)
     transfer(stream=torch.Stream(accelerator) if side else None)
@@ -154,7 +154,7 @@ def test_a_device_without_room_for_staging_copies_all_the_same(
     with pytest.raises(torch.OutOfMemoryError):  # by name, the error is raised
         launch.launch_by("staged", move, None)
     only = Pick("staged", "requested")
-    monkeypatch.setattr(launch, "pick", lambda move, guarded=False, quick=False: only)
+    monkeypatch.setattr(launch, "pick", lambda move, quick=False: only)
     for seed in range(2):
         transfer(transfer.chunk(seed))
         assert used[-1] == "batched_memcpy"

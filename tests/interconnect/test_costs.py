@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from support.table_costs import host_looked_up, looked_up
 from support.threads import run_threads
 
 from portakv.interconnect import costs
@@ -57,8 +58,8 @@ def test_between_measurements_what_is_affine_is_exact(size: int, runs: int) -> N
     known = made()
     few = size * runs < max(SIZES)
     for actual, wanted in (
-        (known.seconds("staged", "d2h", size, runs), affine(size, runs)),
-        (known.host_seconds("staged", "d2h", size, runs), host_cost(runs)),
+        (looked_up(known, "staged", "d2h", size, runs), affine(size, runs)),
+        (host_looked_up(known, "staged", "d2h", size, runs), host_cost(runs)),
     ):
         # Before its first point a column is level, and after its last it goes straight on.
         assert actual is not None
@@ -69,11 +70,11 @@ def test_between_measurements_what_is_affine_is_exact(size: int, runs: int) -> N
 def test_outside_the_sizes_that_were_measured() -> None:
     known = made()
     # Narrower runs cost each what the narrowest do; longer ones are as good as several.
-    assert known.seconds("staged", "d2h", 16, 256) == pytest.approx(affine(256, 256))
+    assert looked_up(known, "staged", "d2h", 16, 256) == pytest.approx(affine(256, 256))
     whole = 64 << 20
-    assert known.seconds("staged", "d2h", whole, 1) == pytest.approx(affine(1 << 20, 64))
-    assert known.seconds("staged", "d2h", 1 << 20, 0) == affine(1 << 20, 1)
-    assert known.seconds("staged", "d2h", 0, 1) == affine(256, 1)
+    assert looked_up(known, "staged", "d2h", whole, 1) == pytest.approx(affine(1 << 20, 64))
+    assert looked_up(known, "staged", "d2h", 1 << 20, 0) == affine(1 << 20, 1)
+    assert looked_up(known, "staged", "d2h", 0, 1) == affine(256, 1)
 
 
 def test_seconds_do_not_fall_with_the_number_of_runs() -> None:
@@ -81,19 +82,12 @@ def test_seconds_do_not_fall_with_the_number_of_runs() -> None:
     single = [Point(64, 1e-4, 0)]
     known = Table({}, {("a", "d2h"): {4096: noisy}, ("b", "d2h"): {4096: single}})
     for strategy in "ab":
-        actual = [known.seconds(strategy, "d2h", 4096, 2**n) or 0 for n in range(24)]
+        actual = [looked_up(known, strategy, "d2h", 4096, 2**n) for n in range(24)]
         if strategy == "b":
             assert actual == sorted(actual)
         # Far after the last point it costs more: bytes are never free.
         assert actual[23] > 50 * actual[10]
         assert all(actual)
-
-
-def test_what_was_not_measured_is_not_known() -> None:
-    for known in (made(), Table({}, {("staged", "h2d"): {}}), costs.unmeasured("of a test")):
-        for look in (known.seconds, known.host_seconds):
-            assert look("batched_memcpy", "d2h", 4096, 1) is None
-            assert look("staged", "h2d", 4096, 1) is None
 
 
 # the file
@@ -108,8 +102,8 @@ def test_a_table_comes_back_as_it_was(folder: Path) -> None:
     assert costs.as_json(after) == costs.as_json(before)
     for size in (300, 4096):
         arguments = "staged", "d2h", size, 77
-        assert after.seconds(*arguments) == before.seconds(*arguments)
-        assert after.host_seconds(*arguments) == before.host_seconds(*arguments)
+        assert looked_up(after, *arguments) == looked_up(before, *arguments)
+        assert host_looked_up(after, *arguments) == host_looked_up(before, *arguments)
     assert (after.left_out, after.timer) == ({"pageable": "it was slow"}, "a good clock")
     assert str(path) in after.origin
     assert [entry.name for entry in folder.iterdir()] == [path.name]  # nothing half-written
@@ -129,7 +123,7 @@ def test_it_is_read_once_and_used_from_then_on() -> None:
     after = costs_of(CPU)
     assert after.measured
     assert after.origin.startswith("measured on")
-    assert after.seconds("staged", "d2h", 4096, 1) == pytest.approx(affine(4096, 1))
+    assert looked_up(after, "staged", "d2h", 4096, 1) == pytest.approx(affine(4096, 1))
     costs.path_for(identity(CPU)).unlink()
     assert costs_of(CPU) is after
 

@@ -12,6 +12,7 @@ from support.host_choice_cases import (
     UNMEASURED,
     refusals,
 )
+from support.table_costs import host_looked_up, looked_up
 
 from portakv import Unsupported
 from portakv.core.pick import ORDER
@@ -322,13 +323,13 @@ def test_pieces_are_looked_up_and_each_row_costs_the_device(direction: str) -> N
     for one in result.alternatives:
         arguments = one.strategy, direction, 64 * 2048, 100
         assert (one.runs, one.run_bytes) == (100, 64 * 2048)
-        assert one.seconds == (H200.seconds(*arguments) or 0) + 6400 * ROW[direction]
-        assert one.host_seconds == H200.host_seconds(*arguments)
+        assert one.seconds == looked_up(H200, *arguments) + 6400 * ROW[direction]
+        assert one.host_seconds == host_looked_up(H200, *arguments)
     # Rows that cross by themselves are pieces of 2 KiB, and nothing is added.
     apart = Shape(2048 * 6400, 6400, 6400)
     for one in pick(dict.fromkeys(ORDER, apart), direction, OUT, Terms(), H200).alternatives:
         assert (one.runs, one.run_bytes) == (6400, 2048)
-        assert one.seconds == H200.seconds(one.strategy, direction, 2048, 6400)
+        assert one.seconds == looked_up(H200, one.strategy, direction, 2048, 6400)
 
 
 def test_rows_count_beside_a_table_and_may_turn_the_pick() -> None:

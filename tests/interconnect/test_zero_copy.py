@@ -27,6 +27,7 @@ from support.launches import launches
 from portakv import CopyPlan, Index, KVView, TransferError, Unsupported
 from portakv.backends.base import PEERS, Capabilities, Decision, Launch
 from portakv.backends.rows_kernel import LOOKUPS
+from portakv.interconnect import strategy as strategies
 from portakv.interconnect import zero_copy
 from portakv.interconnect.strategy import PINNED, Terms
 from portakv.interconnect.strategy import SMALL as SMALL_BYTES
@@ -307,7 +308,8 @@ def test_nothing_is_loaded_during_capture(driver: Driver, monkeypatch: pytest.Mo
             made.prepare(copied.plan())
     launched(copied, made.prepare(copied.plan()))
     driver.retained.clear()
-    monkeypatch.setattr(zero_copy, "capturing", lambda device: True)
+    for module in (zero_copy, strategies):
+        monkeypatch.setattr(module, "capturing", lambda device: True)
     launched(copied, made.prepare(copied.plan()))
     assert driver.retained == [], "a graph's memory is its owner's"
 
