@@ -26,7 +26,7 @@ from portakv.backends.rows_kernel import (
     kernels_of,
     options_of,
 )
-from portakv.core.rows import UNITS, Kernels, SideShape, pack_side
+from portakv.core.rows import ON_HOST, UNITS, Kernels, SideShape, pack_side
 from portakv.errors import Unsupported
 from portakv.plan.packing import PackPlan
 from portakv.plan.plan import CopyPlan, Move
@@ -157,14 +157,14 @@ class KernelsLaunch:
         if by_table:
             held = view.table_on(self._home)
             table = (view.table if held is None else held).data_ptr()
-        ids = index.ids  # contiguous and on the device: the library places them
+        ids = index.ids  # contiguous, and on the device unless they travel: the library places them
         at = 0
-        wide = False
+        wide = 0
         if ids is not None:
             at = ids.data_ptr()
+            wide = int(ids.dtype is torch.int64)
             if ids.is_cpu and self._home.type != "cpu":
-                at = self._driver.word(at)
-            wide = ids.dtype is torch.int64
+                wide += ON_HOST
         addresses = view.addresses_at if view.known else 0
         return pack_side(addresses, table, at, wide, index.offset, view.slots)
 
@@ -193,16 +193,14 @@ def _looks_up(sides: Iterable[SideShape]) -> bool:
 class RowsLaunch(KernelsLaunch, MoveLaunch):
     """The launch of a plan by its kernels; see `base.Launch`.
 
-    Its kernels read ids in pinned memory, too.
-
     Args:
         kernels: one for each nest.
         table: has these kernels.
         driver, home: as for `KernelsLaunch`.
     """
 
-    #: Few ids are not sent to the device; see `Prepared`.
-    reads_pinned_ids = True
+    #: Few ids of the host travel with the launch; see `Prepared`.
+    carries_ids = True
 
     def __init__(
         self,

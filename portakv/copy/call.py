@@ -26,14 +26,12 @@ from portakv.registry.prepared import Picks, Prepared, bring_table, prepared
 from portakv.registry.registry import Choice
 from portakv.runtime import streams
 from portakv.runtime.devices import capturing, inside, refuse_capture
-from portakv.runtime.pinned_ids import PinnedIds
 from portakv.runtime.streams import check_stream, side_stream
 from portakv.runtime.transfer import (
     Completion,
     Pending,
     StatusWord,
     Transfer,
-    acquire_ids,
     acquire_word,
     bad_slot,
     hold,
@@ -398,11 +396,10 @@ def check_views(move: Move) -> None:
 # --- Launch ---------------------------------------------------------------------------------------
 
 
-def launch(settled: Settled, context: Context, shared_ids: bool = False) -> Transfer:
+def launch(settled: Settled, context: Context) -> Transfer:
     """Launch every piece after the current stream's work, or on the context's stream after that.
 
     Inside graph capture with a stream the capture forks there, and `Transfer.wait` joins it.
-    ``shared_ids``: other launches read the same ids, which are then sent to a device once.
     """
     pieces = settled.pieces
     error = settled.error
@@ -410,7 +407,7 @@ def launch(settled: Settled, context: Context, shared_ids: bool = False) -> Tran
         return Transfer(() if error is None else (Completion(error=error),))
     if context.device == _HOST:
         return _launch_on_host(settled, context)
-    return _Launching(settled, context, shared_ids).transfer()
+    return _Launching(settled, context).transfer()
 
 
 def _launch_on_host(settled: Settled, context: Context) -> Transfer:
@@ -438,20 +435,16 @@ class _Launching:
     __slots__ = (
         "_context",
         "_host",
-        "_lists",
         "_pendings",
         "_placed",
-        "_sends_ids",
         "_settled",
         "_words",
     )
 
-    def __init__(self, settled: Settled, context: Context, shared_ids: bool) -> None:
+    def __init__(self, settled: Settled, context: Context) -> None:
         self._settled = settled
         self._context = context
-        self._sends_ids = shared_ids or context.captured
         self._placed: list[Move] = []  # the parts, with their ids where launches read them
-        self._lists: list[PinnedIds] = []
         self._host: tuple[torch.Tensor, ...] = ()  # memory that nothing else retains
         self._words: list[tuple[StatusWord, int]] = []
         self._pendings: list[Pending] = []
@@ -465,7 +458,7 @@ class _Launching:
                 executed = self._launch(piece)
                 carried = carried or executed
         except BaseException:  # also an interrupt; what was launched may still run
-            if self._lists or self._host:
+            if self._host:
                 self._hold(None)
             raise
         assert carried is not None
@@ -496,7 +489,7 @@ class _Launching:
         A backend that guards ids gets a status word if it has ids that the host has not checked.
         """
         device, stream, captured = self._context
-        part = self._place(ready, move)
+        part = ready.place_both(move)
         self._placed.append(part)
         if captured:  # a graph's memory belongs to its owner, so no allocator records it
             streams.follow_current(stream)
@@ -518,30 +511,6 @@ class _Launching:
         if pending is not None:
             self._pendings.append(pending)
 
-    def _place(self, ready: Prepared, move: Move) -> Move:
-        """Return a part with its ids where its backend reads them.
-
-        Few new ids stay on the host, in pinned memory, since to send them takes longer than to read
-        them from there.
-        """
-        src, dst, src_index, dst_index, count = move
-        few = 0 < max(src_index.listed, dst_index.listed) <= PinnedIds.MOST
-        lists = None
-        if ready.reads_pinned_ids and few and not self._sends_ids:
-            lists = acquire_ids()
-        if lists is None:
-            return ready.place_both(move)
-        self._lists.append(lists)
-        if src_index.listed:
-            src_index = src_index.reading(lists.write(0, src_index.host_ids()))
-        else:
-            src_index = ready.place(src_index)
-        if dst_index.listed:
-            dst_index = dst_index.reading(lists.write(1, dst_index.host_ids()))
-        else:
-            dst_index = ready.place(dst_index)
-        return Move(src, dst, src_index, dst_index, count)
-
     def _hold(self, error: SlotError | None) -> Completion:
         """Return the completion of all that was launched, which retains what the launches use.
 
@@ -556,10 +525,9 @@ class _Launching:
             retained = (self._host, [part[2:4] for part in self._placed])  # both indices
         ends = self._pendings, self._words, error, retained
         completion = Completion.after(device, stream, *ends)
-        completion.lists = self._lists
         # Either queue gives the event back if the handle is dropped. Only a word or other work
         # brings an error, which `LateErrors` look for among the copies in flight.
-        memory = peer or self._host or self._lists
+        memory = peer or self._host
         if memory:
             hold_memory(completion)
         if self._words or self._pendings or not memory:
@@ -633,7 +601,7 @@ def in_layers(
     for i in range(move.src.layers):
         settled = settle(layer_of(used, i), choice, context, passed=passed)
         used, passed = without_left_out(used, passed, settled.move, settled.error)
-        layers.append(launch(settled, context, shared_ids=True))
+        layers.append(launch(settled, context))
         if call is not None:
             call(i, layers[-1])
     return BlockTransfer(Transfer.join(layers), move, began, tuple(layers))

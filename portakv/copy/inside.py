@@ -39,7 +39,7 @@ from portakv.core.call import (
     Watch,
     calls,
 )
-from portakv.core.rows import MOST_CARRIED
+from portakv.core.rows import MOST_CARRIED, MOST_LISTED
 from portakv.core.view import words_of_dtypes
 from portakv.errors import LayoutError, PortaKVError, SlotError
 from portakv.interconnect.choose import across
@@ -64,8 +64,6 @@ from portakv.view.form import Form, plain_reader
 from portakv.view.index import CONSECUTIVE, ID_DTYPES, PAST_ANY_VIEW, Ids, Index, as_ids, index_of
 from portakv.view.view import KVView
 
-#: The most ids of the host of one call of the core: a launch carries 146 to 512 of them.
-LISTED = 4096
 _AWAY = {"peer", "remote"}
 _OPENED = "opened"  # of a view, for the core
 _OPENED_WITHOUT = "opened without its table"
@@ -295,7 +293,7 @@ def copied(
     if by_block and (read.step, written.step) != (src_step or 1, dst_step or 1):
         return None  # an index of something else than blocks
     # More ids than kernels read from pinned memory.
-    many = tokens > LISTED * min(read.step, written.step)
+    many = tokens > MOST_LISTED * min(read.step, written.step)
     many = many and True in (read.on_host, written.on_host)
     # The core compares the tokens of both sides.
     listed = TO_THE_END if count is None else tokens
@@ -555,13 +553,13 @@ def _launched(
 
 
 def _few(ids: Any, start: object, end: object) -> bool:
-    """Return whether ids of the host travel with the launches, instead of a copy of all of them on the
+    """Return whether ids of the host travel with launches, instead of a copy of all of them on the
     device. ``start``, ``end``: as a caller passed them."""
     if type(start) is not int:
         return True
     if type(end) is int:
-        return end - start <= LISTED
-    return (ids.numel() if type(ids) is torch.Tensor else len(ids)) - start <= LISTED
+        return end - start <= MOST_LISTED
+    return (ids.numel() if type(ids) is torch.Tensor else len(ids)) - start <= MOST_LISTED
 
 
 def _by_units(choice: Choice, src: Units, dst: Units, unit: int, units: int) -> Transfer | None:
@@ -600,9 +598,6 @@ def _by_ids(
     can = ready.can
     judges = can.guards and can.skips_negative
     if (skips and not can.skips_negative) or not (judges or move.is_clean):
-        return None
-    # The general way writes few new ids into pinned memory.
-    if ready.reads_pinned_ids and (move.src_index.listed or move.dst_index.listed):
         return None
     guarded = skips or (can.guards and not move.ids_on_host)
     return _launch(ready, move, guarded, owner)

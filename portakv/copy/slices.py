@@ -85,7 +85,7 @@ def in_slices(
         part = _part(guarded, piece)
         for view in (part.src, part.dst):
             view.check_memory()  # it may be released after the call, while a slice runs
-        transfer = launch(settle(part, choice, here, passed=_PASSED), here, shared_ids=True)
+        transfer = launch(settle(part, choice, here, passed=_PASSED), here)
         return awaited_asleep(transfer, device)  # the worker waits for it
 
     slices = _cut(guarded, rate, by_layer)

@@ -23,12 +23,16 @@ NOT_LOADED = -42
 NO_TABLE = -43
 #: The most ids of the host that travel in the argument of one launch, as ``rows.h`` says.
 MOST_CARRIED = 512
+#: The most ids of the host of one copy that travel with its launches. More are sent to the device.
+MOST_LISTED = 4096
 
 #: More words than a kernel has: it has at most 16 extents for each of its axes.
 _ROOM = 256
 _EMPTY = array("q", [0])
+#: What is added to `wide` of a side whose ids only the host reads, during the call.
+ON_HOST = 2
 #: `portakv_rows_side`: the address of the addresses, of the table and of the ids; whether these are
-#: int64; the tokens that are passed over, and those of the view.
+#: int64, and where; the tokens that are passed over, and those of the view.
 pack_side = struct.Struct("=6q").pack
 
 

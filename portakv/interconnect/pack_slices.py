@@ -23,7 +23,6 @@ from portakv.plan.plan import CopyPlan
 from portakv.registry.prepared import PREPARED, Prepared, prepared
 from portakv.registry.registry import Choice
 from portakv.runtime import streams
-from portakv.runtime.pinned_ids import PinnedIds
 from portakv.view.form import Form, same_form
 from portakv.view.view import KVView
 
@@ -166,12 +165,11 @@ def issue_slices(
     def by_link(cut: Cut, dense: KVView, _: int, stream: torch.Stream) -> None:
         slices.cross(link, cut, dense, stream)
 
-    lists: list[PinnedIds] = []
-    passage = Passage(buffers, work, slices, lists, transform, cross or by_link)
+    passage = Passage(buffers, work, slices, transform, cross or by_link)
     try:
         with buffers.lock:
             passage.settle(near_index, current)
             passage.issue()
     finally:
         # Also if something failed while slices were in progress.
-        streams.completion(device, work, *far.retained, words, lists=lists)
+        streams.completion(device, work, *far.retained, words)

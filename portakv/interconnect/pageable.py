@@ -26,8 +26,6 @@ from portakv.interconnect.slices import Sizes, SlicedRows, Stages
 from portakv.interconnect.staging import BUFFERS, bounce_buffers, staging
 from portakv.interconnect.strategy import PAGEABLE, Move, Strategy, StrategyLaunch
 from portakv.plan.plan import CopyPlan
-from portakv.runtime import streams
-from portakv.runtime.pinned_ids import PinnedIds
 from portakv.view.form import Form
 from portakv.view.view import KVView
 
@@ -107,25 +105,20 @@ class _PageableLaunch(StrategyLaunch):
             self._link.copy(_between(slices, cut, src, dst), src, dst, link)
             buffers.end(at, link)
 
-        lists: list[PinnedIds] = []
-        passage = Passage(device_buffers, work, slices, lists, by_backend, cross)
-        try:
-            with buffers.lock, device_buffers.lock:
-                buffers.reserve(slices.nbytes)
-                passage.settle(device_index, current)
-                with passage.begun():
-                    if self.downward:  # slices cross while the host copies earlier slices
-                        for nth in range(min(BUFFERS, number)):
-                            passage.move(nth)
-                    for nth in range(number):
-                        self._hop(slices, nth)
-                        if not self.downward:
-                            passage.move(nth)
-                        elif nth + BUFFERS < number:
-                            passage.move(nth + BUFFERS)
-        finally:
-            if lists:
-                streams.completion(self.device, work, lists=lists)
+        passage = Passage(device_buffers, work, slices, by_backend, cross)
+        with buffers.lock, device_buffers.lock:
+            buffers.reserve(slices.nbytes)
+            passage.settle(device_index, current)
+            with passage.begun():
+                if self.downward:  # slices cross while the host copies earlier slices
+                    for nth in range(min(BUFFERS, number)):
+                        passage.move(nth)
+                for nth in range(number):
+                    self._hop(slices, nth)
+                    if not self.downward:
+                        passage.move(nth)
+                    elif nth + BUFFERS < number:
+                        passage.move(nth + BUFFERS)
 
     def _hop(self, slices: SlicedRows, nth: int) -> None:
         """Copy on the host between its rows and a bounce buffer, after nothing crosses there."""

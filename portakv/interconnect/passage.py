@@ -19,8 +19,6 @@ from portakv.interconnect.staging import Staging
 from portakv.interconnect.strategy import Move, finish, read_on
 from portakv.registry.prepared import Prepared, bring_table
 from portakv.runtime.devices import inside
-from portakv.runtime.pinned_ids import PinnedIds
-from portakv.runtime.transfer import acquire_ids
 from portakv.view.index import Index
 from portakv.view.view import KVView
 
@@ -35,26 +33,17 @@ def by_backend(_: int, ready: Prepared, move: Move, stream: torch.Stream) -> Non
     finish(ready.launch(*move, stream, None))
 
 
-def place_rows(
-    rows: KVView, index: Index, ready: Prepared, by_source: bool, lists: list[PinnedIds]
-) -> Index:
+def place_rows(rows: KVView, index: Index, ready: Prepared, by_source: bool) -> Index:
     """Bring what a device's stage reads of its rows, ordered on the current stream.
 
     Args:
         ready: the stage; ``by_source``: it reads the rows, and else writes them.
-        lists: gets pinned memory with ids, to be given back at the end.
 
     Returns:
         The index as the stage reads it.
     """
     if ready.tables[0 if by_source else 1]:
         bring_table(rows, ready.choice.backend.device)
-    # Few ids for one call stay in pinned memory, where kernels read them.
-    if 0 < index.listed <= PinnedIds.MOST and ready.reads_pinned_ids:
-        memory = acquire_ids()
-        if memory is not None:
-            lists.append(memory)
-            return index.reading(memory.write(0, index.host_ids()))
     return ready.place(index)
 
 
@@ -65,8 +54,6 @@ class Passage:
     stage has a stream with priority, since a slice that waits for a model's kernels leaves the link
     idle. A single slice overlaps with nothing and stays on ``work``. The caller holds the lock of
     ``buffers``.
-
-    ``lists``: as for `place_rows`.
     """
 
     def __init__(
@@ -74,14 +61,12 @@ class Passage:
         buffers: Staging,
         work: torch.Stream,
         slices: SlicedRows,
-        lists: list[PinnedIds],
         gather: Gather,
         cross: Cross,
     ) -> None:
         self.downward = slices.stages.downward
         self.buffers = buffers
         self.slices = slices
-        self._lists = lists
         # By the schedule's numbers: ``work``, the device's stage, the link, and the stream whose
         # present work comes first.
         self._streams = [work, buffers.half, buffers.link, work]
@@ -101,7 +86,7 @@ class Passage:
         with inside(None if first is current else first):
             self.buffers.reserve(slices.nbytes)
             slices.settle(self.buffers)
-            index = place_rows(slices.rows, device_index, slices.ready, self.downward, self._lists)
+            index = place_rows(slices.rows, device_index, slices.ready, self.downward)
             self._placed = read_on(self._work, index)
 
     @contextmanager

@@ -40,7 +40,6 @@ from portakv.plan.runs import outside
 from portakv.registry.prepared import Prepared
 from portakv.runtime import cuda, streams
 from portakv.runtime.devices import inside
-from portakv.runtime.pinned_ids import PinnedIds
 from portakv.view.index import Index
 from portakv.view.view import KVView
 
@@ -245,15 +244,14 @@ class StagedLaunch(StrategyLaunch):
         current = torch.accelerator.current_stream(self.device.index)
         work = stream or current
         buffers = staging(self.device, work, self._detached)
-        lists: list[PinnedIds] = []
         try:
             with buffers.lock:
-                if not self._by_core(move, buffers, work, current, lists):
-                    self._by_torch(move, buffers, work, current, lists)
+                if not self._by_core(move, buffers, work, current):
+                    self._by_torch(move, buffers, work, current)
         finally:
             # No allocator knows of the link's copies. The host's memory is retained until they end,
             # also if something failed while they were in progress.
-            streams.completion(self.device, work, *host.retained, lists=lists)
+            streams.completion(self.device, work, *host.retained)
 
     def _by_core(
         self,
@@ -261,12 +259,11 @@ class StagedLaunch(StrategyLaunch):
         buffers: Staging,
         work: torch.Stream,
         current: torch.Stream,
-        lists: list[PinnedIds],
     ) -> bool:
         """Submit a copy by one call of the core; return False if the core does not launch the
         kernels of the device's stage.
 
-        ``current``: the device's current stream. ``lists``: as for `place_rows`.
+        ``current``: the device's current stream.
         """
         if self._crossing is None:
             return False
@@ -276,7 +273,7 @@ class StagedLaunch(StrategyLaunch):
             ready = self._crossing.stage(buffers)
             if ready is None:
                 return False
-            index = read_on(work, place_rows(rows, device_index, ready, self.downward, lists))
+            index = read_on(work, place_rows(rows, device_index, ready, self.downward))
             handles = [cuda.raw(each, self.device.index) for each in (work, first)]
             try:
                 self._crossing.carry(move, index, buffers, *handles)
@@ -290,7 +287,6 @@ class StagedLaunch(StrategyLaunch):
         buffers: Staging,
         work: torch.Stream,
         current: torch.Stream,
-        lists: list[PinnedIds],
     ) -> None:
         """Issue a copy by the torch of the device; the arguments are those of `_by_core`."""
         rows, host, device_index, host_index = self.ends(move)
@@ -302,6 +298,6 @@ class StagedLaunch(StrategyLaunch):
         def cross(cut: Cut, dense: KVView, _: int, link: torch.Stream) -> None:
             slices.cross(self.link, cut, dense, link)
 
-        passage = Passage(buffers, work, slices, lists, by_backend, cross)
+        passage = Passage(buffers, work, slices, by_backend, cross)
         passage.settle(device_index, current)
         passage.issue()

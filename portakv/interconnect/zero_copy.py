@@ -217,9 +217,7 @@ class _ZeroCopyLaunch(UnownedLaunch):
     """A launch of the kernel."""
 
     strategy = ZeroCopy.name
-    #: Ids in pinned memory take as long as ids on the device: 16 MiB by 8 ids and 128 MiB by 64
-    #: took 0.3 % longer on an H100, where a copy of the ids took 25 us of the host before.
-    reads_pinned_ids = True
+    carries_ids = True  # as its `RowsLaunch`
 
     def __init__(
         self, plan: CopyPlan, device: torch.device, rows: RowsLaunch, kernels: RowKernels

@@ -25,6 +25,7 @@ from portakv.backends.base import (
     PackLaunch,
     pack_refusal,
 )
+from portakv.core.rows import MOST_LISTED
 from portakv.errors import Unsupported
 from portakv.plan.packing import PackPlan
 from portakv.plan.plan import CopyPlan, Move
@@ -32,8 +33,6 @@ from portakv.registry import registry
 from portakv.registry.registry import Choice
 from portakv.runtime.bounded import Bounded
 from portakv.runtime.devices import inside
-from portakv.runtime.pinned_ids import PinnedIds
-from portakv.runtime.streams import ignoring_captures
 from portakv.runtime.transfer import Pending, event_pool
 from portakv.view.form import Form
 from portakv.view.index import Index
@@ -69,7 +68,7 @@ class Prepared:
         launch: a `PackLaunch` if the plan packs or unpacks; see `pack`.
         bare: the same launch for a caller that retains memory of the host until the work has ended.
         unowned: the launch has an own `bare`, since nothing else knows that it uses that memory.
-        reads_pinned_ids: it reads ids in pinned memory as fast as ids on the device.
+        carries_ids: few ids of the host travel with its launches.
         picks: the launch, if it picks a strategy for each copy.
     """
 
@@ -82,7 +81,7 @@ class Prepared:
     launch: Launch
     bare: Launch
     unowned: bool
-    reads_pinned_ids: bool
+    carries_ids: bool
     picks: Picks | None
 
     @classmethod
@@ -92,10 +91,6 @@ class Prepared:
         """Return the launch of a plan, which a backend prepared, with what a call needs of it."""
         device = choice.backend.device
         bare: Launch = getattr(launch, "bare", launch)
-        reads_pinned_ids = device.type != "cpu" and getattr(launch, "reads_pinned_ids", False)
-        if reads_pinned_ids:
-            with ignoring_captures(device):  # of other threads; the allocation may wait
-                PinnedIds.reserve()
         return cls(
             plan=plan,
             choice=choice,
@@ -106,24 +101,30 @@ class Prepared:
             launch=launch,
             bare=bare,
             unowned=bare is not launch,
-            reads_pinned_ids=reads_pinned_ids,
+            carries_ids=device.type != "cpu" and getattr(launch, "carries_ids", False),
             picks=cast("Picks", launch) if hasattr(launch, "picked_for") else None,
         )
 
     def place(self, index: Index) -> Index:
-        """Return an index with its ids on the device, and in a dtype, that the backend reads."""
+        """Return an index with its ids where the backend reads them, in a dtype that it reads."""
         can = self.can
         if index.ids is None or can.index_on == "any":
             return index
+        if self._carries(index):
+            return index.reading(torch.from_numpy(index.host_ids()))
         if index.listed:
             bring((index,), self.ids_device, can.index_dtypes)
         return index.placed(self.ids_device, can.index_dtypes)
 
+    def _carries(self, index: Index) -> bool:
+        return self.carries_ids and 0 < index.listed <= MOST_LISTED
+
     def place_both(self, move: Move) -> Move:
         """Return a copy with the ids of both sides placed as `place` places them."""
         src, dst, src_index, dst_index, count = move
-        if self.can.index_on != "any" and src_index.listed and dst_index.listed:
-            bring((src_index, dst_index), self.ids_device, self.can.index_dtypes)
+        both = src_index, dst_index
+        if self.can.index_on != "any" and all(x.listed and not self._carries(x) for x in both):
+            bring(both, self.ids_device, self.can.index_dtypes)
         return Move(src, dst, self.place(src_index), self.place(dst_index), count)
 
     def pack(

@@ -11,7 +11,7 @@ import ctypes
 from collections import deque
 from collections.abc import Callable
 from contextlib import AbstractContextManager, suppress
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 
@@ -166,8 +166,8 @@ class Ends:
         return error
 
     def acquire_after_ends(self) -> End | None:
-        """Return an end if `free` has none. None: all are in use, or none could be made. Copies that
-        have ended release theirs."""
+        """Return an end if `free` has none. None: all are in use, or none could be made. Copies
+        that have ended release theirs."""
         retire()
         if not self.free and self._batches > 0:
             self._make()

@@ -23,7 +23,6 @@ from portakv.runtime import cuda
 from portakv.runtime.bounded import Bounded
 from portakv.runtime.devices import inside
 from portakv.runtime.openmp import one_thread
-from portakv.runtime.pinned_ids import PinnedIds
 from portakv.runtime.transfer import Completion, StatusWord, Transfer, event_pool, hold_memory
 
 # Handles without an owner. The handle released last is reused first, since staging buffers are
@@ -155,13 +154,11 @@ def completion(
     device: torch.device,
     stream: torch.Stream | None,
     *retained: object,
-    lists: Sequence[PinnedIds] = (),
 ) -> Completion:
     """Return the end of all current work on ``stream``; retains objects, such as host memory, until
-    then, also if the handle is dropped. ``lists``: ids that the work reads, given back then."""
+    then, also if the handle is dropped."""
     ended = Completion.after(device, stream, retained=retained or None)
-    ended.lists = lists
-    if retained or lists:
+    if retained:
         hold_memory(ended)
     return ended
 

@@ -22,7 +22,6 @@ from portakv import arguments
 from portakv.core.call import WordBatches
 from portakv.errors import PortaKVError, SlotError, TransferError, TransferTimeout
 from portakv.runtime.devices import capturing
-from portakv.runtime.pinned_ids import PinnedIds
 
 #: A weak reference to the `LateErrors` that report an error after the call returned.
 Owner: TypeAlias = "weakref.ref[Any]"
@@ -177,7 +176,6 @@ class Completion:
     # Threads that block until the event, counted under `_settling`: no other work may get the event
     # then.
     blocked = 0
-    lists: Sequence[PinnedIds] = ()  # ids that the launches read, given back at the end
     late_error: Report | None = None  # returns an error of the work that has ended
 
     def __init__(
@@ -289,10 +287,6 @@ class Completion:
                 self.event = None
                 if self.pool is not None:
                     self.pool.release(event)
-            if self.lists:
-                for listed in self.lists:
-                    listed.release()
-                self.lists = ()
             late_error = self.late_error
             if late_error is not None:
                 self.late_error = None
@@ -457,15 +451,6 @@ class Transfer:
                 f"Expected a transfer outside graph capture for {call}, got a captured one, which "
                 f"has no separate completion. Synchronise the graph's replay instead."
             )
-
-
-def acquire_ids() -> PinnedIds | None:
-    """Return pinned memory for ids; None: copies that have not ended use all of it."""
-    memory = PinnedIds.acquire()
-    if memory is None:
-        copies_holding_memory()  # releases the memory of copies that have ended
-        memory = PinnedIds.acquire()
-    return memory
 
 
 def bad_slot(position: int, slot: int | None = None, slots: int | None = None) -> SlotError:

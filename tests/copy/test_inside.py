@@ -32,7 +32,7 @@ from portakv import (
     copy_rows,
 )
 from portakv.copy import inside, rows
-from portakv.copy.inside import LISTED, ChunkCopies
+from portakv.copy.inside import MOST_LISTED, ChunkCopies
 from portakv.core.call import CopyEnd, calls
 from portakv.registry.registry import REGISTRY, choose
 from portakv.view.form import plain_reader
@@ -339,7 +339,7 @@ def test_blocks_between_two_views(
 
 def test_more_slots_than_travel_with_launches(monkeypatch: pytest.MonkeyPatch) -> None:
     """The core checks them all the same, and a launch reads their copy on the device."""
-    count = LISTED + 100
+    count = MOST_LISTED + 100
     caches = [torch.randn(2, count // SIZE + 1, SIZE, 1, 4) for _ in range(LAYERS)]
     connector = connector_of(caches)
     chunk = torch.zeros(2, LAYERS, count, 4)
@@ -399,7 +399,7 @@ def test_ids_of_the_host_travel_with_as_many_launches_as_it_takes(
 
 def test_more_ids_than_travel_with_launches(whole: list[bool]) -> None:
     """A launch reads a copy of the index on the device, once the core has checked the ids."""
-    count = LISTED + 100
+    count = MOST_LISTED + 100
     src = KVView(torch.randn(1, count, 1, 8), "layer token head dim")
     dst = KVView(torch.zeros(1, count, 1, 8), "layer token head dim")
     read = Index(torch.randperm(count))

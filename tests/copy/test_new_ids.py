@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Copies by short lists of new ids, which kernels read in pinned memory of a pool."""
+"""Copies by short lists of new ids, which travel with the launches of kernels."""
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -11,23 +10,23 @@ import numpy as np
 import pytest
 import torch
 from support import simdev_cases as simulated
+from support.carrying_backend import Carrying, CarryingLaunch
 from support.command_line import registered
 from support.device_cases import DEVICE
-from support.pinned_backend import ReadingPinned
 from support.whole_copies import watch_copies_of_views
 from torch.cuda import _sleep
 
 from portakv import Index, KVView, LateErrors, SlotError, copy_blocks, copy_rows
+from portakv.core.rows import MOST_LISTED
 from portakv.host import pinned
-from portakv.runtime.pinned_ids import PinnedIds
-from portakv.runtime.transfer import copies_holding_memory, free_words
+from portakv.runtime.transfer import free_words
 from portakv_conformance.simdev import delay
 
 BLOCKS = 300
 SIZE = 2  # tokens of a block
 DIM = 8
 
-NAME = ReadingPinned.name
+NAME = Carrying.name
 
 
 class Sides:
@@ -66,48 +65,17 @@ def places(ids: Any, others: Any) -> torch.Tensor:
 
 @pytest.fixture
 def sides() -> Iterator[Sides]:
-    with registered(**{NAME: ReadingPinned}):
+    with registered(**{NAME: Carrying}):
         made = Sides()
         made.copied([1], [2])  # tests the backend
         yield made
 
 
 @pytest.fixture
-def acquired(monkeypatch: pytest.MonkeyPatch) -> list[PinnedIds]:
-    """The lists that copies took."""
-    taken: list[PinnedIds] = []
-    acquire = PinnedIds.acquire
-
-    def noted() -> PinnedIds | None:
-        listed = acquire()
-        if listed is not None:
-            taken.append(listed)
-        return listed
-
-    monkeypatch.setattr(PinnedIds, "acquire", noted)
-    return taken
-
-
-def free_lists() -> list[PinnedIds]:
-    """Take all free lists out of the pool, after copies of earlier tests have given theirs back."""
-    gc.collect()
-    torch.accelerator.synchronize(simulated.DEVICE)
-    copies_holding_memory()
-    taken = []
-    while (listed := PinnedIds.acquire()) is not None:
-        taken.append(listed)
-    return taken
-
-
-def put_back(lists: list[PinnedIds]) -> None:
-    for listed in lists:
-        listed.release()
-
-
-def count_free() -> int:
-    lists = free_lists()
-    put_back(lists)
-    return len(lists)
+def carried() -> list[torch.Tensor]:
+    """The ids that launches carried."""
+    Carrying.carried.clear()
+    return Carrying.carried
 
 
 KINDS: dict[str, Callable[[list[int]], Any]] = {
@@ -123,7 +91,7 @@ KINDS: dict[str, Callable[[list[int]], Any]] = {
 @pytest.mark.parametrize("without", ["", "read", "written"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_blocks_by_new_ids(
-    kind: str, without: str, sides: Sides, acquired: list[PinnedIds]
+    kind: str, without: str, sides: Sides, carried: list[torch.Tensor]
 ) -> None:
     made = KINDS[kind]
     for read, written in (
@@ -137,50 +105,48 @@ def test_blocks_by_new_ids(
             None if without == "read" else made(read),
             None if without == "written" else made(written),
         )
-    assert len(acquired) == 5
+    assert len(carried) == 5 * (1 if without else 2)
 
 
 @pytest.mark.simdev
-def test_more_ids_than_a_list_holds(sides: Sides, acquired: list[PinnedIds]) -> None:
-    most = PinnedIds.MOST
+def test_more_ids_than_travel(sides: Sides, carried: list[torch.Tensor]) -> None:
+    most = MOST_LISTED
     many = torch.arange(most + 1) % BLOCKS  # a block may be read several times
     rows = sides.fill()
     into = torch.zeros(most + 1, SIZE, DIM, dtype=torch.int32, device=simulated.DEVICE)
     dst = KVView(into, "block token dim")
-    for count, lists in ((most + 1, 0), (most, 1)):
-        acquired.clear()
+    for count, lists in ((most + 1, 0), (most, 2)):
+        carried.clear()
         into.zero_()
         ids = many[:count], np.arange(count)
         copy_blocks(sides.src, dst, *ids, backend=NAME).synchronize()
         assert torch.equal(into[:count].cpu(), rows[many[:count]])
-        assert len(acquired) == lists
+        assert len(carried) == lists
 
 
 @pytest.mark.simdev
 @pytest.mark.parametrize("where", ["host", "device"])
-def test_new_ids_on_one_side_alone(where: str, sides: Sides, acquired: list[PinnedIds]) -> None:
+def test_new_ids_on_one_side_alone(where: str, sides: Sides, carried: list[torch.Tensor]) -> None:
     device = simulated.DEVICE if where == "device" else torch.device("cpu")
     kept = Index(torch.tensor([3, 1, 2], device=device), SIZE, trusted=True)
-    before = count_free()
     for read in ([9, 2, 8], [5, 2, 7], [6, 2, 9], [1, 3, 5]):
-        acquired.clear()
+        carried.clear()
         sides.copied(read, kept)
-        assert len(acquired) == 1
+        assert len(carried) == 1
     other = Index(torch.tensor([3, 1, 2], dtype=torch.int32, device=device), SIZE, trusted=True)
     for read in ([9, 2, 8], [5, 2, 7]):
         sides.copied(read, other)
-    assert count_free() == before
 
 
 @pytest.mark.simdev
-def test_ids_on_the_device_are_still_guarded(sides: Sides, acquired: list[PinnedIds]) -> None:
+def test_ids_on_the_device_are_still_guarded(sides: Sides, carried: list[torch.Tensor]) -> None:
     on_device = torch.tensor([3, 1], device=simulated.DEVICE)
-    ReadingPinned.judging.clear()
+    Carrying.judging.clear()
     for read in ([9, 2], [5, 2]):
         sides.copied(read, on_device)
         sides.copied(read, [7, 8])
-    assert ReadingPinned.judging == [True, False, True, False]
-    assert len(acquired) == 4
+    assert Carrying.judging == [True, False, True, False]
+    assert len(carried) == 6
     words = len(free_words)
     for turn in range(40):  # without a handle
         copy_blocks(sides.src, sides.dst, [turn, 99], on_device, backend=NAME)
@@ -198,7 +164,6 @@ def test_an_error_of_a_copy_that_nobody_holds_is_reported(sides: Sides) -> None:
     late = LateErrors()
     transfer = copy_blocks(sides.src, sides.dst, [1, 2], on_device, backend=NAME)
     ((word, _),) = transfer.completions[0].words
-    assert transfer.completions[0].lists
     late.keep(transfer)
     del transfer
     word.value[0] = 2  # as a kernel does that finds a bad id at position 1
@@ -207,14 +172,14 @@ def test_an_error_of_a_copy_that_nobody_holds_is_reported(sides: Sides) -> None:
 
 
 @pytest.mark.simdev
-def test_parts_of_lists_and_of_blocks(sides: Sides, acquired: list[PinnedIds]) -> None:
+def test_parts_of_lists_and_of_blocks(sides: Sides, carried: list[torch.Tensor]) -> None:
     rows = sides.fill()
     ids = [9, 4, 6], [1, 2, 3]
     copy_blocks(sides.src, sides.dst, *ids, skip=SIZE, backend=NAME).synchronize()
     expected = torch.zeros_like(rows)
     expected[[2, 3]] = rows[[4, 6]]
     assert torch.equal(sides.other.cpu(), expected)
-    assert len(acquired) == 1
+    assert len(carried) == 2
     for read in (Index.of([2, 9, 4]).shifted(1), [9, 4]):
         rows = sides.fill()
         copy_rows(sides.src, sides.dst, read, [5, 6], count=2, backend=NAME).synchronize()
@@ -229,10 +194,12 @@ def test_parts_of_lists_and_of_blocks(sides: Sides, acquired: list[PinnedIds]) -
 
 
 @pytest.mark.simdev
-def test_a_copy_on_another_stream_is_ordered_there(sides: Sides, acquired: list[PinnedIds]) -> None:
+def test_a_copy_on_another_stream_is_ordered_there(
+    sides: Sides, carried: list[torch.Tensor]
+) -> None:
     for n in range(4):
         sides.copied([n], [n + 1])
-    acquired.clear()
+    carried.clear()
     rows = sides.fill()
     torch.accelerator.synchronize(simulated.DEVICE)
     stream = torch.Stream(simulated.DEVICE)
@@ -243,56 +210,16 @@ def test_a_copy_on_another_stream_is_ordered_there(sides: Sides, acquired: list[
     assert not sides.other.any()
     transfer.synchronize()
     assert torch.equal(sides.other[3].cpu(), rows[7])
-    assert len(acquired) == 1
+    assert len(carried) == 2
 
 
 @pytest.mark.simdev
 @pytest.mark.parametrize("options", [{"by_layer": True}, {"cancellable": True}])
-def test_ids_of_several_launches_are_sent_once(
-    options: dict[str, bool], sides: Sides, acquired: list[PinnedIds]
+def test_several_launches_of_one_copy(
+    options: dict[str, bool], sides: Sides, carried: list[torch.Tensor]
 ) -> None:
     sides.copied([7, 2], [3, 9], **options)
-    assert not acquired
-
-
-@pytest.mark.simdev
-def test_a_list_is_given_back_at_the_end(sides: Sides, acquired: list[PinnedIds]) -> None:
-    for turn in range(20):
-        sides.copied([turn, 30 + turn], [2, 1])
-    assert len(acquired) == 20
-    assert len(set(acquired)) == 1
-
-
-@pytest.mark.simdev
-def test_a_list_is_given_back_if_the_other_ids_cannot_be_sent(
-    sides: Sides, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    for n in range(4):
-        sides.copied([n, 5, 6], Index([3, 1, n + 9], SIZE))
-    before = count_free()
-
-    def full(*_: object) -> Index:
-        raise torch.OutOfMemoryError("no memory")
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Index, "placed", full)
-        with pytest.raises(torch.OutOfMemoryError):
-            copy_blocks(sides.src, sides.dst, [1, 2, 3], Index([7, 8, 9], SIZE), backend=NAME)
-    assert count_free() == before
-    sides.copied([1, 2, 3], Index([7, 8, 9], SIZE))
-
-
-@pytest.mark.simdev
-def test_without_pinned_memory_ids_are_sent(sides: Sides, acquired: list[PinnedIds]) -> None:
-    lists = list[PinnedIds]()
-    try:
-        for n in range(4):
-            lists += free_lists()  # again: another thread may have given one back
-            acquired.clear()
-            sides.copied([n], [n + 1])
-            assert not acquired
-    finally:
-        put_back(lists)
+    assert len(carried) >= 2
 
 
 def rows_of_copies_in_flight(sides: Sides) -> tuple[torch.Tensor, torch.Tensor]:
@@ -315,49 +242,16 @@ def rows_of_copies_in_flight(sides: Sides) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 @pytest.mark.simdev
-def test_copies_in_flight_have_lists_of_their_own(sides: Sides) -> None:
+def test_copies_in_flight_have_ids_of_their_own(sides: Sides) -> None:
     arrived, wanted = rows_of_copies_in_flight(sides)
     assert torch.equal(arrived, wanted)
 
 
 @pytest.mark.simdev
-def test_control_of_lists_of_their_own(sides: Sides, monkeypatch: pytest.MonkeyPatch) -> None:
-    class Shared(PinnedIds):
-        def release(self) -> None:
-            """Stay out of the pool."""
-
-    memory = torch.zeros(2, PinnedIds.MOST, dtype=torch.int64).pin_memory()
-    monkeypatch.setattr(PinnedIds, "acquire", lambda: Shared(memory))
+def test_control_of_ids_of_their_own(sides: Sides, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(CarryingLaunch, "take", staticmethod(lambda ids: ids))
     arrived, wanted = rows_of_copies_in_flight(sides)
     assert not torch.equal(arrived, wanted)
-
-
-@pytest.mark.simdev
-def test_more_copies_in_flight_than_there_are_lists(
-    sides: Sides, acquired: list[PinnedIds]
-) -> None:
-    """The ids of further copies are sent to the device."""
-    for _ in range(3):
-        sides.copied([1], [3])
-    lists = free_lists()
-    put_back(lists[:3])
-    try:
-        rows = sides.fill()
-        torch.accelerator.synchronize(simulated.DEVICE)
-        acquired.clear()
-        delay(torch.accelerator.current_stream(simulated.DEVICE), 500)
-        made = [
-            copy_blocks(sides.src, sides.dst, [turn], [turn + 1], backend=NAME) for turn in range(8)
-        ]
-        assert len(acquired) == 3
-        assert not made[0].done(), "the host waited for none"
-        torch.accelerator.synchronize(simulated.DEVICE)
-        assert torch.equal(sides.other[1:9].cpu(), rows[:8])
-        del made
-        sides.copied([1], [3])
-        assert len(acquired) == 4
-    finally:
-        put_back(lists[3:])
 
 
 @pytest.mark.gpu

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A backend whose launches read ids in pinned memory, on any device.
+"""A backend whose launches carry few ids of the host, on any device.
 
 It moves bytes as the reference does.
 """
@@ -18,22 +18,28 @@ from portakv.view.addresses import RawMemory
 from portakv.view.index import Index
 
 
-class ReadingPinned(Reference):
+class Carrying(Reference):
     """The reference. The ids of its copies have to be right: it guards none, whatever it says."""
 
-    name = "reading-pinned"
+    name = "carrying"
     #: For each launch, whether it got a status word.
     judging: ClassVar[list[bool]] = []
+    #: The ids of each launch that carried some, which its argument holds until it has run.
+    carried: ClassVar[list[torch.Tensor]] = []
 
     def capabilities(self) -> Capabilities:
         return replace(super().capabilities(), guards=True, skips_negative=True)
 
     def prepare(self, plan: CopyPlan) -> Launch:
-        return _Launch(super().prepare(plan))
+        return CarryingLaunch(super().prepare(plan))
 
 
-class _Launch(MoveLaunch):
-    reads_pinned_ids = True
+class CarryingLaunch(MoveLaunch):
+    """A launch that the device may run after the caller has changed the ids."""
+
+    carries_ids = True
+    #: As the driver copies an argument.
+    take = staticmethod(torch.clone)
 
     def __init__(self, launch: Launch) -> None:
         self._launch = launch
@@ -41,17 +47,17 @@ class _Launch(MoveLaunch):
     def enqueue(
         self, move: Move, stream: torch.Stream | None, status: torch.Tensor | None
     ) -> Pending | None:
-        ReadingPinned.judging.append(status is not None)
+        Carrying.judging.append(status is not None)
         src, dst, src_index, dst_index, count = move
-        src_index = _read_later(src_index, src.device)
-        dst_index = _read_later(dst_index, dst.device)
+        src_index = self._carried(src_index, src.device)
+        dst_index = self._carried(dst_index, dst.device)
         return self._launch(src, dst, src_index, dst_index, count, stream, None)
 
-
-def _read_later(index: Index, device: torch.device) -> Index:
-    """Return an index whose ids lie in pinned memory as one that a device reads there."""
-    ids = index.ids
-    if ids is None or not ids.is_cpu:
-        return index
-    (there,) = RawMemory(ids.dtype, ids.nbytes).tensors([ids.data_ptr()], device)
-    return index.reading(there)
+    def _carried(self, index: Index, device: torch.device) -> Index:
+        """Return an index whose ids lie on the host as one that a device reads."""
+        if index.ids is None or not index.ids.is_cpu:
+            return index
+        ids = self.take(index.ids)
+        Carrying.carried.append(ids)
+        (there,) = RawMemory(ids.dtype, ids.nbytes).tensors([ids.data_ptr()], device)
+        return index.reading(there)
