@@ -52,7 +52,7 @@ that are missing. No engine is imported."""
 _ZSTD: tuple[str, ...] = () if sys.version_info >= (3, 14) else ("backports.zstd",)
 #: The modules that an extra brings, and their purpose.
 EXTRAS: dict[str, tuple[tuple[str, ...], str]] = {
-    "cli": (("rich",), "tables with colours and lines"),
+    "cli": (("rich",), "the progress of long commands"),
     "demo": (("transformers",), "the model of `portakv demo`"),
     "integrations": (("packaging",), "the check of an engine's release"),
     "conformance": (("pytest", "hypothesis", "jinja2"), "`portakv conform`"),

@@ -286,7 +286,7 @@ def test_choices_are_those_of_their_modules(monkeypatch: pytest.MonkeyPatch) -> 
 # --- What is printed ------------------------------------------------------------------------------
 
 
-@pytest.mark.usefixtures("either", "engines")
+@pytest.mark.usefixtures("engines")
 def test_doctor() -> None:
     code, out, err = run("doctor")
     assert (code, err) == (0, "")
