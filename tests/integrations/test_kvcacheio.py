@@ -792,8 +792,8 @@ def test_the_quota_of_mla_is_set_by_sglangs_variable(
     if message is not None:
         monkeypatch.setenv("SGLANG_HICACHE_BLOCK_QUOTA", message)
     usual = 16 if torch.version.hip else 2
-    assert io._mla_block_quota(None) == (taken or usual)
-    assert io._mla_block_quota(7) == 7
+    assert io._block_quota(None) == (taken or usual)
+    assert io._block_quota(7) == 7
 
 
 def test_the_page_says_the_limits_that_hold() -> None:
