@@ -5,6 +5,7 @@ figures."""
 from __future__ import annotations
 
 import json
+import threading
 from bisect import bisect_left
 from collections import Counter, defaultdict, deque
 from collections.abc import Mapping
@@ -26,8 +27,6 @@ Event = dict[str, Any]
 #: Bounds of the histogram of the seconds that tasks ran.
 SECONDS = {"0.001": 0.001, "0.01": 0.01, "0.1": 0.1, "1": 1.0, "10": 10.0, "+Inf": np.inf}
 BOUNDS = (*SECONDS.values(),)
-#: New entries of `Counts` that are added up together.
-COUNTED = 64
 #: Notes that a trace keeps.
 NOTES = 256
 
@@ -80,30 +79,29 @@ class Spent:
 
 
 class Counts:
-    """The blocks and bytes that moved, by tier and operation."""
+    """The blocks and bytes that moved, by tier and operation. Any thread may call."""
 
     def __init__(self) -> None:
+        self._lock = threading.Lock()
         self.blocks = Counter[tuple[str, str, str]]()  # by tier, operation and result
         self.nbytes = Counter[tuple[str, str]]()
-        self.new = deque[tuple[str, str, str, int, int]]()  # not yet in these
 
-    def sum_up(self) -> None:
-        """Add what is new; one thread at a time."""
-        while self.new:
-            tier, op, result, blocks, nbytes = self.new.popleft()
+    def add(self, tier: str, op: str, result: str, blocks: int, nbytes: int) -> None:
+        """Count blocks that moved, or did not."""
+        with self._lock:
             self.blocks[tier, op, result] += blocks
             self.nbytes[tier, op] += nbytes
 
     def statistics(self) -> Figures:
         """Return the figures, in the form of `Graph.statistics`."""
-        self.sum_up()
-        blocks: Samples = [
-            {"tier": tier, "op": op, "result": result, "value": n}
-            for (tier, op, result), n in self.blocks.items()
-        ]
-        nbytes: Samples = [
-            {"tier": tier, "op": op, "value": n} for (tier, op), n in self.nbytes.items()
-        ]
+        with self._lock:
+            blocks: Samples = [
+                {"tier": tier, "op": op, "result": result, "value": n}
+                for (tier, op, result), n in self.blocks.items()
+            ]
+            nbytes: Samples = [
+                {"tier": tier, "op": op, "value": n} for (tier, op), n in self.nbytes.items()
+            ]
         return {"tier_blocks_total": blocks, "tier_bytes_total": nbytes}
 
 
