@@ -314,12 +314,14 @@ def rows_of(before: Reading, now: Reading) -> list[Row]:
     for folder, many in grown.levels(["folder", "state"], "disk_slots").items():
         if folder.endswith(" broken") and many:
             rows.append(Row("disk", folder.removesuffix(" broken"), note=f"{many:g} broken slots"))
-    for folder, many in grown.levels(["folder"], "disk_missing_slots").items():
-        if many:
-            rows.append(Row("disk", folder, note=f"full: {many:g} slots have no space"))
-    for folder, lost in grown.levels(["folder"], "disk_lost").items():
-        if lost:
-            rows.append(Row("disk", folder, note="its files were removed, moved or hidden"))
+    faults = {
+        "disk_missing_slots": "full: {:g} slots have no space",
+        "disk_lost": "its files were removed, moved or hidden",
+    }
+    for name, note in faults.items():
+        for folder, many in grown.levels(["folder"], name).items():
+            if many:
+                rows.append(Row("disk", folder, note=note.format(many)))
     return rows
 
 
