@@ -28,6 +28,7 @@ from portakv.cli.console import Report, installing, print_json, print_prose, pri
 from portakv.cli.sides import (
     Side,
     add_extents,
+    device_of,
     extents_of,
     in_bytes,
     in_time,
@@ -60,7 +61,6 @@ from portakv.runtime.devices import (
     devices_present,
     inside,
     usable_device,
-    usual_device,
     version_of,
 )
 from portakv.view.example import example_tensors
@@ -158,14 +158,9 @@ def run(args: argparse.Namespace) -> int:
     return _explain_plan(args)
 
 
-def _device_of(name: str | None) -> torch.device:
-    """Return a named device, by default that of this machine."""
-    return usual_device() if name is None else usable_device(name)
-
-
 def _explain_plan(args: argparse.Namespace) -> int:
     """Print the plan of a copy between two layouts, and the answer of each candidate."""
-    device = _device_of(args.device)
+    device = device_of(args.device)
     layouts = (args.src, args.dst)
     steps = (args.src_step, args.dst_step)
     extents = extents_of(args)
@@ -344,7 +339,7 @@ def _explain_encoding(args: argparse.Namespace) -> int:
     The image is the second layout, or the first one if that alone has pages. Raises the errors that
     the copy would raise.
     """
-    device = _device_of(args.device)
+    device = device_of(args.device)
     pack = _pack_of(args.encoding)
     extents = replace(extents_of(args), dtype=args.dtype or torch.bfloat16)
     pages = ["page" in resolve(text)[0].split() for text in (args.src, args.dst)]
@@ -716,7 +711,7 @@ def _explain_peer(device: str | None, as_json: bool) -> int:
     from portakv.migrate.shared_memory import host_id
     from portakv.migrate.transports import forced
 
-    where = _device_of(device)
+    where = device_of(device)
     versions = {"msgspec": version_of(msgspec), "pyzmq": version_of(zmq)}
     versions["libzmq"] = zmq.zmq_version()
     report: Report = {

@@ -163,7 +163,7 @@ def test_the_help_imports_no_extra_a_picture_needs_no_unicode_and_a_reader_may_g
     code = (
         "import sys; sys.stdout.reconfigure(encoding='ascii'); "
         "from portakv.cli import main; main([]); "
-        "more = {'rich', 'transformers', 'matplotlib', 'portakv.cli.demo', 'portakv_benchmarks'}; "
+        "more = {'rich', 'transformers', 'matplotlib', 'portakv_benchmarks'}; "
         "assert not more & set(sys.modules); main(['layouts', 'vllm-nhd']); print('end'); "
         "sys.stdout.flush(); input(); sys.exit(main(['layouts', '--json']))"
     )
@@ -349,20 +349,22 @@ def test_a_string_gets_its_picture() -> None:
     assert (report["name"], report["engine"]) == (preset.name, preset.engine)
 
 
-# portakv demo and portakv bench
+# portakv bench
 
 
 @pytest.mark.parametrize(
     ("line", "function", "returned", "code", "expected"),
     [
-        ("demo", "portakv.cli.demo.run_demo", 3, 3, call(device=None, json=False)),
-        ("demo --json --device cpu", "portakv.cli.demo.run_demo", 0, 0,
-         call(device="cpu", json=True)),
-        ("bench --json --help a", "portakv_benchmarks.cli.main", 4, 4,
-         call(["--json", "--help", "a"])),
+        (
+            "bench --json --help a",
+            "portakv_benchmarks.cli.main",
+            4,
+            4,
+            call(["--json", "--help", "a"]),
+        ),
         ("bench", "portakv_benchmarks.cli.main", None, 0, call([])),
     ],
-)  # fmt: skip
+)
 def test_words_are_handed_on(
     line: str,
     function: str,
