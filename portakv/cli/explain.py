@@ -39,7 +39,7 @@ from portakv.cli.sides import (
     requested_accelerator,
 )
 from portakv.cli.store import check_installed, explain_folder
-from portakv.cli.top import read_page, samples_in
+from portakv.cli.top import read_page, sums_of, values_in
 from portakv.copy.call import executor_of
 from portakv.core.pick import ORDER
 from portakv.errors import BackendUnavailable, InvalidTerms, PortaKVError, Unsupported
@@ -918,24 +918,20 @@ def _metrics_of(url: str) -> str:
 
 def costs_in(text: str) -> tuple[dict[str, dict[str, float]], list[HookCost]]:
     """Return the steps of each side, and what each hook costs: of all engines of a server."""
-    sums = defaultdict[tuple[str, str, str], float](float)  # by counter, side and hook
-    for sample in samples_in(text):
-        if sample.engine:
-            own = sample.labels
-            sums[sample.name, own.get("side", ""), own.get("hook", "")] += sample.value
-
-    steps = dict[str, dict[str, float]]()
-    for (name, side, _), many in sums.items():
-        if name in ("steps_total", "idle_steps_total"):
-            both = steps.setdefault(side, {"steps": 0.0, "idle_steps": 0.0})
-            both[name.removesuffix("_total")] = many
-
+    values = values_in(text)
+    steps_of = sums_of(values, ["side"], "engine_steps_total")
+    idle_of = sums_of(values, ["side"], "engine_idle_steps_total")
+    idle_seconds = sums_of(values, ["side", "hook"], "engine_idle_hook_seconds_total")
+    steps = {
+        side: {"steps": many, "idle_steps": idle_of.get(side, 0.0)}
+        for side, many in steps_of.items()
+    }
     costs = list[HookCost]()
-    for (name, side, hook), seconds in sorted(sums.items()):
-        of = steps.get(side)
-        if name == "hook_seconds_total" and of and of["steps"]:
-            idle = None
-            if of["idle_steps"]:
-                idle = sums.get(("idle_hook_seconds_total", side, hook), 0.0) / of["idle_steps"]
-            costs.append(HookCost(hook, side, idle, seconds / of["steps"]))
+    seconds = sums_of(values, ["side", "hook"], "engine_hook_seconds_total")
+    for name, spent in sorted(seconds.items()):
+        side, _, hook = name.partition(" ")
+        if steps_of.get(side):
+            many = idle_of.get(side)
+            idle = idle_seconds.get(name, 0.0) / many if many else None
+            costs.append(HookCost(hook, side, idle, spent / steps_of[side]))
     return steps, costs
