@@ -105,21 +105,13 @@ class Counts:
         return {"tier_blocks_total": blocks, "tier_bytes_total": nbytes}
 
 
-class Note(NamedTuple):
-    """A choice that code of the graph's user made at ``at`` seconds, with its ``details``."""
-
-    name: str
-    at: float
-    details: dict[str, Any]
-
-
 class Trace:
     """The last ``limit`` tasks that ran, the last notes, and the seconds of all tasks by tier and
     operation."""
 
     def __init__(self, limit: int) -> None:
         self.ran: deque[Ran] = deque(maxlen=limit)
-        self.notes: deque[Note] = deque(maxlen=NOTES)
+        self.notes: deque[Event] = deque(maxlen=NOTES)
         self._seconds = defaultdict[tuple[str, str], Spent](Spent)
 
     def add(self, tier: str, task: Ran, waited: float = 0.0) -> None:
@@ -131,7 +123,8 @@ class Trace:
 
     def note(self, name: str, at: float, details: dict[str, Any]) -> None:
         """Record a choice that was made at ``at`` seconds, with details that JSON takes."""
-        self.notes.append(Note(name, at, details))
+        place = {"tid": 0, "cat": "note", "ts": at * 1e6}
+        self.notes.append({**place, "ph": "i", "s": "g", "name": name, "args": details})
 
     def statistics(self) -> Figures:
         """Return the seconds, in the form of `Graph.statistics`."""
@@ -147,13 +140,14 @@ class Trace:
         """Return Chrome's events: a process for each queue, a thread for each worker, a flow from a
         task to each that followed it."""
         ran = tuple(self.ran)
-        events: list[Event] = []
+        pids = {queue: pid for pid, queue in enumerate(dict.fromkeys(x.queue for x in ran))}
+        events: list[Event] = [
+            {"ph": "M", "name": "process_name", "pid": pid, "args": {"name": queue}}
+            for queue, pid in pids.items()
+        ]
         ends = dict[int, Event]()
-        queues = list(dict.fromkeys(task.queue for task in ran))
-        for pid, queue in enumerate(queues):
-            events.append({"ph": "M", "name": "process_name", "pid": pid, "args": {"name": queue}})
         for task in ran:
-            place = {"pid": queues.index(task.queue), "tid": task.worker, "cat": "task"}
+            place = {"pid": pids[task.queue], "tid": task.worker, "cat": "task"}
             start = {**place, "ts": task.start * 1e6}
             details = {"task": task.number, "blocks": task.blocks, "bytes": task.nbytes}
             took = (task.end - task.start) * 1e6
@@ -163,10 +157,7 @@ class Trace:
                 events.append({**ends[before], **flow, "ph": "s"})
                 events.append({**start, **flow, "ph": "f", "bp": "e"})
             ends[task.number] = {**place, "ts": task.end * 1e6}
-        for note in tuple(self.notes):
-            place = {"pid": len(queues), "tid": 0, "cat": "note", "ts": note.at * 1e6}
-            events.append({**place, "ph": "i", "s": "g", "name": note.name, "args": note.details})
-        return events
+        return events + [{**note, "pid": len(pids)} for note in tuple(self.notes)]
 
     def write(self, path: str | PathLike[str], failure: type[PortaKVError]) -> None:
         """Write the events into a file for ui.perfetto.dev.
