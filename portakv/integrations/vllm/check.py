@@ -5,7 +5,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import fields
 from math import inf
 from typing import Any, NamedTuple
 
@@ -541,9 +540,8 @@ def _of_several(config: Mapping[str, Any], sizes: Sizes | None, block_size: int 
         return findings
     for number, each in enumerate(inner):
         found = connector_findings_of(each, sizes, block_size)
-        for kind in fields(Findings):
-            sentences = getattr(found, kind.name)
-            getattr(findings, kind.name).extend(f"{INNER}[{number}]: {x}" for x in sentences)
+        for kind, sentences in vars(found).items():
+            vars(findings)[kind] += [f"{INNER}[{number}]: {x}" for x in sentences]
     ours = [each for each in inner if each.get("kv_connector") == CONNECTOR]
     if len(ours) > 1:
         findings.errors.append(
