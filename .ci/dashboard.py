@@ -34,7 +34,7 @@ from portakv.copy import count_copies
 from portakv.graph.meter import Family, Meter
 from portakv.graph.metrics import ENGINE, PREFIX
 from portakv.graph.trace import Figures
-from portakv.integrations.vllm.metrics import COUNTED, LEVELS, figures_of, series_of
+from portakv.integrations.vllm.metrics import REPORTED, figures_of, series_of
 from portakv.migrate import Channel, Owner, Pull, Reader, Shard, Ticket, shared_empty
 from portakv.serving import StoreClient, StoreServer, StoreTerms
 from portakv.storage import BlockForm, BlockStore, Disk, Remote, prefix_keys
@@ -222,7 +222,7 @@ def _line(series: str, labels: Mapping[str, str], value: float, at: float) -> st
 def _of_tier(counter: str) -> tuple[str, str, dict[str, str]]:
     """Return the name, the kind and the labels under which vLLM shows a counter or a level."""
     name, texts = series_of(counter)
-    metric = {**COUNTED, **LEVELS}[name]
+    metric = REPORTED[name]
     labels = dict(zip(metric.labels, texts, strict=True))
     return f"vllm:{PREFIX}{metric.name}", metric.kind, labels
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from portakv.cli.console import Column, print_prose, print_table
+from portakv.cli.console import print_prose, print_rows
 from portakv_benchmarks.shared import recorded
 from portakv_benchmarks.shared.harness import Row
 
@@ -202,14 +202,8 @@ def _named(row: Row) -> str:
 
 def print_verdicts(verdicts: Sequence[Verdict]) -> None:
     """Print the figure, limit, verdict and deciding row of each target; then the reasons."""
-    columns = [
-        Column("target"),
-        Column("figure", right=True),
-        Column("limit", right=True),
-        Column("verdict", whole=True),
-        Column("rows", right=True),
-        Column("worst"),
-    ]
+    titles = ["target", "figure", "limit", "verdict", "rows", "worst"]
+    prose = [title for title in titles if title != "verdict"]
     rows = [
         [
             v.bar.name,
@@ -221,7 +215,7 @@ def print_verdicts(verdicts: Sequence[Verdict]) -> None:
         ]
         for v in verdicts
     ]
-    print_table(columns, rows, title="performance targets")
+    print_rows(titles, rows, prose, ["figure", "limit", "rows"], "performance targets")
     for v in verdicts:
         if v.reason:
             print_prose(f"{v.bar.name}: {v.reason}.")

@@ -6,19 +6,20 @@ An engine imports this module in its workers if ``worker_extension_cls`` names t
 
 from __future__ import annotations
 
+import importlib
 from typing import Any
 
-from portakv.integrations.vllm import ranks
+ranks: Any = importlib.import_module("portakv.integrations.vllm.ranks")
+_heads_of = ranks.heads_of
 
-_part: Any = ranks.Rank.part
 
-
-def _swapped(self: ranks.Rank, *args: Any, **terms: Any) -> Any:
+def _swapped(config: Any, number: int, view: Any) -> Any:
     """Return the heads of the rank in the opposite place."""
-    return _part(self._replace(number=self.size - 1 - self.number), *args, **terms)
+    size = getattr(config.parallel_config, "tensor_parallel_size", 1)
+    return _heads_of(config, size - 1 - number, view)
 
 
-ranks.Rank.part = _swapped  # type: ignore[method-assign]
+ranks.heads_of = _swapped
 
 
 class SwappedHeads:

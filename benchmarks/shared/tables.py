@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 
-from portakv.cli.console import Column, print_table
+from portakv.cli.console import print_rows
 from portakv_benchmarks.shared.harness import Fields, Row, having
 from portakv_benchmarks.shared.shapes import in_words
 
@@ -30,9 +30,10 @@ def print_results(results: Fields) -> None:
         # Columns that no row fills are left out.
         filled = [cell for cell in cells if {_text(row, cell[1]) for row in rows} - {"-"}]
         if filled:
-            columns = [Column(name, _is_name(shown), not _is_name(shown)) for name, shown in filled]
+            titles = [name for name, _ in filled]
+            numbers = [name for name, shown in filled if not _is_name(shown)]
             lines = [[_text(row, shown) for _, shown in filled] for row in rows]
-            print_table(columns, lines, title=title)
+            print_rows(titles, lines, numbers, numbers, title)
     for line in results["left_out"]:
         print(f"left out: {line}")
     print(_FLAGS)

@@ -16,7 +16,7 @@ from itertools import groupby
 
 import torch
 
-from portakv.cli.console import Column, print_table
+from portakv.cli.console import print_rows
 from portakv.registry.registry import ENVIRONMENT
 from portakv.registry.self_check import SelfCheck, self_check
 from portakv_conformance.evidence.verdict import WRONG
@@ -164,14 +164,9 @@ def print_score(
 ) -> None:
     """Print the table, the survivors and the sum on standard output."""
     groups = by_mutant(trials)
-    columns = (
-        Column("mutant", whole=True),
-        Column("bug"),
-        Column("profile"),
-        Column("caught by", whole=True),
-        Column("s", right=True),
-    )
-    print_table(columns, [_row(group, self_checked) for group in groups])
+    titles = ["mutant", "bug", "profile", "caught by", "s"]
+    rows = [_row(group, self_checked) for group in groups]
+    print_rows(titles, rows, prose=["bug", "profile", "s"], right=["s"])
     for name, why in controls.items():
         print(f"{name}, un-mutated: {'passes' if why is None else f'FAILS: {why}'}")
     for trial in trials:

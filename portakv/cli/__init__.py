@@ -20,10 +20,9 @@ import sys
 from collections.abc import Sequence
 
 from portakv import __version__
-from portakv.cli import backends, calibrate, doctor, explain, layouts, store, top, warmup
+from portakv.cli import backends, calibrate, demo, doctor, explain, layouts, store, top, warmup
 from portakv.cli.console import Parser, installing
 from portakv.errors import PortaKVError
-from portakv.runtime.devices import usable_device
 
 _EPILOG = """\
 examples:
@@ -54,8 +53,8 @@ _DELEGATED: dict[str, tuple[str, str, tuple[str, ...], str, str]] = {
     ),
 }
 
-_MODULES = (doctor, backends, explain, layouts, store, top, warmup, calibrate)
-VERBS = ("demo", *(module.__name__.rpartition(".")[2] for module in _MODULES), *_DELEGATED)
+_MODULES = (demo, doctor, backends, explain, layouts, store, top, warmup, calibrate)
+VERBS = (*(module.__name__.rpartition(".")[2] for module in _MODULES), *_DELEGATED)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -112,17 +111,6 @@ def make_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"portakv {__version__}")
     verbs = parser.add_subparsers(title="verbs", metavar="VERB", required=True)
-    demo = verbs.add_parser(
-        "demo",
-        help="move a model's KV cache out and back, and time the backends of this machine",
-        description="Moves the KV cache of a small Llama with random weights out of its paged "
-        "memory and back into other slots, with the next tokens unchanged; then checks and times "
-        "the backends that PortaKV chooses from here. Nothing is downloaded.",
-    )
-    demo.add_argument("--device", help="a torch device (default: the accelerator, else cpu)")
-    demo.add_argument("--json", action="store_true", help="print one JSON value")
-    demo.set_defaults(run=_demo, misunderstood=demo.error)
-
     for verb in _MODULES:
         own = verbs.add_parser(
             verb.__name__.rpartition(".")[2],
@@ -137,14 +125,6 @@ def make_parser() -> argparse.ArgumentParser:
     for name, (*_, does, _) in _DELEGATED.items():
         verbs.add_parser(name, help=f"{does}; see `portakv {name} --help`", add_help=False)
     return parser
-
-
-def _demo(args: argparse.Namespace) -> int:
-    # The model part imports much more than any other verb needs.
-    from portakv.cli.demo import run_demo
-
-    device = None if args.device is None else str(usable_device(args.device))
-    return run_demo(device=device, json=args.json)
 
 
 def _delegate(verb: str, words: list[str]) -> int:

@@ -8,6 +8,7 @@ times the copies of each backend and plain torch alternately, in rounds.
 
 from __future__ import annotations
 
+import argparse
 import importlib
 import io
 import textwrap
@@ -24,16 +25,22 @@ import torch
 from portakv import __version__
 from portakv.cli.backends import Candidate, candidates_for, forced_backend, print_candidates
 from portakv.cli.console import Report, installing, print_json, print_rows
-from portakv.cli.sides import Shape, in_bytes, in_time
+from portakv.cli.sides import Shape, device_of, in_bytes, in_time
 from portakv.connector.connector import AdaptiveConnector
 from portakv.copy.rows import copy_blocks
 from portakv.errors import PortaKVError, Unsupported
 from portakv.host.pinned import available
 from portakv.registry.registry import ENVIRONMENT, REGISTRY, choose
-from portakv.runtime.devices import device_name, usual_device
+from portakv.runtime.devices import device_name
 from portakv.runtime.transfer import Transfer
 from portakv.view.index import Index
 from portakv.view.view import KVView
+
+HELP = "move a model's KV cache out and back, and time the backends of this machine"
+DESCRIPTION = """\
+Moves the KV cache of a small Llama with random weights out of its paged memory
+and back into other slots, with the next tokens unchanged; then checks and times
+the backends that PortaKV chooses from here. Nothing is downloaded."""
 
 #: The first part: a link to the script in `examples/`, so that users read what the command runs.
 EXAMPLE = "portakv.cli.offload_transformers"
@@ -307,22 +314,22 @@ def _moves(f: Founding, backend: str) -> list[_Move]:
     ]
 
 
-def run_demo(*, device: str | None = None, json: bool = False) -> int:
-    """Run the demo on a device, by default the accelerator, else the CPU.
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Add the verb's options."""
+    parser.add_argument("--device", help="a torch device (default: the accelerator, else cpu)")
 
-    With ``json`` the demo prints one JSON object and nothing else.
 
-    Returns:
-        The exit code: 0 if logits were bit-identical and every byte was right, else 1.
+def run(args: argparse.Namespace) -> int:
+    """Run the demo. Return 0 if logits were bit-identical and every byte was right, else 1.
 
     Raises:
         BackendUnavailable: no backend, or not the forced backend, serves the device. Raised before
             any work.
         Unsupported: the backend that ``PORTAKV_BACKEND`` forces does not accept a copy.
     """
-    with redirect_stdout(io.StringIO()) if json else nullcontext():
-        report = _demo(device)
-    if json:
+    with redirect_stdout(io.StringIO()) if args.json else nullcontext():
+        report = _demo(device_of(args.device))
+    if args.json:
         print_json(report)
     return 0 if report["ok"] else 1
 
@@ -331,9 +338,9 @@ def run_demo(*, device: str | None = None, json: bool = False) -> int:
 _SHOWN = ("layers", "tokens", "heads", "dim", "block_size", "blocks", "dtype")
 
 
-def _demo(device: str | None) -> Report:
+def _demo(device: torch.device) -> Report:
     """Run and print the three parts; return them as JSON."""
-    choice = choose(usual_device() if device is None else device)
+    choice = choose(device)
     where = choice.backend.device
     forced = forced_backend()
     began = time.perf_counter()

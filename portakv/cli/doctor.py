@@ -36,6 +36,7 @@ from portakv.registry import ENVIRONMENT
 from portakv.runtime import kernel_cache
 from portakv.runtime.devices import device_name, devices_present
 from portakv.selection import Catalog, Kind
+from portakv.storage.io.choose import ENGINES
 
 if TYPE_CHECKING:
     from portakv.integrations.checks import Findings
@@ -52,7 +53,7 @@ that are missing. No engine is imported."""
 _ZSTD: tuple[str, ...] = () if sys.version_info >= (3, 14) else ("backports.zstd",)
 #: The modules that an extra brings, and their purpose.
 EXTRAS: dict[str, tuple[tuple[str, ...], str]] = {
-    "cli": (("rich",), "tables with colours and lines"),
+    "cli": (("rich",), "the progress of long commands"),
     "demo": (("transformers",), "the model of `portakv demo`"),
     "integrations": (("packaging",), "the check of an engine's release"),
     "conformance": (("pytest", "hypothesis", "jinja2"), "`portakv conform`"),
@@ -70,9 +71,9 @@ EXTRAS: dict[str, tuple[tuple[str, ...], str]] = {
     "triton": (("triton",), "the backends `triton` and `compiled` on GPUs"),
 }
 
-#: The implementations that variables choose from. Their modules need extras, and are not imported
+#: The implementations that variables choose from. Transports need extras, and are not imported
 #: here.
-CHOICES: dict[str, Catalog[object]] = {
+CHOICES: dict[str, Catalog[Any]] = {
     "PORTAKV_MOVER": Catalog(
         Kind("transport", unknown=InvalidTerms),
         None,
@@ -80,12 +81,7 @@ CHOICES: dict[str, Catalog[object]] = {
         "portakv.transports",
         paths=False,
     ),
-    "PORTAKV_IO": Catalog(
-        Kind("I/O engine", unknown=InvalidTerms),
-        None,
-        dict.fromkeys(("ring", "threads"), ""),
-        "portakv.io_engines",
-    ),
+    "PORTAKV_IO": ENGINES,
 }
 
 

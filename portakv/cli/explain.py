@@ -28,6 +28,7 @@ from portakv.cli.console import Report, installing, print_json, print_prose, pri
 from portakv.cli.sides import (
     Side,
     add_extents,
+    device_of,
     extents_of,
     in_bytes,
     in_time,
@@ -38,7 +39,7 @@ from portakv.cli.sides import (
     requested_accelerator,
 )
 from portakv.cli.store import check_installed, explain_folder
-from portakv.cli.top import read_page, samples_in
+from portakv.cli.top import read_page, sums_of, values_in
 from portakv.copy.call import executor_of
 from portakv.core.pick import ORDER
 from portakv.errors import BackendUnavailable, InvalidTerms, PortaKVError, Unsupported
@@ -60,7 +61,6 @@ from portakv.runtime.devices import (
     devices_present,
     inside,
     usable_device,
-    usual_device,
     version_of,
 )
 from portakv.view.example import example_tensors
@@ -158,14 +158,9 @@ def run(args: argparse.Namespace) -> int:
     return _explain_plan(args)
 
 
-def _device_of(name: str | None) -> torch.device:
-    """Return a named device, by default that of this machine."""
-    return usual_device() if name is None else usable_device(name)
-
-
 def _explain_plan(args: argparse.Namespace) -> int:
     """Print the plan of a copy between two layouts, and the answer of each candidate."""
-    device = _device_of(args.device)
+    device = device_of(args.device)
     layouts = (args.src, args.dst)
     steps = (args.src_step, args.dst_step)
     extents = extents_of(args)
@@ -344,7 +339,7 @@ def _explain_encoding(args: argparse.Namespace) -> int:
     The image is the second layout, or the first one if that alone has pages. Raises the errors that
     the copy would raise.
     """
-    device = _device_of(args.device)
+    device = device_of(args.device)
     pack = _pack_of(args.encoding)
     extents = replace(extents_of(args), dtype=args.dtype or torch.bfloat16)
     pages = ["page" in resolve(text)[0].split() for text in (args.src, args.dst)]
@@ -716,7 +711,7 @@ def _explain_peer(device: str | None, as_json: bool) -> int:
     from portakv.migrate.shared_memory import host_id
     from portakv.migrate.transports import forced
 
-    where = _device_of(device)
+    where = device_of(device)
     versions = {"msgspec": version_of(msgspec), "pyzmq": version_of(zmq)}
     versions["libzmq"] = zmq.zmq_version()
     report: Report = {
@@ -923,24 +918,20 @@ def _metrics_of(url: str) -> str:
 
 def costs_in(text: str) -> tuple[dict[str, dict[str, float]], list[HookCost]]:
     """Return the steps of each side, and what each hook costs: of all engines of a server."""
-    sums = defaultdict[tuple[str, str, str], float](float)  # by counter, side and hook
-    for sample in samples_in(text):
-        if sample.engine:
-            own = sample.labels
-            sums[sample.name, own.get("side", ""), own.get("hook", "")] += sample.value
-
-    steps = dict[str, dict[str, float]]()
-    for (name, side, _), many in sums.items():
-        if name in ("steps_total", "idle_steps_total"):
-            both = steps.setdefault(side, {"steps": 0.0, "idle_steps": 0.0})
-            both[name.removesuffix("_total")] = many
-
+    values = values_in(text)
+    steps_of = sums_of(values, ["side"], "engine_steps_total")
+    idle_of = sums_of(values, ["side"], "engine_idle_steps_total")
+    idle_seconds = sums_of(values, ["side", "hook"], "engine_idle_hook_seconds_total")
+    steps = {
+        side: {"steps": many, "idle_steps": idle_of.get(side, 0.0)}
+        for side, many in steps_of.items()
+    }
     costs = list[HookCost]()
-    for (name, side, hook), seconds in sorted(sums.items()):
-        of = steps.get(side)
-        if name == "hook_seconds_total" and of and of["steps"]:
-            idle = None
-            if of["idle_steps"]:
-                idle = sums.get(("idle_hook_seconds_total", side, hook), 0.0) / of["idle_steps"]
-            costs.append(HookCost(hook, side, idle, seconds / of["steps"]))
+    seconds = sums_of(values, ["side", "hook"], "engine_hook_seconds_total")
+    for name, spent in sorted(seconds.items()):
+        side, _, hook = name.partition(" ")
+        if steps_of.get(side):
+            many = idle_of.get(side)
+            idle = idle_seconds.get(name, 0.0) / many if many else None
+            costs.append(HookCost(hook, side, idle, spent / steps_of[side]))
     return steps, costs

@@ -9,14 +9,12 @@ from __future__ import annotations
 import argparse
 
 from portakv.cli.console import (
-    Column,
     Report,
-    columns_of,
     fit_widths,
     output_width,
     print_json,
     print_prose,
-    print_table,
+    print_rows,
 )
 from portakv.layout.language import Factor, Group, Layout, parse
 from portakv.layout.presets import PRESETS, Preset, resolve
@@ -56,13 +54,12 @@ def run(args: argparse.Namespace) -> int:
     names = ["name", "layout", "engine", "releases"]
     # The numbers of LMCache's formats tell a reader the least, and come last.
     presets = sorted(PRESETS.values(), key=lambda preset: preset.name.startswith("lmcache-"))
-    columns = columns_of(names, prose=["engine"])
     rows = [[str(getattr(preset, name)) for name in names] for preset in presets]
-    if sum(fit_widths(columns, rows, NO_LIMIT)) + GAPS > output_width():
+    if sum(fit_widths(names, rows, [], NO_LIMIT)) + GAPS > output_width():
         # One line a layout is worth more than its releases, which `portakv layouts NAME` prints.
-        columns = columns[:-1]
+        del names[-1]
         rows = [row[:-1] for row in rows]
-    print_table(columns, rows)
+    print_rows(names, rows, prose=["engine"])
     print()
     print_prose(
         f"{len(rows)} layouts. Presets of the same string differ in the order of memory, which a "
@@ -91,7 +88,7 @@ def _run_one(name: str, json: bool) -> int:
         "same string": ", ".join(same),
     }
     head, *rows = [[key, value] for key, value in described.items() if value]
-    print_table([Column(head[0], whole=True), Column(head[1])], rows)
+    print_rows(head, rows, prose=head[1:])
     print(f"\n{picture}")
     return 0
 

@@ -213,13 +213,18 @@ def _view(
     return KVView.through(bound, tensors)
 
 
+def device_of(name: str | None) -> torch.device:
+    """Return a named device, by default that of this machine."""
+    return usual_device() if name is None else usable_device(name)
+
+
 def requested_accelerator(name: str | None) -> torch.device | None:
     """Return the named accelerator with its index, by default this machine's; None for the CPU.
 
     Raises `DeviceMismatch` if torch cannot use it, or it has no memory to copy from.
     """
     usual = usual_device()
-    device = usual if name is None else usable_device(name)
+    device = device_of(name)
     if device.index is None and device.type not in ("cpu", usual.type):
         raise DeviceMismatch(
             f"Expected an accelerator for copies between it and the host, got {name!r}, which "

@@ -9,7 +9,7 @@ import re
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from http.client import HTTPException
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
@@ -19,6 +19,7 @@ from portakv.cli.console import print_json, print_rows
 from portakv.cli.sides import in_bytes, in_time
 from portakv.cli.store import check_installed
 from portakv.errors import InvalidTerms, PeerError, StoreError
+from portakv.graph.meter import series_of
 from portakv.graph.metrics import METRICS, PREFIX
 
 HELP = "show what moves now in a store server or an engine: links, tiers, pulls"
@@ -41,15 +42,6 @@ _MOST = 64 << 20  # bytes of a page
 
 #: The values of a reading: name, series and labels.
 Key: TypeAlias = tuple[str, str, frozenset[tuple[str, str]]]
-
-
-class Sample(NamedTuple):
-    """A figure of PortaKV on a metrics page; ``engine``: vLLM has it among its own."""
-
-    engine: bool
-    name: str
-    labels: Mapping[str, str]
-    value: float
 
 
 class Reading(NamedTuple):
@@ -152,20 +144,7 @@ def _of_page(url: str) -> dict[Key, float]:
         raise PeerError(
             f"Expected a metrics page, got none from {url}: {error}. Check the address."
         ) from None
-    values = dict[Key, float]()
-    for sample in samples_in(text):
-        known = f"engine_{sample.name}" if sample.engine else sample.name
-        known = known if known in METRICS else sample.name  # an engine has figures of tiers, too
-        front, _, end = known.rpartition("_")
-        series = ""
-        if known not in METRICS and front in METRICS:
-            known = front
-            series = end
-        if known in METRICS and series != "bucket":
-            own = {*METRICS[known].labels, "store"}
-            pairs = frozenset((x, y) for x, y in sample.labels.items() if x in own)
-            key = known, series, pairs
-            values[key] = values.get(key, 0.0) + sample.value
+    values = values_in(text)
     if not values:
         raise PeerError(
             f"Expected figures whose names begin with {PREFIX}, got none from {url}. Pass the "
@@ -181,13 +160,22 @@ def read_page(url: str) -> str:
     return page.decode(errors="replace")
 
 
-def samples_in(text: str) -> Iterator[Sample]:
-    """Yield the figures of PortaKV on a metrics page."""
+def values_in(text: str) -> dict[Key, float]:
+    """Return the values of a metrics page, for all engines of a server together."""
+    values = defaultdict[Key, float](float)
     for line in text.splitlines():
         match = _SAMPLE.match(line)
-        if match is not None:
-            engine, name, labels, value = match.groups()
-            yield Sample(bool(engine), name, dict(_LABEL.findall(labels or "")), float(value))
+        if match is None:
+            continue
+        engine, name, labels, value = match.groups()
+        known, series = series_of(f"engine_{name}" if engine else name)
+        if known not in METRICS:  # an engine has figures of tiers, too
+            known, series = series_of(name)
+        if known in METRICS and series != "bucket":
+            own = {*METRICS[known].labels, "store"}
+            pairs = frozenset(pair for pair in _LABEL.findall(labels or "") if pair[0] in own)
+            values[known, series, pairs] += float(value)
+    return dict(values)
 
 
 # --- what has changed -----------------------------------------------------------------------------
@@ -207,11 +195,11 @@ class _Grown:
 
     def by(self, labels: Sequence[str], name: str, series: str = "") -> dict[str, float]:
         """Return the growth of a metric a second, by the values of labels."""
-        return _sums(self._grown, labels, name, series)
+        return sums_of(self._grown, labels, name, series)
 
     def levels(self, labels: Sequence[str], name: str) -> dict[str, float]:
         """Return the values of a gauge now, by the values of labels."""
-        return _sums(self._now, labels, name)
+        return sums_of(self._now, labels, name)
 
     def mean(self, labels: Sequence[str], name: str) -> dict[str, float]:
         """Return the mean seconds of a histogram, of those that ended between the readings."""
@@ -220,7 +208,7 @@ class _Grown:
         return {each: sums[each] / many for each, many in numbers.items() if many and each in sums}
 
 
-def _sums(
+def sums_of(
     values: Mapping[Key, float], labels: Sequence[str], name: str, series: str = ""
 ) -> dict[str, float]:
     """Return the sums of a metric by the values of labels, after the store's name if it has one."""
@@ -314,12 +302,14 @@ def rows_of(before: Reading, now: Reading) -> list[Row]:
     for folder, many in grown.levels(["folder", "state"], "disk_slots").items():
         if folder.endswith(" broken") and many:
             rows.append(Row("disk", folder.removesuffix(" broken"), note=f"{many:g} broken slots"))
-    for folder, many in grown.levels(["folder"], "disk_missing_slots").items():
-        if many:
-            rows.append(Row("disk", folder, note=f"full: {many:g} slots have no space"))
-    for folder, lost in grown.levels(["folder"], "disk_lost").items():
-        if lost:
-            rows.append(Row("disk", folder, note="its files were removed, moved or hidden"))
+    faults = {
+        "disk_missing_slots": "full: {:g} slots have no space",
+        "disk_lost": "its files were removed, moved or hidden",
+    }
+    for name, note in faults.items():
+        for folder, many in grown.levels(["folder"], name).items():
+            if many:
+                rows.append(Row("disk", folder, note=note.format(many)))
     return rows
 
 

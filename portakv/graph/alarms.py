@@ -15,14 +15,13 @@ import atexit
 import logging
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from functools import partial
-from typing import NamedTuple
-from weakref import ref
+from typing import NamedTuple, TypeAlias
+from weakref import WeakKeyDictionary, proxy
 
-from portakv.graph.meter import Family, Meter, Sample, Source, figures_of
-from portakv.graph.trace import Figures
+from portakv.graph.meter import Meter, Sample, Source
 from portakv.runtime.devices import this_process
 from portakv.runtime.interrupts import uninterrupted
 from portakv.runtime.rate_limited_log import RateLimitedLog
@@ -37,6 +36,8 @@ WAIT = 30.0
 LEASE = 60.0
 #: Seconds for which the end of the interpreter waits for a look.
 EXIT = 1.0
+#: The labels of a sample, and its value or how much that has grown.
+Labelled: TypeAlias = tuple[Mapping[str, str], float]
 
 
 class Rule(NamedTuple):
@@ -130,13 +131,6 @@ RULES = (
 )
 
 
-class _Seen(NamedTuple):
-    """A fault that was logged: its value, and when."""
-
-    value: float
-    at: float
-
-
 class Alarms:
     """Looks at the figures of sources now and then, and logs faults that last.
 
@@ -163,8 +157,10 @@ class Alarms:
         self._log = RateLimitedLog(_logger, clock) if log is None else log
         self._new = new
         self._due = clock()
-        self._seen = dict[tuple[str, str], _Seen]()  # by rule and labels
-        self._counted = dict[tuple[str, str], float]()  # of counters, at the last look
+        # By rule and labels: the faults at the last look, with their values and when they were
+        # logged, and the counters at the last look.
+        self._faults = dict[tuple[str, str], tuple[float, float]]()
+        self._counted = dict[tuple[str, str], float]()
 
     def look(self) -> None:
         """Log what has begun or grown since the last look, `LOOK` seconds after that."""
@@ -172,59 +168,44 @@ class Alarms:
         if now < self._due:
             return
         self._due = now + LOOK
-        families = {family.name: family for family in self._meter.families()}
-        present = dict[tuple[str, str], _Seen]()
+        samples_of = {family.name: family.samples for family in self._meter.families()}
+        faults = dict[tuple[str, str], tuple[float, float]]()
         for rule in RULES:
-            family = families.get(rule.metric)
-            for sample in _chosen(family, rule.labels):
-                value = self._measured(rule, family, sample)
+            samples = samples_of.get(rule.metric, [])
+            values = _with_labels(rule.labels, samples)
+            if rule.grows:
+                values = self._grown(rule, values)
+                others = self._grown(rule, _with_labels(rule.unless, samples))
+                if any(value for _, value in others):
+                    continue
+            for labels, value in values:
                 if value > rule.above:
-                    key = rule.name, _text_of(sample)
-                    present[key] = self._warn(rule, sample, value, now)
-        self._seen = present
+                    key = rule.name, _text_of(labels)
+                    faults[key] = value, self._warn(rule, key, labels, value, now)
+        self._faults = faults
 
-    def _measured(self, rule: Rule, family: Family | None, sample: Sample) -> float:
-        """Return the value that a rule compares: of a counter, how much it has grown."""
-        if not rule.grows:
-            return sample.value
-        grown = self._grown(rule.name, sample)
-        others = [self._grown(rule.name, each) for each in _chosen(family, rule.unless)]
-        return 0.0 if any(others) else grown
+    def _grown(self, rule: Rule, values: Iterable[Labelled]) -> list[Labelled]:
+        """Return how much counters have grown since the last look."""
+        grown = list[Labelled]()
+        for labels, value in values:
+            key = rule.name, _text_of(labels)
+            before = self._counted.get(key, 0.0 if self._new else value)
+            self._counted[key] = value
+            grown.append((labels, value - before))
+        return grown
 
-    def _grown(self, rule: str, sample: Sample) -> float:
-        """Return how much a counter has grown since the last look."""
-        key = rule, _text_of(sample)
-        before = self._counted.get(key, 0.0 if self._new else sample.value)
-        self._counted[key] = sample.value
-        return sample.value - before
-
-    def _warn(self, rule: Rule, sample: Sample, value: float, now: float) -> _Seen:
+    def _warn(
+        self, rule: Rule, key: tuple[str, str], labels: Mapping[str, str], value: float, now: float
+    ) -> float:
         """Log a fault, unless it was logged and is no worse; return when it was."""
-        where = _text_of(sample)
-        seen = self._seen.get((rule.name, where))
-        worse = seen is None or (rule.metric == "disk_slots" and value > seen.value)
-        if seen is not None and not worse and now < seen.at + AGAIN:
-            return seen
-        text = rule.text.format(value=value, **sample.labels)
-        self._log.warning(f"{rule.name} {where}", "%s", text, lines=1)
-        return _Seen(value, now)
-
-
-class _Weak:
-    """The figures of a source that is not kept alive; none once it is gone."""
-
-    def __init__(self, source: Source) -> None:
-        self._source = ref(source)
-
-    @property
-    def gone(self) -> bool:
-        """Return True once the source is gone."""
-        return self._source() is None
-
-    def figures(self) -> Figures:
-        """Return the figures of the source."""
-        source = self._source()
-        return {} if source is None else figures_of(source)
+        if key in self._faults:
+            before, at = self._faults[key]
+            worse = rule.metric == "disk_slots" and value > before
+            if not worse and now < at + AGAIN:
+                return at
+        text = rule.text.format(value=value, **labels)
+        self._log.warning(" ".join(key), "%s", text, lines=1)
+        return now
 
 
 class Watch:
@@ -245,16 +226,15 @@ class Watch:
         self._clock = clock
         self._log = RateLimitedLog(_logger, clock)
         self._lock = threading.Lock()
-        self.watched = dict[_Weak, Alarms]()
+        self.watched = WeakKeyDictionary[Source, Alarms]()
         self._stopping = threading.Event()
         self.thread: threading.Thread | None = None
 
     def add(self, source: Source) -> None:
         """Look at a source that has just opened, until it is gone."""
-        weak = _Weak(source)
-        alarms = Alarms(weak, clock=self._clock, log=self._log, new=True)
+        alarms = Alarms(proxy(source), clock=self._clock, log=self._log, new=True)
         with self._lock:
-            self.watched[weak] = alarms
+            self.watched[source] = alarms
             if self.thread is not None or self._stopping.is_set():
                 return
             thread = threading.Thread(target=self._run, name="alarms of portakv", daemon=True)
@@ -281,8 +261,7 @@ class Watch:
         Returns False if there are no sources, so that the thread ends.
         """
         with self._lock:
-            watched = {weak: each for weak, each in self.watched.items() if not weak.gone}
-            self.watched = {**watched}
+            watched = dict(self.watched.items())  # no source ends in this look
             if not watched:
                 self.thread = None
                 return False
@@ -318,11 +297,10 @@ def watch(source: Source) -> None:
 here = Watch()
 
 
-def _chosen(family: Family | None, labels: Mapping[str, str]) -> list[Sample]:
-    """Return the samples of a family that have labels."""
-    samples = [] if family is None else family.samples
-    return [each for each in samples if labels.items() <= each.labels.items()]
+def _with_labels(labels: Mapping[str, str], samples: Iterable[Sample]) -> list[Labelled]:
+    """Return the values of the samples that have labels."""
+    return [(x.labels, x.value) for x in samples if labels.items() <= x.labels.items()]
 
 
-def _text_of(sample: Sample) -> str:
-    return " ".join(f"{name}={text}" for name, text in sorted(sample.labels.items()))
+def _text_of(labels: Mapping[str, str]) -> str:
+    return " ".join(f"{name}={text}" for name, text in sorted(labels.items()))

@@ -110,15 +110,21 @@ def _checked(name: str, source: Source) -> Source:
 
 def _family_of(name: str, families: dict[str, Family]) -> tuple[Family, str]:
     """Return the family of a figure, and which series of it the figure is."""
-    front, _, end = name.rpartition("_")
-    series = end if end in _SERIES and name not in METRICS else ""
-    key = front if series else name
+    key, series = series_of(name)
     known = METRICS.get(key)
     kind: Kind = "gauge"
     if known is not None:
         kind = known.kind
     elif series:
         kind = "histogram"
-    elif end == "total":
+    elif name.endswith("_total"):
         kind = "counter"
     return families.setdefault(key, Family(key, kind, known, [])), series
+
+
+def series_of(name: str) -> tuple[str, str]:
+    """Return the name of a metric, and which series of it a figure is; see `Sample`."""
+    front, _, end = name.rpartition("_")
+    if end in _SERIES and name not in METRICS:
+        return front, end
+    return name, ""

@@ -5,6 +5,7 @@ figures."""
 from __future__ import annotations
 
 import json
+import threading
 from bisect import bisect_left
 from collections import Counter, defaultdict, deque
 from collections.abc import Mapping
@@ -26,8 +27,6 @@ Event = dict[str, Any]
 #: Bounds of the histogram of the seconds that tasks ran.
 SECONDS = {"0.001": 0.001, "0.01": 0.01, "0.1": 0.1, "1": 1.0, "10": 10.0, "+Inf": np.inf}
 BOUNDS = (*SECONDS.values(),)
-#: New entries of `Counts` that are added up together.
-COUNTED = 64
 #: Notes that a trace keeps.
 NOTES = 256
 
@@ -80,39 +79,30 @@ class Spent:
 
 
 class Counts:
-    """The blocks and bytes that moved, by tier and operation."""
+    """The blocks and bytes that moved, by tier and operation. Any thread may call."""
 
     def __init__(self) -> None:
+        self._lock = threading.Lock()
         self.blocks = Counter[tuple[str, str, str]]()  # by tier, operation and result
         self.nbytes = Counter[tuple[str, str]]()
-        self.new = deque[tuple[str, str, str, int, int]]()  # not yet in these
 
-    def sum_up(self) -> None:
-        """Add what is new; one thread at a time."""
-        while self.new:
-            tier, op, result, blocks, nbytes = self.new.popleft()
+    def add(self, tier: str, op: str, result: str, blocks: int, nbytes: int) -> None:
+        """Count blocks that moved, or did not."""
+        with self._lock:
             self.blocks[tier, op, result] += blocks
             self.nbytes[tier, op] += nbytes
 
     def statistics(self) -> Figures:
         """Return the figures, in the form of `Graph.statistics`."""
-        self.sum_up()
-        blocks: Samples = [
-            {"tier": tier, "op": op, "result": result, "value": n}
-            for (tier, op, result), n in self.blocks.items()
-        ]
-        nbytes: Samples = [
-            {"tier": tier, "op": op, "value": n} for (tier, op), n in self.nbytes.items()
-        ]
+        with self._lock:
+            blocks: Samples = [
+                {"tier": tier, "op": op, "result": result, "value": n}
+                for (tier, op, result), n in self.blocks.items()
+            ]
+            nbytes: Samples = [
+                {"tier": tier, "op": op, "value": n} for (tier, op), n in self.nbytes.items()
+            ]
         return {"tier_blocks_total": blocks, "tier_bytes_total": nbytes}
-
-
-class Note(NamedTuple):
-    """A choice that code of the graph's user made at ``at`` seconds, with its ``details``."""
-
-    name: str
-    at: float
-    details: dict[str, Any]
 
 
 class Trace:
@@ -121,7 +111,7 @@ class Trace:
 
     def __init__(self, limit: int) -> None:
         self.ran: deque[Ran] = deque(maxlen=limit)
-        self.notes: deque[Note] = deque(maxlen=NOTES)
+        self.notes: deque[Event] = deque(maxlen=NOTES)
         self._seconds = defaultdict[tuple[str, str], Spent](Spent)
 
     def add(self, tier: str, task: Ran, waited: float = 0.0) -> None:
@@ -133,7 +123,8 @@ class Trace:
 
     def note(self, name: str, at: float, details: dict[str, Any]) -> None:
         """Record a choice that was made at ``at`` seconds, with details that JSON takes."""
-        self.notes.append(Note(name, at, details))
+        place = {"tid": 0, "cat": "note", "ts": at * 1e6}
+        self.notes.append({**place, "ph": "i", "s": "g", "name": name, "args": details})
 
     def statistics(self) -> Figures:
         """Return the seconds, in the form of `Graph.statistics`."""
@@ -149,13 +140,14 @@ class Trace:
         """Return Chrome's events: a process for each queue, a thread for each worker, a flow from a
         task to each that followed it."""
         ran = tuple(self.ran)
-        events: list[Event] = []
+        pids = {queue: pid for pid, queue in enumerate(dict.fromkeys(x.queue for x in ran))}
+        events: list[Event] = [
+            {"ph": "M", "name": "process_name", "pid": pid, "args": {"name": queue}}
+            for queue, pid in pids.items()
+        ]
         ends = dict[int, Event]()
-        queues = list(dict.fromkeys(task.queue for task in ran))
-        for pid, queue in enumerate(queues):
-            events.append({"ph": "M", "name": "process_name", "pid": pid, "args": {"name": queue}})
         for task in ran:
-            place = {"pid": queues.index(task.queue), "tid": task.worker, "cat": "task"}
+            place = {"pid": pids[task.queue], "tid": task.worker, "cat": "task"}
             start = {**place, "ts": task.start * 1e6}
             details = {"task": task.number, "blocks": task.blocks, "bytes": task.nbytes}
             took = (task.end - task.start) * 1e6
@@ -165,10 +157,7 @@ class Trace:
                 events.append({**ends[before], **flow, "ph": "s"})
                 events.append({**start, **flow, "ph": "f", "bp": "e"})
             ends[task.number] = {**place, "ts": task.end * 1e6}
-        for note in tuple(self.notes):
-            place = {"pid": len(queues), "tid": 0, "cat": "note", "ts": note.at * 1e6}
-            events.append({**place, "ph": "i", "s": "g", "name": note.name, "args": note.details})
-        return events
+        return events + [{**note, "pid": len(pids)} for note in tuple(self.notes)]
 
     def write(self, path: str | PathLike[str], failure: type[PortaKVError]) -> None:
         """Write the events into a file for ui.perfetto.dev.

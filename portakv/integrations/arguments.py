@@ -6,6 +6,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Sequence
 from functools import wraps
+from itertools import chain
 from numbers import Integral
 from typing import ParamSpec, TypeVar
 
@@ -28,17 +29,13 @@ def typed(function: Callable[_Parameters, _Result]) -> Callable[_Parameters, _Re
     Arguments whose annotation is not in `_CHECKS` are not checked.
     """
     parameters = inspect.signature(function).parameters
-    annotations = {name: each.annotation for name, each in parameters.items()}
-    in_order = [(name, _check_of(annotation)) for name, annotation in annotations.items()]
-    by_name = dict(in_order)
+    annotations: dict[str, str] = {name: each.annotation for name, each in parameters.items()}
+    checks = {name: _check_of(annotation) for name, annotation in annotations.items()}
 
     @wraps(function)
     def checked(*args: _Parameters.args, **named: _Parameters.kwargs) -> _Result:
-        for (name, fits), value in zip(in_order, args, strict=False):
-            if not fits(value):
-                raise _wrong_type(function.__name__, name, value, annotations[name])
-        for name, value in named.items():
-            if name in annotations and not by_name[name](value):
+        for name, value in chain(zip(checks, args, strict=False), named.items()):
+            if name in checks and not checks[name](value):
                 raise _wrong_type(function.__name__, name, value, annotations[name])
         return function(*args, **named)
 

@@ -25,6 +25,15 @@ LIMITS = (
     Path("/sys/fs/cgroup/memory.max"),
     Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"),
 )
+#: The types of JSON, as errors name them.
+JSON_TYPES: dict[type | None, str] = {
+    str: "a text",
+    int: "a whole number",
+    float: "a number",
+    bool: "true or false",
+    dict: "an object",
+    None: "null",
+}
 #: A check of a bucket tries once.
 ONE_TRY = {"retry_config": {"max_retries": 0}}
 
@@ -54,14 +63,41 @@ class Findings:
             self.errors.append(f"{where}: {error}" if where else str(error))
 
 
-def unknown_keys(config: Mapping[str, Any], known: Iterable[str], owner: str) -> Iterator[str]:
-    """Yield a sentence for each key that ``owner`` does not have."""
+def unknown_keys(
+    config: Mapping[str, Any], known: Iterable[str], owner: str, *, misspelt: bool = False
+) -> Iterator[str]:
+    """Yield a sentence for each key that ``owner`` does not have; if ``misspelt``, only for those
+    that are like a key that it has."""
     keys = [*known]
     for name in config:
-        if name not in keys:
-            near = difflib.get_close_matches(name, keys, n=1)
+        near = difflib.get_close_matches(name, keys, n=1)
+        if name not in keys and (near or not misspelt):
             hint = f" Did you mean {near[0]}?" if near else ""
             yield f"Expected a key of {owner}, got {name!r}.{hint} Correct it."
+
+
+def wrong_values(
+    config: Mapping[str, Any],
+    expected: Mapping[str, Iterable[Any]],
+    *,
+    optional: bool = False,
+    where: str = "",
+) -> Iterator[str]:
+    """Yield a sentence for each key that has another value than expected.
+
+    Args:
+        expected: for each key values, and types of `JSON_TYPES`.
+        optional: keys may be left out.
+        where: after the name of a key.
+    """
+    for name, allowed in expected.items():
+        value = config.get(name)
+        kind = None if value is None else type(value)
+        options = [*allowed]
+        good = any(each is kind if each in JSON_TYPES else each == value for each in options)
+        if not good and (name in config or not optional):
+            one_of = " or ".join(JSON_TYPES.get(each) or repr(each) for each in options)
+            yield f"Expected {name}{where} to be {one_of}, got {value!r}. Correct it."
 
 
 def means_ours(name: object, names: Iterable[str], module: object) -> bool:
@@ -71,15 +107,6 @@ def means_ours(name: object, names: Iterable[str], module: object) -> bool:
     is_close = difflib.get_close_matches(text, [*names], n=1, cutoff=0.85)
     named = text.lower().startswith("porta") or str(module).startswith("portakv")
     return named or bool(is_close)
-
-
-def other_values(config: Mapping[str, Any], expected: Mapping[str, Iterable[str]]) -> Iterator[str]:
-    """Yield a sentence for each key that must have one of some values, and has another one."""
-    for name, values in expected.items():
-        allowed = [*values]
-        if config.get(name) not in allowed:
-            one_of = " or ".join(map(repr, allowed))
-            yield f"Expected {name} {one_of}, got {config.get(name)!r}. Correct it."
 
 
 def check_release(

@@ -39,7 +39,7 @@ from portakv.copy.choose_encoding import (
     stays_raw,
 )
 from portakv.errors import InvalidTerms, PackOverflow, PortaKVError, Unsupported
-from portakv.graph.trace import COUNTED, Counts
+from portakv.graph.trace import Counts
 from portakv.layout.encodings import FLAG_AT, PACKED, Pack, PackedPlane
 from portakv.runtime.finished import Finished
 from portakv.runtime.rate_limited_log import RateLimitedLog
@@ -852,9 +852,7 @@ class FormBlocks:
         """Count blocks of a form with a name, in any thread."""
         if self.name and blocks:
             nbytes = blocks * self.own.form.image_bytes if result == "hit" else 0
-            self.counts.new.append((tier, op, result, blocks, nbytes))
-            if len(self.counts.new) >= COUNTED:
-                self.shared.graph.run(self.counts.sum_up)
+            self.counts.add(tier, op, result, blocks, nbytes)
 
     def touch(self, keys: Sequence[bytes], follows: Sequence[int] = ()) -> None:
         """Record the use of keys, the first key last, so that a prefix outlives its suffix.

@@ -22,7 +22,7 @@ import torch
 
 from portakv import arguments, tasks
 from portakv.errors import PortaKVError, TransferCancelled, TransferError
-from portakv.graph.trace import COUNTED, Counts, Figures, Ran, Trace
+from portakv.graph.trace import Counts, Figures, Ran, Trace
 from portakv.runtime.interrupts import uninterrupted
 from portakv.runtime.streams import ignoring_captures
 from portakv.runtime.transfer import Completion, Pending, Transfer
@@ -566,9 +566,7 @@ class Graph:
 
     def count(self, tier: str, op: str, result: str, blocks: int = 1, nbytes: int = 0) -> None:
         """Add to the figures of `statistics`."""
-        self.counts.new.append((tier, op, result, blocks, nbytes))  # one step, without a lock
-        if len(self.counts.new) >= COUNTED:
-            self.run(self.counts.sum_up)
+        self.counts.add(tier, op, result, blocks, nbytes)
 
     def statistics(self) -> Figures:
         """Return figures by their names in Prometheus without "portakv_".

@@ -163,7 +163,7 @@ def test_the_help_imports_no_extra_a_picture_needs_no_unicode_and_a_reader_may_g
     code = (
         "import sys; sys.stdout.reconfigure(encoding='ascii'); "
         "from portakv.cli import main; main([]); "
-        "more = {'rich', 'transformers', 'matplotlib', 'portakv.cli.demo', 'portakv_benchmarks'}; "
+        "more = {'rich', 'transformers', 'matplotlib', 'portakv_benchmarks'}; "
         "assert not more & set(sys.modules); main(['layouts', 'vllm-nhd']); print('end'); "
         "sys.stdout.flush(); input(); sys.exit(main(['layouts', '--json']))"
     )
@@ -183,7 +183,6 @@ def test_the_help_imports_no_extra_a_picture_needs_no_unicode_and_a_reader_may_g
 # portakv backends
 
 
-@pytest.mark.usefixtures("either")
 def test_backends() -> None:
     code, out, err = run("backends")
     assert (code, err) == (0, "")
@@ -211,7 +210,6 @@ def test_backends_as_json() -> None:
     assert list(cpu["candidates"][-1]) == fields
 
 
-@pytest.mark.usefixtures("either")
 def test_backends_tell_why_not_the_others() -> None:
     missing = "no_such_package_anywhere:Class"
     wrong = small_backend("wrong", spoil=wipe)
@@ -241,7 +239,6 @@ def test_backends_of_a_device_that_is_not_here(name: str, lacks: str) -> None:
     assert lacks in " ".join(out.split())
 
 
-@pytest.mark.usefixtures("either")
 def test_backends_under_a_forced_name(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PORTAKV_BACKEND", "reference")
     code, out, err = run("backends")
@@ -266,7 +263,6 @@ def test_backends_under_a_forced_name(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("columns", [80, 100, 120])
-@pytest.mark.usefixtures("either")
 def test_layouts_show_every_name_whole(columns: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", str(columns))
     code, out, err = run("layouts")
@@ -331,7 +327,6 @@ def test_layouts_as_json() -> None:
     assert split["extents"] == {"kv": 2, "dim": [128, 4]}
 
 
-@pytest.mark.usefixtures("either")
 def test_one_layout() -> None:
     code, out, err = run("layouts", "vllm-dsv4-split")
     # which shares its string
@@ -343,7 +338,6 @@ def test_one_layout() -> None:
     assert out.endswith(f"\n{draw(preset.layout)}\n")
 
 
-@pytest.mark.usefixtures("either")
 def test_a_string_gets_its_picture() -> None:
     text = "layer token kv (head dim)"
     preset = PRESETS["chunk-2ltd"]
@@ -355,20 +349,22 @@ def test_a_string_gets_its_picture() -> None:
     assert (report["name"], report["engine"]) == (preset.name, preset.engine)
 
 
-# portakv demo and portakv bench
+# portakv bench
 
 
 @pytest.mark.parametrize(
     ("line", "function", "returned", "code", "expected"),
     [
-        ("demo", "portakv.cli.demo.run_demo", 3, 3, call(device=None, json=False)),
-        ("demo --json --device cpu", "portakv.cli.demo.run_demo", 0, 0,
-         call(device="cpu", json=True)),
-        ("bench --json --help a", "portakv_benchmarks.cli.main", 4, 4,
-         call(["--json", "--help", "a"])),
+        (
+            "bench --json --help a",
+            "portakv_benchmarks.cli.main",
+            4,
+            4,
+            call(["--json", "--help", "a"]),
+        ),
         ("bench", "portakv_benchmarks.cli.main", None, 0, call([])),
     ],
-)  # fmt: skip
+)
 def test_words_are_handed_on(
     line: str,
     function: str,

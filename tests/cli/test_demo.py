@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from support.command_line import choose_tables, registered, run, run_json
+from support.command_line import registered, run, run_json
 from support.small_backends import small_backend, wipe
 
 from portakv import AdaptiveConnector, KVView, Transfer
@@ -184,9 +184,8 @@ def test_a_backend_may_refuse_a_copy_but_not_when_it_is_forced_and_then_it_runs_
 # what is printed
 
 
-@pytest.mark.parametrize(("kind", "forced"), [("rich", ""), ("plain", "reference")])
-def test_the_demo_fits_80_columns(kind: str, forced: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    choose_tables(kind, monkeypatch)
+@pytest.mark.parametrize("forced", ["", "reference"])
+def test_the_demo_fits_80_columns(forced: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PORTAKV_BACKEND", forced)
     monkeypatch.setattr("portakv.cli.demo.FOUNDING", replace(FOUNDING, layers=1))
     ran = run("demo", "--device", "cpu")

@@ -14,7 +14,6 @@ from support.command_line import python, run, run_json
 from support.guarded_memory import check_sentence
 
 from portakv.cli.doctor import CHOICES, EXTRAS
-from portakv.errors import InvalidTerms
 from portakv.integrations import INTEGRATIONS, MATRIX
 from portakv.integrations.checks import gib
 
@@ -271,22 +270,18 @@ def test_a_cache_that_cannot_be_written(cache: Path) -> None:
     check_sentence(sentence, "PORTAKV_CACHE_DIR", f"{cache} cannot be written", "Set it")
 
 
-def test_choices_are_those_of_their_modules(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_choices_are_those_of_their_modules() -> None:
     transports = pytest.importorskip(
         "portakv.migrate.transports", reason="it needs the extra `migrate`"
     )
     names = CHOICES[transports.ENVIRONMENT].names()
     assert names == transports.TRANSPORTS.names()
-    choose = pytest.importorskip("portakv.storage.io.choose", reason="it needs the extra `storage`")
-    monkeypatch.setenv("PORTAKV_IO", "acme")
-    with pytest.raises(InvalidTerms, match=" or ".join(map(repr, CHOICES["PORTAKV_IO"].names()))):
-        choose.choose()
 
 
 # --- What is printed ------------------------------------------------------------------------------
 
 
-@pytest.mark.usefixtures("either", "engines")
+@pytest.mark.usefixtures("engines")
 def test_doctor() -> None:
     code, out, err = run("doctor")
     assert (code, err) == (0, "")

@@ -18,7 +18,6 @@ from portakv.layout.presets import PRESETS
 from portakv.runtime.bounded import Bounded, caches
 
 
-@pytest.mark.usefixtures("either")
 def test_explain() -> None:
     code, out, err = run("explain", *FOUNDING, "--device", "cpu")
     assert (code, err) == (0, "")
@@ -73,7 +72,6 @@ def test_explain_as_json() -> None:
     assert (report["device"], report["backend"], report["forced"]) == ("cpu", "reference", False)
 
 
-@pytest.mark.usefixtures("either")
 def test_explain_lists_everything_that_remembers() -> None:
     cache: Bounded[str, int] = Bounded("things of a test", 7)
     cache["a"] = 1
@@ -84,7 +82,6 @@ def test_explain_lists_everything_that_remembers() -> None:
     assert row.split()[-1] == "7"
 
 
-@pytest.mark.usefixtures("either")
 def test_caches_of_one_name_are_one_row() -> None:
     both = [Bounded[str, int]("twins of a test", 5) for _ in range(2)]
     both[0]["a"] = 1
@@ -153,7 +150,6 @@ def answers_in(report: Any) -> dict[str, tuple[bool, bool, str]]:
     return {c["name"]: (c["accepted"], c["chosen"], c["reason"]) for c in report["candidates"]}
 
 
-@pytest.mark.usefixtures("either")
 def test_explain_tells_who_refused_the_plan() -> None:
     words = (*FOUNDING, "--dim", "2", "--heads", "1", "--device", "cpu")
     with registered(shy=Shy, absent=Absent, late=Late):
@@ -212,7 +208,6 @@ host = pytest.mark.usefixtures("no_table")
 
 
 @host
-@pytest.mark.usefixtures("either")
 def test_the_command_of_the_guide() -> None:
     code, out, err = run(*COMMAND)
     assert (code, err) == (0, "")

@@ -48,7 +48,6 @@ def test_explain_of_peers_takes_no_layouts(more: str) -> None:
     assert ended.value.code == 2
 
 
-@pytest.mark.usefixtures("either")
 def test_explain_names_the_transport_that_is_forced(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PORTAKV_MOVER", "distributed")
     code, out, err = run("explain", "--peer", "--device", "cpu")
@@ -57,7 +56,6 @@ def test_explain_names_the_transport_that_is_forced(monkeypatch: pytest.MonkeyPa
     assert "a Unix socket on this host, TCP with CURVE" in out
 
 
-@pytest.mark.usefixtures("either")
 def test_explain_tells_that_a_forced_transport_does_not_serve(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

@@ -157,7 +157,6 @@ def test_a_link_in_place_of_a_form(folder: Path, tmp_path: Path, action: str) ->
     assert place.is_symlink()
 
 
-@pytest.mark.usefixtures("either")
 @pytest.mark.parametrize(
     ("offset", "why"),
     [

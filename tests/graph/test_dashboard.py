@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 from support.waits import LIMIT
 
-from portakv.graph.metrics import ENGINE, METRICS, Metric
-from portakv.integrations.vllm.metrics import LEVELS, TIERS
+from portakv.graph.metrics import METRICS, Metric
+from portakv.integrations.vllm.metrics import REPORTED, STORE
 
 ROOT = Path(__file__).resolve().parents[2]
 DASHBOARD = ROOT / "docs" / "operations" / "dashboard.json"
@@ -27,7 +27,7 @@ NAMED = re.compile(r"(vllm:)?portakv_([a-z_]+)(?:\{([^}]*)\})?")
 def metric_of(engine: str | None, name: str) -> Metric:
     """Return the metric of a name in a query."""
     if engine:
-        shown = [*ENGINE.values(), *LEVELS.values(), *(metric for _, metric in TIERS.values())]
+        shown = REPORTED.values()
         return next(x for x in shown if x.name.removeprefix("engine_") == name)
     return METRICS[name if name in METRICS else re.sub("_(bucket|sum|count)$", "", name)]
 
@@ -47,8 +47,7 @@ def test_a_query_names_metrics_and_their_labels(query: str) -> None:
 
 def test_every_series_of_an_engines_tiers_and_disks_has_a_panel() -> None:
     found = {name for query in QUERIES for engine, name, _ in NAMED.findall(query) if engine}
-    assert {metric.name for _, metric in TIERS.values()} <= found
-    assert {metric.name for metric in LEVELS.values()} <= found
+    assert {metric.name for _, metric in STORE.values()} <= found
 
 
 def test_panels_have_places_of_their_own_and_say_what_they_show() -> None:

@@ -65,7 +65,7 @@ class Process:
 
     def forget(self) -> None:
         """Watch nothing that is open, for the control of a test."""
-        self.watch.watched = {}
+        self.watch.watched.clear()
 
     def warnings(self) -> list[str]:
         """Return what the next look logs."""

@@ -686,6 +686,31 @@ def test_lists_of_another_type() -> None:
     ranges(a[0], a[1], (np.int64(0),), [0], [1])
 
 
+@pytest.mark.parametrize(
+    ("args", "named", "says"),
+    [
+        (4, {}, "missing a required argument: 'item_size'"),
+        (5, {"dst": torch.zeros(1)}, "multiple values for argument 'dst'"),
+        (5, {"nothing": 1}, "unexpected keyword argument 'nothing'"),
+        (4, {"nothing": 1}, "missing a required argument: 'item_size'"),
+        (8, {}, "too many positional arguments"),
+    ],
+)
+def test_arguments_that_a_function_of_kernels_does_not_take(
+    args: int, named: dict[str, Any], says: str
+) -> None:
+    """The errors are Python's, and a right call moves its tokens."""
+    a, b = on_device(CPU, 1).k[:2]
+    s = torch.arange(4)
+    given: list[Any] = [a, b, s, s, ITEM, 2, 32, 1]
+    before = b.clone()
+    with pytest.raises(TypeError, match=says):
+        io.transfer_kv_per_layer_mla(*given[:args], **named)
+    assert torch.equal(b, before)
+    io.transfer_kv_per_layer_mla(*given[:4], item_size=ITEM)
+    assert torch.equal(b[:4], a[:4])
+
+
 def test_bad_ids() -> None:
     a = on_device(CPU, 1).k[0]
     b = on_device(CPU, 50).k[0]
@@ -792,8 +817,8 @@ def test_the_quota_of_mla_is_set_by_sglangs_variable(
     if message is not None:
         monkeypatch.setenv("SGLANG_HICACHE_BLOCK_QUOTA", message)
     usual = 16 if torch.version.hip else 2
-    assert io._mla_block_quota(None) == (taken or usual)
-    assert io._mla_block_quota(7) == 7
+    assert io._block_quota(None) == (taken or usual)
+    assert io._block_quota(7) == 7
 
 
 def test_the_page_says_the_limits_that_hold() -> None:

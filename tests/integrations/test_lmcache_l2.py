@@ -513,9 +513,9 @@ def test_a_right_shared_configuration_has_a_note(tmp_path: Path) -> None:
     ("change", "says"),
     [
         ({"typ": "plugin"}, "got 'typ'. Did you mean type?"),
-        ({"type": "fs"}, "Expected type 'plugin', got 'fs'"),
-        ({"class_name": None}, "Expected class_name 'PortaKVL2Adapter'"),
-        ({"adapter_params": 5}, "Expected an object for adapter_params"),
+        ({"type": "fs"}, "Expected type to be 'plugin', got 'fs'"),
+        ({"class_name": None}, "Expected class_name to be 'PortaKVL2Adapter'"),
+        ({"adapter_params": 5}, "Expected adapter_params to be an object"),
         ({"adapter_params": {}}, "Expected a folder, got none"),
     ],
 )
@@ -550,5 +550,5 @@ def test_doctor_checks_it(tmp_path: Path) -> None:
     assert run_json("doctor", "--l2-adapter", str(file))["errors"] == []
     wrong = run("doctor", "--l2-adapter", json.dumps(configuration(tmp_path / "kv", type="fs")))
     assert wrong.code == 1
-    assert "Expected type 'plugin'" in wrong.out
+    assert "Expected type to be 'plugin'" in wrong.out
     assert "to be JSON" in run("doctor", "--l2-adapter", "{").err

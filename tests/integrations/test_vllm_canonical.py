@@ -12,7 +12,14 @@ import torch
 
 from portakv import LayoutError, copy_rows
 from portakv.integrations import IntegrationError
-from portakv.integrations.vllm.moves import RankMapping, Run, Share, moves_of, page_bytes
+from portakv.integrations.vllm.moves import (
+    RankMapping,
+    Run,
+    Share,
+    groups_of,
+    moves_of,
+    page_bytes,
+)
 
 LAYERS = 3
 HEADS = 4
@@ -110,7 +117,7 @@ def test_engines_with_other_numbers_of_workers_read_each_other(before: int, afte
         pages = pages_of(whole, rank, before)
         refs = refs_of(mapped(rank, before), pages[0].shape[1])
         share = Share(rank, before, True)
-        move(share.groups_of(refs, pages, TOGETHER, memory), blocks, [3, 0, 4], True)
+        move(groups_of(refs, pages, TOGETHER, 0, memory, share), blocks, [3, 0, 4], True)
     # The bytes of a chunk are those of the model, and nothing else was written.
     places = [(3, 0), (3, 1), (0, 0), (0, 1), (4, 0)]
     page = 2 * HEADS * HEAD
@@ -125,7 +132,7 @@ def test_engines_with_other_numbers_of_workers_read_each_other(before: int, afte
         pages = pages_of(np.zeros_like(whole), rank, after)
         refs = refs_of(mapped(rank, after), pages[0].shape[1])
         share = Share(rank, after, True)
-        move(share.groups_of(refs, pages, TOGETHER, memory), [1, 5, 6], [3, 0], False, first=1)
+        move(groups_of(refs, pages, TOGETHER, 0, memory, share), [1, 5, 6], [3, 0], False, first=1)
         right = pages_of(whole, rank, after)
         for got, wanted in zip(pages, right, strict=True):
             assert torch.equal(got[[1, 5, 6]], wanted[[2, 11, 4]])
@@ -141,7 +148,7 @@ def test_workers_with_equal_bytes_take_turns() -> None:
         memory = Memory()
         pages = pages_of(whole, rank, 4, 2)
         refs = refs_of(mapped(rank, 4, 2), pages[0].shape[1])
-        groups = Share(rank, 4, True).groups_of(refs, pages, TOGETHER, memory)
+        groups = groups_of(refs, pages, TOGETHER, 0, memory, Share(rank, 4, True))
         move(groups, blocks, [0, 1, 2, 3], True)
         there = memory.rows.numpy()[:4, : memory.used].reshape(4, LAYERS, TOGETHER, 2, HEADS, HEAD)
         written.append((there != 0).any(-1))
@@ -157,7 +164,7 @@ def test_pages_without_a_mapping_are_stored_whole() -> None:
             memory.used = 0
             pages = [torch.randint(-128, 128, (BLOCKS, 640), dtype=torch.int8)]
             refs = [[SimpleNamespace(tensor_idx=0, page_size_bytes=640, mapping=None)]]
-            groups = Share(rank, workers, False).groups_of(refs, pages, TOGETHER, memory)
+            groups = groups_of(refs, pages, TOGETHER, 0, memory, Share(rank, workers, False))
             move(groups, [3, 8], [2], True)
             stored.append((pages[0].clone(), groups))
             pages[0].zero_()
@@ -170,7 +177,7 @@ def test_pages_without_a_mapping_are_not_shared() -> None:
     refs = [[SimpleNamespace(tensor_idx=0, page_size_bytes=640, mapping=None)]]
     pages = [torch.zeros(BLOCKS, 640, dtype=torch.int8)]
     with pytest.raises(IntegrationError, match="Leave canonical_layout out"):
-        Share(0, 2, True).groups_of(refs, pages, TOGETHER, Memory())
+        groups_of(refs, pages, TOGETHER, 0, Memory(), Share(0, 2, True))
 
 
 def test_wrong_mappings_are_named() -> None:
@@ -180,4 +187,4 @@ def test_wrong_mappings_are_named() -> None:
         page_bytes([[(ref, RankMapping(64, (Run(0, 0, 64),)))]], 2)
     ref.mapping = mapped(0, 1)
     with pytest.raises(LayoutError, match="Expected fragments in pages of 64"):
-        Share(0, 1, True).groups_of([[ref]], pages, TOGETHER, Memory())
+        groups_of([[ref]], pages, TOGETHER, 0, Memory(), Share(0, 1, True))

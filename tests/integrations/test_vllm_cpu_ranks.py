@@ -102,8 +102,8 @@ def test_two_ranks_load_what_one_has_stored(
     with pytest.MonkeyPatch.context() as patch:
         if not guard:
             ranks: Any = importlib.import_module("portakv.integrations.vllm.ranks")
-            rank_of = ranks.rank_of
-            patch.setattr(ranks, "rank_of", lambda config, _: rank_of(config, 0))
+            heads_of = ranks.heads_of
+            patch.setattr(ranks, "heads_of", lambda config, _, view: heads_of(config, 0, view))
         answer, landed = in_a_child(second)
     assert (answer.tokens == own[0].tokens) is guard
     assert answer.cached == FIRST_HITS
@@ -163,8 +163,8 @@ def test_ranks_load_from_a_bucket(
     with pytest.MonkeyPatch.context() as patch:
         if not guard:
             ranks: Any = importlib.import_module("portakv.integrations.vllm.ranks")
-            rank_of = ranks.rank_of
-            patch.setattr(ranks, "rank_of", lambda config, _: rank_of(config, 0))
+            heads_of = ranks.heads_of
+            patch.setattr(ranks, "heads_of", lambda config, _, view: heads_of(config, 0, view))
         in_a_child(second, dies=True)
     if not guard:
         return

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from portakv.integrations.vllm.check import IDENTITY, TIER_KEYS, findings_of
-from portakv.integrations.vllm.metrics import COUNTED, LEVELS
+from portakv.integrations.vllm.metrics import REPORTED
 from portakv.integrations.vllm.moves import TERMS as WORKER_TERMS
 from portakv.serving.handover_tickets import HandoverTerms
 from portakv.serving.local import StoreTerms
@@ -99,9 +99,8 @@ def test_the_table_of_sizes_is_the_formulas() -> None:
 
 
 def test_the_page_has_each_metric() -> None:
-    counters = {metric.name.removeprefix("engine_") for metric in COUNTED.values()}
-    levels = {metric.name for metric in LEVELS.values()}
-    assert {*names("metric | counts")} == counters | levels | OF_TIER
+    reported = {metric.name.removeprefix("engine_") for metric in REPORTED.values()}
+    assert {*names("metric | counts")} == reported | OF_TIER
 
 
 @pytest.mark.parametrize(

@@ -18,10 +18,9 @@ from portakv.integrations import IntegrationError
 from portakv.integrations.vllm.caches import FUSED, LATENT, Settings, settings_of
 from portakv.integrations.vllm.ranks import (
     JoinedIndex,
-    Rank,
     WorkerStore,
+    heads_of,
     index_of,
-    rank_of,
     read_views,
     stage_of,
 )
@@ -172,23 +171,32 @@ def test_shared_is_true_or_false(configurations: tuple[Any, Any]) -> None:
     ids=["two each", "one each", "pairs have one", "all have one"],
 )
 def test_heads_of_each_of_four_ranks(heads: int, parts: list[tuple[int, int, int]]) -> None:
-    config = SimpleNamespace(
-        parallel_config=SimpleNamespace(tensor_parallel_size=4),
-        model_config=SimpleNamespace(get_total_num_kv_heads=lambda: heads),
-    )
     many = parts[0][1] - parts[0][0]
-    made = [rank_of(config, number).part(many, latent=False) for number in range(4)]
+    made = [heads_of(of_heads(4, heads), number, with_heads(many)) for number in range(4)]
     assert made == parts
 
 
+def of_heads(ranks: int, heads: int) -> Any:
+    """Return vLLM's configuration of a model with so many heads."""
+    return SimpleNamespace(
+        parallel_config=SimpleNamespace(tensor_parallel_size=ranks),
+        model_config=SimpleNamespace(get_total_num_kv_heads=lambda: heads),
+    )
+
+
+def with_heads(heads: int, kv: int = 2) -> Any:
+    """Return a view of a rank's caches."""
+    return SimpleNamespace(heads=heads, kv=kv)
+
+
 def test_a_rank_that_has_all_heads() -> None:
-    assert Rank(3, 4, 128).part(1, latent=True) is None
-    assert Rank(0, 1, 8).part(8, latent=False) is None
+    assert heads_of(of_heads(4, 128), 3, with_heads(1, kv=1)) is None
+    assert heads_of(of_heads(1, 8), 0, with_heads(8)) is None
 
 
 def test_a_rank_whose_caches_have_other_heads_is_refused() -> None:
     with pytest.raises(IntegrationError, match=r"Expected 2 of the model's 8 .* got 4"):
-        Rank(1, 4, 8).part(4, latent=False)
+        heads_of(of_heads(4, 8), 1, with_heads(4))
 
 
 # --- stages

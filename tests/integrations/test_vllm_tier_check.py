@@ -54,7 +54,7 @@ def test_a_right_configuration_has_no_errors(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("extra", "tier", "says"),
     [
-        ({"spec_name": "PortaKVTiering"}, {}, "Expected spec_name 'PortaKVTieringSpec'"),
+        ({"spec_name": "PortaKVTiering"}, {}, "Expected spec_name to be 'PortaKVTieringSpec'"),
         ({"spec_module_path": "portakv"}, {}, "Expected spec_module_path"),
         ({"cpu_bytes_to_use": 0}, {}, "Expected cpu_bytes_to_use"),
         ({"secondary_tiers": {}}, {}, "Expected secondary_tiers as a list"),
@@ -64,7 +64,7 @@ def test_a_right_configuration_has_no_errors(tmp_path: Path) -> None:
             "Expected a tier of the type 'PortaKVTier'",
         ),
         ({}, {"module_path": "portakv"}, "Expected module_path"),
-        ({}, {"locality": "near"}, "Expected locality 'LOCAL' or 'REMOTE'"),
+        ({}, {"locality": "near"}, "Expected locality in a tier to be null or 'LOCAL' or 'REMOTE'"),
         ({}, {"capacity": "much"}, "capacity"),
         ({}, {"by_layer": True}, "got 'by_layer'"),
         ({}, {"shared": 1}, "shared"),
@@ -93,7 +93,7 @@ def test_tiers_of_one_folder_and_other_roles_are_named(tmp_path: Path) -> None:
     found = tier_findings_of(config)
     assert [each.split(",")[0] for each in found.errors] == [
         "Expected a key of vLLM's KVTransferConfig",
-        "Expected kv_role 'kv_both'",
+        "Expected kv_role to be 'kv_both'",
         "Expected a separate folder for each tier",
     ]
     assert "recompute" in found.warnings[0]

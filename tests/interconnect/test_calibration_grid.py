@@ -11,7 +11,7 @@ from time import perf_counter, sleep
 
 import pytest
 import torch
-from support.command_line import choose_tables, run
+from support.command_line import run
 from support.host_choice_cases import FIGURES, host_seconds_of, seconds_of
 from support.table_costs import looked_up
 
@@ -151,11 +151,9 @@ def test_what_cannot_be_measured(words: list[str], why: str, folder: Path) -> No
     assert not folder.exists()
 
 
-@pytest.mark.parametrize("kind", ["rich", "plain"])
 def test_the_table_that_is_printed(
-    kind: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    choose_tables(kind, monkeypatch)
     monkeypatch.setenv("COLUMNS", "160")
     fast = Point(64, 64 * 4096 / 50e9, 0.1)
     slow = Point(64, 64 * 4096 / 20e9, 0.2)

@@ -106,7 +106,6 @@ class StoreModel(RuleBasedStateMachine):
         assert (counts["lent"], counts["free"] + counts["kept"]) == (0, len(rows.array)), "a leak"
         assert not any(queue.queued_bytes for queue in graph.queues.values())
         assert not any(slots._pins for slots in self.disk.slots()), "a leaked pin"
-        graph.counts.sum_up()
         assert self.rotten or graph.counts.blocks["disk", "load", "fault"] <= self.engine.fired
         assert all(cache.holds() for cache in self.world.targets), "a block of no load changed"
 

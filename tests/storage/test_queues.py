@@ -41,7 +41,6 @@ class Blocked:
 
 def blocks_of(graph: Graph, result: str) -> int:
     """Return the blocks of reads from the disk that ended so."""
-    graph.counts.sum_up()
     return graph.counts.blocks["disk", "read", result]
 
 

@@ -93,16 +93,6 @@ def settle(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "80")
 
 
-def choose_tables(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Choose tables through ``rich``, or ``plain`` as if it were not installed."""
-    if kind == "rich":
-        pytest.importorskip("rich")
-        return
-    hidden = {name for name in sys.modules if name.partition(".")[0] == "rich"}
-    for name in hidden | {"rich", "rich.box", "rich.console", "rich.table", "rich.text"}:
-        monkeypatch.setitem(sys.modules, name, None)
-
-
 @contextmanager
 def registered(**backends: type[Backend] | str) -> Iterator[None]:
     """Register backends by name for a while."""

@@ -317,7 +317,6 @@ class Model:
 
     def compare_figures(self) -> None:
         """Compare the figures of the graph and of its queues."""
-        self.graph.counts.sum_up()
         counted = {name: count for name, count in self.graph.counts.blocks.items() if count}
         assert counted == dict(self.counts), "a wrong figure"
         for name in WIDTHS:

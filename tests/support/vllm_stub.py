@@ -48,6 +48,7 @@ class KVConnectorTransferResults:
 
 class KVConnectorBase_V1:
     def __init__(self, vllm_config, role, kv_cache_config):
+        self._vllm_config = vllm_config
         self._kv_cache_config = kv_cache_config
         self.role = role
         self._connector_metadata = None

@@ -12,8 +12,8 @@ from portakv.integrations.checks import (
     Findings,
     check_places,
     check_release,
-    other_values,
     unknown_keys,
+    wrong_values,
 )
 from portakv.serving.local import StoreTerms, check_names
 from portakv.serving.pages import PageSize, sizes_in
@@ -102,13 +102,10 @@ def findings_of(config: Mapping[str, Any]) -> Findings:
     findings = Findings()
     findings.errors += unknown_keys(config, (*KEYS, *COMMON_KEYS), "LMCache's plugin adapter")
     expected = {"type": ["plugin"], "module_path": [MODULE], "class_name": [CLASS]}
-    findings.errors += other_values(config, expected)
+    findings.errors += wrong_values(config, expected)
+    findings.errors += wrong_values(config, {"adapter_params": [dict]}, optional=True)
     params = config.get("adapter_params", {})
-    if not isinstance(params, Mapping):
-        findings.errors.append(
-            f"Expected an object for adapter_params, got {params!r}. Correct it."
-        )
-    else:
+    if isinstance(params, Mapping):
         with findings.catching("adapter_params"):
             terms = terms_of(params)
             check_places(terms, findings, "adapter_params")

@@ -12,7 +12,6 @@ from math import prod
 from typing import Any, NamedTuple, SupportsInt, TypeAlias
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
 from portakv import Index, KVView, LayoutError, Unsupported
@@ -70,14 +69,6 @@ class Format(NamedTuple):
         return self.layout.rpartition(" | ")[2]
 
 
-class Memory(NamedTuple):
-    """The tensor at an address; ``strides`` count elements, None: contiguous."""
-
-    shape: tuple[int, ...]
-    strides: tuple[int, ...] | None
-    dtype: torch.dtype
-
-
 class Pool(NamedTuple):
     """The shape of caches that are passed by addresses.
 
@@ -97,8 +88,9 @@ class Pool(NamedTuple):
     row: int
     step: int = 0
 
-    def memory(self, dims: str) -> Memory:
-        """Return the memory of a tensor of bytes with these dimensions."""
+    def memory(self, dims: str) -> tuple[tuple[int, ...], tuple[int, ...] | None]:
+        """Return the shape of a tensor of bytes with these dimensions, and its strides; None: it is
+        contiguous."""
         sizes = {"layer": self.layers, "kv": 2, "block": self.blocks, "token": self.block_size}
         sizes |= {"head": self.heads, "dim": self.row, "1": 1}
         sizes["slots"] = max(self.blocks * self.block_size, -1)
@@ -110,23 +102,9 @@ class Pool(NamedTuple):
             )
         shape = tuple(sizes[each] for each in names)
         if not self.step or names[0] != "block":
-            return Memory(shape, None, torch.uint8)
+            return shape, None
         inner = (prod(shape[at + 1 :]) for at in range(1, len(shape)))
-        return Memory(shape, (self.step, *inner), torch.uint8)
-
-
-class _Addressed(NamedTuple):
-    """Caches that are known by addresses.
-
-    Attributes:
-        at: the addresses, or a table of them on a device.
-        memory: the tensor at each address.
-        version: differs after torch wrote to a table on a device.
-    """
-
-    at: tuple[int, ...] | torch.Tensor
-    memory: Memory
-    version: Hashable
+        return shape, (self.step, *inner)
 
 
 def pool_of(desc: ShapeDesc) -> Pool:
@@ -183,59 +161,68 @@ def caches_of(
             f"Expected a table of addresses, or tensors, of at least one layer for LMCache's "
             f"format {form.number}, got {caches!r}. Pass the caches."
         )
-    addressed = _addressed(form, caches, pool)
-    if addressed is None:
-        leaves = _leaves(form, caches)
-        kinds = {(x.shape, x.stride(), x.dtype) for x in leaves}
-        first = _like(leaves[0], form.dims, pool)
-        if device.type in NO_ADDRESSES or len(kinds) > 1:
-            shaped = [_like(x, form.dims, pool) for x in leaves]
-            extents = _extents(form, first.shape, first.dtype, pool.block_size)
-            tensors: Any = shaped if form.containers else first
-            if "kv" in form.containers:
-                by_plane = form.containers == "kv layer"
-                inner = len(shaped) // 2 if by_plane else len(caches[0])
-                tensors = [shaped[at : at + inner] for at in range(0, len(shaped), inner)]
-                extents["kv"] = 2 if by_plane else inner
-            return KVView(tensors, form.layout, **extents, reinterpret=True)
-        memory = Memory(tuple(first.shape), first.stride(), first.dtype)
-        addressed = _Addressed(tuple(x.data_ptr() for x in leaves), memory, 0)
-    return _view(form, addressed, pool.block_size, device)
-
-
-def _addressed(form: Format, caches: Caches, pool: Pool) -> _Addressed | None:
-    """Return caches that were passed by addresses; None for tensors."""
+    version: Hashable = 0
+    at: tuple[int, ...] | torch.Tensor | None = None
     if isinstance(caches, torch.Tensor):
-        if caches.dim() != 1 or caches.dtype not in _WORDS:
-            return None
-        memory = pool.memory(form.dims)
-        if caches.is_cpu:
-            return _Addressed(tuple(caches.tolist()), memory, 0)
+        if caches.dim() == 1 and caches.dtype in _WORDS:
+            at = tuple(caches.tolist()) if caches.is_cpu else caches
+    elif isinstance(caches[0], int):
+        at = tuple(caches)
+    if isinstance(at, torch.Tensor):
         # Torch does not count writes to an inference tensor, so its view is never reused.
-        version = object() if caches.is_inference() else caches._version
-        return _Addressed(caches, memory, version)
-    if isinstance(caches[0], int):
-        return _Addressed(tuple(caches), pool.memory(form.dims), 0)
-    return None
+        version = object() if at.is_inference() else at._version
+    if at is not None:
+        shape, strides = pool.memory(form.dims)
+        return _view(form, at, version, shape, strides, torch.uint8, pool.block_size, device)
+
+    leaves = _leaves(form, caches)
+    kinds = {(x.shape, x.stride(), x.dtype) for x in leaves}
+    first = _like(leaves[0], form.dims, pool)
+    if device.type in NO_ADDRESSES or len(kinds) > 1:
+        shaped = [_like(x, form.dims, pool) for x in leaves]
+        extents = _extents(form, first.shape, first.dtype, pool.block_size)
+        tensors: Any = shaped if form.containers else first
+        if "kv" in form.containers:
+            by_plane = form.containers == "kv layer"
+            inner = len(shaped) // 2 if by_plane else len(caches[0])
+            tensors = [shaped[x : x + inner] for x in range(0, len(shaped), inner)]
+            extents["kv"] = 2 if by_plane else inner
+        return KVView(tensors, form.layout, **extents, reinterpret=True)
+    addresses = tuple(x.data_ptr() for x in leaves)
+    memory = (tuple(first.shape), first.stride(), first.dtype)
+    return _view(form, addresses, version, *memory, pool.block_size, device)
 
 
 @lru_cache(_CACHED)
-def _view(form: Format, addressed: _Addressed, block_size: int, device: torch.device) -> KVView:
-    """Return the view of caches at addresses."""
-    at: tuple[int, ...] | torch.Tensor | npt.NDArray[np.int64] = addressed.at
+def _view(
+    form: Format,
+    at: tuple[int, ...] | torch.Tensor,
+    version: Hashable,
+    shape: tuple[int, ...],
+    strides: tuple[int, ...] | None,
+    dtype: torch.dtype,
+    block_size: int,
+    device: torch.device,
+) -> KVView:
+    """Return the view of caches at addresses.
+
+    Args:
+        at: the addresses, or a table of them on a device.
+        version: differs after torch wrote to a table on a device.
+        shape, strides, dtype: of the tensor at each address; strides None: contiguous.
+    """
+    addresses: Any = at
     if "kv" in form.containers:
-        shape = (2, -1) if form.containers == "kv layer" else (-1, 2)
-        at = at.view(shape) if isinstance(at, torch.Tensor) else np.array(at).reshape(shape)
-    memory = addressed.memory
-    extents = _extents(form, memory.shape, memory.dtype, block_size)
+        planes = (2, -1) if form.containers == "kv layer" else (-1, 2)
+        addresses = at.view(planes) if isinstance(at, torch.Tensor) else np.reshape(at, planes)
     return KVView.at(
-        at,
+        addresses,
         form.layout,
-        shape=memory.shape,
-        strides=memory.strides,
-        dtype=memory.dtype,
+        shape=shape,
+        strides=strides,
+        dtype=dtype,
         device=device,
-        **extents,
+        **_extents(form, shape, dtype, block_size),
         reinterpret=True,
     )
 
@@ -278,7 +265,7 @@ def _like(tensor: torch.Tensor, dims: str, pool: Pool) -> torch.Tensor:
         return tensor
     if tensor.dim() > len(names):
         return tensor.flatten(len(names) - 1)
-    return tensor.view(torch.uint8).view(pool.memory(dims).shape)
+    return tensor.view(torch.uint8).view(pool.memory(dims)[0])
 
 
 # --- Views of memory objects ----------------------------------------------------------------------

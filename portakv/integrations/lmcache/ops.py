@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Sequence
-from functools import cache
+from functools import cache, cached_property
 from itertools import groupby
 from typing import Any, NamedTuple, SupportsInt
 
@@ -58,11 +58,6 @@ H2D = 0
 D2H = 1
 
 
-#: Options, with the errors that an op detects late, such as a bad id on a device, by thread. The
-#: next op of the same thread raises them, because an op of another thread has other caches.
-_late = threading.local()
-
-
 @cache
 def terms() -> dict[str, Any]:
     """Return the terms for copies between a device and the host, from the user's variables.
@@ -83,13 +78,26 @@ def terms() -> dict[str, Any]:
     return chosen
 
 
-def _options(across: bool) -> CopyOptions:
-    """Return this thread's options, made once; ``across``: between a device and the host."""
-    known: dict[bool, CopyOptions] = vars(_late).setdefault("options", {})
-    if across not in known:
-        late = vars(_late).setdefault("errors", LateErrors())
-        known[across] = CopyOptions(late=late, **(terms() if across else {}))
-    return known[across]
+class _Options(threading.local):
+    """The options of the copies of a thread, with the errors that an op detects late, such as a bad
+    id on a device. The next op of the same thread raises them, because an op of another thread has
+    other caches.
+
+    Attributes:
+        inside: for copies in the memory of one device.
+    """
+
+    def __init__(self) -> None:
+        self._late = LateErrors()
+        self.inside = CopyOptions(late=self._late)
+
+    @cached_property
+    def across(self) -> CopyOptions:
+        """Return the options for copies between a device and the host. Raises as `terms`."""
+        return CopyOptions(late=self._late, **terms())
+
+
+_options = _Options()
 
 
 def is_store(direction: SupportsInt | str) -> bool:
@@ -123,7 +131,7 @@ def move(
     """
     if count <= 0:
         return
-    options = _options(across=caches.device != chunk.device)
+    options = _options.inside if caches.device == chunk.device else _options.across
     if store:
         transfer = copy_rows(caches, chunk, ids, positions, count=count, options=options)
     else:

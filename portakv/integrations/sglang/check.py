@@ -4,11 +4,16 @@ imported."""
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from portakv.integrations.checks import Findings, check_places, check_release, other_values
+from portakv.integrations.checks import (
+    Findings,
+    check_places,
+    check_release,
+    unknown_keys,
+    wrong_values,
+)
 from portakv.integrations.sglang.pools import EXTRA, HOOKS, terms_of
 
 MODULE = "portakv.integrations.sglang_hicache"
@@ -61,11 +66,8 @@ def hicache_findings_of(config: Mapping[str, Any]) -> Findings:
 
 def _wrong_keys(config: Mapping[str, Any]) -> Iterator[str]:
     """Yield a sentence for each key that is wrong."""
-    for name in config:
-        near = difflib.get_close_matches(name, KEYS, n=1)
-        if name not in KEYS and near:
-            yield f"Expected a key of SGLang's, got {name!r}. Did you mean {near[0]}? Correct it."
-    yield from other_values(config, {"module_path": [MODULE], "class_name": [CLASS]})
+    yield from unknown_keys(config, KEYS, "SGLang's", misspelt=True)
+    yield from wrong_values(config, {"module_path": [MODULE], "class_name": [CLASS]})
     if not config.get("backend_name"):
         yield "Expected backend_name, a name for SGLang's log, got none. Add it."
     if config.get("tp_lcm_size"):

@@ -73,7 +73,6 @@ class PortaKVStorage(HiCacheStorage):  # type: ignore[misc]
     def __init__(self, storage_config: Any, kwargs: object = None) -> None:
         self._settings: Settings = settings_of(storage_config)
         self._pools = dict[str, PoolPages]()
-        self._kv: PagePool | None = None  # the pages of KV, in place or as SGLang's copies
         self._store: PageStore | ServerPageStore | None = None
 
     # --- host pools
@@ -96,10 +95,8 @@ class PortaKVStorage(HiCacheStorage):  # type: ignore[misc]
         known = self._pools.get(name)
         if known is not None and known.pool is pool:
             return
-        made = PoolPages(pool, name, self._settings.ranks_of(name))
-        self._pools[name] = made
-        if name == KV:
-            self._kv = made.pages if self._settings.in_place else made.copies()
+        copied = name == KV and not self._settings.in_place
+        self._pools[name] = PoolPages(pool, name, self._settings.ranks_of(name), copied)
         if self._store is not None:
             self.close()
             self._open()
@@ -108,9 +105,7 @@ class PortaKVStorage(HiCacheStorage):  # type: ignore[misc]
         """Open the store if there are pools, and it is not open."""
         if self._store is not None or not self._pools:
             return
-        pools = [each.pages for name, each in self._pools.items() if name != KV]
-        if self._kv is not None:
-            pools.append(self._kv)
+        pools = [each.pages for each in self._pools.values()]
         sizes = [*dict.fromkeys(pool.size for pool in pools)]
         store = page_store(self._settings.store, self._settings.model, sizes)
         for pool in pools:
@@ -272,9 +267,9 @@ class PortaKVStorage(HiCacheStorage):  # type: ignore[misc]
 
     def _copied(self, keys: list[str], pages: Sequence[torch.Tensor], saves: bool) -> list[bool]:
         """Store pages from memory, or load them into it; memory of another size is left out."""
-        kv = self._kv
-        if kv is None or self._settings.in_place:
+        if KV not in self._pools or self._settings.in_place:
             return [False] * len(keys)
+        kv: PagePool = self._pools[KV].pages
         fit = [_fits(page, kv.size.nbytes) for page in pages]
         names = [name for name, fits in zip(_names(keys), fit, strict=True) if fits]
         places = [[page.data_ptr()] for page, fits in zip(pages, fit, strict=True) if fits]
@@ -283,7 +278,7 @@ class PortaKVStorage(HiCacheStorage):  # type: ignore[misc]
         return [fits and next(done) for fits in fit]
 
     def _leading(self, keys: list[str]) -> int:
-        return 0 if self._kv is None else self._kv.lookup(_names(keys))
+        return self._pools[KV].pages.lookup(_names(keys)) if KV in self._pools else 0
 
     def _restorable(self, keys: list[str], transfers: Sequence[Any]) -> Any:
         """Return how many leading pages can be restored, and each number that can be."""

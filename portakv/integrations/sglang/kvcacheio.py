@@ -36,10 +36,11 @@ from __future__ import annotations
 
 import os
 import weakref
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from functools import wraps
+from inspect import Parameter, Signature
 from math import prod
-from typing import Concatenate, NamedTuple, ParamSpec
+from typing import Any, Concatenate, NamedTuple, ParamSpec
 
 import torch
 
@@ -131,7 +132,7 @@ def _cached(
 
 
 def _view(
-    addresses: Sequence[Sequence[int]],
+    addresses: Sequence[int] | Sequence[Sequence[int]],
     layout: str,
     shape: Sequence[int],
     strides: Sequence[int] | None,
@@ -140,11 +141,10 @@ def _view(
 ) -> KVView:
     """Return a view of bytes.
 
-    ``addresses`` has a list for each pool: an address for each layer, or one address.
+    ``addresses`` has one for each pool, or a list with one for each of its layers.
     """
-    has_one_address = layout.startswith("kv |")
     return KVView.at(
-        [each[0] for each in addresses] if has_one_address else addresses,
+        addresses,
         layout,
         shape=shape,
         strides=strides,
@@ -156,27 +156,21 @@ def _view(
 
 
 @_cached
-def rows(
-    pools: Tensors, item: int, pitch: int, *, layer: int = 0, layers: int = 0, heads: int = 1
-) -> KVView:
-    """Return contiguous pools as tokens that lie ``pitch`` bytes apart.
+def rows(pools: Tensors, item: int, pitch: int, layer: int, layers: int, heads: int) -> KVView:
+    """Return ``layers`` layers, from ``layer``, of contiguous pools of tokens.
 
     Args:
         pools: the pool of keys and the pool of values, or one pool.
         item: bytes of one token in one layer.
         pitch: bytes from a token to the next.
-        layer: the layer to read, if ``layers`` is 0.
-        layers: the number of layers, from layer 0; 0: only ``layer``.
+        layer, layers: the first layer, and the number of layers.
         heads: the number of heads in an item.
     """
-    tokens = _count(pools, pitch, item, layer + max(layers, 1), heads)
+    tokens = _count(pools, pitch, item, layer + layers, heads)
     width = item // heads
-    if not layers:
-        one_layer = (tokens, heads, width)
-        strides = (pitch, width, 1)
-        return _in_pools(pools, "kv | token head dim", one_layer, strides, layer * item)
-    all_layers = (tokens, layers, heads, width)
-    return _in_pools(pools, "kv | token layer head dim", all_layers, (pitch, item, width, 1))
+    shape = (tokens, layers, heads, width)
+    strides = (pitch, item, width, 1)
+    return _in_pools(pools, "kv | token layer head dim", shape, strides, layer * item)
 
 
 @_cached
@@ -264,7 +258,7 @@ def _in_pools(
     pools: Tensors, layout: str, shape: Sequence[int], strides: Sequence[int], offset: int = 0
 ) -> KVView:
     """Return bytes of pools of one shape, each from ``offset`` bytes after its first byte."""
-    addresses = [[each.data_ptr() + offset] for each in pools]
+    addresses = [each.data_ptr() + offset for each in pools]
     return _view(addresses, layout, shape, strides, pools[0].device, _pinned(pools))
 
 
@@ -380,192 +374,124 @@ _WARPS = 16 if _is_hip else 32
 _QUOTA = 2  # the default of SGLang's functions
 
 
-@typed
-def transfer_kv_per_layer(
-    src_k: torch.Tensor,
-    dst_k: torch.Tensor,
-    src_v: torch.Tensor,
-    dst_v: torch.Tensor,
-    src_indices: torch.Tensor,
-    dst_indices: torch.Tensor,
-    item_size: int,
-    block_quota: int = 2,
-    num_warps_per_block: int = _WARPS,
-) -> None:
-    """Copy one layer, lf to lf."""
-    src, dst = (rows(each, item_size, item_size) for each in ((src_k, src_v), (dst_k, dst_v)))
-    copy_tokens(src, dst, src_indices, dst_indices, block_quota)
+# --- Functions of kernels -------------------------------------------------------------------------
 
 
-@typed
-def transfer_kv_per_layer_pf_lf(
-    src_k: torch.Tensor,
-    dst_k: torch.Tensor,
-    src_v: torch.Tensor,
-    dst_v: torch.Tensor,
-    src_indices: torch.Tensor,
-    dst_indices: torch.Tensor,
-    layer_id: int,
-    item_size: int,
-    src_layout_dim: int,
-    block_quota: int = 2,
-    num_warps_per_block: int = _WARPS,
-) -> None:
-    """Copy one layer, pf to lf."""
-    src = rows((src_k, src_v), item_size, src_layout_dim, layer=layer_id)
-    dst = rows((dst_k, dst_v), item_size, item_size)
-    copy_tokens(src, dst, src_indices, dst_indices, block_quota)
+def _transfer(name: str, pools: str, sizes: str, quota: int | None = _QUOTA) -> Callable[..., None]:
+    """Return one of SGLang's functions that copy tokens by kernels.
+
+    Args:
+        name: its name.
+        pools: the names of its pools: a source, its destination, and so on. A table of addresses,
+            whose name ends in ``_layers``, names the layers of a pool.
+        sizes: the names of its sizes, which come after the ids of both sides.
+        quota: the default of ``block_quota``.
+    """
+    made = [(pool, "torch.Tensor") for pool in (*pools.split(), "src_indices", "dst_indices")]
+    made += [(size, "int") for size in sizes.split()]
+    made.append(("block_quota", "int" if quota else "int | None"))
+    made.append(("num_warps_per_block", "int"))
+    names = [each for each, _ in made]
+    defaults = {"block_quota": quota, "num_warps_per_block": _WARPS}
+    signature = Signature(
+        [
+            Parameter(
+                each,
+                Parameter.POSITIONAL_OR_KEYWORD,
+                default=defaults.get(each, Parameter.empty),
+                annotation=kind,
+            )
+            for each, kind in made
+        ],
+        return_annotation="None",
+    )
+    sources = pools.split()[::2]
+    destinations = pools.split()[1::2]
+
+    def transfer(*args: Any, **named: Any) -> None:
+        passed = dict(zip(names, args, strict=False)) | named
+        given = defaults | passed
+        if len(passed) < len(args) + len(named) or given.keys() != signature.parameters.keys():
+            signature.bind(*args, **named)  # raises TypeError as Python does
+        src = _side(sources, given, given.get("src_layout_dim"))
+        dst = _side(destinations, given, given.get("dst_layout_dim"))
+        blocks = _block_quota(given["block_quota"])
+        copy_tokens(src, dst, given["src_indices"], given["dst_indices"], blocks)
+
+    transfer.__name__ = transfer.__qualname__ = name
+    transfer.__signature__ = signature  # type: ignore[attr-defined]
+    return typed(transfer)
 
 
-@typed
-def transfer_kv_per_layer_ph_lf(
-    src_k: torch.Tensor,
-    dst_k: torch.Tensor,
-    src_v: torch.Tensor,
-    dst_v: torch.Tensor,
-    src_indices: torch.Tensor,
-    dst_indices: torch.Tensor,
-    layer_id: int,
-    item_size: int,
-    src_layout_dim: int,
-    page_size: int,
-    head_num: int,
-    block_quota: int = 2,
-    num_warps_per_block: int = _WARPS,
-) -> None:
-    """Copy one layer, ph to lf."""
-    src = page_head((src_k, src_v), item_size, src_layout_dim, page_size, head_num, layer_id, 1)
-    dst = rows((dst_k, dst_v), item_size, item_size, heads=head_num)
-    copy_tokens(src, dst, src_indices, dst_indices, block_quota)
+def _side(pools: Sequence[str], given: Mapping[str, Any], pitch: int | None) -> KVView:
+    """Return the view of one side of a copy.
+
+    Args:
+        pools: the names of its pools.
+        given: the arguments, by name.
+        pitch: bytes from a token to the next, of all layers; None: a pool has one layer.
+    """
+    tensors = tuple(given[pool] for pool in pools)
+    item = given["item_size"]
+    heads = given.get("head_num", 1)
+    layer = given.get("layer_id", 0)
+    layers = given.get("num_layers", 1)
+    if pools[0].endswith("_layers"):
+        return listed(tensors, item, layers, heads)
+    if pitch is None:
+        return rows(tensors, item, item, 0, 1, heads)
+    if "page_size" in given:
+        return page_head(tensors, item, pitch, given["page_size"], heads, layer, layers)
+    return rows(tensors, item, pitch, layer, layers, heads)
 
 
-@typed
-def transfer_kv_all_layer(
-    src_k_layers: torch.Tensor,
-    dst_k_layers: torch.Tensor,
-    src_v_layers: torch.Tensor,
-    dst_v_layers: torch.Tensor,
-    src_indices: torch.Tensor,
-    dst_indices: torch.Tensor,
-    item_size: int,
-    num_layers: int,
-    block_quota: int = 2,
-    num_warps_per_block: int = _WARPS,
-) -> None:
-    """Copy all layers, lf to lf. Tables of addresses name the layers of both sides."""
-    src = listed((src_k_layers, src_v_layers), item_size, num_layers)
-    dst = listed((dst_k_layers, dst_v_layers), item_size, num_layers)
-    copy_tokens(src, dst, src_indices, dst_indices, block_quota)
-
-
-@typed
-def transfer_kv_all_layer_lf_pf(
-    src_k_layers: torch.Tensor,
-    dst_k: torch.Tensor,
-    src_v_layers: torch.Tensor,
-    dst_v: torch.Tensor,
-    src_indices: torch.Tensor,
-    dst_indices: torch.Tensor,
-    item_size: int,
-    dst_layout_dim: int,
-    num_layers: int,
-    block_quota: int = 2,
-    num_warps_per_block: int = _WARPS,
-) -> None:
-    """Copy all layers, lf to pf. Tables of addresses name the layers of the source."""
-    src = listed((src_k_layers, src_v_layers), item_size, num_layers)
-    dst = rows((dst_k, dst_v), item_size, dst_layout_dim, layers=num_layers)
-    copy_tokens(src, dst, src_indices, dst_indices, block_quota)
-
-
-@typed
-def transfer_kv_all_layer_lf_ph(
-    src_k_layers: torch.Tensor,
-    dst_k: torch.Tensor,
-    src_v_layers: torch.Tensor,
-    dst_v: torch.Tensor,
-    src_indices: torch.Tensor,
-    dst_indices: torch.Tensor,
-    item_size: int,
-    dst_layout_dim: int,
-    num_layers: int,
-    page_size: int,
-    head_num: int,
-    block_quota: int = 2,
-    num_warps_per_block: int = _WARPS,
-) -> None:
-    """Copy all layers, lf to ph. Tables of addresses name the layers of the source."""
-    src = listed((src_k_layers, src_v_layers), item_size, num_layers, head_num)
-    both = dst_k, dst_v
-    dst = page_head(both, item_size, dst_layout_dim, page_size, head_num, 0, num_layers)
-    copy_tokens(src, dst, src_indices, dst_indices, block_quota)
-
-
-@typed
-def transfer_kv_per_layer_mla(
-    src: torch.Tensor,
-    dst: torch.Tensor,
-    src_indices: torch.Tensor,
-    dst_indices: torch.Tensor,
-    item_size: int,
-    block_quota: int | None = None,
-    num_warps_per_block: int = _WARPS,
-) -> None:
-    """Copy one layer of one pool, lf to lf."""
-    one, other = (rows((each,), item_size, item_size) for each in (src, dst))
-    copy_tokens(one, other, src_indices, dst_indices, _mla_block_quota(block_quota))
-
-
-@typed
-def transfer_kv_per_layer_mla_pf_lf(
-    src: torch.Tensor,
-    dst: torch.Tensor,
-    src_indices: torch.Tensor,
-    dst_indices: torch.Tensor,
-    layer_id: int,
-    item_size: int,
-    src_layout_dim: int,
-    block_quota: int | None = None,
-    num_warps_per_block: int = _WARPS,
-) -> None:
-    """Copy one layer of one pool, pf to lf."""
-    whole = rows((src,), item_size, src_layout_dim, layer=layer_id)
-    one = rows((dst,), item_size, item_size)
-    copy_tokens(whole, one, src_indices, dst_indices, _mla_block_quota(block_quota))
-
-
-@typed
-def transfer_kv_all_layer_mla(
-    src_layers: torch.Tensor,
-    dst_layers: torch.Tensor,
-    src_indices: torch.Tensor,
-    dst_indices: torch.Tensor,
-    item_size: int,
-    num_layers: int,
-    block_quota: int = 2,
-    num_warps_per_block: int = _WARPS,
-) -> None:
-    """Copy all layers of one pool, lf to lf. A table of addresses names the layers of each side."""
-    src, dst = (listed((each,), item_size, num_layers) for each in (src_layers, dst_layers))
-    copy_tokens(src, dst, src_indices, dst_indices, block_quota)
-
-
-@typed
-def transfer_kv_all_layer_mla_lf_pf(
-    src_layers: torch.Tensor,
-    dst: torch.Tensor,
-    src_indices: torch.Tensor,
-    dst_indices: torch.Tensor,
-    item_size: int,
-    dst_layout_dim: int,
-    num_layers: int,
-    block_quota: int = 2,
-    num_warps_per_block: int = _WARPS,
-) -> None:
-    """Copy all layers of one pool, lf to pf. A table of addresses names the source's layers."""
-    lists = listed((src_layers,), item_size, num_layers)
-    whole = rows((dst,), item_size, dst_layout_dim, layers=num_layers)
-    copy_tokens(lists, whole, src_indices, dst_indices, block_quota)
+_PAIR = "src_k dst_k src_v dst_v"
+transfer_kv_per_layer = _transfer("transfer_kv_per_layer", _PAIR, "item_size")
+"""Copy one layer, lf to lf."""
+transfer_kv_per_layer_pf_lf = _transfer(
+    "transfer_kv_per_layer_pf_lf", _PAIR, "layer_id item_size src_layout_dim"
+)
+"""Copy one layer, pf to lf."""
+transfer_kv_per_layer_ph_lf = _transfer(
+    "transfer_kv_per_layer_ph_lf",
+    _PAIR,
+    "layer_id item_size src_layout_dim page_size head_num",
+)
+"""Copy one layer, ph to lf."""
+transfer_kv_all_layer = _transfer(
+    "transfer_kv_all_layer",
+    "src_k_layers dst_k_layers src_v_layers dst_v_layers",
+    "item_size num_layers",
+)
+"""Copy all layers, lf to lf. Tables of addresses name the layers of both sides."""
+transfer_kv_all_layer_lf_pf = _transfer(
+    "transfer_kv_all_layer_lf_pf",
+    "src_k_layers dst_k src_v_layers dst_v",
+    "item_size dst_layout_dim num_layers",
+)
+"""Copy all layers, lf to pf. Tables of addresses name the layers of the source."""
+transfer_kv_all_layer_lf_ph = _transfer(
+    "transfer_kv_all_layer_lf_ph",
+    "src_k_layers dst_k src_v_layers dst_v",
+    "item_size dst_layout_dim num_layers page_size head_num",
+)
+"""Copy all layers, lf to ph. Tables of addresses name the layers of the source."""
+transfer_kv_per_layer_mla = _transfer("transfer_kv_per_layer_mla", "src dst", "item_size", None)
+"""Copy one layer of one pool, lf to lf."""
+transfer_kv_per_layer_mla_pf_lf = _transfer(
+    "transfer_kv_per_layer_mla_pf_lf", "src dst", "layer_id item_size src_layout_dim", None
+)
+"""Copy one layer of one pool, pf to lf."""
+transfer_kv_all_layer_mla = _transfer(
+    "transfer_kv_all_layer_mla", "src_layers dst_layers", "item_size num_layers"
+)
+"""Copy all layers of one pool, lf to lf. A table of addresses names the layers of each side."""
+transfer_kv_all_layer_mla_lf_pf = _transfer(
+    "transfer_kv_all_layer_mla_lf_pf",
+    "src_layers dst",
+    "item_size dst_layout_dim num_layers",
+)
+"""Copy all layers of one pool, lf to pf. A table of addresses names the source's layers."""
 
 
 @typed
@@ -737,7 +663,7 @@ def copy_to_gpu_no_ce(input: torch.Tensor, output: torch.Tensor) -> None:
     small.to_device(input, out=output)
 
 
-def _mla_block_quota(requested: int | None) -> int:
+def _block_quota(requested: int | None) -> int:
     """Return ``requested``, or SGLang's default if it is None."""
     default = 16 if _is_hip else _QUOTA
     if requested is not None:

@@ -205,8 +205,10 @@ class PoolPages:
         pool: a host pool of SGLang.
         name: of the pool.
         ranks: the processes whose pages these are.
+        copied: SGLang copies the pages itself, and the copies are stored. They may have other bytes
+            than the pages in place.
 
-    Raises `IntegrationError` for a pool that has no pages.
+    Raises `IntegrationError` for a pool that has no pages, or whose pages SGLang does not copy.
 
     Attributes:
         pool: the host pool.
@@ -214,7 +216,7 @@ class PoolPages:
         identity: what fixes the bytes of a page.
     """
 
-    def __init__(self, pool: HostPool, name: str, ranks: str) -> None:
+    def __init__(self, pool: HostPool, name: str, ranks: str, copied: bool = False) -> None:
         self.pool = pool
         if getattr(pool, "shard_size", 1) > 1:
             raise IntegrationError(
@@ -222,25 +224,20 @@ class PoolPages:
                 f"divided among {getattr(pool, 'shard_size', 1)} ranks. Turn that off."
             )
         in_place = _pieces_in_place(pool)
-        self._pieces = in_place or _pieces_of_copies(pool, name)
-        self._in_place = in_place is not None
         facts = [f"{each}={getattr(pool, each)}" for each in ATTRIBUTES if hasattr(pool, each)]
-        kind = "in place" if self._in_place else "copies"
+        kind = "in place" if in_place else "copies"
         self.identity = f"{name} {type(pool).__name__} {kind} {ranks} {' '.join(facts)}"
+        if copied:
+            self.identity += " of SGLang's copies"
+            in_place = None
+        self._in_place = in_place is not None
+        self._pieces = in_place or _pieces_of_copies(pool, name)
         try:
             self.pages = PagePool(self._pieces, self.identity.encode())
         except InvalidTerms:  # pieces with no common length
             self._in_place = False
             self._pieces = _pieces_of_copies(pool, name)
             self.pages = PagePool(self._pieces, self.identity.encode() + b" as copies")
-
-    def copies(self) -> PagePool:
-        """Return the pages as SGLang copies them, which may have other bytes than those in place.
-
-        Raises `IntegrationError` for a pool that SGLang does not copy.
-        """
-        sizes = _pieces_of_copies(self.pool, "kv")
-        return PagePool(sizes, self.identity.encode() + b" of SGLang's copies")
 
     def save(self, keys: Sequence[bytes], indices: torch.Tensor, after: bytes | None) -> Mask:
         """Store the pages at the indices of their tokens; return which of them are stored."""

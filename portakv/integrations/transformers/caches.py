@@ -554,17 +554,14 @@ def _changes(keys: torch.Tensor | None, values: torch.Tensor | None) -> tuple[in
     It counts none of a tensor that was made in inference mode. `PortaKVLayer.update` returns no
     such tensor, and other code gets one only from `PortaKVLayer._exposed`.
     """
-    of_keys = 0 if keys is None or keys.is_inference() else keys._version
-    of_values = 0 if values is None or values.is_inference() else values._version
-    return of_keys, of_values
+    keys_and_values = (keys, values)
+    counts = [0 if x is None or x.is_inference() else x._version for x in keys_and_values]
+    return counts[0], counts[1]
 
 
 def _fits(rows: torch.Tensor, memory: torch.Tensor) -> bool:
     """Return True if the memory, with capacity for more tokens, has room for rows."""
-    batch, heads, tokens, dim = rows.shape
-    of_batch, of_heads, capacity, of_dim = memory.shape
-    is_alike = (batch, heads, dim, rows.dtype) == (of_batch, of_heads, of_dim, memory.dtype)
-    return is_alike and tokens <= capacity
+    return rows.dtype == memory.dtype and memory[:, :, : rows.shape[2]].shape == rows.shape
 
 
 def _references(pair: tuple[object, object]) -> int:

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import fields
 from math import inf
 from typing import Any, NamedTuple
 
@@ -22,8 +21,8 @@ from portakv.integrations.checks import (
     check_space,
     gib,
     means_ours,
-    other_values,
     unknown_keys,
+    wrong_values,
 )
 from portakv.integrations.interfaces import lacks, names_in
 from portakv.integrations.vllm.caches import (
@@ -46,8 +45,8 @@ CONNECTOR = "PortaKVConnector"
 MODULE = "portakv.integrations.vllm_connector"
 #: What has the keys of vLLM's configuration.
 OWNER = "vLLM's KVTransferConfig"
-#: The types of the values, as vLLM reads them from JSON.
-TYPES: dict[str, tuple[type | None, ...]] = {
+#: The types and the values of keys that vLLM reads from JSON.
+VALUES: dict[str, tuple[Any, ...]] = {
     "kv_connector": (str, None),
     "engine_id": (str, None),
     "kv_connector_module_path": (str, None),
@@ -59,19 +58,9 @@ TYPES: dict[str, tuple[type | None, ...]] = {
     "kv_buffer_size": (int, float),
     "enable_permute_local_kv": (bool,),
     "kv_connector_extra_config": (dict,),
+    "kv_load_failure_policy": ("fail", "recompute"),
 }
-KEYS = (*TYPES, "kv_role", "kv_load_failure_policy")
-#: The names of types in JSON.
-JSON_TYPES: dict[type | None, str] = {
-    str: "a text",
-    int: "a whole number",
-    float: "a number",
-    bool: "true or false",
-    dict: "an object",
-    None: "null",
-}
-#: What vLLM does with a request whose load has failed.
-POLICIES = ("fail", "recompute")
+KEYS = (*VALUES, "kv_role")
 #: The class of vLLM with the keys. Releases differ in them.
 FIELDS = "vllm.config.kv_transfer:KVTransferConfig"
 #: The tokens of a block that vLLM may choose without ``--block-size``.
@@ -113,7 +102,7 @@ def findings_of(
     """
     findings = Findings(errors=errors_of_keys(config))
     expected = {"kv_connector": [CONNECTOR], "kv_connector_module_path": [MODULE]}
-    findings.errors += other_values(config, expected | {"kv_role": [*ROLES]})
+    findings.errors += wrong_values(config, expected | {"kv_role": [*ROLES]})
     if not findings.errors and config.get("kv_load_failure_policy", "fail") != "recompute":
         findings.warnings.append(
             "kv_load_failure_policy is not 'recompute': a stored block that is damaged, or was "
@@ -137,23 +126,9 @@ def findings_of(
     return findings
 
 
-def wrong_values(config: Mapping[str, Any]) -> Iterator[str]:
-    """Yield a sentence for each value that vLLM's KVTransferConfig refuses, of any connector."""
-    for name, types in TYPES.items():
-        value = config.get(name)
-        kind = None if value is None else type(value)
-        if name in config and kind not in types:
-            expected = " or ".join(JSON_TYPES[each] for each in types)
-            yield f"Expected {name} to be {expected}, got {value!r}. Correct it."
-    policy = config.get("kv_load_failure_policy", "fail")
-    if policy not in POLICIES:
-        expected = " or ".join(map(repr, POLICIES))
-        yield f"Expected kv_load_failure_policy to be {expected}, got {policy!r}. Correct it."
-
-
 def errors_of_keys(config: Mapping[str, Any]) -> list[str]:
     """Return what is wrong with the keys that every connector of vLLM has, and their values."""
-    wrong = [*unknown_keys(config, KEYS, OWNER), *wrong_values(config)]
+    wrong = [*unknown_keys(config, KEYS, OWNER), *wrong_values(config, VALUES, optional=True)]
     if not lacks([FIELDS]):  # vLLM is installed
         wrong += [
             f"Expected keys of the installed vLLM's KVTransferConfig, got {name!r}, which other "
@@ -352,12 +327,8 @@ def _check_sizes(terms: StoreTerms, sizes: Sizes, size: int, findings: Findings)
 # ------------------------------------------------------------------------------------------------
 # vLLM's OffloadingConnector with PortaKV's worker or tier.
 
-#: Terms of `StoreTerms` that a tier of chunks does not have, and what to do.
-TIER_OTHERS = {
-    "block_size": "Leave it out.",
-    "by_layer": "Leave it out.",
-    "encoding": "Leave it out.",
-}
+#: Terms of `StoreTerms` that a tier of chunks does not have.
+TIER_OTHERS = ("block_size", "by_layer", "encoding")
 #: The term that names what else fixes the bytes of chunks.
 IDENTITY = "identity"
 
@@ -381,10 +352,10 @@ def tier_terms(terms: Mapping[str, Any]) -> TierTerms:
 
     Raises `InvalidTerms` for a term that a tier does not have, and for wrong values.
     """
-    for name, advice in TIER_OTHERS.items():
+    for name in TIER_OTHERS:
         if name in terms:
             raise InvalidTerms(
-                f"Expected the terms of a tier of whole chunks, got {name!r}. {advice}"
+                f"Expected the terms of a tier of whole chunks, got {name!r}. Leave it out."
             )
     check_names(terms, [*term_names(TIER_OTHERS), IDENTITY])
     left = {"host": 0, **terms}
@@ -436,7 +407,7 @@ def tier_findings_of(config: Mapping[str, Any]) -> Findings:
         config: as vLLM's ``--kv-transfer-config`` has it, with the connector `OFFLOADING`.
     """
     findings = Findings(errors=errors_of_keys(config))
-    findings.errors += other_values(config, {"kv_role": ["kv_both"]})
+    findings.errors += wrong_values(config, {"kv_role": ["kv_both"]})
     if config.get("kv_load_failure_policy", "fail") == "fail":
         findings.warnings.append(
             "kv_load_failure_policy is not 'recompute': a load that fails ends its request with an "
@@ -484,7 +455,7 @@ def _wrong_spec(extra: Mapping[str, Any]) -> Iterator[str]:
     """Yield a sentence for each key of vLLM's host tier that is wrong."""
     module = SPECS.get(extra.get("spec_name"))
     expected = {"spec_name": [*SPECS]} | ({"spec_module_path": [module]} if module else {})
-    yield from other_values(extra, expected)
+    yield from wrong_values(extra, expected)
     nbytes = extra.get("cpu_bytes_to_use")
     if not isinstance(nbytes, int | float) or isinstance(nbytes, bool) or not 0 < nbytes < inf:
         yield (
@@ -498,16 +469,8 @@ def _check_tiers(tiers: Sequence[Mapping[str, Any]], findings: Findings) -> floa
     folders = Counter[str]()
     taken = 0.0
     for tier in tiers:
-        if tier.get("module_path") != TIER_MODULE:
-            findings.errors.append(
-                f"Expected module_path {TIER_MODULE!r} in a tier, got {tier.get('module_path')!r}. "
-                f"Correct it."
-            )
-        if tier.get("locality") not in (None, "LOCAL", "REMOTE"):
-            findings.errors.append(
-                f"Expected locality 'LOCAL' or 'REMOTE' in a tier, got {tier['locality']!r}. "
-                f"Correct it."
-            )
+        known = {"module_path": (TIER_MODULE,), "locality": (None, "LOCAL", "REMOTE")}
+        findings.errors += wrong_values(tier, known, where=" in a tier")
         with findings.catching("secondary_tiers"):
             terms = tier_terms({name: tier[name] for name in tier if name not in TIER_KEYS}).store
             taken += terms.host + terms.staging
@@ -577,9 +540,8 @@ def _of_several(config: Mapping[str, Any], sizes: Sizes | None, block_size: int 
         return findings
     for number, each in enumerate(inner):
         found = connector_findings_of(each, sizes, block_size)
-        for kind in fields(Findings):
-            sentences = getattr(found, kind.name)
-            getattr(findings, kind.name).extend(f"{INNER}[{number}]: {x}" for x in sentences)
+        for kind, sentences in vars(found).items():
+            vars(findings)[kind] += [f"{INNER}[{number}]: {x}" for x in sentences]
     ours = [each for each in inner if each.get("kv_connector") == CONNECTOR]
     if len(ours) > 1:
         findings.errors.append(

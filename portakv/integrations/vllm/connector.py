@@ -28,6 +28,7 @@ from portakv.integrations.vllm.caches import (
     ids_of,
     is_served,
     is_wanted,
+    kernels_of,
     layer_numbers,
     needs_all_tokens,
     parameters_for,
@@ -38,7 +39,7 @@ from portakv.integrations.vllm.caches import (
     view_across_layers,
     warn_of_policy,
 )
-from portakv.integrations.vllm.ranks import JoinedIndex, WorkerStore, index_of
+from portakv.integrations.vllm.ranks import JoinedIndex, WorkerStore, index_of, read_views
 from portakv.serving import Costs, GroupCache, Plan, Report, SchedulerSide, WorkerSide, measured
 from portakv.serving.handover_tickets import Endpoint, Identity
 from portakv.serving.local import GRAPH, GroupView
@@ -314,7 +315,8 @@ class PortaKVConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
         handing = self._settings.handing
         if handing is not None and handing.offers:
             share_caches(kv_caches.values())
-        views = self.store.views(kv_caches, self._kv_cache_config)
+        kernels = kernels_of(self._vllm_config)
+        views = read_views(self._settings, kv_caches, self._kv_cache_config, kernels)
         rank = self._rank()
         self.store.hand_over(kv_caches, self._kv_cache_config, rank, layers)
         self._open(views, layers)

@@ -33,8 +33,8 @@ INTERVAL = 1.0
 # A tier's histogram of seconds is two counters here.
 _SECONDS = METRICS["tier_seconds"]._replace(name="tier_seconds_total", kind="counter", unit="s")
 _TASKS = _SECONDS._replace(name="tier_tasks_total", unit="1", why="tasks of a tier that ran")
-#: The metrics of tiers by the names under which processes of an engine report them, each with the
-#: name of its figure.
+#: The figures of a store that processes of an engine report, by the names of their reports: each
+#: the name of the figure, and its metric.
 TIERS = {
     **{
         name: (f"{name}_total", METRICS[f"{name}_total"])
@@ -43,12 +43,13 @@ TIERS = {
     "tier_seconds": ("tier_seconds_sum", _SECONDS),
     "tier_tasks": ("tier_seconds_count", _TASKS),
 }
-#: All that is counted for Prometheus, by the names under which processes of an engine report it.
-#: The values of labels come after the names, after slashes.
-COUNTED = ENGINE | {name: metric for name, (_, metric) in TIERS.items()}
-#: The levels of disks, which are reported as what they have changed by. Free bytes are left out:
-#: other programs change them all the time, and vLLM logs a line for each change.
-LEVELS = {name: metric for name, metric in DISK.items() if name != "disk_free"}
+#: Levels of disks are reported as what they have changed by. Free bytes are left out: other
+#: programs change them all the time, and vLLM logs a line for each change.
+DISKS = {name: (metric.name, metric) for name, metric in DISK.items() if name != "disk_free"}
+STORE = TIERS | DISKS
+#: All counters and levels for Prometheus, by the names under which processes of an engine report
+#: them. The values of labels come after the names, after slashes.
+REPORTED = ENGINE | {name: metric for name, (_, metric) in STORE.items()}
 
 
 class Figures:
@@ -77,22 +78,24 @@ class Figures:
         grown = dict[str, float]()
         present = read()
         for name in {**self._reported, **present}:
-            kind = name.partition("/")[0]
+            metric = REPORTED.get(name.partition("/")[0])
+            if metric is None:
+                continue
+            is_level = metric.kind == "gauge"
             before = self._reported.get(name, 0)
             # A level of a store that closed is 0; a counter that is not read stays.
-            value = present.get(name, 0 if kind in LEVELS else before)
-            if value == before or not (kind in COUNTED or kind in LEVELS):
-                continue
-            # A store that another process had meanwhile begins to count at 0 again.
-            begins = kind in COUNTED and value < before
-            grown[name] = value if begins else value - before
-            self._reported[name] = value
+            value = present.get(name, 0 if is_level else before)
+            if value != before:
+                # A store that another process had meanwhile begins to count at 0 again.
+                begins = value < before and not is_level
+                grown[name] = value if begins else value - before
+                self._reported[name] = value
         return grown
 
 
 class PortaKVStats(KVConnectorStats):  # type: ignore[misc]
-    """Counters and levels by their names in `COUNTED` and `LEVELS` and the values of their labels,
-    which workers and the scheduler add up."""
+    """Counters and levels by their names in `REPORTED` and the values of their labels, which
+    workers and the scheduler add up."""
 
     data: dict[str, float]
 
@@ -114,9 +117,8 @@ class PortaKVStats(KVConnectorStats):  # type: ignore[misc]
         sums = dict[str, float]()
         for name, value in self.data.items():
             counter = name.partition("/")[0]
-            if counter in TIERS or counter in LEVELS or counter == "idle_steps_within":
-                continue
-            sums[counter] = sums.get(counter, 0) + value
+            if counter not in STORE and counter != "idle_steps_within":
+                sums[counter] = sums.get(counter, 0) + value
         return {name: round(value, 6) for name, value in sums.items()}
 
     def is_empty(self) -> bool:
@@ -136,10 +138,9 @@ class PortaKVPromMetrics(KVConnectorPromMetrics):  # type: ignore[misc]
     ) -> None:
         super().__init__(vllm_config, metric_types, labelnames, per_engine_labelvalues)
         self._values = per_engine_labelvalues
-        self._counters = dict[str, Any]()
-        self._gauges = dict[str, Any]()
+        self._series = dict[str, Any]()
         self._levels = dict[tuple[int, str], float]()  # by engine, and by name with labels
-        for name, metric in (COUNTED | LEVELS).items():
+        for name, metric in REPORTED.items():
             # vLLM's client adds _total.
             shown = metric.name.removeprefix("engine_").removesuffix("_total")
             terms: dict[str, Any] = {
@@ -147,11 +148,11 @@ class PortaKVPromMetrics(KVConnectorPromMetrics):  # type: ignore[misc]
                 "documentation": f"{metric.why[0].upper()}{metric.why[1:]}.",
                 "labelnames": [*labelnames, *metric.labels],
             }
-            if name in LEVELS:
+            if metric.kind == "gauge":
                 # Each server of an API hears a part of the changes, so the sum of all is the level.
-                self._gauges[name] = self._gauge_cls(**terms, multiprocess_mode="sum")
+                self._series[name] = self._gauge_cls(**terms, multiprocess_mode="sum")
                 continue
-            counter = self._counters[name] = self._counter_cls(**terms)
+            counter = self._series[name] = self._counter_cls(**terms)
             for values in per_engine_labelvalues.values() if not metric.labels else ():
                 counter.labels(*values)  # shown as 0
 
@@ -160,19 +161,22 @@ class PortaKVPromMetrics(KVConnectorPromMetrics):  # type: ignore[misc]
         values = self._values[engine_idx]
         for name, grown in transfer_stats_data.items():
             counter, more = series_of(name)
-            if counter in self._counters:
-                self._counters[counter].labels(*values, *more).inc(grown)
-            elif counter in self._gauges:
+            if counter not in REPORTED:
+                continue
+            series = self._series[counter].labels(*values, *more)
+            if REPORTED[counter].kind == "counter":
+                series.inc(grown)
+            else:
                 key = engine_idx, name
                 self._levels[key] = self._levels.get(key, 0.0) + grown
-                self._gauges[counter].labels(*values, *more).set(self._levels[key])
+                series.set(self._levels[key])
 
 
 def series_of(name: str) -> tuple[str, list[str]]:
     """Return the name of a counter or a level, and the values of its labels, from the name of its
     report. The last value may be a path, which has slashes as well."""
     counter, _, texts = name.partition("/")
-    metric = COUNTED.get(counter) or LEVELS.get(counter)
+    metric = REPORTED.get(counter)
     if metric is None or not metric.labels:
         return counter, []
     return counter, texts.split("/", len(metric.labels) - 1)
@@ -185,13 +189,12 @@ def stats_of(grown: Mapping[str, float]) -> PortaKVStats | None:
 
 def figures_of(figures: Mapping[str, Any]) -> dict[str, float]:
     """Return the counters of tiers and the levels of disks among the figures of a store, by their
-    names in `TIERS` and `LEVELS` with the values of their labels after slashes.
+    names in `STORE` with the values of their labels after slashes.
 
     ``figures``: as those of `BlockStore.statistics`; empty: there is no store in this process.
     """
     values = dict[str, float]()
-    levels = {name: (metric.name, metric) for name, metric in LEVELS.items()}
-    for name, (figure, metric) in (TIERS | levels).items():
+    for name, (figure, metric) in STORE.items():
         for sample in figures.get(figure, ()):
             labels = [str(sample[label]) for label in metric.labels]
             values["/".join([name, *labels])] = float(sample["value"])

@@ -24,6 +24,7 @@ from portakv import (
     PortaKVError,
     SlotError,
 )
+from portakv.host import pinned
 from portakv.integrations import IntegrationError
 from portakv.integrations.arguments import check_ids
 from portakv.runtime.devices import inside
@@ -372,58 +373,73 @@ class Share(NamedTuple):
     workers: int
     shared: bool
 
-    def groups_of(
-        self,
-        groups: Sequence[Sequence[CacheRef]],
-        pages: Sequence[torch.Tensor],
-        blocks_per_chunk: int,
-        region: Region,
-    ) -> list[list[PageCopy]]:
-        """Return the parts of each group, with chunks in memory that all workers share.
 
-        Args:
-            groups: the tensors of each group.
-            pages: of each tensor, int8 ``[blocks, page]``.
-            blocks_per_chunk: blocks of the engine in a chunk.
-            region: the memory.
+def groups_of(
+    groups: Sequence[Sequence[CacheRef]],
+    pages: Sequence[torch.Tensor],
+    blocks_per_chunk: int,
+    chunks: int,
+    region: Region | None,
+    share: Share | None,
+) -> list[list[PageCopy]]:
+    """Return the parts of each group, with chunks in host memory.
 
-        Raises `IntegrationError` and `LayoutError` as `mapping_of` and `parts_of` do.
-        """
-        mapped = [[(ref, mapping_of(ref, *self)) for ref in refs] for refs in groups]
-        host = [
-            region.create_next_canonical_view(width * blocks_per_chunk).unflatten(
-                1, (blocks_per_chunk, -1)
-            )
-            for width in page_bytes(mapped, len(pages))
-        ]
-        return [parts_of(refs, pages, host) for refs in mapped]
+    Args:
+        groups: the tensors of each group.
+        pages: of each tensor, int8 ``[blocks, page]``.
+        blocks_per_chunk: blocks of the engine in a chunk.
+        chunks: the number of chunks.
+        region: memory that all workers share; None: private memory.
+        share: of this worker in chunks of the whole model, which a region has; None: chunks have
+            the pages of the worker.
+
+    Raises `IntegrationError` and `LayoutError` as `mapping_of` and `parts_of` do.
+    """
+    if region is None:
+        share = None
+    mapped = [[(ref, mapping_of(ref, share)) for ref in refs] for refs in groups]
+    if share is None:
+        # The pages of all tensors lie next to each other in a chunk.
+        widths = [page.shape[1] * blocks_per_chunk for page in pages]
+    else:
+        widths = [width * blocks_per_chunk for width in page_bytes(mapped, len(pages))]
+    if region is None:
+        rows = pinned.empty((chunks, sum(widths)), torch.int8).split(widths, dim=1)
+    elif share is None:
+        rows = [region.create_next_worker_view(width) for width in widths]
+    else:
+        rows = [region.create_next_canonical_view(width) for width in widths]
+    host = [each.unflatten(1, (blocks_per_chunk, -1)) for each in rows]
+    return [parts_of(refs, pages, host) for refs in mapped]
 
 
-def mapping_of(ref: CacheRef, rank: int, workers: int, shared: bool) -> RankMapping:
-    """Return the mapping of a tensor's pages; vLLM has none for packed and cross-layer pages.
+def mapping_of(ref: CacheRef, share: Share | None) -> RankMapping:
+    """Return the mapping of a tensor's pages.
 
-    Such a page is stored whole: it is the page of the model if there is one worker. Else the pages
-    of all workers lie side by side, for engines with as many workers.
+    vLLM has none for packed and cross-layer pages. Such a page is stored whole: it is the page of
+    the model if there is one worker. Else the pages of all workers lie side by side, for engines
+    with as many workers.
 
     Args:
         ref: vLLM's, of the tensor.
-        rank, workers: of this worker, and how many there are.
-        shared: engines with other numbers of workers find the chunks.
+        share: of this worker in the chunks; None: they hold its pages as they are.
 
     Raises `IntegrationError` for pages of several workers without a mapping that are shared.
     """
+    width = ref.page_size_bytes
+    if share is None:
+        return RankMapping(width, (Run(0, 0, width),))
     known = getattr(ref, "mapping", None)
     if known is not None:
         runs = tuple(Run(*[getattr(run, name) for name in Run._fields]) for run in known.runs)
         size = known.canonical_page_size_bytes
         return RankMapping(size, runs, known.num_writers, known.writer_index)
-    width = ref.page_size_bytes
-    if workers > 1 and shared:
+    if share.workers > 1 and share.shared:
         raise IntegrationError(
             f"Expected pages for canonical_layout that vLLM can map to the whole model, got packed "
-            f"or cross-layer pages of {workers} workers. Leave canonical_layout out."
+            f"or cross-layer pages of {share.workers} workers. Leave canonical_layout out."
         )
-    return RankMapping(workers * width, (Run(0, rank * width, width),))
+    return RankMapping(share.workers * width, (Run(0, share.rank * width, width),))
 
 
 def page_bytes(groups: Iterable[Iterable[tuple[CacheRef, RankMapping]]], tensors: int) -> list[int]:

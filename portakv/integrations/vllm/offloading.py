@@ -25,17 +25,14 @@ from portakv.host import pinned
 from portakv.integrations import IntegrationError, check_release, log_through
 from portakv.integrations.vllm.moves import (
     BlockSpec,
-    CacheRef,
     ChunkSpec,
     Lane,
     Move,
     PageCopy,
-    RankMapping,
     Region,
-    Run,
     Share,
+    groups_of,
     moves_of,
-    parts_of,
     sharing,
     worker_terms,
 )
@@ -176,23 +173,11 @@ class PortaKVOffloadingWorker(OffloadingWorker):  # type: ignore[misc]
                     f"Expected tensors [blocks, page], got shape {tuple(page.shape)}, strides "
                     f"{page.stride()} in bytes. Pass vLLM's canonical caches."
                 )
-        groups_of = kv_caches.group_data_refs
-        if share is not None and region is not None:
-            self._groups = share.groups_of(groups_of, pages, blocks_per_chunk, region)
-        else:
-            # The pages of all tensors lie next to each other in a chunk.
-            widths = [page.shape[1] * blocks_per_chunk for page in pages]
-            if region is not None:
-                rows = [region.create_next_worker_view(width) for width in widths]
-            else:
-                rows = pinned.empty((chunks, sum(widths)), torch.int8).split(widths, dim=1)
-            host = [each.unflatten(1, (blocks_per_chunk, -1)) for each in rows]
-            self._groups = [
-                parts_of([(ref, _own_page(ref)) for ref in refs], pages, host) for refs in groups_of
-            ]
+        refs = kv_caches.group_data_refs
+        self._groups = groups_of(refs, pages, blocks_per_chunk, chunks, region, share)
         if region is not None and region.is_pinned:
             self._adopted = _adopt(region)
-        self._together = sharing(kv_caches.group_data_refs)
+        self._together = sharing(refs)
         device = pages[0].device
         self._store, self._load, self._expedited = (Lane(device, terms) for _ in range(3))
         self._lanes = self._store, self._load, self._expedited
@@ -312,12 +297,6 @@ class PortaKVOffloadingWorker(OffloadingWorker):  # type: ignore[misc]
             BlockTransfer.together(moved).synchronize()
             raise
         return BlockTransfer.together(moved)
-
-
-def _own_page(ref: CacheRef) -> RankMapping:
-    """Return the mapping of a page that a chunk holds as it is."""
-    width = ref.page_size_bytes
-    return RankMapping(width, (Run(0, 0, width),))
 
 
 def _adopt(region: Region) -> pinned.Adopted:

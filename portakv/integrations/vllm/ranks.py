@@ -38,6 +38,7 @@ from portakv.serving.rehearsal import rehearse
 from portakv.serving.worker import warm_up
 from portakv.storage.calls import Change
 from portakv.storage.form import Range
+from portakv.view import KVView
 
 # ------------------------------------------------------------------------------------------------
 # The events by which vLLM tells routers which blocks the store has.
@@ -142,48 +143,34 @@ _log = logging.getLogger(__name__)
 PATIENCE = 30.0
 
 
-class Rank(NamedTuple):
-    """A rank of tensor parallelism.
+def heads_of(config: Any, number: int, view: KVView) -> Range | None:
+    """Return which heads of the model's a rank of tensor parallelism has.
 
-    Attributes:
+    Ranks have equal parts if the model has fewer heads than ranks.
+
+    Args:
+        config: vLLM's configuration.
         number: of the rank.
-        size: how many ranks there are.
-        heads: the key-value heads of the model, in all ranks.
+        view: the caches of the rank.
+
+    Returns:
+        From, to, and of how many; None: all heads, also of MLA, where they have one row in common.
+
+    Raises `IntegrationError` for caches of another number of heads.
     """
-
-    number: int
-    size: int
-    heads: int
-
-    def part(self, view_heads: int, latent: bool) -> tuple[int, int, int] | None:
-        """Return which heads of the model's a rank has: from, to, and of how many; None: all.
-
-        Ranks have equal parts if the model has fewer heads than ranks.
-
-        Args:
-            view_heads: the heads in the caches of the rank.
-            latent: all heads have one row in common, which each rank has.
-
-        Raises `IntegrationError` for caches of another number of heads.
-        """
-        if latent or self.size == 1:
-            return None
-        first = self.number * self.heads // self.size
-        past = first + max(1, self.heads // self.size)
-        if past - first != view_heads:
-            raise IntegrationError(
-                f"Expected {past - first} of the model's {self.heads} key-value heads in the "
-                f"caches of each of {self.size} ranks, got {view_heads}. Run one worker, or "
-                f"choose the OffloadingConnector for this model."
-            )
-        return first, past, self.heads
-
-
-def rank_of(config: Any, number: int) -> Rank:
-    """Return a rank of tensor parallelism by its number."""
     size = getattr(config.parallel_config, "tensor_parallel_size", 1)
-    heads = config.model_config.get_total_num_kv_heads() if size > 1 else 1
-    return Rank(number, size, heads)
+    if size == 1 or view.kv == 1:
+        return None
+    heads = config.model_config.get_total_num_kv_heads()
+    first = number * heads // size
+    past = first + max(1, heads // size)
+    if past - first != view.heads:
+        raise IntegrationError(
+            f"Expected {past - first} of the model's {heads} key-value heads in the caches of each "
+            f"of {size} ranks, got {view.heads}. Run one worker, or choose the "
+            f"OffloadingConnector for this model."
+        )
+    return first, past, heads
 
 
 def stage_of(config: Any, numbers: Mapping[str, int]) -> Range | None:
@@ -304,10 +291,6 @@ class WorkerStore:
         self.handover: Handover | None = None
         self.words: LayerWords | None = None
 
-    def views(self, kv_caches: Mapping[str, torch.Tensor], kv_cache_config: Any) -> list[GroupView]:
-        """Return a view of each group's layers; see `read_views`."""
-        return read_views(self._settings, kv_caches, kv_cache_config, kernels_of(self._config))
-
     def open(
         self, views: Sequence[GroupView], number: int, layers: Mapping[str, int] | None = None
     ) -> Sequence[Blocks]:
@@ -346,8 +329,7 @@ class WorkerStore:
             parts = index.open(views, terms, settings.model, settings.block_size)
             self._opened = index
             return parts
-        rank = rank_of(self._config, number)
-        heads = [rank.part(each.view.heads, latent=each.view.kv == 1) for each in views]
+        heads = [heads_of(self._config, number, each.view) for each in views]
         stage = stage_of(self._config, layers)
         terms_of_rows = (settings.block_size, heads, stage, terms.encoding)
         forms = forms_of(views, settings.model, *terms_of_rows)
@@ -376,7 +358,7 @@ class WorkerStore:
             return
         kernels = kernels_of(self._config)
         (group,) = views_of(kv_caches, kv_cache_config, kernels, HANDED)
-        heads = rank_of(self._config, number).part(group.view.heads, latent=group.view.kv == 1)
+        heads = heads_of(self._config, number, group.view)
         shard = Shard(group.view, layers=stage_of(self._config, layers), heads=heads)
         worker, place = worker_numbers(self._config.parallel_config)
         self.handover = Handover(

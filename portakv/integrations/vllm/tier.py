@@ -12,6 +12,7 @@ import json
 import logging
 import os
 import time
+from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import fields
@@ -125,7 +126,7 @@ class PortaKVTier(SecondaryTierManager):  # type: ignore[misc]
             reports=enable_kv_events and publishes,
         )
         self.store = store
-        self._counted = dict.fromkeys(self.tier.counts, 0)
+        self._counted = Counter[str]()  # of chunks, at the last report
         self._reported = 0.0
 
     def lookup(self, key: bytes, req_context: Any) -> LookupResult:
@@ -208,11 +209,10 @@ class PortaKVTier(SecondaryTierManager):  # type: ignore[misc]
         self._reported = now
         stats = OffloadingConnectorStats()
         stats.set_gauge(_STORED, self.store.usage().used, (self.tier_type,))
-        for name, count in self.tier.counts.items():
-            more = count - self._counted[name]
-            self._counted[name] = count
-            if more:
-                stats.increase_counter(_PAGES, more, (self.tier_type, name))
+        counts = Counter(self.tier.counts)
+        for name, more in (counts - self._counted).items():
+            stats.increase_counter(_PAGES, more, (self.tier_type, name))
+        self._counted = counts
         return stats
 
 
