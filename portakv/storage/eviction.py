@@ -55,16 +55,10 @@ class Pins:
         self.held: Mask = np.zeros(count, np.bool_)
         self._releases = list[Callable[[], object]]()
 
-    def add(self, place: int, release: Callable[[], object]) -> None:
-        """Note that the block at a place stays until ``release`` is called."""
-        self.held[place] = True
+    def add(self, places: Sequence[int], release: Callable[[], object]) -> None:
+        """Note that the blocks at places stay until ``release`` is called."""
+        self.held[places] = True
         self._releases.append(release)
-
-    def add_all(self, places: Sequence[int], pins: Sequence[Pinned | None]) -> None:
-        """Add the pins of blocks at places."""
-        for place, pin in zip(places, pins, strict=True):
-            if pin is not None:
-                self.add(place, pin.release)
 
     def release(self) -> None:
         """Let the blocks go in their turn, in any thread. A second call does nothing."""
@@ -256,18 +250,17 @@ class Chains(Generic[Key]):
     def set_aside(self, key: Key) -> None:
         """Count a block that may go as gone, until `put_back`: `next` returns others."""
         block = self._blocks[key]
-        block.pinned = True
+        self.expect(block.mark)  # so it may not go
         if block.follows is not None:
             self._drop(self._successors, block.follows)
 
     def put_back(self, key: Key) -> None:
         """End a `set_aside`; the block has its place in the order as before."""
         block = self._blocks[key]
-        block.pinned = False
         before = block.follows
         if before is not None:
             self._successors[before] = self._successors.get(before, 0) + 1
-        self._queue(block)
+        self.unexpect(block.mark)
 
     def expect(self, follows: Mark) -> None:
         """Keep the predecessor of a block that is being written, until `unexpect`."""

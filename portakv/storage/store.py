@@ -286,15 +286,17 @@ class FormStore:
         pins = Pins(len(keys))
         rows = self._shared.rows
         for part in form.whole_parts:
-            for i, name in enumerate(part.names(keys)):
-                row = None if pins.held[i] else rows.find(name)
-                if row is not None:
-                    pins.add(i, partial(rows.unpin, [row]))
+            left = np.flatnonzero(~pins.held).tolist()
+            loan = rows.pin(part.names([keys[i] for i in left]))
+            there = [i for i, row in zip(left, loan.rows, strict=True) if row is not None]
+            pins.add(there, loan.cancel)
         for tier_store in (store for part in form.whole_parts for store in part.tier_stores):
             left = np.flatnonzero(~pins.held).tolist()
             some = [keys[i] for i in left]
             if isinstance(tier_store, Pinning):
-                pins.add_all(left, tier_store.pin(some))
+                for i, pin in zip(left, tier_store.pin(some), strict=True):
+                    if pin is not None:
+                        pins.add([i], pin.release)
             else:
                 known = tier_store.known(some)
                 pins.held[left] = known

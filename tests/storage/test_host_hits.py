@@ -150,8 +150,7 @@ def test_a_load_between_the_choice_and_the_eviction_keeps_its_row(
         with suppress(TransferError):  # there is no other tier
             store.save(SOURCE, [6], [KEYS[6]], priority="urgent").synchronize(LIMIT)
         assert asked[1] in names
-        assert [store.rows.find(name) for name in names] == lent[0].rows
-        store.rows.unpin([row for row in lent[0].rows if row is not None])
+        assert [store.rows.index.get(name) for name in names] == lent[0].rows
         lent[0].cancel()
 
 
@@ -160,7 +159,7 @@ def test_loads_that_find_no_row_leave_nothing() -> None:
         for number in range(5):
             keys = [key_of(200 + number), key_of(300 + number)]
             store.load(cache(50), [1, 2], keys, missing="skip").synchronize(LIMIT)
-            assert len(store.rows.borrowed) <= 1
+            assert store.rows.loans() <= 1
 
 
 def test_layers_end_one_by_one() -> None:

@@ -11,7 +11,7 @@ import pytest
 import torch
 from support.graph_ends import end_of_handle
 from support.seeded_loop import SetLoop
-from support.storage_cases import FakeTier, key_of, small_form
+from support.storage_cases import FakeTier, counts_of, key_of, small_form
 from support.waits import LIMIT
 
 from portakv import KVView, TransferError
@@ -180,7 +180,7 @@ def calls_at_random(steps: int, seed: int) -> None:
             except TransferError:
                 assert end_of_handle(handle).ended
     rows: Rows = store.rows
-    assert rows.counts()["lent"] == 0
+    assert counts_of(rows)["lent"] == 0
     assert not store.graph.live
     assert not any(queue.queued_bytes for queue in store.graph.queues.values())
     shared = store._shared
