@@ -54,7 +54,6 @@ from portakv.storage.memory import (
     PinnedRows,
     RowQueue,
     Rows,
-    Taker,
     Want,
 )
 from portakv.storage.reasons import OVERFLOWED, Explanation, Reason, Reasons
@@ -1255,7 +1254,7 @@ class Call:
                 graph.hasten(task, now + due)
 
 
-class InFlight(Taker):
+class InFlight(Held):
     """Rows that a transfer fills.
 
     Row i has block ``keys[i]`` of the part after all of ``ends`` landed it: one for each segment,
@@ -1465,7 +1464,6 @@ class InFlight(Taker):
         landed = np.zeros(self.count, np.bool_)
         if self.items and (None in self.ends or len(self.ends) == len(self.part.form.segments)):
             landed = np.logical_and.reduce([end.landed for end in self.ends.values()])
-        prefetched = all(call.request.kind == "prefetch" for call, _ in self.calls)
         shared.record_hits()
         claim = self._claim()
         if shared.rows.crowded(claim):
@@ -1483,7 +1481,9 @@ class InFlight(Taker):
                 names = [self._part_in(row).name(key) for row, key in enumerate(self.keys)]
             names = [names[row] for row in whole]
             sizes = [self._part_in(row).form.image_bytes for row in whole]
-            shared.rows.keep(items, names, self._follows(whole), prefetched, claim, sizes)
+            prefetched = all(call.request.kind == "prefetch" for call, _ in self.calls)
+            want = Want(self.part.form.image_bytes, self.store, claim, prefetched=prefetched)
+            shared.rows.keep(items, names, self._follows(whole), want, sizes)
 
     def _claim(self) -> Claim:
         """Return the cached rows that the blocks may evict, under the graph's lock."""

@@ -168,27 +168,13 @@ class Chains(Generic[Key]):
 
         ``follows``: the mark of its predecessor, `UNKNOWN` or `FIRST`.
         """
-        self.add_all((key,), (mark,), (follows,), group)
-
-    def add_all(
-        self, keys: Sequence[Key], marks: Sequence[Mark], follows: Sequence[Mark], group: Hashable
-    ) -> None:
-        """Add blocks in their order, as `add` does, in one pass."""
         self._last_call = None
-        blocks = [self._new(*each, group) for each in zip(keys, marks, follows, strict=True)]
-        for block in blocks:  # not before: of a chain only the last block may go
-            self._queue(block)
-        if self.changed is not unheard:
-            for key in keys:
-                self.changed(key, True, "")
-
-    def _new(self, key: Key, mark: Mark, follows: Mark, group: Hashable) -> _Block[Key]:
-        """Return a new block, which has no entry in a queue yet."""
         block = _Block(key, mark, group, next(_uses))
         self._blocks[key] = block
         self._name(block)
         self._follow(block, follows)
-        return block
+        self._queue(block)
+        self.changed(key, True, "")
 
     def fill(
         self, keys: Sequence[Key], marks: Sequence[Mark], follows: Sequence[Mark], group: Hashable

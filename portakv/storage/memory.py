@@ -421,19 +421,23 @@ class Rows:
         """
         with self._lock:
             self._forget_loans()
-            items = list[int]()
-            if not want.passing:
-                items = self._zone_rows(count, want)
-            rest = self._whole_rows(count - len(items), want)
-            if rest is None and want.passing:
-                items = self._zone_rows(count, want)
-                rest = [] if len(items) == count else None
-            if rest is None:
-                self._free_rows(items)
-                return None
-            items += rest
-            self._lent.update(dict.fromkeys(items, want.store))
-            return items
+            return self._take(count, want)
+
+    def _take(self, count: int, want: Want) -> list[int] | None:
+        """Return rows for a transfer, all or none."""
+        items = list[int]()
+        if not want.passing:
+            items = self._zone_rows(count, want)
+        rest = self._whole_rows(count - len(items), want)
+        if rest is None and want.passing:
+            items = self._zone_rows(count, want)
+            rest = [] if len(items) == count else None
+        if rest is None:
+            self._free_rows(items)
+            return None
+        items += rest
+        self._lent.update(dict.fromkeys(items, want.store))
+        return items
 
     def replace(self, items: list[int], number: int, want: Want) -> bool:
         """Lend a larger row in place of a lent row, whose bytes are lost; return False if there is
@@ -448,11 +452,11 @@ class Rows:
             if before >= want.nbytes:
                 return True
             self._give([old])  # first, as the pages next to it may be free
-            made = self._zone_rows(1, want) or self._whole_rows(1, want) or []
-            # The pages of the row are free if there is no other one.
-            items[number] = made[0] if made else self._zone_rows(1, Want(before, want.store))[0]
-            self._lent[items[number]] = want.store
-            return bool(made)
+            made = self._take(1, want)
+            row = made or self._take(1, Want(before, want.store))
+            assert row is not None  # the pages of the old row are free
+            items[number] = row[0]
+            return made is not None
 
     def settle(self, items: list[int], number: int, want: Want) -> None:
         """Move an image of a lent row into a row of the host tier of its size, if there is one.
@@ -586,21 +590,23 @@ class Rows:
         items: Sequence[int],
         keys: Sequence[bytes],
         follows: Sequence[int],
-        prefetched: bool = False,
-        claim: Claim = ANY,
+        want: Want | None = None,
         sizes: Sequence[int] | None = None,
     ) -> list[bool]:
         """Cache lent rows under keys that follow marks, in place of the next rows to evict.
 
         Returns which rows are cached: not one whose key has a row, or for which no row may be
         evicted. A row of a save beyond `most` evicts none. At most half of the host tier is
-        ``prefetched`` and not used yet. ``sizes``: the bytes of each image; None: those of the
-        largest, for which all rows have room.
+        prefetched and not used yet. ``want``: of the transfer; None: one that may evict any.
+        ``sizes``: the bytes of each image; None: those of the largest, for which all rows have
+        room.
         """
+        want = want or Want(self.row_bytes, False)
+        own = want.claim.own
         cached = [False] * len(items)
         if not self.host:
             return cached
-        group = UNUSED if prefetched else USED
+        group = UNUSED if want.prefetched else USED
         marks = marks_of([key[-32:] for key in keys])
         left = [*items]  # the last ones may become free
         moved = 0  # bytes of images that were copied into other rows
@@ -612,8 +618,7 @@ class Rows:
                 if key in self.index:
                     continue
                 nbytes = self.row_bytes if sizes is None else sizes[number]
-                place = claim.own.get(key[-32:], BEFORE)
-                want = Want(nbytes, False, claim, place, prefetched)
+                want = want._replace(nbytes=nbytes, place=own.get(key[-32:], BEFORE))
                 if self.sized and left[number] < self._first:
                     moved += nbytes
                     if moved > max(MOST_MOVED, nbytes):
@@ -622,7 +627,7 @@ class Rows:
                 if row is None:
                     continue
                 self.index[key] = row
-                if prefetched:
+                if want.prefetched:
                     self.unused.add(key)
                 mark = mark_in_form(key, marks[number])
                 self.chains.add(key, mark, mark_in_form(key, follows[number]), group)
@@ -900,10 +905,16 @@ class Held:
     Attributes:
         items: the rows; None before they are granted.
         users: how many coroutines use them. Changed under the graph's lock.
+        store: True for the rows of a save.
     """
 
     items: Any = None
     users = 0
+    store = False
+
+    def take(self) -> list[int] | None:
+        """Return rows, all or none, under the graph's lock; None if there are not enough."""
+        raise NotImplementedError
 
     def hold(self) -> None:
         """Note one more user."""
@@ -932,16 +943,6 @@ class PinnedRows(Held):
         self._loan.cancel()
 
 
-class Taker(Held):
-    """A transfer that takes rows, all or none; ``store``: of a save."""
-
-    store = False
-
-    def take(self) -> list[int] | None:
-        """Return rows, or None if there are not enough, under the graph's lock."""
-        raise NotImplementedError
-
-
 class RowQueue(BaseQueue):
     """Gives rows to transfers, in the order in which these are due.
 
@@ -956,7 +957,7 @@ class RowQueue(BaseQueue):
         self._saves = list[tuple[float, int, Task]]()
         self._granted_saves = 0
 
-    def request(self, taker: Taker) -> Task:
+    def request(self, taker: Held) -> Task:
         """Return a task that ends once a transfer has its rows."""
         return Task(lambda *_: None, 0, queue=self, uses=taker)
 
@@ -986,7 +987,7 @@ class RowQueue(BaseQueue):
                 self.graph.end(task, None, "failed" if error else "landed", error)
             heappop(heap)
 
-    def _take(self, taker: Taker) -> bool:
+    def _take(self, taker: Held) -> bool:
         """Give a transfer rows, if there are enough."""
         taker.items = taker.take()
         if taker.items is None:
@@ -994,11 +995,11 @@ class RowQueue(BaseQueue):
         self._granted_saves += taker.store
         return True
 
-    def take(self, taker: Taker) -> bool:
+    def take(self, taker: Held) -> bool:
         """Give a transfer rows if there are enough, and if no other one waits for some."""
         return not (self._loads or self._saves) and self._take(taker)
 
-    def give(self, taker: Taker) -> None:
+    def give(self, taker: Held) -> None:
         """Take the rows of a transfer back, if it has some."""
         if taker.items is not None:
             self._memory.give(taker.items)

@@ -16,14 +16,14 @@ from support.waits import LIMIT
 
 from portakv import KVView, TransferError
 from portakv.storage import BlockStore
-from portakv.storage.memory import RowQueue, Rows, Taker
+from portakv.storage.memory import Held, RowQueue, Rows
 from portakv.storage.work import Graph, Task
 from portakv.tasks import Priority
 
 FORM = small_form()
 
 
-class Transfer(Taker):
+class Transfer(Held):
     """A transfer that takes a number of rows."""
 
     def __init__(self, case: Case, count: int, store: bool) -> None:

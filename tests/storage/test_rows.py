@@ -27,7 +27,9 @@ def fill_rows(rows: Rows, *numbers: int, prefetched: bool = False) -> list[bool]
     for number in numbers:
         items = rows.take(1, LOAD)
         assert items is not None
-        result += rows.keep(items, [key_of(number)], [FIRST], prefetched)
+        result += rows.keep(
+            items, [key_of(number)], [FIRST], Want(4096, False, prefetched=prefetched)
+        )
         rows.give(items)
     return result
 
@@ -110,13 +112,13 @@ def test_rows_that_are_kept_together_are_kept_as_one_after_the_other(seed: int) 
         some = [key_of(number) for number in random.sample(numbers, 4)]
         marks = [mark_of(key_of(random.choice(numbers))) for _ in some]
         claim = Claim(own, (), random.random() < 0.8)
-        prefetched = random.random() < 0.3
+        want = Want(4096, True, claim, prefetched=random.random() < 0.3)
         both = [rows.take(4, SAVE) for rows in (together, single)]
         assert both[0] is not None
         assert both[1] is not None
-        kept = together.keep(both[0], some, marks, prefetched, claim)
+        kept = together.keep(both[0], some, marks, want)
         each = [
-            single.keep([item], [key], [mark], prefetched, claim)[0]
+            single.keep([item], [key], [mark], want)[0]
             for item, key, mark in zip(both[1], some, marks, strict=True)
         ]
         assert kept == each
@@ -152,7 +154,8 @@ def test_a_save_takes_rows_in_place_of_the_next_to_evict() -> None:
     rows = filled()
     claim = claim_of(*range(100, 112))
     assert rows.take(7, SAVE) is None, "the control: without a claim saves have half of staging"
-    items = rows.take(7, Want(4096, True, claim, 6))
+    want = Want(4096, True, claim, 6)
+    items = rows.take(7, want)
     assert items is not None
     assert cached_numbers(rows) == [3, 4, 5, 6, 7]
     assert rows.evicted == 3
@@ -160,9 +163,9 @@ def test_a_save_takes_rows_in_place_of_the_next_to_evict() -> None:
 
     # They become rows of the host tier without a further eviction, until half of staging is left.
     keys = [key_of(number) for number in range(100, 107)]
-    assert rows.keep(items[:3], keys[:3], [FIRST] * 3, claim=claim) == [True] * 3
+    assert rows.keep(items[:3], keys[:3], [FIRST] * 3, want) == [True] * 3
     assert rows.evicted == 3
-    assert rows.keep(items[3:], keys[3:], [FIRST] * 4, claim=claim) == [True] * 4
+    assert rows.keep(items[3:], keys[3:], [FIRST] * 4, want) == [True] * 4
     assert rows.evicted == 7
     assert cached_numbers(rows) == [7, *range(100, 107)]
     rows.give(items)
@@ -374,7 +377,8 @@ def test_rows_are_in_one_place_whatever_comes(seed: int) -> None:
         elif step < 0.9 and lent:
             items, _ = lent.pop(random.randrange(len(lent)))
             some = [key_of(number) for number in random.sample(range(30), len(items))]
-            rows.keep(items, some, [FIRST] * len(items), random.random() < 0.3)
+            prefetch = Want(4096, False, prefetched=random.random() < 0.3)
+            rows.keep(items, some, [FIRST] * len(items), prefetch)
             rows.give(items)
         elif step < 0.95:
             pins.append(rows.pin([key]))

@@ -147,10 +147,8 @@ class Comparison(RuleBasedStateMachine):
         keys = lease.keys
         follows = [FIRST, *(mark_of(key) if chained else FIRST for key in keys[:-1])]
         sizes = [lease.pages * PAGE] * len(keys)
-        kept = [
-            rows.keep(lease.items, keys, follows, prefetched, lease.claim, sizes)
-            for rows in self.both
-        ]
+        want = Want(lease.pages * PAGE, True, lease.claim, prefetched=prefetched)
+        kept = [rows.keep(lease.items, keys, follows, want, sizes) for rows in self.both]
         assert kept[0] == kept[1]
         for rows in self.both:
             rows.give(lease.items)
@@ -226,12 +224,12 @@ def prompt(rows: Rows, first: int, count: int, pages: int) -> list[int]:
     """Cache the blocks of a prompt, each in rows of so many pages; return the rows."""
     keys = [key_of(first + number) for number in range(count)]
     claim = Claim({key: number for number, key in enumerate(keys)})
-    items = rows.take(count, Want(pages * PAGE, True, claim, count - 1))
+    want = Want(pages * PAGE, True, claim, count - 1)
+    items = rows.take(count, want)
     assert items is not None
     follows = [FIRST, *map(mark_of, keys[:-1])]
-    assert (
-        rows.keep(items, keys, follows, claim=claim, sizes=[pages * PAGE] * count) == [True] * count
-    )
+    sizes = [pages * PAGE] * count
+    assert rows.keep(items, keys, follows, want, sizes) == [True] * count
     rows.give(items)
     rows.touch(keys)
     return items

@@ -312,9 +312,10 @@ def fill(
     result = list[bool]()
     follows = FIRST
     for number in numbers:
-        items = rows.take(1, Want(nbytes, True, claim))
+        want = Want(nbytes, True, claim)
+        items = rows.take(1, want)
         assert items is not None
-        result += rows.keep(items, [key_of(number)], [follows], claim=claim, sizes=[nbytes])
+        result += rows.keep(items, [key_of(number)], [follows], want, [nbytes])
         rows.give(items)
         follows = mark_of(key_of(number)) if chained else FIRST
     rows.touch([key_of(number) for number in numbers] if chained else [])
@@ -379,7 +380,7 @@ def test_an_image_in_staging_takes_the_place_of_the_last_ones() -> None:
     sizes = [SMALL, LARGE, SMALL, SMALL, SMALL, SMALL]
     keys = [key_of(number) for number in range(6)]
     claim = Claim({key: number for number, key in enumerate(keys)})
-    kept = rows.keep(items, keys, [FIRST] * 6, claim=claim, sizes=sizes)
+    kept = rows.keep(items, keys, [FIRST] * 6, Want(LARGE, True, claim), sizes)
     assert kept == [True, True, True, True, False, False]
     again = rows.take(1, Want(SMALL, True, Claim(evict=False)))
     assert again == [STAGING * 4 + 3], "the space of the row that was replaced"
@@ -393,9 +394,10 @@ def test_prefetched_images_take_half_of_the_tier() -> None:
     rows = rows_of(host=12)
     fill(rows, range(1), SMALL)
     for number in range(1, 6):
-        items = rows.take(1, Want(SMALL, False, prefetched=True))
+        want = Want(SMALL, False, prefetched=True)
+        items = rows.take(1, want)
         assert items is not None
-        kept = rows.keep(items, [key_of(number)], [FIRST], True, sizes=[SMALL])
+        kept = rows.keep(items, [key_of(number)], [FIRST], want, [SMALL])
         assert kept == [True]
         rows.give(items)
     assert cached(rows, range(6)) == [0, 4, 5]
