@@ -90,36 +90,20 @@ class Extents:
                 self._add(*extent)
         self.free -= count
 
-    def pass_on(self, first: int, count: int) -> bool:
-        """Return True if units that were evicted can be taken again as they are; return False, and
-        do nothing, if free units lie next to them.
-
-        No extent has so many units. So `give` and `take` would return the same units.
-        """
-        past = first + count
-        if first in self._starts or past in self._ends:
-            return False
-        self._note_evicted(first, past)
-        return True
-
-    def _note_evicted(self, first: int, past: int) -> None:
-        """Note the last units that were evicted, and the direction in which they go."""
-        before = self._evicted
-        if first == before.stop or past == before.start:
-            self._descends = past == before.start
-        self._evicted = range(first, past)
-
     def give(self, first: int, count: int, evicted: bool = False) -> None:
         """Return units, which join the free ones next to them; ``evicted``: in the order in which
         others go."""
         self.free += count
         past = first + count
         if evicted:
-            self._note_evicted(first, past)
+            before = self._evicted
+            if first == before.stop or past == before.start:
+                self._descends = past == before.start
+            self._evicted = range(first, past)
         if first in self._starts and first not in self._cuts:
-            before = self._starts[first]
-            self._remove(before, first)
-            first = before
+            start = self._starts[first]
+            self._remove(start, first)
+            first = start
         if past in self._ends and past not in self._cuts:
             after = self._ends[past]
             self._remove(past, after)

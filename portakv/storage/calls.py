@@ -795,7 +795,7 @@ class FormBlocks:
         form = self.own.form
         twins = [part for part in parts[1:] if form.encoding and part.form == form.raw]
         self.raw = twins[0] if twins else None
-        self.figures = EncodedFigures()
+        self.figures = EncodedFigures(shared.graph.lock)
         self._take_twin(self.raw)
 
     def _take_twin(self, twin: FormPart | None) -> None:

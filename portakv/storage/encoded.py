@@ -3,8 +3,8 @@
 
 from __future__ import annotations
 
-import threading
 from collections import Counter
+from contextlib import AbstractContextManager
 from typing import Any
 
 import numpy as np
@@ -19,8 +19,9 @@ from portakv.storage.form import HEADER, BlockForm
 class EncodedFigures:
     """Counts blocks that saves bring into rows, packed or raw; any thread may call it."""
 
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
+    def __init__(self, lock: AbstractContextManager[object]) -> None:
+        """Count under a lock, that of the store's graph."""
+        self._lock = lock
         self._counts = Counter[str]()
         self._of_late: dict[torch.device, tuple[int, int]] = {}  # packed blocks, and misfits
 

@@ -415,6 +415,8 @@ class BlockForm:
         arguments.instance("other", other, BlockForm)
         if other.lossy and other.encoding != self.encoding:
             return None
+        if not self.same_cache(other):
+            return None
         src = Slices()
         dst = Slices()
         for axis in ("layers", "heads"):
@@ -422,7 +424,7 @@ class BlockForm:
             (c, d, _) = getattr(other, axis)
             first = max(a, c)
             past = min(b, d)
-            if first >= past or not self.same_cache(other):
+            if first >= past:
                 return None
             src[axis] = slice(first - c, past - c)
             dst[axis] = slice(first - a, past - a)

@@ -107,8 +107,10 @@ def copy_long_runs(
         return False
     if "PORTAKV_BACKEND" in os.environ or src.form.encoding or dst.form.encoding:
         return False
-    plan = _plan_of(src, dst, src_index, dst_index)
-    if plan is None:
+    if min(src.form.token_bytes, dst.form.token_bytes) < LONG:
+        return False
+    plan = CopyPlan(src.form, dst.form, src_index.plan_step, dst_index.plan_step)
+    if plan.run < LONG:
         return False
     count = src_index.length
     assert count is not None  # it has ids
@@ -121,20 +123,8 @@ def copy_long_runs(
     return True
 
 
-def _plan_of(src: KVView, dst: KVView, src_index: Index, dst_index: Index) -> CopyPlan | None:
-    """Return the plan of a copy whose runs are long; None for other copies."""
-    if min(src.form.token_bytes, dst.form.token_bytes) < LONG:
-        return None
-    plan = CopyPlan(src.form, dst.form, src_index.plan_step, dst_index.plan_step)
-    return plan if plan.run >= LONG else None
-
-
 # ------------------------------------------------------------------------------------------------
 # Rows of the host tier that a load reads in the thread of its caller.
-
-#: Bytes of the first part of a copy that a caller's thread issues; a copy of less than twice as
-#: many is one part.
-FIRST_PART = 32 << 20
 
 
 class Loan:
@@ -188,21 +178,6 @@ class Loan:
             return self.end.ended()
         with ignoring_captures(event.device):
             return self.end.ended()
-
-
-def copy_parts(many: int, nbytes: int) -> list[slice]:
-    """Return the parts of a copy of so many blocks, each of ``nbytes``.
-
-    The first part is short, so that its copy begins soon. Each next part has twice as many blocks.
-    """
-    most = max(1, FIRST_PART // nbytes)
-    parts = list[slice]()
-    first = 0
-    while many - first > 2 * most:
-        parts.append(slice(first, first + most))
-        first += most
-        most *= 2
-    return [*parts, slice(first, many)]
 
 
 # The groups of cached rows.
@@ -420,7 +395,7 @@ class Rows:
         alone.
         """
         with self._lock:
-            self._forget_loans()
+            self._forget_counted()
             return self._take(count, want)
 
     def _take(self, count: int, want: Want) -> list[int] | None:
@@ -446,7 +421,7 @@ class Rows:
         ``items[number]`` becomes the new row.
         """
         with self._lock:
-            self._forget_loans()
+            self._forget_counted()
             old = items[number]
             before = self._nbytes(old)
             if before >= want.nbytes:
@@ -467,7 +442,7 @@ class Rows:
         with self._lock:
             if old in self._pages and self._nbytes(old) == want.nbytes:
                 return
-            self._forget_loans()
+            self._forget_counted()
             made = self._zone_rows(1, want)
             self._lent.update(dict.fromkeys(made, want.store))
         for new in made:
@@ -564,24 +539,14 @@ class Rows:
         A row evicts at most `MOST_EVICTED` others.
         """
         pages = want.nbytes // PAGE
-        zone = self._zone
         left = MOST_EVICTED
         while len(items) < count and left:
             group = UNUSED if want.prefetched and self._crowded(want.nbytes) else None
-            key = self.next(group)
-            if key is None or not want.may_evict(key):
+            if not self._evict(want, group):
                 return
-            for item in self._take_away([key]):  # none if a load reads it since `next`
-                self.evicted += 1
-                past = self._pages.pop(item)
-                if past == pages and zone.pass_on(item, pages):
-                    items.append(item)
-                    left = MOST_EVICTED
-                    continue
-                zone.give(item, past, evicted=True)
-                runs = zone.take(pages, count - len(items))
-                items += runs
-                left = MOST_EVICTED if runs else left - 1
+            runs = self._zone.take(pages, count - len(items))
+            items += runs
+            left = MOST_EVICTED if runs else left - 1
 
     # --- rows of the host tier ---
 
@@ -611,7 +576,7 @@ class Rows:
         left = [*items]  # the last ones may become free
         moved = 0  # bytes of images that were copied into other rows
         with self._lock:
-            self._forget_loans()
+            self._forget_counted()
             for number, key in enumerate(keys):
                 if number == len(left):
                     break
@@ -690,7 +655,7 @@ class Rows:
     def delete(self, keys: Sequence[bytes]) -> list[bool]:
         """Free the rows of keys; return which are free: not a row that is read."""
         with self._lock:
-            self._forget_loans()
+            self._forget_counted()
             return [key in self.index and self._take_from([key]) for key in keys]
 
     def touch(self, keys: Sequence[bytes], follows: Sequence[int] = ()) -> None:
@@ -755,8 +720,8 @@ class Rows:
         return uninterrupted(self._count_copies)
 
     def _count_copies(self) -> int:
+        self.forget_loans()
         with self._lock:
-            self._forget_loans()
             return sum(loan.caller() is not self for loan in [*self._loans, *self._begun])
 
     def end_left_loans(self) -> None:
@@ -772,13 +737,14 @@ class Rows:
     def forget_loans(self) -> None:
         """Forget the loans that have ended, also those of loads that found no row."""
         with self._lock:
-            self._forget_loans()
+            for _ in range(len(self._begun)):
+                loan = self._begun.popleft()
+                if not loan.ended():
+                    self._begun.append(loan)
+            self._forget_counted()
 
-    def _forget_loans(self) -> None:
-        for _ in range(len(self._begun)):
-            loan = self._begun.popleft()
-            if not loan.ended():
-                self._begun.append(loan)
+    def _forget_counted(self) -> None:
+        """Let the rows of loans that have ended go in their turn."""
         for loan in [*self._loans]:
             if loan.ended():
                 self._loans.remove(loan)
@@ -793,6 +759,8 @@ class Rows:
         """Keep the rows that loans read."""
         while self._begun:
             loan = self._begun.popleft()
+            if loan.ended():
+                continue
             self._loans.append(loan)
             self._read.update(loan.keys)
             for key in loan.keys:
@@ -808,12 +776,13 @@ class Rows:
 
     def _evict(self, want: Want, group: Hashable | None = None) -> bool:
         """Evict the next row, of a group or of all; return False if it may not go."""
-        if not want.claim.evict:
-            return False
-        victim = self.next(group)
-        if victim is None or not want.may_evict(victim):
-            return False
-        return self._take_from([victim])
+        while want.claim.evict:
+            victim = self.next(group)
+            if victim is None or not want.may_evict(victim):
+                return False
+            if self._take_from([victim]):  # else a load reads it since `next`
+                return True
+        return False
 
     def _choose(self, count: int, may_go: Callable[[bytes], bool]) -> list[bytes]:
         """Return the keys that go next, so many, one after the other; fewer if one may not go."""
@@ -1153,41 +1122,26 @@ class Crossing:
         if len(items) < len(loan.rows):
             at = [i for i, row in enumerate(loan.rows) if row is not None]
         device = self._view.device
-        if device.type == "cpu":
-            try:
-                return self._issue(inner, items, at, by_layer)
-            finally:
-                loan.cancel()
-        loan.stream = torch.accelerator.current_stream(device.index)
-        try:
-            transfer, layers = self._issue(inner, items, at, by_layer)
-        finally:  # a part of the copy may have been issued
-            # The rows stay, also if the store and the handle are dropped.
-            loan.end = completion(device, loan.stream, inner)
-        whole = Transfer((*transfer.completions, loan.end), transfer, transfer.carried)
-        return whole, layers
-
-    def _issue(
-        self, inner: KVView, items: Sequence[int], at: Sequence[int], by_layer: bool
-    ) -> tuple[Transfer, Sequence[Transfer]]:
-        """Copy rows to places of the view; return the transfer, and those of its layers."""
-        form = inner.form
-        nbytes = self._size * form.token_bytes // (form.block_size if form.opaque else 1)
-        parts = copy_parts(len(items), nbytes) if self.on_device and not by_layer else []
-        if len(parts) > 1:  # the device copies a part while the host describes the next one
-            transfers = list[Transfer]()
-            for some in parts:
-                rows, blocks = self._indices(items[some], at[some])
-                transfers.append(copy_rows(inner, self._view, rows, blocks, options=self._options))
-            return Transfer.join(transfers), ()
+        if self.on_device:
+            loan.stream = torch.accelerator.current_stream(device.index)
         options = replace(self._options, by_layer=True) if by_layer else self._options
-        if len(items) == len(self._fine):
-            rows = Index.of(items, self._size)
-            blocks = self._whole
-        else:
-            rows, blocks = self._indices(items, at)
-        transfer = copy_rows(inner, self._view, rows, blocks, options=options)
-        return transfer, transfer.layers if by_layer else ()
+        try:
+            if len(items) == len(self._fine):
+                rows = Index.of(items, self._size)
+                blocks = self._whole
+            else:
+                rows, blocks = self._indices(items, at)
+            transfer = copy_rows(inner, self._view, rows, blocks, options=options)
+        finally:  # a part of the copy may have been issued
+            end = Completion()
+            if loan.stream is not None:
+                # The rows stay, also if the store and the handle are dropped.
+                end = completion(device, loan.stream, inner)
+            loan.end = end
+        layers = transfer.layers if by_layer else ()
+        if loan.stream is not None:
+            transfer = Transfer((*transfer.completions, end), transfer, transfer.carried)
+        return transfer, layers
 
     def wait(self, end: Completion) -> None:
         """Wait for the end of a copy in any thread, also while another one captures a graph.

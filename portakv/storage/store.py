@@ -166,16 +166,14 @@ def _by_gaps(
 
     So a prompt after a gap, for which no block goes, keeps no other prompt of the call from space.
     """
-    if len({*map(call.request.roots.__getitem__, blocks)}) == 1:
-        return [blocks]
+    roots = call.request.roots
     gaps = dict[bytes | None, tuple[bool, ...]]()
+    for root in dict.fromkeys(roots[i] for i in blocks):
+        before = [] if root is None else [root]
+        gaps[root] = tuple(call.form.continues(before, x) for x in (None, *tier_stores))
     alike = dict[tuple[bool, ...], list[int]]()
     for i in blocks:
-        root = call.request.roots[i]
-        if root not in gaps:
-            before = [] if root is None else [root]
-            gaps[root] = tuple(call.form.continues(before, x) for x in (None, *tier_stores))
-        alike.setdefault(gaps[root], []).append(i)
+        alike.setdefault(gaps[roots[i]], []).append(i)
     return alike.values()
 
 

@@ -280,42 +280,6 @@ class TestsOnADevice:
         assert len(kept) >= 4
         assert not any(kept)
 
-    def test_a_long_copy_goes_in_parts(
-        self, accelerator: torch.device, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        """The rows of all parts stay until the last one has ended."""
-        target = cache(50, accelerator)
-        torch.accelerator.synchronize(accelerator)
-        copied = list[int]()
-        copy_rows = rows_module.copy_rows
-
-        def counted(src: KVView, dst: KVView, rows: Any, blocks: Any, **terms: Any) -> Any:
-            copied.append(len(rows.host_ids()))
-            return copy_rows(src, dst, rows, blocks, **terms)
-
-        with warmed(accelerator) as store:
-            monkeypatch.setattr(rows_module, "copy_rows", counted)
-            store.load(target, range(8), KEYS).synchronize(LIMIT)
-            assert copied == [8], "the control: a short copy is one part"
-            copied.clear()
-
-            monkeypatch.setattr(memory, "FIRST_PART", FORM.payload_bytes)
-            delay(current(accelerator))
-            handle = store.load(target, [11, *range(7)], KEYS)
-            assert copied == [1, 2, 5]
-            assert not handle.done()
-            assert rows_in_use(store.rows) == 8
-            handle.synchronize(LIMIT)
-            assert handle.landed.all()
-            assert same(SOURCE, range(8), target, [11, *range(7)])
-            assert not rows_in_use(store.rows)
-
-            copied.clear()
-            layers = store.load(target, range(8), KEYS, by_layer=True)
-            layers.synchronize(LIMIT)
-            assert copied == [8]
-            assert same(SOURCE, range(8), target, range(8))
-
     def test_layers_on_a_stream(self, accelerator: torch.device) -> None:
         target = cache(50, accelerator)
         torch.accelerator.synchronize(accelerator)
