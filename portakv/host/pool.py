@@ -11,7 +11,6 @@ import warnings
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from itertools import pairwise
 from typing import Any, NamedTuple
 from weakref import WeakValueDictionary
 
@@ -20,6 +19,7 @@ import torch
 from portakv.arguments import flag, kind_of, seconds
 from portakv.errors import HostMemoryError, PoolExhausted
 from portakv.host import _pages, _registration, pinned
+from portakv.host.extents import Extents
 from portakv.runtime.devices import this_process
 from portakv.runtime.interrupts import Condition
 
@@ -115,62 +115,6 @@ class _Use(NamedTuple):
     units: int
 
 
-class Runs:
-    """The free units of a pool, numbered from 0 on; ``len`` is their number.
-
-    A block of any size takes a run of neighbours in one piece of memory. The caller holds a lock.
-
-    Attributes:
-        changing: True during a change, and after one that an interrupt stopped; the caller then
-            makes the runs again.
-    """
-
-    def __init__(self) -> None:
-        self.changing = False
-        self._pieces: list[tuple[int, bytearray]] = []  # the first unit; 1 for each free unit
-        self._free = 0
-
-    def __len__(self) -> int:
-        return self._free
-
-    def add(self, first: int, length: int) -> None:
-        """Add a piece of memory, after all others."""
-        self._pieces.append((first, bytearray(b"\1" * length)))
-        self._free += length
-
-    def longest(self) -> int:
-        """Return the length of the longest run."""
-        runs = (run for _, units in self._pieces for run in units.split(b"\0"))
-        return max(map(len, runs), default=0)
-
-    def count(self, length: int) -> int:
-        """Return how many runs of a length can be taken."""
-        if length == 1:
-            return self._free
-        return sum(units.count(b"\1" * length) for _, units in self._pieces)
-
-    def take(self, length: int) -> int:
-        """Take a run, and return its first unit; `count` says that there is one."""
-        found = ((first, units.find(b"\1" * length)) for first, units in self._pieces)
-        unit = next(first + at for first, at in found if at >= 0)
-        self.take_at(unit, length)
-        return unit
-
-    def take_at(self, first: int, length: int) -> None:
-        """Take the run that begins with a unit."""
-        self._write(first, bytes(length))
-        self._free -= length
-
-    def give(self, first: int, length: int) -> None:
-        """Give a run back."""
-        self._write(first, b"\1" * length)
-        self._free += length
-
-    def _write(self, first: int, free: bytes) -> None:
-        begin, units = next(each for each in reversed(self._pieces) if each[0] <= first)
-        units[first - begin : first - begin + len(free)] = free
-
-
 class PinnedPool:
     """Blocks in pinned memory, of one size or of any. A context manager; `close` may be called
     again.
@@ -241,8 +185,10 @@ class PinnedPool:
         self._options = options
         self.blocks = 0
         self.high_water = 0
-        self._segments: list[tuple[int, torch.Tensor]] = []  # number of the first block, all bytes
-        self._runs = Runs()
+        # Of each piece of memory the number of the first block, that past the last one, all bytes.
+        self._segments: list[tuple[int, int, torch.Tensor]] = []
+        self._units = Extents()  # those that are free
+        self._changing = False  # during a change, and after one that an interrupt stopped
         self._out: dict[int, _Use] = {}  # blocks in use
         # Blocks that were released after work that has not ended: their units, and the function
         # that reports its end.
@@ -254,7 +200,7 @@ class PinnedPool:
         """Return how many blocks of `block_bytes` can be acquired immediately, without growing."""
         self._refuse()
         with self._changed:
-            return len(self._find())
+            return self._find().free
 
     @property
     def bytes_free(self) -> int:
@@ -269,7 +215,7 @@ class PinnedPool:
         """
         self._refuse()
         with self._changed:
-            return (self.blocks - len(self._find())) * self._stride
+            return (self.blocks - self._find().free) * self._stride
 
     @property
     def waiting(self) -> int:
@@ -367,7 +313,8 @@ class PinnedPool:
         with self._changed:
             if not self._closed:
                 self._segments.clear()
-                self._runs = Runs()
+                self._units = Extents()
+                self._changing = False
                 left = self.leaks()
             self._closed = True
             self._changed.notify_all()
@@ -469,18 +416,18 @@ class PinnedPool:
                         f"Expected work that reports its end, got {kind_of(after)}. Pass a "
                         "transfer, an event, or an object with query() or done()."
                     )
-            runs = self._intact_runs()
+            free = self._intact_units()
             index = block.index
             units = self._out[index].units
-            # In this order, so that an interrupt loses no block: see `_intact_runs`.
-            runs.changing = True
+            # In this order, so that an interrupt loses no block: see `_intact_units`.
+            self._changing = True
             if work is not None:
                 self._in_use[index] = units, work
             block.drop()
             del self._out[index]
             if work is None:
-                runs.give(index, units)
-            runs.changing = False
+                free.give(index, units)
+            self._changing = False
             self._changed.notify_all()
 
     @property
@@ -496,7 +443,7 @@ class PinnedPool:
         """Return every block in use and its owner, the oldest first."""
         now = time.monotonic()
         with self._changed:
-            self._intact_runs()
+            self._intact_units()
             leaks = []
             for index, use in self._out.items():
                 dropped = index not in self._handles
@@ -505,22 +452,21 @@ class PinnedPool:
                 leaks.append(leak)
             return leaks
 
-    def _units(self, nbytes: int) -> int:
+    def _units_of(self, nbytes: int) -> int:
         """Return how many neighbouring blocks a block of so many bytes takes."""
         more = nbytes - self.block_bytes
         return 1 if more <= 0 else 1 - -more // self._stride
 
     def _segment_blocks(self) -> list[int]:
         """Return the number of blocks of each segment."""
-        firsts = [first for first, _ in self._segments]
-        return [past - first for first, past in pairwise([*firsts, self.blocks])]
+        return [past - first for first, past, _ in self._segments]
 
     def _bytes_together(self, blocks: int) -> int:
         """Return the bytes of a block that takes so many neighbouring ones, one or more."""
         return (blocks - 1) * self._stride + self.block_bytes
 
     def _most(self, nbytes: int) -> int:
-        units = self._units(nbytes)
+        units = self._units_of(nbytes)
         if units == 1:
             return self.limit
         present = sum(blocks // units for blocks in self._segment_blocks())
@@ -534,30 +480,29 @@ class PinnedPool:
     ) -> list[Block] | HostMemoryError | None:
         """Return blocks, with ``grow`` perhaps of new memory; None if there are not enough now, or
         why there was no memory for more."""
-        units = self._units(nbytes)
-        runs = self._find()
-        missing = (count - runs.count(units)) * units
+        units = self._units_of(nbytes)
+        free = self._find()
+        missing = (count - free.count(units)) * units
         if missing > 0:
             if not grow or missing > self.limit - self.blocks:
                 return None
             refused = self._grown(missing, units)
             if refused is not None:
                 return refused
-            if runs.count(units) < count:
+            if free.count(units) < count:
                 return None  # the new memory is in several pieces
 
         stack = "".join(traceback.format_stack()[:-2]) if self._stacks else ""
         use = _Use(owner, threading.current_thread().name, time.monotonic(), stack, nbytes, units)
         blocks = []
-        runs.changing = True
-        for _ in range(count):
-            index = runs.take(units)
+        self._changing = True
+        for index in free.take(units, count):
             block = Block(self, index, nbytes, self._bytes_of(index, nbytes))
             self._handles[index] = block
             blocks.append(block)
         self._out.update({block.index: use for block in blocks})
-        runs.changing = False
-        self.high_water = max(self.high_water, self.blocks - len(runs))
+        self._changing = False
+        self.high_water = max(self.high_water, self.blocks - free.free)
         return blocks
 
     def _bytes_of(self, index: int, nbytes: int) -> torch.Tensor:
@@ -565,7 +510,7 @@ class PinnedPool:
         place = -1
         while self._segments[place][0] > index:
             place -= 1
-        first, data = self._segments[place]
+        first, _, data = self._segments[place]
         start = (index - first) * self._stride
         return data[start : start + nbytes]
 
@@ -577,12 +522,12 @@ class PinnedPool:
             nbytes = self._bytes_together(count)
             memory = pinned.allocate(nbytes, unit=self._stride, **self._options)
             self.pinned &= memory.pinned
-            runs = self._runs
-            runs.changing = True
-            self._segments.append((self.blocks, memory.tensor))
+            first = self.blocks
+            self._changing = True
+            self._segments.append((first, first + count, memory.tensor))
             self.blocks += count
-            runs.add(self.blocks - count, count)
-            runs.changing = False
+            self._units.add(first, first + count)
+            self._changing = False
 
     def _most_together(self) -> int:
         """Return the most blocks of one registration, which cuts no block."""
@@ -605,24 +550,24 @@ class PinnedPool:
                 refused = error
         return refused
 
-    def _find(self) -> Runs:
+    def _find(self) -> Extents:
         """Return the free blocks; add those whose release waited for work that has ended."""
-        runs = self._intact_runs()
+        free = self._intact_units()
         for index, (units, ask) in list(self._in_use.items()):
             ended = True  # failed work also moves no more bytes; its own handle reports the error
             with suppress(Exception):  # the caller's own work may raise anything
                 ended = bool(ask())
             if ended:
-                runs.changing = True
+                self._changing = True
                 del self._in_use[index]
-                runs.give(index, units)
-                runs.changing = False
+                free.give(index, units)
+                self._changing = False
         self._pause = _ASK_AGAIN if self._in_use else GROW_AGAIN
-        return runs
+        return free
 
-    def _intact_runs(self) -> Runs:
+    def _intact_units(self) -> Extents:
         """Return the free blocks; if an interrupt stopped a change, as the blocks in use show."""
-        if self._runs.changing:
+        if self._changing:
             for index, block in self._handles.items():
                 if block.in_use:  # its release had not come so far
                     self._in_use.pop(index, None)
@@ -630,14 +575,13 @@ class PinnedPool:
                     self._out.pop(index, None)
             used = [(index, use.units) for index, use in self._out.items()]
             used += [(index, units) for index, (units, _) in self._in_use.items()]
-            runs = Runs()
-            firsts = [first for first, _ in self._segments]
-            for first, count in zip(firsts, self._segment_blocks(), strict=True):
-                runs.add(first, count)
-            for first, units in used:
-                runs.take_at(first, units)
-            self._runs = runs
-        return self._runs
+            free = Extents((first, past) for first, past, _ in self._segments)
+            for run in used:
+                free.take_at(*run)
+            self._units = free
+            self.blocks = self._segments[-1][1]
+            self._changing = False
+        return self._units
 
 
 def _listed(sentence: str, out: Sequence[object]) -> str:

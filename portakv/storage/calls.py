@@ -54,8 +54,6 @@ from portakv.storage.memory import (
     PinnedRows,
     RowQueue,
     Rows,
-    SizedRows,
-    Taker,
     Want,
 )
 from portakv.storage.reasons import OVERFLOWED, Explanation, Reason, Reasons
@@ -797,7 +795,7 @@ class FormBlocks:
         form = self.own.form
         twins = [part for part in parts[1:] if form.encoding and part.form == form.raw]
         self.raw = twins[0] if twins else None
-        self.figures = EncodedFigures()
+        self.figures = EncodedFigures(shared.graph.lock)
         self._take_twin(self.raw)
 
     def _take_twin(self, twin: FormPart | None) -> None:
@@ -1254,7 +1252,7 @@ class Call:
                 graph.hasten(task, now + due)
 
 
-class InFlight(Taker):
+class InFlight(Held):
     """Rows that a transfer fills.
 
     Row i has block ``keys[i]`` of the part after all of ``ends`` landed it: one for each segment,
@@ -1320,7 +1318,7 @@ class InFlight(Taker):
         nbytes = self.part.form.image_bytes
         if self._passing and self.raw_form is not None:  # the rows have room for any image
             nbytes = max(nbytes, self.raw_form.image_bytes)
-        return self._memory.take(self.count, self.store, self._want(nbytes))
+        return self._memory.take(self.count, self._want(nbytes))
 
     def joins(self, stored: bool) -> bool:
         """Return True if a load may use the rows: not those of a save of packed blocks, whose rows
@@ -1464,7 +1462,6 @@ class InFlight(Taker):
         landed = np.zeros(self.count, np.bool_)
         if self.items and (None in self.ends or len(self.ends) == len(self.part.form.segments)):
             landed = np.logical_and.reduce([end.landed for end in self.ends.values()])
-        prefetched = all(call.request.kind == "prefetch" for call, _ in self.calls)
         shared.record_hits()
         claim = self._claim()
         if shared.rows.crowded(claim):
@@ -1482,7 +1479,9 @@ class InFlight(Taker):
                 names = [self._part_in(row).name(key) for row, key in enumerate(self.keys)]
             names = [names[row] for row in whole]
             sizes = [self._part_in(row).form.image_bytes for row in whole]
-            shared.rows.keep(items, names, self._follows(whole), prefetched, claim, sizes)
+            prefetched = all(call.request.kind == "prefetch" for call, _ in self.calls)
+            want = Want(self.part.form.image_bytes, self.store, claim, prefetched=prefetched)
+            shared.rows.keep(items, names, self._follows(whole), want, sizes)
 
     def _claim(self) -> Claim:
         """Return the cached rows that the blocks may evict, under the graph's lock."""
@@ -1577,7 +1576,7 @@ class InFlight(Taker):
             self._refuse(refused, mask, why)
             refused = refused[:0]
         elif misfits:
-            self._refuse(self._make_room(refused.tolist()), mask, NO_ROOM)
+            self._refuse(self._make_room(raw.form, refused.tolist()), mask, NO_ROOM)
             refused = refused[mask[refused]]
         self._count_copied(view.device, items[fits], misfits, len(refused))
         if raw is not None and len(refused):
@@ -1590,13 +1589,10 @@ class InFlight(Taker):
             mask[row] = False
             self.reasons.report(self.keys[row], Reason(OVERFLOWED, why))
 
-    def _make_room(self, refused: list[int]) -> list[int]:
+    def _make_room(self, raw: BlockForm, refused: list[int]) -> list[int]:
         """Give rows of the raw size to blocks that do not fit; return those that get none."""
-        memory = self._memory
-        if self.raw_form is None or not isinstance(memory, SizedRows):
-            return []
-        want = self._want(self.raw_form.image_bytes)
-        return [row for row in refused if not memory.replace(self.items, row, want)]
+        want = self._want(raw.image_bytes)
+        return [row for row in refused if not self._memory.replace(self.items, row, want)]
 
     def _count_copied(self, device: torch.device, items: Any, misfits: int, followed: int) -> None:
         """Count blocks that came from a device into rows ``items``, those that did not fit, and how
@@ -1613,10 +1609,9 @@ class InFlight(Taker):
         """Make images of the payloads in the rows, if a tier stores them: only tiers read
         headers."""
         rows: list[int] = np.flatnonzero(mask).tolist()
-        memory = self._memory
-        if self._passing and isinstance(memory, SizedRows):
-            for row in rows:
-                memory.settle(self.items, row, self._want(self._part_in(row).form.image_bytes))
+        for row in rows if self._passing else ():
+            want = self._want(self._part_in(row).form.image_bytes)
+            self._memory.settle(self.items, row, want)
         if not self.generation:
             return
         for row, follows in zip(rows, self._follows(rows), strict=True):

@@ -3,7 +3,8 @@
 
 from __future__ import annotations
 
-import threading
+from collections import Counter
+from contextlib import AbstractContextManager
 from typing import Any
 
 import numpy as np
@@ -18,22 +19,17 @@ from portakv.storage.form import HEADER, BlockForm
 class EncodedFigures:
     """Counts blocks that saves bring into rows, packed or raw; any thread may call it."""
 
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._payload = 0
-        self._wire = 0
-        self._blocks = {"packed": 0, "raw": 0, "overflow": 0}
-        self._escapes = 0
-        self._values = 0  # of the planes whose escapes were counted
+    def __init__(self, lock: AbstractContextManager[object]) -> None:
+        """Count under a lock, that of the store's graph."""
+        self._lock = lock
+        self._counts = Counter[str]()
         self._of_late: dict[torch.device, tuple[int, int]] = {}  # packed blocks, and misfits
 
     def add_raw(self, form: BlockForm, blocks: int) -> None:
         """Count blocks that were not to be packed, of a form of either encoding."""
         nbytes = blocks * form.raw.payload_bytes
         with self._lock:
-            self._payload += nbytes
-            self._wire += nbytes
-            self._blocks["raw"] += blocks
+            self._counts.update(payload=nbytes, wire=nbytes, raw=blocks)
 
     def add_packed(
         self,
@@ -55,13 +51,10 @@ class EncodedFigures:
         """
         escapes, values = (0, 0) if image is None else _escapes(form, image)
         raw = form.raw.payload_bytes
+        wire = (fits + misfits) * form.payload_bytes + followed * raw
         with self._lock:
-            self._payload += (fits + followed) * raw
-            self._wire += (fits + misfits) * form.payload_bytes + followed * raw
-            self._blocks["packed"] += fits
-            self._blocks["overflow"] += followed
-            self._escapes += escapes
-            self._values += values
+            self._counts.update(payload=(fits + followed) * raw, wire=wire)
+            self._counts.update(packed=fits, overflow=followed, escapes=escapes, values=values)
             packed, unfit = self._of_late.get(device, (0, 0))
             self._of_late[device] = packed + fits + misfits, unfit + misfits
 
@@ -78,18 +71,19 @@ class EncodedFigures:
     def statistics(self, form: str) -> Figures:
         """Return the figures, in the form of `Graph.statistics`."""
         with self._lock:
-            ratio = self._payload / self._wire if self._wire else 1.0
-            escapes = self._escapes / self._values if self._values else 0.0
-            return {
-                "encoding_payload_bytes_total": [{"form": form, "value": self._payload}],
-                "encoding_wire_bytes_total": [{"form": form, "value": self._wire}],
-                "encoding_ratio": [{"form": form, "value": ratio}],
-                "encoding_escapes": [{"form": form, "value": escapes}],
-                "encoding_blocks_total": [
-                    {"form": form, "result": result, "value": blocks}
-                    for result, blocks in self._blocks.items()
-                ],
-            }
+            counts = self._counts.copy()
+        ratio = counts["payload"] / counts["wire"] if counts["wire"] else 1.0
+        escapes = counts["escapes"] / counts["values"] if counts["values"] else 0.0
+        return {
+            "encoding_payload_bytes_total": [{"form": form, "value": counts["payload"]}],
+            "encoding_wire_bytes_total": [{"form": form, "value": counts["wire"]}],
+            "encoding_ratio": [{"form": form, "value": ratio}],
+            "encoding_escapes": [{"form": form, "value": escapes}],
+            "encoding_blocks_total": [
+                {"form": form, "result": result, "value": counts[result]}
+                for result in ("packed", "raw", "overflow")
+            ],
+        }
 
 
 def _escapes(form: BlockForm, image: Any) -> tuple[int, int]:

@@ -55,16 +55,10 @@ class Pins:
         self.held: Mask = np.zeros(count, np.bool_)
         self._releases = list[Callable[[], object]]()
 
-    def add(self, place: int, release: Callable[[], object]) -> None:
-        """Note that the block at a place stays until ``release`` is called."""
-        self.held[place] = True
+    def add(self, places: Sequence[int], release: Callable[[], object]) -> None:
+        """Note that the blocks at places stay until ``release`` is called."""
+        self.held[places] = True
         self._releases.append(release)
-
-    def add_all(self, places: Sequence[int], pins: Sequence[Pinned | None]) -> None:
-        """Add the pins of blocks at places."""
-        for place, pin in zip(places, pins, strict=True):
-            if pin is not None:
-                self.add(place, pin.release)
 
     def release(self) -> None:
         """Let the blocks go in their turn, in any thread. A second call does nothing."""
@@ -174,27 +168,13 @@ class Chains(Generic[Key]):
 
         ``follows``: the mark of its predecessor, `UNKNOWN` or `FIRST`.
         """
-        self.add_all((key,), (mark,), (follows,), group)
-
-    def add_all(
-        self, keys: Sequence[Key], marks: Sequence[Mark], follows: Sequence[Mark], group: Hashable
-    ) -> None:
-        """Add blocks in their order, as `add` does, in one pass."""
         self._last_call = None
-        blocks = [self._new(*each, group) for each in zip(keys, marks, follows, strict=True)]
-        for block in blocks:  # not before: of a chain only the last block may go
-            self._queue(block)
-        if self.changed is not unheard:
-            for key in keys:
-                self.changed(key, True, "")
-
-    def _new(self, key: Key, mark: Mark, follows: Mark, group: Hashable) -> _Block[Key]:
-        """Return a new block, which has no entry in a queue yet."""
         block = _Block(key, mark, group, next(_uses))
         self._blocks[key] = block
         self._name(block)
         self._follow(block, follows)
-        return block
+        self._queue(block)
+        self.changed(key, True, "")
 
     def fill(
         self, keys: Sequence[Key], marks: Sequence[Mark], follows: Sequence[Mark], group: Hashable
@@ -256,18 +236,17 @@ class Chains(Generic[Key]):
     def set_aside(self, key: Key) -> None:
         """Count a block that may go as gone, until `put_back`: `next` returns others."""
         block = self._blocks[key]
-        block.pinned = True
+        self.expect(block.mark)  # so it may not go
         if block.follows is not None:
             self._drop(self._successors, block.follows)
 
     def put_back(self, key: Key) -> None:
         """End a `set_aside`; the block has its place in the order as before."""
         block = self._blocks[key]
-        block.pinned = False
         before = block.follows
         if before is not None:
             self._successors[before] = self._successors.get(before, 0) + 1
-        self._queue(block)
+        self.unexpect(block.mark)
 
     def expect(self, follows: Mark) -> None:
         """Keep the predecessor of a block that is being written, until `unexpect`."""

@@ -363,18 +363,18 @@ class BlockForm:
         size = self.block_size
         payload = rows[:, HEADER : HEADER + self.payload_bytes]
         layout = self.layout
-        if self.encoding:
+        widths = self.widths
+        tokens = size
+        if self.encoding:  # a slot is a row of one token
             layout = layout.replace(_SLOT, "page").replace("(page)", "page")
-            slots = [plane.slot_bytes for plane in self.planes]
-            shape = [len(rows), layers, self.kv, heads, slots[0]]
-            if len({*self.widths}) > 1:
-                shape = [len(rows), layers, heads, sum(slots)]
+            widths = tuple(plane.slot_bytes for plane in self.planes)
+            tokens = 1
         else:
             payload = payload.view(getattr(torch, self.dtype))
-            axes = ("block", "layer", "kv", "head", "token")
-            extents = dict(zip(axes, (len(rows), layers, self.kv, heads, size), strict=True))
-            values = [{**extents, "dim": width, "page": width} for width in self.widths]
-            shape = [known_parts(group, values)[0] for group in parse(layout).dims]
+        axes = ("block", "layer", "kv", "head", "token")
+        extents = dict(zip(axes, (len(rows), layers, self.kv, heads, tokens), strict=True))
+        values = [{**extents, "dim": width, "page": width} for width in widths]
+        shape = [known_parts(group, values)[0] for group in parse(self.layout).dims]
         view = KVView(
             payload.view(shape),
             layout,
@@ -415,6 +415,8 @@ class BlockForm:
         arguments.instance("other", other, BlockForm)
         if other.lossy and other.encoding != self.encoding:
             return None
+        if not self.same_cache(other):
+            return None
         src = Slices()
         dst = Slices()
         for axis in ("layers", "heads"):
@@ -422,7 +424,7 @@ class BlockForm:
             (c, d, _) = getattr(other, axis)
             first = max(a, c)
             past = min(b, d)
-            if first >= past or not self.same_cache(other):
+            if first >= past:
                 return None
             src[axis] = slice(first - c, past - c)
             dst[axis] = slice(first - a, past - a)

@@ -5,11 +5,11 @@ from __future__ import annotations
 
 import ctypes
 import os
-from bisect import bisect_left, insort
 from collections import Counter, deque
 from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from heapq import heappop, heappush
 from itertools import pairwise
 from math import gcd
@@ -27,6 +27,7 @@ from portakv.copy.options import USUAL, CopyOptions
 from portakv.copy.rows import copy_rows as copy_rows
 from portakv.errors import InvalidTerms, LayoutError, SlotError
 from portakv.host import pinned
+from portakv.host.extents import Extents
 from portakv.host.shared import unnamed
 from portakv.plan.plan import CopyPlan
 from portakv.runtime.devices import capturing, refuse_capture
@@ -46,126 +47,6 @@ from portakv.storage.image import Row
 from portakv.storage.work import BaseQueue, Graph, Task
 from portakv.view import IdList, Index, KVView
 from portakv.view.destination import note_written
-
-# ------------------------------------------------------------------------------------------------
-# Free pages of memory, in runs of any length.
-
-
-class Extents:
-    """The free pages of a range, from which runs of pages are taken and to which they return.
-
-    A run is taken from the shortest extent that has room for it, so that runs of one size fill the
-    holes that they leave. Callers hold a lock.
-
-    Runs that lie next to each other are often evicted one after the other: a chain from its end, or
-    single blocks as they came. So a run takes the end of its extent that is farther from the run
-    that goes next, and what is left of the extent grows by that one.
-
-    Args:
-        pieces: the first page of each piece of memory, and the page past it. No run crosses the end
-            of a piece.
-
-    Attributes:
-        free: the number of free pages.
-    """
-
-    def __init__(self, pieces: Sequence[tuple[int, int]]) -> None:
-        self.free = 0
-        self._ends = dict[int, int]()  # the page past each extent, by its first page
-        self._starts = dict[int, int]()  # the first page of each extent, by the page past it
-        self._sizes = dict[int, dict[int, None]]()  # the first pages of the extents of each length
-        self._lengths = list[int]()  # the lengths that extents have, in order
-        self._past = frozenset(past for _, past in pieces)
-        self._evicted = range(0)  # the last pages that were evicted
-        self._descends = False  # the last evicted pages lie before those evicted before them
-        for first, past in pieces:
-            if first < past:
-                self._add(first, past)
-                self.free += past - first
-
-    def take(self, count: int, most: int) -> list[int]:
-        """Return the first pages of at most ``most`` runs of so many pages; fewer if no extent has
-        room for more.
-
-        What is left of the shortest extent with room is the shortest one again. So all runs of an
-        extent are taken together.
-        """
-        runs = list[int]()
-        while len(runs) < most:
-            at = bisect_left(self._lengths, count)
-            if at == len(self._lengths):
-                break
-            length = self._lengths[at]
-            first = next(iter(self._sizes[length]))
-            past = first + length
-            pages = count * min(length // count, most - len(runs))
-            self._remove(first, past)
-            if self._descends:
-                runs += range(past - count, past - pages - 1, -count)
-                past -= pages
-            else:
-                runs += range(first, first + pages, count)
-                first += pages
-            if first < past:
-                self._add(first, past)
-            self.free -= pages
-        return runs
-
-    def pass_on(self, first: int, count: int) -> bool:
-        """Return True if pages that were evicted can be taken again as they are; return False, and
-        do nothing, if free pages lie next to them.
-
-        No extent has so many pages. So `give` and `take` would return the same pages.
-        """
-        past = first + count
-        if first in self._starts or past in self._ends:
-            return False
-        self._note_evicted(first, past)
-        return True
-
-    def _note_evicted(self, first: int, past: int) -> None:
-        """Note the last pages that were evicted, and the direction in which they go."""
-        before = self._evicted
-        if first == before.stop or past == before.start:
-            self._descends = past == before.start
-        self._evicted = range(first, past)
-
-    def give(self, first: int, count: int, evicted: bool = False) -> None:
-        """Return pages, which join the free ones next to them; ``evicted``: in the order in which
-        others go."""
-        self.free += count
-        past = first + count
-        if evicted:
-            self._note_evicted(first, past)
-        if first in self._starts and first not in self._past:
-            before = self._starts[first]
-            self._remove(before, first)
-            first = before
-        if past in self._ends and past not in self._past:
-            after = self._ends[past]
-            self._remove(past, after)
-            past = after
-        self._add(first, past)
-
-    def _add(self, first: int, past: int) -> None:
-        length = past - first
-        self._ends[first] = past
-        self._starts[past] = first
-        if length not in self._sizes:
-            self._sizes[length] = {}
-            insort(self._lengths, length)
-        self._sizes[length][first] = None
-
-    def _remove(self, first: int, past: int) -> None:
-        length = past - first
-        del self._ends[first]
-        del self._starts[past]
-        alike = self._sizes[length]
-        del alike[first]
-        if not alike:
-            del self._sizes[length]
-            del self._lengths[bisect_left(self._lengths, length)]
-
 
 # ------------------------------------------------------------------------------------------------
 # The memory of a block store's rows: pinned where a device is there, private or shared.
@@ -226,8 +107,10 @@ def copy_long_runs(
         return False
     if "PORTAKV_BACKEND" in os.environ or src.form.encoding or dst.form.encoding:
         return False
-    plan = _plan_of(src, dst, src_index, dst_index)
-    if plan is None:
+    if min(src.form.token_bytes, dst.form.token_bytes) < LONG:
+        return False
+    plan = CopyPlan(src.form, dst.form, src_index.plan_step, dst_index.plan_step)
+    if plan.run < LONG:
         return False
     count = src_index.length
     assert count is not None  # it has ids
@@ -240,53 +123,42 @@ def copy_long_runs(
     return True
 
 
-def _plan_of(src: KVView, dst: KVView, src_index: Index, dst_index: Index) -> CopyPlan | None:
-    """Return the plan of a copy whose runs are long; None for other copies."""
-    if min(src.form.token_bytes, dst.form.token_bytes) < LONG:
-        return None
-    plan = CopyPlan(src.form, dst.form, src_index.plan_step, dst_index.plan_step)
-    return plan if plan.run >= LONG else None
-
-
 # ------------------------------------------------------------------------------------------------
 # Rows of the host tier that a load reads in the thread of its caller.
 
-#: Bytes of the first part of a copy that a caller's thread issues; a copy of less than twice as
-#: many is one part.
-FIRST_PART = 32 << 20
-
 
 class Loan:
-    """Keys of the host tier that keep their rows until the end of a copy.
+    """Keys of the host tier that keep their rows until the end of a copy, or until `cancel`.
 
     Attributes:
         keys: the keys.
         rows: the row of each key; None for a key without one.
         stream: the stream of the copy, once it may have begun; None on the host.
         end: the end of the copy, once it was issued.
+        caller: a weak reference to the caller, with whose life a loan without a copy ends.
     """
 
-    __slots__ = ("_caller", "_thread", "end", "keys", "rows", "stream")
+    __slots__ = ("_thread", "caller", "end", "keys", "rows", "stream")
 
     def __init__(self, keys: Sequence[bytes], caller: object) -> None:
         self.keys = keys
         self.rows: Sequence[int | None] = ()
         self.stream: torch.Stream | None = None
         self.end: Completion | None = None
-        self._caller = ref(caller)
+        self.caller = ref(caller)
         self._thread = get_ident()
 
     def cancel(self) -> None:
         """End a loan that nothing reads."""
         self.end = Completion()
 
-    def was_left(self) -> bool:
-        """Return True if this thread was interrupted before a copy could begin.
+    def was_left(self, thread: int) -> bool:
+        """Return True if a thread was interrupted before a copy could begin.
 
-        Only a thread that is not inside the loan's call any more, but whose traceback retains it,
-        may ask.
+        Only for a thread that is not inside the loan's call any more, but whose traceback retains
+        it.
         """
-        return self._thread == get_ident() and self.end is None and self.stream is None
+        return self._thread == thread and self.end is None and self.stream is None
 
     def ended(self) -> bool:
         """Return True if no copy reads the rows; never block.
@@ -294,7 +166,7 @@ class Loan:
         A loan without an end, whose caller is gone, was interrupted. If its copy may have begun,
         the present work of the stream is its end.
         """
-        gone = self._caller() is None  # read first: the end is set while the caller lives
+        gone = self.caller() is None  # read first: the end is set while the caller lives
         if self.end is None:
             if not gone:
                 return False
@@ -308,90 +180,11 @@ class Loan:
             return self.end.ended()
 
 
-class Loans:
-    """The loans of a host tier. All calls but `begin` and `end_left` are made under the tier's
-    lock."""
-
-    def __init__(self) -> None:
-        self.all = list[Loan]()
-        self._counted = list[Loan]()  # the loans of `_keys`
-        self._keys: frozenset[bytes] = frozenset()
-
-    def __len__(self) -> int:
-        return len(self.all)
-
-    def begin(self, keys: Sequence[bytes], caller: object) -> Loan:
-        """Return a new loan, which ends with its copy, or with the life of ``caller`` if no copy
-        was issued.
-
-        Callers look for rows after this call. It needs no lock.
-        """
-        loan = Loan(keys, caller)
-        self.all.append(loan)
-        return loan
-
-    def end_left(self) -> None:
-        """End the loans of this thread whose calls were interrupted; needs no lock."""
-        for loan in [*self.all]:
-            if loan.was_left():
-                loan.cancel()
-
-    def __contains__(self, key: object) -> bool:
-        """Return True if a loan has a key, also one that has ended and was not forgotten."""
-        now = [*self.all]
-        if now != self._counted:
-            self._keys = frozenset(key for loan in now for key in loan.keys)
-            self._counted = now
-        return key in self._keys
-
-    def forget_ended(self) -> None:
-        """Forget the loans that have ended."""
-        for loan in [*self.all]:
-            if loan.ended():
-                self.all.remove(loan)
-
-
-def copy_parts(many: int, nbytes: int) -> list[slice]:
-    """Return the parts of a copy of so many blocks, each of ``nbytes``.
-
-    The first part is short, so that its copy begins soon. Each next part has twice as many blocks.
-    """
-    most = max(1, FIRST_PART // nbytes)
-    parts = list[slice]()
-    first = 0
-    while many - first > 2 * most:
-        parts.append(slice(first, first + most))
-        first += most
-        most *= 2
-    return [*parts, slice(first, many)]
-
-
 # The groups of cached rows.
 USED = "used"
 UNUSED = "prefetched and not used"
 #: A position before all keys of a call; those that its first blocks follow have -1.
 BEFORE = -2
-
-
-class New:
-    """Keys that got a row and are in no chain yet, of a group, with the marks that they follow.
-
-    ``moved``: the bytes of images that were moved into other rows.
-    """
-
-    def __init__(self, group: Hashable) -> None:
-        self.group = group
-        self.moved = 0
-        self.keys = list[bytes]()
-        self.follows = list[Hashable]()
-        self.leading = set[Hashable]()  # the same marks
-
-    def add(self, key: bytes, follows: int) -> None:
-        """Add a key that follows a mark."""
-        mark = mark_in_form(key, follows)
-        self.keys.append(key)
-        self.follows.append(mark)
-        self.leading.add(mark)
 
 
 class Claim(NamedTuple):
@@ -428,7 +221,7 @@ class Want(NamedTuple):
         place: the position of the last block in the call.
         prefetched: the transfer is a prefetch.
         passing: the rows serve the transfer alone, if staging has them: their blocks are not
-            cached, or only after `SizedRows.settle` moved them.
+            cached, or only after `Rows.settle` moved them.
     """
 
     nbytes: int
@@ -481,47 +274,96 @@ FOREVER = 1e9  # seconds
 _TRIED = "copies of a block store"  # the key of a view's copies that were tried before
 
 
+#: Bytes between two boundaries of registrations of pinned memory, which no row may cross.
+PIECE = 511 << 30
+#: Rows that one row may evict. If memory has no run of its size after that, it is not cached.
+MOST_EVICTED = 8
+#: Bytes of images in whole rows that the end of a transfer copies: a millisecond under a lock.
+MOST_MOVED = 8 << 20
+
+
 class Rows:
     """Rows of host memory: staging buffers, and the host tier.
 
-    Loads and saves have ``staging`` rows together, of which saves have at most half. At most
-    ``host`` rows are cached, or lent to saves beyond that half. So no load waits for rows of the
-    host tier. No call blocks, and any thread may call. ``shared``: the rows lie in memory without a
-    name that other processes can map: row i of ``tensor`` is row i there.
+    A whole row has room for the largest image. Loads and saves have `staging` whole rows together,
+    of which saves have at most half. No call blocks, and any thread may call. No load waits for
+    rows of the host tier.
+
+    If images have one size, all rows are whole, and the row of a transfer becomes one of the host
+    tier as it is. At most `host` rows are cached, or lent to saves beyond the half of staging.
+
+    If images have several sizes, the host tier is a separate zone of pages, in which a row has the
+    size of its image. A transfer takes rows there first, in place of the next rows to evict, since
+    its blocks would evict them at its end. Blocks that find no row there, as all rows are read or
+    may not go, take whole rows. Of these few are cached, as their images are copied.
+
+    Args:
+        sizes: the bytes of the images, multiples of 4,096.
+        staging, host: bytes.
+        shared: the rows lie in memory without a name that other processes can map: row i of
+            ``tensor`` is row i there.
 
     Attributes:
-        tensor: uint8 ``[staging + host, row_bytes]``, at a multiple of 4,096 bytes.
+        tensor: uint8 ``[rows, row_bytes]``, at a multiple of 4,096 bytes; if images have several
+            sizes ``[pages, 4096]``, and row i begins at page i. `BlockForm.view` takes both.
         array: the same, of numpy.
+        row_bytes: bytes of the largest image.
+        staging, host: whole rows that staging has, and for which the host tier has bytes.
         pinned: False if the memory is pageable.
         evicted: rows that lost their key to another key.
-        sized: rows have the sizes of their images; see `SizedRows`.
         index: the row of each key of the host tier.
+        sized: images have several sizes.
     """
 
-    sized = False
-
     def __init__(
-        self, row_bytes: int, staging: int, host: int, pin: bool = True, shared: bool = False
+        self,
+        sizes: Collection[int],
+        staging: int,
+        host: int,
+        pin: bool = True,
+        shared: bool = False,
     ) -> None:
-        self.row_bytes = row_bytes
-        self.staging = int(staging)
-        self.host = int(host)
+        self.row_bytes = max(sizes)
+        self.sized = len({*sizes}) > 1
         self.evicted = 0
-        count = self.staging + self.host
-        self.tensor, self.pinned = row_memory(count, row_bytes, pin, shared)
+        if self.sized:
+            unit = PAGE
+            self.host = max(1, host // self.row_bytes) if host >= min(sizes) else 0
+            self._first = staging // self.row_bytes * self.row_bytes // PAGE
+            self._past = self._first + host // PAGE
+        else:
+            unit = self.row_bytes
+            self.host = host // unit
+            self._first = staging // unit + self.host
+            self._past = self._first
+        self.tensor, self.pinned = row_memory(self._past, unit, pin, shared)
         self.array: npt.NDArray[np.uint8] = self.tensor.numpy()
+        self._bytes = self.array.reshape(-1)
+        self._unit = unit
+
+        # Whole rows come first, then the zone of the host tier, if it is separate. No row lies in
+        # two registrations.
+        step = self.row_bytes // unit
+        piece = PIECE // unit if self.sized else self._first
+        whole = range(0, self._first, step)
+        self._free = deque(x for x in whole if x // piece == (x + step - 1) // piece)
+        self.staging = len(self._free) - (0 if self.sized else self.host)
+        cuts = range((self._first // piece + 1) * piece, self._past, piece) if self.sized else ()
+        self._zone = Extents([*pairwise([self._first, *cuts, self._past])])
+        self._pages = dict[int, int]()  # of the rows of the zone that are lent or cached
+        self._lent: dict[int, bool] = {}  # True if it is lent to a save
+        self._staged = 0  # whole rows that are lent
+        self._saved = 0  # whole rows that are lent to saves
+        self._given = set[int]()  # rows that `keep` freed, and that their transfer gives next
+
         self.chains = Chains[bytes]()  # the keys that have a row, in two groups
         self.index = dict[bytes, int]()
         self.unused = set[bytes]()  # keys of rows that were prefetched and not used since
-        self.pins = Counter[int]()  # by row
-        self.borrowed = Loans()
         self.listeners = dict[bytes, Changed]()  # by the checksum of a form
-        self._names = dict[int, bytes]()  # keys of pinned rows
-        self._passed = set[bytes]()  # keys of loans that `next` passed over
         self._lock = self.chains.lock  # no call is made while it is locked
-        self._free = deque(range(count))
-        self._lent: dict[int, bool] = {}  # True if it is lent to a save
-        self._saved = 0  # rows that are lent to saves
+        self._begun = deque[Loan]()  # loans that no look at `_read` has counted; needs no lock
+        self._loans = list[Loan]()  # the others
+        self._read = Counter[bytes]()  # keys of `_loans`, whether they have a row or not
 
     @property
     def most(self) -> int:
@@ -533,43 +375,137 @@ class Rows:
         """Return the address and the bytes of the rows, for an I/O engine to register."""
         return ((self.tensor.data_ptr(), self.tensor.nbytes),)
 
-    def image(self, item: int, nbytes: int) -> npt.NDArray[np.uint8]:
-        """Return the bytes of a row, uint8 ``[nbytes or more]``."""
-        row: npt.NDArray[np.uint8] = self.array[item]
-        return row
+    def image(self, item: int, nbytes: int) -> Row:
+        """Return the bytes of an image in a row, uint8 ``[nbytes]``."""
+        first = item * self._unit
+        return self._bytes[first : first + nbytes]
 
     def holds(self, nbytes: int) -> int:
         """Return the number of images of so many bytes for which the host tier has rows."""
-        return self.host
+        if not self.sized:
+            return self.host
+        return (self._past - self._first) * PAGE // nbytes if self.host else 0
 
-    def take(self, count: int, store: bool, want: Want | None = None) -> list[int] | None:
+    # --- rows of transfers ---
+
+    def take(self, count: int, want: Want) -> list[int] | None:
         """Return rows for a transfer, all or none.
 
-        Saves have at most `most` rows of staging together. A save that says what it wants also
-        takes rows of the host tier, in place of the next rows to evict: its blocks would evict them
-        at its end.
+        Rows of a separate zone of the host tier come first, unless the rows serve the transfer
+        alone.
         """
         with self._lock:
-            saved = self._saved + count * store
-            loaded = len(self._lent) + count - saved
-            if loaded + min(saved, self.most) > self.staging:
-                return None
-            beyond = saved - self.most
-            if store and beyond > 0 and not (want and self._evict_for_saves(beyond, want)):
-                return None
-            items = [self._free.popleft() for _ in range(count)]
-            self._lent.update(dict.fromkeys(items, store))
-            self._saved = saved
-            return items
+            self._forget_counted()
+            return self._take(count, want)
+
+    def _take(self, count: int, want: Want) -> list[int] | None:
+        """Return rows for a transfer, all or none."""
+        items = list[int]()
+        if not want.passing:
+            items = self._zone_rows(count, want)
+        rest = self._whole_rows(count - len(items), want)
+        if rest is None and want.passing:
+            items = self._zone_rows(count, want)
+            rest = [] if len(items) == count else None
+        if rest is None:
+            self._free_rows(items)
+            return None
+        items += rest
+        self._lent.update(dict.fromkeys(items, want.store))
+        return items
+
+    def replace(self, items: list[int], number: int, want: Want) -> bool:
+        """Lend a larger row in place of a lent row, whose bytes are lost; return False if there is
+        none, and the row has its size.
+
+        ``items[number]`` becomes the new row.
+        """
+        with self._lock:
+            self._forget_counted()
+            old = items[number]
+            before = self._nbytes(old)
+            if before >= want.nbytes:
+                return True
+            self._give([old])  # first, as the pages next to it may be free
+            made = self._take(1, want)
+            row = made or self._take(1, Want(before, want.store))
+            assert row is not None  # the pages of the old row are free
+            items[number] = row[0]
+            return made is not None
+
+    def settle(self, items: list[int], number: int, want: Want) -> None:
+        """Move an image of a lent row into a row of the host tier of its size, if there is one.
+
+        ``items[number]`` becomes the new row. Only the transfer of the rows may use them meanwhile.
+        """
+        old = items[number]
+        with self._lock:
+            if old in self._pages and self._nbytes(old) == want.nbytes:
+                return
+            self._forget_counted()
+            made = self._zone_rows(1, want)
+            self._lent.update(dict.fromkeys(made, want.store))
+        for new in made:
+            self.image(new, want.nbytes)[:] = self.image(old, want.nbytes)
+            items[number] = new
+            self.give([old])
+
+    def give(self, items: Sequence[int]) -> None:
+        """End a transfer: its rows that it did not `keep` become free."""
+        with self._lock:
+            self._give(items)
 
     def lacks(self, count: int) -> bool:
         """Return True if saves may not have so many rows more, whatever is evicted."""
-        return self._saved + count > self.most + self.host
+        return sum(self._lent.values()) + count > self.most + self.host
+
+    def _give(self, items: Iterable[int]) -> None:
+        """Free lent rows."""
+        for item in items:
+            if item in self._given:  # by `keep`; the number may be that of another row now
+                self._given.remove(item)
+            elif item in self._lent:
+                self._end_lease(item)
+                self._free_rows([item])
+
+    def _end_lease(self, item: int) -> None:
+        """Count a row as lent no more."""
+        store = self._lent.pop(item)
+        if item < self._first:
+            self._staged -= 1
+            self._saved -= store
+
+    def _free_rows(self, items: Iterable[int], evicted: bool = False) -> None:
+        """Free rows that are neither lent nor cached."""
+        for item in items:
+            if item < self._first:
+                self._free.append(item)
+            else:
+                self._zone.give(item, self._pages.pop(item), evicted)
+
+    def _whole_rows(self, count: int, want: Want) -> list[int] | None:
+        """Return whole rows, all or none.
+
+        Saves beyond their half of staging take rows of the host tier, in place of the next rows to
+        evict: their blocks would evict them at their end.
+        """
+        if not count:
+            return []
+        saved = self._saved + count * want.store
+        loaded = self._staged + count - saved
+        if loaded + min(saved, self.most) > self.staging:
+            return None
+        beyond = saved - self.most
+        if want.store and beyond > 0 and not self._evict_for_saves(beyond, want):
+            return None
+        self._saved = saved
+        self._staged += count
+        return [self._free.popleft() for _ in range(count)]
 
     def _evict_for_saves(self, beyond: int, want: Want) -> bool:
-        """Evict rows until saves may have so many rows of the host tier; return False, and evict
-        none, if some may not go."""
-        if beyond > self.host:
+        """Evict rows until saves may have so many whole rows of the host tier; return False, and
+        evict none, if some may not go."""
+        if self.sized or beyond > self.host:
             return False
         count = len(self.index) + beyond - self.host
         if count <= 0:
@@ -579,150 +515,148 @@ class Rows:
         victims = self._choose(count, want.may_evict)
         return len(victims) == count and self._take_from(victims)
 
-    def _evict(self, want: Want, group: Hashable | None = None, new: New | None = None) -> bool:
-        """Evict the next row, of a group or of all; return False if it may not go.
+    def _zone_rows(self, count: int, want: Want) -> list[int]:
+        """Return rows of a separate zone of the host tier, as many as may be had, in the order of
+        their addresses.
 
-        ``new``: keys that go in their turn if no other row may go, or if they follow it.
+        All are taken in one pass. They are those that rows taken one after the other would be, and
+        the same keys are evicted. Their order leaves a copy fewer runs.
         """
-        if not want.claim.evict:
-            return False
-        victim = self.next(group)
-        if new is not None and new.keys:
-            goes = victim is not None and want.may_evict(victim)
-            if victim is None or not goes or self.chains.mark(victim) in new.leading:
-                self._let_go(new)
-                victim = self.next(group)
-        if victim is None or not want.may_evict(victim):
-            return False
-        return self._take_from([victim])
+        if not (self.sized and self.host):
+            return []
+        pages = want.nbytes // PAGE
+        items = self._zone.take(pages, count)
+        if len(items) < count and want.claim.evict:
+            self._evict_for(items, count, want)
+        self._pages.update(dict.fromkeys(items, pages))
+        items.sort()
+        return items
 
-    def _take_from(self, keys: Sequence[bytes]) -> bool:
-        """Free the rows of keys; return False, and free none, if a load reads one of them."""
-        items = self._take_away(keys)
-        self._free += items
-        self.evicted += len(items)
-        return bool(items)
+    def _evict_for(self, items: list[int], count: int, want: Want) -> None:
+        """Add rows of the zone to rows that were taken, up to ``count``, in place of the next rows
+        to evict. No extent has a run of their size.
 
-    def give(self, items: Sequence[int]) -> None:
-        """End a transfer: its rows that it did not `keep` become free."""
-        with self._lock:
-            self._give(items)
+        A row evicts at most `MOST_EVICTED` others.
+        """
+        pages = want.nbytes // PAGE
+        left = MOST_EVICTED
+        while len(items) < count and left:
+            group = UNUSED if want.prefetched and self._crowded(want.nbytes) else None
+            if not self._evict(want, group):
+                return
+            runs = self._zone.take(pages, count - len(items))
+            items += runs
+            left = MOST_EVICTED if runs else left - 1
 
-    def _give(self, items: Iterable[int]) -> None:
-        """Free lent rows."""
-        for item in items:
-            store = self._lent.pop(item, None)
-            if store is not None:
-                self._saved -= store
-                self._free.append(item)
+    # --- rows of the host tier ---
 
     def keep(
         self,
         items: Sequence[int],
         keys: Sequence[bytes],
         follows: Sequence[int],
-        prefetched: bool = False,
-        claim: Claim = ANY,
+        want: Want | None = None,
         sizes: Sequence[int] | None = None,
     ) -> list[bool]:
         """Cache lent rows under keys that follow marks, in place of the next rows to evict.
 
         Returns which rows are cached: not one whose key has a row, or for which no row may be
         evicted. A row of a save beyond `most` evicts none. At most half of the host tier is
-        ``prefetched`` and not used yet. ``sizes``: the bytes of each image; None: those of the
-        largest, for which all rows have room.
+        prefetched and not used yet. ``want``: of the transfer; None: one that may evict any.
+        ``sizes``: the bytes of each image; None: those of the largest, for which all rows have
+        room.
         """
+        want = want or Want(self.row_bytes, False)
+        own = want.claim.own
         cached = [False] * len(items)
         if not self.host:
             return cached
-        new = New(UNUSED if prefetched else USED)
+        group = UNUSED if want.prefetched else USED
+        marks = marks_of([key[-32:] for key in keys])
         left = [*items]  # the last ones may become free
+        moved = 0  # bytes of images that were copied into other rows
         with self._lock:
+            self._forget_counted()
             for number, key in enumerate(keys):
                 if number == len(left):
                     break
                 if key in self.index:
                     continue
                 nbytes = self.row_bytes if sizes is None else sizes[number]
-                place = claim.own.get(key[-32:], BEFORE)
-                want = Want(nbytes, False, claim, place, prefetched)
-                row = self._row_to_keep(left, number, want, new)
+                want = want._replace(nbytes=nbytes, place=own.get(key[-32:], BEFORE))
+                if self.sized and left[number] < self._first:
+                    moved += nbytes
+                    if moved > max(MOST_MOVED, nbytes):
+                        continue
+                row = self._row_to_keep(left, number, want)
                 if row is None:
                     continue
                 self.index[key] = row
-                if prefetched:
+                if want.prefetched:
                     self.unused.add(key)
-                new.add(key, follows[number])
+                mark = mark_in_form(key, marks[number])
+                self.chains.add(key, mark, mark_in_form(key, follows[number]), group)
+                if key in self._read:
+                    self.chains.pin(key)
                 cached[number] = True
-            self._let_go(new)
         return cached
 
-    def _row_to_keep(self, left: list[int], number: int, want: Want, new: New) -> int | None:
+    def _row_to_keep(self, left: list[int], number: int, want: Want) -> int | None:
         """Return a row with the image of a lent row, which is no longer lent; None if it cannot be
-        cached. ``new``: keys that got a row before."""
+        cached.
+
+        In a separate zone, pages of the row after the image become free.
+        """
         item = left[number]
         saved = self._saved - self._lent[item]
-        full = len(self.index) + max(0, saved - self.most) >= self.host
+        full = not self.sized and len(self.index) + max(0, saved - self.most) >= self.host
         crowded = want.prefetched and self._crowded(want.nbytes)
         group = UNUSED if crowded else None
-        if (crowded or full) and not self._evict(want, group, new):
+        if (crowded or full) and not self._evict(want, group):
             return None
-        del self._lent[item]
-        self._saved = saved
+        if self.sized and item < self._first:
+            return self._moved(left, number, want)
+        self._end_lease(item)
+        if self.sized:
+            self._trim(item, want.nbytes // PAGE)
         return item
+
+    def _moved(self, left: list[int], number: int, want: Want) -> int | None:
+        """Return a row of the zone with the image of a whole row; None if there is none for it.
+
+        It evicts others, or takes the place of the last rows of ``left``, at most as many as one
+        row may evict, so that the first blocks are cached. So the raw rows of a block that did not
+        fit end no prompt whose other blocks fill the tier.
+        """
+        made = self._zone_rows(1, want)
+        most = max(number + 1, len(left) - MOST_EVICTED)
+        while not made and len(left) > most:
+            last = left.pop()
+            self._give([last])
+            self._given.add(last)
+            made = self._zone_rows(1, want)
+        if not made:
+            return None
+        self.image(made[0], want.nbytes)[:] = self.image(left[number], want.nbytes)
+        return made[0]
+
+    def _trim(self, item: int, pages: int) -> None:
+        """Free the pages of a row after those of its image."""
+        past = self._pages[item]
+        if past > pages:
+            self._zone.give(item + pages, past - pages)
+            self._pages[item] = pages
 
     def _crowded(self, nbytes: int) -> bool:
         """Return True if half of the host tier, counted in images of so many bytes, is prefetched
         and not used."""
         return len(self.unused) >= max(1, self.holds(nbytes) // 2)
 
-    def find(self, key: bytes) -> int | None:
-        """Return the row of a key, which stays until `unpin`; None if it has none."""
-        with self._lock:
-            item = self.index.get(key)
-            if item is not None:
-                self._use(key)
-                self.pins[item] += 1
-                self._names[item] = key
-                self.chains.pin(key)
-            return item
-
-    def borrow(self, keys: Sequence[bytes], caller: object) -> Loan:
-        """Return the rows of keys, which stay until the end of the loan's copy.
-
-        A loan without a copy ends with the life of ``caller``. Takes no lock, so that the main
-        thread may call it (see `uninterrupted`).
-        """
-        loan = self.borrowed.begin(keys, caller)
-        loan.rows = [*map(self.index.get, keys)]
-        return loan
-
-    def loans(self) -> int:
-        """Return the number of loans that have not ended."""
-        return uninterrupted(self._loans)
-
-    def _loans(self) -> int:
-        with self._lock:
-            self.borrowed.forget_ended()
-            return len(self.borrowed)
-
-    def unpin(self, items: Sequence[int]) -> None:
-        """Release the pin of `find`."""
-        with self._lock:
-            for item in items:
-                self.pins[item] -= 1
-                if not self.pins[item]:
-                    del self.pins[item]
-                    self.chains.unpin(self._names.pop(item))
-
     def delete(self, keys: Sequence[bytes]) -> list[bool]:
-        """Free the rows of keys; return which are free: not a row that is pinned or read."""
+        """Free the rows of keys; return which are free: not a row that is read."""
         with self._lock:
-            there = [key in self.index and self.index[key] not in self.pins for key in keys]
-            for number, key in enumerate(keys):
-                if there[number]:
-                    there[number] = self._take_from([key])
-            return there
+            self._forget_counted()
+            return [key in self.index and self._take_from([key]) for key in keys]
 
     def touch(self, keys: Sequence[bytes], follows: Sequence[int] = ()) -> None:
         """Record the use of keys, the first key last, so that a prefix outlives its suffix.
@@ -740,43 +674,14 @@ class Rows:
     def use(self, keys: Sequence[bytes]) -> None:
         """Count prefetched keys as used."""
         with self._lock:
-            for key in keys:
-                self._use(key)
-
-    def end_left_loans(self) -> None:
-        """End the loans of this thread whose calls were interrupted before their copies."""
-        self.borrowed.end_left()
-
-    def forget_loans(self) -> None:
-        """Forget the loans that have ended, also those of loads that found no row."""
-        with self._lock:
-            self.borrowed.forget_ended()
+            for key in self.unused.intersection(keys):
+                self.unused.remove(key)
+                self.chains.move(key, USED)
 
     def by_use(self) -> list[bytes]:
         """Return the keys that have a row, the least recently used first."""
         with self._lock:
             return self.chains.by_use()
-
-    def nbytes_by_form(self) -> dict[bytes, int]:
-        """Return the bytes of the cached rows of each form, by its checksum."""
-        result = Counter[bytes]()
-        with self._lock:
-            for key, item in self.index.items():
-                result[key[:-32]] += self._nbytes(item)
-        return result
-
-    def _nbytes(self, item: int) -> int:
-        """Return the bytes of a cached row."""
-        return self.row_bytes
-
-    def listed(self, form: bytes) -> HostIndex:
-        """Return the index of the blocks of a form, by its checksum."""
-        return HostIndex(self, form)
-
-    def crowded(self, claim: Claim) -> bool:
-        """Return True if the next row to evict belongs to a call."""
-        with self._lock:
-            return claim.place_of(self.next() or b"") < len(claim.own)
 
     def has(self, key: bytes) -> bool:
         """Return True if a key has a row."""
@@ -786,60 +691,98 @@ class Rows:
         """Return which keys have a row."""
         return [*map(self.index.__contains__, keys)]
 
-    def counts(self) -> dict[str, int]:
-        """Return the number of rows by their state."""
-        cached = len(self.index)
-        return {"free": len(self._free), "lent": len(self._lent), "kept": cached}
+    def crowded(self, claim: Claim) -> bool:
+        """Return True if the next row to evict belongs to a call."""
+        with self._lock:
+            return claim.place_of(self.next() or b"") < len(claim.own)
 
-    def nbytes_by_state(self) -> dict[str, int]:
-        """Return the bytes of rows by their state."""
-        return {state: rows * self.row_bytes for state, rows in self.counts().items()}
+    # --- loans: rows that copies read ---
 
-    def sentence(self) -> str:
-        """Return how many rows there are, for `BlockStore.explain`."""
-        kind = "pinned" if self.pinned else "pageable"
-        return f"{self.staging} {kind} rows of staging, {self.host} of the host tier."
+    def borrow(self, keys: Sequence[bytes], caller: object) -> Loan:
+        """Return the rows of keys, which stay until the end of the loan's copy.
 
-    # --- the index of the host tier, under the lock ---
+        A loan without a copy ends with the life of ``caller``. Takes no lock, so that the main
+        thread may call it (see `uninterrupted`).
+        """
+        loan = Loan(keys, caller)
+        self._begun.append(loan)  # before the look for rows: see `_take_away`
+        loan.rows = [*map(self.index.get, keys)]
+        return loan
 
-    def report(self, key: bytes, stored: bool, why: str) -> None:
-        """Report a key that gets a row, or loses it, to the listener of its form."""
-        changed = self.listeners.get(key[:-32])
-        if changed is not None:
-            changed(key[-32:], stored, why)
+    def pin(self, keys: Sequence[bytes]) -> Loan:
+        """Return the rows of keys, which stay until `Loan.cancel`, and count the keys as used."""
+        self.use(keys)
+        with self._lock:
+            return self.borrow(keys, self)
 
-    def _let_go(self, new: New) -> None:
-        """Let rows go in their turn that got their keys, and forget that they are new."""
-        if not new.keys:
-            return
-        marks = map(mark_in_form, new.keys, marks_of([key[-32:] for key in new.keys]))
-        self.chains.add_all(new.keys, [*marks], new.follows, new.group)
-        new.keys.clear()
-        new.follows.clear()
-        new.leading.clear()
+    def loans(self) -> int:
+        """Return the number of copies of borrowed rows that have not ended."""
+        return uninterrupted(self._count_copies)
 
-    def _use(self, key: bytes) -> None:
-        """Count a prefetched key as used."""
-        if key in self.unused:
-            self.unused.remove(key)
-            self.chains.move(key, USED)
+    def _count_copies(self) -> int:
+        self.forget_loans()
+        with self._lock:
+            return sum(loan.caller() is not self for loan in [*self._loans, *self._begun])
+
+    def end_left_loans(self) -> None:
+        """End the loans of this thread whose calls were interrupted before their copies."""
+        uninterrupted(partial(self._end_left_loans, get_ident()))
+
+    def _end_left_loans(self, thread: int) -> None:
+        with self._lock:
+            for loan in [*self._loans, *self._begun]:
+                if loan.was_left(thread):
+                    loan.cancel()
+
+    def forget_loans(self) -> None:
+        """Forget the loans that have ended, also those of loads that found no row."""
+        with self._lock:
+            for _ in range(len(self._begun)):
+                loan = self._begun.popleft()
+                if not loan.ended():
+                    self._begun.append(loan)
+            self._forget_counted()
+
+    def _forget_counted(self) -> None:
+        """Let the rows of loans that have ended go in their turn."""
+        for loan in [*self._loans]:
+            if loan.ended():
+                self._loans.remove(loan)
+                self._read.subtract(loan.keys)
+                for key in loan.keys:
+                    if not self._read[key]:
+                        del self._read[key]
+                        if key in self.chains:
+                            self.chains.unpin(key)
+
+    def _count_loans(self) -> None:
+        """Keep the rows that loans read."""
+        while self._begun:
+            loan = self._begun.popleft()
+            if loan.ended():
+                continue
+            self._loans.append(loan)
+            self._read.update(loan.keys)
+            for key in loan.keys:
+                if key in self.chains:
+                    self.chains.pin(key)
+
+    # --- eviction, under the lock ---
 
     def next(self, group: Hashable | None = None) -> bytes | None:
         """Return the key that goes next, of a group or of all; None if none can go."""
-        if self._passed:
-            self.borrowed.forget_ended()
-            for key in {x for x in self._passed if x not in self.borrowed}:
-                self._passed.remove(key)
-                if key in self.index and self.index[key] not in self.pins:
-                    self.chains.unpin(key)
-        following = self.chains.next(group)
-        while following is not None and following in self.borrowed:
-            self.borrowed.forget_ended()
-            if following in self.borrowed:
-                self._passed.add(following)
-                self.chains.pin(following)
-            following = self.chains.next(group)
-        return following
+        self._count_loans()
+        return self.chains.next(group)
+
+    def _evict(self, want: Want, group: Hashable | None = None) -> bool:
+        """Evict the next row, of a group or of all; return False if it may not go."""
+        while want.claim.evict:
+            victim = self.next(group)
+            if victim is None or not want.may_evict(victim):
+                return False
+            if self._take_from([victim]):  # else a load reads it since `next`
+                return True
+        return False
 
     def _choose(self, count: int, may_go: Callable[[bytes], bool]) -> list[bytes]:
         """Return the keys that go next, so many, one after the other; fewer if one may not go."""
@@ -856,17 +799,69 @@ class Rows:
                 self.chains.put_back(key)
         return chosen
 
+    def _take_from(self, keys: Sequence[bytes]) -> bool:
+        """Free the rows of keys; return False, and free none, if a load reads one of them."""
+        items = self._take_away(keys)
+        self._free_rows(items, evicted=True)
+        self.evicted += len(items)
+        return bool(items)
+
     def _take_away(self, keys: Sequence[bytes]) -> list[int]:
         """Take keys from their rows, in the order in which they go, and return the rows; none if a
-        load reads one of them since `next`."""
+        load reads one of them."""
         items = [self.index.pop(key) for key in keys]  # no load finds them from here on
-        if any(key in self.borrowed for key in keys):
+        self._count_loans()
+        if any(key in self._read for key in keys):
             self.index.update(zip(keys, items, strict=True))
             return []
         for key in keys:
             self.chains.remove(key)
             self.unused.discard(key)
         return items
+
+    # --- what others see ---
+
+    def listed(self, form: bytes) -> HostIndex:
+        """Return the index of the blocks of a form, by its checksum."""
+        return HostIndex(self, form)
+
+    def report(self, key: bytes, stored: bool, why: str) -> None:
+        """Report a key that gets a row, or loses it, to the listener of its form."""
+        changed = self.listeners.get(key[:-32])
+        if changed is not None:
+            changed(key[-32:], stored, why)
+
+    def _nbytes(self, item: int) -> int:
+        """Return the bytes of a lent or cached row."""
+        return self._pages[item] * PAGE if item in self._pages else self.row_bytes
+
+    def nbytes_by_form(self) -> dict[bytes, int]:
+        """Return the bytes of the cached rows of each form, by its checksum."""
+        result = Counter[bytes]()
+        with self._lock:
+            for key, item in self.index.items():
+                result[key[:-32]] += self._nbytes(item)
+        return result
+
+    def nbytes_by_state(self) -> dict[str, int]:
+        """Return the bytes of rows by their state."""
+        with self._lock:
+            kept = sum(map(self._nbytes, self.index.values()))
+            free = len(self._free) * self.row_bytes + self._zone.free * PAGE
+            lent = sum(map(self._nbytes, self._lent))
+        return {"free": free, "lent": lent, "kept": kept}
+
+    def sentence(self) -> str:
+        """Return how many rows there are, for `BlockStore.explain`."""
+        kind = "pinned" if self.pinned else "pageable"
+        rows = f"{self.staging} {kind} rows of staging,"
+        if not self.sized:
+            return f"{rows} {self.host} of the host tier."
+        nbytes = (self._past - self._first) * PAGE
+        return (
+            f"{rows} and {nbytes} bytes of the host tier, in which each block takes the size of "
+            f"its form."
+        )
 
 
 # ------------------------------------------------------------------------------------------------
@@ -879,10 +874,16 @@ class Held:
     Attributes:
         items: the rows; None before they are granted.
         users: how many coroutines use them. Changed under the graph's lock.
+        store: True for the rows of a save.
     """
 
     items: Any = None
     users = 0
+    store = False
+
+    def take(self) -> list[int] | None:
+        """Return rows, all or none, under the graph's lock; None if there are not enough."""
+        raise NotImplementedError
 
     def hold(self) -> None:
         """Note one more user."""
@@ -903,22 +904,12 @@ class PinnedRows(Held):
     """Rows of the host tier that stay where they are."""
 
     def __init__(self, memory: Rows, keys: Sequence[bytes]) -> None:
-        self._memory = memory
-        self.items = [memory.find(key) for key in keys]
+        self._loan = memory.pin(keys)
+        self.items = self._loan.rows
 
     def over(self) -> None:
         """Let the rows go in their turn."""
-        self._memory.unpin(self.items)
-
-
-class Taker(Held):
-    """A transfer that takes rows, all or none; ``store``: of a save."""
-
-    store = False
-
-    def take(self) -> list[int] | None:
-        """Return rows, or None if there are not enough, under the graph's lock."""
-        raise NotImplementedError
+        self._loan.cancel()
 
 
 class RowQueue(BaseQueue):
@@ -935,7 +926,7 @@ class RowQueue(BaseQueue):
         self._saves = list[tuple[float, int, Task]]()
         self._granted_saves = 0
 
-    def request(self, taker: Taker) -> Task:
+    def request(self, taker: Held) -> Task:
         """Return a task that ends once a transfer has its rows."""
         return Task(lambda *_: None, 0, queue=self, uses=taker)
 
@@ -965,7 +956,7 @@ class RowQueue(BaseQueue):
                 self.graph.end(task, None, "failed" if error else "landed", error)
             heappop(heap)
 
-    def _take(self, taker: Taker) -> bool:
+    def _take(self, taker: Held) -> bool:
         """Give a transfer rows, if there are enough."""
         taker.items = taker.take()
         if taker.items is None:
@@ -973,11 +964,11 @@ class RowQueue(BaseQueue):
         self._granted_saves += taker.store
         return True
 
-    def take(self, taker: Taker) -> bool:
+    def take(self, taker: Held) -> bool:
         """Give a transfer rows if there are enough, and if no other one waits for some."""
         return not (self._loads or self._saves) and self._take(taker)
 
-    def give(self, taker: Taker) -> None:
+    def give(self, taker: Held) -> None:
         """Take the rows of a transfer back, if it has some."""
         if taker.items is not None:
             self._memory.give(taker.items)
@@ -1131,41 +1122,26 @@ class Crossing:
         if len(items) < len(loan.rows):
             at = [i for i, row in enumerate(loan.rows) if row is not None]
         device = self._view.device
-        if device.type == "cpu":
-            try:
-                return self._issue(inner, items, at, by_layer)
-            finally:
-                loan.cancel()
-        loan.stream = torch.accelerator.current_stream(device.index)
-        try:
-            transfer, layers = self._issue(inner, items, at, by_layer)
-        finally:  # a part of the copy may have been issued
-            # The rows stay, also if the store and the handle are dropped.
-            loan.end = completion(device, loan.stream, inner)
-        whole = Transfer((*transfer.completions, loan.end), transfer, transfer.carried)
-        return whole, layers
-
-    def _issue(
-        self, inner: KVView, items: Sequence[int], at: Sequence[int], by_layer: bool
-    ) -> tuple[Transfer, Sequence[Transfer]]:
-        """Copy rows to places of the view; return the transfer, and those of its layers."""
-        form = inner.form
-        nbytes = self._size * form.token_bytes // (form.block_size if form.opaque else 1)
-        parts = copy_parts(len(items), nbytes) if self.on_device and not by_layer else []
-        if len(parts) > 1:  # the device copies a part while the host describes the next one
-            transfers = list[Transfer]()
-            for some in parts:
-                rows, blocks = self._indices(items[some], at[some])
-                transfers.append(copy_rows(inner, self._view, rows, blocks, options=self._options))
-            return Transfer.join(transfers), ()
+        if self.on_device:
+            loan.stream = torch.accelerator.current_stream(device.index)
         options = replace(self._options, by_layer=True) if by_layer else self._options
-        if len(items) == len(self._fine):
-            rows = Index.of(items, self._size)
-            blocks = self._whole
-        else:
-            rows, blocks = self._indices(items, at)
-        transfer = copy_rows(inner, self._view, rows, blocks, options=options)
-        return transfer, transfer.layers if by_layer else ()
+        try:
+            if len(items) == len(self._fine):
+                rows = Index.of(items, self._size)
+                blocks = self._whole
+            else:
+                rows, blocks = self._indices(items, at)
+            transfer = copy_rows(inner, self._view, rows, blocks, options=options)
+        finally:  # a part of the copy may have been issued
+            end = Completion()
+            if loan.stream is not None:
+                # The rows stay, also if the store and the handle are dropped.
+                end = completion(device, loan.stream, inner)
+            loan.end = end
+        layers = transfer.layers if by_layer else ()
+        if loan.stream is not None:
+            transfer = Transfer((*transfer.completions, end), transfer, transfer.carried)
+        return transfer, layers
 
     def wait(self, end: Completion) -> None:
         """Wait for the end of a copy in any thread, also while another one captures a graph.
@@ -1220,284 +1196,6 @@ class Crossing:
         return rows, Index.of(blocks, self._step)
 
 
-# ------------------------------------------------------------------------------------------------
-# Rows of host memory for a store whose forms have images of several sizes.
-
-#: Bytes between two boundaries of registrations of pinned memory, which no row may cross.
-PIECE = 511 << 30
-#: Rows that one row may evict. If memory has no run of its size after that, it is not cached.
-MOST_EVICTED = 8
-#: Bytes of images in rows of staging that the end of a transfer copies: a millisecond under a lock.
-MOST_MOVED = 8 << 20
-
-
-class SizedRows(Rows):
-    """Rows of host memory of several sizes: staging buffers, and the host tier.
-
-    Two zones of one tensor have one purpose each. Rows of staging have the size of the largest
-    image; they are never cached, so that no transfer waits for the host tier. Rows of the host tier
-    have the size of their image. A transfer takes rows of the host tier first, in place of the next
-    rows to evict, since its blocks would evict them at its end. Blocks that find no row there, as
-    all rows are read or may not go, take rows of staging, and are not cached.
-
-    Attributes:
-        tensor: uint8 ``[pages, 4096]``; row i begins at page i. `BlockForm.view` takes it.
-        row_bytes: bytes of the largest image.
-        staging, host: rows of that size which staging has, and for which the host tier has bytes.
-    """
-
-    sized = True
-
-    def __init__(
-        self,
-        sizes: Collection[int],
-        staging: int,
-        host: int,
-        pin: bool = True,
-        shared: bool = False,
-    ) -> None:
-        """Make rows for images of some sizes, with so many bytes of staging and of the host
-        tier."""
-        largest = max(sizes)
-        pages = largest // PAGE
-        first = staging // largest * pages  # of the host tier
-        super().__init__(PAGE, first, host // PAGE, pin=pin, shared=shared)
-        self.row_bytes = largest
-        self.host = max(1, host // largest) if host >= min(sizes) else 0
-        past = first + host // PAGE
-        piece = PIECE // PAGE
-        uncut = [x for x in range(0, first, pages) if x // piece == (x + pages - 1) // piece]
-        self.staging = len(uncut)
-        self._free = deque(uncut)
-        cuts = [first, *range((first // piece + 1) * piece, past, piece), past]
-        self._space = Extents([*pairwise(cuts)])
-        self._first = first
-        self._past = past
-        self._pages = dict[int, int]()  # of the rows of the host tier that are lent or cached
-        self._staged = 0  # rows of staging that are lent
-        self._given = set[int]()  # rows that `keep` freed, and that their transfer gives next
-        self._flat = self.array.reshape(-1)
-
-    def image(self, item: int, nbytes: int) -> Row:
-        """Return the bytes of a row, uint8 ``[nbytes]``."""
-        return self._flat[item * PAGE : item * PAGE + nbytes]
-
-    def holds(self, nbytes: int) -> int:
-        """Return the number of images of so many bytes for which the host tier has bytes."""
-        return (self._past - self._first) * PAGE // nbytes if self.host else 0
-
-    def take(self, count: int, store: bool, want: Want | None = None) -> list[int] | None:
-        """Return rows for a transfer, all or none; without ``want`` for the largest images.
-
-        The first rows are those of the host tier. Saves have at most `most` rows of staging
-        together.
-        """
-        want = want or Want(self.row_bytes, store)
-        with self._lock:
-            items = list[int]()
-            if self.host and not want.passing:
-                items = self._host_rows(count, want)
-            rest = self._staging_rows(count - len(items), store)
-            if rest is None and want.passing and self.host:
-                items = self._host_rows(count, want)
-                rest = [] if len(items) == count else None
-            if rest is None:
-                self._release(items)
-                return None
-            items += rest
-            self._lent.update(dict.fromkeys(items, store))
-            return items
-
-    def replace(self, items: list[int], number: int, want: Want) -> bool:
-        """Lend a larger row in place of a lent row, whose bytes are lost; return False if there is
-        none, and the row has its size.
-
-        ``items[number]`` becomes the new row.
-        """
-        with self._lock:
-            old = items[number]
-            if old < self._first or self._pages[old] * PAGE >= want.nbytes:
-                return True
-            before = self._pages[old] * PAGE
-            self._give([old])  # first, as the pages next to it may be free
-            made = self._host_rows(1, want) or self._staging_rows(1, want.store) or []
-            # The pages of the row are free if there is no other one.
-            items[number] = made[0] if made else self._host_rows(1, Want(before, want.store))[0]
-            self._lent[items[number]] = want.store
-            return bool(made)
-
-    def settle(self, items: list[int], number: int, want: Want) -> None:
-        """Move an image of a lent row into a row of the host tier of its size, if there is one.
-
-        ``items[number]`` becomes the new row. Only the transfer of the rows may use them meanwhile.
-        """
-        old = items[number]
-        with self._lock:
-            if not self.host or self._pages.get(old, 0) * PAGE == want.nbytes:
-                return
-            made = self._host_rows(1, want)
-            self._lent.update(dict.fromkeys(made, want.store))
-        for new in made:
-            self.image(new, want.nbytes)[:] = self.image(old, want.nbytes)
-            items[number] = new
-            self.give([old])
-
-    def _row_to_keep(self, left: list[int], number: int, want: Want, new: New) -> int | None:
-        """Return a row of the host tier with the image of a lent row, which is no longer lent; None
-        if there is none for it.
-
-        Pages of the row after the image become free. Images in rows of staging are copied into rows
-        of the host tier, `MOST_MOVED` bytes of them, or one. They evict others, or take the place
-        of the last ones of ``left``, so that the first blocks are cached. So the raw rows of a
-        block that did not fit end no prompt whose other blocks fill the tier.
-        """
-        item = left[number]
-        staged = item < self._first
-        if staged:
-            new.moved += want.nbytes
-            if new.moved > max(MOST_MOVED, want.nbytes):
-                return None
-        crowded = want.prefetched and self._crowded(want.nbytes)
-        if crowded and not self._evict(want, UNUSED, new):
-            return None
-        if staged:
-            self._let_go(new)
-            return self._moved(left, number, want)
-        del self._lent[item]
-        self._trim(item, want.nbytes // PAGE)
-        return item
-
-    def _moved(self, left: list[int], number: int, want: Want) -> int | None:
-        """Return a row of the host tier with the image of a row of staging; None if there is none
-        for it.
-
-        The last rows of ``left`` become free if that makes room, at most as many as one row may
-        evict.
-        """
-        made = self._host_rows(1, want)
-        most = max(number + 1, len(left) - MOST_EVICTED)
-        while not made and len(left) > most:
-            last = left.pop()
-            self._give([last])
-            self._given.add(last)
-            made = self._host_rows(1, want)
-        if not made:
-            return None
-        self.image(made[0], want.nbytes)[:] = self.image(left[number], want.nbytes)
-        return made[0]
-
-    def lacks(self, count: int) -> bool:
-        """Return True if saves may not have so many rows more, whatever is evicted."""
-        return sum(self._lent.values()) + count > self.most + self.host
-
-    def _nbytes(self, item: int) -> int:
-        """Return the bytes of a cached row."""
-        return self._pages[item] * PAGE
-
-    def nbytes_by_state(self) -> dict[str, int]:
-        """Return the bytes of rows by their state."""
-        with self._lock:
-            kept = sum(map(self._nbytes, self.index.values()))
-            free = len(self._free) * self.row_bytes + self._space.free * PAGE
-            lent = sum(self._pages.values()) * PAGE - kept + self._staged * self.row_bytes
-        return {"free": free, "lent": lent, "kept": kept}
-
-    def sentence(self) -> str:
-        """Return how many rows there are, for `BlockStore.explain`."""
-        kind = "pinned" if self.pinned else "pageable"
-        nbytes = (self._past - self._first) * PAGE
-        return (
-            f"{self.staging} {kind} rows of staging, and {nbytes} bytes of the host tier, in which "
-            f"each block takes the size of its form."
-        )
-
-    def _host_rows(self, count: int, want: Want) -> list[int]:
-        """Return rows of the host tier, as many as may be had, in the order of their addresses.
-
-        All are taken in one pass. They are those that rows taken one after the other would be, and
-        the same keys are evicted. Their order leaves a copy fewer runs.
-        """
-        pages = want.nbytes // PAGE
-        items = self._space.take(pages, count)
-        if len(items) < count and want.claim.evict:
-            self._evict_for(items, count, want)
-        self._pages.update(dict.fromkeys(items, pages))
-        items.sort()
-        return items
-
-    def _evict_for(self, items: list[int], count: int, want: Want) -> None:
-        """Add rows of the host tier to rows that were taken, up to ``count``, in place of the next
-        rows to evict. No extent has a run of their size.
-
-        A row evicts at most `MOST_EVICTED` others.
-        """
-        pages = want.nbytes // PAGE
-        space = self._space
-        left = MOST_EVICTED
-        while len(items) < count and left:
-            group = UNUSED if want.prefetched and self._crowded(want.nbytes) else None
-            key = self.next(group)
-            if key is None or not want.may_evict(key):
-                return
-            for item in self._take_away([key]):  # none if a load reads it since `next`
-                self.evicted += 1
-                past = self._pages.pop(item)
-                if past == pages and space.pass_on(item, pages):
-                    items.append(item)
-                    left = MOST_EVICTED
-                    continue
-                space.give(item, past, evicted=True)
-                runs = space.take(pages, count - len(items))
-                items += runs
-                left = MOST_EVICTED if runs else left - 1
-
-    def _staging_rows(self, count: int, store: bool) -> list[int] | None:
-        """Return rows of staging, all or none."""
-        saved = self._saved + count * store
-        staged = self._staged + count
-        if count and (staged > self.staging or (store and saved > self.most)):
-            return None
-        self._saved = saved
-        self._staged = staged
-        return [self._free.popleft() for _ in range(count)]
-
-    def _trim(self, item: int, pages: int) -> None:
-        """Free the pages of a row after those of its image."""
-        past = self._pages[item]
-        if past > pages:
-            self._space.give(item + pages, past - pages)
-            self._pages[item] = pages
-
-    def _give(self, items: Iterable[int]) -> None:
-        """Free lent rows."""
-        for item in items:
-            if item in self._given:  # by `keep`; the number may be that of another row now
-                self._given.remove(item)
-                continue
-            store = self._lent.pop(item, None)
-            if store is None:
-                continue
-            if item < self._first:
-                self._staged -= 1
-                self._saved -= store
-                self._free.append(item)
-            else:
-                self._release([item])
-
-    def _release(self, items: Iterable[int]) -> None:
-        """Free the pages of rows of the host tier."""
-        for item in items:
-            self._space.give(item, self._pages.pop(item))
-
-    def _take_from(self, keys: Sequence[bytes]) -> bool:
-        """Free the rows of keys; return False, and free none, if a load reads one of them."""
-        items = self._take_away(keys)
-        for item in items:
-            self._space.give(item, self._pages.pop(item), evicted=True)
-        self.evicted += len(items)
-        return bool(items)
-
-
 def rows_for(
     own: Sequence[BlockForm],
     forms: Sequence[BlockForm],
@@ -1512,7 +1210,6 @@ def rows_for(
     forms whose images they hold, the own ones among them.
     """
     sizes = {form.image_bytes for form in forms}
-    if host and any(form.encoding and form.raw in own for form in own):
-        return SizedRows(sizes, staging, host, pin=pin, shared=shared)
-    size = max(sizes)
-    return Rows(size, staging // size, host // size, pin=pin, shared=shared)
+    if not (host and any(form.encoding and form.raw in own for form in own)):
+        sizes = {max(sizes)}
+    return Rows(sizes, staging, host, pin=pin, shared=shared)

@@ -7,10 +7,9 @@ import os
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
-from functools import cache, partial, reduce
+from functools import cache, partial
 from inspect import signature
 from itertools import compress
-from operator import or_
 from typing import Any, Literal, TypeAlias, get_args
 
 import numpy as np
@@ -29,12 +28,14 @@ from portakv.storage.calls import (
     RAW,
     SAVED,
     SLICE,
+    Arrival,
     AutoEncoding,
     Call,
     Change,
     Chooser,
     Encoding,
     FormBlocks,
+    FormPart,
     InFlight,
     Listed,
     Request,
@@ -147,6 +148,11 @@ FULL = get_args(Full)
 MISSING = get_args(Missing)
 
 
+def _known(tier_store: TierStore, keys: list[bytes]) -> list[bool]:
+    """Return which blocks a tier store has, as far as is known here."""
+    return tier_store.known(keys)
+
+
 def _check_copier(copier: object) -> None:
     """Raise `InvalidTerms` for an object that is not a `Copier`."""
     if not callable(getattr(copier, "begin", None)):
@@ -160,16 +166,14 @@ def _by_gaps(
 
     So a prompt after a gap, for which no block goes, keeps no other prompt of the call from space.
     """
-    if len({*map(call.request.roots.__getitem__, blocks)}) == 1:
-        return [blocks]
+    roots = call.request.roots
     gaps = dict[bytes | None, tuple[bool, ...]]()
+    for root in dict.fromkeys(roots[i] for i in blocks):
+        before = [] if root is None else [root]
+        gaps[root] = tuple(call.form.continues(before, x) for x in (None, *tier_stores))
     alike = dict[tuple[bool, ...], list[int]]()
     for i in blocks:
-        root = call.request.roots[i]
-        if root not in gaps:
-            before = [] if root is None else [root]
-            gaps[root] = tuple(call.form.continues(before, x) for x in (None, *tier_stores))
-        alike.setdefault(gaps[root], []).append(i)
+        alike.setdefault(gaps[roots[i]], []).append(i)
     return alike.values()
 
 
@@ -262,14 +266,7 @@ class FormStore:
     def has_each(self, keys: Keys) -> list[bool]:
         """Return which blocks can be loaded, as far as is known here; answers as `has` does."""
         form = self._own("call of has_each()")
-        keys = check_keys(keys, self._weak)
-        there = self._shared.rows.has_each(form.own.names(keys))
-        for tier_store in form.own.tier_stores:
-            known = tier_store.known(keys)
-            there = [a or b for a, b in zip(there, known, strict=True)]
-        if len(form.parts) > 1:  # other parts may cover a block together
-            there = [a or self.has(key) for a, key in zip(there, keys, strict=True)]
-        return there
+        return self._there(form, check_keys(keys, self._weak), _known)
 
     def pin(self, keys: Keys) -> Pins:
         """Keep blocks where they are, in the host tier or on a disk, until `Pins.release`.
@@ -286,15 +283,17 @@ class FormStore:
         pins = Pins(len(keys))
         rows = self._shared.rows
         for part in form.whole_parts:
-            for i, name in enumerate(part.names(keys)):
-                row = None if pins.held[i] else rows.find(name)
-                if row is not None:
-                    pins.add(i, partial(rows.unpin, [row]))
+            left = np.flatnonzero(~pins.held).tolist()
+            loan = rows.pin(part.names([keys[i] for i in left]))
+            there = [i for i, row in zip(left, loan.rows, strict=True) if row is not None]
+            pins.add(there, loan.cancel)
         for tier_store in (store for part in form.whole_parts for store in part.tier_stores):
             left = np.flatnonzero(~pins.held).tolist()
             some = [keys[i] for i in left]
             if isinstance(tier_store, Pinning):
-                pins.add_all(left, tier_store.pin(some))
+                for i, pin in zip(left, tier_store.pin(some), strict=True):
+                    if pin is not None:
+                        pins.add([i], pin.release)
             else:
                 known = tier_store.known(some)
                 pins.held[left] = known
@@ -333,7 +332,7 @@ class FormStore:
         """
         form = self._own("call of leading()")
         keys = check_keys(keys, self._weak)
-        return self._leading(form, keys, lambda tier_store, some: tier_store.known(some))
+        return self._leading(form, keys, _known)
 
     def _leading(self, form: FormBlocks, keys: Keys, has: Has) -> int:
         """Return the number of leading blocks that tiers have, by what ``has`` says of each."""
@@ -341,32 +340,33 @@ class FormStore:
         many = LOOKUP_BATCH
         while leading < len(keys):
             batch = keys[leading : leading + many]
-            there = self._leading_of(form, batch, has)
+            there = [*self._there(form, batch, has), False].index(False)
             leading += there
             if there < len(batch):
                 break
             many = 2 * many
         return leading
 
-    def _leading_of(self, form: FormBlocks, keys: Keys, has: Has) -> int:
-        """Return the number of leading blocks of a batch that are in one part, or in several."""
+    def _there(self, form: FormBlocks, keys: Keys, has: Has) -> list[bool]:
+        """Return which blocks are in one part, or in several together, by what ``has`` says of
+        tiers."""
         whole = form.own.cells
+        rows = self._shared.rows
         covers = [0] * len(keys)
-        for number, part in enumerate(form.parts):
-            some = [i for i, cover in enumerate(covers) if part.cells & ~cover]
-            cached = self.rows.has_each(part.names(keys))
-            left = [i for i in some if not cached[i]]
+        for part in form.parts:
+            there = rows.has_each(part.names(keys))
+            if all(there) and part.cells == whole:
+                return there
+            useful = [bool(part.cells & ~cover) for cover in covers]
             for tier_store in part.tier_stores:
-                present = has(tier_store, [keys[i] for i in left])
-                left = [i for i, there in zip(left, present, strict=True) if not there]
-            if not left and part.cells == whole:
-                return len(keys)
-            for i in {*some}.difference(left):
+                left = [i for i, present in enumerate(there) if useful[i] and not present]
+                if left:
+                    answers = has(tier_store, [keys[i] for i in left])
+                    for i, present in zip(left, answers, strict=True):
+                        there[i] = present
+            for i in compress(range(len(keys)), there):
                 covers[i] |= part.cells
-            later = reduce(or_, (other.cells for other in form.parts[number + 1 :]), 0)
-            end = next((i for i, cover in enumerate(covers) if cover | later != whole), len(covers))
-            del covers[end:]  # no request follows for blocks after a missing one
-        return len(covers)
+        return [cover == whole for cover in covers]
 
     def keys(self) -> Snapshot:
         """Return the keys of the host tier and of each tier with an index, and the number of the
@@ -777,17 +777,46 @@ class FormStore:
         hits = () if loan is None else loan.rows
         blocks = [i for i, _ in enumerate(call.request.keys) if not hits or hits[i] is None]
         stages_of = cache(lambda part: part.stages(view, by_layer))
-        for number, some in enumerate(call.slices(blocks, whole=by_layer)):
-            if number:
-                await self._breathe(call)
-            for (part, location), at in call.groups(some).items():
-                stages = stages_of(part)
-                segments = [stage.segment for stage in stages]
-                for arrival in call.bring(part, location, at, segments):
-                    call.copy(arrival, stages, crossing, self._up)
-            call.submit()
+
+        def cross(part: FormPart, arrival: Arrival) -> None:
+            call.copy(arrival, stages_of(part), crossing, self._up)
+
+        def segments_of(part: FormPart) -> list[int | None]:
+            return [stage.segment for stage in stages_of(part)]
+
+        await self._bring(call, blocks, cross, segments_of, whole=by_layer)
         await self._touch(call)
         return call.handle(view, view.layers * by_layer, missing, follow=loan is None)
+
+    async def _bring(
+        self,
+        call: Call,
+        blocks: Sequence[int],
+        arrives: Callable[[FormPart, Arrival], object],
+        segments_of: Callable[[FormPart], list[int | None]] = lambda _: [None],
+        whole: bool = False,
+        packs: bool = True,
+    ) -> None:
+        """Plan the reads of blocks into rows, and what follows their arrivals.
+
+        ``whole``: blocks of several layers. Without ``packs`` packed blocks count as missing, since
+        others would copy their rows as they are.
+        """
+        prefetch = call.request.kind == "prefetch"
+        for number, some in enumerate(call.slices(blocks, whole=whole)):
+            if number:
+                await self._breathe(call)
+            groups = call.groups(some)
+            packed = set[int]()
+            if not packs:
+                packed = {i for (part, _), at in groups.items() if part.form.encoding for i in at}
+                call.located[[*packed]] = False
+            for (part, location), at in groups.items():
+                left = [i for i in at if i not in packed]
+                if left and not (prefetch and location == CACHED):
+                    for arrival in call.bring(part, location, left, segments_of(part)):
+                        arrives(part, arrival)
+            call.submit()
 
     async def _touch(self, call: Call) -> None:
         """Record the use of the blocks of a call, and what those of a save follow."""
@@ -833,20 +862,8 @@ class FormStore:
         self, call: Call, lending: Lending, missing: Missing, packs: bool
     ) -> Handle:
         """Plan a load whose copies are lent, under the graph's lock."""
-        for number, some in enumerate(call.slices(range(len(call.request.keys)))):
-            if number:
-                call.submit()
-                await self._breathe(call)
-            groups = call.groups(some)
-            # Others would copy packed rows as they are, so these blocks count as missing.
-            packed = set[int]()
-            if not packs:
-                packed = {i for (part, _), at in groups.items() if part.form.encoding for i in at}
-                call.located[[*packed]] = False
-            for (part, location), at in groups.items():
-                left = [i for i in at if i not in packed] if packed else at
-                for arrival in call.bring(part, location, left, [None]) if left else ():
-                    lending.cross(call, part, arrival)
+        blocks = range(len(call.request.keys))
+        await self._bring(call, blocks, partial(lending.cross, call), packs=packs)
         await self._touch(call)
         return call.handle(None, missing=missing)
 
@@ -934,15 +951,8 @@ class FormStore:
         """Plan a prefetch, under the graph's lock."""
         most = max(1, self.rows.holds(call.form.own.form.image_bytes) // 2)
         call.located[most:] = False
-        for number, blocks in enumerate(call.slices(range(len(call.request.keys))[:most])):
-            if number:
-                await self._breathe(call)
-            for (part, location), some in call.groups(blocks).items():
-                if location == CACHED:
-                    continue
-                for arrival in call.bring(part, location, some, [None]):
-                    call.arrives(arrival)
-            call.submit()
+        blocks = range(len(call.request.keys))[:most]
+        await self._bring(call, blocks, lambda _, arrival: call.arrives(arrival))
         return call.handle(None, missing="skip")
 
     def _planned(self, call: Call, plan: Callable[[], Steps[Handle]]) -> Handle:

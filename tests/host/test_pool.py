@@ -95,10 +95,13 @@ def test_released_twice_or_elsewhere() -> None:
 def test_a_closed_pool(either: Any) -> None:
     before = claimed()
     pool = PinnedPool(SIZE, 1)
-    tensor = pool.acquire().tensor
+    block = pool.acquire()
+    tensor = block.tensor
     with pytest.warns(ResourceWarning, match="closed"):
         pool.close()
     pool.close()
+    block.release()
+    assert not block.in_use
     with pytest.raises(HostMemoryError, match="closed"):
         pool.acquire()
     tensor.fill_(1)  # what is out holds its memory

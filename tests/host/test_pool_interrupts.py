@@ -16,7 +16,7 @@ from support.waits import LIMIT
 from portakv.host.pool import Block, PinnedPool
 
 STRIDE = 1024
-FILES = files_of("host/pool.py", "host/pool.py")
+FILES = files_of("host/pool.py", "host/pool.py", "host/extents.py")
 pytestmark = pytest.mark.filterwarnings("ignore:Blocks were in use:ResourceWarning")
 Steps = Iterator[Callable[[], object]]
 
@@ -57,8 +57,8 @@ def scenario(kind: type[PinnedPool]) -> Callable[[Path], Any]:
 class NeverRepairs(PinnedPool):
     """A pool that goes on with what an interrupted change left: the negative control."""
 
-    def _intact_runs(self) -> Any:
-        return self._runs
+    def _intact_units(self) -> Any:
+        return self._units
 
 
 @pytest.mark.parametrize("kind", [PinnedPool, NeverRepairs])

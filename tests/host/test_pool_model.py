@@ -17,8 +17,9 @@ from hypothesis.stateful import run_state_machine_as_test as run_machine
 from support.pinned_runtime import absent
 from support.pool_model import Memory, PoolModel, Waiter, Work
 
+from portakv.host.extents import Extents
 from portakv.host.pinned import HostMemoryError
-from portakv.host.pool import Block, PinnedPool, Runs
+from portakv.host.pool import Block, PinnedPool
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:Expected pinned host memory"),
@@ -174,10 +175,10 @@ class NeverWaits(PinnedPool):
         return super().acquire_many(count, owner)
 
 
-class KeepsUnits(Runs):
-    """Runs that get one unit of a larger block back."""
+class KeepsUnits(Extents):
+    """Extents that get one unit of a larger block back."""
 
-    def give(self, first: int, length: int) -> None:
+    def give(self, first: int, count: int, evicted: bool = False) -> None:
         super().give(first, 1)
 
 
@@ -186,15 +187,15 @@ class LosesUnits(PinnedPool):
 
     def _add(self, blocks: int, units: int = 1) -> None:
         if not self.blocks:
-            self._runs = KeepsUnits()
+            self._units = KeepsUnits()
         super()._add(blocks, units)
 
 
 class TakesTooLittle(PinnedPool):
     """A pool whose larger blocks overlap."""
 
-    def _units(self, nbytes: int) -> int:
-        return max(1, super()._units(nbytes) - 1)
+    def _units_of(self, nbytes: int) -> int:
+        return max(1, super()._units_of(nbytes) - 1)
 
 
 @pytest.mark.parametrize("bug", [LosesUnits, TakesTooLittle])

@@ -436,7 +436,7 @@ def bytes_of(store: BlockStore, which: str) -> Any:
 
 
 def test_misfits_of_one_device_say_nothing_of_another() -> None:
-    figures = EncodedFigures()
+    figures = EncodedFigures(nullcontext())
     here = torch.device("cpu")
     other = torch.device("cuda", 1)
     figures.add_packed(here, form_of(normal(), encoding="pack"), 0, 64, 64)

@@ -31,7 +31,7 @@ from portakv import KVView
 from portakv.core.xxh3 import checksum
 from portakv.errors import InvalidTerms, TransferError
 from portakv.storage import image
-from portakv.storage.eviction import FIRST, UNKNOWN, Chains, mark_of
+from portakv.storage.eviction import FIRST, UNKNOWN, Chains, mark_of, marks_of
 from portakv.storage.form import BlockForm
 from portakv.storage.store import BlockStore
 from portakv.storage.tiers.disk import Disk
@@ -695,3 +695,9 @@ def test_any_order_of_calls(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_any_order_of_many_calls(tmp_path: Path) -> None:
     run_store_model(tmp_path, 300)
+
+
+def test_marks_of_many_keys_are_those_of_each() -> None:
+    keys = [key_of(number) for number in range(100)]
+    assert marks_of(keys) == [mark_of(key) for key in keys]
+    assert marks_of([]) == []

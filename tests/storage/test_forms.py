@@ -15,7 +15,7 @@ import pytest
 import torch
 from prometheus_client import CollectorRegistry, generate_latest
 from support.core_cases import noise
-from support.storage_cases import FakeTier, key_of, small_form
+from support.storage_cases import FakeTier, counts_of, key_of, small_form
 from support.waits import LIMIT
 
 from portakv import KVView
@@ -275,7 +275,7 @@ def test_the_host_tier_evicts_the_least_recently_used_block_of_any_form() -> Non
         save(store.of("wide"), 8)
         for name, left in {"full": KEYS[:4], "window": [], "wide": KEYS[:8]}.items():
             assert sorted(store.of(name).keys().keys["host"]) == sorted(left)
-        assert store.rows.counts()["kept"] == 12
+        assert counts_of(store.rows)["kept"] == 12
 
 
 def test_a_call_may_evict_the_same_keys_of_another_form() -> None:

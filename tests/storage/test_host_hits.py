@@ -150,8 +150,7 @@ def test_a_load_between_the_choice_and_the_eviction_keeps_its_row(
         with suppress(TransferError):  # there is no other tier
             store.save(SOURCE, [6], [KEYS[6]], priority="urgent").synchronize(LIMIT)
         assert asked[1] in names
-        assert [store.rows.find(name) for name in names] == lent[0].rows
-        store.rows.unpin([row for row in lent[0].rows if row is not None])
+        assert [store.rows.index.get(name) for name in names] == lent[0].rows
         lent[0].cancel()
 
 
@@ -160,7 +159,7 @@ def test_loads_that_find_no_row_leave_nothing() -> None:
         for number in range(5):
             keys = [key_of(200 + number), key_of(300 + number)]
             store.load(cache(50), [1, 2], keys, missing="skip").synchronize(LIMIT)
-            assert len(store.rows.borrowed) <= 1
+            assert store.rows.loans() <= 1
 
 
 def test_layers_end_one_by_one() -> None:
@@ -280,42 +279,6 @@ class TestsOnADevice:
                 store.save(target, blocks, others).synchronize(LIMIT)
         assert len(kept) >= 4
         assert not any(kept)
-
-    def test_a_long_copy_goes_in_parts(
-        self, accelerator: torch.device, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        """The rows of all parts stay until the last one has ended."""
-        target = cache(50, accelerator)
-        torch.accelerator.synchronize(accelerator)
-        copied = list[int]()
-        copy_rows = rows_module.copy_rows
-
-        def counted(src: KVView, dst: KVView, rows: Any, blocks: Any, **terms: Any) -> Any:
-            copied.append(len(rows.host_ids()))
-            return copy_rows(src, dst, rows, blocks, **terms)
-
-        with warmed(accelerator) as store:
-            monkeypatch.setattr(rows_module, "copy_rows", counted)
-            store.load(target, range(8), KEYS).synchronize(LIMIT)
-            assert copied == [8], "the control: a short copy is one part"
-            copied.clear()
-
-            monkeypatch.setattr(memory, "FIRST_PART", FORM.payload_bytes)
-            delay(current(accelerator))
-            handle = store.load(target, [11, *range(7)], KEYS)
-            assert copied == [1, 2, 5]
-            assert not handle.done()
-            assert rows_in_use(store.rows) == 8
-            handle.synchronize(LIMIT)
-            assert handle.landed.all()
-            assert same(SOURCE, range(8), target, [11, *range(7)])
-            assert not rows_in_use(store.rows)
-
-            copied.clear()
-            layers = store.load(target, range(8), KEYS, by_layer=True)
-            layers.synchronize(LIMIT)
-            assert copied == [8]
-            assert same(SOURCE, range(8), target, range(8))
 
     def test_layers_on_a_stream(self, accelerator: torch.device) -> None:
         target = cache(50, accelerator)

@@ -15,7 +15,7 @@ import torch
 from support.core_cases import noise
 from support.graph_ends import submit
 from support.interrupts import by_width, files_of, orphans, reach, settles
-from support.storage_cases import FakeTier, key_of, rows_in_use, small_form
+from support.storage_cases import FakeTier, counts_of, key_of, rows_in_use, small_form
 from support.waits import LIMIT
 
 from portakv import KVView
@@ -57,7 +57,7 @@ def judge(store: BlockStore) -> None:
     store.save(SOURCE, range(3), others, priority="urgent").synchronize(LIMIT)
     store.load(TARGET, range(3), others, missing="skip").synchronize(LIMIT)
     assert settles(lambda: not store.graph.live), "a node lives"
-    assert settles(lambda: store.rows.counts()["lent"] == 0), "a row is lent"
+    assert settles(lambda: counts_of(store.rows)["lent"] == 0), "a row is lent"
     assert not rows_in_use(store.rows), "a row is pinned"
     assert sum(queue.queued_bytes for queue in store.graph.queues.values()) == 0
     store.close(LIMIT)
@@ -157,12 +157,12 @@ def forming(folder: Path) -> Steps:
 
     yield act
     # A full disk may drop blocks while another save writes.
-    assert settles(lambda: store.rows.counts()["lent"] == 0), "a row is lent"
+    assert settles(lambda: counts_of(store.rows)["lent"] == 0), "a row is lent"
     for name in forms:
         one = store.of(name)
         one.save(SOURCE, range(6), KEYS, priority="urgent").synchronize(LIMIT)
         one.load(TARGET, range(6), KEYS, missing="skip").synchronize(LIMIT)
-    assert settles(lambda: store.rows.counts()["lent"] == 0), "a row is lent"
+    assert settles(lambda: counts_of(store.rows)["lent"] == 0), "a row is lent"
     assert not rows_in_use(store.rows), "a row is pinned"
     store.close(LIMIT)
 

@@ -79,7 +79,7 @@ def test_rows_are_private_by_default() -> None:
 def test_shared_rows_are_registered_while_they_live(monkeypatch: pytest.MonkeyPatch) -> None:
     library = installed(monkeypatch)
     before = claimed()
-    rows = Rows(SIZE, 3, 2, shared=True)
+    rows = Rows([SIZE], 3 * SIZE, 2 * SIZE, shared=True)
     assert rows.pinned
     assert [nbytes for nbytes, _ in library.registered.values()] == [5 * SIZE]
     assert [*library.registered] == [rows.tensor.data_ptr()]

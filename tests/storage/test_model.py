@@ -17,13 +17,14 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from hypothesis.stateful import run_state_machine_as_test as run_model
-from support.storage_cases import FakeTier, key_of
+from support.storage_cases import FakeTier, counts_of, key_of
 from support.store_model import Call, Troubled, WatchedDisk, World
 from support.waits import LIMIT
 
 from portakv.storage.eviction import FIRST
 from portakv.storage.form import BlockForm
 from portakv.storage.io.choose import choose
+from portakv.storage.memory import Want
 from portakv.storage.store import BlockStore
 
 
@@ -101,7 +102,7 @@ class StoreModel(RuleBasedStateMachine):
         while graph.live and time.monotonic() < until:
             time.sleep(0.0005)
         with graph.lock:
-            counts = rows.counts()
+            counts = counts_of(rows)
         assert not graph.live, "a deadlock"
         assert (counts["lent"], counts["free"] + counts["kept"]) == (0, len(rows.array)), "a leak"
         assert not any(queue.queued_bytes for queue in graph.queues.values())
@@ -124,7 +125,7 @@ class StoreModel(RuleBasedStateMachine):
         self.settle()
         self.contents |= self.disk.contents()
         for number in range(self.store.rows.host):  # none is pinned: all that are kept can go
-            (item,) = self.store.rows.take(1, False)
+            (item,) = self.store.rows.take(1, Want(self.store.rows.row_bytes, False))
             kept = self.store.rows.keep([item], [b"new" + key_of(number)], [FIRST])
             assert kept == [True], "a leaked pin"
         if kill:

@@ -11,19 +11,19 @@ import pytest
 import torch
 from support.graph_ends import end_of_handle
 from support.seeded_loop import SetLoop
-from support.storage_cases import FakeTier, key_of, small_form
+from support.storage_cases import FakeTier, counts_of, key_of, small_form
 from support.waits import LIMIT
 
 from portakv import KVView, TransferError
 from portakv.storage import BlockStore
-from portakv.storage.memory import RowQueue, Rows, Taker
+from portakv.storage.memory import Held, RowQueue, Rows
 from portakv.storage.work import Graph, Task
 from portakv.tasks import Priority
 
 FORM = small_form()
 
 
-class Transfer(Taker):
+class Transfer(Held):
     """A transfer that takes a number of rows."""
 
     def __init__(self, case: Case, count: int, store: bool) -> None:
@@ -180,7 +180,7 @@ def calls_at_random(steps: int, seed: int) -> None:
             except TransferError:
                 assert end_of_handle(handle).ended
     rows: Rows = store.rows
-    assert rows.counts()["lent"] == 0
+    assert counts_of(rows)["lent"] == 0
     assert not store.graph.live
     assert not any(queue.queued_bytes for queue in store.graph.queues.values())
     shared = store._shared

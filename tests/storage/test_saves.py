@@ -14,7 +14,7 @@ import torch
 from support.core_cases import noise
 from support.device_cases import current, delay, on
 from support.graph_ends import submit
-from support.storage_cases import FakeTier, key_of, small_form
+from support.storage_cases import FakeTier, counts_of, key_of, small_form
 from support.waits import LIMIT, until
 
 from portakv import KVView
@@ -137,7 +137,7 @@ def test_a_save_of_more_than_half_of_staging_has_the_rows_of_the_host_tier(cache
         for first in range(0, cached, 8):
             keys = [key_of(first + i) for i in range(8)]
             store.save(cache(), range(8), keys).synchronize(LIMIT)
-        assert store.rows.counts()["kept"] == cached
+        assert counts_of(store.rows)["kept"] == cached
         saved, source = long_save(store, 30)
         assert saved.landed.all()
         target = cache_like(source)
@@ -147,7 +147,7 @@ def test_a_save_of_more_than_half_of_staging_has_the_rows_of_the_host_tier(cache
         kept = [store.has(key_of(i)) for i in range(cached)]
         # Of the fourth prompt the last six blocks are gone, and its beginning is there.
         assert kept == [i in (24, 25) or i >= 32 for i in range(cached)]
-        counts = store.rows.counts()
+        counts = counts_of(store.rows)
         assert counts["kept"] == max(30, cached)
         assert counts["lent"] == 0
 
@@ -162,12 +162,12 @@ def test_a_save_is_dropped_where_no_row_of_the_host_tier_may_go() -> None:
     size = FORM.image_bytes
     with BlockStore(FORM, staging=16 * size, host=16 * size) as store:
         store.save(cache(), range(8), KEYS).synchronize(LIMIT)
-        pins = [store.rows.find(FORM.digest + key) for key in KEYS]
+        pins = store.rows.pin([FORM.digest + key for key in KEYS])
         saved, _ = long_save(store, 30)
         assert saved.landed.tolist() == [i < 8 for i in range(30)]
         assert all(store.has(key) for key in KEYS)
-        store.rows.unpin([pin for pin in pins if pin is not None])
-        assert store.rows.counts() == {"free": 16, "lent": 0, "kept": 16}
+        pins.cancel()
+        assert counts_of(store.rows) == {"free": 16, "lent": 0, "kept": 16}
 
 
 def test_a_save_beyond_the_host_tier_stores_its_first_blocks() -> None:
@@ -205,10 +205,10 @@ def test_a_save_that_is_cancelled_gives_the_rows_of_the_host_tier_back() -> None
         keys = [key_of(200 + i) for i in range(24)]
         with no_copies(store):
             saved = store.save(KVView(tensors, LAYOUT), range(24), keys)
-            assert store.rows.counts() == {"free": 8, "lent": 24, "kept": 8}
+            assert counts_of(store.rows) == {"free": 8, "lent": 24, "kept": 8}
             saved.cancel()
             # The evicted blocks are gone; their rows are free for others.
-            assert store.rows.counts() == {"free": 32, "lent": 0, "kept": 8}
+            assert counts_of(store.rows) == {"free": 32, "lent": 0, "kept": 8}
         assert [store.has(key_of(i)) for i in range(24)] == [i >= 16 for i in range(24)]
         again, _ = long_save(store, 24)
         assert again.landed.all()
@@ -447,8 +447,8 @@ def test_rows_of_a_cancelled_save_stay_until_its_copy_ends(
             assert cancelled.released is not None
             assert not cancelled.released.done()
             assert cancelled.cancel()
-            assert cancelled.released.done() or store.rows.counts()["lent"] == 8
-            assert until(lambda: store.rows.counts()["lent"] == 0)
+            assert cancelled.released.done() or counts_of(store.rows)["lent"] == 8
+            assert until(lambda: counts_of(store.rows)["lent"] == 0)
             assert cancelled.released.done()
         assert tier.hold is not None
         tier.hold.set()
@@ -486,7 +486,7 @@ def test_a_long_chunk_is_copied_before_the_next_one_takes_rows(
         begin = Crossing.begin
 
         def noted(self: Crossing, *rest: Any) -> None:
-            lent.append(store.rows.counts()["lent"])
+            lent.append(counts_of(store.rows)["lent"])
             begin(self, *rest)
 
         monkeypatch.setattr(Crossing, "begin", noted)

@@ -22,7 +22,7 @@ from support.waits import LIMIT
 from portakv import KVView, TransferError, copy_blocks
 from portakv.storage import BlockForm, BlockStore, Disk, Remote
 from portakv.storage.eviction import FIRST, mark_of
-from portakv.storage.memory import ANY, MOST_EVICTED, Claim, Extents, SizedRows, Want
+from portakv.storage.memory import ANY, MOST_EVICTED, Claim, Extents, Loan, Rows, Want
 from portakv.storage.tiers.base import Tier
 
 PAGE = 4096
@@ -32,7 +32,7 @@ STAGING = 4  # rows
 HOST = 17  # pages
 
 
-def rows_of(host: int = HOST, kind: type[SizedRows] = SizedRows) -> SizedRows:
+def rows_of(host: int = HOST, kind: type[Rows] = Rows) -> Rows:
     return kind({SMALL, LARGE}, STAGING * LARGE, host * PAGE, pin=False)
 
 
@@ -115,7 +115,7 @@ class Model(RuleBasedStateMachine):
     The keys begin prompts of their own, so that they go in the order of their use.
     """
 
-    kind = SizedRows
+    kind = Rows
     leases = Bundle("leases")
 
     def __init__(self) -> None:
@@ -123,7 +123,7 @@ class Model(RuleBasedStateMachine):
         self.rows = rows_of(kind=self.kind)
         self.fills = dict[int, tuple[int, int]]()  # by row: its bytes, and what they are
         self.cached = dict[bytes, int]()
-        self.pins = list[tuple[bytes, int]]()
+        self.pins = list[tuple[bytes, Loan]]()
         self.lent = list[Lease]()
         self.count = 0
 
@@ -152,7 +152,7 @@ class Model(RuleBasedStateMachine):
     def take(self, nbytes: int, count: int, store: bool, passing: bool) -> Lease:
         before = self.rows.by_use()
         staged = sum(item < STAGING * 4 for lease in self.lent for item in lease.items)
-        items = self.rows.take(count, store, Want(nbytes, store, passing=passing))
+        items = self.rows.take(count, Want(nbytes, store, passing=passing))
         self.lost(before, MOST_EVICTED * count)
         if items is None:
             assert staged + count > STAGING or store
@@ -214,10 +214,9 @@ class Model(RuleBasedStateMachine):
         images = [self.fills.pop(item) for item in lease.items]
         for number, key in enumerate(keys):
             assert not (kept[number] and key in known)
-            row = self.rows.find(key) if kept[number] else None
+            row = self.rows.index.get(key) if kept[number] else None
             if row is None:  # it went in its turn
                 continue
-            self.rows.unpin([row])
             assert row == lease.items[number] or staged[number]
             self.cached[key] = row
             self.fills[row] = images[number]
@@ -225,16 +224,18 @@ class Model(RuleBasedStateMachine):
     @rule(number=st.integers(0, 7))
     def pin(self, number: int) -> None:
         key = key_of(number)
-        row = self.rows.find(key)
-        assert row == self.cached.get(key)
-        if row is not None:
-            self.pins.append((key, row))
+        loan = self.rows.pin([key])
+        assert loan.rows == [self.cached.get(key)]
+        if key in self.cached:
+            self.pins.append((key, loan))
+        else:
+            loan.cancel()
 
     @rule(pick=st.integers(0, 9))
     def unpin(self, pick: int) -> None:
         if self.pins:
-            _, row = self.pins.pop(pick % len(self.pins))
-            self.rows.unpin([row])
+            _, loan = self.pins.pop(pick % len(self.pins))
+            loan.cancel()
 
     @rule(numbers=st.lists(st.integers(0, 7), max_size=4))
     def touch(self, numbers: list[int]) -> None:
@@ -265,11 +266,11 @@ class Model(RuleBasedStateMachine):
         """Whatever is pinned, all of staging serves loads."""
         for lease in self.lent:
             self.rows.give(lease.items)
-        items = self.rows.take(STAGING, False, Want(LARGE, False, passing=True))
+        items = self.rows.take(STAGING, Want(LARGE, False, passing=True))
         assert items is not None
 
 
-def model(kind: type[SizedRows] = SizedRows) -> type[Model]:
+def model(kind: type[Rows] = Rows) -> type[Model]:
     return type("Rows", (Model,), {"kind": kind})
 
 
@@ -277,14 +278,14 @@ def test_rows_of_two_sizes_by_a_model() -> None:
     run_model(model(), settings=settings(max_examples=30, stateful_step_count=25))
 
 
-class TrimsTooMuch(SizedRows):
+class TrimsTooMuch(Rows):
     """Frees a page of an image that is kept."""
 
     def _trim(self, item: int, pages: int) -> None:
         super()._trim(item, pages - 1)
 
 
-class LosesPages(SizedRows):
+class LosesPages(Rows):
     """Frees the former row of an image that moved, whatever its size, as the new one."""
 
     def settle(self, items: list[int], number: int, want: Want) -> None:
@@ -295,7 +296,7 @@ class LosesPages(SizedRows):
 
 
 @pytest.mark.parametrize("kind", [TrimsTooMuch, LosesPages])
-def test_the_model_finds_rows_with_a_bug(kind: type[SizedRows]) -> None:
+def test_the_model_finds_rows_with_a_bug(kind: type[Rows]) -> None:
     terms = settings(max_examples=200, stateful_step_count=25, phases=[Phase.generate])
     with pytest.raises((AssertionError, KeyError)):
         run_model(model(kind), settings=terms)
@@ -305,22 +306,23 @@ def test_the_model_finds_rows_with_a_bug(kind: type[SizedRows]) -> None:
 
 
 def fill(
-    rows: SizedRows, numbers: range, nbytes: int, claim: Claim = ANY, chained: bool = False
+    rows: Rows, numbers: range, nbytes: int, claim: Claim = ANY, chained: bool = False
 ) -> list[bool]:
     """Cache an image for each number, one after the other; chained ones follow each other."""
     result = list[bool]()
     follows = FIRST
     for number in numbers:
-        items = rows.take(1, True, Want(nbytes, True, claim))
+        want = Want(nbytes, True, claim)
+        items = rows.take(1, want)
         assert items is not None
-        result += rows.keep(items, [key_of(number)], [follows], claim=claim, sizes=[nbytes])
+        result += rows.keep(items, [key_of(number)], [follows], want, [nbytes])
         rows.give(items)
         follows = mark_of(key_of(number)) if chained else FIRST
     rows.touch([key_of(number) for number in numbers] if chained else [])
     return result
 
 
-def cached(rows: SizedRows, numbers: range) -> list[int]:
+def cached(rows: Rows, numbers: range) -> list[int]:
     return [number for number in numbers if rows.has(key_of(number))]
 
 
@@ -348,29 +350,29 @@ def test_blocks_that_may_evict_none_take_staging_and_are_not_cached() -> None:
     assert fill(rows, range(4), SMALL) == [True] * 4
     assert fill(rows, range(4, 5), SMALL, Claim(evict=False)) == [False]
     own = {key_of(number): number for number in range(5)}
-    items = rows.take(1, True, Want(SMALL, True, Claim(own), 4))
+    items = rows.take(1, Want(SMALL, True, Claim(own), 4))
     assert items == [4], "no block evicts an earlier one of its call"
     rows.give(items)
-    assert rows.take(1, True, Want(SMALL, True, Claim(own), -1)) == [STAGING * 4]
+    assert rows.take(1, Want(SMALL, True, Claim(own), -1)) == [STAGING * 4]
     assert cached(rows, range(5)) == [1, 2, 3]
 
 
 def test_no_load_waits_for_rows_that_are_read() -> None:
     rows = rows_of(host=12)
     assert fill(rows, range(4), SMALL) == [True] * 4
-    assert [rows.find(key_of(number)) for number in range(4)].count(None) == 0
-    saved = rows.take(2, True, Want(LARGE, True))
+    assert None not in rows.pin([key_of(number) for number in range(4)]).rows
+    saved = rows.take(2, Want(LARGE, True))
     assert saved == [0, 4]
-    assert rows.take(1, True, Want(LARGE, True)) is None, "saves have half of staging"
-    assert rows.take(2, False, Want(LARGE, False)) == [8, 12]
-    assert rows.take(1, False, Want(SMALL, False)) is None
+    assert rows.take(1, Want(LARGE, True)) is None, "saves have half of staging"
+    assert rows.take(2, Want(LARGE, False)) == [8, 12]
+    assert rows.take(1, Want(SMALL, False)) is None
     assert rows.lacks(1 + rows.host)
 
 
 def test_an_image_in_staging_takes_the_place_of_the_last_ones() -> None:
     """So a block that did not fit ends no prompt."""
     rows = rows_of(host=18)
-    items = rows.take(6, True, Want(SMALL, True))
+    items = rows.take(6, Want(SMALL, True))
     assert items is not None
     assert rows.replace(items, 1, Want(LARGE, True))
     assert items[1] == 0, "between rows that are lent there is no space for it"
@@ -378,25 +380,24 @@ def test_an_image_in_staging_takes_the_place_of_the_last_ones() -> None:
     sizes = [SMALL, LARGE, SMALL, SMALL, SMALL, SMALL]
     keys = [key_of(number) for number in range(6)]
     claim = Claim({key: number for number, key in enumerate(keys)})
-    kept = rows.keep(items, keys, [FIRST] * 6, claim=claim, sizes=sizes)
+    kept = rows.keep(items, keys, [FIRST] * 6, Want(LARGE, True, claim), sizes)
     assert kept == [True, True, True, True, False, False]
-    again = rows.take(1, True, Want(SMALL, True, Claim(evict=False)))
+    again = rows.take(1, Want(SMALL, True, Claim(evict=False)))
     assert again == [STAGING * 4 + 3], "the space of the row that was replaced"
     rows.give(items)
     rows.give(again)
     assert cached(rows, range(6)) == [0, 1, 2, 3]
-    row = rows.find(key_of(1))
-    assert row is not None
-    assert (rows.image(row, LARGE) == 7).all()
+    assert (rows.image(rows.index[key_of(1)], LARGE) == 7).all()
 
 
 def test_prefetched_images_take_half_of_the_tier() -> None:
     rows = rows_of(host=12)
     fill(rows, range(1), SMALL)
     for number in range(1, 6):
-        items = rows.take(1, False, Want(SMALL, False, prefetched=True))
+        want = Want(SMALL, False, prefetched=True)
+        items = rows.take(1, want)
         assert items is not None
-        kept = rows.keep(items, [key_of(number)], [FIRST], True, sizes=[SMALL])
+        kept = rows.keep(items, [key_of(number)], [FIRST], want, [SMALL])
         assert kept == [True]
         rows.give(items)
     assert cached(rows, range(6)) == [0, 4, 5]
@@ -499,8 +500,8 @@ def test_a_block_without_room_for_its_raw_rows_does_not_land() -> None:
         packed.save(view, [0], KEYS[:1], full="wait").synchronize(LIMIT)
         pins = packed.pin(KEYS[:1])
         rows = store.rows
-        assert isinstance(rows, SizedRows)
-        lent = rows.take(rows.staging, False, Want(rows.row_bytes, False, passing=True))
+        assert rows.sized
+        lent = rows.take(rows.staging, Want(rows.row_bytes, False, passing=True))
         assert lent is not None
         with pytest.raises(TransferError, match="not packed"):
             packed.save(view, [1], KEYS[1:2]).synchronize(LIMIT)

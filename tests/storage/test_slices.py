@@ -13,7 +13,7 @@ import pytest
 import torch
 from support.core_cases import noise
 from support.interrupts import settles
-from support.storage_cases import FakeStore, FakeTier, key_of, rows_in_use, small_form
+from support.storage_cases import FakeStore, FakeTier, counts_of, key_of, rows_in_use, small_form
 from support.waits import LIMIT
 
 from portakv import KVView
@@ -57,7 +57,7 @@ def store(tier: Watched) -> Iterator[BlockStore]:
     with BlockStore(FORM, staging=staging, tiers=[tier], full="wait") as store:
         store.save(cache(0), range(MANY), KEYS).synchronize(LIMIT)
         yield store
-    assert store.rows.counts()["lent"] == 0
+    assert counts_of(store.rows)["lent"] == 0
 
 
 def is_open(store: BlockStore) -> bool:
@@ -268,9 +268,9 @@ def test_a_plan_that_fails_late_releases_rows_of_the_host_tier_once() -> None:
         while rows_in_use(store.rows) and time.monotonic() < until:
             time.sleep(0.01)
         assert rows_in_use(store.rows) == 0
-        reading = store.rows.find(FORM.digest + KEYS[0])
+        reading = store.rows.pin([FORM.digest + KEYS[0]])
         assert rows_in_use(store.rows) == 1
-        store.rows.unpin([reading or 0])
+        reading.cancel()
         assert rows_in_use(store.rows) == 0
 
 

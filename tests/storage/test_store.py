@@ -26,7 +26,7 @@ from support.ambient import STATES
 from support.core_cases import noise
 from support.device_cases import current, delay
 from support.graph_ends import end_of_handle
-from support.storage_cases import FakeStore, FakeTier, key_of, rows_in_use, small_form
+from support.storage_cases import FakeStore, FakeTier, counts_of, key_of, rows_in_use, small_form
 from support.threads import interrupting
 from support.waits import LIMIT
 
@@ -44,6 +44,7 @@ from portakv.errors import (
 from portakv.graph.prometheus import Collector
 from portakv.storage import BlockStore
 from portakv.storage.form import BlockForm
+from portakv.storage.memory import Want
 from portakv.storage.tiers import remote
 from portakv.storage.tiers.base import TierStore
 from portakv.storage.tiers.disk import Disk, DiskStore
@@ -98,7 +99,7 @@ def opened() -> Iterator[Any]:
     yield make
     for store in stores:
         store.close(LIMIT)
-        counts = store.rows.counts()
+        counts = counts_of(store.rows)
         assert counts["lent"] == 0
         assert counts["free"] + counts["kept"] == store.rows.tensor.shape[0]
         assert not rows_in_use(store.rows)
@@ -359,7 +360,7 @@ def test_a_read_that_hangs_costs_its_caller_alone(opened: Any) -> None:
         hangs.synchronize(0.01)
     with pytest.raises(TransferError):
         hangs.synchronize(LIMIT)
-    assert store.rows.counts()["lent"] == 1
+    assert counts_of(store.rows)["lent"] == 1
     assert not hangs.landed.any()
     store.load(target, range(1, 8), KEYS[1:]).synchronize(LIMIT)
     assert same(source, range(1, 8), target, range(1, 8))
@@ -544,7 +545,7 @@ def test_a_load_of_more_than_the_host_tier_holds_leaves_its_beginning_there(open
     names = [small_form().digest + key for key in keys]
     tier.faults = {keys[0]: [lambda: go.wait(LIMIT)]}
     handle = store.load(cache(20, seed=50), range(20), keys)
-    while store.rows.counts()["kept"] < 10:
+    while counts_of(store.rows)["kept"] < 10:
         time.sleep(0.01)
     go.set()
     handle.synchronize(LIMIT)
@@ -567,7 +568,7 @@ def test_a_lookup_does_not_wait_for_a_store_that_is_dead(opened: Any, cached: in
         far = remote.Remote(address, client_options=FOR_EVER, retry_config=NO_RETRY)
         store = opened(host=4, tiers=[far])
         for row in range(cached):
-            (item,) = store.rows.take(1, False)
+            (item,) = store.rows.take(1, Want(store.rows.row_bytes, False))
             assert store.rows.keep([item], [store.form.digest + KEYS[row]], [0]) == [True]
         for keys in (KEYS, KEYS[: cached + 1]):
             assert store.lookup(keys, timeout=0.2) == cached
@@ -925,7 +926,7 @@ def test_a_load_by_layer_that_staging_cannot_hold_at_once(opened: Any, staging: 
     for handle in handles:
         handle.synchronize(LIMIT)
     assert same(source, range(8), other, range(8)), "it reads on its own if it has to"
-    assert again.rows.counts()["kept"] == sum(map(again.rows.has, names)) == 2, "whole blocks"
+    assert counts_of(again.rows)["kept"] == sum(map(again.rows.has, names)) == 2, "whole blocks"
     assert same(source, range(8), target, range(8))
 
 
@@ -939,7 +940,7 @@ def test_prefetched_blocks_are_loaded_without_the_tier(opened: Any) -> None:
     handle = store.prefetch(KEYS, priority="urgent")
     handle.synchronize(LIMIT)
     assert handle.landed.tolist() == [True] * 4 + [False] * 4
-    assert store.rows.counts()["kept"] == 4
+    assert counts_of(store.rows)["kept"] == 4
     tier.reads.clear()
     store.load(target, range(4), KEYS[:4]).synchronize(LIMIT)
     assert not tier.reads
@@ -979,7 +980,7 @@ def test_keys_and_blocks_that_fit_no_call(
     with pytest.raises(error, match=says):
         getattr(store, call)(view, blocks, keys)
     assert (tokens_of(view, range(12)) == before).all()
-    assert store.rows.counts()["free"] == 16
+    assert counts_of(store.rows)["free"] == 16
 
 
 def test_what_a_store_refuses(opened: Any, tmp_path: Path) -> None:

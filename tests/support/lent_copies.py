@@ -13,7 +13,7 @@ from portakv import KVView, copy_blocks
 from portakv.storage import BlockStore
 from portakv.storage.lent import Borrowed, LentCopy
 from support.core_cases import noise
-from support.storage_cases import key_of, small_form
+from support.storage_cases import counts_of, key_of, small_form
 from support.waits import LIMIT
 
 FORM = small_form()
@@ -108,4 +108,4 @@ def loaded(store: BlockStore, keys: list[bytes] = KEYS) -> KVView:
 
 
 def lent_rows(store: BlockStore) -> int:
-    return store.rows.counts()["lent"]
+    return counts_of(store.rows)["lent"]

@@ -42,12 +42,17 @@ def rows_in_use(rows: Rows) -> int:
     """Return the number of cached rows that transfers read."""
 
     def count() -> int:
+        rows.forget_loans()
         with rows.chains.lock:
-            rows.borrowed.forget_ended()
-            read = {row for loan in rows.borrowed.all for row in loan.rows if row is not None}
-            return len({*rows.pins} | read)
+            loans = [*rows._begun, *rows._loans]
+        return len({row for loan in loans for row in loan.rows if row is not None})
 
     return uninterrupted(count)
+
+
+def counts_of(rows: Rows) -> dict[str, int]:
+    """Return the number of rows by their state, of rows of one size."""
+    return {state: n // rows.row_bytes for state, n in rows.nbytes_by_state().items()}
 
 
 def sealed(form: BlockForm, keys: list[bytes], generation: int = 1, seed: int = 0) -> torch.Tensor:

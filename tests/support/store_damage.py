@@ -104,9 +104,9 @@ def rows_in_use_taken() -> Iterator[None]:
     rows: Any = importlib.import_module("portakv.storage.memory").Rows
     take = rows.take
 
-    def take_any(self: Any, count: int, store: bool, *terms: Any) -> Any:
-        items = take(self, count, store, *terms)
-        if items is None and store and len(self._lent) >= count:
+    def take_any(self: Any, count: int, want: Any) -> Any:
+        items = take(self, count, want)
+        if items is None and want.store and len(self._lent) >= count:
             items = [*self._lent][:count]
         return items
 
