@@ -68,13 +68,6 @@ class Taker(Protocol):
     """A coroutine that takes the rows of an offer for a pull, in slices."""
 
     @property
-    def has_crossed(self) -> bool:
-        """Return True if all bytes have left the owner's memory."""
-
-    def done(self) -> bool:
-        """Return True once nothing of this is in flight."""
-
-    @property
     def over(self) -> bool:
         """Return True if the pull waits for no slice any more."""
 
@@ -118,7 +111,7 @@ class Staging:
         self.turn = Limit(self._runtime)
         self.met: Lane | None = None  # the lane that the owner knows
         self.tag = 0  # of the last slice that was requested
-        #: What takes slices of this owner now; see `staged_reader.StagedReceiver`.
+        #: What takes slices of this owner now.
         self.takers = set[Taker]()
         self.history = PullHistory()
         #: The free buffers; the last used is taken first. Steps change them.

@@ -24,7 +24,6 @@ from msgspec.structs import replace
 from portakv.copy.choose_encoding import EncodingChoice
 from portakv.copy.handle import BlockTransfer
 from portakv.errors import (
-    PackOverflow,
     PeerError,
     PortaKVError,
     TransferCancelled,
@@ -36,7 +35,6 @@ from portakv.layout.encodings import Pack
 from portakv.migrate.buffers import StagingBuffer
 from portakv.migrate.checksum import MODULUS, checksum_of
 from portakv.migrate.connections import Source
-from portakv.migrate.crossed import Crossed
 from portakv.migrate.crossing import Crossing, crossings, flagged, runs, scattered
 from portakv.migrate.messages import (
     Answer,
@@ -163,7 +161,7 @@ class Arrival(End[None]):
             self.settle(None, error)
 
 
-def end_unfit(taken: Sequence[Arrival], errors: list[PackOverflow]) -> None:
+def end_unfit(taken: Sequence[Arrival], errors: list[PortaKVError]) -> None:
     """End the slices with blocks that hold no rows, after all slices of an offer were taken.
 
     ``errors`` first gets an error for each step, which names such blocks of all of its slices. The
@@ -206,23 +204,26 @@ class Scattered(NamedTuple):
         return not self.copy.completions or has_ended(self.copy, wait)
 
 
-def arrivals(steps: Sequence[Step], max_gbps: float | None, crossed: Crossed) -> list[Arrival]:
-    """Return the slices of steps, packed slices first.
+def arrivals(
+    steps: Sequence[Step], max_gbps: float, pack: Pack | None
+) -> tuple[list[Arrival], str]:
+    """Return the slices of steps, packed slices first, and why rows cross raw although ``pack`` was
+    requested (empty if none do).
 
     They are small enough that several are under way, large enough that their number costs little,
-    and not longer than a moment at a limited rate. ``crossed``: names the encoding, and gets the
-    reason for rows that cross raw.
+    and not longer than a moment at a limited rate.
     """
     parts = list[Crossing]()
+    reasons = list[str]()
     for step in steps:
-        some, why = crossings(step, crossed.pack)
+        some, why = crossings(step, pack)
         parts += some
-        crossed.why = crossed.why or why
+        reasons.append(why)
     nbytes = sum(step.nbytes for step in steps)
     on_host = steps[0].cut.dst.device.type == "cpu"
     slices = SLICES_ON_HOST if on_host else SLICES_ON_DEVICE
     most = max(LEAST_ON_HOST if on_host else LEAST_ON_DEVICE, -(-int(nbytes) // slices))
-    if max_gbps is not None:
+    if max_gbps < inf:
         most = min(most, int(PACED * 1e9 * max_gbps))
     # Slices are cut by their raw bytes, so that a buffer has space for blocks that do not fit.
     made = [
@@ -232,7 +233,7 @@ def arrivals(steps: Sequence[Step], max_gbps: float | None, crossed: Crossed) ->
     ]
     if any(part.slots for part in parts):
         made.sort(key=lambda each: each.slots is None)  # slices of one encoding are one request
-    return made
+    return made, next(filter(None, reasons), "")
 
 
 # ------------------------------------------------------------------------------------------------
@@ -301,23 +302,28 @@ async def verified(step: Step, pull: Pull) -> None:
 # --- the choice of an encoding
 
 
-async def leave_to_owner(arrivals: list[Arrival], pull: Pull, crossed: Crossed) -> None:
-    """Have the owner choose how the slices cross that were made for packed rows.
-
-    ``arrivals``: all slices of an offer, which get their slots, or none. ``crossed`` gets the
+async def leave_to_owner(
+    arrivals: list[Arrival], pull: Pull, most_gbps: float
+) -> list[EncodingChoice]:
+    """Have the owner choose how the slices cross that were made for packed rows; return its
     choices, one for each step.
+
+    ``arrivals``: all slices of an offer, which get their slots, or none. ``most_gbps``: the rate
+    that the caller allows.
     """
+    choices = list[EncodingChoice]()
     steps = {id(each.step): each.step for each in arrivals if each.slots is not None}
     for step in steps.values():
-        choice = await _choice_of(step, pull, crossed.most_gbps)
-        crossed.choices.append(choice)
+        choice = await _choice_of(step, pull, most_gbps)
+        choices.append(choice)
         if choice.pack is None:  # it concerns more rows than a reason for parts of blocks
-            crossed.why = _clause(choice.why)
+            pull.raw_because = _clause(choice.why)
         for each in arrivals:
             if each.step is step and each.slots is not None:
                 unit = each.slots.unit
                 each.cross_in(None if choice.pack is None else Slots(choice.pack, unit))
     arrivals.sort(key=lambda each: each.slots is None)  # slices of one encoding are one request
+    return choices
 
 
 async def _choice_of(step: Step, pull: Pull, most_gbps: float) -> EncodingChoice:
@@ -390,7 +396,7 @@ class StagedReceiver:
 
     Attributes:
         arrivals: the ends of the slices.
-        has_crossed: all bytes have left the owner's memory.
+        crossed: ends when all bytes have left the owner's memory.
     """
 
     def __init__(
@@ -398,43 +404,43 @@ class StagedReceiver:
         trace: Trace,
         steps: Sequence[Step],
         pull: Pull,
-        max_gbps: float | None,
-        crossed: Crossed,
+        max_gbps: float,
+        pack: Pack | None,
+        auto: bool,
     ) -> None:
         first = steps[0]
         self._runtime = runtime()
         self._trace = trace
-        self._crossed = crossed
+        self._auto = auto
+        self._most_gbps = max_gbps
         self._source = Source(first.ticket, first.owner)
         self._stage = first.owner.staging
         self._pull = pull
         if pull.after is None:
             pull.after = StreamFence(first.cut.dst.device)
         self._after = pull.after
-        self._rate = RateLimit(max_gbps or inf)
-        self.arrivals = arrivals(steps, max_gbps, crossed)
-        self.has_crossed = False
+        self._rate = RateLimit(max_gbps)
+        self.arrivals, why = arrivals(steps, max_gbps, pack)
+        pull.raw_because = pull.raw_because or why
+        self._packed = False  # some slices were requested packed
+        self.crossed = End[None](self._runtime)
         self._in_flight = deque[InFlight]()
         self._scattered = deque[Scattered]()
         self._posted = 0  # slices of the present request that have a receive
         self._last = False  # all slices were requested
-        self._steps: Handle[None] | None = None
 
     def begin(self) -> None:
         """Begin to take the slices. Any thread may call it."""
-        self._steps = Handle(self._runtime, self._run())
-        self._steps.on_end(self._pull.go_on)
-        self._pull.takers.append(self)
-        self._steps.begin()
-
-    def done(self) -> bool:
-        """Return True once nothing of this is in flight."""
-        return self._steps is not None and self._steps.done()
+        steps = Handle(self._runtime, self._run())
+        steps.on_end(self._cross)
+        self._pull.crossing.append(self.crossed)
+        self._pull.slices.append(steps)  # its copies have ended, too
+        steps.begin()
 
     @property
     def measures(self) -> bool:
         """Return True if the slices cross raw, and as fast as the transport takes them."""
-        return self._crossed.most_gbps == inf and not self._crossed.packed
+        return self._most_gbps == inf and not self._packed
 
     @property
     def over(self) -> bool:
@@ -464,7 +470,7 @@ class StagedReceiver:
         except BaseException as caught:
             error = caught
             # The others of the pull need not go on, and no mark is waited for.
-            self._pull.stop(known(caught) or TransferCancelled(CANCELLED))
+            self._pull.stop(known(caught))
             raise
         finally:
             stage.takers.discard(self)
@@ -475,15 +481,16 @@ class StagedReceiver:
 
     async def _take_all(self) -> None:
         """Take all slices."""
-        if self._crossed.auto:
-            await leave_to_owner(self.arrivals, self._pull, self._crossed)
-            for choice in self._crossed.choices:
+        if self._auto:
+            choices = await leave_to_owner(self.arrivals, self._pull, self._most_gbps)
+            self._pull.choices += choices
+            for choice in choices:
                 self._trace.note("encoding", monotonic(), choice.figures())
         start = self._stage.history.begin()
         await self._take_each(self.arrivals)
         if not self._last:
             await self._settle(wait=True)  # only then it is known which blocks did not fit
-            end_unfit(self.arrivals, self._pull.requested.unfit)
+            end_unfit(self.arrivals, self._pull.unfit)
             self._last = True
             await self._take_each([x for each in self.arrivals for x in each.again])
         for placing in self._scattered:
@@ -498,11 +505,13 @@ class StagedReceiver:
         """Take slices by requests for some of them, and issue their copies."""
         for encoding, alike in groupby(some, lambda each: each.encoding):
             listed = [*alike]
-            self._crossed.packed |= bool(encoding)
-            batch = BATCH if self._crossed.most_gbps == inf else MOST_PACED
+            if encoding:
+                self._packed = True
+                self._pull.packed = True
+            batch = BATCH if self._most_gbps == inf else MOST_PACED
             for start in range(0, len(listed), batch):
                 await self._take(listed[start : start + batch])
-        self._last = self._last or not self._crossed.packed
+        self._last = self._last or not self._packed
         while self._in_flight:
             await self._scatter()
 
@@ -633,8 +642,13 @@ class StagedReceiver:
         moving = [each.moving for each in self._in_flight]
         moving += [each.moving for each in self._scattered]
         if self._last and all(each.over.is_set() for each in moving):
-            self.has_crossed = True
-            self._pull.go_on()
+            self._cross()
+
+    def _cross(self) -> None:
+        """Note that all bytes have left the owner's memory, or that no more will."""
+        if not self.crossed.ended:
+            self.crossed.settle(None, None)
+        self._pull.go_on()
 
     async def _settle(self, wait: bool) -> None:
         """End the slices whose bytes and copies have ended, or wait for all."""
@@ -656,10 +670,10 @@ class StagedReceiver:
         """Count a slice that has ended, and its blocks that did not fit."""
         nbytes = arrival.staged_bytes
         history = self._stage.history
-        self._crossed.nbytes += nbytes
-        self._crossed.blocks_raw += unfit
+        self._pull.wire_nbytes += nbytes
+        self._pull.blocks_raw += unfit
         if arrival.slots is None:
-            history.count(nbytes, limited=self._crossed.most_gbps < inf)
+            history.count(nbytes, limited=self._most_gbps < inf)
         else:
             history.count_packed(nbytes, arrival.step.window, arrival.packed_blocks, unfit)
 
