@@ -26,7 +26,7 @@ def pack_of(encoding: object) -> Pack | None:
 
     Raises `Unsupported` for ``fp8``, and `InvalidTerms` for another value.
     """
-    if is_auto(encoding):
+    if isinstance(encoding, str) and encoding == AUTO:
         return Pack()
     if isinstance(encoding, Fp8) or encoding == FP8:
         why = (
@@ -35,11 +35,6 @@ def pack_of(encoding: object) -> Pack | None:
         )
         raise Unsupported(f"A pull whose rows cross in {FP8!r}", why)
     return as_pack(encoding, AUTO)
-
-
-def is_auto(encoding: object) -> bool:
-    """Return True if the owner chooses the encoding."""
-    return isinstance(encoding, str) and encoding == AUTO
 
 
 def joined_error(errors: Sequence[PortaKVError]) -> PortaKVError | None:

@@ -155,6 +155,27 @@ class Pull(Transfer):
             then, but must not pass on a result before the whole pull has ended.
     """
 
+    #: The call that makes the pull has not returned.
+    in_call = False
+    #: The coroutine that makes all copies, and commits a pull that has to wait.
+    steps: Handle[None] | None = None
+    layers: Sequence[LayerTransfer] = ()
+    #: What the pull waits for, as long as it does: owners, offers by name, or rows.
+    wanted: Wanted | None = None
+    #: Orders copies from staging buffers after the caller's stream; None if there are none.
+    after: StreamFence | None = None
+    _ended: float | None = None  # when the end was noticed
+
+    # Figures, see `PullStatistics`.
+    nbytes = 0.0
+    blocks = 0
+    strategy = MAPPED  # its name, and why
+    pieces = 0  # copies and slices that were started
+    wire_nbytes = 0
+    packed = False
+    blocks_raw = 0
+    raw_because = ""
+
     def __init__(self, sources: Sources, until: float, wake: Callable[[], None]) -> None:
         super().__init__([Completion(pendings=(_End(self),))])
         self.sources = sources
@@ -162,34 +183,15 @@ class Pull(Transfer):
         self.until = until
         self.copies = list[BlockTransfer]()
         self.slices = list[Ending]()
-        #: The call that makes the pull has not returned.
-        self.in_call = False
-        #: The coroutine that makes all copies, and commits a pull that has to wait.
-        self.steps: Handle[None] | None = None
         #: Each ends when all bytes of some slices have left the memory of their owner.
         self.crossing = list[Ending]()
-        self.layers: Sequence[LayerTransfer] = ()
-        #: What the pull waits for, as long as it does: owners, offers by name, or rows.
-        self.wanted: Wanted | None = None
-        #: Orders copies from staging buffers after the caller's stream; None if there are none.
-        self.after: StreamFence | None = None
         #: The errors of blocks that did not fit into packed slots. They do not stop the pull: all
         #: other blocks are moved, and one error then names these.
-        self.unfit = list[PortaKVError]()
-        # Figures, see `PullStatistics`.
-        self.nbytes = 0.0
-        self.blocks = 0
-        self.strategy = MAPPED  # its name, and why
-        self.pieces = 0  # copies and slices that were started
-        self.wire_nbytes = 0
-        self.packed = False
-        self.blocks_raw = 0
-        self.raw_because = ""
+        self.unfit = list[PackOverflow]()
         self.choices = list[EncodingChoice]()
         #: "error": None if the rows are committed. The first verdict counts, without a lock.
         self._verdict = dict[str, PortaKVError | None]()
         self._began = perf_counter()
-        self._ended: float | None = None  # when the end was noticed
         self._waiters = list[None]()  # an entry for each thread that blocks until the end
         self._process = this_process()
         #: What the coroutine waits for; see `go_on`.
@@ -292,7 +294,7 @@ class Pull(Transfer):
             return True
         if not (self.begun and self.look_at_copies()):
             return False
-        self.conclude(joined_error(self._unfit_blocks()) or self._gone())
+        self.conclude(joined_error(self.unfit) if self.unfit else self._gone())
         return True
 
     def look_at_copies(self) -> bool:
@@ -310,15 +312,16 @@ class Pull(Transfer):
                     ended = True
                     error = known(caught)
                 landed = landed and ended
-                if error is not None and not isinstance(error, PackOverflow):
-                    self.stop(error)
+                if error is not None:
+                    self._note_error(error)
         return landed
 
-    def _unfit_blocks(self) -> list[PortaKVError]:
-        """Return the errors of blocks that did not fit into packed slots, after all has ended."""
-        errors: list[BaseException | None] = [each.error for each in self.slices]
-        errors += [end.error for copy in self.copies for end in copy.completions]
-        return self.unfit + [each for each in errors if isinstance(each, PackOverflow)]
+    def _note_error(self, error: BaseException) -> None:
+        """Stop the pull by the error of a part that has ended, unless blocks of it did not fit."""
+        if not isinstance(error, PackOverflow):
+            self.stop(known(error))
+        elif error not in self.unfit:
+            self.unfit.append(error)
 
     def block(self) -> None:
         """Block the host until the pull has ended."""
@@ -452,23 +455,18 @@ class Pull(Transfer):
             refused = await self.ask()
         await self._until(self.have_ended)
         for each in self.slices:
-            if each.error is not None and not isinstance(each.error, PackOverflow):
-                self.stop(known(each.error))
-        unfit = joined_error(self._unfit_blocks())
-        if checks and unfit is None and not self.over:
-            await self._verify(checks)
+            if each.error is not None:
+                self._note_error(each.error)
+        if checks and not (self.unfit or self.over):
+            handles = [runtime().start(check()) for check in checks]
+            for handle in handles:
+                handle.on_end(self.go_on)
+            await self._until(lambda: all(handle.done() for handle in handles))
+            for handle in handles:
+                if handle.error is not None:
+                    self.stop(known(handle.error))
             refused = await self.ask()
-        self.conclude(unfit or refused or self._gone())
-
-    async def _verify(self, checks: Sequence[Callable[[], Steps[None]]]) -> None:
-        """Run checks, all at a time; stop the pull by the error of one."""
-        handles = [runtime().start(check()) for check in checks]
-        for handle in handles:
-            handle.on_end(self.go_on)
-        await self._until(lambda: all(handle.done() for handle in handles))
-        for handle in handles:
-            if handle.error is not None:
-                self.stop(known(handle.error))
+        self.conclude(joined_error(self.unfit) or refused or self._gone())
 
     def have_ended(self) -> bool:
         """Return True if all copies and slices of the pull have ended."""

@@ -11,6 +11,7 @@ import atexit
 import logging
 import os
 from asyncio import CancelledError
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
@@ -33,7 +34,8 @@ from portakv.errors import (
     TransferError,
     TransferTimeout,
 )
-from portakv.graph.trace import Trace
+from portakv.graph.meter import by_label
+from portakv.graph.trace import Spent, Trace
 from portakv.migrate.channel import Channel
 from portakv.migrate.connections import (
     PAUSE,
@@ -44,8 +46,8 @@ from portakv.migrate.connections import (
     closed_reader,
     listed,
 )
-from portakv.migrate.crossed import Encoding, Pack, is_auto, pack_of
-from portakv.migrate.figures import PullCounts
+from portakv.migrate.crossed import AUTO, Encoding, Pack, pack_of
+from portakv.migrate.figures import Figures, histograms
 from portakv.migrate.messages import Begin, Close, Message, Renew, any_named
 from portakv.migrate.named import Finder, Wanted, incomplete
 from portakv.migrate.plan import (
@@ -168,9 +170,12 @@ class Housekeeper:
     """
 
     def __init__(self, device: torch.device) -> None:
-        #: The pulls that have ended, for `Reader.finished`; and what they have brought.
+        #: The pulls that have ended, for `Reader.finished`.
         self.finished: Finished[Pull] = Finished()
-        self.counts = PullCounts()
+        # What they have brought. The coroutine counts it.
+        self.ends = Counter[str]()  # by result
+        self._nbytes = Counter[str]()  # by strategy
+        self._spent = defaultdict[str, Spent](Spent)  # by result
         self._device = device
         self._runtime = runtime()
         #: Finds offers by their names, and marks; None before the first pull that waits.
@@ -191,14 +196,16 @@ class Housekeeper:
         """Return the pulls that have not ended, or whose end is not reported yet."""
         return [*self._pulls]
 
-    def figures(self, owners: int) -> dict[str, list[dict[str, str | float]]]:
+    def figures(self, owners: int) -> Figures:
         """Return the figures of a reader that has so many owners; see `Reader.figures`."""
+        nbytes = self._nbytes.copy()
         ages = [pull.age for pull in self.pulls if not pull.ended]
         return {
             "pulls_in_flight": [{"value": len(ages)}],
             "pull_oldest_seconds": [{"value": max(ages, default=0.0)}],
             "pull_owners": [{"value": owners}],
-            **self.counts.figures(),
+            "pull_bytes_total": by_label("strategy", nbytes, nbytes),
+            **histograms("pull_seconds", self._spent.copy()),
         }
 
     def add(self, pull: Pull) -> None:
@@ -349,7 +356,12 @@ class Housekeeper:
 
     def _count(self, pull: Pull, watched: _Watched) -> None:
         """Count a pull that has ended, and record its span if the process makes spans."""
-        self.counts.add(pull.strategy[0], int(pull.nbytes), pull.published, pull.age)
+        result = "failed"
+        if pull.published:
+            result = "committed"
+            self._nbytes[pull.strategy[0]] += int(pull.nbytes)
+        self.ends[result] += 1
+        self._spent[result].add(pull.age)
         if not watched.span.at:
             return
         done = pull.statistics
@@ -891,9 +903,9 @@ class Reader:
         if timeout is not None:
             seconds = arguments.seconds("timeout", timeout, optional=True)
         until = monotonic() + seconds
-        pack = pack_of(encoding)
+        pack = None if encoding is None else pack_of(encoding)
         indices = indices_of(self.shards, blocks)
-        request = Request(indices, first, options, verify, pack, is_auto(encoding))
+        request = Request(indices, first, options, verify, pack, encoding == AUTO)
         return self._begin(listed(tickets), request, until)
 
     def _begin(self, tickets: list[bytes], request: Request, until: float) -> Pull:
@@ -1087,7 +1099,7 @@ class Reader:
     def statistics(self) -> dict[str, int]:
         """Return the numbers of pulls that are in flight or not reported to their owners yet
         (``pulls``), of pulls that were committed and that failed, and of owners now."""
-        ends = self._housekeeper.counts.ends
+        ends = self._housekeeper.ends
         return {
             "pulls": len(self._housekeeper.pulls),
             "committed": ends["committed"],
@@ -1095,8 +1107,8 @@ class Reader:
             "owners": len(self._owners),
         }
 
-    def figures(self) -> dict[str, list[dict[str, str | float]]]:
-        """Return figures by the names of metrics, in the form of `Graph.statistics`."""
+    def figures(self) -> Figures:
+        """Return figures by the names of metrics."""
         return self._housekeeper.figures(len(self._owners))
 
     def close(self) -> None:

@@ -16,7 +16,7 @@ from functools import partial
 from itertools import groupby
 from math import inf
 from time import monotonic
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeAlias, TypeVar
 
 import torch
 from msgspec.structs import replace
@@ -24,18 +24,19 @@ from msgspec.structs import replace
 from portakv.copy.choose_encoding import EncodingChoice
 from portakv.copy.handle import BlockTransfer
 from portakv.errors import (
+    PackOverflow,
     PeerError,
     PortaKVError,
     TransferCancelled,
     TransferError,
     TransferTimeout,
+    Unsupported,
 )
 from portakv.graph.trace import Ran, Trace
-from portakv.layout.encodings import Pack
+from portakv.layout.encodings import PACK, PACKED_DTYPE, Pack
 from portakv.migrate.buffers import StagingBuffer
 from portakv.migrate.checksum import MODULUS, checksum_of
 from portakv.migrate.connections import Source
-from portakv.migrate.crossing import Crossing, crossings, flagged, runs, scattered
 from portakv.migrate.messages import (
     Answer,
     Choose,
@@ -54,8 +55,147 @@ from portakv.migrate.transports.base import Lane, Moving
 from portakv.runtime.streams import StreamFence
 from portakv.runtime.worker import RateLimit
 from portakv.tasks import End, Handle, Wait, Work, blocking, runtime
+from portakv.view import Index, KVView
 
 T = TypeVar("T")
+
+# ------------------------------------------------------------------------------------------------
+# Decide how the rows of a step cross in staging buffers: raw, or as slots of `pack`.
+#
+# The owner packs inside the gather into its staging buffer, and the reader unpacks inside the
+# scatter from its own. Slots have the owner's blocks. Tokens outside of whole blocks cross raw.
+
+#: A step, or a part of one, and the slots that it crosses in; None: it crosses raw.
+Crossing: TypeAlias = tuple[Step, Slots | None]
+
+
+def crossings(step: Step, pack: Pack | None) -> tuple[list[Crossing], str]:
+    """Return the parts of a step with how each crosses, and why a part crosses raw although
+    ``pack`` was requested (empty if none does).
+
+    ``pack``: what the caller requested; None: raw rows, unless a side is packed.
+
+    Raises `InvalidTerms` for parameters that the rows' planes cannot have.
+    """
+    if step.cut.packed:
+        return [(step, _slots_of_sides(step))], ""
+    if pack is None:
+        return [(step, None)], ""
+    slots = _slots(step, pack)
+    if isinstance(slots, str):
+        return [(step, None)], slots
+
+    # Whole blocks of the owner are packed; what stands before and after them crosses raw.
+    unit = slots.unit
+    before = min(-step.src_index.offset % unit, step.tokens)
+    whole = (step.tokens - before) // unit * unit
+    after = step.tokens - before - whole
+    layers = range(step.cut.dst.layers)
+    ends = ((0, before, None), (before, whole, slots), (before + whole, after, None))
+    made = [(step.part(layers, at, n), how) for at, n, how in ends if n]
+    why = ""
+    if before or after:
+        why = f"a part of a block of {unit} tokens cannot be packed"
+    return made, why
+
+
+def _slots(step: Step, pack: Pack) -> Slots | str:
+    """Return the slots for the owner's blocks of raw rows, or why there are none, as a clause."""
+    dst = step.cut.dst
+    described = step.owner.handshake.described[step.cut.group]
+    unit = described.block_size
+    numbers = {*described.group.numbers, *dst.form.dtypes}
+    if described.group.page:
+        return f"{PACK!r} takes rows, not opaque pages"
+    if numbers != {PACKED_DTYPE} or not (described.group.numbers and dst.form.dtypes):
+        return f"{PACK!r} takes rows of {PACKED_DTYPE} alone"
+    if not unit:
+        return "the owner's view has no blocks"
+    if step.ticket.steps[step.cut.group] != unit:
+        return f"the offer does not name blocks of {unit} tokens"
+    slots = Slots(pack, unit)
+    try:
+        planes = slots.planes(dst)
+    except Unsupported as error:
+        return error.why
+    if any(plane.slot_bytes >= plane.raw_bytes for plane in planes):
+        return "its slots are not smaller than its rows"
+    # A buffer has space for the raw rows of its blocks, because some may not fit into slots.
+    if rows_bytes(dst, 1, unit, dst.heads) > step.owner.handshake.slot_bytes:
+        return f"a staging buffer holds no block of {unit} tokens of a layer"
+    return slots
+
+
+def _slots_of_sides(step: Step) -> Slots:
+    """Return the slots of packed sides."""
+    form = step.cut.dst.form
+    described = step.owner.handshake.described[step.cut.group]
+    text = described.group.encoding
+    if form.encoding and not text:
+        raise Unsupported(
+            f"Pulling raw rows of {step.owner.address} into a packed view through staging",
+            "blocks that do not fit would be lost; pull into a raw view, and pack them there",
+        )
+    slots = Slots(Pack.of_text(text), described.block_size)
+    large = any(plane.slot_bytes > plane.raw_bytes for plane in slots.planes(step.cut.dst))
+    if large and not form.encoding:  # slices are cut by the bytes of the reader's rows
+        what = f"Pulling packed blocks of {step.owner.address} through staging into a raw view"
+        raise Unsupported(what, "its slots are larger than its rows; pull into a packed view")
+    return slots
+
+
+def scattered(src: KVView, dst: KVView, dst_index: Index, count: int) -> BlockTransfer:
+    """Copy a packed chunk to a reader's rows, raw or packed.
+
+    If the rows have other blocks, they are unpacked into memory between.
+    """
+    size = src.form.block_size
+    alike = dst.form.block_size in (0, size) and dst_index.plan_step in (0, size)
+    if alike and dst_index.offset % size == 0:
+        return copy_checked(src, dst, None, dst_index, count)
+    rows = _dense(dst, count)
+    unpacked = copy_checked(src, rows, None, None, count)
+    return BlockTransfer.together([unpacked, copy_checked(rows, dst, None, dst_index, count)])
+
+
+def _dense(view: KVView, count: int) -> KVView:
+    """Return new memory for ``count`` tokens of a view, on its device."""
+    with torch.inference_mode(False):
+        made = [
+            torch.empty(
+                (view.layers, count, view.heads * width // 2),
+                dtype=torch.bfloat16,
+                device=view.device,
+            )
+            for width in view.widths
+        ]
+    return KVView(made, "kv | layer token (head dim)", kv=view.kv, heads=view.heads)
+
+
+def runs(numbers: Sequence[int]) -> Iterator[tuple[int, int]]:
+    """Yield the runs of sorted numbers, as the first and how many."""
+    first = 0
+    for at, number in enumerate(numbers):
+        if at + 1 == len(numbers) or numbers[at + 1] != number + 1:
+            yield numbers[first], at + 1 - first
+            first = at + 1
+
+
+def flagged(step: Step, positions: Sequence[int]) -> PackOverflow:
+    """Return the error of packed blocks of a step that hold no rows, by their sorted positions."""
+    size = step.page
+    count = (positions[-1] + 1) * size
+    numbers = []
+    for index in (step.src_index, step.dst_index):
+        slots = index.to_host().slots(count, size)
+        numbers.append(tuple([int(slots[at]) // size for at in positions]))
+    shown = ", ".join(map(str, numbers[0][:8])) + (", ..." if len(positions) > 8 else "")
+    return PackOverflow(
+        f"Expected packed blocks, got {len(positions)} that did not fit into slots of {PACK!r}, "
+        f"blocks {shown} of {step.owner.address}. Pull these blocks from a raw view.",
+        *numbers,
+    )
+
 
 # ------------------------------------------------------------------------------------------------
 # The slices in which the rows of a pull arrive in staging buffers.
@@ -76,15 +216,12 @@ class Arrival(End[None]):
     Attributes:
         staged_bytes: of the slice in a staging buffer.
         slots: how the slice is packed there; None: it crosses raw.
-        again: the slices that bring its blocks that did not fit, raw.
-        whole_slice: the slice of which this one brings such blocks.
+        again: the slices that bring its blocks that did not fit, raw. It ends after these.
         unfit: the positions in the step of its blocks that hold no rows anywhere.
     """
 
     again: Sequence[Arrival] = ()
-    whole_slice: Arrival | None = None
     unfit: Sequence[int] = ()
-    _left = 0  # of `again`, the slices that have not ended
 
     def __init__(self, step: Step, part: Slice, slots: Slots | None = None) -> None:
         super().__init__(runtime())
@@ -126,8 +263,8 @@ class Arrival(End[None]):
     def end_with(self, copy: BlockTransfer) -> int:
         """End the slice by its copy, which has ended; return the number of blocks that did not fit.
 
-        The slice then ends with the slices that bring them raw, which are in `again`. If no raw
-        rows of them exist, `end_unfit` ends the slice.
+        The slices that bring them raw are then in `again`. If no raw rows of them exist,
+        `end_unfit` ends the slice.
         """
         unfit = unfit_blocks(copy) if copy.completions else []
         if unfit and self.slots is not None:
@@ -136,24 +273,15 @@ class Arrival(End[None]):
                 self.unfit = [before + at for at in unfit]
                 return 0
             self.again = [*self._raw_slices(unfit, self.slots.unit)]
-            self._left = len(self.again)
             return len(unfit)
         self.end()
-        whole = self.whole_slice
-        if whole is not None:
-            whole._left -= 1
-            if not whole._left:
-                whole.end()
         return 0
 
     def _raw_slices(self, blocks: Sequence[int], unit: int) -> Iterator[Arrival]:
         """Yield slices that bring blocks of this one raw, by their positions in it."""
         layers, first, _ = self.part
         for start, count in runs(blocks):
-            part = Slice(layers, first + start * unit, count * unit)
-            again = Arrival(self.step, part)
-            again.whole_slice = self
-            yield again
+            yield Arrival(self.step, Slice(layers, first + start * unit, count * unit))
 
     def end(self, error: BaseException | None = None) -> None:
         """End the slice, unless it has ended."""
@@ -161,7 +289,7 @@ class Arrival(End[None]):
             self.settle(None, error)
 
 
-def end_unfit(taken: Sequence[Arrival], errors: list[PortaKVError]) -> None:
+def end_unfit(taken: Sequence[Arrival], errors: list[PackOverflow]) -> None:
     """End the slices with blocks that hold no rows, after all slices of an offer were taken.
 
     ``errors`` first gets an error for each step, which names such blocks of all of its slices. The
@@ -231,7 +359,7 @@ def arrivals(
         for step, slots in parts
         for part in step.slices(most, 1 if slots is None else slots.unit)
     ]
-    if any(part.slots for part in parts):
+    if any(slots for _, slots in parts):
         made.sort(key=lambda each: each.slots is None)  # slices of one encoding are one request
     return made, next(filter(None, reasons), "")
 
