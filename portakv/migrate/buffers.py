@@ -1,24 +1,139 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The staging buffers of a reader for one owner whose memory is not mapped."""
+"""The staging buffers of a reader for one owner whose memory is not mapped, and what earlier pulls
+from that owner have measured."""
 
 from __future__ import annotations
 
 import threading
+from collections import deque
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Protocol, cast
+from dataclasses import dataclass
+from math import inf
+from time import perf_counter
+from typing import TYPE_CHECKING, NamedTuple, Protocol, TypeAlias, cast
 
 import torch
 
+from portakv.copy.choose_encoding import is_out_of_date
 from portakv.copy.handle import BlockTransfer
 from portakv.errors import PeerError
-from portakv.migrate.pull_history import PullHistory
+from portakv.migrate.messages import Box
 from portakv.migrate.staging import Chunks, has_ended, staging
 from portakv.migrate.transport_channel import TransportChannel
 from portakv.migrate.transports.base import Lane, Moving, Transport, gone_peer, released_peer
+from portakv.runtime.bounded import Bounded
 from portakv.tasks import Limit, Signal, runtime
 
 if TYPE_CHECKING:
     from portakv.migrate.channel import Channel
+
+
+# ------------------------------------------------------------------------------------------------
+# Figures of earlier pulls from an owner: the rate of its transport, and how many blocks did not fit
+# into slots.
+
+#: Bytes that cross packed until the rate counts as unknown, so that the next pull measures it.
+AGAIN = 8 << 30
+#: A smaller or a shorter pull measures no rate: requests have a larger share of its time.
+LEAST_NBYTES = 16 << 20
+LEAST_SECONDS = 5e-3
+#: The rate is the highest of so many measured pulls: all that disturbs a pull, such as work that
+#: was queued before it, makes the transport seem slower. If it seems too fast, rows cross raw.
+RATES = 5
+#: The most windows whose misfits are counted, as many as owners keep samples of.
+MOST_KEPT = 1024
+
+#: The group of rows, and their layers and heads: the rows that one sample of an owner is for.
+Window: TypeAlias = tuple[int, Box]
+
+
+class Start(NamedTuple):
+    """The beginning of a pull that measures the rate: what had crossed before, and the time."""
+
+    nbytes: int
+    other_nbytes: int
+    at: float
+
+
+@dataclass
+class _Packed:
+    """The blocks that crossed packed since the last look at misfits, and how many did not fit."""
+
+    blocks: int = 0
+    misfits: int = 0
+
+
+class PullHistory:
+    """The figures of pulls from one owner, by one agreement on a transport.
+
+    Several threads may call it without a lock: a count that is lost changes no row.
+    """
+
+    def __init__(self) -> None:
+        self._nbytes = 0  # of all slices
+        self._packed_nbytes = 0  # of packed slices
+        self._other_nbytes = 0  # of slices that measure no rate: packed, or of a limited pull
+        self._measured_at = 0  # of `_packed_nbytes`, when a rate was measured last
+        self._rates = deque[float](maxlen=RATES)
+        self._packed: Bounded[Window, _Packed] = Bounded("misfits of pulls", MOST_KEPT)
+
+    @property
+    def gbps(self) -> float:
+        """Return the rate of raw rows, in 10^9 bytes a second; infinite if it is not known."""
+        if self._packed_nbytes - self._measured_at >= AGAIN or not self._rates:
+            return inf
+        return max([*self._rates])
+
+    def count(self, nbytes: int, limited: bool = False) -> None:
+        """Count a raw slice of so many bytes that has crossed; ``limited``: its pull has a limited
+        rate."""
+        self._nbytes += nbytes
+        if limited:
+            self._other_nbytes += nbytes
+
+    def count_packed(self, nbytes: int, window: Window, blocks: int, misfits: int) -> None:
+        """Count a packed slice of so many bytes that has crossed, its blocks, and how many of these
+        did not fit."""
+        self._nbytes += nbytes
+        self._other_nbytes += nbytes
+        self._packed_nbytes += nbytes
+        packed = self._packed.get_or_make(window, _Packed)
+        packed.blocks += blocks
+        packed.misfits += misfits
+
+    def begin(self) -> Start | None:
+        """Return the beginning of a pull; None if nothing has crossed before, since both sides then
+        connect first."""
+        if not self._nbytes:
+            return None
+        return Start(self._nbytes, self._other_nbytes, perf_counter())
+
+    def end(self, start: Start) -> None:
+        """Add the rate of a pull whose slices have all crossed.
+
+        Slices of other pulls count, since they share the transport. Nothing is added if some slices
+        were packed meanwhile, or belong to a pull with a limited rate: packing or the limit may
+        have been slower than the transport.
+        """
+        seconds = perf_counter() - start.at
+        nbytes = self._nbytes - start.nbytes
+        long_enough = seconds >= LEAST_SECONDS and nbytes >= LEAST_NBYTES
+        if not long_enough or self._other_nbytes != start.other_nbytes:
+            return
+        self._rates.append(nbytes / seconds / 1e9)
+        self._measured_at = self._packed_nbytes
+
+    def needs_sample(self, window: Window) -> bool:
+        """Return True, once, if too many of the latest packed blocks of a window did not fit."""
+        packed = self._packed.get(window)
+        answer = None if packed is None else is_out_of_date(packed.blocks, packed.misfits)
+        if answer is not None:
+            self._packed.pop(window, None)
+        return bool(answer)
+
+
+# ------------------------------------------------------------------------------------------------
+# The buffers of one agreement with an owner.
 
 
 class StagingBuffer:
@@ -68,13 +183,6 @@ class Taker(Protocol):
     """A coroutine that takes the rows of an offer for a pull, in slices."""
 
     @property
-    def has_crossed(self) -> bool:
-        """Return True if all bytes have left the owner's memory."""
-
-    def done(self) -> bool:
-        """Return True once nothing of this is in flight."""
-
-    @property
     def over(self) -> bool:
         """Return True if the pull waits for no slice any more."""
 
@@ -118,7 +226,7 @@ class Staging:
         self.turn = Limit(self._runtime)
         self.met: Lane | None = None  # the lane that the owner knows
         self.tag = 0  # of the last slice that was requested
-        #: What takes slices of this owner now; see `staged_reader.StagedReceiver`.
+        #: What takes slices of this owner now.
         self.takers = set[Taker]()
         self.history = PullHistory()
         #: The free buffers; the last used is taken first. Steps change them.

@@ -4,8 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from math import inf
+from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
 from portakv.copy.choose_encoding import EncodingChoice
@@ -27,7 +26,7 @@ def pack_of(encoding: object) -> Pack | None:
 
     Raises `Unsupported` for ``fp8``, and `InvalidTerms` for another value.
     """
-    if is_auto(encoding):
+    if isinstance(encoding, str) and encoding == AUTO:
         return Pack()
     if isinstance(encoding, Fp8) or encoding == FP8:
         why = (
@@ -36,11 +35,6 @@ def pack_of(encoding: object) -> Pack | None:
         )
         raise Unsupported(f"A pull whose rows cross in {FP8!r}", why)
     return as_pack(encoding, AUTO)
-
-
-def is_auto(encoding: object) -> bool:
-    """Return True if the owner chooses the encoding."""
-    return isinstance(encoding, str) and encoding == AUTO
 
 
 def joined_error(errors: Sequence[PortaKVError]) -> PortaKVError | None:
@@ -70,31 +64,6 @@ def joined_error(errors: Sequence[PortaKVError]) -> PortaKVError | None:
         src,
         dst,
     )
-
-
-@dataclass
-class Crossed:
-    """The rows that a task has taken from an owner that sends them.
-
-    Attributes:
-        pack: how the caller wants them packed; None: as they are.
-        auto: the owner chooses whether and how they are packed.
-        most_gbps: the rate that the caller allows, in 10^9 bytes a second.
-        nbytes: bytes in staging buffers.
-        packed: some slices were packed.
-        blocks_raw: blocks of packed slices that did not fit, once for each slice.
-        why: why rows that were to be packed crossed raw, as a clause.
-        choices: the owner's choices.
-    """
-
-    pack: Pack | None = None
-    auto: bool = False
-    most_gbps: float = inf
-    nbytes: int = 0
-    packed: bool = False
-    blocks_raw: int = 0
-    why: str = ""
-    choices: list[EncodingChoice] = field(default_factory=list)
 
 
 @dataclass(frozen=True, slots=True)

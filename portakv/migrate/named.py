@@ -17,12 +17,10 @@ from collections.abc import Mapping, Sequence
 from time import monotonic
 from typing import Any, NamedTuple
 
-from portakv import arguments
 from portakv.errors import (
     OfferGone,
     PeerError,
     PortaKVError,
-    TransferError,
     TransferTimeout,
 )
 from portakv.migrate.connections import (
@@ -36,9 +34,6 @@ from portakv.migrate.connections import (
 )
 from portakv.migrate.messages import MOST_NAMES, Answer, Find, Found, Marked, Marks, Named, Ticket
 from portakv.runtime.bounded import Bounded
-from portakv.runtime.devices import this_process
-from portakv.runtime.transfer import Completion, Transfer
-from portakv.tasks import End, runtime
 
 #: The most seconds for which a call waits for the answers of owners.
 MOMENT = 1e-3
@@ -161,66 +156,6 @@ class Wanted(ABC):
         """Return the marks up to which copies are issued next."""
         self._used = [*self.marks]
         return self._used
-
-
-class LateLayer(Transfer):
-    """The end of a layer of a pull that has not begun, so that its copies do not exist yet."""
-
-    def __init__(self) -> None:
-        super().__init__([Completion(pendings=(self,))])
-        self._process = this_process()
-        self._known = End[None](runtime())
-        self._layer = Transfer()
-        self._error: PortaKVError | None = None
-
-    def settle(self, layer: Transfer, error: PortaKVError | None = None) -> None:
-        """Set the transfer that ends with the layer, or the error by which the pull did not begin.
-        The first call counts."""
-        if not self._known.ended:
-            self._layer = layer
-            self._error = error
-            self._known.settle(None, None)
-
-    def done(self) -> bool:
-        """Return True once the layer has landed; raise the errors of the pull."""
-        self._refuse_fork()
-        if not self._known.ended:
-            return False
-        self._finish()
-        return self._layer.done()
-
-    def wait(self, stream: object = None) -> None:
-        """Block the host until the layer has landed; raise the errors of the pull."""
-        self.synchronize()
-
-    def synchronize(self, timeout: float | None = None) -> None:
-        """Block the host until the layer has landed; see `Transfer.synchronize`."""
-        self._refuse_fork()
-        seconds = arguments.seconds("timeout", timeout, optional=True)
-        until = monotonic() + seconds
-        if not self._known.wait(seconds):
-            raise TransferTimeout(
-                f"Expected the layer within {seconds:g} s, got no end; the pull goes on. Wait "
-                f"longer."
-            )
-        self._finish()
-        self._layer.synchronize(None if timeout is None else max(0.0, until - monotonic()))
-
-    def _refuse_fork(self) -> None:
-        """Raise in a process that was forked from the reader's, where nothing sets the layer."""
-        if self._process.forked:
-            raise forked_error()
-
-    def _finish(self) -> None:
-        if self._error is not None:
-            raise self._error
-
-
-def forked_error() -> TransferError:
-    """Return the error of a pull in a process that was forked from the reader's."""
-    return TransferError(
-        "The pull runs in the process that this one was forked from. Wait for it there."
-    )
 
 
 class _Asked(NamedTuple):

@@ -24,10 +24,11 @@ from msgspec.structs import replace
 from portakv import arguments
 from portakv.errors import InvalidTerms, LayoutError, OfferGone, PeerError, SlotError, Unsupported
 from portakv.graph.alarms import watch
+from portakv.graph.meter import by_label
 from portakv.migrate import messages, shared_memory
 from portakv.migrate.channel import Channel, Peer
 from portakv.migrate.described import Regions, describe
-from portakv.migrate.figures import Figures, owner_figures
+from portakv.migrate.figures import Figures
 from portakv.migrate.messages import Named, offer_name
 from portakv.migrate.shards import Shard, check_length, device_of, index_of, names_of
 from portakv.migrate.staged_owner import BUFFERS, BlockList, Gathers, Offered
@@ -404,29 +405,6 @@ def block_lists(
     return [block_list(*each, tokens) for each in zip(names, shards, blocks, strict=True)]
 
 
-def checked(
-    tokens: int, readers: int, lease: float, max_lease: float
-) -> tuple[int, int, float, float]:
-    """Return the tokens, the readers, the lease and the longest lease of an offer; raise as
-    `Owner.offer`."""
-    if (
-        type(tokens) is int
-        and 1 <= tokens <= 1 << 31
-        and type(readers) is int
-        and 1 <= readers <= 1 << 31
-        and type(lease) is float
-        and type(max_lease) is float
-        and 1e-9 <= lease <= max_lease <= MOST_LEASE
-    ):
-        return tokens, readers, lease, max_lease  # plain numbers, as in most calls
-    tokens = arguments.whole("tokens", tokens, 1, 1 << 31)
-    lease = arguments.number("lease", lease, 1e-9, MOST_LEASE, SECONDS)
-    readers = arguments.whole("readers", readers, 1, 1 << 31)
-    limits = f"a number of seconds from the lease of {lease:g} s to 10^6"
-    max_lease = arguments.number("max_lease", max_lease, lease, MOST_LEASE, limits)
-    return tokens, readers, lease, max_lease
-
-
 def block_list(name: str, shard: Shard, block_ids: Ids | None, tokens: int) -> BlockList:
     """Return the checked ids of a shard's blocks, and the tokens of a block; ``name``: of the
     list in errors."""
@@ -453,6 +431,7 @@ def block_list(name: str, shard: Shard, block_ids: Ids | None, tokens: int) -> B
     return ids, index.step
 
 
+ENDS = ("taken", "expired", "revoked", "lost")  # states of an offer that has ended
 LOOK = 0.1  # seconds between two looks at a lease, of a call that waits for the end of an offer
 UNKNOWN = messages.Answer("gone", messages.REASONS["gone"])
 NOT_SENT = "some of its rows could not be sent; the owner's log has the reason"
@@ -831,7 +810,11 @@ class Owner:
             PeerError: the owner is closed, or belongs to the process that this one was forked from.
         """
         self.refuse_closed()
-        tokens, readers, lease, last = checked(tokens, readers, lease, max_lease)
+        tokens = arguments.whole("tokens", tokens, 1, 1 << 31)
+        lease = arguments.number("lease", lease, 1e-9, MOST_LEASE, SECONDS)
+        readers = arguments.whole("readers", readers, 1, 1 << 31)
+        limits = f"a number of seconds from the lease of {lease:g} s to 10^6"
+        last = arguments.number("max_lease", max_lease, lease, MOST_LEASE, limits)
         mark = None
         if progress is not None:
             arguments.one_of("progress", progress, get_args(Unit))
@@ -966,8 +949,22 @@ class Owner:
             return {**self.counts, "held": exports, "slots": self._gathers.buffers}
 
     def figures(self) -> Figures:
-        """Return figures by the names of metrics, in the form of `Graph.statistics`."""
-        return owner_figures(self.statistics())
+        """Return figures by the names of metrics."""
+        counts = self.statistics()
+        handshakes = {"accepted": counts.get("paired", 0), "refused": counts.get("refused", 0)}
+        reports = {
+            "taken": counts.get("closed", 0),
+            "failed": counts.get("failed", 0),
+            "gone": counts.get("gone", 0),
+        }
+        return {
+            "offers_active": [{"value": counts["held"]}],
+            "offers_total": [{"value": counts.get("offered", 0)}],
+            "offers_ended_total": by_label("state", counts, ENDS),
+            "offer_handshakes_total": by_label("result", handshakes, handshakes),
+            "offer_reports_total": by_label("result", reports, reports),
+            "offer_staging_buffers": [{"value": counts["slots"]}],
+        }
 
     @shielded
     def close(self) -> None:

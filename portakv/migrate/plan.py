@@ -15,7 +15,7 @@ from portakv.arguments import invalid
 from portakv.copy.handle import BlockTransfer, token_bytes
 from portakv.copy.options import USUAL, CopyOptions
 from portakv.copy.submit import submit
-from portakv.errors import InvalidTerms, PeerError, SlotError, Unsupported
+from portakv.errors import InvalidTerms, SlotError, Unsupported
 from portakv.layout.encodings import PACKED_DTYPE
 from portakv.migrate.connections import Connection, Sources
 from portakv.migrate.messages import Box, BoxPart, Ticket
@@ -96,9 +96,8 @@ class Step(NamedTuple):
 
     @property
     def src(self) -> KVView:
-        """Return the owner's view; raise `PeerError` if it is not mapped."""
-        if self.cut.src is None:
-            raise PeerError(f"Expected mapped rows of {self.owner.address}, got none. Pull again.")
+        """Return the owner's view, of a step whose rows are mapped."""
+        assert self.cut.src is not None  # else the owner sends the rows
         return self.cut.src
 
     @property

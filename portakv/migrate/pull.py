@@ -12,12 +12,12 @@ from __future__ import annotations
 from asyncio import CancelledError
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
 from time import monotonic, perf_counter
 from typing import TypeAlias, cast
 
 import torch
 
+from portakv.copy.choose_encoding import EncodingChoice
 from portakv.copy.handle import BlockTransfer
 from portakv.errors import (
     OfferGone,
@@ -28,11 +28,10 @@ from portakv.errors import (
     TransferError,
     TransferTimeout,
 )
-from portakv.migrate.buffers import Taker
 from portakv.migrate.connections import Source, Sources
-from portakv.migrate.crossed import Crossed, PullStatistics, joined_error
+from portakv.migrate.crossed import PullStatistics, joined_error
 from portakv.migrate.messages import REASONS, About, Answer, Check, Renew
-from portakv.migrate.named import LateLayer, Wanted, forked_error
+from portakv.migrate.named import Wanted
 from portakv.migrate.words import fence
 from portakv.runtime.devices import this_process
 from portakv.runtime.interrupts import shielded
@@ -54,41 +53,21 @@ Ending: TypeAlias = End[None]
 GLANCE = 1e-3
 
 
-@dataclass
-class Requested:
-    """The size of a pull, and how its rows cross."""
-
-    nbytes: float = 0.0
-    blocks: int = 0
-    strategy: tuple[str, str] = MAPPED  # its name, and why
-    pieces: int = 0  # copies and slices that were started
-    #: Sources that receive no request for rows, so that the pull is reported to them.
-    quiet: Sources = ()
-    #: What the pull waits for, as long as it does: owners, offers by name, or rows.
-    wanted: Wanted | None = None
-    #: The rows that each owner has sent so far.
-    crossed: list[Crossed] = field(default_factory=list)
-    #: The caller requested an encoding.
-    encoded: bool = False
-    #: The errors of blocks that did not fit into packed slots. They do not stop the pull: all other
-    #: blocks are moved, and one error then names these.
-    unfit: list[PackOverflow] = field(default_factory=list)
-
-
 class PartTransfer(Transfer):
     """A transfer that also ends with slices and coroutines, and raises the first of their errors.
 
-    Whoever issues it may still add some, and copies.
+    Whoever issues it may still add some, and copies, before all that it has now has ended.
     """
 
     def __init__(self, endings: Sequence[Ending] = ()) -> None:
         self.endings = [*endings]
         self._process = this_process()
-        super().__init__([Completion(pendings=cast("list[Pending]", self.endings))])
+        self._ends = [Completion(pendings=cast("list[Pending]", self.endings))]
+        super().__init__(self._ends)
 
     def add(self, copy: Transfer) -> None:
-        """End with a copy, too."""
-        self.completions = [*self.completions, *copy.completions]
+        """End with a copy, too. A thread that waits already waits for it."""
+        self._ends += copy.completions
 
     def done(self) -> bool:
         """Return True once all has ended; raise the errors of the pull."""
@@ -114,9 +93,39 @@ class PartTransfer(Transfer):
     def _finish(self) -> None:
         super()._finish()
         for each in self.endings:
-            error = known(each.error)
-            if error:
-                raise error
+            if each.error is not None:
+                raise known(each.error)
+
+
+class LayerTransfer(PartTransfer):
+    """The end of a layer of a pull. It does not come before all copies of the layer are issued.
+
+    Attributes:
+        left: tokens, of all owners together, of which the copies are not issued.
+    """
+
+    def __init__(self) -> None:
+        self._issued = End[None](runtime())
+        self.left = 0
+        super().__init__([self._issued])
+
+    def note_issued(self, tokens: int) -> None:
+        """Note that the copies of so many tokens were added."""
+        self.left -= tokens
+        if not self.left:
+            self._issued.settle(None, None)
+
+    def fail(self, error: PortaKVError | None) -> None:
+        """End by the error of a pull that issues no more copies."""
+        if not self._issued.ended:
+            self._issued.settle(None, error)
+
+
+def forked_error() -> TransferError:
+    """Return the error of a pull in a process that was forked from the reader's."""
+    return TransferError(
+        "The pull runs in the process that this one was forked from. Wait for it there."
+    )
 
 
 class _End:
@@ -124,8 +133,6 @@ class _End:
 
     def __init__(self, pull: Pull) -> None:
         self._pull = pull
-        #: An entry for each thread that blocks until the end.
-        self.waiters = list[None]()
 
     def done(self) -> bool:
         """Return True once the pull has ended; never block."""
@@ -133,11 +140,7 @@ class _End:
 
     def wait(self) -> None:
         """Block the host until the pull has ended."""
-        self.waiters.append(None)
-        try:
-            self._pull.block()
-        finally:
-            self.waiters.pop()
+        self._pull.block()
 
 
 class Pull(Transfer):
@@ -152,27 +155,44 @@ class Pull(Transfer):
             then, but must not pass on a result before the whole pull has ended.
     """
 
+    #: The call that makes the pull has not returned.
+    in_call = False
+    #: The coroutine that makes all copies, and commits a pull that has to wait.
+    steps: Handle[None] | None = None
+    layers: Sequence[LayerTransfer] = ()
+    #: What the pull waits for, as long as it does: owners, offers by name, or rows.
+    wanted: Wanted | None = None
+    #: Orders copies from staging buffers after the caller's stream; None if there are none.
+    after: StreamFence | None = None
+    _ended: float | None = None  # when the end was noticed
+
+    # Figures, see `PullStatistics`.
+    nbytes = 0.0
+    blocks = 0
+    strategy = MAPPED  # its name, and why
+    pieces = 0  # copies and slices that were started
+    wire_nbytes = 0
+    packed = False
+    blocks_raw = 0
+    raw_because = ""
+
     def __init__(self, sources: Sources, until: float, wake: Callable[[], None]) -> None:
         super().__init__([Completion(pendings=(_End(self),))])
         self.sources = sources
         self.wake = wake  # has the reader's coroutine report the end
         self.until = until
-        self.copies: Sequence[BlockTransfer] = []
-        self.slices: Sequence[Ending] = []
-        #: The call that makes the pull has not returned.
-        self.in_call = False
-        #: The coroutine that makes all copies, and commits a pull that has to wait.
-        self.steps: Handle[None] | None = None
-        #: The coroutines that take rows from owners.
-        self.takers = list[Taker]()
-        self.layers: Sequence[Transfer] = ()
-        self.requested = Requested()
-        #: Orders copies from staging buffers after the caller's stream; None if there are none.
-        self.after: StreamFence | None = None
+        self.copies = list[BlockTransfer]()
+        self.slices = list[Ending]()
+        #: Each ends when all bytes of some slices have left the memory of their owner.
+        self.crossing = list[Ending]()
+        #: The errors of blocks that did not fit into packed slots. They do not stop the pull: all
+        #: other blocks are moved, and one error then names these.
+        self.unfit = list[PackOverflow]()
+        self.choices = list[EncodingChoice]()
         #: "error": None if the rows are committed. The first verdict counts, without a lock.
         self._verdict = dict[str, PortaKVError | None]()
-        #: When the pull began, and when its end was noticed.
-        self._times = [perf_counter()]
+        self._began = perf_counter()
+        self._waiters = list[None]()  # an entry for each thread that blocks until the end
         self._process = this_process()
         #: What the coroutine waits for; see `go_on`.
         self.changes = Signal(runtime())
@@ -220,34 +240,27 @@ class Pull(Transfer):
         of its shards.
         """
         landed = self.published
-        over = self.concluded
-        requested = self.requested
-        strategy, why = requested.strategy
-        crossed = [*requested.crossed]
-        reasons = [each.why for each in crossed if each.why]
-        if requested.encoded and not crossed:
-            reasons = [why]
+        strategy, why = self.strategy
         return PullStatistics(
-            nbytes=int(requested.nbytes) if landed else 0,
-            blocks=requested.blocks if landed else 0,
-            blocks_requested=requested.blocks,
+            nbytes=int(self.nbytes) if landed else 0,
+            blocks=self.blocks if landed else 0,
+            blocks_requested=self.blocks,
             strategy=strategy,
             why=why,
-            seconds=self._times[-1] - self._times[0] if over else None,
-            slices=requested.pieces,
-            cancelled=over and isinstance(self._verdict["error"], TransferCancelled),
-            wire_nbytes=sum([each.nbytes for each in crossed]),
-            packed=any(each.packed for each in crossed),
-            blocks_raw=sum([each.blocks_raw for each in crossed]),
-            raw_because=reasons[0] if reasons else "",
-            choices=tuple([choice for each in crossed for choice in [*each.choices]]),
+            seconds=self.age if self.concluded else None,
+            slices=self.pieces,
+            cancelled=self.concluded and isinstance(self._verdict["error"], TransferCancelled),
+            wire_nbytes=self.wire_nbytes,
+            packed=self.packed,
+            blocks_raw=self.blocks_raw,
+            raw_because=self.raw_because,
+            choices=tuple(self.choices),
         )
 
     @property
     def age(self) -> float:
         """Return the seconds from the call until the end was noticed, or until now."""
-        now = perf_counter()
-        return (self._times[-1] if self.concluded else now) - self._times[0]
+        return (self._ended or perf_counter()) - self._began
 
     def _finish(self) -> None:
         super()._finish()
@@ -265,13 +278,12 @@ class Pull(Transfer):
     @property
     def concluded(self) -> bool:
         """Return True if the end of the pull was noticed; never looks at its copies."""
-        return len(self._times) > 1
+        return self._ended is not None
 
     @property
     def has_waiter(self) -> bool:
         """Return True if a thread blocks until the end of the pull, and notices the end."""
-        ends = self.completions[0].pendings
-        return any(isinstance(end, _End) and end.waiters for end in ends)
+        return bool(self._waiters)
 
     def look(self) -> bool:
         """Return True if the pull has ended; commit it if its copies have. Never blocks or raises.
@@ -280,32 +292,50 @@ class Pull(Transfer):
         """
         if self.concluded or self._process.forked:
             return True
-        return self.begun and self._look_at_parts()
-
-    def _look_at_parts(self) -> bool:
-        """Return True if the pull has ended by its copies; commit it then."""
-        copies = self.copies
-        try:
-            for copy in copies:
-                for end in copy.completions:
-                    if not end.ended():
-                        return False
-        except Exception as error:  # torch raises errors of many kinds; the copies run no more
-            self.conclude(known(error))
-            return True
-        errors = [end.error for copy in copies for end in copy.completions if end.error]
-        self.conclude(joined_error(errors) or self._gone())
+        if not (self.begun and self.look_at_copies()):
+            return False
+        self.conclude(joined_error(self.unfit) if self.unfit else self._gone())
         return True
+
+    def look_at_copies(self) -> bool:
+        """Return True if all copies between views have ended; stop the pull if one has failed.
+
+        Blocks that do not fit into packed slots stop nothing: all other blocks are moved.
+        """
+        landed = True
+        for copy in self.copies:
+            for end in copy.completions:
+                try:
+                    ended = end.ended()
+                    error = end.error if ended else None
+                except Exception as caught:  # torch raises errors of many kinds; it runs no more
+                    ended = True
+                    error = known(caught)
+                landed = landed and ended
+                if error is not None:
+                    self._note_error(error)
+        return landed
+
+    def _note_error(self, error: BaseException) -> None:
+        """Stop the pull by the error of a part that has ended, unless blocks of it did not fit."""
+        if not isinstance(error, PackOverflow):
+            self.stop(known(error))
+        elif error not in self.unfit:
+            self.unfit.append(error)
 
     def block(self) -> None:
         """Block the host until the pull has ended."""
-        while not self.look():
-            if self.steps is not None:
-                self.steps.wait()
-            for copy in self.copies:
-                for end in copy.completions:
-                    with suppress(RuntimeError):  # torch's error, which `look` gets again
-                        end.synchronize()
+        self._waiters.append(None)
+        try:
+            while not self.look():
+                if self.steps is not None:
+                    self.steps.wait()
+                for copy in self.copies:
+                    for end in copy.completions:
+                        with suppress(RuntimeError):  # torch's error, which `look` gets again
+                            end.synchronize()
+        finally:
+            self._waiters.pop()
 
     def conclude(self, error: PortaKVError | None) -> None:
         """End the pull after all bytes have been read; None: commit it.
@@ -315,16 +345,16 @@ class Pull(Transfer):
         # After the deadline any error is that of the deadline.
         if error is not None and monotonic() >= self.until:
             error = self._timed_out()
-        self.completions[0].error = self._verdict.setdefault("error", error)
-        self._times.append(perf_counter())
+        verdict = self._verdict.setdefault("error", error)
+        self.completions[0].error = verdict
+        self._ended = perf_counter()
         # Release the memory of the owners, and this object from its own completion.
-        self.copies = ()
-        self.slices = ()
-        self.takers = []
+        self.copies = []
+        self.slices = []
+        self.crossing = []
         self.completions[0].pendings = ()
         for layer in self.layers:
-            if isinstance(layer, LateLayer):  # it never began
-                layer.settle(Transfer(), self._verdict["error"])
+            layer.fail(verdict)
         self.wake()
 
     def stop(self, error: PortaKVError) -> bool:
@@ -346,22 +376,6 @@ class Pull(Transfer):
         for copy in self.copies:
             copy.cancel()
 
-    def stop_after_failure(self) -> None:
-        """Stop the pull if one of its copies has failed; a coroutine stops it itself.
-
-        Blocks that do not fit into packed slots stop nothing: all other blocks are moved.
-        """
-        for copy in self.copies:
-            failure: PortaKVError | None = None
-            try:
-                for end in copy.completions:
-                    if end.ended() and not isinstance(end.error, PackOverflow):
-                        failure = failure or end.error
-            except Exception as caught:  # torch raises errors of many kinds
-                failure = known(caught)
-            if failure is not None:
-                self.stop(failure)
-
     @property
     def stopped(self) -> bool:
         """Return True if nothing of the pull will be committed."""
@@ -375,7 +389,7 @@ class Pull(Transfer):
         return self.stopped
 
     def _timed_out(self) -> TransferTimeout:
-        wanted = self.requested.wanted
+        wanted = self.wanted
         if wanted is not None and (hung := wanted.handshakes):
             return TransferTimeout(
                 f"The handshake of the pull timed out; no rows were committed. Increase timeout, "
@@ -415,20 +429,6 @@ class Pull(Transfer):
                 )
         return None
 
-    def drop(self) -> None:
-        """Stop a pull whose call has failed, and wait for the copies in flight.
-
-        Its coroutine ends a pull that waits.
-        """
-        cancelled = TransferCancelled(CANCELLED)
-        self.stop(cancelled)
-        if not self.begun or self.concluded:
-            return
-        for copy in self.copies:
-            with suppress(PortaKVError):  # the owner may be gone
-                copy.synchronize()
-        self.conclude(cancelled)
-
     # --- in coroutines
 
     def go_on(self) -> None:
@@ -449,91 +449,55 @@ class Pull(Transfer):
         Args:
             checks: make the coroutines that compare checksums.
         """
-        answers = None
+        refused = None
         if not checks:
             await self._until(self._have_crossed)
-            answers = await self.ask()
+            refused = await self.ask()
         await self._until(self.have_ended)
-        unfit = self.requested.unfit
-        errors: list[BaseException | None] = [each.error for each in self.slices]
-        errors += [end.error for copy in self.copies for end in copy.completions]
-        for error in errors:
-            if isinstance(error, PackOverflow):  # all other blocks are moved
-                unfit.append(error)
-            elif error is not None:
-                self.stop(known(error) or TransferCancelled(CANCELLED))
-        await self._verify(checks)
-        await self.confirm(answers)
-
-    async def _verify(self, checks: Sequence[Callable[[], Steps[None]]]) -> None:
-        """Run checks, all at a time; stop the pull by the error of one."""
-        if self.over or self.requested.unfit:
-            return
-        handles = [runtime().start(check()) for check in checks]
-        for handle in handles:
-            handle.on_end(self.go_on)
-        await self._until(lambda: all(handle.done() for handle in handles))
-        for handle in handles:
-            if handle.error is not None:
-                self.stop(known(handle.error) or TransferCancelled(CANCELLED))
+        for each in self.slices:
+            if each.error is not None:
+                self._note_error(each.error)
+        if checks and not (self.unfit or self.over):
+            handles = [runtime().start(check()) for check in checks]
+            for handle in handles:
+                handle.on_end(self.go_on)
+            await self._until(lambda: all(handle.done() for handle in handles))
+            for handle in handles:
+                if handle.error is not None:
+                    self.stop(known(handle.error))
+            refused = await self.ask()
+        self.conclude(joined_error(self.unfit) or refused or self._gone())
 
     def have_ended(self) -> bool:
         """Return True if all copies and slices of the pull have ended."""
-        taken = all(taker.done() for taker in self.takers)
-        return taken and all(each.done() for each in self.slices) and self._copies_have_ended()
+        return all(each.done() for each in self.slices) and self.look_at_copies()
 
     def _have_crossed(self) -> bool:
         """Return True if nothing reads the memory of owners any more."""
-        for taker in self.takers:
-            if not (taker.has_crossed or taker.done()):
-                return False
-        calls = [each for each in self.slices if isinstance(each, Handle)]
-        return all(call.done() for call in calls) and self._copies_have_ended()
-
-    def _copies_have_ended(self) -> bool:
-        """Return True if all copies between views have ended; stop the pull if one fails."""
-        ended = True
-        for copy in self.copies:
-            for end in copy.completions:
-                try:
-                    ended = end.ended() and ended
-                except Exception as error:  # torch raises errors of many kinds; it runs no more
-                    self.stop(known(error) or TransferCancelled(CANCELLED))
-        return ended
+        return all(each.done() for each in self.crossing) and self.look_at_copies()
 
     @property
     def remote(self) -> list[Source]:
         """Return the sources of which only the owner can say whether the offer holds."""
         return [source for source in self.sources if source.word is None]
 
-    async def ask(self) -> list[Answer | PortaKVError] | None:
-        """Return the answer of each owner of `remote` whether its offer held, or the error of the
-        request. None: nothing will be committed.
+    async def ask(self) -> PortaKVError | None:
+        """Return why the offer of an owner of `remote` did not hold, by the owner's answer or the
+        error of the request; None if all held, or if nothing will be committed.
 
         All bytes have left the memory of these owners before.
         """
-        if self.stopped or self.requested.unfit:
+        if self.stopped or self.unfit:
             return None
-        return await self._answers(self.remote, Check)
-
-    async def confirm(self, answers: Sequence[Answer | PortaKVError] | None) -> None:
-        """End the pull: commit it if the owners of `remote` answer that their offers held.
-
-        ``answers``: of `ask`; None: ask them now.
-        A pull that was stopped, or that has blocks that did not fit, is not committed, whatever
-        they answer.
-        """
-        error = joined_error(self.requested.unfit)
-        if not (self.stopped or error):
-            remote = self.remote
-            if answers is None:
-                answers = await self._answers(remote, Check)
-            for source, answer in zip(remote, answers, strict=True):
-                if isinstance(answer, PortaKVError):
-                    error = error or answer
-                elif answer.state != "held" and not isinstance(error, OfferGone):
-                    error = source.ticket.gone(answer.why)
-        self.conclude(error or self._gone())
+        error: PortaKVError | None = None
+        remote = self.remote
+        answers = await self._answers(remote, Check)
+        for source, answer in zip(remote, answers, strict=True):
+            if isinstance(answer, PortaKVError):
+                error = error or answer
+            elif answer.state != "held" and not isinstance(error, OfferGone):
+                error = source.ticket.gone(answer.why)
+        return error
 
     async def _until(self, ended: Callable[[], bool]) -> None:
         """Wait until a function returns True, and renew the offers meanwhile.
@@ -579,18 +543,14 @@ class Pull(Transfer):
 
     async def fail(self, error: BaseException) -> None:
         """End a pull of which no more can be issued, after the copies and slices in flight."""
-        reason = known(error) or TransferCancelled(CANCELLED)
-        self.stop(reason)
-        glance = GLANCE / 16
-        while not self.have_ended():
-            glance = min(2 * glance, LOOK / 10)
-            await self.changes.wait_for(self.have_ended, runtime().time() + glance)
-        self.conclude(reason)
+        self.stop(known(error))
+        await self._until(self.have_ended)
+        self.conclude(known(error))
 
 
-def known(error: BaseException | None) -> PortaKVError | None:
+def known(error: BaseException) -> PortaKVError:
     """Return an error of a copy or a task as one of this library's."""
-    if error is None or isinstance(error, PortaKVError):
+    if isinstance(error, PortaKVError):
         return error
     if isinstance(error, CancelledError):
         return TransferCancelled(CANCELLED)

@@ -11,10 +11,12 @@ import atexit
 import logging
 import os
 from asyncio import CancelledError
-from collections.abc import Iterator, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
+from itertools import islice
 from math import inf
 from operator import is_
 from time import monotonic
@@ -24,7 +26,6 @@ from weakref import ref
 import torch
 
 from portakv import arguments
-from portakv.copy.handle import BlockTransfer
 from portakv.copy.options import USUAL, CopyOptions, Overlap, options_from
 from portakv.errors import (
     PackOverflow,
@@ -33,7 +34,8 @@ from portakv.errors import (
     TransferError,
     TransferTimeout,
 )
-from portakv.graph.trace import Trace
+from portakv.graph.meter import by_label
+from portakv.graph.trace import Spent, Trace
 from portakv.migrate.channel import Channel
 from portakv.migrate.connections import (
     PAUSE,
@@ -44,10 +46,10 @@ from portakv.migrate.connections import (
     closed_reader,
     listed,
 )
-from portakv.migrate.crossed import Crossed, Encoding, Pack, is_auto, pack_of
-from portakv.migrate.figures import PullCounts
+from portakv.migrate.crossed import AUTO, Encoding, Pack, pack_of
+from portakv.migrate.figures import Figures, histograms
 from portakv.migrate.messages import Begin, Close, Message, Renew, any_named
-from portakv.migrate.named import Finder, LateLayer, Wanted, incomplete
+from portakv.migrate.named import Finder, Wanted, incomplete
 from portakv.migrate.plan import (
     Step,
     check_arguments,
@@ -57,14 +59,14 @@ from portakv.migrate.plan import (
     indices_of,
     planned,
 )
-from portakv.migrate.pull import CANCELLED, Ending, PartTransfer, Pull, known
+from portakv.migrate.pull import CANCELLED, MAPPED, Ending, LayerTransfer, PartTransfer, Pull, known
 from portakv.migrate.shards import Shard
 from portakv.migrate.staged_reader import StagedReceiver, verified
 from portakv.runtime import tracing
 from portakv.runtime.devices import capturing, refuse_capture
 from portakv.runtime.finished import Finished
 from portakv.runtime.interrupts import shielded
-from portakv.runtime.streams import StreamFence, ignore_captures_elsewhere, own_stream
+from portakv.runtime.streams import StreamFence, ignore_captures_elsewhere
 from portakv.tasks import Handle, Runtime, Wait, blocking, runtime
 from portakv.view.index import Ids, Index
 
@@ -168,9 +170,12 @@ class Housekeeper:
     """
 
     def __init__(self, device: torch.device) -> None:
-        #: The pulls that have ended, for `Reader.finished`; and what they have brought.
+        #: The pulls that have ended, for `Reader.finished`.
         self.finished: Finished[Pull] = Finished()
-        self.counts = PullCounts()
+        # What they have brought. The coroutine counts it.
+        self.ends = Counter[str]()  # by result
+        self._nbytes = Counter[str]()  # by strategy
+        self._spent = defaultdict[str, Spent](Spent)  # by result
         self._device = device
         self._runtime = runtime()
         #: Finds offers by their names, and marks; None before the first pull that waits.
@@ -191,21 +196,22 @@ class Housekeeper:
         """Return the pulls that have not ended, or whose end is not reported yet."""
         return [*self._pulls]
 
-    def figures(self, owners: int) -> dict[str, list[dict[str, str | float]]]:
+    def figures(self, owners: int) -> Figures:
         """Return the figures of a reader that has so many owners; see `Reader.figures`."""
+        nbytes = self._nbytes.copy()
         ages = [pull.age for pull in self.pulls if not pull.ended]
         return {
             "pulls_in_flight": [{"value": len(ages)}],
             "pull_oldest_seconds": [{"value": max(ages, default=0.0)}],
             "pull_owners": [{"value": owners}],
-            **self.counts.figures(),
+            "pull_bytes_total": by_label("strategy", nbytes, nbytes),
+            **histograms("pull_seconds", self._spent.copy()),
         }
 
     def add(self, pull: Pull) -> None:
         """Look after a pull from now on."""
         self._pulls.setdefault(pull, _Watched(monotonic()))
-        waits = pull.requested.wanted is not None
-        if self._parked or self.finished.started or waits:
+        if self._parked or self.finished.started or pull.wanted is not None:
             self.wake()
 
     def wake(self) -> None:
@@ -219,11 +225,6 @@ class Housekeeper:
         self._wakes.end()
         if not self._begun:
             self._begin()
-
-    def note_connection(self) -> None:
-        """Have the coroutine look at pulls that may wait for the end of a handshake."""
-        if self._pulls:
-            self._wakes.look()
 
     def wait(self, seconds: float) -> None:
         """Wait for the pulls in flight, and cancel those that last longer, or wait for owners."""
@@ -293,15 +294,12 @@ class Housekeeper:
         """Look at each pull; report the ends. Return True if there are pulls."""
         if self._closing or not self._pulls:  # these are the last messages, or there are none
             self._busy.clear()
+        pulls = self._pulls.copy()  # by one step: another thread may add a pull
         try:
-            pulls = [*self._pulls.items()]
-        except RuntimeError:  # a pull was added meanwhile; the next look is soon
-            return True
-        try:
-            await self._find([pull for pull, _ in pulls])
+            await self._find([*pulls])
         except Exception:  # one answer must not stop the others' pulls
             _log.exception("The offers and marks of pulls that wait could not be found.")
-        for pull, watched in pulls:
+        for pull, watched in pulls.items():
             try:
                 # A caller that waits for a pull notices its end, and needs the interpreter then.
                 if pull.concluded or (not pull.has_waiter and self._has_ended(pull)):
@@ -323,10 +321,10 @@ class Housekeeper:
         pulls."""
         waiting = list[Wanted]()
         for pull in pulls:
-            wanted = pull.requested.wanted
+            wanted = pull.wanted
             if wanted is None:
                 continue
-            pull.stop_after_failure()
+            pull.look_at_copies()  # the coroutine of the pull does not
             if pull.over or self.leaves:
                 wanted.go_on()
             else:
@@ -347,7 +345,6 @@ class Housekeeper:
             self.finished.add(pull)
             with self._runtime.released():  # whoever follows spans may have locks
                 self._count(pull, watched)
-            pull.requested.quiet = ()
         left = list[Source]()
         for source in pull.sources:
             about = source.ticket.epoch, source.ticket.offer
@@ -359,8 +356,12 @@ class Housekeeper:
 
     def _count(self, pull: Pull, watched: _Watched) -> None:
         """Count a pull that has ended, and record its span if the process makes spans."""
-        requested = pull.requested
-        self.counts.add(requested.strategy[0], int(requested.nbytes), pull.published, pull.age)
+        result = "failed"
+        if pull.published:
+            result = "committed"
+            self._nbytes[pull.strategy[0]] += int(pull.nbytes)
+        self.ends[result] += 1
+        self._spent[result].add(pull.age)
         if not watched.span.at:
             return
         done = pull.statistics
@@ -388,13 +389,13 @@ class Housekeeper:
         if error is not None:
             pull.stop(error)
             return
-        wanted = pull.requested.wanted
         # The pull's own coroutine renews the others if the pull does not wait.
-        shared = [each for each in pull.sources if wanted is not None or each.word is not None]
+        waits = pull.wanted is not None
+        shared = [each for each in pull.sources if waits or each.word is not None]
         if not watched.begun and now >= watched.began + min(BEGIN, _third(shared)):
-            watched.begun = wanted is None or pull.requested.pieces > 0  # else it has not begun
+            watched.begun = bool(pull.sources)  # else its owners are not known
             watched.renew = now + _third(shared)
-            for source in pull.requested.quiet:
+            for source in pull.sources:
                 await self._tell(source, Begin(source.ticket.epoch, source.ticket.offer))
         elif watched.begun and now >= watched.renew:
             watched.renew = now + _third(shared)
@@ -476,6 +477,12 @@ def wait_for_events(sources: Sources, device: torch.device) -> None:
         event.wait(module.current_stream(device))
 
 
+def apart(sources: Sources, device: torch.device) -> AbstractContextManager[object]:
+    """Make a private stream current, after the caller's, if an owner's device still writes the
+    rows: the caller's stream must not wait for another process."""
+    return StreamFence(device).inside() if late_events(sources) else nullcontext()
+
+
 class Issuing:
     """A pull whose plan is made, and whose copies are issued, all together or part by part.
 
@@ -485,41 +492,39 @@ class Issuing:
         plan: the steps of the whole pull.
     """
 
-    def __init__(self, issuer: Issuer, pull: Pull, request: Request) -> None:
-        sources = pull.sources
-        self.plan, self._skips = planned(sources, issuer.shards, request.indices, request.first)
-        self._issuer = issuer
+    def __init__(self, shards: Sequence[Shard], trace: Trace, pull: Pull, request: Request) -> None:
+        self.plan, self._skips = planned(pull.sources, shards, request.indices, request.first)
+        self._device = shards[0].view.device
+        self._trace = trace
         self._pull = pull
         self._request = request
-        #: The end of each layer of each shard, of a pull by layer.
-        self.layers = list[list[PartTransfer]]()
-        if request.options.by_layer:
-            layers = [shard.view.layers for shard in issuer.shards]
-            self.layers = [[PartTransfer() for _ in range(count)] for count in layers]
-        self._staged = set[bytes]()  # offers whose owners get requests for rows
         # Both have not begun: those that take rows, and copies by helpers.
         self._takers = list[StagedReceiver]()
         self._calls = list[Handle[None]]()
+        #: The ends of the layers of each shard, of a pull by layer.
+        self._layers = list[Sequence[LayerTransfer]]()
+        if request.options.by_layer:
+            ends = iter(pull.layers)
+            self._layers = [[*islice(ends, shard.view.layers)] for shard in shards]
 
         for step in self.plan:
             if step.cut.packed:
                 check_packed(step, request.verify, request.auto)
-        requested = pull.requested
-        requested.encoded = request.pack is not None
-        requested.nbytes = sum([step.nbytes for step in self.plan])
+            for layer in self._layers_of(step):
+                layer.left += step.tokens
+        pull.nbytes = sum([step.nbytes for step in self.plan])
+        if request.pack is not None and all(step.cut.src is not None for step in self.plan):
+            pull.raw_because = MAPPED[1]
         # A copy at a rate has a separate thread.
-        on_host = issuer.device.type == "cpu"
-        self._long = on_host and requested.nbytes > LONG and not request.options.max_gbps
-        pull.copies = self._copies = list[BlockTransfer]()
-        pull.slices = self._slices = list[Ending]()
+        on_host = self._device.type == "cpu"
+        self._long = on_host and pull.nbytes > LONG and not request.options.max_gbps
 
     def count_blocks(self) -> None:
         """Count the blocks of the pull, for its statistics."""
         pull = self._pull
         request = self._request
         past = pull.sources[0].ticket.tokens
-        blocks = count_blocks(request.indices, request.first, past, self._skips)
-        pull.requested.blocks = blocks
+        pull.blocks = count_blocks(request.indices, request.first, past, self._skips)
 
     def issue(self, some: Sequence[Step]) -> None:
         """Issue the copies of steps, or of parts of steps; `begin` begins those that would block.
@@ -534,49 +539,81 @@ class Issuing:
             for taker in self._takers:
                 for arrival in taker.arrivals:
                     arrival.end(TransferCancelled(CANCELLED))
-            self._slices[:] = [each for each in self._slices if not each.done()]
             raise
+        for step in some if self._layers else ():
+            for layer in self._layers_of(step):
+                layer.note_issued(step.tokens)
 
     def _issue(self, some: Sequence[Step]) -> None:
         pull = self._pull
-        options = self._request.options
-        requested = pull.requested
-        wait_for_events(pull.sources, self._issuer.device)
+        wait_for_events(pull.sources, self._device)
         staged = dict[bytes, list[Step]]()  # by offers whose owners send the rows
         for step in some:
             if step.cut.src is None:
                 staged.setdefault(step.ticket.offer, []).append(step)
-                requested.strategy = step.owner.strategy
+                pull.strategy = step.owner.strategy
             elif self._long:
                 self._copy_elsewhere(step)
             else:
-                copy = _copy_of(step, options, self._rate([step]) if options.max_gbps else None)
-                self._copies.append(copy)
-                if self.layers:
-                    for layer, end in zip(step.cut.layers, copy.layers, strict=True):
-                        self.layers[step.cut.group][layer].add(end)
+                self._copy(step)
         for steps_of_offer in staged.values():
             self._take(steps_of_offer)
-        self._staged |= staged.keys()
+
+    def _copy(self, step: Step) -> None:
+        """Copy the rows of a step, at its share of the rate."""
+        options = self._request.options
+        if options.max_gbps is not None:
+            options = replace(options, max_gbps=self._rate([step]))
+        indices = step.src_index, step.dst_index
+        copy = copy_checked(step.src, step.cut.dst, *indices, step.tokens, options)
+        self._pull.copies.append(copy)
+        self._pull.pieces += 1
+        if self._layers:
+            for layer, end in zip(self._layers_of(step), copy.layers, strict=True):
+                layer.add(end)
+
+    def _copy_elsewhere(self, step: Step) -> None:
+        """Have helpers copy the rows of a step on the host."""
+        options = self._request.options
+        layers = step.cut.dst.layers
+        each = 1 if options.by_layer else layers
+        options = replace(options, by_layer=False)
+        for start in range(0, layers, each):
+            some = range(start, start + each)
+            copy = partial(_copy_here, step, some, self._pull, options)
+            call = Handle(runtime(), blocking().work(copy))
+            self._calls.append(call)
+            self._pull.crossing.append(call)
+            self._add(step, some, call)
 
     def _take(self, some: Sequence[Step]) -> None:
         """Make the coroutine that takes the rows of an offer from the owner that sends them, at
         their share of the rate."""
         request = self._request
-        rate = self._rate(some)
-        crossed = Crossed(request.pack, request.auto, inf if rate is None else rate)
-        self._pull.requested.crossed.append(crossed)
-        taker = StagedReceiver(self._issuer.trace, some, self._pull, rate, crossed)
+        terms = self._rate(some), request.pack, request.auto
+        taker = StagedReceiver(self._trace, some, self._pull, *terms)
         self._takers.append(taker)
         for each in taker.arrivals:
             self._add(each.step, each.part.layers, each)
 
     def _add(self, step: Step, layers: range, ending: Ending) -> None:
         """Let the pull, and some layers of a step, end with work that streams do not order."""
-        self._slices.append(ending)
-        if self.layers:
-            for layer in step.cut.layers[layers.start : layers.stop]:
-                self.layers[step.cut.group][layer].endings.append(ending)
+        self._pull.slices.append(ending)
+        self._pull.pieces += 1
+        for layer in self._layers_of(step)[layers.start : layers.stop]:
+            layer.endings.append(ending)
+
+    def _layers_of(self, step: Step) -> Sequence[LayerTransfer]:
+        """Return the ends of the layers of a step; none if the pull is not by layer."""
+        layers = step.cut.layers
+        return self._layers[step.cut.group][layers.start : layers.stop] if self._layers else ()
+
+    def _rate(self, some: Sequence[Step]) -> float:
+        """Return the share of steps in the rate of the pull; infinite: it has none."""
+        rate = self._request.options.max_gbps
+        if rate is None:
+            return inf
+        return rate * sum(step.nbytes for step in some) / self._pull.nbytes
 
     def begin(self) -> None:
         """Begin the work of `issue` that would block. Any thread may call it."""
@@ -590,24 +627,12 @@ class Issuing:
         for taker in takers:
             taker.begin()
 
-    def _rate(self, some: Sequence[Step]) -> float | None:
-        """Return the share of steps in the rate of the pull; None: it has none."""
-        rate = self._request.options.max_gbps
-        if rate is None:
-            return None
-        return rate * sum(step.nbytes for step in some) / self._pull.requested.nbytes
-
-    def end(self) -> bool:
+    @property
+    def waits(self) -> bool:
         """Return True if the pull has to wait for its `finish`; False if whoever looks at the pull
         commits it."""
         pull = self._pull
-        requested = pull.requested
-        requested.quiet = pull.sources
-        if self._staged:
-            requested.quiet = [x for x in pull.sources if x.ticket.offer not in self._staged]
-        # This is set last, for the reader's coroutine.
-        requested.pieces = len(self._copies) + len(self._slices)
-        return bool(self._slices or self._request.verify or pull.remote)
+        return bool(pull.slices or self._request.verify or pull.remote)
 
     async def finish(self) -> None:
         """Begin the work that would block; wait for all rows, verify and commit them."""
@@ -615,44 +640,20 @@ class Issuing:
         verifying = self.plan if self._request.verify else ()
         await self._pull.finish([partial(verified, step, self._pull) for step in verifying])
 
-    def _copy_elsewhere(self, step: Step) -> None:
-        """Have helpers copy the rows of a step on the host."""
-        options = self._request.options
-        layers = step.cut.dst.layers
-        each = 1 if options.by_layer else layers
-        options = replace(options, by_layer=False)
-        for start in range(0, layers, each):
-            some = range(start, start + each)
-            copy = partial(_copy_layers, step, some, self._pull, options)
-            call = Handle(runtime(), blocking().work(copy))
-            self._calls.append(call)
-            self._add(step, some, call)
 
-
-def _copy_of(step: Step, options: CopyOptions, rate: float | None) -> BlockTransfer:
-    """Copy the rows of a step, at its share of the rate."""
-    if rate is not None:
-        options = replace(options, max_gbps=rate)
-    return copy_checked(
-        step.src, step.cut.dst, step.src_index, step.dst_index, step.tokens, options
-    )
-
-
-def _copy_layers(step: Step, layers: range, pull: Pull, options: CopyOptions) -> None:
-    """Copy layers of a step between views on the host."""
+def _copy_here(step: Step, layers: range, pull: Pull, options: CopyOptions) -> None:
+    """Copy layers of a step between views on the host, and wait for the end."""
     if pull.over:
         raise TransferCancelled(CANCELLED)
-    window = slice(layers.start, layers.stop)
     try:
         with torch.inference_mode(False):
-            src = step.src.slice(layers=window)
-            dst = step.cut.dst.slice(layers=window)
-            indices = step.src_index, step.dst_index
-            copy_checked(src, dst, *indices, step.tokens, options).synchronize()
+            part = step.part(layers, 0, step.tokens)
+            indices = part.src_index, part.dst_index
+            copy_checked(part.src, part.cut.dst, *indices, part.tokens, options).synchronize()
     except PackOverflow:  # the rows of the other copies are moved
         raise
     except BaseException as error:
-        pull.stop(known(error) or TransferCancelled(CANCELLED))  # no mark is waited for
+        pull.stop(known(error))  # no mark is waited for
         raise
 
 
@@ -692,85 +693,71 @@ class _Reach:
             return self.step.part(range(begin, past), 0, self.step.tokens)
         return self.step.part(range(self.step.cut.dst.layers), begin, past - begin)
 
-    def has(self, layer: int) -> bool:
-        """Return True if a layer of the reader's view needs no further part of the step."""
-        if layer not in self.step.cut.layers:
-            return True
-        reached = self.step.cut.layers.index(layer) if self.unit == "layers" else self.end - 1
-        return reached < self.reached
-
 
 class LatePull(Wanted):
-    """A pull that waits. Its copies are issued as its offers exist and become complete.
+    """A pull that waits. Its copies are issued as its offers exist and become complete."""
 
-    Attributes:
-        after: orders its copies after the stream of the caller; set when the pull begins to wait.
-    """
-
-    def __init__(self, issuer: Issuer, pull: Pull, tickets: list[bytes], request: Request) -> None:
+    def __init__(
+        self,
+        owners: Connections,
+        housekeeper: Housekeeper,
+        plan: Callable[[], Issuing],
+        pull: Pull,
+        tickets: list[bytes],
+        options: CopyOptions,
+    ) -> None:
         super().__init__(tickets)
-        self._issuer = issuer
-        self.pull = pull
-        self._request = request
-        options = request.options
+        self._connections = owners
+        self._housekeeper = housekeeper
+        self._plan = plan
+        self._pull = pull
         self.whole = not options.by_layer or options.max_gbps is not None
-        self.after: StreamFence | None = None
         self._issuing: Issuing | None = None
         self._reaches = list[_Reach]()
-        self._settled = set[LateLayer]()  # layers of which all parts are issued
-        if options.by_layer:
-            layers = sum(shard.view.layers for shard in issuer.shards)
-            pull.layers = [LateLayer() for _ in range(layers)]
-
-    def plan(self, sources: Sources) -> Issuing:
-        """Plan the copies of the pull, whose sources are known; raise as `Reader.pull`."""
-        self.pull.sources = sources
-        issuing = self._issuing = Issuing(self._issuer, self.pull, self._request)
-        issuing.count_blocks()
-        self._reaches = [_Reach(step) for step in issuing.plan]
-        self.know(sources)
-        return issuing
-
-    def prepare(self) -> None:
-        """Have the pull continue after the work of the caller's stream, and say what it waits for.
-        Runs in the caller's thread."""
-        self.after = StreamFence(self._issuer.device)
-        if self.known:
-            self._note_begin()
-        self.pull.requested.wanted = self
 
     def stop(self, error: PortaKVError) -> object:
-        return self.pull.stop(error)
+        return self._pull.stop(error)
 
     def go_on(self) -> None:
-        self.pull.go_on()
+        self._pull.go_on()
 
-    async def run(self) -> None:
-        """Wait for the owners, the offers and the rows; issue the copies, and commit what has to
-        wait.
+    def plan(self, sources: Sources) -> None:
+        """Plan the copies of the pull, whose sources are known; raise as `Reader.pull`."""
+        self._pull.sources = sources
+        self._issuing = self._plan()
+        self._issuing.count_blocks()
+        self._reaches = [_Reach(step) for step in self._issuing.plan]
+        self.know(sources)
 
-        The reader's coroutine finds what the pull waits for, and wakes this one.
+    async def run(self, sources: Sources | None) -> None:
+        """Wait for the owners, the offers and the rows, and issue the copies; commit what has to
+        wait. The first step runs in the caller's thread.
+
+        ``sources``: if they are known, so that only rows are not complete.
+
+        The reader's `Housekeeper` finds what the pull waits for, and wakes this coroutine.
         """
-        pull = self.pull
-        issuer = self._issuer
+        pull = self._pull
+        if sources is not None:
+            self.plan(sources)
+        after = StreamFence(self._connections.device)  # the work of the caller's stream
+        pull.wanted = self
         try:
             await Wait(until=0.0)  # the rest runs in the loop
             if not self.known:
                 await pull.changes.wait_for(self._goes_on)
-                sources = await issuer.owners.resolve(self.tickets, pull.until)
+                sources = await self._connections.resolve(self.tickets, pull.until)
                 self._check()  # also while the owners were resolved
-                await blocking().work(self._issue, sources)
+                await blocking().work(self._issue, after, sources)
             while not self._is_issued:
                 await pull.changes.wait_for(self._goes_on)
-                await blocking().work(self._issue)
-            pull.requested.wanted = None
-            assert self._issuing is not None  # `plan` has set it
-            if self._issuing.end():
-                await self._issuing.finish()
-        except (Exception, CancelledError) as error:
-            pull.requested.wanted = None
-            await pull.fail(error)
-        issuer.housekeeper.wake()
+                await blocking().work(self._issue, after)
+        finally:
+            pull.wanted = None
+            self._housekeeper.wake()
+        assert self._issuing is not None  # `plan` has set it
+        if self._issuing.waits:
+            await self._issuing.finish()
 
     def _goes_on(self) -> bool:
         """Return True if the pull may go on; raise if it was stopped, or if the reader closes."""
@@ -778,7 +765,7 @@ class LatePull(Wanted):
         return self.may_go_on
 
     def _check(self) -> None:
-        if self.pull.over or (self._issuer.housekeeper.leaves and not self.may_go_on):
+        if self._pull.over or (self._housekeeper.leaves and not self.may_go_on):
             raise TransferCancelled(CANCELLED)
 
     @property
@@ -787,24 +774,21 @@ class LatePull(Wanted):
         does not need may still be written until then."""
         return self.complete and all(each.reached == each.end for each in self._reaches)
 
-    def _issue(self, sources: Sources | None = None) -> None:
+    def _issue(self, after: StreamFence, sources: Sources | None = None) -> None:
         """Issue what the marks allow, in a thread that may block; plan the pull before.
 
         ``sources``: of a pull that is not planned yet.
         """
-        assert self.after is not None  # `prepare` has set it
-        with torch.inference_mode(False), self.after.inside():
+        with torch.inference_mode(False), after.inside():
             if sources is not None:
                 self.plan(sources)
                 if incomplete(sources):
-                    self._note_begin()
-                    self._issuer.housekeeper.wake()  # to look at the marks
+                    self._housekeeper.wake()  # to look at the marks
                 self.read_marks()
             assert self._issuing is not None
             self._issuing.issue([*self._parts()])
         if not self._is_issued:
             self._issuing.begin()
-        self._settle(self._issuing)
 
     def _parts(self) -> Iterator[Step]:
         """Yield the parts that have become complete, by the marks of the sources."""
@@ -816,180 +800,10 @@ class LatePull(Wanted):
             if part is not None:
                 yield part
 
-    def _note_begin(self) -> None:
-        """Have the reader's coroutine report the pull to the owners as begun."""
-        self.pull.requested.quiet = self.pull.sources
-        self.pull.requested.pieces = 1
-
-    def _settle(self, issuing: Issuing) -> None:
-        """Let the layers of which all copies are issued end with these."""
-        promises = iter(self.pull.layers)
-        for group, shard in enumerate(self._issuer.shards if self.pull.layers else ()):
-            reaches = [each for each in self._reaches if each.step.cut.group == group]
-            for layer in range(shard.view.layers):
-                promise = next(promises)
-                if not isinstance(promise, LateLayer) or promise in self._settled:
-                    continue
-                if all(each.has(layer) for each in reaches):
-                    promise.settle(issuing.layers[group][layer])
-                    self._settled.add(promise)
-
 
 # ------------------------------------------------------------------------------------------------
-# Begin pulls: immediately if their owners are connected and their offers exist, else when they do;
-# see `named`.
-
-
-class Issuer:
-    """Begins the pulls of one reader."""
-
-    def __init__(self, owners: Connections, housekeeper: Housekeeper) -> None:
-        #: The rows that owners have sent, and choices of an encoding.
-        self.trace = Trace(TRACED)
-        self.owners = owners
-        self.housekeeper = housekeeper
-        self.shards = owners.shards
-        self.device = owners.device
-        self._runtime = runtime()
-        self.connector = Connector(owners, housekeeper.note_connection)
-        self._finder = Finder(owners, self.connector)
-        housekeeper.finder = self._finder
-        #: The pull of the last call that has asked owners itself.
-        self._asked: ref[Pull] | None = None
-        self._stream: torch.Stream | None = None
-
-    def pull(self, tickets: list[bytes], request: Request, until: float) -> Pull:
-        """Return a pull whose copies were issued if its owners are connected, its offers exist and
-        their rows are complete; else one that waits, and then begins after the caller's stream.
-
-        The call raises the errors of its arguments, and of a pull of plain tickets that it begins
-        itself. Any other pull ends with those of its owners and rows.
-        """
-        pull = Pull((), until, self.housekeeper.report)
-        pull.in_call = True  # another call may have it meanwhile
-        steps = self._pull(pull, tickets, request)
-        try:
-            try:
-                wait = steps.send(None)
-            except StopIteration:
-                pull.in_call = False
-                if self.device.type == "cpu":  # without a rate its copies have ended
-                    pull.look()
-                return pull
-            pull.steps = Handle(self._runtime, steps)
-            pull.in_call = False
-            self.housekeeper.add(pull)
-            pull.steps.follow(wait)
-        except BaseException:  # the caller does not get the handle of the copies in flight
-            pull.in_call = False
-            if pull.steps is not None:
-                pull.steps.abandon()
-            pull.drop()
-            raise
-        return pull
-
-    async def _pull(self, pull: Pull, tickets: list[bytes], request: Request) -> None:
-        """Begin a pull, and go on with it as long as it has to wait. This is the way of a pull.
-
-        The step until the first wait runs in the caller's thread.
-        """
-        named = any_named(tickets)
-        sources = None if named else self.owners.resolve_connected(tickets)
-        if sources is not None and not incomplete(sources):
-            pull.sources = sources
-            await self._finish(self._issued(pull, request), pull)
-            return
-
-        if sources is None and not named:
-            check_arguments(tickets, self.shards, request.indices, request.first)
-        late = LatePull(self, pull, tickets, request)
-        if sources is not None:
-            late.plan(sources)
-        elif self._exist(late) and await self._issue_found(late, pull, request):
-            return
-        late.prepare()
-        await late.run()
-
-    async def _issue_found(self, late: LatePull, pull: Pull, request: Request) -> bool:
-        """Issue a pull by name whose offers exist; return False if its rows are not complete.
-
-        The pull ends by the errors of its owners and rows.
-        """
-        try:
-            sources = self.owners.resolve_connected(late.tickets)
-            if sources is None:  # an owner has just gone
-                return False
-            if incomplete(sources):
-                late.plan(sources)
-                return False
-            pull.sources = sources
-            with torch.inference_mode(False), self.apart(sources):
-                issuing = self._issued(pull, request)
-        except PortaKVError as error:
-            pull.stop(error)
-            self.housekeeper.add(pull)
-            await pull.fail(error)
-            return True
-        await self._finish(issuing, pull)
-        return True
-
-    def _issued(self, pull: Pull, request: Request) -> Issuing:
-        """Issue the copies of a pull whose rows are complete."""
-        issuing = Issuing(self, pull, request)
-        issuing.issue(issuing.plan)
-        issuing.count_blocks()  # what no copy needs comes after the copies
-        pull.layers = [layer for layers in issuing.layers for layer in layers]
-        return issuing
-
-    async def _finish(self, issuing: Issuing, pull: Pull) -> None:
-        """Have a pull looked after. If it has to wait, do so and commit the rows."""
-        if not issuing.end():
-            self.housekeeper.add(pull)
-            return
-        try:
-            await Wait(until=0.0)  # the rest runs in the loop
-            await issuing.finish()
-        except (Exception, CancelledError) as error:
-            await pull.fail(error)
-
-    def prepare(self, address: str) -> PartTransfer:
-        """Connect to the owner at an address, and return the end."""
-        return PartTransfer([self._runtime.start(self.connector.prepare(address))])
-
-    def _exist(self, late: LatePull) -> bool:
-        """Return True if the offers of a pull by name exist, as their owners' tables or the owners
-        say, and all owners are connected."""
-        late.look_up(self.owners)
-        if not all(self.owners.find(*owner) for owner in late.owners):
-            return False
-        return not late.names or (self._may_ask(late) and self._ask(late))
-
-    def _may_ask(self, late: LatePull) -> bool:
-        """Return True if a call may ask owners itself: they are connected, and the pull of the last
-        such call has ended, so that many pulls that begin together need one request."""
-        last = None if self._asked is None else self._asked()
-        if last is not None and not last.ended:
-            return False
-        return all(self.owners.find(one.address, one.epoch) for one in late.names.values())
-
-    def _ask(self, late: LatePull) -> bool:
-        """Ask the owners of a pull's names for a moment; return True if all offers exist."""
-        self._asked = ref(late.pull)
-        try:
-            return self._finder.find_now(late)
-        except BaseException:  # an interrupt: the next call does not wait for this pull
-            self._asked = None
-            raise
-
-    def apart(self, sources: Sources) -> AbstractContextManager[object]:
-        """Make a private stream current, after the caller's, if an owner's device still writes the
-        rows: the caller's stream must not wait for another process."""
-        if not late_events(sources):
-            return nullcontext()
-        if self._stream is None:
-            self._stream = own_stream(self.device)
-        return StreamFence(self.device).on(self._stream)
-
+# The reader, which begins pulls: immediately if their owners are connected and their offers exist,
+# else when they do; see `named`.
 
 #: The options that a pull takes.
 OPTIONS = ("by_layer", "overlap", "max_thread_blocks", "max_gbps")
@@ -1026,8 +840,14 @@ class Reader:
         self.channel = channel
         self.shards = shards
         self.device = self._owners.device
+        #: The rows that owners have sent, and choices of an encoding.
+        self._trace = Trace(TRACED)
         self._housekeeper = Housekeeper(self.device)
-        self._issuer = Issuer(self._owners, self._housekeeper)
+        self._connector = Connector(self._owners, self._housekeeper.wake)
+        self._finder = Finder(self._owners, self._connector)
+        self._housekeeper.finder = self._finder
+        #: The pull of the last call that has asked owners itself.
+        self._asked: ref[Pull] | None = None
         self._closed = False
         channel.claim("a reader", self)
 
@@ -1083,10 +903,98 @@ class Reader:
         if timeout is not None:
             seconds = arguments.seconds("timeout", timeout, optional=True)
         until = monotonic() + seconds
-        pack = pack_of(encoding)
+        pack = None if encoding is None else pack_of(encoding)
         indices = indices_of(self.shards, blocks)
-        request = Request(indices, first, options, verify, pack, is_auto(encoding))
-        return self._issuer.pull(listed(tickets), request, until)
+        request = Request(indices, first, options, verify, pack, encoding == AUTO)
+        return self._begin(listed(tickets), request, until)
+
+    def _begin(self, tickets: list[bytes], request: Request, until: float) -> Pull:
+        """Return a pull whose copies were issued if its owners are connected, its offers exist and
+        their rows are complete; else one that waits, and then begins after the caller's stream."""
+        pull = Pull((), until, self._housekeeper.report)
+        if request.options.by_layer:
+            layers = sum(shard.view.layers for shard in self.shards)
+            pull.layers = [LayerTransfer() for _ in range(layers)]
+        pull.in_call = True  # another call may have it meanwhile
+        steps = self._steps(pull, tickets, request)
+        try:
+            try:
+                wait = steps.send(None)
+            except StopIteration:
+                wait = None
+            self._housekeeper.add(pull)
+            if wait is not None:
+                pull.steps = Handle(runtime(), steps)
+            pull.in_call = False
+            if pull.steps is not None:
+                pull.steps.follow(wait)
+            elif self.device.type == "cpu":  # without a rate its copies have ended
+                pull.look()
+        except BaseException:  # the caller does not get the handle of the copies in flight
+            pull.in_call = False
+            pull.stop(TransferCancelled(CANCELLED))
+            if pull.steps is not None:
+                pull.steps.abandon()
+            else:
+                pull.block()
+            raise
+        return pull
+
+    async def _steps(self, pull: Pull, tickets: list[bytes], request: Request) -> None:
+        """Issue the copies of a pull, and commit it if it has to wait. This is the way of a pull.
+
+        The step until the first wait runs in the caller's thread. It raises the errors of the
+        call's arguments, and of a pull of plain tickets that it begins itself. Any other pull ends
+        with those of its owners and rows.
+        """
+        named = any_named(tickets)
+        plan = partial(Issuing, self.shards, self._trace, pull, request)
+        sources = None if named else self._owners.resolve_connected(tickets)
+        late: LatePull | None = None
+        if sources is None or incomplete(sources):
+            if sources is None and not named:
+                check_arguments(tickets, self.shards, request.indices, request.first)
+            terms = plan, pull, tickets, request.options
+            late = LatePull(self._owners, self._housekeeper, *terms)
+        try:
+            if late is not None:
+                if named and self._exist(late, pull):
+                    sources = self._owners.resolve_connected(late.tickets)
+                if sources is None or incomplete(sources):
+                    await late.run(sources)
+                    return
+            assert sources is not None
+            pull.sources = sources
+            with apart(sources, self.device) if named else nullcontext():
+                issuing = plan()
+                issuing.issue(issuing.plan)
+            issuing.count_blocks()  # what no copy needs comes after the copies
+            if issuing.waits:
+                await Wait(until=0.0)  # the rest runs in the loop
+                await issuing.finish()
+        except (Exception, CancelledError) as error:
+            if pull.in_call and not (named and isinstance(error, PortaKVError)):
+                raise
+            await pull.fail(error)
+
+    def _exist(self, late: LatePull, pull: Pull) -> bool:
+        """Return True if the offers of a pull by name exist and all owners are connected, as their
+        owners' tables say, or the owners: the call asks them for a moment.
+
+        It does not if the pull of the last such call has not ended, so that many pulls that begin
+        together need one request.
+        """
+        late.look_up(self._owners)
+        owners = [*late.owners, *((one.address, one.epoch) for one in late.names.values())]
+        if not all(self._owners.find(*owner) for owner in owners):
+            return False
+        if not late.names:
+            return True
+        last = None if self._asked is None else self._asked()
+        if last is not None and not last.ended:
+            return False
+        self._asked = ref(pull)
+        return self._finder.find_now(late)
 
     def _checked(self, options: CopyOptions | None, *keywords: object) -> CopyOptions:
         """Return the options of a pull that takes ``options`` or `OPTIONS` as keywords."""
@@ -1121,7 +1029,7 @@ class Reader:
         """
         arguments.text("address", address)
         self._check_open()
-        return self._issuer.prepare(address)
+        return PartTransfer([runtime().start(self._connector.prepare(address))])
 
     def extend(self, ticket: bytes, seconds: float, *, timeout: float | None = None) -> float:
         """Have the owner of a ticket keep its offer for ``seconds`` from now on; return the seconds
@@ -1172,7 +1080,7 @@ class Reader:
             InvalidTerms: not a path.
             TransferError: the file cannot be written.
         """
-        self._issuer.trace.write(path, TransferError)
+        self._trace.write(path, TransferError)
 
     def finished(self) -> list[Pull]:
         """Return the pulls that have ended since the last call, in the order of their ends.
@@ -1191,7 +1099,7 @@ class Reader:
     def statistics(self) -> dict[str, int]:
         """Return the numbers of pulls that are in flight or not reported to their owners yet
         (``pulls``), of pulls that were committed and that failed, and of owners now."""
-        ends = self._housekeeper.counts.ends
+        ends = self._housekeeper.ends
         return {
             "pulls": len(self._housekeeper.pulls),
             "committed": ends["committed"],
@@ -1199,8 +1107,8 @@ class Reader:
             "owners": len(self._owners),
         }
 
-    def figures(self) -> dict[str, list[dict[str, str | float]]]:
-        """Return figures by the names of metrics, in the form of `Graph.statistics`."""
+    def figures(self) -> Figures:
+        """Return figures by the names of metrics."""
         return self._housekeeper.figures(len(self._owners))
 
     def close(self) -> None:
@@ -1211,6 +1119,6 @@ class Reader:
         self._housekeeper.wait(PATIENCE)
         self._closed = True
         self._housekeeper.close()
-        self._issuer.connector.close()
+        self._connector.close()
         runtime().run(self._owners.close)
         self.channel.free("a reader", self)

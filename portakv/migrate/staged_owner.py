@@ -125,10 +125,7 @@ class Turn(Limit):
 
 
 class LateAnswers:
-    """The answers of one owner. Only the channel's thread calls it; see `Later`.
-
-    ``rows`` and ``after`` of its methods: return the rows, and the work that wrote them.
-    """
+    """The answers of one owner. Only the channel's thread calls it; see `Later`."""
 
     def __init__(self, turn: Turn) -> None:
         self._turn = turn
@@ -138,20 +135,19 @@ class LateAnswers:
             "samples of pulls", MOST_KEPT
         )
 
-    def sum(self, request: Sum, rows: Callable[[], Rows], after: StreamFence) -> Answer:
+    def sum(self, request: Sum, offered: Offered) -> Answer:
         """Return a checksum of rows, or that it does not exist yet."""
-        total = self._sums.answer(request, partial(_sum, self._turn, request, rows, after))
+        total = self._sums.answer(request, partial(_sum, self._turn, request, offered))
         return _BUSY if total is None else Answer("done", digest=total)
 
-    def choose(
-        self, request: Choose, view: KVView, rows: Callable[[], Rows], after: StreamFence
-    ) -> Answer:
-        """Return the choice for rows of a view, or that it does not exist yet.
+    def choose(self, request: Choose, offered: Offered) -> Answer:
+        """Return the choice for rows, or that it does not exist yet.
 
         Raises `LayoutError` for a part of a block. A sample that fails raises `TransferError`, and
         nothing is kept of it.
         """
         part = request.part
+        view = offered.shards[part.group].view
         unit = view.block_size
         if not unit or part.first % unit or part.count % unit:
             raise LayoutError(
@@ -166,7 +162,7 @@ class LateAnswers:
         if kept is not None and kept.left > 0 and not request.again:
             choice = kept.choice(view, request.link_gbps)
         if kept is None or choice is None:
-            look = partial(_look, self._turn, request, view, rows, after)
+            look = partial(_look, self._turn, request, offered)
             kept = self._looks.answer(request, look)
             if kept is None:
                 return _BUSY
@@ -201,21 +197,20 @@ def _chosen(choice: EncodingChoice) -> Chosen:
 # --- in a helper
 
 
-def _sum(turn: Turn, request: Sum, rows: Callable[[], Rows], after: StreamFence) -> int:
-    with turn.inside(after):
-        view, ids = rows()
+def _sum(turn: Turn, request: Sum, offered: Offered) -> int:
+    with turn.inside(offered.after):
+        view, ids = offered.rows(request.part)
         return checksum_of(view, ids, request.part)
 
 
-def _look(
-    turn: Turn, request: Choose, view: KVView, rows: Callable[[], Rows], after: StreamFence
-) -> RetainedSample:
+def _look(turn: Turn, request: Choose, offered: Offered) -> RetainedSample:
     """Measure the rate of packing, and take a sample if the rates do not decide already.
 
     The rate is that of the whole view: another measurement for each window of it would hold up the
     rows of all pulls.
     """
-    with turn.inside(after):
+    view = offered.shards[request.part.group].view
+    with turn.inside(offered.after):
         why = stays_raw(view, None, None)
         if why:
             return RetainedSample(why)
@@ -225,7 +220,7 @@ def _look(
         if rated.pack is None:
             return RetainedSample(packing_gbps=rated.packing_gbps)
 
-        window, ids = rows()
+        window, ids = offered.rows(request.part, as_bytes=False)
         unit = window.form.block_size
         slots = ids.slots(request.part.count, every=unit)
         blocks = slots[slots >= 0] // unit
@@ -347,19 +342,14 @@ class Sending:
         return self.begun >= self.parts or self.lane.gone is not None
 
 
-class Filling(NamedTuple):
-    """A part of a request, by its number, and the buffer that it crosses in."""
-
-    sending: Sending
-    number: int
-    buffer: StagingBuffer
-
-
 class Line:
-    """The transport on which a reader and the owner agreed, and the reader's requests in order."""
+    """The transport on which a reader and the owner agreed, its staging buffers by number, and the
+    reader's requests in order."""
 
-    def __init__(self, transport: Transport) -> None:
+    def __init__(self, peer: Peer, transport: Transport) -> None:
+        self.peer = peer
         self.transport = transport
+        self.buffers = dict[int, StagingBuffer]()
         self.sendings = deque[Sending]()
         self.last = 0  # tag of the last request
         self.active = False  # a coroutine sends their parts
@@ -390,7 +380,6 @@ class Gathers:
         self.transport = forced(transport)
         self._transports = dict[str, Transport]()  # by name
         self._lines = dict[Peer, Line]()  # of readers; each agreement makes another
-        self._buffers = dict[tuple[Peer, int], StagingBuffer]()
         self._runtime = runtime()
         self._lock = self._runtime.lock  # a reader that is gone gets no buffer
         self._tasks = TaskGroup(self._runtime, _log_failure)
@@ -400,7 +389,7 @@ class Gathers:
     @property
     def buffers(self) -> int:
         """Return the number of buffers in use."""
-        return len(self._buffers)
+        return sum(len(line.buffers) for line in [*self._lines.values()])
 
     def agree(self, peer: Peer, hello: Hello, device: torch.device) -> str:
         """Choose the transport for a reader, and return its name.
@@ -417,7 +406,7 @@ class Gathers:
         self.forget(peer)  # the reader takes no more of the rows that were sent to it before
         transport = self._transports.get(f"{name} {device}") or choose(device, name)
         self._transports[f"{name} {device}"] = transport
-        self._lines[peer] = Line(transport)
+        self._lines[peer] = Line(peer, transport)
         for kind in transport.asks:
             self._channel.serve(kind, self._answer_transport)
         peer.on_gone(partial(self.forget, peer))
@@ -434,7 +423,6 @@ class Gathers:
         """Release the buffers of a reader that is gone or needs them no more."""
         with self._lock:
             line = self._lines.pop(peer, None)
-            self._buffers = {key: one for key, one in self._buffers.items() if key[0] is not peer}
         if line is not None:
             line.transport.forget(peer)
 
@@ -456,7 +444,7 @@ class Gathers:
         # Allocate in this thread, so that the reader gets the error if there is no memory.
         sizes = [offered.size(gather, part) for part in gather.parts]
         needs = max(sizes)
-        count = self._reserve(peer, line.transport, len(gather.parts), needs)
+        count = self._reserve(line, len(gather.parts), needs)
         if not count:
             why = "earlier pulls use its staging buffers"
             if self._most_bytes is not None:
@@ -471,7 +459,7 @@ class Gathers:
             begins = not line.active
             line.active = True
         if begins:  # after the answer: a helper would hold the interpreter meanwhile
-            self._channel.after_answer(lambda: self._tasks.start(self._send_all(peer, line)))
+            self._channel.after_answer(lambda: self._tasks.start(self._send_all(line)))
         return Answer("done")
 
     def stop(self, peer: Peer, stop: Stop) -> Stopped:
@@ -495,28 +483,25 @@ class Gathers:
         """
         if isinstance(request, Gather):
             return self.send(peer, request, offered)
-        part = request.part
         if isinstance(request, Sum):
-            return self._late.sum(request, partial(offered.rows, part), offered.after)
-        view = offered.shards[part.group].view
-        rows = partial(offered.rows, part, as_bytes=False)
-        return self._late.choose(request, view, rows, offered.after)
+            return self._late.sum(request, offered)
+        return self._late.choose(request, offered)
 
-    def _reserve(self, peer: Peer, transport: Transport, parts: int, needs: int) -> int:
+    def _reserve(self, line: Line, parts: int, needs: int) -> int:
         """Return the number of buffers that parts may cross in: as many as the total has room for.
 
         A buffer that has to grow must be free.
         """
         for number in range(min(parts, BUFFERS)):
-            buffer = self._buffers.get((peer, number))
+            buffer = line.buffers.get(number)
             if buffer is not None and buffer.memory.nbytes >= min(needs, self.buffer_bytes):
                 continue
-            grows = buffer is None or (buffer.free and not self._lines[peer].active)
-            if not grows or not self._has_space(needs, buffer, transport):
+            grows = buffer is None or (buffer.free and not line.active)
+            if not grows or not self._has_space(needs, buffer, line.transport):
                 return number
             # Use a private stream: work may still use memory that was freed on a caller's stream.
-            with StreamFence(transport.device).inside():
-                self._new_buffer(peer, number, needs, transport)
+            with StreamFence(line.transport.device).inside():
+                self._new_buffer(line, number, needs)
         return min(parts, BUFFERS)
 
     def _has_space(self, needs: int, old: StagingBuffer | None, transport: Transport) -> bool:
@@ -524,27 +509,26 @@ class Gathers:
         if self._most_bytes is None:
             return True
         with self._lock:
-            used = sum(buffer.memory.nbytes for buffer in self._buffers.values())
+            lines = [*self._lines.values()]
+        used = sum(one.memory.nbytes for line in lines for one in line.buffers.values())
         if transport.knows_once:
             new = BUFFERS * self.buffer_bytes
         else:
             new = staged_bytes(needs, self.buffer_bytes) - (old.memory.nbytes if old else 0)
         return used + new <= self._most_bytes
 
-    def _new_buffer(self, peer: Peer, number: int, needs: int, transport: Transport) -> None:
+    def _new_buffer(self, line: Line, number: int, needs: int) -> None:
         """Allocate a buffer, or all buffers of a reader if the transport learns them only once."""
-        if transport.knows_once:
-            whole = staging(BUFFERS * self.buffer_bytes, transport.device, rows=self._rows)
+        device = line.transport.device
+        if line.transport.knows_once:
+            whole = staging(BUFFERS * self.buffer_bytes, device, rows=self._rows)
             dirty = [whole]  # the library can reach all of it after the first buffer
             parts = dict(enumerate(whole.view(BUFFERS, -1)))
         else:
-            memory = staging(needs, transport.device, self.buffer_bytes, self._rows)
+            memory = staging(needs, device, self.buffer_bytes, self._rows)
             dirty = [memory]
             parts = {number: memory}
-
-        with self._lock:
-            for each, part in parts.items():
-                self._buffers[peer, each] = StagingBuffer(part, dirty)
+        line.buffers.update({each: StagingBuffer(part, dirty) for each, part in parts.items()})
 
     def close(self) -> None:
         """Cancel the gathers in flight and close the transports."""
@@ -558,35 +542,35 @@ class Gathers:
 
     # --- in coroutines
 
-    async def _send_all(self, peer: Peer, line: Line) -> None:
+    async def _send_all(self, line: Line) -> None:
         """Send all parts to a reader, in turn with other readers."""
         while line.active:
             await self._turn.acquire()
             try:
-                sent = await self._send_some(peer, line)
+                sent = await self._send_some(line)
             finally:
                 self._turn.release()
             if sent is not None and not await Work(sent.free.wait, MOMENT):
                 await sent.seen(sent.free, LOOK)
 
-    async def _send_some(self, peer: Peer, line: Line) -> Moving | None:
+    async def _send_some(self, line: Line) -> Moving | None:
         """Send as many parts to a reader as it has buffers, then others have their turn.
 
         Returns the last transfer from the buffer of the next part if that is not free.
         """
         for _ in range(BUFFERS):
             sending = line.current()
-            if sending is None or self._lines.get(peer) is not line:
+            if sending is None or self._lines.get(line.peer) is not line:
                 line.active = False
                 return None
-            buffer = self._buffers[peer, sending.begun % sending.buffers]
+            buffer = line.buffers[sending.begun % sending.buffers]
             sent = buffer.sent
             if not buffer.free:  # it may become free at any time: one look decides
                 return sent
+            number = sending.begun
             sending.begun += 1
-            part = Filling(sending, sending.begun - 1, buffer)
             try:
-                await Work(self._bring, peer, line, part)
+                await Work(self._bring, line, sending, number, buffer)
             except Exception:  # a reader that waits for this part would take the next in its place
                 _log.exception("A staging buffer could not be sent; its reader gets an error.")
                 gone = PeerError("The owner could not send a buffer; it did not cross.")
@@ -595,35 +579,34 @@ class Gathers:
 
     # --- in helpers
 
-    def _bring(self, peer: Peer, line: Line, filling: Filling) -> None:
-        """Fill a buffer with a part and send it.
+    def _bring(self, line: Line, sending: Sending, number: int, buffer: StagingBuffer) -> None:
+        """Fill a buffer with a part of a request, by its number, and send it.
 
         Sends zeros in place of rows that the reader cannot commit: after an error, of which the
         offer keeps a note, after the end of the offer, and if the reader wants no more.
         """
-        sending, number, buffer = filling
         offered = sending.offered
         part = sending.gather.parts[number]
         full = buffer.memory[: sending.sizes[number]]
         tag = sending.gather.tag + number
         try:
-            if not sending.stopped and peer.id not in offered.spoilt and offered.holds():
+            if not sending.stopped and line.peer.id not in offered.spoilt and offered.holds():
                 slots = offered.slots(sending.gather, part)
                 with self._turn.inside(offered.after):
                     rows = offered.rows(part, as_bytes=slots is None)
                     self._fill(buffer, full, part.count, rows, slots)
-                    self._move(peer, line, sending, buffer, full, tag)
+                    self._move(line, sending, buffer, full, tag)
                 return
         except Exception:  # whatever failed, the reader must not wait for its bytes
             _log.exception(
                 "Rows could not be gathered into a staging buffer; the reader gets an error."
             )
-            offered.spoilt.add(peer.id)
+            offered.spoilt.add(line.peer.id)
         # Use the stream of a failed gather, whose copies may still run.
         with self._turn.inside(StreamFence(buffer.memory.device)):
             buffer.clean()
             full.zero_()  # as many bytes as the reader waits for
-            self._move(peer, line, sending, buffer, full, tag)
+            self._move(line, sending, buffer, full, tag)
 
     def _fill(
         self,
@@ -661,7 +644,6 @@ class Gathers:
 
     def _move(
         self,
-        peer: Peer,
         line: Line,
         sending: Sending,
         buffer: StagingBuffer,
@@ -670,7 +652,7 @@ class Gathers:
     ) -> None:
         """Have the transport send a full buffer, unless its reader is gone or connected again."""
         with self._lock:
-            here = self._lines.get(peer) is line
+            here = self._lines.get(line.peer) is line
         if here:  # outside of the lock: a device may delay the call; `forget` closes the lane
             buffer.sent = sending.lane.move(full, tag)
 

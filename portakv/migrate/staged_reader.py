@@ -16,7 +16,7 @@ from functools import partial
 from itertools import groupby
 from math import inf
 from time import monotonic
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeAlias, TypeVar
 
 import torch
 from msgspec.structs import replace
@@ -30,14 +30,13 @@ from portakv.errors import (
     TransferCancelled,
     TransferError,
     TransferTimeout,
+    Unsupported,
 )
 from portakv.graph.trace import Ran, Trace
-from portakv.layout.encodings import Pack
+from portakv.layout.encodings import PACK, PACKED_DTYPE, Pack
 from portakv.migrate.buffers import StagingBuffer
 from portakv.migrate.checksum import MODULUS, checksum_of
 from portakv.migrate.connections import Source
-from portakv.migrate.crossed import Crossed
-from portakv.migrate.crossing import Crossing, crossings, flagged, runs, scattered
 from portakv.migrate.messages import (
     Answer,
     Choose,
@@ -56,8 +55,147 @@ from portakv.migrate.transports.base import Lane, Moving
 from portakv.runtime.streams import StreamFence
 from portakv.runtime.worker import RateLimit
 from portakv.tasks import End, Handle, Wait, Work, blocking, runtime
+from portakv.view import Index, KVView
 
 T = TypeVar("T")
+
+# ------------------------------------------------------------------------------------------------
+# Decide how the rows of a step cross in staging buffers: raw, or as slots of `pack`.
+#
+# The owner packs inside the gather into its staging buffer, and the reader unpacks inside the
+# scatter from its own. Slots have the owner's blocks. Tokens outside of whole blocks cross raw.
+
+#: A step, or a part of one, and the slots that it crosses in; None: it crosses raw.
+Crossing: TypeAlias = tuple[Step, Slots | None]
+
+
+def crossings(step: Step, pack: Pack | None) -> tuple[list[Crossing], str]:
+    """Return the parts of a step with how each crosses, and why a part crosses raw although
+    ``pack`` was requested (empty if none does).
+
+    ``pack``: what the caller requested; None: raw rows, unless a side is packed.
+
+    Raises `InvalidTerms` for parameters that the rows' planes cannot have.
+    """
+    if step.cut.packed:
+        return [(step, _slots_of_sides(step))], ""
+    if pack is None:
+        return [(step, None)], ""
+    slots = _slots(step, pack)
+    if isinstance(slots, str):
+        return [(step, None)], slots
+
+    # Whole blocks of the owner are packed; what stands before and after them crosses raw.
+    unit = slots.unit
+    before = min(-step.src_index.offset % unit, step.tokens)
+    whole = (step.tokens - before) // unit * unit
+    after = step.tokens - before - whole
+    layers = range(step.cut.dst.layers)
+    ends = ((0, before, None), (before, whole, slots), (before + whole, after, None))
+    made = [(step.part(layers, at, n), how) for at, n, how in ends if n]
+    why = ""
+    if before or after:
+        why = f"a part of a block of {unit} tokens cannot be packed"
+    return made, why
+
+
+def _slots(step: Step, pack: Pack) -> Slots | str:
+    """Return the slots for the owner's blocks of raw rows, or why there are none, as a clause."""
+    dst = step.cut.dst
+    described = step.owner.handshake.described[step.cut.group]
+    unit = described.block_size
+    numbers = {*described.group.numbers, *dst.form.dtypes}
+    if described.group.page:
+        return f"{PACK!r} takes rows, not opaque pages"
+    if numbers != {PACKED_DTYPE} or not (described.group.numbers and dst.form.dtypes):
+        return f"{PACK!r} takes rows of {PACKED_DTYPE} alone"
+    if not unit:
+        return "the owner's view has no blocks"
+    if step.ticket.steps[step.cut.group] != unit:
+        return f"the offer does not name blocks of {unit} tokens"
+    slots = Slots(pack, unit)
+    try:
+        planes = slots.planes(dst)
+    except Unsupported as error:
+        return error.why
+    if any(plane.slot_bytes >= plane.raw_bytes for plane in planes):
+        return "its slots are not smaller than its rows"
+    # A buffer has space for the raw rows of its blocks, because some may not fit into slots.
+    if rows_bytes(dst, 1, unit, dst.heads) > step.owner.handshake.slot_bytes:
+        return f"a staging buffer holds no block of {unit} tokens of a layer"
+    return slots
+
+
+def _slots_of_sides(step: Step) -> Slots:
+    """Return the slots of packed sides."""
+    form = step.cut.dst.form
+    described = step.owner.handshake.described[step.cut.group]
+    text = described.group.encoding
+    if form.encoding and not text:
+        raise Unsupported(
+            f"Pulling raw rows of {step.owner.address} into a packed view through staging",
+            "blocks that do not fit would be lost; pull into a raw view, and pack them there",
+        )
+    slots = Slots(Pack.of_text(text), described.block_size)
+    large = any(plane.slot_bytes > plane.raw_bytes for plane in slots.planes(step.cut.dst))
+    if large and not form.encoding:  # slices are cut by the bytes of the reader's rows
+        what = f"Pulling packed blocks of {step.owner.address} through staging into a raw view"
+        raise Unsupported(what, "its slots are larger than its rows; pull into a packed view")
+    return slots
+
+
+def scattered(src: KVView, dst: KVView, dst_index: Index, count: int) -> BlockTransfer:
+    """Copy a packed chunk to a reader's rows, raw or packed.
+
+    If the rows have other blocks, they are unpacked into memory between.
+    """
+    size = src.form.block_size
+    alike = dst.form.block_size in (0, size) and dst_index.plan_step in (0, size)
+    if alike and dst_index.offset % size == 0:
+        return copy_checked(src, dst, None, dst_index, count)
+    rows = _dense(dst, count)
+    unpacked = copy_checked(src, rows, None, None, count)
+    return BlockTransfer.together([unpacked, copy_checked(rows, dst, None, dst_index, count)])
+
+
+def _dense(view: KVView, count: int) -> KVView:
+    """Return new memory for ``count`` tokens of a view, on its device."""
+    with torch.inference_mode(False):
+        made = [
+            torch.empty(
+                (view.layers, count, view.heads * width // 2),
+                dtype=torch.bfloat16,
+                device=view.device,
+            )
+            for width in view.widths
+        ]
+    return KVView(made, "kv | layer token (head dim)", kv=view.kv, heads=view.heads)
+
+
+def runs(numbers: Sequence[int]) -> Iterator[tuple[int, int]]:
+    """Yield the runs of sorted numbers, as the first and how many."""
+    first = 0
+    for at, number in enumerate(numbers):
+        if at + 1 == len(numbers) or numbers[at + 1] != number + 1:
+            yield numbers[first], at + 1 - first
+            first = at + 1
+
+
+def flagged(step: Step, positions: Sequence[int]) -> PackOverflow:
+    """Return the error of packed blocks of a step that hold no rows, by their sorted positions."""
+    size = step.page
+    count = (positions[-1] + 1) * size
+    numbers = []
+    for index in (step.src_index, step.dst_index):
+        slots = index.to_host().slots(count, size)
+        numbers.append(tuple([int(slots[at]) // size for at in positions]))
+    shown = ", ".join(map(str, numbers[0][:8])) + (", ..." if len(positions) > 8 else "")
+    return PackOverflow(
+        f"Expected packed blocks, got {len(positions)} that did not fit into slots of {PACK!r}, "
+        f"blocks {shown} of {step.owner.address}. Pull these blocks from a raw view.",
+        *numbers,
+    )
+
 
 # ------------------------------------------------------------------------------------------------
 # The slices in which the rows of a pull arrive in staging buffers.
@@ -78,15 +216,12 @@ class Arrival(End[None]):
     Attributes:
         staged_bytes: of the slice in a staging buffer.
         slots: how the slice is packed there; None: it crosses raw.
-        again: the slices that bring its blocks that did not fit, raw.
-        whole_slice: the slice of which this one brings such blocks.
+        again: the slices that bring its blocks that did not fit, raw. It ends after these.
         unfit: the positions in the step of its blocks that hold no rows anywhere.
     """
 
     again: Sequence[Arrival] = ()
-    whole_slice: Arrival | None = None
     unfit: Sequence[int] = ()
-    _left = 0  # of `again`, the slices that have not ended
 
     def __init__(self, step: Step, part: Slice, slots: Slots | None = None) -> None:
         super().__init__(runtime())
@@ -128,8 +263,8 @@ class Arrival(End[None]):
     def end_with(self, copy: BlockTransfer) -> int:
         """End the slice by its copy, which has ended; return the number of blocks that did not fit.
 
-        The slice then ends with the slices that bring them raw, which are in `again`. If no raw
-        rows of them exist, `end_unfit` ends the slice.
+        The slices that bring them raw are then in `again`. If no raw rows of them exist,
+        `end_unfit` ends the slice.
         """
         unfit = unfit_blocks(copy) if copy.completions else []
         if unfit and self.slots is not None:
@@ -138,24 +273,15 @@ class Arrival(End[None]):
                 self.unfit = [before + at for at in unfit]
                 return 0
             self.again = [*self._raw_slices(unfit, self.slots.unit)]
-            self._left = len(self.again)
             return len(unfit)
         self.end()
-        whole = self.whole_slice
-        if whole is not None:
-            whole._left -= 1
-            if not whole._left:
-                whole.end()
         return 0
 
     def _raw_slices(self, blocks: Sequence[int], unit: int) -> Iterator[Arrival]:
         """Yield slices that bring blocks of this one raw, by their positions in it."""
         layers, first, _ = self.part
         for start, count in runs(blocks):
-            part = Slice(layers, first + start * unit, count * unit)
-            again = Arrival(self.step, part)
-            again.whole_slice = self
-            yield again
+            yield Arrival(self.step, Slice(layers, first + start * unit, count * unit))
 
     def end(self, error: BaseException | None = None) -> None:
         """End the slice, unless it has ended."""
@@ -206,23 +332,26 @@ class Scattered(NamedTuple):
         return not self.copy.completions or has_ended(self.copy, wait)
 
 
-def arrivals(steps: Sequence[Step], max_gbps: float | None, crossed: Crossed) -> list[Arrival]:
-    """Return the slices of steps, packed slices first.
+def arrivals(
+    steps: Sequence[Step], max_gbps: float, pack: Pack | None
+) -> tuple[list[Arrival], str]:
+    """Return the slices of steps, packed slices first, and why rows cross raw although ``pack`` was
+    requested (empty if none do).
 
     They are small enough that several are under way, large enough that their number costs little,
-    and not longer than a moment at a limited rate. ``crossed``: names the encoding, and gets the
-    reason for rows that cross raw.
+    and not longer than a moment at a limited rate.
     """
     parts = list[Crossing]()
+    reasons = list[str]()
     for step in steps:
-        some, why = crossings(step, crossed.pack)
+        some, why = crossings(step, pack)
         parts += some
-        crossed.why = crossed.why or why
+        reasons.append(why)
     nbytes = sum(step.nbytes for step in steps)
     on_host = steps[0].cut.dst.device.type == "cpu"
     slices = SLICES_ON_HOST if on_host else SLICES_ON_DEVICE
     most = max(LEAST_ON_HOST if on_host else LEAST_ON_DEVICE, -(-int(nbytes) // slices))
-    if max_gbps is not None:
+    if max_gbps < inf:
         most = min(most, int(PACED * 1e9 * max_gbps))
     # Slices are cut by their raw bytes, so that a buffer has space for blocks that do not fit.
     made = [
@@ -230,9 +359,9 @@ def arrivals(steps: Sequence[Step], max_gbps: float | None, crossed: Crossed) ->
         for step, slots in parts
         for part in step.slices(most, 1 if slots is None else slots.unit)
     ]
-    if any(part.slots for part in parts):
+    if any(slots for _, slots in parts):
         made.sort(key=lambda each: each.slots is None)  # slices of one encoding are one request
-    return made
+    return made, next(filter(None, reasons), "")
 
 
 # ------------------------------------------------------------------------------------------------
@@ -301,23 +430,28 @@ async def verified(step: Step, pull: Pull) -> None:
 # --- the choice of an encoding
 
 
-async def leave_to_owner(arrivals: list[Arrival], pull: Pull, crossed: Crossed) -> None:
-    """Have the owner choose how the slices cross that were made for packed rows.
-
-    ``arrivals``: all slices of an offer, which get their slots, or none. ``crossed`` gets the
+async def leave_to_owner(
+    arrivals: list[Arrival], pull: Pull, most_gbps: float
+) -> list[EncodingChoice]:
+    """Have the owner choose how the slices cross that were made for packed rows; return its
     choices, one for each step.
+
+    ``arrivals``: all slices of an offer, which get their slots, or none. ``most_gbps``: the rate
+    that the caller allows.
     """
+    choices = list[EncodingChoice]()
     steps = {id(each.step): each.step for each in arrivals if each.slots is not None}
     for step in steps.values():
-        choice = await _choice_of(step, pull, crossed.most_gbps)
-        crossed.choices.append(choice)
+        choice = await _choice_of(step, pull, most_gbps)
+        choices.append(choice)
         if choice.pack is None:  # it concerns more rows than a reason for parts of blocks
-            crossed.why = _clause(choice.why)
+            pull.raw_because = _clause(choice.why)
         for each in arrivals:
             if each.step is step and each.slots is not None:
                 unit = each.slots.unit
                 each.cross_in(None if choice.pack is None else Slots(choice.pack, unit))
     arrivals.sort(key=lambda each: each.slots is None)  # slices of one encoding are one request
+    return choices
 
 
 async def _choice_of(step: Step, pull: Pull, most_gbps: float) -> EncodingChoice:
@@ -390,7 +524,7 @@ class StagedReceiver:
 
     Attributes:
         arrivals: the ends of the slices.
-        has_crossed: all bytes have left the owner's memory.
+        crossed: ends when all bytes have left the owner's memory.
     """
 
     def __init__(
@@ -398,43 +532,43 @@ class StagedReceiver:
         trace: Trace,
         steps: Sequence[Step],
         pull: Pull,
-        max_gbps: float | None,
-        crossed: Crossed,
+        max_gbps: float,
+        pack: Pack | None,
+        auto: bool,
     ) -> None:
         first = steps[0]
         self._runtime = runtime()
         self._trace = trace
-        self._crossed = crossed
+        self._auto = auto
+        self._most_gbps = max_gbps
         self._source = Source(first.ticket, first.owner)
         self._stage = first.owner.staging
         self._pull = pull
         if pull.after is None:
             pull.after = StreamFence(first.cut.dst.device)
         self._after = pull.after
-        self._rate = RateLimit(max_gbps or inf)
-        self.arrivals = arrivals(steps, max_gbps, crossed)
-        self.has_crossed = False
+        self._rate = RateLimit(max_gbps)
+        self.arrivals, why = arrivals(steps, max_gbps, pack)
+        pull.raw_because = pull.raw_because or why
+        self._packed = False  # some slices were requested packed
+        self.crossed = End[None](self._runtime)
         self._in_flight = deque[InFlight]()
         self._scattered = deque[Scattered]()
         self._posted = 0  # slices of the present request that have a receive
         self._last = False  # all slices were requested
-        self._steps: Handle[None] | None = None
 
     def begin(self) -> None:
         """Begin to take the slices. Any thread may call it."""
-        self._steps = Handle(self._runtime, self._run())
-        self._steps.on_end(self._pull.go_on)
-        self._pull.takers.append(self)
-        self._steps.begin()
-
-    def done(self) -> bool:
-        """Return True once nothing of this is in flight."""
-        return self._steps is not None and self._steps.done()
+        steps = Handle(self._runtime, self._run())
+        steps.on_end(self._cross)
+        self._pull.crossing.append(self.crossed)
+        self._pull.slices.append(steps)  # its copies have ended, too
+        steps.begin()
 
     @property
     def measures(self) -> bool:
         """Return True if the slices cross raw, and as fast as the transport takes them."""
-        return self._crossed.most_gbps == inf and not self._crossed.packed
+        return self._most_gbps == inf and not self._packed
 
     @property
     def over(self) -> bool:
@@ -464,7 +598,7 @@ class StagedReceiver:
         except BaseException as caught:
             error = caught
             # The others of the pull need not go on, and no mark is waited for.
-            self._pull.stop(known(caught) or TransferCancelled(CANCELLED))
+            self._pull.stop(known(caught))
             raise
         finally:
             stage.takers.discard(self)
@@ -475,15 +609,16 @@ class StagedReceiver:
 
     async def _take_all(self) -> None:
         """Take all slices."""
-        if self._crossed.auto:
-            await leave_to_owner(self.arrivals, self._pull, self._crossed)
-            for choice in self._crossed.choices:
+        if self._auto:
+            choices = await leave_to_owner(self.arrivals, self._pull, self._most_gbps)
+            self._pull.choices += choices
+            for choice in choices:
                 self._trace.note("encoding", monotonic(), choice.figures())
         start = self._stage.history.begin()
         await self._take_each(self.arrivals)
         if not self._last:
             await self._settle(wait=True)  # only then it is known which blocks did not fit
-            end_unfit(self.arrivals, self._pull.requested.unfit)
+            end_unfit(self.arrivals, self._pull.unfit)
             self._last = True
             await self._take_each([x for each in self.arrivals for x in each.again])
         for placing in self._scattered:
@@ -498,11 +633,13 @@ class StagedReceiver:
         """Take slices by requests for some of them, and issue their copies."""
         for encoding, alike in groupby(some, lambda each: each.encoding):
             listed = [*alike]
-            self._crossed.packed |= bool(encoding)
-            batch = BATCH if self._crossed.most_gbps == inf else MOST_PACED
+            if encoding:
+                self._packed = True
+                self._pull.packed = True
+            batch = BATCH if self._most_gbps == inf else MOST_PACED
             for start in range(0, len(listed), batch):
                 await self._take(listed[start : start + batch])
-        self._last = self._last or not self._crossed.packed
+        self._last = self._last or not self._packed
         while self._in_flight:
             await self._scatter()
 
@@ -633,8 +770,13 @@ class StagedReceiver:
         moving = [each.moving for each in self._in_flight]
         moving += [each.moving for each in self._scattered]
         if self._last and all(each.over.is_set() for each in moving):
-            self.has_crossed = True
-            self._pull.go_on()
+            self._cross()
+
+    def _cross(self) -> None:
+        """Note that all bytes have left the owner's memory, or that no more will."""
+        if not self.crossed.ended:
+            self.crossed.settle(None, None)
+        self._pull.go_on()
 
     async def _settle(self, wait: bool) -> None:
         """End the slices whose bytes and copies have ended, or wait for all."""
@@ -656,10 +798,10 @@ class StagedReceiver:
         """Count a slice that has ended, and its blocks that did not fit."""
         nbytes = arrival.staged_bytes
         history = self._stage.history
-        self._crossed.nbytes += nbytes
-        self._crossed.blocks_raw += unfit
+        self._pull.wire_nbytes += nbytes
+        self._pull.blocks_raw += unfit
         if arrival.slots is None:
-            history.count(nbytes, limited=self._crossed.most_gbps < inf)
+            history.count(nbytes, limited=self._most_gbps < inf)
         else:
             history.count_packed(nbytes, arrival.step.window, arrival.packed_blocks, unfit)
 

@@ -8,6 +8,7 @@ import json
 from collections.abc import Iterator
 from math import inf
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
@@ -20,10 +21,10 @@ from portakv import EncodingChoice, KVView, Pack
 from portakv.copy.choose_encoding import Sample, rated_choice, stays_raw
 from portakv.errors import InvalidTerms, LayoutError, TransferError, Unsupported
 from portakv.migrate import Channel, Owner, Reader, Shard
+from portakv.migrate.buffers import PullHistory
 from portakv.migrate.crossed import PullStatistics
 from portakv.migrate.messages import Answer, BoxPart, Choose, Chosen
 from portakv.migrate.pull import Pull
-from portakv.migrate.pull_history import PullHistory
 from portakv.migrate.staged_owner import LateAnswers, RetainedSample
 
 INTO = [6, 1, 4, 2, 9]
@@ -146,8 +147,8 @@ def test_rows_cross_raw_until_a_rate_is_known(
     made: Sides, samples: list[Sample], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The first pull connects, and the second one measures."""
-    monkeypatch.setattr("portakv.migrate.pull_history.LEAST_NBYTES", 5 * RAW_BYTES)
-    monkeypatch.setattr("portakv.migrate.pull_history.LEAST_SECONDS", 0.0)
+    monkeypatch.setattr("portakv.migrate.buffers.LEAST_NBYTES", 5 * RAW_BYTES)
+    monkeypatch.setattr("portakv.migrate.buffers.LEAST_SECONDS", 0.0)
     both = Both(made, Raw(), Raw(fill=0.0))
     for _ in range(2):
         seen = both.figures()
@@ -170,8 +171,8 @@ def test_small_and_short_pulls_measure_no_rate(
     seconds: float,
 ) -> None:
     """The controls of the last test."""
-    monkeypatch.setattr("portakv.migrate.pull_history.LEAST_NBYTES", nbytes)
-    monkeypatch.setattr("portakv.migrate.pull_history.LEAST_SECONDS", seconds)
+    monkeypatch.setattr("portakv.migrate.buffers.LEAST_NBYTES", nbytes)
+    monkeypatch.setattr("portakv.migrate.buffers.LEAST_SECONDS", seconds)
     both = Both(made, Raw(), Raw(fill=0.0))
     assert [both.figures().packed for _ in range(3)] == [False] * 3
     assert not samples
@@ -412,7 +413,7 @@ def test_a_history_has_the_highest_of_the_last_rates() -> None:
 def test_a_history_forgets_a_rate_after_many_packed_bytes(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("portakv.migrate.pull_history.AGAIN", 1000)
+    monkeypatch.setattr("portakv.migrate.buffers.AGAIN", 1000)
     history = PullHistory()
     known(history, 3.0)
     history.count_packed(999, WINDOW, 1, 0)
@@ -444,8 +445,8 @@ def test_a_pull_next_to_a_limited_pull_measures_nothing(
     made: Sides, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It waits for slices of the limited pull, so its own rate says little of the transport."""
-    monkeypatch.setattr("portakv.migrate.pull_history.LEAST_NBYTES", 1)
-    monkeypatch.setattr("portakv.migrate.pull_history.LEAST_SECONDS", 0.0)
+    monkeypatch.setattr("portakv.migrate.buffers.LEAST_NBYTES", 1)
+    monkeypatch.setattr("portakv.migrate.buffers.LEAST_SECONDS", 0.0)
     both = Both(made, Raw(), Raw(fill=0.0))
     both.pull(encoding=None)
     ticket = both.owner.offer(BLOCKS, tokens=80).ticket
@@ -538,7 +539,7 @@ def test_an_owner_refuses_a_choice_for_parts_of_blocks(first: int, count: int) -
     answers = LateAnswers(cast("Any", None))  # nothing is computed
     request = Choose(bytes(16), bytes(16), BoxPart(0, (0, 2), (0, 4), first, count), 1.0)
     with pytest.raises(LayoutError, match="whole blocks"):
-        answers.choose(request, Raw().view, cast("Any", None), cast("Any", None))
+        answers.choose(request, cast("Any", SimpleNamespace(shards=[Shard(Raw().view)])))
 
 
 def test_a_kept_reason_needs_no_sample() -> None:

@@ -198,9 +198,9 @@ def test_only_the_memory_that_slots_have_now_is_registered(
         free = [*connection.staging.buffers]
         memory = [buffer.memory for buffer in free]
         local = {(x.data_ptr(), x.nbytes) for x in memory if x.nbytes}
-        remote = {
-            (x.memory.data_ptr(), x.memory.nbytes) for x in both.owner._gathers._buffers.values()
-        }
+        lines = both.owner._gathers._lines.values()
+        used = [buffer.memory for line in lines for buffer in line.buffers.values()]
+        remote = {(x.data_ptr(), x.nbytes) for x in used}
         remote = {(min(remote)[0], SMALL)} if once else remote
         return {*transport.entered} == remote and {*carrier.entered} == local
 

@@ -335,10 +335,7 @@ NOT_CALLED = {
     "Published.figures": "reads `Published.statistics`",
     "Reader.figures": "reads counters",
     "Reader.trace": "reads the trace",
-    "Pull.age": "reads the clock",
     "Pull.ask": "runs in the loop",
-    "Pull.confirm": "runs in the loop",
-    "Pull.drop": "runs after a pull that failed",
     "Pull.fail": "runs in the loop",
     "Pull.finish": "runs in the loop",
     "Pull.go_on": "runs in the thread of what has ended",
@@ -348,7 +345,6 @@ NOT_CALLED = {
     "Pull.over": "runs in the loop",
     "Pull.renew": "runs in the loop",
     "Pull.stop": "`Pull.cancel` has a helper run it",
-    "Pull.stop_after_failure": "runs in the loop",
     "Pull.stop_copies": "`Pull.cancel` has a helper run it",
     "Pull.stopped": "`Pull.cancel` has a helper run it",
 }

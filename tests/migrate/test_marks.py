@@ -41,7 +41,7 @@ from portakv.errors import (
 from portakv.migrate import Shard, Ticket, messages
 from portakv.migrate.channel import Channel
 from portakv.migrate.connections import Source
-from portakv.migrate.named import LateLayer, incomplete
+from portakv.migrate.named import incomplete
 from portakv.migrate.plan import copy_checked
 from portakv.migrate.pull import Pull
 from portakv.migrate.reader import wait_for_events
@@ -161,8 +161,6 @@ def test_a_complete_offer_is_pulled_as_any_other(made: Sides, method: str, unit:
     offer.raise_to(end_of(unit))
     both.reader.prepare(both.owner.channel.address).synchronize(LIMIT)
     pulled = both.pull(offer, verify=True, by_layer=True)
-    # Of rows that are sent only the owner knows it, so a worker begins the pull.
-    assert isinstance(pulled.layers[0], LateLayer) == (method == "staging")
     pulled.synchronize(LIMIT)
     assert both.right()
 
@@ -590,7 +588,7 @@ def test_a_copy_that_fails_stops_a_pull_that_waits_for_marks(end: str) -> None:
     completion = SimpleNamespace(ended=ended, error=error)
     pull = Pull((), inf, lambda: None)
     pull.copies = [cast(Any, SimpleNamespace(completions=[completion], cancel=bool))]
-    pull.stop_after_failure()
+    pull.look_at_copies()
     assert pull.stopped == (end != "landed")
 
 

@@ -19,7 +19,6 @@ from support.waits import LIMIT
 
 from portakv import KVView
 from portakv.migrate import Channel, Reader, Ticket
-from portakv.migrate.reader import Issuer
 from portakv.migrate.shards import Shard
 
 pytestmark = pytest.mark.gpu
@@ -109,5 +108,5 @@ def test_a_stream_without_a_private_one_waits_for_the_owner(
     def none(*_: Any) -> Any:
         return nullcontext()
 
-    monkeypatch.setattr(Issuer, "apart", none)
+    monkeypatch.setattr("portakv.migrate.reader.apart", none)
     assert not any(reached_first(owner, times, 7 + times) for times in (100, 400))

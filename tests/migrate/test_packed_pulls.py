@@ -37,7 +37,7 @@ from portakv.errors import (
 )
 from portakv.layout.encodings import FLAG_AT
 from portakv.migrate import Shard
-from portakv.migrate.crossing import scattered
+from portakv.migrate.staged_reader import scattered
 from portakv.migrate.staging import Slots
 
 FULL = pytest.mark.full

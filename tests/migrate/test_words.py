@@ -577,28 +577,6 @@ def test_an_end_that_cannot_be_sent_is_sent_later(made: Sides) -> None:
     assert both.reader.statistics()["committed"] == len(both.reader.finished()) == 3
 
 
-def test_the_coroutine_outlives_a_failed_look() -> None:
-    """Another thread may change the pulls while they are listed."""
-    failed = list[int]()
-
-    class Changed(dict[Any, Any]):
-        def items(self) -> Any:
-            if not failed:
-                failed.append(1)
-                raise RuntimeError("dictionary changed size during iteration")
-            return super().items()
-
-    class Changing(Housekeeper):
-        def __init__(self) -> None:
-            super().__init__(torch.device("cpu"))
-            self._pulls = Changed()
-
-    with closing(Changing()) as housekeeper:
-        housekeeper.add(Pull((), math.inf, housekeeper.wake))
-        assert until(lambda: housekeeper.counts.ends["committed"] == 1)
-    assert failed
-
-
 @pytest.mark.parametrize("counts", [True, False])
 def test_pulls_that_follow_each_other_wake_nothing(counts: bool) -> None:
     """A wake takes the interpreter from the call. ``counts`` False: the control, in which a look at

@@ -342,7 +342,7 @@ def test_engines_do_not_wait_for_offers_that_do_not_come(how: str, sides: ExitSt
     dst.pull([src.ticket(names[0])], range(5))
     (waiting,) = dst.handover.pulling
     assert waiting.pull is not None
-    wanted = waiting.pull.requested.wanted
+    wanted = waiting.pull.wanted
     assert wanted is not None
     assert until(lambda: wanted.queried, LIMIT)
     assert not dst.step().loaded
