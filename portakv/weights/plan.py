@@ -205,14 +205,12 @@ class WantedSums(NamedTuple):
     """The checksums that a plan needs of an owner.
 
     Attributes:
-        whole: some are those of whole boxes, which the owner lists together.
-        boxes: numbers of items, and the other boxes.
         places: of the checksum of each cell, in the list of whole boxes followed by the others.
+        boxes: numbers of items, and the other boxes.
     """
 
-    whole: bool
-    boxes: tuple[tuple[int, Box], ...]
     places: list[int]
+    boxes: list[tuple[int, Box]]
 
 
 @dataclass(eq=False)  # a plan is a key of what an owner's publication caches
