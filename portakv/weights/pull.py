@@ -45,9 +45,7 @@ from portakv.weights.plan import (
     Piece,
     Plan,
     TiledPieces,
-    Tiles,
     copy_pairs,
-    fits_tiles,
     plan_of,
     tiled_on,
     tiles_of,
@@ -294,12 +292,8 @@ class Copies:
         """Copy the pieces of a batch that lie in mapped memory; compare it after its slices."""
         # With owners that send, tiles of the mapped ones would be a plan for each mixture.
         rest = batch.pieces if self._terms else self._copy_tiles(batch)
-        pairs = [
-            self._pair(piece)
-            for piece in rest
-            if piece.copied and piece.cell.owner not in self._terms
-        ]
-        copy_pairs(pairs)
+        mapped = [x for x in rest if x.copied and x.cell.owner not in self._terms]
+        copy_pairs([self._pair(piece) for piece in mapped])
         self.incoming.then(partial(self._compare, batch))
 
     def _pair(self, piece: Piece) -> Pair:
@@ -318,40 +312,21 @@ class Copies:
 
     def _copy_tiles(self, batch: Batch) -> Sequence[Piece]:
         """Copy the pieces of a batch that tiles copy, and return the others."""
+        pieces = [piece for piece in batch.pieces if piece.copied]
         if not self._tiled:
-            return batch.pieces
-        sources = self._sources
-        read_at = [sources[piece.number].data_ptr() for piece in batch.pieces if piece.copied]
+            return pieces
+        read_at = [self._sources[piece.number].data_ptr() for piece in pieces]
         tiled = batch.tiled
         if tiled is None or tiled.read_at != read_at:
-            tiled = batch.tiled = self._in_tiles(batch, read_at)
-        for tiles in tiled.tiles:
-            tiles.issue()
+            tiles, left = tiles_of([self._pair(piece) for piece in pieces])
+            rest = [pieces[number] for number in left]
+            names = {piece.cell.name for piece in {*pieces}.difference(rest)}
+            tiled = batch.tiled = TiledPieces(read_at, tiles, names, rest)
+        for each in tiled.tiles:
+            each.issue()
         # As torch's own copies do: who publishes these tensors notices it.
         increment_version([self._tensors[name] for name in tiled.names])
         return tiled.rest
-
-    def _in_tiles(self, batch: Batch, read_at: list[int]) -> TiledPieces:
-        """Return the pieces of a batch in tiles, as far as tiles can copy them."""
-        tiles = list[Tiles]()
-        names = list[str]()
-        rest = list[Piece]()
-        fitting = defaultdict[torch.device, list[tuple[Piece, Pair]]](list)
-        for piece in batch.pieces:
-            device = self._tensors[piece.cell.name].device
-            if piece.copied and tiled_on(device) and fits_tiles(*(pair := self._pair(piece))):
-                fitting[device].append((piece, pair))
-            else:
-                rest.append(piece)
-        for some in fitting.values():
-            pieces, pairs = zip(*some, strict=True)
-            made = tiles_of(pairs)
-            if made is None:
-                rest += pieces
-            else:
-                tiles.append(made)
-                names += [piece.cell.name for piece in pieces]
-        return TiledPieces(read_at, tiles, names, rest)
 
     def _compare(self, batch: Batch) -> None:
         """Compute checksums of a batch after its copies, and wait for an earlier batch."""
