@@ -163,7 +163,7 @@ class Lane:
         self.key = Peer(peer.id)
         self.transport = transport
         self.tag = 0  # of the last slice that was requested
-        self.requested = 0  # slices that were requested and are not packed
+        self.packed = 0  # tag of the last slice that was packed
         self.why_broken = ""  # why a slice that was requested could not be sent
         self.turn = Limit(runtime())  # slices are sent in the order of their requests
         self.sent = dict[int, Moving]()  # by the number of the buffer
@@ -263,14 +263,13 @@ class Lanes:
         lane = self._lane(peer, request.lane)
         if lane.lane.gone is not None or lane.why_broken:
             raise PeerError(lane.why_broken or str(lane.lane.gone))
-        in_turn = request.tag == lane.tag + 1 and lane.requested < BUFFERS
+        in_turn = request.tag == lane.tag + 1 <= lane.packed + BUFFERS
         if not in_turn or not 0 < request.nbytes <= self.buffer_bytes:
             raise PeerError(
                 f"Expected slice {lane.tag + 1} of at most {self.buffer_bytes} bytes, got slice "
                 f"{request.tag} of {request.nbytes}. Connect again."
             )
         lane.tag = request.tag
-        lane.requested += 1
         self._tasks.start(self._send(lane, request))
 
     async def _send(self, lane: Lane, request: SendSlice) -> None:
@@ -287,7 +286,6 @@ class Lanes:
             gone = PeerError("The owner could not send a buffer; it did not cross.")
             await Work(lane.lane.close, gone)
         finally:
-            lane.requested -= 1
             lane.turn.release()
 
     def _pack(self, lane: Lane, request: SendSlice) -> None:
@@ -310,6 +308,7 @@ class Lanes:
                 _log.exception("Weights could not be packed; their reader gets an error.")
                 lane.why_broken = f"The owner could not pack a slice: {error}"
                 full.zero_()
+            lane.packed = request.tag  # before the reader can have it, and requests another
             lane.sent[number] = lane.lane.move(full, request.tag)
 
     def carry(self, peer: Peer, request: OfLane) -> Message | None:

@@ -51,7 +51,7 @@ from portakv.weights.plan import (
     tiles_of,
 )
 from portakv.weights.request import PullRequest
-from portakv.weights.sources import Owner, Receiver, Terms
+from portakv.weights.sources import Owner, Receiver
 
 # ------------------------------------------------------------------------------------------------
 # The slices that arrive through staging buffers.
@@ -79,29 +79,28 @@ class Incoming:
     No other pull uses its lanes between `begin` and `end`.
 
     Args:
-        terms: by the numbers of the owners that send weights.
+        receivers: by the numbers of the owners that send weights.
     """
 
     def __init__(
-        self, request: PullRequest, owners: Sequence[Owner], terms: Mapping[int, Terms]
+        self, request: PullRequest, owners: Sequence[Owner], receivers: Mapping[int, Receiver]
     ) -> None:
         self._request = request
         self._owners = owners
-        self._terms = terms
-        self._receivers = dict[int, Receiver]()
+        self._receivers = receivers
+        self._acquired = list[Receiver]()
         self._in_flight = deque[_Slice]()
 
     async def begin(self) -> None:
         """Wait for each lane. All pulls do so in one order, so no two wait for each other."""
-        for number in sorted(self._terms, key=self._order):
-            owner = self._owners[number]
-            receiver = owner.publication.receiver(owner, self._terms[number])
-            await receiver.acquire(owner, self._terms[number])
-            self._receivers[number] = receiver
+        for number in sorted(self._receivers, key=self._order):
+            receiver = self._receivers[number]
+            await receiver.acquire(self._owners[number])
+            self._acquired.append(receiver)
 
     def _order(self, number: int) -> tuple[str, bytes, str]:
         owner = self._owners[number]
-        return owner.address, owner.id, str(self._terms[number].device)
+        return owner.address, owner.id, str(self._receivers[number].device)
 
     async def request(self, number: int, cells: Sequence[Cell]) -> None:
         """Request cells of an owner, in as many slices as they need."""
@@ -155,10 +154,10 @@ class Incoming:
     async def end(self) -> None:
         """Leave all lanes; release those whose slices do not arrive any more."""
         try:
-            if self._receivers:
+            if self._acquired:
                 await self._request.work(self._leave)
         finally:
-            for receiver in self._receivers.values():
+            for receiver in self._acquired:
                 receiver.turn.release()
 
     def _leave(self) -> None:
@@ -168,7 +167,7 @@ class Incoming:
         for each in self._in_flight:
             if not each.moving.free.wait(max(0.0, until - monotonic())) or each.moving.error:
                 each.receiver.release()
-        for device in {each.buffers[0].device for each in self._receivers.values()}:
+        for device in {each.buffers[0].device for each in self._acquired}:
             if device.type != "cpu":
                 torch.accelerator.current_stream(device.index).synchronize()
 
@@ -176,8 +175,8 @@ class Incoming:
         """Wait until the oldest slice was copied and has landed, and no library touches it."""
         oldest = self._in_flight[0]
         await self._copy(oldest)
-        await self._await(oldest, oldest.moving.over)
-        await self._await(oldest, oldest.moving.free)
+        for event in (oldest.moving.over, oldest.moving.free):
+            await self._await(oldest, event)
         self._in_flight.popleft()
 
     async def _copy(self, slice: _Slice) -> None:
@@ -234,12 +233,12 @@ class Copies:
         self._devices = request.devices
         self._tiled = any(map(tiled_on, request.devices))
         self._sources = dict[int, torch.Tensor]()  # in mapped memory, by the numbers of cells
-        self._terms = dict[int, Terms]()  # by the number of an owner that is not mapped
+        self._receivers = dict[int, Receiver]()  # by the number of an owner that is not mapped
         self._sums = BoxSums()
         # The ends of the batches in flight; streams that compute checksums after a batch's copy.
         self._in_flight = deque[list[Completion]]()
         self._streams = dict[torch.device, torch.Stream]()
-        self.incoming = Incoming(request, owners, self._terms)
+        self.incoming = Incoming(request, owners, self._receivers)
 
     async def open(self) -> None:
         """Map the memory of each owner, or connect to an owner that sends its weights.
@@ -256,11 +255,11 @@ class Copies:
                 )
                 self._sources.update(zip(cells, opened, strict=True))
             except Unsupported as error:
-                terms = Terms(self._device(cells), self._request.transport, str(error))
-                self._terms[number] = terms
-                receiver = known.receiver(owner, terms)
+                terms = self._request.channel, self._device(cells), self._request.transport
+                receiver = self._receivers[number] = known.receiver(*terms)
+                receiver.why = str(error)
                 if not receiver.usable:
-                    await receiver.acquire(owner, terms)
+                    await receiver.acquire(owner)
                     receiver.turn.release()
 
     def _device(self, cells: Sequence[int]) -> torch.device:
@@ -272,17 +271,16 @@ class Copies:
         """Return a line for each owner: how its weights cross, and why."""
         lines = list[str]()
         for number, owner in enumerate(self.owners):
-            how = "its memory is mapped"
-            if number in self._terms:
-                how = owner.publication.receiver(owner, self._terms[number]).how
+            receiver = self._receivers.get(number)
+            how = "its memory is mapped" if receiver is None else receiver.how
             lines.append(f"{owner.address}: {how}.")
         return "\n".join(lines)
 
     async def copy(self, batch: Batch) -> None:
         """Copy a batch. The copies and their checksums may be in flight afterwards."""
         sent = defaultdict[int, list[Cell]](list)
-        for piece in batch.pieces if self._terms else ():
-            if piece.copied and piece.cell.owner in self._terms:
+        for piece in batch.pieces if self._receivers else ():
+            if piece.copied and piece.cell.owner in self._receivers:
                 sent[piece.cell.owner].append(piece.cell)
         for number, some in sent.items():
             await self.incoming.request(number, some)
@@ -291,8 +289,8 @@ class Copies:
     def _copy_mapped(self, batch: Batch) -> None:
         """Copy the pieces of a batch that lie in mapped memory; compare it after its slices."""
         # With owners that send, tiles of the mapped ones would be a plan for each mixture.
-        rest = batch.pieces if self._terms else self._copy_tiles(batch)
-        mapped = [x for x in rest if x.copied and x.cell.owner not in self._terms]
+        rest = batch.pieces if self._receivers else self._copy_tiles(batch)
+        mapped = [x for x in rest if x.copied and x.cell.owner not in self._receivers]
         copy_pairs([self._pair(piece) for piece in mapped])
         self.incoming.then(partial(self._compare, batch))
 

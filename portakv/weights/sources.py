@@ -9,7 +9,7 @@ from contextlib import suppress
 from functools import partial
 from hashlib import blake2b
 from secrets import token_bytes
-from typing import NamedTuple, cast
+from typing import cast
 
 import torch
 from msgspec import msgpack
@@ -72,24 +72,13 @@ class LaneChannel(TransportChannel):
         return OfLane(self.lane, msgpack.encode(message))
 
 
-class Terms(NamedTuple):
-    """What a pull needs a lane for.
-
-    Attributes:
-        device: of the reader's tensors.
-        transport: the name of the transport that the reader forces.
-        why: why the owner's memory is not mapped.
-    """
-
-    device: torch.device
-    transport: str | None
-    why: str
-
-
 class Receiver:
     """A lane by which one owner sends weights, and the staging buffers that it fills.
 
     Attributes:
+        device: of the reader's tensors.
+        forced: the name of the transport that the reader forces.
+        why: why the owner's memory is not mapped.
         turn: one pull at a time uses the lane, or connects it.
         tag: of the last slice that the owner has accepted.
         how: the transport of the lane, and why the memory is not mapped.
@@ -97,7 +86,12 @@ class Receiver:
 
     buffers: list[torch.Tensor]
 
-    def __init__(self, channel: Channel, address: str) -> None:
+    def __init__(
+        self, channel: Channel, address: str, device: torch.device, forced: str | None
+    ) -> None:
+        self.device = device
+        self.forced = forced
+        self.why = ""
         self.turn = Limit(runtime())
         self.id = b""
         self.tag = 0
@@ -112,7 +106,7 @@ class Receiver:
         """Return True if a pull may use the lane."""
         return self.lane is not None and self.lane.gone is None
 
-    async def acquire(self, owner: Owner, terms: Terms) -> None:
+    async def acquire(self, owner: Owner) -> None:
         """Wait for the turn of a pull; connect at the first call, and after the end of the lane.
 
         Raises `Unsupported` if the owner and this process have no transport.
@@ -122,31 +116,31 @@ class Receiver:
             if not self.usable:
                 self.lane = None
                 await Work(self.release)
-                await self._connect(owner, terms)
+                await self._connect(owner)
         except BaseException as error:  # also a cancellation
             await Work(self.release)
             self.turn.release()
             if isinstance(error, Refused | BackendUnavailable | Unsupported):
-                reason = f"{terms.why}; and they cannot be sent: {error}"
+                reason = f"{self.why}; and they cannot be sent: {error}"
                 raise Unsupported(f"Pulling weights of {owner.address}", reason) from error
             raise
 
-    async def _connect(self, owner: Owner, terms: Terms) -> None:
+    async def _connect(self, owner: Owner) -> None:
         """Agree on a lane with the owner, and make it."""
         ticket = owner.ticket
-        name = terms.transport or ticket.transport or None
-        choice: Work[Transport] = owner.work(choose_between, terms.device, ticket.device, name)
+        name = self.forced or ticket.transport or None
+        choice: Work[Transport] = owner.work(choose_between, self.device, ticket.device, name)
         transport = self._transport = await choice
-        why = f"{ticket.why or terms.why} ({transport.why})"
+        why = f"{ticket.why or self.why} ({transport.why})"
         self.how = f"{transport.name} sends it through staging buffers: {why}"
         self.id = token_bytes(16)
         self.tag = 0
         request = Connect(owner.id, self.id, transport.name, where(transport.device))
         owner.judge(await owner.ask_once(request))
-        await owner.work(self._meet, owner, transport, terms.device)
+        await owner.work(self._meet, owner, transport)
 
-    def _meet(self, owner: Owner, transport: Transport, tensors: torch.device) -> None:
-        """Make the lane, and the staging buffers for tensors of a device."""
+    def _meet(self, owner: Owner, transport: Transport) -> None:
+        """Make the lane, and the staging buffers."""
         channel = cast("Channel", LaneChannel(owner.channel, self.id))
         lane: Lane = transport.lane(owner.address, channel)
         lane.meet(stop=lambda: owner.left <= 0.0)
@@ -154,7 +148,7 @@ class Receiver:
         # In inference mode, buffers would be views without a common base, which transports
         # register.
         with torch.inference_mode(False), StreamFence(device).inside():
-            memory = staging(BUFFERS * owner.ticket.buffer_bytes, device, rows=tensors)
+            memory = staging(BUFFERS * owner.ticket.buffer_bytes, device, rows=self.device)
             if device.type != "cpu":  # the work of earlier users of the memory
                 torch.accelerator.current_stream(device.index).synchronize()
             self.buffers = [*memory.view(BUFFERS, -1)]
@@ -264,10 +258,11 @@ class Publication:
             places.append(place)
         return WantedSums(places, [(self.numbers[name], box) for name, box in others])
 
-    def receiver(self, owner: Owner, terms: Terms) -> Receiver:
-        """Return the lane by which the owner sends weights to a device."""
-        made = Receiver(owner.channel, self.address)
-        return self._receivers.setdefault((terms.device, terms.transport), made)
+    def receiver(self, channel: Channel, device: torch.device, transport: str | None) -> Receiver:
+        """Return the lane by which the owner sends weights to a device, by any transport or by the
+        one that the reader forces."""
+        made = Receiver(channel, self.address, device, transport)
+        return self._receivers.setdefault((device, transport), made)
 
     def close(self) -> None:
         """Release the lanes; quick, for the thread that notices the end of a connection."""
