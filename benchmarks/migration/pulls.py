@@ -15,7 +15,7 @@ import torch
 
 from portakv.migrate import open_shared
 from portakv.weights import Parameter, pull_weights
-from portakv.weights.plan import copy_pairs, fits_tiles, tiles_of
+from portakv.weights.plan import copy_pairs, tiles_of
 from portakv_benchmarks.host.suite import MB
 from portakv_benchmarks.migration.cases import BLOCKS, CASES, USUAL
 from portakv_benchmarks.migration.suite import MigrationBench
@@ -189,10 +189,9 @@ def _weights(bench: MigrationBench, name: str) -> Rows:
     pull = partial(pull_weights, bench.near.channel, bytes.fromhex(ticket), named)
     pairs = [*zip(local, parts, strict=True)]
     methods = [bench.method("copies", partial(copy_pairs, pairs), right, True)]
-    if bench.on and all(fits_tiles(*pair) for pair in pairs):
-        tiles = tiles_of(pairs)
-        assert tiles is not None
-        methods.append(bench.method("tiles", tiles.issue, right, True))
+    tiles, rest = tiles_of(pairs)
+    if tiles and not rest:
+        methods.append(bench.method("tiles", tiles[0].issue, right, True))
     methods += [
         bench.method("pull_weights", pull, right, True),
         bench.method(RAW, partial(landed.copy_, remote[-1]), raw_right, True),

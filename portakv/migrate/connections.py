@@ -22,7 +22,6 @@ import torch
 
 from portakv import arguments
 from portakv.errors import (
-    BackendUnavailable,
     LayoutError,
     PeerError,
     PortaKVError,
@@ -50,7 +49,7 @@ from portakv.migrate.messages import (
 )
 from portakv.migrate.owner import exports_here
 from portakv.migrate.shards import Shard, device_of, unlike
-from portakv.migrate.transports import check_transport, choose, forced
+from portakv.migrate.transports import check_transport, choose_between, forced
 from portakv.migrate.transports.base import Transport
 from portakv.migrate.words import NamesOfOwner, Place, WordsOfOwner, open_page
 from portakv.runtime.bounded import Bounded
@@ -462,18 +461,10 @@ class Connections:
         there, on the host.
         """
         # The transport that this reader forces, or the owner.
-        remote = owner.handshake.regions[0].device
         name = self._transport or owner.handshake.transport or None
-        # Another device of the same type: NCCL does not serve two processes on one.
-        same = remote.partition(" ")[0] == self.device.type and remote != shared_memory.where(
-            self.device
-        )
-        device = self.device if same else _HOST
-        try:
-            transport = await blocking().work(choose, device, name)
-        except BackendUnavailable:
-            device = _HOST
-            transport = await blocking().work(choose, device, name)
+        remote = owner.handshake.regions[0].device
+        transport = await blocking().work(choose_between, self.device, remote, name)
+        device = transport.device
         shared = self._transports.setdefault(f"{transport.name} {device}", transport)
         if self._closed or shared is not transport:
             await blocking().work(transport.close)

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Run everything that waits as coroutines: one loop, one thread, one lock for a process."""
 
-from portakv.tasks.limit import SLACK, Limit, Priority, Turn, blocking
+from portakv.tasks.limit import SLACK, Limit, Priority, Turn, blocking, shared_limit
 from portakv.tasks.runtime import End, Handle, Runtime, Signal, TaskGroup, Wait, Work, runtime
 
 __all__ = [
@@ -18,4 +18,5 @@ __all__ = [
     "Work",
     "blocking",
     "runtime",
+    "shared_limit",
 ]

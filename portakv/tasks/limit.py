@@ -171,12 +171,17 @@ class Limit:
 #: The most helpers that do the work of `blocking` at the same time.
 BLOCKING = 4
 
-#: The limits of such work, by runtime; a forked process has another.
-_blocking: Bounded[Runtime, Limit] = Bounded("limits of blocking work", 1)
+#: The limits of the process, by runtime and name; a forked process has others.
+_shared: Bounded[tuple[Runtime, str], Limit] = Bounded("limits of the process", 8)
+
+
+def shared_limit(name: str, width: int) -> Limit:
+    """Return the limit of this process that has a name, made at the first call."""
+    here = runtime()
+    return _shared.get_or_make((here, name), partial(Limit, here, width))
 
 
 def blocking() -> Limit:
     """Return the limit of this process for work that may take over a millisecond, such as copies on
     the host, imports and maps of memory. Such work waits for no other work of the limit."""
-    here = runtime()
-    return _blocking.get_or_make(here, partial(Limit, here, BLOCKING))
+    return shared_limit("blocking work", BLOCKING)

@@ -16,7 +16,7 @@ from operator import add, attrgetter, sub
 from typing import Annotated, NamedTuple
 
 import torch
-from msgspec import Meta, structs
+from msgspec import Meta, ValidationError, convert, structs
 
 from portakv.arguments import instance, invalid, items, text, whole
 from portakv.errors import InvalidTerms, LayoutError
@@ -105,20 +105,26 @@ class Parameter:
         whole("cut", cut[0], 0, cut[1] - 1)
         whole("unit", unit, 1)
         local = tuple(tensor.shape)
-        boxes = list[Box]()
-        at = 0
-        done = 0
-        axis += len(local) if axis < 0 else 0
+        axis %= len(local)
         before = local[:axis]
         after = local[axis + 1 :]
+
+        def from_zero(on_axis: int) -> tuple[int, ...]:
+            """Return a start: a number on the axis, and zero on the others."""
+            return (*[0] * len(before), on_axis, *[0] * len(after))
+
+        rank, ranks = cut
+        boxes = list[Box]()
+        at = 0  # in the tensor
+        done = 0  # in the whole tensor
         for part in parts:
-            first, past = (part // unit * (cut[0] + x) // cut[1] * unit for x in (0, 1))
-            n = max(unit, past - first)
-            offset, start = ((*[0] * axis, x, *[0] * len(after)) for x in (done + first, at))
-            boxes.append(Box(offset, start, (*before, n, *after)))
-            at = at + n
-            done = done + part
-        if local[axis : axis + 1] != (at,) or any(x % unit or x < unit for x in parts):
+            first = part // unit * rank // ranks * unit
+            past = part // unit * (rank + 1) // ranks * unit
+            extent = max(unit, past - first)
+            boxes.append(Box(from_zero(done + first), from_zero(at), (*before, extent, *after)))
+            at += extent
+            done += part
+        if local[axis] != at or any(x % unit or x < unit for x in parts):
             raise LayoutError(
                 f"Expected a tensor with {at} elements along axis {axis}, for its cut {cut} of "
                 f"parts {parts}, which are multiples of unit {unit}, got {local}. Correct it, "
@@ -129,6 +135,9 @@ class Parameter:
 
 Parameters = Mapping[str, Parameter | torch.Tensor]  # by name; a plain tensor is whole
 _DEFAULTS = None, None, "", ()  # terms of a whole tensor
+_Numbers = tuple[Annotated[int, Meta(ge=0, lt=1 << 48)], ...]
+#: The shape, the block and the boxes of a parameter.
+_Terms = tuple[_Numbers, _Numbers, tuple[tuple[_Numbers, _Numbers, _Numbers], ...]]
 _dtype_of = attrgetter("dtype")
 _kind_of = attrgetter("device", "layout")
 
@@ -196,7 +205,7 @@ def named(argument: str, parameters: Parameters) -> dict[str, Parameter]:
     for name, value in parameters.items():
         if type(name) is not str or not name.isascii() or not 0 < len(name) < 1024:
             text(f"a name in {argument}", name)
-        parameter = value if isinstance(value, Parameter) else _whole(value)
+        parameter = value if isinstance(value, Parameter) else Parameter(value)
         tensor = parameter.tensor
         if not isinstance(tensor, torch.Tensor):
             instance(f"{argument}[{name!r}]", tensor, torch.Tensor)
@@ -207,17 +216,6 @@ def named(argument: str, parameters: Parameters) -> dict[str, Parameter]:
             _check_boxes(name, parameter)
         named[name] = parameter
     return named
-
-
-def _whole(tensor: torch.Tensor) -> Parameter:
-    """Return the parameter of a whole tensor.
-
-    The class has the other fields' defaults. `Parameter(tensor)` sets each of them by
-    `object.__setattr__`, at half of the cost of a pull's checks.
-    """
-    made = object.__new__(Parameter)
-    vars(made)["tensor"] = tensor
-    return made
 
 
 def tensors_of(parameters: Parameters) -> dict[str, torch.Tensor]:
@@ -281,17 +279,13 @@ def _odd(tensor: torch.Tensor) -> str:
 
 def _check_boxes(name: str, parameter: Parameter) -> None:
     """Raise `InvalidTerms` for shapes, blocks or boxes that are not whole numbers."""
-    boxes = parameter.boxes if parameter.boxes is not None else ()
+    terms = parameter.shape or (), parameter.block, parameter.boxes or ()
     try:
-        numbers: list[object] = [*(parameter.shape or ()), *parameter.block]
-        for box in boxes:
-            offset, start, extents = box
-            numbers += [*offset, *start, *extents]
-            if not len(offset) == len(start) == len(extents):
-                raise TypeError
-    except (TypeError, ValueError):
-        numbers = [None]
-    if not all(type(each) is int and 0 <= each < 1 << 48 for each in numbers):
+        (_, _, boxes) = convert(terms, _Terms)
+        right = all(len({*map(len, box)}) == 1 for box in boxes)
+    except ValidationError:
+        right = False
+    if not right:
         expected = "whole numbers in boxes, shape and block, of one length for each box"
         raise InvalidTerms(f"Expected {name} to have {expected}, got others. Pass `Box` of tuples.")
 

@@ -125,12 +125,21 @@ def fits_tiles(into: torch.Tensor, src: torch.Tensor) -> bool:
     )
 
 
-def tiles_of(pairs: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> Tiles | None:
-    """Return the tiles of tensors; None if no backend copies between addresses of their device."""
-    try:
-        return Tiles(pairs)
-    except (BackendUnavailable, Unsupported):
-        return None
+def tiles_of(pairs: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> tuple[list[Tiles], list[int]]:
+    """Return the tiles that copy pairs of tensors, and the numbers of the pairs that none copies:
+    those that do not fit, and those of a device whose backends copy no addresses."""
+    fitting = defaultdict[torch.device, list[int]](list)
+    rest = list[int]()
+    for number, (into, src) in enumerate(pairs):
+        fits = tiled_on(into.device) and fits_tiles(into, src)
+        (fitting[into.device] if fits else rest).append(number)
+    tiles = list[Tiles]()
+    for numbers in fitting.values():
+        try:
+            tiles.append(Tiles([pairs[number] for number in numbers]))
+        except (BackendUnavailable, Unsupported):
+            rest += numbers
+    return tiles, rest
 
 
 def cut(runs: _Int64) -> list[tuple[int, _Int64, _Int64]]:
@@ -183,7 +192,7 @@ class TiledPieces(NamedTuple):
 
     read_at: list[int]
     tiles: list[Tiles]
-    names: list[str]
+    names: set[str]
     rest: list[Piece]
 
 
@@ -205,14 +214,12 @@ class WantedSums(NamedTuple):
     """The checksums that a plan needs of an owner.
 
     Attributes:
-        whole: some are those of whole boxes, which the owner lists together.
-        boxes: numbers of items, and the other boxes.
         places: of the checksum of each cell, in the list of whole boxes followed by the others.
+        boxes: numbers of items, and the other boxes.
     """
 
-    whole: bool
-    boxes: tuple[tuple[int, Box], ...]
     places: list[int]
+    boxes: list[tuple[int, Box]]
 
 
 @dataclass(eq=False)  # a plan is a key of what an owner's publication caches

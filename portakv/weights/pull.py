@@ -7,93 +7,56 @@ a pull opened stays open for the next pull, until the connection to the owner en
 
 from __future__ import annotations
 
-import time
 from asyncio import CancelledError
 from collections import defaultdict, deque
-from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
-from math import prod
-from operator import is_, sub
+from operator import sub
 from threading import Event
 from time import monotonic
-from typing import Any, Literal, NamedTuple, TypeAlias, TypeVar, overload
-from weakref import ref
+from typing import Any, Literal, overload
 
 import torch
 from torch.autograd.graph import increment_version
 
-from portakv.arguments import flag, instance, invalid, items, rate, seconds
 from portakv.errors import (
     PeerError,
     PortaKVError,
     TransferCancelled,
     TransferError,
-    TransferTimeout,
     Unsupported,
 )
 from portakv.migrate.channel import Channel
 from portakv.migrate.checksum import BoxSums, SummedPart
 from portakv.migrate.figures import WEIGHTS
-from portakv.migrate.messages import carried
-from portakv.migrate.transports import check_transport
 from portakv.migrate.transports.base import Moving
-from portakv.runtime import tracing
-from portakv.runtime.bounded import Bounded
-from portakv.runtime.devices import capturing, inside, refuse_capture
+from portakv.runtime.devices import inside
 from portakv.runtime.interrupts import uninterrupted
 from portakv.runtime.streams import completion, side_stream
 from portakv.runtime.transfer import Completion, Transfer
-from portakv.tasks import Limit, Runtime, Work, runtime
-from portakv.weights.owner import (
-    BUFFERS,
-    MOST_BOX_BYTES,
-    MOST_BOXES_OF_SLICE,
-    PAUSE,
-    Owner,
-    Receiver,
-    SendSlice,
-    Terms,
-    Weights,
-    box_bytes,
-    follower,
-    on_streams,
-    packed_bytes,
-    unpacked,
-)
-from portakv.weights.parameters import (
-    Cell,
-    Parameters,
-    check_destinations,
-    facts_of,
-    forms_of,
-    items_of,
-    named,
-    part_of,
-    plan,
-    tensors_of,
-)
+from portakv.tasks import Limit, Work, runtime, shared_limit
+from portakv.weights.lanes import retain, slices, unpacked
+from portakv.weights.messages import BUFFERS, SendSlice, Weights
+from portakv.weights.parameters import Cell, Parameters, items_of, named, part_of, plan
 from portakv.weights.plan import (
     Batch,
     Piece,
     Plan,
     TiledPieces,
-    Tiles,
     copy_pairs,
-    fits_tiles,
     plan_of,
-    split,
     tiled_on,
     tiles_of,
 )
-
-T = TypeVar("T")
+from portakv.weights.request import PullRequest
+from portakv.weights.sources import Owner, Receiver
 
 # ------------------------------------------------------------------------------------------------
-# The reader's side of pulls of weights through staging buffers.
+# The slices that arrive through staging buffers.
 
-_LOOK = 0.05  # seconds between two looks at the end of a pull
+_WAIT = 0.05  # seconds between two looks at the end of a pull
 _ASK = 1.0  # seconds without bytes after which a pull requests the version
 STOPPING = 0.5  # seconds for the slices in flight of a pull that has failed
 
@@ -104,8 +67,6 @@ class _Slice:
 
     receiver: Receiver
     owner: Owner
-    tag: int
-    buffer: torch.Tensor
     moving: Moving
     into: list[torch.Tensor]
     then: list[Callable[[], object]] = field(default_factory=list)  # called after the copies
@@ -118,75 +79,62 @@ class Incoming:
     No other pull uses its lanes between `begin` and `end`.
 
     Args:
-        terms: by the numbers of the owners that send weights.
+        receivers: by the numbers of the owners that send weights.
     """
 
     def __init__(
-        self, request: PullRequest, owners: Sequence[Owner], terms: Mapping[int, Terms]
+        self, request: PullRequest, owners: Sequence[Owner], receivers: Mapping[int, Receiver]
     ) -> None:
         self._request = request
         self._owners = owners
-        self._terms = terms
-        self._receivers = dict[int, Receiver]()
+        self._receivers = receivers
+        self._acquired = list[Receiver]()
         self._in_flight = deque[_Slice]()
 
     async def begin(self) -> None:
         """Wait for each lane. All pulls do so in one order, so no two wait for each other."""
-        for number in sorted(self._terms, key=self._order):
-            owner = self._owners[number]
-            while number not in self._receivers:
-                receiver = await owner.publication.receiver(owner, self._terms[number])
-                await owner.turn(receiver.turn)
-                if receiver.usable:
-                    self._receivers[number] = receiver
-                else:  # another pull has left it closed
-                    receiver.turn.release()
+        for number in sorted(self._receivers, key=self._order):
+            receiver = self._receivers[number]
+            await receiver.acquire(self._owners[number])
+            self._acquired.append(receiver)
 
     def _order(self, number: int) -> tuple[str, bytes, str]:
         owner = self._owners[number]
-        return owner.address, owner.id, str(self._terms[number].device)
+        return owner.address, owner.id, str(self._receivers[number].device)
 
     async def request(self, number: int, cells: Sequence[Cell]) -> None:
         """Request cells of an owner, in as many slices as they need."""
         owner = self._owners[number]
         receiver = self._receivers[number]
         itemsizes = [self._request.tensors[cell.name].itemsize for cell in cells]
-        parts: list[tuple[list[Cell], int]] = await Work(
-            list, slices(cells, itemsizes, receiver.buffer_bytes)
-        )
-        for some, nbytes in parts:
-            tag = receiver.tag + 1
-            await self._empty(receiver, tag)
-            pause = PAUSE
-            while receiver.tag != tag:
-                owner.check()
-                answer = await self._request.work(self._send, number, some, tag, nbytes)
-                owner.judge(answer)
-                if answer.state != "held":
-                    pause = await owner.pause(pause)
+        for some, nbytes in await Work(slices, cells, itemsizes, owner.ticket.buffer_bytes):
+            while len(self._in_flight) >= BUFFERS:
+                await self._settle()
+            owner.judge(await self._request.work(self._send, owner, receiver, some, nbytes))
 
-    def _send(self, number: int, cells: Sequence[Cell], tag: int, nbytes: int) -> Weights:
+    def _send(
+        self, owner: Owner, receiver: Receiver, cells: Sequence[Cell], nbytes: int
+    ) -> Weights:
         """Request a slice, and have the lane receive it. No cancellation comes between the two."""
-        owner = self._owners[number]
-        receiver = self._receivers[number]
         tensors = self._request.tensors
         numbers = owner.publication.numbers
+        tag = receiver.tag + 1
         boxes = tuple((numbers[x.name], x.src, x.box.extents) for x in cells)
-        request = SendSlice(owner.id, receiver.id, tag, nbytes, boxes)
         into = [part_of(tensors[x.name], x.box.start, x.box.extents) for x in cells]
         with torch.inference_mode(False):
             buffer = receiver.buffers[tag % BUFFERS][:nbytes]
+        lane = receiver.lane
+        assert lane is not None  # since `begin`
         try:
-            answer = owner.channel.ask(owner.address, request, Weights, owner.left)
+            request = SendSlice(owner.id, receiver.id, tag, nbytes, boxes)
+            answer = owner.ask_now(request)
             if answer.state == "held":
-                moving = receiver.lane.move(buffer, tag)
+                moving = lane.move(buffer, tag)
                 receiver.tag = tag
-                self._in_flight.append(_Slice(receiver, owner, tag, buffer, moving, into))
+                self._in_flight.append(_Slice(receiver, owner, moving, into))
             return answer
-        except BaseException as error:  # the owner may send the slice, which the next would take
+        except BaseException:  # the owner may send the slice, which the next pull would take
             receiver.release()
-            if isinstance(error, TransferTimeout):
-                owner.check()  # the better reason, if the time of the pull is over
             raise
 
     def then(self, call: Callable[[], object]) -> None:
@@ -206,10 +154,10 @@ class Incoming:
     async def end(self) -> None:
         """Leave all lanes; release those whose slices do not arrive any more."""
         try:
-            if self._receivers:
+            if self._acquired:
                 await self._request.work(self._leave)
         finally:
-            for receiver in self._receivers.values():
+            for receiver in self._acquired:
                 receiver.turn.release()
 
     def _leave(self) -> None:
@@ -219,22 +167,16 @@ class Incoming:
         for each in self._in_flight:
             if not each.moving.free.wait(max(0.0, until - monotonic())) or each.moving.error:
                 each.receiver.release()
-        buffers = [each for receiver in self._receivers.values() for each in receiver.buffers]
-        for device in {each.device for each in buffers if not each.is_cpu}:
-            torch.accelerator.current_stream(device.index).synchronize()
-
-    async def _empty(self, receiver: Receiver, tag: int) -> None:
-        """Wait until the bytes that lay in the staging buffer of a slice before were copied."""
-        before = receiver, tag - BUFFERS
-        while before in [(each.receiver, each.tag) for each in self._in_flight]:
-            await self._settle()
+        for device in {each.buffers[0].device for each in self._acquired}:
+            if device.type != "cpu":
+                torch.accelerator.current_stream(device.index).synchronize()
 
     async def _settle(self) -> None:
         """Wait until the oldest slice was copied and has landed, and no library touches it."""
         oldest = self._in_flight[0]
         await self._copy(oldest)
-        await self._await(oldest, oldest.moving.over)
-        await self._await(oldest, oldest.moving.free)
+        for event in (oldest.moving.over, oldest.moving.free):
+            await self._await(oldest, event)
         self._in_flight.popleft()
 
     async def _copy(self, slice: _Slice) -> None:
@@ -247,7 +189,7 @@ class Incoming:
     async def _await(self, slice: _Slice, event: Event) -> None:
         """Wait for an event of a slice, as long as the pull may and the weights stay."""
         last = monotonic()
-        while not await slice.moving.seen(event, _LOOK):
+        while not await slice.moving.seen(event, _WAIT):
             slice.owner.check()
             if monotonic() - last > _ASK:
                 await slice.owner.confirm()
@@ -257,39 +199,12 @@ class Incoming:
 def _unpack(slice: _Slice) -> None:
     """Copy a slice from its staging buffer, and make the calls that come after the copies."""
     slice.moving.follow(0.0)
-    device = slice.buffer.device
-    if device.type != "cpu":
-        slice.buffer.record_stream(torch.accelerator.current_stream(device.index))
-    packed = unpacked(slice.buffer, [(each.dtype, each.shape) for each in slice.into])
+    buffer = slice.moving.buffer
+    retain(buffer)
+    packed = unpacked(buffer, [(each.dtype, each.shape) for each in slice.into])
     copy_pairs([*zip(slice.into, packed, strict=True)])
     for call in slice.then:
         call()
-
-
-def slices(
-    cells: Sequence[Cell], itemsizes: Sequence[int], most: int
-) -> Iterator[tuple[list[Cell], int]]:
-    """Yield cells in slices, each with its packed bytes, which are at most ``most``; split larger
-    cells. ``itemsizes``: the bytes of an element of each cell."""
-    some = list[Cell]()
-    nbytes = 0
-    encoded = 0
-    for cell, itemsize in zip(cells, itemsizes, strict=True):
-        for part in split(cell, most // itemsize):
-            extents = part.box.extents
-            size = packed_bytes((prod(extents) * itemsize,))
-            message = box_bytes(len(extents))
-            full = nbytes + size > most or encoded + message > MOST_BOX_BYTES
-            if some and (full or len(some) == MOST_BOXES_OF_SLICE):
-                yield some, nbytes
-                some = []
-                nbytes = 0
-                encoded = 0
-            some.append(part)
-            nbytes += size
-            encoded += message
-    if some:
-        yield some, nbytes
 
 
 # ------------------------------------------------------------------------------------------------
@@ -318,12 +233,12 @@ class Copies:
         self._devices = request.devices
         self._tiled = any(map(tiled_on, request.devices))
         self._sources = dict[int, torch.Tensor]()  # in mapped memory, by the numbers of cells
-        self._terms = dict[int, Terms]()  # by the number of an owner that is not mapped
+        self._receivers = dict[int, Receiver]()  # by the number of an owner that is not mapped
         self._sums = BoxSums()
         # The ends of the batches in flight; streams that compute checksums after a batch's copy.
         self._in_flight = deque[list[Completion]]()
         self._streams = dict[torch.device, torch.Stream]()
-        self.incoming = Incoming(request, owners, self._terms)
+        self.incoming = Incoming(request, owners, self._receivers)
 
     async def open(self) -> None:
         """Map the memory of each owner, or connect to an owner that sends its weights.
@@ -340,31 +255,32 @@ class Copies:
                 )
                 self._sources.update(zip(cells, opened, strict=True))
             except Unsupported as error:
-                terms = Terms(self._device(cells), self._request.transport, str(error))
-                self._terms[number] = terms
-                await known.receiver(owner, terms)
+                terms = self._request.channel, self._device(cells), self._request.transport
+                receiver = self._receivers[number] = known.receiver(*terms)
+                receiver.why = str(error)
+                if not receiver.usable:
+                    await receiver.acquire(owner)
+                    receiver.turn.release()
 
     def _device(self, cells: Sequence[int]) -> torch.device:
         """Return the device of all tensors of these cells, or the host."""
         devices = {self._tensors[self.plan.cells[n].name].device for n in cells}
         return devices.pop() if len(devices) == 1 else torch.device("cpu")
 
-    async def explain(self) -> str:
+    def explain(self) -> str:
         """Return a line for each owner: how its weights cross, and why."""
         lines = list[str]()
         for number, owner in enumerate(self.owners):
-            how = "its memory is mapped"
-            if number in self._terms:
-                receiver = await owner.publication.receiver(owner, self._terms[number])
-                how = f"{receiver.transport.name} sends it through staging buffers: {receiver.why}"
+            receiver = self._receivers.get(number)
+            how = "its memory is mapped" if receiver is None else receiver.how
             lines.append(f"{owner.address}: {how}.")
         return "\n".join(lines)
 
     async def copy(self, batch: Batch) -> None:
         """Copy a batch. The copies and their checksums may be in flight afterwards."""
         sent = defaultdict[int, list[Cell]](list)
-        for piece in batch.pieces if self._terms else ():
-            if piece.copied and piece.cell.owner in self._terms:
+        for piece in batch.pieces if self._receivers else ():
+            if piece.copied and piece.cell.owner in self._receivers:
                 sent[piece.cell.owner].append(piece.cell)
         for number, some in sent.items():
             await self.incoming.request(number, some)
@@ -373,13 +289,9 @@ class Copies:
     def _copy_mapped(self, batch: Batch) -> None:
         """Copy the pieces of a batch that lie in mapped memory; compare it after its slices."""
         # With owners that send, tiles of the mapped ones would be a plan for each mixture.
-        rest = batch.pieces if self._terms else self._copy_tiles(batch)
-        pairs = [
-            self._pair(piece)
-            for piece in rest
-            if piece.copied and piece.cell.owner not in self._terms
-        ]
-        copy_pairs(pairs)
+        rest = batch.pieces if self._receivers else self._copy_tiles(batch)
+        mapped = [x for x in rest if x.copied and x.cell.owner not in self._receivers]
+        copy_pairs([self._pair(piece) for piece in mapped])
         self.incoming.then(partial(self._compare, batch))
 
     def _pair(self, piece: Piece) -> Pair:
@@ -398,40 +310,21 @@ class Copies:
 
     def _copy_tiles(self, batch: Batch) -> Sequence[Piece]:
         """Copy the pieces of a batch that tiles copy, and return the others."""
+        pieces = [piece for piece in batch.pieces if piece.copied]
         if not self._tiled:
-            return batch.pieces
-        sources = self._sources
-        read_at = [sources[piece.number].data_ptr() for piece in batch.pieces if piece.copied]
+            return pieces
+        read_at = [self._sources[piece.number].data_ptr() for piece in pieces]
         tiled = batch.tiled
         if tiled is None or tiled.read_at != read_at:
-            tiled = batch.tiled = self._in_tiles(batch, read_at)
-        for tiles in tiled.tiles:
-            tiles.issue()
+            tiles, left = tiles_of([self._pair(piece) for piece in pieces])
+            rest = [pieces[number] for number in left]
+            names = {piece.cell.name for piece in {*pieces}.difference(rest)}
+            tiled = batch.tiled = TiledPieces(read_at, tiles, names, rest)
+        for each in tiled.tiles:
+            each.issue()
         # As torch's own copies do: who publishes these tensors notices it.
         increment_version([self._tensors[name] for name in tiled.names])
         return tiled.rest
-
-    def _in_tiles(self, batch: Batch, read_at: list[int]) -> TiledPieces:
-        """Return the pieces of a batch in tiles, as far as tiles can copy them."""
-        tiles = list[Tiles]()
-        names = list[str]()
-        rest = list[Piece]()
-        fitting = defaultdict[torch.device, list[tuple[Piece, Pair]]](list)
-        for piece in batch.pieces:
-            device = self._tensors[piece.cell.name].device
-            if piece.copied and tiled_on(device) and fits_tiles(*(pair := self._pair(piece))):
-                fitting[device].append((piece, pair))
-            else:
-                rest.append(piece)
-        for some in fitting.values():
-            pieces, pairs = zip(*some, strict=True)
-            made = tiles_of(pairs)
-            if made is None:
-                rest += pieces
-            else:
-                tiles.append(made)
-                names += [piece.cell.name for piece in pieces]
-        return TiledPieces(read_at, tiles, names, rest)
 
     def _compare(self, batch: Batch) -> None:
         """Compute checksums of a batch after its copies, and wait for an earlier batch."""
@@ -486,122 +379,6 @@ class Copies:
 
 # ------------------------------------------------------------------------------------------------
 # Carry out a pull of weights, in the thread that calls.
-
-# Bytes that are copied and compared together. Between two kernels of tiles the link is idle for
-# some 30 us, and the checksums of the last batch are waited for.
-_BATCH = 2 << 30
-_PACED = 32 << 20  # the same with a rate, or on the host
-
-_referent = ref.__call__  # by `map`: without a step of Python for each
-
-_Plans: TypeAlias = Bounded[object, Plan]
-# By the facts of tensors, which have passed all checks: the plans of their pulls, by the owners'
-# descriptions.
-_known: Bounded[object, _Plans] = Bounded("checked destinations of weights", 16)
-
-
-class _Latest(NamedTuple):
-    """Parameters that passed all checks.
-
-    Attributes:
-        values: the tensors or `Parameter` of the mapping; weak.
-        forms: of the tensors, by `forms_of`.
-    """
-
-    values: list[ref[object]]
-    forms: object
-    plans: _Plans
-
-
-# By names: a pull into the very same objects compares a third of the facts.
-_latest: Bounded[tuple[str, ...], _Latest] = Bounded("latest destinations of weights", 16)
-
-
-class PullRequest:
-    """The arguments of a pull, which it checks.
-
-    Raises `InvalidTerms` or `LayoutError` for wrong ones.
-
-    Attributes:
-        tensors: of the parameters, by name.
-        devices: of the tensors.
-        plans: the plans of pulls into tensors with these facts.
-        until: the time at which the pull ends.
-        batch: the bytes of a batch.
-        began: the beginning of the pull's span.
-    """
-
-    def __init__(
-        self,
-        channel: Channel,
-        tickets: bytes | Sequence[bytes],
-        parameters: Parameters,
-        some: bool,
-        max_gbps: float | None,
-        timeout: float | None,
-        transport: str | None,
-        wait: bool = True,
-    ) -> None:
-        self.timeout = seconds("timeout", timeout, above=True, optional=True)
-        self.until = time.monotonic() + self.timeout
-        self.channel = instance("channel", channel, Channel)
-        self.some = flag("some", some)
-        self.parameters, self.tensors, self.plans = _checked_destinations(parameters)
-        self.rate = None if max_gbps is None else rate("max_gbps", max_gbps)
-        self.devices = frozenset({tensor.device for tensor in self.tensors.values()})
-        if any(map(capturing, self.devices)):
-            raise refuse_capture("Pulling weights", "processes exchange messages; do it before")
-        device = next((x.device for x in self.tensors.values()), torch.device("cpu"))
-        check_transport(transport, device)
-        self.transport = transport
-        self.tickets = _check_tickets(tickets)
-        on_host = any(device.type == "cpu" for device in self.devices)
-        self.batch = _PACED if self.rate or on_host else _BATCH
-        self.wait = flag("wait", wait)
-        self.began = tracing.begin()
-        devices = [device for device in self.devices if device.type != "cpu"]
-        streams = [torch.accelerator.current_stream(device.index) for device in devices]
-        #: The caller's, or private ones if the caller does not wait.
-        self._streams = streams if self.wait else [follower(device) for device in devices]
-
-    def work(self, call: Callable[..., T], *arguments: object) -> Work[T]:
-        """Return work of the pull, for which the pull's streams are current."""
-        if self._streams:
-            return Work(self._on_streams, partial(call, *arguments))
-        return Work(call, *arguments)
-
-    def _on_streams(self, call: Callable[[], T]) -> T:
-        with on_streams(self._streams):
-            return call()
-
-
-def _checked_destinations(
-    parameters: Parameters,
-) -> tuple[Parameters, dict[str, torch.Tensor], _Plans]:
-    """Return parameters that can be filled, their tensors, and the plans of pulls into tensors with
-    the same facts.
-
-    Parameters with the facts of others that passed all checks are not checked again.
-    """
-    if not isinstance(parameters, Mapping):
-        raise invalid("parameters", "a mapping of names to tensors", parameters)
-    parameters = dict(parameters.items())  # once: another mapping may make tensors
-    names = tuple(parameters)
-    latest = _latest.get(names)
-    if latest is not None and all(map(is_, map(_referent, latest.values), parameters.values())):
-        tensors = tensors_of(parameters)
-        if forms_of([*tensors.values()]) == latest.forms:
-            return parameters, tensors, latest.plans
-    facts = facts_of(parameters)
-    plans = None if facts is None else _known.get(facts)
-    if plans is None:
-        check_destinations(named("parameters", parameters))
-        plans = _Plans("plans of weights", 4)
-    if facts is not None:
-        plans = _known.setdefault(facts, plans)
-        values: list[ref[object]] = [ref(value) for value in parameters.values()]
-        _latest[names] = _Latest(values, facts[1], plans)
-    return parameters, tensors_of(parameters), plans
 
 
 async def pull(request: PullRequest) -> int:
@@ -674,8 +451,7 @@ async def _together(coroutines: Sequence[Coroutine[Any, Any, None]]) -> None:
 
 async def opened(request: PullRequest) -> Copies:
     """Return the copies of a pull, for which all owners are open."""
-    terms = request.channel, request.timeout, request.until, request.work
-    owners = [Owner(*terms, ticket) for ticket in request.tickets]
+    owners = [Owner(request, ticket) for ticket in request.tickets]
     await _together([owner.open() for owner in owners])
     # By the facts of both sides.
     digests = tuple(owner.publication.digest for owner in owners)
@@ -697,29 +473,12 @@ def _make_plan(request: PullRequest, owners: Sequence[Owner]) -> Plan:
     return plan_of(cells, described, itemsizes, request.batch, wanted_sums)
 
 
-def _check_tickets(tickets: bytes | Sequence[bytes]) -> Sequence[bytes]:
-    """Return the tickets as a list; raise `InvalidTerms` for other arguments and for an empty
-    list."""
-    do = "Pass Published.ticket."
-    if isinstance(tickets, bytes | str | bytearray | memoryview):
-        return [carried("tickets", tickets, do)]
-    if not items("tickets", tickets, "tickets"):
-        raise invalid("tickets", "one ticket or more", tickets, do)
-    if not isinstance(tickets, Sequence):
-        raise invalid("tickets", "bytes, or a list of them", tickets, do)
-    return [carried(f"tickets[{number}]", one, do) for number, one in enumerate(tickets)]
-
-
 _AT_ONCE = 4  # pulls at the same time whose callers do not wait
-
-#: The turns of these pulls, by runtime; a forked process has another.
-_turns: Bounded[Runtime, Limit] = Bounded("turns of pulls of weights", 1)
 
 
 async def _in_turn(request: PullRequest) -> int:
     """Pull weights after earlier pulls whose callers do not wait."""
-    here = runtime()
-    turn = _turns.get_or_make(here, partial(Limit, here, _AT_ONCE))
+    turn = shared_limit("pulls of weights", _AT_ONCE)
     await turn.acquire()
     try:
         return await WEIGHTS.pull(request.began, pull, request)
@@ -868,4 +627,4 @@ def prepare_weights(
 
 async def _explained(request: PullRequest) -> str:
     copies = await opened(request)
-    return await copies.explain()
+    return copies.explain()

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from functools import partial
 from itertools import compress
 from operator import attrgetter, ne
 from weakref import WeakSet
@@ -15,10 +14,10 @@ from msgspec import msgpack
 from portakv.errors import LayoutError
 from portakv.migrate.checksum import box_checksums
 from portakv.runtime.bounded import Bounded
-from portakv.tasks import Limit, TaskGroup, Work, runtime
+from portakv.tasks import Limit, TaskGroup, runtime
 from portakv.weights.parameters import Box, Item, Parameter, forms_of, part_of
 
-#: How often the checksums were forgotten, the version, and the encoded boxes; all boxes: none.
+#: How often the checksums were forgotten, the version, and the encoded boxes that are numbered.
 _Key = tuple[int, int, bytes]
 
 _version_of: Callable[[torch.Tensor], int] = attrgetter("_version")
@@ -63,13 +62,19 @@ class Versioned:
         then = zip(*self._memory, strict=True)
         return next(compress(self._names, map(ne, now, then)), None)
 
-    def boxes(self) -> Iterator[tuple[str, torch.Tensor, Box]]:
-        """Yield each box of each item, with its tensor and the first name of its memory."""
-        parameters = {**self.parameters}
-        for name, item in self.items.items():
-            if name in parameters:  # else the publication was closed
-                for box in item.boxes:
-                    yield item.tie, parameters[name].tensor, box
+    def boxes(
+        self, numbered: Sequence[tuple[int, Box]] = ()
+    ) -> Iterator[tuple[str, torch.Tensor, Box]]:
+        """Yield boxes of numbered items, each with the first name of its memory and its tensor.
+
+        Without a number: each box of each item, in order. Raises as `numbered`.
+        """
+        items = [*self.items.values()]
+        if not numbered and self.parameters:  # else the publication was closed
+            numbered = [(n, box) for n, item in enumerate(items) for box in item.boxes]
+        tensors = self.numbered(number for number, _ in numbered)
+        for (number, box), tensor in zip(numbered, tensors, strict=True):
+            yield items[number].tie, tensor, box
 
     def numbered(self, numbers: Iterable[int]) -> list[torch.Tensor]:
         """Return the tensors of numbered items; raise `LayoutError` for a wrong number."""
@@ -103,52 +108,36 @@ class Checksums:
         # Empty while a helper computes them, and if the weights have changed meanwhile.
         self._known = Bounded[_Key, list[int] | Exception]("known checksums of weights", _MOST)
 
-    def all(self, version: int) -> list[int] | None:
-        """Return the checksums of all boxes of all items; None: a helper computes them.
+    def of(self, version: int, numbered: Sequence[tuple[int, Box]] = ()) -> list[int] | None:
+        """Return the checksums of boxes of numbered items, or of all boxes of all items in order.
 
-        Raises the error of the computation.
+        None: a helper computes them. Raises the error of the computation, such as `LayoutError` for
+        a wrong number.
         """
-        return self._of(version, b"", partial(self._compute, version))
-
-    def of(self, numbered: Sequence[tuple[int, Box]], version: int) -> list[int] | None:
-        """Return the checksums of boxes of numbered items; None: a helper computes them.
-
-        Raises the error of the computation, and `LayoutError` for a wrong number.
-        """
-        tensors = self._weights.numbered(number for number, _ in numbered)
-        boxes = [(tensor, box) for tensor, (_, box) in zip(tensors, numbered, strict=True)]
-        return self._of(version, msgpack.encode(numbered), partial(checksums, boxes))
-
-    def _of(self, version: int, name: bytes, make: Callable[[], list[int]]) -> list[int] | None:
-        """Return checksums that ``make`` computes in a helper; None: they are not there yet."""
-        key = self._forgotten, version, name
+        key = self._forgotten, version, msgpack.encode(numbered)
         if key not in self._known and len(self._tasks) < _MOST:
             self._known[key] = []
-            self._tasks.start(self._make(key, make))
+            self._tasks.start(self._make(key, numbered))
         sums = self._known.get(key)
         if isinstance(sums, Exception):
             del self._known[key]
             raise sums
         return sums or None
 
-    async def _make(self, key: _Key, make: Callable[[], list[int]]) -> None:
-        await self._turn.acquire()
+    async def _make(self, key: _Key, numbered: Sequence[tuple[int, Box]]) -> None:
         try:
-            self._known[key] = await Work(make)
+            self._known[key] = await self._turn.work(self._compute, key[1], numbered)
         except Exception as error:  # whoever requested them gets it
             self._known[key] = error
-        finally:
-            self._turn.release()
 
-    def _compute(self, version: int) -> list[int]:
-        """Return all checksums, each memory's computed once; none if no pull can use them."""
-        weights = self._weights
-        if weights.version() != version:
+    def _compute(self, version: int, numbered: Sequence[tuple[int, Box]]) -> list[int]:
+        """Return checksums, each memory's computed once; none if no pull can use them."""
+        if self._weights.version() != version:
             return []
         places = list[int]()
         numbers = dict[object, int]()
         boxes = list[tuple[torch.Tensor, Box]]()
-        for tie, tensor, box in weights.boxes():
+        for tie, tensor, box in self._weights.boxes(numbered):
             number = numbers.setdefault((tie, box), len(boxes))
             places.append(number)
             if number == len(boxes):

@@ -3,30 +3,24 @@
 
 from __future__ import annotations
 
+import threading
 import time
+from collections.abc import Sequence
 from secrets import token_bytes
 
 import pytest
 import torch
 from msgspec import msgpack
 from msgspec.structs import replace
+from support.waits import LIMIT
 from support.weight_cases import Channels, make_channels
 
 from portakv.errors import PeerError
 from portakv.migrate.channel import Channel
 from portakv.migrate.messages import unsealed
-from portakv.weights import publish
-from portakv.weights.owner import (
-    Connect,
-    Connected,
-    OfLane,
-    SendSlice,
-    Weights,
-    WeightsTicket,
-    pack,
-    packed_bytes,
-    unpacked,
-)
+from portakv.weights import lanes, publish
+from portakv.weights.lanes import pack, packed_bytes, unpacked
+from portakv.weights.messages import Connect, OfLane, SendSlice, Weights, WeightsTicket
 
 channels = pytest.fixture(make_channels)
 
@@ -46,10 +40,12 @@ def test_what_a_strange_reader_sends_is_refused(channels: Channels) -> None:
     one = channels()
     with pytest.raises(PeerError, match="Expected a lane"):
         one.ask(address, SendSlice(id, lane, 1, 16, ((0, (0,), (4,)),)), Weights)
-    assert one.ask(address, Connect(token_bytes(16), lane, "distributed"), Connected).gone
-    assert one.ask(address, Connect(id, lane, "distributed", "cpu x"), Connected).buffer_bytes
+    assert ticket.buffer_bytes == SLICE
+    gone = one.ask(address, Connect(token_bytes(16), lane, "distributed", "cpu x"), Weights)
+    assert gone.state == "gone"
+    one.ask(address, Connect(id, lane, "distributed", "cpu x"), Weights)
     with pytest.raises(PeerError, match="lanes of a reader"):
-        one.ask(address, Connect(id, lane, "distributed", "cpu x"), Connected)
+        one.ask(address, Connect(id, lane, "distributed", "cpu x"), Weights)
     for tag, nbytes in ((0, 16), (2, 16), (1, 0), (1, SLICE + 1)):
         with pytest.raises(PeerError, match="Expected slice 1"):
             one.ask(address, SendSlice(id, lane, tag, nbytes, ((0, (0,), (4,)),)), Weights)
@@ -61,18 +57,44 @@ def test_what_a_strange_reader_sends_is_refused(channels: Channels) -> None:
     for boxes in (((5, (0,), (4,)),), ((0, (SLICE // 4 - 1,), (4,)),), ((0, (0,), (5,)),)):
         lane = token_bytes(16)
         one = channels()
-        one.ask(address, Connect(id, lane, "distributed", "cpu x"), Connected)
+        one.ask(address, Connect(id, lane, "distributed", "cpu x"), Weights)
         assert one.ask(address, SendSlice(id, lane, 1, 16, boxes), Weights).state == "held"
         with pytest.raises(PeerError, match="could not pack"):
             ask_until_refused(one, address, SendSlice(id, lane, 2, 16, boxes))
     owner.close()
 
 
+def test_a_reader_has_as_many_slices_under_way_as_there_are_buffers(
+    channels: Channels, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The owner takes no further request until it has packed one."""
+    go_on = threading.Event()
+
+    def hang(full: torch.Tensor, parts: Sequence[torch.Tensor]) -> None:
+        go_on.wait(LIMIT)
+        pack(full, parts)
+
+    monkeypatch.setattr(lanes, "pack", hang)
+    owner = publish(channels(), {"w": torch.zeros(SLICE // 4, dtype=torch.int32)}, staging=LITTLE)
+    ticket = unsealed(owner.ticket, WeightsTicket)
+    assert ticket is not None
+    lane = token_bytes(16)
+    one = channels()
+    one.ask(ticket.address, Connect(ticket.id, lane, "distributed", "cpu x"), Weights)
+    for tag in range(1, 5):
+        request = SendSlice(ticket.id, lane, tag, 16, ((0, (0,), (4,)),))
+        assert one.ask(ticket.address, request, Weights).state == "held"
+    with pytest.raises(PeerError, match="Expected slice 5"):
+        one.ask(ticket.address, replace(request, tag=5), Weights)
+    go_on.set()
+    owner.close()
+
+
 def ask_until_refused(channel: Channel, address: str, request: SendSlice) -> None:
-    """Request slices until the owner refuses one."""
-    for tag in range(request.tag, request.tag + 4):
-        while channel.ask(address, replace(request, tag=tag), Weights).state == "busy":
-            time.sleep(1e-3)
+    """Request slices until the owner refuses one; it takes some at a time."""
+    for tag in range(request.tag, request.tag + 3):
+        channel.ask(address, replace(request, tag=tag), Weights)
+        time.sleep(0.3)
 
 
 def test_packed_boxes_are_aligned() -> None:

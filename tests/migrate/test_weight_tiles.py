@@ -17,7 +17,7 @@ from support.weight_cases import Channels, make_channels, shared
 from portakv.errors import TransferError, Unsupported
 from portakv.weights import Parameter, plan, publish, pull_weights
 from portakv.weights import pull as weight_mapped
-from portakv.weights.plan import TILES, Tiles, cut, fits_tiles, tiles_of
+from portakv.weights.plan import TILES, Tiles, cut, fits_tiles
 from portakv.weights.versions import Versioned
 
 channels = pytest.fixture(make_channels)
@@ -46,8 +46,7 @@ def test_tiles_copy_tensors_of_several_sizes_again_and_again() -> None:
     sizes = [512, 4096, 70_144, 131_072, 512 * 3]
     sources = [torch.randint(0, 255, (n,), dtype=torch.uint8) for n in sizes]
     local = [torch.zeros_like(x) for x in sources]
-    tiles = tiles_of([*zip(local, sources, strict=True)])
-    assert tiles is not None
+    tiles = Tiles([*zip(local, sources, strict=True)])
     for round in range(4):
         for x in sources:
             x.add_(round)
@@ -75,7 +74,8 @@ def tiled_host(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         assert callable(original)
         original(tiles)
 
-    monkeypatch.setattr(weight_mapped, "tiled_on", lambda device: True)
+    for module in (plan, weight_mapped):
+        monkeypatch.setattr(module, "tiled_on", lambda device: True)
     monkeypatch.setattr(Tiles, "issue", issue)
     return issued
 

@@ -41,7 +41,8 @@ from portakv.migrate.channel import Channel
 from portakv.migrate.messages import unsealed
 from portakv.migrate.shared_memory import shared_empty
 from portakv.weights import versions
-from portakv.weights.owner import AskWeights, Weights, WeightsTicket, publish
+from portakv.weights.messages import AskWeights, Weights, WeightsTicket
+from portakv.weights.owner import publish
 from portakv.weights.parameters import Box, Parameter
 from portakv.weights.plan import copy_pairs
 from portakv.weights.pull import pull_weights
@@ -306,7 +307,7 @@ def test_parts_of_many_tensors_are_verified_by_several_requests(channels: Channe
     between.requested.clear()
     again = {str(i): torch.zeros(4, 6, dtype=torch.int32) for i in range(300)}
     assert pull_weights(between, owner.ticket, again) == whole.nbytes
-    assert [x.what for x in between.requested] == ["sums"]
+    assert not between.requested, "they came with the begin"
     owner.close()
 
 

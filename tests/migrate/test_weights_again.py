@@ -30,9 +30,10 @@ from support.weight_cases import (
 from portakv.errors import LayoutError, OfferGone, PeerError
 from portakv.tasks import TaskGroup, runtime
 from portakv.weights import Parameter, prepare_weights, publish, pull_weights, versions
-from portakv.weights.owner import Weights, publications
+from portakv.weights.messages import Weights
 from portakv.weights.parameters import Box, items_of
 from portakv.weights.plan import copy_pairs
+from portakv.weights.sources import publications
 from portakv.weights.versions import Checksums, Versioned, checksums
 
 T = TypeVar("T")
@@ -227,12 +228,12 @@ def test_checksums_in_progress_are_not_used_after_they_were_refused(
     with closing_tasks() as tasks:
         sums = Checksums(weights, tasks)
         version = weights.version()
-        assert sums.all(version) is None
+        assert sums.of(version) is None
         assert computed.wait(LIMIT)
         tensor.numpy()[:] = 7
         sums.forget()
         go_on.set()
-        assert repeated(lambda: sums.all(version)) == checksums([(tensor, Box((0,), (0,), (4,)))])
+        assert repeated(lambda: sums.of(version)) == checksums([(tensor, Box((0,), (0,), (4,)))])
 
 
 def test_checksums_of_another_version_are_not_computed() -> None:
@@ -243,10 +244,10 @@ def test_checksums_of_another_version_are_not_computed() -> None:
         sums = Checksums(weights, tasks)
         old = weights.version()
         tensor.fill_(7)
-        assert sums.all(old) is None
+        assert sums.of(old) is None
         repeated(lambda: not len(tasks) or None)
-        assert sums.all(old) is None
-        assert repeated(lambda: sums.all(weights.version()))
+        assert sums.of(old) is None
+        assert repeated(lambda: sums.of(weights.version()))
 
 
 def test_checksums_of_parts_are_not_used_after_they_were_refused() -> None:
@@ -256,11 +257,11 @@ def test_checksums_of_parts_are_not_used_after_they_were_refused() -> None:
     boxes = [(0, box)]
     with closing_tasks() as tasks:
         sums = Checksums(weights_of(tensor), tasks)
-        sums.of(boxes, 0)
+        sums.of(0, boxes)
         repeated(lambda: not len(tasks) or None)
         tensor.numpy()[:] = 7
         sums.forget()
-        assert repeated(lambda: sums.of(boxes, 0)) == checksums([(tensor, box)])
+        assert repeated(lambda: sums.of(0, boxes)) == checksums([(tensor, box)])
 
 
 def repeated(request: Callable[[], T | None]) -> T:

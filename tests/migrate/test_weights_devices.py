@@ -24,9 +24,8 @@ from portakv.migrate.channel import Channel
 from portakv.migrate.staging import staging
 from portakv.migrate.transports import TRANSPORTS
 from portakv.runtime.devices import inside
-from portakv.weights import owner as weight_receiver
-from portakv.weights import prepare_weights, publish, pull_weights
-from portakv.weights.owner import pack
+from portakv.weights import lanes, prepare_weights, publish, pull_weights, sources
+from portakv.weights.lanes import pack
 from portakv_conformance import simdev
 
 channels = pytest.fixture(make_channels)
@@ -74,14 +73,14 @@ def test_host_staging_serves_two_kinds_of_device_and_one_device(
     kinds: str,
 ) -> None:
     """Buffers on the host are pinned for tensors of a device."""
-    pinned = dict[str, bool]()
-    for side in (weight_receiver, weight_receiver):
+    pinned = list[bool]()
 
-        def made(*args: Any, name: str = side.__name__, **terms: Any) -> torch.Tensor:
-            memory = staging(*args, **terms)
-            pinned[name] = memory.is_pinned()
-            return memory
+    def made(*args: Any, **terms: Any) -> torch.Tensor:
+        memory = staging(*args, **terms)
+        pinned.append(memory.is_pinned())
+        return memory
 
+    for side in (lanes, sources):
         monkeypatch.setattr(side, "staging", made)
     cpu = torch.device("cpu")
     there = cpu if kinds.startswith("host") else accelerator
@@ -96,10 +95,7 @@ def test_host_staging_serves_two_kinds_of_device_and_one_device(
             change(remote, turn)
         pull_weights(channel, owner.ticket, local)
         assert equal(local, remote)
-    assert pinned == {
-        weight_receiver.__name__: there != cpu,
-        weight_receiver.__name__: here != cpu,
-    }
+    assert pinned == [there != cpu, here != cpu]
     owner.close()
 
 
@@ -158,7 +154,7 @@ def changes_are_noticed(
             delay()
         pack(full, parts)
 
-    monkeypatch.setattr(weight_receiver, "pack", slow)
+    monkeypatch.setattr(lanes, "pack", slow)
     remote = weights(there)
     local = zeros(here)
     owner = publish(channels(), remote, staging=LITTLE, expose="staging")

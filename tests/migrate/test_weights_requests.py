@@ -16,11 +16,13 @@ from portakv.errors import InvalidTerms, OfferGone, PeerError, TransferError, Tr
 from portakv.migrate.channel import Channel
 from portakv.tasks import Work
 from portakv.weights import publish, pull, pull_weights
-from portakv.weights.owner import AskWeights, Owner
+from portakv.weights.messages import END, AskWeights
 from portakv.weights.plan import copy_pairs
+from portakv.weights.sources import Owner
 from portakv.weights.versions import Versioned
 
 channels = pytest.fixture(make_channels)
+LISTED = 2  # an item and its region; checksums come after them
 
 
 class Followed(Channel):
@@ -59,7 +61,7 @@ def test_a_later_pull_makes_two_requests(channels: Channels, followed: Followed)
     owner, source, into = known(channels, followed)
     followed.asked.clear()
     pull_weights(followed, owner.ticket, {"w": into})
-    assert [(x.what, x.begin) for x in followed.asked] == [("sums", True), ("items", False)]
+    assert [(x.first, x.begin) for x in followed.asked] == [(LISTED, True), (END, False)]
     with owner.update():
         source.fill_(5)
     pull_weights(followed, owner.ticket, {"w": into})
@@ -156,14 +158,14 @@ def test_checksums_that_are_not_computed_yet_are_requested_later(
     """The copies do not wait for the owner's worker."""
     owner, source, into = known(channels, followed)
     go_on = threading.Event()
-    numbered = Versioned.boxes
+    listed = Versioned.boxes
 
-    def boxes(self: Versioned) -> Any:
+    def boxes(self: Versioned, numbered: Any = ()) -> Any:
         assert go_on.wait(LIMIT)
-        return numbered(self)
+        return listed(self, numbered)
 
     def before(message: AskWeights) -> None:
-        if message.what == "sums" and not message.begin:
+        if message.first == LISTED and not message.begin:
             assert into.eq(5).all(), "they were copied before"
             go_on.set()
 

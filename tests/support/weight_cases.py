@@ -15,7 +15,7 @@ from portakv.errors import TransferError
 from portakv.migrate.channel import Channel
 from portakv.tasks import Work
 from portakv.weights import pull as weight_copy
-from portakv.weights.owner import AskWeights, SendSlice
+from portakv.weights.messages import END, AskWeights, SendSlice
 from portakv.weights.plan import copy_pairs
 
 Array: TypeAlias = npt.NDArray[Any]
@@ -62,7 +62,7 @@ class Between(Channel):
 
     def ask(self, address: str, requested: Any, kind: Any, *arguments: Any, **named: Any) -> Any:  # type: ignore[override]
         sums = isinstance(requested, AskWeights) and (
-            bool(requested.boxes) or requested.what == "sums"
+            bool(requested.boxes) or (0 < requested.first < END and not requested.begin)
         )
         if sums and not self.requested:
             self.before()

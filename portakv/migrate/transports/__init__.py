@@ -3,10 +3,13 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
+
 import torch
 
 from portakv.arguments import shown
 from portakv.errors import BackendUnavailable, InvalidTerms
+from portakv.migrate.shared_memory import where
 from portakv.migrate.transports.base import Transport
 from portakv.selection import Catalog, Decision, Kind, select
 
@@ -94,3 +97,18 @@ def choose(device: torch.device, name: str | None = None) -> Transport:
     transport = selected.value
     transport.why = selected.why + ("; it was requested by name" if wanted else "")
     return transport
+
+
+def choose_between(device: torch.device, remote: str, name: str | None = None) -> Transport:
+    """Return the transport for buffers between a device and an owner's device, or on the host.
+
+    Args:
+        remote: the owner's device, by `shared_memory.where`.
+
+    Raises as `choose` on the host.
+    """
+    # Another device of the same type: NCCL does not serve two processes on one.
+    if remote.partition(" ")[0] == device.type and remote != where(device):
+        with suppress(BackendUnavailable):
+            return choose(device, name)
+    return choose(torch.device("cpu"), name)

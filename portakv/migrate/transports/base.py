@@ -40,10 +40,12 @@ from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
-from functools import partial
+from functools import cache, partial
 from math import inf
+from queue import SimpleQueue
 from time import monotonic, sleep
 from typing import TYPE_CHECKING, Any
+from weakref import WeakSet
 
 import torch
 
@@ -54,7 +56,7 @@ from portakv.runtime.devices import refuse_fork, this_process
 from portakv.runtime.resources import start_thread
 from portakv.runtime.transfer import event_pool
 from portakv.runtime.worker import EXIT_SECONDS
-from portakv.tasks import Signal, Wait, runtime
+from portakv.tasks import Wait, runtime
 
 if TYPE_CHECKING:
     from portakv.migrate.channel import Channel, Peer
@@ -242,11 +244,10 @@ class Lane(ABC):
         self._moving = set[Moving]()
         # As many as have their turns together: the next one's turn begins after the first of them.
         self._last = deque[Moving](maxlen=self.width)
-        self._jobs = deque[Any]()  # for the threads of the lane; None: the lane is closed
-        self._more = Signal(runtime())
+        self.jobs = SimpleQueue[Any]()  # for the threads of the lane; None: the lane is closed
         self._turn = threading.Lock()
         self.order = threading.Lock()  # buffers are queued one at a time
-        named: Any = {"target": self._run, "name": "portakv-transport", "daemon": True}
+        named: Any = {"target": self._work, "name": "portakv-transport", "daemon": True}
         self.threads = [threading.Thread(**named) for _ in range(self.width)]
         for thread in self.threads:
             start_thread(thread, PeerError)
@@ -294,17 +295,7 @@ class Lane(ABC):
 
     def queue(self, moving: Moving, ready: torch.Event | None, tag: int) -> None:
         """Have a thread of the lane carry a buffer, after earlier buffers."""
-        self.put((moving, ready, tag))
-
-    def put(self, job: Any) -> None:
-        """Give the threads of the lane a job."""
-        self._jobs.append(job)
-        with runtime().lock:
-            self._more.notify()
-
-    def has_job(self, seconds: float | None = None) -> bool:
-        """Wait for a job, at most some seconds; return False if there is none by then."""
-        return bool(self._jobs) or self._more.block(lambda: self._jobs, seconds)
+        self.jobs.put((moving, ready, tag))
 
     def _admit(self, buffer: torch.Tensor) -> Moving:
         """Return a buffer in flight, which ends with this lane at the latest."""
@@ -337,7 +328,7 @@ class Lane(ABC):
             for moving in left:
                 moving.end(error, untouched)
             for _ in self.threads:
-                self.put(None)
+                self.jobs.put(None)
 
     def release(self, error: Exception) -> None:
         """Close the lane to a peer that is gone, or that has released it: it gets no message."""
@@ -361,16 +352,9 @@ class Lane(ABC):
             with suppress(ValueError):  # later buffers have taken its place
                 self._last.remove(moving)
 
-    def _run(self) -> None:
-        """Work in a thread of the lane, and report its end to the transport."""
-        try:
-            self._work()
-        finally:
-            self.transport.end_thread()
-
     def _work(self) -> None:
         """Carry buffers until the lane is closed."""
-        while self._turn.acquire() and self.has_job() and (job := self._jobs.popleft()):
+        while self._turn.acquire() and (job := self.jobs.get()):
             moving = job[0]
             carrying = self.carry(*job)
             holds_turn = True
@@ -424,9 +408,7 @@ class Transport(ABC):
         self.lanes = dict["str | Peer", Any]()
         self.lock = threading.Lock()
         self._threads = list[threading.Thread]()  # also of lanes that were closed
-        self._running = 0  # threads that have not reported their end
-        self._closed = False
-        atexit.register(self.close, EXIT_SECONDS)
+        _at_exit().add(self)
 
     @classmethod
     @abstractmethod
@@ -448,11 +430,7 @@ class Transport(ABC):
         with self.lock:
             if (lane := self.lanes.get(other)) is not None:
                 return lane
-            if self._closed:
-                self._closed = False
-                atexit.register(self.close, EXIT_SECONDS)
             lane = self.lanes[other] = self.kind(self, channel, other)
-            self._running += len(lane.threads)
             self._threads = [x for x in self._threads if x.is_alive()] + lane.threads
         gone = partial(lane.release, gone_peer(other))
         try:
@@ -480,23 +458,21 @@ class Transport(ABC):
         the process.
         """
         if self._process.forked:  # it has no thread, and perhaps a lock that no thread releases
-            atexit.unregister(self.close)
             return
         for lane in [*self.lanes.values()]:
             lane.release(released_peer(lane.key))
         for thread in self._threads:
             thread.join(patience)
-        with self.lock:
-            self._closed = True
-            self._let_go()
 
-    def end_thread(self) -> None:
-        """Note the end of a thread of a lane, which calls this last."""
-        with self.lock:
-            self._running -= 1
-            self._let_go()
 
-    def _let_go(self) -> None:
-        """Retain the transport for the end of the interpreter no longer, after its last thread."""
-        if self._closed and not self._running:
-            atexit.unregister(self.close)
+@cache
+def _at_exit() -> WeakSet[Transport]:
+    """Return the transports that are closed at exit. The threads of a lane retain its transport."""
+    transports = WeakSet[Transport]()
+
+    def close() -> None:
+        for transport in [*transports]:
+            transport.close(EXIT_SECONDS)
+
+    atexit.register(close)
+    return transports

@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 from datetime import timedelta
 from functools import partial
+from queue import Empty
 from secrets import token_hex
 from typing import TYPE_CHECKING, Any
 
@@ -31,7 +32,6 @@ from portakv.migrate.transports.base import Lane, Moving, Transport
 from portakv.runtime.devices import inside
 from portakv.runtime.resources import free, raise_limit_if_few, reason
 from portakv.runtime.streams import ignore_captures_elsewhere, own_stream
-from portakv.runtime.worker import EXIT_SECONDS
 
 if TYPE_CHECKING:
     from portakv.migrate.channel import Channel, Peer
@@ -160,11 +160,10 @@ class DevicePair(Pair):
 
     def __init__(self, transport: Transport, channel: Channel, key: str | Peer) -> None:
         self.stream = own_stream(transport.device)  # a receive may hold it up for long
-        self._flying = deque[tuple[Moving, torch.Event]]()  # issued, and not ended
-        self._since = 0.0  # when the first of them became the first
-        self._asks = 0.0  # when the owner gets the next question, if nothing landed
-        self._waiting = 0  # buffers that the thread is to issue
-        self._connected = False  # a buffer has landed
+        #: Buffers that were issued and have not ended; without an event: one that could not be.
+        self._flying = deque[tuple[Moving, torch.Event | None]]()
+        self._since = 0.0  # when the first of them became the first, or the owner was asked
+        self._connected = False  # a buffer has landed, and the thread has none to issue
         super().__init__(transport, channel, key)
 
     def cut(self) -> bool:
@@ -173,100 +172,101 @@ class DevicePair(Pair):
         self.named.set()
         return False
 
+    def queue(self, moving: Moving, ready: torch.Event | None, tag: int) -> None:
+        """Issue a buffer, or have the thread issue it; one caller at a time."""
+        if not self._connected:
+            self.jobs.put(partial(self._issue, moving, ready, tag))
+            return
+        self._issue(moving, ready, tag)
+        if len(self._flying) == 1:  # the thread may sleep until there is a job
+            self.jobs.put(bool)
+
+    def _issue(self, moving: Moving, ready: torch.Event | None, tag: int) -> None:
+        """Put a buffer on the stream, after the event ``ready`` and earlier buffers."""
+        if not self._flying:
+            self._since = time.monotonic()
+        try:
+            group = self.join(moving)
+            call = group.recv if self.address else group.send
+            with inside(self.stream):
+                if ready is not None:
+                    ready.wait(self.stream)
+                buffer = moving.buffer.view(-1).view(torch.uint8)
+                call([buffer], self.other, tag).wait()  # only the lane's stream waits
+                event = self.stream.record_event()
+            self._flying.append((moving, event))
+            moving.issue(event)
+        except Exception as caught:  # whatever failed, later buffers would take its bytes
+            error = self.failure(moving, caught)
+            moving.end(error)
+            self._flying.append((moving, None))  # it is free after the buffers before it
+            self.close(error)
+
+    # --- in the thread
+
     def _work(self) -> None:
         """Do the jobs of the lane and end buffers, until the lane is closed."""
         ignore_captures_elsewhere(self.transport.device)
-        closed = False
-        while not (closed and self._is_idle()):
-            if self.has_job(self._pause() if self._flying else None):
-                job = self._jobs.popleft()
-                if job is None:
-                    closed = True
-                else:
-                    job()
-                del job
+        while self.gone is None or not self._is_idle():
+            self._do_job()
             self._end_landed()
         self.leave()
+
+    def _do_job(self) -> None:
+        """Do a job, or wait for the next look at the first buffer. A closed lane has a last job."""
+        pause = None
+        if self._flying:
+            pause = min(max(SHORTEST, (time.monotonic() - self._since) / 8), 1e-3)
+        with suppress(Empty):
+            job = self.jobs.get(timeout=pause)
+            if job is not None:
+                job()
 
     def _is_idle(self) -> bool:
         """Return True if no buffer is in flight, and no caller issues one."""
         with self.order:
             return not self._flying
 
-    def queue(self, moving: Moving, ready: torch.Event | None, tag: int) -> None:
-        """Issue a buffer, or have the thread issue it; one caller at a time."""
-        if self._waiting or not self._connected:
-            self._waiting += 1
-            self.put(partial(self._issue_later, moving, ready, tag))
-            return
-        try:
-            self._issue(moving, ready, tag)
-        except Exception as caught:  # whatever failed, later buffers would take its bytes
-            self.put(partial(self._abort, moving, caught))
-            self.close(self.failure(moving, caught))  # now: the next caller may be quicker
-            return
-        if len(self._flying) == 1:  # the thread may sleep until there is a job
-            self.put(bool)
-
-    def _issue_later(self, moving: Moving, ready: torch.Event | None, tag: int) -> None:
-        """Issue a buffer in the thread."""
-        try:
-            self._issue(moving, ready, tag)
-        except Exception as caught:  # as in `queue`
-            self._abort(moving, caught)
-        with self.order:
-            self._waiting -= 1
-
-    def _pause(self) -> float:
-        """Return the seconds until the next look at the first buffer."""
-        waited = time.monotonic() - self._since
-        return min(max(SHORTEST, waited / 8), 1e-3)
-
-    def _issue(self, moving: Moving, ready: torch.Event | None, tag: int) -> None:
-        """Put a buffer on the stream, after the event ``ready`` and earlier buffers."""
-        group = self.join(moving)
-        call = group.recv if self.address else group.send
-        with inside(self.stream):
-            if ready is not None:
-                ready.wait(self.stream)
-            buffer = moving.buffer.view(-1).view(torch.uint8)
-            call([buffer], self.other, tag).wait()  # only the lane's stream waits
-            event = self.stream.record_event()
-        if not self._flying:
-            self._begin_wait()
-        self._flying.append((moving, event))
-        moving.issue(event)
-
     def _end_landed(self) -> None:
-        """End the buffers that have landed; abort the group if the first is late or cut off."""
+        """End the buffers that have landed; abort the others once the lane is closed."""
         while self._flying:
             moving, event = self._flying[0]
             try:
-                if not event.query():
-                    if moving.over.is_set() or time.monotonic() > moving.until:
-                        moving.wait(0.0)  # raises
-                    self._ask_owner()
-                    return
-            except Exception as caught:  # of the device, or the buffer's own
-                self._abort(moving, caught)
+                ended = event is None or event.query()
+            except RuntimeError as caught:  # the device has failed, and nothing runs any more
+                self.close(self.failure(moving, caught))
+                ended = True
+            if not ended:
+                self._look_at(moving)
                 return
-            self._flying.popleft()
-            self._connected = True
-            self._begin_wait()
-            moving.end(untouched=True)
+            with self.order:  # no caller has another issued meanwhile
+                self._flying.popleft()
+                self._connected = self._connected or self.jobs.empty()
+            self._since = time.monotonic()
+            moving.end(self.gone, untouched=True)
             self.forget(moving)
 
-    def _begin_wait(self) -> None:
-        """Wait for the first buffer from now on."""
-        self._since = time.monotonic()
-        self._asks = self._since + SILENT
+    def _look_at(self, moving: Moving) -> None:
+        """Close the lane if its first buffer is late or cut off; abort the group of a closed
+        lane."""
+        if self.gone is None:
+            try:
+                moving.wait(0.0)  # raises if it is late
+                self._ask_owner()
+            except PortaKVError as caught:
+                self.close(self.failure(moving, caught))
+        group = self.group
+        if self.gone is not None and group is not None:
+            self.group = None
+            with suppress(RuntimeError):  # of a group that has failed already
+                group.abort()  # otherwise it waits for the peer as long as the device runs
 
     def _ask_owner(self) -> None:
         """Raise `PeerError` if nothing lands and the owner does not have this group any more."""
         now = time.monotonic()
-        if not self.address or now < self._asks:
+        if not self.address or now < self._since + SILENT:
             return
-        self._asks = now + SILENT
+        self._since = now
         try:
             late = partial(self._is_late, now + SILENT)
             answer = self.channel.ask(self.address, Alive(self.name), Answer, stop=late)
@@ -278,31 +278,6 @@ class DevicePair(Pair):
     def _is_late(self, until: float) -> bool:
         """Return True if an answer is not waited for any longer."""
         return self.gone is not None or time.monotonic() > until
-
-    def _abort(self, moving: Moving, caught: Exception) -> None:
-        """End all buffers with an error: bytes that end on the stream now have not landed."""
-        self.close(self.failure(moving, caught))
-        if self.group is not None:
-            with suppress(RuntimeError):  # of a group that has failed already
-                self.group.abort()  # otherwise it waits for the peer as long as the device runs
-        until = time.monotonic() + EXIT_SECONDS
-        flying = [*self._flying]  # a caller may issue one more, which this thread ends next
-        for _, event in flying:
-            while not _has_ended(event) and time.monotonic() < until:
-                time.sleep(1e-3)
-        for each in [moving, *(issued for issued, _ in flying)]:
-            each.end(self.gone, untouched=True)
-            self.forget(each)
-        for _ in flying:
-            self._flying.popleft()
-
-
-def _has_ended(event: torch.Event) -> bool:
-    """Return True if no work before an event runs any more, also if the device has failed."""
-    try:
-        return event.query()
-    except RuntimeError:
-        return True
 
 
 class Distributed(Transport):
