@@ -88,24 +88,16 @@ class Request:
     def roots(self) -> list[bytes | None]:
         """Return for each block of a save the key of another call that its chain follows."""
         own = {*self.keys}
-        if self._is_one_chain and self.after[0] not in own:
-            return [self.after[0]] * len(self.keys)
         known = dict[bytes | None, bytes | None]()
         for key, before in zip(self.keys, self.after, strict=True):
             known[key] = known.get(before) if before in own else before
         return [*known.values()]
 
-    @cached_property
-    def _is_one_chain(self) -> bool:
-        """Return True if each block of a save follows the block before it."""
-        return bool(self.after) and [*self.after[1:]] == self.keys[:-1]
-
     def before(self, blocks: Sequence[int]) -> list[bytes]:
         """Return the keys of other calls that the chains of some blocks follow."""
         if not self.after:
             return []
-        some = blocks[:1] if self._is_one_chain else blocks
-        roots = dict.fromkeys(map(self.roots.__getitem__, some))
+        roots = dict.fromkeys(self.roots[i] for i in blocks)
         return [key for key in roots if key is not None]
 
     @cached_property

@@ -161,11 +161,8 @@ class DiskStore:
 
     def has(self, keys: Sequence[bytes], _: float | None = None) -> list[bool]:
         """Return which blocks are stored."""
-        first, *others = [slots.index for slots, _queue in self.parts]
-        there = [*map(first.__contains__, keys)]
-        for index in others:
-            there = [a or key in index for a, key in zip(there, keys, strict=True)]
-        return there
+        chains = self.parts[0][0].chains  # of all folders
+        return [key in chains for key in keys]
 
     known = has  # no request is needed
 
@@ -182,8 +179,6 @@ class DiskStore:
 
     def queue(self, key: bytes) -> Queue:
         """Return the queue that reads a block."""
-        if len(self.parts) == 1:
-            return self.parts[0][1]
         return next((queue for slots, queue in self.parts if key in slots.index), self.parts[0][1])
 
     def queue_for_write(self, nbytes: int) -> Queue:
@@ -191,8 +186,6 @@ class DiskStore:
 
         Among equal folders, the one with the fewest blocks written.
         """
-        if len(self.parts) == 1:
-            return self.parts[0][1]
         return min(self.parts, key=lambda x: (x[1].queued_bytes, len(x[0].index) + x[0].evicted))[1]
 
     def keys(self) -> list[bytes]:
