@@ -7,7 +7,7 @@ import errno
 import logging
 import os
 from array import array
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -60,15 +60,25 @@ class _Left:
 
 
 @dataclass(eq=False)
-class _Pinned:
-    """A block that is read, which stays in its slot until the read has ended."""
+class Pin:
+    """A block that stays in its slot until `release`, and how its read ended."""
 
-    number: int  # among the keys of the read
     slots: Slots
     place: Place
     right: bool = False
     lost: bool = False  # its bytes are wrong, or the device has lost them: it is forgotten
     failure: Reason | None = None
+
+    def release(self) -> None:
+        """Let the block go in its turn."""
+        self.slots.unpin(self.place, good=not self.lost)
+
+    @property
+    def outcome(self) -> str:
+        """Return how the read ended, for figures."""
+        if self.right:
+            return "hit"
+        return "fault" if self.lost else "late"
 
     def fail(self, result: int) -> None:
         """Note a span that did not come (a negative errno), or bytes that are not right."""
@@ -100,17 +110,6 @@ class _Span(NamedTuple):
     end: int
     numbers: slice
     pieces: bytes
-
-
-class Pin(NamedTuple):
-    """A block that stays in its slot until `release`."""
-
-    slots: Slots
-    place: Place
-
-    def release(self) -> None:
-        """Let the block go in its turn."""
-        self.slots.unpin(self.place)
 
 
 class _Taken(NamedTuple):
@@ -238,60 +237,55 @@ class DiskStore:
         this time.
         """
         spans = self._spans(segments)
-        pinned = self._pin(keys, report)
+        pins = self.pin(keys)
+        pinned = [(pin, row) for pin, row in zip(pins, rows, strict=True) if pin is not None]
         try:
             if stop is None or not stop():
-                requests, checks = self._reads(pinned, rows, spans)
+                requests, checks = self._reads(pinned, spans)
                 if verifies(self.engine):
                     results = self.engine.run_checked(requests, checks)
                     right = self.right_header
                 else:
                     results = self.engine.run(requests)
                     right = self.right
-                for at, block in enumerate(pinned):
+                for at, (pin, row) in enumerate(pinned):
                     for number, span in enumerate(spans, at * len(spans)):
                         result = results[number]
                         if result != span.end - span.start:
-                            block.fail(0 if result == WRONG else result)
-                    if block.failure is None:
-                        block.right = right(rows[block.number], block.place.header, segments)
-                        if not block.right:
-                            block.fail(0)
+                            pin.fail(0 if result == WRONG else result)
+                    if pin.failure is None:
+                        pin.right = right(row, pin.place.header, segments)
+                        if not pin.right:
+                            pin.fail(0)
         finally:
-            for slots, _ in self.parts:
-                own = [block for block in pinned if block.slots is slots]
-                slots.unpin(*[block.place for block in own if not block.lost])
-                slots.unpin(*[block.place for block in own if block.lost], good=False)
+            for pin, _ in pinned:
+                pin.release()
 
-        self._count_read(len(keys), pinned, sum(span.end - span.start for span in spans))
-        landed = [False] * len(keys)
-        for block in pinned:
-            landed[block.number] = block.right
-            if not block.right:
-                block.log(keys[block.number], report)
-        return landed
-
-    def _count_read(self, blocks: int, pinned: Sequence[_Pinned], nbytes: int) -> None:
-        """Count the blocks of a read by their results; ``nbytes``: of each."""
-        hits = sum(block.right for block in pinned)
-        wrong = sum(block.lost for block in pinned)
-        self.graph.count(self.tier, "load", "hit", hits, hits * nbytes)
-        self.graph.count(self.tier, "load", "fault", wrong)
-        self.graph.count(self.tier, "load", "late", len(pinned) - hits - wrong)
-        self.graph.count(self.tier, "load", "miss", blocks - len(pinned))
+        for key, each in zip(keys, pins, strict=True):
+            if each is None:  # it was evicted after the load was planned
+                report(key, Reason(reasons.EVICTED, self.where))
+            elif not each.right:
+                each.log(key, report)
+        outcomes = Counter("miss" if each is None else each.outcome for each in pins)
+        nbytes = sum(span.end - span.start for span in spans)
+        for outcome in ("hit", "fault", "late", "miss"):
+            many = outcomes[outcome]
+            moved = many * nbytes if outcome == "hit" else 0
+            self.graph.count(self.tier, "load", outcome, many, moved)
+        return [each is not None and each.right for each in pins]
 
     def _reads(
-        self, pinned: list[_Pinned], rows: Sequence[Row], spans: list[_Span]
+        self, pinned: Sequence[tuple[Pin, Row]], spans: list[_Span]
     ) -> tuple[list[Request], list[Check]]:
         """Return the reads of all spans of pinned blocks into their rows, and their checksums."""
         size = self.form.image_bytes
         requests = []
         checks = []
-        for block in pinned:
-            fd = block.slots.fd
-            offset = block.place.slot * size
-            known = block.place.header
-            address = rows[block.number].__array_interface__["data"][0]  # `ctypes` takes longer
+        for pin, row in pinned:
+            fd = pin.slots.fd
+            offset = pin.place.slot * size
+            known = pin.place.header
+            address = row.__array_interface__["data"][0]  # `ctypes` takes longer
             for start, end, numbers, pieces in spans:
                 requests.append(Request(fd, offset + start, address + start, end - start, False))
                 expected = array("Q", known.checksums[numbers]).tobytes()
@@ -313,17 +307,6 @@ class DiskStore:
             end = HEADER + -(-(part.offset + part.nbytes) // PAGE) * PAGE
             spans.append(_Span(start, end, slice(i, i + 1), pieces[16 * i : 16 * (i + 1)]))
         return spans
-
-    def _pin(self, keys: Sequence[bytes], report: Report) -> list[_Pinned]:
-        """Pin the blocks that are stored. The missing blocks were evicted after the load was
-        planned."""
-        pinned = list[_Pinned]()
-        for i, pin in enumerate(self.pin(keys)):
-            if pin is None:
-                report(keys[i], Reason(reasons.EVICTED, self.where))
-            else:
-                pinned.append(_Pinned(i, pin.slots, pin.place))
-        return pinned
 
     def write(
         self,

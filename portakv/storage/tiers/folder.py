@@ -16,8 +16,8 @@ import sys
 import tempfile
 import threading
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, suppress
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack, closing, suppress
 from functools import cache, partial
 from pathlib import Path
 from typing import NamedTuple
@@ -35,6 +35,7 @@ from portakv.storage.eviction import UNKNOWN, Chains, mark_of, marks_of
 from portakv.storage.form import BlockForm
 from portakv.storage.image import Header, header, predecessor
 from portakv.storage.io.base import LOST, Engine, Request
+from portakv.storage.io.threads import Threads
 from portakv.storage.reasons import DAMAGED
 from portakv.storage.tiers.files import (
     MOST_FORM,
@@ -162,12 +163,6 @@ def _write_zeros(fd: int, offset: int, nbytes: int) -> None:
         os.fdatasync(plain)  # some file systems find space only now
     finally:
         os.close(plain)
-
-
-def empty(table: int, records: Records, slot: int) -> None:
-    """Write an empty record into a slot."""
-    records[slot] = 0
-    write_record(table, records, slot)
 
 
 class TableSlot(NamedTuple):
@@ -362,83 +357,40 @@ def _share(allocated: int, nbytes: int) -> int:
     return max(nbytes, min(EXTENT, allocated // 8))
 
 
-class _Closed(NamedTuple):
-    """The files of a form that no store has open, and its records."""
-
-    slots: int
-    table: int
-    records: Records
-
-
-def _open_closed(folder: Path, form: BlockForm, undo: ExitStack) -> _Closed | None:
-    """Lock and open a form that no store has open; None if a store has it."""
-    slots = lock(folder / "slots")
-    if slots < 0:
-        return None
-    undo.callback(os.close, slots)
-    table = open_file(folder / "table", OPEN)
-    undo.callback(os.close, table)
-    count = os.fstat(slots).st_size // form.image_bytes
-    return _Closed(slots, table, records_in(folder, form, count))
-
-
 def _cut_closed(folder: Path, nbytes: int, others: Sequence[Path]) -> bool:
-    """Truncate slots of so many bytes or more at the end of a form that no store has open.
+    """Have a form that no store has open give slots back, as `Slots.cut` does.
 
-    0 bytes: only the empty slots there. All successors of the removed blocks go with them, also in
-    the same form of ``others``. Returns True if slots went. A folder that cannot be read loses
-    none, which is logged: its blocks take space that no store uses.
+    All successors of the removed blocks go with them, also in the same form of ``others``. Returns
+    True if slots went. A folder that cannot be read loses none, which is logged: its blocks take
+    space that no store uses.
     """
     with ExitStack() as undo:
         try:
             form = form_in(folder)
-            own = _open_closed(folder, form, undo) if form.name == folder.name else None
-            if own is None:
+            if form.name != folder.name:
                 return False
-            about = os.fstat(own.slots)
-            size = form.image_bytes
-            count = about.st_size // size
-            keep = max(count - -(-nbytes // size), 0)
-            if not nbytes:
-                keep = _past_used(own.records, count)
-            if keep >= count:
-                return False
-            files = [own, *_closed_in(others, form, undo)]
-            for number, slot in Successions([file.records for file in files]).from_slot(keep):
-                empty(files[number].table, files[number].records, slot)
-            cut_tail(own.slots, own.table, own.records, keep, size)
-            os.utime(own.slots, ns=(about.st_atime_ns, about.st_mtime_ns))  # no store has used it
-            return True
-        except FileNotFoundError:  # it was removed meanwhile
+            about = os.stat(folder / "slots")
+            chains = Chains[bytes]()
+            slots = undo.enter_context(closing(Slots(folder, form, None, Threads(), chains=chains)))
+            siblings = [slots]
+            for other in others:
+                # It has no such form, or a damaged one. Its blocks stay without predecessors, as
+                # after a kill, and go in their turn.
+                with suppress(OSError, StoreError):
+                    if form_in(other / form.name) == form:
+                        same = Slots(other / form.name, form, None, Threads(), chains=chains)
+                        siblings.append(undo.enter_context(closing(same)))
+            slots.siblings = siblings
+            gone = slots.cut(nbytes)
+            os.utime(slots.fd, ns=(about.st_atime_ns, about.st_mtime_ns))  # no store has used it
+            return gone
+        except (FileNotFoundError, StoreBusy):  # it was removed meanwhile, or opened
             return False
         except (OSError, StoreError) as error:
             why = error if isinstance(error, StoreError) else unusable(folder, error)
             text = "The blocks in %s give no space back. %s"
             _warnings.warning(f"kept {folder}", text, folder, why, lines=1)
             return False
-
-
-def _closed_in(folders: Sequence[Path], form: BlockForm, undo: ExitStack) -> Iterator[_Closed]:
-    """Yield the files of a form in each folder that has it and can be read."""
-    for folder in folders:
-        # The folder has no such form, or a damaged one. Its blocks stay without predecessors, as
-        # after a kill, and go in their turn.
-        with suppress(OSError, StoreError):
-            if form_in(folder / form.name) == form:
-                closed = _open_closed(folder / form.name, form, undo)
-                if closed is not None:
-                    yield closed
-
-
-def _past_used(records: Records, count: int) -> int:
-    """Return the number of the slot after the last slot with a block.
-
-    Returns ``count`` if records are missing, because they may be lost.
-    """
-    used = np.flatnonzero(records[:, SEGMENTS])
-    if len(records) < count or not len(used):
-        return count
-    return int(used[-1]) + 1
 
 
 # ------------------------------------------------------------------------------------------------
@@ -879,28 +831,27 @@ class Slots:
                 places[i] = Place(slot, Header(keys[i], generation, tuple(sums[:many])))
         return places
 
-    def unpin(self, *places: Place, good: bool = True, why: str = DAMAGED) -> None:
-        """Release pins.
+    def unpin(self, place: Place, good: bool = True, why: str = DAMAGED) -> None:
+        """Release a pin.
 
-        Forgets blocks that are not ``good``, and why; a slot becomes free with its last pin.
+        Forgets a block that is not ``good``, and why; a slot becomes free with its last pin.
         """
+        slot = place.slot
+        key = place.header.key
         with self.chains.lock:
-            for place in places:
-                slot = place.slot
-                key = place.header.key
-                if not good:
-                    if self.index.get(key) == slot:
-                        del self.index[key]
-                        self.chains.remove(key, why)
-                    self._put(slot)
-                self._pins[slot] -= 1
-                if self._pins[slot]:
-                    continue
-                del self._pins[slot]
+            if not good:
                 if self.index.get(key) == slot:
-                    self.chains.unpin(key)
-                else:
-                    self._free.append(slot)
+                    del self.index[key]
+                    self.chains.remove(key, why)
+                self._put(slot)
+            self._pins[slot] -= 1
+            if self._pins[slot]:
+                return
+            del self._pins[slot]
+            if self.index.get(key) == slot:
+                self.chains.unpin(key)
+            else:
+                self._free.append(slot)
 
     def take(
         self,
