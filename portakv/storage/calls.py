@@ -203,24 +203,21 @@ class Announced:
         self.handles.close()
         self.changes.close()
 
-    def follow(self, handle: Handle, end: End | None) -> None:
-        """Announce a handle at its end; ``end``: that of the part of the helpers."""
-        if end is None:
-            self.handles.add(handle)
-        else:
-            end.on_end(partial(self.handles.add, handle))
+    def follow(self, handle: Handle) -> None:
+        """Announce a handle at its end, of which no part was issued."""
+        handle.when_ended(partial(self.handles.add, handle))
 
-    def follow_issued(self, handle: Handle, end: End | None) -> None:
+    def follow_issued(self, handle: Handle) -> None:
         """Announce a handle at its end, of which a part was issued."""
-        self._graph.runtime.start(self._look(handle, end), locked=False)
+        self._graph.runtime.start(self._look(handle), locked=False)
 
-    async def _look(self, handle: Handle, end: End | None) -> None:
+    async def _look(self, handle: Handle) -> None:
         """Look for the end of issued copies, which nothing reports."""
         while not handle.issued_ended():
             if self._graph.closed:
                 return
             await Wait(until=self._graph.clock() + LOOK)
-        self.follow(handle, end)
+        self.follow(handle)
 
     @property
     def is_unchanged(self) -> bool:
@@ -1227,7 +1224,7 @@ class Call:
         if released:
             handle.add_release(released)
         if follow and shared.announced.handles.started:
-            shared.announced.follow(handle, self.end)
+            shared.announced.follow(handle)
         self._be_due()
         graph.start(graph.finish(self.end, self.ends, eligible))
         return handle

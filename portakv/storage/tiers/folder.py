@@ -92,23 +92,6 @@ def records_in(folder: Path, form: BlockForm, count: int) -> Records:
     return numbers[: len(numbers) // words * words].reshape(-1, words)
 
 
-def write_record(table: int, records: Records, slot: int) -> None:
-    """Seal the record of a slot and write it to the file ``table``. Raise `OSError` if it cannot be
-    written whole."""
-    record = records[slot]
-    record[-1] = checksum(record[:-1], slot)
-    written = os.pwrite(table, record.data, slot * record.nbytes)
-    if written != record.nbytes:
-        raise OSError(errno.EIO, "the write was cut short")
-
-
-def cut_tail(slots: int, table: int, records: Records, keep: int, image_bytes: int) -> None:
-    """Truncate the files of slots and records after the first ``keep`` slots, whose records are
-    empty."""
-    os.ftruncate(slots, keep * image_bytes)
-    os.ftruncate(table, min(keep, len(records)) * records.shape[1] * 8)
-
-
 def extend(sizes: Mapping[int, int]) -> bool:
     """Make open files so large, in real space; or leave all as they were.
 
@@ -163,63 +146,6 @@ def _write_zeros(fd: int, offset: int, nbytes: int) -> None:
         os.fdatasync(plain)  # some file systems find space only now
     finally:
         os.close(plain)
-
-
-class TableSlot(NamedTuple):
-    """A slot in one of several tables."""
-
-    table: int
-    slot: int
-
-
-class Successions:
-    """The blocks in the tables of all folders of a form, and which block follows which."""
-
-    def __init__(self, tables: Sequence[Records]) -> None:
-        self._marks = dict[TableSlot, int]()
-        self._follows = dict[TableSlot, int]()
-        self._by_mark = dict[int, TableSlot]()
-        self._following = dict[int, list[TableSlot]]()
-        for number, records in enumerate(tables):
-            text = records[:, :GENERATION].tobytes()
-            for slot in np.flatnonzero(records[:, SEGMENTS]).tolist():
-                place = TableSlot(number, slot)
-                mark = mark_of(text[slot * 32 : slot * 32 + 32])
-                follows = int(records[slot, FOLLOWS])
-                self._marks[place] = mark
-                self._follows[place] = follows
-                self._by_mark[mark] = place
-                self._following.setdefault(follows, []).append(place)
-
-    def before(self, mark: int) -> list[TableSlot]:
-        """Return the places of the block of a mark, of its predecessor, and so on up to the first
-        block."""
-        chain = dict[TableSlot, None]()
-        place = self._by_mark.get(mark)
-        while place is not None and place not in chain:
-            chain[place] = None
-            place = self._by_mark.get(self._follows[place])
-        return [*chain]
-
-    def from_slot(self, keep: int) -> list[TableSlot]:
-        """Return the blocks of the first table from a slot on, and all of their successors in any
-        table.
-
-        Each block comes before its predecessor: a kill during their removal in this order leaves no
-        block without its predecessor.
-        """
-        pending = [place for place in self._marks if place.table == 0 and place.slot >= keep]
-        found = set[TableSlot]()
-        in_order = dict[TableSlot, None]()
-        while pending:
-            place = pending.pop()
-            if place in found:  # all of its successors are in order
-                in_order[place] = None
-                continue
-            found.add(place)
-            following = self._following.get(self._marks[place], ())
-            pending += [place, *(x for x in following if x not in found)]
-        return [*in_order]
 
 
 # ------------------------------------------------------------------------------------------------
@@ -945,23 +871,22 @@ class Slots:
         keep = max([keep, *(slot + 1 for slot in (*self._pins, *self._writes))])
         if keep >= self.count:
             return
-        folders = [self, *(x for x in self.siblings if x is not self and x.fd >= 0)]
-        successions = Successions([x._records[: x.count] for x in folders])
-        for writing in folders:
-            for write in writing._writes.values():
-                leading = [x.slot for x in successions.before(write.follows) if x.table == 0]
-                keep = max(keep, *(slot + 1 for slot in leading), 0)
+        folders = [x for x in self.siblings or [self] if x.fd >= 0]
+        writes = [write for x in folders for write in x._writes.values()]
+        for key in (key for write in writes for key in self.chains.leading(write.follows)):
+            keep = max(keep, self.index.get(key, -1) + 1)
         if keep >= self.count:
             return
-        keys = [{slot: key for key, slot in x.index.items()} for x in folders]
-        for number, slot in successions.from_slot(keep):
-            key = keys[number].get(slot)
-            if key is not None:
-                folders[number]._forget(key)
-            folders[number]._put(slot)
-        cut_tail(
-            self.fd, self._files.table, self._records[: self.count], keep, self.form.image_bytes
-        )
+        gone = [key for key, slot in self.index.items() if slot >= keep]
+        # A kill meanwhile leaves no block without its predecessor.
+        for key in self.chains.with_successors(gone):
+            for slots in folders:
+                slot = slots.index.get(key)
+                if slot is not None:
+                    slots._forget(key)
+                    slots._put(slot)
+        os.ftruncate(self.fd, keep * self.form.image_bytes)
+        os.ftruncate(self._files.table, keep * self._records[0].nbytes)
         self._free = deque(slot for slot in self._free if slot < keep)
         self._records[keep : self.count] = 0
         self.count = keep
@@ -1174,8 +1099,12 @@ class Slots:
         A block whose record stays although it is gone is found again at a start, and verified when
         it is read.
         """
+        record = self._records[slot]
+        record[-1] = checksum(record[:-1], slot)
         try:
-            write_record(self._files.table, self._records, slot)
+            written = os.pwrite(self._files.table, record.data, slot * record.nbytes)
+            if written != record.nbytes:
+                raise OSError(errno.EIO, "the write was cut short")
         except OSError as error:
             self.health.note_record(error)
             return False
