@@ -154,11 +154,6 @@ class Task(End, Turn):
         self.since = 0.0
         self.followed: tuple[int, ...] = ()
 
-    @property
-    def is_short(self) -> bool:
-        """Return True if the task did not move all blocks that it had to move."""
-        return bool((self.left > self.landed).any())
-
     def moved(self) -> Mask:
         """Do the work, and return the blocks that landed."""
         assert self.work is not None  # it has not ended
@@ -403,19 +398,16 @@ class Graph:
         """Run a coroutine until it first waits for an `End`. Whoever ends that goes on with it."""
         tasks.Handle(self.runtime, steps).step(steps.send, None)
 
-    def enter(self, tasks: Iterable[Task], priority: Priority, by: float = np.inf) -> None:
+    def enter(self, tasks: Iterable[Task], priority: Priority) -> None:
         """Register new tasks, which `move` begins later. Drop those of the background whose queue
-        is slow.
-
-        ``by``: the seconds in which they have to end.
-        """
+        is slow."""
         self.check_open()
         now = self.clock()
         background = priority == "background"
         for task in tasks:
             self.number += 1
             task.number = self.number
-            task.due = now + min(by, SLACK["normal" if task.soon else priority])
+            task.due = now + SLACK["normal" if task.soon else priority]
             task.background = background
             task.state = "waiting"
             self.live.add(task)
@@ -461,7 +453,8 @@ class Graph:
                 landed[np.asarray(part.at, int)[~part.end.landed[rows]]] = False
         if not (end.error or landed.all()):
             tasks = [part.end for part in parts if isinstance(part.end, Task)]
-            end.short = next((task.queue.name for task in tasks if task.is_short), "")
+            short = (x.queue.name for x in tasks if (x.left > x.landed).any())
+            end.short = next(short, "")
         self.end(end, landed)
 
     async def breathe(self, since: float) -> float:

@@ -583,108 +583,83 @@ class Disk:
         Raises `StoreBusy` for the first folder, and `StoreError` for any folder of an own form.
         """
         engine = self.io
-        notes = list[str]()
+        found = list[str]()
         if engine is None or isinstance(engine, str):
             engine, answers = choose(rows.memory, engine, self.depth)
-            notes = [str(each) for each in answers]
+            found = [str(each) for each in answers]
+
+        capacity = self.capacity // len(self.folders)
+        spaces = {folder: Space(folder, capacity) for folder in self.folders}
+        lock = Lock()  # of all own forms, since each may take slots of another one
+        tier_stores = list[DiskStore]()
         with ExitStack() as undo:
             undo.callback(engine.close)
-            opening = _Opening(self, graph, engine, undo, notes)
             for number, form in enumerate(forms):
-                opening.open_form(form, own=number < own)
-            first = opening.tier_stores[0]
-            first.owns_engine = True
-            for tier_store in opening.tier_stores if self.admit == "second" else ():
+                writable = number < own
+                # Of all folders, as a prefix may lie in several.
+                chains = Chains[bytes](lock if writable else None)
+                opened = self._open_form(form, writable, engine, chains, spaces, found, undo)
+                parts = [
+                    (slots, graph.queue(f"disk:{folder}", width=self.workers))
+                    for folder, slots in opened.items()
+                ]
+                if parts:
+                    notes = list[str]() if tier_stores else found
+                    tier_stores.append(DiskStore(graph, form, parts, engine, writable, notes))
+            tier_stores[0].owns_engine = True
+            for tier_store in tier_stores if self.admit == "second" else ():
                 if tier_store.writable:
                     count = sum(slots.limit for slots, _ in tier_store.parts)
                     tier_store.offered = Bounded("keys offered once", count)
-            folders = ", ".join(map(str, self.folders))
             for note in filter(None, map(open_to_others, self.folders)):
-                first.found.append(note)
+                found.append(note)
                 _warnings.warning(note, "%s", note, lines=1)
             for note in size_notes(forms[:own], self._present):
-                first.found.append(note)
+                folders = ", ".join(map(str, self.folders))
+                found.append(note)
                 _warnings.warning(f"{note} {folders}", "%s: %s", folders, note)
             undo.pop_all()
-        return opening.tier_stores
+        return tier_stores
 
+    def _open_form(
+        self,
+        form: BlockForm,
+        own: bool,
+        engine: Engine,
+        chains: Chains[bytes],
+        spaces: dict[Path, Space],
+        found: list[str],
+        undo: ExitStack,
+    ) -> dict[Path, Slots]:
+        """Open a form in every folder that has it, or make it there if it is an ``own`` one.
 
-class _Opening:
-    """Open the forms of a disk tier one after the other, the store's own forms first.
-
-    The own forms have one lock, since each may take slots of another one.
-    """
-
-    def __init__(
-        self, disk: Disk, graph: Graph, engine: Engine, undo: ExitStack, notes: list[str]
-    ) -> None:
-        self.disk = disk
-        self.graph = graph
-        self.engine = engine
-        self.undo = undo
-        self.notes = notes  # for the next store of a tier
-        self.tier_stores = list[DiskStore]()
-        self.capacity = disk.capacity // len(disk.folders)
-        self.spaces = {folder: Space(folder, self.capacity) for folder in disk.folders}
-        self.busy = set[Path]()
-        self.lock = Lock()
-
-    def open_form(self, form: BlockForm, own: bool) -> None:
-        """Open a form in every folder that has it, or makes it if it is the store's ``own``."""
-        # Of all folders, as a prefix may lie in several.
-        chains = Chains[bytes](self.lock if own else None)
-        opened = dict[Path, Slots]()
-        for folder in self.disk.folders:
-            slots = self._open_folder(folder, form, own, chains, bool(opened))
-            if slots is not None:
-                opened[folder] = slots
-        siblings = [*opened.values()]
-        for slots in siblings:
-            slots.fit(siblings)
-        if own:
-            for folder in opened:
-                self.spaces[folder].others = [other for other in opened if other != folder]
-        if opened:
-            parts = [
-                (slots, self.graph.queue(f"disk:{folder}", width=self.disk.workers))
-                for folder, slots in opened.items()
-            ]
-            self.tier_stores.append(
-                DiskStore(self.graph, form, parts, self.engine, own, self.notes)
-            )
-            self.notes = []
-
-    def _open_folder(
-        self, folder: Path, form: BlockForm, own: bool, chains: Chains[bytes], others: bool
-    ) -> Slots | None:
-        """Open a form in one folder.
-
-        Returns None, with a note, if the store works without it: ``others`` have opened the own
-        form, or the form is only read.
+        If the store works without a folder, it gets a note in ``found``: the others serve without
+        one that another store has, which leaves ``spaces``, and a form need not be readable.
         """
-        place = folder / form.name
-        if folder in self.busy or not (own or (place / "form.json").exists()):
-            return None
-        capacity = self.capacity if own else None
-        space = self.spaces[folder]
-        try:
-            slots = Slots(place, form, capacity, self.engine, self.disk.track, chains, space)
-        except StoreError as error:
-            # The other folders serve without a folder that another store has.
-            if own and isinstance(error, StoreBusy) and others:
-                self.busy.add(folder)
-                self.notes.append(f"It does without {folder}. {error}")
-                return None
-            if own:
-                raise
-            self.tier_stores[0].found.append(str(error))
-            return None
-        self.undo.callback(slots.close)
-        if own:
-            space.writers.add(slots)
-        else:
-            space.readers.add(slots)
-        return slots
+        opened = dict[Path, Slots]()
+        for folder, space in [*spaces.items()]:
+            place = folder / form.name
+            if not own and not (place / "form.json").exists():
+                continue
+            capacity = space.capacity if own else None
+            try:
+                slots = Slots(place, form, capacity, engine, self.track, chains, space)
+            except StoreError as error:
+                busy = isinstance(error, StoreBusy) and bool(opened)
+                if own and not busy:
+                    raise
+                if own:
+                    del spaces[folder]
+                found.append(f"It does without {folder}. {error}" if own else str(error))
+                continue
+            undo.callback(slots.close)
+            (space.writers if own else space.readers).add(slots)
+            opened[folder] = slots
+        for slots in opened.values():
+            slots.fit([*opened.values()])
+        for folder in opened if own else ():
+            spaces[folder].others = [other for other in opened if other != folder]
+        return opened
 
 
 def _can_encode(path: str) -> bool:

@@ -83,11 +83,7 @@ def records_in(folder: Path, form: BlockForm, count: int) -> Records:
     """Return the records of the first ``count`` slots of a folder's table, or fewer, as u64
     ``[slots, words]``; they may be damaged."""
     words = 32 if len(form.segments) <= 24 else 64
-    try:
-        fd = open_file(folder / "table")
-    except FileNotFoundError:
-        return np.zeros((0, words), "<u8")
-    with os.fdopen(fd, "rb") as file:
+    with os.fdopen(open_file(folder / "table"), "rb") as file:
         numbers = np.fromfile(file, "<u8", count * words)
     return numbers[: len(numbers) // words * words].reshape(-1, words)
 
