@@ -864,7 +864,7 @@ class Slots:
         A slot is in use if it is pinned, is being written, or leads to a block that is being
         written. All successors of the evicted blocks go with them, in all folders.
         """
-        keep = max([keep, *(slot + 1 for slot in (*self._pins, *self._writes))])
+        keep = max([0, keep, *(slot + 1 for slot in (*self._pins, *self._writes))])
         if keep >= self.count:
             return
         folders = [x for x in self.siblings or [self] if x.fd >= 0]
