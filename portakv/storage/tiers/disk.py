@@ -244,17 +244,15 @@ class DiskStore:
                 requests, checks = self._reads(pinned, spans)
                 if verifies(self.engine):
                     results = self.engine.run_checked(requests, checks)
-                    right = self.right_header
                 else:
                     results = self.engine.run(requests)
-                    right = self.right
                 for at, (pin, row) in enumerate(pinned):
                     for number, span in enumerate(spans, at * len(spans)):
                         result = results[number]
                         if result != span.end - span.start:
                             pin.fail(0 if result == WRONG else result)
                     if pin.failure is None:
-                        pin.right = right(row, pin.place.header, segments)
+                        pin.right = self._is_right(row, pin.place.header, segments)
                         if not pin.right:
                             pin.fail(0)
         finally:
@@ -500,18 +498,13 @@ class DiskStore:
         if self.owns_engine:
             self.engine.close()
 
-    def right(self, row: Row, expected: Header, segments: Sequence[int] | None) -> bool:
-        """Return True if the segments in a row, header first, have their sealed checksums."""
-        known = expected.checksums, expected.generation
-        return self.right_header(row, expected, segments) and verify(
-            row, self.form, *known, segments
-        )
-
-    def right_header(self, row: Row, expected: Header, segments: Sequence[int] | None) -> bool:
-        """Return True if the header in a row is the expected one, or if no read brought it."""
-        if segments is not None and 0 not in segments:
-            return True
-        return header(row, self.form) == expected
+    def _is_right(self, row: Row, expected: Header, segments: Sequence[int] | None) -> bool:
+        """Return True if the segments in a row, header first, have their sealed checksums, which
+        the engine may have verified."""
+        if (segments is None or 0 in segments) and header(row, self.form) != expected:
+            return False
+        sealed = expected.checksums, expected.generation
+        return verifies(self.engine) or verify(row, self.form, *sealed, segments)
 
 
 class Disk:
