@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from time import monotonic
 from typing import Any, TypeVar
 from weakref import WeakSet
 
@@ -56,6 +57,28 @@ class Bounded(dict[Key, Value]):
                 self.pop(next(iter(self)), None)
             except (RuntimeError, StopIteration):  # another thread changed it in between
                 continue
+
+
+class Until(Bounded[Key, float]):
+    """What holds for a while, such as that a place lacks something, and is not asked again.
+
+    Args:
+        now: returns the time in seconds.
+    """
+
+    __slots__ = ("_now",)
+
+    def __init__(self, name: str, limit: int, now: Callable[[], float] = monotonic) -> None:
+        super().__init__(name, limit)
+        self._now = now
+
+    def hold(self, key: Key, seconds: float) -> None:
+        """Let a key hold for some seconds from now on."""
+        self[key] = self._now() + seconds
+
+    def holds(self, key: Key) -> bool:
+        """Return True if a key holds now."""
+        return self.get(key, 0.0) > self._now()
 
 
 _caches: WeakSet[Bounded[Any, Any]] = WeakSet()

@@ -14,7 +14,7 @@ from typing import Any
 
 from portakv.arguments import kind_of, text
 from portakv.errors import InvalidTerms, PortaKVError
-from portakv.runtime.bounded import Bounded
+from portakv.runtime.bounded import Bounded, Until
 from portakv.serving.server.messages import MOST_KEYS
 from portakv.storage.store import FormStore
 from portakv.storage.tiers.base import Keys
@@ -118,8 +118,8 @@ class BucketAnswers:
         self._lock = runtime().lock
         #: By the first key of a lookup that has not ended, until when its end is expected.
         self._open = dict[bytes, float]()
-        #: By key, until when a block is not looked up again.
-        self._missing: Bounded[bytes, float] = Bounded("blocks that a bucket lacks", 1 << 16)
+        #: The blocks that are not looked up again for a while.
+        self._missing: Until[bytes] = Until("blocks that a bucket lacks", 1 << 16, now)
         self._answers = True  # the bucket answered the last lookup in time
 
     @property
@@ -143,7 +143,7 @@ class BucketAnswers:
         first = keys[known]
         with self._lock:
             now = self._now()
-            if self._missing.get(first, 0.0) > now:
+            if self._missing.holds(first):
                 return known
             begins = self._open.get(first, 0.0) <= now
             if begins and not self._may_begin(now):
@@ -170,7 +170,7 @@ class BucketAnswers:
         with self._lock:
             self._open.pop(keys[0], None)
             if count < len(keys):
-                self._missing[keys[count]] = self._now() + MISSING
+                self._missing.hold(keys[count], MISSING)
             self._answers = answers
 
     def forget(self) -> None:
@@ -241,8 +241,8 @@ class ServerBucket(BucketAnswers):
         self._numbers = itertools.count(1)
         self._later = deque[tuple[int, Keys]]()
         self._sent: Bounded[int, Keys] = Bounded("lookups of a store server", 2 * MOST)
-        #: By key, until when a block is believed to be in the bucket.
-        self._there: Bounded[bytes, float] = Bounded("blocks of a store server's bucket", 1 << 17)
+        #: The blocks that are believed to be in the bucket.
+        self._there: Until[bytes] = Until("blocks of a store server's bucket", 1 << 17, now)
 
     def leading_in(self, keys: Keys, tiers: Sequence[Mapping[bytes, object]]) -> int | None:
         """Return how many leading blocks can be loaded, or None if a lookup is to end soon.
@@ -250,19 +250,15 @@ class ServerBucket(BucketAnswers):
         Args:
             tiers: of each group the blocks that nearer tiers have.
         """
-        now = self._now()
-        there = self._there
         count = len(keys)
         for has in tiers:
-            lacks = (
-                n for n in range(count) if keys[n] not in has and there.get(keys[n], 0.0) <= now
-            )
+            lacks = (n for n in range(count) if keys[n] not in has and not self.has(keys[n]))
             count = next(lacks, count)
         return self.leading(keys, count)
 
     def has(self, key: bytes) -> bool:
         """Return whether a lookup has found a block a short time ago."""
-        return self._there.get(key, 0.0) > self._now()
+        return self._there.holds(key)
 
     def take(self) -> list[tuple[int, Keys]]:
         """Return the numbers and keys of lookups that the server does not know."""
@@ -276,9 +272,8 @@ class ServerBucket(BucketAnswers):
         keys = self._sent.pop(number, ())
         if not keys:
             return
-        until = self._now() + FOUND
         for key in keys[:leading]:
-            self._there[key] = until
+            self._there.hold(key, FOUND)
         self.ended(keys, leading, answers)
 
     def forget(self) -> None:

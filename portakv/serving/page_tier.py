@@ -14,7 +14,7 @@ from functools import partial
 from typing import NamedTuple
 
 from portakv.errors import PortaKVError
-from portakv.runtime.bounded import Bounded
+from portakv.runtime.bounded import Bounded, Until
 from portakv.runtime.rate_limited_log import RateLimitedLog
 from portakv.serving.bucket import MISSING, look_up
 from portakv.serving.page_tasks import ServerPageStore
@@ -58,7 +58,7 @@ class _Lookups:
         self._wanted = dict[Hashable, dict[bytes, None]]()  # by chain of a request
         # The keys that are wanted, or being looked up, each with the time of its end.
         self._pending = dict[bytes, float]()
-        self._missing: Bounded[bytes, float] = Bounded("pages that a bucket lacks", REMEMBERED)
+        self._missing: Until[bytes] = Until("pages that a bucket lacks", REMEMBERED, now)
         self._answers = True  # the bucket answered the last lookup in time
 
     def look(self, key: bytes, chain: Hashable) -> bool | None:
@@ -66,12 +66,12 @@ class _Lookups:
         now = self._now()
         until = self._pending.get(key)
         if until is None:
-            if self._missing.get(key, 0.0) > now:
+            if self._missing.holds(key):
                 return False
             self._wanted.setdefault(chain, {})[key] = None
             self._pending[key] = now + PENDING
         elif until <= now:
-            self._end([key], now)
+            self._end([key])
             return False
         return None if self._answers else False
 
@@ -97,13 +97,13 @@ class _Lookups:
 
     def _ended(self, keys: list[bytes], count: int, answers: bool) -> None:
         """Note the end of a lookup, of which so many leading pages are there."""
-        self._end(keys, self._now(), count)
+        self._end(keys, count)
         self._answers = answers
 
-    def _end(self, keys: Keys, now: float, count: int = 0) -> None:
+    def _end(self, keys: Keys, count: int = 0) -> None:
         """Note that the lookup of keys has ended, and that only so many leading pages are there."""
         for key in keys[count:]:
-            self._missing[key] = now + MISSING
+            self._missing.hold(key, MISSING)
         for key in keys:
             self._pending.pop(key, None)
 
@@ -153,7 +153,7 @@ class PageTier:
         self._jobs = dict[Hashable, PageJob | None]()
         # The last page of each chain of each request, which the next one follows.
         self._lasts = dict[Hashable, dict[Hashable, bytes]]()
-        self._failed: Bounded[bytes, float] = Bounded("pages that did not land", REMEMBERED)
+        self._failed: Until[bytes] = Until("pages that did not land", REMEMBERED, now)
         self._touched = dict[bytes, float]()  # with the time of their first use since `step`
         self._lookups = None if store.terms.bucket is None else _Lookups(pages, now)
         self.reports = reports
@@ -172,7 +172,7 @@ class PageTier:
         """Return whether a page can be loaded: a look into the index of this process."""
         if not self.pages.has(key):
             return False
-        return not self._failed or self._failed.get(key, 0.0) <= self._now()
+        return not self._failed.holds(key)
 
     def look(self, key: bytes, request: Hashable) -> bool | None:
         """Return whether a page can be loaded; None if a bucket has yet to answer.
@@ -182,7 +182,7 @@ class PageTier:
         """
         if self.has(key):
             return True
-        if self._lookups is None or self._failed.get(key, 0.0) > self._now():
+        if self._lookups is None or self._failed.holds(key):
             return False
         return self._lookups.look(key, (request, self._chain_of(key)))
 
@@ -310,9 +310,8 @@ class PageTier:
         self.counts[verb] += len(there)
         self.counts["store_failed" if job.kind == "save" else "load_failed"] += missing
         if job.kind == "load":
-            until = self._now() + FAILED
             for key in {*job.keys}.difference(there) if missing else ():
-                self._failed[key] = until
+                self._failed.hold(key, FAILED)
             return
         for key in there if self._failed else ():
             self._failed.pop(key, None)

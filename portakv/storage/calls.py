@@ -86,24 +86,16 @@ class Request:
     def roots(self) -> list[bytes | None]:
         """Return for each block of a save the key of another call that its chain follows."""
         own = {*self.keys}
-        if self._is_one_chain and self.after[0] not in own:
-            return [self.after[0]] * len(self.keys)
         known = dict[bytes | None, bytes | None]()
         for key, before in zip(self.keys, self.after, strict=True):
             known[key] = known.get(before) if before in own else before
         return [*known.values()]
 
-    @cached_property
-    def _is_one_chain(self) -> bool:
-        """Return True if each block of a save follows the block before it."""
-        return bool(self.after) and [*self.after[1:]] == self.keys[:-1]
-
     def before(self, blocks: Sequence[int]) -> list[bytes]:
         """Return the keys of other calls that the chains of some blocks follow."""
         if not self.after:
             return []
-        some = blocks[:1] if self._is_one_chain else blocks
-        roots = dict.fromkeys(map(self.roots.__getitem__, some))
+        roots = dict.fromkeys(self.roots[i] for i in blocks)
         return [key for key in roots if key is not None]
 
     @cached_property
@@ -209,24 +201,21 @@ class Announced:
         self.handles.close()
         self.changes.close()
 
-    def follow(self, handle: Handle, end: End | None) -> None:
-        """Announce a handle at its end; ``end``: that of the part of the helpers."""
-        if end is None:
-            self.handles.add(handle)
-        else:
-            end.on_end(partial(self.handles.add, handle))
+    def follow(self, handle: Handle) -> None:
+        """Announce a handle at its end, of which no part was issued."""
+        handle.when_ended(partial(self.handles.add, handle))
 
-    def follow_issued(self, handle: Handle, end: End | None) -> None:
+    def follow_issued(self, handle: Handle) -> None:
         """Announce a handle at its end, of which a part was issued."""
-        self._graph.runtime.start(self._look(handle, end), locked=False)
+        self._graph.runtime.start(self._look(handle), locked=False)
 
-    async def _look(self, handle: Handle, end: End | None) -> None:
+    async def _look(self, handle: Handle) -> None:
         """Look for the end of issued copies, which nothing reports."""
         while not handle.issued_ended():
             if self._graph.closed:
                 return
             await Wait(until=self._graph.clock() + LOOK)
-        self.follow(handle, end)
+        self.follow(handle)
 
     @property
     def is_unchanged(self) -> bool:
@@ -1231,7 +1220,7 @@ class Call:
         if released:
             handle.add_release(released)
         if follow and shared.announced.handles.started:
-            shared.announced.follow(handle, self.end)
+            shared.announced.follow(handle)
         self._be_due()
         graph.start(graph.finish(self.end, self.ends, eligible))
         return handle

@@ -7,7 +7,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from heapq import heapify, heappop, heappush, heapreplace
 from itertools import count, repeat
 from operator import attrgetter
@@ -270,6 +270,31 @@ class Chains(Generic[Key]):
             self._drop(self._successors, block.follows)
         block.group = None
         self.changed(key, False, why)
+
+    def leading(self, mark: Mark) -> Iterator[Key]:
+        """Yield the stored block of a mark, its predecessor, and so on up to the first block."""
+        block = self._by_mark.get(mark)
+        while block is not None:
+            yield block.key
+            block = self._by_mark.get(block.follows)
+
+    def with_successors(self, keys: Iterable[Key]) -> list[Key]:
+        """Return stored blocks and all of their successors, each before its predecessor."""
+        following = dict[Mark, list[Key]]()
+        for block in self._blocks.values():
+            following.setdefault(block.follows, []).append(block.key)
+        pending = [*keys]
+        found = set[Key]()
+        in_order = dict[Key, None]()
+        while pending:
+            key = pending.pop()
+            if key in found:  # all of its successors are in order
+                in_order[key] = None
+                continue
+            found.add(key)
+            after = following.get(self._blocks[key].mark, ())
+            pending += [key, *(x for x in after if x not in found)]
+        return [*in_order]
 
     def next(self, group: Hashable | None = None) -> Key | None:
         """Return the block that goes next, of a group or of all; None if none can go."""

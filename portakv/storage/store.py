@@ -52,7 +52,7 @@ from portakv.storage.keys import check_key, check_keys, predecessors
 from portakv.storage.lent import Borrowed, Copier, Lending, LentQueue
 from portakv.storage.memory import Crossing, Loan, Rows, rows_for
 from portakv.storage.tiers.base import After, Keys, Tier, TierStore, tier_figures, tiers_of
-from portakv.storage.work import End, Ending, Graph, Handle, Mask, Missing, Queue, Task
+from portakv.storage.work import Ending, Graph, Handle, Mask, Missing, Queue, Task
 from portakv.tasks import SLACK, Priority
 from portakv.tasks.runtime import Steps
 from portakv.view import IdList, KVView
@@ -758,7 +758,7 @@ class FormStore:
                 hits = np.array([row is not None for row in loan.rows])
                 handle.add_issued(crossing.issue(form.own.rows, loan)[0], hits)
                 self._count_hits(form, [key for key, hit in zip(keys, hits, strict=True) if hit])
-                self._follow_issued(handle, form, call.end)
+                self._follow_issued(handle, form)
             except BaseException:  # also an interrupt: no caller has a handle
                 handle.cancel()
                 raise
@@ -917,11 +917,11 @@ class FormStore:
             here = self.rows.pinned
         return self._borrow(form, keys, crossing, "load", whole) if here else None
 
-    def _follow_issued(self, handle: Handle, form: FormBlocks, end: End | None = None) -> Handle:
+    def _follow_issued(self, handle: Handle, form: FormBlocks) -> Handle:
         """Announce a handle of which a part was issued, if somebody asks for ended handles."""
         handle.form = form.name
         if self._shared.announced.handles.started:
-            self._shared.announced.follow_issued(handle, end)
+            self._shared.announced.follow_issued(handle)
         return handle
 
     def _count_hits(self, form: FormBlocks, keys: list[bytes]) -> None:

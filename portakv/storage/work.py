@@ -12,7 +12,6 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Generator, Iterable, Sequence
 from contextlib import nullcontext
 from functools import partial
-from heapq import heapify, heappop, heappush
 from traceback import clear_frames
 from typing import Any, Literal, NamedTuple, TypeAlias, TypeVar, cast
 
@@ -154,11 +153,6 @@ class Task(End, Turn):
         self.soon = False
         self.since = 0.0
         self.followed: tuple[int, ...] = ()
-
-    @property
-    def is_short(self) -> bool:
-        """Return True if the task did not move all blocks that it had to move."""
-        return bool((self.left > self.landed).any())
 
     def moved(self) -> Mask:
         """Do the work, and return the blocks that landed."""
@@ -334,10 +328,6 @@ class Graph:
         self.counts = Counts()
         self.live = set[Task]()
         self.idle = Signal(self.runtime)  # a queue has no task that runs
-        # The times at which work is late that has not ended: when, number, end.
-        self._timers = list[tuple[float, int, End]]()
-        self._timed = 0
-        self._next_look: Wait | None = None  # of the coroutine that looks at them
         self.runtime.shut_at_exit.add(self)
 
     def queue(
@@ -408,19 +398,16 @@ class Graph:
         """Run a coroutine until it first waits for an `End`. Whoever ends that goes on with it."""
         tasks.Handle(self.runtime, steps).step(steps.send, None)
 
-    def enter(self, tasks: Iterable[Task], priority: Priority, by: float = np.inf) -> None:
+    def enter(self, tasks: Iterable[Task], priority: Priority) -> None:
         """Register new tasks, which `move` begins later. Drop those of the background whose queue
-        is slow.
-
-        ``by``: the seconds in which they have to end.
-        """
+        is slow."""
         self.check_open()
         now = self.clock()
         background = priority == "background"
         for task in tasks:
             self.number += 1
             task.number = self.number
-            task.due = now + min(by, SLACK["normal" if task.soon else priority])
+            task.due = now + SLACK["normal" if task.soon else priority]
             task.background = background
             task.state = "waiting"
             self.live.add(task)
@@ -466,7 +453,8 @@ class Graph:
                 landed[np.asarray(part.at, int)[~part.end.landed[rows]]] = False
         if not (end.error or landed.all()):
             tasks = [part.end for part in parts if isinstance(part.end, Task)]
-            end.short = next((task.queue.name for task in tasks if task.is_short), "")
+            short = (x.queue.name for x in tasks if (x.left > x.landed).any())
+            end.short = next(short, "")
         self.end(end, landed)
 
     async def breathe(self, since: float) -> float:
@@ -512,28 +500,13 @@ class Graph:
         """Cancel work as late at a time; under the lock."""
         if when <= self.clock():
             self.cancel(end, "late")
-            return
-        # Most timers are of work that ended in time.
-        if len(self._timers) > 2 * len(self.live) + 100:
-            self._timers = [x for x in self._timers if not x[2].ended]
-            heapify(self._timers)
-        self._timed += 1
-        heappush(self._timers, (when, self._timed, end))
-        if self._next_look is None:
-            self.start(self._look())
-        elif self._timers[0][2] is end:
-            self._next_look.wake()
+        else:
+            self.start(self._end_later(end, Wait(until=when)))
 
-    async def _look(self) -> None:
-        """Cancel work that is late, in the loop, until no work has a time."""
-        while self._timers:
-            when = self._timers[0][0]
-            if when <= self.clock():
-                self.cancel(heappop(self._timers)[2], "late")
-            else:
-                self._next_look = Wait(until=when)
-                await self._next_look
-        self._next_look = None
+    async def _end_later(self, end: End, wait: Wait) -> None:
+        end.on_end(wait.wake)
+        if not await wait:
+            self.cancel(end, "late")
 
     def end(
         self,
@@ -552,8 +525,6 @@ class Graph:
         if isinstance(end, Task):
             self._forget(end)
         end.settle(None, end.error)
-        while self._timers and self._timers[0][2].ended:
-            heappop(self._timers)  # it retains what the work used
 
     def _forget(self, task: Task) -> None:
         """Forget a task that has ended."""

@@ -351,7 +351,6 @@ NOT_CALLED = {
     "Handle.add_copies": "runs in a helper",
     "Handle.add_release": "runs in a helper",
     "Handle.issued_ended": "runs in a worker",
-    "Task.is_short": "runs in a helper or a worker",
     "Task.moved": "runs in a worker",
     "BlockStore.figures": "changes nothing",
     "Trace.add": "runs in a worker",

@@ -969,7 +969,7 @@ def test_a_path_that_flips_a_bit_costs_no_object(
     messages = [x.getMessage() for x in caplog.records if "came wrong twice" in x.getMessage()]
     assert len(messages) == 8
     for key, line in zip(keys, messages, strict=True):
-        assert f"{stored._remote.url}/{case.path(key)} " in line
+        assert f"{stored.remote.url}/{case.path(key)} " in line
         assert "the bytes changed on the way here" in line
         assert line.endswith("It counts as missing for 60 s")  # a save does not mend the path
 
@@ -1179,7 +1179,7 @@ def test_what_a_store_answers_becomes_a_reason(case: Case, answer: bytes, kind: 
     ((key, reason),) = reported
     assert key == KEYS[0]
     assert reason.kind == kind
-    assert reason.where.startswith(stored._remote.url)
+    assert reason.where.startswith(stored.remote.url)
     # A store that is left alone says what it failed with.
     for _ in range(FAILURES):
         load(stored, KEYS[0], report=lambda *each: reported.append(each))

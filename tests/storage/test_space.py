@@ -119,6 +119,21 @@ def test_a_form_gives_only_what_is_needed(tmp_path: Path) -> None:
     assert 90 < len(keys) < 128
 
 
+@pytest.mark.parametrize("asked", [1, 3, 4, 9])
+def test_a_form_that_is_read_gives_at_most_what_it_has(tmp_path: Path, asked: int) -> None:
+    """Also if a form of larger blocks asks for more, whose save would fail else.
+
+    Controls: it gives no more than it is asked for."""
+    fill(tmp_path, form_of(0), ALL[:3])
+    with closing(opened(tmp_path, form_of(0))) as slots:
+        slots.cut(0)  # the empty slots
+    with closing(opened(tmp_path, form_of(0), None)) as slots:
+        assert slots.count == 3
+        assert slots.cut(asked * FORM.image_bytes)
+        assert slots.count == len(slots.index) == max(0, 3 - asked)
+        assert allocated(tmp_path) == slots.nbytes
+
+
 def test_blocks_go_with_those_that_follow_from_them(tmp_path: Path) -> None:
     """Wherever they lie: the last slots had blocks from the middle of the chains."""
     with closing(opened(tmp_path, form_of(0))) as slots:

@@ -7,8 +7,6 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
-import numpy as np
-
 from portakv.storage.work import End, Ending, Graph, Handle, Task
 from portakv.tasks import Priority
 
@@ -45,10 +43,11 @@ def submit(
         await graph.move(task, ~task.landed)
 
     def begin() -> None:
-        graph.enter(tasks, priority, np.inf if deadline is None else deadline)
+        graph.enter(tasks, priority)
         if deadline is not None:
             for task in tasks:
                 graph.end_at(graph.clock() + deadline, task)
+                task.due = min(task.due, graph.clock() + deadline)
         for task in tasks:
             graph.start(run(task))
 

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import _thread
 import atexit
+import ctypes
 import gc
 import logging
 import math
@@ -61,12 +62,18 @@ _fdopen = os.fdopen
 _eventfd = os.eventfd
 _monotonic = time.monotonic
 _pause = time.sleep
+_raise_in: Any = ctypes.pythonapi.PyThreadState_SetAsyncExc
+_raise_in.argtypes = [ctypes.c_ulong, ctypes.py_object]
 
 #: Seconds by which a look at the clock moves it, so that a loop of looks ends.
 TICK = 1e-6
-#: The time at which a schedule has hung, and the number of turns of one that does not end.
+#: The time at which a schedule has hung, and the numbers of turns of one that does not end, and of
+#: its calls of functions if these are counted.
 END = 10_000.0
 MOST = 20_000
+MOST_CALLS = 1_000_000
+#: Seconds of the machine's clock after which a thread that keeps its turn never gives it back.
+TURN = 5.0
 #: The number of the first process, of which the system has none.
 FIRST = 1 << 23
 #: Chances of a preemption at a call of a function. A schedule draws one of them.
@@ -372,6 +379,8 @@ class Schedule:
         self.over = False
         self.chooses = False  # meanwhile conditions of threads are no place for a preemption
         self.switches = 0
+        self.calls = 0
+        self.chosen: Thread | None = None  # has its turn
         self._all_over = _allocate_lock()
         self._all_over.acquire()
         self.first: Process | None = None
@@ -388,9 +397,10 @@ class Schedule:
             main = Thread(target=self._main, args=(scenario,))
             main.is_ready = _always
             self.threads.append(main)
+            self.chosen = main
             _thread.start_new_thread(main.serve, ())
             main.turn.release()
-            assert self._all_over.acquire(timeout=LIMIT), "a thread blocks outside of the schedule"
+            self._await_end()
         finally:
             for loop in self.loops:
                 with suppress(RuntimeError):
@@ -403,6 +413,18 @@ class Schedule:
             # Errors in the log may still hold memory.
             left = {file for file in _open_files() - files if "memfd" not in file[1]}
             assert not left, f"descriptors were left open: {left}"
+
+    def _await_end(self) -> None:
+        """Wait until all threads have ended. End one that loops, and neither waits nor ends."""
+        before = -1
+        until = _monotonic() + LIMIT
+        while not self._all_over.acquire(timeout=TURN):
+            thread = self.chosen
+            if thread is not None and thread.ident is not None and before == self.switches:
+                self.fail(Stuck(f"{thread.name} loops for {TURN:g} s, and waits for nothing."))
+                _raise_in(thread.ident, Ended)
+            before = self.switches
+            assert _monotonic() < until, "a thread blocks outside of the schedule"
 
     def _collect(self) -> None:
         """End the coroutines of processes that were killed: they meet closed files there."""
@@ -501,9 +523,13 @@ class Schedule:
         self.wait(_always)
 
     def look(self, frame: FrameType, event: str, argument: object) -> None:
-        """Preempt the thread at some calls of functions of the project."""
+        """Preempt the thread at some calls of functions of the project. End one that loops."""
         if event != "call" or self.over or self.chooses:
             return
+        self.calls += 1
+        if self.calls > MOST_CALLS:
+            self.fail(Stuck(f"{running().name} does not end after {MOST_CALLS} calls."))
+            raise Ended
         file = frame.f_code.co_filename
         preempts = file.startswith(FOLDER) and not file.endswith(OF_MACHINE)
         if not preempts or self.random.random() >= self.preemption:
@@ -526,7 +552,8 @@ class Schedule:
         """Return the thread that runs next."""
         self.chooses = True
         try:
-            return self._choice()
+            self.chosen = self._choice()
+            return self.chosen
         finally:
             self.chooses = False
 

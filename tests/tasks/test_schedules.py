@@ -93,6 +93,8 @@ FAULTS = [
     # A transfer that ends keeps its rows.
     Fault("save", "portakv.storage.memory.Rows.give", no_call),
     Fault("eviction", "portakv.storage.memory.Rows.give", no_call),
+    # Pins hold nothing. A search for a block that has no pin then goes on for ever.
+    Fault("eviction", "portakv.storage.eviction.Chains.pin", no_call),
 ]
 
 
@@ -184,6 +186,21 @@ def test_threads_that_wait_for_each_other_are_an_error() -> None:
 
     with simulated(), pytest.raises(Stuck):
         Schedule(0).run(wait)
+
+
+@pytest.mark.parametrize("preemption", [0.0, 3e-3])
+def test_a_thread_that_loops_and_waits_for_nothing_is_an_error(
+    monkeypatch: pytest.MonkeyPatch, preemption: float
+) -> None:
+    monkeypatch.setattr("support.schedules.TURN", 0.2)
+    monkeypatch.setattr("support.schedules.MOST_CALLS", 1000)
+
+    def loop(schedule: Schedule) -> None:
+        while True:
+            yes(schedule)
+
+    with simulated(), pytest.raises(Stuck, match=r"does not end after|waits for nothing"):
+        Schedule(0, preemption).run(loop)
 
 
 def test_a_process_that_is_killed_takes_no_further_step() -> None:

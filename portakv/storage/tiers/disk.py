@@ -7,7 +7,7 @@ import errno
 import logging
 import os
 from array import array
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -60,15 +60,25 @@ class _Left:
 
 
 @dataclass(eq=False)
-class _Pinned:
-    """A block that is read, which stays in its slot until the read has ended."""
+class Pin:
+    """A block that stays in its slot until `release`, and how its read ended."""
 
-    number: int  # among the keys of the read
     slots: Slots
     place: Place
     right: bool = False
     lost: bool = False  # its bytes are wrong, or the device has lost them: it is forgotten
     failure: Reason | None = None
+
+    def release(self) -> None:
+        """Let the block go in its turn."""
+        self.slots.unpin(self.place, good=not self.lost)
+
+    @property
+    def outcome(self) -> str:
+        """Return how the read ended, for figures."""
+        if self.right:
+            return "hit"
+        return "fault" if self.lost else "late"
 
     def fail(self, result: int) -> None:
         """Note a span that did not come (a negative errno), or bytes that are not right."""
@@ -100,17 +110,6 @@ class _Span(NamedTuple):
     end: int
     numbers: slice
     pieces: bytes
-
-
-class Pin(NamedTuple):
-    """A block that stays in its slot until `release`."""
-
-    slots: Slots
-    place: Place
-
-    def release(self) -> None:
-        """Let the block go in its turn."""
-        self.slots.unpin(self.place)
 
 
 class _Taken(NamedTuple):
@@ -161,11 +160,8 @@ class DiskStore:
 
     def has(self, keys: Sequence[bytes], _: float | None = None) -> list[bool]:
         """Return which blocks are stored."""
-        first, *others = [slots.index for slots, _queue in self.parts]
-        there = [*map(first.__contains__, keys)]
-        for index in others:
-            there = [a or key in index for a, key in zip(there, keys, strict=True)]
-        return there
+        chains = self.parts[0][0].chains  # of all folders
+        return [key in chains for key in keys]
 
     known = has  # no request is needed
 
@@ -182,8 +178,6 @@ class DiskStore:
 
     def queue(self, key: bytes) -> Queue:
         """Return the queue that reads a block."""
-        if len(self.parts) == 1:
-            return self.parts[0][1]
         return next((queue for slots, queue in self.parts if key in slots.index), self.parts[0][1])
 
     def queue_for_write(self, nbytes: int) -> Queue:
@@ -191,8 +185,6 @@ class DiskStore:
 
         Among equal folders, the one with the fewest blocks written.
         """
-        if len(self.parts) == 1:
-            return self.parts[0][1]
         return min(self.parts, key=lambda x: (x[1].queued_bytes, len(x[0].index) + x[0].evicted))[1]
 
     def keys(self) -> list[bytes]:
@@ -245,60 +237,53 @@ class DiskStore:
         this time.
         """
         spans = self._spans(segments)
-        pinned = self._pin(keys, report)
+        pins = self.pin(keys)
+        pinned = [(pin, row) for pin, row in zip(pins, rows, strict=True) if pin is not None]
         try:
             if stop is None or not stop():
-                requests, checks = self._reads(pinned, rows, spans)
+                requests, checks = self._reads(pinned, spans)
                 if verifies(self.engine):
                     results = self.engine.run_checked(requests, checks)
-                    right = self.right_header
                 else:
                     results = self.engine.run(requests)
-                    right = self.right
-                for at, block in enumerate(pinned):
+                for at, (pin, row) in enumerate(pinned):
                     for number, span in enumerate(spans, at * len(spans)):
                         result = results[number]
                         if result != span.end - span.start:
-                            block.fail(0 if result == WRONG else result)
-                    if block.failure is None:
-                        block.right = right(rows[block.number], block.place.header, segments)
-                        if not block.right:
-                            block.fail(0)
+                            pin.fail(0 if result == WRONG else result)
+                    if pin.failure is None:
+                        pin.right = self._is_right(row, pin.place.header, segments)
+                        if not pin.right:
+                            pin.fail(0)
         finally:
-            for slots, _ in self.parts:
-                own = [block for block in pinned if block.slots is slots]
-                slots.unpin(*[block.place for block in own if not block.lost])
-                slots.unpin(*[block.place for block in own if block.lost], good=False)
+            for pin, _ in pinned:
+                pin.release()
 
-        self._count_read(len(keys), pinned, sum(span.end - span.start for span in spans))
-        landed = [False] * len(keys)
-        for block in pinned:
-            landed[block.number] = block.right
-            if not block.right:
-                block.log(keys[block.number], report)
-        return landed
-
-    def _count_read(self, blocks: int, pinned: Sequence[_Pinned], nbytes: int) -> None:
-        """Count the blocks of a read by their results; ``nbytes``: of each."""
-        hits = sum(block.right for block in pinned)
-        wrong = sum(block.lost for block in pinned)
-        self.graph.count(self.tier, "load", "hit", hits, hits * nbytes)
-        self.graph.count(self.tier, "load", "fault", wrong)
-        self.graph.count(self.tier, "load", "late", len(pinned) - hits - wrong)
-        self.graph.count(self.tier, "load", "miss", blocks - len(pinned))
+        for key, each in zip(keys, pins, strict=True):
+            if each is None:  # it was evicted after the load was planned
+                report(key, Reason(reasons.EVICTED, self.where))
+            elif not each.right:
+                each.log(key, report)
+        outcomes = Counter("miss" if each is None else each.outcome for each in pins)
+        nbytes = sum(span.end - span.start for span in spans)
+        for outcome in ("hit", "fault", "late", "miss"):
+            many = outcomes[outcome]
+            moved = many * nbytes if outcome == "hit" else 0
+            self.graph.count(self.tier, "load", outcome, many, moved)
+        return [each is not None and each.right for each in pins]
 
     def _reads(
-        self, pinned: list[_Pinned], rows: Sequence[Row], spans: list[_Span]
+        self, pinned: Sequence[tuple[Pin, Row]], spans: list[_Span]
     ) -> tuple[list[Request], list[Check]]:
         """Return the reads of all spans of pinned blocks into their rows, and their checksums."""
         size = self.form.image_bytes
         requests = []
         checks = []
-        for block in pinned:
-            fd = block.slots.fd
-            offset = block.place.slot * size
-            known = block.place.header
-            address = rows[block.number].__array_interface__["data"][0]  # `ctypes` takes longer
+        for pin, row in pinned:
+            fd = pin.slots.fd
+            offset = pin.place.slot * size
+            known = pin.place.header
+            address = row.__array_interface__["data"][0]  # `ctypes` takes longer
             for start, end, numbers, pieces in spans:
                 requests.append(Request(fd, offset + start, address + start, end - start, False))
                 expected = array("Q", known.checksums[numbers]).tobytes()
@@ -320,17 +305,6 @@ class DiskStore:
             end = HEADER + -(-(part.offset + part.nbytes) // PAGE) * PAGE
             spans.append(_Span(start, end, slice(i, i + 1), pieces[16 * i : 16 * (i + 1)]))
         return spans
-
-    def _pin(self, keys: Sequence[bytes], report: Report) -> list[_Pinned]:
-        """Pin the blocks that are stored. The missing blocks were evicted after the load was
-        planned."""
-        pinned = list[_Pinned]()
-        for i, pin in enumerate(self.pin(keys)):
-            if pin is None:
-                report(keys[i], Reason(reasons.EVICTED, self.where))
-            else:
-                pinned.append(_Pinned(i, pin.slots, pin.place))
-        return pinned
 
     def write(
         self,
@@ -524,18 +498,13 @@ class DiskStore:
         if self.owns_engine:
             self.engine.close()
 
-    def right(self, row: Row, expected: Header, segments: Sequence[int] | None) -> bool:
-        """Return True if the segments in a row, header first, have their sealed checksums."""
-        known = expected.checksums, expected.generation
-        return self.right_header(row, expected, segments) and verify(
-            row, self.form, *known, segments
-        )
-
-    def right_header(self, row: Row, expected: Header, segments: Sequence[int] | None) -> bool:
-        """Return True if the header in a row is the expected one, or if no read brought it."""
-        if segments is not None and 0 not in segments:
-            return True
-        return header(row, self.form) == expected
+    def _is_right(self, row: Row, expected: Header, segments: Sequence[int] | None) -> bool:
+        """Return True if the segments in a row, header first, have their sealed checksums, which
+        the engine may have verified."""
+        if (segments is None or 0 in segments) and header(row, self.form) != expected:
+            return False
+        sealed = expected.checksums, expected.generation
+        return verifies(self.engine) or verify(row, self.form, *sealed, segments)
 
 
 class Disk:
@@ -607,108 +576,83 @@ class Disk:
         Raises `StoreBusy` for the first folder, and `StoreError` for any folder of an own form.
         """
         engine = self.io
-        notes = list[str]()
+        found = list[str]()
         if engine is None or isinstance(engine, str):
             engine, answers = choose(rows.memory, engine, self.depth)
-            notes = [str(each) for each in answers]
+            found = [str(each) for each in answers]
+
+        capacity = self.capacity // len(self.folders)
+        spaces = {folder: Space(folder, capacity) for folder in self.folders}
+        lock = Lock()  # of all own forms, since each may take slots of another one
+        tier_stores = list[DiskStore]()
         with ExitStack() as undo:
             undo.callback(engine.close)
-            opening = _Opening(self, graph, engine, undo, notes)
             for number, form in enumerate(forms):
-                opening.open_form(form, own=number < own)
-            first = opening.tier_stores[0]
-            first.owns_engine = True
-            for tier_store in opening.tier_stores if self.admit == "second" else ():
+                writable = number < own
+                # Of all folders, as a prefix may lie in several.
+                chains = Chains[bytes](lock if writable else None)
+                opened = self._open_form(form, writable, engine, chains, spaces, found, undo)
+                parts = [
+                    (slots, graph.queue(f"disk:{folder}", width=self.workers))
+                    for folder, slots in opened.items()
+                ]
+                if parts:
+                    notes = list[str]() if tier_stores else found
+                    tier_stores.append(DiskStore(graph, form, parts, engine, writable, notes))
+            tier_stores[0].owns_engine = True
+            for tier_store in tier_stores if self.admit == "second" else ():
                 if tier_store.writable:
                     count = sum(slots.limit for slots, _ in tier_store.parts)
                     tier_store.offered = Bounded("keys offered once", count)
-            folders = ", ".join(map(str, self.folders))
             for note in filter(None, map(open_to_others, self.folders)):
-                first.found.append(note)
+                found.append(note)
                 _warnings.warning(note, "%s", note, lines=1)
             for note in size_notes(forms[:own], self._present):
-                first.found.append(note)
+                folders = ", ".join(map(str, self.folders))
+                found.append(note)
                 _warnings.warning(f"{note} {folders}", "%s: %s", folders, note)
             undo.pop_all()
-        return opening.tier_stores
+        return tier_stores
 
+    def _open_form(
+        self,
+        form: BlockForm,
+        own: bool,
+        engine: Engine,
+        chains: Chains[bytes],
+        spaces: dict[Path, Space],
+        found: list[str],
+        undo: ExitStack,
+    ) -> dict[Path, Slots]:
+        """Open a form in every folder that has it, or make it there if it is an ``own`` one.
 
-class _Opening:
-    """Open the forms of a disk tier one after the other, the store's own forms first.
-
-    The own forms have one lock, since each may take slots of another one.
-    """
-
-    def __init__(
-        self, disk: Disk, graph: Graph, engine: Engine, undo: ExitStack, notes: list[str]
-    ) -> None:
-        self.disk = disk
-        self.graph = graph
-        self.engine = engine
-        self.undo = undo
-        self.notes = notes  # for the next store of a tier
-        self.tier_stores = list[DiskStore]()
-        self.capacity = disk.capacity // len(disk.folders)
-        self.spaces = {folder: Space(folder, self.capacity) for folder in disk.folders}
-        self.busy = set[Path]()
-        self.lock = Lock()
-
-    def open_form(self, form: BlockForm, own: bool) -> None:
-        """Open a form in every folder that has it, or makes it if it is the store's ``own``."""
-        # Of all folders, as a prefix may lie in several.
-        chains = Chains[bytes](self.lock if own else None)
-        opened = dict[Path, Slots]()
-        for folder in self.disk.folders:
-            slots = self._open_folder(folder, form, own, chains, bool(opened))
-            if slots is not None:
-                opened[folder] = slots
-        siblings = [*opened.values()]
-        for slots in siblings:
-            slots.fit(siblings)
-        if own:
-            for folder in opened:
-                self.spaces[folder].others = [other for other in opened if other != folder]
-        if opened:
-            parts = [
-                (slots, self.graph.queue(f"disk:{folder}", width=self.disk.workers))
-                for folder, slots in opened.items()
-            ]
-            self.tier_stores.append(
-                DiskStore(self.graph, form, parts, self.engine, own, self.notes)
-            )
-            self.notes = []
-
-    def _open_folder(
-        self, folder: Path, form: BlockForm, own: bool, chains: Chains[bytes], others: bool
-    ) -> Slots | None:
-        """Open a form in one folder.
-
-        Returns None, with a note, if the store works without it: ``others`` have opened the own
-        form, or the form is only read.
+        If the store works without a folder, it gets a note in ``found``: the others serve without
+        one that another store has, which leaves ``spaces``, and a form need not be readable.
         """
-        place = folder / form.name
-        if folder in self.busy or not (own or (place / "form.json").exists()):
-            return None
-        capacity = self.capacity if own else None
-        space = self.spaces[folder]
-        try:
-            slots = Slots(place, form, capacity, self.engine, self.disk.track, chains, space)
-        except StoreError as error:
-            # The other folders serve without a folder that another store has.
-            if own and isinstance(error, StoreBusy) and others:
-                self.busy.add(folder)
-                self.notes.append(f"It does without {folder}. {error}")
-                return None
-            if own:
-                raise
-            self.tier_stores[0].found.append(str(error))
-            return None
-        self.undo.callback(slots.close)
-        if own:
-            space.writers.add(slots)
-        else:
-            space.readers.add(slots)
-        return slots
+        opened = dict[Path, Slots]()
+        for folder, space in [*spaces.items()]:
+            place = folder / form.name
+            if not own and not (place / "form.json").exists():
+                continue
+            capacity = space.capacity if own else None
+            try:
+                slots = Slots(place, form, capacity, engine, self.track, chains, space)
+            except StoreError as error:
+                busy = isinstance(error, StoreBusy) and bool(opened)
+                if own and not busy:
+                    raise
+                if own:
+                    del spaces[folder]
+                found.append(f"It does without {folder}. {error}" if own else str(error))
+                continue
+            undo.callback(slots.close)
+            (space.writers if own else space.readers).add(slots)
+            opened[folder] = slots
+        for slots in opened.values():
+            slots.fit([*opened.values()])
+        for folder in opened if own else ():
+            spaces[folder].others = [other for other in opened if other != folder]
+        return opened
 
 
 def _can_encode(path: str) -> bool:

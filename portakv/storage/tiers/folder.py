@@ -16,8 +16,8 @@ import sys
 import tempfile
 import threading
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, suppress
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack, closing, suppress
 from functools import cache, partial
 from pathlib import Path
 from typing import NamedTuple
@@ -35,6 +35,7 @@ from portakv.storage.eviction import UNKNOWN, Chains, mark_of, marks_of
 from portakv.storage.form import BlockForm
 from portakv.storage.image import Header, header, predecessor
 from portakv.storage.io.base import LOST, Engine, Request
+from portakv.storage.io.threads import Threads
 from portakv.storage.reasons import DAMAGED
 from portakv.storage.tiers.files import (
     MOST_FORM,
@@ -82,30 +83,9 @@ def records_in(folder: Path, form: BlockForm, count: int) -> Records:
     """Return the records of the first ``count`` slots of a folder's table, or fewer, as u64
     ``[slots, words]``; they may be damaged."""
     words = 32 if len(form.segments) <= 24 else 64
-    try:
-        fd = open_file(folder / "table")
-    except FileNotFoundError:
-        return np.zeros((0, words), "<u8")
-    with os.fdopen(fd, "rb") as file:
+    with os.fdopen(open_file(folder / "table"), "rb") as file:
         numbers = np.fromfile(file, "<u8", count * words)
     return numbers[: len(numbers) // words * words].reshape(-1, words)
-
-
-def write_record(table: int, records: Records, slot: int) -> None:
-    """Seal the record of a slot and write it to the file ``table``. Raise `OSError` if it cannot be
-    written whole."""
-    record = records[slot]
-    record[-1] = checksum(record[:-1], slot)
-    written = os.pwrite(table, record.data, slot * record.nbytes)
-    if written != record.nbytes:
-        raise OSError(errno.EIO, "the write was cut short")
-
-
-def cut_tail(slots: int, table: int, records: Records, keep: int, image_bytes: int) -> None:
-    """Truncate the files of slots and records after the first ``keep`` slots, whose records are
-    empty."""
-    os.ftruncate(slots, keep * image_bytes)
-    os.ftruncate(table, min(keep, len(records)) * records.shape[1] * 8)
 
 
 def extend(sizes: Mapping[int, int]) -> bool:
@@ -162,69 +142,6 @@ def _write_zeros(fd: int, offset: int, nbytes: int) -> None:
         os.fdatasync(plain)  # some file systems find space only now
     finally:
         os.close(plain)
-
-
-def empty(table: int, records: Records, slot: int) -> None:
-    """Write an empty record into a slot."""
-    records[slot] = 0
-    write_record(table, records, slot)
-
-
-class TableSlot(NamedTuple):
-    """A slot in one of several tables."""
-
-    table: int
-    slot: int
-
-
-class Successions:
-    """The blocks in the tables of all folders of a form, and which block follows which."""
-
-    def __init__(self, tables: Sequence[Records]) -> None:
-        self._marks = dict[TableSlot, int]()
-        self._follows = dict[TableSlot, int]()
-        self._by_mark = dict[int, TableSlot]()
-        self._following = dict[int, list[TableSlot]]()
-        for number, records in enumerate(tables):
-            text = records[:, :GENERATION].tobytes()
-            for slot in np.flatnonzero(records[:, SEGMENTS]).tolist():
-                place = TableSlot(number, slot)
-                mark = mark_of(text[slot * 32 : slot * 32 + 32])
-                follows = int(records[slot, FOLLOWS])
-                self._marks[place] = mark
-                self._follows[place] = follows
-                self._by_mark[mark] = place
-                self._following.setdefault(follows, []).append(place)
-
-    def before(self, mark: int) -> list[TableSlot]:
-        """Return the places of the block of a mark, of its predecessor, and so on up to the first
-        block."""
-        chain = dict[TableSlot, None]()
-        place = self._by_mark.get(mark)
-        while place is not None and place not in chain:
-            chain[place] = None
-            place = self._by_mark.get(self._follows[place])
-        return [*chain]
-
-    def from_slot(self, keep: int) -> list[TableSlot]:
-        """Return the blocks of the first table from a slot on, and all of their successors in any
-        table.
-
-        Each block comes before its predecessor: a kill during their removal in this order leaves no
-        block without its predecessor.
-        """
-        pending = [place for place in self._marks if place.table == 0 and place.slot >= keep]
-        found = set[TableSlot]()
-        in_order = dict[TableSlot, None]()
-        while pending:
-            place = pending.pop()
-            if place in found:  # all of its successors are in order
-                in_order[place] = None
-                continue
-            found.add(place)
-            following = self._following.get(self._marks[place], ())
-            pending += [place, *(x for x in following if x not in found)]
-        return [*in_order]
 
 
 # ------------------------------------------------------------------------------------------------
@@ -362,83 +279,40 @@ def _share(allocated: int, nbytes: int) -> int:
     return max(nbytes, min(EXTENT, allocated // 8))
 
 
-class _Closed(NamedTuple):
-    """The files of a form that no store has open, and its records."""
-
-    slots: int
-    table: int
-    records: Records
-
-
-def _open_closed(folder: Path, form: BlockForm, undo: ExitStack) -> _Closed | None:
-    """Lock and open a form that no store has open; None if a store has it."""
-    slots = lock(folder / "slots")
-    if slots < 0:
-        return None
-    undo.callback(os.close, slots)
-    table = open_file(folder / "table", OPEN)
-    undo.callback(os.close, table)
-    count = os.fstat(slots).st_size // form.image_bytes
-    return _Closed(slots, table, records_in(folder, form, count))
-
-
 def _cut_closed(folder: Path, nbytes: int, others: Sequence[Path]) -> bool:
-    """Truncate slots of so many bytes or more at the end of a form that no store has open.
+    """Have a form that no store has open give slots back, as `Slots.cut` does.
 
-    0 bytes: only the empty slots there. All successors of the removed blocks go with them, also in
-    the same form of ``others``. Returns True if slots went. A folder that cannot be read loses
-    none, which is logged: its blocks take space that no store uses.
+    All successors of the removed blocks go with them, also in the same form of ``others``. Returns
+    True if slots went. A folder that cannot be read loses none, which is logged: its blocks take
+    space that no store uses.
     """
     with ExitStack() as undo:
         try:
             form = form_in(folder)
-            own = _open_closed(folder, form, undo) if form.name == folder.name else None
-            if own is None:
+            if form.name != folder.name:
                 return False
-            about = os.fstat(own.slots)
-            size = form.image_bytes
-            count = about.st_size // size
-            keep = max(count - -(-nbytes // size), 0)
-            if not nbytes:
-                keep = _past_used(own.records, count)
-            if keep >= count:
-                return False
-            files = [own, *_closed_in(others, form, undo)]
-            for number, slot in Successions([file.records for file in files]).from_slot(keep):
-                empty(files[number].table, files[number].records, slot)
-            cut_tail(own.slots, own.table, own.records, keep, size)
-            os.utime(own.slots, ns=(about.st_atime_ns, about.st_mtime_ns))  # no store has used it
-            return True
-        except FileNotFoundError:  # it was removed meanwhile
+            about = os.stat(folder / "slots")
+            chains = Chains[bytes]()
+            slots = undo.enter_context(closing(Slots(folder, form, None, Threads(), chains=chains)))
+            siblings = [slots]
+            for other in others:
+                # It has no such form, or a damaged one. Its blocks stay without predecessors, as
+                # after a kill, and go in their turn.
+                with suppress(OSError, StoreError):
+                    if form_in(other / form.name) == form:
+                        same = Slots(other / form.name, form, None, Threads(), chains=chains)
+                        siblings.append(undo.enter_context(closing(same)))
+            slots.siblings = siblings
+            gone = slots.cut(nbytes)
+            os.utime(slots.fd, ns=(about.st_atime_ns, about.st_mtime_ns))  # no store has used it
+            return gone
+        except (FileNotFoundError, StoreBusy):  # it was removed meanwhile, or opened
             return False
         except (OSError, StoreError) as error:
             why = error if isinstance(error, StoreError) else unusable(folder, error)
             text = "The blocks in %s give no space back. %s"
             _warnings.warning(f"kept {folder}", text, folder, why, lines=1)
             return False
-
-
-def _closed_in(folders: Sequence[Path], form: BlockForm, undo: ExitStack) -> Iterator[_Closed]:
-    """Yield the files of a form in each folder that has it and can be read."""
-    for folder in folders:
-        # The folder has no such form, or a damaged one. Its blocks stay without predecessors, as
-        # after a kill, and go in their turn.
-        with suppress(OSError, StoreError):
-            if form_in(folder / form.name) == form:
-                closed = _open_closed(folder / form.name, form, undo)
-                if closed is not None:
-                    yield closed
-
-
-def _past_used(records: Records, count: int) -> int:
-    """Return the number of the slot after the last slot with a block.
-
-    Returns ``count`` if records are missing, because they may be lost.
-    """
-    used = np.flatnonzero(records[:, SEGMENTS])
-    if len(records) < count or not len(used):
-        return count
-    return int(used[-1]) + 1
 
 
 # ------------------------------------------------------------------------------------------------
@@ -879,28 +753,27 @@ class Slots:
                 places[i] = Place(slot, Header(keys[i], generation, tuple(sums[:many])))
         return places
 
-    def unpin(self, *places: Place, good: bool = True, why: str = DAMAGED) -> None:
-        """Release pins.
+    def unpin(self, place: Place, good: bool = True, why: str = DAMAGED) -> None:
+        """Release a pin.
 
-        Forgets blocks that are not ``good``, and why; a slot becomes free with its last pin.
+        Forgets a block that is not ``good``, and why; a slot becomes free with its last pin.
         """
+        slot = place.slot
+        key = place.header.key
         with self.chains.lock:
-            for place in places:
-                slot = place.slot
-                key = place.header.key
-                if not good:
-                    if self.index.get(key) == slot:
-                        del self.index[key]
-                        self.chains.remove(key, why)
-                    self._put(slot)
-                self._pins[slot] -= 1
-                if self._pins[slot]:
-                    continue
-                del self._pins[slot]
+            if not good:
                 if self.index.get(key) == slot:
-                    self.chains.unpin(key)
-                else:
-                    self._free.append(slot)
+                    del self.index[key]
+                    self.chains.remove(key, why)
+                self._put(slot)
+            self._pins[slot] -= 1
+            if self._pins[slot]:
+                return
+            del self._pins[slot]
+            if self.index.get(key) == slot:
+                self.chains.unpin(key)
+            else:
+                self._free.append(slot)
 
     def take(
         self,
@@ -991,26 +864,25 @@ class Slots:
         A slot is in use if it is pinned, is being written, or leads to a block that is being
         written. All successors of the evicted blocks go with them, in all folders.
         """
-        keep = max([keep, *(slot + 1 for slot in (*self._pins, *self._writes))])
+        keep = max([0, keep, *(slot + 1 for slot in (*self._pins, *self._writes))])
         if keep >= self.count:
             return
-        folders = [self, *(x for x in self.siblings if x is not self and x.fd >= 0)]
-        successions = Successions([x._records[: x.count] for x in folders])
-        for writing in folders:
-            for write in writing._writes.values():
-                leading = [x.slot for x in successions.before(write.follows) if x.table == 0]
-                keep = max(keep, *(slot + 1 for slot in leading), 0)
+        folders = [x for x in self.siblings or [self] if x.fd >= 0]
+        writes = [write for x in folders for write in x._writes.values()]
+        for key in (key for write in writes for key in self.chains.leading(write.follows)):
+            keep = max(keep, self.index.get(key, -1) + 1)
         if keep >= self.count:
             return
-        keys = [{slot: key for key, slot in x.index.items()} for x in folders]
-        for number, slot in successions.from_slot(keep):
-            key = keys[number].get(slot)
-            if key is not None:
-                folders[number]._forget(key)
-            folders[number]._put(slot)
-        cut_tail(
-            self.fd, self._files.table, self._records[: self.count], keep, self.form.image_bytes
-        )
+        gone = [key for key, slot in self.index.items() if slot >= keep]
+        # A kill meanwhile leaves no block without its predecessor.
+        for key in self.chains.with_successors(gone):
+            for slots in folders:
+                slot = slots.index.get(key)
+                if slot is not None:
+                    slots._forget(key)
+                    slots._put(slot)
+        os.ftruncate(self.fd, keep * self.form.image_bytes)
+        os.ftruncate(self._files.table, keep * self._records[0].nbytes)
         self._free = deque(slot for slot in self._free if slot < keep)
         self._records[keep : self.count] = 0
         self.count = keep
@@ -1223,8 +1095,12 @@ class Slots:
         A block whose record stays although it is gone is found again at a start, and verified when
         it is read.
         """
+        record = self._records[slot]
+        record[-1] = checksum(record[:-1], slot)
         try:
-            write_record(self._files.table, self._records, slot)
+            written = os.pwrite(self._files.table, record.data, slot * record.nbytes)
+            if written != record.nbytes:
+                raise OSError(errno.EIO, "the write was cut short")
         except OSError as error:
             self.health.note_record(error)
             return False

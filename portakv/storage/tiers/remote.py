@@ -15,9 +15,8 @@ import os
 import re
 import threading
 import time
-from collections.abc import Awaitable, Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing, suppress
+from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
@@ -31,7 +30,7 @@ from portakv.arguments import kind_of
 from portakv.errors import InvalidTerms, StoreError
 from portakv.extras import installing
 from portakv.runtime import resources
-from portakv.runtime.bounded import Bounded
+from portakv.runtime.bounded import Bounded, Until
 from portakv.runtime.devices import this_process
 from portakv.runtime.interrupts import uninterrupted
 from portakv.runtime.rate_limited_log import RateLimitedLog
@@ -42,7 +41,7 @@ from portakv.storage.reasons import Reason, Report
 from portakv.storage.tiers import compressed
 from portakv.storage.tiers.compressed import Compressor, check_compress
 from portakv.storage.work import Graph, Queue
-from portakv.tasks import Handle
+from portakv.tasks import Handle, runtime
 
 # ------------------------------------------------------------------------------------------------
 # `RemoteStore` reads and writes the blocks of one form in an object store.
@@ -55,8 +54,6 @@ FORM = b"form.json"  # lies next to the blocks; it is not a key
 PIECE = 4 << 20
 #: Seconds between two looks at the deadline while an answer or a body is awaited.
 POLL = 0.1
-#: Descriptors of an event loop.
-_DESCRIPTORS = 3
 #: Seconds for which a block is believed to be there, and not to be there.
 THERE = 60.0
 MISSING = 5.0
@@ -107,14 +104,17 @@ class _Fetched(NamedTuple):
 class Fault:
     """A version of an object whose bytes were wrong twice.
 
-    It counts as missing until a time, and the next save may have to ``rewrite`` it.
+    It counts as missing for `FAULTY` seconds, and the next save may have to ``rewrite`` it.
     """
 
     e_tag: str | None
     version: str | None
-    until: float
-    rewrite: bool
     side: str
+
+    @property
+    def rewrite(self) -> bool:
+        """Return True if a save mends it."""
+        return self.side in MENDED_BY_SAVES
 
 
 class RemoteStore:
@@ -124,8 +124,8 @@ class RemoteStore:
     generation = 0
 
     def __init__(self, remote: Any, graph: Graph, form: BlockForm, own: bool) -> None:
-        self._remote = remote
-        self._graph = graph
+        self.remote = remote
+        self.graph = graph
         self.where = remote.url
         self.form = form
         self.writable = own
@@ -135,16 +135,22 @@ class RemoteStore:
         self._heads = graph.queue(f"remote:{remote.url} lookup", remote.workers)
         self.queue: Callable[[object], Queue] = lambda _: queue
         self.queue_for_write = self.queue
-        # Until when a block, or the form, is believed to be there; negative: until when it is not.
-        self.verdicts: Bounded[bytes, float] = Bounded("remote verdicts", 1 << 17)
+
+        def now() -> float:
+            return float(remote.now())
+
+        # The blocks that are believed to be there, or not to be there; also the form.
+        self._present: Until[bytes] = Until("blocks of a bucket", 1 << 17, now)
+        self._absent: Until[bytes] = Until("blocks that a bucket lacks", 1 << 17, now)
+        self._faulty: Until[bytes] = Until("damaged blocks of a bucket", 1 << 14, now)
         self._faults: Bounded[bytes, Fault] = Bounded("remote faults", 1 << 14)
         # True if ETags of objects in one part are their MD5; None until a fault needs the answer.
         self._tags_are_md5: bool | None = None
 
     def forget(self) -> None:
         """Believe nothing about any block."""
-        self.verdicts.clear()
-        self._faults.clear()
+        for each in (self._present, self._absent, self._faulty, self._faults):
+            each.clear()
 
     def has(self, keys: Keys, timeout: float | None = None) -> list[bool]:
         """Return which blocks are stored; blocks without an answer after ``timeout`` seconds count
@@ -152,17 +158,17 @@ class RemoteStore:
 
         One request asks for each block that is not known.
         """
-        self._graph.check_open()
-        runtime = self._graph.runtime
-        now = self._remote.now()
+        self.graph.check_open()
+        runtime = self.graph.runtime
         until = runtime.time() + (3e9 if timeout is None else timeout)
-        left = [key for key in keys if abs(self.verdicts.get(key, 0.0)) <= now]
+        known = self._present, self._absent, self._faulty
+        left = [key for key in keys if not any(each.holds(key) for each in known)]
 
         def begin() -> list[Handle[bool]]:
             call = partial(self._heads.call, "lookup", self._there)
-            return [runtime.start(call(key)) for key in left if not self._fault(key)]
+            return [runtime.start(call(key)) for key in left]
 
-        requests = self._graph.run(begin, undo=_cancel_all)
+        requests = self.graph.run(begin, undo=_cancel_all)
         try:
             for request in requests:
                 request.wait(max(0.0, until - runtime.time()))
@@ -172,37 +178,37 @@ class RemoteStore:
 
     def known(self, keys: Keys) -> list[bool]:
         """Return which blocks are believed to be there."""
-        now = self._remote.now()
-        return [self.verdicts.get(key, 0.0) > now for key in keys]
+        return [*map(self._present.holds, keys)]
 
     def wants(self, keys: Keys) -> list[bool]:
         """Return which blocks a save has to bring; the other blocks need no request."""
-        faults = [self._fault(key) for key in keys]
+        faults = [self.fault(key) for key in keys]
         left_alone = [fault is not None and not fault.rewrite for fault in faults]
         known = self.known(keys)
         return [not (a or b) for a, b in zip(known, left_alone, strict=True)]
 
-    def _fault(self, key: bytes) -> Fault | None:
+    def fault(self, key: bytes) -> Fault | None:
         """Return the fault for which a block counts as missing now."""
-        fault = self._faults.get(key)
-        return fault if fault and self._remote.now() < fault.until else None
+        return self._faults.get(key) if self._faulty.holds(key) else None
 
     def _there(self, key: bytes) -> bool:
         """Return whether a block is there; ask the store if that is not known."""
-        until = self.verdicts.get(key, 0.0)
-        now = self._remote.now()
-        if self._fault(key):
+        if self._present.holds(key):
+            return True
+        if self._absent.holds(key) or self._faulty.holds(key):
             return False
-        if abs(until) > now:
-            return until > 0
 
-        remote = self._remote
-        meta = remote.ask(remote.obs.head, remote.store, self._path(key), miss=False)
+        remote = self.remote
+        meta = remote.ask(remote.obs.head, remote.store, self.path(key), miss=False)
         if meta is None:
             return False
         if meta and self._is_faulty_still(key, meta):
             return False
-        self.verdicts[key] = now + THERE if meta else -now - MISSING
+        if meta:
+            self._present.hold(key, THERE)
+        else:
+            self._present.pop(key, None)
+            self._absent.hold(key, MISSING)
         return bool(meta)
 
     def _is_faulty_still(self, key: bytes, meta: Any) -> bool:
@@ -212,20 +218,29 @@ class RemoteStore:
             return False
         if (meta["e_tag"], meta["version"]) != (fault.e_tag, fault.version):
             return False
-        self._note_fault(key, fault.e_tag, fault.version, fault.side)
+        self.note_fault(key, fault.e_tag, fault.version, fault.side)
         return True
 
-    def _note_fault(self, key: bytes, e_tag: str | None, version: str | None, side: str) -> None:
-        rewrite = side in MENDED_BY_SAVES
-        until = self._remote.now() + FAULTY
-        self._faults[key] = Fault(e_tag, version, until, rewrite, side)
-        self.verdicts.pop(key, None)
+    def note_fault(self, key: bytes, e_tag: str | None, version: str | None, side: str) -> None:
+        """Count a version of a block as missing for a while."""
+        self._faults[key] = Fault(e_tag, version, side)
+        self._faulty.hold(key, FAULTY)
+        self._present.pop(key, None)
 
-    def _believe_there(self, key: bytes) -> None:
-        self._faults.pop(key, None)
-        self.verdicts[key] = self._remote.now() + THERE
+    def believe_there(self, key: bytes) -> None:
+        """Note that a block is there, whole and correct."""
+        for each in (self._faults, self._faulty, self._absent):
+            each.pop(key, None)
+        self._present.hold(key, THERE)
 
-    def _path(self, key: bytes) -> str:
+    def doubt(self, key: bytes) -> bool:
+        """Have the next lookup ask for a block that did not come; return True if it was believed to
+        be there."""
+        self._absent.pop(key, None)
+        return self._present.pop(key, None) is not None
+
+    def path(self, key: bytes) -> str:
+        """Return the place of a block in the object store."""
         return f"1/{self.form.name}/{key.hex()[:2]}/{key.hex()}"
 
     @property
@@ -247,251 +262,32 @@ class RemoteStore:
 
         A request in flight when ``stop()`` becomes True is left within `POLL` seconds.
         """
+        some = self.form.segments if segments is None else [self.form.segments[i] for i in segments]
+        nbytes = sum(segment.nbytes for segment in some)
         landed: list[bool] = []
-        try:
-            begun = new_loop()
-        except OSError as error:
-            for key in keys:
-                report(key, Reason(reasons.UNREACHABLE, f"{self._remote.url}: {error}"))
-            return [False] * len(keys)
-        with closing(begun) as loop:
-            for key, row in zip(keys, rows, strict=True):
-                fetch = partial(self._fetch_now, loop, key, stop=stop)
-                try:
-                    outcome = self._read_one(fetch, key, row, segments, report)
-                except Failure as failure:
-                    outcome = "error"
-                    report(key, failure.reason)
-                landed.append(outcome == "hit")
-                nbytes = self._nbytes(segments) if outcome == "hit" else 0
-                self._graph.count(self.tier, "load", outcome, 1, nbytes)
+        for key, row in zip(keys, rows, strict=True):
+            try:
+                outcome = _Read(self, key, row, segments, stop).result(report)
+            except Failure as failure:
+                outcome = "error"
+                report(key, failure.reason)
+            landed.append(outcome == "hit")
+            self.graph.count(self.tier, "load", outcome, 1, nbytes if landed[-1] else 0)
         return landed
 
-    def _nbytes(self, segments: Sequence[int] | None) -> int:
-        """Return the bytes of the payload that a read brings."""
-        every = range(len(self.form.segments))
-        return sum(self.form.segments[i].nbytes for i in (every if segments is None else segments))
-
-    def _read_one(
-        self,
-        fetch: Callable[..., _Fetched],
-        key: bytes,
-        row: Row,
-        segments: Sequence[int] | None,
-        report: Report,
-    ) -> str:
-        """Fetch a block, once more if it came wrong, and return how that ended."""
-        where = self._remote.url
-        fetched = fetch(row, segments)
-        known = self._fault(key)
-        if fetched.result == "fault" and known and fetched.same_object(known):
-            report(key, Reason(reasons.DAMAGED, f"{where}: {known.side}"))
-            return "fault"
-
-        if fetched.result == "unreadable":
-            self._note_fault(key, fetched.e_tag, fetched.version, UNREADABLE)
-            self._remote.log.warning("unreadable", "%s: %s", self._address(key), UNREADABLE)
-            report(key, Reason(reasons.UNREADABLE, f"{where}: {UNREADABLE}"))
-            return "error"
-
-        if fetched.result == "fault":
-            first = fetched
-            self._graph.count(self.tier, "load", "refetched")
-            text = "%s came wrong and is fetched again"
-            self._remote.log.warning("refetched", text, self._address(key))
-            fetched = fetch(row, segments)
-            # Of an object that was written in between nothing is known.
-            side = "the object changed while it was read"
-            if fetched.result == "fault" and fetched.same_object(first):
-                side = self._sick_side(fetch, row, segments, fetched)
-                self._note_fault(key, fetched.e_tag, fetched.version, side)
-                self._warn(key, side)
-            if fetched.result == "fault":
-                report(key, Reason(reasons.DAMAGED, f"{where}: {side}"))
-        if fetched.result == "hit":
-            self._believe_there(key)
-            return "hit"
-
-        # A lookup of a block that did not come asks again, however that ended.
-        believed = self.verdicts.pop(key, 0.0) > 0
-        if fetched.result == "miss":
-            if believed:
-                # The process that deleted the block may have deleted it.
-                self.verdicts.pop(FORM, None)
-            report(key, Reason(reasons.EVICTED if believed else reasons.MISSING, where))
-        if fetched.result == "late":
-            report(key, Reason(reasons.LATE, where))
-        return fetched.result
-
-    def _warn(self, key: bytes, side: str) -> None:
-        """Log that a block counts as missing, because one side changed its bytes."""
-        text = "%s came wrong twice: %s. It counts as missing for %g s%s"
-        # A save does not mend what the way to the bucket does to bytes.
-        saved = ", or until it is saved" if side in MENDED_BY_SAVES else ""
-        self._remote.log.warning("faults", text, self._address(key), side, FAULTY, saved)
-
-    def _address(self, key: bytes) -> str:
-        return f"{self._remote.url}/{self._path(key)}"
-
-    def _sick_side(
-        self,
-        fetch: Callable[..., _Fetched],
-        row: Row,
-        segments: Sequence[int] | None,
-        fetched: _Fetched,
-    ) -> str:
-        """Return which side changed the bytes of an object.
-
-        Compares the MD5 of the received bytes with the ETag, which is the MD5 of an object that was
-        written in one part.
-        """
-        image_bytes = self.form.image_bytes
-        if fetched.nbytes != image_bytes and not self._may_be_compressed(fetched.nbytes):
-            return OBJECT
-        e_tag = re.fullmatch('"?([0-9a-f]{32})"?', fetched.e_tag or "")
-        if not e_tag:
-            return UNKNOWN
-        if segments is not None:  # an ETag is that of the whole object
-            row = np.empty(image_bytes, np.uint8)
-            try:
-                whole = fetch(row, None)
-            except Failure:
-                return UNDECIDED
-            if whole.result == "hit":
-                return PATH
-            if whole.result != "fault" or not whole.same_object(fetched):
-                return UNDECIDED
-            fetched = whole
-
-        if (fetched.md5 or _md5(row[:image_bytes])) == e_tag[1]:
-            return OBJECT
-        return PATH if self._has_md5_tags() else UNKNOWN
-
-    def _has_md5_tags(self) -> bool:
+    def has_md5_tags(self) -> bool:
         """Return True if the form's ETag is its MD5.
 
         In a bucket that encrypts by keys of a key service, ETags look the same but are not.
         """
         if self._tags_are_md5 is None:
-            remote = self._remote
+            remote = self.remote
             meta = remote.ask(remote.obs.head, remote.store, self._form_path, miss=False)
             if not meta:
                 return False
             digest = _md5(self.form.json().encode())
             self._tags_are_md5 = (meta["e_tag"] or "").strip('"') == digest
         return self._tags_are_md5
-
-    def _fetch_now(
-        self,
-        loop: asyncio.AbstractEventLoop,
-        key: bytes,
-        row: Row,
-        segments: Sequence[int] | None,
-        stop: Stop,
-    ) -> _Fetched:
-        """Fetch an object, or its header and some segments, into a row, and verify it. Raises
-        `Failure`."""
-
-        def run() -> _Fetched:
-            try:
-                return loop.run_until_complete(self._fetch(key, row, segments, stop))
-            except _Stopped:
-                return _Fetched("late")
-            except self._remote.obs.exceptions.BaseError as error:
-                if re.search("status code: 416|Invalid range|range was invalid", str(error)):
-                    return _Fetched("fault")  # an object of no bytes
-                raise
-
-        result: _Fetched = self._remote.attempt(run, miss=_Fetched("miss"))
-        return result
-
-    async def _fetch(
-        self, key: bytes, row: Row, segments: Sequence[int] | None, stop: Stop
-    ) -> _Fetched:
-        """Do what `_fetch_now` does. Raises `_Stopped`, and the errors of obstore."""
-        spans = self._spans(segments)
-        for span in spans:
-            fetched, response = await self._request(key, span, segments is None, stop)
-            if span == spans[0] and self._may_be_compressed(fetched.nbytes):
-                return await self._fetch_compressed(key, row, segments, fetched, response, stop)
-            if fetched.nbytes != self.form.image_bytes:
-                return fetched
-            await _receive(response, row, span, stop)
-
-        right = self._is_right(row, key, segments)
-        return fetched._replace(result="hit" if right else "fault")
-
-    async def _request(
-        self, key: bytes, span: tuple[int, int], whole: bool, stop: Stop
-    ) -> tuple[_Fetched, Any]:
-        """Request a span of an object, or all of it; return its version, and the response."""
-        if stop():
-            raise _Stopped
-        remote = self._remote
-        options = {} if whole else {"range": span}
-        work = remote.obs.get_async(remote.store, self._path(key), options=options)
-        response = await _until_stopped(work, stop)
-        meta = response.meta
-        return _Fetched("fault", meta["e_tag"], meta["version"], meta["size"]), response
-
-    # --- compressed objects ---
-
-    def _may_be_compressed(self, nbytes: int) -> bool:
-        """Return True if a compressed object can have this size, and an image cannot."""
-        return HEADER < nbytes < self.form.image_bytes
-
-    async def _fetch_compressed(
-        self,
-        key: bytes,
-        row: Row,
-        segments: Sequence[int] | None,
-        fetched: _Fetched,
-        response: Any,
-        stop: Stop,
-    ) -> _Fetched:
-        """Receive a compressed object, or its first page and some segments, and write the image
-        into a row. ``response``: to the request for all of it, or for the page."""
-        whole = segments is None
-        data = np.empty(fetched.nbytes if whole else HEADER, np.uint8)
-        await _receive(response, data, (0, len(data)), stop)
-        terms = compressed.terms_of(data[:HEADER], self.form)
-        right = terms is not None and terms.nbytes == fetched.nbytes
-        if terms is not None and right:
-            codec = _codec()
-            if codec is None:
-                return fetched._replace(result="unreadable")
-            compressed.restore_header(data[:HEADER], row, self.form)
-            for number in range(len(self.form.segments)) if segments is None else segments:
-                start, end = terms.span(number)
-                part = data[start:end]
-                if not whole:
-                    again, response = await self._request(key, (start, end), False, stop)
-                    if not again.same_object(fetched) or again.nbytes != fetched.nbytes:
-                        return again
-                    part = np.empty(end - start, np.uint8)
-                    await _receive(response, part, (0, len(part)), stop)
-                right = right and compressed.restore(part, row, self.form, terms, number, codec)
-        if right and self._is_right(row, key, segments):
-            return fetched._replace(result="hit")
-        return fetched._replace(result="fault", md5=_md5(data) if whole else None)
-
-    def _spans(self, segments: Sequence[int] | None) -> list[tuple[int, int]]:
-        """Return the parts of an image for a read: the whole image, or the header and segments."""
-        if segments is None:
-            return [(0, self.form.image_bytes)]
-        spans = [(0, HEADER)]
-        for number in segments:
-            part = self.form.segments[number]
-            start = HEADER + part.offset
-            spans.append((start, start + part.nbytes))
-        return spans
-
-    def _is_right(self, row: Row, key: bytes, segments: Sequence[int] | None) -> bool:
-        """Return True if a row has the header of a key, and segments with its checksums."""
-        head = header(row, self.form)
-        if isinstance(head, str) or head.key != key:
-            return False
-        return verify(row, self.form, head.checksums, head.generation, segments)
 
     # --- writing ---
 
@@ -504,11 +300,11 @@ class RemoteStore:
         report: Report = reasons.ignore,
     ) -> list[bool]:
         """Put sealed images, and the form next to them; return which are there now."""
-        remote = self._remote
+        remote = self.remote
         if not self.known([FORM])[0] and remote.ask(
             remote.put, self._form_path, self.form.json().encode()
         ):
-            self.verdicts[FORM] = remote.now() + THERE
+            self._present.hold(FORM, THERE)
 
         landed: list[bool] = []
         for key, row in zip(keys, rows, strict=True):
@@ -516,27 +312,27 @@ class RemoteStore:
                 self._write_one(key, row)
                 landed.append(True)
             except Failure as failure:
-                self._graph.count(self.tier, "save", "error")
+                self.graph.count(self.tier, "save", "error")
                 report(key, failure.reason)
                 landed.append(False)
         return landed
 
     def _write_one(self, key: bytes, row: Row) -> None:
         """Write a block unless a correct one is stored. Raises `Failure`."""
-        fault = self._fault(key)
+        fault = self.fault(key)
         if fault and not fault.rewrite:
             return
         # The first request asks for the object: no bytes go for a block that another writer has
         # written.
         if not fault and self._there(key):
             return
-        fault = self._fault(key)  # the answer may have been the damaged version
+        fault = self.fault(key)  # the answer may have been the damaged version
         nbytes = self.form.image_bytes
-        compressor = self._remote.compressor
+        compressor = self.remote.compressor
         data = compressor.object_of(row, self.form) if compressor else row[:nbytes]
-        self._remote.attempt(self._remote.put, self._path(key), data, fault)
-        self._graph.count(self.tier, "save", "hit", 1, nbytes)
-        self._believe_there(key)
+        self.remote.attempt(self.remote.put, self.path(key), data, fault)
+        self.graph.count(self.tier, "save", "hit", 1, nbytes)
+        self.believe_there(key)
 
     def touch(self, *_: object) -> None:
         """Do nothing: the bucket's rules delete objects, and connections stay."""
@@ -545,7 +341,7 @@ class RemoteStore:
 
     def statistics(self) -> dict[str, Any]:
         """Return figures next to the graph's counts."""
-        remote = self._remote
+        remote = self.remote
         figures = {
             "url": remote.url,
             "left_alone": remote.left_alone,
@@ -562,64 +358,238 @@ def _cancel_all(requests: Sequence[Handle[bool]]) -> None:
         request.cancel()
 
 
-def _codec() -> Any:
-    """Return what decompresses, or None if it is not installed."""
-    try:
-        return compressed.zstd()
-    except StoreError:
-        return None
-
-
 def _md5(data: Any) -> str:
     """Return the MD5 of a buffer in hex."""
     return hashlib.md5(data, usedforsecurity=False).hexdigest()
 
 
-async def _until_stopped(work: Awaitable[Result], stop: Stop) -> Result:
-    """Return the result of ``work``, or raise `_Stopped` within `POLL` seconds after ``stop()``
+def _in_loop(work: Coroutine[Any, Any, Result]) -> Result:
+    """Return the result of a coroutine that the loop of this process runs."""
+    if runtime().runs_here:
+        work.close()
+        raise StoreError("Expected a thread for a request, got none that is free.")
+    return asyncio.run_coroutine_threadsafe(work, runtime().started(StoreError)).result()
+
+
+def _until_stopped(request: Callable[[], Awaitable[Result]], stop: Stop) -> Result:
+    """Return the result of a request, or raise `_Stopped` within `POLL` seconds after ``stop()``
     became true; the request is dropped then."""
-    task = asyncio.ensure_future(work)
-    while True:
-        await asyncio.wait([task], timeout=POLL)
-        if task.done():
-            return task.result()
-        if stop():
-            task.cancel()
-            await asyncio.wait([task])
-            if not task.cancelled():
-                task.exception()  # it ended meanwhile; asyncio logs errors that no one reads
-            raise _Stopped
+
+    async def ended() -> Result:
+        task = asyncio.ensure_future(request())
+        while True:
+            await asyncio.wait([task], timeout=POLL)
+            if task.done():
+                return task.result()
+            if stop():
+                task.cancel()
+                await asyncio.wait([task])
+                if not task.cancelled():
+                    task.exception()  # it ended meanwhile; asyncio logs errors that no one reads
+                raise _Stopped
+
+    return _in_loop(ended())
 
 
-async def _receive(response: Any, row: Row, span: tuple[int, int], stop: Stop) -> None:
-    """Copy a body into a span of a row, or raise `_Stopped`."""
-    at, end = span
-    if end - at <= PIECE + HEADER:  # a stream would copy it once more
-        body = await _until_stopped(response.bytes_async(), stop)
-        row[at : at + len(body)] = np.frombuffer(body, np.uint8)
-        return
-    pieces = aiter(response.stream(PIECE))
-    while at < end:
+class _Read:
+    """The read of a block into a row: of its image, or of its header and some ``segments``."""
+
+    def __init__(
+        self,
+        tier_store: RemoteStore,
+        key: bytes,
+        row: Row,
+        segments: Sequence[int] | None,
+        stop: Stop,
+    ) -> None:
+        self._store = tier_store
+        self._remote = tier_store.remote
+        self._form = tier_store.form
+        self._key = key
+        self._row = row
+        self._segments = segments
+        self._stop = stop
+        self._address = f"{self._remote.url}/{tier_store.path(key)}"
+
+    def result(self, report: Report) -> str:
+        """Fetch the block, once more if it came wrong, and return how that ended."""
+        store = self._store
+        key = self._key
+        where = self._remote.url
+        log = self._remote.log
+        fetched = self._fetch()
+        known = store.fault(key)
+        if fetched.result == "fault" and known and fetched.same_object(known):
+            report(key, Reason(reasons.DAMAGED, f"{where}: {known.side}"))
+            return "fault"
+
+        if fetched.result == "unreadable":
+            store.note_fault(key, fetched.e_tag, fetched.version, UNREADABLE)
+            log.warning("unreadable", "%s: %s", self._address, UNREADABLE)
+            report(key, Reason(reasons.UNREADABLE, f"{where}: {UNREADABLE}"))
+            return "error"
+
+        if fetched.result == "fault":
+            first = fetched
+            store.graph.count(store.tier, "load", "refetched")
+            log.warning("refetched", "%s came wrong and is fetched again", self._address)
+            fetched = self._fetch()
+            # Of an object that was written in between nothing is known.
+            side = "the object changed while it was read"
+            if fetched.result == "fault" and fetched.same_object(first):
+                side = self._sick_side(fetched)
+                store.note_fault(key, fetched.e_tag, fetched.version, side)
+                text = "%s came wrong twice: %s. It counts as missing for %g s%s"
+                # A save does not mend what the way to the bucket does to bytes.
+                saved = ", or until it is saved" if side in MENDED_BY_SAVES else ""
+                log.warning("faults", text, self._address, side, FAULTY, saved)
+            if fetched.result == "fault":
+                report(key, Reason(reasons.DAMAGED, f"{where}: {side}"))
+        if fetched.result == "hit":
+            store.believe_there(key)
+            return "hit"
+
+        believed = store.doubt(key)
+        if fetched.result == "miss":
+            if believed:
+                # The process that deleted the block may have deleted it.
+                store.doubt(FORM)
+            report(key, Reason(reasons.EVICTED if believed else reasons.MISSING, where))
+        if fetched.result == "late":
+            report(key, Reason(reasons.LATE, where))
+        return fetched.result
+
+    def _sick_side(self, fetched: _Fetched) -> str:
+        """Return which side changed the bytes of the object.
+
+        Compares the MD5 of the received bytes with the ETag, which is the MD5 of an object that was
+        written in one part.
+        """
+        image_bytes = self._form.image_bytes
+        if fetched.nbytes != image_bytes and not self._may_be_compressed(fetched.nbytes):
+            return OBJECT
+        e_tag = re.fullmatch('"?([0-9a-f]{32})"?', fetched.e_tag or "")
+        if not e_tag:
+            return UNKNOWN
+        row = self._row
+        if self._segments is not None:  # an ETag is that of the whole object
+            row = np.empty(image_bytes, np.uint8)
+            try:
+                whole = _Read(self._store, self._key, row, None, self._stop)._fetch()
+            except Failure:
+                return UNDECIDED
+            if whole.result == "hit":
+                return PATH
+            if whole.result != "fault" or not whole.same_object(fetched):
+                return UNDECIDED
+            fetched = whole
+
+        if (fetched.md5 or _md5(row[:image_bytes])) == e_tag[1]:
+            return OBJECT
+        return PATH if self._store.has_md5_tags() else UNKNOWN
+
+    def _fetch(self) -> _Fetched:
+        """Fetch the object, or its header and some segments, into the row, and verify it. Raises
+        `Failure`."""
+        fetched: _Fetched = self._remote.attempt(self._fetch_once, miss=_Fetched("miss"))
+        return fetched
+
+    def _fetch_once(self) -> _Fetched:
+        """Do what `_fetch` does. Raises the errors of obstore."""
         try:
-            piece = await _until_stopped(anext(pieces), stop)
-        except StopAsyncIteration:  # the body was too short, which the checksums find
-            return
-        row[at : at + len(piece)] = np.frombuffer(piece, np.uint8)
-        at += len(piece)
-        if at < end and stop():
+            for span in self._spans():
+                fetched, response = self._request(span)
+                if not span[0] and self._may_be_compressed(fetched.nbytes):
+                    return self._fetch_compressed(fetched, response)
+                if fetched.nbytes != self._form.image_bytes:
+                    return fetched
+                self._receive(response, self._row, span)
+        except _Stopped:
+            return _Fetched("late")
+        except self._remote.obs.exceptions.BaseError as error:
+            if re.search("status code: 416|Invalid range|range was invalid", str(error)):
+                return _Fetched("fault")  # an object of no bytes
+            raise
+        return fetched._replace(result="hit" if self._is_right() else "fault")
+
+    def _spans(self) -> list[tuple[int, int]]:
+        """Return the parts of an image to read: the whole image, or the header and segments."""
+        if self._segments is None:
+            return [(0, self._form.image_bytes)]
+        parts = [self._form.segments[number] for number in self._segments]
+        starts = [HEADER + part.offset for part in parts]
+        ends = [HEADER + part.offset + part.nbytes for part in parts]
+        return [(0, HEADER), *zip(starts, ends, strict=True)]
+
+    def _request(self, span: tuple[int, int]) -> tuple[_Fetched, Any]:
+        """Request a span of the object, or all of it; return its version, and the response."""
+        if self._stop():
             raise _Stopped
+        remote = self._remote
+        options = {} if self._segments is None else {"range": span}
+        path = self._store.path(self._key)
+        get = partial(remote.obs.get_async, remote.store, path, options=options)
+        response = _until_stopped(get, self._stop)
+        meta = response.meta
+        return _Fetched("fault", meta["e_tag"], meta["version"], meta["size"]), response
 
+    def _receive(self, response: Any, row: Row, span: tuple[int, int]) -> None:
+        """Copy a body into a span of a row, or raise `_Stopped`."""
+        at, end = span
+        if end - at <= PIECE + HEADER:  # a stream would copy it once more
+            body = _until_stopped(response.bytes_async, self._stop)
+            row[at : at + len(body)] = np.frombuffer(body, np.uint8)
+            return
+        pieces = aiter(response.stream(PIECE))
+        while at < end:
+            try:
+                piece = _until_stopped(partial(anext, pieces), self._stop)
+            except StopAsyncIteration:  # the body was too short, which the checksums find
+                return
+            row[at : at + len(piece)] = np.frombuffer(piece, np.uint8)
+            at += len(piece)
+            if at < end and self._stop():
+                raise _Stopped
 
-def new_loop() -> asyncio.AbstractEventLoop:
-    """Return a new event loop.
+    def _may_be_compressed(self, nbytes: int) -> bool:
+        """Return True if a compressed object can have this size, and an image cannot."""
+        return HEADER < nbytes < self._form.image_bytes
 
-    Raises `OSError` if too few descriptors are free. asyncio would leave a part of a loop then, and
-    print a traceback when that goes.
-    """
-    if resources.free(_DESCRIPTORS) < _DESCRIPTORS:
-        none_free = OSError(errno.EMFILE, os.strerror(errno.EMFILE))
-        raise OSError(resources.reason(none_free))
-    return asyncio.new_event_loop()
+    def _fetch_compressed(self, fetched: _Fetched, response: Any) -> _Fetched:
+        """Receive a compressed object, or its first page and some segments, and write the image
+        into the row. ``response``: to the request for all of it, or for the page."""
+        whole = self._segments is None
+        form = self._form
+        data = np.empty(fetched.nbytes if whole else HEADER, np.uint8)
+        self._receive(response, data, (0, len(data)))
+        terms = compressed.terms_of(data[:HEADER], form)
+        right = terms is not None and terms.nbytes == fetched.nbytes
+        if terms is not None and right:
+            try:
+                codec = compressed.zstd()
+            except StoreError:  # it is not installed
+                return fetched._replace(result="unreadable")
+            compressed.restore_header(data[:HEADER], self._row, form)
+            for number in range(len(form.segments)) if whole else self._segments or ():
+                start, end = terms.span(number)
+                part = data[start:end]
+                if not whole:
+                    again, response = self._request((start, end))
+                    if not again.same_object(fetched) or again.nbytes != fetched.nbytes:
+                        return again
+                    part = np.empty(end - start, np.uint8)
+                    self._receive(response, part, (0, len(part)))
+                right = right and compressed.restore(part, self._row, form, terms, number, codec)
+        if right and self._is_right():
+            return fetched._replace(result="hit")
+        return fetched._replace(result="fault", md5=_md5(data) if whole else None)
+
+    def _is_right(self) -> bool:
+        """Return True if the row has the header of the key, and segments with its checksums."""
+        head = header(self._row, self._form)
+        if isinstance(head, str) or head.key != self._key:
+            return False
+        return verify(self._row, self._form, head.checksums, head.generation, self._segments)
 
 
 _log = logging.getLogger(__name__)
@@ -791,6 +761,7 @@ class Remote:
         if kind == "file":
             settings["mkdir"] = True
         make = self.obs.store.from_url
+        runtime().started(StoreError)  # while descriptors are free
         try:
             # Its threads begin here: if they cannot, it panics, and so does each later call.
             self.obs.put(self.obs.store.MemoryStore(), "a", b"")
@@ -935,8 +906,8 @@ class Remote:
         known = {f"1/{other.name}": other for other in self._present}
         self._present = []
         until = self.now() + self.search_seconds
-        lists = self.obs.list_with_delimiter_async
-        listed = self.ask(_within, self.search_seconds, lists, self.store, "1/")
+        lists = partial(self.obs.list_with_delimiter_async, self.store, "1/")
+        listed = self.ask(_within, self.search_seconds, lists)
         for path in listed["common_prefixes"] if listed else ():
             if path in known:  # a name is a checksum of the form
                 self._present.append(known[path])
@@ -944,7 +915,8 @@ class Remote:
             left = until - self.now()
             if left <= 0:
                 continue
-            text = self.ask(_within, left, self._read_small, f"{path}/form.json", miss=b"")
+            read = partial(self._read_small, f"{path}/form.json")
+            text = self.ask(_within, left, read, miss=b"")
             with suppress(StoreError, ValueError):  # the text is not a form
                 other = BlockForm.from_json((text or b"").decode())
                 if path == f"1/{other.name}":
@@ -1009,27 +981,16 @@ def _may_refuse_conditions(error: str) -> bool:
     return status[1] == "501" or code is None or code[1] in REFUSED_HEADER
 
 
-def _within(seconds: float, work: Callable[..., Awaitable[Any]], *terms: Any) -> Any:
+def _within(seconds: float, request: Callable[[], Awaitable[Result]]) -> Result:
     """Return the result of a request; raise `TimeoutError` if it does not end in time."""
 
-    async def request() -> Any:
+    async def ended() -> Result:
         try:
-            return await asyncio.wait_for(work(*terms), seconds)
+            return await asyncio.wait_for(request(), seconds)
         except asyncio.TimeoutError:
             raise TimeoutError(f"no answer in {seconds:.1f} s") from None
 
-    def run() -> Any:
-        with closing(new_loop()) as loop:
-            return loop.run_until_complete(request())
-
-    try:
-        asyncio.get_running_loop()
-    except RuntimeError:
-        pass
-    else:  # a thread runs one event loop at a time
-        with ThreadPoolExecutor(1) as pool:
-            return pool.submit(run).result()
-    return run()
+    return _in_loop(ended())
 
 
 def check_remote(
