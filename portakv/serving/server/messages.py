@@ -18,7 +18,7 @@ from portakv.migrate.messages import Handle, Message, Seconds, Small, Text, prep
 from portakv.storage.tiers.base import After
 
 #: The version of these messages. A client of another version is a client of no server.
-PROTOCOL = 5
+PROTOCOL = 6
 #: The most keys of a request, which is cut into several ones above it.
 MOST_KEYS = 1024
 #: The most changes of a message, and keys of a page of an index.
@@ -264,12 +264,11 @@ class LookUp(OfSession, frozen=True):
 
     purpose: ClassVar[str] = "A lookup in the bucket of the store server at"
 
-    number: Number
     keys: Annotated[bytes, Meta(min_length=KEY, max_length=KEY * MOST_KEYS)]
 
 
 class LookedUp(OfSession, frozen=True):
-    """One-way, from the server: the lookup of a number has ended.
+    """One-way, from the server: the lookup of keys has ended.
 
     ``count``: how many leading blocks can be loaded.
     ``answers``: the bucket answered in time.
@@ -277,7 +276,7 @@ class LookedUp(OfSession, frozen=True):
 
     purpose: ClassVar[str] = "Reporting a lookup to"
 
-    number: Number
+    keys: Annotated[bytes, Meta(min_length=KEY, max_length=KEY * MOST_KEYS)]
     count: Number
     answers: bool
 

@@ -579,7 +579,7 @@ class StoreServer:
             return
 
         def ended(count: int, answers: bool) -> None:
-            message = LookedUp(ask.session, ask.number, count, answers)
+            message = LookedUp(ask.session, ask.keys, count, answers)
             self._runtime.start(self._tell_follower(opened, follower, message))
 
         with suppress(PortaKVError):  # the store closes
