@@ -8,12 +8,12 @@ of a transfer, which a helper makes.
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Callable, Collection, Hashable, Sequence
 from functools import partial
 from typing import Literal, NamedTuple
 
-from portakv.errors import PortaKVError
 from portakv.runtime.bounded import Bounded
 from portakv.runtime.rate_limited_log import RateLimitedLog
 from portakv.serving.bucket import MISSING, look_up
@@ -53,8 +53,8 @@ class _Lookups:
     def __init__(self, pages: Pages, now: Callable[[], float]) -> None:
         self._pages = pages
         self._now = now
-        self._wanted = dict[Hashable, dict[bytes, None]]()  # by chain of a request
-        # The keys that are wanted, or being looked up, each with the time of its end.
+        self._wanted = dict[Hashable, list[bytes]]()  # by chain of a request
+        # By key, until when its lookup is expected to end: one that is wanted, or has begun.
         self._pending = dict[bytes, float]()
         self._missing: Bounded[bytes, float] = Bounded("pages that a bucket lacks", REMEMBERED)
         self._answers = True  # the bucket answered the last lookup in time
@@ -62,48 +62,36 @@ class _Lookups:
     def look(self, key: bytes, chain: Hashable) -> bool | None:
         """Return None if a lookup will show whether a bucket has a page, else False."""
         now = self._now()
-        until = self._pending.get(key)
-        if until is None:
-            if self._missing.get(key, 0.0) > now:
-                return False
-            self._wanted.setdefault(chain, {})[key] = None
-            self._pending[key] = now + PENDING
-        elif until <= now:
-            self._end([key], now)
+        if self._pending.get(key, math.inf) <= now:  # its worker may be gone
+            self._end([key], 0, self._answers)
+        if self._missing.get(key, 0.0) > now:
             return False
+        if key not in self._pending:
+            self._wanted.setdefault(chain, []).append(key)
+            self._pending[key] = now + PENDING
         return None if self._answers else False
 
     def begin(self) -> None:
         """Begin lookups of the pages that are wanted, the first ones of each chain together."""
         wanted = self._wanted
         self._wanted = {}
-        for some in wanted.values():
-            keys = [*some]
-            for first in range(0, len(keys), BATCH):
-                self._begin(keys[first : first + BATCH])
-
-    def _begin(self, keys: list[bytes]) -> None:
         blocks = self._pages.blocks
-        names = [page_key(key) for key in keys]
-        try:
-            if isinstance(blocks, FormStore):
-                look_up([blocks], names, partial(self._ended, keys))
-                return
-        except PortaKVError:  # it was closed
-            pass
-        self._ended(keys, 0, True)
+        for keys in wanted.values():
+            for first in range(0, len(keys), BATCH):
+                some = keys[first : first + BATCH]
+                if isinstance(blocks, FormStore):
+                    look_up([blocks], [*map(page_key, some)], partial(self._end, some))
+                else:  # it was closed
+                    self._end(some, 0, self._answers)
 
-    def _ended(self, keys: list[bytes], count: int, answers: bool) -> None:
+    def _end(self, keys: Keys, count: int, answers: bool) -> None:
         """Note the end of a lookup, of which so many leading pages are there."""
-        self._end(keys, self._now(), count)
-        self._answers = answers
-
-    def _end(self, keys: Keys, now: float, count: int = 0) -> None:
-        """Note that the lookup of keys has ended, and that only so many leading pages are there."""
+        until = self._now() + MISSING
         for key in keys[count:]:
-            self._missing[key] = now + MISSING
+            self._missing[key] = until
         for key in keys:
             self._pending.pop(key, None)
+        self._answers = answers
 
 
 class PageTier:

@@ -13,7 +13,7 @@ import pytest
 from portakv.integrations.vllm.check import IDENTITY, TIER_KEYS, findings_of
 from portakv.integrations.vllm.metrics import COUNTED, LEVELS
 from portakv.integrations.vllm.moves import TERMS as WORKER_TERMS
-from portakv.serving.handover_tickets import HandoverTerms
+from portakv.serving.handover import HandoverTerms
 from portakv.serving.local import StoreTerms
 from portakv.serving.sizing import sizes_of
 

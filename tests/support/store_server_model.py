@@ -104,6 +104,9 @@ class FakeHandle(End):
         self.waiting = list[Callable[[], None]]()  # copies that have not begun
         self.copies = set[FakeCopy]()
 
+    def when_ended(self, call: Callable[[], object]) -> None:
+        self.call = call
+
     def cancel(self) -> bool:
         self.cancelled = True
         self.waiting.clear()
@@ -277,6 +280,7 @@ class FakeStore:
             handle.released.over = True
             if self.chance.random() < 0.5:
                 handle.over = True
+                handle.call()
                 self.handles.remove(handle)
                 ended.append(handle)
         return ended
@@ -473,7 +477,6 @@ class Walk:
     def advance(self, rank: Rank) -> None:
         """Have the store and the state go on, and tell clients."""
         for handle in self.store.go_on():
-            self.state.ended(handle)  # type: ignore[arg-type]
             self.stored += int(handle.landed.sum())
         self.state.advance()
         for client, progress in self.state.take():

@@ -328,9 +328,11 @@ class ServerState:
         self._lock = runtime().lock
         self._clients = dict[int, Client]()  # by session
         self._processes = dict[tuple[int, int, int], ClientProcess]()
-        self._works = dict[Handle, Work]()  # that have not ended
+        self._works = dict[Work, None]()  # that have not ended
         self._saves = dict[SaveKey, list[Work]]()
-        self._begun = deque[tuple[Work, Copy]]()  # from the store, which has its lock
+        # From the store, which has its lock: copies that begin, and work that has ended.
+        self._begun = deque[tuple[Work, Copy]]()
+        self._ended = deque[Work]()
         # What clients learn next, by client and number of the request.
         self._news = dict[tuple[Client, int], _News]()
 
@@ -413,7 +415,7 @@ class ServerState:
             for client in [*self._clients.values()]:
                 self.lost(client)
             self._drain()
-            lents = {lent for work in self._works.values() for lent in work.lents}
+            lents = {lent for work in self._works for lent in work.lents}
             for process in self._processes.values():
                 lents |= {lease.lent for lease in process.leases}
                 process.leases.clear()
@@ -529,7 +531,8 @@ class ServerState:
             work.abandoned = True
             self._drain()
             raise
-        self._works[work.handle] = work
+        self._works[work] = None
+        work.handle.when_ended(partial(self._note_ended, work))
 
     def _ranks(self, client: Client, part: RankPart) -> dict[Client, int]:
         """Return the clients of an engine that have a part of the same blocks, with their cells."""
@@ -595,24 +598,12 @@ class ServerState:
 
     # --- what the store does
 
-    def ended(self, handle: Handle) -> None:
-        """Note the end of a load or a save of the store."""
-        with self._lock:
-            self._drain()
-            work = self._works.pop(handle, None)
-            if work is None:
-                return
-            work.complete = True
-            if work.key is not None:
-                work.stored = handle.landed.astype(np.uint8).tobytes()
-            for client, number in work.requesters.items():
-                self._end_request(client, number, work.stored)
-            self._forget_save(work)
-
     def advance(self) -> None:
         """Go on with what the store has lent, and give up what takes too long."""
         with self._lock:
             self._drain()
+            while self._ended:
+                self._end(self._ended.popleft())
             now = self._now()
             for save in self._all_saves():
                 late = now > save.since + self._patience
@@ -622,7 +613,7 @@ class ServerState:
                     save.expected.clear()
                 self._forget_save(save)
                 self._note_complete(save)
-            for work in [*self._works.values()]:
+            for work in [*self._works]:
                 self._settle_all(work)
 
     def take(self) -> list[tuple[Client, Progress]]:
@@ -677,6 +668,23 @@ class ServerState:
         """Take a copy from the store, which has the lock of its graph: no other lock may follow."""
         self._begun.append((work, copy))
         self._wake()
+
+    def _note_ended(self, work: Work) -> None:
+        """Take the end of a load or a save from the store, as `_note_begun`."""
+        self._ended.append(work)
+        self._wake()
+
+    def _end(self, work: Work) -> None:
+        """Tell the clients of a load or a save of the store that it has ended."""
+        if work.handle is None or work not in self._works:  # the state was closed
+            return
+        del self._works[work]
+        work.complete = True
+        if work.key is not None:
+            work.stored = work.handle.landed.astype(np.uint8).tobytes()
+        for client, number in work.requesters.items():
+            self._end_request(client, number, work.stored)
+        self._forget_save(work)
 
     def _drain(self) -> None:
         """Lend the rows that the store has lent since the last call."""
