@@ -472,7 +472,7 @@ class Handover:
         self.pulling = list[_Pulling]()
         self._ends = Counter[str]()
         self._looked = 0.0
-        self._meeting: Handle[None] | None = None
+        self._meetings = list[Handle[None]]()
         self._gone: Bounded[str, float] = Bounded("engines that take no message", 1024)
         self.owner: Owner | None = None
         self.reader: Reader | None = None
@@ -552,41 +552,34 @@ class Handover:
         A first pull of one of them then waits for no handshake, and maps no memory. The log has a
         line about a worker that does not answer, and about one whose rows this engine cannot take.
         """
-        if self.reader is None or not self.terms.peers:
+        if self.reader is None:
             return
-        self._meeting = self._runtime.start(self._meet_all(), locked=False)
+        for peer in self.terms.peers:
+            meeting = self._meet(self.reader, peer)
+            self._meetings.append(self._runtime.start(meeting, locked=False))
 
-    async def _meet_all(self) -> None:
-        """Connect to all workers; until each has answered, ask again."""
-        left: Sequence[str] = self.terms.peers
+    async def _meet(self, reader: Reader, peer: str) -> None:
+        """Connect to a worker; until it answers, try again."""
         pause = AGAIN
-        while left := await self._meet(left):
+        while True:
+            try:
+                attempt = reader.prepare(peer)
+                while not attempt.done():
+                    await Wait(until=self._runtime.time() + LOOK)
+                return
+            except (PeerError, TransferTimeout) as error:
+                _log.warning(f"peer {peer}", "%s is not connected yet: %s", peer, error)
+            except PortaKVError as error:
+                _log.warning("peer", "No rows of %s will be taken: %s", peer, error)
+                return
             await Wait(until=self._runtime.time() + pause)
             pause = min(2 * pause, MOST_AGAIN)
 
-    async def _meet(self, peers: Sequence[str]) -> list[str]:
-        """Connect to workers, and return those that do not answer."""
-        assert self.reader is not None
-        absent = list[str]()
-        try:
-            attempts = [(peer, self.reader.prepare(peer)) for peer in peers]
-        except PortaKVError:
-            return []  # the reader is closed
-        for peer, attempt in attempts:
-            try:
-                while not attempt.done():
-                    await Wait(until=self._runtime.time() + LOOK)
-            except (PeerError, TransferTimeout) as error:
-                _log.warning(f"peer {peer}", "%s is not connected yet: %s", peer, error)
-                absent.append(peer)
-            except PortaKVError as error:
-                _log.warning("peer", "No rows of %s will be taken: %s", peer, error)
-        return absent
-
     def close(self) -> None:
         """End all offers and pulls."""
-        if self._meeting is not None:
-            self._meeting.cancel()
+        for meeting in self._meetings:
+            meeting.cancel()
+            meeting.wait(SENDING)
         for each in (self.reader, self.owner):
             if each is not None:
                 each.close()

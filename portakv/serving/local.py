@@ -706,6 +706,10 @@ class LocalIndex(StoreIndex):
         self._losses += 1
         return [*self._groups]
 
+    def wait(self, timeout: float) -> bool:
+        """Return whether blocks can be saved and loaded; waits for nothing."""
+        return self._store is not None
+
     def close(self) -> None:
         """Close the store, and know no block any longer."""
         store = self._store

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections import Counter, OrderedDict, deque
+from collections import Counter, deque
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from contextlib import suppress
 from functools import partial
@@ -94,10 +94,9 @@ class Lookups(Generic[Answer]):
         self._lock = runtime().lock
         self._nothing = nothing
         self._most = most
-        # Answers, with the numbers of their keys, and the names of locked pages.
-        self._open = OrderedDict[int, tuple[Answer, int, Keys]]()
-        # The numbers of keys of lookups whose answers find nothing now.
-        self._empty: Bounded[int, int] = Bounded("lookups without an answer", EMPTY)
+        self._answers: Bounded[int, Answer] = Bounded("answers of lookups", EMPTY)
+        # By lookup, the number of its keys and the names of locked pages, the oldest first.
+        self._locked = dict[int, tuple[int, Keys]]()
 
     def add(self, number: int, answer: Answer, keys: int, locked: Keys) -> Keys:
         """Keep the answer of a lookup of so many keys.
@@ -106,11 +105,13 @@ class Lookups(Generic[Answer]):
         in time.
         """
         with self._lock:
-            self._open[number] = answer, keys, locked
-            if len(self._open) <= self._most:
+            self._answers[number] = answer
+            self._locked[number] = keys, locked
+            if len(self._locked) <= self._most:
                 return ()
-            late, (_, keys, locked) = self._open.popitem(last=False)
-            self._empty[late] = keys
+            late = next(iter(self._locked))
+            keys, locked = self._locked.pop(late)
+            self._answers[late] = self._nothing(keys)
         self._log.warning(
             "unfetched",
             "A lookup of %d pages finds none: %d later ones came before its answer was fetched. "
@@ -124,11 +125,8 @@ class Lookups(Generic[Answer]):
     def fetch(self, number: int) -> Answer | None:
         """Return the answer of a lookup, once; None if there is none."""
         with self._lock:
-            found = self._open.pop(number, None)
-            keys = self._empty.pop(number, None)
-        if found is not None:
-            return found[0]
-        return None if keys is None else self._nothing(keys)
+            self._locked.pop(number, None)
+            return self._answers.pop(number, None)
 
 
 # ------------------------------------------------------------------------------------------------

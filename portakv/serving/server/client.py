@@ -328,15 +328,12 @@ class ServerTransfer:
         self._saves = saves
         self._until = None if deadline is None else time.monotonic() + deadline
         self._call: Callable[[], object] | None = None
-        # Packed blocks that do not fit get rows once more, so that nothing is released before the
-        # server says that no rows follow.
-        self._packs = saves and bool(self._part.form.encoding)
         # The runtime's lock guards what follows.
         self._closed = False  # no copy begins: it was cancelled, is late, or lost its server
         self._queued = 0  # first answers that have not come, and leases whose copies have not begun
         self._copying = 0  # leases whose copies are under way in helpers
         self._issuing = 0  # leases whose copies were issued on the caller's stream
-        self._lacking = dict[int, int]()  # by request that may get more rows, its blocks without
+        self._lacking = set[int]()  # the requests that may get more rows
         self._unstored = set[int]()  # the requests of a save that have not ended
         self._landed: Mask = np.zeros(keys, np.bool_)
         self._covered = dict[int, int]()  # the cells that have come of blocks in several rows
@@ -345,7 +342,7 @@ class ServerTransfer:
         with self._runtime.lock:
             self.pieces = self._requests.begin(self, keys)
             self._queued = len(self.pieces)
-            self._lacking = {piece.number: piece.blocks for piece in self.pieces}
+            self._lacking = {piece.number for piece in self.pieces}
             self._unstored = {*self._lacking} if saves else set()
             # A session that ended before they began has ended none of them.
             if session is None or self._link.session is not session:
@@ -443,30 +440,28 @@ class ServerTransfer:
         """Note what the server says about a request. ``answer``: for the first time."""
         with self._runtime.lock:
             self._queued += len(progress.grants) - answer
-            left = self._lacking.pop(piece.number, 0)
-            if not self._packs:
-                left -= sum(len(x.places) // 4 for x in progress.grants if not x.form)
-            if progress.more and left > 0:
-                self._lacking[piece.number] = left
+            if not progress.more:
+                self._lacking.discard(piece.number)
             if progress.stored is not None:
                 stored = np.frombuffer(progress.stored, np.bool_)
                 self._landed[piece.first : piece.first + piece.blocks] = stored
                 self._unstored.discard(piece.number)
             self._note()
 
-    def start_copy(self, issued: bool = False) -> bool:
-        """Note that a copy begins; return False if it must not.
+    def start_copy(self, issues: int = 0) -> bool:
+        """Note that a copy by a helper begins; return False if it must not.
 
-        ``issued``: on the stream of the caller, not by a helper.
+        ``issues``: so many copies begin on the stream of the caller instead.
         """
         with self._runtime.lock:
-            self._queued -= 1
+            copies = issues or 1
+            self._queued -= copies
             if self._closed:
                 self._note()
                 return False
-            self._copying += not issued
-            self._issuing += issued
-            self._requests.copies += 1
+            self._copying += copies - issues
+            self._issuing += issues
+            self._requests.copies += copies
             return True
 
     def end_copy(self, piece: Piece, grant: Grant, cells: int, issued: bool = False) -> None:
@@ -553,7 +548,7 @@ class ServerTransfer:
                         later.append(grant)
                 self.copy_later(session, piece, later)
             if hits:
-                self._issue(session, len(keys), hits)
+                self._issue(session, hits)
         except BaseException as error:  # also an interrupt: no caller has a handle
             self.cancel()
             if not isinstance(error, Exception):  # no one knows the rows of an answer that is lost
@@ -585,50 +580,44 @@ class ServerTransfer:
 
     async def _ask(self, session: Session, piece: Piece, request: Load | Save) -> Sequence[Grant]:
         """Request rows, and return those that are there; without an answer the request ends."""
+        answer = Progress(session.number, piece.number, (), False, bytes(piece.blocks))
         if not self._closed:
             try:
                 timeout = PATIENT if self._saves else ASKING
                 answer = await self._link.ask(session, request, Progress, timeout)
-                self.take(piece, answer, answer=True)
-                return answer.grants
             except PortaKVError as error:
                 kind = "save" if self._saves else "load"
                 _log.warning(kind, "A %s of %d blocks ends: %s", kind, piece.blocks, error)
-        with self._runtime.lock:
-            self._queued -= 1
-            self._lacking.pop(piece.number, None)
-            self._unstored.discard(piece.number)
-            self._note()
-        return ()
+        self.take(piece, answer, answer=True)
+        return answer.grants
 
     # --- copies
 
     def copy_later(self, session: Session, piece: Piece, grants: Sequence[Grant]) -> None:
         """Have helpers copy rows."""
         for grant in grants:
-            copy = Work(self._copy, session, piece, grant)
+            copy = self._copy(session, piece, grant)
             self._runtime.start(self._requests.in_turn(self._saves, self._priority, copy))
 
-    def _copy(self, session: Session, piece: Piece, grant: Grant) -> None:
+    async def _copy(self, session: Session, piece: Piece, grant: Grant) -> None:
         """Copy rows in a helper, and report that."""
         if not self.start_copy():
-            self._runtime.run(self._report, session, grant, False)
+            await self._report(session, grant, False)
             return
         rows: MappedRows = session.data
+        at = [piece.first + place for place in ids_in(grant.places)]
+        terms = (self._part, grant.form, self._crossing, self._view, ids_in(grant.rows), at)
         cells = 0
         landed = False
         unfit: Mask | None = None
         try:
-            at = [piece.first + place for place in ids_in(grant.places)]
-            items = ids_in(grant.rows)
-            terms = (self._part, grant.form, self._crossing, self._view)
-            cells, unfit = rows.copy(*terms, items, at, self._saves)
+            cells, unfit = await Work(rows.copy, *terms, self._saves)
             landed = True
         except PortaKVError as error:
             _log.warning("copy", "A copy failed: %s", error)
         finally:
             self.end_copy(piece, grant, cells)
-            self._runtime.run(self._report, session, grant, landed, unfit)
+            await self._report(session, grant, landed, unfit)
 
     async def _report(
         self, session: Session, grant: Grant, landed: bool, unfit: Mask | None = None
@@ -639,58 +628,54 @@ class ServerTransfer:
             mask[unfit] = UNFIT
         await self._link.tell(session, Report(session.number, grant.lease, mask.tobytes()))
 
-    def _issue(self, session: Session, blocks: int, hits: Sequence[Hit]) -> None:
+    def _issue(self, session: Session, hits: Sequence[Hit]) -> None:
         """Copy rows on the caller's current stream."""
+        rows: list[int | None] = [None] * len(self._landed)
+        for piece, grant in hits:
+            for place, row in zip(ids_in(grant.places), ids_in(grant.rows), strict=True):
+                rows[piece.first + place] = row
         loan = Loan((), self._crossing)
-        loan.rows = [None] * blocks
-        begun = list[Hit]()
+        loan.rows = rows
+        begun = False
         landed = False
         try:
-            start = partial(self._start_issued, loan, hits, begun)
-            uninterrupted(start, lambda _: self._end_issued(begun, False))
+            begun = uninterrupted(
+                partial(self.start_copy, len(hits)),
+                lambda begun: self._end_issued(hits if begun else (), False),
+            )
             if begun:
-                by_layer = bool(self.layers) and None not in loan.rows
+                by_layer = bool(self.layers) and None not in rows
                 _, layers = self._crossing.issue(self._rows_of(session), loan, by_layer)
                 self.layers = layers or self.layers
             landed = True
         finally:
             uninterrupted(partial(self._note_issued, session, loan, hits, begun, landed))
 
-    def _start_issued(self, loan: Loan, hits: Sequence[Hit], begun: list[Hit]) -> None:
-        """Note that the copies that may begin do, whose rows become those of a loan."""
-        rows = [*loan.rows]
-        for hit in hits:
-            if self.start_copy(issued=True):
-                begun.append(hit)
-                pairs = zip(ids_in(hit.grant.places), ids_in(hit.grant.rows), strict=True)
-                for place, row in pairs:
-                    rows[hit.piece.first + place] = row
-        loan.rows = rows
-
     def _note_issued(
-        self, session: Session, loan: Loan, hits: Sequence[Hit], begun: list[Hit], landed: bool
+        self, session: Session, loan: Loan, hits: Sequence[Hit], begun: bool, landed: bool
     ) -> None:
         """Note the copy that was issued, if one was, and have its end followed."""
         if loan.end is None:
             loan.cancel()
         self.issued = loan.end
-        self.issued_blocks = np.array([row is not None for row in loan.rows])
+        self.issued_blocks = np.array([begun and row is not None for row in loan.rows])
         self._runtime.start(self._follow(session, loan, hits, begun, landed))
 
     async def _follow(
-        self, session: Session, loan: Loan, hits: Sequence[Hit], begun: list[Hit], landed: bool
+        self, session: Session, loan: Loan, hits: Sequence[Hit], begun: bool, landed: bool
     ) -> None:
         """Wait for a copy that was issued, and report its end."""
         while not loan.ended():
             await Wait(until=self._runtime.time() + POLL)
-        self._end_issued(begun, landed)
+        if begun:
+            self._end_issued(hits, landed)
         for hit in hits:
             await self._report(session, hit.grant, landed)
 
-    def _end_issued(self, begun: list[Hit], landed: bool) -> None:
-        """Note the ends of copies that were issued, once."""
-        while begun:
-            self.end_copy(*begun.pop(), self._part.cells if landed else 0, issued=True)
+    def _end_issued(self, hits: Sequence[Hit], landed: bool) -> None:
+        """Note the ends of copies that were issued."""
+        for piece, grant in hits:
+            self.end_copy(piece, grant, self._part.cells if landed else 0, issued=True)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -909,6 +894,10 @@ class StoreClient:
         Raises `InvalidTerms` with the sentence of a server that refuses the blocks of this rank.
         """
         return self.link.wait(seconds("timeout", timeout))
+
+    def statistics(self) -> dict[str, list[dict[str, object]]]:
+        """Return no figures: those of the store are the server's."""
+        return {}
 
     def close(self, timeout: float = 10.0) -> None:
         """End the loads and saves, and leave the server."""

@@ -39,12 +39,11 @@ class Known:
         self._names = dict[str, int]()  # the bits of tiers, by their names
 
     def add_page(self, page: KeysPage) -> None:
-        """Note that tiers have blocks."""
+        """Note that a tier has blocks."""
         tiers = self.tiers
-        for tier, keys in page.tiers:
-            bit = self._bit(tier)
-            for key in keys_in(keys):
-                tiers[key] = tiers.get(key, 0) | bit
+        bit = self._bit(page.tier)
+        for key in keys_in(page.keys):
+            tiers[key] = tiers.get(key, 0) | bit
 
     def change(self, changed: Changed) -> None:
         """Note a block that a tier has stored, or lost."""
@@ -195,13 +194,6 @@ class ServerIndex(StoreIndex):
         still."""
         return [] if self._runtime.forked else self._known
 
-    @property
-    def _forms(self) -> list[tuple[int, ...]]:
-        """Return for each group the numbers of the forms of its blocks, its own first."""
-        followed = self._followed
-        pairs = zip(followed.forms, followed.alike, strict=True)
-        return [(form, *alike) for form, alike in pairs]
-
     # --- for the link
 
     async def _began(self, address: str, followed: Followed) -> None:
@@ -288,7 +280,7 @@ class ServerIndex(StoreIndex):
                 self._link.wake()
                 return
             self._number = changed.number
-            forms = self._forms
+            forms = self._followed.forms
             for known, some in zip(self._known, forms, strict=True):
                 if changed.form in some:
                     known.change(changed)

@@ -87,18 +87,17 @@ class Follow(Message, frozen=True):
 
 
 class Followed(Message, frozen=True):
-    """The answer to `Follow`: a session, and of each group its number in `Changes` and the bytes
-    of a block.
+    """The answer to `Follow`: a session, and of each group the bytes of a block.
 
-    ``bucket``: the store has a bucket, which answers `LookUp` alone. ``alike``: the numbers of the
-    other forms of each group's blocks: packed ones of raw blocks, raw ones of packed blocks.
+    ``forms``: the numbers of the forms of each group's blocks in `Changes`: its own, then packed
+    ones of raw blocks, or raw ones of packed blocks. ``bucket``: the store has a bucket, which
+    answers `LookUp` alone.
     """
 
     session: Number
-    forms: tuple[Small, ...]
+    forms: tuple[tuple[Small, ...], ...]
     nbytes: tuple[Number, ...]
     bucket: bool = False
-    alike: tuple[tuple[Small, ...], ...] = ()
 
 
 class Later(Message, frozen=True):
@@ -250,13 +249,14 @@ class AskKeys(OfSession, frozen=True):
 class KeysPage(Message, frozen=True):
     """The answer to `AskKeys`.
 
-    ``number``: of the last change before the snapshot. ``tiers``: the names of the tiers, as
-    `tier_of` returns them, with keys of each. ``more``: another page follows.
+    ``number``: of the last change before the snapshot. ``tier``: the name of the tier that has the
+    keys, as `tier_of` returns it. ``more``: another page follows; the last one has no keys.
     """
 
     number: Number
-    tiers: tuple[tuple[Text, Page], ...]
-    more: bool
+    tier: Text = ""
+    keys: Page = b""
+    more: bool = False
 
 
 class LookUp(OfSession, frozen=True):

@@ -144,24 +144,21 @@ class Feed:
         self.followers[made.session] = made
         return Followed(
             made.session,
-            tuple(self._numbers[form] for form in forms),
+            tuple(tuple(self._numbers[x] for x in self._alike(form)) for form in forms),
             tuple(self._store.forms[form].payload_bytes for form in forms),
             bucket,
-            tuple(tuple(self._numbers[x] for x in self._alike(form)) for form in forms),
         )
 
     def _alike(self, name: str) -> list[str]:
-        """Return the names of the store's other forms of the same blocks, packed or raw ones.
+        """Return the name of a form and of the store's other forms of the same blocks, packed or
+        raw ones.
 
         Blocks of a lossy form count for no other form.
         """
         forms = self._store.forms
         raw = forms[name].raw
-        return [
-            other
-            for other, form in forms.items()
-            if form.raw == raw and other != name and not form.lossy
-        ]
+        alike = [other for other, form in forms.items() if form.raw == raw and not form.lossy]
+        return [name, *(other for other in alike if other != name)]
 
     def page(self, ask: AskKeys) -> KeysPage:
         """Return a page of the keys of a group; the first one takes a snapshot.
@@ -182,18 +179,17 @@ class Feed:
 
     def _pages(self, form: str) -> list[KeysPage]:
         """Return a snapshot of the blocks of a form, and of those that are alike, in pages."""
-        names = (form, *self._alike(form))
+        names = self._alike(form)
         snapshots = [self._store.of(name).keys() for name in names]
-        pieces = list[tuple[str, bytes]]()
+        number = snapshots[0].number  # changes after the first snapshot are applied to all
+        pages = list[KeysPage]()
         for name, snapshot in zip(names, snapshots, strict=True):
             for tier, keys in snapshot.keys.items():
                 tier = tier_of(self._numbers[name], tier)
                 for first in range(0, len(keys), MOST_PAGE):
-                    pieces.append((tier, joined_keys(keys[first : first + MOST_PAGE])))
-        # Changes after the first snapshot are applied to all.
-        number = snapshots[0].number
-        pages = [KeysPage(number, (piece,), True) for piece in pieces[:-1]]
-        return [*pages, KeysPage(number, (*pieces[-1:],), False)]
+                    some = joined_keys(keys[first : first + MOST_PAGE])
+                    pages.append(KeysPage(number, tier, some, more=True))
+        return [*pages, KeysPage(number)]
 
     def announce(self, changes: Sequence[Change]) -> Iterator[tuple[Follower, Changes]]:
         """Yield the messages about changes for each follower."""

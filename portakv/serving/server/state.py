@@ -262,6 +262,12 @@ class Work:
         return client not in self.requesters and (self.stored is None or client in self.expected)
 
     @property
+    def has_all_rows(self) -> bool:
+        """Return whether all blocks have rows. Packed ones of a save may get rows once more."""
+        packs = self.key is not None and bool(self.part.store.form.encoding)
+        return self.granted == self.blocks and not packs
+
+    @property
     def awaited(self) -> bool:
         """Return True if another rank may ask for it."""
         return any(not (each.gone or each in self.requesters) for each in self.expected)
@@ -469,14 +475,11 @@ class ServerState:
             borrowed = part.store.borrow(keys, True)
             if borrowed is not None:
                 self._lend(work, borrowed)
-                self._learn(client, ask.number).more = False
                 return self._progress(client, ask.number)
             begin = partial(part.store.load_lent, priority=ask.priority, missing="skip", packs=True)
             self._begin(work, keys, partial(begin, deadline=ask.seconds or None))
             client.requests[ask.number] = work
             self._drain()
-            if work.granted == work.blocks:
-                self._learn(client, ask.number).more = False
             return self._progress(client, ask.number)
 
     def save(self, ask: Save) -> Progress:
@@ -501,7 +504,7 @@ class ServerState:
             self._settle_all(save)
             if save.stored is not None:
                 self._end_request(client, ask.number, save.stored)
-            elif save.complete or save.abandoned:
+            elif save.complete or save.abandoned or save.has_all_rows:
                 self._learn(client, ask.number).more = False
             return self._progress(client, ask.number)
 
@@ -706,6 +709,8 @@ class ServerState:
         work = lent.work
         if client.gone or lent.ended or work.abandoned:
             return
+        if work.has_all_rows:
+            self._learn(client, number).more = False
         cells = -1
         form = lent.copy.form
         every: Sequence[int] = range(len(lent.copy.rows))
