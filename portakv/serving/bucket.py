@@ -7,7 +7,6 @@ import re
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from functools import partial
 from typing import Any
 
 from portakv.arguments import kind_of, text
@@ -215,9 +214,3 @@ def _leading(groups: Sequence[FormStore], keys: Keys, until: float) -> int:
         left = max(0.0, until - runtime().time())
         count = group.lookup(keys[:count], left) if count and left else 0
     return count
-
-
-def answers_of(groups: Sequence[FormStore]) -> BucketAnswers:
-    """Return what a scheduler knows of the bucket of a store of this process."""
-    answers = BucketAnswers(lambda keys: look_up(groups, keys, partial(answers.ended, keys)))
-    return answers

@@ -34,7 +34,7 @@ from portakv.errors import (
 from portakv.layout.encodings import PACK
 from portakv.runtime.bounded import Bounded
 from portakv.runtime.rate_limited_log import RateLimitedLog
-from portakv.serving.bucket import BucketAnswers, answers_of, bucket_of, check_bucket
+from portakv.serving.bucket import BucketAnswers, bucket_of, check_bucket, look_up
 from portakv.storage import BlockForm, BlockStore, Disk
 from portakv.storage.calls import Change
 from portakv.storage.form import HEADER, Range
@@ -699,12 +699,14 @@ class LocalIndex(StoreIndex):
         self._store = store = open_store(only or forms, terms, tiers, patience)
         _warn_of_packed(groups, made, tiers)
         store.listen()  # later changes are kept
-        self._groups = [store] if only else [store.of(name) for name in names]
+        stored: list[FormStore] = [store] if only else [store.of(name) for name in names]
+        self._groups = stored
         self.block_bytes = sum(form.payload_bytes for form in made)
         if terms.bucket is not None:
-            self.bucket = answers_of(self._groups)
+            bucket = BucketAnswers(lambda keys: look_up(stored, keys, partial(bucket.ended, keys)))
+            self.bucket = bucket
         self._losses += 1
-        return [*self._groups]
+        return stored
 
     def wait(self, timeout: float) -> bool:
         """Return whether blocks can be saved and loaded; waits for nothing."""

@@ -398,7 +398,7 @@ class PageStore(SizedPages):
         Raises `InvalidTerms`, `StoreError` and `StoreBusy` as the constructor does. The store is
         closed then, and the next call opens it again.
         """
-        size = PageSize(whole("nbytes", nbytes, 1), whole("runs", runs, 1, 1 << 16))
+        size = PageSize(nbytes, runs)
         with self._lock:
             found = self._sizes.get(size)
             is_new = found is None

@@ -79,21 +79,6 @@ class RowSides(NamedTuple):
     cells: int
 
 
-class RankForm:
-    """The part of a rank of the blocks of one group of layers.
-
-    Attributes:
-        form: of the part.
-        whole: of whole blocks.
-        cells: of the part; see `cells_of`.
-    """
-
-    def __init__(self, form: BlockForm) -> None:
-        self.form = form
-        self.whole = whole_form(form)
-        self.cells = cells_of(form)
-
-
 class MappedRows:
     """The rows of a server's store in this process.
 
@@ -122,13 +107,14 @@ class MappedRows:
             self._tensor = self._memory.view(torch.uint8, self._tensor.shape)
             self.pinned = self._memory.pinned
 
-    def sides(self, group: RankForm, form: str) -> RowSides:
-        """Return how a rank copies rows of a form, by its JSON; empty: of whole blocks."""
-        return self._sides.get_or_make((id(group), form), lambda: self._made(group, form))
+    def sides(self, part: BlockForm, form: str) -> RowSides:
+        """Return how a rank copies between its part and rows of a form, by its JSON; empty: of
+        whole blocks."""
+        return self._sides.get_or_make((id(part), form), lambda: self._made(part, form))
 
     def copy(
         self,
-        group: RankForm,
+        part: BlockForm,
         form: str,
         crossing: Crossing,
         view: KVView,
@@ -139,6 +125,7 @@ class MappedRows:
         """Copy blocks between rows of a form and a rank's view.
 
         Args:
+            part: the form of the rank's part of the blocks.
             form: its JSON; empty: of whole blocks.
             rows, at: the number of each row, and the place of its block among those of the
                 crossing.
@@ -148,7 +135,7 @@ class MappedRows:
             What is copied of each block, as `cells_of` has it; and the blocks that do not fit into
             packed slots, bool ``[rows]``.
         """
-        sides = self.sides(group, form)
+        sides = self.sides(part, form)
         unfit: Mask = np.zeros(len(rows), np.bool_)
         if sides.inner is None:
             return sides.cells, unfit
@@ -159,15 +146,15 @@ class MappedRows:
             crossing.copy(sides.inner, outer, rows, at)
         return sides.cells, unfit
 
-    def _made(self, group: RankForm, form: str) -> RowSides:
-        other = BlockForm.from_json(form) if form else group.whole
-        common = group.form.part_of(other)
+    def _made(self, part: BlockForm, form: str) -> RowSides:
+        other = BlockForm.from_json(form) if form else whole_form(part)
+        common = part.part_of(other)
         if common is None:
             return RowSides(None, {}, 0)
         of_rows, of_view = common
         with torch.inference_mode(False):  # copies write them in any mode
             inner = other.view(self._tensor).slice(**of_rows)
-        cells = cells_of(other) & group.cells
+        cells = cells_of(other) & cells_of(part)
         return RowSides(inner, of_view, cells)
 
     def close(self) -> None:
@@ -321,7 +308,8 @@ class ServerTransfer:
         self._link = blocks.link
         self._session = session = blocks.link.session
         self._group = blocks.group
-        self._part = blocks.part
+        self._form = blocks.form
+        self._cells = blocks.cells
         self._view = view
         self._crossing = crossing
         self._priority = priority
@@ -474,7 +462,7 @@ class ServerTransfer:
             self._requests.copies -= 1
             for block in blocks:
                 came = self._covered.pop(block, 0) | cells
-                if came == self._part.cells or not grant.form:
+                if came == self._cells or not grant.form:
                     self._landed[block] = True
                 else:
                     self._covered[block] = came
@@ -558,7 +546,7 @@ class ServerTransfer:
     def _rows_of(self, session: Session) -> KVView:
         """Return the rank's part of rows of whole blocks."""
         rows: MappedRows = session.data
-        inner = rows.sides(self._part, "").inner
+        inner = rows.sides(self._form, "").inner
         assert inner is not None  # a rank has a part of whole blocks
         return inner
 
@@ -568,7 +556,7 @@ class ServerTransfer:
         It issues a copy to a device, which it does not wait for, and makes a short one on the host.
         """
         if self._view.device.type == "cpu":
-            return keys * self._part.form.payload_bytes <= SHORT_COPY
+            return keys * self._form.payload_bytes <= SHORT_COPY
         rows: MappedRows = session.data
         return rows.pinned
 
@@ -606,7 +594,7 @@ class ServerTransfer:
             return
         rows: MappedRows = session.data
         at = [piece.first + place for place in ids_in(grant.places)]
-        terms = (self._part, grant.form, self._crossing, self._view, ids_in(grant.rows), at)
+        terms = (self._form, grant.form, self._crossing, self._view, ids_in(grant.rows), at)
         cells = 0
         landed = False
         unfit: Mask | None = None
@@ -675,7 +663,7 @@ class ServerTransfer:
     def _end_issued(self, hits: Sequence[Hit], landed: bool) -> None:
         """Note the ends of copies that were issued."""
         for piece, grant in hits:
-            self.end_copy(piece, grant, self._part.cells if landed else 0, issued=True)
+            self.end_copy(piece, grant, self._cells if landed else 0, issued=True)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -692,15 +680,15 @@ class ServerBlocks:
         form: of the rank's part of the blocks.
         requests, link: of the rank.
         group: its number.
-        part: the rank's part of the blocks.
+        cells: of the rank's part; see `cells_of`.
     """
 
-    def __init__(self, requests: Requests, link: Link, group: int, part: RankForm) -> None:
-        self.form = part.form
+    def __init__(self, requests: Requests, link: Link, group: int, form: BlockForm) -> None:
+        self.form = form
         self.requests = requests
         self.link = link
         self.group = group
-        self.part = part
+        self.cells = cells_of(form)
 
     def save(
         self,
@@ -765,11 +753,12 @@ class ServerBlocks:
         for session, first, some in self._batches(checked):
             number = next(self.requests.numbers)
             done = self._done(session, Lock(session.number, number, self.group, some))
-            places = [first + at for at in np.flatnonzero(done).tolist()]
+            places = (first + np.flatnonzero(done)).tolist()
+            pins.held[places] = True
             release = partial(self._unlock, session, number)
-            for place in places:
-                pins.add(place, release if place == places[0] else bool)
-            if not places:
+            if places:
+                pins.add(places[0], release)
+            else:
                 release()
         return pins
 
@@ -864,8 +853,8 @@ class StoreClient:
         device: torch.device | None = None,
     ) -> None:
         instance("place", place, Place)
-        parts = [RankForm(instance("forms", x, BlockForm)) for x in items("forms", forms, "forms")]
-        texts = tuple(part.form.json() for part in parts)
+        parts = [instance("forms", x, BlockForm) for x in items("forms", forms, "forms")]
+        texts = tuple(part.json() for part in parts)
         self._device = device
         self._mapped: MappedRows | None = None
         self._requests = Requests()

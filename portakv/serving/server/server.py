@@ -69,6 +69,7 @@ from portakv.serving.server.messages import (
 )
 from portakv.serving.server.state import (
     PATIENCE,
+    Client,
     ClientProcess,
     ServerState,
     ended_session,
@@ -466,10 +467,8 @@ class StoreServer:
         opened = self._opened
         if opened is None:
             return
-        requests = [(each.address, Farewell(each.session)) for each in opened.state.clients()]
-        requests += [
-            (each.address, Farewell(each.session)) for each in [*opened.feed.followers.values()]
-        ]
+        others: list[Client | Follower] = [*opened.state.clients(), *opened.feed.followers.values()]
+        requests = [(each.address, Farewell(each.session)) for each in others]
         # The answers come before the connections end. A client without one may have ended, too.
         with suppress(PortaKVError):
             self._channel.ask_all(requests, Farewell, LEAVING)
