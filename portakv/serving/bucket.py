@@ -15,7 +15,7 @@ from typing import Any
 from portakv.arguments import kind_of, text
 from portakv.errors import InvalidTerms, PortaKVError
 from portakv.runtime.bounded import Bounded
-from portakv.serving.server.messages import MOST_KEYS
+from portakv.serving.server.messages import MOST_LOOKED_UP
 from portakv.storage.store import FormStore
 from portakv.storage.tiers.base import Keys
 from portakv.storage.tiers.remote import Remote, check_remote
@@ -289,7 +289,7 @@ class ServerBucket(BucketAnswers):
         self._there.clear()
 
     def _ask(self, keys: Keys) -> None:
-        some = keys[:MOST_KEYS]
+        some = keys[:MOST_LOOKED_UP]
         number = next(self._numbers)
         self._sent[number] = some
         self._later.append((number, some))

@@ -152,9 +152,9 @@ def test_losses_between_two_store_servers_are_reported() -> None:
     one = b"1" * 32
     two = b"2" * 32
     before = Known()
-    before.add_page(KeysPage(0, (("0 disk", one + two),), False))
+    before.add_page(KeysPage(0, (("0 disk", (one, two)),), False))
     after = Known()
-    after.add_page(KeysPage(0, (("0 disk", two),), False))
+    after.add_page(KeysPage(0, (("0 disk", (two,)),), False))
     (change,) = missed([before], [after])
     assert change.key == one
     assert not change.stored

@@ -21,8 +21,6 @@ from portakv.serving.server.messages import (
     KeysPage,
     LookedUp,
     LookUp,
-    joined_keys,
-    keys_in,
     tier_of,
 )
 from portakv.storage.calls import Change
@@ -46,7 +44,7 @@ class Known:
         tiers = self.tiers
         for tier, keys in page.tiers:
             bit = self._bit(tier)
-            for key in keys_in(keys):
+            for key in keys:
                 tiers[key] = tiers.get(key, 0) | bit
 
     def change(self, changed: Changed) -> None:
@@ -244,7 +242,7 @@ class ServerIndex:
     async def _look(self, session: Session) -> None:
         """Send lookups in the bucket, and read the index again if changes were missed."""
         for number, keys in self._bucket.take():
-            await self._link.tell(session, LookUp(session.number, number, joined_keys(keys)))
+            await self._link.tell(session, LookUp(session.number, number, tuple(keys)))
         if self._number < 0:
             await self._read(session.address, session.number)
 

@@ -65,8 +65,6 @@ from portakv.serving.server.messages import (
     ServerProtocol,
     Stop,
     Unlock,
-    joined_keys,
-    keys_in,
     tier_of,
 )
 from portakv.serving.server.state import (
@@ -187,12 +185,12 @@ class Feed:
         """Return a snapshot of the blocks of a form, and of those that are alike, in pages."""
         names = (form, *self._alike(form))
         snapshots = [self._store.of(name).keys() for name in names]
-        pieces = list[tuple[str, bytes]]()
+        pieces = list[tuple[str, tuple[bytes, ...]]]()
         for name, snapshot in zip(names, snapshots, strict=True):
             for tier, keys in snapshot.keys.items():
                 tier = tier_of(self._numbers[name], tier)
                 for first in range(0, len(keys), MOST_PAGE):
-                    pieces.append((tier, joined_keys(keys[first : first + MOST_PAGE])))
+                    pieces.append((tier, tuple(keys[first : first + MOST_PAGE])))
         # Changes after the first snapshot are applied to all.
         number = snapshots[0].number
         pages = [KeysPage(number, (piece,), True) for piece in pieces[:-1]]
@@ -583,7 +581,7 @@ class StoreServer:
             self._runtime.start(self._tell_follower(opened, follower, message))
 
         with suppress(PortaKVError):  # the store closes
-            look_up([*map(opened.store.of, follower.forms)], keys_in(ask.keys), ended)
+            look_up([*map(opened.store.of, follower.forms)], ask.keys, ended)
 
     def _open_store(self) -> OpenStore:
         if self._opened is None:
