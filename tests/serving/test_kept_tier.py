@@ -146,9 +146,9 @@ def test_losses_between_two_store_servers_are_reported() -> None:
     one = b"1" * 32
     two = b"2" * 32
     before = Known()
-    before.add_page(KeysPage(0, "0 disk", one + two))
+    before.add_page(KeysPage(0, "0 disk", (one, two)))
     after = Known()
-    after.add_page(KeysPage(0, "0 disk", two))
+    after.add_page(KeysPage(0, "0 disk", (two,)))
     (change,) = missed([before], [after])
     assert change.key == one
     assert not change.stored

@@ -26,7 +26,6 @@ from portakv.runtime.rate_limited_log import RateLimitedLog
 from portakv.runtime.transfer import Completion, Transfer
 from portakv.serving.server.link import ASKING, PATIENT, Link, Place, Session, Sides, this_client
 from portakv.serving.server.messages import (
-    KEY,
     MOST_KEYS,
     UNFIT,
     Delete,
@@ -41,9 +40,7 @@ from portakv.serving.server.messages import (
     Save,
     Stop,
     Unlock,
-    ids_in,
-    joined_after,
-    joined_keys,
+    after_of,
 )
 from portakv.serving.server.server import rows_here
 from portakv.serving.server.state import cells_of, whole_form
@@ -455,7 +452,7 @@ class ServerTransfer:
     def end_copy(self, piece: Piece, grant: Grant, cells: int, issued: bool = False) -> None:
         """Note that a copy has ended, which brought cells of blocks."""
         loaded = cells and not self._saves
-        blocks = [piece.first + place for place in ids_in(grant.places)] if loaded else []
+        blocks = [piece.first + place for place in grant.places] if loaded else []
         with self._runtime.lock:
             self._copying -= not issued
             self._issuing -= issued
@@ -506,8 +503,8 @@ class ServerTransfer:
         try:
             for piece in self.pieces:
                 some = slice(piece.first, piece.first + piece.blocks)
-                before = joined_after(after[some], keys[some])
-                words = session.number, piece.number, self._group, joined_keys(keys[some])
+                before = after_of(after[some], keys[some])
+                words = session.number, piece.number, self._group, tuple(keys[some])
                 request = Save(*words, before, self._priority)
                 self._runtime.start(self._ask_later(session, piece, request))
         except BaseException:  # also an interrupt: no caller has a handle
@@ -525,7 +522,7 @@ class ServerTransfer:
         hits = list[Hit]()
         try:
             for piece in self.pieces:
-                some = joined_keys(keys[piece.first : piece.first + piece.blocks])
+                some = tuple(keys[piece.first : piece.first + piece.blocks])
                 words = session.number, piece.number, self._group, some
                 request = Load(*words, deadline or 0.0, self._priority)
                 later = list[Grant]()
@@ -593,8 +590,8 @@ class ServerTransfer:
             await self._report(session, grant, False)
             return
         rows: MappedRows = session.data
-        at = [piece.first + place for place in ids_in(grant.places)]
-        terms = (self._form, grant.form, self._crossing, self._view, ids_in(grant.rows), at)
+        at = [piece.first + place for place in grant.places]
+        terms = (self._form, grant.form, self._crossing, self._view, grant.rows, at)
         cells = 0
         landed = False
         unfit: Mask | None = None
@@ -611,7 +608,7 @@ class ServerTransfer:
         self, session: Session, grant: Grant, landed: bool, unfit: Mask | None = None
     ) -> None:
         """Report the end of a copy to the server. ``unfit``: the blocks that were not packed."""
-        mask = np.full(len(grant.places) // 4, landed, np.uint8)
+        mask = np.full(len(grant.places), landed, np.uint8)
         if unfit is not None:
             mask[unfit] = UNFIT
         await self._link.tell(session, Report(session.number, grant.lease, mask.tobytes()))
@@ -620,7 +617,7 @@ class ServerTransfer:
         """Copy rows on the caller's current stream."""
         rows: list[int | None] = [None] * len(self._landed)
         for piece, grant in hits:
-            for place, row in zip(ids_in(grant.places), ids_in(grant.rows), strict=True):
+            for place, row in zip(grant.places, grant.rows, strict=True):
                 rows[piece.first + place] = row
         loan = Loan((), self._crossing)
         loan.rows = rows
@@ -728,7 +725,7 @@ class ServerBlocks:
         """Load the rank's part of blocks into a view; see `FormStore.load`.
 
         Blocks that do not come within ``deadline`` seconds are missing. The call sends one request
-        for each 1,024 keys to the server. It copies blocks of the host tier itself, ordered on the
+        for each 960 keys to the server. It copies blocks of the host tier itself, ordered on the
         current stream of the view's device, except for a large copy on the host. Workers copy the
         others. ``by_layer``: `ServerTransfer.layers` has an end for each layer, which is the end of
         all layers unless the call copies all blocks.
@@ -774,12 +771,12 @@ class ServerBlocks:
             gone[first : first + len(done)] = done
         return gone
 
-    def _batches(self, keys: list[bytes]) -> Iterator[tuple[Session, int, bytes]]:
+    def _batches(self, keys: list[bytes]) -> Iterator[tuple[Session, int, tuple[bytes, ...]]]:
         """Yield the session, the number of the first key and the keys of each request."""
         session = None if self.requests.runtime.forked else self.link.session
         if session is not None:
             for first in range(0, len(keys), MOST_KEYS):
-                yield session, first, joined_keys(keys[first : first + MOST_KEYS])
+                yield session, first, tuple(keys[first : first + MOST_KEYS])
 
     def _done(self, session: Session, message: Lock | Delete) -> Mask:
         """Return for which blocks the server has done a request; for none without an answer."""
@@ -789,7 +786,7 @@ class ServerBlocks:
                 answer = self.requests.runtime.run(ask)
                 done: Mask = np.frombuffer(answer.done, np.bool_).copy()
                 return done
-        return np.zeros(len(message.keys) // KEY, np.bool_)
+        return np.zeros(len(message.keys), np.bool_)
 
     def _unlock(self, session: Session, number: int) -> None:
         """Tell the server of the end of locks."""
@@ -928,5 +925,5 @@ class StoreClient:
             transfer.copy_later(session, piece, progress.grants)
             return
         for grant in progress.grants:  # nothing waits for these rows
-            report = Report(session.number, grant.lease, bytes(len(grant.places) // 4))
+            report = Report(session.number, grant.lease, bytes(len(grant.places)))
             self._requests.runtime.start(self.link.tell(session, report))

@@ -12,7 +12,7 @@ from portakv.serving.bucket import BucketAnswers
 from portakv.serving.local import StoreIndex
 from portakv.serving.server.link import PATIENT, Link, Place, Session, Sides, this_client
 from portakv.serving.server.messages import (
-    MOST_KEYS,
+    MOST_LOOKED_UP,
     AskKeys,
     Changed,
     Changes,
@@ -21,8 +21,6 @@ from portakv.serving.server.messages import (
     KeysPage,
     LookedUp,
     LookUp,
-    joined_keys,
-    keys_in,
     tier_of,
 )
 from portakv.storage.calls import Change
@@ -42,7 +40,7 @@ class Known:
         """Note that a tier has blocks."""
         tiers = self.tiers
         bit = self._bit(page.tier)
-        for key in keys_in(page.keys):
+        for key in page.keys:
             tiers[key] = tiers.get(key, 0) | bit
 
     def change(self, changed: Changed) -> None:
@@ -261,14 +259,14 @@ class ServerIndex(StoreIndex):
         """Have the server look up blocks in the bucket."""
         session = self._link.session
         if session is not None:
-            ask = LookUp(session.number, joined_keys(keys[:MOST_KEYS]))
+            ask = LookUp(session.number, tuple(keys[:MOST_LOOKED_UP]))
             self._runtime.start(self._link.tell(session, ask))
 
     def _looked_up(self, peer: Peer, message: LookedUp) -> None:
         """Take the end of a lookup."""
         bucket = self.bucket
         if bucket is not None and message.session == self._followed.session:
-            bucket.ended(keys_in(message.keys), message.count, message.answers)
+            bucket.ended(message.keys, message.count, message.answers)
 
     def apply(self, changes: Iterable[Changed]) -> None:
         """Apply changes in order, in a step; after a gap have all read again."""

@@ -63,8 +63,6 @@ from portakv.serving.server.messages import (
     ServerProtocol,
     Stop,
     Unlock,
-    joined_keys,
-    keys_in,
     tier_of,
 )
 from portakv.serving.server.state import (
@@ -188,7 +186,7 @@ class Feed:
             for tier, keys in snapshot.keys.items():
                 tier = tier_of(self._numbers[name], tier)
                 for first in range(0, len(keys), MOST_PAGE):
-                    some = joined_keys(keys[first : first + MOST_PAGE])
+                    some = tuple(keys[first : first + MOST_PAGE])
                     pages.append(KeysPage(number, tier, some, more=True))
         return [*pages, KeysPage(number)]
 
@@ -576,7 +574,7 @@ class StoreServer:
             self._runtime.start(self._tell_follower(opened, follower, message))
 
         with suppress(PortaKVError):  # the store closes
-            look_up([*map(opened.store.of, follower.forms)], keys_in(ask.keys), ended)
+            look_up([*map(opened.store.of, follower.forms)], ask.keys, ended)
 
     def _open_store(self) -> OpenStore:
         if self._opened is None:

@@ -21,7 +21,6 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
-from hashlib import blake2b
 from itertools import accumulate
 from secrets import randbits
 from typing import NamedTuple, TypeAlias
@@ -40,9 +39,6 @@ from portakv.serving.server.messages import (
     Lock,
     Progress,
     Save,
-    after_in,
-    ids_to_bytes,
-    keys_in,
 )
 from portakv.storage.eviction import Pins
 from portakv.storage.form import BlockForm
@@ -95,8 +91,9 @@ def unlike(form: BlockForm, stored: Sequence[BlockForm]) -> InvalidTerms:
 
 #: A copy that a store has lent.
 Copy: TypeAlias = LentCopy | Borrowed
-#: What the saves of all ranks of an engine have in common: engine, form, checksum of the keys.
-SaveKey: TypeAlias = tuple[str, bytes, bytes]
+#: What the saves of all ranks of an engine have in common: the engine, the form, the keys, and what
+#: these follow.
+SaveKey: TypeAlias = tuple[object, ...]
 
 
 @dataclass(eq=False)
@@ -469,7 +466,7 @@ class ServerState:
         """
         with self._lock:
             client = self.client(ask.session)
-            keys = keys_in(ask.keys)
+            keys = [*ask.keys]
             part = self._part_of(client, ask.group)
             work = Work(self._note_begun, part, len(keys), requesters={client: ask.number})
             borrowed = part.store.borrow(keys, True)
@@ -490,8 +487,7 @@ class ServerState:
         with self._lock:
             client = self.client(ask.session)
             part = self._part_of(client, ask.group)
-            digest = blake2b(ask.keys, digest_size=16, key=blake2b(ask.after).digest()).digest()
-            key = client.engine, part.store.form.digest, digest
+            key = client.engine, part.store.form.digest, ask.keys, ask.after
             begun = self._saves.get(key, [])
             save = next((each for each in begun if each.awaits(client)), None)
             if save is None:
@@ -511,7 +507,7 @@ class ServerState:
     def _begin_save(self, client: Client, part: RankPart, key: SaveKey, ask: Save) -> Work:
         """Begin a save of all ranks of an engine."""
         ranks = self._ranks(client, part)
-        keys = keys_in(ask.keys)
+        keys = [*ask.keys]
         save = Work(self._note_begun, part, len(keys), key, self._now(), {*ranks})
         together = 0
         for cells in ranks.values():
@@ -522,7 +518,7 @@ class ServerState:
             self.counts["saves_without_all_ranks"] += 1
         else:
             begin = partial(part.store.save_lent, priority=ask.priority, full="drop", packs=True)
-            self._begin(save, keys, partial(begin, after=after_in(ask.after)))
+            self._begin(save, keys, partial(begin, after=ask.after))
         self._saves.setdefault(key, []).append(save)
         return save
 
@@ -575,7 +571,7 @@ class ServerState:
         """
         with self._lock:
             client = self.client(ask.session)
-            pins = self._part_of(client, ask.group).store.pin(keys_in(ask.keys))
+            pins = self._part_of(client, ask.group).store.pin(ask.keys)
             before = client.locks.pop(ask.number, None)
             if before is not None:
                 before.release()
@@ -597,7 +593,7 @@ class ServerState:
         """
         with self._lock:
             part = self._part_of(self.client(ask.session), ask.group)
-            return part.store.delete(keys_in(ask.keys)).astype(np.uint8).tobytes()
+            return part.store.delete(ask.keys).astype(np.uint8).tobytes()
 
     # --- what the store does
 
@@ -732,8 +728,8 @@ class ServerState:
             lent.leases.add(lease)
             client.leases[lease.number] = lease
             client.process.leases.add(lease)
-            places = ids_to_bytes([lent.copy.blocks[at] for at in some])
-            rows = ids_to_bytes([lent.copy.rows[at] for at in some])
+            places = tuple(lent.copy.blocks[at] for at in some)
+            rows = tuple(lent.copy.rows[at] for at in some)
             grants.append(Grant(lease.number, places, rows, text))
 
     def _return_all(self, process: ClientProcess, session: int) -> None:
