@@ -266,8 +266,7 @@ def event_of(frames: list[bytes]) -> tuple[str, int]:
 # ------------------------------------------------------------------------------------------------
 # The Unix sockets of channels: one packet for each message, between processes of one user.
 
-_logger = logging.getLogger(__name__)
-_limited_log = RateLimitedLog(_logger)
+_limited_log = RateLimitedLog(_log)
 #: Folders in which a socket may have its name for a moment. A path has at most 107 letters.
 FOLDERS = ("/dev/shm", "/tmp", "/var/tmp")
 #: Connections that wait to be accepted.
@@ -436,6 +435,7 @@ class _Connection:
         self.socket = made
         self.process = _Process(made)
         self.late = monotonic() + HANDSHAKE / 1e3
+        self._parts = list[bytes]()  # the packets of an answer that have come
 
     async def receive(self, until: float | None = None) -> bytes | None:
         """Return a packet; no bytes if the peer is gone, None if none comes in time."""
@@ -447,6 +447,19 @@ class _Connection:
             except OSError:  # of the peer, or this side has closed the socket
                 return b""
         return None
+
+    async def receive_parts(self, until: float) -> bytes | None:
+        """Return what `send_parts` has sent; no bytes if the peer is gone, None if it has not come
+        in time."""
+        while packet := await self.receive(until):
+            self._parts.append(packet[1:])
+            if sum(map(len, self._parts)) > ANSWER + BACK.size:  # no channel sends as much
+                return b""
+            if not packet[0]:
+                answer = b"".join(self._parts)
+                self._parts.clear()
+                return answer
+        return packet
 
     async def send_parts(self, back: bytes) -> None:
         """Send an answer in one packet or several; nothing if it is empty."""
@@ -568,7 +581,6 @@ class UnixLink(_Link):
     ) -> None:
         super().__init__(address, number, runtime, counts)
         self._key = key
-        self._parts = list[bytes]()  # the packets of an answer that have come
         self._connection: _Connection | None = self._connected()
 
     def _connected(self) -> _Connection | None:
@@ -616,7 +628,6 @@ class UnixLink(_Link):
         finally:
             # A request may wait for the socket; its wait ends, and it takes another one.
             self._connection = None
-            self._parts.clear()
             connection.close(self._runtime)
             self.end_life()
 
@@ -661,24 +672,14 @@ class UnixLink(_Link):
 
     async def receive(self, until: float) -> bytes | None:
         """Return an answer; None if there is none yet."""
-        while True:
-            connection = self._connection
-            if connection is None or not self.up:
-                await self.changed(until)
-                return None
-            packet = await connection.receive(until)
-            if packet is None:
-                return None
-            self._parts.append(packet[1:])
-            # No channel sends more bytes of an answer.
-            if not packet or sum(map(len, self._parts)) > ANSWER + BACK.size:
-                connection.shut_down()
-                await self.changed(until)
-                return None
-            if not packet[0]:
-                answer = b"".join(self._parts)
-                self._parts.clear()
+        connection = self._connection
+        if connection is not None and self.up:
+            answer = await connection.receive_parts(until)
+            if answer or answer is None:
                 return answer
+            connection.shut_down()
+        await self.changed(until)
+        return None
 
 
 class _Process:
@@ -882,7 +883,8 @@ def answer_of(back: bytes, address: str, message: Message, kind: type[T]) -> T:
             f"{back[0]}. Use one release of PortaKV on both sides."
         )
     if back[1]:
-        raise Refused(f"{what} was rejected: {_printable(back[BACK.size :])}.")
+        why = f"{_printable(back[BACK.size :])}."
+        raise Refused(f"{what} was rejected: {why}", why)
     try:
         answer: T = decoder_of(kind).decode(memoryview(back)[BACK.size :])
         return answer
@@ -1134,9 +1136,20 @@ class Server:
         if not HEAD.size <= len(data) <= HEAD.size + LIMIT:
             self._counts["size"] += 1
             return b""
-        _, id, _, number = HEAD.unpack_from(data)
+        version, id, _, number = HEAD.unpack_from(data)
         peer = self._peers.get(name) or self.peer(name, fd, id)
-        back = self._answer(peer, data)
+        if version != VERSION:
+            why = f"release of version {VERSION}, not {version}"
+            back = self._refused(number, "version", why)
+        elif peer is None:
+            why = f"it serves {PEERS} connections; try later"
+            back = self._refused(number, "full", why)
+        elif peer.id != id:
+            back = self._refused(number, "schema", "the connection is another channel's")
+        elif number:
+            back = self._execute_once(peer, data, number)
+        else:
+            back = self._execute(peer, data, number)
         return back if number else b""
 
     def run_later_calls(self) -> None:
@@ -1144,18 +1157,8 @@ class Server:
         while self.later:
             self.later.popleft()()
 
-    def _answer(self, peer: Peer | None, data: bytes) -> bytes:
-        """Return what is sent back for a request, which is executed unless it is a repeat."""
-        version, id, _, number = HEAD.unpack_from(data)
-        if version != VERSION:
-            return self._refused(number, "version", f"release of version {VERSION}, not {version}")
-        if peer is None:
-            return self._refused(number, "full", f"it serves {PEERS} connections; try later")
-        if peer.id != id:
-            return self._refused(number, "schema", "the connection is another channel's")
-        if not number:
-            return self._execute(peer, data, number)
-
+    def _execute_once(self, peer: Peer, data: bytes, number: int) -> bytes:
+        """Execute a request unless it is a repeat, and return what is sent back."""
         link = data[1:21]
         last, back = self._last.get(link, (0, b""))
         if number <= last:
@@ -1305,16 +1308,8 @@ class Channel:
 
         Raises `InvalidTerms` if the channel has another.
         """
-        uninterrupted(partial(self._claim, kind, user), undo=lambda _: self.free(kind, user))
-
-    def _claim(self, kind: str, user: object) -> None:
-        """Check that the channel is open and free of the kind, and register the user."""
-        self.check_open()
-        if self._users.setdefault(kind, user) is not user:
-            raise InvalidTerms(
-                f"Expected a channel without {kind}, got {self}. Close the first, or make a "
-                f"channel."
-            )
+        register = partial(self._register, kind, user, replaces=False)
+        uninterrupted(register, undo=lambda _: self.free(kind, user))
 
     def check_open(self) -> None:
         """Raise `PeerError` after `close`, and in a forked process."""
@@ -1329,12 +1324,17 @@ class Channel:
 
         Raises `PeerError` if the channel is not open.
         """
-        return uninterrupted(partial(self._replace, kind, user))
+        return uninterrupted(partial(self._register, kind, user, replaces=True))
 
-    def _replace(self, kind: str, user: object) -> object | None:
-        """Check that the channel is open, and register the user."""
+    def _register(self, kind: str, user: object, replaces: bool) -> object | None:
+        """Check that the channel is open, register a user, and return the one before."""
         self.check_open()
         before = self._users.get(kind)
+        if before is not None and before is not user and not replaces:
+            raise InvalidTerms(
+                f"Expected a channel without {kind}, got {self}. Close the first, or make a "
+                f"channel."
+            )
         self._users[kind] = user
         return before
 
@@ -1391,26 +1391,20 @@ class Channel:
     ) -> list[T | PortaKVError]:
         """Return what `ask_all` returns, in a coroutine of the runtime."""
         until = self._until(timeout)
-        results = dict[int, Any]()
 
-        async def in_turn(numbers: list[int]) -> None:
-            for n in numbers:
-                address, message = requests[n]
-                try:
-                    back = await self._exchange(address, message, until, answer=True)
-                    results[n] = answer_of(back, address, message, kind)
-                except PortaKVError as error:
-                    results[n] = error
+        async def result_of(address: str, message: Message) -> T | PortaKVError:
+            try:
+                back = await self._exchange(address, message, until, answer=True)
+                return answer_of(back, address, message, kind)
+            except PortaKVError as error:
+                return error
 
-        by_address = dict[str, list[int]]()
-        for n, (address, _) in enumerate(requests):
-            by_address.setdefault(address, []).append(n)
-        *others, last = by_address.values() or [[]]
-        handles = [self._runtime.start(in_turn(numbers)) for numbers in others]
-        await in_turn(last)
-        for handle in handles:
-            await handle
-        return [results[n] for n in range(len(requests))]
+        if not requests:
+            return []
+        *others, last = [result_of(*request) for request in requests]
+        handles = [self._runtime.start(each) for each in others]
+        result = await last  # by the caller's thread, if it waits
+        return [*[await handle for handle in handles], result]
 
     def tell(
         self,

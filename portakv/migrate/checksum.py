@@ -513,8 +513,9 @@ def checksum(view: KVView, index: Index, count: int, window: Box, first: int = 0
         n = min(batch, count - start)
         part = index.part(start, n)
         (tensors, rows) = chunk(view, n, buffer)
+        if part.ids is not None:  # the copy writes no row of a skipped position
+            buffer.zero_()
         copy_rows(view.as_bytes(), rows, part, count=n).wait()
-        _zero_skipped(tensors, part, n, size, view.device)
 
         for kv, tensor in enumerate(tensors):
             words = tensor.view(WORDS[unit])
@@ -535,19 +536,6 @@ def checksum_of(view: KVView, index: Index, part: Rows) -> int:
     size = view.form.block_size
     blocks = part.count // size
     return checksum(view.as_slots(), index.of_blocks(size), blocks, part.box, part.first // size)
-
-
-def _zero_skipped(
-    tensors: Iterable[torch.Tensor], part: Index, n: int, size: int, device: torch.device
-) -> None:
-    """Zero the gathered rows of skipped positions: the copy left their former bytes there."""
-    if part.ids is None:
-        return
-    tokens = torch.arange(0, n, size, dtype=torch.int64, device=device)
-    skipped = part.ids.to(device)[(tokens + part.offset) // part.step] < 0
-    if skipped.any():
-        for tensor in tensors:
-            tensor[:, skipped] = 0
 
 
 def box_checksums(boxes: Iterable[tuple[torch.Tensor, Sequence[int]]]) -> list[int]:

@@ -36,9 +36,7 @@ from portakv.errors import (
 from portakv.graph.trace import Trace
 from portakv.migrate.channel import Channel
 from portakv.migrate.connections import (
-    PAUSE,
     Connections,
-    Connector,
     Source,
     Sources,
     closed_reader,
@@ -47,7 +45,7 @@ from portakv.migrate.connections import (
 from portakv.migrate.crossed import Crossed, Encoding, Pack, is_auto, pack_of
 from portakv.migrate.figures import PullCounts
 from portakv.migrate.messages import Begin, Close, Message, Renew, any_named
-from portakv.migrate.named import Finder, LateLayer, Wanted, incomplete
+from portakv.migrate.named import PAUSE, Finder, LateLayer, Wanted, incomplete
 from portakv.migrate.plan import (
     Step,
     check_arguments,
@@ -851,8 +849,8 @@ class Issuer:
         self.shards = owners.shards
         self.device = owners.device
         self._runtime = runtime()
-        self.connector = Connector(owners, housekeeper.note_connection)
-        self._finder = Finder(owners, self.connector)
+        owners.on_handshake = housekeeper.note_connection
+        self._finder = Finder(owners)
         housekeeper.finder = self._finder
         #: The pull of the last call that has asked owners itself.
         self._asked: ref[Pull] | None = None
@@ -954,7 +952,7 @@ class Issuer:
 
     def prepare(self, address: str) -> PartTransfer:
         """Connect to the owner at an address, and return the end."""
-        return PartTransfer([self._runtime.start(self.connector.prepare(address))])
+        return PartTransfer([self._runtime.start(self.owners.prepare(address))])
 
     def _exist(self, late: LatePull) -> bool:
         """Return True if the offers of a pull by name exist, as their owners' tables or the owners
@@ -1211,6 +1209,6 @@ class Reader:
         self._housekeeper.wait(PATIENCE)
         self._closed = True
         self._housekeeper.close()
-        self._issuer.connector.close()
+        self._owners.cancel()
         runtime().run(self._owners.close)
         self.channel.free("a reader", self)
