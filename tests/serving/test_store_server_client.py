@@ -319,14 +319,14 @@ class Held:
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.go = threading.Event()
         self.waiting = threading.Event()
-        real = ServerTransfer._copy
+        real = ServerTransfer.copy
 
         async def copy(transfer: ServerTransfer, *terms: Any) -> None:
             self.waiting.set()
             assert await Work(self.go.wait, LIMIT)
             await real(transfer, *terms)
 
-        monkeypatch.setattr(ServerTransfer, "_copy", copy)
+        monkeypatch.setattr(ServerTransfer, "copy", copy)
 
 
 def test_a_cancelled_save_reads_no_block(

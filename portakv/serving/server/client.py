@@ -581,10 +581,10 @@ class ServerTransfer:
     def copy_later(self, session: Session, piece: Piece, grants: Sequence[Grant]) -> None:
         """Have helpers copy rows."""
         for grant in grants:
-            copy = self._copy(session, piece, grant)
+            copy = self.copy(session, piece, grant)
             self._runtime.start(self._requests.in_turn(self._saves, self._priority, copy))
 
-    async def _copy(self, session: Session, piece: Piece, grant: Grant) -> None:
+    async def copy(self, session: Session, piece: Piece, grant: Grant) -> None:
         """Copy rows in a helper, and report that."""
         if not self.start_copy():
             await self._report(session, grant, False)
