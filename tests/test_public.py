@@ -30,7 +30,7 @@ from portakv.integrations.sglang.pools import OTHERS as SGLANG_OTHERS
 from portakv.integrations.vllm import moves
 from portakv.integrations.vllm.caches import TERM as HAND_OVER
 from portakv.integrations.vllm.check import IDENTITY, TIER_OTHERS
-from portakv.serving.handover_tickets import HandoverTerms
+from portakv.serving.handover import HandoverTerms
 from portakv.serving.local import term_names
 
 if sys.version_info >= (3, 11):

@@ -15,8 +15,7 @@ import torch
 
 from portakv import KVView
 from portakv.migrate import Shard, Ticket
-from portakv.serving.handover import Handover
-from portakv.serving.handover_tickets import HandoverTerms
+from portakv.serving.handover import Handover, HandoverTerms
 from portakv.serving.plan import Handovers, OfferJob, PullJob
 from portakv_benchmarks.migration.cases import memory
 from portakv_benchmarks.shared.harness import Row, Rows, short

@@ -451,7 +451,7 @@ class StorePages(Driver):
         return self._pages.load([*keys], self._view, [*slots], deadline=self._deadline)
 
     def _ended(self, job: Any) -> list[bool]:
-        wait_for(lambda: self.tier.finished() or job.done() or None)
+        wait_for(lambda: job.done() or None)
         job.wait()
         return [bool(each) for each in job.landed]
 

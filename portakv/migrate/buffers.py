@@ -215,7 +215,7 @@ class Staging:
         self.device = device
         self._runtime = runtime()
         #: For requests for rows, and for the lane: it sends nothing after `release`.
-        self.channel = TransportChannel(channel, lambda: self._over is not None, self._ended)
+        self.channel = TransportChannel(channel, self._ended)
         self._address = address
         #: Makes the error of what is in flight, or comes later, from `release` on.
         self._over: Callable[[str], PeerError] | None = None
@@ -236,8 +236,8 @@ class Staging:
     def lane(self) -> Lane:
         """Return the lane to the owner; raise `PeerError` after `release`."""
         with self._lock:
-            if self._over is not None:
-                raise self._ended()
+            if ended := self._ended():
+                raise ended
             lane: Lane = self.transport.lane(self._address, cast("Channel", self.channel))
             return lane
 
@@ -258,10 +258,10 @@ class Staging:
         """
         with self._lock:
             self._over = self._over or (gone_peer if gone else released_peer)
-            self.transport.forget(self._address, self._ended())
+            self.transport.forget(self._address, self._over(self._address))
 
-    def _ended(self) -> PeerError:
-        return (self._over or released_peer)(self._address)
+    def _ended(self) -> PeerError | None:
+        return None if self._over is None else self._over(self._address)
 
     def spare(self, nbytes: int) -> torch.Tensor:
         """Return memory for bytes that no pull wants."""

@@ -17,11 +17,12 @@ import tempfile
 import threading
 from asyncio import CancelledError
 from collections import Counter, deque
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import partial
 from hashlib import blake2b
 from hmac import compare_digest
+from math import inf
 from secrets import token_bytes
 from struct import Struct, unpack_from
 from time import monotonic
@@ -265,8 +266,7 @@ def event_of(frames: list[bytes]) -> tuple[str, int]:
 # ------------------------------------------------------------------------------------------------
 # The Unix sockets of channels: one packet for each message, between processes of one user.
 
-_logger = logging.getLogger(__name__)
-_limited_log = RateLimitedLog(_logger)
+_limited_log = RateLimitedLog(_log)
 #: Folders in which a socket may have its name for a moment. A path has at most 107 letters.
 FOLDERS = ("/dev/shm", "/tmp", "/var/tmp")
 #: Connections that wait to be accepted.
@@ -304,10 +304,11 @@ class UnixListener:
         self._key = key
         self._server = server
         self._tasks = tasks
-        self._connections = dict[_Connection, Handle[None]]()
+        self._connections = set[_Connection]()
         self._made = 0
         self._path = -1
         self._spare = -1  # a descriptor that is closed so that a connection can be refused
+        self._pause = 0.0  # seconds before the next connection is accepted
         self._listening = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         try:
             self._listening.setblocking(False)
@@ -321,7 +322,9 @@ class UnixListener:
 
     def close(self) -> None:
         """Close the socket, after its coroutines have ended."""
-        _shut(self._listening)
+        with suppress(OSError):  # it does not listen
+            self._listening.shutdown(socket.SHUT_RDWR)  # also for a fork that has it
+        self._listening.close()
         for descriptor in (self._path, self._spare):
             if descriptor >= 0:
                 os.close(descriptor)
@@ -330,9 +333,15 @@ class UnixListener:
 
     # --- connections
 
-    async def accept(self) -> None:
+    def next_connection(self) -> Wait:
+        """Return the wait for a connection to accept."""
+        if self._pause:
+            return Wait(until=self._tasks.runtime.time() + self._pause)
+        return Wait(self._listening.fileno())
+
+    def accept(self) -> None:
         """Accept a connection, or refuse it if there is no descriptor for it."""
-        await Wait(self._listening.fileno())
+        self._pause = 0.0
         try:
             accepted, _ = self._listening.accept()
         except OSError as error:
@@ -341,27 +350,17 @@ class UnixListener:
             if error.errno == errno.EMFILE and resources.raise_limit():
                 return
             if not self._refuse(error):
-                await Wait(until=self._tasks.runtime.time() + AGAIN)
+                self._pause = AGAIN
             self._find_spare()
             return
-        accepted.setblocking(False)
-        accepted.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, BUFFER)
         self._made += 1
-        connection = _Connection(accepted, b"unix %d" % self._made)
-        first = not self._connections
-        self._connections[connection] = self._tasks.start(self._serve(connection), locked=False)
-        if first:
-            self._tasks.start(self._look(), locked=False)
+        self._tasks.start(self._serve(accepted, b"unix %d" % self._made), locked=False)
 
-    async def _look(self) -> None:
+    def look(self) -> None:
         """End connections to processes that are stopped or dead, or shake no hands."""
-        while self._connections:
-            await Wait(until=self._tasks.runtime.time() + _beat())
-            for connection, serving in [*self._connections.items()]:
-                if serving.done():
-                    del self._connections[connection]
-                elif connection.is_over():
-                    serving.cancel()
+        for connection in [*self._connections]:
+            if connection.is_over():
+                connection.shut_down()
 
     def _refuse(self, error: OSError) -> bool:
         """Tell the next peer that there is no descriptor for it; return False if there is not even
@@ -387,70 +386,86 @@ class UnixListener:
             with suppress(OSError):
                 self._spare = os.eventfd(0)
 
-    async def _serve(self, connection: _Connection) -> None:
+    async def _serve(self, accepted: socket.socket, name: bytes) -> None:
         """Shake hands with a peer, and answer its requests until either side ends."""
-        fd = connection.socket.fileno()
+        connection = _Connection(accepted)
+        fd = accepted.fileno()
+        self._connections.add(connection)
         self._server.begin(fd)
         try:
             if await self._shake_hands(connection):
+                connection.late = inf
                 while data := await connection.receive():
-                    back = self._server.reply(connection.name, fd, data)
-                    if len(back) > PACKET:
-                        await self.send_parts(connection, back)
-                    elif back:
-                        await connection.send(b"\0" + back)
+                    await connection.send_parts(self._server.reply(name, fd, data))
                     self._server.run_later_calls()
         except ConnectionError:  # the peer is gone
             return
         finally:
             self._server.end(fd)
-            self._tasks.runtime.started().descriptors.forget(fd)
-            _shut(connection.socket)
+            self._connections.discard(connection)
+            connection.close(self._tasks.runtime)
             self._find_spare()
 
     async def _shake_hands(self, connection: _Connection) -> bool:
         """Compare the secrets, and show the peer that this side has it."""
-        await connection.send(_HELLO + connection.nonce)
+        own = token_bytes(_NONCE)
+        await connection.send(_HELLO + own)
         data = await connection.receive()
         if not data:
             return False
         nonce = data[:_NONCE]
-        if compare_digest(data[_NONCE:], _proof(self._key, b"client", connection.nonce, nonce)):
-            connection.welcome = True
-            await connection.send(_WELCOME + _proof(self._key, b"server", nonce, connection.nonce))
+        if compare_digest(data[_NONCE:], _proof(self._key, b"client", own, nonce)):
+            await connection.send(_WELCOME + _proof(self._key, b"server", nonce, own))
             return True
         self._server.fail()
         await connection.send(_REFUSED + b"the secret differs, or the process is not a channel")
         return False
 
-    @staticmethod
-    async def send_parts(connection: _Connection, back: bytes) -> None:
-        """Send an answer of several packets."""
-        view = memoryview(back)
-        for start in range(0, len(back), PACKET):
-            more = start + PACKET < len(back)
-            await connection.send(bytes([more]) + view[start : start + PACKET])
-
 
 class _Connection:
-    """A connection to a listener."""
+    """A Unix connection between two processes, as either of them has it.
 
-    def __init__(self, accepted: socket.socket, name: bytes) -> None:
-        self.socket = accepted
-        self.name = name
-        self.nonce = token_bytes(_NONCE)
-        self.welcome = False  # the peer has shown its secret
-        self._until = monotonic() + HANDSHAKE / 1e3  # of the time for that
-        self._process = _Process(accepted)
+    Attributes:
+        late: the time at which the handshake is late.
+    """
 
-    async def receive(self) -> bytes:
-        """Return a packet; no bytes if the peer is gone."""
-        while True:
-            await Wait(self.socket.fileno())
+    def __init__(self, made: socket.socket) -> None:
+        made.setblocking(False)
+        made.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, BUFFER)
+        self.socket = made
+        self.process = _Process(made)
+        self.late = monotonic() + HANDSHAKE / 1e3
+        self._parts = list[bytes]()  # the packets of an answer that have come
+
+    async def receive(self, until: float | None = None) -> bytes | None:
+        """Return a packet; no bytes if the peer is gone, None if none comes in time."""
+        while await Wait(self.socket, READ, until):
             try:
                 return self.socket.recv(HEAD.size + LIMIT + 1)
             except BlockingIOError:
                 continue
+            except OSError:  # of the peer, or this side has closed the socket
+                return b""
+        return None
+
+    async def receive_parts(self, until: float) -> bytes | None:
+        """Return what `send_parts` has sent; no bytes if the peer is gone, None if it has not come
+        in time."""
+        while packet := await self.receive(until):
+            self._parts.append(packet[1:])
+            if sum(map(len, self._parts)) > ANSWER + BACK.size:  # no channel sends as much
+                return b""
+            if not packet[0]:
+                answer = b"".join(self._parts)
+                self._parts.clear()
+                return answer
+        return packet
+
+    async def send_parts(self, back: bytes) -> None:
+        """Send an answer in one packet or several; nothing if it is empty."""
+        for start in range(0, len(back), PACKET):
+            more = start + PACKET < len(back)
+            await self.send(bytes([more]) + back[start : start + PACKET])
 
     async def send(self, packet: bytes) -> None:
         """Send a packet, once there is room. Raises `ConnectionError` if the peer gets no more."""
@@ -459,7 +474,7 @@ class _Connection:
                 self.socket.send(packet)
                 return
             except BlockingIOError:
-                await Wait(self.socket.fileno(), WRITE)
+                await Wait(self.socket, WRITE)
             except ConnectionError:  # what the peer has sent before is received first
                 return
             except OSError as error:  # the rest of an answer would count as a whole one
@@ -469,8 +484,19 @@ class _Connection:
 
     def is_over(self) -> bool:
         """Return True if the other process is stopped or dead, or has shaken no hands in time."""
-        late = not self.welcome and monotonic() > self._until
-        return late or self._process.is_gone()
+        return monotonic() > self.late or self.process.is_gone()
+
+    def shut_down(self) -> None:
+        """End the connection, also for its peer if a fork of this process has it as well."""
+        with suppress(OSError):  # the other side has ended it
+            self.socket.shutdown(socket.SHUT_RDWR)
+
+    def close(self, used: Runtime) -> None:
+        """End the connection, and close its descriptor."""
+        if used.runs_here:
+            used.started().descriptors.forget(self.socket.fileno())
+        self.shut_down()
+        self.socket.close()
 
 
 class _Link:
@@ -555,25 +581,23 @@ class UnixLink(_Link):
     ) -> None:
         super().__init__(address, number, runtime, counts)
         self._key = key
-        self._parts = list[bytes]()  # the packets of an answer that have come
-        self._socket: socket.socket | None = self._connected()
+        self._connection: _Connection | None = self._connected()
 
-    def _connected(self) -> socket.socket | None:
-        """Return a connected socket; None if too many others wait for the other process."""
+    def _connected(self) -> _Connection | None:
+        """Return a connection; None if too many others wait for the other process."""
         made = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         try:
             made.setblocking(False)
-            made.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, BUFFER)
             made.connect(self.address.removeprefix("ipc://"))
-            self._process = _Process(made)
-            self._process.check_user()
+            connection = _Connection(made)
+            connection.process.check_user()
         except BlockingIOError:
             made.close()
             return None
         except BaseException:
             made.close()
             raise
-        return made
+        return connection
 
     async def keep(self) -> None:
         """Connect again after each end of the connection, until that fails."""
@@ -581,7 +605,7 @@ class UnixLink(_Link):
             try:
                 await self._live()
                 if not self.why:
-                    self._socket = self._connected()
+                    self._connection = self._connected()
             except (FileNotFoundError, ConnectionRefusedError):
                 self.why = self.why or "no channel listens there"
             except OSError as error:
@@ -589,37 +613,33 @@ class UnixLink(_Link):
 
     async def _live(self) -> None:
         """Shake hands, and wait for the end of the connection."""
-        used = self._socket
-        if used is None:
+        connection = self._connection
+        if connection is None:
             await Wait(until=self._runtime.time() + AGAIN / 10)
             return
         try:
-            self.why = await self._shake_hands(used)
+            self.why = await self._shake_hands(connection)
             if not self.why:
                 self.begin_life()
-                fd = used.fileno()
+                fd = connection.socket.fileno()
                 while not await Wait(fd, HANGUP, self._runtime.time() + _beat()):
-                    if self._process.is_gone():
+                    if connection.process.is_gone():
                         break
         finally:
             # A request may wait for the socket; its wait ends, and it takes another one.
-            self._socket = None
-            self._parts.clear()
-            if self._runtime.runs_here:
-                self._runtime.started().descriptors.forget(used.fileno())
-            _shut(used)
+            self._connection = None
+            connection.close(self._runtime)
             self.end_life()
 
-    async def _shake_hands(self, used: socket.socket) -> str:
+    async def _shake_hands(self, connection: _Connection) -> str:
         """Return why the handshake failed; empty if it did not."""
-        until = self._runtime.time() + HANDSHAKE / 1e3
-        packet = await self._packet(used, until)
+        packet = await connection.receive(connection.late)
         if packet is not None and packet[:1] == _HELLO and len(packet) == 1 + _NONCE:
             nonce = token_bytes(_NONCE)
             expected = _WELCOME + _proof(self._key, b"server", nonce, packet[1:])
             with suppress(OSError):  # the next packet shows the end
-                used.send(nonce + _proof(self._key, b"client", packet[1:], nonce))
-            packet = await self._packet(used, until)
+                connection.socket.send(nonce + _proof(self._key, b"client", packet[1:], nonce))
+            packet = await connection.receive(connection.late)
             if packet is not None and compare_digest(packet, expected):
                 return ""
         if packet is None:
@@ -630,27 +650,17 @@ class UnixLink(_Link):
             why = "the process has just ended, or it is not a channel"
         return f"no handshake: {why}"
 
-    async def _packet(self, used: socket.socket, until: float) -> bytes | None:
-        """Return a packet of the handshake; None if none comes in time."""
-        while await Wait(used, READ, until):
-            with suppress(BlockingIOError):
-                try:
-                    return used.recv(PACKET)
-                except ConnectionError:
-                    return b""
-        return None
-
     async def send(self, data: bytes, until: float) -> bool:
         """Send a request; return False if it could not be sent."""
-        used = self._socket
-        if used is None or not self.up:
+        connection = self._connection
+        if connection is None or not self.up:
             await self.changed(until)
             return False
         try:
-            used.send(data)
+            connection.socket.send(data)
             return True
         except BlockingIOError:
-            await Wait(used, WRITE, until)
+            await Wait(connection.socket, WRITE, until)
         except ConnectionError:
             await self.changed(until)
         except OSError as error:
@@ -662,30 +672,14 @@ class UnixLink(_Link):
 
     async def receive(self, until: float) -> bytes | None:
         """Return an answer; None if there is none yet."""
-        while True:
-            used = self._socket
-            if used is None or not self.up:
-                await self.changed(until)
-                return None
-            try:
-                packet = used.recv(PACKET + 2)
-            except BlockingIOError:
-                if not await Wait(used, READ, until):
-                    return None
-                continue
-            except ConnectionError:
-                packet = b""
-            self._parts.append(packet[1:])
-            # No channel sends more bytes of an answer.
-            if not packet or sum(map(len, self._parts)) > ANSWER + BACK.size:
-                with suppress(OSError):  # the other side has ended it
-                    used.shutdown(socket.SHUT_RDWR)
-                await self.changed(until)
-                return None
-            if not packet[0]:
-                answer = b"".join(self._parts)
-                self._parts.clear()
+        connection = self._connection
+        if connection is not None and self.up:
+            answer = await connection.receive_parts(until)
+            if answer or answer is None:
                 return answer
+            connection.shut_down()
+        await self.changed(until)
+        return None
 
 
 class _Process:
@@ -725,13 +719,6 @@ class _Process:
         now = monotonic()
         self._stopped_since = self._stopped_since or now
         return now >= self._stopped_since + DEAD / 1e3
-
-
-def _shut(ended: socket.socket) -> None:
-    """Close a socket, also for its peer if a fork of this process has the descriptor as well."""
-    with suppress(OSError):  # the other side has ended it
-        ended.shutdown(socket.SHUT_RDWR)
-    ended.close()
 
 
 def _bind(made: socket.socket) -> int:
@@ -884,197 +871,6 @@ class TcpLink(_Link):
 Link: TypeAlias = TcpLink | UnixLink
 
 
-class Client:
-    """The connections of a channel to others. Coroutines of any thread may send requests.
-
-    Args:
-        sockets: makes the sockets.
-        tasks: the coroutines of the channel.
-        id: the id of the channel.
-        counts: the counters of the channel.
-        check_open: raises `PeerError` if the channel sends no more requests.
-    """
-
-    def __init__(
-        self,
-        sockets: Sockets,
-        runtime: Runtime,
-        tasks: TaskGroup,
-        id: bytes,
-        counts: Counter[str],
-        check_open: Callable[[], None],
-    ) -> None:
-        self._sockets = sockets
-        self._runtime = runtime
-        self._tasks = tasks
-        self.id = id
-        self._counts = counts
-        self._check_open = check_open
-        self._links = dict[str, Link]()
-        self._made = 0
-
-    def __len__(self) -> int:
-        return len(self._links)
-
-    async def ask(
-        self,
-        address: str,
-        message: Message,
-        kind: type[T],
-        until: float,
-        stop: Callable[[], bool] = bool,
-    ) -> T:
-        """Return the answer to a message; see `Channel.ask`. ``until``: by `Runtime.time`."""
-        back = await self.send(address, message, until, stop, answer=True)
-        return answer_of(back, address, message, kind)
-
-    async def ask_all(
-        self, requests: Sequence[tuple[str, Message]], kind: type[T], until: float
-    ) -> list[T | PortaKVError]:
-        """Return the results of several requests, those to one address in turn."""
-        results = dict[int, Any]()
-
-        async def in_turn(numbers: list[int]) -> None:
-            for n in numbers:
-                try:
-                    results[n] = await self.ask(*requests[n], kind, until)
-                except PortaKVError as error:
-                    results[n] = error
-
-        by_address = dict[str, list[int]]()
-        for n, (address, _) in enumerate(requests):
-            by_address.setdefault(address, []).append(n)
-        *others, last = by_address.values() or [[]]
-        handles = [self._runtime.start(in_turn(numbers)) for numbers in others]
-        await in_turn(last)
-        for handle in handles:
-            await handle
-        return [results[n] for n in range(len(requests))]
-
-    async def send(
-        self, address: str, message: Message, until: float, stop: Callable[[], bool], answer: bool
-    ) -> bytes:
-        """Send a message; return the bytes of the answer, if one is expected."""
-        what = f"{message.purpose} {address}"
-        body = encode(message)
-        by = None
-        if len(body) > LIMIT:
-            raise PeerError(f"{what} has {len(body)} bytes; a message has at most {LIMIT}.")
-        link = await self._acquire(address, until, what)
-        try:
-            link.requests += answer
-            number = link.requests * answer
-            data = HEAD.pack(VERSION, self.id, link.number, number) + body
-            while True:
-                self._check(link, until, what, stop)
-                pause = min(until, self._runtime.time() + LOOK / 1e3)
-                # Repeat after the next connection stands: before, the old one may take the message.
-                if by is not (life := link.life) and (link.up or by is None):
-                    if not await link.send(data, pause):
-                        continue
-                    by = life
-                if not answer:
-                    return b""
-                back = await link.receive(pause)
-                if back is not None:
-                    back = back.ljust(BACK.size, b"\0")
-                    if back[0] != VERSION or BACK.unpack_from(back)[2] == number:
-                        return back
-        finally:
-            link.queue.release()
-
-    async def _acquire(self, address: str, until: float, what: str) -> Link:
-        """Return the link to an address for one request, which releases its queue.
-
-        A link that an earlier request closed, such as one with less time, is replaced.
-        """
-        while True:
-            link = self.link(address)
-            if not await link.queue.acquire(until=until):
-                raise TransferTimeout(
-                    f"{what} was not sent: an earlier request still waits for its answer."
-                )
-            if not link.closed:
-                return link
-            link.queue.release()
-
-    def _check(self, link: Link, until: float, what: str, stop: Callable[[], bool]) -> None:
-        """Raise the error of a link's connection; after its end the next request makes another."""
-        with self._runtime.released():
-            stopped = stop()
-        if stopped:
-            raise TransferTimeout(f"{what} was cancelled, because nothing waits for its answer.")
-        late = self._runtime.time() > until
-        if late and link.up and not link.why:
-            raise TransferTimeout(f"{what} got no answer in time; the connection stands.")
-        if late or link.why:
-            why = link.why or "no connection in time"
-            self._drop(link)
-            raise PeerError(f"{what} failed: {why}. Check that the process there runs.")
-
-    def link(self, address: str) -> Link:
-        """Return the link to an address, made at the first request. Runs in a step.
-
-        Raises `PeerError` if no channel can be there.
-        """
-        try:
-            self._check_open()
-            return self._links.get(address) or self._new_link(address)
-        except FileNotFoundError:
-            why = "no channel listens there any more, its process has ended"
-            raise PeerError(
-                f"Expected an address of a channel, got {address!r}: {why}. Get the address anew."
-            ) from None
-        except (OSError, zmq.ZMQError) as error:
-            raise PeerError(
-                f"Expected an address of a channel, got {address!r}: {reason(error)}."
-            ) from None
-
-    def _new_link(self, address: str) -> Link:
-        local = re.match("ipc://(/.+)", address)
-        if "\0" in address or not (local or (self._sockets.keys and NUMERIC.match(address))):
-            raise OSError(
-                "expected ipc:// of this host or, with a secret, tcp:// with a numeric address "
-                "and a port"
-            )
-        if local and os.stat(local[1]).st_uid != os.getuid():
-            raise OSError("another user listens there")
-        self._made += 1
-        terms = (address, self._made, self._runtime, self._counts)
-        link: Link
-        if local:
-            link = UnixLink(*terms, self._sockets.key)
-        else:
-            used = self._sockets.client(address)
-            try:
-                link = TcpLink(*terms, used)
-            except BaseException:
-                used.close(0)
-                raise
-        self._links[address] = link
-        link.keeper = self._tasks.start(self._keep(link))
-        return link
-
-    async def _keep(self, link: Link) -> None:
-        """Keep a link until it fails."""
-        try:
-            await link.keep()
-        finally:
-            self._drop(link)
-
-    def _drop(self, link: Link) -> None:
-        """Close a link."""
-        if not link.closed:
-            self._links.pop(link.address, None)
-            link.close()
-
-    def close(self) -> None:
-        """Close all links."""
-        for link in tuple(self._links.values()):
-            link.why = link.why or "the channel was closed"
-            self._drop(link)
-
-
 def answer_of(back: bytes, address: str, message: Message, kind: type[T]) -> T:
     """Return the answer in the bytes that a peer sent back.
 
@@ -1087,7 +883,8 @@ def answer_of(back: bytes, address: str, message: Message, kind: type[T]) -> T:
             f"{back[0]}. Use one release of PortaKV on both sides."
         )
     if back[1]:
-        raise Refused(f"{what} was rejected: {_printable(back[BACK.size :])}.")
+        why = f"{_printable(back[BACK.size :])}."
+        raise Refused(f"{what} was rejected: {why}", why)
     try:
         answer: T = decoder_of(kind).decode(memoryview(back)[BACK.size :])
         return answer
@@ -1134,114 +931,11 @@ _EVENTS = (
 )
 
 
-class _Rejection(Exception):
-    """A request that fails: a word for the counters, and the text for its sender."""
-
-    def __init__(self, reason: str, why: str) -> None:
-        super().__init__(why)
-        self.reason = reason
-
-
-class _Services:
-    """The functions that answer requests, by the kind of message."""
-
-    def __init__(self) -> None:
-        self._answers = dict[type, Callable[..., Message | None]]()
-        self._decoder = new_decoder(None)
-        self._lock = threading.Lock()
-
-    def add(self, kind: type[T], answer: Callable[[Peer, T], Message | None]) -> None:
-        """Register the function, and make a decoder that knows the new kind of message."""
-        with self._lock:
-            self._answers[kind] = answer
-            self._decoder = new_decoder(Union[tuple(self._answers)])  # noqa: UP007
-
-    def answer(self, peer: Peer, data: memoryview) -> bytes:
-        """Return the encoded answer to a message, no bytes if there is none.
-
-        Raises `_Rejection`, which says what the sender may know.
-        """
-        try:
-            message = self._decoder.decode(data)
-        except UNDECODABLE:
-            raise _Rejection("schema", "the message is not known there") from None
-        try:
-            answer = self._answers[type(message)](peer, message)
-            body = b"" if answer is None else encode(answer)
-        except PortaKVError as error:
-            raise _Rejection("refused", str(error)[:4096]) from None
-        except Exception as error:  # of whoever answers; the peer gets it
-            _log.exception("%s could not be answered.", type(message).__name__)
-            raise _Rejection("failed", f"it failed there by {type(error).__name__}") from None
-        if len(body) > ANSWER:
-            raise _Rejection("size", f"its answer has {len(body)} bytes")
-        return body
-
-
-class _Answers:
-    """The last answer for each link, because the next connection may repeat a request.
-
-    Caches at most `KEPT` bytes. Of older answers only the numbers stay, so their requests are
-    executed at most once.
-    """
-
-    def __init__(self) -> None:
-        self._last: Bounded[bytes, tuple[int, bytes]] = Bounded("answers of a channel", 2 * PEERS)
-        self.nbytes = 0
-
-    def get(self, link: bytes) -> tuple[int, bytes]:
-        """Return the last number of a link and its answer, if it is cached."""
-        return self._last.get(link, (0, b""))
-
-    def keep(self, link: bytes, number: int, back: bytes) -> None:
-        """Cache an answer as the youngest."""
-        self._last.pop(link, None)
-        self._last[link] = number, back
-        self.nbytes = sum(len(each) for _, each in self._last.values())
-        for older in [*self._last]:
-            if self.nbytes <= KEPT:
-                return
-            self.drop(older)
-
-    def drop(self, link: bytes) -> None:
-        """Keep only the number of a link's last answer."""
-        if link in self._last:
-            number, back = self._last[link]
-            self.nbytes -= len(back)
-            self._last[link] = number, b""
-
-
-class _Strangers:
-    """Count the connections that end without a valid message, and warn of them by their cause."""
-
-    def __init__(self, counts: Counter[str]) -> None:
-        self._counts = counts
-        self._other_secrets = 0  # failed handshakes whose connections have not ended yet
-        self._ended = Counter[str]()  # connections by their warning
-
-    def fail(self) -> None:
-        """Note that the secret of a connection differs; ZeroMQ ends the connection afterwards."""
-        self._other_secrets += 1
-
-    def end(self, address: str) -> None:
-        """Count the end of a connection."""
-        self._counts["strangers"] += 1
-        warning = NO_MESSAGE
-        if self._other_secrets:
-            self._other_secrets -= 1
-            warning = OTHER_SECRET
-        self._ended[warning] += 1
-        n = self._ended[warning]
-        if n & (n - 1) == 0:  # the 1st, 2nd, 4th, 8th, ...
-            _log.warning(warning, address, n)
-
-
 class Server:
     """The connections of others to a channel, whose thread answers them after `listen`.
 
     Attributes:
         address: where others reach the channel.
-        services: the functions that answer requests; any thread may add one.
         later: calls to be made when the answer to the present request was sent.
 
     Args:
@@ -1252,28 +946,37 @@ class Server:
     """
 
     def __init__(
-        self,
-        sockets: Sockets,
-        runtime: Runtime,
-        tasks: TaskGroup,
-        address: str | None,
-        counts: Counter[str],
+        self, sockets: Sockets, tasks: TaskGroup, address: str | None, counts: Counter[str]
     ) -> None:
         self.address = address or "a Unix socket"
-        self.services = _Services()
         self._sockets = sockets
-        self._runtime = runtime
         self._tasks = tasks
-        self._unix: UnixListener | None = None
         self._counts = counts
-        self._peers = dict[bytes, Peer]()
-        self._fds = dict[int, bytes]()  # the names of connections, by their descriptors
-        self._last = _Answers()
-        self.later = deque[Callable[[], object]]()
-        self.answers_now = False  # the loop's thread executes a request
-        self._strangers = _Strangers(counts)
+        self._unix: UnixListener | None = None
         self._router: zmq.Socket[bytes] | None = None
         self._seen: zmq.Socket[bytes] | None = None
+        self._peers = dict[bytes, Peer]()
+        self._fds = dict[int, bytes]()  # the names of connections, by their descriptors
+        # Connections that ended without a valid message.
+        self._other_secrets = 0  # failed handshakes whose connections have not ended yet
+        self._strangers = Counter[str]()  # by their warning
+        # The functions that answer requests, by the kind of message.
+        self._services = dict[type, Callable[..., Message | None]]()
+        self._decoder = new_decoder(None)
+        self._adding = threading.Lock()
+        # The number and the answer of each link's last request, because the next connection may
+        # repeat it. Of older answers only the numbers stay, so their requests are executed at most
+        # once.
+        self._last: Bounded[bytes, tuple[int, bytes]] = Bounded("answers of a channel", 2 * PEERS)
+        self._cached = 0  # bytes of answers
+        self.later = deque[Callable[[], object]]()
+        self.answers_now = False  # the loop's thread executes a request
+
+    def serve(self, kind: type[T], answer: Callable[[Peer, T], Message | None]) -> None:
+        """Answer a kind of message by a function, with a decoder that knows the kind."""
+        with self._adding:
+            self._services[kind] = answer
+            self._decoder = new_decoder(Union[tuple(self._services)])  # noqa: UP007
 
     def listen(self, address: str | None) -> None:
         """Listen, and start to answer what comes. Runs in a step.
@@ -1282,7 +985,13 @@ class Server:
         missing.
         """
         try:
-            self._listen(address)
+            if address:
+                self._listen_by_tcp(address)
+            else:
+                self._unix = UnixListener(self._sockets.key, self, self._tasks)
+                self.address = self._unix.address
+                self._repeat(self._unix.next_connection, self._unix.accept)
+                self._repeat(self._next_beat, self._unix.look)
         except (OSError, zmq.ZMQError) as error:
             why = resources.reason(error)
             if not address or error.errno in (*resources.NONE_FREE, errno.EAGAIN):
@@ -1294,14 +1003,8 @@ class Server:
                 f"Pass an address of this host and a free port."
             ) from None
 
-    def _listen(self, address: str | None) -> None:
-        if not address:
-            self._unix = UnixListener(self._sockets.key, self, self._tasks)
-            self.address = self._unix.address
-            self._tasks.start(self._repeat(self._unix.accept), locked=False)
-            return
-        router = self._sockets.server(address)
-        self._router = router
+    def _listen_by_tcp(self, address: str) -> None:
+        router = self._router = self._sockets.server(address)
         self._seen = router.get_monitor_socket(_EVENTS)
         # ZeroMQ asks the channel for the permission of each connection.
         zap: zmq.Socket[bytes] = self._sockets.context.socket(zmq.REP)
@@ -1310,33 +1013,30 @@ class Server:
         self.address = router.getsockopt_string(zmq.LAST_ENDPOINT).rstrip("\0")
         if re.match(r"tcp://(0\.0\.0\.0|\[::(ffff:0\.0\.0\.0)?\])", self.address):
             raise OSError("that is every interface")
-        self._tasks.start(self._serve(router, partial(self._take, router)), locked=False)
-        self._tasks.start(self._serve(self._seen, self._see), locked=False)
-        self._tasks.start(self._serve(zap, partial(self._admit, zap)), locked=False)
+        self._repeat(incoming(router), partial(self._take, router))
+        self._repeat(incoming(self._seen), self._see)
+        self._repeat(incoming(zap), partial(self._admit, zap))
 
-    @staticmethod
-    async def _repeat(step: Callable[[], Awaitable[object]]) -> None:
-        """Await a step again and again. One peer's message must not stop the others'."""
-        while True:
-            try:
-                await step()
-            except Exception as error:
-                _log_failure(error)
+    def _repeat(self, wait: Callable[[], Wait], process: Callable[[], object]) -> None:
+        """Start a coroutine that waits and processes again and again. One peer's message must not
+        stop the others'."""
 
-    @staticmethod
-    async def _serve(source: zmq.Socket[bytes], process: Callable[[], object]) -> None:
-        """Process each message of a socket of ZeroMQ, as `_repeat` does."""
-        message = incoming(source)
-        while True:
-            await message()
-            try:
-                process()
-            except Exception as error:
-                _log_failure(error)
+        async def repeat() -> None:
+            while True:
+                await wait()
+                try:
+                    process()
+                except Exception as error:
+                    _log_failure(error)
+
+        self._tasks.start(repeat(), locked=False)
+
+    def _next_beat(self) -> Wait:
+        return Wait(until=self._tasks.runtime.time() + _beat())
 
     def statistics(self) -> dict[str, int]:
         """Return the connections now, and the bytes of cached answers."""
-        return {"peers": len(self._peers), "kept_bytes": self._last.nbytes}
+        return {"peers": len(self._peers), "kept_bytes": self._cached}
 
     def close(self) -> None:
         """End all connections, after the loop was stopped."""
@@ -1346,6 +1046,8 @@ class Server:
             self._router.disable_monitor()
         if self._unix is not None:
             self._unix.close()
+
+    # --- connections
 
     def _admit(self, zap: zmq.Socket[bytes]) -> None:
         """Accept a connection that has the secret's keys, and reject any other."""
@@ -1371,31 +1073,36 @@ class Server:
 
     def fail(self) -> None:
         """Note that the secret of a connection differs, before its end."""
-        self._strangers.fail()
+        self._other_secrets += 1
 
     def end(self, fd: int) -> None:
-        """Note the end of a connection."""
+        """Note the end of a connection, and warn of connections that never sent a valid message."""
         name = self._fds.pop(fd, b"")
         if peer := self._peers.pop(name, None):
             peer.end()
         if name:
             self._counts["gone"] += 1
-        else:  # it never sent a valid message
-            self._strangers.end(self.address)
+            return
+        self._counts["strangers"] += 1
+        warning = NO_MESSAGE
+        if self._other_secrets:
+            self._other_secrets -= 1
+            warning = OTHER_SECRET
+        self._strangers[warning] += 1
+        n = self._strangers[warning]
+        if n & (n - 1) == 0:  # the 1st, 2nd, 4th, 8th, ...
+            _log.warning(warning, self.address, n)
 
     def peer(self, name: bytes, fd: int, id: bytes) -> Peer | None:
         """Return the peer of a first message; None if the connection is over, or one too many."""
         self._see()
         if fd not in self._fds or len(self._peers) >= PEERS:
             return None
-        return self._new_peer(name, fd, id)
-
-    def _new_peer(self, name: bytes, fd: int, id: bytes) -> Peer:
-        if before := self._peers.pop(self._fds[fd], None):
-            before.end()
         self._fds[fd] = name
-        self._peers[name] = Peer(id, self._runtime)
+        self._peers[name] = Peer(id, self._tasks.runtime)
         return self._peers[name]
+
+    # --- requests
 
     def _take(self, router: zmq.Socket[bytes]) -> None:
         """Answer one request by TCP."""
@@ -1415,60 +1122,6 @@ class Server:
             router.send(back)
         self.run_later_calls()
 
-    def reply(self, name: bytes, fd: int, data: bytes) -> bytes:
-        """Return the answer to a request of a connection; no bytes if there is none."""
-        if not HEAD.size <= len(data) <= HEAD.size + LIMIT:
-            self._counts["size"] += 1
-            return b""
-        _, id, _, number = HEAD.unpack_from(data)
-        peer = self._peers.get(name) or self.peer(name, fd, id)
-        back = self._answer(peer, data)
-        return back if number else b""
-
-    def run_later_calls(self) -> None:
-        """Make the calls that wait for the answer to be sent."""
-        while self.later:
-            self.later.popleft()()
-
-    def _answer(self, peer: Peer | None, data: bytes) -> bytes:
-        """Return what is sent back for a request, which is executed unless it is a repeat."""
-        version, id, _, number = HEAD.unpack_from(data)
-        if version != VERSION:
-            return self._refused(number, "version", f"release of version {VERSION}, not {version}")
-        if peer is None:
-            return self._refused(number, "full", f"it serves {PEERS} connections; try later")
-        if peer.id != id:
-            return self._refused(number, "schema", "the connection is another channel's")
-
-        link = data[1:21]
-        last, back = self._last.get(link)
-        if number and number <= last:
-            self._counts["repeated"] += 1
-            return back if number == last else b""
-        back = self._execute(peer, memoryview(data)[HEAD.size :], number)
-        if number:
-            if peer.link != link:  # one answer of a connection is cached
-                self._last.drop(peer.link)
-                peer.link = link
-            self._last.keep(link, number, back)
-        return back
-
-    def _execute(self, peer: Peer, data: memoryview, number: int) -> bytes:
-        """Execute a request, and return what is sent back."""
-        self.answers_now = True
-        try:
-            body = self.services.answer(peer, data)
-        except _Rejection as rejection:
-            return self._refused(number, rejection.reason, str(rejection))
-        finally:
-            self.answers_now = False
-        return BACK.pack(VERSION, False, number) + body if body else b""
-
-    def _refused(self, number: int, reason: str, why: str) -> bytes:
-        """Count a rejection, and return it for the sender."""
-        self._counts[reason] += 1
-        return BACK.pack(VERSION, True, number) + why.encode()
-
     def _cut(self, fd: int) -> None:
         """End a connection that no channel made."""
         self._see()
@@ -1477,6 +1130,92 @@ class Server:
         # OSError: the connection has ended already.
         with suppress(OSError), socket.socket(fileno=os.dup(fd)) as connection:
             connection.shutdown(socket.SHUT_RDWR)
+
+    def reply(self, name: bytes, fd: int, data: bytes) -> bytes:
+        """Return the answer to a request of a connection; no bytes if there is none."""
+        if not HEAD.size <= len(data) <= HEAD.size + LIMIT:
+            self._counts["size"] += 1
+            return b""
+        version, id, _, number = HEAD.unpack_from(data)
+        peer = self._peers.get(name) or self.peer(name, fd, id)
+        if version != VERSION:
+            why = f"release of version {VERSION}, not {version}"
+            back = self._refused(number, "version", why)
+        elif peer is None:
+            why = f"it serves {PEERS} connections; try later"
+            back = self._refused(number, "full", why)
+        elif peer.id != id:
+            back = self._refused(number, "schema", "the connection is another channel's")
+        elif number:
+            back = self._execute_once(peer, data, number)
+        else:
+            back = self._execute(peer, data, number)
+        return back if number else b""
+
+    def run_later_calls(self) -> None:
+        """Make the calls that wait for the answer to be sent."""
+        while self.later:
+            self.later.popleft()()
+
+    def _execute_once(self, peer: Peer, data: bytes, number: int) -> bytes:
+        """Execute a request unless it is a repeat, and return what is sent back."""
+        link = data[1:21]
+        last, back = self._last.get(link, (0, b""))
+        if number <= last:
+            self._counts["repeated"] += 1
+            return back if number == last else b""
+        back = self._execute(peer, data, number)
+        if peer.link != link:  # one answer of a connection is cached
+            self._drop_answer(peer.link)
+            peer.link = link
+        self._cache(link, number, back)
+        return back
+
+    def _cache(self, link: bytes, number: int, back: bytes) -> None:
+        """Cache an answer as the youngest, and at most `KEPT` bytes of all answers."""
+        self._drop_answer(link)
+        self._last.pop(link, None)
+        if len(self._last) == self._last.limit:  # the oldest is evicted
+            self._drop_answer(next(iter(self._last)))
+        self._last[link] = number, back
+        self._cached += len(back)
+        for older in [*self._last] if self._cached > KEPT else ():
+            self._drop_answer(older)
+            if self._cached <= KEPT:
+                return
+
+    def _drop_answer(self, link: bytes) -> None:
+        """Keep only the number of a link's last answer."""
+        number, back = self._last.get(link, (0, b""))
+        if back:
+            self._cached -= len(back)
+            self._last[link] = number, b""
+
+    def _execute(self, peer: Peer, data: bytes, number: int) -> bytes:
+        """Execute a request, and return what is sent back, which says what the sender may know."""
+        try:
+            message = self._decoder.decode(memoryview(data)[HEAD.size :])
+        except UNDECODABLE:
+            return self._refused(number, "schema", "the message is not known there")
+        self.answers_now = True
+        try:
+            answer = self._services[type(message)](peer, message)
+            body = b"" if answer is None else encode(answer)
+        except PortaKVError as error:
+            return self._refused(number, "refused", str(error)[:4096])
+        except Exception as error:  # of whoever answers; the peer gets it
+            _log.exception("%s could not be answered.", type(message).__name__)
+            return self._refused(number, "failed", f"it failed there by {type(error).__name__}")
+        finally:
+            self.answers_now = False
+        if len(body) > ANSWER:
+            return self._refused(number, "size", f"its answer has {len(body)} bytes")
+        return BACK.pack(VERSION, False, number) + body if body else b""
+
+    def _refused(self, number: int, reason: str, why: str) -> bytes:
+        """Count a rejection, and return it for the sender."""
+        self._counts[reason] += 1
+        return BACK.pack(VERSION, True, number) + why.encode()
 
 
 __all__ = ["Channel", "Peer"]
@@ -1515,10 +1254,9 @@ class Channel:
         self._runtime = runtime()
         self._tasks = TaskGroup(self._runtime, _log_failure)
         self._users = dict[str, object]()  # the owner, the reader and others of this channel
-        self._server = Server(self._sockets, self._runtime, self._tasks, address, self.counts)
-        self._client = Client(
-            self._sockets, self._runtime, self._tasks, self.id, self.counts, self.check_open
-        )
+        self._server = Server(self._sockets, self._tasks, address, self.counts)
+        self._links = dict[str, Link]()  # by the addresses of the other channels
+        self._made = 0  # links
         uninterrupted(partial(self._start, address), undo=lambda _: self.close())
 
     def _start(self, address: str | None) -> None:
@@ -1553,7 +1291,7 @@ class Channel:
         The call runs in the channel's only thread and must be quick. None sends no answer. The peer
         gets the error that ``answer`` raises.
         """
-        uninterrupted(partial(self._server.services.add, kind, answer))
+        uninterrupted(partial(self._server.serve, kind, answer))
 
     def after_answer(self, call: Callable[[], object]) -> None:
         """Make a call after the answer to the present request was sent, in the channel's thread.
@@ -1570,16 +1308,8 @@ class Channel:
 
         Raises `InvalidTerms` if the channel has another.
         """
-        uninterrupted(partial(self._claim, kind, user), undo=lambda _: self.free(kind, user))
-
-    def _claim(self, kind: str, user: object) -> None:
-        """Check that the channel is open and free of the kind, and register the user."""
-        self.check_open()
-        if self._users.setdefault(kind, user) is not user:
-            raise InvalidTerms(
-                f"Expected a channel without {kind}, got {self}. Close the first, or make a "
-                f"channel."
-            )
+        register = partial(self._register, kind, user, replaces=False)
+        uninterrupted(register, undo=lambda _: self.free(kind, user))
 
     def check_open(self) -> None:
         """Raise `PeerError` after `close`, and in a forked process."""
@@ -1594,12 +1324,17 @@ class Channel:
 
         Raises `PeerError` if the channel is not open.
         """
-        return uninterrupted(partial(self._replace, kind, user))
+        return uninterrupted(partial(self._register, kind, user, replaces=True))
 
-    def _replace(self, kind: str, user: object) -> object | None:
-        """Check that the channel is open, and register the user."""
+    def _register(self, kind: str, user: object, replaces: bool) -> object | None:
+        """Check that the channel is open, register a user, and return the one before."""
         self.check_open()
         before = self._users.get(kind)
+        if before is not None and before is not user and not replaces:
+            raise InvalidTerms(
+                f"Expected a channel without {kind}, got {self}. Close the first, or make a "
+                f"channel."
+            )
         self._users[kind] = user
         return before
 
@@ -1613,7 +1348,7 @@ class Channel:
         message: Message,
         kind: type[T],
         timeout: float | None = None,
-        stop: Callable[[], bool] = bool,
+        stop: Callable[[], bool] | None = None,
     ) -> T:
         """Return the answer of the channel at ``address`` to a message.
 
@@ -1635,12 +1370,11 @@ class Channel:
         message: Message,
         kind: type[T],
         timeout: float | None = None,
-        stop: Callable[[], bool] = bool,
+        stop: Callable[[], bool] | None = None,
     ) -> T:
         """Return what `ask` returns, in a coroutine of the runtime."""
-        until = self._until(timeout)
-        answer: T = await self._client.ask(address, message, kind, until, stop)
-        return answer
+        back = await self._exchange(address, message, self._until(timeout), stop, answer=True)
+        return answer_of(back, address, message, kind)
 
     def ask_all(
         self, requests: Sequence[tuple[str, Message]], kind: type[T], timeout: float | None = None
@@ -1656,14 +1390,28 @@ class Channel:
         self, requests: Sequence[tuple[str, Message]], kind: type[T], timeout: float | None = None
     ) -> list[T | PortaKVError]:
         """Return what `ask_all` returns, in a coroutine of the runtime."""
-        return await self._client.ask_all(requests, kind, self._until(timeout))
+        until = self._until(timeout)
+
+        async def result_of(address: str, message: Message) -> T | PortaKVError:
+            try:
+                back = await self._exchange(address, message, until, answer=True)
+                return answer_of(back, address, message, kind)
+            except PortaKVError as error:
+                return error
+
+        if not requests:
+            return []
+        *others, last = [result_of(*request) for request in requests]
+        handles = [self._runtime.start(each) for each in others]
+        result = await last  # by the caller's thread, if it waits
+        return [*[await handle for handle in handles], result]
 
     def tell(
         self,
         address: str,
         message: Message,
         timeout: float | None = None,
-        stop: Callable[[], bool] = bool,
+        stop: Callable[[], bool] | None = None,
     ) -> None:
         """Send a message without an answer, unless ``stop()`` returns True before it is sent; raise
         as `ask`."""
@@ -1674,24 +1422,24 @@ class Channel:
         address: str,
         message: Message,
         timeout: float | None = None,
-        stop: Callable[[], bool] = bool,
+        stop: Callable[[], bool] | None = None,
     ) -> None:
         """Send a message as `tell` does, in a coroutine of the runtime."""
-        await self._client.send(address, message, self._until(timeout), stop, answer=False)
+        await self._exchange(address, message, self._until(timeout), stop, answer=False)
 
     def watch(self, address: str, gone: Callable[[], object]) -> Callable[[], object]:
         """Call ``gone`` when the connection to ``address`` ends; see `Peer.on_gone`."""
 
         def watch() -> Callable[[], object]:
             with self._runtime.lock:
-                life = self._client.link(address).life
+                life = self._link(address).life
             return life.on_gone(gone)
 
         return uninterrupted(watch, undo=lambda take_back: take_back())
 
     def statistics(self) -> dict[str, int]:
         """Return the connections now, from and to other channels, and the counters."""
-        return {**self._server.statistics(), "links": len(self._client), **self.counts}
+        return {**self._server.statistics(), "links": len(self._links), **self.counts}
 
     def figures(self) -> Figures:
         """Return figures by the names of metrics, in the form of `Graph.statistics`."""
@@ -1719,7 +1467,9 @@ class Channel:
         if self.closed:
             return
         self.closed = True
-        self._client.close()
+        for link in tuple(self._links.values()):
+            link.why = link.why or "the channel was closed"
+            self._drop(link)
         await self._tasks.close()
         self._server.close()
         with self._runtime.released():
@@ -1732,3 +1482,130 @@ class Channel:
         if type(timeout) is float and timeout <= 0.0:  # the caller's own time is over
             return monotonic()
         return monotonic() + seconds("timeout", timeout)
+
+    # --- requests
+
+    async def _exchange(
+        self,
+        address: str,
+        message: Message,
+        until: float,
+        stop: Callable[[], bool] | None = None,
+        *,
+        answer: bool,
+    ) -> bytes:
+        """Send a message, and return the bytes of the answer, if one is expected."""
+        what = f"{message.purpose} {address}"
+        body = encode(message)
+        by = None
+        if len(body) > LIMIT:
+            raise PeerError(f"{what} has {len(body)} bytes; a message has at most {LIMIT}.")
+        link = await self._acquire(address, until, what)
+        try:
+            link.requests += answer
+            number = link.requests * answer
+            data = HEAD.pack(VERSION, self.id, link.number, number) + body
+            while True:
+                self._check(link, until, what, stop)
+                pause = min(until, self._runtime.time() + LOOK / 1e3)
+                # Repeat after the next connection stands: before, the old one may take the message.
+                if by is not (life := link.life) and (link.up or by is None):
+                    if not await link.send(data, pause):
+                        continue
+                    by = life
+                if not answer:
+                    return b""
+                back = await link.receive(pause)
+                if back is not None:
+                    back = back.ljust(BACK.size, b"\0")
+                    if back[0] != VERSION or BACK.unpack_from(back)[2] == number:
+                        return back
+        finally:
+            link.queue.release()
+
+    async def _acquire(self, address: str, until: float, what: str) -> Link:
+        """Return the link to an address for one request, which releases its queue.
+
+        A link that an earlier request closed, such as one with less time, is replaced.
+        """
+        while True:
+            link = self._link(address)
+            if not await link.queue.acquire(until=until):
+                raise TransferTimeout(
+                    f"{what} was not sent: an earlier request still waits for its answer."
+                )
+            if not link.closed:
+                return link
+            link.queue.release()
+
+    def _check(self, link: Link, until: float, what: str, stop: Callable[[], bool] | None) -> None:
+        """Raise the error of a link's connection; after its end the next request makes another."""
+        stopped = False
+        if stop is not None:
+            with self._runtime.released():
+                stopped = stop()
+        if stopped:
+            raise TransferTimeout(f"{what} was cancelled, because nothing waits for its answer.")
+        late = self._runtime.time() > until
+        if late and link.up and not link.why:
+            raise TransferTimeout(f"{what} got no answer in time; the connection stands.")
+        if late or link.why:
+            why = link.why or "no connection in time"
+            self._drop(link)
+            raise PeerError(f"{what} failed: {why}. Check that the process there runs.")
+
+    def _link(self, address: str) -> Link:
+        """Return the link to an address, made at the first request. Runs in a step.
+
+        Raises `PeerError` if no channel can be there.
+        """
+        try:
+            self.check_open()
+            return self._links.get(address) or self._new_link(address)
+        except FileNotFoundError:
+            why = "no channel listens there any more, its process has ended"
+            raise PeerError(
+                f"Expected an address of a channel, got {address!r}: {why}. Get the address anew."
+            ) from None
+        except (OSError, zmq.ZMQError) as error:
+            raise PeerError(
+                f"Expected an address of a channel, got {address!r}: {reason(error)}."
+            ) from None
+
+    def _new_link(self, address: str) -> Link:
+        local = re.match("ipc://(/.+)", address)
+        if "\0" in address or not (local or (self._sockets.keys and NUMERIC.match(address))):
+            raise OSError(
+                "expected ipc:// of this host or, with a secret, tcp:// with a numeric address "
+                "and a port"
+            )
+        if local and os.stat(local[1]).st_uid != os.getuid():
+            raise OSError("another user listens there")
+        self._made += 1
+        terms = (address, self._made, self._runtime, self.counts)
+        link: Link
+        if local:
+            link = UnixLink(*terms, self._sockets.key)
+        else:
+            used = self._sockets.client(address)
+            try:
+                link = TcpLink(*terms, used)
+            except BaseException:
+                used.close(0)
+                raise
+        self._links[address] = link
+        link.keeper = self._tasks.start(self._keep(link))
+        return link
+
+    async def _keep(self, link: Link) -> None:
+        """Keep a link until it fails."""
+        try:
+            await link.keep()
+        finally:
+            self._drop(link)
+
+    def _drop(self, link: Link) -> None:
+        """Close a link."""
+        if not link.closed:
+            self._links.pop(link.address, None)
+            link.close()

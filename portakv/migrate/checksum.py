@@ -89,10 +89,12 @@ def words_of(
     size = part.element_size()
     unit = gcd(most, unit_of(size, start, part.shape))
 
-    # A view as wider words needs a contiguous last axis and aligned steps.
+    # A view as wider words needs a contiguous last axis and aligned steps; a kernel's loads need
+    # an aligned address.
     if size != unit:
         *steps, last = part.stride()
-        if last != 1 or any(x * size % unit for x in (*steps, part.storage_offset())):
+        places = *(x * size for x in (*steps, part.storage_offset())), part.data_ptr()
+        if last != 1 or any(place % unit for place in places):
             part = part.clone(memory_format=torch.contiguous_format)
     return part.view(WORDS[unit]), (*start[:-1], start[-1] * size // unit)
 
@@ -119,14 +121,6 @@ class Cut(NamedTuple):
 
 
 CUT = Cut()
-
-
-class Vector(NamedTuple):
-    """Words that a thread reads together."""
-
-    nbytes: int
-    length: int  # of a row, in vectors
-    step: int  # bytes from one to the next
 
 
 class Axis(NamedTuple):
@@ -160,44 +154,56 @@ class SumKernel:
     """
 
     def __init__(self, device: torch.device, driver: KernelDriver, cut: Cut = CUT) -> None:
-        self._device = device
+        self.device = device
         self._driver = driver
         self._cut = cut
         self._function = driver.load(kernel_text(cut), [NAME])[NAME]
         self._pieces = Bounded[object, list[Piece]]("shapes of checksums", 4096)
 
-    def sum_parts(self, parts: Iterable[SummedPart]) -> tuple[list[int], torch.Tensor]:
+    def sum_parts(
+        self, parts: Iterable[SummedPart], cached: CachedTables | None = None
+    ) -> tuple[list[int], torch.Tensor]:
         """Return numbers of parts, and sums that add up to the checksums of these numbers.
 
         One launch on the device's current stream computes the sums, or a few if many parts have
-        to be copied first. Empty parts have none.
+        to be copied first. Empty parts have none. ``cached``: gets the table of the parts, for
+        `sum_table`, if it can be launched again.
         """
-        return self.sum_tables(self.tables(parts))
-
-    def sum_tables(self, tables: Iterable[Table]) -> tuple[list[int], torch.Tensor]:
-        """Return what `sum_parts` returns, for tables of the parts."""
         numbers = list[int]()
         sums = list[torch.Tensor]()
-        for table in tables:
+        for table in self.tables(parts):
             numbers += table.numbers
             sums.append(self._launch(table))
-        return numbers, sums[0] if len(sums) == 1 else torch.cat(sums)
+        if len(sums) > 1:
+            return numbers, torch.cat(sums)
+        if cached is not None and not table.copied:  # else the table retains copies
+            cached[self] = table
+        return numbers, sums[0]
+
+    def sum_table(self, table: Table) -> tuple[list[int], torch.Tensor]:
+        """Return what `sum_parts` returned, for parts that lie where they lay."""
+        return table.numbers, self._launch(table)
 
     def tables(self, parts: Iterable[SummedPart]) -> Iterator[Table]:
         """Yield tables that have all parts. A table is launched before the next is begun."""
         table = Table()
-        for part in parts:
-            number, tensor, start, unit = part
+        for number, tensor, start, unit in parts:
+            if not tensor.numel():
+                continue
             address = tensor.data_ptr()
             key = tensor.shape, tensor.stride(), tensor.dtype, start, unit, address % VECTOR
             places = table.places.get(key)
             if places is None:
-                if not _has_words(tensor, start, unit):
-                    tensor = table.copy(tensor)
-                    address = tensor.data_ptr()
-                    key = tensor.shape, tensor.stride(), tensor.dtype, start, unit, address % VECTOR
-                made = self._pieces.get_or_make(key, partial(_pieces_of, tensor, part, self._cut))
-                places = table.places[key] = table.add(made)
+                words, first = words_of(tensor, start, unit)
+                at = words.data_ptr()
+                kind = words.shape, words.stride(), words.dtype, first, at % VECTOR
+                make = partial(_pieces_of, words, first, self._cut)
+                places = table.add(self._pieces.get_or_make(kind, make))
+                if at == address:
+                    table.places[key] = places
+                else:
+                    table.retain(words)
+                    address = at
             for offset, shape in places:
                 table.numbers.append(number)
                 table.addresses.append(address + offset)
@@ -210,12 +216,12 @@ class SumKernel:
     def _launch(self, table: Table) -> torch.Tensor:
         """Send a table, launch the kernel, and return the sums of the table's parts."""
         if not table.numbers:
-            return torch.empty(0, dtype=torch.int64, device=self._device)
+            return torch.empty(0, dtype=torch.int64, device=self.device)
         driver = self._driver
         if driver.number(None) is None:
             with driver.current():
                 return self._launch(table)
-        sent = table.sent_to(self._device)
+        sent = table.sent_to(self.device)
         shapes = sent.data_ptr()
         parts = shapes + 8 * table.parts_at
         tiles = shapes + 8 * table.tiles_at
@@ -248,12 +254,10 @@ class Table:
         self.blocks = 0
         self._pinned: torch.Tensor | None = None  # set by the first `sent_to`; only read then
 
-    def copy(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Return a contiguous copy of a tensor, which the table retains."""
-        copy = tensor.clone(memory_format=torch.contiguous_format)
+    def retain(self, copy: torch.Tensor) -> None:
+        """Retain the copy of a part."""
         self._copies.append(copy)
         self.copied += copy.nbytes
-        return copy
 
     def add(self, pieces: Sequence[Piece]) -> list[tuple[int, int]]:
         """Add the shapes of pieces, and return the offset and the shape's number of each."""
@@ -297,8 +301,8 @@ class Table:
         return pinned
 
 
-#: The tables that each kernel launches again, for parts that stay where they are.
-CachedTables: TypeAlias = dict[SumKernel, list[Table]]
+#: The table that each kernel launches again, for parts that stay where they are.
+CachedTables: TypeAlias = dict[SumKernel, Table]
 
 
 def kernel_text(cut: Cut) -> str:
@@ -329,38 +333,18 @@ def _refused(device: torch.device, why: str) -> Unsupported:
     return Unsupported(f"The checksum kernel on {device}", why)
 
 
-def _has_words(tensor: torch.Tensor, start: tuple[int, ...], most: int) -> bool:
-    """Return True if the words of a part lie in memory as the part does."""
-    size = tensor.element_size()
-    unit = gcd(most, unit_of(size, start, tensor.shape))
-    if size == unit or not start:
-        return True
-    *steps, last = tensor.stride()
-    return last == 1 and not any(x * size % unit for x in steps) and not tensor.data_ptr() % unit
+def _pieces_of(words: torch.Tensor, first: Sequence[int], cut: Cut) -> list[Piece]:
+    """Return the pieces of words: one for each position of too many axes.
 
-
-def _pieces_of(tensor: torch.Tensor, part: SummedPart, cut: Cut) -> list[Piece]:
-    """Return the pieces of a part, whose words lie as the elements of ``tensor`` do."""
-    if not tensor.numel():
-        return []
-    size = tensor.element_size()
-    unit = gcd(part.unit, unit_of(size, part.start, tensor.shape))
-    start = part.start or (0,)
-    extents = tensor.shape if part.start else (1,)
-    strides = tensor.stride() if part.start else (1,)
+    ``first``: the position of the first word.
+    """
+    unit = words.element_size()
     axes = [
-        Axis(extent, stride * size, number * AXIS + at)
-        for number, (extent, stride, at) in enumerate(zip(extents, strides, start, strict=True))
+        Axis(extent, stride * unit, number * AXIS + at)
+        for number, (extent, stride, at) in enumerate(
+            zip(words.shape, words.stride(), first, strict=True)
+        )
     ]
-    last = axes[-1]
-    if size != unit:
-        number = (len(axes) - 1) * AXIS
-        axes[-1] = Axis(last.extent * size // unit, unit, number + start[-1] * size // unit)
-    return _divided(axes, unit, tensor.data_ptr(), cut)
-
-
-def _divided(axes: Sequence[Axis], unit: int, address: int, cut: Cut) -> list[Piece]:
-    """Return the pieces of words of ``unit`` bytes: one for each position of too many axes."""
     # The keys are a product, so that the order of axes is free. Neighbours in memory are columns.
     longer = sorted((x for x in axes if x.extent > 1), key=lambda x: -x.stride) or [axes[-1]]
     columns = longer.pop()
@@ -372,36 +356,35 @@ def _divided(axes: Sequence[Axis], unit: int, address: int, cut: Cut) -> list[Pi
         moves = [*zip(outer, positions, strict=True)]
         offset = sum(x.stride * position for x, position in moves)
         keys = prod(key_of(x.first + position) for x, position in moves)
-        vector = _vector(rows, columns, unit, address + offset)
-        shape, tiles = _shape(rows, columns, vector, cut, signed(factor * keys))
+        address = words.data_ptr() + offset
+        shape, tiles = _shape(rows, columns, unit, address, cut, signed(factor * keys))
         pieces.append(Piece(offset, shape, tiles))
     return pieces
 
 
-def _vector(rows: Sequence[Axis], columns: Axis, unit: int, address: int) -> Vector:
-    """Return the widest vectors that the kernel can read."""
-    contiguous = unit == 4 and columns.stride == unit
-    ends = gcd(address, columns.extent * unit, *(x.stride for x in rows))
-    if contiguous and not ends % VECTOR:
-        return Vector(VECTOR, columns.extent * unit // VECTOR, VECTOR)
-    return Vector(unit, columns.extent, columns.stride)
-
-
 def _shape(
-    rows: Sequence[Axis], columns: Axis, vector: Vector, cut: Cut, factor: int
+    rows: Sequence[Axis], columns: Axis, unit: int, address: int, cut: Cut, factor: int
 ) -> tuple[bytes, int]:
-    """Return `Shape` in the kernel's text, and the number of its tiles."""
+    """Return `Shape` in the kernel's text, with the widest vectors that the kernel can read, and
+    the number of its tiles."""
+    nbytes = unit
+    step = columns.stride
+    ends = gcd(address, columns.extent * unit, *(x.stride for x in rows))
+    if unit == step == 4 and not ends % VECTOR:
+        nbytes = step = VECTOR
+    length = columns.extent * unit // nbytes
+
     count = prod(x.extent for x in rows)
     flat = count < FEW
     if flat:
         lanes = cut.threads
         tile_rows = count
     else:
-        lanes = min(cut.threads, 1 << (vector.length - 1).bit_length())
+        lanes = min(cut.threads, 1 << (length - 1).bit_length())
         tile_rows = min(count, cut.rows, cut.each * cut.threads // lanes)
     tile_columns = lanes * max(1, cut.each * cut.threads // lanes // tile_rows)
-    across = -(-vector.length // tile_columns)
-    numbers = [vector.nbytes, factor, count, vector.length, vector.step, columns.first, lanes]
+    across = -(-length // tile_columns)
+    numbers = [nbytes, factor, count, length, step, columns.first, lanes]
     numbers += [tile_rows, tile_columns, across, flat, len(rows)]
     for axis in rows:
         numbers += axis
@@ -467,7 +450,9 @@ class _Mixer:
             words = torch.mul(words, key, out=product).sum(-1)
         return words
 
-    def sum_parts(self, parts: Iterable[SummedPart]) -> tuple[list[int], torch.Tensor]:
+    def sum_parts(
+        self, parts: Iterable[SummedPart], cached: object = None
+    ) -> tuple[list[int], torch.Tensor]:
         """Return numbers of parts, and sums that add up to the checksums of these numbers.
 
         Small parts of one shape are summed together. Empty parts have no sums.
@@ -482,8 +467,6 @@ class _Mixer:
             if group[0].tensor.numel():
                 numbers += [part.number for part in group]
                 sums += self._sums_of(group)
-        if len(sums) == 1:
-            return numbers, sums[0]
         return numbers, torch.cat([*sums, self.buffer[:0]])
 
     def _sums_of(self, group: Sequence[SummedPart]) -> Iterator[torch.Tensor]:
@@ -530,8 +513,9 @@ def checksum(view: KVView, index: Index, count: int, window: Box, first: int = 0
         n = min(batch, count - start)
         part = index.part(start, n)
         (tensors, rows) = chunk(view, n, buffer)
+        if part.ids is not None:  # the copy writes no row of a skipped position
+            buffer.zero_()
         copy_rows(view.as_bytes(), rows, part, count=n).wait()
-        _zero_skipped(tensors, part, n, size, view.device)
 
         for kv, tensor in enumerate(tensors):
             words = tensor.view(WORDS[unit])
@@ -554,19 +538,6 @@ def checksum_of(view: KVView, index: Index, part: Rows) -> int:
     return checksum(view.as_slots(), index.of_blocks(size), blocks, part.box, part.first // size)
 
 
-def _zero_skipped(
-    tensors: Iterable[torch.Tensor], part: Index, n: int, size: int, device: torch.device
-) -> None:
-    """Zero the gathered rows of skipped positions: the copy left their former bytes there."""
-    if part.ids is None:
-        return
-    tokens = torch.arange(0, n, size, dtype=torch.int64, device=device)
-    skipped = part.ids.to(device)[(tokens + part.offset) // part.step] < 0
-    if skipped.any():
-        for tensor in tensors:
-            tensor[:, skipped] = 0
-
-
 def box_checksums(boxes: Iterable[tuple[torch.Tensor, Sequence[int]]]) -> list[int]:
     """Return the checksums of parts of tensors.
 
@@ -584,36 +555,29 @@ class BoxSums:
 
     Only `results` waits for a device, once for each. The first part on a device also waits, while
     `kernel_of` loads and checks a kernel.
+
+    Args:
+        kernel: computes the checksums on its device.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, kernel: SumKernel | None = None) -> None:
         self._summers = dict[torch.device, SumKernel | _Mixer]()
+        if kernel is not None:
+            self._summers[kernel.device] = kernel
         self._numbers = defaultdict[torch.device, list[int]](list)
         self._sums = defaultdict[torch.device, list[torch.Tensor]](list)
 
     def add(self, parts: Iterable[SummedPart], cached: CachedTables | None = None) -> None:
         """Compute the checksums of parts on the current stream of their device.
 
-        ``cached``: gets the tables of the parts, for `again`, if they can be launched again.
+        ``cached``: gets the table of the parts, for `again`, if it can be launched again.
         """
         by_device = defaultdict[torch.device, list[SummedPart]](list)
         for part in parts:
             by_device[part.tensor.device].append(part)
-        with torch.inference_mode():
-            for device, some in by_device.items():
-                summer = self._summer(device)
-                if cached is None or not isinstance(summer, SumKernel):
-                    self._add(device, *summer.sum_parts(some))
-                    continue
-                tables = list[Table]()
-                copied = 0
-                for table in summer.tables(some):
-                    self._add(device, *summer.sum_tables([table]))
-                    copied += table.copied
-                    if not copied:  # else the table retains copies, and is not used again
-                        tables.append(table)
-                if not copied:
-                    cached[summer] = tables
+        for device, some in by_device.items():
+            with torch.inference_mode():
+                self._add(device, *self._summer(device).sum_parts(some, cached))
 
     def again(self, device: torch.device, cached: CachedTables) -> bool:
         """Compute the checksums of the parts on a device that `add` has put into ``cached``, which
@@ -622,7 +586,7 @@ class BoxSums:
         if not isinstance(summer, SumKernel) or summer not in cached:
             return False
         with torch.inference_mode():
-            self._add(device, *summer.sum_tables(cached[summer]))
+            self._add(device, *summer.sum_table(cached[summer]))
         return True
 
     def _summer(self, device: torch.device) -> SumKernel | _Mixer:
@@ -686,8 +650,12 @@ def _agrees(kernel: SumKernel, device: torch.device) -> bool:
     """Return True if a kernel and the host have the same sums of examples of every word."""
     with torch.inference_mode():
         examples = torch.arange(1 << 12, dtype=torch.int64, device="cpu") * STEP
-        expected = _by_number(*_Mixer(examples.device).sum_parts(_parts_of(examples)))
-        return _by_number(*kernel.sum_parts(_parts_of(examples.to(device)))) == expected
+        expected = BoxSums()
+        expected.add(_parts_of(examples))
+        actual = BoxSums(kernel)
+        actual.add(_parts_of(examples.to(device)))
+        count = len(_parts_of(examples))
+        return actual.results(count) == expected.results(count)
 
 
 def _parts_of(examples: torch.Tensor) -> list[SummedPart]:
@@ -698,13 +666,6 @@ def _parts_of(examples: torch.Tensor) -> list[SummedPart]:
         rows = row.view(64, -1)[:61]
         tensors += [row, row[1:], rows, rows[:, None, 1:], rows[:3].T]
     return [SummedPart(number, x, (1,) * x.ndim) for number, x in enumerate(tensors)]
-
-
-def _by_number(numbers: Sequence[int], sums: torch.Tensor) -> dict[int, int]:
-    totals = defaultdict[int, int](int)
-    for number, value in zip(numbers, sums.tolist(), strict=True):
-        totals[number] += value
-    return {number: total % MODULUS for number, total in totals.items()}
 
 
 class Later(Generic[A]):

@@ -39,7 +39,6 @@ from portakv.migrate.messages import (
     Bye,
     Handshake,
     Hello,
-    Message,
     Refused,
     Renew,
     Ticket,
@@ -57,59 +56,10 @@ from portakv.runtime.devices import inside
 from portakv.runtime.late_release import release
 from portakv.runtime.resources import reason
 from portakv.runtime.streams import own_stream
-from portakv.tasks import Handle, Wait, blocking, runtime
-
-# ------------------------------------------------------------------------------------------------
-# Questions of the coroutine that looks after pulls, to several owners at a time.
-
-ASKING = 0.1  # the most seconds that a question may take, since other pulls wait meanwhile
-PAUSE = 4e-3  # seconds between two questions to an owner about the same
-BUSY = 0.5  # seconds without a question to an owner that did not answer in time
+from portakv.tasks import Handle, Limit, Wait, blocking, runtime
 
 #: The address and the epoch of an owner.
 OwnerKey: TypeAlias = tuple[str, bytes]
-
-
-class Questions:
-    """Asks owners. One coroutine calls it; any thread may call `note`.
-
-    Args:
-        channel: of the reader.
-        what: the name of the subjects, in the plural.
-        kind: the message that answers; an owner may also answer by `Answer`.
-    """
-
-    def __init__(self, channel: Channel, what: str, kind: type[Message]) -> None:
-        self._channel = channel
-        self._kind: Any = kind | Answer
-        # Owners with the time of the next question, and whether they were late with an answer.
-        self._next: Bounded[OwnerKey, tuple[float, bool]] = Bounded(f"owners of {what}", 1024)
-
-    def is_due(self, owner: OwnerKey, first: bool = False) -> bool:
-        """Return True if an owner may get a question now.
-
-        ``first``: about something for the first time, which waits for a late owner alone.
-        """
-        due, late = self._next.get(owner, (0.0, False))
-        return monotonic() >= due or (first and not late)
-
-    def note(self, owner: OwnerKey) -> None:
-        """Note that an owner has just answered another thread."""
-        self._next[owner] = monotonic() + PAUSE, False
-
-    async def ask(self, questions: Sequence[tuple[OwnerKey, Message]]) -> list[Any]:
-        """Return the answer, or the error, of each question; None if an owner is late."""
-        if not questions:
-            return []
-        requests = [(address, message) for (address, _), message in questions]
-        answers = await self._channel.answers(requests, self._kind, ASKING)
-        result = list[Any]()
-        for (owner, _), answer in zip(questions, answers, strict=True):
-            late = isinstance(answer, TransferTimeout)
-            self._next[owner] = monotonic() + (BUSY if late else PAUSE), late
-            result.append(None if late else answer)
-        return result
-
 
 # ------------------------------------------------------------------------------------------------
 # Map the memory of an owner on this host: its rows, its events, its words and its names.
@@ -272,10 +222,33 @@ class Source(NamedTuple):
 Sources = Sequence[Source]
 
 
+@dataclass(frozen=True)
+class Attempt:
+    """A handshake with an owner: the coroutine that makes it, and when it began."""
+
+    handle: Handle[None]
+    began: float
+
+    @property
+    def error(self) -> PortaKVError | None:
+        """Return why the handshake failed; None if it has not ended, or connected the owner."""
+        error = self.handle.error
+        if error is None or isinstance(error, PortaKVError):
+            return error
+        if isinstance(error, CancelledError):
+            return closed_reader()
+        why = reason(error) if isinstance(error, OSError) else repr(error)
+        return TransferError(f"The handshake failed: {why}.")
+
+
 class Connections:
     """The owners of one reader; see `Reader` for the arguments.
 
     Coroutines connect to owners, in steps that have the runtime's lock.
+
+    Attributes:
+        on_handshake: called at the end of each handshake of `begin`; it must be quick and take no
+            lock.
     """
 
     def __init__(
@@ -291,8 +264,10 @@ class Connections:
         self._owners = dict[tuple[str, bytes], Connection]()
         self._closed = False
         self._runtime = runtime()
-        #: Addresses that a coroutine connects to, and the coroutines that wait for the same.
-        self._connecting = dict[str, list[Wait]]()
+        self.on_handshake: Callable[[], object] = bool
+        self._attempts = dict[OwnerKey, Attempt]()
+        #: Of the handshakes with each address: one at a time.
+        self._turns: Bounded[str, Limit] = Bounded("addresses of owners", 1024)
 
     def __len__(self) -> int:
         return len(self._owners)
@@ -335,10 +310,40 @@ class Connections:
             return owner
         return await self._connect(ticket, until)
 
-    async def prepare(self, address: str, epoch: bytes = ANY) -> None:
-        """Connect to the owner at an address, unless that was done; raise as `of`."""
-        if self.find(address, epoch) is None:
-            await self._connect(Ticket(epoch, ANY, address, 0, (b"",), (1,), 0.0), inf)
+    async def prepare(self, address: str) -> None:
+        """Connect to the owner at an address; raise as `of`."""
+        await Wait(until=0.0)  # the rest runs in the loop
+        try:
+            await self.begin((address, ANY)).handle
+        except CancelledError:
+            raise closed_reader() from None
+
+    def begin(self, owner: OwnerKey) -> Attempt:
+        """Return the handshake with an owner that is under way; begin one if there is none.
+
+        An address that is not connected at all needs one handshake, whatever the epoch.
+        """
+        address, epoch = owner
+        if self.find(address) is None:
+            epoch = ANY
+        attempt = self._attempts.get((address, epoch))
+        if attempt is not None and not attempt.handle.done():
+            return attempt
+        ticket = Ticket(epoch, ANY, address, 0, (b"",), (1,), 0.0)
+        attempt = Attempt(self._runtime.start(self._prepare(ticket)), monotonic())
+        under_way = {k: v for k, v in self._attempts.items() if not v.handle.done()}
+        self._attempts = {**under_way, (address, epoch): attempt}
+        attempt.handle.on_end(self.on_handshake)
+        return attempt
+
+    async def _prepare(self, ticket: Ticket) -> None:
+        """Connect to the owner of a ticket, and return nothing: an `Attempt` retains no owner."""
+        await self._connect(ticket, inf)
+
+    def cancel(self) -> None:
+        """End the handshakes that are under way."""
+        for attempt in [*self._attempts.values()]:
+            attempt.handle.cancel()
 
     def find(self, address: str, epoch: bytes = ANY) -> Connection | None:
         """Return the connection to the owner of an epoch at an address, or to whoever has the
@@ -354,8 +359,12 @@ class Connections:
         Only handshakes with one address wait for each other.
         """
         address = ticket.address
-        await self._wait_for_turn(address, until)
-        self._connecting[address] = []
+        turn = self._turns.get_or_make(address, partial(Limit, self._runtime))
+        if not await turn.acquire(until=until if until < inf else None):
+            raise TransferTimeout(
+                f"The handshake with {address} timed out after one of another call. Pull again "
+                f"with a longer timeout."
+            )
         try:
             if (owner := self.find(address, ticket.epoch)) is not None:
                 return owner
@@ -374,21 +383,8 @@ class Connections:
             gone = partial(self._forget, owner, gone=True)
             owner.unwatch = self.channel.watch(address, gone)
         finally:
-            for wait in self._connecting.pop(address):
-                wait.wake()
+            turn.release()
         return owner
-
-    async def _wait_for_turn(self, address: str, until: float) -> None:
-        """Wait until no other coroutine connects to an address; raise `TransferTimeout` if one
-        does until the time ``until``."""
-        while (waiting := self._connecting.get(address)) is not None:
-            wait = Wait(until=until if until < inf else None)
-            waiting.append(wait)
-            if not await wait:
-                raise TransferTimeout(
-                    f"The handshake with {address} timed out after one of another call. Pull again "
-                    f"with a longer timeout."
-                )
 
     async def _agree_or_raise(self, owner: Connection, ticket: Ticket, until: float) -> None:
         """Agree with an owner on a transport; raise `Unsupported` if there is none for its rows."""
@@ -536,71 +532,3 @@ def _other_rows(ticket: Ticket, why: str) -> LayoutError:
         f"The rows of {ticket.address} cannot become this reader's: {why}. Connect shards of one "
         f"model, by one release."
     )
-
-
-# ------------------------------------------------------------------------------------------------
-# The handshakes of a reader that are under way.
-
-
-@dataclass(frozen=True)
-class Attempt:
-    """A handshake with an owner: the coroutine that makes it, and when it began."""
-
-    handle: Handle[None]
-    began: float
-
-    @property
-    def error(self) -> PortaKVError | None:
-        """Return why the handshake failed; None if it has not ended, or connected the owner."""
-        error = self.handle.error
-        if error is None or isinstance(error, PortaKVError):
-            return error
-        if isinstance(error, CancelledError):
-            return closed_reader()
-        why = reason(error) if isinstance(error, OSError) else repr(error)
-        return TransferError(f"The handshake failed: {why}.")
-
-
-class Connector:
-    """Makes the handshakes of one reader, one for each owner at a time. Coroutines call it.
-
-    Args:
-        on_end: called at the end of each handshake; it must be quick and take no lock.
-    """
-
-    def __init__(self, owners: Connections, on_end: Callable[[], object]) -> None:
-        self._owners = owners
-        self._on_end = on_end
-        self._runtime = runtime()
-        self._attempts = dict[OwnerKey, Attempt]()
-
-    def begin(self, owner: OwnerKey) -> Attempt:
-        """Return the handshake with an owner that is under way; begin one if there is none.
-
-        An address that is not connected at all needs one handshake, whatever the epoch.
-        """
-        address, epoch = owner
-        if self._owners.find(address) is None:
-            epoch = ANY
-        attempt = self._attempts.get((address, epoch))
-        if attempt is not None and not attempt.handle.done():
-            return attempt
-        began = monotonic()
-        attempt = Attempt(self._runtime.start(self._owners.prepare(address, epoch)), began)
-        under_way = {k: v for k, v in self._attempts.items() if not v.handle.done()}
-        self._attempts = {**under_way, (address, epoch): attempt}
-        attempt.handle.on_end(self._on_end)
-        return attempt
-
-    async def prepare(self, address: str) -> None:
-        """Connect to the owner at an address; raise as `Connections.of`."""
-        await Wait(until=0.0)  # the rest runs in the loop
-        try:
-            await self.begin((address, ANY)).handle
-        except CancelledError:
-            raise closed_reader() from None
-
-    def close(self) -> None:
-        """End the handshakes that are under way."""
-        for attempt in [*self._attempts.values()]:
-            attempt.handle.cancel()

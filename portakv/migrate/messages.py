@@ -101,7 +101,12 @@ REASONS = {
 
 
 class Refused(PeerError):
-    """A request that its receiver has understood and rejects."""
+    """A request that its receiver has understood and rejects. ``reason``: the receiver's sentence,
+    or the whole text if it sent none."""
+
+    def __init__(self, text: str, reason: str = "") -> None:
+        super().__init__(text)
+        self.reason = reason or text
 
 
 class Message(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag=True):
@@ -274,10 +279,8 @@ class Stopped(Message, frozen=True):
     parts: Count
 
 
-class Sum(About, frozen=True):
-    """Request the checksum of rows. Also counts as `Begin`."""
-
-    purpose: ClassVar[str] = "Requesting a checksum of the owner at"
+class AboutPart(About, frozen=True):
+    """The base of requests about rows of one offer. They also count as `Begin`."""
 
     part: BoxPart
 
@@ -287,8 +290,14 @@ class Sum(About, frozen=True):
         return (self.part,)
 
 
-class Choose(About, frozen=True):
-    """Request the choice of an encoding for rows, by a sample of them. Also counts as `Begin`.
+class Sum(AboutPart, frozen=True):
+    """Request the checksum of rows."""
+
+    purpose: ClassVar[str] = "Requesting a checksum of the owner at"
+
+
+class Choose(AboutPart, frozen=True):
+    """Request the choice of an encoding for rows, by a sample of them.
 
     ``link_gbps``: 10^9 bytes of raw rows a second that cross by the transport. ``again``: many
     blocks did not fit, so an earlier sample does not hold.
@@ -296,14 +305,8 @@ class Choose(About, frozen=True):
 
     purpose: ClassVar[str] = "Choosing an encoding with the owner at"
 
-    part: BoxPart
     link_gbps: Annotated[float, Meta(gt=0, le=1e9)]
     again: bool = False
-
-    @property
-    def parts(self) -> tuple[BoxPart, ...]:
-        """Return the part, as `Gather.parts`."""
-        return (self.part,)
 
 
 class Find(Message, frozen=True):

@@ -27,14 +27,15 @@ from portakv.migrate.connections import (
     ANY,
     Attempt,
     Connections,
-    Connector,
     OwnerKey,
-    Questions,
     Sources,
 )
 from portakv.migrate.messages import MOST_NAMES, Answer, Find, Found, Marked, Marks, Named, Ticket
 from portakv.runtime.bounded import Bounded
 
+ASKING = 0.1  # the most seconds that a question may take, since other pulls wait meanwhile
+PAUSE = 4e-3  # seconds between two questions to an owner about the same
+BUSY = 0.5  # seconds without a question to an owner that did not answer in time
 #: The most seconds for which a call waits for the answers of owners.
 MOMENT = 1e-3
 #: Seconds without a question by a call, to an owner that did not answer one in time.
@@ -172,17 +173,17 @@ class Finder:
 
     Args:
         owners: of the reader.
-        connector: connects to owners.
     """
 
-    def __init__(self, owners: Connections, connector: Connector) -> None:
+    def __init__(self, owners: Connections) -> None:
         self._owners = owners
-        self._channel = channel = owners.channel
         # Owners that were late with an answer, with the time of the next question by a call.
         self._late: Bounded[OwnerKey, float] = Bounded("owners that were late", 1024)
-        self._names = Questions(channel, "offers by name", Found)
-        self._marks = Questions(channel, "offers with marks", Marked)
-        self._connector = connector
+        # Owners with the kind of the answer: the time of the next question, and whether they were
+        # late with an answer.
+        self._next: Bounded[tuple[OwnerKey, type], tuple[float, bool]] = Bounded(
+            "owners of offers by name or with marks", 2048
+        )
 
     def find_now(self, wanted: Wanted) -> bool:
         """Ask the owners of a pull's names, which are connected, and wait for a moment; return True
@@ -194,12 +195,12 @@ class Finder:
             return False
         requests = [(owner[0], _request(owner[1], some)) for owner, some in by_owner.items()]
         kind: Any = Found | Answer
-        answers = self._channel.ask_all(requests, kind, MOMENT)
+        answers = self._owners.channel.ask_all(requests, kind, MOMENT)
         for (owner, some), answer in zip(by_owner.items(), answers, strict=True):
             if isinstance(answer, TransferTimeout):
                 self._late[owner] = monotonic() + LATE
             elif isinstance(answer, Found) and len(answer.tickets) == len(some):
-                self._names.note(owner)
+                self._next[owner, Found] = monotonic() + PAUSE, False
                 for each, ticket in zip(some, answer.tickets, strict=True):
                     if ticket:
                         wanted.take(each.at, ticket)
@@ -219,9 +220,9 @@ class Finder:
                 if word is None:  # also of complete offers, which may end meanwhile
                     marks[ticket.address, ticket.epoch].append(_Asked(wanted, at, ticket))
 
-        due = {owner: some for owner, some in marks.items() if self._marks.is_due(owner)}
-        await _ask(self._names, self._due_names(_names_by_owner(waiting)))
-        await _ask(self._marks, due)
+        due = {owner: some for owner, some in marks.items() if self.is_due(owner, Marked)}
+        await self._ask(Found, self._due_names(_names_by_owner(waiting)))
+        await self._ask(Marked, due)
         for wanted in waiting:
             wanted.look()
 
@@ -236,9 +237,9 @@ class Finder:
             if not self._owners.find(*anyone):
                 for each in some:
                     self._connect(anyone, each.wanted)
-            elif self._names.is_due(owner):
+            elif self.is_due(owner, Found):
                 due[owner] = some
-            elif self._names.is_due(owner, first=True):
+            elif self.is_due(owner, Found, first=True):
                 due[owner] = [each for each in some if not each.wanted.queried]
         return due
 
@@ -247,7 +248,7 @@ class Finder:
         error: PortaKVError | None = None
         attempt = wanted.attempts.get(owner)
         if attempt is None:
-            wanted.attempts[owner] = self._connector.begin(owner)
+            wanted.attempts[owner] = self._owners.begin(owner)
         elif attempt.handle.done():
             del wanted.attempts[owner]
             # A pull does not end with a handshake that began before it: the next look begins
@@ -261,6 +262,34 @@ class Finder:
         elif error is not None:
             wanted.stop(error)
 
+    def is_due(self, owner: OwnerKey, kind: type, first: bool = False) -> bool:
+        """Return True if an owner may get a question now.
+
+        ``first``: about something for the first time, which waits for a late owner alone.
+        """
+        due, late = self._next.get((owner, kind), (0.0, False))
+        return monotonic() >= due or (first and not late)
+
+    async def _ask(
+        self, kind: type[Found | Marked], by_owner: Mapping[OwnerKey, Sequence[_Asked]]
+    ) -> None:
+        """Ask owners, all at a time, for tickets or marks, and take the answers."""
+        batches = [
+            (owner, some[first : first + MOST_NAMES])
+            for owner, some in by_owner.items()
+            for first in range(0, len(some), MOST_NAMES)
+        ]
+        requests = [(owner[0], _request(owner[1], some)) for owner, some in batches]
+        kinds: Any = kind | Answer
+        answers = await self._owners.channel.answers(requests, kinds, ASKING)
+        for (owner, some), answer in zip(batches, answers, strict=True):
+            late = isinstance(answer, TransferTimeout)
+            self._next[owner, kind] = monotonic() + (BUSY if late else PAUSE), late
+            for each in some:
+                each.wanted.queried = True
+            if not late:
+                _take(answer, some)
+
 
 def _names_by_owner(waiting: Sequence[Wanted]) -> dict[OwnerKey, list[_Asked]]:
     """Return the names that pulls wait for."""
@@ -269,21 +298,6 @@ def _names_by_owner(waiting: Sequence[Wanted]) -> dict[OwnerKey, list[_Asked]]:
         for at, named in wanted.names.items():
             names[named.address, named.epoch].append(_Asked(wanted, at, named))
     return names
-
-
-async def _ask(questions: Questions, by_owner: Mapping[OwnerKey, Sequence[_Asked]]) -> None:
-    """Ask owners, all at a time, for tickets or marks, and take the answers."""
-    batches = [
-        (owner, some[first : first + MOST_NAMES])
-        for owner, some in by_owner.items()
-        for first in range(0, len(some), MOST_NAMES)
-    ]
-    answers = await questions.ask([(owner, _request(owner[1], some)) for owner, some in batches])
-    for (_, some), answer in zip(batches, answers, strict=True):
-        for each in some:
-            each.wanted.queried = True
-        if answer is not None:
-            _take(answer, some)
 
 
 def _request(epoch: bytes, some: Sequence[_Asked]) -> Find | Marks:

@@ -38,9 +38,7 @@ from portakv.graph.meter import by_label
 from portakv.graph.trace import Spent, Trace
 from portakv.migrate.channel import Channel
 from portakv.migrate.connections import (
-    PAUSE,
     Connections,
-    Connector,
     Source,
     Sources,
     closed_reader,
@@ -49,7 +47,7 @@ from portakv.migrate.connections import (
 from portakv.migrate.crossed import AUTO, Encoding, Pack, pack_of
 from portakv.migrate.figures import Figures, histograms
 from portakv.migrate.messages import Begin, Close, Message, Renew, any_named
-from portakv.migrate.named import Finder, Wanted, incomplete
+from portakv.migrate.named import PAUSE, Finder, Wanted, incomplete
 from portakv.migrate.plan import (
     Step,
     check_arguments,
@@ -843,8 +841,8 @@ class Reader:
         #: The rows that owners have sent, and choices of an encoding.
         self._trace = Trace(TRACED)
         self._housekeeper = Housekeeper(self.device)
-        self._connector = Connector(self._owners, self._housekeeper.wake)
-        self._finder = Finder(self._owners, self._connector)
+        self._owners.on_handshake = self._housekeeper.wake
+        self._finder = Finder(self._owners)
         self._housekeeper.finder = self._finder
         #: The pull of the last call that has asked owners itself.
         self._asked: ref[Pull] | None = None
@@ -1029,7 +1027,7 @@ class Reader:
         """
         arguments.text("address", address)
         self._check_open()
-        return PartTransfer([runtime().start(self._connector.prepare(address))])
+        return PartTransfer([runtime().start(self._owners.prepare(address))])
 
     def extend(self, ticket: bytes, seconds: float, *, timeout: float | None = None) -> float:
         """Have the owner of a ticket keep its offer for ``seconds`` from now on; return the seconds
@@ -1119,6 +1117,6 @@ class Reader:
         self._housekeeper.wait(PATIENCE)
         self._closed = True
         self._housekeeper.close()
-        self._connector.close()
+        self._owners.cancel()
         runtime().run(self._owners.close)
         self.channel.free("a reader", self)

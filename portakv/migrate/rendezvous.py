@@ -16,7 +16,7 @@ from typing import Annotated, Any, Literal, cast
 import torch
 import torch.distributed as dist
 from msgspec import Meta
-from torch._C._distributed_c10d import PrefixStore, ProcessGroup, Store
+from torch._C._distributed_c10d import HashStore, PrefixStore, ProcessGroup, Store
 
 from portakv import arguments
 from portakv.arguments import instance, text, whole
@@ -67,31 +67,30 @@ class ChannelStore(Store):
         self._channel = channel
         self._address = address
         self._kind = kind
-        self._values = dict[str, bytes]()
+        self._stored = HashStore()
         self._lock = threading.Lock()
         self.over = False
 
     @shielded
     def do(self, request: Keep) -> Kept:
         """Execute a request on the keys that are stored here, and return the answer."""
-        stored = self._values
-        key = request.keys[0]
+        stored = self._stored
+        keys = [*request.keys]
         with self._lock:
-            if request.do in ("set", "add") and len(stored) >= KEYS and key not in stored:
+            changes = request.do in ("set", "add")
+            if changes and stored.num_keys() >= KEYS and not stored.check(keys[:1]):
                 raise PeerError(
                     f"Expected at most {KEYS} keys in a rendezvous, got another. Make a second "
                     f"rendezvous."
                 )
             if request.do == "set":
-                stored[key] = request.value
+                value: Any = request.value  # the stub knows no bytes
+                stored.set(keys[0], value)
             elif request.do == "add":
-                stored[key] = b"%d" % (int(stored.get(key, b"0")) + request.amount)
-                return Kept(number=int(stored[key]))
+                return Kept(number=stored.add(keys[0], request.amount))
             elif request.do == "delete_key":
-                return Kept(number=int(stored.pop(key, None) is not None))
-
-            values = tuple(stored[each] for each in request.keys if each in stored)
-            return Kept(values if len(values) == len(request.keys) else ())
+                return Kept(number=int(stored.delete_key(keys[0])))
+            return Kept(tuple(map(stored.get, keys)) if stored.check(keys) else ())
 
     def _ask(self, do: Any, *keys: str, **more: Any) -> Kept:
         request = self._kind(do, keys, **more)
@@ -131,7 +130,7 @@ class ChannelStore(Store):
 
     def num_keys(self) -> int:
         """Return the number of keys that are stored here."""
-        return len(self._values)
+        return self._stored.num_keys()
 
 
 def rendezvous(channel: Channel, address: str | None = None) -> ChannelStore:

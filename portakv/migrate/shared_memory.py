@@ -18,6 +18,7 @@ import mmap
 import os
 import struct
 from bisect import bisect_right
+from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -85,16 +86,19 @@ class Held:
         A second call does nothing.
         """
         message: _Shared | None = unsealed(self.handle, _Shared)
-        if (
-            self.tensor is not None
-            and message
-            and message.process == _here()[1]
-            and message.device != "cpu"
-        ):
-            # Without this, torch would retain it for a process that never opened it, or died.
-            name = f"_release_ipc_counter_{message.device}"
-            getattr(torch.UntypedStorage, name, lambda *_: None)(*message.words[3:5])
+        if self.tensor is not None and message is not None and message.process == _here()[1]:
+            _release(message)
         self.tensor = None
+
+
+def _release(message: _Shared) -> None:
+    """Count an opening of memory that this process has shared, and no process has opened.
+
+    Otherwise torch would retain memory of a device for a process that never opened it, or died.
+    """
+    if message.device != "cpu":
+        name = f"_release_ipc_counter_{message.device}"
+        getattr(torch.UntypedStorage, name, lambda *_: None)(*message.words[3:5])
 
 
 def share(tensor: torch.Tensor, files: SharedFiles | None = None) -> bytes:
@@ -108,9 +112,14 @@ def share(tensor: torch.Tensor, files: SharedFiles | None = None) -> bytes:
     because views hold its address.
     """
     instance("tensor", tensor, torch.Tensor)
+    files = SharedFiles() if files is None else instance("files", files, SharedFiles)
+    return sealed(_shared(tensor, files))
+
+
+def _shared(tensor: torch.Tensor, files: SharedFiles) -> _Shared:
+    """Return the message of a tensor; raise as `share`."""
     what = "Sharing a tensor with other processes"
     where = tensor.device
-    files = SharedFiles() if files is None else instance("files", files, SharedFiles)
     odd = tensor.is_quantized or tensor.is_nested or tensor.layout != torch.strided
     if odd or tensor.is_conj() or tensor.is_neg():
         raise Unsupported(what, "it is not a plain tensor of numbers and strides; share its parts")
@@ -123,7 +132,7 @@ def share(tensor: torch.Tensor, files: SharedFiles | None = None) -> bytes:
             with _by_torch(what, where):
                 words = getattr(storage, f"_share_{where.type}_")()[1:]
     kind = str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape), tensor.stride()
-    return sealed(_Shared(*files.here, where.type, words, kind, int(tensor.storage_offset())))
+    return _Shared(*files.here, where.type, words, kind, int(tensor.storage_offset()))
 
 
 def open_shared(data: bytes, device: torch.device | str | int | None = None) -> torch.Tensor:
@@ -151,12 +160,12 @@ class Opener:
     ) -> None:
         self._device = device
         self._map = _mapped if descriptors else _mapped_only
-        self._here = _here()
-        self._alive = set[tuple[int, int, int]]()
+        self._host, self._process = _here()
+        self._alive = set[tuple[int, int, int]]()  # processes that were seen to run
 
     def open(self, data: bytes) -> torch.Tensor:
         """Return the tensor of these bytes; see `open_shared`."""
-        message, where = _read(data, self._device, self._here, self._alive)
+        message, where = self.read(data)
         (name, shape, strides) = message.kind
         nbytes = message.words[1]
         dtype = getattr(torch, name, None)
@@ -181,6 +190,37 @@ class Opener:
             elements = flat[: count * dtype.itemsize].view(dtype)
             return elements.as_strided(shape, strides, message.offset)
 
+    def read(self, data: bytes) -> tuple[_Shared, torch.device]:
+        """Return the message in these bytes, and the device of this process that reads the
+        memory."""
+        message: _Shared | None = unsealed(data, _Shared)
+        if message is None:
+            raise _changed()
+        (space, pid, began) = message.process
+        if message.host != self._host:
+            why = "it is another host's, or a container's with separate shared memory"
+            raise Unsupported(_OPEN, f"{why} (docker: --ipc); use a transport")
+        if message.process == self._process and message.device != "cpu":
+            why = "it is this process's own, and torch opens only other processes'; use the tensor"
+            raise Unsupported(_OPEN, why)
+        if message.process not in self._alive:
+            if space == self._process[0] and started(pid) != began:
+                raise PeerError(
+                    f"Expected shared memory of process {pid}, got a process that has ended. Share "
+                    f"the memory of its successor."
+                )
+            self._alive.add(message.process)
+        device = self._device
+        try:
+            usual = torch.device("cpu") if message.device == "cpu" else devices.usual_device()
+            where = usual if device is None else devices.indexed(device)
+        except devices.DeviceAbsent as error:
+            raise Unsupported(_OPEN, f"device={device} is not here: {error}") from None
+        if where.type != message.device:
+            why = f"it is of type {message.device}, and device={where} is not"
+            raise Unsupported(_OPEN, why)
+        return message, where
+
 
 def why_not(tensor: torch.Tensor) -> str | None:
     """Return why the tensor cannot be shared; None if it can."""
@@ -200,25 +240,6 @@ def export(storage: torch.UntypedStorage, files: SharedFiles | None = None) -> H
     return Held(share(flat, files), flat)
 
 
-class _Span:
-    """The part of a file or of a device's allocation that contains some tensors."""
-
-    def __init__(self, message: _Shared, storage: torch.UntypedStorage) -> None:
-        self.message = message
-        self.storage = storage
-        self.first = message.words[2]
-        self.past = self.first + message.words[1]
-
-    def region(self) -> Held:
-        """Return the span as memory that other processes open."""
-        (handle, _, _, *rest) = self.message.words
-        nbytes = self.past - self.first
-        words: Any = handle, nbytes, self.first, *rest
-        kind = "uint8", (nbytes,), (1,)
-        message = structs.replace(self.message, words=words, kind=kind, offset=0)
-        return Held(sealed(message), flat_bytes(self.storage))
-
-
 def export_all(
     tensors: Mapping[str, torch.Tensor], what: str
 ) -> tuple[list[Held], dict[str, tuple[int, int] | None]]:
@@ -231,52 +252,48 @@ def export_all(
     Raises `Unsupported`, which names ``what[name]``, for memory that cannot be shared.
     """
     files = SharedFiles()
-    spans = dict[tuple[str, bytes], _Span]()
-    absolute = dict[str, tuple[tuple[str, bytes], int] | None]()
-    shared = dict[tuple[torch.device, int, int], _Shared]()
+    allocations = dict[tuple[torch.device, int, int], tuple[_Shared, torch.UntypedStorage]]()
     try:
-        for name, tensor in tensors.items():
-            absolute[name] = None
-            if not tensor.numel():
-                continue
-            storage = tensor.untyped_storage()
-            memory = tensor.device, storage.data_ptr(), storage.nbytes()
-            if memory not in shared:
-                message = unsealed(share(flat_bytes(storage), files), _Shared)
-                assert message is not None
-                shared[memory] = message
-                _include(spans, message, storage)
-            message = shared[memory]
-            key = f"{tensor.device}", message.words[0]
-            offset = tensor.data_ptr() - storage.data_ptr()
-            absolute[name] = key, message.words[2] + offset
+        for name, tensor in tensors.items():  # noqa: B007 - the error names it
+            if tensor.numel() and (memory := _memory_of(tensor)) not in allocations:
+                storage = tensor.untyped_storage()
+                allocations[memory] = _shared(flat_bytes(storage), files), storage
     except Unsupported as error:
-        for span in spans.values():
-            span.region().close()
+        for message, _ in allocations.values():
+            _release(message)
         raise Unsupported(f"{what}[{name!r}]", error.why) from error
 
-    regions = [span.region() for span in spans.values()]
+    # A file, or an allocation of a device, is a region up to the last byte of its tensors.
+    spans = defaultdict[tuple[str, bytes], list[tuple[_Shared, torch.UntypedStorage]]](list)
+    for message, storage in allocations.values():
+        spans[f"{storage.device}", message.words[0]].append((message, storage))
+    regions = list[Held]()
+    for parts in spans.values():
+        for other, _ in parts[1:]:  # one opening of the region serves for all parts
+            _release(other)
+        message, storage = parts[0]
+        nbytes = max(part.words[2] + part.words[1] for part, _ in parts)
+        words: Any = message.words[0], nbytes, 0, *message.words[3:]
+        kind = "uint8", (nbytes,), (1,)
+        message = structs.replace(message, words=words, kind=kind, offset=0)
+        regions.append(Held(sealed(message), flat_bytes(storage)))
+
     numbers = {key: number for number, key in enumerate(spans)}
-    places = {
-        name: place and (numbers[place[0]], place[1] - spans[place[0]].first)
-        for name, place in absolute.items()
-    }
+    places = dict[str, tuple[int, int] | None]()
+    for name, tensor in tensors.items():
+        places[name] = None
+        if tensor.numel():
+            message, storage = allocations[_memory_of(tensor)]
+            number = numbers[f"{storage.device}", message.words[0]]
+            offset = tensor.data_ptr() - storage.data_ptr()
+            places[name] = number, message.words[2] + offset
     return regions, places
 
 
-def _include(
-    spans: dict[tuple[str, bytes], _Span], message: _Shared, storage: torch.UntypedStorage
-) -> None:
-    """Add the memory of a message to the span of its file or allocation."""
-    key = f"{storage.device}", message.words[0]
-    span = spans.get(key)
-    if span is None:
-        spans[key] = _Span(message, storage)
-        return
-    # One opening of the span serves for this memory too.
-    Held(sealed(message), flat_bytes(storage)).close()
-    span.first = min(span.first, message.words[2])
-    span.past = max(span.past, message.words[2] + message.words[1])
+def _memory_of(tensor: torch.Tensor) -> tuple[torch.device, int, int]:
+    """Return the allocation of a tensor: its device, address and bytes."""
+    storage = tensor.untyped_storage()
+    return tensor.device, storage.data_ptr(), storage.nbytes()
 
 
 def flat_bytes(storage: torch.UntypedStorage) -> torch.Tensor:
@@ -301,7 +318,7 @@ def open_event(data: bytes, device: torch.device | str | int) -> torch.Event:
 
     Raises the same errors as `open_shared`.
     """
-    message, where = _read(data, device, _here(), set())
+    message, where = Opener(device).read(data)
     with _by_torch("Opening another process's event", where, "wait for it there"):
         module = torch.get_device_module(where)
         event: torch.Event = module.Event.from_ipc_handle(where, message.words[0])
@@ -361,14 +378,8 @@ class _Mapping(NamedTuple):
     first: int
     past: int
     file: tuple[int, int]  # file system and number
-    offset: int  # of the first byte in the file
+    shift: int  # bytes from an address to its place in the file
     named: bool  # other processes find it by a name, or did so before the name was removed
-
-    def follows(self, other: _Mapping) -> bool:
-        """Return True if the range is the next one of the same file, so that both are one."""
-        offset = other.offset + other.past - other.first
-        next_one = other.past, other.file, offset, other.named
-        return next_one == (self.first, self.file, self.offset, self.named)
 
 
 class SharedFiles:
@@ -382,16 +393,19 @@ class SharedFiles:
         self._mappings = list[_Mapping]()
         for line in Path("/proc/self/maps").read_text().splitlines():
             span, mode, start, where, number, *path = line.split(maxsplit=5)
-            if mode[3] != "s" or not "".join(path).startswith(_IN_MEMORY):
+            name = "".join(path)
+            if mode[3] != "s" or not name.startswith(_IN_MEMORY):
                 continue
             first, past = (int(x, 16) for x in span.split("-"))
             device = os.makedev(*(int(x, 16) for x in where.split(":")))
-            named = not "".join(path).endswith("(deleted)")
-            mapping = _Mapping(first, past, (device, int(number)), int(start, 16), named)
-            if self._mappings and mapping.follows(self._mappings[-1]):
-                self._mappings[-1] = self._mappings[-1]._replace(past=past)
-            else:
-                self._mappings.append(mapping)
+            file = device, int(number)
+            shift = int(start, 16) - first
+            named = not name.endswith("(deleted)")
+            if self._mappings:
+                last = self._mappings[-1]
+                if last == _Mapping(last.first, first, file, shift, named):  # both are one
+                    first = self._mappings.pop().first
+            self._mappings.append(_Mapping(first, past, file, shift, named))
         self._firsts = [mapping.first for mapping in self._mappings]
         self._descriptors: dict[tuple[int, int], int] | None = None
         self.here = _here()
@@ -406,7 +420,7 @@ class SharedFiles:
         if descriptor is None:
             why = "its file is not open here; have torch's sharing strategy 'file_descriptor'"
             raise Unsupported(what, why)
-        return _FILE.pack(descriptor, *start.file), nbytes, address - start.first + start.offset
+        return _FILE.pack(descriptor, *start.file), nbytes, address + start.shift
 
     def has_name(self, address: int) -> bool:
         """Return True if other processes open the file of host memory by a name, so that they may
@@ -497,46 +511,6 @@ def _file(message: _Shared) -> Iterator[int]:
 def _here() -> tuple[str, tuple[int, int, int]]:
     pid = os.getpid()
     return host_id(), (process_space(), pid, started(pid) or 0)
-
-
-def _read(
-    data: bytes,
-    device: torch.device | str | int | None,
-    here: tuple[str, tuple[int, int, int]],
-    alive: set[tuple[int, int, int]],
-) -> tuple[_Shared, torch.device]:
-    """Return the message in these bytes, and the device of this process that reads the memory.
-
-    ``here``: what `_here` returned. ``alive``: processes that were seen to run; grows.
-    """
-    message: _Shared | None = unsealed(data, _Shared)
-    if message is None:
-        raise _changed()
-    (host, own) = here
-    (space, pid, began) = message.process
-    if message.host != host:
-        why = "it is another host's, or a container's with separate shared memory (docker: --ipc)"
-        raise Unsupported(_OPEN, f"{why}; use a transport")
-    if message.process == own and message.device != "cpu":
-        raise Unsupported(
-            _OPEN,
-            ("it is this process's own, and torch opens only other processes'; use the tensor"),
-        )
-    if message.process not in alive:
-        if space == own[0] and started(pid) != began:
-            raise PeerError(
-                f"Expected shared memory of process {pid}, got a process that has ended. Share the "
-                f"memory of its successor."
-            )
-        alive.add(message.process)
-    try:
-        usual = torch.device("cpu") if message.device == "cpu" else devices.usual_device()
-        where = usual if device is None else devices.indexed(device)
-    except devices.DeviceAbsent as error:
-        raise Unsupported(_OPEN, f"device={device} is not here: {error}") from None
-    if where.type != message.device:
-        raise Unsupported(_OPEN, f"it is of type {message.device}, and device={where} is not")
-    return message, where
 
 
 def _changed() -> PeerError:

@@ -3,14 +3,16 @@
 
 from __future__ import annotations
 
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, TypeVar
 
-from portakv.errors import PeerError, TransferTimeout
+from portakv.errors import TransferTimeout
 from portakv.tasks import runtime
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
+    from portakv.errors import PeerError
     from portakv.migrate.channel import Channel
     from portakv.migrate.messages import Message
 
@@ -27,15 +29,13 @@ class TransportChannel:
 
     Args:
         channel: the channel of the reader.
-        ended: returns True once the agreement has ended.
-        error: returns the error of a message after the end.
+        ended: returns the error of a message once the agreement has ended; None before.
     """
 
     def __init__(
         self,
         channel: Channel,
-        ended: Callable[[], bool] = bool,
-        error: Callable[[], PeerError] | None = None,
+        ended: Callable[[], PeerError | None] = lambda: None,
     ) -> None:
         self.channel = channel
         self.id = channel.id
@@ -43,7 +43,6 @@ class TransportChannel:
         self.timeout = channel.timeout
         self.watch = channel.watch
         self._ended = ended
-        self._error = error
 
     def ask(
         self,
@@ -68,33 +67,30 @@ class TransportChannel:
         """Return what `ask` returns, in a coroutine of the runtime."""
 
         def stops() -> bool:
-            return self._ended() or stop()
+            return self._ended() is not None or stop()
 
-        try:
+        with self._end_as_error():
             return await self.channel.answer(address, self.enclosed(message), kind, timeout, stops)
-        except TransferTimeout:
-            self._check()
-            raise
 
     def tell(self, address: str, message: Message, timeout: float | None = None) -> None:
         """Send a message without an answer; see `Channel.tell`. Raises `PeerError` after the
         end."""
-        try:
-            self.channel.tell(address, self.enclosed(message), timeout, self._ended)
-        except TransferTimeout:
-            self._check()
-            raise
+        with self._end_as_error():
+            self.channel.tell(
+                address, self.enclosed(message), timeout, lambda: self._ended() is not None
+            )
 
     def enclosed(self, message: Message) -> Message:
         """Return the message that carries a message."""
         return message
 
-    def _check(self) -> None:
-        """Raise `PeerError` after the end."""
-        if not self._ended():
-            return
-        if self._error is not None:
-            raise self._error() from None
-        raise PeerError(
-            "Expected the agreement with the owner to stand, got its end. Pull again."
-        ) from None
+    @contextmanager
+    def _end_as_error(self) -> Iterator[None]:
+        """Raise the error of the agreement's end in place of that of a message that it stopped."""
+        try:
+            yield
+        except TransferTimeout:
+            error = self._ended()
+            if error is not None:
+                raise error from None
+            raise

@@ -3,19 +3,15 @@
 
 from __future__ import annotations
 
-import itertools
 import re
 import time
-from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from functools import partial
 from typing import Any
 
 from portakv.arguments import kind_of, text
 from portakv.errors import InvalidTerms, PortaKVError
-from portakv.runtime.bounded import Bounded, Until
-from portakv.serving.server.messages import MOST_KEYS
+from portakv.runtime.bounded import Until
 from portakv.storage.store import FormStore
 from portakv.storage.tiers.base import Keys
 from portakv.storage.tiers.remote import Remote, check_remote
@@ -24,7 +20,7 @@ from portakv.tasks import runtime
 #: Seconds that a lookup may take: less than a scheduler side's patience, so that a request gets the
 #: blocks that the bucket has confirmed by then.
 LOOKUP = 1.5
-#: Seconds for which blocks that a server has found are offered. Its store believes it for longer.
+#: Seconds for which blocks that a lookup has found are offered. The store believes it for longer.
 FOUND = 30.0
 #: Seconds after which the end of a lookup is expected no longer.
 LOST = 2 * LOOKUP
@@ -120,12 +116,18 @@ class BucketAnswers:
         self._open = dict[bytes, float]()
         #: The blocks that are not looked up again for a while.
         self._missing: Until[bytes] = Until("blocks that a bucket lacks", 1 << 16, now)
+        #: The blocks that are believed to be in the bucket.
+        self._there: Until[bytes] = Until("blocks that a bucket has", 1 << 17, now)
         self._answers = True  # the bucket answered the last lookup in time
 
     @property
     def expired(self) -> int:
         """Return a number that changes when answers become too old to be offered again."""
         return int((self._now() - self._since) / BELIEVED)
+
+    def has(self, key: bytes) -> bool:
+        """Return whether a lookup has found a block a short time ago."""
+        return self._there.holds(key)
 
     def leading(self, keys: Keys, known: int) -> int | None:
         """Return how many leading blocks can be loaded, or None if a lookup is to end soon.
@@ -169,15 +171,11 @@ class BucketAnswers:
         """
         with self._lock:
             self._open.pop(keys[0], None)
+            for key in keys[:count]:
+                self._there.hold(key, FOUND)
             if count < len(keys):
                 self._missing.hold(keys[count], MISSING)
             self._answers = answers
-
-    def forget(self) -> None:
-        """Expect the end of no lookup."""
-        with self._lock:
-            self._open.clear()
-            self._answers = True
 
     def _may_begin(self, now: float) -> bool:
         """Return whether another lookup may begin, under the lock."""
@@ -215,77 +213,3 @@ def _leading(groups: Sequence[FormStore], keys: Keys, until: float) -> int:
         left = max(0.0, until - runtime().time())
         count = group.lookup(keys[:count], left) if count and left else 0
     return count
-
-
-def answers_of(groups: Sequence[FormStore]) -> BucketAnswers:
-    """Return what a scheduler knows of the bucket of a store of this process."""
-    answers = BucketAnswers(lambda keys: look_up(groups, keys, partial(answers.ended, keys)))
-    return answers
-
-
-class ServerBucket(BucketAnswers):
-    """What a scheduler knows of the bucket of a server.
-
-    Its user sends what `take` returns, and reports the answers.
-
-    Args:
-        wake: is called when `take` has something.
-        now: returns the time in seconds.
-    """
-
-    def __init__(
-        self, wake: Callable[[], object], now: Callable[[], float] = time.monotonic
-    ) -> None:
-        super().__init__(self._ask, now)
-        self._wake = wake
-        self._numbers = itertools.count(1)
-        self._later = deque[tuple[int, Keys]]()
-        self._sent: Bounded[int, Keys] = Bounded("lookups of a store server", 2 * MOST)
-        #: The blocks that are believed to be in the bucket.
-        self._there: Until[bytes] = Until("blocks of a store server's bucket", 1 << 17, now)
-
-    def leading_in(self, keys: Keys, tiers: Sequence[Mapping[bytes, object]]) -> int | None:
-        """Return how many leading blocks can be loaded, or None if a lookup is to end soon.
-
-        Args:
-            tiers: of each group the blocks that nearer tiers have.
-        """
-        count = len(keys)
-        for has in tiers:
-            lacks = (n for n in range(count) if keys[n] not in has and not self.has(keys[n]))
-            count = next(lacks, count)
-        return self.leading(keys, count)
-
-    def has(self, key: bytes) -> bool:
-        """Return whether a lookup has found a block a short time ago."""
-        return self._there.holds(key)
-
-    def take(self) -> list[tuple[int, Keys]]:
-        """Return the numbers and keys of lookups that the server does not know."""
-        made = list[tuple[int, Keys]]()
-        while self._later:
-            made.append(self._later.popleft())
-        return made
-
-    def looked_up(self, number: int, leading: int, answers: bool) -> None:
-        """Note the answer of the server to the lookup of a number."""
-        keys = self._sent.pop(number, ())
-        if not keys:
-            return
-        for key in keys[:leading]:
-            self._there.hold(key, FOUND)
-        self.ended(keys, leading, answers)
-
-    def forget(self) -> None:
-        """Expect no answer, and believe nothing: the server has ended."""
-        super().forget()
-        self._later.clear()
-        self._sent.clear()
-        self._there.clear()
-
-    def _ask(self, keys: Keys) -> None:
-        some = keys[:MOST_KEYS]
-        number = next(self._numbers)
-        self._sent[number] = some
-        self._later.append((number, some))
-        self._wake()

@@ -1,20 +1,33 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`Handover`: the worker's side of hand-overs between engines. It offers the rows of prompts, and
-pulls those that other engines offer."""
+"""How one engine hands the rows of requests over to another.
+
+`Tickets` is the scheduler's side: it knows which rows other engines keep for this one, and plans
+what workers pull and offer. `Handover` is the worker's side, which does it.
+"""
 
 from __future__ import annotations
 
 import logging
+import os
+import stat
+import sys
 import time
+from array import array
 from collections import Counter, defaultdict, deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import dataclass, fields
 from functools import partial
-from typing import NamedTuple
+from hashlib import sha256
+from pathlib import Path
+from secrets import token_bytes
+from typing import Any, Literal, NamedTuple
 
+from portakv.arguments import kind_of, number, one_of, rate, seconds, text, whole
 from portakv.copy.options import Overlap
-from portakv.errors import PeerError, PortaKVError, TransferTimeout
+from portakv.errors import InvalidTerms, PeerError, PortaKVError, TransferTimeout
 from portakv.migrate import Channel, Owner, Pull, Reader, Shard, Ticket
+from portakv.migrate.channel import NUMERIC, check_address, too_short
 from portakv.migrate.messages import (
     MOST_NAMES,
     EndNamed,
@@ -25,15 +38,367 @@ from portakv.migrate.messages import (
 )
 from portakv.runtime.bounded import Bounded
 from portakv.runtime.rate_limited_log import RateLimitedLog
-from portakv.serving.handover_tickets import Endpoint, HandoverTerms
-from portakv.serving.plan import Handovers, OfferJob, PullJob
+from portakv.serving.plan import NO_HANDOVERS, Blocks, Handovers, OfferJob, PullJob, Renewal
 from portakv.tasks import Handle, Limit, Wait, runtime
 
 _log = RateLimitedLog(logging.getLogger(__name__))
+
+# ------------------------------------------------------------------------------------------------
+# How one engine hands the rows of requests over to another: terms, and what a request carries.
+
+#: The name of PortaKV's part of what a request carries from the prefill engine to the decode
+#: engine, and the version of that part.
+KEY = "portakv"
+VERSION = 1
+#: The most seconds of a lease, as an offer has them.
+MOST_LEASE = 1e6
+#: The most tickets of a request: one for each worker of the prefill engine.
+MOST_TICKETS = 1024
+
+
+@dataclass(frozen=True)
+class HandoverTerms:
+    """How an engine hands the rows of requests over, and takes them.
+
+    Attributes:
+        address: at which workers of this engine listen, tcp:// with a numeric address and a port.
+            Port 0 takes a free one; worker n listens at the port + n. None: Unix sockets, for
+            engines of one user and one host.
+        secret_file: a file that only this user may read, with the same 16 bytes or more for all
+            engines; ``address`` needs it.
+        lease: seconds for which a prefill engine keeps the rows of a request that no decode engine
+            asks for.
+        timeout: seconds after which a decode engine computes a prompt whose rows have not come.
+        max_gbps: the most 10^9 bytes in a second that each request takes; None: no limit.
+        expose: "mapped": engines of this host map this engine's caches; "staging": they get copies.
+        transport: for rows that are not mapped; None: the first that runs.
+        peers: the addresses of workers of prefill engines, to which a decode engine connects when
+            it starts, and not in its first hand-over.
+
+    Raises `InvalidTerms` for values that a term cannot have.
+    """
+
+    address: str | None = None
+    secret_file: str | None = None
+    lease: float = 30.0
+    timeout: float = 30.0
+    max_gbps: float | None = None
+    expose: Literal["mapped", "staging"] = "mapped"
+    transport: str | None = None
+    peers: Sequence[str] = ()
+
+    def __post_init__(self) -> None:
+        check_address(self.address, secret=True)
+        if self.address is not None and self.secret_file is None:
+            raise InvalidTerms(
+                f"Expected secret_file with {self.address}, got none. Name a file with a secret, "
+                f"as TCP connections are always encrypted."
+            )
+        if self.secret_file is not None:
+            text("secret_file", self.secret_file)
+        number("lease", self.lease, 1e-9, MOST_LEASE, "a number of seconds above 0, at most 10^6")
+        seconds("timeout", self.timeout, above=True)
+        if self.max_gbps is not None:
+            rate("max_gbps", self.max_gbps)
+        one_of("expose", self.expose, ("mapped", "staging"))
+        if self.transport is not None:
+            text("transport", self.transport)
+        self._check_peers()
+
+    def _check_peers(self) -> None:
+        """Raise `InvalidTerms` unless ``peers`` are addresses at which workers may listen."""
+        if isinstance(self.peers, str) or not isinstance(self.peers, Sequence):
+            raise InvalidTerms(
+                f"Expected peers to be a list of addresses, got {self.peers!r}. Pass one such as "
+                f"['tcp://10.0.0.1:5600']."
+            )
+        for peer in self.peers:
+            check_address(text("peers", peer), secret=True)
+            if peer.endswith(":0") or NUMERIC.fullmatch(peer) is None:
+                raise InvalidTerms(
+                    f"Expected each of peers to be a numeric address with a port, got {peer!r}. "
+                    f"Pass one such as 'tcp://10.0.0.1:5600'."
+                )
+        if self.peers and self.secret_file is None:
+            raise InvalidTerms(
+                "Expected secret_file with peers, got none. Name the file with the secret of these "
+                "engines, as TCP connections are always encrypted."
+            )
+
+    @classmethod
+    def of(cls, terms: object) -> HandoverTerms:
+        """Return terms as a configuration file has them.
+
+        Raises `InvalidTerms` for a name that is not a term, and for no mapping.
+        """
+        if not isinstance(terms, Mapping):
+            raise InvalidTerms(
+                f"Expected hand_over to be an object, got {kind_of(terms)}. Pass {{}} for the "
+                f"usual terms."
+            )
+        names = [each.name for each in fields(cls)]
+        unknown = [name for name in terms if name not in names]
+        if unknown:
+            raise InvalidTerms(
+                f"Expected some of {', '.join(names)} in hand_over, got {unknown[0]!r}. Correct "
+                f"it, or leave it out."
+            )
+        return cls(**terms)
+
+    def secret(self) -> bytes | None:
+        """Return the secret of the file; None without one.
+
+        Raises `InvalidTerms` for a file that others may read, or that has no secret.
+        """
+        if self.secret_file is None:
+            return None
+        try:
+            with Path(self.secret_file).open("rb") as file:
+                mode = os.fstat(file.fileno()).st_mode
+                secret = file.read(4096).strip()
+        except OSError as error:
+            raise InvalidTerms(
+                f"Expected secret_file to be a file, got {self.secret_file!r}: "
+                f"{error.strerror}. Write it: openssl rand -hex 32."
+            ) from None
+        if not stat.S_ISREG(mode) or mode & 0o077:
+            raise InvalidTerms(
+                f"Expected secret_file to be a file that only this user may read, got "
+                f"{self.secret_file!r}, which others may use. Run chmod 600 on it."
+            )
+        if short := too_short(secret):
+            raise InvalidTerms(f"secret_file: {short}")
+        return secret
+
+    def address_of(self, worker: int) -> str | None:
+        """Return where the worker of a number listens.
+
+        Raises `InvalidTerms` for a port past the last one.
+        """
+        if self.address is None or self.address.endswith(":0"):
+            return self.address
+        host, _, port = self.address.rpartition(":")
+        address = f"{host}:{int(port) + worker}"
+        check_address(address, secret=True)
+        return address
+
+
+class RemoteRows(NamedTuple):
+    """The rows of a request in the workers of another engine.
+
+    Attributes:
+        tickets: of each worker of that engine, by the name of an offer.
+        tokens: the first tokens of the request, whose rows they are.
+        lease: seconds for which the engine keeps the rows after each renewal.
+    """
+
+    tickets: tuple[bytes, ...]
+    tokens: int
+    lease: float
+
+
+class Identity(NamedTuple):
+    """What the rows of a request depend on, as far as both engines know it.
+
+    Attributes:
+        model: a checksum of the model's name and weights.
+        prompt: a checksum of the tokens, and of what else the rows depend on.
+    """
+
+    model: str
+    prompt: str
+
+    @classmethod
+    def of(
+        cls, model: str, tokens: Sequence[int], salt: bytes, extra: Iterable[bytes] = ()
+    ) -> Identity:
+        """Return the identity of a request.
+
+        Args:
+            model: the name of the model.
+            tokens: of the prompt.
+            salt: of tenants and adapters.
+            extra: what else the rows depend on, such as images.
+        """
+        numbers = array("q", tokens)
+        if sys.byteorder == "big":
+            numbers.byteswap()
+        checksum = sha256(numbers)
+        for part in (salt, *extra):
+            checksum.update(len(part).to_bytes(8, "little") + part)
+        return cls(sha256(model.encode()).hexdigest()[:32], checksum.hexdigest()[:32])
+
+
+def parameters_of(rows: RemoteRows, identity: Identity) -> dict[str, Any]:
+    """Return what a request carries to the engine that takes its rows, as JSON has it."""
+    return {
+        "version": VERSION,
+        "tickets": [ticket.hex() for ticket in rows.tickets],
+        "tokens": rows.tokens,
+        "lease": rows.lease,
+        "model": identity.model,
+        "prompt": identity.prompt,
+    }
+
+
+def rows_in(parameters: Mapping[str, Any], identity: Identity, tokens: int) -> RemoteRows | None:
+    """Return the rows of which a request carries tickets; None if they are not those of the
+    request. The log has a line then, and the engine computes the prompt.
+
+    Args:
+        parameters: what the request carries.
+        identity: of the request here.
+        tokens: of its prompt.
+    """
+    try:
+        return read_rows(parameters.get(KEY), identity, tokens)
+    except InvalidTerms as error:
+        _log.warning("tickets", "A prompt is computed whose rows another engine has: %s", error)
+        return None
+
+
+def read_rows(carried: object, identity: Identity, tokens: int) -> RemoteRows:
+    """Return the rows of what `parameters_of` has made; raise `InvalidTerms` for those of another
+    request, and for other values."""
+    if not isinstance(carried, Mapping) or carried.get("version") != VERSION:
+        raise InvalidTerms(
+            f"Expected a ticket of PortaKV, version {VERSION}, got none. Use PortaKVConnector and "
+            f"one release in both engines, and have the proxy pass kv_transfer_params on unchanged."
+        )
+    for what, expected in identity._asdict().items():
+        if carried.get(what) != expected:
+            raise InvalidTerms(
+                f"Expected a ticket for the same {what}, got one for another. Serve the same model "
+                f"and weights, and send the same prompt to both engines."
+            )
+    whole("tokens", carried.get("tokens"), tokens, tokens)
+    lease = seconds("lease", carried.get("lease"), above=True)
+    packed = carried.get("tickets")
+    if not isinstance(packed, list) or not 1 <= len(packed) <= MOST_TICKETS:
+        raise InvalidTerms("Expected tickets of an engine's workers, got none. Correct the proxy.")
+    try:
+        tickets = tuple(bytes.fromhex(ticket) for ticket in packed)
+    except (TypeError, ValueError):
+        raise InvalidTerms(
+            "Expected tickets as hexadecimal digits, got others. Correct the proxy."
+        ) from None
+    return RemoteRows(tickets, tokens, lease)
+
+
+#: How often a lease is renewed within its seconds.
+RENEWALS = 3
+#: The least seconds between two renewals, whatever lease a request carries.
+SHORTEST = 0.1
+#: Bytes of the name of an offer, which is random: who knows it may pull.
+NAME = 32
+
+
+class Endpoint(NamedTuple):
+    """Where a worker offers rows.
+
+    Attributes:
+        address: of its channel.
+        epoch: of its caches.
+    """
+
+    address: str
+    epoch: bytes
+
+
+@dataclass
+class _Needed:
+    """Rows that a request needs, and when their lease is renewed next."""
+
+    rows: RemoteRows
+    due: float
+
+
+class Tickets:
+    """Plans the hand-overs of one engine.
+
+    Rows of another engine are needed from `expect` until `release`. Meanwhile their leases are
+    renewed.
+
+    Args:
+        now: returns the time in seconds.
+    """
+
+    def __init__(self, now: Callable[[], float]) -> None:
+        self._now = now
+        self._endpoints: Sequence[Endpoint] = ()
+        self._lease = 0.0
+        self._needed = dict[str, _Needed]()  # by request
+        self._next = Handovers()
+
+    @property
+    def offers(self) -> bool:
+        """Return whether this engine's workers can offer rows."""
+        return bool(self._endpoints)
+
+    def open(self, endpoints: Sequence[Endpoint], lease: float) -> None:
+        """Take note of where workers offer rows, and for how many seconds."""
+        self._endpoints = endpoints
+        self._lease = lease
+
+    def expect(self, request: str, rows: RemoteRows) -> None:
+        """Take note that a request needs the rows of another engine."""
+        self._needed[request] = _Needed(rows, self._now() + _interval(rows))
+
+    def pull(self, job: PullJob) -> None:
+        """Plan a pull of rows that a request expects."""
+        self._next.pulls.append(job)
+
+    def release(self, request: str) -> None:
+        """Let the other engine use the blocks of the rows again that a request has needed."""
+        needed = self._needed.pop(request, None)
+        if needed is not None:
+            self._next.released += needed.rows.tickets
+
+    def offer(self, request: str, tokens: int, blocks: Blocks) -> RemoteRows:
+        """Plan an offer of the first tokens of a request; return what another engine pulls."""
+        name = token_bytes(NAME)
+        self._next.offers.append(OfferJob(request, name, tokens, blocks, self._lease))
+        tickets = [Ticket.of(each.address, each.epoch, name) for each in self._endpoints]
+        return RemoteRows(tuple(tickets), tokens, self._lease)
+
+    def revoke(self) -> None:
+        """End all offers that were made, and make none of those that are planned."""
+        self._next.withdrawn += [offer.name for offer in self._next.offers]
+        self._next.offers = []
+        self._next.revoked = True
+
+    def plan(self) -> Handovers:
+        """Return what the workers do in this step."""
+        made = self._next
+        made.renewals = self._renewals()
+        if not (made.renewals or made.pulls or made.offers or made.released or made.revoked):
+            return NO_HANDOVERS
+        self._next = Handovers()
+        return made
+
+    def _renewals(self) -> list[Renewal]:
+        """Return the leases that are to be renewed now."""
+        made = list[Renewal]()
+        now = self._now() if self._needed else 0.0
+        for needed in self._needed.values():
+            if needed.due <= now:
+                needed.due = now + _interval(needed.rows)
+                made.append(Renewal(needed.rows.tickets, needed.rows.lease))
+        return made
+
+
+def _interval(rows: RemoteRows) -> float:
+    """Return the seconds between two renewals of rows."""
+    return max(rows.lease / RENEWALS, SHORTEST)
+
+
+# ------------------------------------------------------------------------------------------------
+# The worker's side: it offers the rows of prompts, and pulls those that other engines offer.
+
 #: Workers of an engine that may pull one offer. The engine says when all of them have it.
 READERS = 1 << 31
 #: The most seconds for which readers keep an offer, unless the lease is longer.
-MOST_LEASE = 3600.0
+LONGEST = 3600.0
 #: Seconds between two looks at the offers.
 LOOK = 0.02
 #: Seconds for a message to an engine.
@@ -107,7 +472,7 @@ class Handover:
         self.pulling = list[_Pulling]()
         self._ends = Counter[str]()
         self._looked = 0.0
-        self._meeting: Handle[None] | None = None
+        self._meetings = list[Handle[None]]()
         self._gone: Bounded[str, float] = Bounded("engines that take no message", 1024)
         self.owner: Owner | None = None
         self.reader: Reader | None = None
@@ -187,41 +552,34 @@ class Handover:
         A first pull of one of them then waits for no handshake, and maps no memory. The log has a
         line about a worker that does not answer, and about one whose rows this engine cannot take.
         """
-        if self.reader is None or not self.terms.peers:
+        if self.reader is None:
             return
-        self._meeting = self._runtime.start(self._meet_all(), locked=False)
+        for peer in self.terms.peers:
+            meeting = self._meet(self.reader, peer)
+            self._meetings.append(self._runtime.start(meeting, locked=False))
 
-    async def _meet_all(self) -> None:
-        """Connect to all workers; until each has answered, ask again."""
-        left: Sequence[str] = self.terms.peers
+    async def _meet(self, reader: Reader, peer: str) -> None:
+        """Connect to a worker; until it answers, try again."""
         pause = AGAIN
-        while left := await self._meet(left):
+        while True:
+            try:
+                attempt = reader.prepare(peer)
+                while not attempt.done():
+                    await Wait(until=self._runtime.time() + LOOK)
+                return
+            except (PeerError, TransferTimeout) as error:
+                _log.warning(f"peer {peer}", "%s is not connected yet: %s", peer, error)
+            except PortaKVError as error:
+                _log.warning("peer", "No rows of %s will be taken: %s", peer, error)
+                return
             await Wait(until=self._runtime.time() + pause)
             pause = min(2 * pause, MOST_AGAIN)
 
-    async def _meet(self, peers: Sequence[str]) -> list[str]:
-        """Connect to workers, and return those that do not answer."""
-        assert self.reader is not None
-        absent = list[str]()
-        try:
-            attempts = [(peer, self.reader.prepare(peer)) for peer in peers]
-        except PortaKVError:
-            return []  # the reader is closed
-        for peer, attempt in attempts:
-            try:
-                while not attempt.done():
-                    await Wait(until=self._runtime.time() + LOOK)
-            except (PeerError, TransferTimeout) as error:
-                _log.warning(f"peer {peer}", "%s is not connected yet: %s", peer, error)
-                absent.append(peer)
-            except PortaKVError as error:
-                _log.warning("peer", "No rows of %s will be taken: %s", peer, error)
-        return absent
-
     def close(self) -> None:
         """End all offers and pulls."""
-        if self._meeting is not None:
-            self._meeting.cancel()
+        for meeting in self._meetings:
+            meeting.cancel()
+            meeting.wait(SENDING)
         for each in (self.reader, self.owner):
             if each is not None:
                 each.close()
@@ -239,7 +597,7 @@ class Handover:
                 *job.blocks,
                 tokens=job.tokens,
                 lease=job.lease,
-                max_lease=max(job.lease, MOST_LEASE),
+                max_lease=max(job.lease, LONGEST),
                 readers=READERS,
                 name=job.name,
             )

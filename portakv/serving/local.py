@@ -12,6 +12,7 @@ import tempfile
 import time
 from collections import deque
 from collections.abc import Callable, Container, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, fields
 from functools import partial
 from hashlib import blake2b
@@ -33,12 +34,13 @@ from portakv.errors import (
 from portakv.layout.encodings import PACK
 from portakv.runtime.bounded import Bounded
 from portakv.runtime.rate_limited_log import RateLimitedLog
-from portakv.serving.bucket import BucketAnswers, answers_of, bucket_of, check_bucket
+from portakv.serving.bucket import BucketAnswers, bucket_of, check_bucket, look_up
 from portakv.storage import BlockForm, BlockStore, Disk
 from portakv.storage.calls import Change
 from portakv.storage.form import HEADER, Range
 from portakv.storage.store import FormStore
 from portakv.storage.tiers.base import Tier
+from portakv.tasks import runtime
 from portakv.view import KVView
 
 # ------------------------------------------------------------------------------------------------
@@ -172,7 +174,7 @@ ATTACH: Literal["attach"] = "attach"
 RAW = " raw"
 #: The bytes of the smallest image of a block: a header, and one page of rows.
 LEAST_IMAGE = 2 * HEADER
-#: The most changes of a store that wait for `LocalIndex.take_events`.
+#: The most changes of a store that wait for `StoreIndex.take_events`.
 EVENTS = 1 << 16
 
 
@@ -402,14 +404,6 @@ def log_start(terms: StoreTerms, what: str, found: int | None, server: str) -> N
     )
 
 
-def counted_bytes(counts: Mapping[str, int], size: int) -> dict[str, int]:
-    """Return the bytes of blocks of a size that a scheduler side has counted."""
-    return {
-        "landed_bytes": counts.get("landed_blocks", 0) * size,
-        "stored_bytes": counts.get("stored_blocks", 0) * size,
-    }
-
-
 def found_in(statistics: Mapping[str, Sequence[Mapping[str, Any]]], parts: int) -> int:
     """Return how many blocks of ``parts`` parts the disk of a store has."""
     slots = statistics.get("disk_slots", ())
@@ -602,7 +596,52 @@ def open_store(
             time.sleep(PAUSE)
 
 
-class LocalIndex:
+class StoreIndex:
+    """What a scheduler knows of the blocks of a store: the base of `Index` for a `SchedulerSide`.
+
+    Attributes:
+        bucket: what is known of lookups in the store's bucket; None: it has none.
+        block_bytes: of a block in all groups.
+    """
+
+    def __init__(self) -> None:
+        self.bucket: BucketAnswers | None = None
+        self.block_bytes = 0
+        self._losses = 0
+        self._number = 0  # of the latest change
+        self._events = deque[Change](maxlen=EVENTS)  # that wait for `take_events`
+        self._recorded = 0  # of how many groups changes are kept
+
+    @property
+    def losses(self) -> int:
+        """Return a number that changes if a block may have been lost."""
+        bucket = self.bucket
+        return self._losses if bucket is None else self._losses + bucket.expired
+
+    def record(self) -> None:
+        """Keep changes from now on for `take_events`."""
+        self._recorded = 1
+
+    def take_events(self) -> list[Change]:
+        """Return the changes of the store since the last call, at most the latest `EVENTS`.
+
+        Of a block of several groups, those of the first group, unless `record` says otherwise. Some
+        are missing if changes were missed.
+        """
+        with runtime().lock:
+            made = [*self._events]
+            self._events.clear()
+        return made
+
+    def bytes_of(self, counts: Mapping[str, int]) -> dict[str, int]:
+        """Return the bytes of blocks that a scheduler side has counted."""
+        return {
+            "landed_bytes": counts.get("landed_blocks", 0) * self.block_bytes,
+            "stored_bytes": counts.get("stored_blocks", 0) * self.block_bytes,
+        }
+
+
+class LocalIndex(StoreIndex):
     """The index of the blocks that a process can load; it knows none without a store.
 
     An engine makes its scheduler's side and its worker's side separately, in one process. They
@@ -611,12 +650,9 @@ class LocalIndex:
     """
 
     def __init__(self) -> None:
+        super().__init__()
         self._store: BlockStore | None = None
         self._groups: Sequence[FormStore] = ()
-        self._losses = 0
-        self._number = 0  # of the latest change
-        self._events: deque[Change] | None = None
-        self._bucket: BucketAnswers | None = None
 
     @staticmethod
     def of(engine: str) -> LocalIndex:
@@ -663,19 +699,26 @@ class LocalIndex:
         self._store = store = open_store(only or forms, terms, tiers, patience)
         _warn_of_packed(groups, made, tiers)
         store.listen()  # later changes are kept
-        self._groups = [store] if only else [store.of(name) for name in names]
+        stored: list[FormStore] = [store] if only else [store.of(name) for name in names]
+        self._groups = stored
+        self.block_bytes = sum(form.payload_bytes for form in made)
         if terms.bucket is not None:
-            self._bucket = answers_of(self._groups)
+            bucket = BucketAnswers(lambda keys: look_up(stored, keys, partial(bucket.ended, keys)))
+            self.bucket = bucket
         self._losses += 1
-        return [*self._groups]
+        return stored
+
+    def wait(self, timeout: float) -> bool:
+        """Return whether blocks can be saved and loaded; waits for nothing."""
+        return self._store is not None
 
     def close(self) -> None:
         """Close the store, and know no block any longer."""
         store = self._store
         self._store = None
         self._groups = ()
-        bucket = self._bucket
-        self._bucket = None
+        bucket = self.bucket
+        self.bucket = None
         if store is None:
             return
         try:
@@ -686,30 +729,16 @@ class LocalIndex:
             # The request of a bucket ends by its own timeout, and the engine need not wait for it.
             _log.warning("close", "The store of an engine was left open: %s", error)
 
-    def record(self) -> None:
-        """Keep changes from now on for `take_events`."""
-        if self._events is None:
-            self._events = deque(maxlen=EVENTS)
-
     def take_events(self) -> list[Change]:
-        """Return the changes of the store since the last call, at most the latest `EVENTS`.
-
-        Of a block of several groups, those of the first group.
-        """
+        """Return the changes of the store since the last call; see `StoreIndex.take_events`."""
         self._follow()
-        if not self._events:
-            return []
-        made = [*self._events]
-        self._events.clear()
-        first = "" if self._store is None else next(iter(self._store.forms))
-        return [each for each in made if each.form in (first, f"{first}{RAW}")]
+        return super().take_events()
 
     @property
     def losses(self) -> int:
         """Return a number that changes if a block may have been lost."""
         self._follow()
-        bucket = self._bucket
-        return self._losses if bucket is None else self._losses + bucket.expired
+        return super().losses
 
     def leading(self, keys: Sequence[bytes]) -> int | None:
         """Return how many leading blocks can be loaded; None if a bucket has yet to answer.
@@ -717,7 +746,7 @@ class LocalIndex:
         Waits for no bucket: workers ask it for the blocks that are not known here.
         """
         groups = self._groups
-        bucket = self._bucket
+        bucket = self.bucket
         try:
             known = min([group.leading(keys) for group in groups], default=0)
             return known if bucket is None else bucket.leading(keys, known)
@@ -732,10 +761,6 @@ class LocalIndex:
         except PortaKVError:  # it was closed
             return False
 
-    def bytes_of(self, counts: Mapping[str, int]) -> dict[str, int]:
-        """Return the bytes of blocks that a scheduler side has counted."""
-        return counted_bytes(counts, sum(group.form.payload_bytes for group in self._groups))
-
     def statistics(self) -> Mapping[str, Sequence[Mapping[str, object]]]:
         """Return the store's statistics; none without a store."""
         store = self._store
@@ -744,16 +769,16 @@ class LocalIndex:
     def _follow(self) -> None:
         """Take note of the changes of the store since the last call."""
         store = self._store
-        try:
-            changes = [] if store is None else store.listen()
-        except PortaKVError:  # it was closed
-            changes = []
-        for change in changes:
-            if not change.stored or change.number != self._number + 1:  # some may be missed
-                self._losses += 1
-            self._number = change.number
-        if self._events is not None:
-            self._events += changes
+        if store is None:
+            return
+        first = next(iter(store.forms))
+        with suppress(PortaKVError):  # it was closed
+            for change in store.listen():
+                if not change.stored or change.number != self._number + 1:  # some may be missed
+                    self._losses += 1
+                self._number = change.number
+                if self._recorded and change.form in (first, f"{first}{RAW}"):
+                    self._events.append(change)
 
 
 class NoStore(LocalIndex):

@@ -8,21 +8,19 @@ of a transfer, which a helper makes.
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Callable, Collection, Hashable, Sequence
 from functools import partial
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
-from portakv.errors import PortaKVError
 from portakv.runtime.bounded import Bounded, Until
 from portakv.runtime.rate_limited_log import RateLimitedLog
 from portakv.serving.bucket import MISSING, look_up
-from portakv.serving.page_tasks import ServerPageStore
-from portakv.serving.pages import SAVE, PageJob, Pages, PageStore, page_key
+from portakv.serving.pages import PageJob, Pages, PageStore, ServerPageStore, page_key
 from portakv.serving.worker import Calls
 from portakv.storage.store import FormStore
 from portakv.storage.tiers.base import Keys
-from portakv.tasks import runtime
 
 _log = RateLimitedLog(logging.getLogger(__name__))
 #: Seconds for which a page that did not land is not offered again, unless it is saved meanwhile.
@@ -55,8 +53,8 @@ class _Lookups:
     def __init__(self, pages: Pages, now: Callable[[], float]) -> None:
         self._pages = pages
         self._now = now
-        self._wanted = dict[Hashable, dict[bytes, None]]()  # by chain of a request
-        # The keys that are wanted, or being looked up, each with the time of its end.
+        self._wanted = dict[Hashable, list[bytes]]()  # by chain of a request
+        # By key, until when its lookup is expected to end: one that is wanted, or has begun.
         self._pending = dict[bytes, float]()
         self._missing: Until[bytes] = Until("pages that a bucket lacks", REMEMBERED, now)
         self._answers = True  # the bucket answered the last lookup in time
@@ -64,48 +62,35 @@ class _Lookups:
     def look(self, key: bytes, chain: Hashable) -> bool | None:
         """Return None if a lookup will show whether a bucket has a page, else False."""
         now = self._now()
-        until = self._pending.get(key)
-        if until is None:
-            if self._missing.holds(key):
-                return False
-            self._wanted.setdefault(chain, {})[key] = None
-            self._pending[key] = now + PENDING
-        elif until <= now:
-            self._end([key])
+        if self._pending.get(key, math.inf) <= now:  # its worker may be gone
+            self._end([key], 0, self._answers)
+        if self._missing.holds(key):
             return False
+        if key not in self._pending:
+            self._wanted.setdefault(chain, []).append(key)
+            self._pending[key] = now + PENDING
         return None if self._answers else False
 
     def begin(self) -> None:
         """Begin lookups of the pages that are wanted, the first ones of each chain together."""
         wanted = self._wanted
         self._wanted = {}
-        for some in wanted.values():
-            keys = [*some]
-            for first in range(0, len(keys), BATCH):
-                self._begin(keys[first : first + BATCH])
-
-    def _begin(self, keys: list[bytes]) -> None:
         blocks = self._pages.blocks
-        names = [page_key(key) for key in keys]
-        try:
-            if isinstance(blocks, FormStore):
-                look_up([blocks], names, partial(self._ended, keys))
-                return
-        except PortaKVError:  # it was closed
-            pass
-        self._ended(keys, 0, True)
+        for keys in wanted.values():
+            for first in range(0, len(keys), BATCH):
+                some = keys[first : first + BATCH]
+                if isinstance(blocks, FormStore):
+                    look_up([blocks], [*map(page_key, some)], partial(self._end, some))
+                else:  # it was closed
+                    self._end(some, 0, self._answers)
 
-    def _ended(self, keys: list[bytes], count: int, answers: bool) -> None:
+    def _end(self, keys: Keys, count: int, answers: bool) -> None:
         """Note the end of a lookup, of which so many leading pages are there."""
-        self._end(keys, count)
-        self._answers = answers
-
-    def _end(self, keys: Keys, count: int = 0) -> None:
-        """Note that the lookup of keys has ended, and that only so many leading pages are there."""
         for key in keys[count:]:
             self._missing.hold(key, MISSING)
         for key in keys:
             self._pending.pop(key, None)
+        self._answers = answers
 
 
 class PageTier:
@@ -148,8 +133,7 @@ class PageTier:
         self.view = pages.over(memory)
         self._now = now
         self._chain_of = chain_of
-        self._lock = runtime().lock  # of the jobs
-        # The jobs that have not been reported, by their tags; None: it has not begun.
+        # The jobs that have not been reported, by their numbers; None: it has not begun.
         self._jobs = dict[Hashable, PageJob | None]()
         # The last page of each chain of each request, which the next one follows.
         self._lasts = dict[Hashable, dict[Hashable, bytes]]()
@@ -194,75 +178,58 @@ class PageTier:
             chain = self._chain_of(key)
             after.append(lasts.get(chain))
             lasts[chain] = key
-        save = partial(self.pages.save, keys, self.view, slots, after=after, tag=number)
-        self._submit(PageJob("save", keys, self.pages.size.nbytes, number), save)
+        self._submit("save", number, keys, partial(self.pages.save, after=after), slots)
 
     def load(self, number: Hashable, keys: Keys, slots: Sequence[int]) -> None:
         """Begin to load pages into slots."""
-        load = partial(self.pages.load, keys, self.view, slots, tag=number)
-        self._submit(PageJob("load", keys, self.pages.size.nbytes, number), load)
+        self._submit("load", number, keys, self.pages.load, slots)
 
-    def _submit(self, refused: PageJob, call: Callable[[], PageJob]) -> None:
-        """Have a helper begin a job. ``refused`` ends in its place if the store refuses it."""
-        self._jobs[refused.tag] = None
-        if not self._calls.add(partial(self._begin, refused, call)):
-            self._refuse(refused, "Expected a tier that is open, got one that was closed.")
+    def _submit(
+        self,
+        kind: Literal["save", "load"],
+        number: Hashable,
+        keys: Keys,
+        call: Callable[..., PageJob],
+        slots: Sequence[int],
+    ) -> None:
+        """Have a helper begin a job. It ends without a page if the store refuses it."""
 
-    def _begin(self, refused: PageJob, call: Callable[[], PageJob]) -> None:
-        """Begin a job, in the helper."""
-        try:
-            self._note_begun(call())
-        except Exception as error:  # class 4: the engine waits for the end of each job
-            self._refuse(refused, error)
+        def begin() -> None:
+            try:
+                self._jobs[number] = call(keys, self.view, slots, tag=number)
+            except Exception as error:  # class 4: the engine waits for the end of each job
+                refuse(error)
 
-    def _note_begun(self, job: PageJob) -> None:
-        """Note a job that has begun, unless it has been reported."""
-        with self._lock:
-            if job.tag in self._jobs:
-                self._jobs[job.tag] = job
+        def refuse(why: object) -> None:
+            text = "A %s of %d pages of an engine is refused: %s"
+            _log.warning("refused", text, kind, len(keys), why)
+            self._jobs[number] = PageJob(kind, keys, self.pages.size.nbytes, number).follow(None)
 
-    def _refuse(self, refused: PageJob, why: object) -> None:
-        """End a job without a page."""
-        text = "A %s of %d pages of an engine is refused: %s"
-        _log.warning("refused", text, refused.kind, len(refused.keys), why)
-        self._note_begun(refused)
-        self._store.ended.add(refused)
+        self._jobs[number] = None
+        if not self._calls.add(begin):
+            refuse("Expected a tier that is open, got one that was closed.")
 
     def ended(self) -> list[PageJob]:
         """Return the jobs that have ended since the last call."""
-        finished = self._store.finished()
-        if self._calls.closed:  # the queue of a store that was closed takes no jobs
-            finished += [job for job in self._begun() if job.done()]
-        jobs = list[PageJob]()
-        for job in finished:
-            with self._lock:
-                reported = job.tag not in self._jobs
-                self._jobs.pop(job.tag, None)
-            if not reported:
-                self._note(job)
-                jobs.append(job)
-        return jobs
+        ended = [job for job in self._begun() if job.done()]
+        for job in ended:
+            del self._jobs[job.tag]
+            self._note(job)
+        return ended
 
     def _begun(self) -> list[PageJob]:
         """Return the jobs that have begun and were not reported, in order."""
-        with self._lock:
-            return [job for job in self._jobs.values() if job is not None]
+        return [job for job in [*self._jobs.values()] if job is not None]
 
     def drain(self) -> None:
         """Wait until all jobs have ended; `ended` returns them then.
 
-        Jobs that hang are cancelled after a minute, and saves end then: a tier has copies of their
-        pages.
+        Jobs that hang are cancelled at their deadline, a minute for saves, which end then: a tier
+        has copies of their pages.
         """
         self._calls.wait()
-        jobs = self._begun()
-        until = time.monotonic() + SAVE
-        for job in jobs:
-            job.wait(max(0.0, until - time.monotonic()))
-        for job in jobs:
-            while not (job.give_up() or job.wait(PACE)):
-                continue
-            self._store.ended.add(job)  # its end may be reported a moment later
+        for job in self._begun():
+            job.wait()
 
     def touch(self, keys: Collection[bytes]) -> None:
         """Note that pages are used, in the order of their chains. `step` records it."""

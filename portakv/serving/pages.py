@@ -7,6 +7,8 @@ memory hand over such pages by key.
 
 from __future__ import annotations
 
+import logging
+import math
 import os
 import threading
 import time
@@ -14,8 +16,10 @@ from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from functools import partial
 from hashlib import blake2b
-from itertools import compress, takewhile
+from itertools import takewhile
+from math import gcd
 from pathlib import Path
+from secrets import token_hex
 from shutil import rmtree
 from typing import Any, Literal, NamedTuple, TypeAlias, TypeVar
 
@@ -25,10 +29,11 @@ import torch
 
 from portakv.arguments import instance, invalid, items, octets, seconds, text, whole
 from portakv.errors import InvalidTerms, PortaKVError, StoreError, TransferTimeout
-from portakv.runtime.finished import Finished
-from portakv.serving.local import PATIENCE, StoreTerms, found_in, open_store
-from portakv.serving.server.client import GRACE, ServerBlocks, ServerTransfer
+from portakv.runtime.rate_limited_log import SLOW_DEVICE, RateLimitedLog
+from portakv.serving.local import PATIENCE, StoreTerms, found_in, log_start, open_store
+from portakv.serving.server.client import GRACE, ServerBlocks, ServerTransfer, StoreClient
 from portakv.serving.server.index import ServerIndex
+from portakv.serving.server.server import StoreServer, place_of
 from portakv.serving.worker import is_done
 from portakv.storage import BlockForm, BlockStore
 from portakv.storage.calls import Change
@@ -38,7 +43,7 @@ from portakv.storage.tiers.base import Keys
 from portakv.storage.tiers.files import claim, unusable
 from portakv.storage.tiers.files import forms_in as every_form_in
 from portakv.storage.work import Handle, Mask
-from portakv.tasks import Priority
+from portakv.tasks import End, Priority, Wait, runtime
 from portakv.view import IdList, KVView
 
 # ------------------------------------------------------------------------------------------------
@@ -150,8 +155,11 @@ def sizes_in(terms: StoreTerms, model: str, identity: str = "") -> list[PageSize
 # A save or a load of pages.
 
 
-class PageJob:
-    """A save or a load of pages. Any thread may call.
+class PageJob(End[None]):
+    """A save or a load of pages, and its end. Any thread may call.
+
+    Args:
+        limit: seconds after which the job is late.
 
     Attributes:
         kind: "save" or "load".
@@ -160,91 +168,96 @@ class PageJob:
         nbytes: bytes of a page.
         began: when the call was made, in seconds of `time.monotonic`.
         seconds: from then to the end; 0 before the end.
-        handle: of the store, or the transfer of a server; None if there was no store.
+        landed: the pages that are stored, or were loaded, bool ``[keys]``; none before the end.
+        given_up: a tier held a save for too long. Pages that are being written may land later.
     """
 
     def __init__(
-        self, kind: Literal["save", "load"], keys: Keys, nbytes: int, tag: Hashable
+        self,
+        kind: Literal["save", "load"],
+        keys: Keys,
+        nbytes: int,
+        tag: Hashable,
+        limit: float = math.inf,
     ) -> None:
+        super().__init__(runtime())
         self.kind = kind
         self.keys = keys
         self.tag = tag
         self.nbytes = nbytes
         self.began = time.monotonic()
         self.seconds = 0.0
-        self.handle: Handle | ServerTransfer | None = None
-        self._until: dict[PageJob, float] | None = None  # has the job until its end
-        self._given_up: Mask | None = None  # the pages that had landed by then
+        self.landed: Mask = np.zeros(len(keys), np.bool_)
+        self.given_up = False
+        self._until = self.began + limit
+        self._handle: Handle | ServerTransfer | None = None
 
     def __repr__(self) -> str:
         return f"PageJob({self.kind}, {len(self.keys)} pages, tag={self.tag!r})"
 
-    @property
-    def landed(self) -> Mask:
-        """Return the pages that are stored, or were loaded, bool ``[keys]``; none before the
-        end."""
-        if self._given_up is not None:
-            return self._given_up
-        if self.handle is None:
-            return np.zeros(len(self.keys), np.bool_)
-        return self.handle.landed
+    def follow(self, handle: Handle | ServerTransfer | None) -> PageJob:
+        """End with the transfer of a store, or now without one; return the job."""
+        self._handle = handle
+        if handle is None:
+            self._end()
+        else:
+            handle.when_ended(self._end)
+        return self
 
     def done(self) -> bool:
-        """Return whether the job has ended, so that nothing uses the pages; never block or
-        raise."""
-        if self.handle is None or self._given_up is not None:
-            return True
-        return is_done(self.handle)
+        """Return whether the job has ended, so that nothing uses the pages; never block or raise.
+
+        Cancels a job that is late, and ends a save of which nothing reads the pages any more.
+        """
+        handle = self._handle
+        if not self.ended and handle is not None and time.monotonic() >= self._until:
+            handle.cancel()
+            if handle.released is not None and is_done(handle.released):
+                self._end(given_up=True)
+        return super().done()
 
     def wait(self, timeout: float | None = None) -> bool:
         """Block until the job has ended, at most so many seconds; return whether it has."""
-        limit = seconds("timeout", timeout, optional=True)
-        if self.handle is not None and self._given_up is None:
-            with suppress(PortaKVError):
-                self.handle.synchronize(limit)
-        return self.done()
+        until = time.monotonic() + seconds("timeout", timeout, optional=True)
+        while not self.done():
+            left = until - time.monotonic()
+            if left <= 0:
+                return False
+            super().wait(min(left, self._pause()))
+        return True
 
-    def give_up(self) -> bool:
-        """Cancel a job; end a save that a tier holds, once nothing reads its pages.
-
-        Returns whether the job has ended. Pages that are being written may land later.
-        """
-        self.cancel()
-        released = None if self.handle is None else self.handle.released
-        unused = released is not None and is_done(released)
-        if unused and self._until is not None and self._until.pop(self, None) is not None:
-            self._given_up = self.landed.copy()
-            self._add()
-        return self.done()
+    async def until_end(self) -> None:
+        """Wait in a coroutine until the job has ended."""
+        while not self.done():
+            wait = Wait(until=time.monotonic() + self._pause())
+            self.on_end(partial(self._runtime.wake, wait))
+            await wait
 
     def cancel(self) -> bool:
         """Move no further page; return whether some pages will not be moved.
 
         The pages that are being moved are in use until the end.
         """
-        return self.handle is not None and self.handle.cancel()
+        return self._handle is not None and self._handle.cancel()
 
-    def _follow(
-        self,
-        handle: Handle | ServerTransfer,
-        ended: Finished[PageJob],
-        until: dict[PageJob, float] | None,
-    ) -> None:
-        """Add the job to a queue at the end of its handle, or when it is given up."""
-        self.handle = handle
-        self._ended = ended
-        self._until = until
-        handle.when_ended(self._end)
+    def _pause(self) -> float:
+        """Return the seconds until the next call of `done` is due: one of a job that is late."""
+        return max(self._until - time.monotonic(), SOON)
 
-    def _end(self) -> None:
-        if self._until is None or self._until.pop(self, None) is not None:
-            self._add()
-
-    def _add(self) -> None:
-        self.seconds = time.monotonic() - self.began
-        self._ended.add(self)
+    def _end(self, given_up: bool = False) -> None:
+        """Note the end, once."""
+        with self._runtime.lock:
+            if self.ended:
+                return
+            if self._handle is not None:
+                self.landed = self._handle.landed
+            self.given_up = given_up
+            self.seconds = time.monotonic() - self.began
+            self.settle(None, None)
 
 
+#: Seconds between two looks at a job that is late.
+SOON = 0.1
 #: Seconds after which a save gives up the pages that are not stored: a disk that hangs must not
 #: hold the engine's pages for ever.
 SAVE = 60.0
@@ -292,13 +305,7 @@ class ServerPageBlocks:
 
     def pin(self, keys: Keys) -> Pins:
         """Keep pages from eviction; asks the server only if one is known to have a page."""
-        there = [*compress(range(len(keys)), self.has_each(keys))]
-        pins = Pins(len(keys))
-        if there:
-            made = self._blocks.pin([keys[at] for at in there])
-            for place in np.flatnonzero(made.held).tolist():
-                pins.add(there[place], made.release)
-        return pins
+        return self._blocks.pin(keys) if any(self.has_each(keys)) else Pins(len(keys))
 
     def touch(self, keys: Keys) -> None:
         """Do nothing: a server records no use but that of loads."""
@@ -309,44 +316,23 @@ PageBlocks: TypeAlias = "FormStore | ServerPageBlocks"
 
 
 class SizedPages:
-    """The pages of each size of a store, and their jobs: the base of stores of pages.
+    """The pages of each size of a store: the base of stores of pages.
 
     Attributes:
         terms: where pages are stored.
-        ended: the jobs that have ended, unless a call names another queue.
-        until: of jobs that have not ended, by when they have to. The thread that removes a job
-            from here ends it.
+        remote: another process answers some calls, and its index follows the end of a save.
     """
+
+    remote = False
 
     def __init__(self, terms: StoreTerms) -> None:
         self.terms = instance("terms", terms, StoreTerms)
-        self.ended = Finished[PageJob]()
-        self.ended.start()
-        self.until = dict[PageJob, float]()
+        check_raw(terms)
         self._sizes = dict[PageSize, Pages]()
 
     def every(self) -> list[Pages]:
         """Return the pages of each size."""
         return [*self._sizes.values()]
-
-    def finished(self) -> list[PageJob]:
-        """Return the jobs that have ended since the last call. There is one consumer.
-
-        Jobs that are late end in this call if all workers or a server hang, and saves that a tier
-        holds past their deadline: a consumer that sleeps on `fileno` makes it now and then, too.
-        """
-        now = time.monotonic()
-        for job, until in [*self.until.items()]:
-            if until <= now:
-                job.give_up()
-        return self.ended.take()
-
-    def fileno(self) -> int:
-        """Return a descriptor that is readable while `finished` has jobs; -1 after `close`.
-
-        Raises `HostMemoryError` without a free descriptor.
-        """
-        return self.ended.fileno()
 
 
 class PageStore(SizedPages):
@@ -384,7 +370,6 @@ class PageStore(SizedPages):
                 "Expected terms of a store of this process, got shared=True. Leave it out, and "
                 "give each process of the host a separate folder."
             )
-        check_raw(terms)
         self._model = text("model", model)
         self._identity = text("identity", identity, least=0, most=1 << 15)
         self._patience = seconds("patience", patience)
@@ -393,7 +378,7 @@ class PageStore(SizedPages):
         for size in items("sizes", sizes, "sizes of pages"):
             made = size if isinstance(size, PageSize) else PageSize(whole("sizes", size, 1))
             form = made.form(self._model, self._identity)
-            self._sizes[made] = Pages(self, made, form)
+            self._sizes[made] = Pages(made, form, self.terms.deadline)
         if self._sizes:
             with self._lock:
                 self._open()
@@ -413,13 +398,13 @@ class PageStore(SizedPages):
         Raises `InvalidTerms`, `StoreError` and `StoreBusy` as the constructor does. The store is
         closed then, and the next call opens it again.
         """
-        size = PageSize(whole("nbytes", nbytes, 1), whole("runs", runs, 1, 1 << 16))
+        size = PageSize(nbytes, runs)
         with self._lock:
             found = self._sizes.get(size)
             is_new = found is None
             if found is None:
                 form = size.form(self._model, self._identity)
-                found = Pages(self, size, form)
+                found = Pages(size, form, self.terms.deadline)
                 nbytes = form.image_bytes
                 if nbytes > self.terms.staging:  # before anything is closed
                     raise StoreError(
@@ -487,7 +472,6 @@ class PageStore(SizedPages):
             self._close(max(0.0, until - time.monotonic()))
         finally:
             self._lock.release()
-        self.ended.close()
 
     def clear(self) -> bool:
         """Remove all pages from the disk and from memory; return False with a bucket.
@@ -537,16 +521,17 @@ class Pages:
     Attributes:
         size: of the pages.
         form: of the stored pages.
+        deadline: seconds after which a load gives up, unless it has its own deadline.
         blocks: the store of the form; None while it is closed.
     """
 
     def __init__(
-        self, store: SizedPages, size: PageSize, form: BlockForm, blocks: PageBlocks | None = None
+        self, size: PageSize, form: BlockForm, deadline: float, blocks: PageBlocks | None = None
     ) -> None:
         self.size = size
         self.form = form
+        self.deadline = deadline
         self.blocks = blocks
-        self._store = store
 
     def over(self, memory: object) -> KVView:
         """Return a view of memory of the engine, whose slots are pages.
@@ -642,7 +627,6 @@ class Pages:
         priority: Priority = "normal",
         deadline: float | None = SAVE,
         tag: Hashable = None,
-        ended: Finished[PageJob] | None = None,
     ) -> PageJob:
         """Save pages, which must keep their bytes until the job has ended.
 
@@ -657,7 +641,6 @@ class Pages:
             priority: among the jobs of the store.
             deadline: seconds after which pages that are not stored are given up; None: never.
             tag: any value, for the caller.
-            ended: the queue that takes the job at its end; None: that of the store.
 
         Raises `InvalidTerms`, `LayoutError` and `SlotError` as `BlockStore.save` does.
         """
@@ -665,7 +648,8 @@ class Pages:
         follows: list[bytes | None] = [None] * len(names)
         if after is not None:
             follows = [None if each is None else page_key(each) for each in after]
-        job = PageJob("save", keys, self.size.nbytes, tag)
+        limit = math.inf if deadline is None else deadline
+        job = PageJob("save", keys, self.size.nbytes, tag, limit)
         handle = None
         if names:
             handle = self._asked(
@@ -679,7 +663,7 @@ class Pages:
                 ),
                 None,
             )
-        return self._begun(job, handle, ended, deadline)
+        return job.follow(handle)
 
     def load(
         self,
@@ -690,7 +674,6 @@ class Pages:
         priority: Priority = "urgent",
         deadline: float | None = None,
         tag: Hashable = None,
-        ended: Finished[PageJob] | None = None,
     ) -> PageJob:
         """Load pages into memory, which belongs to the job until its end.
 
@@ -700,8 +683,8 @@ class Pages:
         Raises `InvalidTerms`, `LayoutError` and `SlotError` as `BlockStore.load` does.
         """
         names = _names(keys)
-        job = PageJob("load", keys, self.size.nbytes, tag)
-        until = self._store.terms.deadline if deadline is None else deadline
+        limit = self.deadline if deadline is None else deadline
+        job = PageJob("load", keys, self.size.nbytes, tag, limit + GRACE)
         handle = None
         if names:
             handle = self._asked(
@@ -710,12 +693,12 @@ class Pages:
                     _slots(view, slots),
                     names,
                     priority=priority,
-                    deadline=until,
+                    deadline=limit,
                     missing="skip",
                 ),
                 None,
             )
-        return self._begun(job, handle, ended, until + GRACE)
+        return job.follow(handle)
 
     def pin(self, keys: Keys) -> Pins:
         """Keep pages from eviction until `Pins.release`, as far as they are there.
@@ -747,25 +730,6 @@ class Pages:
                 return ask(blocks)
         return otherwise
 
-    def _begun(
-        self,
-        job: PageJob,
-        handle: Handle | ServerTransfer | None,
-        ended: Finished[PageJob] | None,
-        give_up: float | None,
-    ) -> PageJob:
-        """Have a queue take a job at its end, or so many seconds later if a tier holds it."""
-        queue = self._store.ended if ended is None else ended
-        if handle is None:
-            queue.add(job)
-            return job
-        until = None
-        if give_up is not None:
-            until = self._store.until
-            until[job] = job.began + give_up
-        job._follow(handle, queue, until)
-        return job
-
 
 def _names(keys: object) -> list[bytes]:
     """Return the keys of the store for keys of any length. Raises `InvalidTerms`."""
@@ -795,3 +759,260 @@ def _bytes_of(memory: object) -> npt.NDArray[np.uint8] | None:
     if array.shape[1] and array.strides[1] != array.itemsize:
         return None
     return array.view(np.uint8)
+
+
+# ------------------------------------------------------------------------------------------------
+# Stores of pages: of this process, and of a host's server.
+
+
+def page_store(
+    terms: StoreTerms, model: str, sizes: Sequence[PageSize], identity: str = ""
+) -> PageStore | ServerPageStore:
+    """Return a store of pages by its terms: that of a server if they have ``shared``.
+
+    The log has a line about it. Raises `InvalidTerms` for a folder that cannot be made or written,
+    and as `PageStore` and `ServerPageStore` do.
+    """
+    terms.check_usable()
+    store: PageStore | ServerPageStore
+    server = "This process"
+    if terms.shared:
+        store = ServerPageStore(terms, model, sizes, identity)
+        if not store.serves:
+            server = "Another process of this host"
+    else:
+        store = PageStore(terms, model, sizes, identity=identity)
+    log_start(terms, "pages", store.count(), server)
+    return store
+
+
+class ServerPageStore(SizedPages):
+    """Pages of bytes in the host memory of an engine, in the store of a server.
+
+    Args:
+        terms: where pages are stored, with a folder and ``shared``, without an encoding. Each
+            process has equal terms.
+        model: the name of the model.
+        sizes: of the pages, equal in all processes.
+        identity: what else fixes the bytes of a page; see `PageStore`.
+        patience: seconds to wait for a server. Without one, pages are missing until one serves.
+
+    Raises:
+        InvalidTerms: wrong terms, or pages that a server of the folder refuses, such as those of
+            another model.
+        StoreError: a folder that cannot be used.
+    """
+
+    remote = True
+
+    def __init__(
+        self,
+        terms: StoreTerms,
+        model: str,
+        sizes: Sequence[PageSize],
+        identity: str = "",
+        patience: float = 10.0,
+    ) -> None:
+        super().__init__(terms)
+        check_shared(terms)
+        forms = [size.form(model, identity) for size in sizes]
+        engine = token_hex(16)  # its own: a save waits for no other process
+        place = place_of(terms, engine)
+        self._store_server = StoreServer(terms, engine)
+        self._client = StoreClient(place, forms, engine)
+        self._index = ServerIndex(place, engine, len(forms))
+        for number, size in enumerate(sizes):
+            blocks = ServerPageBlocks(self._client.blocks[number], self._index, number)
+            self._sizes[size] = Pages(size, forms[number], terms.deadline, blocks)
+        try:
+            if self._client.wait(patience):
+                self._index.wait(patience)
+        except BaseException:
+            self.close()
+            raise
+
+    def pages(self, nbytes: int, runs: int = 1) -> Pages:
+        """Return the pages of a size. Raises `InvalidTerms` for a size that the store lacks."""
+        size = PageSize(nbytes, runs)
+        if size not in self._sizes:
+            raise InvalidTerms(
+                f"Expected a size of {[*self._sizes]}, got {size}. Pass all sizes when the store "
+                f"is made."
+            )
+        return self._sizes[size]
+
+    def changes(self) -> list[Change]:
+        """Return the pages that were stored or lost since the last call, by any process.
+
+        The first call returns none. Their keys are those of `page_key`.
+        """
+        self._index.record(every=True)
+        return self._index.take_events()
+
+    @property
+    def serves(self) -> bool:
+        """Return whether this process serves the store; others may."""
+        return self._store_server.serves
+
+    def count(self) -> int:
+        """Return the pages that the server has of these sizes."""
+        return sum(self._index.counts())
+
+    def usage(self) -> Usage:
+        """Return how full the store is, by the pages that the server has of these sizes."""
+        counts = self._index.counts()
+        sizes = [pages.form.image_bytes for pages in self.every()]
+        used = sum(count * nbytes for count, nbytes in zip(counts, sizes, strict=False))
+        return Usage(used, self.terms.capacity)
+
+    def clear(self) -> bool:
+        """Return False: other processes use the pages. `portakv store wipe` removes them."""
+        return False
+
+    def close(self, timeout: float = 10.0) -> None:
+        """End the jobs in flight within so many seconds, and leave the store to the others."""
+        self._index.close()
+        self._client.close(timeout)
+        self._store_server.close(timeout)
+
+
+# ------------------------------------------------------------------------------------------------
+# The pages of a pool of host memory, for an engine whose threads wait for them.
+
+_log = RateLimitedLog(logging.getLogger(__name__))
+#: The most runs of a page: more are too short to be copied one by one.
+MOST_RUNS = 4096
+#: Seconds between two lines of the log about a load that does not end.
+POOL_GRACE = 5.0
+
+
+class PagePool:
+    """The pages of one pool of an engine's host memory, in a `PageStore` or a `ServerPageStore`.
+
+    A page has pieces of any lengths, each at a separate address: one for keys and one for values,
+    or two for each layer. A piece is cut into runs, which have equal lengths in all pieces.
+
+    Its calls wait until nothing uses the memory any more, and raise nothing for a store that fails:
+    a page that did not come, or was not stored, is False in the result. Any thread may call.
+
+    Args:
+        pieces: bytes of each piece of a page, in their order.
+        identity: what tells the pages from those of other pools that have equal keys.
+
+    Raises `InvalidTerms` for pieces that no page has.
+
+    Attributes:
+        size: of the pages.
+    """
+
+    def __init__(self, pieces: Sequence[int], identity: bytes = b"") -> None:
+        sizes = [whole("pieces", size, 1) for size in items("pieces", pieces, "bytes of pieces")]
+        if not sizes:
+            raise invalid("pieces", "bytes of pieces", pieces)
+        run = gcd(*sizes)
+        counts = [size // run for size in sizes]
+        if sum(counts) > MOST_RUNS:
+            expected = f"pieces of at most {MOST_RUNS} equal runs together"
+            raise invalid("pieces", expected, pieces)
+        self.size = PageSize(sum(sizes), sum(counts))
+        self._identity = octets("identity", identity)
+        # Of each run: the number of its piece, and its place in the piece.
+        self._piece = np.repeat(np.arange(len(sizes)), counts)
+        self._offset = np.concatenate([np.arange(count) for count in counts]) * run
+        #: Of each piece, its place in a page whose pieces lie one after the other.
+        self._places = np.cumsum([0, *sizes[:-1]])
+        self._pages: Pages | None = None
+        self._deadline = 0.0
+
+    def open(self, store: PageStore | ServerPageStore) -> None:
+        """Use a store from now on. Raises as `PageStore.pages` does."""
+        self._pages = store.pages(*self.size)
+        self._deadline = store.terms.deadline
+
+    def lookup(self, keys: Keys) -> int:
+        """Return the number of leading pages that can be loaded; a bucket has a second to
+        answer."""
+        pages = self._pages
+        return 0 if pages is None else pages.lookup(self._names(keys))
+
+    def holds(self, keys: Keys) -> Mask:
+        """Return which pages can be loaded, as far as is known here, bool ``[keys]``."""
+        pages = self._pages
+        if pages is None:
+            return np.zeros(len(keys), np.bool_)
+        return pages.holds(self._names(keys))
+
+    def restorable(self, keys: Keys, trailing: int | None = None) -> Mask:
+        """Return for each number of leading pages, less one, whether it can be restored, bool
+        ``[keys]``.
+
+        ``trailing``: the number of last pages that this needs; None: all of them.
+        """
+        count = len(keys)
+        if trailing is None:
+            return np.arange(count) < self.lookup(keys)
+        self.lookup(keys[-trailing:])  # a bucket is asked about the last pages
+        missing = np.cumsum(np.r_[0, ~self.holds(keys)])
+        first = np.maximum(0, np.arange(1, count + 1) - trailing)
+        able: Mask = missing[1:] == missing[first]
+        return able
+
+    def save(self, keys: Keys, addresses: npt.ArrayLike, after: bytes | None = None) -> Mask:
+        """Store pages; return which of them are stored now, bool ``[keys]``.
+
+        Args:
+            keys: of the pages, each of which follows the one before it.
+            addresses: of the pieces of each page, int ``[keys, pieces]``; for pages whose pieces
+                lie one after the other ``[keys, 1]``.
+            after: the key that the first page follows; None: it begins a prompt.
+        """
+        names = self._names(keys)
+        first = None if after is None else self._names([after])[0]
+        follows = [first, *names[:-1]][: len(names)]
+        return self._moved("save", names, addresses, after=follows)
+
+    def load(self, keys: Keys, addresses: npt.ArrayLike) -> Mask:
+        """Load pages; return which of them have come, with verified bytes, bool ``[keys]``.
+
+        The others are not written. The arguments are those of `save`.
+        """
+        return self._moved("load", self._names(keys), addresses)
+
+    def _moved(
+        self,
+        kind: Literal["save", "load"],
+        names: Keys,
+        addresses: npt.ArrayLike,
+        **terms: Any,
+    ) -> Mask:
+        """Save or load pages; return which of them landed, once nothing uses the memory."""
+        pages = self._pages
+        if pages is None or not names:
+            return np.zeros(len(names), np.bool_)
+        call: Callable[..., PageJob] = pages.save if kind == "save" else pages.load
+        job = call(names, pages.at(self._runs(addresses)), deadline=self._deadline, **terms)
+        patience = self._deadline + POOL_GRACE
+        while not job.wait(patience):
+            line = f"A {kind} of pages takes too long, and still uses its memory. %s"
+            _log.warning(kind, line, SLOW_DEVICE)
+            patience = POOL_GRACE
+        if job.given_up:
+            line = "A save of pages was given up: a tier is slow, or hangs. %s"
+            _log.warning("save", line, SLOW_DEVICE)
+        return job.landed
+
+    def _names(self, keys: Keys) -> list[bytes]:
+        """Return keys that no other pool has."""
+        return [key + self._identity for key in keys] if self._identity else [*keys]
+
+    def _runs(self, addresses: npt.ArrayLike) -> npt.NDArray[Any]:
+        """Return the addresses of the runs of pages, int64 ``[pages, runs]``."""
+        given = np.asarray(addresses, np.int64)
+        pieces = len(self._places)
+        if given.ndim != 2 or given.shape[1] not in (1, pieces):
+            expected = f"numbers [pages, {pieces}]"
+            raise invalid("addresses", expected, addresses)
+        if given.shape[1] < pieces:
+            given = given + self._places
+        runs: npt.NDArray[Any] = given[:, self._piece] + self._offset
+        return runs

@@ -26,8 +26,7 @@ from portakv.migrate.described import can_resize, scratch_like
 from portakv.migrate.messages import EndNamed
 from portakv.migrate.reader import LONG
 from portakv.runtime.rate_limited_log import RateLimitedLog
-from portakv.serving.handover import Handover
-from portakv.serving.handover_tickets import HandoverTerms
+from portakv.serving.handover import Handover, HandoverTerms
 from portakv.serving.plan import Handovers, OfferJob, PullJob
 from portakv.view import Index, KVView
 

@@ -17,7 +17,7 @@ from typing import NamedTuple, Protocol
 from portakv.errors import InvalidTerms
 from portakv.runtime import tracing
 from portakv.runtime.bounded import Bounded
-from portakv.serving.handover_tickets import Endpoint, RemoteRows, Tickets
+from portakv.serving.handover import Endpoint, RemoteRows, Tickets
 from portakv.serving.plan import NO_HANDOVERS, NO_PLAN, Blocks, Job, Plan, PullJob, Report
 from portakv.storage.keys import KeyChain
 from portakv.storage.tiers.base import Keys

@@ -7,13 +7,10 @@ import re
 from collections.abc import Container, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
-from portakv.arguments import whole
 from portakv.errors import InvalidTerms
 
 #: The configuration of a model, as ``config.json`` has it.
 Config: TypeAlias = "Mapping[str, Any]"
-#: Bytes of a number, by the name of its dtype in a model's configuration.
-ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "fp8": 1, "int8": 1}
 #: Tokens of a step of a serving engine, whose rows are saved together.
 STEP = 8192
 #: Steps whose rows are in staging at the same time: of saves, and of loads.
@@ -183,27 +180,19 @@ class _Unknown(Exception):
     """A configuration whose rows are not known, for the reason in the text."""
 
 
-def sizes_of(config: Config, dtype: str = "", ranks: int = 1) -> Sizes:
+def sizes_of(config: Config) -> Sizes:
     """Return the sizes of a model.
 
     Args:
         config: of ``config.json``, as Hugging Face has it.
-        dtype: of the rows; empty: the model's.
-        ranks: of tensor parallelism, of which each keeps a part of the heads.
 
     A key that may decide what a row is, and is not known, gives no size. Speculative layers, which
     an engine has on request, are not counted.
 
-    Raises `InvalidTerms` for a configuration without layers or with a value that is not a number,
-    and for an unknown dtype.
+    Raises `InvalidTerms` for a configuration without layers or with a value that is not a number.
     """
-    whole("ranks", ranks, 1)
     config = _text_model(config)
-    if dtype and dtype not in ITEM_BYTES:
-        raise InvalidTerms(
-            f"Expected a dtype of {', '.join(ITEM_BYTES)}, got {dtype!r}. Pass the rows' dtype."
-        )
-    item = ITEM_BYTES[dtype] if dtype else _item_bytes(config)
+    item = _item_bytes(config)
     refused = _refusal_of_keys(config)
     if refused:
         unknown = "its layers keep no rows of a fixed size for each token"
@@ -211,7 +200,7 @@ def sizes_of(config: Config, dtype: str = "", ranks: int = 1) -> Sizes:
     try:
         _check_keys(config)
         kinds = _kinds(config)
-        rows = _rows(config, kinds, ranks)
+        rows = _rows(config, kinds)
         indices = _indices(config, kinds)
         window = _optional(config, "sliding_window") if WINDOW in kinds else None
         refused = _refusal(config, kinds, rows, indices)
@@ -394,11 +383,11 @@ def _by_window(config: Config, count: int) -> list[str]:
     return [FULL if layer in full else WINDOW for layer in range(count)]
 
 
-def _rows(config: Config, kinds: Sequence[str], ranks: int) -> list[int]:
+def _rows(config: Config, kinds: Sequence[str]) -> list[int]:
     """Return the numbers of a row in each layer: of keys and values, or a latent row."""
     if not any(kind in (FULL, WINDOW) for kind in kinds):
         return [0] * len(kinds)
-    if config.get("kv_lora_rank"):  # each rank has the latent row
+    if config.get("kv_lora_rank"):
         latent = _number(config, "kv_lora_rank") + _number(config, "qk_rope_head_dim")
         return [latent if kind in (FULL, WINDOW) else 0 for kind in kinds]
     heads = _number(config, *HEADS)
@@ -406,12 +395,12 @@ def _rows(config: Config, kinds: Sequence[str], ranks: int) -> list[int]:
     if blocks:
         dim = _number(config, *HEAD_DIM, default=_number(config, *WIDTH) // heads)
         counts = [_kv_heads_of(block, heads) for block in _items(blocks)]
-        return [2 * dim * max(1, count // ranks) if count else 0 for count in counts[: len(kinds)]]
-    wide = {kind: _wide(config, kind, heads, ranks) for kind in (FULL, WINDOW) if kind in kinds}
+        return [2 * dim * count for count in counts[: len(kinds)]]
+    wide = {kind: _wide(config, kind, heads) for kind in (FULL, WINDOW) if kind in kinds}
     return [wide.get(kind, 0) for kind in kinds]
 
 
-def _wide(config: Config, kind: str, heads: int, ranks: int) -> int:
+def _wide(config: Config, kind: str, heads: int) -> int:
     """Return the numbers of keys and values of a token in a layer of a kind."""
     kv_heads = _number(config, *KV_HEADS, default=heads)
     if config.get("multi_query") is True and not config.get("new_decoder_architecture"):
@@ -428,7 +417,7 @@ def _wide(config: Config, kind: str, heads: int, ranks: int) -> int:
         dim = values = _number(config, "global_head_dim")
     if kind == FULL and config.get("attention_k_eq_v"):  # engines store both all the same
         kv_heads = _number(config, "num_global_key_value_heads", default=kv_heads)
-    return (dim + values) * max(1, kv_heads // ranks)
+    return (dim + values) * kv_heads
 
 
 def _indices(config: Config, kinds: Sequence[str]) -> list[int]:

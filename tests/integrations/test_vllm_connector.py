@@ -42,7 +42,7 @@ from portakv.integrations.vllm.caches import (
 )
 from portakv.integrations.vllm.ranks import index_of, words_of
 from portakv.serving import Group
-from portakv.serving.handover_tickets import Identity, RemoteRows
+from portakv.serving.handover import Identity, RemoteRows
 from portakv.serving.local import GroupView, LocalIndex, NoStore, StoreTerms
 from portakv.storage import prefix_keys
 from portakv.view import KVView

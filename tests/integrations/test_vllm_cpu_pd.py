@@ -451,7 +451,7 @@ def test_a_prefill_engine_that_is_restarted_at_its_address(
 
     def prefill(address: str, what: list[int], folder: Path) -> None:
         if not guard:
-            for name in ("portakv.migrate.owner", "portakv.serving.handover_tickets"):
+            for name in ("portakv.migrate.owner", "portakv.serving.handover"):
                 repeat_bytes(name)
         serving = prefill_engine(model, hand_over={"address": address, "secret_file": str(secret)})
         note(folder / "address", serving.engine.worker_connector.store.handover.endpoint.address)

@@ -15,7 +15,7 @@ from support.waits import LIMIT
 
 from portakv.errors import InvalidTerms
 from portakv.integrations.vllm.caches import roles_of
-from portakv.serving.handover_tickets import HandoverTerms
+from portakv.serving.handover import HandoverTerms
 
 TESTS = Path(__file__).resolve().parents[1]
 

@@ -13,7 +13,7 @@ import pytest
 from portakv.integrations.vllm.check import IDENTITY, TIER_KEYS, findings_of
 from portakv.integrations.vllm.metrics import REPORTED
 from portakv.integrations.vllm.moves import TERMS as WORKER_TERMS
-from portakv.serving.handover_tickets import HandoverTerms
+from portakv.serving.handover import HandoverTerms
 from portakv.serving.local import StoreTerms
 from portakv.serving.sizing import sizes_of
 
@@ -85,7 +85,7 @@ def test_the_pages_configurations_are_right(tmp_path: Path) -> None:
 def test_the_table_of_sizes_is_the_formulas() -> None:
     expected = []
     for name, config in MODELS.items():
-        sizes = sizes_of({"num_key_value_heads": 8, **config}, "bfloat16")
+        sizes = sizes_of({"num_key_value_heads": 8, **config, "torch_dtype": "bfloat16"})
         expected.append(
             [
                 name,

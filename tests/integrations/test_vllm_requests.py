@@ -20,7 +20,7 @@ from portakv.integrations.vllm.caches import (
     settings_of,
 )
 from portakv.serving import Group, SchedulerSide
-from portakv.serving.handover_tickets import Identity, RemoteRows
+from portakv.serving.handover import Identity, RemoteRows
 from portakv.serving.local import LocalIndex
 
 

@@ -28,7 +28,7 @@ from portakv.integrations import IntegrationError
 from portakv.integrations.vllm.connector import EndpointMetadata, PortaKVConnector, ReportMetadata
 from portakv.migrate import Ticket
 from portakv.serving import Plan, Report
-from portakv.serving.handover_tickets import Endpoint
+from portakv.serving.handover import Endpoint
 
 UNIT = "tests.v1.kv_connector.unit"
 utils: Any = importlib.import_module(f"{UNIT}.utils")

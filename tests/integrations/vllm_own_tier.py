@@ -22,7 +22,6 @@ from vllm.v1.kv_offload.file_mapper import FileMapper
 from vllm.v1.kv_offload.tiering.base import JobResult
 
 from portakv.integrations.vllm.tier import PortaKVTier
-from portakv.runtime.finished import Finished
 from portakv.serving.pages import PageStore
 
 TIERING = "vllm.v1.kv_offload.tiering"
@@ -87,7 +86,7 @@ class Chunks:
         self._tier = tier.tier
 
     def __setitem__(self, key: bytes, there: bool) -> None:
-        job = self._tier.pages.save([key], self._tier.view, [0], ended=Finished())
+        job = self._tier.pages.save([key], self._tier.view, [0])
         assert job.wait(LIMIT)
 
     def __contains__(self, key: bytes) -> bool:

@@ -321,7 +321,7 @@ def test_a_message_under_another_channels_name_is_refused() -> None:
     """The connection serves another channel already; the error does not say that it is full."""
     with server_and_asker() as (server, asker):
         asker.ask(server.address, Ping(), Pong)
-        asker._client.id = bytes(reversed(asker.id))
+        asker.id = bytes(reversed(asker.id))
         with pytest.raises(PeerError, match="the connection is another channel's"):
             asker.ask(server.address, Ping(), Pong)
 

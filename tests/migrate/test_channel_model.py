@@ -390,14 +390,8 @@ def test_any_order_of_requests(examples: int, cuts: int) -> None:
 class Repeating(Channel):
     """A channel that numbers every request of a connection alike."""
 
-    def __init__(self, *args: Any, **named: Any) -> None:
-        super().__init__(*args, **named)
-        self._client.__class__ = _AlikeNumbers
-
-
-class _AlikeNumbers(channel_client.Client):
-    def link(self, address: str) -> Any:
-        link = super().link(address)
+    def _link(self, address: str) -> Any:
+        link = super()._link(address)
         link.requests = 0
         return link
 

@@ -199,7 +199,7 @@ def test_a_stopped_owner_gets_one_handshake(made: Sides, nursery: Nursery, named
         both.reader.pull(ticket, both.into).synchronize(LIMIT)
         assert not any(each.done() for each in hung)
         assert both.right()
-        attempts = vars(vars(both.reader)["_connector"])["_attempts"]
+        attempts = vars(vars(both.reader)["_owners"])["_attempts"]
         assert [key[0] for key in attempts].count(address) == 1
         assert not any(each.ended for each in waiting)
         for each in waiting:

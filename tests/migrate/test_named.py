@@ -30,7 +30,6 @@ from portakv.errors import (
 )
 from portakv.migrate import Channel, Ticket, messages
 from portakv.migrate.channel import Peer
-from portakv.migrate.connections import Questions
 from portakv.migrate.named import MOMENT, Finder
 from portakv.migrate.owner import Owner
 from portakv.migrate.reader import Reader
@@ -226,12 +225,12 @@ def test_a_new_name_does_not_wait_for_the_pause_between_questions(
 ) -> None:
     """``asked``: the control, in which all names wait for the pause, which does not end."""
     pair = Pair(made)
-    monkeypatch.setattr("portakv.migrate.connections.PAUSE", 3600.0)
+    monkeypatch.setattr("portakv.migrate.named.PAUSE", 3600.0)
     monkeypatch.setattr(Finder, "find_now", lambda *_: False)
     if asked:
-        is_due = Questions.is_due
+        is_due = Finder.is_due
         monkeypatch.setattr(
-            Questions, "is_due", lambda self, owner, first=False: is_due(self, owner)
+            Finder, "is_due", lambda self, owner, kind, first=False: is_due(self, owner, kind)
         )
     for turn in range(3):
         name = token_bytes(16)
@@ -272,7 +271,7 @@ def test_a_call_finds_an_offer_that_exists(
 ) -> None:
     """``calls_ask`` False: the control. The reader's thread finds no offer in both cases."""
     pair = known_pair(made)
-    monkeypatch.setattr(Questions, "is_due", lambda *_, **__: False)
+    monkeypatch.setattr(Finder, "is_due", lambda *_, **__: False)
     if not calls_ask:
         monkeypatch.setattr(Finder, "find_now", lambda *_: False)
     monkeypatch.setattr("portakv.migrate.named.MOMENT", LIMIT)

@@ -21,7 +21,7 @@ from support.waits import LIMIT, until
 from portakv import KVView
 from portakv.errors import InvalidTerms, StoreError, TransferError
 from portakv.serving import Group, SchedulerSide
-from portakv.serving.bucket import BELIEVED, LOST, MISSING, MOST, BucketAnswers
+from portakv.serving.bucket import BELIEVED, FOUND, LOST, MISSING, MOST, BucketAnswers
 from portakv.serving.local import GroupView, LocalIndex, StoreTerms
 from portakv.serving.scheduler import PATIENCE
 from portakv.storage import Remote, prefix_keys
@@ -266,6 +266,15 @@ def test_no_request_waits_after_a_lookup_without_an_answer() -> None:
     assert case.answers.leading(third, 0) is None
 
 
+def test_blocks_that_a_bucket_has_are_believed_for_a_while() -> None:
+    case = Clocked()
+    assert case.answers.leading(KEYS, 0) is None
+    case.answers.ended(KEYS, 3, True)
+    assert [case.answers.has(key) for key in KEYS] == [True] * 3 + [False] * (len(KEYS) - 3)
+    case.now += FOUND
+    assert not case.answers.has(KEYS[0])
+
+
 def test_a_lookup_whose_end_is_never_reported_is_begun_anew() -> None:
     case = Clocked()
     assert case.answers.leading(KEYS, 0) is None
@@ -281,9 +290,7 @@ def test_lookups_are_bounded() -> None:
     assert answers == [None] * MOST + [0]
     case.answers.ended(many[0], 0, True)
     assert case.answers.leading(many[-1], 0) is None
-    case.answers.forget()
-    assert case.answers.leading(many[1], 0) is None
-    assert case.begun[-1] == many[1]
+    assert case.begun[-1] == many[-1]
 
 
 def test_a_lookup_that_cannot_begin_is_not_waited_for() -> None:

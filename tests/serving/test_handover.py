@@ -20,8 +20,7 @@ from portakv import KVView
 from portakv.errors import InvalidTerms
 from portakv.migrate import Shard, Ticket, messages, shared_empty
 from portakv.serving import GroupCache, Plan, Report, WorkerSide
-from portakv.serving.handover import Handover
-from portakv.serving.handover_tickets import HandoverTerms
+from portakv.serving.handover import Handover, HandoverTerms
 from portakv.serving.local import NoBlocks
 from portakv.serving.plan import NO_HANDOVERS, Handovers, OfferJob, PullJob, Renewal
 from portakv.storage import BlockForm

@@ -17,8 +17,7 @@ from support.waits import LIMIT, until
 from portakv import KVView
 from portakv.migrate import Shard, Ticket, shared_empty
 from portakv.serving import GroupCache, Plan, Report, WorkerSide
-from portakv.serving.handover import Handover
-from portakv.serving.handover_tickets import HandoverTerms
+from portakv.serving.handover import Handover, HandoverTerms
 from portakv.serving.local import NoBlocks
 from portakv.serving.plan import NO_HANDOVERS, Handovers, OfferJob, PullJob
 from portakv.storage import BlockForm

@@ -11,7 +11,7 @@ import pytest
 
 from portakv.errors import InvalidTerms
 from portakv.migrate import Ticket
-from portakv.serving.handover_tickets import (
+from portakv.serving.handover import (
     KEY,
     HandoverTerms,
     Identity,

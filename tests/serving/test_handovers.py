@@ -13,7 +13,7 @@ from support.serving_handovers import walk
 from portakv.migrate import Ticket
 from portakv.migrate.messages import Named
 from portakv.serving import Group, Report, SchedulerSide
-from portakv.serving.handover_tickets import RENEWALS, Endpoint, RemoteRows
+from portakv.serving.handover import RENEWALS, Endpoint, RemoteRows
 from portakv.serving.local import NoStore
 from portakv.serving.plan import NO_HANDOVERS, Handovers, PullJob, Renewal
 

@@ -18,7 +18,7 @@ from support.waits import LIMIT, until
 
 from portakv.errors import InvalidTerms
 from portakv.serving import StoreTerms
-from portakv.serving.page_tasks import PagePool, ServerPageStore
+from portakv.serving.pages import PagePool, ServerPageStore
 
 PIECES = [512, 256]
 COUNT = 12

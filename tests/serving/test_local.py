@@ -16,8 +16,7 @@ from support.waits import LIMIT
 from portakv import KVView
 from portakv.errors import InvalidTerms, StoreBusy
 from portakv.serving.local import GroupView, LocalIndex, StoreTerms, found_in, log_start
-from portakv.serving.page_tasks import page_store
-from portakv.serving.pages import PageSize
+from portakv.serving.pages import PageSize, page_store
 from portakv.storage import BlockForm, prefix_keys
 
 

@@ -23,7 +23,7 @@ from support.waits import LIMIT, until
 
 from portakv.errors import InvalidTerms
 from portakv.serving import PageStore, StoreTerms
-from portakv.serving.page_tasks import MOST_RUNS, PagePool
+from portakv.serving.pages import MOST_RUNS, PagePool
 from portakv.storage.tiers import disk as disk_store
 
 PIECES = [512, 256, 64]
@@ -251,7 +251,7 @@ import os, sys
 sys.path.insert(0, {tests!r})
 from serving.test_page_pool import KEYS, Memory, PIECES, opened, terms_of
 from pathlib import Path
-from portakv.serving.page_tasks import PagePool
+from portakv.serving.pages import PagePool
 
 pool = PagePool(PIECES, b"pool")
 opened(terms_of(Path({folder!r})), pool)

@@ -271,26 +271,6 @@ def test_late_tasks_end_while_all_workers_hang(
     again.tasks.close(LIMIT)
 
 
-def test_late_loads_end_before_the_next_usual_look(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The coroutine of the tasks sleeps when they begin, for longer than the test takes."""
-    monkeypatch.setattr("portakv.serving.page_tasks.LOOK", 4 * LIMIT)
-    fault = tmp_path / "fault"
-    set_fault(fault, "")
-    monkeypatch.setenv(VARIABLE, str(fault))
-    monkeypatch.setenv("PORTAKV_IO", "support.faulty_io:Faulty")
-    scene = Scene(terms_of(tmp_path / "kv", deadline=0.1), [PageSize(4096)])
-    keys = keys_of(16)
-    scene.run("save", keys, memory(11, [4096] * 16))
-    set_fault(fault, "read hang")
-    tasks = [scene.begin("load", [key], empty([4096])) for key in keys]
-    assert until(lambda: all(task in scene.ended for task in tasks), LIMIT)
-    assert not any(task.landed.any() for task in tasks)
-    set_fault(fault, "")
-    scene.tasks.close(LIMIT)
-
-
 @dataclass(frozen=True)
 class HeldTerms(StoreTerms):
     """Terms whose store opens no folder while it is held, as if the disk hung.
@@ -326,7 +306,6 @@ def test_tasks_end_while_the_folder_does_not_open(
 ) -> None:
     """Saves and loads end as misses. The pages can be saved once the folder has opened."""
     monkeypatch.setattr("portakv.serving.page_tasks.SAVE", 0.2)
-    monkeypatch.setattr("portakv.serving.page_tasks.LOOK", 0.02)
     held = held_terms(tmp_path / "kv", deadline=0.2)
     scene = Scene(held, [PageSize(4096)])
     saved = memory(13, [4096, 8192])

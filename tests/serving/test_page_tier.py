@@ -233,7 +233,6 @@ def test_jobs_after_the_close_end_without_a_page(scene: Scene) -> None:
 
 @pytest.mark.parametrize("end", [PageTier.drain, PageTier.close], ids=["drain", "close"])
 def test_jobs_are_reported_once_after(end: Callable[[PageTier], None], scene: Scene) -> None:
-    """The close drops the store's queue of ends."""
     scene.memory[:] = 1
     for number in range(8):
         scene.tier.save(number, [key(number)], [number], "r")

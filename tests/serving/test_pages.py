@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import select
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -15,8 +14,8 @@ from support.faulty_io import VARIABLE, set_fault
 from support.waits import LIMIT, until
 
 from portakv.errors import InvalidTerms, StoreBusy, StoreError
-from portakv.runtime.finished import Finished
 from portakv.serving import PageJob, PageSize, PageStore, StoreTerms, page_key
+from portakv.tasks import runtime
 
 SIZE = 8192
 SLOTS = 16
@@ -132,20 +131,16 @@ def test_a_page_that_is_not_there_is_not_written(store: PageStore) -> None:
     assert (got[2:] == 7).all()
 
 
-def test_jobs_that_end_wake_who_waits_for_their_queue(store: PageStore) -> None:
+def test_the_end_of_a_job_wakes_a_thread_and_a_coroutine(store: PageStore) -> None:
     pages = store.pages(SIZE)
     view = pages.over(memory(6))
-    loads = Finished[PageJob]()
-    descriptor = loads.fileno()
     save = pages.save(keys_of(SLOTS), view, tag="save")
-    assert select.select([store.fileno()], [], [], LIMIT)[0]
-    assert store.finished() == [save]
+    runtime().start(save.until_end()).synchronize(LIMIT)
     assert save.done()
-    load = pages.load(keys_of(SLOTS), view, tag="load", ended=loads)
-    assert select.select([descriptor], [], [], LIMIT)[0]
-    assert loads.take() == [load]
+    load = pages.load(keys_of(SLOTS), view, tag="load")
+    assert load.wait(LIMIT)
+    assert load.done()
     assert load.seconds > 0
-    assert store.finished() == []
     assert (save.tag, load.tag) == ("save", "load")
 
 
@@ -169,13 +164,10 @@ def test_a_closed_store_finds_nothing_and_its_jobs_have_ended(tmp_path: Path) ->
     view = pages.over(memory(8))
     keys = keys_of(SLOTS)
     saved(store, keys, memory(8))
-    ended = Finished[PageJob]()
-    ended.start()
     store.close()
     assert not pages.has(keys[0])
     assert not pages.holds(keys).any()
-    jobs = [pages.save(keys, view, ended=ended), pages.load(keys, view, ended=ended)]
-    assert ended.take() == jobs
+    jobs = [pages.save(keys, view), pages.load(keys, view)]
     assert not any(job.landed.any() for job in jobs)
     assert all(job.done() for job in jobs)
     pages.touch(keys)
@@ -321,22 +313,14 @@ def test_a_save_that_a_disk_holds_ends_at_its_deadline(
         set_fault(fault, "write hang")
         pages = store.pages(SIZE)
         job = pages.save(keys, pages.over(held), deadline=0.2)
-        ended = list[PageJob]()
-
-        def has_ended() -> bool:
-            ended.extend(store.finished())
-            return bool(ended)
-
-        assert until(has_ended, LIMIT)
-        assert ended == [job]
-        assert job.done()
+        assert until(job.done, LIMIT)
+        assert job.given_up
         assert job.wait()
         assert not job.landed.any()
         assert job.seconds > 0
         held[:] = 0
         set_fault(fault, "")
         assert until(lambda: bool(pages.holds(keys).all()), LIMIT)
-        assert store.finished() == []
         assert not job.landed.any()
         got = np.zeros_like(given)
         load = pages.load(keys, pages.over(got))

@@ -20,8 +20,7 @@ from portakv.interconnect.zero_copy import ZeroCopyKernel
 from portakv.migrate import Shard, shared_empty
 from portakv.plan.plan import Move
 from portakv.serving import rehearsal
-from portakv.serving.handover import Handover
-from portakv.serving.handover_tickets import HandoverTerms
+from portakv.serving.handover import Handover, HandoverTerms
 from portakv.serving.rehearsal import rehearse
 
 LAYERS = 3

@@ -26,7 +26,7 @@ STEPS = 12  # of a walk, before it serves the requests that are left
 TOKENS = [*range(100, 140)]
 
 
-@pytest.mark.parametrize("module", ["scheduler", "plan", "handover_tickets"])
+@pytest.mark.parametrize("module", ["scheduler", "plan", "handover"])
 def test_it_imports_no_torch_and_starts_no_thread(module: str) -> None:
     """Nor do the modules of what it tells workers."""
     names = set[str]()

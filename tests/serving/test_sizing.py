@@ -325,14 +325,6 @@ def test_the_bytes_of_a_token(name: str) -> None:
         assert sizes.refused == ""
 
 
-def test_ranks_divide_heads_and_have_the_whole_latent_row() -> None:
-    heads = {"num_hidden_layers": 2, "num_attention_heads": 32, "num_key_value_heads": 8}
-    assert sizes_of({**heads, "head_dim": 128}, ranks=4).token == 2 * 2 * 2 * 128 * 2
-    assert sizes_of({**heads, "head_dim": 128}, ranks=16).token == 2 * 2 * 1 * 128 * 2
-    assert sizes_of(DEEPSEEK_V3, ranks=8).token == 61 * 576 * 2
-    assert sizes_of(SUPER_49B, ranks=8).token == 49 * 2 * 1 * 128 * 2
-
-
 @pytest.mark.parametrize(
     ("change", "window"),
     [
@@ -419,11 +411,6 @@ def test_layers_that_the_connector_refuses(config: dict[str, Any], says: str) ->
 def test_a_file_that_is_not_of_a_model_is_refused(config: dict[str, Any], says: str) -> None:
     with pytest.raises(InvalidTerms, match=says):
         sizes_of(config)
-
-
-def test_a_dtype_that_is_not_known_is_refused() -> None:
-    with pytest.raises(InvalidTerms, match="got 'int3'"):
-        sizes_of(LLAMA_8B, "int3")
 
 
 @pytest.mark.parametrize(

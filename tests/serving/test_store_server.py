@@ -9,6 +9,7 @@ from collections import defaultdict
 from typing import Any
 
 import pytest
+from msgspec.msgpack import encode
 from support.store_server_model import (
     FLAG,
     HEADS,
@@ -29,7 +30,10 @@ from support.store_server_model import (
 
 from portakv.errors import InvalidTerms, PeerError, StoreError
 from portakv.graph.alarms import LEASE, LOOK, Alarms
+from portakv.migrate.channel import LIMIT
+from portakv.migrate.messages import decoder_of
 from portakv.serving.server.messages import (
+    MOST_KEYS,
     UNFIT,
     Delete,
     Join,
@@ -37,10 +41,7 @@ from portakv.serving.server.messages import (
     Lock,
     Progress,
     Save,
-    after_in,
-    ids_in,
-    joined_after,
-    joined_keys,
+    after_of,
 )
 from portakv.serving.server.state import HEAD, Client, ServerState, cells_of, whole_form
 from portakv.storage import BlockForm
@@ -127,11 +128,11 @@ class Ranks:
 
     def save(self, rank: int, number: int = 1) -> Progress:
         session = self.clients[rank].session
-        return self.state.save(Save(session, number, 0, joined_keys(KEYS), b"", "background"))
+        return self.state.save(Save(session, number, 0, tuple(KEYS), None, "background"))
 
     def load(self, rank: int, number: int = 2) -> Progress:
         session = self.clients[rank].session
-        return self.state.load(Load(session, number, 0, joined_keys(KEYS), 0.0, "urgent"))
+        return self.state.load(Load(session, number, 0, tuple(KEYS), 0.0, "urgent"))
 
     def write(
         self, rank: int, progress: Progress, good: bool = True, unfit: int | None = None
@@ -141,7 +142,7 @@ class Ranks:
         for grant in progress.grants:
             mark = MARK if grant.form else b""
             landed = bytearray()
-            for row, place in zip(ids_in(grant.rows), ids_in(grant.places), strict=True):
+            for row, place in zip(grant.rows, grant.places, strict=True):
                 fits = mark or place != unfit
                 landed.append(good if fits else UNFIT)
                 for cell in cells_in(client.parts[0].cells):
@@ -151,8 +152,7 @@ class Ranks:
     def learned(self, rank: int) -> list[Progress]:
         """Return what a rank learns until nothing follows."""
         for _ in range(20):
-            for handle in self.store.go_on():
-                self.state.ended(handle)  # type: ignore[arg-type]
+            self.store.go_on()
             self.state.advance()
             for client, progress in self.state.take():
                 self.messages[self.clients.index(client)].append(progress)
@@ -171,9 +171,9 @@ def test_locks_end_with_their_client(end: str) -> None:
     ranks.write(1, ranks.save(1))
     assert len(ranks.learned(0)) == 1
     one, other = ranks.clients
-    some = joined_keys([*KEYS, bytes(32)])
+    some = (*KEYS, bytes(32))
     assert ranks.state.lock(Lock(one.session, 1, 0, some)) == bytes([1, 1, 1, 0])
-    assert ranks.state.lock(Lock(other.session, 1, 0, joined_keys(KEYS[:1]))) == bytes([1])
+    assert ranks.state.lock(Lock(other.session, 1, 0, tuple(KEYS[:1]))) == bytes([1])
     assert sorted(ranks.store.pinned) == sorted([*KEYS, KEYS[0]])
     left = [KEYS[0]]
     if end == "unlock":
@@ -190,7 +190,7 @@ def test_locks_end_with_their_client(end: str) -> None:
         ranks.state.close()
         left = []
     else:  # the same number names other locks then
-        ranks.state.lock(Lock(one.session, 1, 0, joined_keys(KEYS[:1])))
+        ranks.state.lock(Lock(one.session, 1, 0, tuple(KEYS[:1])))
         left *= 2
     assert ranks.store.pinned == left
     if end not in ("unlock", "once more"):
@@ -201,7 +201,7 @@ def test_locks_end_with_their_client(end: str) -> None:
 def test_what_a_client_deletes_is_gone_for_all() -> None:
     ranks = Ranks(WHOLE)
     ranks.write(0, ranks.save(0))
-    message = Delete(ranks.clients[0].session, 0, joined_keys([*KEYS[:2], bytes(32)]))
+    message = Delete(ranks.clients[0].session, 0, (*KEYS[:2], bytes(32)))
     assert ranks.state.delete(message) == bytes([1, 1, 0])
     assert [*ranks.store.cached] == KEYS[2:]
     assert ranks.state.delete(message) == bytes(3)
@@ -211,9 +211,7 @@ def test_a_block_is_sealed_after_all_ranks_have_reported_their_parts() -> None:
     ranks = Ranks(LEFT, RIGHT)
     first = ranks.save(0)
     second = ranks.save(1)
-    assert [ids_in(grant.rows) for grant in first.grants] == [
-        ids_in(grant.rows) for grant in second.grants
-    ]
+    assert [grant.rows for grant in first.grants] == [grant.rows for grant in second.grants]
     ranks.write(0, first)
     assert ranks.store.cached == {}
     ranks.write(1, second)
@@ -238,9 +236,7 @@ def test_a_block_is_copied_raw_after_all_ranks_have_tried(kind: type[ServerState
     assert KEYS[1] not in ranks.store.cached
     for rank in (0, 1):
         (progress,) = [each for each in ranks.learned(rank) if each.grants]
-        assert [(grant.form, ids_in(grant.places)) for grant in progress.grants] == [
-            (RAW.json(), [1])
-        ]
+        assert [(grant.form, grant.places) for grant in progress.grants] == [(RAW.json(), (1,))]
         assert progress.stored is None
         ranks.write(rank, progress)
     assert set(ranks.store.cached) == {*KEYS}
@@ -367,7 +363,7 @@ def test_a_load_ends_with_the_rows_that_are_there() -> None:
     learned = [ranks.load(0)]
     while learned:
         for progress in learned:
-            places += [place for grant in progress.grants for place in ids_in(grant.places)]
+            places += [place for grant in progress.grants for place in grant.places]
             ranks.write(0, progress)
             last = progress
         learned = ranks.learned(0)
@@ -425,8 +421,19 @@ def test_cells_and_whole_forms() -> None:
     assert cells_of(LEFT) & cells_of(RIGHT) == 0
 
 
+def test_the_longest_save_is_a_message_of_the_channel() -> None:
+    """Its blocks have gaps, so each one has a key that it follows."""
+    keys = [n.to_bytes(32, "little") for n in range(2 * MOST_KEYS)]
+    some = tuple(keys[:MOST_KEYS])
+    after = after_of(keys[MOST_KEYS:], keys[:MOST_KEYS])
+    assert isinstance(after, tuple)
+    longest = Save((1 << 63) - 1, (1 << 63) - 1, 1 << 16, some, after, "background")
+    assert len(encode(longest)) <= LIMIT
+
+
 def test_what_keys_follow_comes_through_a_message() -> None:
     for after in ([None], [KEYS[2]], [None, KEYS[0]], [KEYS[2], KEYS[0]], [None, None]):
         some = KEYS[: len(after)]
-        parsed = after_in(joined_after(after, some))
+        message = Save(1, 1, 0, tuple(some), after_of(after, some), "normal")
+        parsed = decoder_of(Save).decode(encode(message)).after
         assert [*predecessors(parsed, some)] == after

@@ -17,7 +17,6 @@ from support.waits import LIMIT, until
 
 from portakv import KVView
 from portakv.serving import ServerIndex, StoreClient, StoreServer, StoreTerms
-from portakv.serving.bucket import FOUND, MISSING, ServerBucket
 from portakv.storage import BlockForm, prefix_keys
 
 SIZE = 8
@@ -93,77 +92,3 @@ def test_an_index_without_a_bucket_sends_no_lookup(
     assert made.index.leading(KEYS) == 0
     losses = made.index.losses
     assert made.index.losses == losses
-
-
-# --- what a scheduler knows
-
-
-class Clocked:
-    """A `ServerBucket` with a clock of the test."""
-
-    def __init__(self) -> None:
-        self.now = 1.0
-        self.woken = 0
-        self.bucket = ServerBucket(self._wake, lambda: self.now)
-
-    def _wake(self) -> None:
-        self.woken += 1
-
-    def ask(self, keys: list[bytes]) -> int:
-        """Begin a lookup of keys; return its number."""
-        assert self.bucket.leading_in(keys, [{}]) is None
-        ((number, sent),) = self.bucket.take()
-        assert sent == keys
-        return number
-
-
-def test_answers_are_believed_for_a_while() -> None:
-    case = Clocked()
-    number = case.ask(KEYS)
-    assert case.woken == 1
-    case.bucket.looked_up(number, 3, True)
-    assert case.bucket.leading_in(KEYS, [{}]) == 3
-    case.now += MISSING
-    assert case.bucket.leading_in(KEYS, [{}]) is None  # block 3 may have come
-    ((number, sent),) = case.bucket.take()
-    assert sent == KEYS[3:]
-    case.bucket.looked_up(number, 0, True)
-    assert case.bucket.leading_in(KEYS, [{}]) == 3
-    case.now += FOUND
-    assert not case.bucket.has(KEYS[0])
-    assert case.bucket.leading_in(KEYS, [{}]) is None
-
-
-def test_an_answer_to_another_lookup_confirms_no_block() -> None:
-    """Two prompts begin alike, and the answer about the first one comes late."""
-    case = Clocked()
-    other = [KEYS[0], *prefix_keys(range(50, 74), SIZE)]
-    number = case.ask(KEYS[:3])
-    case.now += 100.0
-    case.ask(other[:3])
-    case.bucket.looked_up(number, 3, True)
-    assert case.bucket.has(KEYS[2])
-    assert not case.bucket.has(other[1])
-    case.bucket.looked_up(number, 3, True)  # once more
-    case.bucket.looked_up(number + 100, 3, True)
-    assert not case.bucket.has(other[1])
-
-
-def test_nothing_is_known_of_the_bucket_of_a_store_server_that_ended() -> None:
-    case = Clocked()
-    number = case.ask(KEYS)
-    case.bucket.forget()
-    case.bucket.looked_up(number, 3, True)
-    assert not case.bucket.has(KEYS[0])
-    case.ask(KEYS)
-
-
-def test_blocks_of_nearer_tiers_and_of_a_bucket_lead_together() -> None:
-    case = Clocked()
-    near = dict.fromkeys(KEYS[:2])
-    assert case.bucket.leading_in(KEYS[:2], [near, near]) == 2
-    assert case.bucket.leading_in(KEYS, [near, {}]) is None
-    ((number, sent),) = case.bucket.take()
-    assert sent == KEYS
-    case.bucket.looked_up(number, 4, True)
-    assert case.bucket.leading_in(KEYS, [near, {}]) == 4

@@ -30,6 +30,7 @@ from portakv.serving.server.messages import MOST_KEYS
 from portakv.storage import BlockForm, BlockStore, Disk, prefix_keys
 from portakv.storage.memory import Crossing
 from portakv.storage.store import SHORT_COPY
+from portakv.tasks import Work
 
 
 @pytest.fixture
@@ -318,14 +319,14 @@ class Held:
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.go = threading.Event()
         self.waiting = threading.Event()
-        real = ServerTransfer.start_copy
+        real = ServerTransfer.copy
 
-        def start(transfer: ServerTransfer, issued: bool = False) -> bool:
+        async def copy(transfer: ServerTransfer, *terms: Any) -> None:
             self.waiting.set()
-            assert self.go.wait(LIMIT)
-            return real(transfer, issued)
+            assert await Work(self.go.wait, LIMIT)
+            await real(transfer, *terms)
 
-        monkeypatch.setattr(ServerTransfer, "start_copy", start)
+        monkeypatch.setattr(ServerTransfer, "copy", copy)
 
 
 def test_a_cancelled_save_reads_no_block(
@@ -525,8 +526,8 @@ def test_what_begins_as_its_session_ends_copies_nothing(
         link.lose(link.session, "of this test")
         return begin(requests, *args)
 
-    def start(transfer: ServerTransfer, issued: bool = False) -> bool:
-        begun = start_copy(transfer, issued)
+    def start(transfer: ServerTransfer, issues: int = 0) -> bool:
+        begun = start_copy(transfer, issues)
         copies.extend([transfer] * begun)
         return begun
 

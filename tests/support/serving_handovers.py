@@ -15,7 +15,7 @@ from secrets import token_bytes
 
 from portakv.migrate.messages import Named
 from portakv.serving import Plan, SchedulerSide
-from portakv.serving.handover_tickets import Endpoint, RemoteRows
+from portakv.serving.handover import Endpoint, RemoteRows
 from portakv.serving.plan import OfferJob, PullJob
 from support.serving_model import LIMIT, NOTHING, Draw, Engine, Load, Request, Store, Worker
 

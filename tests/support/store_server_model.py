@@ -28,8 +28,6 @@ from portakv.serving.server.messages import (
     Load,
     Progress,
     Save,
-    ids_in,
-    joined_keys,
 )
 from portakv.serving.server.state import Client, Lease, ServerState, cells_of, whole_form
 from portakv.storage import BlockForm
@@ -103,6 +101,9 @@ class FakeHandle(End):
         self.cancelled = False
         self.waiting = list[Callable[[], None]]()  # copies that have not begun
         self.copies = set[FakeCopy]()
+
+    def when_ended(self, call: Callable[[], object]) -> None:
+        self.call = call
 
     def cancel(self) -> bool:
         self.cancelled = True
@@ -277,6 +278,7 @@ class FakeStore:
             handle.released.over = True
             if self.chance.random() < 0.5:
                 handle.over = True
+                handle.call()
                 self.handles.remove(handle)
                 ended.append(handle)
         return ended
@@ -363,7 +365,7 @@ class Walk:
         """Before a row gets another block: nothing that may still run uses it."""
         for rank in self.ranks:
             if not rank.dead:
-                hands = [copy for copy in rank.copies if row in ids_in(copy.grant.rows)]
+                hands = [copy for copy in rank.copies if row in copy.grant.rows]
                 assert not hands, "a row that a process uses was lent to another one"
 
     # --- steps
@@ -420,10 +422,10 @@ class Walk:
             return
         rank.numbers += 1
         rank.asked[rank.numbers] = Asked(keys, saves)
-        words = rank.client.session, rank.numbers, 0, joined_keys(keys)
+        words = rank.client.session, rank.numbers, 0, tuple(keys)
         try:
             if saves:
-                progress = self.state.save(Save(*words, b"", "background"))
+                progress = self.state.save(Save(*words, None, "background"))
             else:
                 progress = self.state.load(Load(*words, 0.0, "urgent"))
         except PortaKVError:
@@ -448,9 +450,9 @@ class Walk:
             return
         copy = rank.copies.pop(self.chance.randrange(len(rank.copies)))
         good = self.chance.random() < 0.95
-        landed = bytearray([good]) * (len(copy.grant.places) // 4)
+        landed = bytearray([good]) * (len(copy.grant.places))
         mark = MARK if copy.grant.form else b""
-        places = zip(ids_in(copy.grant.rows), ids_in(copy.grant.places), strict=True)
+        places = zip(copy.grant.rows, copy.grant.places, strict=True)
         for number, (row, place) in enumerate(places):
             key = copy.keys[place]
             for cell in cells_in(rank.cells) if good else ():
@@ -473,7 +475,6 @@ class Walk:
     def advance(self, rank: Rank) -> None:
         """Have the store and the state go on, and tell clients."""
         for handle in self.store.go_on():
-            self.state.ended(handle)  # type: ignore[arg-type]
             self.stored += int(handle.landed.sum())
         self.state.advance()
         for client, progress in self.state.take():

@@ -30,8 +30,8 @@ from portakv.serving.page_tasks import (
     Lookups,
     PageTask,
     PageTasks,
-    page_store,
 )
+from portakv.serving.pages import page_store
 
 check_release("lmcache")
 

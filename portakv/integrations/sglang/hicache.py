@@ -31,8 +31,7 @@ from portakv.integrations.sglang.pools import (
     settings_of,
 )
 from portakv.runtime.rate_limited_log import RateLimitedLog
-from portakv.serving.page_tasks import PagePool, ServerPageStore, page_store
-from portakv.serving.pages import PageStore
+from portakv.serving.pages import PagePool, PageStore, ServerPageStore, page_store
 
 check_release("sglang")
 check_hooks()

@@ -18,7 +18,7 @@ from portakv.errors import InvalidTerms
 from portakv.integrations import MATRIX, IntegrationError
 from portakv.integrations.interfaces import lacks, names_in
 from portakv.serving.local import StoreTerms, checksum_of_weights
-from portakv.serving.page_tasks import PagePool
+from portakv.serving.pages import PagePool
 from portakv.storage.work import Mask
 
 # ------------------------------------------------------------------------------------------------

@@ -21,7 +21,7 @@ from portakv.errors import InvalidTerms
 from portakv.integrations import IntegrationError
 from portakv.runtime.bounded import Bounded
 from portakv.serving import Group, check_group
-from portakv.serving.handover_tickets import (
+from portakv.serving.handover import (
     KEY,
     HandoverTerms,
     Identity,

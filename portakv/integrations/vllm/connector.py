@@ -41,7 +41,7 @@ from portakv.integrations.vllm.caches import (
 )
 from portakv.integrations.vllm.ranks import JoinedIndex, WorkerStore, index_of, read_views
 from portakv.serving import Costs, GroupCache, Plan, Report, SchedulerSide, WorkerSide, measured
-from portakv.serving.handover_tickets import Endpoint, Identity
+from portakv.serving.handover import Endpoint, Identity
 from portakv.serving.local import GRAPH, GroupView
 from portakv.serving.plan import NO_PLAN
 

@@ -379,13 +379,11 @@ class WorkerStore:
 
         Raises `InvalidTerms` with the sentence of a server that refuses the blocks.
         """
-        opened = self._opened
-        return opened.wait(timeout) if isinstance(opened, StoreClient) else opened is not None
+        return self._opened is not None and self._opened.wait(timeout)
 
     def statistics(self) -> Mapping[str, Sequence[Mapping[str, object]]]:
         """Return the figures of this worker's own store; none without one."""
-        opened = self._opened
-        return opened.statistics() if isinstance(opened, LocalIndex) else {}
+        return {} if self._opened is None else self._opened.statistics()
 
     def close(self) -> None:
         """End the waits of graphs, the loads and saves, and what is handed over."""

@@ -26,7 +26,6 @@ from portakv.runtime.rate_limited_log import RateLimitedLog
 from portakv.runtime.transfer import Completion, Transfer
 from portakv.serving.server.link import ASKING, PATIENT, Link, Place, Session, Sides, this_client
 from portakv.serving.server.messages import (
-    KEY,
     MOST_KEYS,
     UNFIT,
     Delete,
@@ -41,9 +40,7 @@ from portakv.serving.server.messages import (
     Save,
     Stop,
     Unlock,
-    ids_in,
-    joined_after,
-    joined_keys,
+    after_of,
 )
 from portakv.serving.server.server import rows_here
 from portakv.serving.server.state import cells_of, whole_form
@@ -79,21 +76,6 @@ class RowSides(NamedTuple):
     cells: int
 
 
-class RankForm:
-    """The part of a rank of the blocks of one group of layers.
-
-    Attributes:
-        form: of the part.
-        whole: of whole blocks.
-        cells: of the part; see `cells_of`.
-    """
-
-    def __init__(self, form: BlockForm) -> None:
-        self.form = form
-        self.whole = whole_form(form)
-        self.cells = cells_of(form)
-
-
 class MappedRows:
     """The rows of a server's store in this process.
 
@@ -122,13 +104,14 @@ class MappedRows:
             self._tensor = self._memory.view(torch.uint8, self._tensor.shape)
             self.pinned = self._memory.pinned
 
-    def sides(self, group: RankForm, form: str) -> RowSides:
-        """Return how a rank copies rows of a form, by its JSON; empty: of whole blocks."""
-        return self._sides.get_or_make((id(group), form), lambda: self._made(group, form))
+    def sides(self, part: BlockForm, form: str) -> RowSides:
+        """Return how a rank copies between its part and rows of a form, by its JSON; empty: of
+        whole blocks."""
+        return self._sides.get_or_make((id(part), form), lambda: self._made(part, form))
 
     def copy(
         self,
-        group: RankForm,
+        part: BlockForm,
         form: str,
         crossing: Crossing,
         view: KVView,
@@ -139,6 +122,7 @@ class MappedRows:
         """Copy blocks between rows of a form and a rank's view.
 
         Args:
+            part: the form of the rank's part of the blocks.
             form: its JSON; empty: of whole blocks.
             rows, at: the number of each row, and the place of its block among those of the
                 crossing.
@@ -148,7 +132,7 @@ class MappedRows:
             What is copied of each block, as `cells_of` has it; and the blocks that do not fit into
             packed slots, bool ``[rows]``.
         """
-        sides = self.sides(group, form)
+        sides = self.sides(part, form)
         unfit: Mask = np.zeros(len(rows), np.bool_)
         if sides.inner is None:
             return sides.cells, unfit
@@ -159,15 +143,15 @@ class MappedRows:
             crossing.copy(sides.inner, outer, rows, at)
         return sides.cells, unfit
 
-    def _made(self, group: RankForm, form: str) -> RowSides:
-        other = BlockForm.from_json(form) if form else group.whole
-        common = group.form.part_of(other)
+    def _made(self, part: BlockForm, form: str) -> RowSides:
+        other = BlockForm.from_json(form) if form else whole_form(part)
+        common = part.part_of(other)
         if common is None:
             return RowSides(None, {}, 0)
         of_rows, of_view = common
         with torch.inference_mode(False):  # copies write them in any mode
             inner = other.view(self._tensor).slice(**of_rows)
-        cells = cells_of(other) & group.cells
+        cells = cells_of(other) & cells_of(part)
         return RowSides(inner, of_view, cells)
 
     def close(self) -> None:
@@ -321,22 +305,20 @@ class ServerTransfer:
         self._link = blocks.link
         self._session = session = blocks.link.session
         self._group = blocks.group
-        self._part = blocks.part
+        self._form = blocks.form
+        self._cells = blocks.cells
         self._view = view
         self._crossing = crossing
         self._priority = priority
         self._saves = saves
         self._until = None if deadline is None else time.monotonic() + deadline
         self._call: Callable[[], object] | None = None
-        # Packed blocks that do not fit get rows once more, so that nothing is released before the
-        # server says that no rows follow.
-        self._packs = saves and bool(self._part.form.encoding)
         # The runtime's lock guards what follows.
         self._closed = False  # no copy begins: it was cancelled, is late, or lost its server
         self._queued = 0  # first answers that have not come, and leases whose copies have not begun
         self._copying = 0  # leases whose copies are under way in helpers
         self._issuing = 0  # leases whose copies were issued on the caller's stream
-        self._lacking = dict[int, int]()  # by request that may get more rows, its blocks without
+        self._lacking = set[int]()  # the requests that may get more rows
         self._unstored = set[int]()  # the requests of a save that have not ended
         self._landed: Mask = np.zeros(keys, np.bool_)
         self._covered = dict[int, int]()  # the cells that have come of blocks in several rows
@@ -345,7 +327,7 @@ class ServerTransfer:
         with self._runtime.lock:
             self.pieces = self._requests.begin(self, keys)
             self._queued = len(self.pieces)
-            self._lacking = {piece.number: piece.blocks for piece in self.pieces}
+            self._lacking = {piece.number for piece in self.pieces}
             self._unstored = {*self._lacking} if saves else set()
             # A session that ended before they began has ended none of them.
             if session is None or self._link.session is not session:
@@ -443,43 +425,41 @@ class ServerTransfer:
         """Note what the server says about a request. ``answer``: for the first time."""
         with self._runtime.lock:
             self._queued += len(progress.grants) - answer
-            left = self._lacking.pop(piece.number, 0)
-            if not self._packs:
-                left -= sum(len(x.places) // 4 for x in progress.grants if not x.form)
-            if progress.more and left > 0:
-                self._lacking[piece.number] = left
+            if not progress.more:
+                self._lacking.discard(piece.number)
             if progress.stored is not None:
                 stored = np.frombuffer(progress.stored, np.bool_)
                 self._landed[piece.first : piece.first + piece.blocks] = stored
                 self._unstored.discard(piece.number)
             self._note()
 
-    def start_copy(self, issued: bool = False) -> bool:
-        """Note that a copy begins; return False if it must not.
+    def start_copy(self, issues: int = 0) -> bool:
+        """Note that a copy by a helper begins; return False if it must not.
 
-        ``issued``: on the stream of the caller, not by a helper.
+        ``issues``: so many copies begin on the stream of the caller instead.
         """
         with self._runtime.lock:
-            self._queued -= 1
+            copies = issues or 1
+            self._queued -= copies
             if self._closed:
                 self._note()
                 return False
-            self._copying += not issued
-            self._issuing += issued
-            self._requests.copies += 1
+            self._copying += copies - issues
+            self._issuing += issues
+            self._requests.copies += copies
             return True
 
     def end_copy(self, piece: Piece, grant: Grant, cells: int, issued: bool = False) -> None:
         """Note that a copy has ended, which brought cells of blocks."""
         loaded = cells and not self._saves
-        blocks = [piece.first + place for place in ids_in(grant.places)] if loaded else []
+        blocks = [piece.first + place for place in grant.places] if loaded else []
         with self._runtime.lock:
             self._copying -= not issued
             self._issuing -= issued
             self._requests.copies -= 1
             for block in blocks:
                 came = self._covered.pop(block, 0) | cells
-                if came == self._part.cells or not grant.form:
+                if came == self._cells or not grant.form:
                     self._landed[block] = True
                 else:
                     self._covered[block] = came
@@ -523,8 +503,8 @@ class ServerTransfer:
         try:
             for piece in self.pieces:
                 some = slice(piece.first, piece.first + piece.blocks)
-                before = joined_after(after[some], keys[some])
-                words = session.number, piece.number, self._group, joined_keys(keys[some])
+                before = after_of(after[some], keys[some])
+                words = session.number, piece.number, self._group, tuple(keys[some])
                 request = Save(*words, before, self._priority)
                 self._runtime.start(self._ask_later(session, piece, request))
         except BaseException:  # also an interrupt: no caller has a handle
@@ -542,7 +522,7 @@ class ServerTransfer:
         hits = list[Hit]()
         try:
             for piece in self.pieces:
-                some = joined_keys(keys[piece.first : piece.first + piece.blocks])
+                some = tuple(keys[piece.first : piece.first + piece.blocks])
                 words = session.number, piece.number, self._group, some
                 request = Load(*words, deadline or 0.0, self._priority)
                 later = list[Grant]()
@@ -553,7 +533,7 @@ class ServerTransfer:
                         later.append(grant)
                 self.copy_later(session, piece, later)
             if hits:
-                self._issue(session, len(keys), hits)
+                self._issue(session, hits)
         except BaseException as error:  # also an interrupt: no caller has a handle
             self.cancel()
             if not isinstance(error, Exception):  # no one knows the rows of an answer that is lost
@@ -563,7 +543,7 @@ class ServerTransfer:
     def _rows_of(self, session: Session) -> KVView:
         """Return the rank's part of rows of whole blocks."""
         rows: MappedRows = session.data
-        inner = rows.sides(self._part, "").inner
+        inner = rows.sides(self._form, "").inner
         assert inner is not None  # a rank has a part of whole blocks
         return inner
 
@@ -573,7 +553,7 @@ class ServerTransfer:
         It issues a copy to a device, which it does not wait for, and makes a short one on the host.
         """
         if self._view.device.type == "cpu":
-            return keys * self._part.form.payload_bytes <= SHORT_COPY
+            return keys * self._form.payload_bytes <= SHORT_COPY
         rows: MappedRows = session.data
         return rows.pinned
 
@@ -585,112 +565,102 @@ class ServerTransfer:
 
     async def _ask(self, session: Session, piece: Piece, request: Load | Save) -> Sequence[Grant]:
         """Request rows, and return those that are there; without an answer the request ends."""
+        answer = Progress(session.number, piece.number, (), False, bytes(piece.blocks))
         if not self._closed:
             try:
                 timeout = PATIENT if self._saves else ASKING
                 answer = await self._link.ask(session, request, Progress, timeout)
-                self.take(piece, answer, answer=True)
-                return answer.grants
             except PortaKVError as error:
                 kind = "save" if self._saves else "load"
                 _log.warning(kind, "A %s of %d blocks ends: %s", kind, piece.blocks, error)
-        with self._runtime.lock:
-            self._queued -= 1
-            self._lacking.pop(piece.number, None)
-            self._unstored.discard(piece.number)
-            self._note()
-        return ()
+        self.take(piece, answer, answer=True)
+        return answer.grants
 
     # --- copies
 
     def copy_later(self, session: Session, piece: Piece, grants: Sequence[Grant]) -> None:
         """Have helpers copy rows."""
         for grant in grants:
-            copy = Work(self._copy, session, piece, grant)
+            copy = self.copy(session, piece, grant)
             self._runtime.start(self._requests.in_turn(self._saves, self._priority, copy))
 
-    def _copy(self, session: Session, piece: Piece, grant: Grant) -> None:
+    async def copy(self, session: Session, piece: Piece, grant: Grant) -> None:
         """Copy rows in a helper, and report that."""
         if not self.start_copy():
-            self._runtime.run(self._report, session, grant, False)
+            await self._report(session, grant, False)
             return
         rows: MappedRows = session.data
+        at = [piece.first + place for place in grant.places]
+        terms = (self._form, grant.form, self._crossing, self._view, grant.rows, at)
         cells = 0
         landed = False
         unfit: Mask | None = None
         try:
-            at = [piece.first + place for place in ids_in(grant.places)]
-            items = ids_in(grant.rows)
-            terms = (self._part, grant.form, self._crossing, self._view)
-            cells, unfit = rows.copy(*terms, items, at, self._saves)
+            cells, unfit = await Work(rows.copy, *terms, self._saves)
             landed = True
         except PortaKVError as error:
             _log.warning("copy", "A copy failed: %s", error)
         finally:
             self.end_copy(piece, grant, cells)
-            self._runtime.run(self._report, session, grant, landed, unfit)
+            await self._report(session, grant, landed, unfit)
 
     async def _report(
         self, session: Session, grant: Grant, landed: bool, unfit: Mask | None = None
     ) -> None:
         """Report the end of a copy to the server. ``unfit``: the blocks that were not packed."""
-        mask = np.full(len(grant.places) // 4, landed, np.uint8)
+        mask = np.full(len(grant.places), landed, np.uint8)
         if unfit is not None:
             mask[unfit] = UNFIT
         await self._link.tell(session, Report(session.number, grant.lease, mask.tobytes()))
 
-    def _issue(self, session: Session, blocks: int, hits: Sequence[Hit]) -> None:
+    def _issue(self, session: Session, hits: Sequence[Hit]) -> None:
         """Copy rows on the caller's current stream."""
+        rows: list[int | None] = [None] * len(self._landed)
+        for piece, grant in hits:
+            for place, row in zip(grant.places, grant.rows, strict=True):
+                rows[piece.first + place] = row
         loan = Loan((), self._crossing)
-        loan.rows = [None] * blocks
-        begun = list[Hit]()
+        loan.rows = rows
+        begun = False
         landed = False
         try:
-            start = partial(self._start_issued, loan, hits, begun)
-            uninterrupted(start, lambda _: self._end_issued(begun, False))
+            begun = uninterrupted(
+                partial(self.start_copy, len(hits)),
+                lambda begun: self._end_issued(hits if begun else (), False),
+            )
             if begun:
-                by_layer = bool(self.layers) and None not in loan.rows
+                by_layer = bool(self.layers) and None not in rows
                 _, layers = self._crossing.issue(self._rows_of(session), loan, by_layer)
                 self.layers = layers or self.layers
             landed = True
         finally:
             uninterrupted(partial(self._note_issued, session, loan, hits, begun, landed))
 
-    def _start_issued(self, loan: Loan, hits: Sequence[Hit], begun: list[Hit]) -> None:
-        """Note that the copies that may begin do, whose rows become those of a loan."""
-        rows = [*loan.rows]
-        for hit in hits:
-            if self.start_copy(issued=True):
-                begun.append(hit)
-                pairs = zip(ids_in(hit.grant.places), ids_in(hit.grant.rows), strict=True)
-                for place, row in pairs:
-                    rows[hit.piece.first + place] = row
-        loan.rows = rows
-
     def _note_issued(
-        self, session: Session, loan: Loan, hits: Sequence[Hit], begun: list[Hit], landed: bool
+        self, session: Session, loan: Loan, hits: Sequence[Hit], begun: bool, landed: bool
     ) -> None:
         """Note the copy that was issued, if one was, and have its end followed."""
         if loan.end is None:
             loan.cancel()
         self.issued = loan.end
-        self.issued_blocks = np.array([row is not None for row in loan.rows])
+        self.issued_blocks = np.array([begun and row is not None for row in loan.rows])
         self._runtime.start(self._follow(session, loan, hits, begun, landed))
 
     async def _follow(
-        self, session: Session, loan: Loan, hits: Sequence[Hit], begun: list[Hit], landed: bool
+        self, session: Session, loan: Loan, hits: Sequence[Hit], begun: bool, landed: bool
     ) -> None:
         """Wait for a copy that was issued, and report its end."""
         while not loan.ended():
             await Wait(until=self._runtime.time() + POLL)
-        self._end_issued(begun, landed)
+        if begun:
+            self._end_issued(hits, landed)
         for hit in hits:
             await self._report(session, hit.grant, landed)
 
-    def _end_issued(self, begun: list[Hit], landed: bool) -> None:
-        """Note the ends of copies that were issued, once."""
-        while begun:
-            self.end_copy(*begun.pop(), self._part.cells if landed else 0, issued=True)
+    def _end_issued(self, hits: Sequence[Hit], landed: bool) -> None:
+        """Note the ends of copies that were issued."""
+        for piece, grant in hits:
+            self.end_copy(piece, grant, self._cells if landed else 0, issued=True)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -707,15 +677,15 @@ class ServerBlocks:
         form: of the rank's part of the blocks.
         requests, link: of the rank.
         group: its number.
-        part: the rank's part of the blocks.
+        cells: of the rank's part; see `cells_of`.
     """
 
-    def __init__(self, requests: Requests, link: Link, group: int, part: RankForm) -> None:
-        self.form = part.form
+    def __init__(self, requests: Requests, link: Link, group: int, form: BlockForm) -> None:
+        self.form = form
         self.requests = requests
         self.link = link
         self.group = group
-        self.part = part
+        self.cells = cells_of(form)
 
     def save(
         self,
@@ -755,7 +725,7 @@ class ServerBlocks:
         """Load the rank's part of blocks into a view; see `FormStore.load`.
 
         Blocks that do not come within ``deadline`` seconds are missing. The call sends one request
-        for each 1,024 keys to the server. It copies blocks of the host tier itself, ordered on the
+        for each 960 keys to the server. It copies blocks of the host tier itself, ordered on the
         current stream of the view's device, except for a large copy on the host. Workers copy the
         others. ``by_layer``: `ServerTransfer.layers` has an end for each layer, which is the end of
         all layers unless the call copies all blocks.
@@ -780,11 +750,12 @@ class ServerBlocks:
         for session, first, some in self._batches(checked):
             number = next(self.requests.numbers)
             done = self._done(session, Lock(session.number, number, self.group, some))
-            places = [first + at for at in np.flatnonzero(done).tolist()]
+            places = (first + np.flatnonzero(done)).tolist()
+            pins.held[places] = True
             release = partial(self._unlock, session, number)
-            for place in places:
-                pins.add(place, release if place == places[0] else bool)
-            if not places:
+            if places:
+                pins.add(places[0], release)
+            else:
                 release()
         return pins
 
@@ -800,12 +771,12 @@ class ServerBlocks:
             gone[first : first + len(done)] = done
         return gone
 
-    def _batches(self, keys: list[bytes]) -> Iterator[tuple[Session, int, bytes]]:
+    def _batches(self, keys: list[bytes]) -> Iterator[tuple[Session, int, tuple[bytes, ...]]]:
         """Yield the session, the number of the first key and the keys of each request."""
         session = None if self.requests.runtime.forked else self.link.session
         if session is not None:
             for first in range(0, len(keys), MOST_KEYS):
-                yield session, first, joined_keys(keys[first : first + MOST_KEYS])
+                yield session, first, tuple(keys[first : first + MOST_KEYS])
 
     def _done(self, session: Session, message: Lock | Delete) -> Mask:
         """Return for which blocks the server has done a request; for none without an answer."""
@@ -815,7 +786,7 @@ class ServerBlocks:
                 answer = self.requests.runtime.run(ask)
                 done: Mask = np.frombuffer(answer.done, np.bool_).copy()
                 return done
-        return np.zeros(len(message.keys) // KEY, np.bool_)
+        return np.zeros(len(message.keys), np.bool_)
 
     def _unlock(self, session: Session, number: int) -> None:
         """Tell the server of the end of locks."""
@@ -879,8 +850,8 @@ class StoreClient:
         device: torch.device | None = None,
     ) -> None:
         instance("place", place, Place)
-        parts = [RankForm(instance("forms", x, BlockForm)) for x in items("forms", forms, "forms")]
-        texts = tuple(part.form.json() for part in parts)
+        parts = [instance("forms", x, BlockForm) for x in items("forms", forms, "forms")]
+        texts = tuple(part.json() for part in parts)
         self._device = device
         self._mapped: MappedRows | None = None
         self._requests = Requests()
@@ -909,6 +880,10 @@ class StoreClient:
         Raises `InvalidTerms` with the sentence of a server that refuses the blocks of this rank.
         """
         return self.link.wait(seconds("timeout", timeout))
+
+    def statistics(self) -> dict[str, list[dict[str, object]]]:
+        """Return no figures: those of the store are the server's."""
+        return {}
 
     def close(self, timeout: float = 10.0) -> None:
         """End the loads and saves, and leave the server."""
@@ -950,5 +925,5 @@ class StoreClient:
             transfer.copy_later(session, piece, progress.grants)
             return
         for grant in progress.grants:  # nothing waits for these rows
-            report = Report(session.number, grant.lease, bytes(len(grant.places) // 4))
+            report = Report(session.number, grant.lease, bytes(len(grant.places)))
             self._requests.runtime.start(self.link.tell(session, report))

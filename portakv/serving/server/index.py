@@ -3,16 +3,16 @@
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 
 from portakv.arguments import instance, seconds, text, whole
 from portakv.errors import InvalidTerms
 from portakv.migrate.channel import Channel, Peer
-from portakv.serving.bucket import ServerBucket
-from portakv.serving.local import counted_bytes
+from portakv.serving.bucket import BucketAnswers
+from portakv.serving.local import StoreIndex
 from portakv.serving.server.link import PATIENT, Link, Place, Session, Sides, this_client
 from portakv.serving.server.messages import (
+    MOST_LOOKED_UP,
     AskKeys,
     Changed,
     Changes,
@@ -21,16 +21,11 @@ from portakv.serving.server.messages import (
     KeysPage,
     LookedUp,
     LookUp,
-    joined_keys,
-    keys_in,
     tier_of,
 )
 from portakv.storage.calls import Change
 from portakv.storage.tiers.base import Keys
 from portakv.tasks import Work, runtime
-
-#: The most changes that wait for `ServerIndex.take_events`.
-EVENTS = 1 << 16
 
 
 class Known:
@@ -42,12 +37,11 @@ class Known:
         self._names = dict[str, int]()  # the bits of tiers, by their names
 
     def add_page(self, page: KeysPage) -> None:
-        """Note that tiers have blocks."""
+        """Note that a tier has blocks."""
         tiers = self.tiers
-        for tier, keys in page.tiers:
-            bit = self._bit(tier)
-            for key in keys_in(keys):
-                tiers[key] = tiers.get(key, 0) | bit
+        bit = self._bit(page.tier)
+        for key in page.keys:
+            tiers[key] = tiers.get(key, 0) | bit
 
     def change(self, changed: Changed) -> None:
         """Note a block that a tier has stored, or lost."""
@@ -73,7 +67,7 @@ def missed(before: Sequence[Known], now: Sequence[Known]) -> list[Change]:
     return changes
 
 
-class ServerIndex:
+class ServerIndex(StoreIndex):
     """What a scheduler knows of the blocks of a server; an `Index` of a `SchedulerSide`.
 
     It holds a copy of the server's index, which the server keeps current. So an answer needs no
@@ -89,15 +83,12 @@ class ServerIndex:
     """
 
     def __init__(self, place: Place, engine: str = "", groups: int = 1) -> None:
+        super().__init__()
         instance("place", place, Place)
         text("engine", engine, least=0)
         self._groups = whole("groups", groups, 1, 64)
         self._known: list[Known] = []  # of each group
         self._followed = Followed(0, (), ())
-        self._number = 0  # of the last change
-        self._losses = 0
-        self._events = deque[Change](maxlen=EVENTS)  # that wait for `take_events`
-        self._recorded = 0  # of how many groups changes are kept
         self._every = False  # of all of them, and the losses between two sessions
         self._left: list[Known] = []  # what was known in the session before
         self._waiting: list[Changed] | None = None  # changes, while a snapshot is read
@@ -107,7 +98,6 @@ class ServerIndex:
         self._channel.serve(LookedUp, self._looked_up)
         hello = Follow(engine, this_client(), self._channel.address, groups)
         sides = Sides(lambda _: hello, Followed, lambda: True, self._began, self._ended, self._look)
-        self._bucket = ServerBucket(lambda: self._link.wake())
         self._link = Link(place, self._channel, sides)
         self._link.start()
 
@@ -120,21 +110,24 @@ class ServerIndex:
     def leading(self, keys: Keys) -> int | None:
         """Return how many leading blocks can be loaded; None if a bucket has yet to answer."""
         groups = self._groups_here()
-        if groups and self._followed.bucket:
-            return self._bucket.leading_in(keys, [known.tiers for known in groups])
-        count = len(keys) if groups else 0
+        if not groups:
+            return 0
+        bucket = self.bucket
+        count = len(keys)
         for known in groups:
-            tiers = known.tiers
-            count = next((n for n in range(count) if keys[n] not in tiers), count)
-        return count
+            lacks = (n for n in range(count) if keys[n] not in known.tiers)
+            if bucket is not None:
+                lacks = (n for n in lacks if not bucket.has(keys[n]))
+            count = next(lacks, count)
+        return count if bucket is None else bucket.leading(keys, count)
 
     def has(self, key: bytes) -> bool:
         """Return whether a block can be loaded."""
         groups = self._groups_here()
-        if not groups:
-            return False
-        there = all(key in known.tiers for known in groups)
-        return there or (self._followed.bucket and self._bucket.has(key))
+        if groups and all(key in known.tiers for known in groups):
+            return True
+        bucket = self.bucket
+        return bool(groups) and bucket is not None and bucket.has(key)
 
     def holds(self, group: int, keys: Keys) -> list[bool]:
         """Return for each key whether the block of one group can be loaded, as far as is known.
@@ -152,11 +145,6 @@ class ServerIndex:
         """Return how many blocks of each group can be loaded; nothing without a server."""
         return [len(known.tiers) for known in self._groups_here()]
 
-    @property
-    def losses(self) -> int:
-        """Return a number that changes if a block may have been lost."""
-        return self._losses + self._bucket.expired if self._followed.bucket else self._losses
-
     def record(self, every: bool = False) -> None:
         """Keep changes from now on for `take_events`.
 
@@ -166,22 +154,6 @@ class ServerIndex:
         with self._runtime.lock:
             self._every = every
             self._recorded = self._groups if every else 1
-
-    def take_events(self) -> list[Change]:
-        """Return the changes of the server's store since the last call, at most the latest
-        `EVENTS`.
-
-        Of a block of several groups, those of the first group, unless `record` says otherwise. Some
-        are missing if changes were missed.
-        """
-        with self._runtime.lock:
-            made = [*self._events]
-            self._events.clear()
-        return made
-
-    def bytes_of(self, counts: Mapping[str, int]) -> dict[str, int]:
-        """Return the bytes of blocks that a scheduler side has counted."""
-        return counted_bytes(counts, sum(self._followed.nbytes))
 
     def wait(self, timeout: float = 10.0) -> bool:
         """Wait for a server, at most so many seconds; return whether its index is here.
@@ -220,31 +192,24 @@ class ServerIndex:
         still."""
         return [] if self._runtime.forked else self._known
 
-    @property
-    def _forms(self) -> list[tuple[int, ...]]:
-        """Return for each group the numbers of the forms of its blocks, its own first."""
-        followed = self._followed
-        pairs = zip(followed.forms, followed.alike, strict=True)
-        return [(form, *alike) for form, alike in pairs]
-
     # --- for the link
 
     async def _began(self, address: str, followed: Followed) -> None:
         """Read the index."""
         self._followed = followed
+        self.block_bytes = sum(followed.nbytes)
+        self.bucket = BucketAnswers(self._look_up) if followed.bucket else None
         await self._read(address, followed.session)
 
     def _ended(self, session: Session) -> None:
-        self._followed = Followed(0, (), self._followed.nbytes)
+        self._followed = Followed(0, (), ())
         self._left = self._known or self._left
         self._known = []
-        self._losses += 1
-        self._bucket.forget()
+        self._losses = self.losses + 1
+        self.bucket = None
 
     async def _look(self, session: Session) -> None:
-        """Send lookups in the bucket, and read the index again if changes were missed."""
-        for number, keys in self._bucket.take():
-            await self._link.tell(session, LookUp(session.number, number, joined_keys(keys)))
+        """Read the index again if changes were missed."""
         if self._number < 0:
             await self._read(session.address, session.number)
 
@@ -290,10 +255,18 @@ class ServerIndex:
             elif self._number >= 0:
                 self.apply(message.changes)
 
+    def _look_up(self, keys: Keys) -> None:
+        """Have the server look up blocks in the bucket."""
+        session = self._link.session
+        if session is not None:
+            ask = LookUp(session.number, tuple(keys[:MOST_LOOKED_UP]))
+            self._runtime.start(self._link.tell(session, ask))
+
     def _looked_up(self, peer: Peer, message: LookedUp) -> None:
         """Take the end of a lookup."""
-        if message.session == self._followed.session:
-            self._bucket.looked_up(message.number, message.count, message.answers)
+        bucket = self.bucket
+        if bucket is not None and message.session == self._followed.session:
+            bucket.ended(message.keys, message.count, message.answers)
 
     def apply(self, changes: Iterable[Changed]) -> None:
         """Apply changes in order, in a step; after a gap have all read again."""
@@ -305,7 +278,7 @@ class ServerIndex:
                 self._link.wake()
                 return
             self._number = changed.number
-            forms = self._forms
+            forms = self._followed.forms
             for known, some in zip(self._known, forms, strict=True):
                 if changed.form in some:
                     known.change(changed)

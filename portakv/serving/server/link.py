@@ -380,7 +380,7 @@ class Link:
             hello = self._sides.hello(self._before)
             answer = await self._channel.answer(address, hello, kind, PATIENT)
         except Refused as error:
-            self._refuse(sentence_of(error), by_store_server=True)
+            self._refuse(error.reason, by_store_server=True)
             return REFUSED
         except TransferError:
             return ABSENT
@@ -472,10 +472,3 @@ def this_client() -> Process:
     """Return the namespace, the number and the start of this process."""
     pid = os.getpid()
     return process_space(), pid, started(pid) or 0
-
-
-def sentence_of(error: PeerError) -> str:
-    """Return what a server says, without the sentence of the channel before it."""
-    text = str(error)
-    _, mark, sentence = text.partition(" was rejected: ")
-    return sentence if mark else text

@@ -11,28 +11,32 @@ from collections.abc import Sequence
 from typing import Annotated, ClassVar, Literal
 
 import msgspec
-import numpy as np
 from msgspec import Meta
 
 from portakv.migrate.messages import Handle, Message, Seconds, Small, Text, prepare
-from portakv.storage.tiers.base import After
 
 #: The version of these messages. A client of another version is a client of no server.
-PROTOCOL = 5
-#: The most keys of a request, which is cut into several ones above it.
-MOST_KEYS = 1024
+PROTOCOL = 6
+#: The most keys of a request, which is cut into several ones above it: with as many keys that they
+#: follow it is a message of the channel.
+MOST_KEYS = 960
+#: The most keys of a lookup in a bucket.
+MOST_LOOKED_UP = 1024
 #: The most changes of a message, and keys of a page of an index.
 MOST_CHANGES = 512
 MOST_PAGE = 16384
-KEY = 32  # bytes of a key
 #: In `Report.landed`: a block does not fit into packed slots.
 UNFIT = 2
 
 Number = Annotated[int, Meta(ge=0, le=(1 << 63) - 1)]  # of a session, of a request, or of a lease
-Keys = Annotated[bytes, Meta(max_length=KEY * MOST_KEYS)]  # one after the other
-Page = Annotated[bytes, Meta(max_length=KEY * MOST_PAGE)]
-Ids = Annotated[bytes, Meta(max_length=4 * MOST_KEYS)]  # int32, little-endian
+Key = Annotated[bytes, Meta(min_length=32, max_length=32)]
+Keys = Annotated[tuple[Key, ...], Meta(max_length=MOST_KEYS)]
+Page = Annotated[tuple[Key, ...], Meta(max_length=MOST_PAGE)]
+Id = Annotated[int, Meta(ge=0, lt=1 << 31)]  # of a row, or of a block in a request
+Ids = Annotated[tuple[Id, ...], Meta(max_length=MOST_KEYS)]
 Mask = Annotated[bytes, Meta(max_length=MOST_KEYS)]  # a byte each, 0 or 1, or `UNFIT`
+#: What keys follow, as `after_of` returns it.
+AfterKeys = Key | Annotated[tuple[Key | None, ...], Meta(max_length=MOST_KEYS)] | None
 FormText = Annotated[str, Meta(max_length=16384)]  # the JSON of a form
 #: The namespace, the number and the start of a process.
 Process = tuple[Number, Number, Number]
@@ -87,18 +91,17 @@ class Follow(Message, frozen=True):
 
 
 class Followed(Message, frozen=True):
-    """The answer to `Follow`: a session, and of each group its number in `Changes` and the bytes
-    of a block.
+    """The answer to `Follow`: a session, and of each group the bytes of a block.
 
-    ``bucket``: the store has a bucket, which answers `LookUp` alone. ``alike``: the numbers of the
-    other forms of each group's blocks: packed ones of raw blocks, raw ones of packed blocks.
+    ``forms``: the numbers of the forms of each group's blocks in `Changes`: its own, then packed
+    ones of raw blocks, or raw ones of packed blocks. ``bucket``: the store has a bucket, which
+    answers `LookUp` alone.
     """
 
     session: Number
-    forms: tuple[Small, ...]
+    forms: tuple[tuple[Small, ...], ...]
     nbytes: tuple[Number, ...]
     bucket: bool = False
-    alike: tuple[tuple[Small, ...], ...] = ()
 
 
 class Later(Message, frozen=True):
@@ -133,17 +136,14 @@ class Load(OfSession, frozen=True):
 
 
 class Save(OfSession, frozen=True):
-    """Request rows for blocks of a group, to copy them there.
-
-    ``after``: as `joined_after` returns it.
-    """
+    """Request rows for blocks of a group, to copy them there."""
 
     purpose: ClassVar[str] = "Requesting space of the store server at"
 
     number: Number
     group: Small
     keys: Keys
-    after: Keys
+    after: AfterKeys
     priority: Literal["urgent", "normal", "background"]
 
 
@@ -250,13 +250,14 @@ class AskKeys(OfSession, frozen=True):
 class KeysPage(Message, frozen=True):
     """The answer to `AskKeys`.
 
-    ``number``: of the last change before the snapshot. ``tiers``: the names of the tiers, as
-    `tier_of` returns them, with keys of each. ``more``: another page follows.
+    ``number``: of the last change before the snapshot. ``tier``: the name of the tier that has the
+    keys, as `tier_of` returns it. ``more``: another page follows; the last one has no keys.
     """
 
     number: Number
-    tiers: tuple[tuple[Text, Page], ...]
-    more: bool
+    tier: Text = ""
+    keys: Page = ()
+    more: bool = False
 
 
 class LookUp(OfSession, frozen=True):
@@ -264,12 +265,11 @@ class LookUp(OfSession, frozen=True):
 
     purpose: ClassVar[str] = "A lookup in the bucket of the store server at"
 
-    number: Number
-    keys: Annotated[bytes, Meta(min_length=KEY, max_length=KEY * MOST_KEYS)]
+    keys: Annotated[tuple[Key, ...], Meta(min_length=1, max_length=MOST_LOOKED_UP)]
 
 
 class LookedUp(OfSession, frozen=True):
-    """One-way, from the server: the lookup of a number has ended.
+    """One-way, from the server: the lookup of keys has ended.
 
     ``count``: how many leading blocks can be loaded.
     ``answers``: the bucket answered in time.
@@ -277,7 +277,7 @@ class LookedUp(OfSession, frozen=True):
 
     purpose: ClassVar[str] = "Reporting a lookup to"
 
-    number: Number
+    keys: Annotated[tuple[Key, ...], Meta(min_length=1, max_length=MOST_LOOKED_UP)]
     count: Number
     answers: bool
 
@@ -287,7 +287,7 @@ class Changed(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_field
 
     number: Number
     form: Small
-    key: Annotated[bytes, Meta(max_length=KEY)]
+    key: Key
     tier: Text
     stored: bool
     why: Text = ""
@@ -306,43 +306,12 @@ def tier_of(form: int, tier: str) -> str:
     return f"{form} {tier}"
 
 
-def joined_keys(keys: Sequence[bytes]) -> bytes:
-    """Return keys as the bytes of a message."""
-    return b"".join(keys)
-
-
-def keys_in(data: bytes) -> list[bytes]:
-    """Return the keys in the bytes of a message."""
-    return [data[first : first + KEY] for first in range(0, len(data), KEY)]
-
-
-def joined_after(after: Sequence[bytes | None], keys: Sequence[bytes]) -> bytes:
-    """Return what keys follow as the bytes of a message.
-
-    The key before the first one, or nothing, if each other key follows the one before it; else a
-    key for each, zeros at the beginning of a prompt.
-    """
+def after_of(after: Sequence[bytes | None], keys: Sequence[bytes]) -> AfterKeys:
+    """Return what keys follow for a message: the key before the first one, or None, if each other
+    key follows the one before it; else a key, or None, for each."""
     if [*after[1:]] == [*keys[:-1]]:
-        return after[0] or b""
-    return b"".join(key or bytes(KEY) for key in after)
-
-
-def after_in(data: bytes) -> After:
-    """Return what keys follow of the bytes of a message."""
-    if len(data) <= KEY:
-        return data or None
-    return [key if any(key) else None for key in keys_in(data)]
-
-
-def ids_to_bytes(ids: Sequence[int]) -> bytes:
-    """Return numbers as the bytes of a message."""
-    return np.asarray(ids, "<i4").tobytes()
-
-
-def ids_in(data: bytes) -> list[int]:
-    """Return the numbers in the bytes of a message."""
-    numbers: list[int] = np.frombuffer(data, "<i4").tolist()
-    return numbers
+        return after[0]
+    return tuple(after)
 
 
 prepare(globals())

@@ -6,10 +6,9 @@ from __future__ import annotations
 import atexit
 import logging
 import os
-import select
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, suppress
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from secrets import randbits
@@ -31,7 +30,6 @@ from portakv.host.shared import process_space, started
 from portakv.migrate.channel import Channel, Peer
 from portakv.migrate.messages import Message
 from portakv.migrate.shared_memory import share
-from portakv.runtime import resources
 from portakv.runtime.bounded import Bounded
 from portakv.runtime.rate_limited_log import RateLimitedLog
 from portakv.serving.bucket import look_up
@@ -65,12 +63,11 @@ from portakv.serving.server.messages import (
     ServerProtocol,
     Stop,
     Unlock,
-    joined_keys,
-    keys_in,
     tier_of,
 )
 from portakv.serving.server.state import (
     PATIENCE,
+    Client,
     ClientProcess,
     ServerState,
     ended_session,
@@ -81,7 +78,6 @@ from portakv.storage.calls import Change
 from portakv.storage.form import BlockForm
 from portakv.storage.store import BlockStore
 from portakv.tasks import Wait, Work, runtime
-from portakv.tasks.runtime import READ
 
 if TYPE_CHECKING:
     from portakv.serving.kv_events import EventPublisher
@@ -147,24 +143,21 @@ class Feed:
         self.followers[made.session] = made
         return Followed(
             made.session,
-            tuple(self._numbers[form] for form in forms),
+            tuple(tuple(self._numbers[x] for x in self._alike(form)) for form in forms),
             tuple(self._store.forms[form].payload_bytes for form in forms),
             bucket,
-            tuple(tuple(self._numbers[x] for x in self._alike(form)) for form in forms),
         )
 
     def _alike(self, name: str) -> list[str]:
-        """Return the names of the store's other forms of the same blocks, packed or raw ones.
+        """Return the name of a form and of the store's other forms of the same blocks, packed or
+        raw ones.
 
         Blocks of a lossy form count for no other form.
         """
         forms = self._store.forms
         raw = forms[name].raw
-        return [
-            other
-            for other, form in forms.items()
-            if form.raw == raw and other != name and not form.lossy
-        ]
+        alike = [other for other, form in forms.items() if form.raw == raw and not form.lossy]
+        return [name, *(other for other in alike if other != name)]
 
     def page(self, ask: AskKeys) -> KeysPage:
         """Return a page of the keys of a group; the first one takes a snapshot.
@@ -185,18 +178,17 @@ class Feed:
 
     def _pages(self, form: str) -> list[KeysPage]:
         """Return a snapshot of the blocks of a form, and of those that are alike, in pages."""
-        names = (form, *self._alike(form))
+        names = self._alike(form)
         snapshots = [self._store.of(name).keys() for name in names]
-        pieces = list[tuple[str, bytes]]()
+        number = snapshots[0].number  # changes after the first snapshot are applied to all
+        pages = list[KeysPage]()
         for name, snapshot in zip(names, snapshots, strict=True):
             for tier, keys in snapshot.keys.items():
                 tier = tier_of(self._numbers[name], tier)
                 for first in range(0, len(keys), MOST_PAGE):
-                    pieces.append((tier, joined_keys(keys[first : first + MOST_PAGE])))
-        # Changes after the first snapshot are applied to all.
-        number = snapshots[0].number
-        pages = [KeysPage(number, (piece,), True) for piece in pieces[:-1]]
-        return [*pages, KeysPage(number, (*pieces[-1:],), False)]
+                    some = tuple(keys[first : first + MOST_PAGE])
+                    pages.append(KeysPage(number, tier, some, more=True))
+        return [*pages, KeysPage(number)]
 
     def announce(self, changes: Sequence[Change]) -> Iterator[tuple[Follower, Changes]]:
         """Yield the messages about changes for each follower."""
@@ -270,13 +262,23 @@ class OpenStore:
             self.handle = share(self.store.rows.tensor)
             for name, form in named.items():
                 self.state.stores[form.digest] = self.store.of(name)
-            self.store.finished()  # from now on handles and changes are kept
-            self.store.listen()
+            self.store.listen()  # from now on changes are kept
+            self._fd = self.store.listen_fd()
             self._publish_all()
         except BaseException:
             self.store.close()
             raise
         rows_here[self.handle] = self.store.rows.tensor
+
+    @property
+    def closed(self) -> bool:
+        """Return whether the store was closed, such as at the end of the interpreter."""
+        return self.store.graph.closed
+
+    @property
+    def fd(self) -> int | None:
+        """Return a descriptor that is readable while there are changes; None after the end."""
+        return None if self.closed else self._fd
 
     def changes(self) -> list[Change]:
         """Return the changes of the store since the last call, and publish them to routers."""
@@ -399,23 +401,16 @@ class StoreServer:
         # Why the last rank of an engine was refused, and until when that counts.
         self._refused: Bounded[str, tuple[str, float]] = Bounded("refused engines", ENGINES)
         self._ends = False  # no session begins any more
+        self._wait = Wait()  # of the coroutine
         self._channel = Channel()
-        with ExitStack() as undo:
-            undo.callback(self._channel.close)
-            try:
-                self._event = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
-                undo.callback(os.close, self._event)
-                self._epoll = select.epoll()  # of that, and of the open store
-            except OSError as error:
-                why = resources.reason(error)
-                raise StoreError(f"Expected a descriptor for a store server, but {why}.") from None
-            undo.callback(self._epoll.close)
-            self._epoll.register(self._event, READ)
+        try:
             self._answer_messages()
-            undo.callback(self.place.release)
             self._serve_if_possible()
             self._running = self._runtime.start(self._run())
-            undo.pop_all()
+        except BaseException:
+            self.place.release()
+            self._channel.close()
+            raise
         atexit.register(self._take_leave)  # before the channel closes at the interpreter's end
 
     def __enter__(self) -> StoreServer:
@@ -461,8 +456,6 @@ class StoreServer:
         self._channel.close()
         self._close_store(timeout)
         self.place.release()
-        self._epoll.close()
-        os.close(self._event)
 
     def _take_leave(self) -> None:
         """Tell clients and followers that this server ends in order; no session begins any more."""
@@ -472,10 +465,8 @@ class StoreServer:
         opened = self._opened
         if opened is None:
             return
-        requests = [(each.address, Farewell(each.session)) for each in opened.state.clients()]
-        requests += [
-            (each.address, Farewell(each.session)) for each in [*opened.feed.followers.values()]
-        ]
+        others: list[Client | Follower] = [*opened.state.clients(), *opened.feed.followers.values()]
+        requests = [(each.address, Farewell(each.session)) for each in others]
         # The answers come before the connections end. A client without one may have ended, too.
         with suppress(PortaKVError):
             self._channel.ask_all(requests, Farewell, LEAVING)
@@ -579,11 +570,11 @@ class StoreServer:
             return
 
         def ended(count: int, answers: bool) -> None:
-            message = LookedUp(ask.session, ask.number, count, answers)
+            message = LookedUp(ask.session, ask.keys, count, answers)
             self._runtime.start(self._tell_follower(opened, follower, message))
 
         with suppress(PortaKVError):  # the store closes
-            look_up([*map(opened.store.of, follower.forms)], keys_in(ask.keys), ended)
+            look_up([*map(opened.store.of, follower.forms)], ask.keys, ended)
 
     def _open_store(self) -> OpenStore:
         if self._opened is None:
@@ -593,16 +584,17 @@ class StoreServer:
     # --- the coroutine
 
     def _wake(self) -> None:
-        with suppress(OSError):  # the counter is full, or the server was closed
-            os.eventfd_write(self._event, 1)
+        with self._runtime.step:
+            self._wait.wake()
 
     async def _run(self) -> None:
         """Go on until the server is closed."""
         while not self._stopped:
             try:
-                await Wait(self._epoll.fileno(), READ, self._runtime.time() + LOOK)
-                with suppress(BlockingIOError):
-                    os.eventfd_read(self._event)
+                self._wait.fd = None if self._opened is None else self._opened.fd
+                self._wait.until = self._runtime.time() + LOOK
+                await self._wait
+                self._wait = Wait()  # before the looks, which may miss what comes from here
                 self._look_at_processes()
                 if not (self.place.claimed or self.terms.attaches):
                     await Work(self._serve_if_possible)
@@ -639,8 +631,6 @@ class StoreServer:
         try:
             opened = OpenStore(self.terms, wanted, self._wake, self._patience, self._events)
             self._opened = opened
-            for fd in (opened.store.finished_fd(), opened.store.listen_fd()):
-                self._epoll.register(fd, READ)
         except StoreBusy as error:
             now = time.monotonic()
             self._busy_since = self._busy_since or now
@@ -676,11 +666,9 @@ class StoreServer:
         if self._events is not None:
             self._events.answer()
         opened = self._opened
-        if opened is None or opened.store.graph.closed:  # the interpreter ends
+        if opened is None or opened.closed:
             return
         with self._runtime.released():
-            for handle in opened.store.finished():
-                opened.state.ended(handle)
             opened.state.advance()
             changes = opened.changes()
         for client, progress in opened.state.take():

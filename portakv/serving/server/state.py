@@ -21,7 +21,6 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
-from hashlib import blake2b
 from itertools import accumulate
 from secrets import randbits
 from typing import NamedTuple, TypeAlias
@@ -40,9 +39,6 @@ from portakv.serving.server.messages import (
     Lock,
     Progress,
     Save,
-    after_in,
-    ids_to_bytes,
-    keys_in,
 )
 from portakv.storage.eviction import Pins
 from portakv.storage.form import BlockForm
@@ -95,8 +91,9 @@ def unlike(form: BlockForm, stored: Sequence[BlockForm]) -> InvalidTerms:
 
 #: A copy that a store has lent.
 Copy: TypeAlias = LentCopy | Borrowed
-#: What the saves of all ranks of an engine have in common: engine, form, checksum of the keys.
-SaveKey: TypeAlias = tuple[str, bytes, bytes]
+#: What the saves of all ranks of an engine have in common: the engine, the form, the keys, and what
+#: these follow.
+SaveKey: TypeAlias = tuple[object, ...]
 
 
 @dataclass(eq=False)
@@ -262,6 +259,12 @@ class Work:
         return client not in self.requesters and (self.stored is None or client in self.expected)
 
     @property
+    def has_all_rows(self) -> bool:
+        """Return whether all blocks have rows. Packed ones of a save may get rows once more."""
+        packs = self.key is not None and bool(self.part.store.form.encoding)
+        return self.granted == self.blocks and not packs
+
+    @property
     def awaited(self) -> bool:
         """Return True if another rank may ask for it."""
         return any(not (each.gone or each in self.requesters) for each in self.expected)
@@ -328,9 +331,11 @@ class ServerState:
         self._lock = runtime().lock
         self._clients = dict[int, Client]()  # by session
         self._processes = dict[tuple[int, int, int], ClientProcess]()
-        self._works = dict[Handle, Work]()  # that have not ended
+        self._works = dict[Work, None]()  # that have not ended
         self._saves = dict[SaveKey, list[Work]]()
-        self._begun = deque[tuple[Work, Copy]]()  # from the store, which has its lock
+        # From the store, which has its lock: copies that begin, and work that has ended.
+        self._begun = deque[tuple[Work, Copy]]()
+        self._ended = deque[Work]()
         # What clients learn next, by client and number of the request.
         self._news = dict[tuple[Client, int], _News]()
 
@@ -413,7 +418,7 @@ class ServerState:
             for client in [*self._clients.values()]:
                 self.lost(client)
             self._drain()
-            lents = {lent for work in self._works.values() for lent in work.lents}
+            lents = {lent for work in self._works for lent in work.lents}
             for process in self._processes.values():
                 lents |= {lease.lent for lease in process.leases}
                 process.leases.clear()
@@ -461,20 +466,17 @@ class ServerState:
         """
         with self._lock:
             client = self.client(ask.session)
-            keys = keys_in(ask.keys)
+            keys = [*ask.keys]
             part = self._part_of(client, ask.group)
             work = Work(self._note_begun, part, len(keys), requesters={client: ask.number})
             borrowed = part.store.borrow(keys, True)
             if borrowed is not None:
                 self._lend(work, borrowed)
-                self._learn(client, ask.number).more = False
                 return self._progress(client, ask.number)
             begin = partial(part.store.load_lent, priority=ask.priority, missing="skip", packs=True)
             self._begin(work, keys, partial(begin, deadline=ask.seconds or None))
             client.requests[ask.number] = work
             self._drain()
-            if work.granted == work.blocks:
-                self._learn(client, ask.number).more = False
             return self._progress(client, ask.number)
 
     def save(self, ask: Save) -> Progress:
@@ -485,8 +487,7 @@ class ServerState:
         with self._lock:
             client = self.client(ask.session)
             part = self._part_of(client, ask.group)
-            digest = blake2b(ask.keys, digest_size=16, key=blake2b(ask.after).digest()).digest()
-            key = client.engine, part.store.form.digest, digest
+            key = client.engine, part.store.form.digest, ask.keys, ask.after
             begun = self._saves.get(key, [])
             save = next((each for each in begun if each.awaits(client)), None)
             if save is None:
@@ -499,14 +500,14 @@ class ServerState:
             self._settle_all(save)
             if save.stored is not None:
                 self._end_request(client, ask.number, save.stored)
-            elif save.complete or save.abandoned:
+            elif save.complete or save.abandoned or save.has_all_rows:
                 self._learn(client, ask.number).more = False
             return self._progress(client, ask.number)
 
     def _begin_save(self, client: Client, part: RankPart, key: SaveKey, ask: Save) -> Work:
         """Begin a save of all ranks of an engine."""
         ranks = self._ranks(client, part)
-        keys = keys_in(ask.keys)
+        keys = [*ask.keys]
         save = Work(self._note_begun, part, len(keys), key, self._now(), {*ranks})
         together = 0
         for cells in ranks.values():
@@ -517,7 +518,7 @@ class ServerState:
             self.counts["saves_without_all_ranks"] += 1
         else:
             begin = partial(part.store.save_lent, priority=ask.priority, full="drop", packs=True)
-            self._begin(save, keys, partial(begin, after=after_in(ask.after)))
+            self._begin(save, keys, partial(begin, after=ask.after))
         self._saves.setdefault(key, []).append(save)
         return save
 
@@ -529,7 +530,8 @@ class ServerState:
             work.abandoned = True
             self._drain()
             raise
-        self._works[work.handle] = work
+        self._works[work] = None
+        work.handle.when_ended(partial(self._note_ended, work))
 
     def _ranks(self, client: Client, part: RankPart) -> dict[Client, int]:
         """Return the clients of an engine that have a part of the same blocks, with their cells."""
@@ -569,7 +571,7 @@ class ServerState:
         """
         with self._lock:
             client = self.client(ask.session)
-            pins = self._part_of(client, ask.group).store.pin(keys_in(ask.keys))
+            pins = self._part_of(client, ask.group).store.pin(ask.keys)
             before = client.locks.pop(ask.number, None)
             if before is not None:
                 before.release()
@@ -591,28 +593,16 @@ class ServerState:
         """
         with self._lock:
             part = self._part_of(self.client(ask.session), ask.group)
-            return part.store.delete(keys_in(ask.keys)).astype(np.uint8).tobytes()
+            return part.store.delete(ask.keys).astype(np.uint8).tobytes()
 
     # --- what the store does
-
-    def ended(self, handle: Handle) -> None:
-        """Note the end of a load or a save of the store."""
-        with self._lock:
-            self._drain()
-            work = self._works.pop(handle, None)
-            if work is None:
-                return
-            work.complete = True
-            if work.key is not None:
-                work.stored = handle.landed.astype(np.uint8).tobytes()
-            for client, number in work.requesters.items():
-                self._end_request(client, number, work.stored)
-            self._forget_save(work)
 
     def advance(self) -> None:
         """Go on with what the store has lent, and give up what takes too long."""
         with self._lock:
             self._drain()
+            while self._ended:
+                self._end(self._ended.popleft())
             now = self._now()
             for save in self._all_saves():
                 late = now > save.since + self._patience
@@ -622,7 +612,7 @@ class ServerState:
                     save.expected.clear()
                 self._forget_save(save)
                 self._note_complete(save)
-            for work in [*self._works.values()]:
+            for work in [*self._works]:
                 self._settle_all(work)
 
     def take(self) -> list[tuple[Client, Progress]]:
@@ -678,6 +668,23 @@ class ServerState:
         self._begun.append((work, copy))
         self._wake()
 
+    def _note_ended(self, work: Work) -> None:
+        """Take the end of a load or a save from the store, as `_note_begun`."""
+        self._ended.append(work)
+        self._wake()
+
+    def _end(self, work: Work) -> None:
+        """Tell the clients of a load or a save of the store that it has ended."""
+        if work.handle is None or work not in self._works:  # the state was closed
+            return
+        del self._works[work]
+        work.complete = True
+        if work.key is not None:
+            work.stored = work.handle.landed.astype(np.uint8).tobytes()
+        for client, number in work.requesters.items():
+            self._end_request(client, number, work.stored)
+        self._forget_save(work)
+
     def _drain(self) -> None:
         """Lend the rows that the store has lent since the last call."""
         while self._begun:
@@ -698,6 +705,8 @@ class ServerState:
         work = lent.work
         if client.gone or lent.ended or work.abandoned:
             return
+        if work.has_all_rows:
+            self._learn(client, number).more = False
         cells = -1
         form = lent.copy.form
         every: Sequence[int] = range(len(lent.copy.rows))
@@ -719,8 +728,8 @@ class ServerState:
             lent.leases.add(lease)
             client.leases[lease.number] = lease
             client.process.leases.add(lease)
-            places = ids_to_bytes([lent.copy.blocks[at] for at in some])
-            rows = ids_to_bytes([lent.copy.rows[at] for at in some])
+            places = tuple(lent.copy.blocks[at] for at in some)
+            rows = tuple(lent.copy.rows[at] for at in some)
             grants.append(Grant(lease.number, places, rows, text))
 
     def _return_all(self, process: ClientProcess, session: int) -> None:
