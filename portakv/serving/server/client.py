@@ -782,9 +782,9 @@ class ServerBlocks:
             done = self._done(session, Lock(session.number, number, self.group, some))
             places = [first + at for at in np.flatnonzero(done).tolist()]
             release = partial(self._unlock, session, number)
-            for place in places:
-                pins.add(place, release if place == places[0] else bool)
-            if not places:
+            if places:
+                pins.add(places, release)
+            else:
                 release()
         return pins
 
