@@ -70,7 +70,7 @@ class Tier:
         self.amount = amount
         size = self.form.image_bytes
         self.chunks = {op: chunk or max(1, n // size) for op, n in CHUNKS.items()}
-        self.memory = Memory(self.form.image_bytes, 2 * amount, 0)
+        self.memory = Memory([size], 2 * amount * size, 0)
         self.payload = self.memory.tensor[:, image.HEADER :][:, : self.form.payload_bytes]
         self.payload.random_()
         self.first = {"store": 0, "load": amount}

@@ -81,7 +81,8 @@ class Opened:
 
     def __init__(self, tier: Any, folder: Path, forms: Sequence[BlockForm], own: int = 1) -> None:
         self.graph = Graph()
-        self.rows = Rows(max(form.image_bytes for form in forms), 64, 0, pin=False)
+        size = max(form.image_bytes for form in forms)
+        self.rows = Rows([size], 64 * size, 0, pin=False)
         self.reports: list[tuple[bytes, Reason]] = []
         self._lock = threading.Lock()
         try:

@@ -445,7 +445,7 @@ class PageStore(SizedPages):
         if store is None:
             return Usage(0, capacity)
         if not disk:
-            return Usage(store.rows.counts()["kept"] * store.rows.row_bytes, capacity)
+            return Usage(store.rows.nbytes_by_state()["kept"], capacity)
         images = {pages.form.name: pages.form.image_bytes for pages in self.every()}
         slots = [each for each in store.statistics()["disk_slots"] if each["state"] == "used"]
         return Usage(sum(each["value"] * images[each["form"]] for each in slots), capacity)

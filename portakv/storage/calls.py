@@ -1561,12 +1561,12 @@ class InFlight(Held):
             self._refuse(rows[unfit], mask, FLAGGED)
             fits = rows[~unfit]
             misfits = len(rows) - len(fits)
-        elif misfits and raw is None:
-            self._refuse(refused, mask, why)
-            refused = refused[:0]
-        elif misfits:
+        elif misfits and raw is not None:
             self._refuse(self._make_room(raw.form, refused.tolist()), mask, NO_ROOM)
             refused = refused[mask[refused]]
+        elif misfits:
+            self._refuse(refused, mask, why)
+            refused = refused[:0]
         self._count_copied(view.device, items[fits], misfits, len(refused))
         if raw is not None and len(refused):
             crossing.copy(raw.rows, view, np.array(self.items)[refused], blocks[refused])

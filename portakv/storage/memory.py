@@ -313,6 +313,7 @@ class Rows:
         evicted: rows that lost their key to another key.
         index: the row of each key of the host tier.
         sized: images have several sizes.
+        begun, counted: the loans. Rows of counted ones do not go.
     """
 
     def __init__(
@@ -361,9 +362,9 @@ class Rows:
         self.unused = set[bytes]()  # keys of rows that were prefetched and not used since
         self.listeners = dict[bytes, Changed]()  # by the checksum of a form
         self._lock = self.chains.lock  # no call is made while it is locked
-        self._begun = deque[Loan]()  # loans that no look at `_read` has counted; needs no lock
-        self._loans = list[Loan]()  # the others
-        self._read = Counter[bytes]()  # keys of `_loans`, whether they have a row or not
+        self.begun = deque[Loan]()  # loans that no look at `_read` has counted; needs no lock
+        self.counted = list[Loan]()  # the others
+        self._read = Counter[bytes]()  # keys of `counted`, whether they have a row or not
 
     @property
     def most(self) -> int:
@@ -705,7 +706,7 @@ class Rows:
         thread may call it (see `uninterrupted`).
         """
         loan = Loan(keys, caller)
-        self._begun.append(loan)  # before the look for rows: see `_take_away`
+        self.begun.append(loan)  # before the look for rows: see `_take_away`
         loan.rows = [*map(self.index.get, keys)]
         return loan
 
@@ -722,7 +723,7 @@ class Rows:
     def _count_copies(self) -> int:
         self.forget_loans()
         with self._lock:
-            return sum(loan.caller() is not self for loan in [*self._loans, *self._begun])
+            return sum(loan.caller() is not self for loan in [*self.counted, *self.begun])
 
     def end_left_loans(self) -> None:
         """End the loans of this thread whose calls were interrupted before their copies."""
@@ -730,24 +731,24 @@ class Rows:
 
     def _end_left_loans(self, thread: int) -> None:
         with self._lock:
-            for loan in [*self._loans, *self._begun]:
+            for loan in [*self.counted, *self.begun]:
                 if loan.was_left(thread):
                     loan.cancel()
 
     def forget_loans(self) -> None:
         """Forget the loans that have ended, also those of loads that found no row."""
         with self._lock:
-            for _ in range(len(self._begun)):
-                loan = self._begun.popleft()
+            for _ in range(len(self.begun)):
+                loan = self.begun.popleft()
                 if not loan.ended():
-                    self._begun.append(loan)
+                    self.begun.append(loan)
             self._forget_counted()
 
     def _forget_counted(self) -> None:
         """Let the rows of loans that have ended go in their turn."""
-        for loan in [*self._loans]:
+        for loan in [*self.counted]:
             if loan.ended():
-                self._loans.remove(loan)
+                self.counted.remove(loan)
                 self._read.subtract(loan.keys)
                 for key in loan.keys:
                     if not self._read[key]:
@@ -757,11 +758,11 @@ class Rows:
 
     def _count_loans(self) -> None:
         """Keep the rows that loans read."""
-        while self._begun:
-            loan = self._begun.popleft()
+        while self.begun:
+            loan = self.begun.popleft()
             if loan.ended():
                 continue
-            self._loans.append(loan)
+            self.counted.append(loan)
             self._read.update(loan.keys)
             for key in loan.keys:
                 if key in self.chains:
@@ -1139,9 +1140,9 @@ class Crossing:
                 end = completion(device, loan.stream, inner)
             loan.end = end
         layers = transfer.layers if by_layer else ()
-        if loan.stream is not None:
-            transfer = Transfer((*transfer.completions, end), transfer, transfer.carried)
-        return transfer, layers
+        if loan.stream is None:
+            return transfer, layers
+        return Transfer((*transfer.completions, end), transfer, transfer.carried), layers
 
     def wait(self, end: Completion) -> None:
         """Wait for the end of a copy in any thread, also while another one captures a graph.

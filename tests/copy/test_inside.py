@@ -32,8 +32,9 @@ from portakv import (
     copy_rows,
 )
 from portakv.copy import inside, rows
-from portakv.copy.inside import MOST_LISTED, ChunkCopies
+from portakv.copy.inside import ChunkCopies
 from portakv.core.call import CopyEnd, calls
+from portakv.core.rows import MOST_LISTED
 from portakv.registry.registry import REGISTRY, choose
 from portakv.view.form import plain_reader
 

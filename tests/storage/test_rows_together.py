@@ -277,12 +277,12 @@ class ForgetsLoans(Rows):
     """A negative control: a load is noticed only if it began before its key was next."""
 
     def _take_away(self, keys: Sequence[bytes]) -> list[int]:
-        begun = self._begun
-        self._begun = deque()
+        begun = self.begun
+        self.begun = deque()
         try:
             return super()._take_away(keys)
         finally:
-            self._begun = begun
+            self.begun = begun
 
 
 def test_without_a_look_at_loans_such_a_row_goes() -> None:

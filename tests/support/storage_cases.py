@@ -44,7 +44,7 @@ def rows_in_use(rows: Rows) -> int:
     def count() -> int:
         rows.forget_loans()
         with rows.chains.lock:
-            loans = [*rows._begun, *rows._loans]
+            loans = [*rows.begun, *rows.counted]
         return len({row for loan in loans for row in loan.rows if row is not None})
 
     return uninterrupted(count)

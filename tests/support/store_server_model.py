@@ -166,7 +166,7 @@ class FakeStore:
         for place, key in enumerate(keys):
             if key in self.cached:
                 self._read(self.cached[key], 1)
-                pins.add(place, partial(self._read, self.cached[key], -1))
+                pins.add([place], partial(self._read, self.cached[key], -1))
         return pins
 
     def _read(self, row: int, more: int) -> None:

@@ -751,10 +751,9 @@ class ServerBlocks:
             number = next(self.requests.numbers)
             done = self._done(session, Lock(session.number, number, self.group, some))
             places = (first + np.flatnonzero(done)).tolist()
-            pins.held[places] = True
             release = partial(self._unlock, session, number)
             if places:
-                pins.add(places[0], release)
+                pins.add(places, release)
             else:
                 release()
         return pins
