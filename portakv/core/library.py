@@ -8,6 +8,7 @@ the functions that it uses.
 from __future__ import annotations
 
 import ctypes
+from array import array
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -24,6 +25,7 @@ HERE = Path(__file__).resolve().parent
 #: The folder of a clone, or the folder of the installed packages.
 ROOT = HERE.parent.parent
 BUILD = "build_backend/compile_core.py"
+_EMPTY = array("q", [0])
 
 
 @cache
@@ -118,6 +120,37 @@ def function_of_numbers(number: int, name: str, *arguments: Any) -> Callable[...
     if pylibrary().portakv_python_found():
         return python_function(number)
     return function(name, ctypes.c_int64, *arguments)
+
+
+def written(write: Callable[..., int], room: int, *arguments: object) -> tuple[int, array[int]]:
+    """Return the number of words that a function of the core writes, or its code, and the words.
+
+    Args:
+        write: takes the arguments, the address of words and their number. If it has more words, it
+            returns how many, and is called again.
+        room: words that most calls take.
+    """
+    while True:
+        out = _EMPTY * room
+        count = write(*arguments, out.buffer_info()[0], room)
+        if count <= room:
+            return count, out
+        room = count
+
+
+class Opened:
+    """An object of the core at an address, which is closed with this object.
+
+    Attributes:
+        address: of the object; 0: there is none.
+    """
+
+    address: int = 0
+    _close: Callable[[int], object]
+
+    def __del__(self) -> None:
+        if self.address:
+            self._close(self.address)
 
 
 def python_function(number: int) -> Callable[..., Any]:

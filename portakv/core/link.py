@@ -18,7 +18,7 @@ from typing import NamedTuple, TypeAlias
 import numpy as np
 
 from portakv.core.call import Fault
-from portakv.core.library import function
+from portakv.core.library import Opened, function, written
 from portakv.core.plan import NO_MEMORY
 from portakv.core.runs import Int64
 from portakv.errors import PortaKVError
@@ -98,16 +98,10 @@ def cut_copy(rules: array[int], count: int, offset: int, idle: bool) -> tuple[in
         offset: tokens of the host's rows that are passed over.
         idle: nothing crosses.
     """
-    room = 64
-    while True:
-        out = array("q", bytes(8 * room))
-        cut = _functions().cut
-        number = cut(rules.buffer_info()[0], count, offset, idle, out.buffer_info()[0], room)
-        if number < 0:
-            raise PortaKVError("Expected rules that cut a copy. Report this as a bug.")
-        if number <= room:
-            break
-        room = number
+    terms = rules.buffer_info()[0], count, offset, idle
+    number, out = written(_functions().cut, 64, *terms)
+    if number < 0:
+        raise PortaKVError("Expected rules that cut a copy. Report this as a bug.")
     slots, *words = out[:number]
     return slots, [Cut(*pair) for pair in zip(words[::2], words[1::2], strict=True)]
 
@@ -127,7 +121,7 @@ def schedule_of(order: SliceOrder) -> Schedule:
     return Schedule(before, slices, after, failed)
 
 
-class Link:
+class Link(Opened):
     """CUDA's driver as the core calls it, by any thread; see `portakv_link_open`."""
 
     def __init__(self, driver: ctypes.CDLL) -> None:
@@ -138,7 +132,7 @@ class Link:
         self._library = driver  # whose functions are called
         self._close = core.close
         #: Of the link, for the core.
-        self.address: int = core.open(addresses.buffer_info()[0])
+        self.address = core.open(addresses.buffer_info()[0])
         if not self.address:
             raise MemoryError("The core has no memory for a link.")
 
@@ -159,10 +153,6 @@ class Link:
         if _functions().rows(self.address, copy, ctypes.addressof(fault)):
             return _refused(fault)
         return None
-
-    def __del__(self) -> None:
-        if getattr(self, "address", 0):
-            self._close(self.address)
 
 
 def _refused(fault: Fault) -> Fault:

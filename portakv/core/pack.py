@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from portakv.errors import PortaKVError
 
-from .library import function
+from .library import Opened, function
 from .rows import SideShape, address_of, read_extents, read_side, words_of_nest
 
 
@@ -48,7 +48,7 @@ def shape_of(plan: array[int], nest: int, options: array[int]) -> PackShape:
     return PackShape(planes, run, inner, outer, src, dst)
 
 
-class Packs:
+class Packs(Opened):
     """The launches of a plan by its kernels, which any thread may call; see `portakv_pack_open`.
 
     Args:
@@ -88,10 +88,6 @@ class Packs:
         """
         result: int = self._run(self.address, src, dst, count, status, overflow, stream)
         return result
-
-    def __del__(self) -> None:
-        if getattr(self, "address", 0):
-            self._close(self.address)
 
 
 @cache

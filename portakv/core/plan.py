@@ -8,7 +8,7 @@ from collections.abc import Callable
 from ctypes import c_int, c_int64, c_void_p
 from functools import cache
 
-from .library import function, function_of_numbers
+from .library import function, function_of_numbers, written
 
 # The codes of `core.h`.
 MALFORMED = -1
@@ -22,7 +22,6 @@ NO_REFINEMENT = -14
 #: The words of the longest plan that needs a single call, `PORTAKV_PLAN_LEAST` of `core.h`. A usual
 #: plan has 40.
 _ROOM = 128
-_EMPTY = array("q", [0])
 
 
 class Refused(Exception):
@@ -60,15 +59,10 @@ def pack_words(raw: int, packed: int, packs: bool, equal_planes: bool) -> array[
 
 def _words(write: Callable[..., int], *arguments: int) -> array[int]:
     """Return the words that a function writes, in as much room as they take."""
-    room = _ROOM
-    while True:
-        out = _EMPTY * room
-        count = write(*arguments, out.buffer_info()[0], room)
-        if count < 0:
-            raise Refused(count, out)
-        if count <= room:
-            return out[:count]
-        room = count
+    count, out = written(write, _ROOM, *arguments)
+    if count < 0:
+        raise Refused(count, out)
+    return out[:count]
 
 
 @cache

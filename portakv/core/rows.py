@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 from portakv.errors import PortaKVError
 
-from .library import function
+from .library import Opened, function
 from .plan import Refused
 
 # The codes of `core.h`.
@@ -111,7 +111,7 @@ def read_side(words: Iterator[int]) -> SideShape:
     return SideShape(bool(ids), per_id, lookup, entries, read_extents(words), next(words))
 
 
-class Kernels:
+class Kernels(Opened):
     """The loaded kernels of a device by their shapes, for any thread; see `portakv_kernels_open`.
 
     Args:
@@ -125,7 +125,7 @@ class Kernels:
         core = _functions()
         self._close = core.close
         self._run = core.run
-        self.address: int = core.open(launch)
+        self.address = core.open(launch)
         if not self.address:
             raise _refused()
 
@@ -156,10 +156,6 @@ class Kernels:
         at = plan.buffer_info()[0], options.buffer_info()[0]
         result: int = self._run(self.address, *at, src, dst, count, status, stream)
         return result
-
-    def __del__(self) -> None:
-        if getattr(self, "address", 0):
-            self._close(self.address)
 
 
 def _refused() -> PortaKVError:

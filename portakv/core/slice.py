@@ -8,7 +8,7 @@ from collections.abc import Callable
 from ctypes import c_int64, c_void_p
 from functools import cache
 
-from portakv.core.library import function_of_numbers
+from portakv.core.library import function_of_numbers, written
 from portakv.errors import PortaKVError
 
 # The codes of `core.h`.
@@ -16,7 +16,6 @@ HEADS_CUT = -80
 LAYERS_CUT = -81
 
 _ROOM = 128  # words that most answers take
-_EMPTY = array("q", [0])
 
 
 @cache
@@ -37,13 +36,7 @@ def slice_words(
     """
     ranges = array("q", [kv.start, len(kv), layers.start, len(layers), heads.start, len(heads)])
     at = ranges.buffer_info()[0]
-    room = _ROOM
-    while True:
-        out = _EMPTY * room
-        number = _slice()(form, count, at, out.buffer_info()[0], room)
-        if number <= room:
-            break
-        room = number
+    number, out = written(_slice(), _ROOM, form, count, at)
     if number in (HEADS_CUT, LAYERS_CUT):
         return number
     if number < 0:

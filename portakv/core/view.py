@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from portakv.core.library import function, function_of_numbers, pylibrary
+from portakv.core.library import function, function_of_numbers, pylibrary, written
 
 #: The code of `native/core/core.h` for which the tensors themselves show no reason.
 PAST_64_BITS = -3
@@ -184,25 +184,11 @@ def read_words(
 
     Returns a code if they cannot be read.
     """
-    read = _read_function()
     size_words = array("q", sizes)
     tensor_words = array("q", tensors)
-    capacity = 256 + 8 * len(tensors)
-    while True:
-        out = array("q", bytes(8 * capacity))
-        count = read(
-            bound,
-            size_words.buffer_info()[0],
-            tensor_words.buffer_info()[0],
-            place,
-            table_on_device,
-            alignment,
-            out.buffer_info()[0],
-            capacity,
-        )
-        if count <= capacity:
-            break
-        capacity = count
+    at = size_words.buffer_info()[0], tensor_words.buffer_info()[0]
+    terms = *at, place, table_on_device, alignment
+    count, out = written(_read_function(), 256 + 8 * len(tensors), bound, *terms)
     if count < 0:
         return count
     slots, entries, ranges, _ = out[:4]

@@ -236,8 +236,9 @@ class _ZeroCopyLaunch(UnownedLaunch):
     def submit(self, move: Move, stream: torch.Stream | None, status: torch.Tensor | None) -> None:
         if self._kernels.process.forked:
             raise refuse_fork("CUDA")
-        if not self.from_peer:
-            check_reach(move.dst if self.downward else move.src, self.device)
+        host = move.dst if self.downward else move.src
+        if not self.from_peer and (why := unreached(host, self.device)):
+            raise Unsupported(f"A direct copy of pinned memory at {host.origins[0]:#x}", why)
         tables = self._rows.tables
         if True in tables:
             captured = capturing(self.device)
@@ -245,13 +246,6 @@ class _ZeroCopyLaunch(UnownedLaunch):
                 if read:  # each thread would read a table in host memory over the link
                     bring_table(view, self.device, stream, captured)
         self._rows.enqueue(move, stream, status)
-
-
-def check_reach(view: KVView, device: torch.device) -> None:
-    """Raise `Unsupported` if kernels on a device do not reach a view of pinned memory."""
-    why = unreached(view, device)
-    if why:
-        raise Unsupported(f"A direct copy of pinned memory at {view.origins[0]:#x}", why)
 
 
 def unreached(view: KVView, device: torch.device) -> str:

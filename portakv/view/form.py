@@ -14,9 +14,7 @@ from functools import cache
 from itertools import islice, product
 from typing import Any
 
-from portakv.core.slice import HEADS_CUT, slice_words
-from portakv.core.view import TensorReader, dtype_names, tensor_reader, words_of_dtypes
-from portakv.errors import LayoutError
+from portakv.core.view import TensorReader, dtype_names, tensor_reader
 from portakv.runtime.bounded import Bounded
 
 #: Where memory can be: on the device, pinned or pageable on the host, in another process, or a
@@ -200,33 +198,6 @@ def plain_reader() -> TensorReader | None:
     """Return the core's reader of plain tensors, which finds known forms; None: torch is too old
     for it."""
     return tensor_reader(_forms)
-
-
-def sliced_form(
-    form: Form, count: int, kv: range, layers: range, heads: range
-) -> tuple[Form, int, dict[int, int]]:
-    """Return the form of a slice of a view of ``count`` blocks, or of a chunk's tokens.
-
-    Also returns how many entries of the slice an entry of the view becomes; and, for each entry of
-    the slice, its number (the number of the view's entry times these copies, plus which of the
-    copies it is) and the bytes that its address gains.
-
-    Raises:
-        LayoutError: the range of layers or heads cuts a factor.
-    """
-    read = slice_words(form.address, count, kv, layers, heads)
-    if isinstance(read, int):
-        axis, wanted = ("head", heads) if read == HEADS_CUT else ("layer", layers)
-        raise LayoutError(
-            f"{axis} {wanted.start}..{wanted.stop} cuts through a factor of the {axis!r} axis; "
-            f"slice at multiples of its factors."
-        )
-    words, copies, gained = read
-    of_name = words_of_dtypes()
-    dtypes = [of_name[form.dtypes[k]] for k in kv] if form.dtypes else [0] * len(kv)
-    rest = array("q", [PLACES.index(form.place), form.table_on_device, *dtypes])
-    encoding = tuple([form.encoding[k] for k in kv]) if form.encoding else ()
-    return form_of(words + rest.tobytes(), encoding), copies, gained
 
 
 def form_of(words: bytes, encoding: tuple[Any, ...] = ()) -> Form:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from array import array
 from bisect import bisect_right
 from collections.abc import Iterable, Sequence
 from itertools import pairwise
@@ -13,9 +14,11 @@ import numpy.typing as npt
 import torch
 
 from portakv.arguments import as_whole
+from portakv.core.slice import HEADS_CUT, slice_words
+from portakv.core.view import words_of_dtypes
 from portakv.errors import LayoutError
 from portakv.view.bound import Spans
-from portakv.view.form import Form, sliced_form
+from portakv.view.form import PLACES, Form, form_of
 
 
 class SlicedForm(NamedTuple):
@@ -51,10 +54,24 @@ class SlicedForm(NamedTuple):
 
 
 def slice_form(form: Form, count: int, kv: range, layers: range, heads: range) -> SlicedForm:
-    """Return the form of a slice of a view of ``count`` blocks, or of a chunk's tokens; raise as
-    `sliced_form`."""
-    sliced, copies, gained = sliced_form(form, count, kv, layers, heads)
-    return SlicedForm(sliced, gained, copies)
+    """Return the form of a slice of a view of ``count`` blocks, or of a chunk's tokens.
+
+    Raises:
+        LayoutError: the range of layers or heads cuts a factor.
+    """
+    read = slice_words(form.address, count, kv, layers, heads)
+    if isinstance(read, int):
+        axis, wanted = ("head", heads) if read == HEADS_CUT else ("layer", layers)
+        raise LayoutError(
+            f"{axis} {wanted.start}..{wanted.stop} cuts through a factor of the {axis!r} axis; "
+            f"slice at multiples of its factors."
+        )
+    words, copies, gained = read
+    of_name = words_of_dtypes()
+    dtypes = [of_name[form.dtypes[k]] for k in kv] if form.dtypes else [0] * len(kv)
+    rest = array("q", [PLACES.index(form.place), form.table_on_device, *dtypes])
+    encoding = tuple([form.encoding[k] for k in kv]) if form.encoding else ()
+    return SlicedForm(form_of(words + rest.tobytes(), encoding), gained, copies)
 
 
 def slice_range(name: str, requested: slice | int | None, extent: int) -> range:
