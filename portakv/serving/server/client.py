@@ -248,12 +248,14 @@ class Requests:
             for transfer, _ in [*self.open.values()]:
                 transfer.close()
 
-    async def in_turn(self, saves: bool, priority: Priority, steps: Awaitable[T]) -> T:
-        """Return the result of an awaitable once few others of loads, or of saves, run."""
-        limit = self._saves if saves else self._loads
-        await limit.acquire(priority=priority)
+    async def in_turn(
+        self, transfer: ServerTransfer, steps: Callable[..., Awaitable[T]], *arguments: object
+    ) -> T:
+        """Return the result of a coroutine once few others of loads, or of saves, run."""
+        limit = self._saves if transfer.saves else self._loads
+        await limit.acquire(priority=transfer.priority)
         try:
-            return await steps
+            return await steps(*arguments)
         finally:
             limit.release()
 
@@ -275,6 +277,8 @@ class ServerTransfer:
     """A load or a save through a server. It never raises: what did not land is in `landed`.
 
     Attributes:
+        saves: it is a save.
+        priority: among the transfers of the client.
         layers: of a load by layer, what to wait for before each layer; empty for others.
         pieces: its requests.
         issued: the end of the copy on the caller's stream, if the call issued one.
@@ -309,8 +313,8 @@ class ServerTransfer:
         self._cells = blocks.cells
         self._view = view
         self._crossing = crossing
-        self._priority = priority
-        self._saves = saves
+        self.priority = priority
+        self.saves = saves
         self._until = None if deadline is None else time.monotonic() + deadline
         self._call: Callable[[], object] | None = None
         # The runtime's lock guards what follows.
@@ -337,7 +341,7 @@ class ServerTransfer:
     @property
     def released(self) -> Released | None:
         """Return what ends when nothing reads the blocks of a save; None of a load."""
-        return Released(self) if self._saves else None
+        return Released(self) if self.saves else None
 
     def when_ended(self, call: Callable[[], object]) -> None:
         """Have a function called once when it has ended, or now if it has.
@@ -451,7 +455,7 @@ class ServerTransfer:
 
     def end_copy(self, piece: Piece, grant: Grant, cells: int, issued: bool = False) -> None:
         """Note that a copy has ended, which brought cells of blocks."""
-        loaded = cells and not self._saves
+        loaded = cells and not self.saves
         blocks = [piece.first + place for place in grant.places] if loaded else []
         with self._runtime.lock:
             self._copying -= not issued
@@ -505,7 +509,7 @@ class ServerTransfer:
                 some = slice(piece.first, piece.first + piece.blocks)
                 before = after_of(after[some], keys[some])
                 words = session.number, piece.number, self._group, tuple(keys[some])
-                request = Save(*words, before, self._priority)
+                request = Save(*words, before, self.priority)
                 self._runtime.start(self._ask_later(session, piece, request))
         except BaseException:  # also an interrupt: no caller has a handle
             self.cancel()
@@ -524,7 +528,7 @@ class ServerTransfer:
             for piece in self.pieces:
                 some = tuple(keys[piece.first : piece.first + piece.blocks])
                 words = session.number, piece.number, self._group, some
-                request = Load(*words, deadline or 0.0, self._priority)
+                request = Load(*words, deadline or 0.0, self.priority)
                 later = list[Grant]()
                 for grant in self._runtime.run(self._ask, session, piece, request):
                     if here and not grant.form:
@@ -559,8 +563,7 @@ class ServerTransfer:
 
     async def _ask_later(self, session: Session, piece: Piece, request: Save) -> None:
         """Request rows in turn, and have them copied."""
-        ask = self._ask(session, piece, request)
-        grants = await self._requests.in_turn(self._saves, self._priority, ask)
+        grants = await self._requests.in_turn(self, self._ask, session, piece, request)
         self.copy_later(session, piece, grants)
 
     async def _ask(self, session: Session, piece: Piece, request: Load | Save) -> Sequence[Grant]:
@@ -568,10 +571,10 @@ class ServerTransfer:
         answer = Progress(session.number, piece.number, (), False, bytes(piece.blocks))
         if not self._closed:
             try:
-                timeout = PATIENT if self._saves else ASKING
+                timeout = PATIENT if self.saves else ASKING
                 answer = await self._link.ask(session, request, Progress, timeout)
             except PortaKVError as error:
-                kind = "save" if self._saves else "load"
+                kind = "save" if self.saves else "load"
                 _log.warning(kind, "A %s of %d blocks ends: %s", kind, piece.blocks, error)
         self.take(piece, answer, answer=True)
         return answer.grants
@@ -581,8 +584,8 @@ class ServerTransfer:
     def copy_later(self, session: Session, piece: Piece, grants: Sequence[Grant]) -> None:
         """Have helpers copy rows."""
         for grant in grants:
-            copy = self.copy(session, piece, grant)
-            self._runtime.start(self._requests.in_turn(self._saves, self._priority, copy))
+            copy = self._requests.in_turn(self, self.copy, session, piece, grant)
+            self._runtime.start(copy)
 
     async def copy(self, session: Session, piece: Piece, grant: Grant) -> None:
         """Copy rows in a helper, and report that."""
@@ -596,7 +599,7 @@ class ServerTransfer:
         landed = False
         unfit: Mask | None = None
         try:
-            cells, unfit = await Work(rows.copy, *terms, self._saves)
+            cells, unfit = await Work(rows.copy, *terms, self.saves)
             landed = True
         except PortaKVError as error:
             _log.warning("copy", "A copy failed: %s", error)
