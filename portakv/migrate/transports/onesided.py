@@ -68,9 +68,9 @@ class Reading(Lane):
     """The buffers that one peer reads or that are read from it, two at a time."""
 
     width = 2
+    transport: OneSided
 
     def __init__(self, transport: OneSided, channel: Channel, key: str | Peer) -> None:
-        self.ours = transport
         # by tag
         self.offered = dict[int, tuple[There, Moving]]()
         self.unwanted = set[int]()  # tags that the reader does not read, before they are offered
@@ -83,19 +83,19 @@ class Reading(Lane):
         yield
         if ready is not None:  # libraries do not order their reads after a stream
             ready.synchronize()
-        with inside(self.ours.device):
+        with inside(self.transport.device):
             (self._read if self.address else self._offer)(moving, tag)
 
     def _enter(self, buffer: torch.Tensor) -> Any:
         """Return the library's handle of a buffer's memory; register it at the first call."""
         memory = buffer.untyped_storage()
         base = buffer if buffer._base is None else buffer._base
-        with self.ours.turn:
-            self.ours.start(self.address or self.channel.address)
+        with self.transport.turn:
+            self.transport.start(self.address or self.channel.address)
             for at in [at for at, (one, *_) in self._entered.items() if one() is None]:
-                self.ours.deregister(self._entered.pop(at)[-1])
+                self.transport.deregister(self._entered.pop(at)[-1])
             if (at := memory.data_ptr()) not in self._entered:
-                registered = self.ours.enter(at, memory.nbytes(), _index(memory))
+                registered = self.transport.enter(at, memory.nbytes(), _index(memory))
                 self._entered[at] = ref(base), memory, registered
             return self._entered[at][-1]
 
@@ -106,7 +106,7 @@ class Reading(Lane):
             self.offered.pop(tag, None)
             return
         buffer = moving.buffer
-        reach = self.ours.reach(self._enter(buffer))
+        reach = self.transport.reach(self._enter(buffer))
         self.offered[tag] = There(reach, buffer.data_ptr(), buffer.nbytes, _index(buffer)), moving
         try:
             moving.wait()  # `Taken` ends the buffer
@@ -125,7 +125,7 @@ class Reading(Lane):
             if there.nbytes != nbytes:
                 raise TransferError(f"expected {nbytes} B, got {there.nbytes}")
             if moving.begin():
-                self.ours.read(self, moving, there)
+                self.transport.read(self, moving, there)
         finally:
             # Also after this side has closed the lane: else the owner waits for it.
             self.skip([tag])
@@ -137,12 +137,12 @@ class Reading(Lane):
                     self.channel.tell(self.address, Taken(tag))
 
     def leave(self) -> None:
-        with self.ours.turn:
+        with self.transport.turn:
             for *_, registered in self._entered.values():
-                self.ours.deregister(registered)
-            others = [x.names.values() for x in [*self.ours.lanes.values()]]
+                self.transport.deregister(registered)
+            others = [x.names.values() for x in [*self.transport.lanes.values()]]
             for name in {*self.names.values()}.difference(*others):
-                self.ours.part(name)
+                self.transport.part(name)
 
 
 class OneSided(Transport):
