@@ -391,9 +391,10 @@ class Housekeeper:
         waits = pull.wanted is not None
         shared = [each for each in pull.sources if waits or each.word is not None]
         if not watched.begun and now >= watched.began + min(BEGIN, _third(shared)):
-            watched.begun = bool(pull.sources)  # else its owners are not known
+            wanted = pull.wanted  # a pull that waits has begun if only rows are not complete
+            watched.begun = wanted is None or (wanted.known and not wanted.complete)
             watched.renew = now + _third(shared)
-            for source in pull.sources:
+            for source in pull.sources if watched.begun else ():
                 await self._tell(source, Begin(source.ticket.epoch, source.ticket.offer))
         elif watched.begun and now >= watched.renew:
             watched.renew = now + _third(shared)
@@ -752,10 +753,10 @@ class LatePull(Wanted):
                 await blocking().work(self._issue, after)
         finally:
             pull.wanted = None
-            self._housekeeper.wake()
         assert self._issuing is not None  # `plan` has set it
         if self._issuing.waits:
             await self._issuing.finish()
+        self._housekeeper.wake()  # to commit a pull that does not wait
 
     def _goes_on(self) -> bool:
         """Return True if the pull may go on; raise if it was stopped, or if the reader closes."""
@@ -974,6 +975,8 @@ class Reader:
             if pull.in_call and not (named and isinstance(error, PortaKVError)):
                 raise
             await pull.fail(error)
+            if late is not None:
+                self._housekeeper.wake()
 
     def _exist(self, late: LatePull, pull: Pull) -> bool:
         """Return True if the offers of a pull by name exist and all owners are connected, as their
