@@ -107,6 +107,8 @@ def registered() -> tuple[list[torch.Tensor], AdaptiveConnector]:
 def test_a_copy_ends_when_its_kernels_do(
     how: str, kind: Any, late: EndingDriver, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    # Copies of earlier tests may not have ended, and those behind them are then not looked at.
+    monkeypatch.setattr(transfer, "in_flight", type(transfer.in_flight)())
     caches, connector = registered()
     slots = [5, 2, 9]
     expected = torch.stack([cache.view(2, 16, 16)[:, slots] for cache in caches], dim=1)
@@ -145,13 +147,13 @@ def test_an_end_serves_one_copy_at_a_time(rig: Rig) -> None:
     copies = [rig.issue() for _ in range(3 * 64)]
     used = [copy.completions[0].event for copy in copies]
     assert len(set(map(id, used))) == len(used)
-    assert rig.driver.created == 4 * 64
+    assert rig.driver.created == 3 * 64
     rig.driver.work()
     assert all(copy.done() for copy in copies)
     assert all(copy.completions[0].event is None for copy in copies)
     again = [rig.issue() for _ in copies]
     assert {id(copy.completions[0].event) for copy in again} == set(map(id, used))
-    assert rig.driver.created == 4 * 64
+    assert rig.driver.created == 3 * 64
 
 
 def test_ends_of_dropped_copies_are_used_again(rig: Rig) -> None:

@@ -27,7 +27,7 @@ from portakv.backends.base import (
     Launch,
 )
 from portakv.backends.row_kernels import RowKernels
-from portakv.backends.rows_kernel import NAMES, kernels_of
+from portakv.backends.rows_kernel import NAMES, RowsKernel, kernels_of
 from portakv.backends.rows_launch import LoadedKernels, RowsLaunch
 from portakv.core.rows import MOST_CARRIED
 from portakv.runtime.cuda import CudaDriver
@@ -94,6 +94,14 @@ def compiled(source: str, entries: str = _ENTRIES) -> ctypes.CDLL:
         return ctypes.CDLL(str(library))
 
 
+def carried_bytes(plain: int, kernel: RowsKernel) -> int:
+    """Return the bytes of an argument behind its first ``plain`` bytes: the ids that it carries."""
+    carried = 2
+    if kernel.shape.src.ids or kernel.shape.dst.ids:
+        carried = min((4096 - plain) // 4, MOST_CARRIED)
+    return -(-4 * carried // 8) * 8
+
+
 class CudaOnCpu(Backend):
     """The CUDA kernel on the host."""
 
@@ -128,10 +136,7 @@ class CudaOnCpu(Backend):
             sizes = [max(1, side.entries) for side in (kernel.shape.src, kernel.shape.dst)]
             assert library.dst_table_at() == ARGUMENT_BYTES + 8 * sizes[0]
             plain = ARGUMENT_BYTES + 8 * sum(sizes)
-            carried = min((4096 - plain) // 4, MOST_CARRIED)
-            if not (kernel.shape.src.ids or kernel.shape.dst.ids):
-                carried = 2
-            assert library.argument_bytes() == -(-(plain + 4 * carried) // 8) * 8
+            assert library.argument_bytes() == plain + carried_bytes(plain, kernel)
         return _Launch(plan, kernels, self._table, self._driver, self.device)
 
 
