@@ -279,6 +279,8 @@ class Finder:
             for owner, some in by_owner.items()
             for first in range(0, len(some), MOST_NAMES)
         ]
+        if not batches:
+            return
         requests = [(owner[0], _request(owner[1], some)) for owner, some in batches]
         kinds: Any = kind | Answer
         answers = await self._owners.channel.answers(requests, kinds, ASKING)
