@@ -45,8 +45,7 @@ from portakv.core.pick import ORDER
 from portakv.errors import BackendUnavailable, InvalidTerms, PortaKVError, Unsupported
 from portakv.interconnect.choose import Host
 from portakv.interconnect.costs import DIRECTIONS, Table, TableError, costs_of, read, unmeasured
-from portakv.interconnect.pick import Alternative, pick
-from portakv.interconnect.pieces import Shape
+from portakv.interconnect.pick import Alternative, Shape, pick
 from portakv.interconnect.strategy import OVERLAPS, Terms
 from portakv.layout.encodings import PACK, Pack
 from portakv.layout.presets import resolve

@@ -15,7 +15,6 @@ from portakv.core import pick as core
 from portakv.core.pick import ORDER, set_of
 from portakv.errors import PortaKVError, Unsupported
 from portakv.interconnect.costs import Table
-from portakv.interconnect.pieces import Shape
 from portakv.interconnect.strategy import SMALL, Terms
 from portakv.selection import Decision, Kind, unavailable
 
@@ -83,6 +82,18 @@ ALONE_RATE = 50e9
 ROW = {"d2h": 100e-9, "h2d": 50e-9}
 
 KIND = Kind("strategy", error=partial(Unsupported, "A copy between the device and the host"))
+
+
+class Shape(NamedTuple):
+    """Bytes of a copy and the pieces that they lie in.
+
+    ``runs`` are contiguous, with neighbours merged. The host pays for each of ``pieces``, while the
+    device pays for each row of a 2-D copy about as for a separate copy.
+    """
+
+    nbytes: int
+    runs: int
+    pieces: int
 
 
 class Alternative(NamedTuple):

@@ -32,9 +32,9 @@ from portakv.interconnect.pick import (
     UNHIDDEN,
     WIDE,
     Explained,
+    Shape,
     pick,
 )
-from portakv.interconnect.pieces import Shape
 from portakv.interconnect.staging import BUFFERS
 from portakv.interconnect.strategy import SMALL, Terms
 
