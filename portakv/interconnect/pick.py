@@ -96,38 +96,11 @@ class Shape(NamedTuple):
     pieces: int
 
 
-class Alternative(NamedTuple):
-    """The cost of a copy by one strategy.
-
-    Attributes:
-        strategy: its name.
-        run_bytes, runs: the copy, as its cost was looked up: in pieces, if rows are folded.
-        seconds, host_seconds: the time of the device, and the time that the call occupies the host.
-            None: not measured here.
-        refused: why it may not be picked, as a phrase. Empty: it may.
-    """
-
-    strategy: str
-    run_bytes: int
-    runs: int
-    seconds: float | None
-    host_seconds: float | None
-    refused: str
-
-
 class Pick(NamedTuple):
     """The strategy of a copy, and the reason as a sentence."""
 
     strategy: str
     why: str
-
-
-class Explained(NamedTuple):
-    """A pick with the cost by each strategy."""
-
-    strategy: str
-    why: str
-    alternatives: tuple[Alternative, ...]
 
 
 class Rules:
@@ -254,8 +227,9 @@ def pick(
     costs: Table,
     waits: frozenset[str] = frozenset(),
     new_ids: bool = False,
-) -> Explained:
-    """Pick the strategy for a copy by `Rules`, and return the cost by each strategy as well.
+) -> tuple[Pick, Mapping[str, str]]:
+    """Pick the strategy for a copy by `Rules`; return also why others may not be picked, as
+    phrases.
 
     Args:
         shapes: the copy as each possible strategy moves it.
@@ -267,7 +241,7 @@ def pick(
         Unsupported: no strategy is left; the message has the reason of each.
     """
     rules = Rules(direction, terms)
-    answer, listed = core.pick_by_shapes(
+    answer = core.pick_by_shapes(
         rules.words,
         costs.words[direction],
         [shapes.get(name, core.NO_SHAPE) for name in ORDER],
@@ -276,15 +250,9 @@ def pick(
         new_ids,
     )
     picked = rules.worded(answer, out)
-    refused = dict(out)
     if answer & core.EXCLUDED:
-        refused.setdefault("zero_copy", rules.excluded)
-    alternatives = [
-        Alternative(name, *cost, refused.get(name, ""))
-        for name, cost in zip(ORDER, listed, strict=True)
-        if name in shapes
-    ]
-    return Explained(*picked, tuple(alternatives))
+        out = {"zero_copy": rules.excluded, **out}
+    return picked, out
 
 
 def none_left(out: Mapping[str, str]) -> PortaKVError:
