@@ -29,7 +29,7 @@ from portakv.backends.base import (
 from portakv.backends.row_kernels import RowKernels
 from portakv.backends.rows_kernel import NAMES, kernels_of
 from portakv.backends.rows_launch import LoadedKernels, RowsLaunch
-from portakv.core.rows import MOST_CARRIED
+from portakv.core.rows import MOST_CARRIED, RowsShape
 from portakv.runtime.cuda import CudaDriver
 from portakv_conformance.vendor.hip_emulated import SHIM
 
@@ -67,6 +67,16 @@ extern "C" unsigned prefetched(const void** into) {{
     return touches;
 }}
 """
+
+
+def argument_bytes(shape: RowsShape) -> int:
+    """Return the bytes of a kernel's argument, with both sides' tables and the ids that travel
+    with a launch."""
+    plain = ARGUMENT_BYTES + 8 * sum(max(1, side.entries) for side in (shape.src, shape.dst))
+    carried = min((4096 - plain) // 4, MOST_CARRIED)
+    if not (shape.src.ids or shape.dst.ids):
+        carried = 2
+    return -(-(plain + 4 * carried) // 8) * 8
 
 
 def why_not() -> str | None:
@@ -125,13 +135,9 @@ class CudaOnCpu(Backend):
         for kernel, function in zip(kernels, functions, strict=True):
             entry: Any = function[1]
             library, _ = entry
-            sizes = [max(1, side.entries) for side in (kernel.shape.src, kernel.shape.dst)]
-            assert library.dst_table_at() == ARGUMENT_BYTES + 8 * sizes[0]
-            plain = ARGUMENT_BYTES + 8 * sum(sizes)
-            carried = min((4096 - plain) // 4, MOST_CARRIED)
-            if not (kernel.shape.src.ids or kernel.shape.dst.ids):
-                carried = 2
-            assert library.argument_bytes() == -(-(plain + 4 * carried) // 8) * 8
+            sources = max(1, kernel.shape.src.entries)
+            assert library.dst_table_at() == ARGUMENT_BYTES + 8 * sources
+            assert library.argument_bytes() == argument_bytes(kernel.shape)
         return _Launch(plan, kernels, self._table, self._driver, self.device)
 
 
