@@ -14,7 +14,9 @@ import torch
 
 from portakv import Index, copy_blocks
 from portakv.copy.handle import BlockTransfer
+from portakv.core.pick import BITS, EXCLUDED, ORDER, pick_copy
 from portakv.interconnect.choose import HostLaunch, across
+from portakv.interconnect.pieces import RunCounter
 from portakv.interconnect.strategy import Terms
 from portakv.plan.plan import Move
 from portakv.registry.prepared import prepared
@@ -269,8 +271,14 @@ class Method:
         steps = local.plan_step, remote.plan_step
         choice = across(choose(sides.dense.device), Terms(**self.terms))
         launch = cast(HostLaunch, prepared(src.form, dst.form, *steps, None, choice).launch)
-        picked = launch.explain(Move(src, dst, local, remote, sides.case.tokens))
-        return {one.strategy for one in picked.alternatives if not one.refused}
+        move = Move(src, dst, local, remote, sides.case.tokens)
+        _, host, _, index = launch.ends(move)
+        groups = RunCounter.of_host(launch.plan).groups(index, index, move.count)
+        costs, out, _ = launch.terms(host, new=False, look=True)
+        of_ids = groups, groups, move.count
+        if pick_copy()(launch.picked_at, costs, *of_ids, out, 0, False) & EXCLUDED:
+            out |= BITS["zero_copy"]
+        return {name for name in ORDER if not out & BITS[name]}
 
     def move(
         self,

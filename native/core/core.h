@@ -318,14 +318,14 @@ enum {
   PORTAKV_PICK_NONE = -70           // no strategy takes the copy
 };
 
-// Pick the strategy of a copy. Return an answer, and write an Alternative for each strategy.
+// Pick the strategy of a copy. Return an answer.
 //
 // rules   PickRules
 // costs   measurements of the direction
 // shapes  for each strategy a Shape
 // out, waits, new_ids  as pick.h says
 PORTAKV_API int64_t portakv_pick(const int64_t *rules, const double *costs, const int64_t *shapes,
-                                 int64_t out, int64_t waits, int new_ids, double *alternatives);
+                                 int64_t out, int64_t waits, int new_ids);
 
 // Pick the strategy of so many tokens of one plan, in groups. Return an answer, or a code.
 //

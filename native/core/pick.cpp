@@ -108,9 +108,10 @@ Seconds between(CostColumns &columns, int64_t count, double run_bytes, double ru
           first.host + share * (last.host - first.host)};
 }
 
-// Return the costs of a copy by each strategy that moves it.
+// Return the costs of a copy by each strategy that moves it. The device's seconds of one that was
+// not measured are not a number.
 void look_up(const PickRules &rules, const double *costs, const Shape (&shapes)[kStrategies],
-             Alternative (&out)[kStrategies]) {
+             Seconds (&out)[kStrategies]) {
   constexpr double kUnknown = std::numeric_limits<double>::quiet_NaN();
   CostColumns columns(costs);
   for (int64_t strategy = 0; strategy < kStrategies; strategy++) {
@@ -118,15 +119,13 @@ void look_up(const PickRules &rules, const double *costs, const Shape (&shapes)[
     const int64_t runs = std::max<int64_t>(1, shape.runs);
     const int64_t pieces = std::max<int64_t>(1, shape.pieces);
     const int64_t run_bytes = std::max<int64_t>(1, shape.nbytes / pieces);
-    Alternative &cost = out[strategy];
-    cost = {static_cast<double>(run_bytes), static_cast<double>(pieces), kUnknown, kUnknown};
+    Seconds &cost = out[strategy];
+    cost = {kUnknown, kUnknown};
     const int64_t count = columns.count();
     if (count == 0) continue;
-    const Seconds seconds = between(columns, count, cost.run_bytes, cost.pieces);
-    cost.seconds = seconds.device;
-    cost.host_seconds = seconds.host;
+    cost = between(columns, count, static_cast<double>(run_bytes), static_cast<double>(pieces));
     // The host pays for each piece, the device for each row.
-    if (pieces < runs) cost.seconds += static_cast<double>(runs) * rules.row;
+    if (pieces < runs) cost.device += static_cast<double>(runs) * rules.row;
   }
 }
 
@@ -167,11 +166,11 @@ struct Waiting {
     longest = rules.long_seconds;
   }
 
-  double seconds(int64_t strategy, const Alternative &cost) const {
-    if (std::isnan(cost.seconds)) return std::numeric_limits<double>::infinity();
-    const double device = strategy == kZeroCopy ? cost.seconds * slowed : cost.seconds;
-    const double call = calls * cost.host_seconds;
-    const bool counts = exposed || cost.host_seconds >= longest || call > device;
+  double seconds(int64_t strategy, const Seconds &cost) const {
+    if (std::isnan(cost.device)) return std::numeric_limits<double>::infinity();
+    const double device = strategy == kZeroCopy ? cost.device * slowed : cost.device;
+    const double call = calls * cost.host;
+    const bool counts = exposed || cost.host >= longest || call > device;
     return counts ? device + part * call : device;
   }
 };
@@ -180,7 +179,7 @@ int64_t answer(int64_t strategy, int64_t reason) { return strategy | reason << 4
 
 // Return the candidate that occupies the host least of the quickest and its equals.
 int64_t quickest(const PickRules &rules, const Waiting &waiting,
-                 const Alternative (&costs)[kStrategies], int64_t candidates, bool kernel_excluded) {
+                 const Seconds (&costs)[kStrategies], int64_t candidates, bool kernel_excluded) {
   double seconds[kStrategies];
   double least = std::numeric_limits<double>::infinity();
   for (int64_t strategy = 0; strategy < kStrategies; strategy++) {
@@ -189,7 +188,7 @@ int64_t quickest(const PickRules &rules, const Waiting &waiting,
   }
   const double limit = least * (1 + rules.equal);
   const auto host = [&](int64_t strategy) {
-    return std::isnan(costs[strategy].seconds) ? 0.0 : costs[strategy].host_seconds;
+    return std::isnan(costs[strategy].device) ? 0.0 : costs[strategy].host;
   };
   int64_t best = -1;
   int64_t equals = 0;
@@ -237,7 +236,7 @@ int64_t Shape::run_bytes() const {
 }
 
 int64_t pick(const PickRules &rules, const double *costs, const Shape (&shapes)[kStrategies],
-             int64_t out, int64_t waits, bool new_ids, Alternative *alternatives) {
+             int64_t out, int64_t waits, bool new_ids) {
   int64_t able = 0;
   for (int64_t strategy = 0; strategy < kStrategies; strategy++) {
     if (shapes[strategy].runs >= 0) able |= bit(strategy);
@@ -249,9 +248,8 @@ int64_t pick(const PickRules &rules, const double *costs, const Shape (&shapes)[
   const bool kernel_excluded = !all_wait && excluded(rules, shapes[kStaged]);
   const int64_t flags = kernel_excluded ? PORTAKV_PICK_EXCLUDED : 0;
 
-  Alternative found[kStrategies];
+  Seconds found[kStrategies];
   look_up(rules, costs, shapes, found);
-  if (alternatives != nullptr) std::copy(found, found + kStrategies, alternatives);
   if (able == 0) return PORTAKV_PICK_NONE;
 
   const int64_t allowed = kernel_excluded ? others : able;
@@ -264,7 +262,7 @@ int64_t pick(const PickRules &rules, const double *costs, const Shape (&shapes)[
   if (!several(allowed)) return answer(first_of(allowed), kLeft) | flags;
 
   for (int64_t strategy = 0; strategy < kStrategies; strategy++) {
-    if ((allowed & bit(strategy)) == 0 || std::isnan(found[strategy].seconds)) continue;
+    if ((allowed & bit(strategy)) == 0 || std::isnan(found[strategy].device)) continue;
     const Waiting waiting(rules, shapes, new_ids);
     const bool kernel_able = kernel_excluded && (able & kKernel) != 0;
     return quickest(rules, waiting, found, candidates, kernel_able) | flags;
@@ -290,7 +288,7 @@ int64_t pick(const PickedCopies &copies, const double *costs, int64_t groups, in
       {nbytes, unmerged, unmerged},  // a kernel follows the plan's loops, and merges nothing
       dense,
   };
-  return pick(copies.rules, costs, shapes, out, waits, new_ids, nullptr);
+  return pick(copies.rules, costs, shapes, out, waits, new_ids);
 }
 
 }  // namespace portakv
@@ -298,15 +296,12 @@ int64_t pick(const PickedCopies &copies, const double *costs, int64_t groups, in
 using namespace portakv;
 
 int64_t portakv_pick(const int64_t *words, const double *costs, const int64_t *shapes, int64_t out,
-                     int64_t waits, int new_ids, double *alternatives) {
+                     int64_t waits, int new_ids) {
   PickRules rules;
   Shape copied[kStrategies];
-  Alternative found[kStrategies];
   std::memcpy(&rules, words, sizeof rules);
   std::memcpy(copied, shapes, sizeof copied);
-  const int64_t result = pick(rules, costs, copied, out, waits, new_ids != 0, found);
-  std::memcpy(alternatives, found, sizeof found);
-  return result;
+  return pick(rules, costs, copied, out, waits, new_ids != 0);
 }
 
 int64_t portakv_pick_copy(const int64_t *words, const double *costs, int64_t groups,

@@ -65,14 +65,6 @@ struct PickedCopies {
   PickRules rules;
 };
 
-// The cost of a copy by one strategy.
-struct Alternative {
-  double run_bytes;  // of a piece, as its cost was looked up
-  double pieces;
-  double seconds;       // of the device; not a number: not measured
-  double host_seconds;  // that the call occupies the host
-};
-
 // Why a strategy was picked. `portakv_pick` of core.h has the bits of an answer.
 enum PickReason {
   kExcludedAlone,   // no other strategy takes the copy, though the terms exclude this one
@@ -90,16 +82,15 @@ enum PickReason {
 
 // Return the answer for a copy, or PORTAKV_PICK_NONE.
 //
-// costs         the measurements of the direction: for each strategy the number of columns, then for
-//               each its bytes of a run, the number of points, and their runs, seconds, and seconds
-//               of the host. All rise.
-// shapes        of each strategy; with runs below 0: it does not move the copy
-// out           strategies that do not take the copy
-// waits         strategies that would wait for what only the device knows
-// new_ids       no copy has used the lists of ids before
-// alternatives  gets the cost by each strategy that moves the copy; null: no one asks for it
+// costs    the measurements of the direction: for each strategy the number of columns, then for each
+//          its bytes of a run, the number of points, and their runs, seconds, and seconds of the host.
+//          All rise.
+// shapes   of each strategy; with runs below 0: it does not move the copy
+// out      strategies that do not take the copy
+// waits    strategies that would wait for what only the device knows
+// new_ids  no copy has used the lists of ids before
 int64_t pick(const PickRules &rules, const double *costs, const Shape (&shapes)[kStrategies],
-             int64_t out, int64_t waits, bool new_ids, Alternative *alternatives);
+             int64_t out, int64_t waits, bool new_ids);
 
 // Return the answer for so many tokens in groups; see `portakv_runs_groups`.
 //

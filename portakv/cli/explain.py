@@ -44,9 +44,17 @@ from portakv.copy.call import executor_of
 from portakv.core.pick import ORDER
 from portakv.errors import BackendUnavailable, InvalidTerms, PortaKVError, Unsupported
 from portakv.interconnect.choose import Host
-from portakv.interconnect.costs import DIRECTIONS, Table, TableError, costs_of, read, unmeasured
-from portakv.interconnect.pick import Alternative, pick
-from portakv.interconnect.pieces import Shape
+from portakv.interconnect.costs import (
+    DIRECTIONS,
+    Columns,
+    Table,
+    TableError,
+    cost,
+    costs_of,
+    read,
+    unmeasured,
+)
+from portakv.interconnect.pick import Shape, pick
 from portakv.interconnect.strategy import OVERLAPS, Terms
 from portakv.layout.encodings import PACK, Pack
 from portakv.layout.presets import resolve
@@ -621,7 +629,7 @@ def _explain_host(args: argparse.Namespace) -> int:
     apart = Shape(nbytes, runs, runs)
     dense = Shape(nbytes, host_runs, host_runs)
     shapes = {"staged": dense, "batched_memcpy": apart, "zero_copy": apart, "pageable": dense}
-    picked = pick(shapes, direction, out, terms, costs)  # the same as a transfer does
+    picked, refused = pick(shapes, direction, out, terms, costs)  # the same as a transfer does
 
     report: Report = {
         "direction": direction,
@@ -636,8 +644,14 @@ def _explain_host(args: argparse.Namespace) -> int:
         "origin": costs.origin,
         "note": note,
         "engines": [
-            _alternative_json(alternative, picked.strategy, nbytes)
-            for alternative in picked.alternatives
+            _strategy_json(
+                name,
+                shapes[name],
+                costs.points.get((name, direction)),
+                refused.get(name, ""),
+                name == picked.strategy,
+            )
+            for name in ORDER
         ],
     }
     if args.json:
@@ -647,18 +661,23 @@ def _explain_host(args: argparse.Namespace) -> int:
     return 0
 
 
-def _alternative_json(alternative: Alternative, chosen: str, nbytes: int) -> Report:
-    answer = "rejected" if alternative.refused else "accepted"
-    if alternative.strategy == chosen:
-        answer = "chosen"
-    seconds = alternative.seconds
-    facts = alternative._asdict()
+def _strategy_json(
+    name: str, shape: Shape, columns: Columns | None, refused: str, chosen: bool
+) -> Report:
+    """Return the cost of a copy by one strategy; ``columns``: its measurements."""
+    run_bytes = max(1, shape.nbytes // shape.pieces)
+    seconds, host_seconds = cost(columns, run_bytes, shape.pieces) if columns else (None, None)
+    answer = "rejected" if refused else "accepted"
     return {
-        "engine": facts.pop("strategy"),
-        **facts,
+        "engine": name,
+        "run_bytes": run_bytes,
+        "runs": shape.pieces,
+        "seconds": seconds,
+        "host_seconds": host_seconds,
+        "refused": refused,
         "measured": seconds is not None,
-        "answer": answer,
-        "gbps": nbytes / seconds / 1e9 if seconds else None,
+        "answer": "chosen" if chosen else answer,
+        "gbps": shape.nbytes / seconds / 1e9 if seconds else None,
     }
 
 

@@ -7,10 +7,8 @@ from array import array
 from collections.abc import Callable, Iterable, Sequence
 from ctypes import c_double, c_int, c_int64, c_void_p
 from functools import cache
-from math import isnan
 from struct import Struct
 from types import SimpleNamespace
-from typing import TypeAlias
 
 from portakv.core.library import function, function_of_numbers
 
@@ -47,11 +45,6 @@ NO_SHAPE = (0, -1, 0)
 _shapes = Struct(f"={3 * len(ORDER)}q").pack
 
 
-#: The cost of a copy by one strategy: the bytes of a piece and the pieces that it was looked up
-#: for, then the seconds of the device and of the host, None if they were not measured.
-Cost: TypeAlias = tuple[int, int, float | None, float | None]
-
-
 @cache
 def pick_copy() -> Callable[..., int]:
     """Return `portakv_pick_copy`."""
@@ -65,7 +58,7 @@ def _functions() -> SimpleNamespace:
     """Return the functions."""
     words = c_void_p, c_void_p, c_void_p
     return SimpleNamespace(
-        pick=function("pick", c_int64, *words, c_int64, c_int64, c_int, c_void_p),
+        pick=function("pick", c_int64, *words, c_int64, c_int64, c_int),
         cost=function("cost", None, c_void_p, c_double, c_double, c_void_p),
     )
 
@@ -84,19 +77,11 @@ def pick_by_shapes(
     out: int,
     waits: int,
     new_ids: bool,
-) -> tuple[int, list[Cost]]:
-    """Return the answer of `portakv_pick`, and the cost by each strategy."""
+) -> int:
+    """Return the answer of `portakv_pick`."""
     words = _shapes(*(word for shape in shapes for word in shape))
-    found = array("d", bytes(32 * len(ORDER)))
-    room = found.buffer_info()[0]
-    answer = _functions().pick(rules, costs.buffer_info()[0], words, out, waits, new_ids, room)
-    rows = [found[at : at + 4] for at in range(0, len(found), 4)]
-    listed = [(int(row[0]), int(row[1]), _known(row[2]), _known(row[3])) for row in rows]
-    return answer, listed
-
-
-def _known(seconds: float) -> float | None:
-    return None if isnan(seconds) else seconds
+    answer: int = _functions().pick(rules, costs.buffer_info()[0], words, out, waits, new_ids)
+    return answer
 
 
 def set_of(strategies: Iterable[str]) -> int:

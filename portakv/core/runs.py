@@ -9,7 +9,6 @@ the address of a plan's words.
 from __future__ import annotations
 
 import ctypes
-from array import array
 from collections.abc import Sequence
 from ctypes import c_char_p, c_int64, c_void_p
 from functools import cache
@@ -43,12 +42,10 @@ def _functions() -> SimpleNamespace:
     """Return the functions."""
     listing = c_void_p, c_char_p, c_void_p, c_int64
     numbers = (c_int64,) * 4
-    counted = c_void_p, c_int64, c_int64, c_void_p, c_void_p
     return SimpleNamespace(
         runs_list=function("runs_list", c_int64, *listing),
         runs_groups=function("runs_groups", c_int64, c_char_p, *numbers),
         pieces_list=function("pieces_list", c_int64, *listing),
-        pieces_count=function("pieces_count", c_int64, *counted),
     )
 
 
@@ -87,17 +84,6 @@ def count_groups(
         return None
     number = _functions().runs_groups(words, unit, src_limit, dst_limit, most)
     return None if number == _OUTSIDE else _known(number)
-
-
-def count_pieces(plan: int, units: int, groups: int, limits: array[int]) -> tuple[int, int]:
-    """Return how many runs so many units in groups have, and about how many pieces.
-
-    ``limits``: of folding.
-    """
-    out = (ctypes.c_int64 * 2)()
-    at = ctypes.addressof(out)
-    _known(_functions().pieces_count(plan, units, groups, limits.buffer_info()[0], at))
-    return out[0], out[1]
 
 
 class NeedsEdges(Exception):

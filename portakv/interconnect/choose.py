@@ -22,7 +22,7 @@ from portakv.core.pick import BITS, ORDER, pack_copies, pick_copy, set_of
 from portakv.errors import BackendUnavailable, Unsupported
 from portakv.interconnect.costs import costs_of
 from portakv.interconnect.link import by_torch, link_of
-from portakv.interconnect.pick import Explained, Pick, Rules, none_left, pick
+from portakv.interconnect.pick import Pick, Rules, none_left
 from portakv.interconnect.pieces import RunCounter
 from portakv.interconnect.strategy import (
     Cross,
@@ -176,24 +176,6 @@ class HostLaunch(StrategyLaunch):
             if not why:
                 return picked
             out = {**out, picked.strategy: why}
-
-    def explain(self, move: Move) -> Explained:
-        """Return the pick for a transfer with the cost by each strategy; raise as `pick` does."""
-        host = self.ends(move)[1]
-        unfit = {name: each.refuses(host) for name, each in self.strategies.items()}
-        out = {**self.out, **{name: why for name, why in unfit.items() if why}}
-        waits, new_ids = self._conditions(move)
-        groups, host_groups = self._groups(move)
-        dense = self._of_host.shape(host_groups, move.count)
-        shapes = {
-            "staged": dense,
-            "batched_memcpy": self._both.shape(groups, move.count),
-            "zero_copy": self._both.unmerged(move.count),
-            "pageable": dense,
-        }
-        names = frozenset(name for name in ORDER if waits & BITS[name])
-        costs = costs_of(self.device)
-        return pick(shapes, self.direction, out, self._terms, costs, names, new_ids)
 
     def _conditions(self, move: Move) -> tuple[int, bool]:
         """Return the strategies that would wait for a device, and whether the ids are new."""

@@ -15,7 +15,6 @@ from portakv.core import pick as core
 from portakv.core.pick import ORDER, set_of
 from portakv.errors import PortaKVError, Unsupported
 from portakv.interconnect.costs import Table
-from portakv.interconnect.pieces import Shape
 from portakv.interconnect.strategy import SMALL, Terms
 from portakv.selection import Decision, Kind, unavailable
 
@@ -85,23 +84,16 @@ ROW = {"d2h": 100e-9, "h2d": 50e-9}
 KIND = Kind("strategy", error=partial(Unsupported, "A copy between the device and the host"))
 
 
-class Alternative(NamedTuple):
-    """The cost of a copy by one strategy.
+class Shape(NamedTuple):
+    """Bytes of a copy and the pieces that they lie in.
 
-    Attributes:
-        strategy: its name.
-        run_bytes, runs: the copy, as its cost was looked up: in pieces, if rows are folded.
-        seconds, host_seconds: the time of the device, and the time that the call occupies the host.
-            None: not measured here.
-        refused: why it may not be picked, as a phrase. Empty: it may.
+    ``runs`` are contiguous, with neighbours merged. The host pays for each of ``pieces``, while the
+    device pays for each row of a 2-D copy about as for a separate copy.
     """
 
-    strategy: str
-    run_bytes: int
+    nbytes: int
     runs: int
-    seconds: float | None
-    host_seconds: float | None
-    refused: str
+    pieces: int
 
 
 class Pick(NamedTuple):
@@ -109,14 +101,6 @@ class Pick(NamedTuple):
 
     strategy: str
     why: str
-
-
-class Explained(NamedTuple):
-    """A pick with the cost by each strategy."""
-
-    strategy: str
-    why: str
-    alternatives: tuple[Alternative, ...]
 
 
 class Rules:
@@ -243,8 +227,9 @@ def pick(
     costs: Table,
     waits: frozenset[str] = frozenset(),
     new_ids: bool = False,
-) -> Explained:
-    """Pick the strategy for a copy by `Rules`, and return the cost by each strategy as well.
+) -> tuple[Pick, Mapping[str, str]]:
+    """Pick the strategy for a copy by `Rules`; return also why others may not be picked, as
+    phrases.
 
     Args:
         shapes: the copy as each possible strategy moves it.
@@ -256,7 +241,7 @@ def pick(
         Unsupported: no strategy is left; the message has the reason of each.
     """
     rules = Rules(direction, terms)
-    answer, listed = core.pick_by_shapes(
+    answer = core.pick_by_shapes(
         rules.words,
         costs.words[direction],
         [shapes.get(name, core.NO_SHAPE) for name in ORDER],
@@ -265,15 +250,9 @@ def pick(
         new_ids,
     )
     picked = rules.worded(answer, out)
-    refused = dict(out)
     if answer & core.EXCLUDED:
-        refused.setdefault("zero_copy", rules.excluded)
-    alternatives = [
-        Alternative(name, *cost, refused.get(name, ""))
-        for name, cost in zip(ORDER, listed, strict=True)
-        if name in shapes
-    ]
-    return Explained(*picked, tuple(alternatives))
+        out = {"zero_copy": rules.excluded, **out}
+    return picked, out
 
 
 def none_left(out: Mapping[str, str]) -> PortaKVError:

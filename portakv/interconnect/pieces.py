@@ -17,7 +17,6 @@ import numpy as np
 from portakv.core.runs import (
     NeedsEdges,
     count_groups,
-    count_pieces,
     list_pieces,
     pointer_to,
 )
@@ -180,25 +179,6 @@ def _plain(runs: Runs) -> Pieces:
 SORTED = 1 << 16
 
 
-class Shape(NamedTuple):
-    """Bytes of a copy and the pieces that they lie in.
-
-    ``runs`` are contiguous, with neighbours merged: as many as `CopyPlan.runs` gives, or more if
-    parts of a plan happen to meet. ``pieces`` are about as many as `pieces_of` makes: the host
-    pays for each piece, while the device pays for each row of a 2-D copy about as for a separate
-    copy.
-    """
-
-    nbytes: int
-    runs: int
-    pieces: int
-
-    @property
-    def run_bytes(self) -> int:
-        """Return the average bytes of a run."""
-        return max(1, self.nbytes // max(1, self.runs))
-
-
 class RunCounter:
     """Count the runs of one plan.
 
@@ -211,8 +191,6 @@ class RunCounter:
         self._unit = plan.unit
         self._nests = plan.nests
         self._dense = dense
-        self._bytes = plan.token_bytes
-        self._runs = plan.runs_per_unit
         #: The limits of folding, as the core reads them.
         self.folding = array("q", limits_of(fold_below))
         self._words = plan.words
@@ -256,17 +234,6 @@ class RunCounter:
         never."""
         src, dst = (_limit(side.units) for side in self._nests[0].sides)
         return src, dst
-
-    def shape(self, groups: int, count: int) -> Shape:
-        """Return the shape of ``count`` positions in ``groups`` groups."""
-        units = count // self._unit
-        runs, pieces = count_pieces(self.plan_at, units, groups, self.folding)
-        return Shape(count * self._bytes, runs, pieces)
-
-    def unmerged(self, count: int) -> Shape:
-        """Return the shape for a kernel that follows the plan's loops and merges nothing."""
-        runs = count // self._unit * self._runs
-        return Shape(count * self._bytes, runs, runs)
 
 
 def _limit(steps: Steps) -> int:

@@ -10,14 +10,13 @@ from __future__ import annotations
 import ctypes
 from collections import deque
 from collections.abc import Callable
-from contextlib import AbstractContextManager, suppress
-from typing import Protocol
+from contextlib import suppress
 
 import torch
 
 from portakv.core.call import GUARDED, REPORTS, CopyEnd, WordBatches, calls
 from portakv.errors import TransferError
-from portakv.runtime.cuda import NO_CONTEXT, EventFunctions, raw_stream
+from portakv.runtime.cuda import NO_CONTEXT, KernelDriver, raw_stream
 from portakv.runtime.devices import inside
 from portakv.runtime.once import making
 from portakv.runtime.streams import ignoring_captures
@@ -40,16 +39,6 @@ _BATCH = WordBatches.SIZE  # ends of one allocation
 
 
 _new_completion = Completion.__new__
-
-
-class EventDriver(Protocol):
-    """The driver of a device that has events; `runtime.cuda.CudaDriver` documents each function."""
-
-    @property
-    def events(self) -> EventFunctions: ...
-    def current(self) -> AbstractContextManager[object]: ...
-    def describe(self, error: int) -> str: ...
-    def word(self, address: int) -> int: ...
 
 
 class End:
@@ -137,7 +126,7 @@ class Ends:
         free: ends that no copy has.
     """
 
-    def __init__(self, driver: EventDriver, device: torch.device, batches: int = 64) -> None:
+    def __init__(self, driver: KernelDriver, device: torch.device, batches: int = 64) -> None:
         self.device = device
         self.functions = driver.events
         self._driver = driver
@@ -203,7 +192,7 @@ def _pinned(device: torch.device, words: int) -> torch.Tensor:
 _of_devices = dict[torch.device, Ends]()
 
 
-def ends_of(driver: EventDriver, device: torch.device) -> Ends | None:
+def ends_of(driver: KernelDriver, device: torch.device) -> Ends | None:
     """Return the ends of a device's copies; None: work has ended when a launch returns."""
     if device.type == "cpu":
         return None

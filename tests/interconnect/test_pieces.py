@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from itertools import permutations
 from math import gcd
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -17,6 +17,7 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from support.core_cases import noise, sections
+from support.counted_shapes import ShapeCounter
 from support.crossing_cases import (
     SHIFT,
     bytes_of_pieces,
@@ -34,12 +35,12 @@ from portakv.host._pages import PAGE
 from portakv.host.memcpy import MAX_PITCH
 from portakv.interconnect import pieces as folding
 from portakv.interconnect.link import FOLD_BELOW
+from portakv.interconnect.pick import Shape
 from portakv.interconnect.pieces import (
     APART,
     LEAST_HEIGHT,
     TALL,
     Pieces,
-    RunCounter,
     pieces_of,
 )
 from portakv.plan.plan import Move
@@ -489,8 +490,8 @@ def _view(side: Side) -> KVView:
 
 def counted(
     plan: CopyPlan, src_index: Index, dst_index: Index, count: int, below: int = folding.ALL
-) -> folding.Shape:
-    counter = RunCounter(plan, fold_below=below)
+) -> Shape:
+    counter = ShapeCounter(plan, fold_below=below)
     return counter.shape(counter.groups(src_index, dst_index, count), count)
 
 
@@ -581,11 +582,13 @@ def test_what_strategies_meet(source: str, target: str, order: str) -> None:
         assert 0.5 <= actual.pieces / fewest(move, below) <= 2
 
 
-def of_host(src: KVView, dst: KVView, src_index: Index, dst_index: Index, down: bool) -> RunCounter:
+def of_host(
+    src: KVView, dst: KVView, src_index: Index, dst_index: Index, down: bool
+) -> ShapeCounter:
     plan = CopyPlan(src.form, dst.form, src_index.plan_step, dst_index.plan_step)
     places = ("device", "pinned") if down else ("pinned", "device")
     plan.src, plan.dst = (replace(x.form, place=y) for x, y in zip((src, dst), places, strict=True))
-    return RunCounter.of_host(plan)
+    return cast(ShapeCounter, ShapeCounter.of_host(plan))
 
 
 def test_the_host_side_alone() -> None:
@@ -669,7 +672,7 @@ def test_ids_on_a_device_are_not_waited_for() -> None:
     """They are taken as scattered, until the host has them for another reason."""
     src = paged()
     dst = by_block()
-    counter = RunCounter(CopyPlan(src.form, dst.form, B, B))
+    counter = ShapeCounter(CopyPlan(src.form, dst.form, B, B))
     src_index = Index(torch.tensor([1, 2, 3], dtype=torch.int32), B)
     dst_index = Index(torch.tensor([4, 5, 6]), B)
     src_index.on_host = False  # as an index on a device: no int64 array on the host is known

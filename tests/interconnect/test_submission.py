@@ -20,6 +20,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from support.counted_shapes import ShapeCounter
 from support.cuda_on_cpu import CPU, why_not
 from support.late_driver import LateDriver, Work, perform
 
@@ -45,7 +46,6 @@ from portakv.interconnect.batched_memcpy import BatchedMemcpy
 from portakv.interconnect.costs import unmeasured
 from portakv.interconnect.link import CudaLink
 from portakv.interconnect.pick import EVEN, NARROW, WIDE, Rules
-from portakv.interconnect.pieces import RunCounter
 from portakv.interconnect.slices import BothStages, Sizes
 from portakv.interconnect.staged import StagedCrossing
 from portakv.interconnect.staging import DETACHED_RING, RING, DenseRows, Staging, cached_staging
@@ -598,8 +598,8 @@ def test_one_call_picks_by_the_groups_of_a_plan(
     rig.indices = Index(torch.tensor(source), BLOCK), Index(torch.tensor(target), BLOCK)
     plan = rig.stages.plan
     assert isinstance(plan, CopyPlan)
-    both = RunCounter(plan)
-    host = RunCounter.of_host(plan)
+    both = ShapeCounter(plan)
+    host = ShapeCounter.of_host(plan)
     groups = both.groups(*rig.indices, rig.count)
     host_groups = host.groups(rig.indices[1], rig.indices[1], rig.count)
     sizes = plan.unit, plan.token_bytes, plan.runs_per_unit
@@ -607,7 +607,8 @@ def test_one_call_picks_by_the_groups_of_a_plan(
     costs = table.addresses["d2h"]
     kernel_out = BITS["zero_copy"]
     picked = set()
-    run = both.shape(groups, rig.count).run_bytes
+    shape = both.shape(groups, rig.count)
+    run = shape.nbytes // shape.runs
     for wide in (run, run + 1):
         copies = pack_copies(both.plan_at, host.plan_at, *sizes) + both.folding.tobytes()
         words = array("q", copies + Rules("d2h", Terms()).words)

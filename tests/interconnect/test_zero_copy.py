@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 from support.cuda_cases import COPIES, NHD, Copy, End, by, chunk, objects, pool, seed_bug
-from support.cuda_on_cpu import ARGUMENT_BYTES, carried_bytes
+from support.cuda_on_cpu import argument_bytes
 from support.device_cases import LONG, current, delay, on, settle
 from support.direct_on_cpu import CPU, SMALL, Driver, Loads, Stores, compiled, installed, why_not
 from support.each_backend import Elsewhere
@@ -232,10 +232,7 @@ def test_the_argument_is_as_the_kernel_takes_it() -> None:
         for nest in range(len(plan.nests)):
             kernel = ZeroCopyKernel(plan, nest)
             library = compiled(kernel.source)
-            sides = kernel.shape.src, kernel.shape.dst
-            tables = 8 * sum(max(1, side.entries) for side in sides)
-            plain = ARGUMENT_BYTES + tables
-            assert library.argument_bytes() == plain + carried_bytes(plain, kernel)
+            assert library.argument_bytes() == argument_bytes(kernel.shape)
             # Of the six words of each request the table's is the second.
             assert (library.src_table_at(), library.dst_table_at()) == (8, 8 * 7)
 

@@ -43,7 +43,7 @@ from portakv.errors import (
 from portakv.migrate import reader as housekeeping
 from portakv.migrate import shared_memory
 from portakv.migrate.channel import Channel, Peer
-from portakv.migrate.connections import Attempt, Connection, Connections, OwnerKey
+from portakv.migrate.connections import Attempt, Connections, OwnerKey
 from portakv.migrate.messages import Answer, Check, Close, Handshake, Hello, Renew, Ticket
 from portakv.migrate.owner import Owner
 from portakv.migrate.owner import Ticket as TicketByName

@@ -27,9 +27,9 @@ from portakv.backends.base import (
     Launch,
 )
 from portakv.backends.row_kernels import RowKernels
-from portakv.backends.rows_kernel import NAMES, RowsKernel, kernels_of
+from portakv.backends.rows_kernel import NAMES, kernels_of
 from portakv.backends.rows_launch import LoadedKernels, RowsLaunch
-from portakv.core.rows import MOST_CARRIED
+from portakv.core.rows import MOST_CARRIED, RowsShape
 from portakv.runtime.cuda import CudaDriver
 from portakv_conformance.vendor.hip_emulated import SHIM
 
@@ -69,6 +69,16 @@ extern "C" unsigned prefetched(const void** into) {{
 """
 
 
+def argument_bytes(shape: RowsShape) -> int:
+    """Return the bytes of a kernel's argument, with both sides' tables and the ids that travel
+    with a launch."""
+    plain = ARGUMENT_BYTES + 8 * sum(max(1, side.entries) for side in (shape.src, shape.dst))
+    carried = min((4096 - plain) // 4, MOST_CARRIED)
+    if not (shape.src.ids or shape.dst.ids):
+        carried = 2
+    return -(-(plain + 4 * carried) // 8) * 8
+
+
 def why_not() -> str | None:
     """Return the reason why the kernel cannot be compiled here, or None."""
     return None if shutil.which("g++") else "g++ is not installed: the kernel cannot be compiled"
@@ -92,14 +102,6 @@ def compiled(source: str, entries: str = _ENTRIES) -> ctypes.CDLL:
         )
         assert done.returncode == 0, done.stderr
         return ctypes.CDLL(str(library))
-
-
-def carried_bytes(plain: int, kernel: RowsKernel) -> int:
-    """Return the bytes of an argument behind its first ``plain`` bytes: the ids that it carries."""
-    carried = 2
-    if kernel.shape.src.ids or kernel.shape.dst.ids:
-        carried = min((4096 - plain) // 4, MOST_CARRIED)
-    return -(-4 * carried // 8) * 8
 
 
 class CudaOnCpu(Backend):
@@ -133,10 +135,9 @@ class CudaOnCpu(Backend):
         for kernel, function in zip(kernels, functions, strict=True):
             entry: Any = function[1]
             library, _ = entry
-            sizes = [max(1, side.entries) for side in (kernel.shape.src, kernel.shape.dst)]
-            assert library.dst_table_at() == ARGUMENT_BYTES + 8 * sizes[0]
-            plain = ARGUMENT_BYTES + 8 * sum(sizes)
-            assert library.argument_bytes() == plain + carried_bytes(plain, kernel)
+            sources = max(1, kernel.shape.src.entries)
+            assert library.dst_table_at() == ARGUMENT_BYTES + 8 * sources
+            assert library.argument_bytes() == argument_bytes(kernel.shape)
         return _Launch(plan, kernels, self._table, self._driver, self.device)
 
 

@@ -19,7 +19,6 @@ from portakv.backends.base import Capabilities, Decision
 from portakv.errors import Unsupported
 from portakv.interconnect import choose
 from portakv.interconnect.costs import DIRECTIONS, Point, Table, unmeasured
-from portakv.interconnect.pick import Explained
 from portakv.interconnect.strategy import PAGEABLE, PINNED, Strategy
 
 UNMEASURED = unmeasured("of a test")
@@ -213,7 +212,3 @@ def plan_of(src: KVView, dst: KVView) -> CopyPlan:
 def apart(count: int, first: int = 0) -> Index:
     """Return blocks without neighbours."""
     return Index([first + 2 * n for n in range(count)], SIZE)
-
-
-def refusals(picked: Explained) -> dict[str, str]:
-    return {one.strategy: one.refused for one in picked.alternatives}
