@@ -36,7 +36,7 @@ from portakv.migrate.messages import (
     RenewNamed,
     no_ticket,
 )
-from portakv.runtime.bounded import Bounded
+from portakv.runtime.bounded import Until
 from portakv.runtime.rate_limited_log import RateLimitedLog
 from portakv.serving.plan import NO_HANDOVERS, Blocks, Handovers, OfferJob, PullJob, Renewal
 from portakv.tasks import Handle, Limit, Wait, runtime
@@ -473,7 +473,7 @@ class Handover:
         self._ends = Counter[str]()
         self._looked = 0.0
         self._meetings = list[Handle[None]]()
-        self._gone: Bounded[str, float] = Bounded("engines that take no message", 1024)
+        self._gone: Until[str] = Until("engines that take no message", 1024)
         self.owner: Owner | None = None
         self.reader: Reader | None = None
         try:
@@ -651,10 +651,10 @@ class Handover:
         """Send a message. An owner that is gone needs none."""
         await self._width.acquire()
         try:
-            if time.monotonic() >= self._gone.get(address, 0.0):
+            if not self._gone.holds(address):
                 await self._channel.send(address, message, SENDING)
         except PortaKVError:
-            self._gone[address] = time.monotonic() + GONE
+            self._gone.hold(address, GONE)
         finally:
             self._width.release()
 

@@ -220,7 +220,6 @@ class Requests:
         changed: tells of each change.
         numbers: of requests and locks.
         open: those that have not ended, by their numbers.
-        copies: those that are under way.
     """
 
     def __init__(self) -> None:
@@ -228,7 +227,6 @@ class Requests:
         self.changed = Signal(self.runtime)
         self.numbers = count(1)
         self.open = dict[int, tuple[ServerTransfer, Piece]]()
-        self.copies = 0
         self._loads = Limit(self.runtime, WIDTH)
         self._saves = Limit(self.runtime, WIDTH)
 
@@ -262,7 +260,7 @@ class Requests:
     def close(self, timeout: float) -> None:
         """End all requests, and wait for copies under way, at most so many seconds."""
         self.close_all()
-        self.changed.block(lambda: not self.copies, timeout)
+        self.changed.block(lambda: not self.open, timeout)  # only copies under way are left
 
 
 # ------------------------------------------------------------------------------------------------
@@ -443,14 +441,12 @@ class ServerTransfer:
         ``issues``: so many copies begin on the stream of the caller instead.
         """
         with self._runtime.lock:
-            copies = issues or 1
-            self._queued -= copies
+            self._queued -= issues or 1
             if self._closed:
                 self._note()
                 return False
-            self._copying += copies - issues
+            self._copying += not issues
             self._issuing += issues
-            self._requests.copies += copies
             return True
 
     def end_copy(self, piece: Piece, grant: Grant, cells: int, issued: bool = False) -> None:
@@ -460,7 +456,6 @@ class ServerTransfer:
         with self._runtime.lock:
             self._copying -= not issued
             self._issuing -= issued
-            self._requests.copies -= 1
             for block in blocks:
                 came = self._covered.pop(block, 0) | cells
                 if came == self._cells or not grant.form:
@@ -898,8 +893,8 @@ class StoreClient:
             self._mapped.close()
 
     def _is_idle(self) -> bool:
-        """Return whether no copy is under way."""
-        return not self._requests.copies
+        """Return whether no copy is under way, once there is no session."""
+        return not self._requests.open
 
     async def _began(self, address: str, joined: Joined) -> MappedRows:
         """Map the rows of a server, in place of those of the server before."""

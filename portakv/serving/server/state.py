@@ -102,11 +102,11 @@ class ClientProcess:
 
     Attributes:
         key: its namespace, its number and its start.
-        leases: all rows that were lent to it and that it may still use.
+        leases: all rows that were lent to it and that it may still use, by the numbers of leases.
     """
 
     key: tuple[int, int, int]
-    leases: set[Lease] = field(default_factory=set)
+    leases: dict[int, Lease] = field(default_factory=dict)
 
 
 class RankPart(NamedTuple):
@@ -127,7 +127,6 @@ class Client:
         parts: of each group of layers.
         address: of its channel.
         requests: the loads and saves that have not ended, by the client's numbers.
-        leases: the rows that it copies, by the numbers of leases.
         locks: the blocks that it keeps from eviction, by its numbers.
         gone: the session has ended.
     """
@@ -138,7 +137,6 @@ class Client:
     parts: list[RankPart]
     address: str
     requests: dict[int, Work] = field(default_factory=dict)
-    leases: dict[int, Lease] = field(default_factory=dict)
     locks: dict[int, Pins] = field(default_factory=dict)
     gone: bool = False
 
@@ -389,7 +387,6 @@ class ServerState:
             for pins in client.locks.values():
                 pins.release()
             client.locks.clear()
-            client.leases.clear()  # a late report names nothing
             requests = [*client.requests.values()]
             client.requests.clear()
             for key in [key for key in self._news if key[0] is client]:
@@ -407,7 +404,7 @@ class ServerState:
             for client in [*self._clients.values()]:
                 if client.process is process:
                     self.lost(client)
-            for lease in [*process.leases]:
+            for lease in [*process.leases.values()]:
                 self._return(lease)
             self._processes.pop(process.key, None)
             self._wake()
@@ -420,7 +417,7 @@ class ServerState:
             self._drain()
             lents = {lent for work in self._works for lent in work.lents}
             for process in self._processes.values():
-                lents |= {lease.lent for lease in process.leases}
+                lents |= {lease.lent for lease in process.leases.values()}
                 process.leases.clear()
             for lent in lents:
                 lent.leases.clear()
@@ -547,8 +544,8 @@ class ServerState:
         lease that has ended, is dropped."""
         with self._lock:
             client = self._clients.get(session)
-            lease = None if client is None else client.leases.pop(number, None)
-            if lease is None:
+            lease = None if client is None else client.process.leases.get(number)
+            if lease is None or lease.client is not client:
                 self.counts["late_reports"] += 1
                 return
             self._return(lease, landed)
@@ -630,9 +627,10 @@ class ServerState:
     def oldest_lease(self) -> float:
         """Return the seconds since the oldest rows that are lent were lent; 0 if none are."""
         with self._lock:
-            leases = [one for process in self._processes.values() for one in process.leases]
+            processes = self._processes.values()
             now = self._now()
-            return now - min([one.since for one in leases], default=now)
+            since = [lease.since for each in processes for lease in each.leases.values()]
+            return now - min(since, default=now)
 
     def figures(self) -> Figures:
         """Return figures by the names of metrics, in the form of `Graph.statistics`."""
@@ -726,22 +724,20 @@ class ServerState:
             some = every[first : first + step]
             lease = Lease(self.counts["lent"], client, lent, cells, some, self._now())
             lent.leases.add(lease)
-            client.leases[lease.number] = lease
-            client.process.leases.add(lease)
+            client.process.leases[lease.number] = lease
             places = tuple(lent.copy.blocks[at] for at in some)
             rows = tuple(lent.copy.rows[at] for at in some)
             grants.append(Grant(lease.number, places, rows, text))
 
     def _return_all(self, process: ClientProcess, session: int) -> None:
         """Take all rows back from a session of a process."""
-        for lease in [*process.leases]:
+        for lease in [*process.leases.values()]:
             if lease.client.session == session:
                 self._return(lease)
 
     def _return(self, lease: Lease, landed: Iterable[int] = ()) -> None:
         """Take rows back from a client that uses them no longer."""
-        lease.client.leases.pop(lease.number, None)
-        lease.client.process.leases.discard(lease)
+        lease.client.process.leases.pop(lease.number, None)
         lent = lease.lent
         lent.leases.discard(lease)
         for place, good in zip(lease.places, landed, strict=False):
