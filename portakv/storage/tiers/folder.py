@@ -59,6 +59,7 @@ from portakv.storage.tiers.files import (
     unusable,
     write_form,
 )
+from portakv.storage.work import Queue
 
 # ------------------------------------------------------------------------------------------------
 # The table of a folder's slots: one sealed record for each slot.
@@ -530,7 +531,10 @@ class Slots:
         broken: faulty slots; evicted: evicted blocks; generation: the highest one found.
         fd: the file of the blocks; direct: True if it bypasses the page cache.
         health: whether the folder gets space, and is in its place.
+        queue: in whose turns the folder is read and written; a disk sets it.
     """
+
+    queue: Queue
 
     def __init__(
         self,
