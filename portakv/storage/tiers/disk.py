@@ -253,7 +253,7 @@ class DiskStore:
                         if result != span.end - span.start:
                             pin.fail(0 if result == WRONG else result)
                     if pin.failure is None:
-                        pin.right = self._is_right(row, pin.place.header, segments)
+                        pin.right = self.is_right(row, pin.place.header, segments)
                         if not pin.right:
                             pin.fail(0)
         finally:
@@ -499,7 +499,7 @@ class DiskStore:
         if self.owns_engine:
             self.engine.close()
 
-    def _is_right(self, row: Row, expected: Header, segments: Sequence[int] | None) -> bool:
+    def is_right(self, row: Row, expected: Header, segments: Sequence[int] | None) -> bool:
         """Return True if the segments in a row, header first, have their sealed checksums, which
         the engine may have verified."""
         if (segments is None or 0 in segments) and header(row, self.form) != expected:
