@@ -956,6 +956,7 @@ class Call:
     """One call of a user, and its plan.
 
     Attributes:
+        shared: the state that it shares with the other calls of the store.
         end: its end.
         located: the blocks that have a location, bool ``[blocks]``.
         ends: the tasks with which blocks of the call end.
@@ -967,9 +968,11 @@ class Call:
 
     def __init__(self, form: FormBlocks, request: Request) -> None:
         self.form = form
+        self.shared = form.shared
+        self._graph = form.shared.graph
         self.request = request
         many = len(request.keys)
-        self.end = End(form.shared.graph, many, request.kind)
+        self.end = End(self._graph, many, request.kind)
         self.end.stop = self._stop
         self.located: Mask = np.ones(many, np.bool_)
         self.excused: Mask = np.zeros(many, np.bool_)  # need not land: no tier admits them yet
@@ -981,11 +984,6 @@ class Call:
         self.since = time.perf_counter()  # when its plan last took the graph's lock
         self.explanation = Explanation(request.keys)
         self._planned = list[Planned]()
-
-    @property
-    def shared(self) -> SharedState:
-        """Return the state that it shares with the other calls of the store."""
-        return self.form.shared
 
     def slices(self, blocks: Sequence[int], whole: bool = False) -> list[Sequence[int]]:
         """Return the blocks that are planned together, before others may take the graph's lock.
@@ -1013,7 +1011,6 @@ class Call:
         self, part: FormPart, location: Location, some: list[int], segments: list[int | None]
     ) -> Iterator[Arrival]:
         """Bring blocks from a location into rows, for stages of these segments."""
-        graph = self.shared.graph
         names = {i: part.name(self.request.keys[i]) for i in some}
         if isinstance(location, InFlight):  # another call brings them
             items = [self.shared.in_transit[names[i]][1] for i in some]
@@ -1027,7 +1024,7 @@ class Call:
             least = 1 if self.request.lent else 2  # the copier has no helpers to share them
             for at in self.chunks(part, some, LOADED, len({*segments}), least=least):
                 held = PinnedRows(self.shared.rows, [names[i] for i in at])
-                graph.count("host", "load", "hit", len(at), len(at) * part.form.image_bytes)
+                self._graph.count("host", "load", "hit", len(at), len(at) * part.form.image_bytes)
                 self.form.count("host", "load", "hit", len(at))
                 yield Arrival(held, {n: [] for n, _ in enumerate(segments)}, at, range(len(at)))
         else:
@@ -1056,7 +1053,7 @@ class Call:
                         task = self.task(at, work, queue, in_flight, order[1])
                         task.alone = tier_store.tier == "disk" and task.nbytes < SMALL * len(at)
                         tasks.append(task)
-                    in_flight.ends[segment] = End(self.shared.graph, len(at))
+                    in_flight.ends[segment] = End(self._graph, len(at))
                     in_flight.tasks[segment] = tasks
                     self.plan(order[0], tasks, in_flight, partial(in_flight.read, segment))
                 ends = {
@@ -1091,7 +1088,7 @@ class Call:
         left: Mask = np.ones(len(arrival.at), np.bool_)
         for end in ends:
             left &= (await end).landed[arrival.rows]
-        await self.shared.graph.move(task, left, *ends)
+        await self._graph.move(task, left, *ends)
 
     def chunks(
         self,
@@ -1130,28 +1127,26 @@ class Call:
 
     def submit(self) -> None:
         """Start the planned coroutines, those of the first stages first."""
-        graph = self.shared.graph
         planned = sorted(self._planned, key=attrgetter("stage"))
         self._planned.clear()
         for each in planned:
             held = each.held
             if isinstance(held, InFlight) and held.rows.state == "new":
-                graph.enter([held.rows], self.request.priority)
-            graph.enter(each.tasks, self.request.priority)
+                self._graph.enter([held.rows], self.request.priority)
+            self._graph.enter(each.tasks, self.request.priority)
             if isinstance(held, InFlight):
                 held.drop_unwritten()
         for each in planned:
-            graph.start(self._run(each))
+            self._graph.start(self._run(each))
 
     async def _run(self, planned: Planned) -> None:
         """Run a coroutine, which uses rows until its end."""
-        graph = self.shared.graph
         try:
             await planned.steps()
         except Exception as error:  # nobody may wait for ever
             for task in planned.tasks:
                 if not task.ended:
-                    graph.end(task, None, "failed", error)
+                    self._graph.end(task, None, "failed", error)
         finally:
             planned.held.release()
 
@@ -1163,13 +1158,12 @@ class Call:
         for in_flight in self.flights:
             if not in_flight.users and in_flight in self.shared.begun:  # it was not planned
                 in_flight.over()
-        self.shared.graph.cancel(self.end)
+        self._graph.cancel(self.end)
 
     def _stop(self, state: str, error: Exception) -> bool:
         """Cancel the copies of the call, and the transfers that no other call wants; return True
         if some blocks will not be moved."""
-        graph = self.shared.graph
-        stopped = [graph.stop(task, state, error) for task in self.copies]
+        stopped = [self._graph.stop(task, state, error) for task in self.copies]
         stopped += [in_flight.stop(state, error) for in_flight in self.flights]
         return any(stopped)
 
@@ -1200,45 +1194,44 @@ class Call:
         """
         self.transfer_ended()
         self.submit()
-        shared = self.shared
-        graph = shared.graph
         many = len(self.request.keys)
         eligible = eligible or (lambda: self.located)
-        by_layer = [End(graph, many) for _ in range(layers)]
+        by_layer = [End(self._graph, many) for _ in range(layers)]
         for layer, end in enumerate(by_layer):
-            graph.start(graph.finish(end, [x for x in self.ends if layer in x.layers], eligible))
+            self._graph.start(
+                self._graph.finish(end, [x for x in self.ends if layer in x.layers], eligible)
+            )
         released = None
         if self.request.kind == "save":
-            released = End(graph, many)
-            graph.start(graph.finish(released, [Ending(task) for task in self.gathers]))
+            released = End(self._graph, many)
+            self._graph.start(self._graph.finish(released, [Ending(task) for task in self.gathers]))
         else:
             self.explanation.located = self.located
-        shared.ends.add(self.end)
+        self.shared.ends.add(self.end)
         why = self.explanation.sentence
-        handle = Handle(graph, self.end, by_layer, missing, view, self.excused, why)
+        handle = Handle(self._graph, self.end, by_layer, missing, view, self.excused, why)
         handle.form = self.form.name
         if released:
             handle.add_release(released)
-        if follow and shared.announced.handles.started:
-            shared.announced.follow(handle)
+        if follow and self.shared.announced.handles.started:
+            self.shared.announced.follow(handle)
         self._be_due()
-        graph.start(graph.finish(self.end, self.ends, eligible))
+        self._graph.start(self._graph.finish(self.end, self.ends, eligible))
         return handle
 
     def _be_due(self) -> None:
         """Let all that the call waits for be due as the call is, and cancel it at its deadline."""
-        graph = self.shared.graph
-        now = graph.clock()
+        now = self._graph.clock()
         due = SLACK[self.request.priority]
         deadline = self.request.deadline
         if deadline is not None:
             due = min(due, deadline)
-            graph.end_at(now + deadline, self.end)
+            self._graph.end_at(now + deadline, self.end)
         for task in self.copies:
-            graph.hasten(task, now + due)
+            self._graph.hasten(task, now + due)
         for in_flight in self.flights:
             for task in in_flight.every_task():
-                graph.hasten(task, now + due)
+                self._graph.hasten(task, now + due)
 
 
 class InFlight(Held):

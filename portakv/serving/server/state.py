@@ -235,7 +235,7 @@ class Work:
     """
 
     begun: Callable[[Work, Copy], object]
-    part: RankPart
+    store: FormStore
     blocks: int
     key: SaveKey | None = None
     since: float = 0.0
@@ -259,7 +259,7 @@ class Work:
     @property
     def has_all_rows(self) -> bool:
         """Return whether all blocks have rows. Packed ones of a save may get rows once more."""
-        packs = self.key is not None and bool(self.part.store.form.encoding)
+        packs = self.key is not None and bool(self.store.form.encoding)
         return self.granted == self.blocks and not packs
 
     @property
@@ -465,7 +465,7 @@ class ServerState:
             client = self.client(ask.session)
             keys = [*ask.keys]
             part = self._part_of(client, ask.group)
-            work = Work(self._note_begun, part, len(keys), requesters={client: ask.number})
+            work = Work(self._note_begun, part.store, len(keys), requesters={client: ask.number})
             borrowed = part.store.borrow(keys, True)
             if borrowed is not None:
                 self._lend(work, borrowed)
@@ -505,7 +505,7 @@ class ServerState:
         """Begin a save of all ranks of an engine."""
         ranks = self._ranks(client, part)
         keys = [*ask.keys]
-        save = Work(self._note_begun, part, len(keys), key, self._now(), {*ranks})
+        save = Work(self._note_begun, part.store, len(keys), key, self._now(), {*ranks})
         together = 0
         for cells in ranks.values():
             together |= cells
@@ -692,7 +692,7 @@ class ServerState:
         """Lend the rows of a copy to the clients that make it."""
         lent = Lent(work, copy, covered=[0] * len(copy.rows))
         work.lents[lent] = None
-        if copy.form == work.part.store.form:
+        if copy.form == work.store.form:
             work.granted += len(copy.blocks)
         for client, number in work.requesters.items():
             self._grant(lent, client, number)
@@ -712,11 +712,11 @@ class ServerState:
             form = lent.copy.raw
             every = lent.raw
         if work.key is not None:
-            cells = next(x.cells for x in client.parts if x.store is work.part.store)
+            cells = next(x.cells for x in client.parts if x.store is work.store)
             if not cells & ~lent.assigned:
                 return
             lent.assigned |= cells
-        text = "" if form == work.part.store.form else form.json()
+        text = "" if form == work.store.form else form.json()
         grants = self._learn(client, number).grants
         step = max(1, PIECE // form.image_bytes)
         for first in range(0, len(every), step):
@@ -752,7 +752,7 @@ class ServerState:
         if work.key is None:
             lent.end(-1)
             return
-        whole = cells_of(work.part.store.form)
+        whole = cells_of(work.store.form)
         over = work.abandoned or lent.copy.cancelled
         complete = all(lent.tried(place) == whole for place in range(len(lent.covered)))
         if not (complete or over or not work.awaited):
@@ -765,7 +765,7 @@ class ServerState:
             self._wake()  # to tell the clients
             return
         lent.end(whole)
-        if work.part.store.form.encoding:
+        if work.store.form.encoding:
             self._wake()  # to tell the clients that no rows follow; see `Piece.packs`
 
     def _all_saves(self) -> list[Work]:
