@@ -445,6 +445,10 @@ class ServerTransfer:
                     self._covered[block] = came
             self._note()
 
+    def is_released(self) -> bool:
+        """Return whether no copy is under way, and none follows. Runs in a step."""
+        return self._issued_all() and not self._issuing
+
     def _issued_all(self) -> bool:
         """Return whether nothing is under way, or follows, but what was issued."""
         with self._runtime.lock:
@@ -453,7 +457,7 @@ class ServerTransfer:
 
     def _note(self) -> None:
         """Wake who waits for it, and forget its requests if it has ended. Runs in a step."""
-        if self._issued_all() and not self._issuing:  # no copy is under way, and none follows
+        if self.is_released():
             if self.released is not None:
                 self.released.settle(None, None)
             if self._closed or not self._unstored:
