@@ -36,7 +36,7 @@ from portakv.migrate.messages import (
     RenewNamed,
     no_ticket,
 )
-from portakv.runtime.bounded import Bounded
+from portakv.runtime.bounded import Until
 from portakv.runtime.rate_limited_log import RateLimitedLog
 from portakv.serving.plan import NO_HANDOVERS, Blocks, Handovers, OfferJob, PullJob, Renewal
 from portakv.tasks import Handle, Limit, Wait, runtime
@@ -289,6 +289,8 @@ def read_rows(carried: object, identity: Identity, tokens: int) -> RemoteRows:
 RENEWALS = 3
 #: The least seconds between two renewals, whatever lease a request carries.
 SHORTEST = 0.1
+#: The most requests whose renewals are remembered. Leases of more are renewed too often.
+MOST_RENEWED = 1 << 16
 #: Bytes of the name of an offer, which is random: who knows it may pull.
 NAME = 32
 
@@ -305,14 +307,6 @@ class Endpoint(NamedTuple):
     epoch: bytes
 
 
-@dataclass
-class _Needed:
-    """Rows that a request needs, and when their lease is renewed next."""
-
-    rows: RemoteRows
-    due: float
-
-
 class Tickets:
     """Plans the hand-overs of one engine.
 
@@ -324,10 +318,10 @@ class Tickets:
     """
 
     def __init__(self, now: Callable[[], float]) -> None:
-        self._now = now
         self._endpoints: Sequence[Endpoint] = ()
         self._lease = 0.0
-        self._needed = dict[str, _Needed]()  # by request
+        self._needed = dict[str, RemoteRows]()  # by request
+        self._renewed: Until[str] = Until("requests whose leases were renewed", MOST_RENEWED, now)
         self._next = Handovers()
 
     @property
@@ -342,7 +336,8 @@ class Tickets:
 
     def expect(self, request: str, rows: RemoteRows) -> None:
         """Take note that a request needs the rows of another engine."""
-        self._needed[request] = _Needed(rows, self._now() + _interval(rows))
+        self._needed[request] = rows
+        self._renewed.hold(request, _interval(rows))
 
     def pull(self, job: PullJob) -> None:
         """Plan a pull of rows that a request expects."""
@@ -350,9 +345,9 @@ class Tickets:
 
     def release(self, request: str) -> None:
         """Let the other engine use the blocks of the rows again that a request has needed."""
-        needed = self._needed.pop(request, None)
-        if needed is not None:
-            self._next.released += needed.rows.tickets
+        rows = self._needed.pop(request, None)
+        if rows is not None:
+            self._next.released += rows.tickets
 
     def offer(self, request: str, tokens: int, blocks: Blocks) -> RemoteRows:
         """Plan an offer of the first tokens of a request; return what another engine pulls."""
@@ -379,11 +374,10 @@ class Tickets:
     def _renewals(self) -> list[Renewal]:
         """Return the leases that are to be renewed now."""
         made = list[Renewal]()
-        now = self._now() if self._needed else 0.0
-        for needed in self._needed.values():
-            if needed.due <= now:
-                needed.due = now + _interval(needed.rows)
-                made.append(Renewal(needed.rows.tickets, needed.rows.lease))
+        for request, rows in self._needed.items():
+            if not self._renewed.holds(request):
+                self._renewed.hold(request, _interval(rows))
+                made.append(Renewal(rows.tickets, rows.lease))
         return made
 
 
@@ -473,7 +467,7 @@ class Handover:
         self._ends = Counter[str]()
         self._looked = 0.0
         self._meetings = list[Handle[None]]()
-        self._gone: Bounded[str, float] = Bounded("engines that take no message", 1024)
+        self._gone: Until[str] = Until("engines that take no message", 1024)
         self.owner: Owner | None = None
         self.reader: Reader | None = None
         try:
@@ -651,10 +645,10 @@ class Handover:
         """Send a message. An owner that is gone needs none."""
         await self._width.acquire()
         try:
-            if time.monotonic() >= self._gone.get(address, 0.0):
+            if not self._gone.holds(address):
                 await self._channel.send(address, message, SENDING)
         except PortaKVError:
-            self._gone[address] = time.monotonic() + GONE
+            self._gone.hold(address, GONE)
         finally:
             self._width.release()
 

@@ -8,7 +8,6 @@ helper reports them. Another helper opens the store for sizes that are new.
 from __future__ import annotations
 
 import logging
-import time
 from collections import Counter, deque
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from contextlib import suppress
@@ -20,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from portakv.errors import PortaKVError, TransferTimeout
-from portakv.runtime.bounded import Bounded
+from portakv.runtime.bounded import Bounded, Until
 from portakv.runtime.rate_limited_log import SLOW_DEVICE, RateLimitedLog
 from portakv.serving.pages import SAVE, PageBlocks, PageJob, PageStore, ServerPageStore
 from portakv.serving.worker import Calls
@@ -221,7 +220,7 @@ class PageTasks:
         self._begun = Signal(self._runtime)  # tells of tasks that have begun
         self._changes = deque[Change]()  # that an opening has seen, until they are reported
         self._deleted = deque[bytes](maxlen=DELETED)  # while the store was closed
-        self._next_try = dict[int, float]()  # of sizes for which the store could not be opened
+        self._unopened: Until[int] = Until("sizes of pages that did not open", 1024)
         self._closing = False
         # The locks of pages add up. A batch of pins ends with the last lock of its pages.
         self._locks = dict[bytes, list[Pins]]()
@@ -382,14 +381,14 @@ class PageTasks:
 
     def _open(self, nbytes: int) -> None:
         """Open the store for a size; after a failure, not again for `PAUSE` seconds."""
-        if time.monotonic() < self._next_try.get(nbytes, 0.0):
+        if self._unopened.holds(nbytes):
             return
         try:
             self.store.pages(nbytes)
             self._changes.extend(self.store.changes())  # later changes are kept
         except PortaKVError as error:
             _log.warning("open", "Pages are not stored or loaded: %s", error)
-            self._next_try[nbytes] = time.monotonic() + PAUSE
+            self._unopened.hold(nbytes, PAUSE)
 
     def _delete_again(self) -> None:
         """Delete the pages whose deletion came while the store was closed."""

@@ -8,7 +8,6 @@ of a transfer, which a helper makes.
 from __future__ import annotations
 
 import logging
-import math
 import time
 from collections.abc import Callable, Collection, Hashable, Sequence
 from functools import partial
@@ -52,23 +51,21 @@ class _Lookups:
 
     def __init__(self, pages: Pages, now: Callable[[], float]) -> None:
         self._pages = pages
-        self._now = now
         self._wanted = dict[Hashable, list[bytes]]()  # by chain of a request
-        # By key, until when its lookup is expected to end: one that is wanted, or has begun.
-        self._pending = dict[bytes, float]()
+        # Whose lookup is expected to end: one that is wanted, or has begun.
+        self._pending: Until[bytes] = Until("pages that a lookup awaits", REMEMBERED, now)
         self._missing: Until[bytes] = Until("pages that a bucket lacks", REMEMBERED, now)
         self._answers = True  # the bucket answered the last lookup in time
 
     def look(self, key: bytes, chain: Hashable) -> bool | None:
         """Return None if a lookup will show whether a bucket has a page, else False."""
-        now = self._now()
-        if self._pending.get(key, math.inf) <= now:  # its worker may be gone
+        if key in self._pending and not self._pending.holds(key):  # its worker may be gone
             self._end([key], 0, self._answers)
         if self._missing.holds(key):
             return False
         if key not in self._pending:
             self._wanted.setdefault(chain, []).append(key)
-            self._pending[key] = now + PENDING
+            self._pending.hold(key, PENDING)
         return None if self._answers else False
 
     def begin(self) -> None:

@@ -15,9 +15,9 @@ from secrets import token_bytes
 from typing import Literal, NamedTuple, Protocol
 
 import numpy as np
-import torch
 
 from portakv.copy.call import calling_for_layers
+from portakv.copy.layer_words import End as LayerEnd
 from portakv.copy.layer_words import LayerWords
 from portakv.errors import PortaKVError
 from portakv.runtime.interrupts import alongside, hand_over
@@ -29,7 +29,7 @@ from portakv.storage.form import BlockForm
 from portakv.storage.store import BlockStore
 from portakv.storage.tiers.base import After, Keys
 from portakv.storage.work import Mask
-from portakv.tasks import Signal, runtime
+from portakv.tasks import End, Signal, runtime
 from portakv.view import IdList, KVView
 
 # ------------------------------------------------------------------------------------------------
@@ -204,18 +204,7 @@ MOMENT = 0.5
 PAUSE = 1e-3
 
 
-class Ending(Protocol):
-    """The end of copies."""
-
-    def done(self) -> bool:
-        """Return whether the copies have ended; never block."""
-
-    def wait(self, stream: torch.Stream | None = None, /) -> object:
-        """Have the current stream (or ``stream``) wait for the copies, or block until they have
-        ended."""
-
-
-class Moved(Ending, Protocol):
+class Moved(LayerEnd, Protocol):
     """A load or a save: the handle of a `FormStore`, or a `ServerTransfer`."""
 
     @property
@@ -227,11 +216,11 @@ class Moved(Ending, Protocol):
         """Return whether all copies were issued: `wait` orders a stream, and blocks no host."""
 
     @property
-    def layers(self) -> Sequence[Ending]:
+    def layers(self) -> Sequence[LayerEnd]:
         """Return the end of each layer of a load by layer; empty for others."""
 
     @property
-    def released(self) -> Ending | None:
+    def released(self) -> LayerEnd | End[None] | None:
         """Return the end of the copies of a save; None for a load."""
 
     def cancel(self) -> bool:
@@ -684,7 +673,7 @@ def _fail(works: Sequence[_Work], error: PortaKVError) -> None:
         work.cancel()
 
 
-def is_done(transfer: Ending) -> bool:
+def is_done(transfer: LayerEnd | End[None]) -> bool:
     """Return whether a transfer has ended; how it did is in the blocks that landed."""
     try:
         return transfer.done()
@@ -692,7 +681,7 @@ def is_done(transfer: Ending) -> bool:
         return True
 
 
-def _ends_by(until: float, copies: Ending) -> bool:
+def _ends_by(until: float, copies: LayerEnd | End[None]) -> bool:
     """Return whether copies end by a time of `time.monotonic`."""
     while not is_done(copies):
         if time.monotonic() > until:
@@ -701,7 +690,7 @@ def _ends_by(until: float, copies: Ending) -> bool:
     return True
 
 
-def _wait(transfer: Ending) -> None:
+def _wait(transfer: LayerEnd) -> None:
     """Let the current stream wait for a transfer; how it ended is in the blocks that landed."""
     with suppress(PortaKVError):
         transfer.wait()

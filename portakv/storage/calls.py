@@ -956,6 +956,7 @@ class Call:
     """One call of a user, and its plan.
 
     Attributes:
+        shared: the state that it shares with the other calls of the store.
         end: its end.
         located: the blocks that have a location, bool ``[blocks]``.
         ends: the tasks with which blocks of the call end.
@@ -967,9 +968,11 @@ class Call:
 
     def __init__(self, form: FormBlocks, request: Request) -> None:
         self.form = form
+        self.shared = form.shared
+        self._graph = form.shared.graph
         self.request = request
         many = len(request.keys)
-        self.end = End(form.shared.graph, many, request.kind)
+        self.end = End(self._graph, many, request.kind)
         self.end.stop = self._stop
         self.located: Mask = np.ones(many, np.bool_)
         self.excused: Mask = np.zeros(many, np.bool_)  # need not land: no tier admits them yet
@@ -981,11 +984,6 @@ class Call:
         self.since = time.perf_counter()  # when its plan last took the graph's lock
         self.explanation = Explanation(request.keys)
         self._planned = list[Planned]()
-
-    @property
-    def shared(self) -> SharedState:
-        """Return the state that it shares with the other calls of the store."""
-        return self.form.shared
 
     def slices(self, blocks: Sequence[int], whole: bool = False) -> list[Sequence[int]]:
         """Return the blocks that are planned together, before others may take the graph's lock.
@@ -1013,7 +1011,6 @@ class Call:
         self, part: FormPart, location: Location, some: list[int], segments: list[int | None]
     ) -> Iterator[Arrival]:
         """Bring blocks from a location into rows, for stages of these segments."""
-        graph = self.shared.graph
         names = {i: part.name(self.request.keys[i]) for i in some}
         if isinstance(location, InFlight):  # another call brings them
             items = [self.shared.in_transit[names[i]][1] for i in some]
@@ -1027,7 +1024,7 @@ class Call:
             least = 1 if self.request.lent else 2  # the copier has no helpers to share them
             for at in self.chunks(part, some, LOADED, len({*segments}), least=least):
                 held = PinnedRows(self.shared.rows, [names[i] for i in at])
-                graph.count("host", "load", "hit", len(at), len(at) * part.form.image_bytes)
+                self._graph.count("host", "load", "hit", len(at), len(at) * part.form.image_bytes)
                 self.form.count("host", "load", "hit", len(at))
                 yield Arrival(held, {n: [] for n, _ in enumerate(segments)}, at, range(len(at)))
         else:
@@ -1056,7 +1053,7 @@ class Call:
                         task = self.task(at, work, queue, in_flight, order[1])
                         task.alone = tier_store.tier == "disk" and task.nbytes < SMALL * len(at)
                         tasks.append(task)
-                    in_flight.ends[segment] = End(self.shared.graph, len(at))
+                    in_flight.ends[segment] = End(self._graph, len(at))
                     in_flight.tasks[segment] = tasks
                     self.plan(order[0], tasks, in_flight, partial(in_flight.read, segment))
                 ends = {
@@ -1091,7 +1088,7 @@ class Call:
         left: Mask = np.ones(len(arrival.at), np.bool_)
         for end in ends:
             left &= (await end).landed[arrival.rows]
-        await self.shared.graph.move(task, left, *ends)
+        await self._graph.move(task, left, *ends)
 
     def chunks(
         self,
@@ -1130,28 +1127,26 @@ class Call:
 
     def submit(self) -> None:
         """Start the planned coroutines, those of the first stages first."""
-        graph = self.shared.graph
         planned = sorted(self._planned, key=attrgetter("stage"))
         self._planned.clear()
         for each in planned:
             held = each.held
             if isinstance(held, InFlight) and held.rows.state == "new":
-                graph.enter([held.rows], self.request.priority)
-            graph.enter(each.tasks, self.request.priority)
+                self._graph.enter([held.rows], self.request.priority)
+            self._graph.enter(each.tasks, self.request.priority)
             if isinstance(held, InFlight):
                 held.drop_unwritten()
         for each in planned:
-            graph.start(self._run(each))
+            self._graph.start(self._run(each))
 
     async def _run(self, planned: Planned) -> None:
         """Run a coroutine, which uses rows until its end."""
-        graph = self.shared.graph
         try:
             await planned.steps()
         except Exception as error:  # nobody may wait for ever
             for task in planned.tasks:
                 if not task.ended:
-                    graph.end(task, None, "failed", error)
+                    self._graph.end(task, None, "failed", error)
         finally:
             planned.held.release()
 
@@ -1163,13 +1158,12 @@ class Call:
         for in_flight in self.flights:
             if not in_flight.users and in_flight in self.shared.begun:  # it was not planned
                 in_flight.over()
-        self.shared.graph.cancel(self.end)
+        self._graph.cancel(self.end)
 
     def _stop(self, state: str, error: Exception) -> bool:
         """Cancel the copies of the call, and the transfers that no other call wants; return True
         if some blocks will not be moved."""
-        graph = self.shared.graph
-        stopped = [graph.stop(task, state, error) for task in self.copies]
+        stopped = [self._graph.stop(task, state, error) for task in self.copies]
         stopped += [in_flight.stop(state, error) for in_flight in self.flights]
         return any(stopped)
 
@@ -1200,45 +1194,44 @@ class Call:
         """
         self.transfer_ended()
         self.submit()
-        shared = self.shared
-        graph = shared.graph
         many = len(self.request.keys)
         eligible = eligible or (lambda: self.located)
-        by_layer = [End(graph, many) for _ in range(layers)]
+        by_layer = [End(self._graph, many) for _ in range(layers)]
         for layer, end in enumerate(by_layer):
-            graph.start(graph.finish(end, [x for x in self.ends if layer in x.layers], eligible))
+            self._graph.start(
+                self._graph.finish(end, [x for x in self.ends if layer in x.layers], eligible)
+            )
         released = None
         if self.request.kind == "save":
-            released = End(graph, many)
-            graph.start(graph.finish(released, [Ending(task) for task in self.gathers]))
+            released = End(self._graph, many)
+            self._graph.start(self._graph.finish(released, [Ending(task) for task in self.gathers]))
         else:
             self.explanation.located = self.located
-        shared.ends.add(self.end)
+        self.shared.ends.add(self.end)
         why = self.explanation.sentence
-        handle = Handle(graph, self.end, by_layer, missing, view, self.excused, why)
+        handle = Handle(self._graph, self.end, by_layer, missing, view, self.excused, why)
         handle.form = self.form.name
         if released:
             handle.add_release(released)
-        if follow and shared.announced.handles.started:
-            shared.announced.follow(handle)
+        if follow and self.shared.announced.handles.started:
+            self.shared.announced.follow(handle)
         self._be_due()
-        graph.start(graph.finish(self.end, self.ends, eligible))
+        self._graph.start(self._graph.finish(self.end, self.ends, eligible))
         return handle
 
     def _be_due(self) -> None:
         """Let all that the call waits for be due as the call is, and cancel it at its deadline."""
-        graph = self.shared.graph
-        now = graph.clock()
+        now = self._graph.clock()
         due = SLACK[self.request.priority]
         deadline = self.request.deadline
         if deadline is not None:
             due = min(due, deadline)
-            graph.end_at(now + deadline, self.end)
+            self._graph.end_at(now + deadline, self.end)
         for task in self.copies:
-            graph.hasten(task, now + due)
+            self._graph.hasten(task, now + due)
         for in_flight in self.flights:
             for task in in_flight.every_task():
-                graph.hasten(task, now + due)
+                self._graph.hasten(task, now + due)
 
 
 class InFlight(Held):
@@ -1264,8 +1257,9 @@ class InFlight(Held):
         drops: bool = False,
         apart: bytes = b"",
     ) -> None:
-        shared = call.shared
         self._call = call
+        self._shared = shared = call.shared
+        self._graph = shared.graph
         self._memory = shared.rows
         self.count = len(at)
         self.store = call.request.kind == "save"
@@ -1338,13 +1332,12 @@ class InFlight(Held):
     def stop(self, state: str, error: Exception) -> bool:
         """Cancel what no call wants any longer, under the graph's lock; return True if some blocks
         will not be moved."""
-        graph = self._call.shared.graph
         unwanted = list[Task]()
         if not self.wanted:
             unwanted = self.every_task()
         elif all(call.end.cut for call, _ in self.calls if call.request.kind == "save"):
             unwanted = self.writes
-        stopped = [graph.stop(task, state, error) for task in unwanted]
+        stopped = [self._graph.stop(task, state, error) for task in unwanted]
         return any(stopped)
 
     def drop_unwritten(self) -> None:
@@ -1352,56 +1345,53 @@ class InFlight(Held):
         if self.writes and all(task.cut for task in self.writes):
             first = self.writes[0]
             for task in self.every_task():
-                self._call.shared.graph.stop(task, first.state, cast(Exception, first.error))
+                self._graph.stop(task, first.state, cast(Exception, first.error))
 
     # --- the coroutines, under the graph's lock ---
 
     async def _wait_for_rows(self, tasks: Sequence[Task]) -> None:
         """Wait for rows. Without them, tasks end as the wait did."""
-        graph = self._call.shared.graph
         rows = self.rows
         if rows.state == "waiting" and self.items is None:
             rows.queue.push(rows)
             if self.drops:
-                graph.cancel(rows, "dropped")
+                self._graph.cancel(rows, "dropped")
         if self.items is None:
             await rows
         elif not rows.ended:
-            graph.end(rows, None)
+            self._graph.end(rows, None)
         for task in tasks if self.items is None else ():
             if not task.ended:
-                graph.end(task, None, rows.state, rows.error)
+                self._graph.end(task, None, rows.state, rows.error)
 
     async def read(self, segment: int | None) -> None:
         """Read blocks, or a segment of them: from the nearest tier, and what did not come from
         there from the next one."""
-        graph = self._call.shared.graph
         tasks = self.tasks[segment]
         end = self.ends[segment]
         await self._wait_for_rows(tasks)
         left: Mask = np.ones(self.count, np.bool_)
         try:
             for task in tasks:
-                left = left & ~await graph.move(task, left, end)
+                left = left & ~await self._graph.move(task, left, end)
                 end.add_error(task.error)
                 end.trail = task.trail
         finally:
-            graph.end(end, ~left)
+            self._graph.end(end, ~left)
 
     async def save(self, writes: Sequence[tuple[Task, Task | None]]) -> None:
         """Copy blocks of the caller into rows, seal them, and store them in tiers.
 
         ``writes``: the task for each tier, and a task that goes before it.
         """
-        graph = self._call.shared.graph
         tasks = self.tasks[None]
         await self._wait_for_rows(tasks[:1])
         landed: Mask = np.ones(self.count, np.bool_)
         for number, task in enumerate(tasks):
-            landed = await graph.move(task, landed, *tasks[:number][-1:])
+            landed = await self._graph.move(task, landed, *tasks[:number][-1:])
         for task, before in writes:
             self.hold()
-            graph.start(self.store_in(task, before))
+            self._graph.start(self.store_in(task, before))
 
     async def store_in(self, task: Task, before: Task | None) -> None:
         """Write blocks from their rows to a tier, after another write if there is one."""
@@ -1410,7 +1400,7 @@ class InFlight(Held):
         if before is not None:
             ends.append(await before)
         try:
-            await self._call.shared.graph.move(task, gathered.landed, *ends)
+            await self._graph.move(task, gathered.landed, *ends)
         finally:
             self.release()
 
@@ -1420,24 +1410,23 @@ class InFlight(Held):
         The call's blocks count as used before that if it has more blocks than the host tier.
         """
         call = self._call
-        shared = call.shared
         # The copy of a save that was cancelled may still write the rows. They are released once
         # more after its end.
-        if self.copied is not None and not shared.graph.closed:
+        if self.copied is not None and not self._graph.closed:
             self.hold()
-            shared.graph.start(self._release_after_copy())
+            self._graph.start(self._release_after_copy())
             return
         self._end_copy()
         try:
             self._cache()
             call.transfer_ended()
         finally:
-            shared.row_queue.give(self)
+            self._shared.row_queue.give(self)
 
     async def _release_after_copy(self) -> None:
         await Work(self._end_copy)
         self.release()
-        self._call.shared.graph.idle.notify()
+        self._graph.idle.notify()
 
     def _end_copy(self) -> None:
         """Wait for a copy, whose result nobody needs."""
@@ -1447,21 +1436,20 @@ class InFlight(Held):
     def _cache(self) -> None:
         """Cache the rows whose blocks landed whole, and let no other call join."""
         call = self._call
-        shared = call.shared
         landed = np.zeros(self.count, np.bool_)
         if self.items and (None in self.ends or len(self.ends) == len(self.part.form.segments)):
             landed = np.logical_and.reduce([end.landed for end in self.ends.values()])
-        shared.record_hits()
+        self._shared.record_hits()
         claim = self._claim()
-        if shared.rows.crowded(claim):
+        if self._memory.crowded(claim):
             call.form.touch(call.request.keys)
-        shared.begun.discard(self)
+        self._shared.begun.discard(self)
         self._warn_dropped()
         for name in self.names:
-            if shared.in_transit.get(name, (None,))[0] is self:
-                del shared.in_transit[name]
+            if self._shared.in_transit.get(name, (None,))[0] is self:
+                del self._shared.in_transit[name]
         whole: list[int] = np.flatnonzero(landed).tolist()
-        if whole and shared.rows.host:
+        if whole and self._memory.host:
             items = [self.items[row] for row in whole]
             names = self.names
             if self.raw_rows:
@@ -1470,7 +1458,7 @@ class InFlight(Held):
             sizes = [self._part_in(row).form.image_bytes for row in whole]
             prefetched = all(call.request.kind == "prefetch" for call, _ in self.calls)
             want = Want(self.part.form.image_bytes, self.store, claim, prefetched=prefetched)
-            shared.rows.keep(items, names, self._follows(whole), want, sizes)
+            self._memory.keep(items, names, self._follows(whole), want, sizes)
 
     def _claim(self) -> Claim:
         """Return the cached rows that the blocks may evict, under the graph's lock."""
@@ -1480,7 +1468,7 @@ class InFlight(Held):
 
     def _want(self, nbytes: int) -> Want:
         """Return what rows of a size are needed for, in any thread."""
-        with self._call.shared.graph.lock:
+        with self._graph.lock:
             claim = self._claim()
         prefetched = self._call.request.kind == "prefetch"
         return Want(nbytes, self.store, claim, self.at[-1], prefetched, self._passing)
@@ -1510,7 +1498,7 @@ class InFlight(Held):
             queues = ", ".join(dict.fromkeys(task.queue.name for task in dropped))
             text = "A %s dropped %d blocks on %s, the first is %s: no free staging, or a slow queue"
             values = self._call.request.kind, self.count, queues, self.keys[0].hex()
-            self._call.shared.log.warning("dropped", text, *values)
+            self._shared.log.warning("dropped", text, *values)
 
     # --- the work of tasks, in helpers, for the blocks of a mask ---
 
@@ -1612,7 +1600,7 @@ class InFlight(Held):
         """Write images to a tier, each to the store of its form."""
         rows: list[int] = np.flatnonzero(mask).tolist()
         call = self._call
-        with call.shared.graph.lock:
+        with self._graph.lock:
             evict = call.form.continues(call.request.before(self.at), tier_store)
         packed = [row for row in rows if row not in self.raw_rows]
         raw = [row for row in rows if row in self.raw_rows]
@@ -1621,7 +1609,7 @@ class InFlight(Held):
         if packed:
             self._write(tier_store, queue, packed, evict, mask)
         if raw and raw_store is not None:
-            with call.shared.graph.lock:
+            with self._graph.lock:
                 nbytes = sum(self._image(row).nbytes for row in raw)
                 queue = raw_store.queue_for_write(nbytes)
             self._write(raw_store, queue, raw, evict, mask)

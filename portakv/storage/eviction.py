@@ -146,9 +146,8 @@ class Chains(Generic[Key]):
         self.written = Condition(self.lock)  # for tiers: notified when a write ends
         self._blocks = dict[Key, _Block[Key]]()
         self._by_mark = dict[Mark | None, _Block[Key]]()
-        # By mark: successors that are stored, also of a mark that is not stored.
+        # By mark: successors that are stored or being written, also of a mark that is not stored.
         self._successors = dict[Mark, int]()
-        self._expected = dict[Mark, int]()  # the same of successors that are being written
         # For some blocks: the first block of the chain, or one on the way to it.
         self._earlier = dict[_Block[Key], _Block[Key]]()
         # By group: (priority, block) of all blocks that may go, and of some blocks that may not.
@@ -238,25 +237,32 @@ class Chains(Generic[Key]):
         block = self._blocks[key]
         self.expect(block.mark)  # so it may not go
         if block.follows is not None:
-            self._drop(self._successors, block.follows)
+            self.unexpect(block.follows)
 
     def put_back(self, key: Key) -> None:
         """End a `set_aside`; the block has its place in the order as before."""
         block = self._blocks[key]
-        before = block.follows
-        if before is not None:
-            self._successors[before] = self._successors.get(before, 0) + 1
+        if block.follows is not None:
+            self.expect(block.follows)
         self.unexpect(block.mark)
 
     def expect(self, follows: Mark) -> None:
         """Keep the predecessor of a block that is being written, until `unexpect`."""
         if follows not in (UNKNOWN, FIRST):
-            self._expected[follows] = self._expected.get(follows, 0) + 1
+            self._successors[follows] = self._successors.get(follows, 0) + 1
 
     def unexpect(self, follows: Mark) -> None:
-        """End an `expect`."""
-        if follows not in (UNKNOWN, FIRST):
-            self._drop(self._expected, follows)
+        """End an `expect`. The predecessor may go once it has no successor."""
+        if follows in (UNKNOWN, FIRST):
+            return
+        left = self._successors[follows] - 1
+        if left:
+            self._successors[follows] = left
+            return
+        del self._successors[follows]
+        block = self._by_mark.get(follows)
+        if block is not None:
+            self._queue(block)
 
     def remove(self, key: Key, why: str = EVICTED) -> None:
         """Forget a stored block, for a reason."""
@@ -267,7 +273,7 @@ class Chains(Generic[Key]):
         else:
             self._earlier.pop(block, None)
         if block.follows is not None:
-            self._drop(self._successors, block.follows)
+            self.unexpect(block.follows)
         block.group = None
         self.changed(key, False, why)
 
@@ -308,11 +314,9 @@ class Chains(Generic[Key]):
         groups first, and none goes for a later one.
         """
         victim = self.next(group)
-        if victim is None or victim not in call:
-            return victim
-        # Writes that run together add the blocks in any order.
-        self._use_in_order(call)
-        victim = self.next(group)
+        if victim in call:  # writes that run together add the blocks in any order
+            self._use_in_order(call)
+            victim = self.next(group)
         if victim is None or victim not in call:
             return victim
         return victim if call[victim] > call[key] and victim == self.next() else None
@@ -370,7 +374,7 @@ class Chains(Generic[Key]):
         block.priority |= _KNOWN
         if follows != FIRST and not self._leads_to(follows, block.mark):
             block.follows = follows
-            self._successors[follows] = self._successors.get(follows, 0) + 1
+            self.expect(follows)
 
     def _leads_to(self, mark: Mark, goal: Mark) -> bool:
         """Return whether a walk from ``mark`` meets ``goal``, the mark of the first block of a
@@ -397,21 +401,6 @@ class Chains(Generic[Key]):
         """Return an earlier block of a block's chain; None for the first block."""
         return self._earlier.get(block) or self._by_mark.get(block.follows)
 
-    def _drop(self, successors: dict[Mark, int], mark: Mark) -> None:
-        """Take a successor from a mark; its block may go once it has none."""
-        left = successors[mark] - 1
-        if left:
-            successors[mark] = left
-            return
-        del successors[mark]
-        block = self._by_mark.get(mark)
-        if block is not None:
-            self._queue(block)
-
-    def _is_followed(self, block: _Block[Key]) -> bool:
-        """Return whether a block has a successor that is stored or being written."""
-        return block.mark in self._successors or block.mark in self._expected
-
     def _cut_circles(self, new: Sequence[_Block[Key]]) -> None:
         """Open every circle through new blocks, each at the place that a walk comes to first."""
         walks = dict[_Block[Key], _Block[Key]]()  # the start of the walk that came by
@@ -423,12 +412,12 @@ class Chains(Generic[Key]):
             if block is not None and walks[block] is start:
                 follows = block.follows
                 block.follows = None
-                self._drop(self._successors, follows)
+                self.unexpect(follows)
                 self._earlier.clear()
 
     def _queue(self, block: _Block[Key]) -> None:
         """Give a block that may go an entry in the queue of its group."""
-        if block.queued or block.pinned or self._is_followed(block):
+        if block.queued or block.pinned or block.mark in self._successors:
             return
         group = block.group
         queue = self._queues.setdefault(group, [])
@@ -449,7 +438,7 @@ class Chains(Generic[Key]):
             priority, block = queue[0]
             if block.group != group:
                 heappop(queue)
-            elif block.pinned or self._is_followed(block):
+            elif block.pinned or block.mark in self._successors:
                 heappop(queue)
                 block.queued = False
             elif block.priority != priority:

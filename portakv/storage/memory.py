@@ -822,10 +822,6 @@ class Rows:
 
     # --- what others see ---
 
-    def listed(self, form: bytes) -> HostIndex:
-        """Return the index of the blocks of a form, by its checksum."""
-        return HostIndex(self, form)
-
     def report(self, key: bytes, stored: bool, why: str) -> None:
         """Report a key that gets a row, or loses it, to the listener of its form."""
         changed = self.listeners.get(key[:-32])

@@ -50,7 +50,7 @@ from portakv.storage.eviction import Pinning, Pins
 from portakv.storage.form import BlockForm
 from portakv.storage.keys import check_key, check_keys, predecessors
 from portakv.storage.lent import Borrowed, Copier, Lending, LentQueue
-from portakv.storage.memory import Crossing, Loan, Rows, rows_for
+from portakv.storage.memory import Crossing, HostIndex, Loan, Rows, rows_for
 from portakv.storage.tiers.base import After, Keys, Tier, TierStore, tier_figures, tiers_of
 from portakv.storage.work import Ending, Graph, Handle, Mask, Missing, Queue, Task
 from portakv.tasks import SLACK, Priority
@@ -483,8 +483,7 @@ class FormStore:
 
         ``options``: how blocks are copied from the view: backend, overlap, max_thread_blocks.
         """
-        if full is not None:
-            one_of("full", full, FULL)
+        drops = self._drops(full)
         form = self._own("save")
         keys = self._keys(keys, priority, deadline)
         before = predecessors(after, keys, self._weak)
@@ -499,7 +498,7 @@ class FormStore:
         crossing.prepare(form.own.rows)
         packed = bool(form.own.form.encoding)
         source = ViewSource(view, crossing, self._down, self.rows.pinned, packed)
-        return self._planned(call, partial(self._save, call, source, self._drops(full)))
+        return self._planned(call, partial(self._save, call, source, drops))
 
     def save_lent(
         self,
@@ -524,8 +523,7 @@ class FormStore:
         ``packs``: the copier copies by views of `LentCopy.form`, which packs if the form does, and
         copies blocks that do not fit once more, by `LentCopy.raw`. Packed blocks need it.
         """
-        if full is not None:
-            one_of("full", full, FULL)
+        drops = self._drops(full)
         form = self._own("save")
         self._refuse_packed(form, "A lent save", packs)
         _check_copier(copier)
@@ -533,7 +531,7 @@ class FormStore:
         before = predecessors(after, keys, self._weak)
         call = Call(form, Request("save", keys, priority, deadline, before, lent=True))
         source = Lending(copier, self._lent, self._down)
-        return self._planned(call, partial(self._save, call, source, self._drops(full)))
+        return self._planned(call, partial(self._save, call, source, drops))
 
     def _refuse_packed(self, form: FormBlocks, what: str, packs: bool) -> None:
         """Raise `Unsupported` for a store of blocks that are packed, or may be, unless the copier
@@ -550,7 +548,10 @@ class FormStore:
             raise Unsupported(f"{what} of packed blocks", why)
 
     def _drops(self, full: Full | None) -> bool:
-        """Return True if blocks of a save are dropped that find no staging."""
+        """Return True if blocks of a save are dropped that find no staging. Raises `InvalidTerms`
+        for another value."""
+        if full is not None:
+            one_of("full", full, FULL)
         return (full or self._full) == "drop"
 
     async def _save(self, call: Call, source: Source, drops: bool) -> Handle:
@@ -1131,7 +1132,7 @@ class BlockStore(FormStore):
             apart = [other.digest for other in own if other not in read]
             blocks = FormBlocks(shared, name, parts, apart)
             shared.forms[name] = blocks
-            host = [self.rows.listed(form.digest)] if self.rows.host else []
+            host = [HostIndex(self.rows, form.digest)] if self.rows.host else []
             listed = [x for x in blocks.own.tier_stores if isinstance(x, Listed)]
             shared.announced.indices[name] = named_indices([*host, *listed])
             self._stores[name] = FormStore(shared, self._full, self._weak, blocks)

@@ -531,9 +531,9 @@ def test_a_folder_whose_blocks_all_have_successors(made: Any) -> None:
     """The block goes to another folder, in place of one that nothing follows."""
     store = made(slots=8, folders=2)
     tier_store: Any = store._tier_stores[0]
-    (first, one), (second, other) = tier_store.parts
+    first, second = tier_store.parts
     for number in range(8):
-        queue = one if number < 4 else other
+        queue = (first if number < 4 else second).queue
         row = cases.images(1, tier_store.form)[0]
         mark = mark_of(key_of(number - 1)) if number else FIRST
         sums = image.seal(row, tier_store.form, key_of(number), 1, mark)
@@ -541,7 +541,7 @@ def test_a_folder_whose_blocks_all_have_successors(made: Any) -> None:
     assert (len(first.index), len(second.index)) == (4, 4)
     row = cases.images(1, tier_store.form)[0]
     sums = image.seal(row, tier_store.form, key_of(50), 1, FIRST)
-    assert tier_store.write(one, [key_of(50)], [row], [1], [sums]) == [True]
+    assert tier_store.write(first.queue, [key_of(50)], [row], [1], [sums]) == [True]
     assert {*first.index} == {key_of(i) for i in range(4)}
     assert {*second.index} == {key_of(i) for i in (4, 5, 6, 50)}
 
@@ -605,7 +605,7 @@ class StoreModel(RuleBasedStateMachine):
     def tiers(self) -> list[set[int]]:
         """Return the numbers of the keys in each tier."""
         (tier_store,) = self.store._tier_stores
-        disk = {key for slots, _ in tier_store.parts for key in slots.index}
+        disk = {key for slots in tier_store.parts for key in slots.index}
         host = {name[-32:] for name in self.store.rows.by_use()}
         return [{struct.unpack("<I", key[:4])[0] for key in keys} for keys in (disk, host)]
 
@@ -670,7 +670,7 @@ class StoreModel(RuleBasedStateMachine):
     @rule(kill=st.booleans())
     def restart(self, kill: bool) -> None:
         disk, _ = self.tiers()
-        for slots, _ in self.store._tier_stores[0].parts if kill else ():
+        for slots in self.store._tier_stores[0].parts if kill else ():
             slots.close(sync=False)
         self.store.close(LIMIT)
         self.open()

@@ -78,7 +78,7 @@ def counts(store: DiskStore) -> dict[tuple[str, str], int]:
 
 def slot_of(store: DiskStore, key: bytes) -> tuple[Path, int]:
     """Return the file of blocks, and the offset of a block in it."""
-    slots = next(slots for slots, _ in store.parts if key in slots.index)
+    slots = next(slots for slots in store.parts if key in slots.index)
     return slots.folder / "slots", slots.index[key] * store.form.image_bytes
 
 
@@ -269,7 +269,7 @@ def test_a_store_when_all_slots_are_pinned(store: Open) -> None:
     """Fault 59. It is dropped, and counted."""
     one = store(blocks=1)
     save(one, KEYS[:1])
-    slots = one.parts[0][0]
+    slots = one.parts[0]
     (entry,) = slots.pin(KEYS[:1])
     assert save(one, KEYS[1:3]) == [False, False]
     assert counts(one) == {("save", "hit"): 1, ("save", "dropped"): 2}
@@ -299,7 +299,7 @@ def test_threads_at_once(store: Open, io: str, steps: int) -> None:
     """Saves, loads, evictions and damage at random from four threads: what lands is right, and at
     the end each slot is in use or free."""
     one = store(io=io, blocks=10)
-    path = one.parts[0][0].folder / "slots"
+    path = one.parts[0].folder / "slots"
 
     def work(seed: int) -> None:
         draw = random.Random(seed)
@@ -361,12 +361,12 @@ def test_folders_that_were_used_apart_have_the_same_blocks(store: Open, event: s
             assert save(both, [key]) == [True]
         assert not any(both.has(KEYS[:6]))
     if event == "damage":
-        slots = both.parts[0][0].folder / "slots"
+        slots = both.parts[0].folder / "slots"
         slots.write_bytes(bytes(slots.stat().st_size))
         assert load(both, KEYS[:6]) == [False] * 6
     if event == "removal":
-        assert both.parts[0][0].cut(1)  # empty slots, and then those with blocks
-        assert both.parts[0][0].cut(6 * FORM.image_bytes)
+        assert both.parts[0].cut(1)  # empty slots, and then those with blocks
+        assert both.parts[0].cut(6 * FORM.image_bytes)
         assert both.has(KEYS[:6]) == [False] * 6
     both.touch(KEYS[:6])
     assert save(both, KEYS[:6], 2) == [True] * 6
@@ -403,9 +403,9 @@ def test_a_prefix_is_the_last_to_go(store: Open) -> None:
     save(one, KEYS[:4])
     save(one, KEYS[4:6], 2)
     order = [*KEYS[3::-1], KEYS[5], KEYS[4]]
-    assert one.parts[0][0].by_use() == order
-    one.parts[0][0].close(sync=False)
-    assert store().parts[0][0].by_use() == order
+    assert one.parts[0].by_use() == order
+    one.parts[0].close(sync=False)
+    assert store().parts[0].by_use() == order
 
 
 def test_a_folder_with_free_slots_comes_before_one_that_evicts(store: Open) -> None:
@@ -581,7 +581,7 @@ def test_the_end_of_a_call_evicts_none_of_its_beginning(store: Open) -> None:
         rows = cases.images(1, FORM)
         sums = [cases.fill(rows[0], FORM, key, 1)]
         of_call = {each: i for i, each in enumerate(KEYS[:3])}
-        assert one.write(one.parts[0][1], [key], [*rows], [1], sums, of_call) == [there]
+        assert one.write(one.parts[0].queue, [key], [*rows], [1], sums, of_call) == [there]
     assert one.has(KEYS[:3]) == [True, True, False]
     assert counts(one) == {("save", "hit"): 2, ("save", "dropped"): 1}
 

@@ -220,7 +220,8 @@ class WaitsForEach(Waits):
     """A negative control: each block waits as long for writes that do not end."""
 
     def take(self, key: bytes, *terms: Any) -> int | None:
-        self._late.clear()
+        for write in self._writes.values():
+            write.late = False
         return super().take(key, *terms)
 
 
@@ -313,8 +314,9 @@ def test_a_write_whose_later_blocks_are_sealed_first(opened: Any, folders: int) 
 
 def store_of(parts: list[Slots], engine: Engine | None = None) -> DiskStore:
     graph: Any = Tally()
-    queues = [graph.queue(f"disk:{slots.folder}") for slots in parts]
-    return DiskStore(graph, FORM, [*zip(parts, queues, strict=True)], engine or Faulty(), True, [])
+    for slots in parts:
+        slots.queue = graph.queue(f"disk:{slots.folder}")
+    return DiskStore(graph, FORM, parts, engine or Faulty(), True, [])
 
 
 def write(store: DiskStore, *keys: bytes, chained: bool = False) -> list[bool]:

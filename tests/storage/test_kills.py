@@ -145,7 +145,7 @@ def record_early(store: Any, _: int) -> None:
 
 def record_backwards(store: DiskStore, ready: int) -> None:
     """Record the last block of a call first, and wait there for the kill."""
-    slots: Any = store.parts[0][0]
+    slots: Any = store.parts[0]
     write = store.write
     seal = slots.seal
 

@@ -71,7 +71,7 @@ def store_of(store: BlockStore) -> DiskStore:
 
 
 def break_slot(store: BlockStore, key: bytes) -> None:
-    (slots, _), *_ = store_of(store).parts
+    slots, *_ = store_of(store).parts
     at = slots.index[key] * FORM.image_bytes + 5000
     fd = os.open(slots.folder / "slots", os.O_RDWR)
     (byte,) = os.pread(fd, 1, at)
@@ -159,7 +159,7 @@ def test_a_block_that_goes_between_the_plan_and_the_read_is_evicted(tmp_path: Pa
         saved(store)
         tier_store: Any = store_of(store)
         read = tier_store.read
-        (slots, _), *_ = tier_store.parts
+        slots, *_ = tier_store.parts
 
         def evict_first(*arguments: Any) -> list[bool]:
             (place,) = slots.pin([KEYS[2]])
@@ -279,7 +279,7 @@ def test_a_save_without_space_for_a_slot_says_so(
     monkeypatch.setattr(linux, "fallocate", refuse)
     with opened(Disk(tmp_path, capacity=1 << 20, io="threads")) as store:
         text = error_of(store.save(cache(), range(8), KEYS, priority="urgent"))
-        (slots, _), *_ = store_of(store).parts
+        slots, *_ = store_of(store).parts
         shortage = slots.health.shortage
         assert shortage is not None
         assert shortage.errno == number
@@ -301,7 +301,7 @@ def test_a_save_into_a_folder_that_was_removed_says_so(
         handle.synchronize(LIMIT)
         shutil.rmtree(tmp_path / "kv")
         text = error_of(store.save(cache(), range(4, 8), KEYS[4:], priority="urgent"))
-        (slots, _), *_ = store_of(store).parts
+        slots, *_ = store_of(store).parts
         assert text == f"0 of 4 blocks landed. 4 unreachable ({slots.health.lost})."
         assert len(caplog.messages) == 1
         assert slots.health.lost in caplog.text

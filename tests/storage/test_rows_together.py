@@ -15,7 +15,7 @@ from hypothesis.stateful import run_state_machine_as_test as run_model
 from support.storage_cases import key_of
 
 from portakv.storage.eviction import FIRST, mark_of
-from portakv.storage.memory import ANY, MOST_EVICTED, UNUSED, Claim, Loan, Rows, Want
+from portakv.storage.memory import ANY, MOST_EVICTED, UNUSED, Claim, HostIndex, Loan, Rows, Want
 
 PAGE = 4096
 SIZES = [1, 3, 4, 10]  # pages
@@ -97,7 +97,7 @@ class Comparison(RuleBasedStateMachine):
         self.pins = list[list[Loan]]()
         self.loans = list[list[Loan]]()
         for rows, changes in zip(self.both, self.changes, strict=True):
-            rows.listed(b"").announce(lambda *change, changes=changes: changes.append(change))
+            HostIndex(rows, b"").announce(lambda *change, changes=changes: changes.append(change))
         if small:
             self.end(self.take(1, 0, small, True, True, -1, False, False), False, False)
         for number in range(0, order * KEYS, order):

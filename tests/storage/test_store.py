@@ -498,7 +498,7 @@ def test_a_prefix_outlives_its_suffix(opened: Any, tmp_path: Path) -> None:
     store = make(8)
     saved(store, source)
     tier_store: Any = store._tier_stores[0]
-    assert tier_store.parts[0][0].by_use() == KEYS[::-1]
+    assert tier_store.parts[0].by_use() == KEYS[::-1]
     assert [store.rows.has(form.digest + key) for key in KEYS] == [True] * 4 + [False] * 4
     store.close()
     (tmp_path / form.name / "order").unlink()  # as after a kill: then the records tell the order

@@ -86,14 +86,14 @@ def any_images_believed() -> Iterator[None]:
     control of images that are swapped."""
     disk_store: Any = importlib.import_module("portakv.storage.tiers.disk")
     store = disk_store.DiskStore
-    right = store.is_right
+    is_right = store.is_right
     verifies = disk_store.verifies
     store.is_right = lambda *_: True
     disk_store.verifies = lambda _: False
     try:
         yield
     finally:
-        store.is_right = right
+        store.is_right = is_right
         disk_store.verifies = verifies
 
 

@@ -239,7 +239,7 @@ class WatchedDisk(Disk):
 
     def slots(self) -> list[Slots]:
         """Return the slots of each folder, those of the first form first."""
-        return [slots for tier_store in self.tier_stores for slots, _ in tier_store.parts]
+        return [slots for tier_store in self.tier_stores for slots in tier_store.parts]
 
     def contents(self) -> dict[Path, tuple[set[bytes], int]]:
         """Return the keys and the number of slots of each folder."""

@@ -595,7 +595,7 @@ class Hasty(ServerState):
 
     def report(self, session: int, number: int, landed: bytes) -> None:
         client = self._clients.get(session)
-        lease = None if client is None else client.leases.get(number)
+        lease = None if client is None else client.process.leases.get(number)
         if lease is not None:
             lease.cells = -1
         super().report(session, number, landed)

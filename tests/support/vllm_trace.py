@@ -16,9 +16,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from portakv.copy.layer_words import End
 from portakv.errors import PortaKVError
 from portakv.serving import Plan, Report
-from portakv.serving.worker import Blocks, Ending, Moved
+from portakv.serving.worker import Blocks, Moved
 from portakv.storage.work import Mask
 
 #: Steps after which a save has released its blocks, and after which a load or save has ended.
@@ -97,7 +98,7 @@ class PacedTransfer(PacedEnd):
         if lost is not None:
             self._landed[lost] = False
         self.is_issued = False
-        self.layers: Sequence[Ending] = ()
+        self.layers: Sequence[End] = ()
         self.released = None if moved.released is None else PacedEnd(pace, RELEASED)
 
     @property

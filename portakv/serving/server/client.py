@@ -53,7 +53,7 @@ from portakv.storage.memory import Crossing, Loan
 from portakv.storage.store import SHORT_COPY
 from portakv.storage.tiers.base import After, Keys
 from portakv.storage.work import Mask
-from portakv.tasks import SLACK, Limit, Priority, Signal, Wait, Work, runtime
+from portakv.tasks import SLACK, End, Limit, Priority, Signal, Wait, Work, runtime
 from portakv.view import IdList, KVView
 
 T = TypeVar("T")
@@ -190,21 +190,6 @@ class Hit(NamedTuple):
     grant: Grant
 
 
-class Released:
-    """The end of the copies of a save, after which nothing reads the caller's blocks."""
-
-    def __init__(self, transfer: ServerTransfer) -> None:
-        self._transfer = transfer
-
-    def done(self) -> bool:
-        """Return whether nothing reads the caller's blocks; never block for long."""
-        return self._transfer.is_released()
-
-    def wait(self, stream: torch.Stream | None = None) -> None:
-        """Block until nothing reads the caller's blocks."""
-        self._transfer.block(self.done)
-
-
 # ------------------------------------------------------------------------------------------------
 # The requests of a rank to its server.
 
@@ -220,7 +205,6 @@ class Requests:
         changed: tells of each change.
         numbers: of requests and locks.
         open: those that have not ended, by their numbers.
-        copies: those that are under way.
     """
 
     def __init__(self) -> None:
@@ -228,7 +212,6 @@ class Requests:
         self.changed = Signal(self.runtime)
         self.numbers = count(1)
         self.open = dict[int, tuple[ServerTransfer, Piece]]()
-        self.copies = 0
         self._loads = Limit(self.runtime, WIDTH)
         self._saves = Limit(self.runtime, WIDTH)
 
@@ -262,7 +245,7 @@ class Requests:
     def close(self, timeout: float) -> None:
         """End all requests, and wait for copies under way, at most so many seconds."""
         self.close_all()
-        self.changed.block(lambda: not self.copies, timeout)
+        self.changed.block(lambda: not self.open, timeout)  # only copies under way are left
 
 
 # ------------------------------------------------------------------------------------------------
@@ -281,6 +264,7 @@ class ServerTransfer:
         priority: among the transfers of the client.
         layers: of a load by layer, what to wait for before each layer; empty for others.
         pieces: its requests.
+        released: ends when nothing reads the blocks of a save; None of a load.
         issued: the end of the copy on the caller's stream, if the call issued one.
         issued_blocks: the blocks of that copy, bool ``[blocks]``.
     """
@@ -316,7 +300,8 @@ class ServerTransfer:
         self.priority = priority
         self.saves = saves
         self._until = None if deadline is None else time.monotonic() + deadline
-        self._call: Callable[[], object] | None = None
+        self._end = End[None](self._runtime)
+        self.released = End[None](self._runtime) if saves else None
         # The runtime's lock guards what follows.
         self._closed = False  # no copy begins: it was cancelled, is late, or lost its server
         self._queued = 0  # first answers that have not come, and leases whose copies have not begun
@@ -336,29 +321,23 @@ class ServerTransfer:
             # A session that ended before they began has ended none of them.
             if session is None or self._link.session is not session:
                 self._session = None
-                self.close()
-
-    @property
-    def released(self) -> Released | None:
-        """Return what ends when nothing reads the blocks of a save; None of a load."""
-        return Released(self) if self.saves else None
+                self._closed = True
+            self._note()
 
     def when_ended(self, call: Callable[[], object]) -> None:
         """Have a function called once when it has ended, or now if it has.
 
-        It is called in a step, in any thread: it must be quick, and wait for nothing.
+        It is called in any thread, perhaps in a step: it must be quick, and wait for nothing.
         """
-        with self._runtime.lock:
-            self._call = call
-            self._note()
+        self._end.on_end(call)
 
     def done(self) -> bool:
         """Return whether it has ended; never block, never raise."""
         late = self._until is not None and time.monotonic() > self._until + GRACE
         with self._runtime.lock:
-            if late and not self._ended():
+            if late:
                 self.cancel()
-            return self._ended()
+            return self._end.ended
 
     @property
     def is_issued(self) -> bool:
@@ -379,7 +358,7 @@ class ServerTransfer:
     def cancel(self) -> bool:
         """Copy no further block; return whether some blocks will not be copied."""
         with self._runtime.lock:
-            if self._closed or self._ended():
+            if self._closed or self._end.ended:
                 return False
             self.close()
         session = self._session
@@ -443,14 +422,12 @@ class ServerTransfer:
         ``issues``: so many copies begin on the stream of the caller instead.
         """
         with self._runtime.lock:
-            copies = issues or 1
-            self._queued -= copies
+            self._queued -= issues or 1
             if self._closed:
                 self._note()
                 return False
-            self._copying += copies - issues
+            self._copying += not issues
             self._issuing += issues
-            self._requests.copies += copies
             return True
 
     def end_copy(self, piece: Piece, grant: Grant, cells: int, issued: bool = False) -> None:
@@ -460,7 +437,6 @@ class ServerTransfer:
         with self._runtime.lock:
             self._copying -= not issued
             self._issuing -= issued
-            self._requests.copies -= 1
             for block in blocks:
                 came = self._covered.pop(block, 0) | cells
                 if came == self._cells or not grant.form:
@@ -470,9 +446,8 @@ class ServerTransfer:
             self._note()
 
     def is_released(self) -> bool:
-        """Return whether no copy is under way, and none follows."""
-        with self._runtime.lock:
-            return self._issued_all() and not self._issuing
+        """Return whether no copy is under way, and none follows. Runs in a step."""
+        return self._issued_all() and not self._issuing
 
     def _issued_all(self) -> bool:
         """Return whether nothing is under way, or follows, but what was issued."""
@@ -480,18 +455,15 @@ class ServerTransfer:
             left = self._queued or self._lacking
             return not self._copying and (self._closed or not left)
 
-    def _ended(self) -> bool:
-        return self.is_released() and (self._closed or not self._unstored)
-
     def _note(self) -> None:
-        """Wake who waits for it, and forget its requests if it has ended."""
-        if self._ended():
-            for piece in self.pieces:
-                self._requests.open.pop(piece.number, None)
-            call = self._call
-            self._call = None
-            if call is not None:
-                call()
+        """Wake who waits for it, and forget its requests if it has ended. Runs in a step."""
+        if self.is_released():
+            if self.released is not None:
+                self.released.settle(None, None)
+            if self._closed or not self._unstored:
+                for piece in self.pieces:
+                    self._requests.open.pop(piece.number, None)
+                self._end.settle(None, None)
         self._changed.notify()
 
     # --- requests
@@ -898,8 +870,8 @@ class StoreClient:
             self._mapped.close()
 
     def _is_idle(self) -> bool:
-        """Return whether no copy is under way."""
-        return not self._requests.copies
+        """Return whether no copy is under way, once there is no session."""
+        return not self._requests.open
 
     async def _began(self, address: str, joined: Joined) -> MappedRows:
         """Map the rows of a server, in place of those of the server before."""

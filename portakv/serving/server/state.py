@@ -102,11 +102,11 @@ class ClientProcess:
 
     Attributes:
         key: its namespace, its number and its start.
-        leases: all rows that were lent to it and that it may still use.
+        leases: all rows that were lent to it and that it may still use, by the numbers of leases.
     """
 
     key: tuple[int, int, int]
-    leases: set[Lease] = field(default_factory=set)
+    leases: dict[int, Lease] = field(default_factory=dict)
 
 
 class RankPart(NamedTuple):
@@ -127,7 +127,6 @@ class Client:
         parts: of each group of layers.
         address: of its channel.
         requests: the loads and saves that have not ended, by the client's numbers.
-        leases: the rows that it copies, by the numbers of leases.
         locks: the blocks that it keeps from eviction, by its numbers.
         gone: the session has ended.
     """
@@ -138,7 +137,6 @@ class Client:
     parts: list[RankPart]
     address: str
     requests: dict[int, Work] = field(default_factory=dict)
-    leases: dict[int, Lease] = field(default_factory=dict)
     locks: dict[int, Pins] = field(default_factory=dict)
     gone: bool = False
 
@@ -237,7 +235,7 @@ class Work:
     """
 
     begun: Callable[[Work, Copy], object]
-    part: RankPart
+    store: FormStore
     blocks: int
     key: SaveKey | None = None
     since: float = 0.0
@@ -261,7 +259,7 @@ class Work:
     @property
     def has_all_rows(self) -> bool:
         """Return whether all blocks have rows. Packed ones of a save may get rows once more."""
-        packs = self.key is not None and bool(self.part.store.form.encoding)
+        packs = self.key is not None and bool(self.store.form.encoding)
         return self.granted == self.blocks and not packs
 
     @property
@@ -389,7 +387,6 @@ class ServerState:
             for pins in client.locks.values():
                 pins.release()
             client.locks.clear()
-            client.leases.clear()  # a late report names nothing
             requests = [*client.requests.values()]
             client.requests.clear()
             for key in [key for key in self._news if key[0] is client]:
@@ -407,7 +404,7 @@ class ServerState:
             for client in [*self._clients.values()]:
                 if client.process is process:
                     self.lost(client)
-            for lease in [*process.leases]:
+            for lease in [*process.leases.values()]:
                 self._return(lease)
             self._processes.pop(process.key, None)
             self._wake()
@@ -420,7 +417,7 @@ class ServerState:
             self._drain()
             lents = {lent for work in self._works for lent in work.lents}
             for process in self._processes.values():
-                lents |= {lease.lent for lease in process.leases}
+                lents |= {lease.lent for lease in process.leases.values()}
                 process.leases.clear()
             for lent in lents:
                 lent.leases.clear()
@@ -468,7 +465,7 @@ class ServerState:
             client = self.client(ask.session)
             keys = [*ask.keys]
             part = self._part_of(client, ask.group)
-            work = Work(self._note_begun, part, len(keys), requesters={client: ask.number})
+            work = Work(self._note_begun, part.store, len(keys), requesters={client: ask.number})
             borrowed = part.store.borrow(keys, True)
             if borrowed is not None:
                 self._lend(work, borrowed)
@@ -508,7 +505,7 @@ class ServerState:
         """Begin a save of all ranks of an engine."""
         ranks = self._ranks(client, part)
         keys = [*ask.keys]
-        save = Work(self._note_begun, part, len(keys), key, self._now(), {*ranks})
+        save = Work(self._note_begun, part.store, len(keys), key, self._now(), {*ranks})
         together = 0
         for cells in ranks.values():
             together |= cells
@@ -547,8 +544,8 @@ class ServerState:
         lease that has ended, is dropped."""
         with self._lock:
             client = self._clients.get(session)
-            lease = None if client is None else client.leases.pop(number, None)
-            if lease is None:
+            lease = None if client is None else client.process.leases.get(number)
+            if lease is None or lease.client is not client:
                 self.counts["late_reports"] += 1
                 return
             self._return(lease, landed)
@@ -630,9 +627,10 @@ class ServerState:
     def oldest_lease(self) -> float:
         """Return the seconds since the oldest rows that are lent were lent; 0 if none are."""
         with self._lock:
-            leases = [one for process in self._processes.values() for one in process.leases]
+            processes = self._processes.values()
             now = self._now()
-            return now - min([one.since for one in leases], default=now)
+            since = [lease.since for each in processes for lease in each.leases.values()]
+            return now - min(since, default=now)
 
     def figures(self) -> Figures:
         """Return figures by the names of metrics, in the form of `Graph.statistics`."""
@@ -694,7 +692,7 @@ class ServerState:
         """Lend the rows of a copy to the clients that make it."""
         lent = Lent(work, copy, covered=[0] * len(copy.rows))
         work.lents[lent] = None
-        if copy.form == work.part.store.form:
+        if copy.form == work.store.form:
             work.granted += len(copy.blocks)
         for client, number in work.requesters.items():
             self._grant(lent, client, number)
@@ -714,11 +712,11 @@ class ServerState:
             form = lent.copy.raw
             every = lent.raw
         if work.key is not None:
-            cells = next(x.cells for x in client.parts if x.store is work.part.store)
+            cells = next(x.cells for x in client.parts if x.store is work.store)
             if not cells & ~lent.assigned:
                 return
             lent.assigned |= cells
-        text = "" if form == work.part.store.form else form.json()
+        text = "" if form == work.store.form else form.json()
         grants = self._learn(client, number).grants
         step = max(1, PIECE // form.image_bytes)
         for first in range(0, len(every), step):
@@ -726,22 +724,20 @@ class ServerState:
             some = every[first : first + step]
             lease = Lease(self.counts["lent"], client, lent, cells, some, self._now())
             lent.leases.add(lease)
-            client.leases[lease.number] = lease
-            client.process.leases.add(lease)
+            client.process.leases[lease.number] = lease
             places = tuple(lent.copy.blocks[at] for at in some)
             rows = tuple(lent.copy.rows[at] for at in some)
             grants.append(Grant(lease.number, places, rows, text))
 
     def _return_all(self, process: ClientProcess, session: int) -> None:
         """Take all rows back from a session of a process."""
-        for lease in [*process.leases]:
+        for lease in [*process.leases.values()]:
             if lease.client.session == session:
                 self._return(lease)
 
     def _return(self, lease: Lease, landed: Iterable[int] = ()) -> None:
         """Take rows back from a client that uses them no longer."""
-        lease.client.leases.pop(lease.number, None)
-        lease.client.process.leases.discard(lease)
+        lease.client.process.leases.pop(lease.number, None)
         lent = lease.lent
         lent.leases.discard(lease)
         for place, good in zip(lease.places, landed, strict=False):
@@ -756,7 +752,7 @@ class ServerState:
         if work.key is None:
             lent.end(-1)
             return
-        whole = cells_of(work.part.store.form)
+        whole = cells_of(work.store.form)
         over = work.abandoned or lent.copy.cancelled
         complete = all(lent.tried(place) == whole for place in range(len(lent.covered)))
         if not (complete or over or not work.awaited):
@@ -769,7 +765,7 @@ class ServerState:
             self._wake()  # to tell the clients
             return
         lent.end(whole)
-        if work.part.store.form.encoding:
+        if work.store.form.encoding:
             self._wake()  # to tell the clients that no rows follow; see `Piece.packs`
 
     def _all_saves(self) -> list[Work]:

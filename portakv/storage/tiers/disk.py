@@ -129,7 +129,7 @@ class DiskStore:
 
     graph: Graph
     form: BlockForm
-    parts: list[tuple[Slots, Queue]]
+    parts: list[Slots]
     engine: Engine
     writable: bool
     found: list[str]  # sentences for `explain` from the opening
@@ -144,23 +144,23 @@ class DiskStore:
         notes = [*self.found]
         known = " ".join(notes)
         notes += [f"{self.engine.name}: {x}" for x in self.engine.notes if x not in known]
-        for slots, _ in self.parts:
+        for slots in self.parts:
             notes += slots.health.sentences()
         return notes
 
     @property
     def generation(self) -> int:
         """Return the highest generation at the start."""
-        return max(slots.generation for slots, _ in self.parts)
+        return max(slots.generation for slots in self.parts)
 
     @property
     def where(self) -> str:
         """Return the folders, for messages."""
-        return ", ".join(str(slots.folder.parent) for slots, _ in self.parts)
+        return ", ".join(str(slots.folder.parent) for slots in self.parts)
 
     def has(self, keys: Sequence[bytes], _: float | None = None) -> list[bool]:
         """Return which blocks are stored."""
-        chains = self.parts[0][0].chains  # of all folders
+        chains = self.parts[0].chains  # of all folders
         return [key in chains for key in keys]
 
     known = has  # no request is needed
@@ -178,28 +178,29 @@ class DiskStore:
 
     def queue(self, key: bytes) -> Queue:
         """Return the queue that reads a block."""
-        return next((queue for slots, queue in self.parts if key in slots.index), self.parts[0][1])
+        return next((x for x in self.parts if key in x.index), self.parts[0]).queue
 
     def queue_for_write(self, nbytes: int) -> Queue:
         """Return the queue of the folder with the fewest bytes queued.
 
         Among equal folders, the one with the fewest blocks written.
         """
-        return min(self.parts, key=lambda x: (x[1].queued_bytes, len(x[0].index) + x[0].evicted))[1]
+        written = min(self.parts, key=lambda x: (x.queue.queued_bytes, len(x.index) + x.evicted))
+        return written.queue
 
     def keys(self) -> list[bytes]:
         """Return the keys of all blocks."""
-        return [key for slots, _ in self.parts for key in slots.index.copy()]
+        return [key for slots in self.parts for key in slots.index.copy()]
 
     def announce(self, changed: Changed) -> None:
         """Report from now on each block that is stored or lost."""
-        for slots, _ in self.parts:
+        for slots in self.parts:
             slots.chains.changed = changed
 
     def pin(self, keys: Sequence[bytes]) -> list[Pin | None]:
         """Return the pin of each block, which stays until its end; None if it is gone."""
         pins: list[Pin | None] = [None] * len(keys)
-        for slots, _ in self.parts:
+        for slots in self.parts:
             left = [i for i, pin in enumerate(pins) if pin is None]
             for i, place in zip(left, slots.pin([keys[i] for i in left]), strict=True):
                 if place is not None:
@@ -219,7 +220,7 @@ class DiskStore:
 
     def touch(self, keys: Sequence[bytes], follows: Sequence[int] = ()) -> None:
         """Record the use of a prefix; ``follows``: the predecessor of each of its blocks."""
-        for slots, _ in self.parts:
+        for slots in self.parts:
             slots.touch(keys, follows)
 
     def read(
@@ -363,8 +364,8 @@ class DiskStore:
         has two turns to evict: a block of the same call goes only in the folder that has the last
         one, which may change between the turns.
         """
-        first = next(slots for slots, each in self.parts if each is queue)
-        folders = [first, *(slots for slots, _ in self.parts if slots is not first)]
+        first = next(slots for slots in self.parts if slots.queue is queue)
+        folders = [first, *(slots for slots in self.parts if slots is not first)]
         free = [(slots, False) for slots in folders] if len(folders) > 1 else []
         evicting = [(slots, evict) for slots in folders]
         return [*free, *evicting, *(evicting if len(folders) > 1 else [])]
@@ -467,14 +468,14 @@ class DiskStore:
 
         A file system that hangs holds this up.
         """
-        for slots, _ in self.parts:
+        for slots in self.parts:
             slots.look()
             slots.health.measure()
 
     def statistics(self) -> dict[str, Any]:
         """Return the figures of the slots by folder, as `look` left them."""
         figures = dict[str, Any]()
-        for slots, _ in self.parts:
+        for slots in self.parts:
             figures[str(slots.folder)] = {
                 "io": self.engine.name,
                 "used": len(slots.index),
@@ -493,7 +494,7 @@ class DiskStore:
 
     def close(self) -> None:
         """Put all on the devices, and close the folders."""
-        for slots, _ in self.parts:
+        for slots in self.parts:
             slots.close()
         if self.owns_engine:
             self.engine.close()
@@ -591,18 +592,16 @@ class Disk:
                 writable = number < own
                 # Of all folders, as a prefix may lie in several.
                 chains = Chains[bytes](lock if writable else None)
-                opened = self._open_form(form, writable, engine, chains, spaces, found, undo)
-                parts = [
-                    (slots, graph.queue(f"disk:{folder}", width=self.workers))
-                    for folder, slots in opened.items()
-                ]
+                parts = self._open_form(form, writable, engine, chains, spaces, found, undo)
+                for slots in parts:
+                    slots.queue = graph.queue(f"disk:{slots.folder.parent}", width=self.workers)
                 if parts:
                     notes = list[str]() if tier_stores else found
                     tier_stores.append(DiskStore(graph, form, parts, engine, writable, notes))
             tier_stores[0].owns_engine = True
             for tier_store in tier_stores if self.admit == "second" else ():
                 if tier_store.writable:
-                    count = sum(slots.limit for slots, _ in tier_store.parts)
+                    count = sum(slots.limit for slots in tier_store.parts)
                     tier_store.offered = Bounded("keys offered once", count)
             for note in filter(None, map(open_to_others, self.folders)):
                 found.append(note)
@@ -623,13 +622,13 @@ class Disk:
         spaces: dict[Path, Space],
         found: list[str],
         undo: ExitStack,
-    ) -> dict[Path, Slots]:
+    ) -> list[Slots]:
         """Open a form in every folder that has it, or make it there if it is an ``own`` one.
 
         If the store works without a folder, it gets a note in ``found``: the others serve without
         one that another store has, which leaves ``spaces``, and a form need not be readable.
         """
-        opened = dict[Path, Slots]()
+        opened = list[Slots]()
         for folder, space in [*spaces.items()]:
             place = folder / form.name
             if not own and not (place / "form.json").exists():
@@ -647,11 +646,12 @@ class Disk:
                 continue
             undo.callback(slots.close)
             (space.writers if own else space.readers).add(slots)
-            opened[folder] = slots
-        for slots in opened.values():
-            slots.fit([*opened.values()])
-        for folder in opened if own else ():
-            spaces[folder].others = [other for other in opened if other != folder]
+            opened.append(slots)
+        for slots in opened:
+            slots.fit(opened)
+            if own:
+                folders = [other.folder.parent for other in opened if other is not slots]
+                spaces[slots.folder.parent].others = folders
         return opened
 
 

@@ -18,6 +18,7 @@ import threading
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack, closing, suppress
+from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
 from typing import NamedTuple
@@ -59,6 +60,7 @@ from portakv.storage.tiers.files import (
     unusable,
     write_form,
 )
+from portakv.storage.work import Queue
 
 # ------------------------------------------------------------------------------------------------
 # The table of a folder's slots: one sealed record for each slot.
@@ -503,14 +505,14 @@ class Place(NamedTuple):
 PATIENCE = 2.0
 
 
-class Write(NamedTuple):
-    """A block that is being written, and the mark that it follows."""
+@dataclass
+class Write:
+    """A block that is being written, and the mark that it follows; ``late``: no block waits for it
+    any more."""
 
-    key: bytes
-    follows: int
-
-
-NO_WRITE = Write(b"", UNKNOWN)
+    key: bytes = b""
+    follows: int = UNKNOWN
+    late: bool = False
 
 
 class Slots:
@@ -530,7 +532,10 @@ class Slots:
         broken: faulty slots; evicted: evicted blocks; generation: the highest one found.
         fd: the file of the blocks; direct: True if it bypasses the page cache.
         health: whether the folder gets space, and is in its place.
+        queue: in whose turns the folder is read and written; a disk sets it.
     """
+
+    queue: Queue
 
     def __init__(
         self,
@@ -557,7 +562,6 @@ class Slots:
         self._free = deque[int]()  # slots without a block
         self._pins = Counter[int]()  # the number of pins of each pinned slot
         self._writes = dict[int, Write]()  # the blocks that are being written, by slot
-        self._late = set[int]()  # slots of writes for which no block waits any more
         self.siblings: Sequence[Slots] = ()  # of all folders of the form, once they are open
         _watch_forks()
         _opened.add(self)
@@ -991,15 +995,16 @@ class Slots:
         past = len(call)
         place = call.get(key, past)
         other = past if others else -1
-        writes = self._writes.items()
-        return any(call.get(x.key, other) > place for slot, x in writes if slot not in self._late)
+        writes = self._writes.values()
+        return any(call.get(x.key, other) > place for x in writes if not x.late)
 
     def _wait(self) -> None:
         """Wait for the end of a write, under the lock. If none ends in time, all writes of the
         folders are late: else each of the next blocks would wait as long."""
         if not self.chains.written.wait(PATIENCE):
             for slots in self.siblings or [self]:
-                slots._late.update(slots._writes)
+                for write in slots._writes.values():
+                    write.late = True
 
     def _past_free(self) -> int:
         """Return the number of the slot after the last slot that is not free."""
@@ -1011,8 +1016,7 @@ class Slots:
 
     def _end_write(self, slot: int) -> None:
         """Note that a slot is not being written any more."""
-        self._late.discard(slot)
-        write = self._writes.pop(slot, NO_WRITE)
+        write = self._writes.pop(slot, Write())
         self.chains.unexpect(write.follows)
         self.chains.written.notify_all()
 
@@ -1022,7 +1026,7 @@ class Slots:
         if not self.direct:
             size = self.form.image_bytes
             os.posix_fadvise(self.fd, slot * size, size, os.POSIX_FADV_DONTNEED)
-        follows = self._writes.get(slot, NO_WRITE).follows
+        follows = self._writes.get(slot, Write()).follows
         if not self._put(slot, key, generation, checksums, follows):
             self.give(slot)
             return False

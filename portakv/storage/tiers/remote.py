@@ -104,12 +104,13 @@ class _Fetched(NamedTuple):
 class Fault:
     """A version of an object whose bytes were wrong twice.
 
-    It counts as missing for `FAULTY` seconds, and the next save may have to ``rewrite`` it.
+    It counts as missing ``until`` a time, and the next save may have to ``rewrite`` it.
     """
 
     e_tag: str | None
     version: str | None
     side: str
+    until: float
 
     @property
     def rewrite(self) -> bool:
@@ -142,14 +143,13 @@ class RemoteStore:
         # The blocks that are believed to be there, or not to be there; also the form.
         self._present: Until[bytes] = Until("blocks of a bucket", 1 << 17, now)
         self._absent: Until[bytes] = Until("blocks that a bucket lacks", 1 << 17, now)
-        self._faulty: Until[bytes] = Until("damaged blocks of a bucket", 1 << 14, now)
-        self._faults: Bounded[bytes, Fault] = Bounded("remote faults", 1 << 14)
+        self._faults: Bounded[bytes, Fault] = Bounded("damaged blocks of a bucket", 1 << 14)
         # True if ETags of objects in one part are their MD5; None until a fault needs the answer.
         self._tags_are_md5: bool | None = None
 
     def forget(self) -> None:
         """Believe nothing about any block."""
-        for each in (self._present, self._absent, self._faulty, self._faults):
+        for each in (self._present, self._absent, self._faults):
             each.clear()
 
     def has(self, keys: Keys, timeout: float | None = None) -> list[bool]:
@@ -161,8 +161,7 @@ class RemoteStore:
         self.graph.check_open()
         runtime = self.graph.runtime
         until = runtime.time() + (3e9 if timeout is None else timeout)
-        known = self._present, self._absent, self._faulty
-        left = [key for key in keys if not any(each.holds(key) for each in known)]
+        left = [key for key in keys if not (self._present.holds(key) or self._lacks(key))]
 
         def begin() -> list[Handle[bool]]:
             call = partial(self._heads.call, "lookup", self._there)
@@ -189,13 +188,18 @@ class RemoteStore:
 
     def fault(self, key: bytes) -> Fault | None:
         """Return the fault for which a block counts as missing now."""
-        return self._faults.get(key) if self._faulty.holds(key) else None
+        fault = self._faults.get(key)
+        return fault if fault is not None and fault.until > self.remote.now() else None
+
+    def _lacks(self, key: bytes) -> bool:
+        """Return whether a block is believed not to be there, or to be damaged."""
+        return self._absent.holds(key) or self.fault(key) is not None
 
     def _there(self, key: bytes) -> bool:
         """Return whether a block is there; ask the store if that is not known."""
         if self._present.holds(key):
             return True
-        if self._absent.holds(key) or self._faulty.holds(key):
+        if self._lacks(key):
             return False
 
         remote = self.remote
@@ -223,13 +227,12 @@ class RemoteStore:
 
     def note_fault(self, key: bytes, e_tag: str | None, version: str | None, side: str) -> None:
         """Count a version of a block as missing for a while."""
-        self._faults[key] = Fault(e_tag, version, side)
-        self._faulty.hold(key, FAULTY)
+        self._faults[key] = Fault(e_tag, version, side, self.remote.now() + FAULTY)
         self._present.pop(key, None)
 
     def believe_there(self, key: bytes) -> None:
         """Note that a block is there, whole and correct."""
-        for each in (self._faults, self._faulty, self._absent):
+        for each in (self._faults, self._absent):
             each.pop(key, None)
         self._present.hold(key, THERE)
 
