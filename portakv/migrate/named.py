@@ -11,11 +11,10 @@ coroutines of pulls that need not wait any longer.
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from time import monotonic
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from portakv.errors import (
     OfferGone,
@@ -32,6 +31,9 @@ from portakv.migrate.connections import (
 )
 from portakv.migrate.messages import MOST_NAMES, Answer, Find, Found, Marked, Marks, Named, Ticket
 from portakv.runtime.bounded import Bounded
+
+if TYPE_CHECKING:
+    from portakv.migrate.pull import Pull
 
 ASKING = 0.1  # the most seconds that a question may take, since other pulls wait meanwhile
 PAUSE = 4e-3  # seconds between two questions to an owner about the same
@@ -50,7 +52,7 @@ def incomplete(sources: Sources) -> bool:
     return False
 
 
-class Wanted(ABC):
+class Wanted:
     """What a pull waits for.
 
     Raises `PeerError` for bytes that are not a ticket.
@@ -67,7 +69,8 @@ class Wanted(ABC):
         whole: the pull goes on only when all rows are complete.
     """
 
-    def __init__(self, tickets: list[bytes]) -> None:
+    def __init__(self, pull: Pull, tickets: list[bytes]) -> None:
+        self.pull = pull
         self.tickets = tickets
         self.names = dict[int, Named]()
         self.owners = dict[OwnerKey, Ticket]()
@@ -86,14 +89,6 @@ class Wanted(ABC):
             else:
                 ticket = Ticket.read(data)
                 self.owners[ticket.address, ticket.epoch] = ticket
-
-    @abstractmethod
-    def stop(self, error: PortaKVError) -> object:
-        """Stop the pull by an error."""
-
-    @abstractmethod
-    def go_on(self) -> None:
-        """Wake the coroutine of the pull."""
 
     @property
     def complete(self) -> bool:
@@ -145,7 +140,7 @@ class Wanted(ABC):
         """
         self.read_marks()
         if self.may_go_on:
-            self.go_on()
+            self.pull.go_on()
 
     def read_marks(self) -> None:
         """Read the marks in shared memory."""
@@ -260,7 +255,7 @@ class Finder:
             # its offer.
             del wanted.owners[owner]
         elif error is not None:
-            wanted.stop(error)
+            wanted.pull.stop(error)
 
     def is_due(self, owner: OwnerKey, kind: type, first: bool = False) -> bool:
         """Return True if an owner may get a question now.
@@ -311,7 +306,7 @@ def _take(answer: Any, some: Sequence[_Asked]) -> None:
     """Keep the tickets or marks of an answer; stop the pulls of offers that do not hold."""
     if isinstance(answer, Answer):
         for each in some:
-            each.wanted.stop(each.subject.gone(answer.why))
+            each.wanted.pull.stop(each.subject.gone(answer.why))
         return
     error = answer
     if isinstance(answer, Found | Marked):
@@ -320,7 +315,7 @@ def _take(answer: Any, some: Sequence[_Asked]) -> None:
         if len(some) == len(values) == len(answer.why):
             for each, value, why in zip(some, values, answer.why, strict=True):
                 if why:
-                    each.wanted.stop(each.subject.gone(why))
+                    each.wanted.pull.stop(each.subject.gone(why))
                 elif value:
                     each.wanted.take(each.at, value)
             return
@@ -330,4 +325,4 @@ def _take(answer: Any, some: Sequence[_Asked]) -> None:
             f"{len(answer.why)} reasons. Use one release on both sides."
         )
     for each in some:
-        each.wanted.stop(error)
+        each.wanted.pull.stop(error)

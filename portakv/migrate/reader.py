@@ -300,7 +300,10 @@ class Housekeeper:
         for pull, watched in pulls.items():
             try:
                 # A caller that waits for a pull notices its end, and needs the interpreter then.
-                if pull.concluded or (not pull.has_waiter and self._has_ended(pull)):
+                if not (pull.concluded or pull.has_waiter):
+                    with self._runtime.released():  # torch may have locks
+                        pull.look()
+                if pull.concluded:
                     await self._report_end(pull, watched)
                 else:
                     await self._look_after(pull, watched)
@@ -308,11 +311,6 @@ class Housekeeper:
                 _log.exception("A pull failed.")
                 pull.stop(TransferError(f"The pull failed: {error!r}."))
         return bool(pulls)
-
-    def _has_ended(self, pull: Pull) -> bool:
-        """Return True if a pull has ended; torch may have locks."""
-        with self._runtime.released():
-            return pull.look()
 
     async def _find(self, pulls: list[Pull]) -> None:
         """Ask for the offers and marks that pulls wait for, and wake the coroutines of these
@@ -324,7 +322,7 @@ class Housekeeper:
                 continue
             pull.look_at_copies()  # the coroutine of the pull does not
             if pull.over or self.leaves:
-                wanted.go_on()
+                pull.go_on()
             else:
                 waiting.append(wanted)
         self._most = PAUSE if waiting else LOOK
@@ -705,24 +703,17 @@ class LatePull(Wanted):
         tickets: list[bytes],
         options: CopyOptions,
     ) -> None:
-        super().__init__(tickets)
+        super().__init__(pull, tickets)
         self._connections = owners
         self._housekeeper = housekeeper
         self._plan = plan
-        self._pull = pull
         self.whole = not options.by_layer or options.max_gbps is not None
         self._issuing: Issuing | None = None
         self._reaches = list[_Reach]()
 
-    def stop(self, error: PortaKVError) -> object:
-        return self._pull.stop(error)
-
-    def go_on(self) -> None:
-        self._pull.go_on()
-
     def plan(self, sources: Sources) -> None:
         """Plan the copies of the pull, whose sources are known; raise as `Reader.pull`."""
-        self._pull.sources = sources
+        self.pull.sources = sources
         self._issuing = self._plan()
         self._issuing.count_blocks()
         self._reaches = [_Reach(step) for step in self._issuing.plan]
@@ -736,7 +727,7 @@ class LatePull(Wanted):
 
         The reader's `Housekeeper` finds what the pull waits for, and wakes this coroutine.
         """
-        pull = self._pull
+        pull = self.pull
         if sources is not None:
             self.plan(sources)
         after = StreamFence(self._connections.device)  # the work of the caller's stream
@@ -764,7 +755,7 @@ class LatePull(Wanted):
         return self.may_go_on
 
     def _check(self) -> None:
-        if self._pull.over or (self._housekeeper.leaves and not self.may_go_on):
+        if self.pull.over or (self._housekeeper.leaves and not self.may_go_on):
             raise TransferCancelled(CANCELLED)
 
     @property

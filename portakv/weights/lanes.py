@@ -21,7 +21,7 @@ import torch
 from portakv.errors import LayoutError, PeerError
 from portakv.migrate.channel import Channel, Peer
 from portakv.migrate.messages import UNDECODABLE, Message, decoder_of
-from portakv.migrate.staging import staging
+from portakv.migrate.staging import retain, staging
 from portakv.migrate.transports import check_transport, choose, forced
 from portakv.migrate.transports.base import Moving, Transport
 from portakv.runtime.devices import inside
@@ -127,12 +127,6 @@ def on_streams(streams: Iterable[torch.Stream]) -> Iterator[None]:
             stack.enter_context(inside(stream.device))  # a context for a new thread
             stack.enter_context(inside(stream))
         yield
-
-
-def retain(buffer: torch.Tensor) -> None:
-    """Keep a buffer's memory until the current stream's work has ended."""
-    if not buffer.is_cpu:
-        buffer.record_stream(torch.accelerator.current_stream(buffer.device.index))
 
 
 # ------------------------------------------------------------------------------------------------
