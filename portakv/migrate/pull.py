@@ -42,8 +42,7 @@ from portakv.tasks.runtime import Steps
 
 CANCELLED = "The pull was cancelled; no rows were committed."
 MAPPED = "mapped", "the owners' memory can be mapped"
-MOMENT = 1e-3  # seconds: the shortest time between two renewals
-LOOK = 0.5  # seconds between two questions to owners that send rows, which also renew the offers
+LOOK = 0.5  # seconds between two looks of a coroutine that waits for no copy
 LAST_QUESTION = 0.5  # seconds after a pull's deadline in which owners may still answer
 
 
@@ -443,8 +442,7 @@ class Pull(Transfer):
     async def finish(self, checks: Sequence[Callable[[], Steps[None]]]) -> None:
         """Wait for all bytes, verify them, and commit if every offer holds.
 
-        Renews meanwhile the offers of owners that share no memory. Asks owners while the last
-        copies run from staging buffers.
+        Asks owners while the last copies run from staging buffers.
 
         Args:
             checks: make the coroutines that compare checksums.
@@ -500,25 +498,19 @@ class Pull(Transfer):
         return error
 
     async def _until(self, ended: Callable[[], bool]) -> None:
-        """Wait until a function returns True, and renew the offers meanwhile.
-
-        Calls of `go_on` report all ends but those of copies.
-        """
-        remote = self.remote
-        third = max(MOMENT, min((source.ticket.lease for source in remote), default=LOOK) / 3)
-        renewal = monotonic() + min(third, LOOK)
+        """Wait until a function returns True. Calls of `go_on` report all ends but those of
+        copies."""
         glance = GLANCE / 16
         while not ended():
-            if not self.over and monotonic() >= renewal:
-                await self.renew(remote, 3 * third)
-                renewal = monotonic() + min(third, LOOK)
             glance = min(2 * glance, GLANCE)
-            seconds = glance if self.copies else min(third, LOOK)
+            seconds = glance if self.copies else LOOK
             await self.changes.wait_for(ended, runtime().time() + seconds)
 
-    async def renew(self, remote: Sequence[Source], seconds: float) -> None:
-        """Renew the leases of offers; stop the pull if an owner or an offer is gone."""
-        answers = await self._answers(remote, Renew, seconds)
+    async def renew(self) -> None:
+        """Renew the leases of `remote`; stop the pull if an owner or an offer is gone."""
+        remote = self.remote
+        lease = min([source.ticket.lease for source in remote], default=0.0)
+        answers = await self._answers(remote, Renew, lease)
         for source, answer in zip(remote, answers, strict=True):
             if isinstance(answer, PeerError):
                 self.stop(answer)

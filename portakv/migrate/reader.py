@@ -94,6 +94,7 @@ class _Watched:
     began: float
     begun: bool = False  # reported to the owners that do not learn it by a request for rows
     renew: float = 0.0  # when its leases are renewed next
+    renewal: Handle[None] | None = None  # by questions to owners without words
     ended: bool = False  # reported to this process, perhaps not to all owners yet
     span: tracing.Began = field(default_factory=tracing.begin)
 
@@ -385,20 +386,22 @@ class Housekeeper:
         if error is not None:
             pull.stop(error)
             return
-        # The pull's own coroutine renews the others if the pull does not wait.
-        waits = pull.wanted is not None
-        shared = [each for each in pull.sources if waits or each.word is not None]
-        if not watched.begun and now >= watched.began + min(BEGIN, _third(shared)):
+        third = _third(pull.sources)
+        if not watched.begun and now >= watched.began + min(BEGIN, third):
             wanted = pull.wanted  # a pull that waits has begun if only rows are not complete
             watched.begun = wanted is None or (wanted.known and not wanted.complete)
-            watched.renew = now + _third(shared)
+            watched.renew = now + third
             for source in pull.sources if watched.begun else ():
                 await self._tell(source, Begin(source.ticket.epoch, source.ticket.offer))
         elif watched.begun and now >= watched.renew:
-            watched.renew = now + _third(shared)
-            for source in shared:
+            watched.renew = now + third
+            # An owner without words also says whether its offer holds; no look waits for that.
+            if pull.remote and (watched.renewal is None or watched.renewal.done()):
+                watched.renewal = self._runtime.start(pull.renew())
+            for source in pull.sources:
                 ticket = source.ticket
-                await self._tell(source, Renew(ticket.epoch, ticket.offer, ticket.lease))
+                if source.word is not None:
+                    await self._tell(source, Renew(ticket.epoch, ticket.offer, ticket.lease))
 
     async def _tell(self, source: Source, message: Message) -> bool:
         """Send a message to an owner, unless the owner is gone; return False if its connection is
@@ -419,7 +422,7 @@ class Housekeeper:
         return True
 
 
-def _third(sources: list[Source]) -> float:
+def _third(sources: Sources) -> float:
     """Return the seconds until leases are to be renewed, at most `RENEWAL`."""
     third = min((source.ticket.lease for source in sources), default=1.0) / 3
     return max(FIRST_LOOK, min(third, RENEWAL))

@@ -43,7 +43,7 @@ from portakv.errors import (
 from portakv.migrate import reader as housekeeping
 from portakv.migrate import shared_memory
 from portakv.migrate.channel import Channel, Peer
-from portakv.migrate.connections import Connection, Connections
+from portakv.migrate.connections import Attempt, Connections, OwnerKey
 from portakv.migrate.messages import Answer, Check, Close, Handshake, Hello, Renew, Ticket
 from portakv.migrate.owner import Owner
 from portakv.migrate.owner import Ticket as TicketByName
@@ -500,13 +500,13 @@ def test_an_owner_is_prepared_before_the_first_pull(made: Sides) -> None:
 def test_owners_prepared_together_have_one_connection(made: Sides) -> None:
     """The second call has seen no connection, waits for the first, and then uses that one's."""
     both = Couple(made)
-    callers = list[Ticket]()
+    callers = list[OwnerKey]()
     hellos = list[Hello]()
 
     class Noted(Connections):
-        async def _connect(self, ticket: Ticket, until: float) -> Connection:
-            callers.append(ticket)
-            return await super()._connect(ticket, until)
+        def begin(self, owner: OwnerKey) -> Attempt:
+            callers.append(owner)
+            return super().begin(owner)
 
     handshake = both.reader.channel.ask(both.owner.channel.address, Hello(MODEL), Handshake)
 
