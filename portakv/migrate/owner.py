@@ -761,7 +761,7 @@ class Owner:
                 regions=self._exports.regions,
                 slots=BUFFERS,
                 slot_bytes=self._gathers.buffer_bytes,
-                transport=self._gathers.transport or "",
+                transport=self._gathers.transports.forced or "",
                 events=self._exports.event_handles,
                 key=self._key,
                 words=self._exports.words,

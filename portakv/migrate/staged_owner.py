@@ -63,7 +63,7 @@ from portakv.migrate.staging import (
     staging,
     unfit_blocks,
 )
-from portakv.migrate.transports import check_transport, choose, forced
+from portakv.migrate.transports import Transports
 from portakv.migrate.transports.base import Lane, Moving, Transport
 from portakv.runtime.bounded import Bounded
 from portakv.runtime.streams import StreamFence
@@ -175,25 +175,20 @@ class LateAnswers:
 
         layers = part.layers[1] - part.layers[0]
         kept.left -= rows_bytes(view, layers, part.count, part.heads[1] - part.heads[0])
-        return _chosen(choice)
+        return Chosen(
+            "done",
+            choice.why[:1024],
+            encoding="" if choice.pack is None else choice.pack.text,
+            packing_gbps=choice.packing_gbps,
+            ratio=choice.ratio,
+            escapes=choice.escapes,
+            fits=choice.fits,
+        )
 
     def close(self) -> None:
         """Compute no further answer."""
         self._sums.close()
         self._looks.close()
-
-
-def _chosen(choice: EncodingChoice) -> Chosen:
-    """Return a choice as a message."""
-    return Chosen(
-        "done",
-        choice.why[:1024],
-        encoding="" if choice.pack is None else choice.pack.text,
-        packing_gbps=choice.packing_gbps,
-        ratio=choice.ratio,
-        escapes=choice.escapes,
-        fits=choice.fits,
-    )
 
 
 # --- in a helper
@@ -384,13 +379,11 @@ class Gathers:
         device: torch.device,
         most_bytes: int | None = None,
     ) -> None:
-        check_transport(transport, device)
+        self.transports = Transports(transport, device)
         self._rows = device
         self._most_bytes = most_bytes  # of all buffers of all readers
         self._channel = channel
         self.buffer_bytes = staging_bytes // BUFFERS // 4096 * 4096
-        self.transport = forced(transport)
-        self._transports = dict[str, Transport]()  # by name
         self._lines = dict[Peer, Line]()  # of readers; each agreement makes another
         self._runtime = runtime()
         self._lock = self._runtime.lock  # a reader that is gone gets no buffer
@@ -409,15 +402,12 @@ class Gathers:
         Its buffers are on the device of both sides' rows, or on the host. Raises `Unsupported` or
         `BackendUnavailable` if there is no such transport.
         """
-        if hello.device.partition(" ")[0] != device.type:
-            device = torch.device("cpu")
-        name = self.transport or hello.transport
+        name = self.transports.forced or hello.transport
         if name != hello.transport:
             why = f"the reader uses {hello.transport!r}; pass both the same transport="
             raise Unsupported(f"The owner's transport {name!r}", why)
         self.forget(peer)  # the reader takes no more of the rows that were sent to it before
-        transport = self._transports.get(f"{name} {device}") or choose(device, name)
-        self._transports[f"{name} {device}"] = transport
+        transport = self.transports.choose(name, device, hello.device)
         self._lines[peer] = Line(peer, transport)
         for kind in transport.asks:
             self._channel.serve(kind, self._answer_transport)
@@ -549,8 +539,7 @@ class Gathers:
             self._late.close()
             ended = self._runtime.start(self._tasks.close())
             ended.wait(0.0 if self._runtime.runs_here else EXIT)
-        for transport in self._transports.values():
-            transport.close()
+        self.transports.close()
 
     # --- in coroutines
 

@@ -96,7 +96,7 @@ class Published:
             WeightsTicket(
                 channel.address,
                 self._id,
-                self._lanes.transport or "",
+                self._lanes.transports.forced or "",
                 where(self._lanes.device),
                 self.why_not_mapped[:1024],
                 self._lanes.buffer_bytes,
