@@ -47,7 +47,7 @@ from portakv.migrate.connections import (
 from portakv.migrate.crossed import AUTO, Encoding, Pack, pack_of
 from portakv.migrate.figures import Figures, histograms
 from portakv.migrate.messages import Begin, Close, Message, Renew, any_named
-from portakv.migrate.named import PAUSE, Finder, Wanted, incomplete
+from portakv.migrate.named import PAUSE, Finder, incomplete
 from portakv.migrate.plan import (
     Step,
     check_arguments,
@@ -57,7 +57,16 @@ from portakv.migrate.plan import (
     indices_of,
     planned,
 )
-from portakv.migrate.pull import CANCELLED, MAPPED, Ending, LayerTransfer, PartTransfer, Pull, known
+from portakv.migrate.pull import (
+    CANCELLED,
+    MAPPED,
+    Ending,
+    LayerTransfer,
+    PartTransfer,
+    Pull,
+    Wanted,
+    known,
+)
 from portakv.migrate.shards import Shard
 from portakv.migrate.staged_reader import StagedReceiver, verified
 from portakv.runtime import tracing
