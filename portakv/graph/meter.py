@@ -29,7 +29,7 @@ class Metered(Protocol):
     """An object whose ``statistics`` have another form: a `Reader`, an `Owner`, a `Channel`."""
 
     def figures(self) -> Figures:
-        """Return figures by name, in the form of `Graph.statistics`."""
+        """Return figures by name."""
 
 
 #: What has figures.

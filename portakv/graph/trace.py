@@ -65,7 +65,7 @@ class Spent:
         self._ran[bisect_left(BOUNDS, seconds)] += 1
 
     def samples(self, name: str, labels: Mapping[str, str]) -> Figures:
-        """Return the series of a histogram, in the form of `Graph.statistics`."""
+        """Return the series of a histogram."""
         ran = [*self._ran]
         buckets: Samples = [
             {**labels, "le": le, "value": many}
@@ -93,7 +93,7 @@ class Counts:
             self.nbytes[tier, op] += nbytes
 
     def statistics(self) -> Figures:
-        """Return the figures, in the form of `Graph.statistics`."""
+        """Return the figures."""
         with self._lock:
             blocks: Samples = [
                 {"tier": tier, "op": op, "result": result, "value": n}
@@ -127,7 +127,7 @@ class Trace:
         self.notes.append({**place, "ph": "i", "s": "g", "name": name, "args": details})
 
     def statistics(self) -> Figures:
-        """Return the seconds, in the form of `Graph.statistics`."""
+        """Return the seconds."""
         figures = defaultdict[str, Samples](list)
         for (tier, op), spent in self._seconds.items():
             labels = {"tier": tier, "op": op}

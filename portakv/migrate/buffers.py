@@ -231,7 +231,8 @@ class Staging:
         self.history = PullHistory()
         #: The free buffers; the last used is taken first. Steps change them.
         self.buffers = [StagingBuffer(staging(0, device), rows) for _ in range(count)]
-        self._freed = Signal(self._runtime)
+        #: Notified when a buffer becomes free.
+        self.freed = Signal(self._runtime)
 
     def lane(self) -> Lane:
         """Return the lane to the owner; raise `PeerError` after `release`."""
@@ -241,15 +242,11 @@ class Staging:
             lane: Lane = self.transport.lane(self._address, cast("Channel", self.channel))
             return lane
 
-    async def has_free(self, until: float) -> bool:
-        """Wait for a free buffer; return False if there is none at ``until``."""
-        return await self._freed.wait_for(lambda: self.buffers, until)
-
     def give_back(self, buffer: StagingBuffer) -> None:
         """Let the next pull have a buffer. Any thread may call it."""
         with self._runtime.lock:
             self.buffers.append(buffer)
-            self._freed.notify()
+            self.freed.notify()
 
     def release(self, gone: bool = False) -> None:
         """End the agreement: its lane, and all messages that are not sent yet. Does not block.

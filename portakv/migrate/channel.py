@@ -34,8 +34,9 @@ from zmq.utils import z85
 
 from portakv.arguments import invalid, kind_of, seconds
 from portakv.errors import HostMemoryError, InvalidTerms, PeerError, PortaKVError, TransferTimeout
+from portakv.graph.meter import by_label
 from portakv.host.shared import process_state
-from portakv.migrate.figures import Figures, channel_figures
+from portakv.migrate.figures import Figures
 from portakv.migrate.messages import UNDECODABLE, VERSION, Message, Refused, decoder_of, new_decoder
 from portakv.runtime import resources
 from portakv.runtime.bounded import Bounded
@@ -1442,8 +1443,15 @@ class Channel:
         return {**self._server.statistics(), "links": len(self._links), **self.counts}
 
     def figures(self) -> Figures:
-        """Return figures by the names of metrics, in the form of `Graph.statistics`."""
-        return channel_figures(self.statistics())
+        """Return figures by the names of metrics."""
+        counts = self.statistics()
+        events = counts.keys() - {"peers", "links", "kept_bytes"}
+        return {
+            "channel_peers": [{"value": counts["peers"]}],
+            "channel_links": [{"value": counts["links"]}],
+            "channel_answers_bytes": [{"value": counts["kept_bytes"]}],
+            "channel_events_total": by_label("event", counts, sorted(events)),
+        }
 
     def close(self) -> None:
         """End all connections; requests in flight raise `PeerError`."""

@@ -8,7 +8,6 @@ from collections.abc import Awaitable, Callable, Mapping
 from time import perf_counter
 from typing import TypeVar
 
-from portakv.graph.meter import by_label
 from portakv.graph.trace import Figures as Figures
 from portakv.graph.trace import Spent
 from portakv.runtime import tracing
@@ -16,27 +15,6 @@ from portakv.runtime.tracing import Began
 from portakv.tasks import runtime
 
 T = TypeVar("T")
-
-_NOT_EVENTS = ("peers", "links", "kept_bytes")
-
-
-def channel_figures(counts: Mapping[str, int]) -> Figures:
-    """Return the figures of a channel from its statistics."""
-    events = [name for name in counts if name not in _NOT_EVENTS]
-    return {
-        "channel_peers": [{"value": counts["peers"]}],
-        "channel_links": [{"value": counts["links"]}],
-        "channel_answers_bytes": [{"value": counts["kept_bytes"]}],
-        "channel_events_total": by_label("event", counts, events),
-    }
-
-
-def published_figures(counts: Mapping[str, int]) -> Figures:
-    """Return the figures of published weights from their statistics."""
-    return {
-        "weight_lanes": [{"value": counts["lanes"]}],
-        "weight_staging_bytes": [{"value": counts["staging"]}],
-    }
 
 
 def histograms(name: str, spent: Mapping[str, Spent]) -> Figures:

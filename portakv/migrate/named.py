@@ -11,7 +11,6 @@ coroutines of pulls that need not wait any longer.
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from time import monotonic
@@ -25,12 +24,12 @@ from portakv.errors import (
 )
 from portakv.migrate.connections import (
     ANY,
-    Attempt,
     Connections,
     OwnerKey,
     Sources,
 )
 from portakv.migrate.messages import MOST_NAMES, Answer, Find, Found, Marked, Marks, Named, Ticket
+from portakv.migrate.pull import Wanted
 from portakv.runtime.bounded import Bounded
 
 ASKING = 0.1  # the most seconds that a question may take, since other pulls wait meanwhile
@@ -48,115 +47,6 @@ def incomplete(sources: Sources) -> bool:
         if source.ticket.progress and source.mark < source.end:
             return True
     return False
-
-
-class Wanted(ABC):
-    """What a pull waits for.
-
-    Raises `PeerError` for bytes that are not a ticket.
-
-    Attributes:
-        tickets: of the pull; those that are names are replaced when their offers exist.
-        names: the tickets that are still names, by their places.
-        owners: those of plain tickets that are not known to be connected, with a ticket of each.
-        attempts: the handshakes that the pull waits for.
-        since: when the pull was called.
-        queried: the owners have had the names in a request once.
-        sources: of the pull; none before its owners and offers are ``known``.
-        marks: the last known mark of each source.
-        whole: the pull goes on only when all rows are complete.
-    """
-
-    def __init__(self, tickets: list[bytes]) -> None:
-        self.tickets = tickets
-        self.names = dict[int, Named]()
-        self.owners = dict[OwnerKey, Ticket]()
-        self.attempts = dict[OwnerKey, Attempt]()
-        self.since = monotonic()
-        self.queried = False
-        self.known = False
-        self.sources: Sources = ()
-        self.marks = list[int]()
-        self.whole = False
-        self._used: list[int] | None = None  # the marks up to which copies were issued
-        for at, data in enumerate(tickets):
-            named = Named.read(data)
-            if named is not None:
-                self.names[at] = named
-            else:
-                ticket = Ticket.read(data)
-                self.owners[ticket.address, ticket.epoch] = ticket
-
-    @abstractmethod
-    def stop(self, error: PortaKVError) -> object:
-        """Stop the pull by an error."""
-
-    @abstractmethod
-    def go_on(self) -> None:
-        """Wake the coroutine of the pull."""
-
-    @property
-    def complete(self) -> bool:
-        """Return True if all rows of all offers are complete."""
-        pairs = zip(self.sources, self.marks, strict=False)  # the sources may have been released
-        return self.known and all(mark >= source.end for source, mark in pairs)
-
-    @property
-    def handshakes(self) -> list[str]:
-        """Return the addresses of owners whose handshake is under way."""
-        attempts = [*self.attempts.items()]
-        return [address for (address, _), attempt in attempts if not attempt.handle.done()]
-
-    def look_up(self, owners: Connections) -> None:
-        """Find offers in the tables of their owners."""
-        for at, named in [*self.names.items()]:
-            owner = owners.find(named.address, named.epoch)
-            if owner is not None and owner.names is not None:
-                ticket = owner.names.find(named.epoch, named.name)
-                if ticket:
-                    self.take(at, ticket)
-
-    def take(self, at: int, answer: bytes | int) -> None:
-        """Keep the ticket or the mark that an owner has sent for a place."""
-        if isinstance(answer, bytes):
-            self.tickets[at] = answer
-            del self.names[at]
-        else:
-            self.marks[at] = max(self.marks[at], answer)
-
-    def know(self, sources: Sources) -> None:
-        """Wait for no owner and no offer any more, but for the rows of these sources."""
-        self.attempts.clear()
-        self.marks = [0] * len(sources)
-        self.sources = sources
-        self.known = True
-
-    @property
-    def may_go_on(self) -> bool:
-        """Return True if the pull need not wait for what it knows now."""
-        if not self.known:
-            return not self.names and not self.owners
-        return self.complete or not (self.whole or self.marks == self._used)
-
-    def look(self) -> None:
-        """Wake the coroutine of the pull if it can go on; read the marks in shared memory before.
-
-        It wakes once for the same marks.
-        """
-        self.read_marks()
-        if self.may_go_on:
-            self.go_on()
-
-    def read_marks(self) -> None:
-        """Read the marks in shared memory."""
-        for at, source in enumerate(self.sources):
-            if source.ticket.progress:
-                self.take(at, source.mark)
-
-    def take_marks(self) -> list[int]:
-        """Return the marks up to which copies are issued next."""
-        self._used = [*self.marks]
-        return self._used
 
 
 class _Asked(NamedTuple):
@@ -260,7 +150,7 @@ class Finder:
             # its offer.
             del wanted.owners[owner]
         elif error is not None:
-            wanted.stop(error)
+            wanted.pull.stop(error)
 
     def is_due(self, owner: OwnerKey, kind: type, first: bool = False) -> bool:
         """Return True if an owner may get a question now.
@@ -313,7 +203,7 @@ def _take(answer: Any, some: Sequence[_Asked]) -> None:
     """Keep the tickets or marks of an answer; stop the pulls of offers that do not hold."""
     if isinstance(answer, Answer):
         for each in some:
-            each.wanted.stop(each.subject.gone(answer.why))
+            each.wanted.pull.stop(each.subject.gone(answer.why))
         return
     error = answer
     if isinstance(answer, Found | Marked):
@@ -322,7 +212,7 @@ def _take(answer: Any, some: Sequence[_Asked]) -> None:
         if len(some) == len(values) == len(answer.why):
             for each, value, why in zip(some, values, answer.why, strict=True):
                 if why:
-                    each.wanted.stop(each.subject.gone(why))
+                    each.wanted.pull.stop(each.subject.gone(why))
                 elif value:
                     each.wanted.take(each.at, value)
             return
@@ -332,4 +222,4 @@ def _take(answer: Any, some: Sequence[_Asked]) -> None:
             f"{len(answer.why)} reasons. Use one release on both sides."
         )
     for each in some:
-        each.wanted.stop(error)
+        each.wanted.pull.stop(error)

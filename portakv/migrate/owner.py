@@ -13,7 +13,7 @@ import time
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import partial
 from time import sleep
 from typing import Literal, NamedTuple, TypeAlias, get_args
 from weakref import WeakValueDictionary
@@ -31,7 +31,7 @@ from portakv.migrate.described import Regions, describe
 from portakv.migrate.figures import Figures
 from portakv.migrate.messages import Named, offer_name
 from portakv.migrate.shards import Shard, check_length, device_of, index_of, names_of
-from portakv.migrate.staged_owner import BUFFERS, BlockList, Gathers, Offered
+from portakv.migrate.staged_owner import BUFFERS, BlockList, Gathers, OfferedRows
 from portakv.migrate.words import Entry, NameTable, Place, Words
 from portakv.runtime import tracing
 from portakv.runtime.bounded import Bounded
@@ -450,7 +450,7 @@ class Lease:
         self.until = max(self.until, min(until, self.latest))
 
 
-class Offer:
+class Offer(OfferedRows):
     """Rows that their owner promises not to change until the offer ends; of rows that are still
     being written, those up to its mark.
 
@@ -483,24 +483,16 @@ class Offer:
         readers: int,
         after: StreamFence,
     ):
+        super().__init__(owner.shards, ids, tokens, after)
         self.number = secrets.token_bytes(16)
         self.ticket = b""
-        self.ids = ids
-        self.tokens = tokens
         self.lease = lease
         self.readers = readers
-        self.after = after
         # Readers that read it, with the function that stops watching each.
         self.begun: dict[bytes, Callable[[], object]] = {}
         self.through: set[bytes] = set()  # readers that have the rows, or are gone
-        self.spoilt: set[bytes] = set()  # readers to which some of the rows could not be sent
         self._owner = owner
         self._state = "held"
-
-    @cached_property
-    def indices(self) -> Sequence[Index]:
-        """Return the index of each shard, for the rows that the owner sends."""
-        return [Index(*each) for each in self.ids]
 
     @property
     def state(self) -> str:
@@ -730,12 +722,12 @@ class Owner:
             messages.Gather: self._gather,
             messages.Sum: self._gather,
             messages.Choose: self._gather,
-            messages.Stop: self._stop,
+            messages.Stop: self._gathers.stop,
             messages.Find: self._find,
             messages.RenewNamed: self._renew_named,
             messages.EndNamed: self._end_named,
             messages.Marks: self._marks,
-            messages.Bye: self._bye,
+            messages.Bye: lambda peer, _: self._gathers.forget(peer),
         }
         for kind, answer in self._kinds.items():
             channel.serve(kind, answer)
@@ -769,7 +761,7 @@ class Owner:
                 regions=self._exports.regions,
                 slots=BUFFERS,
                 slot_bytes=self._gathers.buffer_bytes,
-                transport=self._gathers.transport or "",
+                transport=self._gathers.transports.forced or "",
                 events=self._exports.event_handles,
                 key=self._key,
                 words=self._exports.words,
@@ -1080,9 +1072,6 @@ class Owner:
                     why.append(SPOILT.why if peer.id in offer.spoilt else "")
             return messages.Marked(tuple(shown), tuple(why))
 
-    def _bye(self, peer: Peer, _: messages.Bye) -> None:
-        self._gathers.forget(peer)
-
     def _gather(self, peer: Peer, request: messages.ForRows) -> messages.Answer:
         with self.lock:
             offer = self._current(request)
@@ -1091,19 +1080,14 @@ class Owner:
             self._begin(peer, request)
             if peer.id in offer.spoilt:
                 return SPOILT
-            terms = offer.tokens, offer.after, offer.spoilt, offer.holds
-            rows = Offered(self.shards, lambda: offer.indices, *terms)
             for part in request.parts:
-                rows.check(part)
+                offer.check(part)
             if not all(self._is_complete(offer, part) for part in request.parts):
                 return messages.Answer("refused", PAST)
-        return self._gathers.answer(peer, request, rows)
+        return self._gathers.answer(peer, request, offer)
 
     def _is_complete(self, offer: Offer, part: messages.BoxPart) -> bool:
         """Return True if rows do not reach past the mark of their offer."""
         layers = part.layers[1] - self.shards[part.group].group.layers[0]
         tokens = part.first + part.count
         return offer.progress is None or offer.progress.covers(layers, tokens)
-
-    def _stop(self, peer: Peer, stop: messages.Stop) -> messages.Stopped:
-        return self._gathers.stop(peer, stop)

@@ -28,10 +28,9 @@ from portakv.errors import (
     TransferError,
     TransferTimeout,
 )
-from portakv.migrate.connections import Source, Sources
+from portakv.migrate.connections import Attempt, Connections, OwnerKey, Source, Sources
 from portakv.migrate.crossed import PullStatistics, joined_error
-from portakv.migrate.messages import REASONS, About, Answer, Check, Renew
-from portakv.migrate.named import Wanted
+from portakv.migrate.messages import REASONS, About, Answer, Check, Named, Renew, Ticket
 from portakv.migrate.words import fence
 from portakv.runtime.devices import this_process
 from portakv.runtime.interrupts import shielded
@@ -42,8 +41,7 @@ from portakv.tasks.runtime import Steps
 
 CANCELLED = "The pull was cancelled; no rows were committed."
 MAPPED = "mapped", "the owners' memory can be mapped"
-MOMENT = 1e-3  # seconds: the shortest time between two renewals
-LOOK = 0.5  # seconds between two questions to owners that send rows, which also renew the offers
+LOOK = 0.5  # seconds between two looks of a coroutine that waits for no copy
 LAST_QUESTION = 0.5  # seconds after a pull's deadline in which owners may still answer
 
 
@@ -443,8 +441,7 @@ class Pull(Transfer):
     async def finish(self, checks: Sequence[Callable[[], Steps[None]]]) -> None:
         """Wait for all bytes, verify them, and commit if every offer holds.
 
-        Renews meanwhile the offers of owners that share no memory. Asks owners while the last
-        copies run from staging buffers.
+        Asks owners while the last copies run from staging buffers.
 
         Args:
             checks: make the coroutines that compare checksums.
@@ -500,25 +497,19 @@ class Pull(Transfer):
         return error
 
     async def _until(self, ended: Callable[[], bool]) -> None:
-        """Wait until a function returns True, and renew the offers meanwhile.
-
-        Calls of `go_on` report all ends but those of copies.
-        """
-        remote = self.remote
-        third = max(MOMENT, min((source.ticket.lease for source in remote), default=LOOK) / 3)
-        renewal = monotonic() + min(third, LOOK)
+        """Wait until a function returns True. Calls of `go_on` report all ends but those of
+        copies."""
         glance = GLANCE / 16
         while not ended():
-            if not self.over and monotonic() >= renewal:
-                await self.renew(remote, 3 * third)
-                renewal = monotonic() + min(third, LOOK)
             glance = min(2 * glance, GLANCE)
-            seconds = glance if self.copies else min(third, LOOK)
+            seconds = glance if self.copies else LOOK
             await self.changes.wait_for(ended, runtime().time() + seconds)
 
-    async def renew(self, remote: Sequence[Source], seconds: float) -> None:
-        """Renew the leases of offers; stop the pull if an owner or an offer is gone."""
-        answers = await self._answers(remote, Renew, seconds)
+    async def renew(self) -> None:
+        """Renew the leases of `remote`; stop the pull if an owner or an offer is gone."""
+        remote = self.remote
+        lease = min([source.ticket.lease for source in remote], default=0.0)
+        answers = await self._answers(remote, Renew, lease)
         for source, answer in zip(remote, answers, strict=True):
             if isinstance(answer, PeerError):
                 self.stop(answer)
@@ -546,6 +537,112 @@ class Pull(Transfer):
         self.stop(known(error))
         await self._until(self.have_ended)
         self.conclude(known(error))
+
+
+# ------------------------------------------------------------------------------------------------
+# What a pull waits for, as long as it cannot begin or go on.
+
+
+class Wanted:
+    """What a pull waits for.
+
+    Raises `PeerError` for bytes that are not a ticket.
+
+    Attributes:
+        tickets: of the pull; those that are names are replaced when their offers exist.
+        names: the tickets that are still names, by their places.
+        owners: those of plain tickets that are not known to be connected, with a ticket of each.
+        attempts: the handshakes that the pull waits for.
+        since: when the pull was called.
+        queried: the owners have had the names in a request once.
+        sources: of the pull; none before its owners and offers are ``known``.
+        marks: the last known mark of each source.
+        whole: the pull goes on only when all rows are complete.
+    """
+
+    def __init__(self, pull: Pull, tickets: list[bytes]) -> None:
+        self.pull = pull
+        self.tickets = tickets
+        self.names = dict[int, Named]()
+        self.owners = dict[OwnerKey, Ticket]()
+        self.attempts = dict[OwnerKey, Attempt]()
+        self.since = monotonic()
+        self.queried = False
+        self.known = False
+        self.sources: Sources = ()
+        self.marks = list[int]()
+        self.whole = False
+        self._used: list[int] | None = None  # the marks up to which copies were issued
+        for at, data in enumerate(tickets):
+            named = Named.read(data)
+            if named is not None:
+                self.names[at] = named
+            else:
+                ticket = Ticket.read(data)
+                self.owners[ticket.address, ticket.epoch] = ticket
+
+    @property
+    def complete(self) -> bool:
+        """Return True if all rows of all offers are complete."""
+        pairs = zip(self.sources, self.marks, strict=False)  # the sources may have been released
+        return self.known and all(mark >= source.end for source, mark in pairs)
+
+    @property
+    def handshakes(self) -> list[str]:
+        """Return the addresses of owners whose handshake is under way."""
+        attempts = [*self.attempts.items()]
+        return [address for (address, _), attempt in attempts if not attempt.handle.done()]
+
+    def look_up(self, owners: Connections) -> None:
+        """Find offers in the tables of their owners."""
+        for at, named in [*self.names.items()]:
+            owner = owners.find(named.address, named.epoch)
+            if owner is not None and owner.names is not None:
+                ticket = owner.names.find(named.epoch, named.name)
+                if ticket:
+                    self.take(at, ticket)
+
+    def take(self, at: int, answer: bytes | int) -> None:
+        """Keep the ticket or the mark that an owner has sent for a place."""
+        if isinstance(answer, bytes):
+            self.tickets[at] = answer
+            del self.names[at]
+        else:
+            self.marks[at] = max(self.marks[at], answer)
+
+    def know(self, sources: Sources) -> None:
+        """Wait for no owner and no offer any more, but for the rows of these sources."""
+        self.attempts.clear()
+        self.marks = [0] * len(sources)
+        self.sources = sources
+        self.known = True
+
+    @property
+    def may_go_on(self) -> bool:
+        """Return True if the pull need not wait for what it knows now."""
+        if not self.known:
+            return not self.names and not self.owners
+        return self.complete or not (self.whole or self.marks == self._used)
+
+    def look(self) -> None:
+        """Wake the coroutine of the pull if it can go on; read the marks in shared memory before.
+
+        It wakes once for the same marks.
+        """
+        self.read_marks()
+        if self.may_go_on:
+            self.pull.go_on()
+
+    def read_marks(self) -> None:
+        """Read the marks in shared memory."""
+        for at, source in enumerate(self.sources):
+            if source.ticket.progress:
+                self.take(at, source.mark)
+
+    def take_marks(self) -> list[int]:
+        """Return the marks up to which copies are issued next."""
+        self._used = [*self.marks]
+        return self._used
 
 
 def known(error: BaseException) -> PortaKVError:

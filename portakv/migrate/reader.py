@@ -47,7 +47,7 @@ from portakv.migrate.connections import (
 from portakv.migrate.crossed import AUTO, Encoding, Pack, pack_of
 from portakv.migrate.figures import Figures, histograms
 from portakv.migrate.messages import Begin, Close, Message, Renew, any_named
-from portakv.migrate.named import PAUSE, Finder, Wanted, incomplete
+from portakv.migrate.named import PAUSE, Finder, incomplete
 from portakv.migrate.plan import (
     Step,
     check_arguments,
@@ -57,7 +57,16 @@ from portakv.migrate.plan import (
     indices_of,
     planned,
 )
-from portakv.migrate.pull import CANCELLED, MAPPED, Ending, LayerTransfer, PartTransfer, Pull, known
+from portakv.migrate.pull import (
+    CANCELLED,
+    MAPPED,
+    Ending,
+    LayerTransfer,
+    PartTransfer,
+    Pull,
+    Wanted,
+    known,
+)
 from portakv.migrate.shards import Shard
 from portakv.migrate.staged_reader import StagedReceiver, verified
 from portakv.runtime import tracing
@@ -94,6 +103,7 @@ class _Watched:
     began: float
     begun: bool = False  # reported to the owners that do not learn it by a request for rows
     renew: float = 0.0  # when its leases are renewed next
+    renewal: Handle[None] | None = None  # by questions to owners without words
     ended: bool = False  # reported to this process, perhaps not to all owners yet
     span: tracing.Began = field(default_factory=tracing.begin)
 
@@ -300,7 +310,10 @@ class Housekeeper:
         for pull, watched in pulls.items():
             try:
                 # A caller that waits for a pull notices its end, and needs the interpreter then.
-                if pull.concluded or (not pull.has_waiter and self._has_ended(pull)):
+                if not (pull.concluded or pull.has_waiter):
+                    with self._runtime.released():  # torch may have locks
+                        pull.look()
+                if pull.concluded:
                     await self._report_end(pull, watched)
                 else:
                     await self._look_after(pull, watched)
@@ -308,11 +321,6 @@ class Housekeeper:
                 _log.exception("A pull failed.")
                 pull.stop(TransferError(f"The pull failed: {error!r}."))
         return bool(pulls)
-
-    def _has_ended(self, pull: Pull) -> bool:
-        """Return True if a pull has ended; torch may have locks."""
-        with self._runtime.released():
-            return pull.look()
 
     async def _find(self, pulls: list[Pull]) -> None:
         """Ask for the offers and marks that pulls wait for, and wake the coroutines of these
@@ -324,7 +332,7 @@ class Housekeeper:
                 continue
             pull.look_at_copies()  # the coroutine of the pull does not
             if pull.over or self.leaves:
-                wanted.go_on()
+                pull.go_on()
             else:
                 waiting.append(wanted)
         self._most = PAUSE if waiting else LOOK
@@ -387,20 +395,22 @@ class Housekeeper:
         if error is not None:
             pull.stop(error)
             return
-        # The pull's own coroutine renews the others if the pull does not wait.
-        waits = pull.wanted is not None
-        shared = [each for each in pull.sources if waits or each.word is not None]
-        if not watched.begun and now >= watched.began + min(BEGIN, _third(shared)):
+        third = _third(pull.sources)
+        if not watched.begun and now >= watched.began + min(BEGIN, third):
             wanted = pull.wanted  # a pull that waits has begun if only rows are not complete
             watched.begun = wanted is None or (wanted.known and not wanted.complete)
-            watched.renew = now + _third(shared)
+            watched.renew = now + third
             for source in pull.sources if watched.begun else ():
                 await self._tell(source, Begin(source.ticket.epoch, source.ticket.offer))
         elif watched.begun and now >= watched.renew:
-            watched.renew = now + _third(shared)
-            for source in shared:
+            watched.renew = now + third
+            # An owner without words also says whether its offer holds; no look waits for that.
+            if pull.remote and (watched.renewal is None or watched.renewal.done()):
+                watched.renewal = self._runtime.start(pull.renew())
+            for source in pull.sources:
                 ticket = source.ticket
-                await self._tell(source, Renew(ticket.epoch, ticket.offer, ticket.lease))
+                if source.word is not None:
+                    await self._tell(source, Renew(ticket.epoch, ticket.offer, ticket.lease))
 
     async def _tell(self, source: Source, message: Message) -> bool:
         """Send a message to an owner, unless the owner is gone; return False if its connection is
@@ -421,7 +431,7 @@ class Housekeeper:
         return True
 
 
-def _third(sources: list[Source]) -> float:
+def _third(sources: Sources) -> float:
     """Return the seconds until leases are to be renewed, at most `RENEWAL`."""
     third = min((source.ticket.lease for source in sources), default=1.0) / 3
     return max(FIRST_LOOK, min(third, RENEWAL))
@@ -705,24 +715,17 @@ class LatePull(Wanted):
         tickets: list[bytes],
         options: CopyOptions,
     ) -> None:
-        super().__init__(tickets)
+        super().__init__(pull, tickets)
         self._connections = owners
         self._housekeeper = housekeeper
         self._plan = plan
-        self._pull = pull
         self.whole = not options.by_layer or options.max_gbps is not None
         self._issuing: Issuing | None = None
         self._reaches = list[_Reach]()
 
-    def stop(self, error: PortaKVError) -> object:
-        return self._pull.stop(error)
-
-    def go_on(self) -> None:
-        self._pull.go_on()
-
     def plan(self, sources: Sources) -> None:
         """Plan the copies of the pull, whose sources are known; raise as `Reader.pull`."""
-        self._pull.sources = sources
+        self.pull.sources = sources
         self._issuing = self._plan()
         self._issuing.count_blocks()
         self._reaches = [_Reach(step) for step in self._issuing.plan]
@@ -736,7 +739,7 @@ class LatePull(Wanted):
 
         The reader's `Housekeeper` finds what the pull waits for, and wakes this coroutine.
         """
-        pull = self._pull
+        pull = self.pull
         if sources is not None:
             self.plan(sources)
         after = StreamFence(self._connections.device)  # the work of the caller's stream
@@ -764,7 +767,7 @@ class LatePull(Wanted):
         return self.may_go_on
 
     def _check(self) -> None:
-        if self._pull.over or (self._housekeeper.leaves and not self.may_go_on):
+        if self.pull.over or (self._housekeeper.leaves and not self.may_go_on):
             raise TransferCancelled(CANCELLED)
 
     @property

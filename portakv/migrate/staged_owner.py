@@ -8,12 +8,13 @@ also compute checksums of rows.
 from __future__ import annotations
 
 import logging
+from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
-from typing import NamedTuple, TypeAlias
+from functools import cached_property, partial
+from typing import TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -56,12 +57,13 @@ from portakv.migrate.staging import (
     bring_ids,
     has_ended,
     part_of,
+    retain,
     rows_bytes,
     staged_bytes,
     staging,
     unfit_blocks,
 )
-from portakv.migrate.transports import check_transport, choose, forced
+from portakv.migrate.transports import Transports
 from portakv.migrate.transports.base import Lane, Moving, Transport
 from portakv.runtime.bounded import Bounded
 from portakv.runtime.streams import StreamFence
@@ -135,12 +137,12 @@ class LateAnswers:
             "samples of pulls", MOST_KEPT
         )
 
-    def sum(self, request: Sum, offered: Offered) -> Answer:
+    def sum(self, request: Sum, offered: OfferedRows) -> Answer:
         """Return a checksum of rows, or that it does not exist yet."""
         total = self._sums.answer(request, partial(_sum, self._turn, request, offered))
         return _BUSY if total is None else Answer("done", digest=total)
 
-    def choose(self, request: Choose, offered: Offered) -> Answer:
+    def choose(self, request: Choose, offered: OfferedRows) -> Answer:
         """Return the choice for rows, or that it does not exist yet.
 
         Raises `LayoutError` for a part of a block. A sample that fails raises `TransferError`, and
@@ -173,7 +175,15 @@ class LateAnswers:
 
         layers = part.layers[1] - part.layers[0]
         kept.left -= rows_bytes(view, layers, part.count, part.heads[1] - part.heads[0])
-        return _chosen(choice)
+        return Chosen(
+            "done",
+            choice.why[:1024],
+            encoding="" if choice.pack is None else choice.pack.text,
+            packing_gbps=choice.packing_gbps,
+            ratio=choice.ratio,
+            escapes=choice.escapes,
+            fits=choice.fits,
+        )
 
     def close(self) -> None:
         """Compute no further answer."""
@@ -181,29 +191,16 @@ class LateAnswers:
         self._looks.close()
 
 
-def _chosen(choice: EncodingChoice) -> Chosen:
-    """Return a choice as a message."""
-    return Chosen(
-        "done",
-        choice.why[:1024],
-        encoding="" if choice.pack is None else choice.pack.text,
-        packing_gbps=choice.packing_gbps,
-        ratio=choice.ratio,
-        escapes=choice.escapes,
-        fits=choice.fits,
-    )
-
-
 # --- in a helper
 
 
-def _sum(turn: Turn, request: Sum, offered: Offered) -> int:
+def _sum(turn: Turn, request: Sum, offered: OfferedRows) -> int:
     with turn.inside(offered.after):
         view, ids = offered.rows(request.part)
         return checksum_of(view, ids, request.part)
 
 
-def _look(turn: Turn, request: Choose, offered: Offered) -> RetainedSample:
+def _look(turn: Turn, request: Choose, offered: OfferedRows) -> RetainedSample:
     """Measure the rate of packing, and take a sample if the rates do not decide already.
 
     The rate is that of the whole view: another measurement for each window of it would hold up the
@@ -243,24 +240,34 @@ LOOK = 0.5  # seconds between two looks at a buffer that is not free
 MOST_WAITING = 16
 
 
-class Offered(NamedTuple):
-    """The rows of an offer.
+class OfferedRows(ABC):
+    """The rows of an offer, as they are sent.
 
     Attributes:
-        shards: of the owner, when a reader requested the rows.
-        indices: returns the index of each shard, for helpers. All parts of the offer share the
-            indices, with their ids on a device.
+        shards: of the owner, when it made the offer.
+        ids: of the offered blocks, for each shard.
         after: the work that wrote the rows.
         spoilt: the readers to which some of the rows could not be sent.
-        holds: returns False once the offer has ended.
     """
 
-    shards: Sequence[Shard]
-    indices: Callable[[], Sequence[Index]]
-    tokens: int
-    after: StreamFence
-    spoilt: set[bytes]
-    holds: Callable[[], bool]
+    def __init__(
+        self, shards: Sequence[Shard], ids: Sequence[BlockList], tokens: int, after: StreamFence
+    ) -> None:
+        self.shards = shards
+        self.ids = ids
+        self.tokens = tokens
+        self.after = after
+        self.spoilt = set[bytes]()
+
+    @abstractmethod
+    def holds(self) -> bool:
+        """Return False once the offer has ended."""
+
+    @cached_property
+    def indices(self) -> Sequence[Index]:
+        """Return the index of each shard. All parts of the offer share them, with their ids on a
+        device."""
+        return [Index(*each) for each in self.ids]
 
     def check(self, part: BoxPart) -> None:
         """Raise `LayoutError` if the rows of a part were not offered."""
@@ -290,7 +297,7 @@ class Offered(NamedTuple):
         shard = self.shards[part.group]
         view = shard.view.as_bytes() if as_bytes else shard.view
         window = part_of(view, **slices(part.box, shard.group.box))
-        return Rows(window, self.indices()[part.group].shifted(part.first))
+        return Rows(window, self.indices[part.group].shifted(part.first))
 
 
 class StagingBuffer:
@@ -325,7 +332,7 @@ class Sending:
     ``buffers`` staging buffers."""
 
     def __init__(
-        self, gather: Gather, sizes: Sequence[int], offered: Offered, lane: Lane, buffers: int
+        self, gather: Gather, sizes: Sequence[int], offered: OfferedRows, lane: Lane, buffers: int
     ) -> None:
         self.gather = gather
         self.sizes = sizes
@@ -372,13 +379,11 @@ class Gathers:
         device: torch.device,
         most_bytes: int | None = None,
     ) -> None:
-        check_transport(transport, device)
+        self.transports = Transports(transport, device)
         self._rows = device
         self._most_bytes = most_bytes  # of all buffers of all readers
         self._channel = channel
         self.buffer_bytes = staging_bytes // BUFFERS // 4096 * 4096
-        self.transport = forced(transport)
-        self._transports = dict[str, Transport]()  # by name
         self._lines = dict[Peer, Line]()  # of readers; each agreement makes another
         self._runtime = runtime()
         self._lock = self._runtime.lock  # a reader that is gone gets no buffer
@@ -397,15 +402,12 @@ class Gathers:
         Its buffers are on the device of both sides' rows, or on the host. Raises `Unsupported` or
         `BackendUnavailable` if there is no such transport.
         """
-        if hello.device.partition(" ")[0] != device.type:
-            device = torch.device("cpu")
-        name = self.transport or hello.transport
+        name = self.transports.forced or hello.transport
         if name != hello.transport:
             why = f"the reader uses {hello.transport!r}; pass both the same transport="
             raise Unsupported(f"The owner's transport {name!r}", why)
         self.forget(peer)  # the reader takes no more of the rows that were sent to it before
-        transport = self._transports.get(f"{name} {device}") or choose(device, name)
-        self._transports[f"{name} {device}"] = transport
+        transport = self.transports.choose(name, device, hello.device)
         self._lines[peer] = Line(peer, transport)
         for kind in transport.asks:
             self._channel.serve(kind, self._answer_transport)
@@ -426,10 +428,10 @@ class Gathers:
         if line is not None:
             line.transport.forget(peer)
 
-    def send(self, peer: Peer, gather: Gather, offered: Offered) -> Answer:
+    def send(self, peer: Peer, gather: Gather, offered: OfferedRows) -> Answer:
         """Have rows sent in parts, after earlier requests of the reader.
 
-        Only one thread calls this method, after `Offered.check` of each part.
+        Only one thread calls this method, after `OfferedRows.check` of each part.
         """
         line = self._lines.get(peer)
         if line is None or line.transport.name != gather.transport:
@@ -475,11 +477,11 @@ class Gathers:
                     return Stopped(sending.parts)
         return Stopped(1 << 31)  # all parts were sent
 
-    def answer(self, peer: Peer, request: ForRows, offered: Offered) -> Answer:
+    def answer(self, peer: Peer, request: ForRows, offered: OfferedRows) -> Answer:
         """Have rows sent, their checksum computed, or a sample of them taken to choose how they
         cross. The reader repeats its request until the checksum or the sample exists.
 
-        The caller has called `Offered.check` of each part. Raises as `LateAnswers.choose`.
+        The caller has called `OfferedRows.check` of each part. Raises as `LateAnswers.choose`.
         """
         if isinstance(request, Gather):
             return self.send(peer, request, offered)
@@ -537,8 +539,7 @@ class Gathers:
             self._late.close()
             ended = self._runtime.start(self._tasks.close())
             ended.wait(0.0 if self._runtime.runs_here else EXIT)
-        for transport in self._transports.values():
-            transport.close()
+        self.transports.close()
 
     # --- in coroutines
 
@@ -621,10 +622,7 @@ class Gathers:
 
         The slots of blocks that do not fit say so to the reader.
         """
-        on_host = buffer.memory.device.type == "cpu"
-        if not on_host:
-            device = buffer.memory.device
-            buffer.memory.record_stream(torch.accelerator.current_stream(device.index))
+        retain(buffer.memory)
         bring_ids(rows.ids, rows.view.device)  # once: all parts of the offer share them
 
         buffer.clean()
@@ -635,7 +633,7 @@ class Gathers:
             zero(full)
 
         copy = copy_rows(rows.view, into, rows.ids, count=count)
-        if on_host:
+        if buffer.memory.is_cpu:
             has_ended(copy, wait=True)
             unfit_blocks(copy)
         else:

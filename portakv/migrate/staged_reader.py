@@ -708,7 +708,7 @@ class StagedReceiver:
             if self._in_flight:
                 await self._scatter()
             else:
-                await stage.has_free(self._runtime.time() + LOOK)
+                await stage.freed.wait_for(lambda: stage.buffers, self._runtime.time() + LOOK)
             self._check(until)
         buffer = stage.buffers.pop()
         try:

@@ -85,6 +85,12 @@ def staging(
         return torch.empty(nbytes, dtype=torch.uint8, device=device)
 
 
+def retain(buffer: torch.Tensor) -> None:
+    """Keep a buffer's memory until the current stream's work has ended."""
+    if not buffer.is_cpu:
+        buffer.record_stream(torch.accelerator.current_stream(buffer.device.index))
+
+
 def part_of(view: KVView, layers: slice, heads: slice | None = None) -> KVView:
     """Return layers and heads of a view, which retains them for the next copy.
 

@@ -69,7 +69,7 @@ class EncodedFigures:
             self._of_late.pop(device, None)
 
     def statistics(self, form: str) -> Figures:
-        """Return the figures, in the form of `Graph.statistics`."""
+        """Return the figures."""
         with self._lock:
             counts = self._counts.copy()
         ratio = counts["payload"] / counts["wire"] if counts["wire"] else 1.0

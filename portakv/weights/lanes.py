@@ -21,8 +21,8 @@ import torch
 from portakv.errors import LayoutError, PeerError
 from portakv.migrate.channel import Channel, Peer
 from portakv.migrate.messages import UNDECODABLE, Message, decoder_of
-from portakv.migrate.staging import staging
-from portakv.migrate.transports import check_transport, choose, forced
+from portakv.migrate.staging import retain, staging
+from portakv.migrate.transports import Transports
 from portakv.migrate.transports.base import Moving, Transport
 from portakv.runtime.devices import inside
 from portakv.runtime.streams import StreamFence, ignoring_captures, own_stream
@@ -129,12 +129,6 @@ def on_streams(streams: Iterable[torch.Stream]) -> Iterator[None]:
         yield
 
 
-def retain(buffer: torch.Tensor) -> None:
-    """Keep a buffer's memory until the current stream's work has ended."""
-    if not buffer.is_cpu:
-        buffer.record_stream(torch.accelerator.current_stream(buffer.device.index))
-
-
 # ------------------------------------------------------------------------------------------------
 # The owner's side.
 
@@ -216,8 +210,7 @@ class Lanes:
         tensors = [x.tensor for x in weights.parameters.values()]
         self._devices = {tensor.device for tensor in tensors}
         self.device = next(iter(self._devices)) if len(self._devices) == 1 else _HOST
-        check_transport(transport, self.device)
-        self.transport = forced(transport)
+        self.transports = Transports(transport, self.device)
         # Buffers are small enough that several slices are under way, and large enough that the
         # number of slices costs little.
         total = packed_bytes(tensor.nbytes for tensor in tensors)
@@ -229,7 +222,6 @@ class Lanes:
         self._weights = weights
         self._tasks = tasks
         self._turn = Limit(runtime())  # readers take turns, slice by slice
-        self._transports = dict[str, Transport]()  # by name and device
         self._lanes = dict[bytes, Lane]()
 
     def connect(self, peer: Peer, request: Connect) -> None:
@@ -237,20 +229,17 @@ class Lanes:
 
         Raises `BackendUnavailable` or `InvalidTerms` for a transport that does not run here.
         """
-        if self.transport not in (None, request.transport):
+        forced = self.transports.forced
+        if forced not in (None, request.transport):
             raise PeerError(
-                f"Expected the owner's transport {self.transport!r}, got {request.transport!r}. "
+                f"Expected the owner's transport {forced!r}, got {request.transport!r}. "
                 f"Pass both sides the same transport="
             )
         own = [one for one in [*self._lanes.values()] if one.peer is peer]
         if len(own) >= _MOST_LANES or request.lane in self._lanes:
             raise PeerError(f"Expected at most {_MOST_LANES} lanes of a reader, got another.")
 
-        same = request.device.partition(" ")[0] == self.device.type
-        device = self.device if same else _HOST
-        name = f"{request.transport} {device}"
-        transport = self._transports.get(name) or choose(device, request.transport)
-        self._transports[name] = transport
+        transport = self.transports.choose(request.transport, self.device, request.device)
         lane = Lane(self._channel, peer, transport, self.buffer_bytes, self._devices)
         self._lanes[request.lane] = lane
         lane.unwatch = peer.on_gone(partial(self._end, request.lane))
@@ -348,9 +337,7 @@ class Lanes:
         """Release all lanes, and close the transports. Any thread may call it."""
         for id in [*self._lanes]:
             self._end(id)
-        for transport in self._transports.values():
-            transport.close()
-        self._transports.clear()
+        self.transports.close()
 
     def statistics(self) -> dict[str, int]:
         """Return the number of lanes, and the bytes of all their staging buffers."""

@@ -16,7 +16,7 @@ from msgspec import msgpack
 from portakv.arguments import instance, invalid, nbytes, one_of
 from portakv.errors import TransferTimeout, Unsupported
 from portakv.migrate.channel import Channel, Peer
-from portakv.migrate.figures import Figures, published_figures
+from portakv.migrate.figures import Figures
 from portakv.migrate.messages import sealed
 from portakv.migrate.shared_memory import Held, where
 from portakv.runtime.interrupts import uninterrupted
@@ -96,7 +96,7 @@ class Published:
             WeightsTicket(
                 channel.address,
                 self._id,
-                self._lanes.transport or "",
+                self._lanes.transports.forced or "",
                 where(self._lanes.device),
                 self.why_not_mapped[:1024],
                 self._lanes.buffer_bytes,
@@ -223,8 +223,12 @@ class Published:
         return self._lanes.statistics()
 
     def figures(self) -> Figures:
-        """Return figures by the names of metrics, in the form of `Graph.statistics`."""
-        return published_figures(self.statistics())
+        """Return figures by the names of metrics."""
+        counts = self.statistics()
+        return {
+            "weight_lanes": [{"value": counts["lanes"]}],
+            "weight_staging_bytes": [{"value": counts["staging"]}],
+        }
 
     def close(self) -> None:
         """Release the tensors; pulls in progress get `OfferGone`.

@@ -31,13 +31,14 @@ from portakv.errors import (
 from portakv.migrate.channel import Channel
 from portakv.migrate.checksum import BoxSums, SummedPart
 from portakv.migrate.figures import WEIGHTS
+from portakv.migrate.staging import retain
 from portakv.migrate.transports.base import Moving
 from portakv.runtime.devices import inside
 from portakv.runtime.interrupts import uninterrupted
 from portakv.runtime.streams import completion, side_stream
 from portakv.runtime.transfer import Completion, Transfer
 from portakv.tasks import Limit, Work, runtime, shared_limit
-from portakv.weights.lanes import retain, slices, unpacked
+from portakv.weights.lanes import slices, unpacked
 from portakv.weights.messages import BUFFERS, SendSlice, Weights
 from portakv.weights.parameters import Cell, Parameters, items_of, named, part_of, plan
 from portakv.weights.plan import (

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
 from typing import TypeAlias, TypeVar
 
 import torch
@@ -90,13 +89,12 @@ class PullRequest:
 
     def work(self, call: Callable[..., T], *arguments: object) -> Work[T]:
         """Return work of the pull, for which the pull's streams are current."""
-        if self._streams:
-            return Work(self._on_streams, partial(call, *arguments))
-        return Work(call, *arguments)
 
-    def _on_streams(self, call: Callable[[], T]) -> T:
-        with on_streams(self._streams):
-            return call()
+        def on_streams_of_pull() -> T:
+            with on_streams(self._streams):
+                return call(*arguments)
+
+        return Work(on_streams_of_pull)
 
 
 def _checked_destinations(

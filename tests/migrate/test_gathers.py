@@ -191,7 +191,7 @@ def test_only_the_memory_that_slots_have_now_is_registered(
         assert both.right()
     (connection,) = both.reader._owners._owners.values()
     carrier: Any = connection.staging.transport
-    transport: Any = both.owner._gathers._transports["other cpu"]
+    transport: Any = both.owner._gathers.transports.choose("other", torch.device("cpu"), "cpu")
 
     def only_these() -> bool:  # the next buffer releases what a buffer had before it grew
         both.pull(both.offer()).synchronize(LIMIT)

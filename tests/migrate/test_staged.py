@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from copy import copy
 from types import SimpleNamespace
 from typing import Any, NamedTuple, TypeVar, cast
 
@@ -234,7 +235,9 @@ def test_rows_are_not_read_after_the_end_of_their_offer(
             middle.wait()
             return not guarded or offered.holds()
 
-        return send(self, peer, gather, offered._replace(holds=holds))
+        watched = copy(offered)
+        watched.holds = holds
+        return send(self, peer, gather, watched)
 
     monkeypatch.setattr(Gathers, "send", waiting)
     assert revoked_in_the_middle(made, middle) == guarded

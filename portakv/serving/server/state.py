@@ -633,7 +633,7 @@ class ServerState:
             return now - min(since, default=now)
 
     def figures(self) -> Figures:
-        """Return figures by the names of metrics, in the form of `Graph.statistics`."""
+        """Return figures by the names of metrics."""
         counts = self.statistics()
         figures: Figures = {"keeper_oldest_lease_seconds": [{"value": self.oldest_lease()}]}
         for name in ("sessions", "leases", "requests"):
