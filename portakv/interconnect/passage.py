@@ -44,7 +44,8 @@ def place_rows(rows: KVView, index: Index, ready: Prepared, by_source: bool) -> 
     """
     if ready.tables[0 if by_source else 1]:
         bring_table(rows, ready.choice.backend.device)
-    return ready.place(index)
+    (placed,) = ready.place(index)
+    return placed
 
 
 class Passage:

@@ -53,7 +53,6 @@ from portakv.migrate.staging import (
     Chunks,
     Rows,
     Slots,
-    bring_ids,
     has_ended,
     part_of,
     rows_bytes,
@@ -63,6 +62,7 @@ from portakv.migrate.staging import (
 )
 from portakv.migrate.transports import check_transport, choose, forced
 from portakv.migrate.transports.base import Lane, Moving, Transport
+from portakv.registry import bring
 from portakv.runtime.bounded import Bounded
 from portakv.runtime.streams import StreamFence
 from portakv.tasks import Limit, TaskGroup, Work, runtime
@@ -625,7 +625,7 @@ class Gathers:
         if not on_host:
             device = buffer.memory.device
             buffer.memory.record_stream(torch.accelerator.current_stream(device.index))
-        bring_ids(rows.ids, rows.view.device)  # once: all parts of the offer share them
+        bring([rows.ids], rows.view.device)  # once: all parts of the offer share them
 
         buffer.clean()
         planes, into = buffer.chunks.of(rows.view, count, slots)

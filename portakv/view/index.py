@@ -307,12 +307,10 @@ class Index:
 
     # plan_step: the step that a plan is made for: ``step``, or 0 without ids.
     # temporary: a caller's ids for one call, which are not used again.
-    # listed: the number of temporary ids on the host; 0 for all other indices.
     __slots__ = (
         "_store",
         "ids",
         "length",
-        "listed",
         "offset",
         "on_host",
         "plan_step",
@@ -353,15 +351,11 @@ class Index:
         self.length: int | None = None
         self.on_host = True
         self.plan_step = 0
-        self.listed = 0
         if ids is None:
             return
-        number = ids.numel()
-        self.length = number * step - offset
+        self.length = ids.numel() * step - offset
         self.on_host = ids.is_cpu
         self.plan_step = step
-        if temporary and self.on_host:
-            self.listed = number
 
     @classmethod
     def of(cls, index: Ids, step: int = 1) -> Index:
@@ -436,14 +430,6 @@ class Index:
         """Make an index of the same list, or with ``store`` of a part of it."""
         index = Index.__new__(Index)
         index._set(ids, self.step, offset, store or self._store, self.temporary, self.trusted)
-        return index
-
-    def reading(self, ids: torch.Tensor) -> Index:
-        """Return this index with its ids read from another contiguous copy of them, which may be
-        longer."""
-        index = self._derived(ids, self.offset)
-        index.length = self.length
-        index.listed = 0
         return index
 
     def shifted(self, tokens: int) -> Index:
