@@ -597,11 +597,11 @@ def _by_units(
     if type(ready.launch) is StridedLaunch:
         ready.launch.copy(read, written, units)
         return Transfer((), None, ready.carried)
-    indices = [
+    src_index, dst_index = (
         Index(offset=x.offset) if x.numbers is None else Index.checked(x.numbers, unit)
         for x in (read, written)
-    ]
-    return _launch(ready, Move(*sides.views, *indices, unit * units))
+    )
+    return _launch(ready, Move(*sides.views, src_index, dst_index, unit * units))
 
 
 def _by_ids(

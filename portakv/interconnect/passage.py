@@ -44,8 +44,7 @@ def place_rows(rows: KVView, index: Index, ready: Prepared, by_source: bool) -> 
     """
     if ready.tables[0 if by_source else 1]:
         bring_table(rows, ready.choice.backend.device)
-    (placed,) = ready.place(index)
-    return placed
+    return ready.place(index)
 
 
 class Passage:

@@ -110,18 +110,22 @@ class Prepared:
     def place_both(self, move: Move) -> Move:
         """Return a copy with the ids of both sides placed as `place` places them."""
         src, dst, src_index, dst_index, count = move
-        return Move(src, dst, *self.place(src_index, dst_index), count)
+        self._bring(src_index, dst_index)  # together
+        return Move(src, dst, self.place(src_index), self.place(dst_index), count)
 
-    def place(self, *indices: Index) -> tuple[Index, ...]:
-        """Return indices with their ids where the backend reads them, in a dtype that it reads."""
-        can = self.can
-        if can.index_on == "any":
-            return indices
-        there = [_HOST if self._carries(each) else self.ids_device for each in indices]
-        both = [*zip(indices, there, strict=True)]
-        new = [each for each, device in both if each.temporary and device is not _HOST]
-        bring(new, self.ids_device, can.index_dtypes)
-        return tuple([each.placed(device, can.index_dtypes) for each, device in both])
+    def place(self, index: Index) -> Index:
+        """Return an index with its ids where the backend reads them, in a dtype that it reads."""
+        if self.can.index_on == "any":
+            return index
+        self._bring(index)
+        device = _HOST if self._carries(index) else self.ids_device
+        return index.placed(device, self.can.index_dtypes)
+
+    def _bring(self, *indices: Index) -> None:
+        """Send ids of one call that do not travel with the launch."""
+        new = [each for each in indices if each.temporary and not self._carries(each)]
+        if new and self.can.index_on != "any":
+            bring(new, self.ids_device, self.can.index_dtypes)
 
     def _carries(self, index: Index) -> bool:
         """Return whether ids of the host travel with the launch."""

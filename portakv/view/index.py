@@ -426,10 +426,13 @@ class Index:
         slots = request_slots(tables, lengths, step, first, front, count)
         return cls(slots, trusted=trusted)
 
-    def _derived(self, ids: torch.Tensor | None, offset: int, store: _Store | None = None) -> Index:
-        """Make an index of the same list, or with ``store`` of a part of it."""
+    def _derived(
+        self, ids: torch.Tensor | None, offset: int, store: _Store | None = None, step: int = 0
+    ) -> Index:
+        """Make an index of the same list, or with ``store`` of a part of it, or with a step."""
         index = Index.__new__(Index)
-        index._set(ids, self.step, offset, store or self._store, self.temporary, self.trusted)
+        kind = self.temporary, self.trusted
+        index._set(ids, step or self.step, offset, store or self._store, *kind)
         return index
 
     def shifted(self, tokens: int) -> Index:
@@ -443,10 +446,7 @@ class Index:
         """
         store = _Store(self._store.array)
         store.copies = [*self._store.copies]  # those that there are
-        index = Index.__new__(Index)
-        offset = self.offset // block_size
-        index._set(self.ids, 1, offset, store, self.temporary, self.trusted)
-        return index
+        return self._derived(self.ids, self.offset // block_size, store, 1)
 
     def without_repeats(self, count: int | None = None) -> Index:
         """Return this index with each slot named once.
