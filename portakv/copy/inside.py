@@ -515,7 +515,8 @@ def _launched(
     # fmt: on
     if isinstance(checked, int):
         return None
-    sides = _Launch(src, dst, *checked)
+    tokens, unit, units = checked
+    sides = _Launch(src, dst, tokens, unit, units)
     if indices is not None:
         transfer = _by_ids(choice, sides, indices)
     else:
@@ -525,7 +526,7 @@ def _launched(
         return None
     torch._C._increment_version(to_view.versions)
     step = read.plan_step or written.plan_step
-    return BlockTransfer.of_views(transfer, src, dst, step, sides.tokens, sides.skipped, began)
+    return BlockTransfer.of_views(transfer, src, dst, step, tokens, tokens - unit * units, began)
 
 
 def _few(ids: Any, start: object, end: object) -> bool:
@@ -555,11 +556,6 @@ class _Launch(NamedTuple):
     units: int
 
     @property
-    def skipped(self) -> int:
-        """Return the tokens that ids on the host skip."""
-        return self.tokens - self.unit * self.units
-
-    @property
     def views(self) -> tuple[KVView, KVView]:
         """Return both sides as views."""
         src, dst = self.src, self.dst
@@ -583,9 +579,9 @@ def _by_units(
         listed: for each side, whether it has ids.
         offsets: of a side without ids, the tokens before it.
     """
-    src, dst, _, unit, units = sides
+    src, dst, tokens, unit, units = sides
     # With units that are left out, both sides have numbers.
-    src_listed, dst_listed = listed if not sides.skipped else (True, True)
+    src_listed, dst_listed = listed if tokens == unit * units else (True, True)
     steps = unit * src_listed, unit * dst_listed
     ready = _ready(choice, src.form, dst.form, *steps, unit)
     if ready is None:
@@ -621,7 +617,7 @@ def _by_ids(
     if ready is None:
         return None
     can = ready.can
-    skips = sides.skipped > 0
+    skips = sides.tokens > sides.unit * sides.units
     judges = can.guards and can.skips_negative
     if (skips and not can.skips_negative) or not (judges or move.is_clean):
         return None
