@@ -558,7 +558,8 @@ class _Launch(NamedTuple):
     @property
     def views(self) -> tuple[KVView, KVView]:
         """Return both sides as views."""
-        src, dst = self.src, self.dst
+        src = self.src
+        dst = self.dst
         return (
             src.view if isinstance(src, ChunkRows) else src,
             dst.view if isinstance(dst, ChunkRows) else dst,
