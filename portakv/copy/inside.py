@@ -583,14 +583,19 @@ def _by_units(
     src, dst, tokens, unit, units = sides
     # With units that are left out, both sides have numbers.
     src_listed, dst_listed = listed if tokens == unit * units else (True, True)
-    steps = unit * src_listed, unit * dst_listed
-    ready = _ready(choice, src.form, dst.form, *steps, unit)
+    src_step = unit if src_listed else 0
+    dst_step = unit if dst_listed else 0
+    ready = _ready(choice, src.form, dst.form, src_step, dst_step, unit)
     if ready is None:
         return None
-    there = torch.from_numpy(numbers)
-    half = len(numbers) // 2
-    read = Units(src, there[:units] if src_listed else None, offsets[0])
-    written = Units(dst, there[half : half + units] if dst_listed else None, offsets[1])
+    source = target = None
+    if src_listed:
+        source = torch.from_numpy(numbers[:units])
+    if dst_listed:
+        half = numbers.size // 2
+        target = torch.from_numpy(numbers[half : half + units])
+    read = Units(src, source, offsets[0])
+    written = Units(dst, target, offsets[1])
     if type(ready.launch) is StridedLaunch:
         ready.launch.copy(read, written, units)
         return Transfer((), None, ready.carried)
