@@ -226,16 +226,18 @@ def settle(
         return Settled(move, (), None if passed is None else passed.error, False)
 
     known = Passed(check_ids(move, context, strict)) if passed is None else passed
-    clean = move.is_clean and not known.skips
+    error = known.error
+    guarded = known.skips or not move.is_clean
     pieces = _pieces(ready, move, choice, context)
-    cans = [each.ready.can for each in pieces]
-    unit = max(each.ready.plan.unit for each in pieces)
-    move, error, guarded = without_bad_ids(move, unit, known, context, cans)
-    if not (clean or guarded):  # no id is bad now
-        if move.count == 0:
-            return Settled(move, (), error, False)
-        ready = prepared(move.src.form, move.dst.form, *move.steps, None, choice)
-        pieces = _pieces(ready, move, choice, context)
+    if guarded:
+        cans = [each.ready.can for each in pieces]
+        unit = max(each.ready.plan.unit for each in pieces)
+        move, error, guarded = without_bad_ids(move, unit, known, context, cans)
+        if not guarded:  # no id is bad now
+            if move.count == 0:
+                return Settled(move, (), error, False)
+            ready = prepared(move.src.form, move.dst.form, *move.steps, None, choice)
+            pieces = _pieces(ready, move, choice, context)
 
     if passed is None:
         check_disjoint(move)

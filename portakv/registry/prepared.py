@@ -110,21 +110,25 @@ class Prepared:
     def place_both(self, move: Move) -> Move:
         """Return a copy with the ids of both sides placed as `place` places them."""
         src, dst, src_index, dst_index, count = move
-        self._bring(src_index, dst_index)  # together
+        if src_index.temporary and dst_index.temporary:
+            self._bring(src_index, dst_index)  # together
         return Move(src, dst, self.place(src_index), self.place(dst_index), count)
 
     def place(self, index: Index) -> Index:
         """Return an index with its ids where the backend reads them, in a dtype that it reads."""
-        if self.can.index_on == "any":
+        can = self.can
+        if index.ids is None or can.index_on == "any":
             return index
-        self._bring(index)
-        device = _HOST if self._carries(index) else self.ids_device
-        return index.placed(device, self.can.index_dtypes)
+        if index.temporary:
+            if self._carries(index):
+                return index.placed(_HOST, can.index_dtypes)
+            self._bring(index)
+        return index.placed(self.ids_device, can.index_dtypes)
 
     def _bring(self, *indices: Index) -> None:
         """Send ids of one call that do not travel with the launch."""
-        new = [each for each in indices if each.temporary and not self._carries(each)]
-        if new and self.can.index_on != "any":
+        if self.can.index_on != "any" and self.ids_device.type in ASYNCHRONOUS:
+            new = [each for each in indices if not self._carries(each)]
             bring(new, self.ids_device, self.can.index_dtypes)
 
     def _carries(self, index: Index) -> bool:
