@@ -28,7 +28,7 @@ class SideArguments:
         per_id: units that one id covers; 0 without ids.
         walks: for each of ``outer`` its entries of the table and its bytes.
         strides: of the loops ``inner``.
-        kind: the source of addresses: ``NONE``, one address; ``UNITS``, the view's table.
+        tabled: addresses come from the view's table; else there is one.
     """
 
     def __init__(
@@ -44,8 +44,7 @@ class SideArguments:
         self.per_id = getattr(plan, f"{name}_step") // plan.unit
         self.walks = [(getattr(x, f"{name}_table"), getattr(x, f"{name}_stride")) for x in outer]
         self.strides = [getattr(x, f"{name}_stride") for x in inner]
-        looks_up = self.side.tabled or any(table for table, _ in self.walks)
-        self.kind = "UNITS" if looks_up else "NONE"
+        self.tabled = self.side.tabled or any(table for table, _ in self.walks)
 
     def request(self, view: KVView, index: Index) -> Request:
         """Return the values of a request.
@@ -59,9 +58,9 @@ class SideArguments:
         limit = view.slots // unit
         table = 0
         base = side.offset
-        if self.kind == "UNITS":
+        if self.tabled:
             table = view.table.data_ptr() + 8 * side.table
-        elif self.kind == "NONE":
+        else:
             base += view.origins[side.table]
         first, rest = divmod(index.offset, unit)
         ids = index.ids  # contiguous and on the device: the library places them

@@ -79,8 +79,8 @@ class _Side(SideArguments):
         units = self.side.units
         walks = self.walks
         if getattr(plan, name).table_on_device:
-            self.kind = "UNITS"  # also a single address, which the host does not know
-        self.looks_up = 2 if self.side.tabled else int(self.kind == "UNITS")
+            self.tabled = True  # also a single address, which the host does not know
+        self.looks_up = 2 if self.side.tabled else int(self.tabled)
         strides = [x.stride for x in units], [stride for _, stride in walks], self.strides
         units_steps, outer_steps, inner_steps = (
             (*x, *[0] * (least - len(x))) for x, least in zip(strides, _LEAST_STEPS, strict=True)

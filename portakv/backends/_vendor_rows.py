@@ -45,6 +45,14 @@ def steps(part: KVRows, axis: str) -> list[tuple[int, int, int]]:
     return [(step.extent, step.table, step.stride) for step in part.axis(axis)]
 
 
+def by_ids_first(move: Move) -> tuple[KVView, Index, KVView, Index]:
+    """Return the side of a copy that has ids and its index, then the other side and its index."""
+    src, dst, src_index, dst_index, _ = move
+    if src_index.ids is None:
+        return dst, dst_index, src, src_index
+    return src, src_index, dst, dst_index
+
+
 def apart(form: Form) -> int | None:
     """Return the bytes from key to value, if one address leads to both; else None."""
     if form.kv != 2:

@@ -31,7 +31,7 @@ from types import ModuleType
 
 import torch
 
-from portakv.backends._vendor_rows import TOKENS, packed, planes
+from portakv.backends._vendor_rows import TOKENS, by_ids_first, packed, planes
 from portakv.backends.ascend_kernel import KernelRows, find_kernel, refusal
 from portakv.backends.base import Backend, Capabilities, Decision, FormatCheck, Launch, MoveLaunch
 from portakv.backends.strided import Ops, StridedCopy
@@ -180,10 +180,7 @@ class _OpRows(MoveLaunch):
     def _paged(self, move: Move) -> None:
         gathers = self._op == "npu_gather_pa_kv_cache"
         count = move.count
-        cache = move.src if gathers else move.dst
-        chunk = move.dst if gathers else move.src
-        ids = move.src_index if gathers else move.dst_index
-        dense = move.dst_index if gathers else move.src_index
+        cache, ids, chunk, dense = by_ids_first(move)
         if gathers:
             blocks = ids.units(count, self._unit, cache.device).to(torch.int32)
             tokens = torch.full((1,), count, dtype=torch.int32, device=cache.device)

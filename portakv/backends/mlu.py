@@ -42,6 +42,7 @@ from portakv.backends._vendor_rows import (
     TOKENS,
     GuardedRows,
     apart,
+    by_ids_first,
     guarded_slots,
     packed,
     planes,
@@ -245,11 +246,7 @@ class _MluLaunch(MoveLaunch):
 
     @torch.no_grad()
     def carry(self, move: Move, status: torch.Tensor | None) -> None:
-        gathers = self._plan.src_step > 0
-        cache = move.src if gathers else move.dst
-        dense = move.dst if gathers else move.src
-        index = move.src_index if gathers else move.dst_index
-        rows = move.dst_index if gathers else move.src_index
+        cache, index, dense, rows = by_ids_first(move)
         dtype = cache.owners[0].dtype
         if dtype not in _DTYPES or dtype.itemsize > self._plan.vector:
             dtype = torch.int8

@@ -15,6 +15,7 @@ from typing import NamedTuple, TypeAlias
 
 import torch
 
+from portakv.backends.base import Capabilities
 from portakv.copy.handle import BlockTransfer
 from portakv.copy.options import CopyOptions
 from portakv.errors import DeviceMismatch, SlotError, Unsupported
@@ -221,23 +222,22 @@ def settle(
     if passed is None:
         check_views(move)
     ready = prepared(move.src.form, move.dst.form, *move.steps, None, choice)
-    error = None if passed is None else passed.error
     if move.count == 0:
-        return Settled(move, (), error, False)
+        return Settled(move, (), None if passed is None else passed.error, False)
 
-    skips = check_ids(move, context, strict) if passed is None else passed.skips
-    clean = move.is_clean
-    guarded = skips or not clean
+    known = Passed(check_ids(move, context, strict)) if passed is None else passed
+    error = known.error
+    guarded = known.skips or not move.is_clean
     pieces = _pieces(ready, move, choice, context)
-    if guarded and not _take(pieces, clean):
-        guarded = False
-        context.check_not_captured(UNCHECKED)
-        move, found = drop_bad_ids(move, max(each.ready.plan.unit for each in pieces))
-        error = error or found
-        if move.count == 0:
-            return Settled(move, (), error, False)
-        ready = prepared(move.src.form, move.dst.form, *move.steps, None, choice)
-        pieces = _pieces(ready, move, choice, context)
+    if guarded:
+        cans = [each.ready.can for each in pieces]
+        unit = max(each.ready.plan.unit for each in pieces)
+        move, error, guarded = without_bad_ids(move, unit, known, context, cans)
+        if not guarded:  # no id is bad now
+            if move.count == 0:
+                return Settled(move, (), error, False)
+            ready = prepared(move.src.form, move.dst.form, *move.steps, None, choice)
+            pieces = _pieces(ready, move, choice, context)
 
     if passed is None:
         check_disjoint(move)
@@ -264,15 +264,6 @@ def _pieces(ready: Prepared, move: Move, choice: Choice, context: Context) -> li
     return pieces
 
 
-def _take(pieces: Sequence[Piece], clean: bool) -> bool:
-    """Return whether the backends of a copy accept negative ids, and ids that are not clean."""
-    for piece in pieces:
-        can = piece.ready.can
-        if not can.skips_negative or not (clean or can.guards):
-            return False
-    return True
-
-
 def check_ids(move: Move, context: Context, strict: bool) -> bool:
     """Return True if ids on the host skip positions; with ``strict``, wait for ids on a device and
     check them in the same way.
@@ -289,6 +280,45 @@ def check_ids(move: Move, context: Context, strict: bool) -> bool:
         dst_index = dst_index.to_host()
     skips = src_index.check(move.count, move.src.slots, "source")
     return dst_index.check(move.count, move.dst.slots, "destination", distinct=True) or skips
+
+
+class Checked(NamedTuple):
+    """A copy whose ids were checked.
+
+    Attributes:
+        move: the copy, without units that have bad ids if the backends do not skip them.
+        error: the error of ids that were left out.
+        guarded: the backends skip or report bad ids.
+    """
+
+    move: Move
+    error: SlotError | None
+    guarded: bool
+
+
+def without_bad_ids(
+    move: Move, unit: int, passed: Passed, context: Context, cans: Sequence[Capabilities] = ()
+) -> Checked:
+    """Leave bad ids out of a checked copy in units of ``unit`` tokens.
+
+    Waits at most once for ids on a device.
+
+    Args:
+        passed: its checks.
+        cans: the capabilities of the backends that read the ids, which may skip bad ids themselves.
+            None of them: they do not.
+
+    Raises:
+        Unsupported: inside graph capture, if it had to wait.
+    """
+    clean = move.is_clean
+    if clean and not passed.skips:
+        return Checked(move, passed.error, False)
+    if cans and all(can.skips_negative and (clean or can.guards) for can in cans):
+        return Checked(move, passed.error, True)
+    context.check_not_captured(UNCHECKED)
+    moved, error = drop_bad_ids(move, unit)
+    return Checked(moved, passed.error or error, False)
 
 
 def drop_bad_ids(move: Move, unit: int) -> tuple[Move, SlotError | None]:

@@ -18,8 +18,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from portakv.backends.base import Capabilities
 from portakv.copy.call import (
+    Checked,
     Context,
     Passed,
     Submit,
@@ -28,15 +28,15 @@ from portakv.copy.call import (
     check,
     common_device,
     context_of,
-    drop_bad_ids,
     follow_current,
+    without_bad_ids,
     without_left_out,
 )
 from portakv.copy.fp8 import decode_rows, encode_rows
 from portakv.copy.handle import BlockTransfer
 from portakv.copy.options import USUAL, CopyOptions
 from portakv.core.link import Cut
-from portakv.errors import PackOverflow, PortaKVError, SlotError, Unsupported
+from portakv.errors import PackOverflow, PortaKVError, Unsupported
 from portakv.interconnect.pack_slices import PackStages, issue_slices, pack_stages
 from portakv.interconnect.passage import Cross
 from portakv.interconnect.slices import Sizes
@@ -140,37 +140,6 @@ def _described(form: Form) -> str:
     planes = sorted({str(plane) for plane in form.encoding})
     name = form.encoding[0].encoding
     return f"blocks of {form.block_size} tokens packed by {name!r}, {', '.join(planes)}"
-
-
-class Checked(NamedTuple):
-    """A copy whose ids were checked.
-
-    Attributes:
-        move: the copy, without blocks that have bad ids if the backend does not skip them.
-        error: the error of ids that were left out.
-        guarded: the backend skips or reports bad ids.
-    """
-
-    move: Move
-    error: SlotError | None
-    guarded: bool
-
-
-def without_bad_ids(
-    move: Move, unit: int, passed: Passed, can: Capabilities | None = None
-) -> Checked:
-    """Leave bad ids out of a checked copy in blocks of ``unit`` tokens.
-
-    ``passed``: its checks. ``can``: the capabilities of the backend that reads the ids, which may
-    skip bad ids itself. None: it does not. Waits at most once for ids on a device.
-    """
-    clean = move.is_clean
-    if clean and not passed.skips:
-        return Checked(move, passed.error, False)
-    if can is not None and can.skips_negative and (clean or can.guards):
-        return Checked(move, passed.error, True)
-    moved, error = drop_bad_ids(move, unit)
-    return Checked(moved, passed.error or error, False)
 
 
 # --- Pack and unpack ------------------------------------------------------------------------------
@@ -280,7 +249,7 @@ def _transform(
 
     choice = choose(src.device, options.backend)
     ready = prepared(src.form, dst.form, *move.steps, None, choice, PackPlan)
-    checked = without_bad_ids(move, ready.plan.unit, passed, ready.can)
+    checked = without_bad_ids(move, ready.plan.unit, passed, context, [ready.can])
     if not checked.move.count:
         return _nothing_packed(checked)
     if not options.detached or context.device.type == "cpu":
@@ -452,7 +421,7 @@ def _issue_staged(
     choice = choose(device, None if named else options.backend)
     stages = pack_stages(move, leaves, choice)  # refuses what cannot be executed
     # The ids are used in slices, so that bad ones are left out first.
-    checked = without_bad_ids(move, packed.form.block_size, passed)
+    checked = without_bad_ids(move, packed.form.block_size, passed, context)
     move = checked.move
     if not move.count:
         return _nothing_packed(checked)
@@ -620,7 +589,7 @@ class DenseCopy:
         context = Context.of(self.device, options.stream)
         context.check_no_graph(f"{what} goes through temporary memory")
         # The ids are used in slices, so that bad ones are left out first.
-        checked = without_bad_ids(move, unit, check(move, context, options.strict))
+        checked = without_bad_ids(move, unit, check(move, context, options.strict), context)
         self.move = checked.move
         self._error = checked.error
         # Plain copies are parts of this copy, on the stream that is current when they are issued.

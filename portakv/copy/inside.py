@@ -13,9 +13,10 @@ import ctypes
 from collections.abc import Callable, Sequence
 from time import perf_counter
 from types import NoneType
-from typing import Any, NamedTuple, TypeGuard
+from typing import Any, NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch.autograd.graph import increment_version
 from torch.utils.dlpack import DLDeviceType
@@ -183,13 +184,13 @@ class ChunkCopies:
             side = _side(ids, 1)
             if side.step != 1 or side.number is None or type(start) is not int or start < 0:
                 return None
-            ids = side.ids
             start += side.offset
             end = end + side.offset if type(end) is int else end
-            if kernels is not None and _many(slot_mapping, side):
+            if kernels is not None:
                 count = (end if type(end) is int else side.number) - start
-                device = self._cache.device
-                ids = _kept_on(device, slot_mapping, start, count, self._cache.slots, not store)
+                side = side._replace(offset=start)
+                side = _placed(side, slot_mapping, self._cache, count, not store)
+            ids = side.ids
         on_device = type(ids) is torch.Tensor and not ids.is_cpu
         if kernels is None or not (on_device or _few(ids, start, end)):
             return self._launched(store, chunk, slot_mapping, ids, start, end)
@@ -233,20 +234,13 @@ class ChunkCopies:
             return None
         tokens, unit, units, described = checked
         rows = ChunkRows(self._layouts[chunk.itemsize], chunk, described)
+        sides = _Launch(cache if store else rows, rows if store else cache, tokens, unit, units)
         if index is not None:
             index = index.shifted(start - index.offset)
-            view = rows.view
-            move = Move(view, cache, CONSECUTIVE, index, tokens)
-            if store:
-                move = Move(cache, view, index, CONSECUTIVE, tokens)
-            transfer = _by_ids(self._choice, move, unit, tokens > unit * units, self._owner)
+            both = (index, CONSECUTIVE) if store else (CONSECUTIVE, index)
+            transfer = _by_ids(self._choice, sides, both, self._owner)
         else:
-            skips = tokens > unit * units  # then both sides have numbers
-            read = torch.from_numpy(numbers[:units]) if store or skips else None
-            written = torch.from_numpy(numbers[most : most + units]) if skips or not store else None
-            source = Units(cache if store else rows, read, 0)
-            target = Units(rows if store else cache, written, 0)
-            transfer = _by_units(self._choice, source, target, unit, units)
+            transfer = _by_units(self._choice, sides, numbers, (store, not store), (0, 0))
         if transfer is None:
             return None
         increment_version(chunk if store else self._caches.versions)
@@ -374,30 +368,19 @@ def _side(ids: object, step: int) -> _Side:
     return _Side(ids, step, offset, True, len(ids)) if type(ids) is list else _Side(ids, 0)
 
 
-def _many(ids: object, side: _Side) -> TypeGuard[Index]:
-    """Return whether kernels read ids of the host from a copy on the device: those of an `Index`,
-    which has one, that are too many to travel with a launch."""
-    return type(ids) is Index and side.on_host is True and (side.number or 0) > MOST_CARRIED
-
-
-def _kept_on(
-    device: torch.device, index: Index, offset: int, count: int, slots: int, distinct: bool
-) -> torch.Tensor:
-    """Return the ids of an index on a device; those on the host if they skip, fail their check, or
-    cannot be copied now."""
-    assert index.ids is not None
-    if not index.has_ids_on(device, frozenset(ID_DTYPES)) and capturing(device):
-        return index.ids
-    ids = index.checked_on(device, offset, count, slots, distinct)
-    return index.ids if ids is None else ids
-
-
 def _placed(side: _Side, ids: object, view: KVView, tokens: int, distinct: bool) -> _Side:
-    """Return a side of a copy inside a device with its ids where kernels read them."""
-    if not _many(ids, side):
+    """Return a side of a copy inside a device with its ids where kernels read them: a copy on the
+    device if they are those of an `Index`, which keeps it, and too many to travel with a launch.
+
+    Ids of the host stay there if they skip, fail their check, or cannot be copied now.
+    """
+    if type(ids) is not Index or not side.on_host or (side.number or 0) <= MOST_CARRIED:
         return side
-    found = _kept_on(view.device, ids, side.offset, tokens, view.slots, distinct)
-    return side._replace(ids=found, on_host=found.is_cpu)
+    device = view.device
+    if not ids.has_ids_on(device, frozenset(ID_DTYPES)) and capturing(device):
+        return side
+    there = ids.checked_on(device, side.offset, tokens, view.slots, distinct)
+    return side if there is None else side._replace(ids=there, on_host=False)
 
 
 def _tokens(read: _Side, written: _Side, src: KVView) -> int:
@@ -533,23 +516,17 @@ def _launched(
     if isinstance(checked, int):
         return None
     tokens, unit, units = checked
-    skipped = tokens - unit * units
+    sides = _Launch(src, dst, tokens, unit, units)
     if indices is not None:
-        transfer = _by_ids(choice, Move(src, dst, *indices, tokens), unit, skipped > 0)
+        transfer = _by_ids(choice, sides, indices)
     else:
-        source = target = None
-        if from_ids is not None or skipped:
-            source = torch.from_numpy(numbers[:units])
-        if to_ids is not None or skipped:
-            target = torch.from_numpy(numbers[most : most + units])
-        src_units = Units(src, source, from_offset)
-        dst_units = Units(dst, target, to_offset)
-        transfer = _by_units(choice, src_units, dst_units, unit, units)
+        listed = from_ids is not None, to_ids is not None
+        transfer = _by_units(choice, sides, numbers, listed, (from_offset, to_offset))
     if transfer is None:
         return None
     torch._C._increment_version(to_view.versions)
     step = read.plan_step or written.plan_step
-    return BlockTransfer.of_views(transfer, src, dst, step, tokens, skipped, began)
+    return BlockTransfer.of_views(transfer, src, dst, step, tokens, tokens - unit * units, began)
 
 
 def _few(ids: Any, start: object, end: object) -> bool:
@@ -562,40 +539,91 @@ def _few(ids: Any, start: object, end: object) -> bool:
     return (ids.numel() if type(ids) is torch.Tensor else len(ids)) - start <= MOST_LISTED
 
 
-def _by_units(choice: Choice, src: Units, dst: Units, unit: int, units: int) -> Transfer | None:
-    """Launch a copy on the host of so many units of ``unit`` tokens, which the core has checked;
-    None: no backend takes its plan."""
-    src_step = 0 if src.numbers is None else unit
-    dst_step = 0 if dst.numbers is None else unit
-    ready = _ready(choice, src.rows.form, dst.rows.form, src_step, dst_step, unit)
+class _Launch(NamedTuple):
+    """A copy that the core has checked, for the launch of a backend.
+
+    Attributes:
+        src, dst: views, or the chunk of one call.
+        tokens: with those that ids on the host skip.
+        unit: tokens that are moved together.
+        units: that are moved.
+    """
+
+    src: KVView | ChunkRows
+    dst: KVView | ChunkRows
+    tokens: int
+    unit: int
+    units: int
+
+    @property
+    def views(self) -> tuple[KVView, KVView]:
+        """Return both sides as views."""
+        src = self.src
+        dst = self.dst
+        return (
+            src.view if isinstance(src, ChunkRows) else src,
+            dst.view if isinstance(dst, ChunkRows) else dst,
+        )
+
+
+def _by_units(
+    choice: Choice,
+    sides: _Launch,
+    numbers: npt.NDArray[np.int64],
+    listed: tuple[bool, bool],
+    offsets: tuple[int, int],
+) -> Transfer | None:
+    """Copy on the host by numbers of units; None: no backend takes the plan.
+
+    Args:
+        numbers: those of the source, then as much room for those of the destination.
+        listed: for each side, whether it has ids.
+        offsets: of a side without ids, the tokens before it.
+    """
+    src, dst, tokens, unit, units = sides
+    # With units that are left out, both sides have numbers.
+    src_listed, dst_listed = listed if tokens == unit * units else (True, True)
+    src_step = unit if src_listed else 0
+    dst_step = unit if dst_listed else 0
+    ready = _ready(choice, src.form, dst.form, src_step, dst_step, unit)
     if ready is None:
         return None
+    source = target = None
+    if src_listed:
+        source = torch.from_numpy(numbers[:units])
+    if dst_listed:
+        half = numbers.size // 2
+        target = torch.from_numpy(numbers[half : half + units])
+    read = Units(src, source, offsets[0])
+    written = Units(dst, target, offsets[1])
     if type(ready.launch) is StridedLaunch:
-        ready.launch.copy(src, dst, units)
+        ready.launch.copy(read, written, units)
         return Transfer((), None, ready.carried)
-    src_rows, dst_rows = (x.view if isinstance(x, ChunkRows) else x for x in (src.rows, dst.rows))
-    sides = src_rows, dst_rows, _index(src, unit), _index(dst, unit)
-    return _launch(ready, Move(*sides, unit * units))
+    src_index, dst_index = (
+        Index(offset=x.offset) if x.numbers is None else Index.checked(x.numbers, unit)
+        for x in (read, written)
+    )
+    return _launch(ready, Move(*sides.views, src_index, dst_index, unit * units))
 
 
 def _by_ids(
-    choice: Choice, move: Move, unit: int, skips: bool, owner: Owner | None = None
+    choice: Choice, sides: _Launch, indices: tuple[Index, Index], owner: Owner | None = None
 ) -> Transfer | None:
-    """Launch a copy inside a device in units of ``unit`` tokens, which the core has checked except
-    for ids on the device.
+    """Copy inside a device by indices, whose ids there the core has not checked.
 
     None: a graph is captured, no backend takes the plan, or bad ids are to be left out before.
 
     Args:
-        skips: ids on the host skip positions.
         owner: it reports an error if the handle does not.
     """
+    move = Move(*sides.views, *indices, sides.tokens)
     if capturing(move.dst.device):
         return None
-    ready = _ready(choice, move.src.form, move.dst.form, *move.steps, unit)
+    ready = _ready(choice, move.src.form, move.dst.form, *move.steps, sides.unit)
     if ready is None:
         return None
     can = ready.can
+    skips = sides.tokens > sides.unit * sides.units
     judges = can.guards and can.skips_negative
     if (skips and not can.skips_negative) or not (judges or move.is_clean):
         return None
@@ -634,22 +662,17 @@ def _launch(
         words = ((word, 0),)
         status = word.tensor
     placed = ready.place_both(move)
-    tables: list[torch.Tensor] = []
-    if device.type == "cpu":
-        pending = ready.launch(*placed, None, None)
-        if pending is None:
-            return Transfer((), None, ready.carried)
-    else:
-        if True in ready.tables:
-            tables = _tables_of(move, ready.tables, device)
-        try:
-            pending = ready.launch(*placed, None, status)
-        except BaseException:  # also an interrupt; what was launched may still run
-            if tables:
-                completion(device, None, *tables)
-            raise
+    tables = _tables_of(move, ready.tables, device) if True in ready.tables else []
+    try:
+        pending = ready.launch(*placed, None, status)
+    except BaseException:  # also an interrupt; what was launched may still run
+        if tables:
+            completion(device, None, *tables)
+        raise
     # The allocator knows the ids' memory by the stream on which they were brought, which may be
     # another one. It reuses the memory of the views after what it knows of the current stream.
+    if pending is None and device.type == "cpu":
+        return Transfer((), None, ready.carried)
     retained = placed[2:4] if pending is None else placed
     pendings = () if pending is None else (pending,)
     end = Completion.after(device, None, pendings, words, None, (retained, tables))
@@ -673,13 +696,6 @@ def _tables_of(move: Move, tables: tuple[bool, bool], device: torch.device) -> l
         else:
             retained.append(table)
     return retained
-
-
-def _index(side: Units, unit: int) -> Index:
-    """Return units as an index."""
-    if side.numbers is None:
-        return Index(offset=side.offset)
-    return Index.checked(side.numbers, unit)
 
 
 def _index_of(ids: Ids | None, step: int) -> Index | None:

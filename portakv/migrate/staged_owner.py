@@ -54,7 +54,6 @@ from portakv.migrate.staging import (
     Chunks,
     Rows,
     Slots,
-    bring_ids,
     has_ended,
     part_of,
     retain,
@@ -65,6 +64,7 @@ from portakv.migrate.staging import (
 )
 from portakv.migrate.transports import Transports
 from portakv.migrate.transports.base import Lane, Moving, Transport
+from portakv.registry import bring
 from portakv.runtime.bounded import Bounded
 from portakv.runtime.streams import StreamFence
 from portakv.tasks import Limit, TaskGroup, Work, runtime
@@ -623,7 +623,7 @@ class Gathers:
         The slots of blocks that do not fit say so to the reader.
         """
         retain(buffer.memory)
-        bring_ids(rows.ids, rows.view.device)  # once: all parts of the offer share them
+        bring([rows.ids], rows.view.device)  # once: all parts of the offer share them
 
         buffer.clean()
         planes, into = buffer.chunks.of(rows.view, count, slots)

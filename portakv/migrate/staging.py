@@ -16,7 +16,6 @@ import torch
 from portakv.copy.handle import BlockTransfer
 from portakv.errors import LayoutError, PackOverflow, PortaKVError
 from portakv.layout.encodings import Pack, PackedPlane, pack_parameters_of
-from portakv.registry.prepared import ASYNCHRONOUS
 from portakv.runtime.bounded import Bounded
 from portakv.runtime.rate_limited_log import RateLimitedLog
 from portakv.runtime.streams import ignoring_captures
@@ -24,7 +23,6 @@ from portakv.view import Index, KVView
 
 _PARTS = 64  # slices of a view that the view retains
 _CHUNKS = 8  # forms of chunks that a staging buffer retains
-_INT64 = frozenset([torch.int64])
 _log = RateLimitedLog(logging.getLogger(__name__))
 _ALIGNED = 256  # bytes; the rows of each kv start at a multiple
 
@@ -101,20 +99,6 @@ def part_of(view: KVView, layers: slice, heads: slice | None = None) -> KVView:
         made = view.derived.setdefault("parts", Bounded("parts of views", _PARTS))
     key = layers.start, layers.stop, heads and (heads.start, heads.stop)
     return made.get_or_make(key, lambda: view.slice(layers=layers, heads=heads))
-
-
-def bring_ids(index: Index, device: torch.device) -> None:
-    """Send the ids of an index to a device for later copies, ordered on the current stream.
-
-    The host does not wait, as it would if the first copy brought them. Only the current stream, and
-    streams that follow it, may use the index from then on.
-    """
-    if device.type not in ASYNCHRONOUS or not index.on_host:
-        return
-    if not index.has_ids_on(device, _INT64):
-        from portakv.host.small import to_device  # not before it is needed
-
-        index.add_copy(to_device(index.host_ids(), device, torch.int64))
 
 
 class Rows(NamedTuple):

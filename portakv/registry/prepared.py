@@ -7,7 +7,7 @@ New memory objects, reallocated caches and other layers of known forms reuse pre
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import product
@@ -43,6 +43,8 @@ CAPACITY = 1024  # launches
 #: Types of devices to which the library sends ids by a small copy, without blocking the host. To
 #: others torch copies the ids, and the host waits for all work on the stream.
 ASYNCHRONOUS = frozenset({"cuda"})
+_HOST = torch.device("cpu")
+_INT64 = frozenset({torch.int64})
 
 
 class Picks(Protocol):
@@ -105,27 +107,35 @@ class Prepared:
             picks=cast("Picks", launch) if hasattr(launch, "picked_for") else None,
         )
 
+    def place_both(self, move: Move) -> Move:
+        """Return a copy with the ids of both sides placed as `place` places them."""
+        src, dst, src_index, dst_index, count = move
+        if src_index.temporary and dst_index.temporary:
+            self._bring(src_index, dst_index)  # together
+        return Move(src, dst, self.place(src_index), self.place(dst_index), count)
+
     def place(self, index: Index) -> Index:
         """Return an index with its ids where the backend reads them, in a dtype that it reads."""
         can = self.can
         if index.ids is None or can.index_on == "any":
             return index
-        if self._carries(index):
-            return index.reading(torch.from_numpy(index.host_ids()))
-        if index.listed:
-            bring((index,), self.ids_device, can.index_dtypes)
+        if index.temporary:
+            if self._carries(index):
+                return index.placed(_HOST, can.index_dtypes)
+            self._bring(index)
         return index.placed(self.ids_device, can.index_dtypes)
 
-    def _carries(self, index: Index) -> bool:
-        return self.carries_ids and 0 < index.listed <= MOST_LISTED
+    def _bring(self, *indices: Index) -> None:
+        """Send ids of one call that do not travel with the launch."""
+        if self.can.index_on != "any" and self.ids_device.type in ASYNCHRONOUS:
+            new = [each for each in indices if not self._carries(each)]
+            bring(new, self.ids_device, self.can.index_dtypes)
 
-    def place_both(self, move: Move) -> Move:
-        """Return a copy with the ids of both sides placed as `place` places them."""
-        src, dst, src_index, dst_index, count = move
-        both = src_index, dst_index
-        if self.can.index_on != "any" and all(x.listed and not self._carries(x) for x in both):
-            bring(both, self.ids_device, self.can.index_dtypes)
-        return Move(src, dst, self.place(src_index), self.place(dst_index), count)
+    def _carries(self, index: Index) -> bool:
+        """Return whether ids of the host travel with the launch."""
+        ids = index.ids
+        new = self.carries_ids and index.temporary and index.on_host
+        return new and ids is not None and ids.numel() <= MOST_LISTED
 
     def pack(
         self,
@@ -264,28 +274,25 @@ def prepare_by(backend: Backend, plan: AnyPlan) -> tuple[Launch | None, Decision
     return None, Decision(backend.name, False, why)
 
 
-def bring(indices: Sequence[Index], device: torch.device, dtypes: frozenset[torch.dtype]) -> None:
+def bring(
+    indices: Iterable[Index], device: torch.device, dtypes: frozenset[torch.dtype] = _INT64
+) -> None:
     """Send ids on the host to a device in one small copy, ordered on the current stream.
 
-    `Index.ids_on` then finds them there. Sends only the ids of temporary indices: no stream uses
-    them except this one, and streams that wait for it.
+    `Index.ids_on` then finds them there. Only this stream, and streams that wait for it, may use
+    the indices from then on. The host does not wait, as it would if `Index.ids_on` sent them.
     """
     if device.type not in ASYNCHRONOUS or torch.int64 not in dtypes:
         return
-    sent = [
-        index
-        for index in dict.fromkeys(indices)
-        if index.temporary and index.on_host and not index.has_ids_on(device, dtypes)
-    ]
-    if not sent:
-        return
-    from portakv.host.small import to_device  # not before it is needed
+    distinct = dict.fromkeys(indices)
+    sent = [x for x in distinct if x.on_host and not x.has_ids_on(device, dtypes)]
+    if sent:
+        from portakv.host.small import to_device  # not before it is needed
 
-    listed = [index.host_ids() for index in sent]
-    ids = to_device(np.concatenate(listed), device, torch.int64)
-    parts = ids.split_with_sizes([each.size for each in listed])
-    for index, part in zip(sent, parts, strict=True):
-        index.add_copy(part)
+        arrays = [index.host_ids() for index in sent]
+        ids = to_device(np.concatenate(arrays), device, torch.int64)
+        for index, part in zip(sent, ids.split([each.size for each in arrays]), strict=True):
+            index.add_copy(part)
 
 
 def bring_table(

@@ -307,12 +307,10 @@ class Index:
 
     # plan_step: the step that a plan is made for: ``step``, or 0 without ids.
     # temporary: a caller's ids for one call, which are not used again.
-    # listed: the number of temporary ids on the host; 0 for all other indices.
     __slots__ = (
         "_store",
         "ids",
         "length",
-        "listed",
         "offset",
         "on_host",
         "plan_step",
@@ -353,15 +351,11 @@ class Index:
         self.length: int | None = None
         self.on_host = True
         self.plan_step = 0
-        self.listed = 0
         if ids is None:
             return
-        number = ids.numel()
-        self.length = number * step - offset
+        self.length = ids.numel() * step - offset
         self.on_host = ids.is_cpu
         self.plan_step = step
-        if temporary and self.on_host:
-            self.listed = number
 
     @classmethod
     def of(cls, index: Ids, step: int = 1) -> Index:
@@ -432,18 +426,13 @@ class Index:
         slots = request_slots(tables, lengths, step, first, front, count)
         return cls(slots, trusted=trusted)
 
-    def _derived(self, ids: torch.Tensor | None, offset: int, store: _Store | None = None) -> Index:
-        """Make an index of the same list, or with ``store`` of a part of it."""
+    def _derived(
+        self, ids: torch.Tensor | None, offset: int, store: _Store | None = None, step: int = 0
+    ) -> Index:
+        """Make an index of the same list, or with ``store`` of a part of it, or with a step."""
         index = Index.__new__(Index)
-        index._set(ids, self.step, offset, store or self._store, self.temporary, self.trusted)
-        return index
-
-    def reading(self, ids: torch.Tensor) -> Index:
-        """Return this index with its ids read from another contiguous copy of them, which may be
-        longer."""
-        index = self._derived(ids, self.offset)
-        index.length = self.length
-        index.listed = 0
+        kind = self.temporary, self.trusted
+        index._set(ids, step or self.step, offset, store or self._store, *kind)
         return index
 
     def shifted(self, tokens: int) -> Index:
@@ -457,10 +446,7 @@ class Index:
         """
         store = _Store(self._store.array)
         store.copies = [*self._store.copies]  # those that there are
-        index = Index.__new__(Index)
-        offset = self.offset // block_size
-        index._set(self.ids, 1, offset, store, self.temporary, self.trusted)
-        return index
+        return self._derived(self.ids, self.offset // block_size, store, 1)
 
     def without_repeats(self, count: int | None = None) -> Index:
         """Return this index with each slot named once.

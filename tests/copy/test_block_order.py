@@ -229,7 +229,6 @@ def test_an_index_that_is_kept_is_not_sent_behind_a_stream(sent: list[int]) -> N
     blocks = inside(simdev_cases.DEVICE)
     src_index = Index(SRC, step=SIZE)
     dst_index = Index(DST, step=SIZE)
-    prepared.bring((src_index, dst_index), simdev_cases.DEVICE, frozenset({torch.int64}))
     for stream in (None, torch.Stream(simdev_cases.DEVICE)):
         blocks.start(src_index, dst_index, stream=stream).synchronize()
         assert blocks.landed()
