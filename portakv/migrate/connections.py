@@ -379,9 +379,15 @@ class Connections:
             except NotMapped as error:
                 owner.why_not_mapped = str(error)
                 await self._agree_or_raise(owner, ticket, until)
-            self._add(owner)
+            # Nobody finds an owner whose end nobody would notice.
             gone = partial(self._forget, owner, gone=True)
-            owner.unwatch = self.channel.watch(address, gone)
+            try:
+                owner.unwatch = self.channel.watch(address, gone)
+            except BaseException:
+                self._forget(owner)
+                raise
+            if not owner.gone:
+                self._add(owner)
         finally:
             turn.release()
         return owner

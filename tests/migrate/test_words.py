@@ -679,3 +679,33 @@ def test_a_renewal_of_the_readers_thread_needs_no_answer(made: Sides) -> None:
         pulled.synchronize(LIMIT)
     assert until(lambda: offer.state == "taken")
     assert any(isinstance(each, Renew) for each in noted)
+
+
+def test_an_owner_that_ends_before_its_end_is_watched_is_not_known(
+    made: Sides, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Later pulls would wait for rows of a process that has ended."""
+    both = Couple(made)
+    channel = both.reader.channel
+    connections = Connections(channel, [both.dst.shard], MODEL, None)
+    ticket = Ticket.read(both.offer().ticket)
+    watch = channel.watch
+
+    def refused(address: str, gone: Any) -> Any:
+        raise PeerError("no channel listens there any more")
+
+    def late(address: str, gone: Any) -> Any:
+        gone()
+        return watch(address, gone)
+
+    monkeypatch.setattr(channel, "watch", refused)
+    with pytest.raises(PeerError, match="any more"):
+        runtime().run(connections.of, ticket)
+    assert not len(connections)
+    monkeypatch.setattr(channel, "watch", late)
+    assert runtime().run(connections.of, ticket).gone
+    assert not len(connections)
+    monkeypatch.undo()
+    assert not runtime().run(connections.of, ticket).gone
+    assert len(connections) == 1
+    runtime().run(connections.close)
