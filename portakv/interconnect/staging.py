@@ -341,6 +341,10 @@ cached_staging: Bounded[tuple[torch.device, int, bool, bool], Staging] = Bounded
 )
 
 
+#: Without it another thread would find no staging while one is moved to the end, and make its own.
+moving = threading.Lock()
+
+
 def staging(
     device: torch.device, work: torch.Stream, detached: bool = False, packs: bool = False
 ) -> Staging:
@@ -353,9 +357,10 @@ def staging(
     Beyond `STREAMS` the staging that was not used for the longest time is freed.
     """
     key = device, work.stream_id, detached, packs
-    # The first of several threads wins.
-    current = cached_staging.pop(key, None) or Staging(device, detached)
-    return cached_staging.setdefault(key, current)
+    with moving:
+        current = cached_staging.pop(key, None) or Staging(device, detached)
+        cached_staging[key] = current
+    return current
 
 
 class BounceBuffers(Buffers):

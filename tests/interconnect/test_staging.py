@@ -1,8 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Dense rows of images that begin at each page: their blocks overlap as far as a form can tell."""
+"""Dense rows of images that begin at each page: their blocks overlap as far as a form can tell.
+And the staging of a stream."""
 
 from __future__ import annotations
 
+import threading
+from contextlib import nullcontext
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,7 +15,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from portakv import KVView
+from portakv.interconnect import staging
 from portakv.interconnect.staging import DenseRows
+from portakv.runtime.bounded import Bounded
 from portakv.storage.form import HEADER, BlockForm
 
 TOKENS = 16
@@ -93,3 +99,36 @@ def test_layers_outside_of_blocks_stay_there(
     """These blocks do not overlap, so that the form of dense rows depends on their number."""
     form = KVView(torch.zeros(shape, dtype=torch.bfloat16), layout, **terms).form
     assert not DenseRows(form).any_length
+
+
+@pytest.mark.parametrize("control", [False, True], ids=["", "negative control"])
+def test_two_threads_have_one_staging(control: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A second thread asks while the first one moves the staging to the end of the mapping."""
+    made = list[object]()
+    found = list[object]()
+    work: Any = SimpleNamespace(stream_id=-77)
+
+    class Made:
+        def __init__(self, *_: object) -> None:
+            made.append(self)
+
+    class Watched(Bounded[Any, Any]):
+        def pop(self, *key: Any) -> Any:
+            value = super().pop(*key)
+            if threading.current_thread() is threading.main_thread() and value is not None:
+                other.start()
+                other.join(0.3)  # it ends only if nothing keeps it waiting
+            return value
+
+    def ask() -> None:
+        found.append(staging.staging(torch.device("cpu"), work))
+
+    other = threading.Thread(target=ask)
+    monkeypatch.setattr(staging, "Staging", Made)
+    monkeypatch.setattr(staging, "cached_staging", Watched("staging of a test", 4))
+    if control:
+        monkeypatch.setattr(staging, "moving", nullcontext())
+    ask()
+    ask()
+    other.join()
+    assert (len(made) == 1) != control
