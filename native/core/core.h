@@ -624,7 +624,7 @@ typedef struct portakv_chunk_copies {
 //   uncrossed   an Uncrossed (link.h); 0: no addresses are listed
 //   staging     the StagingBuffers (link.h) of the stream; 0: `staged` is not prepared
 // Then for all three
-//   end         a portakv_copy_end; 0: one without memory and event
+//   end         a portakv_copy_end; 0: one without an event
 //   stream      a stream of the current device; None: the current one
 // The function tells torch that the destination was written. It returns the tokens times 2^16, plus
 // four times the answer of the pick, plus 2 if the status word may be written, plus 1 if ids of the
