@@ -51,11 +51,15 @@ class RawMemory(NamedTuple):
         return tuple(made)
 
     def spans(self, origins: Sequence[int]) -> Spans:
-        """Return the spans of the memory, as `KVView.spans` does; none if its end is unknown."""
+        """Return the spans of the memory, as `KVView.spans` does; none if its end is unknown.
+
+        Those that touch are one: the tiles of a tensor, thousands, are then as quick to compare as
+        the tensor.
+        """
         if not (self.nbytes and origins):
             return []
         firsts = np.sort(np.array(origins, dtype=np.int64))
-        begins = np.flatnonzero(np.append(True, np.diff(firsts) >= self.nbytes))
+        begins = np.flatnonzero(np.append(True, np.diff(firsts) > self.nbytes))
         lasts = np.append(firsts[begins[1:] - 1], firsts[-1:])
         return list(zip(firsts[begins].tolist(), (lasts + self.nbytes).tolist(), strict=True))
 

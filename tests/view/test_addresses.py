@@ -154,6 +154,19 @@ def test_what_is_shared_is_found_where_extents_are_known() -> None:
     assert not at(addresses(tensors), -1).overlaps(known)
 
 
+def test_addresses_that_touch_cover_one_span() -> None:
+    """So a copy of thousands of tiles compares few spans with few; a gap of a byte parts them."""
+    places = [4096 + 64 * n for n in range(1000)] + [4096 + 64 * 1000 + 1]
+    view = KVView.at(
+        torch.tensor(places[::-1]),
+        "block | token dim",
+        shape=(1, 64),
+        dtype=torch.uint8,
+        device="cpu",
+    )
+    assert view.spans == [(4096, places[-1] - 1), (places[-1], places[-1] + 64)]
+
+
 def test_what_only_a_device_knows_is_found_once_it_was_read() -> None:
     """A slice and the check of a destination keep no answer from before the addresses were."""
     tensors = caches()
