@@ -117,7 +117,7 @@ class ChunkRows:
         """Return the chunk as a view."""
         _, origins, owners, spans, slots, grad = self._described
         facts = (self.form, origins, owners, spans), slots, self.device, grad
-        return KVView.of_facts(self._bound, self._chunk, facts)
+        return KVView.through(self._bound, self._chunk, facts=facts)
 
 
 class Units(NamedTuple):

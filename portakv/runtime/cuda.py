@@ -353,14 +353,14 @@ class KernelDriver(Caller, ABC):
 
     Attributes:
         named: the driver in errors of launches.
-        launches: the name of the function that launches.
+        on_launch: the name of the function that launches.
         on_events: the names of the functions on events, as `EventFunctions.of` takes them.
         on_streams: the names of the functions that name the current device, and that ask whether a
             graph captures a stream.
     """
 
     named: ClassVar = "the CUDA driver"
-    launches: ClassVar = "cuLaunchKernel"
+    on_launch: ClassVar = "cuLaunchKernel"
     on_events: ClassVar[tuple[str, ...]] = (
         "cuEventCreate",
         "cuEventRecord",
@@ -378,7 +378,7 @@ class KernelDriver(Caller, ABC):
     @cached_property
     def entry(self) -> int:
         """The address of the function that launches, for the core."""
-        return address_in(self.library, self.launches)
+        return address_in(self.library, self.on_launch)
 
     @property
     def events(self) -> EventFunctions:

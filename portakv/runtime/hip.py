@@ -265,7 +265,7 @@ class Card(KernelDriver):
 
     platform = "HIP"
     named = "HIP"
-    launches = "hipModuleLaunchKernel"
+    on_launch = "hipModuleLaunchKernel"
     on_events = (
         "hipEventCreateWithFlags",
         "hipEventRecord",
