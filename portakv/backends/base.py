@@ -263,7 +263,7 @@ class Backend(ABC):
 
         The default compares the plan with the claims.
         """
-        why = pack_refusal(self.capabilities(), plan)
+        why = refusal(self.capabilities(), plan)
         return Decision(self.name, why is None, why or f"carries out {plan.encoding!r}")
 
     def prepare_pack(self, plan: PackPlan) -> PackLaunch:
@@ -275,28 +275,19 @@ class Backend(ABC):
         raise Unsupported(f"The encoding {plan.encoding!r}", f"{self.name} does not carry it out")
 
 
-def pack_refusal(can: Capabilities, plan: PackPlan) -> str | None:
-    """Return the first claim that a plan of an encoding exceeds, as a sentence, or None."""
-    if plan.encoding not in can.encodings:
+def refusal(can: Capabilities, plan: CopyPlan | PackPlan) -> str | None:
+    """Return the first claim that a plan exceeds, as a sentence, or None."""
+    if isinstance(plan, PackPlan) and plan.encoding not in can.encodings:
         return f"it does not carry out the encoding {plan.encoding!r}"
     route = (plan.src.place, plan.dst.place)
     if route not in can.places:
         return f"it does not copy from {route[0]} to {route[1]} memory"
-    if plan.tabled and not can.tables:
-        return "it takes no pointer tables and the planes lie in separate allocations"
-    return None
-
-
-def refusal(can: Capabilities, plan: CopyPlan) -> str | None:
-    """Return the first claim that a plan exceeds, as a sentence, or None."""
-    route = (plan.src.place, plan.dst.place)
-    if route not in can.places:
-        return f"it does not copy from {route[0]} to {route[1]} memory"
-    if plan.vector < can.alignment:
-        return f"it needs {can.alignment} B alignment and the plan allows {plan.vector} B"
-    loops = max(len(nest.loops) for nest in plan.nests)
-    if can.max_loops is not None and loops > can.max_loops:
-        return f"it takes {can.max_loops} strided loops and the plan has {loops}"
+    if isinstance(plan, CopyPlan):
+        if plan.vector < can.alignment:
+            return f"it needs {can.alignment} B alignment and the plan allows {plan.vector} B"
+        loops = max(len(nest.loops) for nest in plan.nests)
+        if can.max_loops is not None and loops > can.max_loops:
+            return f"it takes {can.max_loops} strided loops and the plan has {loops}"
     if plan.tabled and not can.tables:
         return "it takes no pointer tables and the planes lie in separate allocations"
     return None

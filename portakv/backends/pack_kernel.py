@@ -168,8 +168,7 @@ class KernelPackLaunch(KernelsLaunch):
         driver: KernelDriver,
         home: torch.device,
     ) -> None:
-        sides = [(kernel.shape.src, kernel.shape.dst) for kernel in kernels]
-        super().__init__(plan, sides, driver, home)
+        super().__init__(plan, kernels, driver, home)
         cuts = chain.from_iterable(kernel.cut for kernel in kernels)
         handles = [driver.address(function) for function in functions]
         self._packs = Packs(plan.words, options_of(plan), cuts, handles, driver.entry)

@@ -26,7 +26,8 @@ from portakv.backends.rows_kernel import (
     kernels_of,
     options_of,
 )
-from portakv.core.rows import ON_HOST, UNITS, Kernels, SideShape, pack_side
+from portakv.core.pack import PackShape
+from portakv.core.rows import ON_HOST, UNITS, Kernels, RowsShape, SideShape, pack_side
 from portakv.errors import Unsupported
 from portakv.plan.packing import PackPlan
 from portakv.plan.plan import CopyPlan, Move
@@ -42,8 +43,10 @@ COUNTED = 2**32
 
 
 class KernelText(Protocol):
-    """The text of a kernel and the names of its entries, such as a `RowsKernel` has."""
+    """The text of a kernel, the names of its entries and its shape, such as a `RowsKernel` has."""
 
+    @property
+    def shape(self) -> RowsShape | PackShape: ...
     @property
     def source(self) -> str: ...
     @property
@@ -122,7 +125,7 @@ class KernelsLaunch:
 
     Args:
         plan: of the copy.
-        sides: both sides of each kernel.
+        kernels: those of the plan, one for each nest.
         driver: of the device that the kernels are loaded on.
         home: that device, where they read tables of addresses.
 
@@ -133,15 +136,15 @@ class KernelsLaunch:
     def __init__(
         self,
         plan: CopyPlan | PackPlan,
-        sides: Iterable[tuple[SideShape, SideShape]],
+        kernels: Sequence[KernelText],
         driver: KernelDriver,
         home: torch.device,
     ) -> None:
         self._driver = driver
         self._home = home
         self._unit = plan.unit
-        src, dst = zip(*sides, strict=True)
-        self.tables = _looks_up(src), _looks_up(dst)
+        shapes = [kernel.shape for kernel in kernels]
+        self.tables = _looks_up(x.src for x in shapes), _looks_up(x.dst for x in shapes)
 
     def sides(self, move: Move) -> tuple[bytes, bytes]:
         """Return both sides of a copy as the core takes them."""
@@ -210,8 +213,7 @@ class RowsLaunch(KernelsLaunch, MoveLaunch):
         driver: KernelDriver,
         home: torch.device,
     ) -> None:
-        sides = [(kernel.shape.src, kernel.shape.dst) for kernel in kernels]
-        super().__init__(plan, sides, driver, home)
+        super().__init__(plan, kernels, driver, home)
         self._table = table
         self._plan = plan.words
         self._options = options_of(plan, kernels[0].by_source)

@@ -30,6 +30,10 @@ _HOST = torch.device("cpu")
 #: For each plane the tensor over its rows; then the numbers of the rows, in order (None: all rows).
 _Tensors = list[torch.Tensor]
 _Picked = torch.Tensor | None
+#: The extent and the stride of each dimension of a tensor, in elements.
+_Steps = list[tuple[int, int]]
+#: Planes at regular distances: the bytes before the first, and the dimensions that count planes.
+_Grid = tuple[int, _Steps]
 #: A tensor over planes, and the number of its first dimensions that count planes.
 _Grids = tuple[torch.Tensor, int]
 #: A view, or the chunk of one call.
@@ -113,7 +117,7 @@ class ChunkRows:
         """Return the chunk as a view."""
         _, origins, owners, spans, slots, grad = self._described
         facts = (self.form, origins, owners, spans), slots, self.device, grad
-        return KVView.of_facts(self._bound, self._chunk, facts)
+        return KVView.through(self._bound, self._chunk, facts=facts)
 
 
 class Units(NamedTuple):
@@ -254,28 +258,9 @@ def _run(
             ops.put(target, 0, written, source)
 
 
-class _Grid(NamedTuple):
-    """Rows of ``each`` planes ``near`` bytes apart; the rows begin ``far`` bytes apart."""
-
-    first: int
-    rows: int
-    far: int
-    each: int
-    near: int
-
-    def dimensions(self, width: int) -> tuple[int, list[int], list[int]]:
-        """Return the bytes before the first plane, and the extents and strides of the dimensions
-        that count planes, in elements of a width."""
-        extents = [self.each, self.rows]
-        strides = [self.near // width, self.far // width]
-        if self.each == 1:
-            extents = extents[1:] if self.rows > 1 else []
-            strides = strides[1:] if self.rows > 1 else []
-        return self.first, extents, strides
-
-
-def _grids(moves: list[int]) -> list[_Grid]:
-    """Return distances of planes as one grid; if they form none, each plane as a separate grid."""
+def _grids(moves: list[int], width: int) -> list[_Grid]:
+    """Return planes at distances in bytes as one grid; if they form none, each plane as a separate
+    grid. Strides are in elements of a width."""
     number = len(moves)
     first = moves[0]
     for each in (n for n in range(1, number + 1) if number % n == 0):
@@ -284,8 +269,9 @@ def _grids(moves: list[int]) -> list[_Grid]:
         rows = number // each
         made = [first + row * far + at * near for row in range(rows) for at in range(each)]
         if made == moves and min(near, far) >= 0:
-            return [_Grid(first, rows, far, each, near)]
-    return [_Grid(move, 1, 0, 1, 0) for move in moves]
+            steps = (each, near), (rows, far)
+            return [(first, [(extent, step // width) for extent, step in steps if extent > 1])]
+    return [(move, []) for move in moves]
 
 
 class _Rows:
@@ -312,10 +298,10 @@ class _Rows:
         self._pitch = side.units[0].stride if self._flat else 0
         # The extents and strides of a row, in elements; the loops from a unit's first row to its
         # other rows, in rows; and the bytes that numbers of rows are counted in.
-        self._walk: list[tuple[int, int]] = []
+        self._walk: _Steps = []
         if ops.holes:
-            self._size = [*(extent for extent, _ in loops), nest.run // width]
-            self._stride = [*(stride // width for _, stride in loops), 1]
+            self._row = [*((extent, stride // width) for extent, stride in loops)]
+            self._row.append((nest.run // width, 1))
             self._grain = gcd(*(step.stride for step in side.units)) or width
         else:
             self._grain = row = gcd(
@@ -323,8 +309,7 @@ class _Rows:
                 *(step.stride for each in nest.sides for step in each.units),
                 *(stride for x in inner for stride in (x.src_stride, x.dst_stride)),
             )
-            self._size = [row // width]
-            self._stride = [1]
+            self._row = [(row // width, 1)]
             self._walk = [(n, s // row) for n, s in (*loops, (nest.run // row, row)) if n > 1]
         extents = [extent for extent, _ in self._walk]
         # The rows of a unit, and the distance from the first to the last, in grains.
@@ -344,10 +329,9 @@ class _Rows:
         tables = [getattr(x, f"{name}_table") for x in outer]
         strides = [getattr(x, f"{name}_stride") for x in outer]
         moves = [(sum(map(mul, at, tables)), sum(map(mul, at, strides))) for at in places]
-        #: For each entry of the table in turn the grids of its planes: the bytes before the first
-        #: plane, and the extents and strides, in elements, of the dimensions that count planes.
+        #: For each entry of the table in turn the grids of its planes.
         self._planes = [
-            (table, [grid.dimensions(width) for grid in _grids([move for _, move in group])])
+            (table, _grids([move for _, move in group], width))
             for table, group in groupby(moves, itemgetter(0))
         ]
 
@@ -484,17 +468,15 @@ class _Rows:
         self, view: _Source, entry: int, start: int, loops: Sequence[tuple[int, int]]
     ) -> list[_Grids]:
         """Return the same as one tensor for each grid."""
-        size = [*[extent for extent, _ in loops], *self._size]
-        stride = [*[pitch // self._width for _, pitch in loops], *self._stride]
+        rows = [*((extent, pitch // self._width) for extent, pitch in loops), *self._row]
         entry = self._side.table + entry
         start = self._side.offset + start
         made = []
         for table, grids in self._planes:
-            for first, sizes, strides in grids:
-                sizes = [*sizes, *size]
-                strides = [*strides, *stride]
-                tensor = view.strided(entry + table, start + first, self._dtype, sizes, strides)
-                made.append((tensor, len(sizes) - len(size)))
+            for first, planes in grids:
+                shape = zip(*planes, *rows, strict=True)
+                tensor = view.strided(entry + table, start + first, self._dtype, *shape)
+                made.append((tensor, len(planes)))
         return made
 
     def _rows_of(self, view: _Source) -> int:

@@ -137,19 +137,7 @@ class _InterpretedLaunch(MoveLaunch):
                 copy_rows[(programs, nest.planes)](*arguments, **constants)
 
 
-class _OnDevice:
-    """The functions of Triton's driver that a launch calls."""
-
-    def __init__(self, device: torch.device) -> None:
-        driver = _driver()
-        self._current_device = driver.get_current_device
-        self._current_stream = driver.get_current_stream
-        self._device = device
-        self._index = device.index
-        self._process = this_process()
-
-
-class _TritonLaunch(_OnDevice, MoveLaunch):
+class _TritonLaunch(MoveLaunch):
     def __init__(
         self,
         unit: int,
@@ -157,7 +145,11 @@ class _TritonLaunch(_OnDevice, MoveLaunch):
         kernels: list[CompiledKernel],
         device: torch.device,
     ) -> None:
-        super().__init__(device)
+        driver = _driver()
+        self._current_device = driver.get_current_device
+        self._current_stream = driver.get_current_stream
+        self._device = device
+        self._process = this_process()
         # Constants have places in a launcher's arguments; the values there are not read.
         self._parts: list[_Part] = [
             (nest, k.run, k.function, k.packed_metadata, (None,) * (len(nest.constants) + 1))
@@ -168,7 +160,7 @@ class _TritonLaunch(_OnDevice, MoveLaunch):
     def enqueue(self, move: Move, stream: torch.Stream | None, status: torch.Tensor | None) -> None:
         if self._process.forked:
             raise refuse_fork("the device's context")
-        if stream is None and self._current_device() == self._index:
+        if stream is None and self._current_device() == self._device.index:
             self._run(move, status)
             return
         module = torch.get_device_module(self._device)
@@ -176,7 +168,7 @@ class _TritonLaunch(_OnDevice, MoveLaunch):
             self._run(move, status)
 
     def _run(self, move: Move, status: torch.Tensor | None) -> None:
-        stream = self._current_stream(self._index)
+        stream = self._current_stream(self._device.index)
         for nest, run, function, metadata, constants in self._parts:
             for programs, arguments in nest.launches(move, status):
                 run(

@@ -44,15 +44,6 @@ from portakv.view.example import example_chunk
 WHOLE = Index()
 
 
-class Job(NamedTuple):
-    """A copy between a chunk and the caches, without its direction."""
-
-    chunk: KVView
-    chunk_index: Index
-    cache_index: Index
-    tokens: int
-
-
 class Batch(NamedTuple):
     """Memory objects and, for each, the range of the slot mapping that belongs to it."""
 
@@ -153,20 +144,16 @@ class Registration:
         self.view.check_memory()
         memory.read_sizes()
 
-    def move(self, store: bool, job: Job) -> Move:
-        """Return the copy between the caches and a chunk."""
-        chunk, chunk_index, cache_index, tokens = job
-        if store:
-            return Move(self.view, chunk, cache_index, chunk_index, tokens)
-        return Move(chunk, self.view, chunk_index, cache_index, tokens)
-
-    def checked(self, store: bool, job: Job, context: Context, strict: bool) -> tuple[Move, Passed]:
-        """Return the copy between the caches and a chunk, and the checks that it passed."""
-        move = self.move(store, job)
+    def checked(
+        self, store: bool, job: Move, context: Context, strict: bool
+    ) -> tuple[Move, Passed]:
+        """Return a copy to a chunk, for a load the reverse, and the checks that it passed."""
+        cache, chunk, cache_index, chunk_index, count = job
+        move = job if store else Move(chunk, cache, chunk_index, cache_index, count)
         return move, check_rows(move, context, strict)
 
-    def job(self, memory_obj: MemoryObject, slots: Ids | None, start: int, end: int | None) -> Job:
-        """Return one memory object with its range of the slot mapping, after checks.
+    def job(self, memory_obj: MemoryObject, slots: Ids | None, start: int, end: int | None) -> Move:
+        """Return the copy of a range of the slot mapping to one memory object, after checks.
 
         The object holds rows of these caches, does not overlap them and is large enough. The slot
         mapping contains the range.
@@ -191,7 +178,7 @@ class Registration:
                 "Expected a memory_obj outside the kv_caches, got one in their memory. Pass a "
                 "separate buffer."
             )
-        return Job(chunk, WHOLE, index, count)
+        return Move(self.view, chunk, index, WHOLE, count)
 
     def batch_moves(
         self, store: bool, batch: Batch, context: Context, strict: bool
@@ -202,8 +189,8 @@ class Registration:
         """
         ranges = zip(batch.memory_objs, batch.starts, batch.ends, strict=True)
         jobs = [self.job(one, batch.slot_mapping, start, end) for one, start, end in ranges]
-        jobs = [job for job in jobs if job.tokens]
-        spans = sorted(span for job in jobs for span in job.chunk.spans) if store else []
+        jobs = [job for job in jobs if job.count]
+        spans = sorted(span for job in jobs for span in job.dst.spans) if store else []
         for (_, past), (first, _) in pairwise(spans):
             if first < past:
                 raise LayoutError(
@@ -243,23 +230,23 @@ class Registration:
                 f"Expected memory_obj to hold chunks of these caches, got {got}. {error}"
             ) from error
 
-    def _sets(self, jobs: Sequence[Job]) -> list[Job]:
+    def _sets(self, jobs: Sequence[Move]) -> list[Move]:
         """Join chunks of equal form into one paged view, each chunk a block of it."""
-        groups: dict[tuple[object, ...], list[Job]] = defaultdict(list)
+        groups: dict[tuple[object, ...], list[Move]] = defaultdict(list)
         for job in jobs:
             # Equal in bytes is not enough: one view has tensors of one shape and dtype.
-            chunk = job.chunk
+            chunk = job.dst
             first = chunk.owners[0]
             kind = (chunk.device, first.dtype, first.shape, first.stride())
             groups[chunk.form, chunk.slots, kind].append(job)
-        sets: list[Job] = []
+        sets: list[Move] = []
         for members in groups.values():
-            chunk = members[0].chunk
+            chunk = members[0].dst
             if len(members) == 1 or chunk.layout.containers or chunk.layout.paged:
                 sets += members
                 continue
             bound = self._bind(f"block | {chunk.layout.text}", chunk.owners[0].itemsize)
-            view = KVView.through(bound, [job.chunk.tensors for job in members])
+            view = KVView.through(bound, [job.dst.tensors for job in members])
             sets.append(_joined(members, view))
         return sets
 
@@ -298,26 +285,26 @@ def _listed(passed: object) -> list[Any] | None:
     return None
 
 
-def _joined(members: list[Job], view: KVView) -> Job:
+def _joined(members: list[Move], view: KVView) -> Move:
     """Return several jobs as one; in ``view`` each of their chunks is a block."""
     # Ranges of one list that follow each other need no separate list.
-    shared = members[0].cache_index
+    cache, chunk, shared, _, _ = members[0]
     follow = True
     at = shared.offset
     for job in members:
-        index = job.cache_index
+        index = job.src_index
         follow &= index.ids is shared.ids and index.step == shared.step and index.offset == at
-        at += job.tokens
+        at += job.count
     total = at - shared.offset
     if not follow:
-        shared = Index.joined([(job.cache_index, job.tokens) for job in members])
+        shared = Index.joined([(job.src_index, job.count) for job in members])
 
     # The same holds for chunks that are full, except for the last one.
-    slots = members[0].chunk.slots
-    if all(job.tokens == slots for job in members[:-1]):
-        return Job(view, Index(), shared, total)
-    filled = [(Index(offset=nth * slots), job.tokens) for nth, job in enumerate(members)]
-    return Job(view, Index.joined(filled), shared, total)
+    slots = chunk.slots
+    if all(job.count == slots for job in members[:-1]):
+        return Move(cache, view, shared, Index(), total)
+    filled = [(Index(offset=nth * slots), job.count) for nth, job in enumerate(members)]
+    return Move(cache, view, shared, Index.joined(filled), total)
 
 
 def slot_range(slot_mapping: Ids | None, start: int, end: int | None) -> tuple[Index, int]:

@@ -435,32 +435,14 @@ def launch(settled: Settled, context: Context) -> Transfer:
     error = settled.error
     if not pieces:
         return Transfer(() if error is None else (Completion(error=error),))
-    if context.device == _HOST:
-        return _launch_on_host(settled, context)
     return _Launching(settled, context).transfer()
 
 
-def _launch_on_host(settled: Settled, context: Context) -> Transfer:
-    """Launch every piece on the host, where most copies have ended when their launch returns."""
-    move, pieces, error, _ = settled
-    pendings: list[Pending] = []
-    for piece in pieces:
-        ready = piece.ready
-        pending = ready.launch(*ready.place_both(piece.move), context.stream, None)
-        if pending is not None:
-            pendings.append(pending)
-    carried = pieces[0].carried
-    if not (pendings or error):
-        return Transfer((), None, carried)
-    retained = (move.src, move.dst, pieces)
-    completion = Completion(None, pendings, (), error, retained if pendings else None)
-    if pendings:
-        hold(completion)
-    return Transfer((completion,), retained, carried)
-
-
 class _Launching:
-    """The launch of the pieces of one copy on a device."""
+    """The launch of the pieces of one copy.
+
+    On the host most copies have ended when their launch returns, and no ids need a guard.
+    """
 
     __slots__ = (
         "_context",
@@ -498,6 +480,8 @@ class _Launching:
         if captured:
             # The graph may write these words at every replay, so they are never given back.
             return streams.captured(device, stream, retained, self._words, carried)
+        if device == _HOST and not (self._pendings or settled.error):
+            return Transfer((), None, carried)
         return Transfer((self._hold(settled.error),), retained, carried)
 
     def _launch(self, piece: Piece) -> tuple[str, str]:
@@ -529,7 +513,8 @@ class _Launching:
             if stream is not None:
                 follow_current(stream, [part])
         word = None
-        if self._settled.guarded or (ready.can.guards and not move.ids_on_host):
+        guarded = self._settled.guarded or (ready.can.guards and not move.ids_on_host)
+        if guarded and device != _HOST:
             status = acquire_word()
             self._words.append((status, first))  # it counts from its own start
             word = status.tensor

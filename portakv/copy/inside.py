@@ -179,7 +179,7 @@ class ChunkCopies:
         chunk = memory_obj
         if type(chunk) is not torch.Tensor:
             chunk = getattr(memory_obj, "tensor", None)
-        ids = slot_mapping
+        ids: Any = slot_mapping
         if type(ids) is not torch.Tensor and type(ids) is not list:
             side = _side(ids, 1)
             if side.step != 1 or side.number is None or type(start) is not int or start < 0:
@@ -192,7 +192,13 @@ class ChunkCopies:
                 side = _placed(side, slot_mapping, self._cache, count, not store)
             ids = side.ids
         on_device = type(ids) is torch.Tensor and not ids.is_cpu
-        if kernels is None or not (on_device or _few(ids, start, end)):
+        many = False  # more ids of the host than travel with launches
+        if kernels is not None and type(start) is int and not on_device:
+            past: Any = end
+            if type(past) is not int:
+                past = ids.numel() if type(ids) is torch.Tensor else len(ids)
+            many = past - start > MOST_LISTED
+        if kernels is None or many:
             return self._launched(store, chunk, slot_mapping, ids, start, end)
 
         arguments = self._address, store, chunk, ids, start, end
@@ -527,16 +533,6 @@ def _launched(
     torch._C._increment_version(to_view.versions)
     step = read.plan_step or written.plan_step
     return BlockTransfer.of_views(transfer, src, dst, step, tokens, tokens - unit * units, began)
-
-
-def _few(ids: Any, start: object, end: object) -> bool:
-    """Return whether ids of the host travel with launches, instead of a copy of all of them on the
-    device. ``start``, ``end``: as a caller passed them."""
-    if type(start) is not int:
-        return True
-    if type(end) is int:
-        return end - start <= MOST_LISTED
-    return (ids.numel() if type(ids) is torch.Tensor else len(ids)) - start <= MOST_LISTED
 
 
 class _Launch(NamedTuple):

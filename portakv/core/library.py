@@ -106,6 +106,11 @@ def function(name: str, result: Any, *arguments: Any, waits: bool = False) -> Ca
     return made
 
 
+def address_in(library: ctypes.CDLL, name: str) -> int:
+    """Return the address of a function; raise `AttributeError` if a library lacks it."""
+    return ctypes.cast(library[name], ctypes.c_void_p).value or 0
+
+
 def function_of_numbers(number: int, name: str, *arguments: Any) -> Callable[..., int]:
     """Return a function of the core that takes numbers and addresses, and returns a number.
 

@@ -18,7 +18,7 @@ from typing import NamedTuple, TypeAlias
 import numpy as np
 
 from portakv.core.call import Fault
-from portakv.core.library import Opened, function, written
+from portakv.core.library import Opened, address_in, function, written
 from portakv.core.plan import NO_MEMORY
 from portakv.core.runs import Int64
 from portakv.errors import PortaKVError
@@ -171,7 +171,7 @@ def _address(driver: ctypes.CDLL, name: str) -> int:
     optional = ("cuMemcpyBatchAsync_v2", "cuMemcpyBatchAsync", "cuThreadExchangeStreamCaptureMode")
     if name in optional and not hasattr(driver, name):
         return 0
-    return ctypes.cast(driver[name], c_void_p).value or 0
+    return address_in(driver, name)
 
 
 @cache

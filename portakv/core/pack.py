@@ -39,13 +39,14 @@ def shape_of(plan: array[int], nest: int, options: array[int]) -> PackShape:
             those inside a plane.
     """
     words = iter(words_of_nest(_functions().describe, plan, nest, options))
-    planes = next(words)
-    run = next(words)
-    inner = read_extents(words)
-    outer = read_extents(words)
-    src = read_side(words)
-    dst = read_side(words)
-    return PackShape(planes, run, inner, outer, src, dst)
+    return PackShape(
+        next(words),
+        next(words),
+        read_extents(words),
+        read_extents(words),
+        read_side(words),
+        read_side(words),
+    )
 
 
 class Packs(Opened):

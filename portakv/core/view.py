@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from portakv.core.library import function, function_of_numbers, pylibrary, written
+from portakv.core.library import address_in, function, function_of_numbers, pylibrary, written
 
 #: The code of `native/core/core.h` for which the tensors themselves show no reason.
 PAST_64_BITS = -3
@@ -154,7 +154,7 @@ def _torch_library() -> ctypes.PyDLL:
 def address_in_torch(name: str) -> int:
     """Return the address of a function of torch's libraries; raise `AttributeError` if this torch
     has none of that name."""
-    return ctypes.cast(_torch_library()[name], ctypes.c_void_p).value or 0
+    return address_in(_torch_library(), name)
 
 
 def _exchange_api() -> int:

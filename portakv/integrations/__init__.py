@@ -141,7 +141,7 @@ def why_not(integration: str) -> str | None:
     The sentence names both versions. A release above the range is supported if its interfaces are
     the expected ones.
     """
-    return _judge(integration).refusal
+    return _judge(integration)[0]
 
 
 def untested(integration: str) -> str | None:
@@ -149,7 +149,7 @@ def untested(integration: str) -> str | None:
 
     The sentence names the installed release and the tested releases.
     """
-    return _judge(integration).warning
+    return _judge(integration)[1]
 
 
 def check_release(integration: str) -> None:
@@ -158,57 +158,56 @@ def check_release(integration: str) -> None:
     Raises:
         IntegrationError: the engine is missing, too old, or newer with other interfaces.
     """
-    verdict = _judge(integration)
-    if verdict.refusal:
-        raise IntegrationError(verdict.refusal)
-    if verdict.warning:
-        warnings.warn(verdict.warning, RuntimeWarning, stacklevel=2)
+    refusal, warning = _judge(integration)
+    if refusal:
+        raise IntegrationError(refusal)
+    if warning:
+        warnings.warn(warning, RuntimeWarning, stacklevel=2)
 
 
-class _Verdict(NamedTuple):
-    """A judgement of the installed release: refused, supported with a warning, or tested."""
+def _judge(integration: str) -> tuple[str | None, str | None]:
+    """Compare the installed release of an engine with the releases of its integration.
 
-    refusal: str | None = None
-    warning: str | None = None
-
-
-def _judge(integration: str) -> _Verdict:
-    """Compare the installed release of an engine with the releases of its integration."""
+    Returns why it is refused, or else a warning if it was not tested.
+    """
     releases = MATRIX[integration]
     name = f"integration {integration!r} of PortaKV {portakv.__version__}"
     found = installed(releases.package)
     if found is None:
-        return _Verdict(
+        refusal = (
             f"The {name} expects {releases}, and {releases.package} is not installed. Install "
             f"one of these releases."
         )
+        return refusal, None
     package, version = found
     if find_spec("packaging") is None:
-        return _Verdict(
+        refusal = (
             f"The {name} expects packaging, which compares releases, and it is not installed. "
             f"{installing('integrations')} brings it."
         )
+        return refusal, None
 
     too_old = _release(version) < _release(releases.least)
     above = _release(version) >= _release(releases.below)
     lacks = differences(integration) if above else []
     if too_old or lacks:
         why = f" In that release {lacks[0]}." if lacks else ""
-        return _Verdict(
+        refusal = (
             f"The {name} expects {releases}, and {package} {version} is installed.{why} Install "
             f"one of these releases, or a PortaKV that supports {version}."
         )
+        return refusal, None
 
     if version.partition("+")[0] in releases.tested:
-        return _Verdict()
+        return None, None
     tested = " and ".join(filter(None, (", ".join(releases.tested[:-1]), releases.tested[-1])))
     if above:
         fit = f"is above {releases}, but its interfaces look as expected"
     else:
         fit = f"is within {releases}"
-    return _Verdict(
-        warning=f"{package} {version} is installed. It {fit}; the {name} was tested with {tested}. "
-        f"If something fails, install a tested release."
+    return None, (
+        f"{package} {version} is installed. It {fit}; the {name} was tested with {tested}. If "
+        f"something fails, install a tested release."
     )
 
 

@@ -131,10 +131,10 @@ class Pack:
                 f"block_size x dim must be a multiple of {VALUES_STEP} from {LEAST_VALUES} to "
                 f"{MOST_VALUES}; leave these rows raw",
             )
-        least = _before_escapes(values, self.code_bits)
+        least = PackedPlane(values, self.code_bits, 0).escapes_at
         slot = self.slot_bytes
         if slot is None:
-            slot = _rounded_up(least + _usual_escapes(values, self.code_bits), PACK_SLOT_STEP)
+            slot = _rounded_up(least + _usual_escapes(values, self.code_bits))
         if slot <= least:
             raise InvalidTerms(
                 f"Expected slot_bytes above {least} for planes of {values} values with codes of "
@@ -187,7 +187,7 @@ class PackedPlane:
     @property
     def head_bytes(self) -> int:
         """Return the bytes of the head."""
-        return _head_bytes(self.values)
+        return 64 if self.values >= LARGE_VALUES else 32
 
     @property
     def escapes_at(self) -> int:
@@ -237,20 +237,13 @@ def pack_parameters_of(planes: Sequence[PackedPlane]) -> Pack:
 
 def slot_for(values: int, code_bits: int, escapes: int) -> int:
     """Return the bytes of the smallest slot of a plane that holds so many escapes."""
-    return _rounded_up(_before_escapes(values, code_bits) + max(1, escapes), PACK_SLOT_STEP)
+    least = PackedPlane(values, code_bits, 0).escapes_at
+    return _rounded_up(least + max(1, escapes))
 
 
 def sampled(vector: int) -> int:
     """Return the value of a vector of 8 that counts for the table, with ``sample`` 8."""
     return (vector + vector // 16) % VECTOR
-
-
-def _head_bytes(values: int) -> int:
-    return 64 if values >= LARGE_VALUES else 32
-
-
-def _before_escapes(values: int, code_bits: int) -> int:
-    return values + values * code_bits // 8 + _head_bytes(values)
 
 
 def _usual_escapes(values: int, code_bits: int) -> int:
@@ -262,8 +255,8 @@ def _usual_escapes(values: int, code_bits: int) -> int:
     return 32 if values < 4_096 else -(-values * 16 // 1000)
 
 
-def _rounded_up(number: int, step: int) -> int:
-    return -(-number // step) * step
+def _rounded_up(nbytes: int) -> int:
+    return -(-nbytes // PACK_SLOT_STEP) * PACK_SLOT_STEP
 
 
 #: The name of the encoding, as callers spell it.

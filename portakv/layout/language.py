@@ -12,7 +12,7 @@ the tensor's dimensions in their logical order. This module knows strings only: 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import NoReturn
@@ -110,20 +110,13 @@ def _parse(text: str) -> Layout:
     return _Parser(text).parse()
 
 
-@dataclass(frozen=True, slots=True)
-class _Place:
-    """A factor, and its position in the string."""
-
-    factor: Factor
-    at: int
-
-
 class _Parser:
     """Read one layout string from left to right."""
 
     def __init__(self, text: str) -> None:
         self.text = text
-        self.places: list[_Place] = []
+        # Each factor, and its position in the string.
+        self.places: list[tuple[Factor, int]] = []
         # The containers come first. `bar` is their number once `|` was read.
         self.groups: list[Group] = []
         self.bar: int | None = None
@@ -156,7 +149,7 @@ class _Parser:
             self._fail(at, f"Unknown axis {factor.axis!r}; the axes are {', '.join(AXES)}.")
         if factor.part and not factor.n:
             self._fail(at, f"{token[0]!r} needs a positive number after `{factor.part}`.")
-        self.places.append(_Place(factor, at))
+        self.places.append((factor, at))
         if self.inside is None:
             self.groups.append(Group((factor,)))
         else:
@@ -185,31 +178,28 @@ class _Parser:
 
     def _check(self) -> None:
         """Check that each axis is complete and all axes go together."""
-        by_axis: dict[str, list[_Place]] = {}
-        for place in self.places:
-            earlier = by_axis.setdefault(place.factor.axis, [])
-            for other in earlier:
-                self._check_pair(other.factor, place)
-            earlier.append(place)
-        for places in by_axis.values():
-            if places[0].factor.part:
-                self._check_split(places)
-        self._check_axes({axis: places[0].at for axis, places in by_axis.items()})
+        by_axis: dict[str, list[tuple[Factor, int]]] = {}
+        for factor, at in self.places:
+            earlier = by_axis.setdefault(factor.axis, [])
+            for other, _ in earlier:
+                self._check_pair(other, factor, at)
+            earlier.append((factor, at))
+        for (factor, at), *partners in by_axis.values():
+            if factor.part:
+                self._check_split(factor, at, not partners)
+        self._check_axes({axis: places[0][1] for axis, places in by_axis.items()})
 
-    def _check_pair(self, other: Factor, place: _Place) -> None:
+    def _check_pair(self, other: Factor, factor: Factor, at: int) -> None:
         """Check that two factors of one axis are quotient and remainder by one number."""
-        factor = place.factor
         if not (other.part and factor.part) or other.part == factor.part:
-            self._fail(place.at, f"Axis {factor.axis!r} occurs twice ({other} and {factor}).")
+            self._fail(at, f"Axis {factor.axis!r} occurs twice ({other} and {factor}).")
         if other.n != factor.n:
             why = f"{other} and {factor} do not belong together; use one number for both."
-            self._fail(place.at, why)
+            self._fail(at, why)
 
-    def _check_split(self, places: Sequence[_Place]) -> None:
+    def _check_split(self, factor: Factor, at: int, alone: bool) -> None:
         """Check that an axis is split into both quotient and remainder, and may be."""
-        factor = places[0].factor
-        at = places[0].at
-        if len(places) == 1:
+        if alone:
             partner = Factor(factor.axis, "%" if factor.part == "/" else "/", factor.n)
             self._fail(at, f"{factor} needs its partner {partner} somewhere in the layout.")
         if factor.axis == "page":

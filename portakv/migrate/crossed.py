@@ -9,10 +9,9 @@ from typing import Literal, TypeAlias
 
 from portakv.copy.choose_encoding import EncodingChoice
 from portakv.copy.handle import Statistics
-from portakv.errors import PackOverflow, PortaKVError, Unsupported
+from portakv.errors import InvalidTerms, PackOverflow, PortaKVError, Unsupported
 from portakv.layout.encodings import FP8, PACK, Fp8
 from portakv.layout.encodings import Pack as Pack
-from portakv.view.packed import as_pack
 
 #: The owner of the rows chooses.
 AUTO = "auto"
@@ -26,7 +25,9 @@ def pack_of(encoding: object) -> Pack | None:
 
     Raises `Unsupported` for ``fp8``, and `InvalidTerms` for another value.
     """
-    if isinstance(encoding, str) and encoding == AUTO:
+    if encoding is None or isinstance(encoding, Pack):
+        return encoding
+    if encoding in (AUTO, PACK):
         return Pack()
     if isinstance(encoding, Fp8) or encoding == FP8:
         why = (
@@ -34,7 +35,10 @@ def pack_of(encoding: object) -> Pack | None:
             f"rows are rounded. Pull with {PACK!r} or raw, and round by a copy into an {FP8!r} view"
         )
         raise Unsupported(f"A pull whose rows cross in {FP8!r}", why)
-    return as_pack(encoding, AUTO)
+    raise InvalidTerms(
+        f"Expected encoding to be {PACK!r}, {AUTO!r}, a Pack or None, got {encoding!r}. Pass one "
+        f"of these."
+    )
 
 
 def joined_error(errors: Sequence[PortaKVError]) -> PortaKVError | None:

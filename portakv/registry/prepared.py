@@ -23,7 +23,7 @@ from portakv.backends.base import (
     FormatCheck,
     Launch,
     PackLaunch,
-    pack_refusal,
+    refusal,
 )
 from portakv.core.rows import MOST_LISTED
 from portakv.errors import Unsupported
@@ -262,7 +262,7 @@ def prepare_by(backend: Backend, plan: AnyPlan) -> tuple[Launch | None, Decision
             decision = backend.check(plan)
             return (backend.prepare(plan) if decision.accepted else None), decision
         if plan.encoding not in backend.capabilities().encodings:
-            why = pack_refusal(backend.capabilities(), plan) or ""
+            why = refusal(backend.capabilities(), plan) or ""
             return None, Decision(backend.name, False, why)
         decision = backend.check_pack(plan)
         packs = backend.prepare_pack(plan) if decision.accepted else None

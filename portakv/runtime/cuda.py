@@ -18,6 +18,7 @@ from typing import Any, ClassVar, NamedTuple, NoReturn, SupportsInt
 
 import torch
 
+from portakv.core.library import address_in
 from portakv.errors import TransferError
 from portakv.runtime import nvrtc
 from portakv.runtime.devices import inside, refuse_fork, this_process
@@ -219,27 +220,10 @@ class EventFunctions(NamedTuple):
         event = ctypes.c_void_p
         return cls(
             function(library, create, ctypes.POINTER(event), ctypes.c_uint),
-            ctypes.cast(library[record], event).value or 0,
-            ctypes.cast(library[query], event).value or 0,
+            address_in(library, record),
+            address_in(library, query),
             function(library, synchronize, event),
             function(library, follow, ctypes.c_void_p, event, ctypes.c_uint),
-        )
-
-
-class StreamFunctions(NamedTuple):
-    """The addresses of a driver's functions that name the current device, and that ask whether a
-    graph captures a stream."""
-
-    current_device: int
-    capturing: int
-
-    @classmethod
-    def of(cls, library: ctypes.CDLL, *names: str) -> StreamFunctions:
-        """Return the functions of these names; raise `AttributeError` if the library lacks one."""
-        current_device, capturing = names
-        return cls(
-            ctypes.cast(library[current_device], ctypes.c_void_p).value or 0,
-            ctypes.cast(library[capturing], ctypes.c_void_p).value or 0,
         )
 
 
@@ -367,25 +351,44 @@ _LAUNCH = ctypes.CFUNCTYPE(
 class KernelDriver(Caller, ABC):
     """Load and launch kernels on one device, by the driver of CUDA or of HIP.
 
-    ``named``: the driver in errors of launches.
+    Attributes:
+        named: the driver in errors of launches.
+        on_launch: the name of the function that launches.
+        on_events: the names of the functions on events, as `EventFunctions.of` takes them.
+        on_streams: the names of the functions that name the current device, and that ask whether a
+            graph captures a stream.
     """
 
     named: ClassVar = "the CUDA driver"
+    on_launch: ClassVar = "cuLaunchKernel"
+    on_events: ClassVar[tuple[str, ...]] = (
+        "cuEventCreate",
+        "cuEventRecord",
+        "cuEventQuery",
+        "cuEventSynchronize",
+        "cuStreamWaitEvent",
+    )
+    on_streams: ClassVar[tuple[str, ...]] = ("cuCtxGetDevice", "cuStreamIsCapturing")
 
     @property
     @abstractmethod
+    def library(self) -> ctypes.CDLL:
+        """The library that has the functions."""
+
+    @cached_property
     def entry(self) -> int:
         """The address of the function that launches, for the core."""
+        return address_in(self.library, self.on_launch)
 
     @property
-    @abstractmethod
     def events(self) -> EventFunctions:
         """The functions on events, for the core."""
+        return EventFunctions.of(self.library, *self.on_events)
 
     @property
-    @abstractmethod
-    def streams(self) -> StreamFunctions:
-        """The functions on streams, for the core."""
+    def streams(self) -> list[int]:
+        """The addresses of the functions on streams, for the core."""
+        return [address_in(self.library, name) for name in self.on_streams]
 
     @abstractmethod
     def load(self, source: str, names: Iterable[str]) -> dict[str, object]:
@@ -463,23 +466,10 @@ class CudaDriver(KernelDriver):
                 check(error, "Making the kernel resident")
         return functions
 
-    @cached_property
-    def entry(self) -> int:
-        """The address of cuLaunchKernel."""
-        return ctypes.cast(library()["cuLaunchKernel"], ctypes.c_void_p).value or 0
-
-    @cached_property
-    def events(self) -> EventFunctions:
-        """The functions on events."""
-        names = "Create", "Record", "Query", "Synchronize"
-        return EventFunctions.of(
-            library(), *(f"cuEvent{name}" for name in names), "cuStreamWaitEvent"
-        )
-
     @property
-    def streams(self) -> StreamFunctions:
-        """The functions on streams."""
-        return StreamFunctions.of(library(), "cuCtxGetDevice", "cuStreamIsCapturing")
+    def library(self) -> ctypes.CDLL:
+        """The driver's library."""
+        return library()
 
     def address(self, function: Any) -> int:
         """Return a kernel's handle as a number."""

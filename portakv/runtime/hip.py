@@ -12,14 +12,14 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
-from functools import cache, cached_property
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
 
 from portakv.runtime import kernel_cache
-from portakv.runtime.cuda import EventFunctions, KernelDriver, StreamFunctions, refused
+from portakv.runtime.cuda import KernelDriver, refused
 
 # AMD's runtime, and the runtime of Hygon's DTK (the same pull request).
 _RUNTIMES = ("amdhip64", "galaxyhip")
@@ -265,6 +265,15 @@ class Card(KernelDriver):
 
     platform = "HIP"
     named = "HIP"
+    on_launch = "hipModuleLaunchKernel"
+    on_events = (
+        "hipEventCreateWithFlags",
+        "hipEventRecord",
+        "hipEventQuery",
+        "hipEventSynchronize",
+        "hipStreamWaitEvent",
+    )
+    on_streams = ("hipGetDevice", "hipStreamIsCapturing")
 
     def __init__(self, device: torch.device, driver: Driver) -> None:
         super().__init__(device)
@@ -278,22 +287,10 @@ class Card(KernelDriver):
         # A runtime need not copy a module's code, so that the code is retained here.
         self._loaded: list[tuple[ctypes.c_void_p, bytes]] = []
 
-    @cached_property
-    def entry(self) -> int:
-        """The address of hipModuleLaunchKernel."""
-        launch = self._driver.runtime["hipModuleLaunchKernel"]
-        return ctypes.cast(launch, ctypes.c_void_p).value or 0
-
-    @cached_property
-    def events(self) -> EventFunctions:
-        """The functions on events, as `cuda.CudaDriver.events`."""
-        names = "hipEventCreateWithFlags", "hipEventRecord", "hipEventQuery", "hipEventSynchronize"
-        return EventFunctions.of(self._driver.runtime, *names, "hipStreamWaitEvent")
-
     @property
-    def streams(self) -> StreamFunctions:
-        """The functions on streams, as `cuda.CudaDriver.streams`."""
-        return StreamFunctions.of(self._driver.runtime, "hipGetDevice", "hipStreamIsCapturing")
+    def library(self) -> ctypes.CDLL:
+        """The runtime."""
+        return self._driver.runtime
 
     def _facts(self) -> tuple[str, str]:
         facts = torch.cuda.get_device_properties(self.device)

@@ -65,7 +65,7 @@ class BoundLayout:
     def __init__(
         self,
         text: str,
-        extents: tuple[tuple[str, Extent], ...],
+        extents: Mapping[str, Extent],
         reinterpret: bool,
         encoding: Encoding | None = None,
     ) -> None:
@@ -73,9 +73,9 @@ class BoundLayout:
         self.packed: PackedExtents | None = None
         if encoding is None:
             self.layout = parse(text)
-            self.declared = declare(self.layout, dict(extents))
+            self.declared = declare(self.layout, extents)
         else:
-            self.packed = PackedExtents.of(text, dict(extents), encoding)
+            self.packed = PackedExtents.of(text, extents, encoding)
             self.layout = replace(parse(self.packed.text), text=text)
             self.declared = declare(self.layout, self.packed.extents)
         # The planes of each kv, which belong to the forms of packed views.
@@ -281,7 +281,7 @@ def _bound(
                 f"{name}={always[name]}, or write the layout string."
             )
     bits = flag("reinterpret", reinterpret)
-    return BoundLayout(text, tuple(sorted(declared.items())), bits, as_encoding(encoding))
+    return BoundLayout(text, declared, bits, as_encoding(encoding))
 
 
 def flatten_tensors(layout: Layout, tensors: object) -> tuple[list[torch.Tensor], list[int]]:

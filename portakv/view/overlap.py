@@ -177,8 +177,6 @@ def solve(terms: Sequence[Term], target: int, nonzero: bool = False) -> tuple[st
     ordered = sorted((term for term in terms if term.stride), key=lambda term: term.stride)
     if nonzero and still:
         return (still[0],)
-    if nonzero and _nested(ordered):
-        return None
     if nonzero and ordered and ordered[0].stride == 1:
         # Rows at multiples of at least their bytes share one only if they begin together.
         apart = gcd(*(term.stride for term in ordered[1:]))
@@ -186,16 +184,6 @@ def solve(terms: Sequence[Term], target: int, nonzero: bool = False) -> tuple[st
             ordered = [term._replace(stride=term.stride // apart) for term in ordered[1:]]
     search = _Search(ordered)
     return search.run(len(ordered), target, nonzero)
-
-
-def _nested(ordered: Sequence[Term]) -> bool:
-    """Return True if each stride steps over all that lies inside of it."""
-    inside = 0
-    for term in ordered:
-        if term.stride <= inside:
-            return False
-        inside += term.high * term.stride
-    return True
 
 
 class _Search:

@@ -9,32 +9,14 @@ from dataclasses import dataclass
 
 import torch
 
-from portakv.errors import InvalidTerms, LayoutError, Unsupported
-from portakv.layout.encodings import PACK, Encoding, Pack, Plane, plane_of
+from portakv.errors import LayoutError, Unsupported
+from portakv.layout.encodings import Encoding, Plane, plane_of
 from portakv.layout.presets import Extent
 
 #: Tensors of these are bytes, whatever they stand for: fp8 and packed formats are kept so.
 BYTES = frozenset({torch.uint8, torch.int8})
 
 _PAGE = re.compile(r"\bpage\b")
-
-
-def as_pack(encoding: object, *others: str) -> Pack | None:
-    """Return the parameters of the lossless encoding; None for raw rows.
-
-    ``others``: what the caller of this function takes besides, for the error.
-
-    Raises:
-        InvalidTerms: neither ``pack`` nor a `Pack`.
-    """
-    if encoding is None or isinstance(encoding, Pack):
-        return encoding
-    if encoding == PACK:
-        return Pack()
-    texts = ", ".join(map(repr, (PACK, *others)))
-    raise InvalidTerms(
-        f"Expected encoding to be {texts}, a Pack or None, got {encoding!r}. Pass one of these."
-    )
 
 
 @dataclass(frozen=True, slots=True)

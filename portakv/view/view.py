@@ -115,20 +115,22 @@ class KVView:
         self._set(bound.layout, tensors, bound.read(tensors), persistent=True)
 
     @classmethod
-    def through(cls, bound: BoundLayout, tensors: Tensors, *, persistent: bool = False) -> KVView:
+    def through(
+        cls,
+        bound: BoundLayout,
+        tensors: Tensors,
+        *,
+        persistent: bool = False,
+        facts: Facts | None = None,
+    ) -> KVView:
         """Return a view through a bound layout; raise as the constructor does.
 
-        ``persistent``: the view outlives the call that makes it.
+        Args:
+            persistent: the view outlives the call that makes it.
+            facts: what `BoundLayout.read` returns of the tensors, if that is known.
         """
         view = cls.__new__(cls)
-        view._set(bound.layout, tensors, bound.read(tensors), persistent)
-        return view
-
-    @classmethod
-    def of_facts(cls, bound: BoundLayout, tensors: Tensors, facts: Facts) -> KVView:
-        """Return a view for one call of tensors whose facts are those of `BoundLayout.read`."""
-        view = cls.__new__(cls)
-        view._set(bound.layout, tensors, facts, False)
+        view._set(bound.layout, tensors, facts or bound.read(tensors), persistent)
         return view
 
     @classmethod

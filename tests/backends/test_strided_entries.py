@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 from collections import Counter
+from itertools import product
+from operator import mul
 from typing import Any
 
 import numpy as np
@@ -151,11 +153,11 @@ def test_units_by_the_entries_of_both_sides(kind: str) -> None:
      ([0, 4, 10, 14, 20, 24], 1), ([0, 4, 10, 15], 4)],
 )  # fmt: skip
 def test_planes_are_grids_or_each_by_itself(moves: list[int], grids: int) -> None:
-    result = _grids(moves)
+    result = _grids(moves, 2)
     assert len(result) == grids
-    assert moves == [
-        grid.first + row * grid.far + at * grid.near
-        for grid in result
-        for row in range(grid.rows)
-        for at in range(grid.each)
-    ]
+    listed = list[int]()
+    for first, steps in result:
+        counted = product(*(range(extent) for extent, _ in reversed(steps)))
+        strides = [2 * stride for _, stride in reversed(steps)]
+        listed += [first + sum(map(mul, at, strides)) for at in counted]
+    assert listed == moves

@@ -124,7 +124,7 @@ def test_forms_of_containers_are_not_confused() -> None:
     ]
     for _ in range(2):
         for tensors in kinds:
-            own = BoundLayout(text, (), False)
+            own = BoundLayout(text, {}, False)
             for bound in (bind_layout(text), own):
                 (form, origins, owners, spans), slots, *_ = bound.read(tensors)
                 view = KVView(tensors, text)

@@ -512,7 +512,7 @@ def transfer_kv_direct(
             f"tensors to read and {len(dst_layers)} to write. Pass lists of equal lengths."
         )
     src, dst = (tokens(layers, len(layers)) for layers in (src_layers, dst_layers))
-    copy_tokens(src, dst, pages(src_indices, page_size), pages(dst_indices, page_size))
+    copy_tokens(src, dst, src_indices, dst_indices, page_size=page_size)
 
 
 @typed
@@ -531,7 +531,7 @@ def transfer_kv_per_layer_direct_pf_lf(
     layers = layers_of_each(dst_ptrs, src_ptrs)
     src = page_first(src_ptrs, layer_id, layers, page_size)
     dst = tokens(dst_ptrs, len(src_ptrs))
-    copy_tokens(src, dst, pages(src_indices, page_size), pages(dst_indices, page_size))
+    copy_tokens(src, dst, src_indices, dst_indices, page_size=page_size)
 
 
 @typed
@@ -549,7 +549,7 @@ def transfer_kv_all_layer_direct_lf_pf(
     layers = layers_of_each(src_ptrs, dst_ptrs)
     src = tokens(src_ptrs, len(dst_ptrs))
     dst = page_first(dst_ptrs, 0, layers, page_size)
-    copy_tokens(src, dst, pages(src_indices, page_size), pages(dst_indices, page_size))
+    copy_tokens(src, dst, src_indices, dst_indices, page_size=page_size)
 
 
 @typed
@@ -677,9 +677,10 @@ def _block_quota(requested: int | None) -> int:
 def copy_tokens(
     src: KVView,
     dst: KVView,
-    src_ids: Index | torch.Tensor,
-    dst_ids: Index | torch.Tensor,
+    src_ids: torch.Tensor,
+    dst_ids: torch.Tensor,
     limit: int | None = None,
+    page_size: int | None = None,
 ) -> BlockTransfer:
     """Copy tokens.
 
@@ -689,13 +690,15 @@ def copy_tokens(
         src_ids: tokens to read. Ids on a device are trusted.
         dst_ids: tokens to write, as many.
         limit: the most thread blocks; None or `_QUOTA`: PortaKV's own limit.
+        page_size: tokens of a page, if the ids list tokens page after page.
 
     Raises:
         IntegrationError: lists of ids of unequal lengths.
         SlotError: bad ids on the host.
     """
-    src_index = src_ids if isinstance(src_ids, Index) else index(src_ids)
-    dst_index = dst_ids if isinstance(dst_ids, Index) else index(dst_ids)
+    src_index, dst_index = (
+        index(ids) if page_size is None else pages(ids, page_size) for ids in (src_ids, dst_ids)
+    )
     if src_index.length != dst_index.length:
         raise IntegrationError(
             f"Ids of both sides must have the same length, got {src_index.length} tokens to read "

@@ -199,13 +199,8 @@ class _PoolViews:
         if self._ranks > 1:  # each rank has every ``_ranks``-th token
             src_ids = src_ids[self._rank :: self._ranks] // self._ranks
             dst_ids = dst_ids[self._rank :: self._ranks] // self._ranks
-        if io_backend == "kernel":
-            transfer = kvcacheio.copy_tokens(src, dst, src_ids, dst_ids)
-        else:
-            src_pages = kvcacheio.pages(src_ids, self._page_size)
-            dst_pages = kvcacheio.pages(dst_ids, self._page_size)
-            transfer = kvcacheio.copy_tokens(src, dst, src_pages, dst_pages)
-        self._last[dst.device] = transfer
+        size = None if io_backend == "kernel" else self._page_size
+        self._last[dst.device] = kvcacheio.copy_tokens(src, dst, src_ids, dst_ids, page_size=size)
 
     def close(self) -> None:
         """Wait for the last copy to each side."""

@@ -11,7 +11,6 @@ from contextlib import AbstractContextManager
 from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
 from portakv import (
@@ -172,6 +171,8 @@ ChunkSpec: TypeAlias = Any
 #: vLLM's `GPULoadStoreSpec`: the blocks of a job, group after group; how many each group has, and
 #: the number of its first block in its request.
 BlockSpec: TypeAlias = Any
+#: The ids of a group in a job: the blocks of the caches, and the pages of the chunks.
+_Ids: TypeAlias = tuple[Index, Index]
 #: vLLM's `SharedOffloadRegion`: host memory that all workers of an engine share.
 Region: TypeAlias = Any
 
@@ -213,20 +214,6 @@ class Move(NamedTuple):
         return self.pages * sum([part.device.form.token_bytes for part in self.parts])
 
 
-class _Group(NamedTuple):
-    """The ids of one group in a job.
-
-    Attributes:
-        blocks: the blocks of the caches.
-        chunks: the chunks that hold them.
-        skip: pages of the first chunk before the first block.
-    """
-
-    blocks: npt.NDArray[np.int64]
-    chunks: npt.NDArray[np.int64]
-    skip: int
-
-
 def sharing(groups: Iterable[Iterable[CacheRef]]) -> set[tuple[int, ...]]:
     """Return the sets of groups that use one tensor, by their numbers."""
     tensors_of = [{ref.tensor_idx for ref in refs} for refs in groups]
@@ -262,13 +249,10 @@ def moves_of(
     """
     ids_of = _ids_of_groups(len(groups), blocks_per_chunk, device, host)
     moves = []
-    for parts, ids in zip(groups, ids_of, strict=True):
-        count = len(ids.blocks)
+    for parts, (blocks, places) in zip(groups, ids_of, strict=True):
+        count = blocks.length
         if not count or not parts:
             continue
-        # Indices of one call go to a device without a wait.
-        blocks = Index.of(ids.blocks)
-        places = Index.of(ids.chunks, blocks_per_chunk).shifted(ids.skip)
         check_ids(blocks, count, parts[0].device, not store)
         check_ids(places, count, parts[0].host, store)
         whole = [part for part in parts if not (store and part.writers > 1)]
@@ -278,12 +262,10 @@ def moves_of(
         for part in parts:
             if not store or part.writers == 1:
                 continue
-            within = np.arange(blocks_per_chunk)
-            pages = (ids.chunks[:, None] * blocks_per_chunk + within).reshape(-1)
-            pages = pages[ids.skip : ids.skip + count]
+            pages = places.slots(count)
             mine = pages % part.writers == part.writer
             if mine.any():
-                own = Index.of(ids.blocks[mine]), Index.of(pages[mine])
+                own = Index.of(blocks.host_ids()[mine]), Index.of(pages[mine])
                 moves.append(Move([part], *own, int(mine.sum())))
     _check_shared(together, ids_of, store)
     return moves
@@ -291,15 +273,16 @@ def moves_of(
 
 def _ids_of_groups(
     groups: int, blocks_per_chunk: int, device: BlockSpec, host: ChunkSpec
-) -> list[_Group]:
+) -> list[_Ids]:
     """Return the ids of each group of a job."""
     ids_of = []
     block = chunk = 0
     for count, first in zip(device.group_sizes, device.block_indices, strict=True):
         skip = first % blocks_per_chunk
         used = -(-(skip + count) // blocks_per_chunk) if count else 0
-        blocks_of = device.block_ids[block : block + count]
-        ids_of.append(_Group(blocks_of, host.block_ids[chunk : chunk + used], skip))
+        # Indices of one call go to a device without a wait.
+        places = Index.of(host.block_ids[chunk : chunk + used], blocks_per_chunk).shifted(skip)
+        ids_of.append((Index.of(device.block_ids[block : block + count]), places))
         block += count
         chunk += used
     blocks = len(device.block_ids)
@@ -314,11 +297,11 @@ def _ids_of_groups(
     return ids_of
 
 
-def _check_shared(together: Iterable[Sequence[int]], ids_of: Sequence[_Group], store: bool) -> None:
+def _check_shared(together: Iterable[Sequence[int]], ids_of: Sequence[_Ids], store: bool) -> None:
     """Raise `SlotError` if groups that use one tensor write one place twice."""
     for numbers in together:
-        targets = [ids.chunks if store else ids.blocks for ids in ids_of]
-        ids, times = np.unique(np.concatenate([targets[n] for n in numbers]), return_counts=True)
+        targets = [ids_of[number][store].host_ids() for number in numbers]
+        ids, times = np.unique(np.concatenate(targets), return_counts=True)
         twice = ids[times > 1]
         if len(twice):
             raise SlotError(
