@@ -186,7 +186,7 @@ class ChunkCopies:
                 return None
             start += side.offset
             end = end + side.offset if type(end) is int else end
-            if kernels is not None:
+            if kernels is not None and side.number > MOST_CARRIED:
                 count = (end if type(end) is int else side.number) - start
                 side = side._replace(offset=start)
                 side = _placed(side, slot_mapping, self._cache, count, not store)
