@@ -3,8 +3,9 @@
 
 With ``--check`` fail where they are stale.
 
-The tables of first tokens and of steps come from `benchmarks/results/engines-h200.json`, the one of
-hand-overs from a file in its folder `parts`.
+The tables of first tokens and of steps come from the newest results of each model, as
+`benchmarks/notes/figures.md` does, the one of hand-overs from another file in their folder.
+``--picture`` draws the first tokens as well.
 The table of integrations has the ranges of releases of `portakv.integrations`. The table of layouts
 comes from `portakv.layout.presets`, those of backends from
 `conformance/support_matrix.toml`, whose rows the files in `conformance/results` prove. A level
@@ -19,6 +20,7 @@ import re
 import sys
 from collections.abc import Callable, Iterable
 from functools import cache
+from itertools import chain
 from pathlib import Path
 
 from portakv.integrations import MATRIX as RELEASES
@@ -36,7 +38,12 @@ ROOT = Path(__file__).parent.parent
 FILES = "https://github.com/portakv/portakv/blob/main/"
 README = ROOT / "README.md"
 MATRIX = ROOT / "conformance" / "support_matrix.toml"
-ENGINES = "benchmarks/results/engines-h200.json"
+#: The newest results of each model in vLLM: all answers of one model are of one file.
+ENGINES = (
+    "benchmarks/results/parts/h200-engines-8b-mla.json",
+    "benchmarks/results/parts/h200-engines-8b-cross-layer.json",
+    "benchmarks/results/parts/h200-engines-rank-20-pairs.json",
+)
 HANDOVERS = "benchmarks/results/parts/h100-x2-engines-handover.json"
 
 FAMILIES = ("LMCache", "vLLM-Ascend", "vLLM-RBLN", "vLLM", "SGLang", "FlexKV", "Dynamo")
@@ -86,7 +93,7 @@ def first_tokens_by_default() -> str:
 
 def first_tokens(models: Iterable[str] = MODELS) -> str:
     """One row for each known prompt: ms until its first token, by where its rows come from."""
-    rows = measured(ENGINES, "engine_prompt")
+    rows = measured("engine_prompt", *ENGINES)
     by = {(row["shape"], row["backend"], row["op"]): row for row in rows}
     lengths = sorted({row["tokens"] for row in rows})
     heads = " | ".join(words for words, *_ in FIRST_TOKENS)
@@ -124,15 +131,26 @@ STEPS = (
 )
 
 
-def measured(file: str, kind: str) -> list[JsonObject]:
-    """The rows of a kind in a file of results whose answers were right."""
-    recorded = json.loads((ROOT / file).read_text(encoding="utf-8"))["rows"]
-    return [row for row in recorded if row["kind"] == kind and row["verified"]]
+def measured(kind: str, *files: str) -> list[JsonObject]:
+    """The rows of a kind in files of results whose answers were right."""
+    recorded = [json.loads((ROOT / file).read_text(encoding="utf-8"))["rows"] for file in files]
+    return [row for row in chain(*recorded) if row["kind"] == kind and row["verified"]]
+
+
+def draw() -> None:
+    """Draw the times of the table of known prompts."""
+    from portakv_benchmarks.shared import plots
+
+    rows = measured("engine_prompt", *ENGINES)
+    rows = [row for row in rows if row["backend"] != "portakv disk"]
+    rows.sort(key=lambda row: ALL_MODELS.index(row["shape"].partition(", ")[2]))
+    results: JsonObject = {"rows": rows, "machine": {"device": "NVIDIA H200"}}
+    plots.draw(results, ROOT / "benchmarks" / "results" / "parts", "h200-engines")
 
 
 def known_prompts() -> str:
     """One row for each model: ms until the first token of its prompts, of both lengths."""
-    rows = measured(ENGINES, "engine_prompt")
+    rows = measured("engine_prompt", *ENGINES)
     by = {(row["shape"], row["backend"], row["op"]): row for row in rows}
     lengths = sorted({row["tokens"] for row in rows})
     heads = [words for words, *_ in PROMPTS]
@@ -152,7 +170,7 @@ def known_prompts() -> str:
 
 def steps() -> str:
     """One row for each model: ms of a step of its engine, by connector."""
-    rows = measured(ENGINES, "engine_decode")
+    rows = measured("engine_decode", *ENGINES)
     by = {(row["shape"].partition(" come in, ")[2], row["backend"], row["op"]): row for row in rows}
     heads = " | ".join(words for words, _ in STEPS)
     lines = [
@@ -172,7 +190,7 @@ def steps() -> str:
 
 def handovers() -> str:
     """One row for each length of a prompt: ms until the first token of the engine that goes on."""
-    rows = measured(HANDOVERS, "engine_handover")
+    rows = measured("engine_handover", HANDOVERS)
     by = {(row["tokens"], row["backend"], row["op"]): row for row in rows}
     lines = [
         "| tokens of the prompt | PortaKV, blocks of 16 to 64 | NixlConnector | computed again |",
@@ -375,6 +393,8 @@ def check() -> None:
 def main() -> None:
     """Write, or check."""
     check() if "--check" in sys.argv else write()
+    if "--picture" in sys.argv:
+        draw()
 
 
 if __name__ == "__main__":
