@@ -1048,13 +1048,17 @@ class Owner:
 
     def _renew_named(self, _: Peer, renew: messages.RenewNamed) -> None:
         with self.lock:
-            for offer in self.names.held(renew.names if renew.epoch == self.epoch else ()):
+            for offer in self._named(renew):
                 offer.lease.renew(self.now() + renew.seconds)
 
     def _end_named(self, _: Peer, end: messages.EndNamed) -> None:
         with self.lock:
-            for offer in self.names.held(end.names if end.epoch == self.epoch else ()):
+            for offer in self._named(end):
                 offer.end("taken")
+
+    def _named(self, about: messages.OfNames) -> list[Offer]:
+        """Return the offers of the names of a message that hold."""
+        return self.names.held(about.names) if about.epoch == self.epoch else []
 
     def _marks(self, peer: Peer, marks: messages.Marks) -> messages.Marked | messages.Answer:
         with self.lock:

@@ -49,7 +49,7 @@ from portakv.migrate.messages import (
     Stopped,
     Sum,
 )
-from portakv.migrate.shards import Shard, slices, within
+from portakv.migrate.shards import Shard, overlap, slices
 from portakv.migrate.staging import (
     Chunks,
     Rows,
@@ -273,7 +273,7 @@ class OfferedRows(ABC):
         """Raise `LayoutError` if the rows of a part were not offered."""
         shard = self.shards[part.group] if part.group < len(self.shards) else None
         some = 0 < part.count <= self.tokens - part.first
-        if shard is None or not within(part.box, shard.group.box) or not some:
+        if shard is None or overlap(part.box, shard.group.box) != part.box or not some:
             raise LayoutError(
                 f"Expected offered rows, got layers {part.layers} x heads {part.heads} of group "
                 f"{part.group}, tokens {part.first} + {part.count}. Request offered rows."
