@@ -317,21 +317,6 @@ class InFlight(NamedTuple):
     lane: Lane
 
 
-class Scattered(NamedTuple):
-    """A slice whose copy from the staging buffer was issued."""
-
-    arrival: Arrival
-    moving: Moving
-    lane: Lane
-    copy: BlockTransfer
-
-    def has_ended(self, wait: bool) -> bool:
-        """Return True if the copy has ended, or wait for it. Blocks that do not fit are no
-        error."""
-        # Without completions it had ended when it was issued.
-        return not self.copy.completions or has_ended(self.copy, wait)
-
-
 def arrivals(
     steps: Sequence[Step], max_gbps: float, pack: Pack | None
 ) -> tuple[list[Arrival], str]:
@@ -553,7 +538,7 @@ class StagedReceiver:
         self._packed = False  # some slices were requested packed
         self.crossed = End[None](self._runtime)
         self._in_flight = deque[InFlight]()
-        self._scattered = deque[Scattered]()
+        self._scattered = deque[tuple[InFlight, BlockTransfer]]()  # with the copy from the buffer
         self._posted = 0  # slices of the present request that have a receive
         self._last = False  # all slices were requested
 
@@ -621,8 +606,8 @@ class StagedReceiver:
             end_unfit(self.arrivals, self._pull.unfit)
             self._last = True
             await self._take_each([x for each in self.arrivals for x in each.again])
-        for placing in self._scattered:
-            await self._until(placing.moving, placing.moving.over)
+        for flying, _ in self._scattered:
+            await self._until(flying.moving, flying.moving.over)
         self._look_at_bytes()
         await self._settle(wait=True)
         takers = [*self._stage.takers]  # of all pulls, since they share the transport
@@ -739,7 +724,8 @@ class StagedReceiver:
 
     async def _scatter(self) -> None:
         """Copy the rows of the oldest slice from its staging buffer, after its bytes."""
-        arrival, buffer, moving, lane = self._in_flight[0]
+        flying = self._in_flight[0]
+        arrival, buffer, moving, _ = flying
         scatter = arrival.scattering(buffer.chunks)  # the host's part, while the bytes arrive
 
         def copy() -> bool:
@@ -747,11 +733,11 @@ class StagedReceiver:
                 return False
             self._look_at_bytes()
             moving.follow(0.0)
-            placing = Scattered(arrival, moving, lane, scatter())
-            self._scattered.append(placing)
+            placing = scatter()
+            self._scattered.append((flying, placing))
             if buffer.memory.device.type == "cpu":  # no stream orders the next bytes after the copy
-                placing.has_ended(wait=True)
-            buffer.copy = placing.copy
+                has_ended(placing, wait=True)
+            buffer.copy = placing
             self._in_flight.popleft()
             self._stage.give_back(buffer)
             return True
@@ -767,9 +753,8 @@ class StagedReceiver:
 
     def _look_at_bytes(self) -> None:
         """Let the pull ask about its offer if all bytes have left the owner's memory."""
-        moving = [each.moving for each in self._in_flight]
-        moving += [each.moving for each in self._scattered]
-        if self._last and all(each.over.is_set() for each in moving):
+        flying = [*self._in_flight, *(each for each, _ in self._scattered)]
+        if self._last and all(each.moving.over.is_set() for each in flying):
             self._cross()
 
     def _cross(self) -> None:
@@ -781,17 +766,15 @@ class StagedReceiver:
     async def _settle(self, wait: bool) -> None:
         """End the slices whose bytes and copies have ended, or wait for all."""
         while self._scattered:
-            placing = self._scattered[0]
-            moving = placing.moving
+            (arrival, _, moving, _), placing = self._scattered[0]
             if not wait and not moving.over.is_set():
                 return
             await self._until(moving, moving.over)
-            if not placing.has_ended(wait=False):
+            if not has_ended(placing, wait=False):
                 if not wait:
                     return
-                await blocking().work(placing.has_ended, True)
-            unfit = placing.arrival.end_with(placing.copy)
-            self._count(placing.arrival, unfit)
+                await blocking().work(has_ended, placing, True)
+            self._count(arrival, arrival.end_with(placing))
             self._scattered.popleft()
 
     def _count(self, arrival: Arrival, unfit: int) -> None:
@@ -810,26 +793,26 @@ class StagedReceiver:
         for each in self._in_flight:
             self._stage.give_back(each.buffer)
         until = monotonic() + STOPPING
-        for placing in self._scattered:
-            await self._end(placing, until)
+        for flying, placing in self._scattered:
+            await self._end(flying.lane, placing, until)
         self._in_flight.clear()
         self._scattered.clear()
         for arrival in self.arrivals:
             arrival.end(error)
 
-    async def _end(self, placing: Scattered, until: float) -> None:
+    async def _end(self, lane: Lane, placing: BlockTransfer, until: float) -> None:
         """Wait for a copy that follows bytes on their way, so that nothing is written afterwards.
 
         Bytes that do not come in time end with their lane, unless another pull needs the lane.
         """
         with suppress(PortaKVError):  # the pull has an error before
-            while not placing.copy.done():
+            while not placing.done():
                 if monotonic() < until or not all(taker.over for taker in self._stage.takers):
                     await Wait(until=self._runtime.time() + MOMENT)
                     continue
                 ended = PeerError("Its pull ended before the buffers had crossed.")
-                await Work(placing.lane.close, ended)
-                await Work(placing.copy.synchronize)
+                await Work(lane.close, ended)
+                await Work(placing.synchronize)
 
     async def stop(self, lane: Lane, batch: Sequence[Arrival], tag: int, posted: int) -> None:
         """Stop a request of which ``posted`` slices have a receive.
