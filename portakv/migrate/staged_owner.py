@@ -68,7 +68,6 @@ from portakv.registry import bring
 from portakv.runtime.bounded import Bounded
 from portakv.runtime.streams import StreamFence
 from portakv.tasks import Limit, TaskGroup, Work, runtime
-from portakv.tasks.runtime import EXIT
 from portakv.view import Index, KVView
 
 # ------------------------------------------------------------------------------------------------
@@ -537,8 +536,7 @@ class Gathers:
         self._lines = {}
         if not self._runtime.forked:
             self._late.close()
-            ended = self._runtime.start(self._tasks.close())
-            ended.wait(0.0 if self._runtime.runs_here else EXIT)
+            self._tasks.end()
         self.transports.close()
 
     # --- in coroutines

@@ -819,6 +819,13 @@ class TaskGroup:
             with self.runtime.released():
                 self._failed(error)
 
+    def end(self) -> None:
+        """Cancel all coroutines; wait at most `EXIT` seconds for their ends, except in the loop
+        itself. Does nothing in a forked process."""
+        if not self.runtime.forked:
+            ended = self.runtime.start(self.close())
+            ended.wait(0.0 if self.runtime.runs_here else EXIT)
+
     async def close(self) -> None:
         """Cancel all coroutines, and wait for their ends, also if the caller is interrupted."""
         self.closed = True

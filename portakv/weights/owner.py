@@ -6,7 +6,7 @@ from __future__ import annotations
 import logging
 import secrets
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from functools import partial
 from typing import Literal, TypeVar, get_args
 
@@ -14,14 +14,13 @@ import torch
 from msgspec import msgpack
 
 from portakv.arguments import instance, invalid, nbytes, one_of
-from portakv.errors import TransferTimeout, Unsupported
+from portakv.errors import Unsupported
 from portakv.migrate.channel import Channel, Peer
 from portakv.migrate.figures import Figures
 from portakv.migrate.messages import sealed
 from portakv.migrate.shared_memory import Held, where
 from portakv.runtime.interrupts import uninterrupted
 from portakv.tasks import TaskGroup, runtime
-from portakv.tasks.runtime import EXIT
 from portakv.weights.lanes import Lanes
 from portakv.weights.messages import (
     BUFFERS,
@@ -239,10 +238,7 @@ class Published:
 
     def _close(self) -> None:
         self._closed = True
-        if not self._runtime.forked:
-            ended = self._runtime.start(self._tasks.close())
-            with suppress(TransferTimeout):  # work hangs
-                ended.wait(0.0 if self._runtime.runs_here else EXIT)
+        self._tasks.end()
         self._channel.free(_PUBLICATION, self)
         self._lanes.close()
         for region in self._regions:
