@@ -1400,12 +1400,7 @@ class Channel:
             except PortaKVError as error:
                 return error
 
-        if not requests:
-            return []
-        *others, last = [result_of(*request) for request in requests]
-        handles = [self._runtime.start(each) for each in others]
-        result = await last  # by the caller's thread, if it waits
-        return [*[await handle for handle in handles], result]
+        return await self._runtime.together([result_of(*request) for request in requests])
 
     def tell(
         self,

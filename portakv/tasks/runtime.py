@@ -16,7 +16,7 @@ import select
 import selectors
 import threading
 from collections import deque
-from collections.abc import Callable, Coroutine, Generator
+from collections.abc import Callable, Coroutine, Generator, Sequence
 from contextlib import suppress
 from functools import partial
 from math import ceil
@@ -728,6 +728,16 @@ class Runtime:
         handle = Handle(self, steps, locked)
         handle.begin()
         return handle
+
+    async def together(self, some: Sequence[Steps[T]]) -> list[T]:
+        """Run coroutines at the same time, and return their results: the last one here, so by the
+        caller's thread if it waits, and the others in the loop."""
+        if not some:
+            return []
+        *others, last = some
+        handles = [self.start(each) for each in others]
+        result = await last
+        return [*[await handle for handle in handles], result]
 
     # --- the loop
 

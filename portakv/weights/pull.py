@@ -9,14 +9,14 @@ from __future__ import annotations
 
 from asyncio import CancelledError
 from collections import defaultdict, deque
-from collections.abc import Callable, Coroutine, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from operator import sub
 from threading import Event
 from time import monotonic
-from typing import Any, Literal, overload
+from typing import Literal, overload
 
 import torch
 from torch.autograd.graph import increment_version
@@ -128,7 +128,7 @@ class Incoming:
         assert lane is not None  # since `begin`
         try:
             request = SendSlice(owner.id, receiver.id, tag, nbytes, boxes)
-            answer = owner.ask_now(request)
+            answer: Weights = runtime().run(owner.ask_once, request)
             if answer.state == "held":
                 moving = lane.move(buffer, tag)
                 receiver.tag = tag
@@ -417,7 +417,7 @@ async def pull(request: PullRequest) -> int:
         answers = [await owner.sums(sums) for owner, sums in zip(owners, planned.sums, strict=True)]
         await request.work(copies.wait_for_bytes)
         # Nothing is read there any more. The last checksums are computed while the owners answer.
-        await _together([owner.confirm() for owner in owners])
+        await runtime().together([owner.confirm() for owner in owners])
         here = await request.work(copies.sums, len(planned.cells))
     except BaseException as error:
         await request.work(copies.synchronize)
@@ -441,19 +441,10 @@ async def pull(request: PullRequest) -> int:
     return planned.nbytes
 
 
-async def _together(coroutines: Sequence[Coroutine[Any, Any, None]]) -> None:
-    """Run coroutines at the same time: the first one here, and the others in the loop."""
-    first, *others = coroutines
-    started = [runtime().start(each) for each in others]
-    await first
-    for each in started:
-        await each
-
-
 async def opened(request: PullRequest) -> Copies:
     """Return the copies of a pull, for which all owners are open."""
     owners = [Owner(request, ticket) for ticket in request.tickets]
-    await _together([owner.open() for owner in owners])
+    await runtime().together([owner.open() for owner in owners])
     # By the facts of both sides.
     digests = tuple(owner.publication.digest for owner in owners)
     key = digests, request.some, request.batch

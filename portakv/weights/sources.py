@@ -390,12 +390,6 @@ class Owner:
             self.check()  # the better reason, if the time of the pull is over
             raise
 
-    def ask_now(self, request: Message) -> Weights:
-        """Return the owner's answer to a message; this thread waits for it, and no cancellation
-        comes meanwhile."""
-        answer: Weights = runtime().run(self.ask_once, request)
-        return answer
-
     def judge(self, answer: Weights) -> None:
         """Raise if an answer says that the weights have changed, or are gone."""
         if answer.state == "gone":
