@@ -17,7 +17,7 @@ import msgspec
 from msgspec import Meta
 from msgspec.msgpack import Decoder
 
-from portakv.arguments import kind_of, shown
+from portakv.arguments import invalid, items, kind_of, shown
 from portakv.errors import InvalidTerms, OfferGone, PeerError, PortaKVError
 from portakv.runtime.bounded import Bounded
 from portakv.runtime.tracing import PATTERN
@@ -506,6 +506,21 @@ def carried(name: str, value: object, do: str) -> bytes:
     elif isinstance(value, bytearray | memoryview):
         do = "Convert it by bytes(value)."
     raise InvalidTerms(f"Expected {name} to be bytes, got {got}. {do}")
+
+
+def listed(tickets: object, do: str = "Pass Offer.ticket.") -> list[bytes]:
+    """Return the different tickets of a call; raise as `carried` for other values."""
+    if isinstance(tickets, bytes | str | bytearray | memoryview):
+        packed = [carried("tickets", tickets, do)]
+    else:
+        packed = items("tickets", tickets, "the bytes of tickets")
+    for number, one in enumerate(packed):
+        if not isinstance(one, bytes):
+            carried(f"tickets[{number}]", one, do)
+    packed = list(dict.fromkeys(packed))
+    if not packed:
+        raise invalid("tickets", "one ticket or more", tickets, do)
+    return packed
 
 
 def _gone(offer: str, address: str, why: str) -> OfferGone:

@@ -42,11 +42,10 @@ from portakv.migrate.connections import (
     Source,
     Sources,
     closed_reader,
-    listed,
 )
 from portakv.migrate.crossed import AUTO, Encoding, Pack, pack_of
 from portakv.migrate.figures import Figures, histograms
-from portakv.migrate.messages import Begin, Close, Message, Renew, any_named
+from portakv.migrate.messages import Begin, Close, Message, Renew, any_named, listed
 from portakv.migrate.named import PAUSE, Finder, incomplete
 from portakv.migrate.plan import (
     Step,
