@@ -9,7 +9,7 @@ from collections import deque
 from collections.abc import Callable
 from math import inf
 from time import perf_counter
-from typing import TYPE_CHECKING, NamedTuple, TypeAlias, cast
+from typing import TYPE_CHECKING, NamedTuple, Protocol, TypeAlias, cast
 
 import torch
 
@@ -25,7 +25,6 @@ from portakv.tasks import Limit, Signal, runtime
 
 if TYPE_CHECKING:
     from portakv.migrate.channel import Channel
-    from portakv.migrate.staged_reader import StagedReceiver
 
 
 # ------------------------------------------------------------------------------------------------
@@ -170,6 +169,18 @@ class StagingBuffer:
             self.chunks = Chunks(self.memory)
 
 
+class Taker(Protocol):
+    """A coroutine that takes the rows of an offer for a pull, in slices."""
+
+    @property
+    def over(self) -> bool:
+        """Return True if the pull waits for no slice any more."""
+
+    @property
+    def measures(self) -> bool:
+        """Return True if the slices cross raw, and as fast as the transport takes them."""
+
+
 class Staging:
     """The transport for an owner, and the staging buffers that it fills.
 
@@ -206,7 +217,7 @@ class Staging:
         self.met: Lane | None = None  # the lane that the owner knows
         self.tag = 0  # of the last slice that was requested
         #: What takes slices of this owner now.
-        self.takers: set[StagedReceiver] = set()
+        self.takers = set[Taker]()
         self.history = PullHistory()
         #: The free buffers; the last used is taken first. Steps change them.
         self.buffers = [StagingBuffer(staging(0, device), rows) for _ in range(count)]
