@@ -465,25 +465,14 @@ async def _choice_of(step: Step, pull: Pull, most_gbps: float) -> EncodingChoice
     pack = None
     if answer.encoding:
         try:
-            pack = _checked(answer.encoding, step)
+            pack = Pack.of_text(answer.encoding)
+            slots = _slots(step, pack)
         except PortaKVError as error:  # also the format of a later release
-            return EncodingChoice(None, f"The owner chose {answer.encoding!r}: {error}", link)
+            slots = str(error)
+        if isinstance(slots, str):
+            return EncodingChoice(None, f"The owner chose {answer.encoding!r}: {slots}", link)
     figures = answer.packing_gbps, answer.ratio, answer.escapes, answer.fits
     return EncodingChoice(pack, answer.why or "The owner gave no reason.", link, *figures)
-
-
-def _checked(text: str, step: Step) -> Pack:
-    """Return the parameters that an owner chose for a step; raise if slots of them are no smaller
-    than the rows, for which the staging buffers have space."""
-    pack = Pack.of_text(text)
-    unit = step.owner.handshake.described[step.cut.group].block_size
-    for plane in Slots(pack, unit).planes(step.cut.dst):
-        if plane.slot_bytes >= plane.raw_bytes:
-            raise PeerError(
-                f"Expected slots of less than {plane.raw_bytes} bytes, got {plane.slot_bytes}. "
-                f"Connect sides of one release."
-            )
-    return pack
 
 
 def _clause(sentence: str) -> str:
