@@ -964,7 +964,6 @@ class Server:
         # The functions that answer requests, by the kind of message.
         self._services = dict[type, Callable[..., Message | None]]()
         self._decoder = new_decoder(None)
-        self._adding = threading.Lock()
         # The number and the answer of each link's last request, because the next connection may
         # repeat it. Of older answers only the numbers stay, so their requests are executed at most
         # once.
@@ -975,7 +974,7 @@ class Server:
 
     def serve(self, kind: type[T], answer: Callable[[Peer, T], Message | None]) -> None:
         """Answer a kind of message by a function, with a decoder that knows the kind."""
-        with self._adding:
+        with self._tasks.runtime.lock:
             self._services[kind] = answer
             self._decoder = new_decoder(Union[tuple(self._services)])  # noqa: UP007
 

@@ -441,8 +441,7 @@ class Gathers:
 
     def forget(self, peer: Peer) -> None:
         """Release the buffers of a reader that is gone or needs them no more."""
-        with self._lock:
-            line = self._lines.pop(peer, None)
+        line = self._lines.pop(peer, None)
         if line is not None:
             line.transport.forget(peer)
 
@@ -528,8 +527,7 @@ class Gathers:
         """Return True if one more buffer, in place of an old one, stays below the total."""
         if self._most_bytes is None:
             return True
-        with self._lock:
-            lines = [*self._lines.values()]
+        lines = [*self._lines.values()]
         used = sum(one.memory.nbytes for line in lines for one in line.buffers.values())
         if transport.knows_once:
             new = BUFFERS * self.buffer_bytes
@@ -666,9 +664,7 @@ class Gathers:
         tag: int,
     ) -> None:
         """Have the transport send a full buffer, unless its reader is gone or connected again."""
-        with self._lock:
-            here = self._lines.get(line.peer) is line
-        if here:  # outside of the lock: a device may delay the call; `forget` closes the lane
+        if self._lines.get(line.peer) is line:  # `forget` closes the lane
             buffer.sent = sending.lane.move(full, tag)
 
 
