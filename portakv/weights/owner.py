@@ -10,7 +10,6 @@ from contextlib import contextmanager
 from functools import partial
 from typing import Literal, TypeVar, get_args
 
-import torch
 from msgspec import msgpack
 
 from portakv.arguments import instance, invalid, nbytes, one_of
@@ -20,6 +19,7 @@ from portakv.migrate.figures import Figures
 from portakv.migrate.messages import sealed
 from portakv.migrate.shared_memory import Held, where
 from portakv.runtime.interrupts import uninterrupted
+from portakv.runtime.streams import synchronize_current
 from portakv.tasks import TaskGroup, runtime
 from portakv.weights.lanes import Lanes
 from portakv.weights.messages import (
@@ -163,9 +163,7 @@ class Published:
 
     def _synchronize(self) -> None:
         """Wait for the current stream of each device, which has written the weights."""
-        tensors = [x.tensor for x in self._weights.parameters.values()]
-        for device in {tensor.device for tensor in tensors if tensor.device.type != "cpu"}:
-            torch.accelerator.current_stream(device.index).synchronize()
+        synchronize_current({x.tensor.device for x in self._weights.parameters.values()})
 
     def _is_gone(self, id: bytes) -> bool:
         """Return True for the id of another publication, and after `close`."""

@@ -35,7 +35,7 @@ from portakv.migrate.staging import retain
 from portakv.migrate.transports.base import Moving
 from portakv.runtime.devices import inside
 from portakv.runtime.interrupts import uninterrupted
-from portakv.runtime.streams import completion, side_stream
+from portakv.runtime.streams import completion, side_stream, synchronize_current
 from portakv.runtime.transfer import Completion, Transfer
 from portakv.tasks import Limit, Work, runtime, shared_limit
 from portakv.weights.lanes import slices, unpacked
@@ -168,9 +168,7 @@ class Incoming:
         for each in self._in_flight:
             if not each.moving.free.wait(max(0.0, until - monotonic())) or each.moving.error:
                 each.receiver.release()
-        for device in {each.buffers[0].device for each in self._acquired}:
-            if device.type != "cpu":
-                torch.accelerator.current_stream(device.index).synchronize()
+        synchronize_current({each.buffers[0].device for each in self._acquired})
 
     async def _settle(self) -> None:
         """Wait until the oldest slice was copied and has landed, and no library touches it."""
@@ -361,9 +359,7 @@ class Copies:
 
     def wait_for_bytes(self) -> None:
         """Wait until no copy reads an owner's memory; checksums may still be computed."""
-        for device in self._devices:
-            if device.type != "cpu":
-                torch.accelerator.current_stream(device.index).synchronize()
+        synchronize_current(self._devices)
 
     def synchronize(self) -> None:
         """Wait until nothing of this pull runs on a device."""

@@ -33,7 +33,7 @@ from portakv.migrate.transport_channel import TransportChannel
 from portakv.migrate.transports import choose_between
 from portakv.migrate.transports.base import Lane, Transport
 from portakv.runtime.bounded import Bounded
-from portakv.runtime.streams import StreamFence
+from portakv.runtime.streams import StreamFence, synchronize_current
 from portakv.tasks import Limit, Wait, Work, runtime
 from portakv.weights.messages import (
     BUFFERS,
@@ -149,8 +149,7 @@ class Receiver:
         # register.
         with torch.inference_mode(False), StreamFence(device).inside():
             memory = staging(BUFFERS * owner.ticket.buffer_bytes, device, rows=self.device)
-            if device.type != "cpu":  # the work of earlier users of the memory
-                torch.accelerator.current_stream(device.index).synchronize()
+            synchronize_current([device])  # the work of earlier users of the memory
             self.buffers = [*memory.view(BUFFERS, -1)]
         self.lane = lane
 
