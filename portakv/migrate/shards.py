@@ -255,5 +255,5 @@ def _named(box: Box) -> str:
 
 def _positions(mask: Mask | None) -> str:
     ids = [] if mask is None else np.flatnonzero(mask).tolist()
-    shown = ", ".join(map(str, ids[:_SHOWN])) + (", ..." if ids[_SHOWN:] else "")
+    shown = arguments.first_few(ids, _SHOWN)
     return f" at positions {shown}" if shown else ""

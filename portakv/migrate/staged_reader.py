@@ -21,6 +21,7 @@ from typing import Any, NamedTuple, TypeAlias, TypeVar
 import torch
 from msgspec.structs import replace
 
+from portakv.arguments import first_few
 from portakv.copy.choose_encoding import EncodingChoice
 from portakv.copy.handle import BlockTransfer
 from portakv.errors import (
@@ -189,10 +190,10 @@ def flagged(step: Step, positions: Sequence[int]) -> PackOverflow:
     for index in (step.src_index, step.dst_index):
         slots = index.to_host().slots(count, size)
         numbers.append(tuple([int(slots[at]) // size for at in positions]))
-    shown = ", ".join(map(str, numbers[0][:8])) + (", ..." if len(positions) > 8 else "")
     return PackOverflow(
         f"Expected packed blocks, got {len(positions)} that did not fit into slots of {PACK!r}, "
-        f"blocks {shown} of {step.owner.address}. Pull these blocks from a raw view.",
+        f"blocks {first_few(numbers[0])} of {step.owner.address}. Pull these blocks from a raw "
+        f"view.",
         *numbers,
     )
 
@@ -266,7 +267,7 @@ class Arrival(End[None]):
         The slices that bring them raw are then in `again`. If no raw rows of them exist,
         `end_unfit` ends the slice.
         """
-        unfit = unfit_blocks(copy) if copy.completions else []
+        unfit = unfit_blocks(copy)
         if unfit and self.slots is not None:
             if self.step.cut.packed:
                 before = self.part.first // self.slots.unit
