@@ -1450,15 +1450,12 @@ class Channel:
     def close(self) -> None:
         """End all connections; requests in flight raise `PeerError`."""
         if not self._runtime.forked:
-            uninterrupted(self._close)
-
-    def _close(self) -> None:
-        """Close the channel, and no longer at the end of the interpreter."""
-        atexit.unregister(self.close)
-        self._end_here()
+            uninterrupted(self._end_here)
 
     def _end_here(self) -> None:
-        """End all connections, and wait for that, except in the loop itself."""
+        """End all connections, and wait for that, except in the loop itself; no longer end them at
+        the end of the interpreter."""
+        atexit.unregister(self.close)
         if self._runtime.runs_here:
             self._runtime.start(self._end())
         else:

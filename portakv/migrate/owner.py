@@ -191,10 +191,6 @@ class Progress:
         self.raised = arguments.whole("mark", mark, self.raised, self.end, f"of {self.unit}")
         return self.raised
 
-    def covers(self, layers: int, tokens: int) -> bool:
-        """Return True if so many layers are complete, up to so many tokens."""
-        return (layers if self.unit == "layers" else tokens) <= self.mark
-
 
 def mark_event(device: torch.device) -> torch.Event | None:
     """Return an event after the current stream's work; None on the host, where no work is left.
@@ -1094,4 +1090,7 @@ class Owner:
         """Return True if rows do not reach past the mark of their offer."""
         layers = part.layers[1] - self.shards[part.group].group.layers[0]
         tokens = part.first + part.count
-        return offer.progress is None or offer.progress.covers(layers, tokens)
+        progress = offer.progress
+        if progress is None:
+            return True
+        return (layers if progress.unit == "layers" else tokens) <= progress.mark

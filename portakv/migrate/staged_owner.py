@@ -637,17 +637,18 @@ class Gathers:
 
         The slots of blocks that do not fit say so to the reader.
         """
+        view, ids = rows
         retain(buffer.memory)
-        bring([rows.ids], rows.view.device)  # once: all parts of the offer share them
+        bring([ids], view.device)  # once: all parts of the offer share them
 
         buffer.clean()
-        planes, into = buffer.chunks.of(rows.view, count, slots)
+        planes, into = buffer.chunks.of(view, count, slots)
         written = sum(plane.nbytes for plane in planes)
-        skips = rows.ids.check(count, rows.view.slots, "offered")
+        skips = ids.check(count, view.slots, "offered")
         if skips or written < full.nbytes:
             zero(full)
 
-        copy = copy_rows(rows.view, into, rows.ids, count=count)
+        copy = copy_rows(view, into, ids, count=count)
         if buffer.memory.is_cpu:
             has_ended(copy, wait=True)
             unfit_blocks(copy)

@@ -369,8 +369,7 @@ class Copies:
 
     def sums(self, count: int) -> list[int]:
         """Return the checksums of what landed, by the numbers of cells, after `wait_for_bytes`."""
-        for stream in self._streams.values():
-            stream.synchronize()
+        self.synchronize()
         return self._sums.results(count)
 
 
