@@ -5,7 +5,7 @@ the argument at fault: "Expected X, got Y. Do Z."
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager, suppress
 from difflib import get_close_matches
 from math import inf
@@ -24,6 +24,11 @@ _LONGEST = 80  # characters of a value in a sentence
 def invalid(name: str, expected: str, value: object, do: str = "Correct it.") -> InvalidTerms:
     """Return the error for an argument that has another value than expected."""
     return InvalidTerms(f"Expected {name} to be {expected}, got {shown(value)}. {do}")
+
+
+def first_few(values: Sequence[object], most: int = 8) -> str:
+    """Return the first of some values as a text, with dots if there are more."""
+    return ", ".join(map(str, values[:most])) + (", ..." if len(values) > most else "")
 
 
 def shown(value: object) -> str:

@@ -272,7 +272,7 @@ class Method:
         choice = across(choose(sides.dense.device), Terms(**self.terms))
         launch = cast(HostLaunch, prepared(src.form, dst.form, *steps, None, choice).launch)
         move = Move(src, dst, local, remote, sides.case.tokens)
-        _, host, _, index = launch.ends(move)
+        _, host, _, index = move.ends(launch.downward)
         groups = RunCounter.of_host(launch.plan).groups(index, index, move.count)
         costs, out, _ = launch.terms(host, new=False, look=True)
         of_ids = groups, groups, move.count

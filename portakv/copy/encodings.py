@@ -18,6 +18,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from portakv.arguments import first_few
 from portakv.copy.call import (
     Checked,
     Context,
@@ -375,7 +376,7 @@ class OverflowReport:
             return None
         src = tuple(self.src_blocks.numpy()[at].tolist())
         dst = tuple(self.dst_blocks.numpy()[at].tolist())
-        shown = ", ".join(map(str, src[:8])) + (", ..." if len(src) > 8 else "")
+        shown = first_few(src)
         if self.packs:
             return PackOverflow(
                 f"Expected blocks whose exponents fit into slots of {PACK!r}, got {len(src)} that "

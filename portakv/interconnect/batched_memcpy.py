@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import torch
 
-from portakv.backends.base import Capabilities, Decision, Launch
+from portakv.backends.base import Decision, Launch
 from portakv.backends.row_kernels import RowKernels
 from portakv.core.call import Crossings
 from portakv.core.pick import ORDER
 from portakv.interconnect.link import CudaLink, link_of, uncut
 from portakv.interconnect.strategy import (
-    PINNED,
     Cross,
     Move,
     Strategy,
@@ -33,9 +32,6 @@ class BatchedMemcpy(Strategy):
 
     name = "batched_memcpy"
     reads = "both"
-
-    def capabilities(self) -> Capabilities:
-        return Capabilities(places=PINNED, index_on="any")
 
     def check(self, plan: CopyPlan) -> Decision:
         run = min(nest.run for nest in plan.nests)

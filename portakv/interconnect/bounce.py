@@ -12,7 +12,7 @@ from math import lcm
 
 import torch
 
-from portakv.backends.base import PEERS, Capabilities, Decision, Launch
+from portakv.backends.base import PEERS, Decision, Launch
 from portakv.interconnect.choose import across
 from portakv.interconnect.staging import mark
 from portakv.interconnect.strategy import Strategy, StrategyLaunch, Terms, finish
@@ -32,13 +32,11 @@ class Bounce(Strategy):
     phrase."""
 
     name = "bounce"
+    places = PEERS
 
     def __init__(self, device: torch.device, half: Choice, terms: Terms, why: str) -> None:
         super().__init__(device, half, terms)
         self._why = why
-
-    def capabilities(self) -> Capabilities:
-        return Capabilities(PEERS, index_on="any")
 
     def check(self, plan: CopyPlan) -> Decision:
         """Check as every backend does. The reason adds why no kernel reads the rows in place."""

@@ -156,7 +156,7 @@ class HostLaunch(StrategyLaunch):
         Raises as the function `pick` does.
         """
         out = self.out
-        host = self.ends(move)[1]
+        host = move.ends(self.downward)[1]
         waits, new_ids = self._conditions(move)
 
         def pick_by(groups: int, host_groups: int) -> Pick:
@@ -179,7 +179,7 @@ class HostLaunch(StrategyLaunch):
 
     def _conditions(self, move: Move) -> tuple[int, bool]:
         """Return the strategies that would wait for a device, and whether the ids are new."""
-        rows, host, device_index, host_index = self.ends(move)
+        rows, host, device_index, host_index = move.ends(self.downward)
         count = move.count
         # The ids need no guard; a strategy without a guard reads other ids back.
         clean = device_index.is_clean(count, rows.slots) and host_index.is_clean(count, host.slots)
@@ -198,7 +198,7 @@ class HostLaunch(StrategyLaunch):
 
     def _groups(self, move: Move) -> tuple[int, int]:
         """Return the groups of neighbours of a transfer on both sides together, and on the host."""
-        host_index = self.ends(move)[3]
+        host_index = move.ends(self.downward)[3]
         groups = self._both.groups(move.src_index, move.dst_index, move.count)
         return groups, self._of_host.groups(host_index, host_index, move.count)
 

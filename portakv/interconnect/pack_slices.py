@@ -136,15 +136,7 @@ def issue_slices(
         words: a cleared word for each block, which gets 1 if the block does not fit.
     """
     current, work = order
-    far = move.src
-    near = move.dst
-    far_index = move.src_index
-    near_index = move.dst_index
-    if stages.downward:
-        far = move.dst
-        near = move.src
-        far_index = move.dst_index
-        near_index = move.src_index
+    near, far, near_index, far_index = move.ends(stages.downward)
     device = near.device
     if cross is None:
         far_index = far_index.to_host()

@@ -16,7 +16,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from portakv.backends.base import Capabilities, Launch
+from portakv.backends.base import Launch
 from portakv.backends.strided import copy_on_host
 from portakv.core.link import Cut
 from portakv.interconnect.link import link_of
@@ -41,9 +41,7 @@ class Pageable(Strategy):
 
     name = "pageable"
     reads = "host"
-
-    def capabilities(self) -> Capabilities:
-        return Capabilities(places=PAGEABLE, index_on="any")
+    places = PAGEABLE
 
     def prepare(self, plan: CopyPlan) -> Launch:
         return _PageableLaunch(plan, self)
@@ -88,7 +86,7 @@ class _PageableLaunch(StrategyLaunch):
         self._buffers = bounce_buffers(strategy.device)
 
     def enqueue(self, move: Move, stream: torch.Stream | None, status: torch.Tensor | None) -> None:
-        rows, host, device_index, host_index = self.ends(move)
+        rows, host, device_index, host_index = move.ends(self.downward)
         current = torch.accelerator.current_stream(self.device.index)
         work = stream or current
         device_buffers = staging(self.device, work)

@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import torch
 
-from portakv.backends.base import Capabilities, Launch
+from portakv.backends.base import Launch
 from portakv.backends.row_kernels import RowKernels
 from portakv.backends.rows_launch import RowsLaunch
 from portakv.core.call import OTHERWISE, CopyEnd, Crossings, Fault
@@ -28,7 +28,6 @@ from portakv.interconnect.pieces import Uncrossed
 from portakv.interconnect.slices import BothStages, Sizes, SlicedRows, Stages
 from portakv.interconnect.staging import Staging, staging
 from portakv.interconnect.strategy import (
-    PINNED,
     Cross,
     Move,
     Strategy,
@@ -57,9 +56,6 @@ class Staged(Strategy):
 
     name = "staged"
     reads = "host"
-
-    def capabilities(self) -> Capabilities:
-        return Capabilities(places=PINNED, index_on="any")
 
     def prepare(self, plan: CopyPlan) -> Launch:
         return StagedLaunch(plan, self)
@@ -155,11 +151,10 @@ class StagedCrossing:
         settled = self._settled
         assert settled is not None
         downward = self._stages.downward
-        rows = move.src if downward else move.dst
+        rows, host, *_ = move.ends(downward)
         stage = settled.launch
         side = stage.side(rows, index, stage.tables[0 if downward else 1])
         copy = checked_words(move, downward, side)
-        host = move.dst if downward else move.src
         # Without several allocations there are no edges besides those of registrations.
         uncrossed = Uncrossed(host) if host.entries > 1 else Uncrossed()
 
@@ -267,7 +262,7 @@ class StagedLaunch(StrategyLaunch):
         """
         if self._crossing is None:
             return False
-        rows, _, device_index, _ = self.ends(move)
+        rows, _, device_index, _ = move.ends(self.downward)
         first = first_of(buffers, work, current)
         with inside(None if first is current else first):
             ready = self._crossing.stage(buffers)
@@ -289,7 +284,7 @@ class StagedLaunch(StrategyLaunch):
         current: torch.Stream,
     ) -> None:
         """Issue a copy by the torch of the device; the arguments are those of `_by_core`."""
-        rows, host, device_index, host_index = self.ends(move)
+        rows, host, device_index, host_index = move.ends(self.downward)
         # If the link is busy, nothing waits for the first slice. All slices are then as large as
         # possible, and wait least often for a model that leaves little of the device free.
         sizes = Sizes(WHOLE, SMALLEST if buffers.link.query() else LARGEST, LARGEST)

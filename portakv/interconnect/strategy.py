@@ -13,7 +13,7 @@ from typing import Any, Literal, TypeAlias, get_args
 import torch
 
 from portakv.arguments import flag, one_of, rate, whole
-from portakv.backends.base import Backend, Decision, MoveLaunch, Pending
+from portakv.backends.base import Backend, Capabilities, Decision, MoveLaunch, Pending
 from portakv.backends.row_kernels import FIRST_WORK, RowKernels
 from portakv.core.call import DRIVER, OTHERWISE, PREPARE, CopyEnd, Crossings, Executor, calls
 from portakv.core.link import EDGES, STAGE
@@ -89,9 +89,11 @@ class Strategy(Backend):
     Attributes:
         reads: the sides whose ids and addresses the strategy needs on the host: the ``host``'s
             rows, ``both`` sides, or ``none``. It waits for those that only the device has.
+        places: what it copies between.
     """
 
     reads: str = "none"
+    places: frozenset[tuple[str, str]] = PINNED
 
     def __init__(
         self, device: torch.device, half: Choice | None = None, terms: Terms | None = None
@@ -105,6 +107,9 @@ class Strategy(Backend):
         serves = device.type != "cpu"
         which = "this" if serves else "a"
         return Decision(cls.name, serves, f"it copies between {which} device and the host")
+
+    def capabilities(self) -> Capabilities:
+        return Capabilities(self.places, index_on="any")
 
     def refuses(self, host: KVView) -> str:
         """Return why it cannot use the host's memory of a copy whose plan it takes, as a phrase.
@@ -178,12 +183,6 @@ class StrategyLaunch(MoveLaunch):
         """Return the strategy of a copy that the core made, and why, by the answer of its pick;
         None: there was no pick."""
         return None
-
-    def ends(self, move: Move) -> tuple[KVView, KVView, Index, Index]:
-        """Return the rows of the device, the rows of the host, and the index of each."""
-        if self.downward:
-            return move.src, move.dst, move.src_index, move.dst_index
-        return move.dst, move.src, move.dst_index, move.src_index
 
 
 class UnownedLaunch(StrategyLaunch):

@@ -77,23 +77,18 @@ CUT = Cut()
 PEER_CUT = Cut(each=4, planes=8)
 
 
-class BlockLimits(NamedTuple):
-    """The most thread blocks of launches up to ``small_bytes``, and of larger launches."""
+def _limits_of(direction: str, peer: bool, terms: Terms) -> tuple[int, int, int]:
+    """Return the limits on thread blocks under a caller's terms; ``peer``: for a peer's rows.
 
-    small_bytes: int
-    small: int
-    large: int
-
-
-def _limits_of(direction: str, peer: bool, terms: Terms) -> BlockLimits:
-    """Return the limits on thread blocks under a caller's terms; ``peer``: for a peer's rows."""
+    They are the bytes of a small launch, and the most thread blocks of small and of larger ones.
+    """
     small = BLOCKS
     large = COMPUTING[direction] if terms.overlap == "compute" else BLOCKS
     if peer:
         small = large = PEER_BLOCKS[terms.overlap]
     if terms.max_thread_blocks:
         small = large = terms.max_thread_blocks
-    return BlockLimits(SMALL[direction], small, large)
+    return SMALL[direction], small, large
 
 
 class ZeroCopyKernel(RowsKernel):

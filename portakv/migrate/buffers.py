@@ -7,7 +7,6 @@ from __future__ import annotations
 import threading
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass
 from math import inf
 from time import perf_counter
 from typing import TYPE_CHECKING, NamedTuple, Protocol, TypeAlias, cast
@@ -55,14 +54,6 @@ class Start(NamedTuple):
     at: float
 
 
-@dataclass
-class _Packed:
-    """The blocks that crossed packed since the last look at misfits, and how many did not fit."""
-
-    blocks: int = 0
-    misfits: int = 0
-
-
 class PullHistory:
     """The figures of pulls from one owner, by one agreement on a transport.
 
@@ -75,7 +66,8 @@ class PullHistory:
         self._other_nbytes = 0  # of slices that measure no rate: packed, or of a limited pull
         self._measured_at = 0  # of `_packed_nbytes`, when a rate was measured last
         self._rates = deque[float](maxlen=RATES)
-        self._packed: Bounded[Window, _Packed] = Bounded("misfits of pulls", MOST_KEPT)
+        # The blocks that crossed packed since the last look at misfits, and how many did not fit.
+        self._packed: Bounded[Window, tuple[int, int]] = Bounded("misfits of pulls", MOST_KEPT)
 
     @property
     def gbps(self) -> float:
@@ -97,9 +89,8 @@ class PullHistory:
         self._nbytes += nbytes
         self._other_nbytes += nbytes
         self._packed_nbytes += nbytes
-        packed = self._packed.get_or_make(window, _Packed)
-        packed.blocks += blocks
-        packed.misfits += misfits
+        before, unfit = self._packed.get(window, (0, 0))
+        self._packed[window] = before + blocks, unfit + misfits
 
     def begin(self) -> Start | None:
         """Return the beginning of a pull; None if nothing has crossed before, since both sides then
@@ -125,8 +116,7 @@ class PullHistory:
 
     def needs_sample(self, window: Window) -> bool:
         """Return True, once, if too many of the latest packed blocks of a window did not fit."""
-        packed = self._packed.get(window)
-        answer = None if packed is None else is_out_of_date(packed.blocks, packed.misfits)
+        answer = is_out_of_date(*self._packed.get(window, (0, 0)))
         if answer is not None:
             self._packed.pop(window, None)
         return bool(answer)

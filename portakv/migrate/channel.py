@@ -964,7 +964,6 @@ class Server:
         # The functions that answer requests, by the kind of message.
         self._services = dict[type, Callable[..., Message | None]]()
         self._decoder = new_decoder(None)
-        self._adding = threading.Lock()
         # The number and the answer of each link's last request, because the next connection may
         # repeat it. Of older answers only the numbers stay, so their requests are executed at most
         # once.
@@ -975,7 +974,7 @@ class Server:
 
     def serve(self, kind: type[T], answer: Callable[[Peer, T], Message | None]) -> None:
         """Answer a kind of message by a function, with a decoder that knows the kind."""
-        with self._adding:
+        with self._tasks.runtime.lock:
             self._services[kind] = answer
             self._decoder = new_decoder(Union[tuple(self._services)])  # noqa: UP007
 
@@ -1400,12 +1399,7 @@ class Channel:
             except PortaKVError as error:
                 return error
 
-        if not requests:
-            return []
-        *others, last = [result_of(*request) for request in requests]
-        handles = [self._runtime.start(each) for each in others]
-        result = await last  # by the caller's thread, if it waits
-        return [*[await handle for handle in handles], result]
+        return await self._runtime.together([result_of(*request) for request in requests])
 
     def tell(
         self,
@@ -1456,15 +1450,12 @@ class Channel:
     def close(self) -> None:
         """End all connections; requests in flight raise `PeerError`."""
         if not self._runtime.forked:
-            uninterrupted(self._close)
-
-    def _close(self) -> None:
-        """Close the channel, and no longer at the end of the interpreter."""
-        atexit.unregister(self.close)
-        self._end_here()
+            uninterrupted(self._end_here)
 
     def _end_here(self) -> None:
-        """End all connections, and wait for that, except in the loop itself."""
+        """End all connections, and wait for that, except in the loop itself; no longer end them at
+        the end of the interpreter."""
+        atexit.unregister(self.close)
         if self._runtime.runs_here:
             self._runtime.start(self._end())
         else:

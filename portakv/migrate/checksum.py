@@ -19,7 +19,7 @@ from functools import partial
 from importlib.resources import files
 from itertools import product
 from math import gcd, prod
-from typing import Generic, NamedTuple, TypeAlias, TypeVar
+from typing import NamedTuple, TypeAlias
 
 import numpy as np
 import torch
@@ -32,7 +32,6 @@ from portakv.migrate.staging import chunk, page_of, rows_bytes, staging
 from portakv.runtime import cuda, hip
 from portakv.runtime.bounded import Bounded
 from portakv.runtime.cuda import KernelDriver
-from portakv.tasks import Handle, Limit, runtime
 from portakv.view import Index, KVView
 
 # ------------------------------------------------------------------------------------------------
@@ -392,10 +391,7 @@ def _shape(
     return _SHAPE.pack(*numbers), across * -(-count // tile_rows)
 
 
-A = TypeVar("A")
 _log = logging.getLogger(__name__)
-# Requests that are retained together. The oldest result that no one fetched is dropped.
-_MAX_REQUESTS = 64
 
 
 class _Batch(NamedTuple):
@@ -666,37 +662,3 @@ def _parts_of(examples: torch.Tensor) -> list[SummedPart]:
         rows = row.view(64, -1)[:61]
         tensors += [row, row[1:], rows, rows[:, None, 1:], rows[:3].T]
     return [SummedPart(number, x, (1,) * x.ndim) for number, x in enumerate(tensors)]
-
-
-class Later(Generic[A]):
-    """Results for requests that take longer than a channel may, such as checksums.
-
-    A peer repeats its request until the result exists. Only one thread calls this class.
-
-    Args:
-        turn: of the helpers that compute them.
-    """
-
-    def __init__(self, name: str, turn: Limit) -> None:
-        self._turn = turn
-        self._results = Bounded[Hashable, Handle[A]](name, _MAX_REQUESTS)
-
-    def answer(self, question: Hashable, make: Callable[[], A]) -> A | None:
-        """Return the result of ``make`` and drop it here, or None if it does not exist yet.
-
-        Raises the error of ``make``.
-        """
-        result = self._results.get(question)
-        if result is not None and result.done():
-            del self._results[question]
-            return result.synchronize()
-
-        begun = [each for each in self._results.values() if not each.ended]
-        if result is None and len(begun) < _MAX_REQUESTS:
-            self._results[question] = runtime().start(self._turn.work(make))
-        return None
-
-    def close(self) -> None:
-        """Begin no further computation."""
-        for result in self._results.values():
-            result.cancel()

@@ -20,7 +20,6 @@ from weakref import finalize
 
 import torch
 
-from portakv import arguments
 from portakv.errors import (
     LayoutError,
     PeerError,
@@ -497,21 +496,6 @@ class Connections:
             owner.unwatch()
             if owner.staged:
                 owner.staged.release(gone)
-
-
-def listed(tickets: bytes | Sequence[bytes]) -> list[bytes]:
-    """Return the different tickets of a call; raise `InvalidTerms` for other values."""
-    if isinstance(tickets, bytes | str | bytearray | memoryview):
-        packed = [carried("tickets", tickets, "Pass Offer.ticket.")]
-    else:
-        packed = arguments.items("tickets", tickets, "the bytes of offers' tickets")
-    for number, one in enumerate(packed):
-        if not isinstance(one, bytes):
-            carried(f"tickets[{number}]", one, "Pass Offer.ticket.")
-    packed = list(dict.fromkeys(packed))
-    if not packed:
-        raise arguments.invalid("tickets", "one ticket or more", tickets, "Pass Offer.ticket.")
-    return packed
 
 
 def _signed(

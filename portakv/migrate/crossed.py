@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
+from portakv.arguments import first_few
 from portakv.copy.choose_encoding import EncodingChoice
 from portakv.copy.handle import Statistics
 from portakv.errors import InvalidTerms, PackOverflow, PortaKVError, Unsupported
@@ -61,10 +62,9 @@ def joined_error(errors: Sequence[PortaKVError]) -> PortaKVError | None:
         return first
     src = tuple([pair[0] for pair in pairs])
     dst = tuple([pair[1] for pair in pairs])
-    shown = ", ".join(map(str, src[:8])) + (", ..." if len(src) > 8 else "")
     return PackOverflow(
         f"Expected blocks that fit into slots of {PACK!r}, got {len(src)} that do not, blocks "
-        f"{shown} of the owners. Pull these blocks from a raw view into a raw view.",
+        f"{first_few(src)} of the owners. Pull these blocks from a raw view into a raw view.",
         src,
         dst,
     )

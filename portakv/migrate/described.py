@@ -201,7 +201,8 @@ def scratch_like(shard: Shard, size: int, tokens: int, *, listed: bool = False) 
     nbytes = 0
     for _, _, kind in described.places:
         places.append((0, nbytes, kind))
-        nbytes += -(-_reach(kinds[kind]) // APART) * APART
+        name, shape, strides = kinds[kind]
+        nbytes += -(-reach(shape, strides) * _dtype(name).itemsize // APART) * APART
     if listed:  # the last layer first: no stride leads backwards
         numbers = np.arange(len(places)).reshape(described.containers)
         for level, group in enumerate(layout.containers):
@@ -219,12 +220,6 @@ def scratch_like(shard: Shard, size: int, tokens: int, *, listed: bool = False) 
         described, kinds=kinds, places=tuple(places), block_size=block_size
     )
     return rebuild(changed, [region])
-
-
-def _reach(kind: Kind) -> int:
-    """Return the bytes from the first element of a tensor to past the last one."""
-    name, shape, strides = kind
-    return reach(shape, strides) * _dtype(name).itemsize
 
 
 def _resized(kind: Kind, layout: Layout, own: int, size: int, blocks: int) -> Kind:

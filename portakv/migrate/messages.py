@@ -17,7 +17,7 @@ import msgspec
 from msgspec import Meta
 from msgspec.msgpack import Decoder
 
-from portakv.arguments import kind_of, shown
+from portakv.arguments import invalid, items, kind_of, shown
 from portakv.errors import InvalidTerms, OfferGone, PeerError, PortaKVError
 from portakv.runtime.bounded import Bounded
 from portakv.runtime.tracing import PATTERN
@@ -45,6 +45,7 @@ Range = tuple[Small, Small, Small]  # from, to, of: on an axis of the whole mode
 Box = tuple[tuple[int, int], ...]  # from and to on each axis
 Dims = Annotated[tuple[Bytes, ...], Meta(max_length=16)]
 Names = Annotated[tuple[Name, ...], Meta(max_length=16)]
+Reasons = Annotated[tuple[Text, ...], Meta(max_length=MOST_NAMES)]  # for each subject of a question
 #: The dtype's name in torch, the shape and the strides in elements.
 Kind = tuple[Annotated[str, Meta(pattern=r"^[a-z][a-z0-9_]{2,31}$")], Dims, Dims]
 Sent = TypeVar("Sent", bound="Message")
@@ -309,13 +310,17 @@ class Choose(AboutPart, frozen=True):
     again: bool = False
 
 
-class Find(Message, frozen=True):
-    """Request the tickets of offers by their names."""
-
-    purpose: ClassVar[str] = "Finding offers of the owner at"
+class OfNames(Message, frozen=True):
+    """The base of messages about the offers of one owner that have these names."""
 
     epoch: Id
     names: Annotated[tuple[OfferName, ...], Meta(min_length=1, max_length=MOST_NAMES)]
+
+
+class Find(OfNames, frozen=True):
+    """Request the tickets of offers by their names."""
+
+    purpose: ClassVar[str] = "Finding offers of the owner at"
 
 
 class Found(Message, frozen=True):
@@ -326,26 +331,21 @@ class Found(Message, frozen=True):
     """
 
     tickets: Annotated[tuple[bytes, ...], Meta(max_length=MOST_NAMES)]
-    why: Annotated[tuple[Text, ...], Meta(max_length=MOST_NAMES)]
+    why: Reasons
 
 
-class RenewNamed(Message, frozen=True):
+class RenewNamed(OfNames, frozen=True):
     """One-way: readers will pull the offers of these names. Requests leases of so many seconds."""
 
     purpose: ClassVar[str] = "Renewing offers by name of the owner at"
 
-    epoch: Id
-    names: Annotated[tuple[OfferName, ...], Meta(min_length=1, max_length=MOST_NAMES)]
     seconds: Seconds
 
 
-class EndNamed(Message, frozen=True):
+class EndNamed(OfNames, frozen=True):
     """One-way: no further reader will pull the offers of these names."""
 
     purpose: ClassVar[str] = "Ending offers by name of the owner at"
-
-    epoch: Id
-    names: Annotated[tuple[OfferName, ...], Meta(min_length=1, max_length=MOST_NAMES)]
 
 
 class Marks(Message, frozen=True):
@@ -364,7 +364,7 @@ class Marked(Message, frozen=True):
     """
 
     marks: Annotated[tuple[Count, ...], Meta(max_length=MOST_NAMES)]
-    why: Annotated[tuple[Text, ...], Meta(max_length=MOST_NAMES)]
+    why: Reasons
 
 
 class Bye(Message, frozen=True):
@@ -506,6 +506,21 @@ def carried(name: str, value: object, do: str) -> bytes:
     elif isinstance(value, bytearray | memoryview):
         do = "Convert it by bytes(value)."
     raise InvalidTerms(f"Expected {name} to be bytes, got {got}. {do}")
+
+
+def listed(tickets: object, do: str = "Pass Offer.ticket.") -> list[bytes]:
+    """Return the different tickets of a call; raise as `carried` for other values."""
+    if isinstance(tickets, bytes | str | bytearray | memoryview):
+        packed = [carried("tickets", tickets, do)]
+    else:
+        packed = items("tickets", tickets, "the bytes of tickets")
+    for number, one in enumerate(packed):
+        if not isinstance(one, bytes):
+            carried(f"tickets[{number}]", one, do)
+    packed = list(dict.fromkeys(packed))
+    if not packed:
+        raise invalid("tickets", "one ticket or more", tickets, do)
+    return packed
 
 
 def _gone(offer: str, address: str, why: str) -> OfferGone:

@@ -67,12 +67,10 @@ class Finder:
 
     def __init__(self, owners: Connections) -> None:
         self._owners = owners
-        # Owners that were late with an answer, with the time of the next question by a call.
-        self._late: Bounded[OwnerKey, float] = Bounded("owners that were late", 1024)
-        # Owners with the kind of the answer: the time of the next question, and whether they were
-        # late with an answer.
+        # Owners with the kind of the answer, or `Named` for a question by a call: the time of the
+        # next question, and whether they were late with an answer.
         self._next: Bounded[tuple[OwnerKey, type], tuple[float, bool]] = Bounded(
-            "owners of offers by name or with marks", 2048
+            "owners of offers by name or with marks", 3072
         )
 
     def find_now(self, wanted: Wanted) -> bool:
@@ -80,7 +78,7 @@ class Finder:
         if all offers exist. What else they answer, they answer again to `look`."""
         by_owner = _names_by_owner([wanted])
         now = monotonic()
-        late = any(now < self._late.get(owner, 0.0) for owner in by_owner)
+        late = any(now < self._next.get((owner, Named), (0.0, False))[0] for owner in by_owner)
         if late or len(wanted.names) > MOST_NAMES:
             return False
         requests = [(owner[0], _request(owner[1], some)) for owner, some in by_owner.items()]
@@ -88,7 +86,7 @@ class Finder:
         answers = self._owners.channel.ask_all(requests, kind, MOMENT)
         for (owner, some), answer in zip(by_owner.items(), answers, strict=True):
             if isinstance(answer, TransferTimeout):
-                self._late[owner] = monotonic() + LATE
+                self._next[owner, Named] = monotonic() + LATE, True
             elif isinstance(answer, Found) and len(answer.tickets) == len(some):
                 self._next[owner, Found] = monotonic() + PAUSE, False
                 for each, ticket in zip(some, answer.tickets, strict=True):

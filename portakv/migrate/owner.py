@@ -191,10 +191,6 @@ class Progress:
         self.raised = arguments.whole("mark", mark, self.raised, self.end, f"of {self.unit}")
         return self.raised
 
-    def covers(self, layers: int, tokens: int) -> bool:
-        """Return True if so many layers are complete, up to so many tokens."""
-        return (layers if self.unit == "layers" else tokens) <= self.mark
-
 
 def mark_event(device: torch.device) -> torch.Event | None:
     """Return an event after the current stream's work; None on the host, where no work is left.
@@ -1048,13 +1044,17 @@ class Owner:
 
     def _renew_named(self, _: Peer, renew: messages.RenewNamed) -> None:
         with self.lock:
-            for offer in self.names.held(renew.names if renew.epoch == self.epoch else ()):
+            for offer in self._named(renew):
                 offer.lease.renew(self.now() + renew.seconds)
 
     def _end_named(self, _: Peer, end: messages.EndNamed) -> None:
         with self.lock:
-            for offer in self.names.held(end.names if end.epoch == self.epoch else ()):
+            for offer in self._named(end):
                 offer.end("taken")
+
+    def _named(self, about: messages.OfNames) -> list[Offer]:
+        """Return the offers of the names of a message that hold."""
+        return self.names.held(about.names) if about.epoch == self.epoch else []
 
     def _marks(self, peer: Peer, marks: messages.Marks) -> messages.Marked | messages.Answer:
         with self.lock:
@@ -1090,4 +1090,7 @@ class Owner:
         """Return True if rows do not reach past the mark of their offer."""
         layers = part.layers[1] - self.shards[part.group].group.layers[0]
         tokens = part.first + part.count
-        return offer.progress is None or offer.progress.covers(layers, tokens)
+        progress = offer.progress
+        if progress is None:
+            return True
+        return (layers if progress.unit == "layers" else tokens) <= progress.mark

@@ -42,11 +42,10 @@ from portakv.migrate.connections import (
     Source,
     Sources,
     closed_reader,
-    listed,
 )
 from portakv.migrate.crossed import AUTO, Encoding, Pack, pack_of
 from portakv.migrate.figures import Figures, histograms
-from portakv.migrate.messages import Begin, Close, Message, Renew, any_named
+from portakv.migrate.messages import Begin, Close, Message, Renew, any_named, listed
 from portakv.migrate.named import PAUSE, Finder, incomplete
 from portakv.migrate.plan import (
     Step,
@@ -225,14 +224,12 @@ class Housekeeper:
     def wake(self) -> None:
         """Have the coroutine look immediately; begin it at the first call."""
         self._wakes.look()
-        if not self._begun:
-            self._begin()
+        self._begin()
 
     def report(self) -> None:
         """Have the coroutine look soon, for a pull that has ended; begin it at the first call."""
         self._wakes.end()
-        if not self._begun:
-            self._begin()
+        self._begin()
 
     def wait(self, seconds: float) -> None:
         """Wait for the pulls in flight, and cancel those that last longer, or wait for owners."""
@@ -248,9 +245,10 @@ class Housekeeper:
                 continue
 
     def _begin(self) -> None:
-        """Begin the coroutine in the loop. An interrupted call is made again."""
-        self._runtime.call_soon(self._begin_here)
-        self._begun = True
+        """Begin the coroutine in the loop, at the first call. An interrupted call is made again."""
+        if not self._begun:
+            self._runtime.call_soon(self._begin_here)
+            self._begun = True
 
     def _begin_here(self) -> None:
         if self._steps is None:

@@ -6,7 +6,6 @@ The groups need no TCPStore and no further port. They open separate sockets for 
 
 from __future__ import annotations
 
-import threading
 import weakref
 from collections.abc import Sequence
 from datetime import timedelta
@@ -24,6 +23,7 @@ from portakv.errors import PeerError, TransferTimeout, Unsupported
 from portakv.migrate.channel import Channel
 from portakv.migrate.messages import Message, prepare
 from portakv.runtime.interrupts import shielded, uninterrupted
+from portakv.tasks import runtime
 
 KEYS = 1 << 14  # the most keys of one rendezvous
 Key = Annotated[str, Meta(max_length=1024)]
@@ -68,7 +68,6 @@ class ChannelStore(Store):
         self._address = address
         self._kind = kind
         self._stored = HashStore()
-        self._lock = threading.Lock()
         self.over = False
 
     @shielded
@@ -76,7 +75,7 @@ class ChannelStore(Store):
         """Execute a request on the keys that are stored here, and return the answer."""
         stored = self._stored
         keys = [*request.keys]
-        with self._lock:
+        with runtime().lock:
             changes = request.do in ("set", "add")
             if changes and stored.num_keys() >= KEYS and not stored.check(keys[:1]):
                 raise PeerError(

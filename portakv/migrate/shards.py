@@ -234,13 +234,6 @@ def overlap(one: Box, other: Box) -> Box | None:
     return ends if all(first < past for first, past in ends) else None
 
 
-def within(box: Box, whole: Box) -> bool:
-    """Return True if a box has a cell, and all of its cells are those of another box."""
-    (layer, past_layer), (head, past_head) = box
-    (first, past), (low, high) = whole
-    return first <= layer < past_layer <= past and low <= head < past_head <= high
-
-
 def rest(box: Box, part: Box) -> Iterator[Box]:
     """Yield the boxes that remain of a box without a part of it."""
     for axis, ((first, past), (a, b)) in enumerate(zip(box, part, strict=True)):
@@ -262,5 +255,5 @@ def _named(box: Box) -> str:
 
 def _positions(mask: Mask | None) -> str:
     ids = [] if mask is None else np.flatnonzero(mask).tolist()
-    shown = ", ".join(map(str, ids[:_SHOWN])) + (", ..." if ids[_SHOWN:] else "")
+    shown = arguments.first_few(ids, _SHOWN)
     return f" at positions {shown}" if shown else ""

@@ -10,11 +10,11 @@ from __future__ import annotations
 import logging
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property, partial
-from typing import TypeAlias
+from typing import Any, TypeAlias, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -34,7 +34,7 @@ from portakv.copy.choose_encoding import (
 from portakv.copy.rows import copy_rows
 from portakv.errors import LayoutError, PeerError, PortaKVError, TransferError, Unsupported
 from portakv.migrate.channel import Channel, Peer
-from portakv.migrate.checksum import Later, checksum_of
+from portakv.migrate.checksum import checksum_of
 from portakv.migrate.messages import (
     Answer,
     Box,
@@ -49,7 +49,7 @@ from portakv.migrate.messages import (
     Stopped,
     Sum,
 )
-from portakv.migrate.shards import Shard, slices, within
+from portakv.migrate.shards import Shard, overlap, slices
 from portakv.migrate.staging import (
     Chunks,
     Rows,
@@ -67,8 +67,7 @@ from portakv.migrate.transports.base import Lane, Moving, Transport
 from portakv.registry import bring
 from portakv.runtime.bounded import Bounded
 from portakv.runtime.streams import StreamFence
-from portakv.tasks import Limit, TaskGroup, Work, runtime
-from portakv.tasks.runtime import EXIT
+from portakv.tasks import Handle, Limit, TaskGroup, Work, runtime
 from portakv.view import Index, KVView
 
 # ------------------------------------------------------------------------------------------------
@@ -79,6 +78,10 @@ from portakv.view import Index, KVView
 #: The most windows of shards whose samples are kept: those of readers that pull layer by layer are
 #: single layers.
 MOST_KEPT = 1024
+#: Late answers that are retained together. The oldest one that no one fetched is dropped.
+MOST_LATE = 64
+R = TypeVar("R", Sum, Choose)
+T = TypeVar("T")
 _BUSY = Answer("busy", seconds=1e-3)
 
 
@@ -127,19 +130,21 @@ class Turn(Limit):
 
 
 class LateAnswers:
-    """The answers of one owner. Only the channel's thread calls it; see `Later`."""
+    """The answers of one owner that take longer than a channel may, such as checksums of rows.
+
+    A peer repeats its request until the answer exists. Only the channel's thread calls the class.
+    """
 
     def __init__(self, turn: Turn) -> None:
         self._turn = turn
-        self._sums = Later[int]("checksums of rows", turn)
-        self._looks = Later[RetainedSample]("samples of rows", turn)
+        self._results = Bounded[Hashable, Handle[Any]]("late answers of an owner", MOST_LATE)
         self._kept: Bounded[tuple[bytes, int, Box], RetainedSample] = Bounded(
             "samples of pulls", MOST_KEPT
         )
 
     def sum(self, request: Sum, offered: OfferedRows) -> Answer:
         """Return a checksum of rows, or that it does not exist yet."""
-        total = self._sums.answer(request, partial(_sum, self._turn, request, offered))
+        total = self._result_of(self._sum, request, offered)
         return _BUSY if total is None else Answer("done", digest=total)
 
     def choose(self, request: Choose, offered: OfferedRows) -> Answer:
@@ -164,8 +169,7 @@ class LateAnswers:
         if kept is not None and kept.left > 0 and not request.again:
             choice = kept.choice(view, request.link_gbps)
         if kept is None or choice is None:
-            look = partial(_look, self._turn, request, offered)
-            kept = self._looks.answer(request, look)
+            kept = self._result_of(self._look, request, offered)
             if kept is None:
                 return _BUSY
             self._kept[key] = kept
@@ -186,48 +190,62 @@ class LateAnswers:
         )
 
     def close(self) -> None:
-        """Compute no further answer."""
-        self._sums.close()
-        self._looks.close()
+        """Begin no further computation."""
+        for result in self._results.values():
+            result.cancel()
 
+    def _result_of(
+        self, make: Callable[[R, OfferedRows], T], request: R, offered: OfferedRows
+    ) -> T | None:
+        """Return the result of ``make`` and drop it here, or None if it does not exist yet.
 
-# --- in a helper
+        Raises the error of ``make``.
+        """
+        result = self._results.get(request)
+        if result is not None and result.done():
+            del self._results[request]
+            made: T = result.synchronize()
+            return made
+        begun = [each for each in self._results.values() if not each.ended]
+        if result is None and len(begun) < MOST_LATE:
+            self._results[request] = runtime().start(self._turn.work(make, request, offered))
+        return None
 
+    # --- in a helper
 
-def _sum(turn: Turn, request: Sum, offered: OfferedRows) -> int:
-    with turn.inside(offered.after):
-        view, ids = offered.rows(request.part)
-        return checksum_of(view, ids, request.part)
+    def _sum(self, request: Sum, offered: OfferedRows) -> int:
+        with self._turn.inside(offered.after):
+            view, ids = offered.rows(request.part)
+            return checksum_of(view, ids, request.part)
 
+    def _look(self, request: Choose, offered: OfferedRows) -> RetainedSample:
+        """Measure the rate of packing, and take a sample if the rates do not decide already.
 
-def _look(turn: Turn, request: Choose, offered: OfferedRows) -> RetainedSample:
-    """Measure the rate of packing, and take a sample if the rates do not decide already.
+        The rate is that of the whole view: another measurement for each window of it would hold up
+        the rows of all pulls.
+        """
+        view = offered.shards[request.part.group].view
+        with self._turn.inside(offered.after):
+            why = stays_raw(view, None, None)
+            if why:
+                return RetainedSample(why)
+            rated = rated_choice(view, None, request.link_gbps, None)
+            if rated.packing_gbps is None:
+                raise TransferError(rated.why)
+            if rated.pack is None:
+                return RetainedSample(packing_gbps=rated.packing_gbps)
 
-    The rate is that of the whole view: another measurement for each window of it would hold up the
-    rows of all pulls.
-    """
-    view = offered.shards[request.part.group].view
-    with turn.inside(offered.after):
-        why = stays_raw(view, None, None)
-        if why:
-            return RetainedSample(why)
-        rated = rated_choice(view, None, request.link_gbps, None)
-        if rated.packing_gbps is None:
-            raise TransferError(rated.why)
-        if rated.pack is None:
-            return RetainedSample(packing_gbps=rated.packing_gbps)
-
-        window, ids = offered.rows(request.part, as_bytes=False)
-        unit = window.form.block_size
-        slots = ids.slots(request.part.count, every=unit)
-        blocks = slots[slots >= 0] // unit
-        if not len(blocks):
-            raise TransferError("No sample was taken: the owner has none of the blocks.")
-        try:
-            sampled = best_of(window, Sample(window, blocks, packs_of(None)), None)
-        except (PortaKVError, RuntimeError) as error:  # such as a lack of memory
-            raise TransferError(f"No sample was taken: {error}") from error
-        return RetainedSample(packing_gbps=rated.packing_gbps, sampled=sampled)
+            window, ids = offered.rows(request.part, as_bytes=False)
+            unit = window.form.block_size
+            slots = ids.slots(request.part.count, every=unit)
+            blocks = slots[slots >= 0] // unit
+            if not len(blocks):
+                raise TransferError("No sample was taken: the owner has none of the blocks.")
+            try:
+                sampled = best_of(window, Sample(window, blocks, packs_of(None)), None)
+            except (PortaKVError, RuntimeError) as error:  # such as a lack of memory
+                raise TransferError(f"No sample was taken: {error}") from error
+            return RetainedSample(packing_gbps=rated.packing_gbps, sampled=sampled)
 
 
 _log = logging.getLogger(__name__)
@@ -273,7 +291,7 @@ class OfferedRows(ABC):
         """Raise `LayoutError` if the rows of a part were not offered."""
         shard = self.shards[part.group] if part.group < len(self.shards) else None
         some = 0 < part.count <= self.tokens - part.first
-        if shard is None or not within(part.box, shard.group.box) or not some:
+        if shard is None or overlap(part.box, shard.group.box) != part.box or not some:
             raise LayoutError(
                 f"Expected offered rows, got layers {part.layers} x heads {part.heads} of group "
                 f"{part.group}, tokens {part.first} + {part.count}. Request offered rows."
@@ -423,8 +441,7 @@ class Gathers:
 
     def forget(self, peer: Peer) -> None:
         """Release the buffers of a reader that is gone or needs them no more."""
-        with self._lock:
-            line = self._lines.pop(peer, None)
+        line = self._lines.pop(peer, None)
         if line is not None:
             line.transport.forget(peer)
 
@@ -510,8 +527,7 @@ class Gathers:
         """Return True if one more buffer, in place of an old one, stays below the total."""
         if self._most_bytes is None:
             return True
-        with self._lock:
-            lines = [*self._lines.values()]
+        lines = [*self._lines.values()]
         used = sum(one.memory.nbytes for line in lines for one in line.buffers.values())
         if transport.knows_once:
             new = BUFFERS * self.buffer_bytes
@@ -537,8 +553,7 @@ class Gathers:
         self._lines = {}
         if not self._runtime.forked:
             self._late.close()
-            ended = self._runtime.start(self._tasks.close())
-            ended.wait(0.0 if self._runtime.runs_here else EXIT)
+            self._tasks.end()
         self.transports.close()
 
     # --- in coroutines
@@ -622,17 +637,18 @@ class Gathers:
 
         The slots of blocks that do not fit say so to the reader.
         """
+        view, ids = rows
         retain(buffer.memory)
-        bring([rows.ids], rows.view.device)  # once: all parts of the offer share them
+        bring([ids], view.device)  # once: all parts of the offer share them
 
         buffer.clean()
-        planes, into = buffer.chunks.of(rows.view, count, slots)
+        planes, into = buffer.chunks.of(view, count, slots)
         written = sum(plane.nbytes for plane in planes)
-        skips = rows.ids.check(count, rows.view.slots, "offered")
+        skips = ids.check(count, view.slots, "offered")
         if skips or written < full.nbytes:
             zero(full)
 
-        copy = copy_rows(rows.view, into, rows.ids, count=count)
+        copy = copy_rows(view, into, ids, count=count)
         if buffer.memory.is_cpu:
             has_ended(copy, wait=True)
             unfit_blocks(copy)
@@ -649,9 +665,7 @@ class Gathers:
         tag: int,
     ) -> None:
         """Have the transport send a full buffer, unless its reader is gone or connected again."""
-        with self._lock:
-            here = self._lines.get(line.peer) is line
-        if here:  # outside of the lock: a device may delay the call; `forget` closes the lane
+        if self._lines.get(line.peer) is line:  # `forget` closes the lane
             buffer.sent = sending.lane.move(full, tag)
 
 

@@ -21,6 +21,7 @@ from typing import Any, NamedTuple, TypeAlias, TypeVar
 import torch
 from msgspec.structs import replace
 
+from portakv.arguments import first_few
 from portakv.copy.choose_encoding import EncodingChoice
 from portakv.copy.handle import BlockTransfer
 from portakv.errors import (
@@ -189,10 +190,10 @@ def flagged(step: Step, positions: Sequence[int]) -> PackOverflow:
     for index in (step.src_index, step.dst_index):
         slots = index.to_host().slots(count, size)
         numbers.append(tuple([int(slots[at]) // size for at in positions]))
-    shown = ", ".join(map(str, numbers[0][:8])) + (", ..." if len(positions) > 8 else "")
     return PackOverflow(
         f"Expected packed blocks, got {len(positions)} that did not fit into slots of {PACK!r}, "
-        f"blocks {shown} of {step.owner.address}. Pull these blocks from a raw view.",
+        f"blocks {first_few(numbers[0])} of {step.owner.address}. Pull these blocks from a raw "
+        f"view.",
         *numbers,
     )
 
@@ -266,7 +267,7 @@ class Arrival(End[None]):
         The slices that bring them raw are then in `again`. If no raw rows of them exist,
         `end_unfit` ends the slice.
         """
-        unfit = unfit_blocks(copy) if copy.completions else []
+        unfit = unfit_blocks(copy)
         if unfit and self.slots is not None:
             if self.step.cut.packed:
                 before = self.part.first // self.slots.unit
@@ -315,21 +316,6 @@ class InFlight(NamedTuple):
     buffer: StagingBuffer
     moving: Moving
     lane: Lane
-
-
-class Scattered(NamedTuple):
-    """A slice whose copy from the staging buffer was issued."""
-
-    arrival: Arrival
-    moving: Moving
-    lane: Lane
-    copy: BlockTransfer
-
-    def has_ended(self, wait: bool) -> bool:
-        """Return True if the copy has ended, or wait for it. Blocks that do not fit are no
-        error."""
-        # Without completions it had ended when it was issued.
-        return not self.copy.completions or has_ended(self.copy, wait)
 
 
 def arrivals(
@@ -480,25 +466,14 @@ async def _choice_of(step: Step, pull: Pull, most_gbps: float) -> EncodingChoice
     pack = None
     if answer.encoding:
         try:
-            pack = _checked(answer.encoding, step)
+            pack = Pack.of_text(answer.encoding)
+            slots = _slots(step, pack)
         except PortaKVError as error:  # also the format of a later release
-            return EncodingChoice(None, f"The owner chose {answer.encoding!r}: {error}", link)
+            slots = str(error)
+        if isinstance(slots, str):
+            return EncodingChoice(None, f"The owner chose {answer.encoding!r}: {slots}", link)
     figures = answer.packing_gbps, answer.ratio, answer.escapes, answer.fits
     return EncodingChoice(pack, answer.why or "The owner gave no reason.", link, *figures)
-
-
-def _checked(text: str, step: Step) -> Pack:
-    """Return the parameters that an owner chose for a step; raise if slots of them are no smaller
-    than the rows, for which the staging buffers have space."""
-    pack = Pack.of_text(text)
-    unit = step.owner.handshake.described[step.cut.group].block_size
-    for plane in Slots(pack, unit).planes(step.cut.dst):
-        if plane.slot_bytes >= plane.raw_bytes:
-            raise PeerError(
-                f"Expected slots of less than {plane.raw_bytes} bytes, got {plane.slot_bytes}. "
-                f"Connect sides of one release."
-            )
-    return pack
 
 
 def _clause(sentence: str) -> str:
@@ -553,7 +528,7 @@ class StagedReceiver:
         self._packed = False  # some slices were requested packed
         self.crossed = End[None](self._runtime)
         self._in_flight = deque[InFlight]()
-        self._scattered = deque[Scattered]()
+        self._scattered = deque[tuple[InFlight, BlockTransfer]]()  # with the copy from the buffer
         self._posted = 0  # slices of the present request that have a receive
         self._last = False  # all slices were requested
 
@@ -621,8 +596,8 @@ class StagedReceiver:
             end_unfit(self.arrivals, self._pull.unfit)
             self._last = True
             await self._take_each([x for each in self.arrivals for x in each.again])
-        for placing in self._scattered:
-            await self._until(placing.moving, placing.moving.over)
+        for flying, _ in self._scattered:
+            await self._until(flying.moving, flying.moving.over)
         self._look_at_bytes()
         await self._settle(wait=True)
         takers = [*self._stage.takers]  # of all pulls, since they share the transport
@@ -739,7 +714,8 @@ class StagedReceiver:
 
     async def _scatter(self) -> None:
         """Copy the rows of the oldest slice from its staging buffer, after its bytes."""
-        arrival, buffer, moving, lane = self._in_flight[0]
+        flying = self._in_flight[0]
+        arrival, buffer, moving, _ = flying
         scatter = arrival.scattering(buffer.chunks)  # the host's part, while the bytes arrive
 
         def copy() -> bool:
@@ -747,11 +723,11 @@ class StagedReceiver:
                 return False
             self._look_at_bytes()
             moving.follow(0.0)
-            placing = Scattered(arrival, moving, lane, scatter())
-            self._scattered.append(placing)
+            placing = scatter()
+            self._scattered.append((flying, placing))
             if buffer.memory.device.type == "cpu":  # no stream orders the next bytes after the copy
-                placing.has_ended(wait=True)
-            buffer.copy = placing.copy
+                has_ended(placing, wait=True)
+            buffer.copy = placing
             self._in_flight.popleft()
             self._stage.give_back(buffer)
             return True
@@ -767,9 +743,8 @@ class StagedReceiver:
 
     def _look_at_bytes(self) -> None:
         """Let the pull ask about its offer if all bytes have left the owner's memory."""
-        moving = [each.moving for each in self._in_flight]
-        moving += [each.moving for each in self._scattered]
-        if self._last and all(each.over.is_set() for each in moving):
+        flying = [*self._in_flight, *(each for each, _ in self._scattered)]
+        if self._last and all(each.moving.over.is_set() for each in flying):
             self._cross()
 
     def _cross(self) -> None:
@@ -781,17 +756,15 @@ class StagedReceiver:
     async def _settle(self, wait: bool) -> None:
         """End the slices whose bytes and copies have ended, or wait for all."""
         while self._scattered:
-            placing = self._scattered[0]
-            moving = placing.moving
+            (arrival, _, moving, _), placing = self._scattered[0]
             if not wait and not moving.over.is_set():
                 return
             await self._until(moving, moving.over)
-            if not placing.has_ended(wait=False):
+            if not has_ended(placing, wait=False):
                 if not wait:
                     return
-                await blocking().work(placing.has_ended, True)
-            unfit = placing.arrival.end_with(placing.copy)
-            self._count(placing.arrival, unfit)
+                await blocking().work(has_ended, placing, True)
+            self._count(arrival, arrival.end_with(placing))
             self._scattered.popleft()
 
     def _count(self, arrival: Arrival, unfit: int) -> None:
@@ -810,26 +783,26 @@ class StagedReceiver:
         for each in self._in_flight:
             self._stage.give_back(each.buffer)
         until = monotonic() + STOPPING
-        for placing in self._scattered:
-            await self._end(placing, until)
+        for flying, placing in self._scattered:
+            await self._end(flying.lane, placing, until)
         self._in_flight.clear()
         self._scattered.clear()
         for arrival in self.arrivals:
             arrival.end(error)
 
-    async def _end(self, placing: Scattered, until: float) -> None:
+    async def _end(self, lane: Lane, placing: BlockTransfer, until: float) -> None:
         """Wait for a copy that follows bytes on their way, so that nothing is written afterwards.
 
         Bytes that do not come in time end with their lane, unless another pull needs the lane.
         """
         with suppress(PortaKVError):  # the pull has an error before
-            while not placing.copy.done():
+            while not placing.done():
                 if monotonic() < until or not all(taker.over for taker in self._stage.takers):
                     await Wait(until=self._runtime.time() + MOMENT)
                     continue
                 ended = PeerError("Its pull ended before the buffers had crossed.")
-                await Work(placing.lane.close, ended)
-                await Work(placing.copy.synchronize)
+                await Work(lane.close, ended)
+                await Work(placing.synchronize)
 
     async def stop(self, lane: Lane, batch: Sequence[Arrival], tag: int, posted: int) -> None:
         """Stop a request of which ``posted`` slices have a receive.

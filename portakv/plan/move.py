@@ -32,6 +32,15 @@ class Move(NamedTuple):
         """Return the steps that a plan of this copy is made for."""
         return self.src_index.plan_step, self.dst_index.plan_step
 
+    def ends(self, downward: bool) -> tuple[KVView, KVView, Index, Index]:
+        """Return the rows of a device, those of the other side, and the index of each.
+
+        ``downward``: the device has the source.
+        """
+        if downward:
+            return self.src, self.dst, self.src_index, self.dst_index
+        return self.dst, self.src, self.dst_index, self.src_index
+
     @property
     def ids_on_host(self) -> bool:
         """Return True if all ids lie on the host, or there are none."""

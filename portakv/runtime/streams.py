@@ -12,7 +12,7 @@ from __future__ import annotations
 import ctypes
 import threading
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
@@ -116,6 +116,13 @@ def _exchange_capture_mode(device: torch.device, mode: int | None) -> int | None
     value = ctypes.c_int(mode)
     exchange(ctypes.byref(value))
     return value.value
+
+
+def synchronize_current(devices: Iterable[torch.device]) -> None:
+    """Wait for the work of the current stream of each device; the host has none."""
+    for device in devices:
+        if device.type != "cpu":
+            torch.accelerator.current_stream(device.index).synchronize()
 
 
 def check_stream(stream: torch.Stream | None, *devices: torch.device) -> None:

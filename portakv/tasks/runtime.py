@@ -16,7 +16,7 @@ import select
 import selectors
 import threading
 from collections import deque
-from collections.abc import Callable, Coroutine, Generator
+from collections.abc import Callable, Coroutine, Generator, Sequence
 from contextlib import suppress
 from functools import partial
 from math import ceil
@@ -729,6 +729,16 @@ class Runtime:
         handle.begin()
         return handle
 
+    async def together(self, some: Sequence[Steps[T]]) -> list[T]:
+        """Run coroutines at the same time, and return their results: the last one here, so by the
+        caller's thread if it waits, and the others in the loop."""
+        if not some:
+            return []
+        *others, last = some
+        handles = [self.start(each) for each in others]
+        result = await last
+        return [*[await handle for handle in handles], result]
+
     # --- the loop
 
     def started(self, error: type[PortaKVError] = TransferError) -> Loop:
@@ -818,6 +828,13 @@ class TaskGroup:
         except Exception as error:  # the others go on
             with self.runtime.released():
                 self._failed(error)
+
+    def end(self) -> None:
+        """Cancel all coroutines; wait at most `EXIT` seconds for their ends, except in the loop
+        itself. Does nothing in a forked process."""
+        if not self.runtime.forked:
+            ended = self.runtime.start(self.close())
+            ended.wait(0.0 if self.runtime.runs_here else EXIT)
 
     async def close(self) -> None:
         """Cancel all coroutines, and wait for their ends, also if the caller is interrupted."""

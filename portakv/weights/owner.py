@@ -6,22 +6,21 @@ from __future__ import annotations
 import logging
 import secrets
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from functools import partial
 from typing import Literal, TypeVar, get_args
 
-import torch
 from msgspec import msgpack
 
 from portakv.arguments import instance, invalid, nbytes, one_of
-from portakv.errors import TransferTimeout, Unsupported
+from portakv.errors import Unsupported
 from portakv.migrate.channel import Channel, Peer
 from portakv.migrate.figures import Figures
 from portakv.migrate.messages import sealed
 from portakv.migrate.shared_memory import Held, where
 from portakv.runtime.interrupts import uninterrupted
+from portakv.runtime.streams import synchronize_current
 from portakv.tasks import TaskGroup, runtime
-from portakv.tasks.runtime import EXIT
 from portakv.weights.lanes import Lanes
 from portakv.weights.messages import (
     BUFFERS,
@@ -164,9 +163,7 @@ class Published:
 
     def _synchronize(self) -> None:
         """Wait for the current stream of each device, which has written the weights."""
-        tensors = [x.tensor for x in self._weights.parameters.values()]
-        for device in {tensor.device for tensor in tensors if tensor.device.type != "cpu"}:
-            torch.accelerator.current_stream(device.index).synchronize()
+        synchronize_current({x.tensor.device for x in self._weights.parameters.values()})
 
     def _is_gone(self, id: bytes) -> bool:
         """Return True for the id of another publication, and after `close`."""
@@ -239,10 +236,7 @@ class Published:
 
     def _close(self) -> None:
         self._closed = True
-        if not self._runtime.forked:
-            ended = self._runtime.start(self._tasks.close())
-            with suppress(TransferTimeout):  # work hangs
-                ended.wait(0.0 if self._runtime.runs_here else EXIT)
+        self._tasks.end()
         self._channel.free(_PUBLICATION, self)
         self._lanes.close()
         for region in self._regions:

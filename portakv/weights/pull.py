@@ -9,14 +9,14 @@ from __future__ import annotations
 
 from asyncio import CancelledError
 from collections import defaultdict, deque
-from collections.abc import Callable, Coroutine, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from operator import sub
 from threading import Event
 from time import monotonic
-from typing import Any, Literal, overload
+from typing import Literal, overload
 
 import torch
 from torch.autograd.graph import increment_version
@@ -35,7 +35,7 @@ from portakv.migrate.staging import retain
 from portakv.migrate.transports.base import Moving
 from portakv.runtime.devices import inside
 from portakv.runtime.interrupts import uninterrupted
-from portakv.runtime.streams import completion, side_stream
+from portakv.runtime.streams import completion, side_stream, synchronize_current
 from portakv.runtime.transfer import Completion, Transfer
 from portakv.tasks import Limit, Work, runtime, shared_limit
 from portakv.weights.lanes import slices, unpacked
@@ -128,7 +128,7 @@ class Incoming:
         assert lane is not None  # since `begin`
         try:
             request = SendSlice(owner.id, receiver.id, tag, nbytes, boxes)
-            answer = owner.ask_now(request)
+            answer: Weights = runtime().run(owner.ask_once, request)
             if answer.state == "held":
                 moving = lane.move(buffer, tag)
                 receiver.tag = tag
@@ -168,9 +168,7 @@ class Incoming:
         for each in self._in_flight:
             if not each.moving.free.wait(max(0.0, until - monotonic())) or each.moving.error:
                 each.receiver.release()
-        for device in {each.buffers[0].device for each in self._acquired}:
-            if device.type != "cpu":
-                torch.accelerator.current_stream(device.index).synchronize()
+        synchronize_current({each.buffers[0].device for each in self._acquired})
 
     async def _settle(self) -> None:
         """Wait until the oldest slice was copied and has landed, and no library touches it."""
@@ -361,9 +359,7 @@ class Copies:
 
     def wait_for_bytes(self) -> None:
         """Wait until no copy reads an owner's memory; checksums may still be computed."""
-        for device in self._devices:
-            if device.type != "cpu":
-                torch.accelerator.current_stream(device.index).synchronize()
+        synchronize_current(self._devices)
 
     def synchronize(self) -> None:
         """Wait until nothing of this pull runs on a device."""
@@ -373,8 +369,7 @@ class Copies:
 
     def sums(self, count: int) -> list[int]:
         """Return the checksums of what landed, by the numbers of cells, after `wait_for_bytes`."""
-        for stream in self._streams.values():
-            stream.synchronize()
+        self.synchronize()
         return self._sums.results(count)
 
 
@@ -417,7 +412,7 @@ async def pull(request: PullRequest) -> int:
         answers = [await owner.sums(sums) for owner, sums in zip(owners, planned.sums, strict=True)]
         await request.work(copies.wait_for_bytes)
         # Nothing is read there any more. The last checksums are computed while the owners answer.
-        await _together([owner.confirm() for owner in owners])
+        await runtime().together([owner.confirm() for owner in owners])
         here = await request.work(copies.sums, len(planned.cells))
     except BaseException as error:
         await request.work(copies.synchronize)
@@ -441,19 +436,10 @@ async def pull(request: PullRequest) -> int:
     return planned.nbytes
 
 
-async def _together(coroutines: Sequence[Coroutine[Any, Any, None]]) -> None:
-    """Run coroutines at the same time: the first one here, and the others in the loop."""
-    first, *others = coroutines
-    started = [runtime().start(each) for each in others]
-    await first
-    for each in started:
-        await each
-
-
 async def opened(request: PullRequest) -> Copies:
     """Return the copies of a pull, for which all owners are open."""
     owners = [Owner(request, ticket) for ticket in request.tickets]
-    await _together([owner.open() for owner in owners])
+    await runtime().together([owner.open() for owner in owners])
     # By the facts of both sides.
     digests = tuple(owner.publication.digest for owner in owners)
     key = digests, request.some, request.batch

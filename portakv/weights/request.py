@@ -9,9 +9,9 @@ from typing import TypeAlias, TypeVar
 
 import torch
 
-from portakv.arguments import flag, instance, invalid, items, rate, seconds
+from portakv.arguments import flag, instance, invalid, rate, seconds
 from portakv.migrate.channel import Channel
-from portakv.migrate.messages import carried
+from portakv.migrate.messages import listed
 from portakv.migrate.transports import check_transport
 from portakv.runtime import tracing
 from portakv.runtime.bounded import Bounded
@@ -77,7 +77,7 @@ class PullRequest:
         device = next((x.device for x in self.tensors.values()), torch.device("cpu"))
         check_transport(transport, device)
         self.transport = transport
-        self.tickets = _check_tickets(tickets)
+        self.tickets = listed(tickets, "Pass Published.ticket.")
         on_host = any(device.type == "cpu" for device in self.devices)
         self.batch = _PACED if self.rate or on_host else _BATCH
         self.wait = flag("wait", wait)
@@ -116,16 +116,3 @@ def _checked_destinations(
         if facts is not None:
             plans = _known.setdefault(facts, plans)
     return parameters, tensors_of(parameters), plans
-
-
-def _check_tickets(tickets: bytes | Sequence[bytes]) -> Sequence[bytes]:
-    """Return the tickets as a list; raise `InvalidTerms` for other arguments and for an empty
-    list."""
-    do = "Pass Published.ticket."
-    if isinstance(tickets, bytes | str | bytearray | memoryview):
-        return [carried("tickets", tickets, do)]
-    if not items("tickets", tickets, "tickets"):
-        raise invalid("tickets", "one ticket or more", tickets, do)
-    if not isinstance(tickets, Sequence):
-        raise invalid("tickets", "bytes, or a list of them", tickets, do)
-    return [carried(f"tickets[{number}]", one, do) for number, one in enumerate(tickets)]

@@ -33,7 +33,7 @@ from portakv.migrate.transport_channel import TransportChannel
 from portakv.migrate.transports import choose_between
 from portakv.migrate.transports.base import Lane, Transport
 from portakv.runtime.bounded import Bounded
-from portakv.runtime.streams import StreamFence
+from portakv.runtime.streams import StreamFence, synchronize_current
 from portakv.tasks import Limit, Wait, Work, runtime
 from portakv.weights.messages import (
     BUFFERS,
@@ -149,8 +149,7 @@ class Receiver:
         # register.
         with torch.inference_mode(False), StreamFence(device).inside():
             memory = staging(BUFFERS * owner.ticket.buffer_bytes, device, rows=self.device)
-            if device.type != "cpu":  # the work of earlier users of the memory
-                torch.accelerator.current_stream(device.index).synchronize()
+            synchronize_current([device])  # the work of earlier users of the memory
             self.buffers = [*memory.view(BUFFERS, -1)]
         self.lane = lane
 
@@ -389,12 +388,6 @@ class Owner:
         except TransferTimeout:
             self.check()  # the better reason, if the time of the pull is over
             raise
-
-    def ask_now(self, request: Message) -> Weights:
-        """Return the owner's answer to a message; this thread waits for it, and no cancellation
-        comes meanwhile."""
-        answer: Weights = runtime().run(self.ask_once, request)
-        return answer
 
     def judge(self, answer: Weights) -> None:
         """Raise if an answer says that the weights have changed, or are gone."""

@@ -35,7 +35,6 @@ class Versioned:
         self.items = items
         self.changes = 0
         # `parameters` retains the tensors, which may get other memory.
-        self._names = [*parameters]
         self._memory = forms_of(self._tensors())
         # Updates in progress; weak, because the end of an update may be interrupted.
         self.updates = WeakSet[Update]()
@@ -60,7 +59,7 @@ class Versioned:
             return None
         now = zip(*memory, strict=True)
         then = zip(*self._memory, strict=True)
-        return next(compress(self._names, map(ne, now, then)), None)
+        return next(compress(self.items, map(ne, now, then)), None)
 
     def boxes(
         self, numbered: Sequence[tuple[int, Box]] = ()
