@@ -26,7 +26,7 @@ from weakref import WeakSet
 
 import numpy as np
 
-from portakv.arguments import kind_of
+from portakv.arguments import kind_of, whole
 from portakv.errors import InvalidTerms, StoreError
 from portakv.extras import installing
 from portakv.runtime import resources
@@ -81,6 +81,14 @@ class _Stopped(Exception):
     """A request was left because its caller does not wait any more."""
 
 
+#: The ETag and the version of an object, each None if the store has none.
+Version = tuple[str | None, str | None]
+
+
+def _version_in(meta: Any) -> Version:
+    return meta["e_tag"], meta["version"]
+
+
 class _Fetched(NamedTuple):
     """The end of an object's fetch and the object's version.
 
@@ -90,14 +98,9 @@ class _Fetched(NamedTuple):
     """
 
     result: str
-    e_tag: str | None = None
-    version: str | None = None
+    version: Version = (None, None)
     nbytes: int = 0
     md5: str | None = None
-
-    def same_object(self, other: _Fetched | Fault) -> bool:
-        """Return True if both are of one version of the object."""
-        return (self.e_tag, self.version) == (other.e_tag, other.version)
 
 
 @dataclass(frozen=True)
@@ -107,8 +110,7 @@ class Fault:
     It counts as missing ``until`` a time, and the next save may have to ``rewrite`` it.
     """
 
-    e_tag: str | None
-    version: str | None
+    version: Version
     side: str
     until: float
 
@@ -218,16 +220,16 @@ class RemoteStore:
     def _is_faulty_still(self, key: bytes, meta: Any) -> bool:
         """Return whether the object is the version that was damaged; note it for longer then."""
         fault = self._faults.pop(key, None)
-        if not fault or not fault.e_tag or fault.side != OBJECT:
+        if not fault or not fault.version[0] or fault.side != OBJECT:
             return False
-        if (meta["e_tag"], meta["version"]) != (fault.e_tag, fault.version):
+        if _version_in(meta) != fault.version:
             return False
-        self.note_fault(key, fault.e_tag, fault.version, fault.side)
+        self.note_fault(key, fault.version, fault.side)
         return True
 
-    def note_fault(self, key: bytes, e_tag: str | None, version: str | None, side: str) -> None:
+    def note_fault(self, key: bytes, version: Version, side: str) -> None:
         """Count a version of a block as missing for a while."""
-        self._faults[key] = Fault(e_tag, version, side, self.remote.now() + FAULTY)
+        self._faults[key] = Fault(version, side, self.remote.now() + FAULTY)
         self._present.pop(key, None)
 
     def believe_there(self, key: bytes) -> None:
@@ -422,12 +424,12 @@ class _Read:
         log = self._remote.log
         fetched = self._fetch()
         known = store.fault(key)
-        if fetched.result == "fault" and known and fetched.same_object(known):
+        if fetched.result == "fault" and known and fetched.version == known.version:
             report(key, Reason(reasons.DAMAGED, f"{where}: {known.side}"))
             return "fault"
 
         if fetched.result == "unreadable":
-            store.note_fault(key, fetched.e_tag, fetched.version, UNREADABLE)
+            store.note_fault(key, fetched.version, UNREADABLE)
             log.warning("unreadable", "%s: %s", self._address, UNREADABLE)
             report(key, Reason(reasons.UNREADABLE, f"{where}: {UNREADABLE}"))
             return "error"
@@ -439,9 +441,9 @@ class _Read:
             fetched = self._fetch()
             # Of an object that was written in between nothing is known.
             side = "the object changed while it was read"
-            if fetched.result == "fault" and fetched.same_object(first):
+            if fetched.result == "fault" and fetched.version == first.version:
                 side = self._sick_side(fetched)
-                store.note_fault(key, fetched.e_tag, fetched.version, side)
+                store.note_fault(key, fetched.version, side)
                 text = "%s came wrong twice: %s. It counts as missing for %g s%s"
                 # A save does not mend what the way to the bucket does to bytes.
                 saved = ", or until it is saved" if side in MENDED_BY_SAVES else ""
@@ -471,7 +473,7 @@ class _Read:
         image_bytes = self._form.image_bytes
         if fetched.nbytes != image_bytes and not self._may_be_compressed(fetched.nbytes):
             return OBJECT
-        e_tag = re.fullmatch('"?([0-9a-f]{32})"?', fetched.e_tag or "")
+        e_tag = re.fullmatch('"?([0-9a-f]{32})"?', fetched.version[0] or "")
         if not e_tag:
             return UNKNOWN
         row = self._row
@@ -483,7 +485,7 @@ class _Read:
                 return UNDECIDED
             if whole.result == "hit":
                 return PATH
-            if whole.result != "fault" or not whole.same_object(fetched):
+            if whole.result != "fault" or whole.version != fetched.version:
                 return UNDECIDED
             fetched = whole
 
@@ -534,7 +536,7 @@ class _Read:
         get = partial(remote.obs.get_async, remote.store, path, options=options)
         response = _until_stopped(get, self._stop)
         meta = response.meta
-        return _Fetched("fault", meta["e_tag"], meta["version"], meta["size"]), response
+        return _Fetched("fault", _version_in(meta), meta["size"]), response
 
     def _receive(self, response: Any, row: Row, span: tuple[int, int]) -> None:
         """Copy a body into a span of a row, or raise `_Stopped`."""
@@ -578,7 +580,7 @@ class _Read:
                 part = data[start:end]
                 if not whole:
                     again, response = self._request((start, end))
-                    if not again.same_object(fetched) or again.nbytes != fetched.nbytes:
+                    if (again.version, again.nbytes) != (fetched.version, fetched.nbytes):
                         return again
                     part = np.empty(end - start, np.uint8)
                     self._receive(response, part, (0, len(part)))
@@ -861,8 +863,8 @@ class Remote:
             return
         mode: Any = "create"
         if replaces:
-            known = {"e_tag": replaces.e_tag, "version": replaces.version}
-            mode = {name: value for name, value in known.items() if value} or "overwrite"
+            known = zip(("e_tag", "version"), replaces.version, strict=True)
+            mode = {name: value for name, value in known if value} or "overwrite"
         errors = obs.exceptions
         try:
             put(mode=mode)
@@ -886,7 +888,7 @@ class Remote:
             meta = self.obs.head(self.store, path)
         except FileNotFoundError:
             return False
-        return fault is None or (meta["e_tag"], meta["version"]) != (fault.e_tag, fault.version)
+        return fault is None or _version_in(meta) != fault.version
 
     def forms(self, form: BlockForm) -> list[BlockForm]:
         """Return other forms of the same cache that lie there."""
@@ -998,8 +1000,8 @@ def _within(seconds: float, request: Callable[[], Awaitable[Result]]) -> Result:
 
 def check_remote(
     url: object,
-    workers: Any = 8,
-    multipart: Any = PART,
+    workers: object = 8,
+    multipart: object = PART,
     settings: Mapping[str, Any] | None = None,
     compress: object = None,
 ) -> None:
@@ -1020,17 +1022,8 @@ def check_remote(
         raise InvalidTerms(
             f"Expected url= without . and .. in its path, got {_shown(url)}. Write the path out."
         )
-    whole = isinstance(workers, int) and not isinstance(workers, bool)
-    if not whole or not 1 <= workers <= MOST_WORKERS:
-        raise InvalidTerms(
-            f"Expected workers= as an integer from 1 to {MOST_WORKERS}, got {workers!r}. Pass 8."
-        )
-    whole = isinstance(multipart, int) and not isinstance(multipart, bool)
-    if not whole or not PART <= multipart < 1 << 63:
-        raise InvalidTerms(
-            f"Expected multipart= as {PART} bytes or more, which one part has, got {multipart!r}. "
-            f"Pass 64 << 20."
-        )
+    whole("workers=", workers, 1, MOST_WORKERS)
+    whole("multipart=", multipart, PART, (1 << 63) - 1, what="of bytes")
     check_compress(compress)
     for name in ("client_options", "retry_config"):
         if not isinstance(settings.get(name, {}), dict):
