@@ -331,7 +331,7 @@ class ServerState:
         self._clients = dict[int, Client]()  # by session
         self._processes = dict[tuple[int, int, int], ClientProcess]()
         self._works = dict[Work, None]()  # that have not ended
-        self._saves = dict[SaveKey, list[Work]]()
+        self._saves = dict[Work, None]()  # that an engine may ask for again
         # What clients learn next, by client and number of the request.
         self._news = dict[tuple[Client, int], _News]()
 
@@ -392,7 +392,7 @@ class ServerState:
             for work in requests:
                 if work.key is None:
                     self._abandon(work)
-            for save in self._all_saves():
+            for save in [*self._saves]:
                 self._settle_all(save)
             self._wake()
 
@@ -482,8 +482,8 @@ class ServerState:
             client = self.client(ask.session)
             part = self._part_of(client, ask.group)
             key = client.engine, part.store.form.digest, ask.keys, ask.after
-            begun = self._saves.get(key, [])
-            save = next((each for each in begun if each.awaits(client)), None)
+            alike = (each for each in self._saves if each.key == key)
+            save = next((each for each in alike if each.awaits(client)), None)
             if save is None:
                 save = self._begin_save(client, part, key, ask)
             self._add(save, client, ask.number)
@@ -506,7 +506,7 @@ class ServerState:
         else:
             begin = partial(part.store.save_lent, priority=ask.priority, full="drop", packs=True)
             self._begin(save, keys, partial(begin, after=ask.after))
-        self._saves.setdefault(key, []).append(save)
+        self._saves[save] = None
         return save
 
     def _begin(self, work: Work, keys: list[bytes], begin: Callable[..., Handle]) -> None:
@@ -588,7 +588,7 @@ class ServerState:
         """Go on with what the store has lent, and give up what takes too long."""
         with self._lock:
             now = self._now()
-            for save in self._all_saves():
+            for save in [*self._saves]:
                 late = now > save.since + self._patience
                 if late and save.stored is None and not save.complete:
                     self._abandon(save)
@@ -753,9 +753,6 @@ class ServerState:
         if work.store.form.encoding:
             self._wake()  # to tell the clients that no rows follow; see `Piece.packs`
 
-    def _all_saves(self) -> list[Work]:
-        return [save for saves in self._saves.values() for save in saves]
-
     def _settle_all(self, work: Work) -> None:
         for lent in [*work.lents]:
             self._settle(lent)
@@ -787,12 +784,8 @@ class ServerState:
 
     def _forget_save(self, save: Work) -> None:
         """Forget a save that has ended, and that no other rank will ask for."""
-        if save.key is None or save.stored is None or save.awaited:
-            return
-        left = [each for each in self._saves.get(save.key, ()) if each is not save]
-        self._saves.pop(save.key, None)
-        if left:
-            self._saves[save.key] = left
+        if save.stored is not None and not save.awaited:
+            self._saves.pop(save, None)
 
     def _learn(self, client: Client, number: int) -> _News:
         """Return the news of a client about a request, to be changed."""
