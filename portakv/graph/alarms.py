@@ -237,10 +237,10 @@ class Watch:
 
     def _begin(self) -> None:
         """Have the next look made, if there are sources. Runs with the runtime's lock."""
-        self.running = False
-        if self.watched:
+        running = bool(self.watched)
+        if running:
             self._runtime.start(self._run())
-            self.running = True
+        self.running = running
 
     async def _run(self) -> None:
         """Make one look, so that the end of the interpreter waits for no later one."""
