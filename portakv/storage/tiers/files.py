@@ -374,9 +374,20 @@ class Claimant(Protocol):
     def claim(self) -> int:
         """Return the descriptor that claims the folder of the tier; negative if none does."""
 
+    def drop(self) -> None:
+        """Close the files in a forked process, which must not keep the parent's locks."""
+
 
 #: The slots of this process, for the error of a folder that another store of it has.
 claimants: WeakSet[Claimant] = WeakSet()
+
+
+def _drop_all() -> None:
+    for claimant in [*claimants]:
+        claimant.drop()
+
+
+os.register_at_fork(after_in_child=_drop_all)
 
 
 def claim(folder: Path) -> int:
