@@ -13,7 +13,6 @@ import hashlib
 import logging
 import os
 import re
-import threading
 import time
 from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from contextlib import suppress
@@ -634,7 +633,7 @@ class _CircuitBreaker:
     def __init__(self, clock: Callable[[], float]) -> None:
         self.last_error = ""
         self._clock = clock
-        self._lock = threading.Lock()
+        self._lock = runtime().lock
         self._failures = 0  # in a row
         self._pause = PAUSE
         self._until = 0.0  # when a store that is left alone is tried again
