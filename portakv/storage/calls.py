@@ -16,7 +16,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from copy import copy
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from itertools import count, pairwise, repeat
 from operator import attrgetter
@@ -528,6 +528,7 @@ def forms_for(form: BlockForm, terms: AutoEncoding) -> tuple[dict[str, BlockForm
         return {RAW: raw}, str(error)
 
 
+@dataclass
 class Known:
     """The choice for a device.
 
@@ -540,18 +541,12 @@ class Known:
         trouble: the reason why the latest sample was not taken, as a sentence; empty if it was.
     """
 
-    def __init__(
-        self,
-        choice: EncodingChoice,
-        rated: EncodingChoice | None = None,
-        rates_missing: bool = False,
-    ) -> None:
-        self.choice = choice
-        self.rated = rated
-        self.rates_missing = rates_missing
-        self.left = SAMPLE_AGAIN
-        self.pending: Sample | None = None
-        self.trouble = ""
+    choice: EncodingChoice
+    rated: EncodingChoice | None = None
+    rates_missing: bool = False
+    left: int = field(default_factory=lambda: SAMPLE_AGAIN)
+    pending: Sample | None = None
+    trouble: str = ""
 
 
 class Chooser:
