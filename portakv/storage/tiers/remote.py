@@ -623,49 +623,6 @@ BACKOFF = {"init_backoff": timedelta(seconds=0.05), "max_backoff": timedelta(sec
 RETRY: Any = {"max_retries": 5, "retry_timeout": timedelta(seconds=30), "backoff": BACKOFF}
 
 
-class _CircuitBreaker:
-    """The failures of a store in a row, after which requests to it stop for a while.
-
-    Attributes:
-        last_error: how the last failed request failed, without secrets.
-    """
-
-    def __init__(self, clock: Callable[[], float]) -> None:
-        self.last_error = ""
-        self._clock = clock
-        self._lock = runtime().lock
-        self._failures = 0  # in a row
-        self._pause = PAUSE
-        self._until = 0.0  # when a store that is left alone is tried again
-
-    @property
-    def open(self) -> bool:
-        """Return True while the store gets no requests, except for probes."""
-        return self._failures >= FAILURES
-
-    def admits(self) -> bool:
-        """Return True if a request may go out now; while the breaker is open it is a probe."""
-        with self._lock:
-            if not self.open:
-                return True
-            if self._clock() < self._until:
-                return False
-            # This request is the probe; no other request goes out before it has ended.
-            self._pause = min(LONGEST, 2 * self._pause)
-            self._until = self._clock() + LONGEST
-            return True
-
-    def note(self, error: str | None) -> None:
-        """Count a failure, or begin anew after a success."""
-        with self._lock:
-            self._failures = 0 if error is None else self._failures + 1
-            if self._failures <= FAILURES:
-                self._pause = PAUSE
-            self._until = self._clock() + self._pause
-            if error is not None:
-                self.last_error = error
-
-
 class Remote:
     """A tier of blocks below a prefix of an object store.
 
@@ -724,7 +681,12 @@ class Remote:
         self.store, self._sink = uninterrupted(partial(self._connect, url, settings))
         self._multipart = multipart
         self._takes_conditions = True  # of puts, as far as is known
-        self._breaker = _CircuitBreaker(lambda: self.now())
+        #: How the last failed request failed, without secrets; empty if none failed.
+        self.last_error = ""
+        self._lock = runtime().lock
+        self._failures = 0  # in a row
+        self._pause = PAUSE
+        self._until = 0.0  # when a store that is left alone is tried again
         self.log = RateLimitedLog(_log, lambda: self.now())
         self._present: list[BlockForm] = []  # at the last look
         self._next_search = 0.0  # not before this time
@@ -733,12 +695,29 @@ class Remote:
     @property
     def left_alone(self) -> bool:
         """Return True while the store gets no requests, after failures in a row."""
-        return self._breaker.open
+        return self._failures >= FAILURES
 
-    @property
-    def last_error(self) -> str:
-        """Return how the last failed request failed, without secrets; empty if none failed."""
-        return self._breaker.last_error
+    def _admits(self) -> bool:
+        """Return True if a request may go out now; of a store that is left alone it is a probe."""
+        with self._lock:
+            if not self.left_alone:
+                return True
+            if self.now() < self._until:
+                return False
+            # This request is the probe; no other request goes out before it has ended.
+            self._pause = min(LONGEST, 2 * self._pause)
+            self._until = self.now() + LONGEST
+            return True
+
+    def _note(self, error: str | None) -> None:
+        """Count a failure, or begin anew after a success."""
+        with self._lock:
+            self._failures = 0 if error is None else self._failures + 1
+            if self._failures <= FAILURES:
+                self._pause = PAUSE
+            self._until = self.now() + self._pause
+            if error is not None:
+                self.last_error = error
 
     def __repr__(self) -> str:
         return f"Remote({self.url!r})"
@@ -798,7 +777,7 @@ class Remote:
 
         Raises `Failure` if the store fails, which is logged once a minute, or gets no requests now.
         """
-        if not self._breaker.admits():
+        if not self._admits():
             where = f"{self.url}: left alone for a while after {self.last_error}"
             raise Failure(Reason(reasons.UNREACHABLE, where))
 
@@ -811,9 +790,9 @@ class Remote:
             if not missing or re.search("NoSuchBucket|ContainerNotFound", str(error)):
                 failure = self._reason(error)
         if failure is None:
-            self._breaker.note(None)
+            self._note(None)
             return result
-        self._breaker.note(failure.where.removeprefix(f"{self.url}: "))
+        self._note(failure.where.removeprefix(f"{self.url}: "))
         text = "%r failed; its blocks are misses, and saves do not write there: %s"
         self.log.warning("failed", text, self, self.last_error, lines=1)
         raise Failure(failure)
