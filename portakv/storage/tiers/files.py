@@ -54,6 +54,13 @@ _CAUSES = {
     errno.ENOTDIR: "it is not a directory, or lies below a file",
     errno.ELOOP: "it is a symbolic link",
 }
+_PERMISSIONS = "Correct its permissions, or give the store another folder."
+_ADVICE = {
+    errno.ENOSPC: "Free some space, or lower the capacity.",
+    errno.EROFS: "Mount it writable, or give the store another folder.",
+    errno.EACCES: _PERMISSIONS,
+    errno.EPERM: _PERMISSIONS,
+}
 
 
 @dataclass
@@ -211,17 +218,9 @@ def file_system_of(folder: Path) -> str:
 def unusable(folder: Path, error: OSError) -> StoreError:
     """Return the error for a folder of which the system refuses a file."""
     place = error.filename or folder
-    number = error.errno
-    if number in resources.NONE_FREE:
+    if error.errno in resources.NONE_FREE:
         return StoreError(f"Expected to use {place}, but {resources.reason(error)}.")
-    if number == errno.ENOSPC:
-        advice = "Free some space, or lower the capacity."
-    elif number == errno.EROFS:
-        advice = "Mount it writable, or give the store another folder."
-    elif number in (errno.EACCES, errno.EPERM):
-        advice = "Correct its permissions, or give the store another folder."
-    else:
-        advice = "Correct it, or give the store another folder."
+    advice = _ADVICE.get(error.errno or 0, "Correct it, or give the store another folder.")
     return StoreError(f"Expected to use {place}, but {cause_of(error)}. {advice}")
 
 
