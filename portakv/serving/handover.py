@@ -38,6 +38,7 @@ from portakv.migrate.messages import (
 )
 from portakv.runtime.bounded import Until
 from portakv.runtime.rate_limited_log import RateLimitedLog
+from portakv.serving.local import check_names
 from portakv.serving.plan import NO_HANDOVERS, Blocks, Handovers, OfferJob, PullJob, Renewal
 from portakv.tasks import Handle, Limit, Wait, runtime
 
@@ -136,13 +137,7 @@ class HandoverTerms:
                 f"Expected hand_over to be an object, got {kind_of(terms)}. Pass {{}} for the "
                 f"usual terms."
             )
-        names = [each.name for each in fields(cls)]
-        unknown = [name for name in terms if name not in names]
-        if unknown:
-            raise InvalidTerms(
-                f"Expected some of {', '.join(names)} in hand_over, got {unknown[0]!r}. Correct "
-                f"it, or leave it out."
-            )
+        check_names(terms, [each.name for each in fields(cls)], " in hand_over")
         return cls(**terms)
 
     def secret(self) -> bytes | None:

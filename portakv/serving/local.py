@@ -365,15 +365,18 @@ def term_names(without: Container[str] = ()) -> list[str]:
     return [each.name for each in fields(StoreTerms) if each.name not in without]
 
 
-def check_names(terms: Iterable[str], names: Sequence[str]) -> None:
-    """Raise `InvalidTerms` for a term of a configuration that is none of the names."""
+def check_names(terms: Iterable[str], names: Sequence[str], place: str = "") -> None:
+    """Raise `InvalidTerms` for a term of a configuration that is none of the names.
+
+    ``place``: of the terms, such as " in hand_over".
+    """
     for name in terms:
         if name not in names:
             near = difflib.get_close_matches(str(name), names, n=1)
             hint = f" Did you mean {near[0]}?" if near else ""
             raise InvalidTerms(
-                f"Expected some of {', '.join(names)}, got {name!r}.{hint} Correct it, or leave it "
-                f"out."
+                f"Expected some of {', '.join(names)}{place}, got {name!r}.{hint} Correct it, or "
+                f"leave it out."
             )
 
 

@@ -679,11 +679,6 @@ class Rows:
                 self.unused.remove(key)
                 self.chains.move(key, USED)
 
-    def by_use(self) -> list[bytes]:
-        """Return the keys that have a row, the least recently used first."""
-        with self._lock:
-            return self.chains.by_use()
-
     def has(self, key: bytes) -> bool:
         """Return True if a key has a row."""
         return key in self.index
@@ -1083,14 +1078,6 @@ class Crossing:
         """Return the numbers of the view's blocks, or of their parts."""
         ids: npt.NDArray[np.int64] = self._fine.reshape(-1)
         return ids
-
-    @property
-    def waits_for_nothing(self) -> bool:
-        """Return True if the host issues copies from the view without a wait for its device.
-
-        On others ids go to the device by a copy that waits; see `registry.prepared.ASYNCHRONOUS`.
-        """
-        return self._view.device.type == "cuda"
 
     def is_for_caller(self, nbytes: int, pinned: bool) -> bool:
         """Return True if the caller's thread copies so many bytes of rows into the view.

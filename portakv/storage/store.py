@@ -68,6 +68,7 @@ class ViewSource:
         view: of the caller.
         issues: True if `issue` makes the copies of chunks that have rows.
         long_tasks: True if a copy takes the host as long for few bytes as for many.
+        ends: of the copies that were issued.
     """
 
     def __init__(
@@ -77,14 +78,11 @@ class ViewSource:
         self._crossing = crossing
         self._queue = queue
         fast = pinned and not queue.max_gbps  # otherwise a helper keeps the pace, or waits
-        # A helper sees which packed blocks do not fit.
-        self.issues = fast and crossing.waits_for_nothing and not packed
+        # A helper sees which packed blocks do not fit. To other devices than CUDA's, ids go by a
+        # copy for which the host waits; see `registry.prepared.ASYNCHRONOUS`.
+        self.issues = fast and view.device.type == "cuda" and not packed
+        self.ends: Sequence[Completion] = crossing.ends
         self.long_tasks = self.issues or (fast and crossing.on_device and packed)
-
-    @property
-    def ends(self) -> Sequence[Completion]:
-        """Return the ends of the copies that were issued."""
-        return self._crossing.ends
 
     def issue(self, call: Call, started: Sequence[InFlight]) -> None:
         """Issue copies for the chunks of a save from a device for which staging has room.

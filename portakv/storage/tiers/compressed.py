@@ -86,7 +86,7 @@ class Compressor:
 
 def check_compress(compress: object) -> None:
     """Raise `InvalidTerms` for a method that does not exist."""
-    if compress is not None and (not isinstance(compress, str) or compress != ZSTD):
+    if compress not in (None, ZSTD):
         raise InvalidTerms(
             f"Expected compress= as None or {ZSTD!r}, got {compress!r}. Pass one of them."
         )

@@ -41,6 +41,12 @@ _KINDS = {
     stat.S_IFBLK: "a device",
     stat.S_IFLNK: "a symbolic link",
 }
+#: What lies in place of a file, by the error of its opening.
+_REFUSED = {
+    errno.ELOOP: "a symbolic link",
+    errno.EISDIR: "a directory",
+    errno.ENXIO: "a socket or a device",
+}
 _CAUSES = {
     errno.ENOENT: "it does not exist",
     errno.EROFS: "it lies on a read-only file system",
@@ -85,20 +91,17 @@ def open_file(path: Path, flags: int = os.O_RDONLY) -> int:
     try:
         fd = os.open(path, flags | _SAFE, 0o600)
     except OSError as error:
-        if error.errno == errno.ELOOP:
-            raise wrong_kind(path, "a symbolic link") from error
-        if error.errno == errno.EISDIR:
-            raise wrong_kind(path, "a directory") from error
-        if error.errno == errno.ENXIO:
-            raise wrong_kind(path, "a socket or a device") from error
-        raise
+        kind = _REFUSED.get(error.errno or 0)
+        if kind is None:
+            raise
+        raise wrong_kind(path, kind) from error
     about = os.fstat(fd)
-    kind = stat.S_IFMT(about.st_mode)
-    if kind == stat.S_IFREG and about.st_uid == os.geteuid():
+    mode = stat.S_IFMT(about.st_mode)
+    if mode == stat.S_IFREG and about.st_uid == os.geteuid():
         return fd
     os.close(fd)
-    if kind != stat.S_IFREG:
-        raise wrong_kind(path, _KINDS.get(kind, "something else"))
+    if mode != stat.S_IFREG:
+        raise wrong_kind(path, _KINDS.get(mode, "something else"))
     raise wrong_owner(path, about.st_uid)
 
 
