@@ -80,7 +80,7 @@ def predecessors(
     return [None if key is None else check_key(what, key, do, weak_keys) for key in after]
 
 
-def check_key(what: str, key: object, do: str, weak_keys: bool = False) -> bytes:
+def check_key(what: str, key: object, do: str, weak_keys: bool) -> bytes:
     """Return one key of 32 bytes; raise `InvalidTerms` for another object."""
     flag("weak_keys", weak_keys)
     try:

@@ -1197,8 +1197,8 @@ def rows_for(
     forms: Sequence[BlockForm],
     staging: int,
     host: int,
-    pin: bool = True,
-    shared: bool = False,
+    pin: bool,
+    shared: bool,
 ) -> Rows:
     """Return rows for a store of its own forms, with so many bytes of staging and of host tier.
 

@@ -273,7 +273,7 @@ class ServerTransfer:
         keys: int,
         priority: Priority,
         saves: bool,
-        deadline: float | None = None,
+        deadline: float | None,
     ) -> None:
         """Begin the requests, which have ended if there is no server.
 

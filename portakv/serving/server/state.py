@@ -318,8 +318,8 @@ class ServerState:
 
     def __init__(
         self,
-        wake: Callable[[], object] = bool,
-        patience: float = PATIENCE,
+        wake: Callable[[], object],
+        patience: float,
         now: Callable[[], float] = time.monotonic,
     ) -> None:
         self.stores = dict[bytes, FormStore]()
