@@ -21,7 +21,6 @@ from weakref import WeakKeyDictionary, proxy
 
 from portakv.errors import PortaKVError
 from portakv.graph.meter import Meter, Sample, Source
-from portakv.runtime.devices import this_process
 from portakv.runtime.interrupts import uninterrupted
 from portakv.runtime.rate_limited_log import RateLimitedLog
 from portakv.tasks import Wait, Work, runtime
@@ -213,22 +212,22 @@ class Watch:
         clock: returns seconds.
 
     Attributes:
+        runtime: of the process.
         watched: the sources, each with what looks at it.
         running: a look is to come; False while there are no sources.
     """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
-        self.process = this_process()
         self._clock = clock
         self._log = RateLimitedLog(_logger, clock)
-        self._runtime = runtime()
+        self.runtime = runtime()
         self.watched = WeakKeyDictionary[Source, Alarms]()
         self.running = False
 
     def add(self, source: Source) -> None:
         """Look at a source that has just opened, until it is gone."""
         alarms = Alarms(proxy(source), clock=self._clock, log=self._log, new=True)
-        with self._runtime.lock:
+        with self.runtime.lock:
             self.watched[source] = alarms
             if not self.running:
                 # The system may give no more threads or descriptors: the next call tries.
@@ -239,18 +238,18 @@ class Watch:
         """Have the next look made, if there are sources. Runs with the runtime's lock."""
         running = bool(self.watched)
         if running:
-            self._runtime.start(self._run())
+            self.runtime.start(self._run())
         self.running = running
 
     async def _run(self) -> None:
         """Make one look, so that the end of the interpreter waits for no later one."""
-        await Wait(until=self._runtime.time() + LOOK)
+        await Wait(until=self.runtime.time() + LOOK)
         await Work(self.look)
         self._begin()
 
     def look(self) -> None:
         """Look at all sources whose time has come."""
-        with self._runtime.lock:
+        with self.runtime.lock:
             watched = dict(self.watched.items())  # no source ends in this look
         if _logger.isEnabledFor(logging.WARNING):
             for alarms in watched.values():
@@ -274,7 +273,7 @@ def watch(source: Source) -> None:
     Raises `InvalidTerms` for an object without figures.
     """
     global here
-    if here.process.forked:
+    if here.runtime.forked:
         here = Watch()
     uninterrupted(partial(here.add, source))
 
