@@ -5,15 +5,13 @@ unused leases.
 A warning says what to do. It comes when the fault begins or grows, and again each hour while it
 lasts. Single faults, such as a block that cannot be read, are logged where they occur.
 
-Owners, block stores and servers call `watch` when they open. One thread of the process looks at
-all of them.
+Owners, block stores and servers call `watch` when they open. One coroutine of the process
+looks at all of them.
 """
 
 from __future__ import annotations
 
-import atexit
 import logging
-import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
@@ -21,10 +19,11 @@ from functools import partial
 from typing import NamedTuple, TypeAlias
 from weakref import WeakKeyDictionary, proxy
 
+from portakv.errors import PortaKVError
 from portakv.graph.meter import Meter, Sample, Source
-from portakv.runtime.devices import this_process
 from portakv.runtime.interrupts import uninterrupted
 from portakv.runtime.rate_limited_log import RateLimitedLog
+from portakv.tasks import Wait, Work, runtime
 
 _logger = logging.getLogger(__name__)
 #: Seconds between two looks.
@@ -34,8 +33,6 @@ AGAIN = 3600.0
 #: Seconds from which a wait is a fault.
 WAIT = 30.0
 LEASE = 60.0
-#: Seconds for which the end of the interpreter waits for a look.
-EXIT = 1.0
 #: The labels of a sample, and its value or how much that has grown.
 Labelled: TypeAlias = tuple[Mapping[str, str], float]
 
@@ -209,62 +206,51 @@ class Alarms:
 
 
 class Watch:
-    """The thread that looks at what is open in a process, each `LOOK` seconds while there is any.
-
-    It reads nothing while warnings of this module are not logged. Any thread may call.
+    """Looks at the sources of a process that are open, by one coroutine.
 
     Args:
         clock: returns seconds.
 
     Attributes:
+        runtime: of the process.
         watched: the sources, each with what looks at it.
-        thread: None while there are no sources.
+        running: a look is to come; False while there are no sources.
     """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
-        self.process = this_process()
         self._clock = clock
         self._log = RateLimitedLog(_logger, clock)
-        self._lock = threading.Lock()
+        self.runtime = runtime()
         self.watched = WeakKeyDictionary[Source, Alarms]()
-        self._stopping = threading.Event()
-        self.thread: threading.Thread | None = None
+        self.running = False
 
     def add(self, source: Source) -> None:
         """Look at a source that has just opened, until it is gone."""
         alarms = Alarms(proxy(source), clock=self._clock, log=self._log, new=True)
-        with self._lock:
+        with self.runtime.lock:
             self.watched[source] = alarms
-            if self.thread is not None or self._stopping.is_set():
-                return
-            thread = threading.Thread(target=self._run, name="alarms of portakv", daemon=True)
-            with suppress(RuntimeError):  # the system gives no more threads: the next call tries
-                thread.start()
-                self.thread = thread
-                atexit.register(self.stop)
+            if not self.running:
+                # The system may give no more threads or descriptors: the next call tries.
+                with suppress(PortaKVError, OSError):
+                    self._begin()
 
-    def stop(self) -> None:
-        """Stop the thread: the interpreter ends."""
-        self._stopping.set()
-        thread = self.thread
-        if thread is not None:
-            thread.join(EXIT)
+    def _begin(self) -> None:
+        """Have the next look made, if there are sources. Runs with the runtime's lock."""
+        running = bool(self.watched)
+        if running:
+            self.runtime.start(self._run())
+        self.running = running
 
-    def _run(self) -> None:
-        while not self._stopping.wait(LOOK):
-            if not self.look():
-                return
+    async def _run(self) -> None:
+        """Make one look, so that the end of the interpreter waits for no later one."""
+        await Wait(until=self.runtime.time() + LOOK)
+        await Work(self.look)
+        self._begin()
 
-    def look(self) -> bool:
-        """Look at all sources whose time has come.
-
-        Returns False if there are no sources, so that the thread ends.
-        """
-        with self._lock:
+    def look(self) -> None:
+        """Look at all sources whose time has come."""
+        with self.runtime.lock:
             watched = dict(self.watched.items())  # no source ends in this look
-            if not watched:
-                self.thread = None
-                return False
         if _logger.isEnabledFor(logging.WARNING):
             for alarms in watched.values():
                 try:
@@ -273,11 +259,10 @@ class Watch:
                     text = "The figures of a store or an owner cannot be read, so no warning of it "
                     text += "comes: %r. Report it with the packages whose tiers it has."
                     self._log.warning("figures", text, error, lines=1)
-        return True
 
 
 def watch(source: Source) -> None:
-    """Warn of faults of a source that lasts, from the thread of this process.
+    """Warn of faults of a source that lasts, from a thread of this process.
 
     The source is not kept alive. In a forked process, sources that were opened before the fork are
     not watched.
@@ -288,7 +273,7 @@ def watch(source: Source) -> None:
     Raises `InvalidTerms` for an object without figures.
     """
     global here
-    if here.process.forked:
+    if here.runtime.forked:
         here = Watch()
     uninterrupted(partial(here.add, source))
 

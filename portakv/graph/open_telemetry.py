@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Iterable, Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -24,24 +23,23 @@ _SCOPE = "portakv"
 class _Readings:
     """The families of a meter, which the callbacks of all instruments of an export share.
 
-    Each instrument takes its family once. One that asks again begins the next reading.
+    Each instrument takes its family once. One that asks again begins the next reading, and so do
+    both of two threads that export together.
     """
 
     def __init__(self, meter: Meter) -> None:
         self._meter = meter
-        self._lock = threading.Lock()
         self._taken = {*METRICS}
         self._families = dict[str, Family]()
 
     def take(self, name: str, user: str) -> list[Sample]:
         """Return the samples of a metric. ``user``: the instrument that asks."""
-        with self._lock:
-            if user in self._taken or not self._families:
-                self._families = {each.name: each for each in self._meter.families()}
-                self._taken = set()
-            self._taken.add(user)
-            family = self._families.get(name)
-            return [] if family is None else family.samples
+        if user in self._taken or not self._families:
+            self._families = {each.name: each for each in self._meter.families()}
+            self._taken = set()
+        self._taken.add(user)
+        family = self._families.get(name)
+        return [] if family is None else family.samples
 
 
 def observe(

@@ -38,6 +38,7 @@ from portakv.migrate.messages import (
 )
 from portakv.runtime.bounded import Until
 from portakv.runtime.rate_limited_log import RateLimitedLog
+from portakv.serving.local import check_names
 from portakv.serving.plan import NO_HANDOVERS, Blocks, Handovers, OfferJob, PullJob, Renewal
 from portakv.tasks import Handle, Limit, Wait, runtime
 
@@ -136,13 +137,7 @@ class HandoverTerms:
                 f"Expected hand_over to be an object, got {kind_of(terms)}. Pass {{}} for the "
                 f"usual terms."
             )
-        names = [each.name for each in fields(cls)]
-        unknown = [name for name in terms if name not in names]
-        if unknown:
-            raise InvalidTerms(
-                f"Expected some of {', '.join(names)} in hand_over, got {unknown[0]!r}. Correct "
-                f"it, or leave it out."
-            )
+        check_names(terms, [each.name for each in fields(cls)], " in hand_over")
         return cls(**terms)
 
     def secret(self) -> bytes | None:
@@ -408,13 +403,6 @@ MOST_AGAIN = 30.0
 GONE = 2.0
 
 
-class _Pulling(NamedTuple):
-    """A pull of this worker; None: it could not begin."""
-
-    job: PullJob
-    pull: Pull | None
-
-
 class Handover:
     """Offers rows of one worker's caches to other engines, and pulls those that they offer.
 
@@ -435,7 +423,7 @@ class Handover:
         shards, model, terms: as they were passed.
         owner: of the offers; None: this engine offers nothing.
         reader: of the pulls; None: this engine pulls nothing.
-        pulling: the pulls that have not ended, or were not reported.
+        pulling: the pulls that have not ended, or were not reported; None: it could not begin.
 
     Raises:
         InvalidTerms: a file without a secret.
@@ -463,7 +451,7 @@ class Handover:
         self._width = Limit(self._runtime, WIDTH)  # of messages
         self._sends = deque[Handle[None]](maxlen=SENDS)
         self._offers = dict[bytes, str]()  # the requests, by the names of offers
-        self.pulling = list[_Pulling]()
+        self.pulling = list[tuple[PullJob, Pull | None]]()
         self._ends = Counter[str]()
         self._looked = 0.0
         self._meetings = list[Handle[None]]()
@@ -511,7 +499,7 @@ class Handover:
             self._offer(offer)
         alone = idle and len(plan.pulls) == 1 and not self.pulling
         for pull in plan.pulls:
-            self.pulling.append(_Pulling(pull, self._pull(pull, "idle" if alone else "compute")))
+            self.pulling.append((pull, self._pull(pull, "idle" if alone else "compute")))
         if self._leads:
             for renewal in plan.renewals:
                 renew = partial(RenewNamed, seconds=renewal.seconds)
@@ -521,11 +509,11 @@ class Handover:
 
     def ended_pulls(self) -> list[tuple[PullJob, bool]]:
         """Return the pulls that have ended since the last call, and whether their rows landed."""
-        ended = [each for each in self.pulling if each.pull is None or each.pull.ended]
-        for each in ended:
-            self.pulling.remove(each)
-            if each.pull is not None and each.pull.error is not None:
-                _log_failed_pull(each.pull.error)
+        ended = [(job, pull) for job, pull in self.pulling if pull is None or pull.ended]
+        for job, pull in ended:
+            self.pulling.remove((job, pull))
+            if pull is not None and pull.error is not None:
+                _log_failed_pull(pull.error)
         return [(job, pull is not None and pull.published) for job, pull in ended]
 
     def ended_offers(self) -> list[str]:

@@ -365,15 +365,18 @@ def term_names(without: Container[str] = ()) -> list[str]:
     return [each.name for each in fields(StoreTerms) if each.name not in without]
 
 
-def check_names(terms: Iterable[str], names: Sequence[str]) -> None:
-    """Raise `InvalidTerms` for a term of a configuration that is none of the names."""
+def check_names(terms: Iterable[str], names: Sequence[str], place: str = "") -> None:
+    """Raise `InvalidTerms` for a term of a configuration that is none of the names.
+
+    ``place``: of the terms, such as " in hand_over".
+    """
     for name in terms:
         if name not in names:
             near = difflib.get_close_matches(str(name), names, n=1)
             hint = f" Did you mean {near[0]}?" if near else ""
             raise InvalidTerms(
-                f"Expected some of {', '.join(names)}, got {name!r}.{hint} Correct it, or leave it "
-                f"out."
+                f"Expected some of {', '.join(names)}{place}, got {name!r}.{hint} Correct it, or "
+                f"leave it out."
             )
 
 
@@ -615,6 +618,7 @@ class StoreIndex:
     @property
     def losses(self) -> int:
         """Return a number that changes if a block may have been lost."""
+        self._follow()
         bucket = self.bucket
         return self._losses if bucket is None else self._losses + bucket.expired
 
@@ -628,10 +632,14 @@ class StoreIndex:
         Of a block of several groups, those of the first group, unless `record` says otherwise. Some
         are missing if changes were missed.
         """
+        self._follow()
         with runtime().lock:
             made = [*self._events]
             self._events.clear()
         return made
+
+    def _follow(self) -> None:
+        """Take note of the changes of the store since the last call."""
 
     def bytes_of(self, counts: Mapping[str, int]) -> dict[str, int]:
         """Return the bytes of blocks that a scheduler side has counted."""
@@ -729,17 +737,6 @@ class LocalIndex(StoreIndex):
             # The request of a bucket ends by its own timeout, and the engine need not wait for it.
             _log.warning("close", "The store of an engine was left open: %s", error)
 
-    def take_events(self) -> list[Change]:
-        """Return the changes of the store since the last call; see `StoreIndex.take_events`."""
-        self._follow()
-        return super().take_events()
-
-    @property
-    def losses(self) -> int:
-        """Return a number that changes if a block may have been lost."""
-        self._follow()
-        return super().losses
-
     def leading(self, keys: Sequence[bytes]) -> int | None:
         """Return how many leading blocks can be loaded; None if a bucket has yet to answer.
 
@@ -767,7 +764,6 @@ class LocalIndex(StoreIndex):
         return {} if store is None else store.statistics()
 
     def _follow(self) -> None:
-        """Take note of the changes of the store since the last call."""
         store = self._store
         if store is None:
             return

@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from secrets import token_bytes
+from sys import maxsize
 from typing import NamedTuple, Protocol
 
 from portakv.errors import InvalidTerms
@@ -117,7 +118,7 @@ class _Request:
     extra: Mapping[int, bytes]
     blocks: list[list[int]]
     considered: int = 0
-    limit: int | None = None
+    limit: int = maxsize
     promised: int = 0
     load: Job | PullJob | None = None
     remote: RemoteRows | None = None
@@ -272,9 +273,7 @@ class SchedulerSide:
         if state.remote is not None and state.remote.tokens > computed:
             return state.remote.tokens - computed
         first = computed // self._size
-        most = (len(state.tokens) - 1) // self._size
-        if state.limit is not None:
-            most = min(most, state.limit)
+        most = min((len(state.tokens) - 1) // self._size, state.limit)
         count = self._count_stored(state, first, most) if most > first else 0
         if count is None:
             now = self._now()

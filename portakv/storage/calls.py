@@ -16,7 +16,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from copy import copy
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from itertools import count, pairwise, repeat
 from operator import attrgetter
@@ -528,6 +528,7 @@ def forms_for(form: BlockForm, terms: AutoEncoding) -> tuple[dict[str, BlockForm
         return {RAW: raw}, str(error)
 
 
+@dataclass
 class Known:
     """The choice for a device.
 
@@ -540,22 +541,18 @@ class Known:
         trouble: the reason why the latest sample was not taken, as a sentence; empty if it was.
     """
 
-    def __init__(
-        self,
-        choice: EncodingChoice,
-        rated: EncodingChoice | None = None,
-        rates_missing: bool = False,
-    ) -> None:
-        self.choice = choice
-        self.rated = rated
-        self.rates_missing = rates_missing
-        self.left = SAMPLE_AGAIN
-        self.pending: Sample | None = None
-        self.trouble = ""
+    choice: EncodingChoice
+    rated: EncodingChoice | None = None
+    rates_missing: bool = False
+    left: int = field(default_factory=lambda: SAMPLE_AGAIN)
+    pending: Sample | None = None
+    trouble: str = ""
 
 
 class Chooser:
     """Chooses for the saves of a store, and remembers the choices.
+
+    Threads that save at the same time may take two samples in place of one.
 
     Args:
         form: the packed form; None: the store has only the raw one.
@@ -585,7 +582,6 @@ class Chooser:
         self._most = TIER_GBPS if tiers else float("inf")
         self._figures = figures
         self._graph = graph
-        self._lock = threading.Lock()
         self.known: dict[torch.device, Known] = {}
 
     def packs(self, view: KVView, ids: npt.NDArray[np.int64]) -> bool:
@@ -595,25 +591,23 @@ class Chooser:
         """
         form = self._form
         if form is None:
-            with self._lock:
-                if view.device not in self.known:
-                    raw = Known(EncodingChoice(None, self._why))
-                    self.known[view.device] = raw
-                    self._note(raw.choice)
+            if view.device not in self.known:
+                raw = Known(EncodingChoice(None, self._why))
+                self.known[view.device] = raw
+                self._note(raw.choice)
             return False
         if view.form.encoding:
             return True
         if view.block_size != form.block_size or not len(ids):
             return False
-        with self._lock:
-            known = self.known.get(view.device)
-            if known is None or (known.rates_missing and known.left <= 0):
-                known = self.known[view.device] = self._begin(view, ids)
-                self._note(known.choice)
-            elif known.rated is not None:
-                self._again(known, known.rated, view, ids)
-            known.left -= len(ids) * form.raw.payload_bytes
-            return known.choice.pack is not None
+        known = self.known.get(view.device)
+        if known is None or (known.rates_missing and known.left <= 0):
+            known = self.known[view.device] = self._begin(view, ids)
+            self._note(known.choice)
+        elif known.rated is not None:
+            self._again(known, known.rated, view, ids)
+        known.left -= len(ids) * form.raw.payload_bytes
+        return known.choice.pack is not None
 
     def _note(self, choice: EncodingChoice) -> None:
         """Note a choice in the trace."""
@@ -621,12 +615,11 @@ class Chooser:
 
     def lines(self) -> list[str]:
         """Return the choice for each device, with the reason, a line each."""
-        with self._lock:
-            known = {device: (each.choice, each.trouble) for device, each in self.known.items()}
         lines = list[str]()
-        for device, (choice, trouble) in known.items():
+        for device, known in self.known.copy().items():
+            choice = known.choice
             which = "raw" if choice.pack is None else "packed"
-            lines.append(f"Saves from {device} are {which}. {choice.why} {trouble}".rstrip())
+            lines.append(f"Saves from {device} are {which}. {choice.why} {known.trouble}".rstrip())
         return lines or ["No save has chosen between packed and raw blocks yet."]
 
     def _begin(self, view: KVView, ids: npt.NDArray[np.int64]) -> Known:
@@ -656,10 +649,11 @@ class Chooser:
         """Look at a sample that is complete, or take the next one if it is time."""
         pack = self._pack
         assert pack is not None
-        if known.pending is not None:
-            if not known.pending.ready:
+        pending = known.pending
+        if pending is not None:
+            if not pending.ready:
                 return
-            choice = judged(rated, best_of(view, known.pending, pack))
+            choice = judged(rated, best_of(view, pending, pack))
             known.pending = None
             known.trouble = ""
             if (choice.pack is None) != (known.choice.pack is None):

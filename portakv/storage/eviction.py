@@ -158,10 +158,6 @@ class Chains(Generic[Key]):
     def __contains__(self, key: object) -> bool:
         return key in self._blocks
 
-    def mark(self, key: Key) -> Mark:
-        """Return the mark of a stored block."""
-        return self._blocks[key].mark
-
     def add(self, key: Key, mark: Mark, follows: Mark, group: Hashable) -> None:
         """Add a block as the most recently used one.
 

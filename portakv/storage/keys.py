@@ -44,6 +44,19 @@ def check_keys(keys: Iterable[bytes], weak_keys: bool = False) -> list[bytes]:
     return [key.ljust(32, b"\0") for key in listed]
 
 
+def different_keys(keys: Iterable[bytes], weak_keys: bool = False) -> list[bytes]:
+    """Return keys as `check_keys` does; raise `InvalidTerms` also for a key that comes twice."""
+    checked = check_keys(keys, weak_keys)
+    if len({*checked}) < len(checked):
+        last = {key: number for number, key in enumerate(checked)}
+        first = next(number for number, key in enumerate(checked) if last[key] > number)
+        raise InvalidTerms(
+            f"Expected keys that differ, got keys[{last[checked[first]]}] equal to keys[{first}]. "
+            f"Pass each key once."
+        )
+    return checked
+
+
 def predecessors(
     after: bytes | Sequence[bytes | None] | None, keys: Sequence[bytes], weak_keys: bool = False
 ) -> list[bytes | None]:
@@ -67,7 +80,7 @@ def predecessors(
     return [None if key is None else check_key(what, key, do, weak_keys) for key in after]
 
 
-def check_key(what: str, key: object, do: str, weak_keys: bool = False) -> bytes:
+def check_key(what: str, key: object, do: str, weak_keys: bool) -> bytes:
     """Return one key of 32 bytes; raise `InvalidTerms` for another object."""
     flag("weak_keys", weak_keys)
     try:

@@ -76,9 +76,7 @@ class LentCopy:
         self.blocks: Sequence[int] = [arrival.at[i] for i in numbers]
         self.form = part.form
         held = arrival.held
-        self._in_flight: InFlight | None = None  # of a save
-        if self.kind == "save" and isinstance(held, InFlight):
-            self._in_flight = held
+        self._in_flight = held if isinstance(held, InFlight) and held.store else None  # of a save
         self._call = call
         self.inner = part.part_slices
         self.outer = part.own_slices
@@ -200,8 +198,6 @@ class LentQueue(BaseQueue):
     A copy is never cancelled, as its copier may use the rows. It holds up no other copy. ``form``:
     the name of the blocks' form, of a store with several forms; else empty.
     """
-
-    graph: Graph
 
     def __init__(self, graph: Graph, form: str) -> None:
         super().__init__(graph, f"{LENT}:{form}" if form else LENT, LENT)

@@ -48,7 +48,7 @@ from portakv.storage.calls import (
 )
 from portakv.storage.eviction import Pinning, Pins
 from portakv.storage.form import BlockForm
-from portakv.storage.keys import check_key, check_keys, predecessors
+from portakv.storage.keys import check_key, check_keys, different_keys, predecessors
 from portakv.storage.lent import Borrowed, Copier, Lending, LentQueue
 from portakv.storage.memory import Crossing, HostIndex, Loan, Rows, rows_for
 from portakv.storage.tiers.base import After, Keys, Tier, TierStore, tier_figures, tiers_of
@@ -68,6 +68,7 @@ class ViewSource:
         view: of the caller.
         issues: True if `issue` makes the copies of chunks that have rows.
         long_tasks: True if a copy takes the host as long for few bytes as for many.
+        ends: of the copies that were issued.
     """
 
     def __init__(
@@ -77,14 +78,11 @@ class ViewSource:
         self._crossing = crossing
         self._queue = queue
         fast = pinned and not queue.max_gbps  # otherwise a helper keeps the pace, or waits
-        # A helper sees which packed blocks do not fit.
-        self.issues = fast and crossing.waits_for_nothing and not packed
+        # A helper sees which packed blocks do not fit. To other devices than CUDA's, ids go by a
+        # copy for which the host waits; see `registry.prepared.ASYNCHRONOUS`.
+        self.issues = fast and view.device.type == "cuda" and not packed
+        self.ends: Sequence[Completion] = crossing.ends
         self.long_tasks = self.issues or (fast and crossing.on_device and packed)
-
-    @property
-    def ends(self) -> Sequence[Completion]:
-        """Return the ends of the copies that were issued."""
-        return self._crossing.ends
 
     def issue(self, call: Call, started: Sequence[InFlight]) -> None:
         """Issue copies for the chunks of a save from a device for which staging has room.
@@ -137,8 +135,6 @@ Has: TypeAlias = Callable[[TierStore, list[bytes]], list[bool]]
 LOOKUP_BATCH = 8  # blocks of the first request of a lookup; each next request has twice as many
 #: The options that a save takes, and a load, which also takes ``by_layer``.
 OPTIONS = ("backend", "overlap", "max_thread_blocks")
-#: The most bytes of a copy on the host that a load makes itself: 0.1 - 0.3 ms.
-SHORT_COPY = 1 << 20
 #: Loads in callers' threads whose use is recorded together.
 HITS = 64
 #: What a save does that finds no staging.
@@ -382,17 +378,9 @@ class FormStore:
 
     def _keys(self, keys: Keys, priority: Priority, deadline: float | None) -> list[bytes]:
         """Return keys of 32 bytes; reject wrong keys and terms."""
-        keys = check_keys(keys, self._weak)
-        if len({*keys}) < len(keys):
-            last = {key: number for number, key in enumerate(keys)}
-            first = next(number for number, key in enumerate(keys) if last[key] > number)
-            raise InvalidTerms(
-                f"Expected keys that differ, got keys[{last[keys[first]]}] equal to "
-                f"keys[{first}]. Pass each key once."
-            )
+        keys = different_keys(keys, self._weak)
         one_of("priority", priority, SLACK)
-        if deadline is not None:
-            seconds("deadline", deadline, optional=True)
+        seconds("deadline", deadline, optional=True)
         return keys
 
     def _own(self, kind: str) -> FormBlocks:
@@ -744,7 +732,7 @@ class FormStore:
         keys = self._keys(keys, priority, deadline)
         crossing = Crossing(view, blocks, len(keys), form.own.form.block_size, options=options)
         form = self._for_view(form, view.block_size, view.form.encoding)
-        loan = self._loan(form, crossing, view, keys, by_layer)
+        loan = self._loan(form, crossing, keys, by_layer)
         if loan is not None and None not in loan.rows:
             transfer, layers = crossing.issue(form.own.rows, loan, by_layer)
             self._count_hits(form, keys)
@@ -903,19 +891,16 @@ class FormStore:
         return loan
 
     def _loan(
-        self, form: FormBlocks, crossing: Crossing, view: KVView, keys: list[bytes], whole: bool
+        self, form: FormBlocks, crossing: Crossing, keys: list[bytes], whole: bool
     ) -> Loan | None:
         """Return the rows of blocks that the caller's thread copies; None if helpers copy all.
 
-        The caller's thread issues a copy to a device, which it does not wait for, and makes a short
-        one on the host. ``whole``: rows of all keys, or None.
+        ``whole``: rows of all keys, or None.
         """
         if not self.rows.host or self._up.max_gbps is not None:
             return None
-        if view.device.type == "cpu":
-            here = len(keys) * form.own.form.payload_bytes <= SHORT_COPY
-        else:
-            here = self.rows.pinned
+        nbytes = len(keys) * form.own.form.payload_bytes
+        here = crossing.is_for_caller(nbytes, self.rows.pinned)
         return self._borrow(form, keys, crossing, "load", whole) if here else None
 
     def _follow_issued(self, handle: Handle, form: FormBlocks) -> Handle:

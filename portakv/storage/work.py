@@ -360,12 +360,15 @@ class Graph:
         if queue is None:
             stall = 10.0 if stall_seconds is None else stall_seconds
             return self.queues.setdefault(name, Queue(self, name, width or 1, max_gbps, stall))
-        requested = {"width": width, "max_gbps": max_gbps, "stall_seconds": stall_seconds}
-        has = {"width": queue.width, "max_gbps": queue.max_gbps, "stall_seconds": queue.stall}
-        for term, value in requested.items():
-            if value is not None and value != has[term]:
+        terms = {
+            "width": (width, queue.width),
+            "max_gbps": (max_gbps, queue.max_gbps),
+            "stall_seconds": (stall_seconds, queue.stall),
+        }
+        for term, (value, has) in terms.items():
+            if value is not None and value != has:
                 do = f"The queue {name!r} has these terms; pass the same, or None."
-                raise arguments.invalid(term, str(has[term]), value, do)
+                raise arguments.invalid(term, str(has), value, do)
         return queue
 
     def check_open(self) -> None:

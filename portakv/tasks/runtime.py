@@ -16,8 +16,8 @@ import select
 import selectors
 import threading
 from collections import deque
-from collections.abc import Callable, Coroutine, Generator, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Coroutine, Generator, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from functools import partial
 from math import ceil
 from socket import socket
@@ -219,29 +219,6 @@ class Step:
         finally:
             self.depth -= 1
             self.lock.release()
-
-
-class Released:
-    """A context in which this thread does not have the lock, if it had it."""
-
-    __slots__ = ("_depth", "_state", "_step")
-
-    def __init__(self, step: Step) -> None:
-        self._step = step
-        self._depth = 0
-        self._state: object = None
-
-    def __enter__(self) -> None:
-        # The methods by which a condition of Python releases its lock, however often it was taken.
-        if self._step.lock._is_owned():
-            self._depth = self._step.depth
-            self._step.depth = 0
-            self._state = self._step.lock._release_save()
-
-    def __exit__(self, *error: object) -> None:
-        if self._state is not None:
-            self._step.lock._acquire_restore(self._state)
-            self._step.depth = self._depth
 
 
 class End(Generic[T]):
@@ -649,9 +626,23 @@ class Runtime:
         """Return True in a process that was forked from the one that made the runtime."""
         return self._process.forked
 
-    def released(self) -> Released:
-        """Return a context for code of others and for copies, which need no lock of a runtime."""
-        return Released(self.step)
+    @contextmanager
+    def released(self) -> Iterator[None]:
+        """Return a context in which this thread does not have the lock, if it had it: for code of
+        others and for copies, which need no lock of a runtime."""
+        step = self.step
+        if not step.lock._is_owned():
+            yield
+            return
+        # The methods by which a condition of Python releases its lock, however often it was taken.
+        depth = step.depth
+        step.depth = 0
+        state = step.lock._release_save()
+        try:
+            yield
+        finally:
+            step.lock._acquire_restore(state)
+            step.depth = depth
 
     @property
     def runs_here(self) -> bool:

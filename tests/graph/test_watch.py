@@ -8,7 +8,6 @@ import gc
 import logging
 import os
 import shutil
-import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from functools import partial
@@ -24,6 +23,7 @@ from support.slot_cases import Faulty
 from support.storage_cases import key_of, small_form
 from support.waits import LIMIT, until
 
+from portakv import tasks
 from portakv.graph import alarms
 from portakv.graph.alarms import Watch, watch
 from portakv.runtime import linux
@@ -88,7 +88,7 @@ def process(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -
     made = Process(caplog)
     monkeypatch.setattr(alarms, "here", made.watch)
     yield made
-    made.watch.stop()
+    made.watch.watched.clear()
 
 
 def fail_on_device(request: Any) -> int | None:
@@ -196,18 +196,17 @@ def test_leases_in_a_process_with_an_owner_alone(process: Process, watched: bool
         assert ["tickets reach readers" in text for text in texts] == [True] * expected
 
 
-def test_the_thread_logs_and_ends_with_its_sources(
+def test_the_looks_log_and_end_with_their_sources(
     process: Process, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(alarms, "LOOK", 0.01)
     source = Source(ILL)
     watch(source)
     assert until(lambda: process.logged() != [])
-    thread = process.watch.thread
-    assert thread is not None
+    assert process.watch.running
     del source
     gc.collect()
-    assert until(lambda: not thread.is_alive())
+    assert until(lambda: not process.watch.running)
     assert len(process.logged()) == 1
     other = Source(ILL)
     watch(other)
@@ -240,14 +239,14 @@ def test_nothing_is_read_for_warnings_that_are_not_logged(
 def test_a_forked_process_watches_what_it_opens(process: Process) -> None:
     parents = Source(ILL)
     watch(parents)
+    parent = tasks.runtime()
     child = os.fork()
     if child == 0:
         own = Source(ILL)
         watch(own)
         there = alarms.here
         right = there is not process.watch and len(there.watched) == 1
-        names = [each.name for each in threading.enumerate()]
-        os._exit(0 if right and "alarms of portakv" in names else 1)
+        os._exit(0 if right and there.running and tasks.runtime() is not parent else 1)
     assert os.waitpid(child, 0)[1] == 0
     assert alarms.here is process.watch
 

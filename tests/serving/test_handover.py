@@ -339,9 +339,9 @@ def test_engines_do_not_wait_for_offers_that_do_not_come(how: str, sides: ExitSt
     dst = made(sides, 8, 16, handing=HandoverTerms(timeout=3600.0))
     names = [token_bytes(32) for _ in range(2)]
     dst.pull([src.ticket(names[0])], range(5))
-    (waiting,) = dst.handover.pulling
-    assert waiting.pull is not None
-    wanted = waiting.pull.wanted
+    ((_, waiting),) = dst.handover.pulling
+    assert waiting is not None
+    wanted = waiting.wanted
     assert wanted is not None
     assert until(lambda: wanted.queried, LIMIT)
     assert not dst.step().loaded

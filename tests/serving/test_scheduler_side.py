@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import ast
 import random
+import sys
 from collections import Counter
 from collections.abc import Sequence
 from functools import cache
@@ -92,7 +93,7 @@ class OfferedAgain(SchedulerSide):
         super().take(report)
         self._failed.clear()
         for request in self._requests.values():
-            request.limit = None
+            request.limit = sys.maxsize
 
 
 @pytest.mark.parametrize(

@@ -28,8 +28,7 @@ from portakv.serving import Place, ServerIndex, StoreClient, StoreServer, StoreT
 from portakv.serving.server.client import Requests, ServerTransfer
 from portakv.serving.server.messages import MOST_KEYS
 from portakv.storage import BlockForm, BlockStore, Disk, prefix_keys
-from portakv.storage.memory import Crossing
-from portakv.storage.store import SHORT_COPY
+from portakv.storage.memory import SHORT_COPY, Crossing
 from portakv.tasks import Work
 
 

@@ -606,7 +606,7 @@ class StoreModel(RuleBasedStateMachine):
         """Return the numbers of the keys in each tier."""
         (tier_store,) = self.store._tier_stores
         disk = {key for slots in tier_store.parts for key in slots.index}
-        host = {name[-32:] for name in self.store.rows.by_use()}
+        host = {name[-32:] for name in self.store.rows.chains.by_use()}
         return [{struct.unpack("<I", key[:4])[0] for key in keys} for keys in (disk, host)]
 
     @initialize(slots=st.integers(3, 24), host=st.integers(0, 9), folders=st.integers(1, 3))

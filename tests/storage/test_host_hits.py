@@ -21,7 +21,6 @@ from portakv import BackendUnavailable, CopyOptions, KVView, StoreError, Transfe
 from portakv.errors import TransferCancelled, TransferTimeout
 from portakv.storage import BlockStore, memory
 from portakv.storage import memory as rows_module
-from portakv.storage import store as storing
 from portakv.storage.memory import Loan, Rows
 from portakv.storage.work import Graph
 
@@ -199,7 +198,7 @@ def test_workers_move_the_blocks(how: str, monkeypatch: pytest.MonkeyPatch) -> N
     several places."""
     terms: dict[str, Any] = {}
     if how == "long":
-        monkeypatch.setattr(storing, "SHORT_COPY", 8 * FORM.payload_bytes - 1)
+        monkeypatch.setattr(rows_module, "SHORT_COPY", 8 * FORM.payload_bytes - 1)
     if how == "limited":
         graph = Graph()
         graph.queue("host-device", width=2, max_gbps=10.0)

@@ -125,7 +125,7 @@ def test_rows_that_are_kept_together_are_kept_as_one_after_the_other(seed: int) 
         for rows, items in zip((together, single), both, strict=True):
             assert items is not None
             rows.give(items)
-        assert together.by_use() == single.by_use()
+        assert together.chains.by_use() == single.chains.by_use()
         assert counts_of(together) == counts_of(single)
         assert together.evicted == single.evicted
 
@@ -142,7 +142,7 @@ def filled(staging: int = 8, host: int = 8, cached: int = 8) -> Rows:
 
 def cached_numbers(rows: Rows) -> list[int]:
     """Return the numbers of the keys that have a row, the least recently used first."""
-    return [int.from_bytes(key[:4], "little") for key in rows.by_use()]
+    return [int.from_bytes(key[:4], "little") for key in rows.chains.by_use()]
 
 
 def claim_of(*numbers: int, evict: bool = True, apart: tuple[bytes, ...] = ()) -> Claim:

@@ -197,7 +197,7 @@ class Comparison(RuleBasedStateMachine):
         rows, expected = self.both
         assert self.changes[0] == self.changes[1]
         assert self.cached(rows) == self.cached(expected)
-        assert rows.by_use() == expected.by_use()
+        assert rows.chains.by_use() == expected.chains.by_use()
         assert rows.evicted == expected.evicted
         assert rows.nbytes_by_state() == expected.nbytes_by_state()
 

@@ -151,7 +151,7 @@ class Model(RuleBasedStateMachine):
         passing=st.booleans(),
     )
     def take(self, nbytes: int, count: int, store: bool, passing: bool) -> Lease:
-        before = self.rows.by_use()
+        before = self.rows.chains.by_use()
         staged = sum(item < STAGING * 4 for lease in self.lent for item in lease.items)
         items = self.rows.take(count, Want(nbytes, store, passing=passing))
         self.lost(before, MOST_EVICTED * count)
@@ -171,7 +171,7 @@ class Model(RuleBasedStateMachine):
         """A block did not fit, so that its row has to be larger."""
         if lease not in self.lent or pick >= len(lease.items) or lease.sizes[pick] == LARGE:
             return
-        before = self.rows.by_use()
+        before = self.rows.chains.by_use()
         del self.fills[lease.items[pick]]
         if self.rows.replace(lease.items, pick, Want(LARGE, True)):
             lease.sizes[pick] = LARGE
@@ -183,7 +183,7 @@ class Model(RuleBasedStateMachine):
         """An image that is no larger than its row moves, if it may."""
         if lease not in self.lent or pick >= len(lease.items) or lease.sizes[pick] < nbytes:
             return
-        before = self.rows.by_use()
+        before = self.rows.chains.by_use()
         _, byte = self.fills.pop(lease.items[pick])
         self.rows.settle(lease.items, pick, Want(nbytes, True))
         self.lost(before, MOST_EVICTED)
@@ -197,7 +197,7 @@ class Model(RuleBasedStateMachine):
         if lease not in self.lent:
             return
         self.lent.remove(lease)
-        before = self.rows.by_use()
+        before = self.rows.chains.by_use()
         known = {*self.cached}
         keys = [key_of(number) for number in numbers[: len(lease.items)]]
         kept = self.rows.keep(lease.items, keys, [FIRST] * len(keys), sizes=lease.sizes)

@@ -549,9 +549,9 @@ def test_a_load_of_more_than_the_host_tier_holds_leaves_its_beginning_there(open
         time.sleep(0.01)
     go.set()
     handle.synchronize(LIMIT)
-    assert store.rows.by_use() == names[9::-1]
+    assert store.rows.chains.by_use() == names[9::-1]
     store.load(cache(20, seed=50), range(4, 20), keys[4:]).synchronize(LIMIT)
-    assert store.rows.by_use() == names[3::-1] + names[9:3:-1]
+    assert store.rows.chains.by_use() == names[3::-1] + names[9:3:-1]
     reads = len(tier.reads)
     store.prefetch(keys[:4]).synchronize(LIMIT)
     assert len(tier.reads) == reads, "the beginning is still there"

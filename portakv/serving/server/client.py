@@ -9,13 +9,13 @@ from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import suppress
 from functools import partial
 from itertools import count
-from typing import Literal, NamedTuple, TypeVar
+from typing import Literal, NamedTuple, TypeAlias, TypeVar
 
 import numpy as np
 import torch
 
 from portakv.arguments import flag, instance, items, one_of, seconds, text
-from portakv.errors import InvalidTerms, PortaKVError, StoreError, TransferTimeout
+from portakv.errors import PortaKVError, StoreError, TransferTimeout
 from portakv.host import pinned
 from portakv.migrate.channel import Channel, Peer
 from portakv.migrate.shared_memory import open_shared
@@ -48,9 +48,8 @@ from portakv.storage import BlockForm
 from portakv.storage.calls import copy_fitting
 from portakv.storage.eviction import Pins
 from portakv.storage.form import Slices
-from portakv.storage.keys import check_keys, predecessors
+from portakv.storage.keys import check_keys, different_keys, predecessors
 from portakv.storage.memory import Crossing, Loan
-from portakv.storage.store import SHORT_COPY
 from portakv.storage.tiers.base import After, Keys
 from portakv.storage.work import Mask
 from portakv.tasks import SLACK, End, Limit, Priority, Signal, Wait, Work, runtime
@@ -183,11 +182,8 @@ class Piece(NamedTuple):
     blocks: int
 
 
-class Hit(NamedTuple):
-    """Rows that the caller's thread copies for a request."""
-
-    piece: Piece
-    grant: Grant
+#: Rows that the caller's thread copies for a request.
+Hit: TypeAlias = tuple[Piece, Grant]
 
 
 # ------------------------------------------------------------------------------------------------
@@ -277,7 +273,7 @@ class ServerTransfer:
         keys: int,
         priority: Priority,
         saves: bool,
-        deadline: float | None = None,
+        deadline: float | None,
     ) -> None:
         """Begin the requests, which have ended if there is no server.
 
@@ -304,20 +300,19 @@ class ServerTransfer:
         self.released = End[None](self._runtime) if saves else None
         # The runtime's lock guards what follows.
         self._closed = False  # no copy begins: it was cancelled, is late, or lost its server
-        self._queued = 0  # first answers that have not come, and leases whose copies have not begun
         self._copying = 0  # leases whose copies are under way in helpers
         self._issuing = 0  # leases whose copies were issued on the caller's stream
-        self._lacking = set[int]()  # the requests that may get more rows
-        self._unstored = set[int]()  # the requests of a save that have not ended
         self._landed: Mask = np.zeros(keys, np.bool_)
         self._covered = dict[int, int]()  # the cells that have come of blocks in several rows
         if session is not None:
             crossing.prepare(self._rows_of(session))
         with self._runtime.lock:
             self.pieces = self._requests.begin(self, keys)
+            # First answers that have not come, and leases whose copies have not begun.
             self._queued = len(self.pieces)
+            # The requests that may get more rows, and those of a save that have not ended.
             self._lacking = {piece.number for piece in self.pieces}
-            self._unstored = {*self._lacking} if saves else set()
+            self._unstored = {*self._lacking} if saves else set[int]()
             # A session that ended before they began has ended none of them.
             if session is None or self._link.session is not session:
                 self._session = None
@@ -494,7 +489,8 @@ class ServerTransfer:
         session = self._session
         if session is None:
             return
-        here = self._copies_here(session, len(keys))
+        rows: MappedRows = session.data
+        here = self._crossing.is_for_caller(len(keys) * self._form.payload_bytes, rows.pinned)
         hits = list[Hit]()
         try:
             for piece in self.pieces:
@@ -504,7 +500,7 @@ class ServerTransfer:
                 later = list[Grant]()
                 for grant in self._runtime.run(self._ask, session, piece, request):
                     if here and not grant.form:
-                        hits.append(Hit(piece, grant))
+                        hits.append((piece, grant))
                     else:
                         later.append(grant)
                 self.copy_later(session, piece, later)
@@ -522,16 +518,6 @@ class ServerTransfer:
         inner = rows.sides(self._form, "").inner
         assert inner is not None  # a rank has a part of whole blocks
         return inner
-
-    def _copies_here(self, session: Session, keys: int) -> bool:
-        """Return whether the caller's thread copies the rows that are there.
-
-        It issues a copy to a device, which it does not wait for, and makes a short one on the host.
-        """
-        if self._view.device.type == "cpu":
-            return keys * self._form.payload_bytes <= SHORT_COPY
-        rows: MappedRows = session.data
-        return rows.pinned
 
     async def _ask_later(self, session: Session, piece: Piece, request: Save) -> None:
         """Request rows in turn, and have them copied."""
@@ -629,8 +615,8 @@ class ServerTransfer:
             await Wait(until=self._runtime.time() + POLL)
         if begun:
             self._end_issued(hits, landed)
-        for hit in hits:
-            await self._report(session, hit.grant, landed)
+        for _, grant in hits:
+            await self._report(session, grant, landed)
 
     def _end_issued(self, hits: Sequence[Hit], landed: bool) -> None:
         """Note the ends of copies that were issued."""
@@ -789,10 +775,8 @@ class ServerBlocks:
 
 def _checked(keys: Keys, priority: Priority) -> list[bytes]:
     """Return keys of 32 bytes that differ; reject wrong terms."""
-    checked = check_keys(keys)
+    checked = different_keys(keys)
     one_of("priority", priority, SLACK)
-    if len({*checked}) < len(checked):
-        raise InvalidTerms("Expected keys that differ, got one twice. Pass each key once.")
     return checked
 
 

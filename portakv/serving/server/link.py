@@ -8,7 +8,7 @@ import os
 import re
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
-from functools import cache, partial
+from functools import partial
 from hashlib import sha256
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -126,7 +126,6 @@ class Place:
         except OSError as error:
             raise unusable(folder, error) from None
         if self.claimed:
-            _watch_forks()
             _claimed.add(self)
             os.ftruncate(self._lock, 0)  # the address of a server that has ended
         return self.claimed
@@ -163,15 +162,13 @@ class Place:
 _claimed: WeakSet[Place] = WeakSet()
 
 
-@cache
-def _watch_forks() -> None:
+def _drop_all() -> None:
     """Close the files in a forked child: it would keep the lock of its parent."""
+    for place in [*_claimed]:
+        place.drop()
 
-    def drop_all() -> None:
-        for place in [*_claimed]:
-            place.drop()
 
-    os.register_at_fork(after_in_child=drop_all)
+os.register_at_fork(after_in_child=_drop_all)
 
 
 _log = logging.getLogger(__name__)

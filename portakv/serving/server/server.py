@@ -196,15 +196,8 @@ class Feed:
         if not followers:
             return
         items = [
-            Changed(
-                each.number,
-                self._numbers[each.form],
-                each.key,
-                each.tier,
-                each.stored,
-                each.why,
-            )
-            for each in changes
+            Changed(number, self._numbers[form], key, tier, stored, why)
+            for number, key, tier, stored, why, form in changes
         ]
         for first in range(0, len(items), MOST_CHANGES):
             some = tuple(items[first : first + MOST_CHANGES])
@@ -239,7 +232,7 @@ class OpenStore:
         forms: Sequence[BlockForm],
         wake: Callable[[], object],
         patience: float,
-        events: EventPublisher | None = None,
+        events: EventPublisher | None,
     ) -> None:
         terms.check_room([form.raw.image_bytes for form in forms])
         tiers = terms.tiers()

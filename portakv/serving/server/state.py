@@ -17,7 +17,7 @@ The rules, in order of their weight:
 from __future__ import annotations
 
 import time
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
@@ -223,7 +223,7 @@ class Work:
     """A load of one client, or a save that all ranks of an engine ask for: a `Copier` of the store.
 
     Attributes:
-        begun: takes the copies that the store begins, under the lock of its graph.
+        lend: takes the copies that the store begins, under the lock of its graph.
         key: of a save; None: a load.
         since: when it began.
         expected: the clients that will ask for it.
@@ -234,7 +234,7 @@ class Work:
         stored: of a save, which blocks are stored; None: it has not ended.
     """
 
-    begun: Callable[[Work, Copy], object]
+    lend: Callable[[Work, Copy], object]
     store: FormStore
     blocks: int
     key: SaveKey | None = None
@@ -250,7 +250,7 @@ class Work:
 
     def begin(self, copy: Copy, /) -> None:
         """Take a copy from the store."""
-        self.begun(self, copy)
+        self.lend(self, copy)
 
     def awaits(self, client: Client) -> bool:
         """Return whether a client has yet to ask for it."""
@@ -303,7 +303,8 @@ class _News:
 class ServerState:
     """The clients of a server, and the rows that are lent to them.
 
-    Any thread may call. Messages for clients collect until `take`.
+    Any thread may call: the lock of the runtime guards all, which the stores' graphs have as well.
+    Messages for clients collect until `take`.
 
     Args:
         wake: is called, in any thread, when `advance` has something to do.
@@ -317,8 +318,8 @@ class ServerState:
 
     def __init__(
         self,
-        wake: Callable[[], object] = bool,
-        patience: float = PATIENCE,
+        wake: Callable[[], object],
+        patience: float,
         now: Callable[[], float] = time.monotonic,
     ) -> None:
         self.stores = dict[bytes, FormStore]()
@@ -330,10 +331,7 @@ class ServerState:
         self._clients = dict[int, Client]()  # by session
         self._processes = dict[tuple[int, int, int], ClientProcess]()
         self._works = dict[Work, None]()  # that have not ended
-        self._saves = dict[SaveKey, list[Work]]()
-        # From the store, which has its lock: copies that begin, and work that has ended.
-        self._begun = deque[tuple[Work, Copy]]()
-        self._ended = deque[Work]()
+        self._saves = dict[Work, None]()  # that an engine may ask for again
         # What clients learn next, by client and number of the request.
         self._news = dict[tuple[Client, int], _News]()
 
@@ -394,7 +392,7 @@ class ServerState:
             for work in requests:
                 if work.key is None:
                     self._abandon(work)
-            for save in self._all_saves():
+            for save in [*self._saves]:
                 self._settle_all(save)
             self._wake()
 
@@ -414,7 +412,6 @@ class ServerState:
         with self._lock:
             for client in [*self._clients.values()]:
                 self.lost(client)
-            self._drain()
             lents = {lent for work in self._works for lent in work.lents}
             for process in self._processes.values():
                 lents |= {lease.lent for lease in process.leases.values()}
@@ -465,15 +462,15 @@ class ServerState:
             client = self.client(ask.session)
             keys = [*ask.keys]
             part = self._part_of(client, ask.group)
-            work = Work(self._note_begun, part.store, len(keys), requesters={client: ask.number})
+            work = Work(self._lend, part.store, len(keys))
             borrowed = part.store.borrow(keys, True)
             if borrowed is not None:
-                self._lend(work, borrowed)
-                return self._progress(client, ask.number)
-            begin = partial(part.store.load_lent, priority=ask.priority, missing="skip", packs=True)
-            self._begin(work, keys, partial(begin, deadline=ask.seconds or None))
-            client.requests[ask.number] = work
-            self._drain()
+                work.begin(borrowed)
+            else:
+                load = part.store.load_lent
+                begin = partial(load, priority=ask.priority, missing="skip", packs=True)
+                self._begin(work, keys, partial(begin, deadline=ask.seconds or None))
+            self._add(work, client, ask.number)
             return self._progress(client, ask.number)
 
     def save(self, ask: Save) -> Progress:
@@ -485,19 +482,12 @@ class ServerState:
             client = self.client(ask.session)
             part = self._part_of(client, ask.group)
             key = client.engine, part.store.form.digest, ask.keys, ask.after
-            begun = self._saves.get(key, [])
-            save = next((each for each in begun if each.awaits(client)), None)
+            alike = (each for each in self._saves if each.key == key)
+            save = next((each for each in alike if each.awaits(client)), None)
             if save is None:
                 save = self._begin_save(client, part, key, ask)
-            save.requesters[client] = ask.number
-            client.requests[ask.number] = save
-            self._drain()
-            for lent in [*save.lents]:
-                self._grant(lent, client, ask.number)
-            self._settle_all(save)
-            if save.stored is not None:
-                self._end_request(client, ask.number, save.stored)
-            elif save.complete or save.abandoned or save.has_all_rows:
+            self._add(save, client, ask.number)
+            if save.complete or save.abandoned or save.has_all_rows:
                 self._learn(client, ask.number).more = False
             return self._progress(client, ask.number)
 
@@ -505,7 +495,7 @@ class ServerState:
         """Begin a save of all ranks of an engine."""
         ranks = self._ranks(client, part)
         keys = [*ask.keys]
-        save = Work(self._note_begun, part.store, len(keys), key, self._now(), {*ranks})
+        save = Work(self._lend, part.store, len(keys), key, self._now(), {*ranks})
         together = 0
         for cells in ranks.values():
             together |= cells
@@ -516,7 +506,7 @@ class ServerState:
         else:
             begin = partial(part.store.save_lent, priority=ask.priority, full="drop", packs=True)
             self._begin(save, keys, partial(begin, after=ask.after))
-        self._saves.setdefault(key, []).append(save)
+        self._saves[save] = None
         return save
 
     def _begin(self, work: Work, keys: list[bytes], begin: Callable[..., Handle]) -> None:
@@ -525,10 +515,10 @@ class ServerState:
             work.handle = begin(work, keys)
         except BaseException:
             work.abandoned = True
-            self._drain()
+            self._settle_all(work)
             raise
         self._works[work] = None
-        work.handle.when_ended(partial(self._note_ended, work))
+        work.handle.when_ended(partial(self._end, work))
 
     def _ranks(self, client: Client, part: RankPart) -> dict[Client, int]:
         """Return the clients of an engine that have a part of the same blocks, with their cells."""
@@ -597,11 +587,8 @@ class ServerState:
     def advance(self) -> None:
         """Go on with what the store has lent, and give up what takes too long."""
         with self._lock:
-            self._drain()
-            while self._ended:
-                self._end(self._ended.popleft())
             now = self._now()
-            for save in self._all_saves():
+            for save in [*self._saves]:
                 late = now > save.since + self._patience
                 if late and save.stored is None and not save.complete:
                     self._abandon(save)
@@ -661,16 +648,6 @@ class ServerState:
             )
         return client.parts[group]
 
-    def _note_begun(self, work: Work, copy: Copy) -> None:
-        """Take a copy from the store, which has the lock of its graph: no other lock may follow."""
-        self._begun.append((work, copy))
-        self._wake()
-
-    def _note_ended(self, work: Work) -> None:
-        """Take the end of a load or a save from the store, as `_note_begun`."""
-        self._ended.append(work)
-        self._wake()
-
     def _end(self, work: Work) -> None:
         """Tell the clients of a load or a save of the store that it has ended."""
         if work.handle is None or work not in self._works:  # the state was closed
@@ -682,21 +659,29 @@ class ServerState:
         for client, number in work.requesters.items():
             self._end_request(client, number, work.stored)
         self._forget_save(work)
+        self._wake()
 
-    def _drain(self) -> None:
-        """Lend the rows that the store has lent since the last call."""
-        while self._begun:
-            self._lend(*self._begun.popleft())
+    def _add(self, work: Work, client: Client, number: int) -> None:
+        """Take note of a client's request for a load or a save that has begun, or has ended."""
+        client.requests[number] = work
+        work.requesters[client] = number
+        for lent in [*work.lents]:
+            self._grant(lent, client, number)
+            self._settle(lent)
+        if work not in self._works:
+            self._end_request(client, number, work.stored)
 
     def _lend(self, work: Work, copy: Copy) -> None:
-        """Lend the rows of a copy to the clients that make it."""
+        """Lend the rows of a copy of the store to the clients that make it, once there are some."""
         lent = Lent(work, copy, covered=[0] * len(copy.rows))
         work.lents[lent] = None
         if copy.form == work.store.form:
             work.granted += len(copy.blocks)
         for client, number in work.requesters.items():
             self._grant(lent, client, number)
-        self._settle(lent)
+        if work.requesters:
+            self._settle(lent)
+            self._wake()
 
     def _grant(self, lent: Lent, client: Client, number: int) -> None:
         """Lend the rows of a copy to a client, unless others write all of its part."""
@@ -768,9 +753,6 @@ class ServerState:
         if work.store.form.encoding:
             self._wake()  # to tell the clients that no rows follow; see `Piece.packs`
 
-    def _all_saves(self) -> list[Work]:
-        return [save for saves in self._saves.values() for save in saves]
-
     def _settle_all(self, work: Work) -> None:
         for lent in [*work.lents]:
             self._settle(lent)
@@ -802,12 +784,8 @@ class ServerState:
 
     def _forget_save(self, save: Work) -> None:
         """Forget a save that has ended, and that no other rank will ask for."""
-        if save.key is None or save.stored is None or save.awaited:
-            return
-        left = [each for each in self._saves.get(save.key, ()) if each is not save]
-        self._saves.pop(save.key, None)
-        if left:
-            self._saves[save.key] = left
+        if save.stored is not None and not save.awaited:
+            self._saves.pop(save, None)
 
     def _learn(self, client: Client, number: int) -> _News:
         """Return the news of a client about a request, to be changed."""

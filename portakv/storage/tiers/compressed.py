@@ -11,7 +11,6 @@ on. Signs and exponents are a few of all values, and mantissas are not.
 
 from __future__ import annotations
 
-import threading
 from collections import Counter
 from importlib import import_module
 from struct import Struct
@@ -23,6 +22,7 @@ from portakv.errors import InvalidTerms, StoreError
 from portakv.extras import installing
 from portakv.storage.form import HEADER, MOST_SEGMENTS, BlockForm
 from portakv.storage.image import MAGIC, Row, is_sealed, pieces_of, write_seal
+from portakv.tasks import runtime
 
 ZSTD = "zstd"
 #: zstd's level, the least length of a repetition, and the bits of its table. Rows of numbers repeat
@@ -67,7 +67,7 @@ class Compressor:
     def __init__(self) -> None:
         self._codec = zstd()
         self._counts = Counter[str]()
-        self._lock = threading.Lock()
+        self._lock = runtime().lock
 
     def object_of(self, row: Row, form: BlockForm) -> Row | bytes:
         """Return the object of a sealed image, which is the image if it does not become smaller."""
@@ -86,7 +86,7 @@ class Compressor:
 
 def check_compress(compress: object) -> None:
     """Raise `InvalidTerms` for a method that does not exist."""
-    if compress is not None and (not isinstance(compress, str) or compress != ZSTD):
+    if compress not in (None, ZSTD):
         raise InvalidTerms(
             f"Expected compress= as None or {ZSTD!r}, got {compress!r}. Pass one of them."
         )

@@ -13,7 +13,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from threading import Lock
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 from portakv.arguments import invalid, number, one_of, whole
 from portakv.core.io import WRONG, Check
@@ -112,12 +112,8 @@ class _Span(NamedTuple):
     pieces: bytes
 
 
-class _Taken(NamedTuple):
-    """A slot that was taken for a block; ``number``: of the block among the keys of the write."""
-
-    number: int
-    slots: Slots
-    slot: int
+#: A slot that was taken for a block, after the number of the block among the keys of the write.
+_Taken: TypeAlias = tuple[int, Slots, int]
 
 
 @dataclass(eq=False, repr=False)
@@ -342,10 +338,10 @@ class DiskStore:
                 ]
                 results = self.engine.run(requests)
             finally:  # the first block first, so a kill leaves no block without its predecessor
-                for each, result in zip(taken_now, results or [0] * len(taken_now), strict=True):
-                    i = each.number
+                results = results or [0] * len(taken_now)
+                for (i, slots, slot), result in zip(taken_now, results, strict=True):
                     known = keys[i], generations[i], checksums[i]
-                    landed[i] = self._seal(each, result, *known, report)
+                    landed[i] = self._seal(slots, slot, result, *known, report)
                     if not landed[i] or (left.gaps and predecessor(rows[i]) in left.gaps):
                         left.gaps.add(mark_of(keys[i]))
             taken += len(taken_now)
@@ -403,7 +399,7 @@ class DiskStore:
             else:
                 if follows in left.gaps:
                     left.gaps.add(mark_of(key))
-                taken.append(_Taken(number, *place))
+                taken.append((number, *place))
             left.numbers.popleft()
 
     def _take(
@@ -435,7 +431,8 @@ class DiskStore:
 
     def _seal(
         self,
-        place: _Taken,
+        slots: Slots,
+        slot: int,
         result: int,
         key: bytes,
         generation: int,
@@ -446,8 +443,6 @@ class DiskStore:
 
         After a failure, give the slot back and report the reason.
         """
-        slots = place.slots
-        slot = place.slot
         size = self.form.image_bytes
         stored = False
         if result == size:

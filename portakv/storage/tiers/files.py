@@ -41,6 +41,12 @@ _KINDS = {
     stat.S_IFBLK: "a device",
     stat.S_IFLNK: "a symbolic link",
 }
+#: What lies in place of a file, by the error of its opening.
+_REFUSED = {
+    errno.ELOOP: "a symbolic link",
+    errno.EISDIR: "a directory",
+    errno.ENXIO: "a socket or a device",
+}
 _CAUSES = {
     errno.ENOENT: "it does not exist",
     errno.EROFS: "it lies on a read-only file system",
@@ -53,6 +59,13 @@ _CAUSES = {
     errno.EEXIST: "it is not a directory",
     errno.ENOTDIR: "it is not a directory, or lies below a file",
     errno.ELOOP: "it is a symbolic link",
+}
+_PERMISSIONS = "Correct its permissions, or give the store another folder."
+_ADVICE = {
+    errno.ENOSPC: "Free some space, or lower the capacity.",
+    errno.EROFS: "Mount it writable, or give the store another folder.",
+    errno.EACCES: _PERMISSIONS,
+    errno.EPERM: _PERMISSIONS,
 }
 
 
@@ -78,20 +91,17 @@ def open_file(path: Path, flags: int = os.O_RDONLY) -> int:
     try:
         fd = os.open(path, flags | _SAFE, 0o600)
     except OSError as error:
-        if error.errno == errno.ELOOP:
-            raise wrong_kind(path, "a symbolic link") from error
-        if error.errno == errno.EISDIR:
-            raise wrong_kind(path, "a directory") from error
-        if error.errno == errno.ENXIO:
-            raise wrong_kind(path, "a socket or a device") from error
-        raise
+        kind = _REFUSED.get(error.errno or 0)
+        if kind is None:
+            raise
+        raise wrong_kind(path, kind) from error
     about = os.fstat(fd)
-    kind = stat.S_IFMT(about.st_mode)
-    if kind == stat.S_IFREG and about.st_uid == os.geteuid():
+    mode = stat.S_IFMT(about.st_mode)
+    if mode == stat.S_IFREG and about.st_uid == os.geteuid():
         return fd
     os.close(fd)
-    if kind != stat.S_IFREG:
-        raise wrong_kind(path, _KINDS.get(kind, "something else"))
+    if mode != stat.S_IFREG:
+        raise wrong_kind(path, _KINDS.get(mode, "something else"))
     raise wrong_owner(path, about.st_uid)
 
 
@@ -211,17 +221,9 @@ def file_system_of(folder: Path) -> str:
 def unusable(folder: Path, error: OSError) -> StoreError:
     """Return the error for a folder of which the system refuses a file."""
     place = error.filename or folder
-    number = error.errno
-    if number in resources.NONE_FREE:
+    if error.errno in resources.NONE_FREE:
         return StoreError(f"Expected to use {place}, but {resources.reason(error)}.")
-    if number == errno.ENOSPC:
-        advice = "Free some space, or lower the capacity."
-    elif number == errno.EROFS:
-        advice = "Mount it writable, or give the store another folder."
-    elif number in (errno.EACCES, errno.EPERM):
-        advice = "Correct its permissions, or give the store another folder."
-    else:
-        advice = "Correct it, or give the store another folder."
+    advice = _ADVICE.get(error.errno or 0, "Correct it, or give the store another folder.")
     return StoreError(f"Expected to use {place}, but {cause_of(error)}. {advice}")
 
 
@@ -374,9 +376,20 @@ class Claimant(Protocol):
     def claim(self) -> int:
         """Return the descriptor that claims the folder of the tier; negative if none does."""
 
+    def drop(self) -> None:
+        """Close the files in a forked process, which must not keep the parent's locks."""
+
 
 #: The slots of this process, for the error of a folder that another store of it has.
 claimants: WeakSet[Claimant] = WeakSet()
+
+
+def _drop_all() -> None:
+    for claimant in [*claimants]:
+        claimant.drop()
+
+
+os.register_at_fork(after_in_child=_drop_all)
 
 
 def claim(folder: Path) -> int:

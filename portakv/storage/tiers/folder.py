@@ -19,7 +19,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack, closing, suppress
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 from weakref import WeakSet
@@ -563,8 +563,6 @@ class Slots:
         self._pins = Counter[int]()  # the number of pins of each pinned slot
         self._writes = dict[int, Write]()  # the blocks that are being written, by slot
         self.siblings: Sequence[Slots] = ()  # of all folders of the form, once they are open
-        _watch_forks()
-        _opened.add(self)
         claimants.add(self)
         try:
             self._recover(engine, track, self._open(capacity))
@@ -1066,6 +1064,11 @@ class Slots:
             replace_if_possible(self.folder / "order", order)
         self.health.close(files, sync)
 
+    def drop(self) -> None:
+        """Close the files in a forked process, which must not keep the parent's locks."""
+        self.chains.lock = threading.Lock()  # a thread that is not here may have it
+        self.close(sync=False)
+
     def __del__(self, ending: Callable[[], bool] = sys.is_finalizing) -> None:
         """Release the folder of a store whose `close` was interrupted.
 
@@ -1119,18 +1122,3 @@ class Slots:
         self.chains.remove(key)
         if slot not in self._pins:
             self._free.append(slot)
-
-
-_opened: WeakSet[Slots] = WeakSet()
-
-
-@cache
-def _watch_forks() -> None:
-    """Have a forked child close its copies of the files, which would hold the parent's locks."""
-
-    def forked() -> None:
-        for slots in _opened:
-            slots.chains.lock = threading.Lock()  # a thread that is not here may have it
-            slots.close(sync=False)
-
-    os.register_at_fork(after_in_child=forked)

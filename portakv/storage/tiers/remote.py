@@ -13,7 +13,6 @@ import hashlib
 import logging
 import os
 import re
-import threading
 import time
 from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from contextlib import suppress
@@ -26,7 +25,7 @@ from weakref import WeakSet
 
 import numpy as np
 
-from portakv.arguments import kind_of
+from portakv.arguments import kind_of, whole
 from portakv.errors import InvalidTerms, StoreError
 from portakv.extras import installing
 from portakv.runtime import resources
@@ -81,6 +80,14 @@ class _Stopped(Exception):
     """A request was left because its caller does not wait any more."""
 
 
+#: The ETag and the version of an object, each None if the store has none.
+Version = tuple[str | None, str | None]
+
+
+def _version_in(meta: Any) -> Version:
+    return meta["e_tag"], meta["version"]
+
+
 class _Fetched(NamedTuple):
     """The end of an object's fetch and the object's version.
 
@@ -90,14 +97,9 @@ class _Fetched(NamedTuple):
     """
 
     result: str
-    e_tag: str | None = None
-    version: str | None = None
+    version: Version = (None, None)
     nbytes: int = 0
     md5: str | None = None
-
-    def same_object(self, other: _Fetched | Fault) -> bool:
-        """Return True if both are of one version of the object."""
-        return (self.e_tag, self.version) == (other.e_tag, other.version)
 
 
 @dataclass(frozen=True)
@@ -107,8 +109,7 @@ class Fault:
     It counts as missing ``until`` a time, and the next save may have to ``rewrite`` it.
     """
 
-    e_tag: str | None
-    version: str | None
+    version: Version
     side: str
     until: float
 
@@ -218,16 +219,16 @@ class RemoteStore:
     def _is_faulty_still(self, key: bytes, meta: Any) -> bool:
         """Return whether the object is the version that was damaged; note it for longer then."""
         fault = self._faults.pop(key, None)
-        if not fault or not fault.e_tag or fault.side != OBJECT:
+        if not fault or not fault.version[0] or fault.side != OBJECT:
             return False
-        if (meta["e_tag"], meta["version"]) != (fault.e_tag, fault.version):
+        if _version_in(meta) != fault.version:
             return False
-        self.note_fault(key, fault.e_tag, fault.version, fault.side)
+        self.note_fault(key, fault.version, fault.side)
         return True
 
-    def note_fault(self, key: bytes, e_tag: str | None, version: str | None, side: str) -> None:
+    def note_fault(self, key: bytes, version: Version, side: str) -> None:
         """Count a version of a block as missing for a while."""
-        self._faults[key] = Fault(e_tag, version, side, self.remote.now() + FAULTY)
+        self._faults[key] = Fault(version, side, self.remote.now() + FAULTY)
         self._present.pop(key, None)
 
     def believe_there(self, key: bytes) -> None:
@@ -422,12 +423,12 @@ class _Read:
         log = self._remote.log
         fetched = self._fetch()
         known = store.fault(key)
-        if fetched.result == "fault" and known and fetched.same_object(known):
+        if fetched.result == "fault" and known and fetched.version == known.version:
             report(key, Reason(reasons.DAMAGED, f"{where}: {known.side}"))
             return "fault"
 
         if fetched.result == "unreadable":
-            store.note_fault(key, fetched.e_tag, fetched.version, UNREADABLE)
+            store.note_fault(key, fetched.version, UNREADABLE)
             log.warning("unreadable", "%s: %s", self._address, UNREADABLE)
             report(key, Reason(reasons.UNREADABLE, f"{where}: {UNREADABLE}"))
             return "error"
@@ -439,9 +440,9 @@ class _Read:
             fetched = self._fetch()
             # Of an object that was written in between nothing is known.
             side = "the object changed while it was read"
-            if fetched.result == "fault" and fetched.same_object(first):
+            if fetched.result == "fault" and fetched.version == first.version:
                 side = self._sick_side(fetched)
-                store.note_fault(key, fetched.e_tag, fetched.version, side)
+                store.note_fault(key, fetched.version, side)
                 text = "%s came wrong twice: %s. It counts as missing for %g s%s"
                 # A save does not mend what the way to the bucket does to bytes.
                 saved = ", or until it is saved" if side in MENDED_BY_SAVES else ""
@@ -471,7 +472,7 @@ class _Read:
         image_bytes = self._form.image_bytes
         if fetched.nbytes != image_bytes and not self._may_be_compressed(fetched.nbytes):
             return OBJECT
-        e_tag = re.fullmatch('"?([0-9a-f]{32})"?', fetched.e_tag or "")
+        e_tag = re.fullmatch('"?([0-9a-f]{32})"?', fetched.version[0] or "")
         if not e_tag:
             return UNKNOWN
         row = self._row
@@ -483,7 +484,7 @@ class _Read:
                 return UNDECIDED
             if whole.result == "hit":
                 return PATH
-            if whole.result != "fault" or not whole.same_object(fetched):
+            if whole.result != "fault" or whole.version != fetched.version:
                 return UNDECIDED
             fetched = whole
 
@@ -534,7 +535,7 @@ class _Read:
         get = partial(remote.obs.get_async, remote.store, path, options=options)
         response = _until_stopped(get, self._stop)
         meta = response.meta
-        return _Fetched("fault", meta["e_tag"], meta["version"], meta["size"]), response
+        return _Fetched("fault", _version_in(meta), meta["size"]), response
 
     def _receive(self, response: Any, row: Row, span: tuple[int, int]) -> None:
         """Copy a body into a span of a row, or raise `_Stopped`."""
@@ -578,7 +579,7 @@ class _Read:
                 part = data[start:end]
                 if not whole:
                     again, response = self._request((start, end))
-                    if not again.same_object(fetched) or again.nbytes != fetched.nbytes:
+                    if (again.version, again.nbytes) != (fetched.version, fetched.nbytes):
                         return again
                     part = np.empty(end - start, np.uint8)
                     self._receive(response, part, (0, len(part)))
@@ -620,49 +621,6 @@ DESCRIPTORS = 16
 CLIENT: Any = {"connect_timeout": "2s", "read_timeout": "2s", "timeout": "60s"}
 BACKOFF = {"init_backoff": timedelta(seconds=0.05), "max_backoff": timedelta(seconds=2), "base": 2}
 RETRY: Any = {"max_retries": 5, "retry_timeout": timedelta(seconds=30), "backoff": BACKOFF}
-
-
-class _CircuitBreaker:
-    """The failures of a store in a row, after which requests to it stop for a while.
-
-    Attributes:
-        last_error: how the last failed request failed, without secrets.
-    """
-
-    def __init__(self, clock: Callable[[], float]) -> None:
-        self.last_error = ""
-        self._clock = clock
-        self._lock = threading.Lock()
-        self._failures = 0  # in a row
-        self._pause = PAUSE
-        self._until = 0.0  # when a store that is left alone is tried again
-
-    @property
-    def open(self) -> bool:
-        """Return True while the store gets no requests, except for probes."""
-        return self._failures >= FAILURES
-
-    def admits(self) -> bool:
-        """Return True if a request may go out now; while the breaker is open it is a probe."""
-        with self._lock:
-            if not self.open:
-                return True
-            if self._clock() < self._until:
-                return False
-            # This request is the probe; no other request goes out before it has ended.
-            self._pause = min(LONGEST, 2 * self._pause)
-            self._until = self._clock() + LONGEST
-            return True
-
-    def note(self, error: str | None) -> None:
-        """Count a failure, or begin anew after a success."""
-        with self._lock:
-            self._failures = 0 if error is None else self._failures + 1
-            if self._failures <= FAILURES:
-                self._pause = PAUSE
-            self._until = self._clock() + self._pause
-            if error is not None:
-                self.last_error = error
 
 
 class Remote:
@@ -723,7 +681,12 @@ class Remote:
         self.store, self._sink = uninterrupted(partial(self._connect, url, settings))
         self._multipart = multipart
         self._takes_conditions = True  # of puts, as far as is known
-        self._breaker = _CircuitBreaker(lambda: self.now())
+        #: How the last failed request failed, without secrets; empty if none failed.
+        self.last_error = ""
+        self._lock = runtime().lock
+        self._failures = 0  # in a row
+        self._pause = PAUSE
+        self._until = 0.0  # when a store that is left alone is tried again
         self.log = RateLimitedLog(_log, lambda: self.now())
         self._present: list[BlockForm] = []  # at the last look
         self._next_search = 0.0  # not before this time
@@ -732,12 +695,29 @@ class Remote:
     @property
     def left_alone(self) -> bool:
         """Return True while the store gets no requests, after failures in a row."""
-        return self._breaker.open
+        return self._failures >= FAILURES
 
-    @property
-    def last_error(self) -> str:
-        """Return how the last failed request failed, without secrets; empty if none failed."""
-        return self._breaker.last_error
+    def _admits(self) -> bool:
+        """Return True if a request may go out now; of a store that is left alone it is a probe."""
+        with self._lock:
+            if not self.left_alone:
+                return True
+            if self.now() < self._until:
+                return False
+            # This request is the probe; no other request goes out before it has ended.
+            self._pause = min(LONGEST, 2 * self._pause)
+            self._until = self.now() + LONGEST
+            return True
+
+    def _note(self, error: str | None) -> None:
+        """Count a failure, or begin anew after a success."""
+        with self._lock:
+            self._failures = 0 if error is None else self._failures + 1
+            if self._failures <= FAILURES:
+                self._pause = PAUSE
+            self._until = self.now() + self._pause
+            if error is not None:
+                self.last_error = error
 
     def __repr__(self) -> str:
         return f"Remote({self.url!r})"
@@ -797,7 +777,7 @@ class Remote:
 
         Raises `Failure` if the store fails, which is logged once a minute, or gets no requests now.
         """
-        if not self._breaker.admits():
+        if not self._admits():
             where = f"{self.url}: left alone for a while after {self.last_error}"
             raise Failure(Reason(reasons.UNREACHABLE, where))
 
@@ -810,9 +790,9 @@ class Remote:
             if not missing or re.search("NoSuchBucket|ContainerNotFound", str(error)):
                 failure = self._reason(error)
         if failure is None:
-            self._breaker.note(None)
+            self._note(None)
             return result
-        self._breaker.note(failure.where.removeprefix(f"{self.url}: "))
+        self._note(failure.where.removeprefix(f"{self.url}: "))
         text = "%r failed; its blocks are misses, and saves do not write there: %s"
         self.log.warning("failed", text, self, self.last_error, lines=1)
         raise Failure(failure)
@@ -861,8 +841,8 @@ class Remote:
             return
         mode: Any = "create"
         if replaces:
-            known = {"e_tag": replaces.e_tag, "version": replaces.version}
-            mode = {name: value for name, value in known.items() if value} or "overwrite"
+            known = zip(("e_tag", "version"), replaces.version, strict=True)
+            mode = {name: value for name, value in known if value} or "overwrite"
         errors = obs.exceptions
         try:
             put(mode=mode)
@@ -886,7 +866,7 @@ class Remote:
             meta = self.obs.head(self.store, path)
         except FileNotFoundError:
             return False
-        return fault is None or (meta["e_tag"], meta["version"]) != (fault.e_tag, fault.version)
+        return fault is None or _version_in(meta) != fault.version
 
     def forms(self, form: BlockForm) -> list[BlockForm]:
         """Return other forms of the same cache that lie there."""
@@ -998,8 +978,8 @@ def _within(seconds: float, request: Callable[[], Awaitable[Result]]) -> Result:
 
 def check_remote(
     url: object,
-    workers: Any = 8,
-    multipart: Any = PART,
+    workers: object = 8,
+    multipart: object = PART,
     settings: Mapping[str, Any] | None = None,
     compress: object = None,
 ) -> None:
@@ -1020,17 +1000,8 @@ def check_remote(
         raise InvalidTerms(
             f"Expected url= without . and .. in its path, got {_shown(url)}. Write the path out."
         )
-    whole = isinstance(workers, int) and not isinstance(workers, bool)
-    if not whole or not 1 <= workers <= MOST_WORKERS:
-        raise InvalidTerms(
-            f"Expected workers= as an integer from 1 to {MOST_WORKERS}, got {workers!r}. Pass 8."
-        )
-    whole = isinstance(multipart, int) and not isinstance(multipart, bool)
-    if not whole or not PART <= multipart < 1 << 63:
-        raise InvalidTerms(
-            f"Expected multipart= as {PART} bytes or more, which one part has, got {multipart!r}. "
-            f"Pass 64 << 20."
-        )
+    whole("workers=", workers, 1, MOST_WORKERS)
+    whole("multipart=", multipart, PART, (1 << 63) - 1, what="of bytes")
     check_compress(compress)
     for name in ("client_options", "retry_config"):
         if not isinstance(settings.get(name, {}), dict):
