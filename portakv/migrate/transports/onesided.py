@@ -100,18 +100,27 @@ class Reading(Lane):
             return self._entered[at][-1]
 
     def _offer(self, moving: Moving, tag: int) -> None:
-        self.offered[tag] = (There(), moving)
-        if tag in self.unwanted:  # after the line above, because `answer` reads in the other order
-            self.unwanted.discard(tag)
-            self.offered.pop(tag, None)
-            return
+        with self.transport.lock:
+            if tag in self.unwanted:
+                self.unwanted.discard(tag)
+                return
+            self.offered[tag] = There(), moving
         buffer = moving.buffer
         reach = self.transport.reach(self._enter(buffer))
-        self.offered[tag] = There(reach, buffer.data_ptr(), buffer.nbytes, _index(buffer)), moving
+        there = There(reach, buffer.data_ptr(), buffer.nbytes, _index(buffer))
+        with self.transport.lock:
+            if self._offers(moving, tag):
+                self.offered[tag] = there, moving
         try:
             moving.wait()  # `Taken` ends the buffer
         finally:
-            self.offered.pop(tag, None)
+            with self.transport.lock:
+                if self._offers(moving, tag):
+                    del self.offered[tag]
+
+    def _offers(self, moving: Moving, tag: int) -> bool:
+        """Return True unless the reader has taken the buffer: then a later one may have its tag."""
+        return tag in self.offered and self.offered[tag][1] is moving
 
     def _read(self, moving: Moving, tag: int) -> None:
         nbytes = moving.buffer.nbytes
@@ -178,11 +187,11 @@ class OneSided(Transport):
             if moving is not None:
                 moving.wait(0)  # raises what it ended with
             return there
-        if len(lane.unwanted) < MOST_UNWANTED:
-            lane.unwanted.add(request.tag)
-        offered = lane.offered.pop(request.tag, None)
+        with self.lock:
+            offered = lane.offered.pop(request.tag, None)
+            if offered is None and len(lane.unwanted) < MOST_UNWANTED:
+                lane.unwanted.add(request.tag)
         if offered is not None:
-            lane.unwanted.discard(request.tag)
             offered[1].end()
         return None
 
