@@ -211,7 +211,11 @@ CALLS: dict[str, Callable[[Scene], Call]] = {
     "Disk": lambda s: (Disk, {"folders": s.folder / "disk", "capacity": 1 << 20}),
     "Remote": lambda s: (Remote, {"url": "memory://"}),
     "check_keys": lambda s: (keys.check_keys, {"keys": [key_of(0)]}),
-    "check_key": lambda s: (keys.check_key, {"what": "a key", "key": key_of(0), "do": "Pass it."}),
+    "check_key": lambda s: (
+        keys.check_key,
+        {"what": "a key", "key": key_of(0), "do": "Pass it.", "weak_keys": False},
+    ),
+    "different_keys": lambda s: (keys.different_keys, {"keys": [key_of(0)]}),
     "predecessors": lambda s: (keys.predecessors, {"after": None, "keys": [key_of(0)]}),
     "prefix_keys": lambda s: (prefix_keys, {"tokens": range(8), "block_size": 4}),
     "lmcache_keys": lambda s: (needs_blake3(), {"tokens": range(8), "block_size": 4}),
