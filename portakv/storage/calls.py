@@ -1308,6 +1308,13 @@ class InFlight(Held):
         return any(not call.end.cut for call, _ in self.calls)
 
     @property
+    def is_saved(self) -> bool:
+        """Return True if a save that is neither cancelled nor late waits for the rows. Else tiers
+        get none of them, although a load may want them."""
+        saves = [call for call, _ in self.calls if call.request.kind == "save"]
+        return any(not call.end.cut for call in saves)
+
+    @property
     def waits_for_uploads(self) -> bool:
         """Return True if nothing needs the rows but uploads that no helper has begun."""
         return self.users == sum(task.state == "queued" for task in self.uploads)
@@ -1329,14 +1336,14 @@ class InFlight(Held):
         unwanted = list[Task]()
         if not self.wanted:
             unwanted = self.every_task()
-        elif all(call.end.cut for call, _ in self.calls if call.request.kind == "save"):
+        elif not self.is_saved:
             unwanted = self.writes
         stopped = [self._graph.stop(task, state, error) for task in unwanted]
         return any(stopped)
 
     def drop_unwritten(self) -> None:
         """Drop a save whose writes were all dropped when they were entered."""
-        if self.writes and all(task.cut for task in self.writes):
+        if self.writes and all(task.state == "dropped" for task in self.writes):
             first = self.writes[0]
             for task in self.every_task():
                 self._graph.stop(task, first.state, cast(Exception, first.error))

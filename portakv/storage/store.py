@@ -683,7 +683,7 @@ class FormStore:
         left = list[int]()
         for i, name, there in zip(blocks, names, stored, strict=True):
             in_flight, row = self._shared.in_transit.get(name, (None, 0))
-            if in_flight and in_flight.store and in_flight.wanted:
+            if in_flight and in_flight.is_saved:
                 in_flight.join(call, [i])
                 tasks = [*in_flight.tasks[None], *in_flight.writes]
                 call.ends += [Ending(task, [i], [row]) for task in tasks]

@@ -263,6 +263,28 @@ def test_a_save_that_joins_another_reads_nothing(tier: FakeTier) -> None:
         second.synchronize(LIMIT)
 
 
+def test_a_save_does_not_join_one_that_was_cancelled(tier: FakeTier) -> None:
+    """Loads wait for the rows of that one, but no tier gets them. A further load ends nothing."""
+    source = cache()
+    views = [cache(90), cache(91)]
+    with opened(tier) as store:
+        with no_copies(store):
+            first = store.save(source, [0], KEYS[:1])
+            loads = [store.load(views[0], [0], KEYS[:1])]
+            assert first.cancel()
+            loads.append(store.load(views[1], [0], KEYS[:1]))
+            second = store.save(source, [0], KEYS[:1])
+        assert tier.hold is not None
+        tier.hold.set()
+        with pytest.raises(TransferCancelled):
+            first.synchronize(LIMIT)
+        for load, into in zip(loads, views, strict=True):
+            load.synchronize(LIMIT)
+            assert same(into, source, [0])
+        second.synchronize(LIMIT)
+        assert store.has(KEYS[0])
+
+
 def test_a_cancelled_save_releases_its_blocks(tier: FakeTier) -> None:
     with opened(tier, staging=2, full="wait") as store:
         first = store.save(cache(), [0], KEYS[:1])
