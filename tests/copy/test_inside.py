@@ -410,7 +410,9 @@ def test_more_ids_than_travel_with_launches(whole: list[bool]) -> None:
     dst = KVView(torch.zeros(1, count, 1, 8), "layer token head dim")
     read = Index(torch.randperm(count))
     written = Index(torch.randperm(count))
-    copy_rows(src, dst, read, written, backend=CudaOnCpu.name).synchronize()
+    for _ in range(2):  # the first one prepares the kernel
+        whole.clear()
+        copy_rows(src, dst, read, written, backend=CudaOnCpu.name).synchronize()
     expected = torch.zeros(1, count, 1, 8)
     expected[:, written.ids] = src.owners[0][:, read.ids]
     assert torch.equal(dst.owners[0], expected)
