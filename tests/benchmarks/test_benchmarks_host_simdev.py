@@ -124,7 +124,8 @@ def test_every_part_is_measured_and_every_byte_right(
     assert {"chosen", "best"} <= set(shown.split())
     assert all(title in shown for title in ("both directions at the same time", "alongside a loop"))
     if cuda:
-        assert 0 < max(row["staging_mb"] for row in grid if row["backend"] == "staged") < 64
+        # Two buffers of a slice of 32 MiB and a block: a plan may need its buffers at their length.
+        assert 0 < max(row["staging_mb"] for row in grid if row["backend"] == "staged") < 80
         methods = {row["backend"] for row in rows if row["kind"] == "host_small"}
         assert {"to_device", "torch.tensor"} <= methods
 
