@@ -9,14 +9,17 @@ from __future__ import annotations
 
 import argparse
 import ast
+import inspect
 import json
 import re
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import fields
+from functools import cached_property
 from importlib.util import find_spec
 from pathlib import Path
-from typing import NamedTuple
+from types import SimpleNamespace
+from typing import Any, NamedTuple
 
 import pytest
 
@@ -249,6 +252,41 @@ def commands(parser: argparse.ArgumentParser, words: str) -> Iterator[str]:
     for each in verbs:
         for verb, inner in each.choices.items():
             yield from commands(inner, f"{words} {verb}")
+
+
+def without_docstring(module: Any) -> list[str]:
+    """Return the classes, functions, methods and properties of a module's names that have no
+    docstring, neither their own nor that of what they replace, and no line in their class's."""
+    wanting = list[str]()
+    for name in module.__all__:
+        value = getattr(module, name)
+        if not (inspect.isclass(value) or inspect.isfunction(value)):
+            continue
+        listed = [(name, value)]
+        if inspect.isclass(value) and value.__module__.startswith("portakv"):
+            lines = re.findall(r"^ +([\w, ]+):", inspect.getdoc(value) or "", re.MULTILINE)
+            told = {*re.findall(r"\w+", " ".join(lines))}
+            members = [each for each in vars(value) if not (each[0] == "_" or each in told)]
+            found = [(each, inspect.getattr_static(value, each)) for each in members]
+            shown = property, cached_property, classmethod, staticmethod
+            listed += [
+                (f"{name}.{each}", getattr(value, each))
+                for each, one in found
+                if inspect.isfunction(one) or isinstance(one, shown)
+            ]
+        wanting += [each for each, one in listed if not inspect.getdoc(one)]
+    return wanting
+
+
+@pytest.mark.parametrize("module", [portakv, ext])
+def test_what_is_public_has_a_docstring(module: Any) -> None:
+    assert not without_docstring(module)
+
+
+def test_a_missing_docstring_is_found() -> None:
+    def bare() -> None: ...
+
+    assert without_docstring(SimpleNamespace(__all__=["bare"], bare=bare)) == ["bare"]
 
 
 def public_names() -> dict[str, list[str]]:
