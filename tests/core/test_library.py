@@ -162,6 +162,7 @@ def test_it_brings_its_own_runtime_of_cpp() -> None:
     assert "libc.so.6" in needed
 
 
+@pytest.mark.slow
 def test_two_builds_have_the_same_bytes(compile_core: Any, tmp_path: Path) -> None:
     """Neither the folder nor the number of the process is in the library."""
     contents = []

@@ -218,7 +218,11 @@ made()
 """
 
 
-@pytest.mark.parametrize("what", ["unix", "tcp", "ask", "pull", "events", "server", "rank", "disk"])
+QUICK = "unix", "disk"
+WIDE = "tcp", "ask", "pull", "events", "server", "rank"
+
+
+@pytest.mark.parametrize("what", [*QUICK, *(pytest.param(x, marks=pytest.mark.full) for x in WIDE)])
 def test_few_descriptors_are_an_error_or_enough(what: str) -> None:
     """With none, a few or 230 free ones; nothing leaks, and it works again."""
     code, text = ran(_FEW, what)
