@@ -286,7 +286,10 @@ def test_a_save_without_space_for_a_slot_says_so(
         assert text == f"0 of 8 blocks landed. 8 dropped ({shortage.why})."
         assert file_system_of(tmp_path) in shortage.why
         assert caplog.messages == [shortage.sentence]
-        assert shortage.sentence in store.explain()
+        explained = store.explain()
+        # Other processes may have freed space, so that the folder tried again.
+        assert slots.health.shortage is not None
+        assert slots.health.shortage.sentence in explained
         monkeypatch.undo()
         saved(store)
         assert file_system_of(tmp_path) not in store.explain()
