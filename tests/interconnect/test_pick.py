@@ -43,17 +43,9 @@ MIB = 1 << 20
 OUT = {"pageable": "it does not copy pinned memory"}
 
 
-def picked(
-    payload: int,
-    runs: int,
-    host_runs: int,
-    direction: str = "d2h",
-    costs: object = UNMEASURED,
-    out: dict[str, str] | None = None,
-    **terms: object,
-) -> Pick:
-    """Return the pick for scattered runs on the device and so many in host memory."""
-    return explained(payload, runs, host_runs, direction, costs, out, **terms)[0]
+def picked(*case: Any, **terms: Any) -> Pick:
+    """Return the pick of a case of `explained`."""
+    return explained(*case, **terms)[0]
 
 
 def explained(
@@ -65,7 +57,8 @@ def explained(
     out: dict[str, str] | None = None,
     **terms: object,
 ) -> tuple[Pick, Mapping[str, str]]:
-    """Return the same, and why others may not be picked."""
+    """Return the pick for scattered runs on the device and so many in host memory, and why others
+    may not be picked."""
     apart = Shape(payload, runs, runs)
     dense = Shape(payload, host_runs, host_runs)
     shapes = {"staged": dense, "batched_memcpy": apart, "zero_copy": apart, "pageable": dense}
