@@ -186,10 +186,9 @@ class ChunkCopies:
                 return None
             start += side.offset
             end = end + side.offset if type(end) is int else end
-            if kernels is not None and side.number > MOST_CARRIED:
+            if kernels is not None:
                 count = (end if type(end) is int else side.number) - start
-                side = side._replace(offset=start)
-                side = _placed(side, slot_mapping, self._cache, count, not store)
+                side = _placed(side, slot_mapping, self._cache, start, count, not store)
             ids = side.ids
         on_device = type(ids) is torch.Tensor and not ids.is_cpu
         many = False  # more ids of the host than travel with launches
@@ -307,8 +306,8 @@ def copied(
             return None
         kernels = choice.backend.row_kernels
         if kernels is not None:
-            read = _placed(read, src_ids, src, tokens, False)
-            written = _placed(written, dst_ids, dst, tokens, True)
+            read = _placed(read, src_ids, src, read.offset, tokens, False)
+            written = _placed(written, dst_ids, dst, written.offset, tokens, True)
             many = many and True in (read.on_host, written.on_host)
         if kernels is None or many:  # a launch reads an index on the device
             ids = src_ids, dst_ids
@@ -374,9 +373,12 @@ def _side(ids: object, step: int) -> _Side:
     return _Side(ids, step, offset, True, len(ids)) if type(ids) is list else _Side(ids, 0)
 
 
-def _placed(side: _Side, ids: object, view: KVView, tokens: int, distinct: bool) -> _Side:
+def _placed(
+    side: _Side, ids: object, view: KVView, offset: int, tokens: int, distinct: bool
+) -> _Side:
     """Return a side of a copy inside a device with its ids where kernels read them: a copy on the
     device if they are those of an `Index`, which keeps it, and too many to travel with a launch.
+    ``offset``: of the first of the tokens.
 
     Ids of the host stay there if they skip, fail their check, or cannot be copied now.
     """
@@ -385,7 +387,7 @@ def _placed(side: _Side, ids: object, view: KVView, tokens: int, distinct: bool)
     device = view.device
     if not ids.has_ids_on(device, frozenset(ID_DTYPES)) and capturing(device):
         return side
-    there = ids.checked_on(device, side.offset, tokens, view.slots, distinct)
+    there = ids.checked_on(device, offset, tokens, view.slots, distinct)
     return side if there is None else side._replace(ids=there, on_host=False)
 
 
