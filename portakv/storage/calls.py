@@ -1311,8 +1311,7 @@ class InFlight(Held):
     def is_saved(self) -> bool:
         """Return True if a save that is neither cancelled nor late waits for the rows. Else tiers
         get none of them, although a load may want them."""
-        saves = [call for call, _ in self.calls if call.request.kind == "save"]
-        return any(not call.end.cut for call in saves)
+        return any(call.request.kind == "save" and not call.end.cut for call, _ in self.calls)
 
     @property
     def waits_for_uploads(self) -> bool:
