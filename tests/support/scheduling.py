@@ -63,3 +63,15 @@ class Runs(LoadScopeScheduling):  # type: ignore[misc]
                 self._first = count
             self._scopes[nodeid] = f"run {self._first}"
         return self._scopes[nodeid]
+
+    def remove_node(self, node: Any) -> str | None:
+        """Hand on what a worker leaves, but not the test that ended it, such as one that hangs:
+        xdist would run that again and again."""
+        for unit in self.assigned_work[node].values():
+            for nodeid, completed in unit.items():
+                if not completed:
+                    unit[nodeid] = True
+                    super().remove_node(node)
+                    return str(nodeid)
+        super().remove_node(node)
+        return None
