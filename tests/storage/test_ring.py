@@ -68,12 +68,13 @@ def file(tmp_path: Path) -> Iterator[int]:
 
 
 def play(one: PlayedRing, *steps: Step) -> list[Step]:
-    """Have each step answer one ``enter``, and the kernel those that follow; return the steps that
-    are left."""
+    """Have each step answer one ``enter`` with requests under way, and the kernel the others; return
+    the steps that are left. An idle thread may come to its ``enter`` late, with the read that wakes
+    it alone."""
     left = list(steps)
 
     def call(number: int, *rest: int) -> int:
-        played = number == ENTER and left
+        played = number == ENTER and left and one.kernel.queues.in_flight() > 1
         return left.pop(0)(number, *rest) if played else REAL(number, *rest)
 
     one.kernel.call = call

@@ -28,9 +28,9 @@ def _slowness() -> float:
     return factor
 
 
-#: Seconds after which a wait counts as a hang: five minutes on an idle machine, at most 40. The
-#: limit of a test in pyproject.toml is longer.
-LIMIT = min(300.0 * _slowness(), 2400.0)
+#: Seconds after which a wait counts as a hang: 100 on an idle machine, at most 500. The limit of a
+#: test in pyproject.toml is longer.
+LIMIT = min(100.0 * _slowness(), 500.0)
 
 
 def until(true: Any, seconds: float = LIMIT) -> bool:

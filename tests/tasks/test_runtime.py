@@ -380,8 +380,10 @@ def test_the_end_of_the_interpreter_waits_for_work() -> None:
 def test_an_interrupted_coroutine_may_wait_while_it_ends() -> None:
     """The interrupt is raised once, at the wait that it finds."""
     ended = list[str]()
+    ident = threading.main_thread().ident or 0
 
     async def steps() -> None:
+        signal.pthread_kill(ident, signal.SIGINT)
         try:
             while True:
                 await Work(time.sleep, 1e-3)
@@ -389,10 +391,6 @@ def test_an_interrupted_coroutine_may_wait_while_it_ends() -> None:
             await soon()
             await Work(ended.append, "well")
 
-    timer = threading.Timer(
-        0.05, signal.pthread_kill, (threading.main_thread().ident, signal.SIGINT)
-    )
-    timer.start()
     with pytest.raises(KeyboardInterrupt):
         runtime().run(steps)
     assert until(lambda: ended == ["well"], LIMIT)
@@ -444,15 +442,20 @@ def test_a_group_ends_its_coroutines_and_reports_errors() -> None:
     assert len(group) == 0
 
 
+@pytest.mark.usefixtures("ctrl_c")
 def test_an_interrupt_cuts_no_close_of_a_group() -> None:
     """What comes after the close finds all coroutines ended."""
     ended = list[str]()
+    began = threading.Event()
+    ident = threading.main_thread().ident or 0
     group = TaskGroup(runtime(), lambda _: None)
 
     async def stay() -> None:
+        began.set()
         try:
             await Wait()
         finally:
+            signal.pthread_kill(ident, signal.SIGINT)
             await Wait(until=runtime().time() + 0.5)
             ended.append("stay")
 
@@ -461,8 +464,7 @@ def test_an_interrupt_cuts_no_close_of_a_group() -> None:
         ended.append("closed")
 
     group.start(stay())
-    ident = threading.main_thread().ident
-    threading.Timer(0.05, signal.pthread_kill, (ident, signal.SIGINT)).start()
+    assert began.wait(LIMIT)
     with pytest.raises(KeyboardInterrupt):
         runtime().run(close)
     assert until(lambda: ended == ["stay", "closed"], LIMIT)
