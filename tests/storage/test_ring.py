@@ -68,9 +68,9 @@ def file(tmp_path: Path) -> Iterator[int]:
 
 
 def play(one: PlayedRing, *steps: Step) -> list[Step]:
-    """Have each step answer one ``enter`` with requests under way, and the kernel the others; return
-    the steps that are left. An idle thread may come to its ``enter`` late, with the read that wakes
-    it alone."""
+    """Have each step answer one ``enter`` that has requests under way, and the kernel the others;
+    return the steps that are left. An idle thread may come to its ``enter`` late, and then has no
+    more than the read that wakes it."""
     left = list(steps)
 
     def call(number: int, *rest: int) -> int:
