@@ -66,12 +66,16 @@ class Runs(LoadScopeScheduling):  # type: ignore[misc]
 
     def remove_node(self, node: Any) -> str | None:
         """Hand on what a worker leaves, but not the test that ended it, such as one that hangs:
-        xdist would run that again and again."""
-        for unit in self.assigned_work[node].values():
+        xdist would run that again and again. It would also hand on units without a test to run,
+        and a worker with such a one and a single test waits for ever."""
+        ended = None
+        units = self.assigned_work[node]
+        for name, unit in list(units.items()):
             for nodeid, completed in unit.items():
-                if not completed:
+                if not completed and ended is None:
+                    ended = nodeid
                     unit[nodeid] = True
-                    super().remove_node(node)
-                    return str(nodeid)
+            if all(unit.values()):
+                del units[name]
         super().remove_node(node)
-        return None
+        return ended
