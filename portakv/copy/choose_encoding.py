@@ -31,7 +31,6 @@ from portakv.interconnect import costs
 from portakv.layout.encodings import CODE_BITS, PACK, PACKED_DTYPE, Pack, slot_for
 from portakv.registry import choose
 from portakv.runtime.devices import inside
-from portakv.runtime.once import making
 from portakv.runtime.streams import ignoring_captures, own_stream
 from portakv.view import KVView
 from portakv.view.dense import dense_blocks
@@ -409,7 +408,8 @@ def rates_of(view: KVView, pack: Pack, nbytes: int = MEASURED) -> Rates:
     """Return the rates for blocks like those of a view on a device, measured at the first call.
 
     The first call makes up to 24 copies of ``nbytes``, and compiles kernels if need be. It uses a
-    private stream, ``nbytes`` of the device twice, and as much pinned memory.
+    private stream, ``nbytes`` of the device twice, and as much pinned memory. Two first calls may
+    measure at the same time, and all calls get the same rates.
 
     Raises:
         PortaKVError: the device cannot make such a copy, or has no memory for it.
@@ -419,8 +419,7 @@ def rates_of(view: KVView, pack: Pack, nbytes: int = MEASURED) -> Rates:
     planes = tuple(pack.plane(size * width // 2) for width in form.widths)
     device = view.device
     subject = (planes, size, form.layers, form.heads, nbytes)
-    with making():  # one measurement at a time
-        return costs.measured(device, subject, lambda: measure(form, size, pack, device, nbytes))
+    return costs.measured(device, subject, lambda: measure(form, size, pack, device, nbytes))
 
 
 def measure(form: Form, size: int, pack: Pack, device: torch.device, nbytes: int) -> Rates:

@@ -6,9 +6,7 @@ New memory objects, reallocated caches and other layers of known forms reuse pre
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Iterable, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import product
 from typing import Any, Protocol, TypeAlias, cast
@@ -31,6 +29,7 @@ from portakv.plan.packing import PackPlan
 from portakv.plan.plan import CopyPlan, Move
 from portakv.registry import registry
 from portakv.registry.registry import Choice
+from portakv.registry.self_check import turn
 from portakv.runtime.bounded import Bounded
 from portakv.runtime.devices import inside
 from portakv.runtime.transfer import Pending, event_pool
@@ -249,7 +248,7 @@ def _checked(launch: Launch, can: Capabilities, device: torch.device) -> Launch:
     if not checks and can.threads:
         return launch
     kind = _CheckedPicks if hasattr(launch, "picked_for") else _CheckedLaunch
-    return cast("Launch", kind(launch, not can.threads, checks))
+    return cast("Launch", kind(launch, can.threads, checks))
 
 
 def prepare_by(backend: Backend, plan: AnyPlan) -> tuple[Launch | None, Decision]:
@@ -319,8 +318,6 @@ def bring_table(
 
 
 _PLAIN = "bytes lie where strides say"
-#: Of all launches whose backends do not claim ``threads``: they may share more than a launch.
-_one_at_a_time = threading.Lock()
 
 
 class _CheckedLaunch:
@@ -331,15 +328,15 @@ class _CheckedLaunch:
     """
 
     def __init__(
-        self, launch: Launch | PackLaunch, one_at_a_time: bool, checks: Sequence[FormatCheck]
+        self, launch: Launch | PackLaunch, threads: bool, checks: Sequence[FormatCheck]
     ) -> None:
         self._launch = launch
         self._checks = checks
-        self._lock = _one_at_a_time if one_at_a_time else nullcontext()
+        self._turn = turn(threads)
 
     def __call__(self, src: KVView, dst: KVView, *rest: Any, **named: Any) -> Pending | None:
         self.check_formats(src, dst)
-        with self._lock:
+        with self._turn:
             return self._launch(src, dst, *rest, **named)
 
     def check_formats(self, *views: KVView) -> None:

@@ -121,7 +121,7 @@ class Registry:
             self._forget(name)
 
     def _forget(self, name: str) -> None:
-        self.choices.clear()
+        self.choices = {}  # who chooses meanwhile stores the choice in the former one
         self._format_checks.clear()
         others = {key: answer for key, answer in self._answers.items() if key[0] != name}
         self._answers = others
@@ -165,41 +165,53 @@ class Registry:
             return answer.decision(name)
 
     def _answer(self, name: str, device: torch.device, check: bool) -> _Answer:
+        """Return what is known of a candidate; with ``check``, also from its self-check.
+
+        The self-check copies. Its copies wait for locks of a stream's buffers, which other threads
+        have while they ask here. So it runs without the lock, and several first calls may each run
+        it.
+        """
         with making():
-            answer = self._answers.get((name, device)) or self._probe(name, device)
-            backend, reason, right = answer
-            if check and backend is not None and right is None:
-                state, why = self_check(backend)
-                right = state is SelfCheck.PASSED
-                backend = None if state is SelfCheck.FAILED else backend
-                answer = _Answer(backend, f"{reason}; {why}", right)
+            answers = self._answers
+            answer = answers.get((name, device)) or self._probe(name, device)
             if name in self.catalog:
-                self._answers[name, device] = answer
+                answers[name, device] = answer
+        if not check or answer.backend is None or answer.right is not None:
             return answer
+        state, why = self_check(answer.backend)
+        backend = None if state is SelfCheck.FAILED else answer.backend
+        checked = _Answer(backend, f"{answer.reason}; {why}", state is SelfCheck.PASSED)
+        with making():
+            known = answers.get((name, device), checked)
+            if known.right is None:
+                answers[name, device] = known = checked
+            return known
 
     def choose(self, device: torch.device, forced: str | None) -> Choice:
         """Return the backend for a device, chosen once; raise `BackendUnavailable` as `choose`
         does."""
-        with making():
-            if (device, forced) in self.choices:
-                return self.choices[device, forced]
-            try:
-                made = select(
-                    KIND,
-                    device,
-                    self.automatic(device),
-                    lambda name: self._consider(name, device, forced is not None),
-                    forced,
-                )
-            except BackendUnavailable as error:
-                raise self._complete(error, device, forced) from None
-            backend = made.value
+        choices = self.choices
+        known = choices.get((device, forced))
+        if known is not None:
+            return known
+        try:
+            made = select(
+                KIND,
+                device,
+                self.automatic(device),
+                lambda name: self._consider(name, device, forced is not None),
+                forced,
+            )
+        except BackendUnavailable as error:
+            raise self._complete(error, device, forced) from None
+        backend = made.value
+        choice = Choice(backend, made.trace, forced is not None, backend.capabilities())
+        kept = choices.setdefault((device, forced), choice)
+        if kept is choice:
             _log.info("%s: backend %s, %s", device, made.name, made.trace[-1].reason)
             if forced is None and made.name == SLOWEST:
                 self._warn_of_slowest(device, made.trace)
-            can = backend.capabilities()
-            choice = Choice(backend, made.trace, forced is not None, can)
-            return self.choices.setdefault((device, forced), choice)
+        return kept
 
     def _warn_of_slowest(self, device: torch.device, tried: Sequence[Decision]) -> None:
         """Warn, once for each type of device, if a faster backend is made for a device that gets

@@ -7,6 +7,8 @@ The copy goes through a backend's ``check``, ``prepare`` and launch, as the libr
 from __future__ import annotations
 
 import math
+import threading
+from contextlib import AbstractContextManager, nullcontext
 from enum import Enum, auto
 
 import torch
@@ -23,6 +25,13 @@ _BLOCK_SIZE = 16
 _HEADS = 2
 _DIM = 32
 _SLOTS = [37, 2, 63, 16, 15, 0, 48, 21]
+#: Of all launches whose backends do not claim ``threads``: they may share more than a launch.
+_one_at_a_time = threading.Lock()
+
+
+def turn(threads: bool) -> AbstractContextManager[object]:
+    """Return the context of a launch by a backend that claims ``threads``, or that does not."""
+    return nullcontext() if threads else _one_at_a_time
 
 
 class SelfCheck(Enum):
@@ -50,7 +59,8 @@ def self_check(backend: Backend) -> tuple[SelfCheck, str]:
     refused = ""
     for layout in _PATTERNS:
         try:
-            why = _try_pattern(backend, layout)
+            with turn(backend.capabilities().threads):
+                why = _try_pattern(backend, layout)
         except Unsupported as error:
             refused = str(error)
             continue

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from support import ready
 from support.connector_cases import BLOCKS, DIM, HEADS, LAYERS, SIZE, caches, fresh, store
 from support.guarded_memory import filled, refused, same
 from support.small_backends import small_backend
+from support.waits import LIMIT
 
 from portakv import AdaptiveConnector, CopyPlan, KVView, register_backend
 from portakv.backends.base import Backend
@@ -118,6 +120,39 @@ def test_the_self_check_runs_once_and_never_in_a_transfer(caches: list[torch.Ten
     chunk = filled((2, LAYERS, 2, HEADS * DIM), poison=True)
     connector.from_gpu(chunk, caches, [1, 2]).synchronize()
     assert len(backend.launches) == launches + 1
+
+
+def test_a_self_check_waits_for_a_copy_of_another_thread_that_asks_the_registry() -> None:
+    """As for the buffers of a stream, which a copy has while it prepares a stage."""
+    begun = threading.Event()
+    answered = threading.Event()
+
+    def ask() -> None:
+        begun.wait(LIMIT)
+        registry.REGISTRY.names()
+        registry.REGISTRY.ask("reference", torch.device("cpu"), check=True)
+        answered.set()
+
+    def check(_: KVView) -> None:
+        begun.set()
+        assert answered.wait(5.0), "the registry is locked"
+
+    register_backend("slow", small_backend("slow", spoil=check))
+    other = threading.Thread(target=ask)
+    other.start()
+    chosen = registry.choose("cpu", "slow")
+    other.join()
+    assert chosen.name == "slow"
+
+
+def test_a_choice_that_is_made_while_backends_change_is_not_kept() -> None:
+    def change(_: KVView) -> None:
+        if "late" not in registry.REGISTRY.names():
+            register_backend("late", small_backend("late"))
+
+    register_backend("old", small_backend("old", spoil=change))
+    assert registry.choose("cpu", "old").name == "old"
+    assert (torch.device("cpu"), "old") not in registry.REGISTRY.choices
 
 
 def test_nothing_is_imported_until_asked(tmp_path: Path) -> None:
