@@ -41,7 +41,7 @@ from portakv.core.call import (
     calls,
 )
 from portakv.core.rows import MOST_CARRIED, MOST_LISTED
-from portakv.core.view import words_of_dtypes
+from portakv.core.view import handle_at, words_of_dtypes
 from portakv.errors import LayoutError, PortaKVError, SlotError
 from portakv.interconnect.choose import across
 from portakv.interconnect.strategy import PINNED, Strategy, StrategyLaunch, WholeCopies
@@ -72,7 +72,8 @@ _OPENED_WITHOUT = "opened without its table"
 
 def opened(view: KVView, tables: bool = True) -> OpenedView | None:
     """Return a view for the core; None: it is made for one call, the host lacks its addresses, its
-    memory was replaced, or a graph is captured before its table was sent.
+    memory was replaced, a graph is captured before its table was sent, or the core reads no tensors
+    of this torch.
 
     ``tables``: kernels of the core may read its table of addresses. It then waits for a table that
     is sent to the device.
@@ -81,6 +82,8 @@ def opened(view: KVView, tables: bool = True) -> OpenedView | None:
     known: OpenedView | None = view.derived.get(key)
     if known is not None or view.temporary or not view.known or view.form.encoding:
         return known
+    if handle_at() is None:
+        return None
     try:
         view.check_memory()  # what is watched from now on is what was read
         memory = None if view.raw else Watch(view.owners)

@@ -36,7 +36,9 @@ from support.guarded_memory import filled, refused, same, untouched
 from support.small_backends import small_backend
 
 from portakv import BlockTransfer, Index, KVView, copy_blocks, copy_rows
+from portakv.copy import inside as copy_inside
 from portakv.copy import slices as block_slices
+from portakv.core import call as core_call
 from portakv.errors import (
     DeviceMismatch,
     InvalidTerms,
@@ -155,6 +157,17 @@ def test_a_chunk_on_one_side(device: torch.device, options: dict[str, Any], offs
     assert torch.equal(cache.rows(), expected)
     if not offset:
         assert (stored.statistics.blocks, loaded.statistics.blocks) == (3, 3)
+
+
+def test_a_torch_of_which_the_core_reads_no_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before 2.10."""
+    for module in (core_call, copy_inside):
+        monkeypatch.setattr(module, "handle_at", lambda: None)
+    src, dst = layered(torch.device("cpu")), layered(torch.device("cpu"))
+    expected = dst.rows()
+    expected[:, :, dst.slots([0, 5])] = src.rows()[:, :, src.slots([6, 1])]
+    copy_blocks(src.view, dst.view, [6, 1], [0, 5]).synchronize()
+    assert torch.equal(dst.rows(), expected)
 
 
 def test_opaque_pages(options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
