@@ -20,7 +20,13 @@ from support.waits import LIMIT
 
 from portakv.core.sources import hash_of
 
-pytestmark = [pytest.mark.wheel, pytest.mark.xdist_group("release library")]
+#: Seconds in which zig compiles the core, and first the standard library of C++, on a busy machine.
+PATIENCE = 1700
+pytestmark = [
+    pytest.mark.wheel,
+    pytest.mark.xdist_group("release library"),
+    pytest.mark.timeout(2 * PATIENCE),  # two targets
+]
 ARCHITECTURES = ("x86_64", "aarch64")
 #: A program of Debian that runs another processor's programs, and that processor's glibc.
 EMULATOR = "qemu-aarch64-static"
@@ -67,7 +73,7 @@ def run(*words: str | Path, **variables: str) -> str:
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        timeout=LIMIT,
+        timeout=PATIENCE,
     )
     assert done.returncode == 0, f"{words} ended with {done.returncode}:\n{done.stdout}"
     return done.stdout
