@@ -19,6 +19,9 @@ from typing import Any
 import pytest
 
 OPT_IN = ("wheel", "visitor", "bigmem", "slow", "full")
+#: Seconds of a test that runs by request alone, or that draws more examples. The limit of others is
+#: in pyproject.toml.
+WIDE = 3600
 NO_GPU = "torch.cuda.is_available() is False: this test needs a CUDA device"
 _KEY = "portakv_tests_for_cuda"
 
@@ -77,9 +80,13 @@ def pytest_make_collect_report(
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Give the modules the same order in every worker."""
+    """Give the modules the same order in every worker, and wide tests their time."""
     if hasattr(config, "workerinput"):
         items.sort(key=lambda item: item.path.parts)
+    for item in items if config.pluginmanager.has_plugin("timeout") else ():
+        is_wide = config.getoption("fuzz") or any(map(item.get_closest_marker, OPT_IN))
+        if is_wide and not item.get_closest_marker("timeout"):
+            item.add_marker(pytest.mark.timeout(WIDE))
 
 
 def _share_before(config: pytest.Config) -> float:
