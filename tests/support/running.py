@@ -127,7 +127,7 @@ def pytest_configure(config: pytest.Config) -> None:
     # It reads the constants of every module, and keeps them below the current folder otherwise: a
     # process in another folder would read all modules again.
     os.environ.setdefault("HYPOTHESIS_STORAGE_DIRECTORY", str(config.rootpath / ".hypothesis"))
-    # Warnings of faults that last come whenever their thread looks, also into another test's log.
+    # Warnings of faults that last come whenever the loop looks, also into another test's log.
     logging.getLogger("portakv.graph.alarms").setLevel(logging.ERROR)
     if name := os.environ.get("SIMDEV_NAME"):
         simdev.load(name)  # a child of own_process: its modules may look at the device
