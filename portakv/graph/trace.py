@@ -5,10 +5,10 @@ figures."""
 from __future__ import annotations
 
 import json
-import threading
 from bisect import bisect_left
 from collections import Counter, defaultdict, deque
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from itertools import accumulate
 from os import PathLike
 from typing import Any, NamedTuple, TypeAlias
@@ -79,10 +79,13 @@ class Spent:
 
 
 class Counts:
-    """The blocks and bytes that moved, by tier and operation. Any thread may call."""
+    """The blocks and bytes that moved, by tier and operation. Any thread may call.
 
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
+    ``lock``: of the graph whose tasks move them.
+    """
+
+    def __init__(self, lock: AbstractContextManager[object]) -> None:
+        self._lock = lock
         self.blocks = Counter[tuple[str, str, str]]()  # by tier, operation and result
         self.nbytes = Counter[tuple[str, str]]()
 

@@ -774,7 +774,7 @@ class FormBlocks:
         self.most_bytes = max(part.form.image_bytes for part in parts)
         self.apart = frozenset(apart)
         self.tier_stores = [x for x in shared.tier_stores if x.form.digest not in self.apart]
-        self.counts = Counts()
+        self.counts = Counts(shared.graph.lock)
         form = self.own.form
         twins = [part for part in parts[1:] if form.encoding and part.form == form.raw]
         self.raw = twins[0] if twins else None

@@ -325,7 +325,7 @@ class Graph:
         self.closed = False
         self.number = 0
         self.queues = dict[str, Queue]()
-        self.counts = Counts()
+        self.counts = Counts(self.lock)
         self.live = set[Task]()
         self.idle = Signal(self.runtime)  # a queue has no task that runs
         self.runtime.shut_at_exit.add(self)

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import ctypes
 import os
-import threading
 from collections.abc import Mapping, Sequence
 from functools import partial
 from hashlib import blake2b
@@ -32,6 +31,7 @@ from portakv.serving.page_tasks import (
     PageTasks,
 )
 from portakv.serving.pages import page_store
+from portakv.tasks import runtime
 
 check_release("lmcache")
 
@@ -97,7 +97,7 @@ class PortaKVL2Adapter(L2AdapterInterface):  # type: ignore[misc]
         super().__init__(max_capacity_bytes=terms.capacity)
         store = page_store(terms, MODEL, sizes_of(config, terms))
         self._event_fds = [os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC) for _ in range(3)]
-        self._lock = threading.Lock()
+        self._lock = runtime().lock
         self._closed = False
         self._next = 0
         self._stores = dict[int, L2StoreResult]()

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import itertools
 import logging
-import threading
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from functools import partial
@@ -36,6 +35,7 @@ from portakv.integrations.vllm.moves import (
     sharing,
     worker_terms,
 )
+from portakv.tasks import runtime
 
 check_release("vllm")
 
@@ -181,7 +181,7 @@ class PortaKVOffloadingWorker(OffloadingWorker):  # type: ignore[misc]
         device = pages[0].device
         self._store, self._load, self._expedited = (Lane(device, terms) for _ in range(3))
         self._lanes = self._store, self._load, self._expedited
-        self._taking = threading.Lock()
+        self._taking = runtime().lock
         for part in itertools.chain(*self._groups):
             self._warm_up(part)
 
