@@ -19,7 +19,7 @@ import torch
 
 from portakv.errors import PeerError, TransferError, TransferTimeout
 from portakv.migrate.messages import decoder_of
-from portakv.migrate.transports.base import Moving, Transport
+from portakv.migrate.transports.base import Moving, MovingStage, Transport
 from portakv_conformance.contract.runner import expect
 
 #: Seconds in which a slot has to cross, or its failure to be noticed, if a check gets no other.
@@ -215,7 +215,7 @@ def check_a_slot_has_landed_when_it_ends(both: Wire, folder: Path) -> None:
         expect(torch.equal(slot, into), "the slot ended before its bytes were there")
         expect(giving.wait(both.soon), "the owner's slot did not end")
         for moving in (giving, taking):
-            expect(moving.free.wait(both.soon), "a slot that ended is not free")
+            expect(moving.wait_for(MovingStage.FREE, both.soon), "a slot that ended is not free")
         slot.fill_(0)
 
 
@@ -246,7 +246,7 @@ def check_a_death_ends_slots_in_flight(both: Wire, folder: Path) -> None:
     both.life.end()
     for each in moving:
         _expect_error(each, PeerError, both.soon)
-        expect(each.free.wait(both.soon), "a slot that ended is not free")
+        expect(each.wait_for(MovingStage.FREE, both.soon), "a slot that ended is not free")
     both.owner.forget(both.life)
     both.reader.forget(End.address)
     both.connect()

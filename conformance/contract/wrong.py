@@ -209,7 +209,7 @@ class _Hasty(Pair):
         """Report that a slot ended when it was passed."""
         moving = super().move(slot, tag)
         if self.address:
-            moving.over.set()
+            moving.end()
         return moving
 
 

@@ -63,7 +63,7 @@ from portakv.migrate.staging import (
     unfit_blocks,
 )
 from portakv.migrate.transports import Transports
-from portakv.migrate.transports.base import Lane, Moving, Transport
+from portakv.migrate.transports.base import Lane, Moving, MovingStage, Transport
 from portakv.registry import bring
 from portakv.runtime.bounded import Bounded
 from portakv.runtime.streams import StreamFence
@@ -331,7 +331,7 @@ class StagingBuffer:
     @property
     def free(self) -> bool:
         """Return True if the reader has the bytes that were sent last."""
-        return self.sent is None or self.sent.free.is_set()
+        return self.sent is None or self.sent.has(MovingStage.FREE)
 
     def clean(self) -> None:
         """Zero the memory before its first use, so that no earlier user's bytes are sent."""
@@ -566,8 +566,8 @@ class Gathers:
                 sent = await self._send_some(line)
             finally:
                 self._turn.release()
-            if sent is not None and not await Work(sent.free.wait, MOMENT):
-                await sent.seen(sent.free, LOOK)
+            if sent is not None and not await Work(sent.wait_for, MovingStage.FREE, MOMENT):
+                await sent.seen(MovingStage.FREE, LOOK)
 
     async def _send_some(self, line: Line) -> Moving | None:
         """Send as many parts to a reader as it has buffers, then others have their turn.

@@ -8,7 +8,6 @@ one before.
 
 from __future__ import annotations
 
-import threading
 from collections import defaultdict, deque
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import suppress
@@ -52,7 +51,7 @@ from portakv.migrate.messages import (
 from portakv.migrate.plan import Slice, Step, copy_checked
 from portakv.migrate.pull import CANCELLED, Pull, known
 from portakv.migrate.staging import Chunks, Slots, has_ended, part_of, rows_bytes, unfit_blocks
-from portakv.migrate.transports.base import Lane, Moving
+from portakv.migrate.transports.base import Lane, Moving, MovingStage
 from portakv.runtime.streams import StreamFence
 from portakv.runtime.worker import RateLimit
 from portakv.tasks import End, Handle, Wait, Work, blocking, runtime
@@ -597,7 +596,7 @@ class StagedReceiver:
             self._last = True
             await self._take_each([x for each in self.arrivals for x in each.again])
         for flying, _ in self._scattered:
-            await self._until(flying.moving, flying.moving.over)
+            await self._until(flying.moving, MovingStage.OVER)
         self._look_at_bytes()
         await self._settle(wait=True)
         takers = [*self._stage.takers]  # of all pulls, since they share the transport
@@ -688,7 +687,7 @@ class StagedReceiver:
         buffer = stage.buffers.pop()
         try:
             if buffer.moving is not None and buffer.must_be_free(lane, nbytes):
-                await self._until(buffer.moving, buffer.moving.free)
+                await self._until(buffer.moving, MovingStage.FREE)
         except BaseException:
             stage.give_back(buffer)
             raise
@@ -719,7 +718,7 @@ class StagedReceiver:
         scatter = arrival.scattering(buffer.chunks)  # the host's part, while the bytes arrive
 
         def copy() -> bool:
-            if not moving.issued.wait(SOON):
+            if not moving.wait_for(MovingStage.ISSUED, SOON):
                 return False
             self._look_at_bytes()
             moving.follow(0.0)
@@ -733,7 +732,7 @@ class StagedReceiver:
             return True
 
         while not await blocking().work(self._inside, copy):
-            await self._until(moving, moving.issued)
+            await self._until(moving, MovingStage.ISSUED)
         await self._settle(wait=False)
 
     def _inside(self, work: Callable[[], T]) -> T:
@@ -744,7 +743,7 @@ class StagedReceiver:
     def _look_at_bytes(self) -> None:
         """Let the pull ask about its offer if all bytes have left the owner's memory."""
         flying = [*self._in_flight, *(each for each, _ in self._scattered)]
-        if self._last and all(each.moving.over.is_set() for each in flying):
+        if self._last and all(each.moving.has(MovingStage.OVER) for each in flying):
             self._cross()
 
     def _cross(self) -> None:
@@ -757,9 +756,9 @@ class StagedReceiver:
         """End the slices whose bytes and copies have ended, or wait for all."""
         while self._scattered:
             (arrival, _, moving, _), placing = self._scattered[0]
-            if not wait and not moving.over.is_set():
+            if not wait and not moving.has(MovingStage.OVER):
                 return
-            await self._until(moving, moving.over)
+            await self._until(moving, MovingStage.OVER)
             if not has_ended(placing, wait=False):
                 if not wait:
                     return
@@ -837,16 +836,16 @@ class StagedReceiver:
         start = self._rate.start_of(nbytes)
         left = self._rate.left(start)
         while left and not self._pull.over:
-            if self._in_flight and self._in_flight[0].moving.over.is_set():
+            if self._in_flight and self._in_flight[0].moving.has(MovingStage.OVER):
                 await self._scatter()
             else:
                 await Wait(until=self._runtime.time() + min(left, 0.01))
             left = self._rate.left(start)
 
-    async def _until(self, moving: Moving, event: threading.Event) -> None:
-        """Wait for an event of a buffer in flight, as long as the pull waits."""
+    async def _until(self, moving: Moving, stage: MovingStage) -> None:
+        """Wait until a buffer in flight comes to a stage, as long as the pull waits."""
         until = monotonic() + PATIENCE
-        while not await moving.seen(event, LOOK):
+        while not await moving.seen(stage, LOOK):
             self._check(until)
 
     def _check(self, until: float) -> None:

@@ -23,7 +23,7 @@ from portakv.migrate.channel import Channel, Peer
 from portakv.migrate.messages import UNDECODABLE, Message, decoder_of
 from portakv.migrate.staging import retain, staging
 from portakv.migrate.transports import Transports
-from portakv.migrate.transports.base import Moving, Transport
+from portakv.migrate.transports.base import Moving, MovingStage, Transport
 from portakv.runtime.devices import inside
 from portakv.runtime.streams import StreamFence, ignoring_captures, own_stream
 from portakv.tasks import Limit, TaskGroup, Work, runtime
@@ -267,7 +267,7 @@ class Lanes:
         try:
             before = lane.sent.get(request.tag % BUFFERS)
             while before is not None and lane.lane.gone is None:
-                if await before.seen(before.free, _LOOK):
+                if await before.seen(MovingStage.FREE, _LOOK):
                     break
             await self._turn.work(self._pack, lane, request)
         except Exception:  # such as an error of the device: the reader waits for these bytes

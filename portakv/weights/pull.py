@@ -14,7 +14,6 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from operator import sub
-from threading import Event
 from time import monotonic
 from typing import Literal, overload
 
@@ -32,7 +31,7 @@ from portakv.migrate.channel import Channel
 from portakv.migrate.checksum import BoxSums, SummedPart
 from portakv.migrate.figures import WEIGHTS
 from portakv.migrate.staging import retain
-from portakv.migrate.transports.base import Moving
+from portakv.migrate.transports.base import Moving, MovingStage
 from portakv.runtime.devices import inside
 from portakv.runtime.interrupts import uninterrupted
 from portakv.runtime.streams import completion, side_stream, synchronize_current
@@ -166,7 +165,8 @@ class Incoming:
         a lane has another stream. No cancellation cuts this short."""
         until = monotonic() + STOPPING
         for each in self._in_flight:
-            if not each.moving.free.wait(max(0.0, until - monotonic())) or each.moving.error:
+            left = max(0.0, until - monotonic())
+            if not each.moving.wait_for(MovingStage.FREE, left) or each.moving.error:
                 each.receiver.release()
         synchronize_current({each.buffers[0].device for each in self._acquired})
 
@@ -174,21 +174,21 @@ class Incoming:
         """Wait until the oldest slice was copied and has landed, and no library touches it."""
         oldest = self._in_flight[0]
         await self._copy(oldest)
-        for event in (oldest.moving.over, oldest.moving.free):
-            await self._await(oldest, event)
+        for stage in (MovingStage.OVER, MovingStage.FREE):
+            await self._await(oldest, stage)
         self._in_flight.popleft()
 
     async def _copy(self, slice: _Slice) -> None:
         """Copy a slice from its staging buffer after its bytes, unless it was copied."""
         if not slice.copied:
-            await self._await(slice, slice.moving.issued)
+            await self._await(slice, MovingStage.ISSUED)
             slice.copied = True
             await self._request.work(_unpack, slice)
 
-    async def _await(self, slice: _Slice, event: Event) -> None:
-        """Wait for an event of a slice, as long as the pull may and the weights stay."""
+    async def _await(self, slice: _Slice, stage: MovingStage) -> None:
+        """Wait until a slice has come to a stage, as long as the pull may and the weights stay."""
         last = monotonic()
-        while not await slice.moving.seen(event, _WAIT):
+        while not await slice.moving.seen(stage, _WAIT):
             slice.owner.check()
             if monotonic() - last > _ASK:
                 await slice.owner.confirm()

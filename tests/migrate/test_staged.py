@@ -26,7 +26,7 @@ from portakv.migrate.messages import MOST_PARTS, Answer, BoxPart, Gather, Renew,
 from portakv.migrate.owner import Owner
 from portakv.migrate.staged_owner import BUFFERS, MOST_WAITING, Gathers
 from portakv.migrate.staged_reader import BATCH, StagedReceiver
-from portakv.migrate.transports.base import Moving
+from portakv.migrate.transports.base import Moving, MovingStage
 from portakv.migrate.transports.distributed import Join
 
 NEVER = 1e-9  # 10^9 bytes a second: a pull of 75 tokens takes hours
@@ -325,12 +325,12 @@ def test_who_waits_for_a_buffer_is_called_once_when_it_is_free() -> None:
     moving = Moving(torch.zeros(8, dtype=torch.uint8), LIMIT)
     calls = list[str]()
     assert moving.begin()
-    moving.on(moving.free, lambda: calls.append("before"))
+    moving.on(MovingStage.FREE, lambda: calls.append("before"))
     moving.end(PeerError("The peer is gone."))
     assert calls == []  # a library touches it still
     moving.end(untouched=True)
     moving.end(untouched=True)
-    moving.on(moving.free, lambda: calls.append("after"))
+    moving.on(MovingStage.FREE, lambda: calls.append("after"))
     assert calls == ["before", "after"]
     with pytest.raises(PeerError, match="is gone"):
         moving.follow(0.0)

@@ -21,6 +21,7 @@ from portakv.migrate import Channel, Owner, Reader, Shard, Ticket, shared_empty,
 from portakv.migrate.buffers import Staging
 from portakv.migrate.messages import Gather
 from portakv.migrate.transports import TRANSPORTS, distributed
+from portakv.migrate.transports.base import MovingStage
 from portakv.tasks import Wait, runtime
 
 BLOCKS = 64
@@ -91,12 +92,12 @@ def test_a_buffer_that_becomes_free_meanwhile_is_not_sent_twice(
     seen = list[bool]()
 
     def free(buffer: staged_owner.StagingBuffer) -> bool:
-        was = buffer.sent is None or buffer.sent.free.is_set()
+        was = buffer.sent is None or buffer.sent.has(MovingStage.FREE)
         if not was and threading.current_thread().name != "portakv loop":
             seen.append(was)
             assert buffer.sent is not None
             with runtime().released():
-                buffer.sent.free.wait(LIMIT)
+                buffer.sent.wait_for(MovingStage.FREE, LIMIT)
         return was
 
     monkeypatch.setattr(staged_owner.StagingBuffer, "free", property(free))

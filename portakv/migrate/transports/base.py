@@ -40,6 +40,7 @@ from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
+from enum import IntEnum
 from functools import cache, partial
 from math import inf
 from queue import SimpleQueue
@@ -53,6 +54,7 @@ from portakv.backends.base import Decision
 from portakv.errors import PeerError, TransferTimeout
 from portakv.migrate.messages import Message
 from portakv.runtime.devices import refuse_fork, this_process
+from portakv.runtime.interrupts import Condition
 from portakv.runtime.resources import start_thread
 from portakv.runtime.transfer import event_pool
 from portakv.runtime.worker import EXIT_SECONDS
@@ -62,16 +64,21 @@ if TYPE_CHECKING:
     from portakv.migrate.channel import Channel, Peer
 
 
+class MovingStage(IntEnum):
+    """How far a buffer in flight has come. A stage includes those before it."""
+
+    ISSUED = 1  # a stream can follow the bytes, or the buffer has ended
+    OVER = 2  # the buffer has ended
+    FREE = 3  # it may be used again: no library touches its bytes
+
+
 class Moving:
     """A buffer in flight. It lands or fails as a whole.
 
     Its ``seconds`` begin when the buffer ``before`` it has ended, whose turn comes first.
 
     Attributes:
-        over: set when the buffer has ended.
         error: the reason for the failure; None if the bytes have landed.
-        free: set when the buffer may be used again: it has ended, and no library touches its bytes.
-        issued: set when a stream can follow the bytes, or the buffer has ended.
     """
 
     def __init__(self, buffer: torch.Tensor, seconds: float, before: Moving | None = None) -> None:
@@ -80,20 +87,28 @@ class Moving:
         self._before = before
         self._until = monotonic() + seconds
         self.error: Exception | None = None
-        self.over = threading.Event()
-        self.free = threading.Event()
-        self.issued = threading.Event()
         self._event: torch.Event | None = None  # recorded after the bytes, if a stream orders them
-        self._calls = list[tuple[threading.Event, Callable[[], object]]]()
+        self._calls = list[tuple[MovingStage, Callable[[], object]]]()
         self._touched = False
-        self._lock = threading.Lock()
+        self._stage = 0  # of `MovingStage`; 0: none
+        self._changed = Condition()
+
+    def has(self, stage: MovingStage) -> bool:
+        """Return True if the buffer has come to a stage."""
+        return self._stage >= stage
+
+    def wait_for(self, stage: MovingStage, timeout: float | None = None) -> bool:
+        """Block the host until the buffer has come to a stage, at most ``timeout`` seconds; return
+        True if it has."""
+        with self._changed:
+            return self._changed.wait_for(lambda: self._stage >= stage, timeout)
 
     @property
     def until(self) -> float:
         """Return the time, by `monotonic`, at which the buffer has failed if it has not landed."""
         before = self._before
         if before is not None:
-            if not before.over.is_set():
+            if not before.has(MovingStage.OVER):
                 return before.until + self.seconds
             self._until = monotonic() + self.seconds  # its turn begins
             self._before = None
@@ -105,7 +120,8 @@ class Moving:
         Raises the buffer's error: `TransferTimeout` if the time of the transport is over.
         """
         limit = inf if timeout is None else monotonic() + timeout
-        while not self.over.wait(max(0.0, min(limit, self.until) - monotonic())):
+        over = MovingStage.OVER
+        while not self.wait_for(over, max(0.0, min(limit, self.until) - monotonic())):
             now = monotonic()
             if now >= self.until:
                 what = f"A buffer of {self.buffer.nbytes} B did not cross in {self.seconds:g} s."
@@ -114,13 +130,13 @@ class Moving:
                 break
         if self.error is not None:
             raise self.error
-        return self.over.is_set()
+        return self.has(over)
 
     def issue(self, event: torch.Event) -> None:
         """Let streams follow the bytes: ``event`` is recorded after them."""
-        with self._lock:
+        with self._changed:
             self._event = event
-            self.issued.set()
+            self._reach(MovingStage.ISSUED)
         self._make_calls()
 
     def follow(self, timeout: float) -> bool:
@@ -130,40 +146,45 @@ class Moving:
         host until the buffer ends. The bytes count only if `wait` raises nothing afterwards. Raises
         as `wait`.
         """
-        self.issued.wait(min(timeout, max(0.0, self.until - monotonic())))
-        if self._event is None or self.over.is_set():
+        self.wait_for(MovingStage.ISSUED, min(timeout, max(0.0, self.until - monotonic())))
+        if self._event is None or self.has(MovingStage.OVER):
             return self.wait(0.0)
         self._event.wait(torch.accelerator.current_stream(self.buffer.device.index))
         return True
 
-    def on(self, event: threading.Event, call: Callable[[], object]) -> None:
-        """Make a call once when an event of the buffer is set, immediately if it is.
+    def on(self, stage: MovingStage, call: Callable[[], object]) -> None:
+        """Make a call once when the buffer comes to a stage, immediately if it has.
 
-        The call must be quick: it runs in the thread that sets the event.
+        The call must be quick: it runs in the thread that brings the buffer there.
         """
-        with self._lock:
-            self._calls.append((event, call))
+        with self._changed:
+            self._calls.append((stage, call))
         self._make_calls()
 
-    async def seen(self, event: threading.Event, seconds: float) -> bool:
-        """Wait in a coroutine for an event of the buffer, at most some seconds; return True if it
-        is set.
+    async def seen(self, stage: MovingStage, seconds: float) -> bool:
+        """Wait in a coroutine until the buffer comes to a stage, at most some seconds; return True
+        if it has.
 
         Raises as `wait`, except if it waits until the buffer is free.
         """
-        if not event.is_set():
+        if not self.has(stage):
             wait = Wait(until=runtime().time() + seconds)
-            self.on(event, partial(runtime().wake, wait))
+            self.on(stage, partial(runtime().wake, wait))
             await wait
-        if event is not self.free:
+        if stage is not MovingStage.FREE:
             self.wait(0.0)
-        return event.is_set()
+        return self.has(stage)
+
+    def _reach(self, stage: MovingStage) -> None:
+        """Bring the buffer to a stage, unless it has come further. The caller has the lock."""
+        self._stage = max(self._stage, stage)
+        self._changed.notify_all()
 
     def _make_calls(self) -> None:
-        """Make the calls whose events are set."""
-        with self._lock:
-            calls = [call for event, call in self._calls if event.is_set()]
-            self._calls = [each for each in self._calls if not each[0].is_set()]
+        """Make the calls whose stages the buffer has come to."""
+        with self._changed:
+            calls = [call for stage, call in self._calls if stage <= self._stage]
+            self._calls = [each for each in self._calls if each[0] > self._stage]
         for call in calls:
             call()
 
@@ -176,26 +197,23 @@ class Moving:
         while not ended():
             sleep(min(max(20e-6, (now - began) / 8), 1e-3))
             now = monotonic()
-            if self.over.is_set() or now > self.until:
+            if self.has(MovingStage.OVER) or now > self.until:
                 self.wait(0)
 
     def begin(self) -> bool:
         """Return False if the buffer has ended; else a library may touch the buffer from now on."""
-        with self._lock:
-            self._touched = not self.over.is_set()
+        with self._changed:
+            self._touched = self._stage < MovingStage.OVER
             return self._touched
 
     def end(self, error: Exception | None = None, untouched: bool = False) -> None:
         """End the buffer; the first end counts. ``untouched``: no library touches it now."""
-        with self._lock:
+        with self._changed:
             self._touched = self._touched and not untouched
-            if not self._touched:
-                self.free.set()
-            if not self.over.is_set():
+            if self._stage < MovingStage.OVER:
                 self.error = error
-                self.over.set()
-                self.issued.set()
             self._before = None  # else each buffer would retain all earlier ones
+            self._reach(MovingStage.OVER if self._touched else MovingStage.FREE)
         self._make_calls()
 
 

@@ -12,7 +12,7 @@ import torch
 
 from portakv.errors import BackendUnavailable, InvalidTerms, PeerError, TransferTimeout
 from portakv.migrate.transports import TRANSPORTS, check_transport, choose
-from portakv.migrate.transports.base import Moving
+from portakv.migrate.transports.base import Moving, MovingStage
 from portakv.migrate.transports.distributed import Distributed
 
 CPU = torch.device("cpu")
@@ -80,16 +80,16 @@ def test_a_transport_whose_class_has_another_name_is_refused(
 def test_a_slot_on_its_way_ends_once() -> None:
     buffer = torch.zeros(8, dtype=torch.uint8)
     moving = Moving(buffer, 60.0)
-    assert not moving.over.is_set()
+    assert not moving.has(MovingStage.OVER)
     assert not moving.wait(0.01)
     late = Moving(buffer, 0.01)
     for _ in range(2):
         with pytest.raises(TransferTimeout, match=r"8 B did not cross in 0.01 s"):
             late.wait()
-    assert late.free.is_set()
+    assert late.has(MovingStage.FREE)
     moving.end(PeerError("The peer is gone."))
     moving.end()
-    assert moving.over.is_set()
+    assert moving.has(MovingStage.OVER)
     assert not moving.begin()
     with pytest.raises(PeerError, match="The peer is gone"):
         moving.wait()

@@ -19,6 +19,7 @@ from portakv.errors import PeerError, TransferCancelled, TransferError
 from portakv.migrate.owner import Owner
 from portakv.migrate.reader import Reader
 from portakv.migrate.shards import Shard
+from portakv.migrate.transports.base import MovingStage
 from portakv.migrate.transports.distributed import Distributed
 from portakv.migrate.transports.onesided import Nixl
 
@@ -92,7 +93,7 @@ def test_a_death_that_the_channel_notices_ends_a_take_by_nccl() -> None:
     with pytest.raises(PeerError, match="is gone"):
         taking.wait(LIMIT)
     until = time.monotonic() + 60
-    while not taking.free.is_set():
+    while not taking.has(MovingStage.FREE):
         assert time.monotonic() < until
         time.sleep(0.01)
     assert int(torch.ones(1000, device=DEVICES[1]).sum()) == 1000

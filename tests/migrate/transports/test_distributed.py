@@ -30,6 +30,7 @@ from portakv.migrate.channel import Channel
 from portakv.migrate.messages import Answer, Bye
 from portakv.migrate.shards import Shard
 from portakv.migrate.transports import TRANSPORTS
+from portakv.migrate.transports.base import MovingStage
 from portakv.migrate.transports.distributed import DevicePair, Distributed
 from portakv.runtime.devices import inside
 from portakv_conformance import simdev
@@ -80,7 +81,7 @@ def test_a_death_that_the_channel_notices_ends_what_is_under_way(side: str) -> N
         for each in moving:
             with pytest.raises(PeerError, match="is gone"):
                 each.wait(LIMIT)
-            assert each.free.is_set()
+            assert each.has(MovingStage.FREE)
         both.life.end()
         both.owner.forget(both.life)
         both.reader.forget(End.address)
@@ -101,12 +102,12 @@ def test_an_owner_killed_in_mid_chunk_is_told_by_the_channel() -> None:
         into = empty(int(nbytes))
         channel.ask(address, Bye(), Answer)
         taking = transport.lane(address, channel).move(into, 0)
-        while not (into[0] or taking.over.is_set()):
+        while not (into[0] or taking.has(MovingStage.OVER)):
             time.sleep(1e-4)
         owner.kill()
         with pytest.raises(PeerError):
             taking.wait(LIMIT)
-        assert taking.free.is_set()
+        assert taking.has(MovingStage.FREE)
         landed = into.clone()
         assert landed[0] == 7  # it was in the middle of it
         assert not landed.all()
@@ -360,7 +361,7 @@ def test_a_death_ends_the_slots_that_cross_on_a_device_and_aborts_their_group() 
     for each in taking:
         with pytest.raises(PeerError, match="is gone"):
             each.wait(LIMIT)
-        assert each.free.wait(LIMIT)
+        assert each.wait_for(MovingStage.FREE, LIMIT)
     assert group.aborted
     both.reader.close(20)
     both.owner.close(20)
@@ -425,7 +426,7 @@ def test_a_lane_that_its_owner_closes_alone_ends_the_readers_slots(closed: bool)
     simdev.delay(current(DEVICE), 3000)
     both.give(slot_of(100).to(DEVICE, non_blocking=True), 1)
     taking = both.take(torch.zeros(100, dtype=torch.uint8, device=OTHER), 1)
-    assert taking.issued.wait(LIMIT)
+    assert taking.wait_for(MovingStage.ISSUED, LIMIT)
     if closed:
         lane = both.owner.lane(both.life, both.there)
         lane.close(PeerError("The owner could not send a buffer; it did not cross."))
@@ -442,7 +443,7 @@ def test_slots_after_the_first_are_issued_by_the_caller_and_a_failure_ends_the_l
     both.cross(100)
     simdev.delay(current(DEVICE), 300)
     giving = [both.give(slot_of(100).to(DEVICE, non_blocking=True), 1)]
-    assert giving[0].issued.is_set()
+    assert giving[0].has(MovingStage.ISSUED)
     lane = both.owner.lane(both.life, both.there)
     Group.errors.append(RuntimeError("no memory"))
     giving.append(both.give(slot_of(100).to(DEVICE, non_blocking=True), 2))

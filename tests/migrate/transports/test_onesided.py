@@ -17,6 +17,7 @@ from support.waits import LIMIT
 from portakv.backends.base import Decision
 from portakv.errors import PeerError, TransferError, TransferTimeout
 from portakv.migrate.transports import onesided
+from portakv.migrate.transports.base import MovingStage
 from portakv.migrate.transports.onesided import Mooncake, Nixl, OneSided
 
 CPU = torch.device("cpu")
@@ -125,7 +126,7 @@ def test_a_death_that_the_channel_notices_ends_what_is_under_way(kind: type[OneS
         for each in moving:
             with pytest.raises(PeerError, match="is gone"):
                 each.wait(LIMIT)
-            assert each.free.is_set()
+            assert each.has(MovingStage.FREE)
         both.connect()
         both.cross(100)
 
@@ -162,9 +163,9 @@ def test_a_slot_that_a_library_cannot_let_go_of_is_not_free_until_it_does(timeou
             why = "is gone"
         with pytest.raises(TransferError, match=why):
             taking.wait(LIMIT)
-        assert not taking.free.is_set()
+        assert not taking.has(MovingStage.FREE)
         both.reader.stuck.set()
-        assert taking.free.wait(LIMIT)
+        assert taking.wait_for(MovingStage.FREE, LIMIT)
 
 
 def test_a_library_that_does_not_start_at_the_owner_is_told_to_the_reader() -> None:
