@@ -13,13 +13,12 @@ from __future__ import annotations
 import os
 import pkgutil
 import re
-import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from importlib.metadata import entry_points
 from inspect import isabstract
-from typing import Generic, TypeVar, cast
+from typing import Any, Generic, NamedTuple, TypeVar, cast
 
 from portakv.arguments import shown
 from portakv.errors import BackendUnavailable, PortaKVError
@@ -158,6 +157,14 @@ def unavailable(
     return error
 
 
+class _Found(NamedTuple):
+    """What a catalog has read: its own candidates, and the entry points of other packages."""
+
+    targets: dict[str, Any]
+    installed: set[str]  # the names of those entry points
+    refused: list[Decision]
+
+
 class Catalog(Generic[Base]):
     """The candidates of one kind by name, each a class or the text ``"package.module:Class"``.
 
@@ -185,35 +192,39 @@ class Catalog(Generic[Base]):
     ) -> None:
         self.kind = kind
         self.built_in = built_in
-        self.installed: set[str] = set()
         self._base = base
         self._group = group
         self._last = last
         self._paths = paths
-        self._refused: list[Decision] = []
-        self._targets: dict[str, str | type[Base]] | None = None
-        self._lock = threading.RLock()
+        self._read_once = dict[str, _Found]()
+
+    def _found(self) -> _Found:
+        """Return the candidates. Entry points are read on first use."""
+        # What the first reader stores stays: `register` may have added to it.
+        known = self._read_once.get(self._group)
+        return known or self._read_once.setdefault(self._group, self._read())
+
+    def _read(self) -> _Found:
+        found = _Found(dict(self.built_in), set(), [])
+        for entry in entry_points(group=self._group):
+            if entry.name in found.targets:
+                one = self.kind.one
+                why = f"the entry point {entry.value!r} would replace {one} of that name"
+                found.refused.append(Decision(entry.name, False, f"{why}; refused"))
+            else:
+                found.targets[entry.name] = f"{entry.module}:{entry.attr}"
+                found.installed.add(entry.name)
+        return found
 
     @property
     def targets(self) -> dict[str, str | type[Base]]:
-        """The target of each candidate. Entry points are read on first use."""
-        # One thread reads them: a second reader would drop what `register` added after the first.
-        with self._lock:
-            if self._targets is None:
-                self._targets = self._read()
-            return self._targets
+        """The target of each candidate."""
+        return self._found().targets
 
-    def _read(self) -> dict[str, str | type[Base]]:
-        targets: dict[str, str | type[Base]] = dict(self.built_in)
-        for entry in entry_points(group=self._group):
-            if entry.name in targets:
-                one = self.kind.one
-                why = f"the entry point {entry.value!r} would replace {one} of that name"
-                self._refused.append(Decision(entry.name, False, f"{why}; refused"))
-            else:
-                targets[entry.name] = f"{entry.module}:{entry.attr}"
-                self.installed.add(entry.name)
-        return targets
+    @property
+    def installed(self) -> set[str]:
+        """The names of the candidates of other packages, by entry points."""
+        return self._found().installed
 
     def __contains__(self, name: object) -> bool:
         return name in self.targets
@@ -226,8 +237,7 @@ class Catalog(Generic[Base]):
 
     def refused(self) -> list[Decision]:
         """Return the decisions about entry points whose name was taken."""
-        _ = self.targets  # reads the entry points
-        return self._refused
+        return self._found().refused
 
     def register(self, name: str, target: str | type[Base]) -> None:
         """Add a candidate.

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import logging
-import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -32,7 +31,8 @@ class _Topic:
 class RateLimitedLog:
     """Log warnings, at most ``lines`` of each topic within `SECONDS`.
 
-    The first line after that reports how many were left out. Any number of threads may use one log.
+    The first line after that reports how many were left out. Any number of threads may use one log;
+    those that log at the same moment may log more lines.
 
     Args:
         logger: gets the lines.
@@ -42,24 +42,21 @@ class RateLimitedLog:
     def __init__(self, logger: logging.Logger, clock: Callable[[], float] = time.monotonic) -> None:
         self._logger = logger
         self._clock = clock
-        self._lock = threading.Lock()
         self._topics: Bounded[str, _Topic] = Bounded("topics of warnings", _TOPICS)
 
     def warning(self, topic: str, text: str, *values: object, lines: int = LINES) -> None:
         """Log ``text % values`` unless the topic has had its ``lines``. Pass no secret."""
         now = self._clock()
         left_out = 0
-        with self._lock:
-            entry = self._topics.get(topic)
-            if entry is None or now >= entry.since + SECONDS:
-                left_out = entry.left_out if entry else 0
-                entry = _Topic(now)
-                self._topics[topic] = entry
-            if entry.logged >= lines:
-                entry.left_out += 1
-                return
-            entry.logged += 1
-        # The logger's handlers run outside the lock: they may log here themselves.
+        entry = self._topics.get(topic)
+        if entry is None or now >= entry.since + SECONDS:
+            left_out = entry.left_out if entry else 0
+            entry = _Topic(now)
+            self._topics[topic] = entry
+        if entry.logged >= lines:
+            entry.left_out += 1
+            return
+        entry.logged += 1
         if left_out:
             text += " (%d more like this one were not logged)"
             values = (*values, left_out)
