@@ -163,7 +163,9 @@ def test_a_torch_of_which_the_core_reads_no_tensors(monkeypatch: pytest.MonkeyPa
     """Before 2.10."""
     for module in (core_call, copy_inside):
         monkeypatch.setattr(module, "handle_at", lambda: None)
-    src, dst = layered(torch.device("cpu")), layered(torch.device("cpu"))
+    cpu = torch.device("cpu")
+    src = layered(cpu)
+    dst = layered(cpu)
     expected = dst.rows()
     expected[:, :, dst.slots([0, 5])] = src.rows()[:, :, src.slots([6, 1])]
     copy_blocks(src.view, dst.view, [6, 1], [0, 5]).synchronize()
