@@ -21,6 +21,7 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 
@@ -67,7 +68,6 @@ def _believe_the_disk() -> None:
     from portakv.storage.io.threads import Threads
     from portakv.storage.tiers import disk
 
-    tier: Any = disk
     run = Threads.run
 
     def believe(self: Any, requests: Any, ended: Any = None) -> list[int]:
@@ -77,9 +77,10 @@ def _believe_the_disk() -> None:
         run(self, requests, ended and complete)
         return [each.nbytes for each in requests]
 
-    Threads.run = believe  # type: ignore[method-assign]
-    tier.verifies = lambda _: False
-    tier.DiskStore.right = lambda *_: True
+    # These raise if a name has gone.
+    patch.object(Threads, "run", believe).start()
+    patch.object(disk, "verifies", lambda _: False).start()
+    patch.object(disk.DiskStore, "is_right", lambda *_: True).start()
 
 
 def as_if_loaded(load: Callable[..., int]) -> Callable[..., int]:
