@@ -64,6 +64,8 @@ class Work(Generic[T]):
     def take_back(self) -> None:
         """Undo abandoned work if it has ended; prevent its start if it has not begun."""
         never = not next(self._begun)
+        if never:
+            self.work = None  # a helper that an interrupt lost would retain what it refers to
         if not (never or self.ended) or next(self._undoing):
             return
         try:

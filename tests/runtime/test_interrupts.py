@@ -7,6 +7,7 @@ import os
 import signal
 import sys
 import threading
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
@@ -58,7 +59,8 @@ def test_an_interrupt_undoes_the_result_and_ends_long_work() -> None:
 
 
 def test_an_interrupt_at_any_line_of_the_caller_undoes_or_never_begins() -> None:
-    """Whatever line it is, as many results were undone as there were."""
+    """Whatever line it is, as many results were undone as there were, and nothing retains the work:
+    neither does a helper that is never woken."""
     file = str(Path(interrupts.__file__))
     raised = 0
     for at in range(LINES):
@@ -90,6 +92,9 @@ def test_an_interrupt_at_any_line_of_the_caller_undoes_or_never_begins() -> None
             assert settles(lambda: len(undone) == len(made)), at  # noqa: B023
         finally:
             sys.settrace(before)
+        held = weakref.ref(work)
+        del work
+        assert settles(lambda: held() is None), at  # noqa: B023
     assert 0 < raised < LINES
 
 
