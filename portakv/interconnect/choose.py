@@ -288,22 +288,21 @@ class HostLaunch(StrategyLaunch):
     def prepared(self, name: str) -> Prepared | None:
         """Return a strategy, prepared at its first use. None: it cannot be prepared."""
         ready = self._prepared.get(name)
-        if ready is not None or name not in self.strategies:
+        strategy = self.strategies.get(name)
+        if ready is not None or strategy is None:
             return ready
+        # Without the lock: it may self-check a backend. The first of several threads wins.
+        launch, decision = prepare_by(strategy, self.plan)
         with making():
-            if name in self.strategies and name not in self._prepared:
-                strategy = self.strategies[name]
-                launch, decision = prepare_by(strategy, self.plan)
-                if launch is None:
-                    out = {**self.out, name: decision.reason}
-                    self._unfit = set_of(out)
-                    self.out = out
-                    del self.strategies[name]
-                else:
-                    choice = Choice(strategy, (), False, strategy.capabilities())
-                    made = Prepared.of(self.plan, launch, choice, (name, "requested"))
-                    self._prepared[name] = made
-            return self._prepared.get(name)
+            if launch is None:
+                out = {**self.out, name: decision.reason}
+                self._unfit = set_of(out)
+                self.out = out
+                self.strategies.pop(name, None)
+                return None
+            choice = Choice(strategy, (), False, strategy.capabilities())
+            made = Prepared.of(self.plan, launch, choice, (name, "requested"))
+            return self._prepared.setdefault(name, made)
 
     def _placed(self, ready: Prepared, move: Move, stream: torch.Stream | None) -> Move:
         """Return the copy with the ids of both sides where a strategy reads them."""

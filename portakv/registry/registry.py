@@ -225,12 +225,16 @@ class Registry:
             if each.name not in LAST and MADE_FOR.get(each.name, device.type) == device.type
         ]
         # Others run on several types, and lack nothing if they do not know this one.
+        unknown = _Answer(None, "")  # it was unregistered meanwhile
         meant = any(
-            each.name in MADE_FOR or self._answers[each.name, device].right is False
+            each.name in MADE_FOR or self._answers.get((each.name, device), unknown).right is False
             for each in fitting
         )
-        if meant and device.type not in self._warned:
-            self._warned.add(device.type)
+        with making():  # one of several threads warns
+            warns = meant and device.type not in self._warned
+            if warns:
+                self._warned.add(device.type)
+        if warns:
             reasons = "; ".join(f"{each.name}: {each.reason}" for each in fitting)
             message = (
                 "%s: copies are slow, by backend %s, since no faster one serves the device: %s. "

@@ -59,8 +59,7 @@ def self_check(backend: Backend) -> tuple[SelfCheck, str]:
     refused = ""
     for layout in _PATTERNS:
         try:
-            with turn(backend.capabilities().threads):
-                why = _try_pattern(backend, layout)
+            why = _try_pattern(backend, layout)
         except Unsupported as error:
             refused = str(error)
             continue
@@ -123,7 +122,8 @@ def _copy(backend: Backend, src: KVView, dst: KVView, src_step: int, dst_step: i
     can = backend.capabilities()
     ids = Index(_SLOTS).placed(can.home_of_ids(backend.device), can.index_dtypes)
     indices = (ids, Index()) if src_step else (Index(), ids)
-    pending = launch(src, dst, *indices, len(_SLOTS), None, None)
+    with turn(can.threads):
+        pending = launch(src, dst, *indices, len(_SLOTS), None, None)
     if pending is not None:
         pending.wait()
     if backend.device.type != "cpu":

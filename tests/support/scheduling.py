@@ -64,6 +64,13 @@ class Runs(LoadScopeScheduling):  # type: ignore[misc]
             self._scopes[nodeid] = f"run {self._first}"
         return self._scopes[nodeid]
 
+    def _assign_work_unit(self, node: Any) -> None:
+        """Give a worker two tests, without which it begins none. A worker that takes the place of
+        one that ended gets what is left of a unit."""
+        super()._assign_work_unit(node)
+        while self.workqueue and self._pending_of(self.assigned_work[node]) < 2:
+            super()._assign_work_unit(node)
+
     def remove_node(self, node: Any) -> str | None:
         """Hand on what a worker leaves, but not the test that ended it, such as one that hangs:
         xdist would run that again and again. It would also hand on units without a test to run,

@@ -16,9 +16,10 @@ converts nothing. The library calls a transport in this order:
    The reader calls `Lane.meet` first, before it requests rows from the owner.
 5. `Lane.carry` runs in a thread of the lane and moves the bytes. It may send messages in ``asks``
    to the owner. The owner's channel calls `Transport.answer` for these messages.
-6. `Moving` ends: ``over`` is set when the bytes have landed or the buffer has failed. ``free`` is
-   set when, in addition, no library touches the buffer. Only then may its memory be used again. A
-   lane on a device may call `Moving.issue` before the end, so that streams can follow the bytes.
+6. `Moving` comes to `MovingStage.OVER` when the bytes have landed or the buffer has failed, and to
+   `MovingStage.FREE` when, in addition, no library touches the buffer. Only then may its memory be
+   used again. A lane on a device may call `Moving.issue` before, so that streams can follow the
+   bytes.
 7. `Transport.forget` closes the lane to one peer, and `Transport.close` closes all lanes. Buffers
    in flight end with `PeerError`. The lane calls `Lane.cut` immediately and `Lane.leave` after its
    threads have ended.
