@@ -102,7 +102,7 @@ class Moving:
         """Block the host until the buffer has come to a stage, at most ``timeout`` seconds; return
         True if it has."""
         with self._changed:
-            return self._changed.wait_for(lambda: self._stage >= stage, timeout)
+            return self._changed.wait_for(lambda: self.has(stage), timeout)
 
     @property
     def until(self) -> float:
@@ -204,14 +204,14 @@ class Moving:
     def begin(self) -> bool:
         """Return False if the buffer has ended; else a library may touch the buffer from now on."""
         with self._changed:
-            self._touched = self._stage < MovingStage.OVER
+            self._touched = not self.has(MovingStage.OVER)
             return self._touched
 
     def end(self, error: Exception | None = None, untouched: bool = False) -> None:
         """End the buffer; the first end counts. ``untouched``: no library touches it now."""
         with self._changed:
             self._touched = self._touched and not untouched
-            if self._stage < MovingStage.OVER:
+            if not self.has(MovingStage.OVER):
                 self.error = error
             self._before = None  # else each buffer would retain all earlier ones
             self._reach(MovingStage.OVER if self._touched else MovingStage.FREE)
