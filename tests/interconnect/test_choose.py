@@ -479,7 +479,15 @@ def test_a_pick_follows_the_costs_of_the_time(monkeypatch: pytest.MonkeyPatch) -
 
 def test_threads_share_the_strategy_that_one_of_them_prepared() -> None:
     launch, move = ready(2)
-    run_threads(lambda _: [launch(*move, None, None) for _ in range(20)], range(8))
+    kept = list[object]()
+
+    def work(_: int) -> None:
+        for _ in range(20):
+            launch(*move, None, None)
+        kept.append(launch.prepared("zero_copy"))
+
+    run_threads(work, range(8))
+    assert all(each is kept[0] is not None for each in kept)
     assert Fake.prepared[0] == "staged"
     assert {*Fake.prepared[1:]} == {"zero_copy"}
     assert launched() == ["zero_copy"] * 160
