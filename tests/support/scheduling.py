@@ -66,7 +66,10 @@ class Runs(LoadScopeScheduling):  # type: ignore[misc]
 
     def _assign_work_unit(self, node: Any) -> None:
         """Give a worker two tests, without which it begins none. A worker that takes the place of
-        one that ended gets what is left of a unit."""
+        one that ended gets what is left of a unit, once it has collected its tests: xdist also
+        asks for one that still collects, if two ended at a time."""
+        if node not in self.registered_collections:
+            return
         super()._assign_work_unit(node)
         while self.workqueue and self._pending_of(self.assigned_work[node]) < 2:
             super()._assign_work_unit(node)
