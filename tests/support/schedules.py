@@ -594,11 +594,22 @@ def _report_unless_ended(unraisable: Any) -> None:
 
 
 class LoggedErrors(logging.Handler):
-    """Ends a schedule by an exception that the project logs."""
+    """Ends a schedule by an exception that the project logs.
+
+    Records live longer than a schedule. With their errors, which are taken out here, they would
+    hold objects of processes that were killed. Such an object closes its descriptor late, when the
+    number is that of another file.
+    """
 
     def emit(self, record: logging.LogRecord) -> None:
+        if not is_scheduled():
+            return
         error = None if record.exc_info is None else record.exc_info[1]
-        if is_scheduled() and isinstance(error, Exception) and not running().process.dead:
+        if record.exc_info is not None:
+            record.exc_text = logging.Formatter().formatException(record.exc_info)
+        record.msg = record.getMessage()
+        record.args = record.exc_info = None
+        if isinstance(error, Exception) and not running().process.dead:
             current().fail(error)
 
 

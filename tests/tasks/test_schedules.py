@@ -6,10 +6,13 @@ Each protocol has a machine, which judges what its schedules do, and seeded bugs
 
 from __future__ import annotations
 
+import logging
 import os
 import threading
 import time
+import weakref
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,7 +20,7 @@ import pytest
 from support.scheduled_pulls import pulls
 from support.scheduled_servers import hands, takeovers
 from support.scheduled_stores import evictions, saves
-from support.schedules import Schedule, Stuck, judge, simulated
+from support.schedules import LoggedErrors, Schedule, Stuck, judge, simulated
 
 from portakv.serving.server.state import ServerState
 
@@ -238,3 +241,35 @@ def test_what_is_simulated_is_as_before_afterwards() -> None:
     with simulated():
         assert not [x for x in before if x in [getattr(m, name) for m, name in names]]
     assert before == [getattr(module, name) for module, name in names]
+
+
+class Owner:
+    """An object that a record of the log may keep."""
+
+    def fail(self) -> None:
+        """Log an error, whose frame holds this object."""
+        try:
+            raise OSError("it fails")
+        except OSError as error:
+            logging.getLogger("portakv.tests").warning("%s", error, exc_info=True)
+
+
+@pytest.mark.parametrize("fault", [False, True])
+def test_the_log_keeps_no_object_of_a_schedule(
+    fault: bool, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    owners = list[weakref.ref[Owner]]()
+
+    def scenario(schedule: Schedule) -> None:
+        owner = Owner()
+        owners.append(weakref.ref(owner))
+        process = schedule.process("fails")
+        thread = schedule.begin(process, owner.fail)
+        thread.join()
+
+    if fault:
+        monkeypatch.setattr(LoggedErrors, "emit", lambda handler, record: None)
+    with simulated(), suppress(OSError):
+        Schedule(0).run(scenario)
+    assert "it fails" in caplog.text
+    assert [owner() is not None for owner in owners] == [fault]
