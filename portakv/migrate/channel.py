@@ -1288,8 +1288,8 @@ class Channel:
     def serve(self, kind: type[T], answer: Callable[[Peer, T], Message | None]) -> None:
         """Answer messages of ``kind`` by ``answer`` from now on.
 
-        The call runs in the channel's only thread and must be quick. None sends no answer. The peer
-        gets the error that ``answer`` raises.
+        The call runs in the loop of this process and must be quick, since no channel answers
+        meanwhile. None sends no answer. The peer gets the error that ``answer`` raises.
         """
         uninterrupted(partial(self._server.serve, kind, answer))
 

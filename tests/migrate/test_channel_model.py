@@ -106,6 +106,11 @@ class ChannelMachine(RuleBasedStateMachine):
         self.numbers += 1
         return work_of(self.numbers, kind, size)
 
+    @property
+    def held(self) -> bool:
+        """Return True while a service hangs: it holds the loop, which is that of all channels."""
+        return any(service.hung for service in self.services)
+
     def is_full(self, client: Client, service: Service) -> bool:
         """Return True if a service has no room for a client."""
         return client not in service.peers and len(service.peers) >= PEERS
@@ -120,7 +125,7 @@ class ChannelMachine(RuleBasedStateMachine):
             return ("waits",)
         if stop:
             return ("cancelled",)
-        if service.hung:
+        if self.held:
             return "late", "lost"
         own = ("late", "lost") if work.kind == "silent" else (work.kind,)
         if self.is_full(client, service):
@@ -139,14 +144,14 @@ class ChannelMachine(RuleBasedStateMachine):
             assert work.number in service.executed, "a request was answered, and not executed"
         if service in self.closed or end.kind in ("oversized", "waits", "cancelled", "full"):
             return
-        if service.hung or end.kind == "lost":
+        if self.held or end.kind == "lost":
             service.unsure = service.unsure or client not in service.peers
         elif not self.is_full(client, service):
             service.peers.add(client)
 
     def timeout(self, client: Client, service: Service, work: Work) -> float:
         """Return the seconds of a request: few if no answer is expected."""
-        quick = work.kind == "silent" or service.hung or service in client.waiting
+        quick = work.kind == "silent" or self.held or service in client.waiting
         return SHORT if quick else self.patience
 
     @precondition(lambda self: self.clients)
@@ -167,8 +172,8 @@ class ChannelMachine(RuleBasedStateMachine):
     def ask_all(self, by: int, several: list[tuple[int, str]]) -> None:
         """Send several requests together."""
         client = self.clients[by % len(self.clients)]
-        services = [x for x in self.services if not x.hung] + self.closed[-1:]
-        if not services:
+        services = self.services + self.closed[-1:]
+        if self.held or not services:
             return
         sent = [(services[to % len(services)], self.new(kind)) for to, kind in several]
         requests = [(service.address, work) for service, work in sent]
@@ -183,7 +188,7 @@ class ChannelMachine(RuleBasedStateMachine):
         """Send a message without an answer; the next request of the client follows it."""
         client = self.clients[by % len(self.clients)]
         service = self.services[to % len(self.services)]
-        if service.hung or service.unsure or client not in service.peers:
+        if self.held or service.unsure or client not in service.peers:
             return
         work = self.new("answer")
         client.channel.tell(service.address, work)
@@ -201,10 +206,10 @@ class ChannelMachine(RuleBasedStateMachine):
     @precondition(lambda self: self.clients and self.services)
     @rule(by=AT, to=AT, kind=st.sampled_from(("answer", "refuse", "fail")))
     def hang(self, by: int, to: int, kind: str) -> None:
-        """Let a service hang in a request; its other clients get no answer."""
+        """Let a service hang in a request; other clients get no answer, from no service."""
         client = self.clients[by % len(self.clients)]
         service = self.services[to % len(self.services)]
-        if service.hung or service.unsure or self.is_full(client, service):
+        if self.held or service.unsure or self.is_full(client, service):
             return
         service.go.clear()
         work = self.new(kind)
@@ -240,7 +245,7 @@ class ChannelMachine(RuleBasedStateMachine):
 
     def settle(self, service: Service) -> None:
         """Wait until a service knows which clients are gone."""
-        if not (service.hung or service.unsure):
+        if not (self.held or service.unsure):
             peers = service.channel.statistics
             assert until(lambda: peers()["peers"] == len(service.peers), PATIENCE), peers()
 
@@ -260,7 +265,9 @@ class ChannelMachine(RuleBasedStateMachine):
             self.watches.append(watch)
 
     def check_watches(self) -> None:
-        """Check that each end of a connection was reported once."""
+        """Check that each end of a connection was reported once, unless the loop is held."""
+        if self.held:
+            return
         for watch in self.watches:
             over = watch.client not in self.clients or watch.service not in self.services
             assert until(lambda x=watch, o=over: x.is_right(o), self.patience), (
@@ -288,7 +295,10 @@ class ChannelMachine(RuleBasedStateMachine):
     @rule(at=AT)
     def close_service(self, at: int) -> None:
         """Close a service; the requests in which it hangs end."""
-        service = self.services.pop(at % len(self.services))
+        service = self.services[at % len(self.services)]
+        if self.held and not service.hung:
+            return  # it closes when the loop goes on
+        self.services.remove(service)
         closing = self.pool.submit(service.close)
         service.go.set()
         closing.result(PATIENCE)
@@ -309,7 +319,7 @@ class ChannelMachine(RuleBasedStateMachine):
         """Break a connection with an answer on its way, or cut the network."""
         service = self.services[to % len(self.services)]
         clients = [x for x in self.clients if x in service.peers]
-        if service.hung or not clients:
+        if self.held or not clients:
             return
         client = clients[at % len(clients)]
         network = service.network
@@ -356,6 +366,7 @@ class ChannelMachine(RuleBasedStateMachine):
     def teardown(self) -> None:
         """Close everything: all ends are reported once."""
         try:
+            self.go_on()
             while self.services:
                 self.close_service(0)
             while self.clients:
