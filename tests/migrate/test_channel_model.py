@@ -277,17 +277,24 @@ class ChannelMachine(RuleBasedStateMachine):
     @precondition(lambda self: self.clients)
     @rule(at=AT)
     def close_client(self, at: int) -> None:
-        """Close a client; its requests end, and no further one is sent."""
+        """Close a client; its requests end, and no further one is sent. A loop that is held goes on
+        meanwhile."""
         client = self.clients.pop(at % len(self.clients))
-        client.channel.close()
+        closing = self.pool.submit(client.channel.close)
+        held = [service for service in self.services if service.hung]
+        for service in held:
+            service.go.set()
+        closing.result(PATIENCE)
         assert client.channel.statistics()["links"] == 0
         for work, future in client.waiting.values():
-            assert future.result(PATIENCE).kind in ("closed", "lost"), work.kind
+            assert future.result(PATIENCE).kind in ("closed", "lost", work.kind), work.kind
+        for service in held:
+            self.collect(service)
         for service in self.services:
             assert client.ask(service, self.new("answer")).kind == "closed"
             self.never.add(self.numbers)
             service.peers.discard(client)
-            service.unsure = service.unsure or service.hung
+            service.unsure = service.unsure or service in held
             self.settle(service)
         self.check_watches()
 
