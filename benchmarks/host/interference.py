@@ -234,7 +234,8 @@ def _chosen(bench: Bench, direction: str, *more: Method) -> Iterator[Traffic]:
 def _short(bench: Bench, direction: str) -> Iterator[Traffic]:
     """Yield plain memcpy, what PortaKV chooses, and what it does by copy engines."""
     run = traffic_sources.BLOCK_RUN
-    nbytes = max(run, bench.preset.alongside * 3 // 32 // run * run)  # 12 MiB of 128
+    pair = 2 * run  # of keys and of values
+    nbytes = max(pair, bench.preset.alongside * 3 // 32 // pair * pair)  # 12 MiB of 128
     yield traffic_sources.memcpys(bench, direction, nbytes)
     for method in bench.serving((HOST, suite.STAGED, suite.BATCHED_MEMCPY)):
         yield traffic_sources.transfers(bench, method, direction, run, nbytes)
