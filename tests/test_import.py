@@ -11,7 +11,7 @@ from support.command_line import python
 
 pytestmark = pytest.mark.xdist_group("import")  # one process imports once
 #: The integrations of vLLM and transformers derive from the engine's classes, which loads them.
-INTEGRATIONS = ("kvcacheio", "lmcache", "lmcache_ops", "sglang")
+INTEGRATIONS = ("kvcacheio", "lmcache", "lmcache.ops", "sglang")
 PROBE = """
 import importlib, json, sys, time
 import numpy, torch
