@@ -1294,7 +1294,7 @@ class Channel:
         uninterrupted(partial(self._server.serve, kind, answer))
 
     def after_answer(self, call: Callable[[], object]) -> None:
-        """Make a call after the answer to the present request was sent, in the channel's thread.
+        """Make a call after the answer to the present request was sent, in the same loop.
 
         So what the call begins does not delay the answer. In another thread it is made immediately.
         """

@@ -245,7 +245,7 @@ class ChannelMachine(RuleBasedStateMachine):
 
     def settle(self, service: Service) -> None:
         """Wait until a service knows which clients are gone."""
-        if not (self.held or service.unsure):
+        if not service.unsure:
             peers = service.channel.statistics
             assert until(lambda: peers()["peers"] == len(service.peers), PATIENCE), peers()
 
@@ -265,9 +265,7 @@ class ChannelMachine(RuleBasedStateMachine):
             self.watches.append(watch)
 
     def check_watches(self) -> None:
-        """Check that each end of a connection was reported once, unless the loop is held."""
-        if self.held:
-            return
+        """Check that each end of a connection was reported once."""
         for watch in self.watches:
             over = watch.client not in self.clients or watch.service not in self.services
             assert until(lambda x=watch, o=over: x.is_right(o), self.patience), (
