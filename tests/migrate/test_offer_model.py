@@ -84,7 +84,7 @@ class OfferMachine(RuleBasedStateMachine):
         """Make the owners and the readers."""
         for layer, expose in enumerate(self.kind.exposed or exposed):
             self.sides.append(Side(self.kind, layer, expose, self.clock))
-        self.pullers += Puller(), Puller()
+        self.pullers += Puller(self.sides), Puller(self.sides)
 
     # --- offers
 

@@ -4,22 +4,24 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from types import SimpleNamespace
-from typing import Any, ClassVar, TypeAlias
+from typing import Any, ClassVar, TypeAlias, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 import pytest
 
 from portakv import CopyPlan, KVView
-from portakv.errors import PeerError
+from portakv.errors import PeerError, PortaKVError
 from portakv.migrate.channel import Channel, Peer
-from portakv.migrate.messages import Answer, Check, Renew
+from portakv.migrate.messages import Answer, Check, Message, Renew
 from portakv.migrate.owner import Offer, Owner
 from portakv.migrate.reader import Reader
 from portakv.migrate.shards import Shard
+from portakv.tasks import Wait, runtime
 from support.migrate_pulls import LAYOUT, MODEL, SMALL, Copies, Rows
 from support.waits import LIMIT, until
 
@@ -37,6 +39,7 @@ REASONS = {
 
 
 Bytes: TypeAlias = npt.NDArray[np.int16]
+T = TypeVar("T")
 
 
 def rows_of(layer: Bytes, blocks: list[int]) -> Bytes:
@@ -69,7 +72,7 @@ class PacedCopies(Copies):
 
 
 class PacedOwner(Owner):
-    """An owner that confirms no offer while ``go`` is not set."""
+    """An owner that is asked to confirm no offer while ``go`` is not set (`PacedChannel`)."""
 
     #: How the two owners of a test are exposed; none: either way.
     exposed: ClassVar[tuple[str, ...]] = ()
@@ -84,8 +87,6 @@ class PacedOwner(Owner):
         self.now = clock
 
     def _check(self, peer: Peer, check: Check) -> Answer:
-        self.requested += 1
-        assert self.go.wait(PATIENCE), "an owner was left hanging"
         answer = super()._check(peer, check)
         self.confirmed += 1
         return answer
@@ -228,10 +229,36 @@ class Side:
         self.channel.close()
 
 
+class PacedChannel(Channel):
+    """A reader's channel. It keeps a question for confirmation until the owner's ``go`` is set.
+
+    The owner cannot keep it: one loop answers for all channels of this process.
+    """
+
+    def __init__(self, sides: list[Side]) -> None:
+        super().__init__(timeout=PATIENCE)
+        self.sides = sides
+
+    async def answers(
+        self, requests: Sequence[tuple[str, Message]], kind: type[T], timeout: float | None = None
+    ) -> list[T | PortaKVError]:
+        async def answer_of(address: str, message: Message) -> T | PortaKVError:
+            if isinstance(message, Check):
+                (side,) = (side for side in self.sides if side.channel.address == address)
+                side.owner.requested += 1
+                while not side.owner.go.is_set():
+                    await Wait(until=runtime().time() + 1e-3)
+            (answer,) = await super(PacedChannel, self).answers([(address, message)], kind, timeout)
+            return answer
+
+        return await runtime().together([answer_of(*request) for request in requests])
+
+
 class Puller:
     """A reader of both layers, and what the model knows of its blocks."""
 
-    def __init__(self) -> None:
+    def __init__(self, sides: list[Side]) -> None:
+        self.sides = sides
         self.rows = Rows(8, 32, fill=-1)
         self.bytes = self.rows.whole.numpy()
         self.known: list[Bytes | None] = [self.bytes[:, :, n].copy() for n in range(8)]
@@ -239,7 +266,7 @@ class Puller:
 
     def open(self) -> None:
         """Open a channel and a reader."""
-        self.channel = Channel(timeout=PATIENCE)
+        self.channel = PacedChannel(self.sides)
         self.reader = Reader(self.channel, self.rows.shard, model=MODEL)
 
     def connect(self, pair: list[Known]) -> None:
