@@ -99,7 +99,7 @@ def test_a_failure_is_told_shrunken_saved_and_replayed(tmp_path: Path) -> None:
     assert case.src.ids is not None
     # The fault shows with three ids and up; little more than that is left of what was drawn.
     assert case.src.ids.numel() in (3, 4)
-    assert case.src.layers * case.src.heads <= 2
+    assert case.src.layers * case.src.heads <= 4  # of up to nine
     assert record.reason in str(saved.replay(retained / record.example, subject(OFF_BY_ONE, "cpu")))
     assert saved.replay(retained / record.example, subject("reference")) is None
 
