@@ -30,7 +30,7 @@ MANY_MODULES = 100
 LONG = {
     "tests/backends/test_hip_code.py::test_amds_runtime_says_that_there_is_no_device",
     "tests/benchmarks/test_benchmarks_command.py::test_most_suites_need_torch_and_numpy_alone",
-    "tests/benchmarks/test_benchmarks_host.py::test_plots_of_a_recorded_result[h200-host-ratio interference]",
+    "tests/benchmarks/test_benchmarks_host.py::test_plots_of_a_recorded_result[h200-host-ratio interference]",  # noqa: E501
     "tests/cli/test_doctor.py::test_beside_an_accelerator[simdev]",
     "tests/cli/test_store_serve.py::test_a_service_without_standard_streams_ends_in_order[how1]",
     "tests/conformance/test_conform_suite_run.py::test_exit_codes",
@@ -63,7 +63,7 @@ LONG = {
     "tests/migrate/test_named.py::test_stopped_owners_are_asked_together",
     "tests/migrate/test_pull_processes.py::test_killed_at_any_moment_nothing_leaks_and_nobody_hangs[10]",
     "tests/migrate/test_pull_soak.py::test_no_stale_row_at_readers_that_are_killed[mapped-26-host]",
-    "tests/migrate/test_resources.py::test_a_channel_and_a_store_need_no_shared_memory_folder[mount -t tmpfs -o ro none]",
+    "tests/migrate/test_resources.py::test_a_channel_and_a_store_need_no_shared_memory_folder[mount -t tmpfs -o ro none]",  # noqa: E501
     "tests/migrate/test_weights_in_flight.py::test_the_end_of_the_process_cancels_a_pull_in_flight",
     "tests/migrate/test_weights_staged.py::test_a_reader_that_dies_releases_the_owners_staging",
     "tests/migrate/test_weights_staged.py::test_weights_that_another_host_shares_cross_by_tcp",
@@ -82,7 +82,7 @@ LONG = {
     "tests/storage/test_interrupts.py::test_an_interrupt_at_any_line_leaves_nothing[leaving]",
     "tests/storage/test_lent.py::test_what_a_killed_process_did_not_copy_is_not_stored",
     "tests/tasks/test_ports.py::test_a_port_runs_in_short_steps_and_beside_a_thread_that_holds_the_interpreter[pull-idle]",
-    "tests/tasks/test_ports.py::test_a_port_runs_in_short_steps_and_beside_a_thread_that_holds_the_interpreter[store server-idle]",
+    "tests/tasks/test_ports.py::test_a_port_runs_in_short_steps_and_beside_a_thread_that_holds_the_interpreter[store server-idle]",  # noqa: E501
     "tests/tasks/test_ports.py::test_a_port_runs_in_short_steps_and_beside_a_thread_that_holds_the_interpreter[store-idle]",
     "tests/test_ext.py::test_a_backend_loads_neither_stores_nor_migration",
     "tests/test_import.py::test_plugs_bring_no_engine",
