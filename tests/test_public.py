@@ -35,6 +35,8 @@ from portakv.integrations.vllm.caches import TERM as HAND_OVER
 from portakv.integrations.vllm.check import IDENTITY, TIER_OTHERS
 from portakv.serving.handover import HandoverTerms
 from portakv.serving.local import term_names
+from portakv.storage import form, image
+from portakv.storage.io import choose
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -319,6 +321,8 @@ def public_names() -> dict[str, list[str]]:
             *(f"{script} = {target}" for script, target in project["scripts"].items()),
         ],
         "modules of doors": DOORS,
+        "I/O engines": choose.BUILT_IN,
+        "folder formats": [f"form {form.FORMAT}", f"image {image.MAGIC.hex()}"],
         "lines that choose an integration": [each.line for each in INTEGRATIONS.values()],
         "metrics": [
             f"{PREFIX}{each.name} {each.kind} {each.otel} {' '.join(each.labels)}".rstrip()
@@ -335,7 +339,12 @@ def test_the_public_names_are_those_of_the_list() -> None:
 
 @pytest.mark.parametrize("module", DOORS)
 def test_the_modules_of_doors_are_there(module: str) -> None:
-    assert find_spec(module) is not None
+    """Each gives the objects of its engine's folder, and defines no class of its own."""
+    spec = find_spec(module)
+    assert spec is not None
+    assert spec.origin is not None
+    body = ast.parse(Path(spec.origin).read_text(encoding="utf-8")).body
+    assert not [each for each in body if isinstance(each, ast.ClassDef)]
 
 
 if __name__ == "__main__":

@@ -37,7 +37,7 @@ from support.vllm_cpu import (
     make_mla,
     prompt,
 )
-from support.vllm_cpu_kept import await_blocks, leave_blocks, lose_a_block
+from support.vllm_cpu_shared import await_blocks, leave_blocks, lose_a_block
 from support.vllm_cpu_table import Named, case_of
 
 from portakv import KVView, copy_rows

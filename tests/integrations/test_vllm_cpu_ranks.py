@@ -42,8 +42,8 @@ from support.vllm_cpu import (
     start_child,
 )
 from support.vllm_cpu_copies import KNOWN, Copies, await_known_blocks
-from support.vllm_cpu_kept import await_blocks, leave_blocks, lose_a_block
 from support.vllm_cpu_schedules import count_preemptions
+from support.vllm_cpu_shared import await_blocks, leave_blocks, lose_a_block
 from support.vllm_cpu_table import Named, case_of
 from support.waits import LIMIT
 

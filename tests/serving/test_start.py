@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from support import ready
-from support.hand_worker import caches
+from support.model_worker import caches
 
 from portakv.errors import StoreError
 from portakv.serving import worker

@@ -16,7 +16,7 @@ from typing import Any, cast
 import pytest
 import torch
 from support.device_cases import LONG, current, delay
-from support.hand_worker import LAYOUT, HandWorker, caches
+from support.model_worker import LAYOUT, HandWorker, caches
 from support.serving_model import NOTHING, Draw, Engine
 from support.waits import LIMIT
 

@@ -108,7 +108,7 @@ KILLED = """
 import sys
 sys.path.insert(0, {tests!r})
 from pathlib import Path
-from serving.test_kept_pages import KEYS, memory, pool_of, rows
+from serving.test_store_server_pages import KEYS, memory, pool_of, rows
 
 store, pool = pool_of(Path({folder!r}))
 source = memory(1)

@@ -8,7 +8,7 @@ import random
 from collections.abc import Sequence
 
 import pytest
-from support.hand_worker import HandWorker, caches
+from support.model_worker import HandWorker, caches
 from support.serving_model import Draw, Engine
 from support.serving_stages import StagedEngine
 from support.waits import LIMIT

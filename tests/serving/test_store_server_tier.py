@@ -159,7 +159,7 @@ SERVER = """
 import sys
 sys.path.insert(0, {tests!r})
 from pathlib import Path
-from serving.test_kept_tier import NAMES, Engine
+from serving.test_store_server_tier import NAMES, Engine
 
 engine = Engine(Path({folder!r}))
 assert all(engine.save(NAMES[:4]))

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from support.hand_worker import LAYOUT
+from support.model_worker import LAYOUT
 from support.serving_model import NOTHING
 from support.storage_cases import FakeTier
 from support.waits import LIMIT, until
