@@ -213,12 +213,16 @@ class DevicePair(Pair):
         self.leave()
 
     def _do_job(self) -> None:
-        """Do a job, or wait for the next look at the first buffer. A closed lane has a last job."""
-        pause = None
-        if self._flying:
-            pause = min(max(SHORTEST, (time.monotonic() - self._since) / 8), 1e-3)
-        with suppress(Empty):
-            job = self.jobs.get(timeout=pause)
+        """Do a job, or pause until the next look at the first buffer. A closed lane has a last job.
+
+        No timed `get` of the queue: it may wait for ever if this thread is held up in it for longer
+        than its timeout (Python 3.10 - 3.12).
+        """
+        try:
+            job = self.jobs.get(block=not self._flying)
+        except Empty:
+            time.sleep(min(max(SHORTEST, (time.monotonic() - self._since) / 8), 1e-3))
+        else:
             if job is not None:
                 job()
 

@@ -249,6 +249,14 @@ def test_rows_cross_between_devices_in_more_slices_than_there_are_slots(
 ) -> None:
     """Fault 24, 25 and 27. The host waits for no copy of the owner's, and streams order all. The
     reader's device waits for as many bytes as were requested, also if they cannot be brought."""
+    timed = list[float]()
+
+    class Queue(queue.SimpleQueue[Any]):
+        def get(self, block: bool = True, timeout: float | None = None) -> Any:
+            timed.extend([] if timeout is None else [timeout])
+            return super().get(block, timeout)
+
+    monkeypatch.setattr("portakv.migrate.transports.base.SimpleQueue", Queue)
     monkeypatch.setitem(TRANSPORTS.targets, Simulated.name, Simulated)
     remote = torch.zeros(9, 2, 8, 16, 4, 8, dtype=torch.int16, device=DEVICE)
     local = torch.zeros_like(remote, device=OTHER)
@@ -282,6 +290,7 @@ def test_rows_cross_between_devices_in_more_slices_than_there_are_slots(
             time.sleep(0.01)
         # Pulls that fail leave their offers.
         assert owner.statistics()["taken"] == 2
+    assert timed == []  # such a wait may never end (Python 3.10 - 3.12)
 
 
 @pytest.mark.simdev
