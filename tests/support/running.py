@@ -128,7 +128,7 @@ LARGE = {
     "tests/storage/test_store.py::test_two_splits_of_one_axis_are_read_beside_each_other",
 }
 #: Examples of a property test in each run; .ci/full draws more.
-EXAMPLES = 40
+EXAMPLES = 25
 
 _frozen = pytest.StashKey[int]()
 
