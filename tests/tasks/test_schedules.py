@@ -101,7 +101,13 @@ FAULTS = [
 ]
 
 
-@pytest.mark.parametrize("machine", MACHINES)
+#: A worker of pytest-xdist has one of them at a time: each takes half a minute.
+PROTOCOLS = [
+    pytest.param(x, marks=pytest.mark.xdist_group(f"schedules of {x}"), id=x) for x in MACHINES
+]
+
+
+@pytest.mark.parametrize("machine", PROTOCOLS)
 def test_a_protocol_holds_in_each_schedule(machine: str) -> None:
     judge(MACHINES[machine], range(SCHEDULES))
 
