@@ -8,7 +8,7 @@ import random
 from collections.abc import Sequence
 
 import pytest
-from support.model_worker import HandWorker, caches
+from support.model_worker import ModelWorker, caches
 from support.serving_model import Draw, Engine
 from support.serving_stages import StagedEngine
 from support.waits import LIMIT
@@ -105,7 +105,7 @@ class StagedKeptStore(KeptStore):
         return BlockForm.of(view, "model", block_size=self.size, layers=layers)
 
 
-class StoreServerWorker(HandWorker):
+class StoreServerWorker(ModelWorker):
     """A rank over a server."""
 
     step = STEP

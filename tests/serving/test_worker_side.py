@@ -16,7 +16,7 @@ from typing import Any, cast
 import pytest
 import torch
 from support.device_cases import LONG, current, delay
-from support.model_worker import LAYOUT, HandWorker, caches
+from support.model_worker import LAYOUT, ModelWorker, caches
 from support.serving_model import NOTHING, Draw, Engine
 from support.waits import LIMIT
 
@@ -50,7 +50,7 @@ class RealStore(LocalIndex):
         """Nothing is damaged; the store evicts."""
 
 
-class StoreWorker(HandWorker):
+class StoreWorker(ModelWorker):
     """A worker over a block store."""
 
     step = STEP

@@ -22,7 +22,7 @@ def caches(blocks: int, size: int, numbers: int = 1) -> tuple[torch.Tensor, KVVi
     return memory, KVView([memory if numbers == 1 else memory.view(torch.bfloat16)], LAYOUT)
 
 
-class HandWorker:
+class ModelWorker:
     """A worker of the model.
 
     Attributes:
