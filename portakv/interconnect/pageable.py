@@ -3,14 +3,17 @@
 turns.
 
 A device cannot read or write pageable memory while the host works. So rows are made dense on the
-device, as `staged` does. Each slice crosses in one copy to or from a bounce buffer, in the order of
-the host's rows, or layers first. The caller's thread copies between the bounce buffers and the
-rows, by torch's threads, while other slices cross. It is busy until the host has read or written
-all rows: a copy by this strategy blocks.
+device, as `staged` does. Each slice crosses in one copy to or from a bounce buffer, or in several
+if a backend without kernels made it, in the order of the host's rows, or layers first. The caller's
+thread copies between the bounce buffers and the rows, by torch's threads, while other buffers
+cross. It is busy until the host has read or written all rows: a copy by this strategy blocks.
 """
 
 from __future__ import annotations
 
+from array import array
+from collections import deque
+from itertools import count
 from typing import NamedTuple
 
 import numpy as np
@@ -18,7 +21,7 @@ import torch
 
 from portakv.backends.base import Launch
 from portakv.backends.strided import copy_on_host
-from portakv.core.link import Cut
+from portakv.core.link import Cut, cut_copy
 from portakv.interconnect.link import link_of
 from portakv.interconnect.passage import Passage, by_backend
 from portakv.interconnect.pieces import Pieces
@@ -27,12 +30,17 @@ from portakv.interconnect.staging import BUFFERS, bounce_buffers, staging
 from portakv.interconnect.strategy import PAGEABLE, Move, Strategy, StrategyLaunch
 from portakv.plan.plan import CopyPlan
 from portakv.view.form import Form
+from portakv.view.index import Index
 from portakv.view.view import KVView
 
-#: Each slice costs the caller about 0.1 ms, and during the first slice only the link is busy, or
-#: only the host. Of 16, 24 and 32 MiB the middle did best (H200, 16 cores). A device takes
-#: `BUFFERS` bounce buffers for them, 72 MiB of pinned memory, and a block more if one is cut.
+#: What crosses at once. Each slice costs the caller about 0.1 ms, and during the first slice only
+#: the link is busy, or only the host. Of 16, 24 and 32 MiB the middle did best (H200, 16 cores). A
+#: device takes `BUFFERS` bounce buffers for them, 72 MiB of pinned memory, and a block more if one
+#: is cut.
 SIZES = Sizes(whole=8 << 20, smallest=8 << 20, largest=24 << 20)
+#: What a backend without kernels makes dense at once. It takes a call for each layer and slice, so
+#: its slices are longer, and cross in parts. A stream takes two buffers for them.
+WITHOUT_KERNELS = Sizes(whole=64 << 20, smallest=64 << 20, largest=64 << 20)
 
 
 class Pageable(Strategy):
@@ -76,14 +84,28 @@ def extent(form: Form, slots: int, first: int, count: int) -> Extent:
     return Extent(begin * stride, (end - begin) * stride, nbytes // pitch, pitch)
 
 
+class _Part(NamedTuple):
+    """What crosses at once: some positions of a copy.
+
+    ``slots``, ``inside``: of the bounce buffer, and where the positions begin in it. ``used``: the
+    bytes of the device's buffer that hold them, whole blocks that no other part has.
+    """
+
+    cut: Cut
+    slots: int
+    inside: Index
+    used: Extent
+
+
 class _PageableLaunch(StrategyLaunch):
     """A prepared copy: the copy of `staged`, with a second hop."""
 
     def __init__(self, plan: CopyPlan, strategy: Strategy) -> None:
         super().__init__(plan, strategy.device)
-        self.stages = Stages.tried(plan, strategy.half, strategy.device)
+        stages = self.stages = Stages.tried(plan, strategy.half, strategy.device)
         self._link = link_of(strategy.device)
         self._buffers = bounce_buffers(strategy.device)
+        self._in_parts = not strategy.half.can.guards and _crosses_in_parts(stages)
 
     def enqueue(self, move: Move, stream: torch.Stream | None, status: torch.Tensor | None) -> None:
         rows, host, device_index, host_index = move.ends(self.downward)
@@ -91,46 +113,84 @@ class _PageableLaunch(StrategyLaunch):
         work = stream or current
         device_buffers = staging(self.device, work)
         buffers = self._buffers
-        slices = SlicedRows(self.stages, rows, host, host_index.to_host(), move.count, SIZES)
-        number = len(slices.cuts)
+        sizes = WITHOUT_KERNELS if self._in_parts else SIZES
+        slices = SlicedRows(self.stages, rows, host, host_index.to_host(), move.count, sizes)
+        parts = list[list[_Part]]()
+        crossing = deque[tuple[int, Move]]()  # downward: buffers, and where the host copies them
+        turns = count()
+
+        def land() -> None:
+            at, hop = crossing.popleft()
+            buffers.wait(at)
+            copy_on_host(hop)
 
         def cross(cut: Cut, dense: KVView, nth: int, link: torch.Stream) -> None:
-            at = nth % BUFFERS
-            bounce = slices.view(buffers, at)
-            src, dst = (dense, bounce) if self.downward else (bounce, dense)
-            buffers.wait(at)
-            buffers.begin(at, link)
-            self._link.copy(_between(slices, cut, src, dst), src, dst, link)
-            buffers.end(at, link)
+            for part in parts[nth]:
+                if len(crossing) == BUFFERS:
+                    land()
+                at = next(turns) % BUFFERS
+                bounce = buffers.view(at, self.stages.dense, part.slots)
+                hop = slices.crossing(part.cut, bounce, part.inside)
+                buffers.wait(at)
+                if self.downward:
+                    crossing.append((at, hop))
+                else:
+                    copy_on_host(hop)
+                buffers.begin(at, link)
+                src, dst = (dense, bounce) if self.downward else (bounce, dense)
+                piece = _between(part.used, src, dst, self.downward)
+                self._link.copy(piece, src, dst, link)
+                buffers.end(at, link)
 
         passage = Passage(device_buffers, work, slices, by_backend, cross)
         with buffers.lock, device_buffers.lock:
-            buffers.reserve(slices.nbytes)
             passage.settle(device_index, current)
+            form = slices.view(device_buffers, 0).form
+            parts += [self._parts(slices, cut, form) for cut in slices.cuts]
+            most = max((part.slots for each in parts for part in each), default=0)
+            buffers.reserve(self.stages.dense.nbytes(most))
             with passage.begun():
-                if self.downward:  # slices cross while the host copies earlier slices
-                    for nth in range(min(BUFFERS, number)):
-                        passage.move(nth)
-                for nth in range(number):
-                    self._hop(slices, nth)
-                    if not self.downward:
-                        passage.move(nth)
-                    elif nth + BUFFERS < number:
-                        passage.move(nth + BUFFERS)
+                for nth in range(len(slices.cuts)):
+                    passage.move(nth)
+                while crossing:
+                    land()
 
-    def _hop(self, slices: SlicedRows, nth: int) -> None:
-        """Copy on the host between its rows and a bounce buffer, after nothing crosses there."""
-        at = nth % BUFFERS
-        cut = slices.cuts[nth]
-        hop = slices.crossing(cut, slices.view(self._buffers, at))
-        self._buffers.wait(at)
-        copy_on_host(hop)
+    def _parts(self, slices: SlicedRows, cut: Cut, form: Form) -> list[_Part]:
+        """Return the parts in which a slice crosses. ``form``: of its dense rows."""
+        per = self.stages.dense.block_size
+        offset = slices.inside.offset
+        cuts = [Cut(0, offset + cut.count)]
+        if self._in_parts:
+            _, cuts = cut_copy(array("q", self.stages.rules(SIZES)), offset + cut.count, 0, True)
+        parts = []
+        for start, number in cuts:
+            inside = Index(offset=max(0, offset - start))
+            used = extent(form, slices.slots, start, number)
+            slots = slices.slots
+            if used.width * used.height < slices.nbytes:
+                slots = -(-number // per) * per
+            first = max(offset, start)
+            part = Cut(cut.start + first - offset, start + number - first)
+            parts.append(_Part(part, slots, inside, used))
+        return parts
 
 
-def _between(slices: SlicedRows, cut: Cut, src: KVView, dst: KVView) -> Pieces:
-    """Return the rows of a slice that both buffers hold, as one piece."""
-    used = extent(src.form, slices.slots, slices.inside.offset, cut.count)
-    pitch = used.width if used.height == 1 else used.pitch
-    start, target = (each.origins[0] + used.start for each in (src, dst))
-    piece = (target, start, used.width, used.height, pitch, pitch)
+def _crosses_in_parts(stages: Stages) -> bool:
+    """Return whether some positions of dense rows take less than all of their bytes."""
+    slots = 2 * stages.quantum
+    nbytes = stages.dense.nbytes(slots)
+    memory = torch.empty(nbytes, dtype=torch.uint8, device="cpu")
+    used = extent(stages.dense.view(memory, slots).form, slots, 0, stages.quantum)
+    return used.width * used.height < nbytes
+
+
+def _between(used: Extent, src: KVView, dst: KVView, downward: bool) -> Pieces:
+    """Return as one piece what crosses between ``used`` of the device's buffer and the beginning of
+    a bounce buffer."""
+    at = dst.origins[0]
+    start = src.origins[0]
+    if downward:
+        piece = (at, start + used.start, used.width, used.height, used.width, used.pitch)
+    else:
+        piece = (at + used.start, start, used.width, used.height, used.pitch, used.width)
     return Pieces(*np.array([piece], dtype=np.int64).T)

@@ -172,12 +172,16 @@ class SlicedRows:
         """Return the index of a slice's rows on the host."""
         return self._host_index.shifted(cut.start)
 
-    def crossing(self, cut: Cut, dense: KVView) -> Move:
-        """Return the copy of a slice between a buffer and the host's rows."""
+    def crossing(self, cut: Cut, dense: KVView, inside: Index | None = None) -> Move:
+        """Return the copy of a slice between a buffer and the host's rows.
+
+        ``inside``: where it begins in the buffer; None: as far into a block as on the host.
+        """
+        inside = inside or self.inside
         index = self.host_index(cut)
         if self.stages.downward:
-            return Move(dense, self.host, self.inside, index, cut.count)
-        return Move(self.host, dense, index, self.inside, cut.count)
+            return Move(dense, self.host, inside, index, cut.count)
+        return Move(self.host, dense, index, inside, cut.count)
 
     def cross(
         self, link: CudaLink | TorchLink, cut: Cut, dense: KVView, stream: torch.Stream

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -19,6 +20,7 @@ from torch.cuda import _sleep
 from portakv import Index, KVView, LateErrors, SlotError, copy_blocks, copy_rows
 from portakv.core.rows import MOST_LISTED
 from portakv.host import pinned
+from portakv.runtime import transfer as transfers
 from portakv.runtime.transfer import free_words
 from portakv_conformance.simdev import delay
 
@@ -139,7 +141,11 @@ def test_new_ids_on_one_side_alone(where: str, sides: Sides, carried: list[torch
 
 
 @pytest.mark.simdev
-def test_ids_on_the_device_are_still_guarded(sides: Sides, carried: list[torch.Tensor]) -> None:
+def test_ids_on_the_device_are_still_guarded(
+    sides: Sides, carried: list[torch.Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Completions of other tests would be retired first.
+    monkeypatch.setattr(transfers, "in_flight", deque())
     on_device = torch.tensor([3, 1], device=simulated.DEVICE)
     Carrying.judging.clear()
     for read in ([9, 2], [5, 2]):

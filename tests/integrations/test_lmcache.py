@@ -458,13 +458,15 @@ from support.lmcache_cases import GEOMETRIES, physical, pointers, tensors
 OBJECTS, CHUNK, BLOCK, LAYERS = 16, 256, 16, 32  # a prompt of 4,096 tokens
 # By slots; LMCache's torch op refuses heads outside of tokens, and reads past rows of one plane.
 READ_RIGHT = (0, 1, 2, 3, 4, 5, 9)
-device, usual = torch.device("mlu:0"), pageable.SIZES
+device = torch.device("mlu:0")
+usual = {name: getattr(pageable, name) for name in ("SIZES", "WITHOUT_KERNELS")}
 
 def sized(number):
     # Rows are narrower than a model's, and slices of a copy are smaller by as much.
     g = GEOMETRIES[number]
     row = 132 if number == 14 else 1152 if number in MLA else 4096 if number in FUSED else 2048
-    pageable.SIZES = Sizes(*(size * 2 * g.row // row for size in usual))
+    for name, sizes in usual.items():
+        setattr(pageable, name, Sizes(*(size * 2 * g.row // row for size in sizes)))
     return g._replace(layers=LAYERS, blocks=OBJECTS * CHUNK // BLOCK, block_size=BLOCK)
 
 def blocks(ops, form, direction):

@@ -581,13 +581,8 @@ def test_two_ranks_hand_over_to_one(
     with pytest.MonkeyPatch.context() as patch:
         if not guard:
             ranks: Any = importlib.import_module("portakv.integrations.vllm.ranks")
-            part = ranks.Rank.part
-
-            def swapped(self: Any, *args: Any, **terms: Any) -> Any:
-                other = self._replace(number=self.size - 1 - self.number)
-                return part(other, *args, **terms)
-
-            patch.setattr(ranks.Rank, "part", swapped)
+            heads_of = ranks.heads_of
+            patch.setattr(ranks, "heads_of", lambda config, n, view: heads_of(config, 1 - n, view))
         children = [start_child(prefill), start_child(decode)]
     tokens, pulled = result_of(children[1])
     offered = result_of(children[0])

@@ -237,6 +237,7 @@ def small_slices(monkeypatch: pytest.MonkeyPatch, largest: int = 2048) -> None:
     for name, size in (("LARGEST", largest), ("SMALLEST", largest // 4), ("WHOLE", 0)):
         monkeypatch.setattr(staged, name, size)
     monkeypatch.setattr(pageable, "SIZES", Sizes(largest // 4, largest // 4, largest))
+    monkeypatch.setattr(pageable, "WITHOUT_KERNELS", Sizes(*[2 * largest] * 3))
 
 
 def broken_at(

@@ -123,17 +123,21 @@ def go_on_with(
 def stop_halfway(folder: Path) -> None:
     """Let each pull of this process copy half of the layers, and the others when it may go on, or
     was stopped. Call it after the start of the engine, which rehearses a pull."""
-    issue = vars(importlib.import_module("portakv.migrate.reader"))
-    copy = issue["_copy_layers"]
+    reader = vars(importlib.import_module("portakv.migrate.reader"))
+    copy = reader["_copy_here"]
 
-    def copy_halves(step: Any, layers: range, pull: Any, options: Any, *rest: Any) -> None:
-        middle = (layers.start + layers.stop) // 2
-        copy(step, range(layers.start, middle), pull, options)
-        note(folder / HALF)
-        until = time.monotonic() + LIMIT
-        while not (pull.over or (folder / GO_ON).exists()):
-            assert time.monotonic() < until, "the pull may not go on"
-            time.sleep(1e-3)
-        copy(step, range(middle, layers.stop), pull, options)
+    def copy_halves(step: Any, layers: range, pull: Any, options: Any) -> None:
+        middle = step.cut.dst.layers // 2
+        first = range(layers.start, min(layers.stop, middle))
+        rest = range(max(layers.start, middle), layers.stop)
+        if first:
+            copy(step, first, pull, options)
+        if rest:
+            note(folder / HALF)
+            until = time.monotonic() + LIMIT
+            while not (pull.over or (folder / GO_ON).exists()):
+                assert time.monotonic() < until, "the pull may not go on"
+                time.sleep(1e-3)
+            copy(step, rest, pull, options)
 
-    issue["_copy_layers"] = copy_halves
+    reader["_copy_here"] = copy_halves
