@@ -52,8 +52,8 @@ def test_a_worker_has_copied_before_its_first_job(
 
     monkeypatch.setattr(offloading, "copy_rows", copy)
     make(caches, chunks=99)
-    down = "layer | block (token dim)"
-    up = "layer | block token dim"
+    down = "layer | block head (token dim)"
+    up = "layer | block token head dim"
     first = [(down, 1), (up, 1), (up, 1), (down, 65), (up, 65), (up, 65)]
     assert recorded == [*first, *((side, 1 if count == 1 else 80) for side, count in first)]
     for tensor, before in zip(caches.tensors, caches.before, strict=True):
