@@ -514,7 +514,10 @@ print(json.dumps(counted))
 """
 #: How often LMCache's calls and waits are PortaKV's by slots, at least: for each layer of an object
 #: it takes three calls and two waits, and PortaKV, without a kernel, one call.
-BY_SLOTS = {0: 3.6, 1: 3.6, 2: 2.9, 3: 3.8, 4: 4.2, 5: 3.8, 9: 4.2}
+BY_SLOTS = {0: 3.7, 1: 3.7, 2: 3.4, 3: 3.7, 4: 4.2, 5: 3.7, 9: 4.2}
+#: By blocks: LMCache takes a call for each layer of an object, and PortaKV one for each layer of
+#: 128 MiB, and more for what crosses.
+BY_BLOCKS = 3.2
 
 
 def test_fewer_calls_than_by_lmcaches_own() -> None:
@@ -525,9 +528,9 @@ def test_fewer_calls_than_by_lmcaches_own() -> None:
     print(counted)
     for name, (lmcache, portakv) in counted.items():
         kernel, number, _ = name.split()
-        assert portakv <= 180, name
+        assert portakv <= 300, name
         if lmcache is not None:
-            fewer = 5 if kernel == "blocks" else BY_SLOTS[int(number)]
+            fewer = BY_BLOCKS if kernel == "blocks" else BY_SLOTS[int(number)]
             assert lmcache >= fewer * portakv, (name, lmcache, portakv)
 
 
