@@ -27,6 +27,7 @@ from portakv.runtime import cuda
 from portakv.runtime.bounded import Bounded
 from portakv.runtime.devices import inside
 from portakv.runtime.streams import own_stream
+from portakv.tasks.runtime import runtime
 from portakv.view.bound import bind_layout
 from portakv.view.form import Form, KVRows
 from portakv.view.view import KVView
@@ -341,10 +342,6 @@ cached_staging: Bounded[tuple[torch.device, int, bool, bool], Staging] = Bounded
 )
 
 
-#: Without it another thread would find no staging while one is moved to the end, and make its own.
-moving = threading.Lock()
-
-
 def staging(
     device: torch.device, work: torch.Stream, detached: bool = False, packs: bool = False
 ) -> Staging:
@@ -357,7 +354,8 @@ def staging(
     Beyond `STREAMS` the staging that was not used for the longest time is freed.
     """
     key = device, work.stream_id, detached, packs
-    with moving:
+    # Without the lock another thread would find none while one moves to the end, and make its own.
+    with runtime().lock:
         current = cached_staging.pop(key, None) or Staging(device, detached)
         cached_staging[key] = current
     return current

@@ -17,7 +17,6 @@ A word is one aligned store and one aligned load of eight bytes.
 
 from __future__ import annotations
 
-import threading
 from collections import deque
 from collections.abc import Callable, Iterable
 from hashlib import blake2b
@@ -29,6 +28,7 @@ from portakv.errors import PeerError, PortaKVError
 from portakv.migrate import shared_memory
 from portakv.migrate.messages import Ticket
 from portakv.runtime.devices import this_process
+from portakv.runtime.interrupts import locked
 
 T = TypeVar("T")
 
@@ -153,8 +153,7 @@ def fence() -> None:
     A lock's release orders what is before it, and the next acquisition what is after it. The lock
     is new, so no other thread holds it, not even in a forked process.
     """
-    lock = threading.Lock()
-    lock.acquire()
+    lock = locked()
     lock.release()
     lock.acquire()
 
