@@ -301,12 +301,16 @@ def copied(
     listed = TO_THE_END if count is None else tokens
     made: tuple[Transfer, int] | None = None
     if src.device == dst.device:
-        if options.terms is not None or src.form.place in _AWAY or dst.form.place in _AWAY:
+        if src.form.place in _AWAY or dst.form.place in _AWAY:
             return None  # no launch of a backend makes it
         try:
             choice = choose(src.device, options.backend)
         except PortaKVError:  # the general way says it after it has looked at the ids
             return None
+        if options.terms is not None and (
+            options.max_thread_blocks is not None or isinstance(choice.backend, Strategy)
+        ):
+            return None  # only strategies keep them
         kernels = choice.backend.row_kernels
         if kernels is not None:
             read = _placed(read, src_ids, src, read.offset, tokens, False)

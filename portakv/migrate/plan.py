@@ -13,6 +13,7 @@ import numpy as np
 
 from portakv.arguments import invalid
 from portakv.copy.handle import BlockTransfer, token_bytes
+from portakv.copy.inside import copied
 from portakv.copy.options import USUAL, CopyOptions
 from portakv.copy.submit import submit
 from portakv.errors import InvalidTerms, SlotError, Unsupported
@@ -49,6 +50,10 @@ def copy_checked(
 
     Ids and memory are checked as there. Raises as `copy_rows`, except for lengths.
     """
+    if options.whole:
+        made = copied(src, dst, src_index, dst_index, False, count, options)
+        if made is not None:
+            return made
     src_index = src_index or CONSECUTIVE
     dst_index = dst_index or CONSECUTIVE
     return submit(Move(src, dst, src_index, dst_index, count), options)

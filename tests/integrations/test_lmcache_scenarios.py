@@ -23,7 +23,15 @@ from lmcache.v1.platform import resolve_device_ops  # noqa: E402
 from portakv.integrations.lmcache.platform import OPS  # noqa: E402
 from portakv_conformance import simdev  # noqa: E402
 
-NAMES = [*OPS, "lmcache_memcpy_async"]
+#: Ops for which LMCache's tests have no scenario.
+UNTRIED = {
+    "DirectCopyGroupSpec",
+    "DirectCopyObject",
+    "batch_memcpy_supported",
+    "direct_copy_format_supported",
+    "execute_direct_copy_transfer",
+}
+NAMES = [*(name for name in OPS if name not in UNTRIED), "lmcache_memcpy_async"]
 
 
 @pytest.fixture(scope="module")
