@@ -24,6 +24,7 @@ from portakv.registry.prepared import PREPARED, Prepared, prepared
 from portakv.registry.registry import Choice
 from portakv.runtime import streams
 from portakv.view.form import Form, same_form
+from portakv.view.index import Index
 from portakv.view.view import KVView
 
 
@@ -99,10 +100,10 @@ def pack_stages(move: Move, downward: bool, choice: Choice) -> PackStages:
 class PackedRows(SlicedRows):
     """Rows in slices of whole blocks, of which one side is packed."""
 
-    def crossing(self, cut: Cut, dense: KVView) -> Move:
+    def crossing(self, cut: Cut, dense: KVView, inside: Index | None = None) -> Move:
         """Return the copy between a buffer and the rows or slots of the other side."""
         far = self.host
-        inside = self.inside
+        inside = inside or self.inside
         outside = self.host_index(cut)
         count = cut.count
         if far.form.encoding:

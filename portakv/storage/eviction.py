@@ -142,7 +142,7 @@ class Chains(Generic[Key]):
     """
 
     def __init__(self, beside: Chains[Key] | None = None) -> None:
-        self.lock = threading.Lock() if beside is None else beside.lock
+        self.lock: threading.Lock = threading.Lock() if beside is None else beside.lock
         self.written = Condition(self.lock)  # for tiers: notified when a write ends
         self._blocks = dict[Key, _Block[Key]]()
         self._by_mark = dict[Mark | None, _Block[Key]]()
