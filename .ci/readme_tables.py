@@ -326,6 +326,7 @@ def integrations(folder: str = "") -> str:
     return "\n".join(rows)
 
 
+@cache
 def borne_out() -> support_matrix.SupportMatrix:
     """The matrix; ends the program where its files do not bear it out."""
     try:

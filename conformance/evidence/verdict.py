@@ -11,7 +11,6 @@ import hashlib
 import json
 import re
 from collections.abc import Iterable
-from dataclasses import asdict
 
 from portakv_conformance.judge.waivers import problems
 from portakv_conformance.record import STATUSES, CaseRecord, RunRecord
@@ -105,7 +104,7 @@ def why_no_level(record: RunRecord) -> str:
 
 def digest_of(record: RunRecord) -> str:
     """Return the sha256 over the record without its seal, as canonical JSON."""
-    values = asdict(record)
+    values = {**vars(record), "cases": [vars(each) for each in record.cases]}
     values["environment"] = {k: v for k, v in record.environment.items() if k != SEAL}
     text = json.dumps(values, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
     return hashlib.sha256(text.encode()).hexdigest()
