@@ -42,6 +42,7 @@ LONG = {
     "tests/host/test_pinned.py::test_a_process_that_ends",
     "tests/host/test_pool_interrupts.py::test_an_interrupt_loses_no_block[PinnedPool]",
     "tests/integrations/test_transformers_changes.py::test_a_compiled_model_generates[eager]",
+    "tests/integrations/test_transformers_changes.py::test_any_calls_give_what_transformers_cache_gives[simdev-inference]",
     "tests/integrations/test_transformers_faults.py::test_a_disk_that_fails_in_a_load[EIO-control]",
     "tests/integrations/test_transformers_faults.py::test_a_disk_that_fails_in_a_load[ENOSPC-control]",
     "tests/integrations/test_transformers_faults.py::test_a_disk_that_fails_in_a_load[ENOSPC-guarded]",
@@ -64,6 +65,7 @@ LONG = {
     "tests/migrate/test_pull_processes.py::test_killed_at_any_moment_nothing_leaks_and_nobody_hangs[10]",
     "tests/migrate/test_pull_soak.py::test_no_stale_row_at_readers_that_are_killed[mapped-26-host]",
     "tests/migrate/test_resources.py::test_a_channel_and_a_store_need_no_shared_memory_folder[mount -t tmpfs -o ro none]",  # noqa: E501
+    "tests/migrate/test_resources.py::test_few_descriptors_are_an_error_or_enough[disk]",
     "tests/migrate/test_weights_in_flight.py::test_the_end_of_the_process_cancels_a_pull_in_flight",
     "tests/migrate/test_weights_staged.py::test_a_reader_that_dies_releases_the_owners_staging",
     "tests/migrate/test_weights_staged.py::test_weights_that_another_host_shares_cross_by_tcp",
@@ -86,6 +88,8 @@ LONG = {
     "tests/tasks/test_ports.py::test_a_port_runs_in_short_steps_and_beside_a_thread_that_holds_the_interpreter[store-idle]",
     "tests/test_ext.py::test_a_backend_loads_neither_stores_nor_migration",
     "tests/test_import.py::test_plugs_bring_no_engine",
+    "tests/tasks/test_ports.py::test_a_port_runs_in_short_steps_and_beside_a_thread_that_holds_the_interpreter[store server-busy]",  # noqa: E501
+    "tests/tasks/test_ports.py::test_a_port_runs_in_short_steps_and_beside_a_thread_that_holds_the_interpreter[store-busy]",
 }
 #: Tables of many like cases: a sixth of them is in the default run, the others in .ci/full. Which
 #: ones follows from their names, so that no parameter is left out as a whole.
