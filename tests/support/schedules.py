@@ -763,6 +763,7 @@ def simulated() -> Iterator[None]:
     sys.unraisablehook = _report_unless_ended
     errors = LoggedErrors()
     logging.getLogger("portakv").addHandler(errors)
+    frozen = gc.get_freeze_count()
     gc.collect()
     gc.freeze()  # each schedule collects what it leaves
     gc.disable()  # else it would run what ends objects in any thread
@@ -771,7 +772,8 @@ def simulated() -> Iterator[None]:
     finally:
         sys.unraisablehook = hook
         gc.enable()
-        gc.unfreeze()
+        if not frozen:  # else each scenario would collect among all objects of a process of tests
+            gc.unfreeze()
         logging.getLogger("portakv").removeHandler(errors)
         _replace({id(after): before for before, after in pairs})
         for module, name, lock in locks:
