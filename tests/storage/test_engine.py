@@ -130,7 +130,7 @@ def test_an_unaligned_request_is_carried(
     assert np.array_equal(content(file), before)
     assert engine.run(reads(file, [(3 * PAGE, PAGE)])) == [PAGE]  # and no old bytes come back
     assert np.array_equal(SPACE[3 * PAGE : 4 * PAGE], before[3 * PAGE : 4 * PAGE])
-    assert len(os.listdir("/proc/self/fd")) == open_before
+    assert len(os.listdir("/proc/self/fd")) <= open_before
 
 
 @pytest.mark.parametrize("length", [0, 1, 5 * PAGE, 5 * PAGE + 100])

@@ -353,7 +353,7 @@ def test_a_lock_that_the_system_refuses_leaves_no_descriptor(
     before = len(os.listdir("/proc/self/fd"))
     with pytest.raises(OSError, match="No locks available"):
         lock(tmp_path / "file")
-    assert len(os.listdir("/proc/self/fd")) == before
+    assert len(os.listdir("/proc/self/fd")) <= before
 
 
 @pytest.mark.parametrize("mode", [0o700, 0o755, 0o1777, 0o775, 0o777], ids=oct)

@@ -29,20 +29,30 @@ MANY_MODULES = 100
 #: Cases that start processes or compilers for seconds, and have a relative in the default run.
 LONG = {
     "tests/backends/test_hip_code.py::test_amds_runtime_says_that_there_is_no_device",
+    "tests/backends/test_hip_code.py::test_without_the_words_for_amd_the_check_fails[words1-B of LDS]",  # noqa: E501
+    "tests/backends/test_pack_kernel.py::test_every_byte_is_as_the_format_says[cpu-16x576-3bits-block token dim]",  # noqa: E501
+    "tests/backends/test_pack_kernel.py::test_every_byte_of_the_text_for_amd[16x128-4bits-kv block token head dim]",  # noqa: E501
+    "tests/backends/test_pack_kernel.py::test_every_byte_of_the_text_for_amd[16x576-3bits-block token dim]",  # noqa: E501
     "tests/benchmarks/test_benchmarks_command.py::test_most_suites_need_torch_and_numpy_alone",
     "tests/benchmarks/test_benchmarks_host.py::test_plots_of_a_recorded_result[h200-host-ratio interference]",  # noqa: E501
     "tests/cli/test_doctor.py::test_beside_an_accelerator[simdev]",
     "tests/cli/test_store_serve.py::test_a_service_without_standard_streams_ends_in_order[how1]",
     "tests/conformance/test_conform_suite_run.py::test_exit_codes",
     "tests/conformance/test_rope_faults.py::test_without_a_fault_all_cases_pass",
+    "tests/core/test_library.py::test_a_compiler_that_links_nothing_does_not_count[127]",
+    "tests/core/test_library.py::test_a_library_of_another_contract_is_rejected[no function]",
     "tests/examples/test_offload_transformers.py::test_the_example_is_bit_identical_and_its_control_is_not[pageable]",
     "tests/examples/test_prefix_store.py::test_a_second_engine_finds_the_prefix_in_a_remote_store",
     "tests/graph/test_meter.py::test_nothing_is_imported_unless_it_is_asked_for[portakv.graph]",
     "tests/graph/test_meter.py::test_nothing_is_imported_unless_it_is_asked_for[portakv.storage]",
     "tests/host/test_pinned.py::test_a_process_that_ends",
+    "tests/host/test_pinned.py::test_calls_of_compiled_functions[allocated-aot_eager]",
+    "tests/host/test_pinned.py::test_calls_of_compiled_functions[registered_in_place-eager]",
     "tests/host/test_pool_interrupts.py::test_an_interrupt_loses_no_block[PinnedPool]",
     "tests/integrations/test_transformers_changes.py::test_a_compiled_model_generates[eager]",
     "tests/integrations/test_transformers_changes.py::test_any_calls_give_what_transformers_cache_gives[simdev-inference]",
+    "tests/integrations/test_transformers_changes.py::test_any_calls_give_what_transformers_cache_gives[simdev-no grad]",  # noqa: E501
+    "tests/integrations/test_transformers_changes.py::test_compiled_calls_of_a_cache[aot_eager]",
     "tests/integrations/test_transformers_faults.py::test_a_disk_that_fails_in_a_load[EIO-control]",
     "tests/integrations/test_transformers_faults.py::test_a_disk_that_fails_in_a_load[ENOSPC-control]",
     "tests/integrations/test_transformers_faults.py::test_a_disk_that_fails_in_a_load[ENOSPC-guarded]",
@@ -50,6 +60,9 @@ LONG = {
     "tests/integrations/test_transformers_faults.py::test_a_disk_that_fails_in_a_save[a hang]",
     "tests/integrations/test_transformers_faults.py::test_damaged_blocks_are_computed[swapped]",
     "tests/integrations/test_transformers_faults.py::test_damaged_blocks_come_without_their_checks[swapped]",
+    "tests/interconnect/test_choose_devices.py::test_pages_cross_by_a_copy_engine_for_any_ids[simdev-False-layers-h2d]",
+    "tests/interconnect/test_choose_devices.py::test_pages_cross_by_a_copy_engine_for_any_ids[simdev-True-layers-d2h]",
+    "tests/interconnect/test_staged.py::test_streams_have_staging_of_their_own[small-simdev-h2d]",
     "tests/migrate/test_channel.py::test_strangers_who_take_all_descriptors_do_not_hold_up_those_who_are_served",
     "tests/migrate/test_channel.py::test_the_interpreters_end_closes",
     "tests/migrate/test_channel_stopped.py::test_no_side_blames_the_secret_of_a_process_that_was_stopped[tcp]",
@@ -73,6 +86,7 @@ LONG = {
     "tests/runtime/test_devices.py::test_a_backend_is_judged_on_its_own_kind[npu]",
     "tests/runtime/test_devices.py::test_a_broken_package_s_own_words[immediately]",
     "tests/runtime/test_devices.py::test_a_package_that_torch_did_not_load_serves[npu]",
+    "tests/serving/test_handovers.py::test_any_walk_of_two_engines[1]",
     "tests/serving/test_owner_killed_in_a_replay.py::test_the_owner_of_an_offer[cpu-staging-control]",
     "tests/serving/test_owner_killed_in_a_replay.py::test_the_owner_of_an_offer[cpu-staging-guarded]",
     "tests/serving/test_owner_killed_in_a_replay.py::test_the_owner_of_an_offer[simdev-mapped-control]",
@@ -81,15 +95,23 @@ LONG = {
     "tests/serving/test_owner_killed_in_a_replay.py::test_the_owner_of_an_offer[simdev-staging-guarded]",
     "tests/serving/test_owner_killed_in_a_replay.py::test_the_store_server_of_a_load[simdev-control]",
     "tests/serving/test_owner_killed_in_a_replay.py::test_the_store_server_of_a_load[simdev-guarded]",
+    "tests/serving/test_scheduler_side.py::test_any_walk_of_an_engine[12]",
+    "tests/storage/test_disk.py::test_killed_at_random[few-threads]",
+    "tests/storage/test_disk.py::test_restarted_while_writes_are_in_flight[threads]",
+    "tests/storage/test_forms.py::test_any_calls_bring_right_bytes_or_nothing[3]",
     "tests/storage/test_interrupts.py::test_an_interrupt_at_any_line_leaves_nothing[leaving]",
+    "tests/storage/test_kills.py::test_kills_at_random[few-threads]",
+    "tests/storage/test_kills.py::test_kills_of_a_process_that_saves_several_forms[few-ring]",
     "tests/storage/test_lent.py::test_what_a_killed_process_did_not_copy_is_not_stored",
+    "tests/storage/test_remote.py::test_a_load_asks_no_bucket_what_it_has[3]",
     "tests/tasks/test_ports.py::test_a_port_runs_in_short_steps_and_beside_a_thread_that_holds_the_interpreter[pull-idle]",
+    "tests/tasks/test_ports.py::test_a_port_runs_in_short_steps_and_beside_a_thread_that_holds_the_interpreter[store server-busy]",  # noqa: E501
     "tests/tasks/test_ports.py::test_a_port_runs_in_short_steps_and_beside_a_thread_that_holds_the_interpreter[store server-idle]",  # noqa: E501
+    "tests/tasks/test_ports.py::test_a_port_runs_in_short_steps_and_beside_a_thread_that_holds_the_interpreter[store-busy]",
     "tests/tasks/test_ports.py::test_a_port_runs_in_short_steps_and_beside_a_thread_that_holds_the_interpreter[store-idle]",
+    "tests/tasks/test_schedules.py::test_a_thread_that_loops_and_waits_for_nothing_is_an_error[0.003]",
     "tests/test_ext.py::test_a_backend_loads_neither_stores_nor_migration",
     "tests/test_import.py::test_plugs_bring_no_engine",
-    "tests/tasks/test_ports.py::test_a_port_runs_in_short_steps_and_beside_a_thread_that_holds_the_interpreter[store server-busy]",  # noqa: E501
-    "tests/tasks/test_ports.py::test_a_port_runs_in_short_steps_and_beside_a_thread_that_holds_the_interpreter[store-busy]",
 }
 #: Tables of many like cases: a sixth of them is in the default run, the others in .ci/full. Which
 #: ones follows from their names, so that no parameter is left out as a whole.
