@@ -59,8 +59,13 @@ class Bounded(dict[Key, Value]):
                 continue
 
 
-class Until(Bounded[Key, float]):
+_NOTHING = None, 0.0
+
+
+class Until(Bounded[Key, tuple[Any, float]]):
     """What holds for a while, such as that a place lacks something, and is not asked again.
+
+    Each entry is a value, and the time until which it holds.
 
     Args:
         now: returns the time in seconds.
@@ -72,13 +77,18 @@ class Until(Bounded[Key, float]):
         super().__init__(name, limit)
         self._now = now
 
-    def hold(self, key: Key, seconds: float) -> None:
-        """Let a key hold for some seconds from now on."""
-        self[key] = self._now() + seconds
+    def hold(self, key: Key, seconds: float, value: object = True) -> None:
+        """Let the value of a key hold for some seconds from now on."""
+        self[key] = value, self._now() + seconds
+
+    def held(self, key: Key) -> Any:
+        """Return the value of a key if it holds now, else None."""
+        value, until = self.get(key, _NOTHING)
+        return value if until > self._now() else None
 
     def holds(self, key: Key) -> bool:
         """Return True if a key holds now."""
-        return self.get(key, 0.0) > self._now()
+        return self.held(key) is not None
 
 
 _caches: WeakSet[Bounded[Any, Any]] = WeakSet()

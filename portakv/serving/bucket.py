@@ -114,10 +114,8 @@ class BucketAnswers:
         self._lock = runtime().lock
         #: By the first key of a lookup that has not ended, until when its end is expected.
         self._open = dict[bytes, float]()
-        #: The blocks that are not looked up again for a while.
-        self._missing: Until[bytes] = Until("blocks that a bucket lacks", 1 << 16, now)
-        #: The blocks that are believed to be in the bucket.
-        self._there: Until[bytes] = Until("blocks that a bucket has", 1 << 17, now)
+        #: Whether blocks are believed to be in the bucket; others are looked up.
+        self._beliefs: Until[bytes] = Until("beliefs about blocks of a bucket", 1 << 17, now)
         self._answers = True  # the bucket answered the last lookup in time
 
     @property
@@ -127,7 +125,7 @@ class BucketAnswers:
 
     def has(self, key: bytes) -> bool:
         """Return whether a lookup has found a block a short time ago."""
-        return self._there.holds(key)
+        return self._beliefs.held(key) is True
 
     def leading(self, keys: Keys, known: int) -> int | None:
         """Return how many leading blocks can be loaded, or None if a lookup is to end soon.
@@ -145,7 +143,7 @@ class BucketAnswers:
         first = keys[known]
         with self._lock:
             now = self._now()
-            if self._missing.holds(first):
+            if self._beliefs.held(first) is False:
                 return known
             begins = self._open.get(first, 0.0) <= now
             if begins and not self._may_begin(now):
@@ -172,9 +170,9 @@ class BucketAnswers:
         with self._lock:
             self._open.pop(keys[0], None)
             for key in keys[:count]:
-                self._there.hold(key, FOUND)
+                self._beliefs.hold(key, FOUND)
             if count < len(keys):
-                self._missing.hold(keys[count], MISSING)
+                self._beliefs.hold(keys[count], MISSING, False)
             self._answers = answers
 
     def _may_begin(self, now: float) -> bool:

@@ -52,20 +52,22 @@ class _Lookups:
     def __init__(self, pages: Pages, now: Callable[[], float]) -> None:
         self._pages = pages
         self._wanted = dict[Hashable, list[bytes]]()  # by chain of a request
-        # Whose lookup is expected to end: one that is wanted, or has begun.
-        self._pending: Until[bytes] = Until("pages that a lookup awaits", REMEMBERED, now)
-        self._missing: Until[bytes] = Until("pages that a bucket lacks", REMEMBERED, now)
+        #: True: a lookup is expected to end, which is wanted or has begun; False: the bucket lacks
+        #: the page.
+        self._beliefs: Until[bytes] = Until("beliefs about pages of a bucket", REMEMBERED, now)
         self._answers = True  # the bucket answered the last lookup in time
 
     def look(self, key: bytes, chain: Hashable) -> bool | None:
         """Return None if a lookup will show whether a bucket has a page, else False."""
-        if key in self._pending and not self._pending.holds(key):  # its worker may be gone
+        belief = self._beliefs.held(key)
+        if belief is None and self._beliefs.get(key, (False, 0.0))[0]:  # its worker may be gone
             self._end([key], 0, self._answers)
-        if self._missing.holds(key):
             return False
-        if key not in self._pending:
+        if belief is False:
+            return False
+        if belief is None:
             self._wanted.setdefault(chain, []).append(key)
-            self._pending.hold(key, PENDING)
+            self._beliefs.hold(key, PENDING)
         return None if self._answers else False
 
     def begin(self) -> None:
@@ -83,10 +85,10 @@ class _Lookups:
 
     def _end(self, keys: Keys, count: int, answers: bool) -> None:
         """Note the end of a lookup, of which so many leading pages are there."""
+        for key in keys[:count]:
+            self._beliefs.pop(key, None)
         for key in keys[count:]:
-            self._missing.hold(key, MISSING)
-        for key in keys:
-            self._pending.pop(key, None)
+            self._beliefs.hold(key, MISSING, False)
         self._answers = answers
 
 

@@ -133,7 +133,8 @@ def test_a_page_that_is_not_there_is_not_written(store: PageStore) -> None:
 
 def test_the_end_of_a_job_wakes_a_thread_and_a_coroutine(store: PageStore) -> None:
     pages = store.pages(SIZE)
-    view = pages.over(memory(6))
+    given = memory(6)  # a view retains nothing
+    view = pages.over(given)
     save = pages.save(keys_of(SLOTS), view, tag="save")
     runtime().start(save.until_end()).synchronize(LIMIT)
     assert save.done()
@@ -161,7 +162,8 @@ def test_a_new_size_keeps_the_pages_of_the_disk(store: PageStore) -> None:
 def test_a_closed_store_finds_nothing_and_its_jobs_have_ended(tmp_path: Path) -> None:
     store = PageStore(terms_of(tmp_path / "kv"), "m", [SIZE])
     pages = store.pages(SIZE)
-    view = pages.over(memory(8))
+    given = memory(8)
+    view = pages.over(given)
     keys = keys_of(SLOTS)
     saved(store, keys, memory(8))
     store.close()
@@ -197,7 +199,8 @@ def test_the_host_tier_alone(tmp_path: Path) -> None:
 
 def test_wrong_arguments_are_named(store: PageStore, tmp_path: Path) -> None:
     pages = store.pages(SIZE)
-    view = pages.over(memory(1))
+    given = memory(1)
+    view = pages.over(given)
     for wrong in (b"x", np.zeros((2, SIZE - 1), np.uint8), np.zeros(SIZE, np.uint8), None):
         with pytest.raises(InvalidTerms, match="memory"):
             pages.over(wrong)
@@ -262,7 +265,8 @@ def test_deleted_pages_are_gone_for_good(host: int, tmp_path: Path) -> None:
         assert pages.holds(keys).tolist() == [False, True, False, True]
         why = {change.why for change in store.changes()}
         assert "deleted" in why
-        assert pages.save([keys[0]], pages.over(memory(13, 1))).wait(LIMIT)
+        given = memory(13, 1)
+        assert pages.save([keys[0]], pages.over(given)).wait(LIMIT)
         assert pages.has(keys[0])
     with PageStore(terms_of(tmp_path / "kv", host), "m", [SIZE]) as store:
         assert store.pages(SIZE).holds(keys).tolist() == [True, True, False, True]
@@ -275,7 +279,8 @@ def test_pages_of_sizes_that_are_not_open_are_removed_too(tmp_path: Path) -> Non
     for model, identity, size in (("m", "", 4096), ("m", "other", 4096), ("n", "", 4096)):
         with PageStore(terms, model, [size], identity=identity) as other:
             pages = other.pages(size)
-            assert pages.save(keys, pages.over(memory(14, 2, size))).wait(LIMIT)
+            given = memory(14, 2, size)
+            assert pages.save(keys, pages.over(given)).wait(LIMIT)
     with PageStore(terms, "m", [SIZE]) as store:
         saved(store, keys, memory(15, 2))
         assert store.clear()
@@ -293,7 +298,8 @@ def test_a_folder_that_cannot_be_emptied_is_used_again(store: PageStore, tmp_pat
     form.rename(tmp_path / "away")
     with pytest.raises(StoreError):
         store.clear()
-    job = pages.save(keys_of(1), pages.over(memory(2, 1)))
+    given = memory(2, 1)
+    job = pages.save(keys_of(1), pages.over(given))
     assert job.wait(LIMIT)
     assert job.landed.all()
 

@@ -29,7 +29,7 @@ from portakv.arguments import kind_of, whole
 from portakv.errors import InvalidTerms, StoreError
 from portakv.extras import installing
 from portakv.runtime import resources
-from portakv.runtime.bounded import Bounded, Until
+from portakv.runtime.bounded import Until
 from portakv.runtime.devices import this_process
 from portakv.runtime.interrupts import uninterrupted
 from portakv.runtime.rate_limited_log import RateLimitedLog
@@ -106,12 +106,11 @@ class _Fetched(NamedTuple):
 class Fault:
     """A version of an object whose bytes were wrong twice.
 
-    It counts as missing ``until`` a time, and the next save may have to ``rewrite`` it.
+    It counts as missing for a while, and the next save may have to ``rewrite`` it.
     """
 
     version: Version
     side: str
-    until: float
 
     @property
     def rewrite(self) -> bool:
@@ -141,17 +140,15 @@ class RemoteStore:
         def now() -> float:
             return float(remote.now())
 
-        # The blocks that are believed to be there, or not to be there; also the form.
-        self._present: Until[bytes] = Until("blocks of a bucket", 1 << 17, now)
-        self._absent: Until[bytes] = Until("blocks that a bucket lacks", 1 << 17, now)
-        self._faults: Bounded[bytes, Fault] = Bounded("damaged blocks of a bucket", 1 << 14)
+        #: Of blocks, and of the form: True, it is there; False, it is not; a `Fault`, it counts as
+        #: missing.
+        self._beliefs: Until[bytes] = Until("beliefs about blocks of a bucket", 1 << 17, now)
         # True if ETags of objects in one part are their MD5; None until a fault needs the answer.
         self._tags_are_md5: bool | None = None
 
     def forget(self) -> None:
         """Believe nothing about any block."""
-        for each in (self._present, self._absent, self._faults):
-            each.clear()
+        self._beliefs.clear()
 
     def has(self, keys: Keys, timeout: float | None = None) -> list[bool]:
         """Return which blocks are stored; blocks without an answer after ``timeout`` seconds count
@@ -162,7 +159,7 @@ class RemoteStore:
         self.graph.check_open()
         runtime = self.graph.runtime
         until = runtime.time() + (3e9 if timeout is None else timeout)
-        left = [key for key in keys if not (self._present.holds(key) or self._lacks(key))]
+        left = [key for key in keys if not self._beliefs.holds(key)]
 
         def begin() -> list[Handle[bool]]:
             call = partial(self._heads.call, "lookup", self._there)
@@ -178,7 +175,7 @@ class RemoteStore:
 
     def known(self, keys: Keys) -> list[bool]:
         """Return which blocks are believed to be there."""
-        return [*map(self._present.holds, keys)]
+        return [self._beliefs.held(key) is True for key in keys]
 
     def wants(self, keys: Keys) -> list[bool]:
         """Return which blocks a save has to bring; the other blocks need no request."""
@@ -189,19 +186,14 @@ class RemoteStore:
 
     def fault(self, key: bytes) -> Fault | None:
         """Return the fault for which a block counts as missing now."""
-        fault = self._faults.get(key)
-        return fault if fault is not None and fault.until > self.remote.now() else None
-
-    def _lacks(self, key: bytes) -> bool:
-        """Return whether a block is believed not to be there, or to be damaged."""
-        return self._absent.holds(key) or self.fault(key) is not None
+        belief = self._beliefs.held(key)
+        return belief if isinstance(belief, Fault) else None
 
     def _there(self, key: bytes) -> bool:
         """Return whether a block is there; ask the store if that is not known."""
-        if self._present.holds(key):
-            return True
-        if self._lacks(key):
-            return False
+        belief = self._beliefs.held(key)
+        if belief is not None:
+            return belief is True
 
         remote = self.remote
         meta = remote.ask(remote.obs.head, remote.store, self.path(key), miss=False)
@@ -209,17 +201,13 @@ class RemoteStore:
             return False
         if meta and self._is_faulty_still(key, meta):
             return False
-        if meta:
-            self._present.hold(key, THERE)
-        else:
-            self._present.pop(key, None)
-            self._absent.hold(key, MISSING)
+        self._beliefs.hold(key, THERE if meta else MISSING, bool(meta))
         return bool(meta)
 
     def _is_faulty_still(self, key: bytes, meta: Any) -> bool:
         """Return whether the object is the version that was damaged; note it for longer then."""
-        fault = self._faults.pop(key, None)
-        if not fault or not fault.version[0] or fault.side != OBJECT:
+        fault, _ = self._beliefs.get(key, (None, 0.0))  # also if it held long ago
+        if not isinstance(fault, Fault) or not fault.version[0] or fault.side != OBJECT:
             return False
         if _version_in(meta) != fault.version:
             return False
@@ -228,20 +216,19 @@ class RemoteStore:
 
     def note_fault(self, key: bytes, version: Version, side: str) -> None:
         """Count a version of a block as missing for a while."""
-        self._faults[key] = Fault(version, side, self.remote.now() + FAULTY)
-        self._present.pop(key, None)
+        self._beliefs.hold(key, FAULTY, Fault(version, side))
 
     def believe_there(self, key: bytes) -> None:
         """Note that a block is there, whole and correct."""
-        for each in (self._faults, self._absent):
-            each.pop(key, None)
-        self._present.hold(key, THERE)
+        self._beliefs.hold(key, THERE)
 
     def doubt(self, key: bytes) -> bool:
         """Have the next lookup ask for a block that did not come; return True if it was believed to
         be there."""
-        self._absent.pop(key, None)
-        return self._present.pop(key, None) is not None
+        belief, _ = self._beliefs.get(key, (None, 0.0))
+        if not isinstance(belief, Fault):
+            self._beliefs.pop(key, None)
+        return belief is True
 
     def path(self, key: bytes) -> str:
         """Return the place of a block in the object store."""
@@ -308,7 +295,7 @@ class RemoteStore:
         if not self.known([FORM])[0] and remote.ask(
             remote.put, self._form_path, self.form.json().encode()
         ):
-            self._present.hold(FORM, THERE)
+            self._beliefs.hold(FORM, THERE)
 
         landed: list[bool] = []
         for key, row in zip(keys, rows, strict=True):
