@@ -152,7 +152,8 @@ def test_a_folder_that_is_full_or_lost(
         else:
             store_of_pages = PageStore(StoreTerms(host=0, **terms), "m", [8192])
             pages = opened.enter_context(store_of_pages).pages(8192)
-            save = partial(pages.save, [bytes(32)], pages.over(np.zeros((1, 8192), np.uint8)))
+            memory = np.zeros((1, 8192), np.uint8)  # a view retains nothing
+            save = partial(pages.save, [bytes(32)], pages.over(memory))
         assert process.warnings() == []
         if not watched:
             process.forget()
