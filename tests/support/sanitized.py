@@ -32,7 +32,7 @@ TESTS = (
     *("core/test_core_view.py", "core/test_ids.py", "core/test_pack.py", "core/test_plan.py"),
     *("core/test_runs.py", "core/test_rows.py", "core/test_xxh3.py", "copy/test_inside.py"),
     *("interconnect/test_submission.py", "interconnect/test_pick.py", "interconnect/test_costs.py"),
-    "view/test_slicing.py",
+    *("storage/test_engine.py", "storage/test_ring.py", "view/test_slicing.py"),
 )
 #: Tests of hypothesis that a round runs with its seed, in so many examples each.
 EXAMPLES = 300
