@@ -332,11 +332,11 @@ class _CheckedLaunch:
     ) -> None:
         self._launch = launch
         self._checks = checks
-        self._turn = turn(threads)
+        self._threads = threads
 
     def __call__(self, src: KVView, dst: KVView, *rest: Any, **named: Any) -> Pending | None:
         self.check_formats(src, dst)
-        with self._turn:
+        with turn(self._threads):
             return self._launch(src, dst, *rest, **named)
 
     def check_formats(self, *views: KVView) -> None:

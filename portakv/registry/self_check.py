@@ -7,6 +7,7 @@ The copy goes through a backend's ``check``, ``prepare`` and launch, as the libr
 from __future__ import annotations
 
 import math
+import os
 import threading
 from contextlib import AbstractContextManager, nullcontext
 from enum import Enum, auto
@@ -26,12 +27,22 @@ _HEADS = 2
 _DIM = 32
 _SLOTS = [37, 2, 63, 16, 15, 0, 48, 21]
 #: Of all launches whose backends do not claim ``threads``: they may share more than a launch.
-_one_at_a_time = threading.Lock()
+_one_at_a_time: threading.Lock
 
 
 def turn(threads: bool) -> AbstractContextManager[object]:
     """Return the context of a launch by a backend that claims ``threads``, or that does not."""
     return nullcontext() if threads else _one_at_a_time
+
+
+def _renew() -> None:
+    """Begin with a free lock: a forked process lacks the thread of its parent that may have it."""
+    global _one_at_a_time
+    _one_at_a_time = threading.Lock()
+
+
+_renew()
+os.register_at_fork(after_in_child=_renew)
 
 
 class SelfCheck(Enum):

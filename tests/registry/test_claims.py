@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 import logging
+import signal
+import threading
 import time
 from typing import Any
 
@@ -11,8 +13,10 @@ import pytest
 import torch
 from support.connector_cases import DIM, HEADS, KV_LAYOUT, LAYERS, SIZE, caches, fresh, store
 from support.guarded_memory import check_sentence, filled, same
+from support.slot_cases import ended_well, forked
 from support.small_backends import small_backend
 from support.threads import run_threads
+from support.waits import LIMIT
 
 from portakv import (
     CopyPlan,
@@ -23,7 +27,8 @@ from portakv import (
     copy_rows,
     register_backend,
 )
-from portakv.registry import registry
+from portakv.registry import prepared, registry
+from portakv.registry.self_check import turn
 
 __all__ = ["caches", "fresh"]  # fixtures
 
@@ -156,6 +161,43 @@ def test_launches_that_claim_no_threads_run_one_at_a_time(caches: list[torch.Ten
     register_backend("lonely", small_backend("lonely", threads=False, spoil=slow))
     run_threads(lambda _: store(caches, [1, 2], "lonely"), range(8))
     assert most == 1
+
+
+@pytest.mark.parametrize("guard", [True, False], ids=["guarded", "negative control"])
+def test_a_launch_of_the_parent_holds_up_no_forked_process(
+    caches: list[torch.Tensor], guard: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A thread is inside of a launch during the fork."""
+    inside = threading.Event()
+    leave = threading.Event()
+    slow = list[None]()
+
+    def spoil(view: KVView) -> None:
+        if slow:
+            inside.set()
+            leave.wait(LIMIT)
+
+    register_backend("lonely", small_backend("lonely", threads=False, spoil=spoil))
+    store(caches, [1, 2], "lonely")
+    if not guard:
+        held = turn(False)
+        monkeypatch.setattr(prepared, "turn", lambda threads: held)
+
+    def work() -> None:
+        slow.clear()
+        if not guard:
+            signal.alarm(1)
+        store(caches, [1, 2], "lonely")
+
+    slow.append(None)
+    thread = threading.Thread(target=store, args=(caches, [1, 2], "lonely"))
+    thread.start()
+    assert inside.wait(LIMIT)
+    try:
+        assert ended_well(forked(work)) is guard
+    finally:
+        leave.set()
+        thread.join()
 
 
 @pytest.mark.simdev
