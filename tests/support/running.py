@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import gc
+import importlib
 import logging
 import os
 import re
@@ -14,6 +15,8 @@ import signal
 import sys
 import zlib
 from collections.abc import Iterator
+from contextlib import suppress
+from typing import Any
 
 import pytest
 import torch
@@ -167,6 +170,10 @@ def pytest_configure(config: pytest.Config) -> None:
     os.environ.setdefault("HYPOTHESIS_STORAGE_DIRECTORY", str(config.rootpath / ".hypothesis"))
     # Warnings of faults that last come whenever the loop looks, also into another test's log.
     logging.getLogger("portakv.graph.alarms").setLevel(logging.ERROR)
+    with suppress(ImportError):
+        # Its monitor, a thread, would wait by locks that a schedule simulates.
+        bars: Any = importlib.import_module("tqdm").tqdm
+        bars.monitor_interval = 0
     if name := os.environ.get("SIMDEV_NAME"):
         simdev.load(name)  # a child of own_process: its modules may look at the device
     if "PYTEST_XDIST_WORKER" in os.environ:
