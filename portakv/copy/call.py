@@ -619,7 +619,7 @@ def in_layers(
         layers.append(launch(settled, context))
         if call is not None:
             call(i, layers[-1])
-    return BlockTransfer(Transfer.join(layers), move, began, tuple(layers))
+    return BlockTransfer.of_move(Transfer.join(layers), move, began, tuple(layers))
 
 
 def detached(
@@ -643,7 +643,7 @@ def detached(
         if options.by_layer:
             return in_layers(move, choice, aside, options.strict, began, passed)
         settled = settle(move, choice, aside, passed=passed, strict=options.strict)
-        return BlockTransfer(launch(settled, aside), move, began)
+        return BlockTransfer.of_move(launch(settled, aside), move, began)
 
 
 def beside(move: Move, context: Context) -> torch.Stream:

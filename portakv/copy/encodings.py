@@ -189,7 +189,7 @@ def copy_packed(
         passed = check(move, context, options.strict)
     if not options.by_layer:
         whole = _transform(move, options, submit, context, passed)
-        return BlockTransfer(whole.transfer, move, began)
+        return BlockTransfer.of_move(whole.transfer, move, began)
     layers: list[Packed] = []
     used = move
     for at in range(move.src.layers):
@@ -206,7 +206,7 @@ def copy_packed(
         # Each layer has its own error, so this completion comes first.
         end = _end_with(report, context.device, layers[-1].stream)
         joined = Transfer((*end, *joined.completions), joined, joined.carried)
-    return BlockTransfer(joined, move, began, ends)
+    return BlockTransfer.of_move(joined, move, began, ends)
 
 
 def _refuse(options: CopyOptions, names: Sequence[str], what: str, subject: str) -> None:
@@ -726,9 +726,9 @@ def copy_fp8(move: Move, options: CopyOptions, began: float, submit: Submit) -> 
     # All layers are checked before the first is written.
     dense = DenseCopy(move, options, submit, encoded.block_size, repr(FP8))
     if not options.by_layer:
-        return BlockTransfer(_converted(dense, dense.move), move, began)
+        return BlockTransfer.of_move(_converted(dense, dense.move), move, began)
     layers = [_converted(dense, dense.move.layer(at)) for at in range(move.src.layers)]
-    return BlockTransfer(Transfer.join(layers), move, began, tuple(layers))
+    return BlockTransfer.of_move(Transfer.join(layers), move, began, tuple(layers))
 
 
 def _converted(dense: DenseCopy, move: Move) -> Transfer:

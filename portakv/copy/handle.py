@@ -70,32 +70,17 @@ def skipped_tokens(move: Move) -> int:
 class BlockTransfer(Transfer):
     """The handle of a copy. It does not keep the views of its copy alive.
 
-    The constructor raises the versions of the destination's tensors (`note_written`). Its
-    ``worker`` issues what is not issued yet. ``skips``: False if no id on the host skips a
-    position.
+    Args:
+        step: tokens of an id; 0 without ids.
+        count: tokens, with those that negative ids on the host skip.
+        skipped: those.
+        layers: their ends, if the copy was made by layers.
+        worker: it issues what is not issued yet.
     """
 
     __slots__ = ("_began", "_block", "_ended", "_form", "_layers", "_requested", "_worker")
 
     def __init__(
-        self,
-        transfer: Transfer,
-        move: Move,
-        began: float,
-        layers: tuple[Transfer, ...] | None = None,
-        worker: Worker | None = None,
-        skips: bool = True,
-    ) -> None:
-        self._worker = worker
-        self._layers = layers
-        step = move.src_index.plan_step or move.dst_index.plan_step
-        # Counted now: the caller may change its ids after the call.
-        skipped = skipped_tokens(move) if skips else 0
-        self._begin(transfer, move.src, move.dst, step, move.count, skipped, began)
-        if move.count:
-            note_written(move.dst)
-
-    def _begin(
         self,
         transfer: Transfer,
         src: KVView,
@@ -104,11 +89,14 @@ class BlockTransfer(Transfer):
         count: int,
         skipped: int,
         began: float,
+        layers: tuple[Transfer, ...] | None = None,
+        worker: Worker | None = None,
     ) -> None:
-        """Note a copy of so many tokens, whose ids have a step; 0: it has no ids."""
         self.completions = transfer.completions
         self._retained = transfer._retained
         self.carried = transfer.carried
+        self._worker = worker
+        self._layers = layers
         self._form = form = src.form
         self._block = step or form.block_size or 1
         self._requested = count - skipped
@@ -119,27 +107,27 @@ class BlockTransfer(Transfer):
             counts.add(transfer.carried[0], form.place, dst.form, count)
 
     @classmethod
-    def of_views(
+    def of_move(
         cls,
         transfer: Transfer,
-        src: KVView,
-        dst: KVView,
-        step: int,
-        count: int,
-        skipped: int,
+        move: Move,
         began: float,
+        layers: tuple[Transfer, ...] | None = None,
+        worker: Worker | None = None,
+        skips: bool = True,
     ) -> BlockTransfer:
-        """Return the handle of a copy that raised the versions itself.
+        """Return the handle of a copy, and raise the versions of the destination's tensors
+        (`note_written`).
 
-        Args:
-            step: tokens of an id; 0 without ids.
-            count: tokens, with those that negative ids on the host skip.
-            skipped: those.
+        ``skips``: False if no id on the host skips a position.
         """
-        made = cls.__new__(cls)
-        made._worker = None
-        made._layers = None
-        made._begin(transfer, src, dst, step, count, skipped, began)
+        step = move.src_index.plan_step or move.dst_index.plan_step
+        # Counted now: the caller may change its ids after the call.
+        skipped = skipped_tokens(move) if skips else 0
+        count = move.count
+        made = cls(transfer, move.src, move.dst, step, count, skipped, began, layers, worker)
+        if count:
+            note_written(move.dst)
         return made
 
     @classmethod

@@ -333,7 +333,7 @@ def copied(
         indices = index_of(src_ids, src_step), index_of(dst_ids, dst_step)
         skipped = skipped_tokens(Move(src, dst, *indices, tokens))
     step = read.plan_step or written.plan_step
-    return BlockTransfer.of_views(transfer, src, dst, step, tokens, skipped, began)
+    return BlockTransfer(transfer, src, dst, step, tokens, skipped, began)
 
 
 class _Side(NamedTuple):
@@ -541,7 +541,7 @@ def _launched(
         return None
     torch._C._increment_version(to_view.versions)
     step = read.plan_step or written.plan_step
-    return BlockTransfer.of_views(transfer, src, dst, step, tokens, tokens - unit * units, began)
+    return BlockTransfer(transfer, src, dst, step, tokens, tokens - unit * units, began)
 
 
 class _Launch(NamedTuple):

@@ -77,7 +77,7 @@ def rotate_blocks(
     late = options.late
     if late is not None:
         late.check(src.device if src.device.type != "cpu" else dst.device)
-    made = BlockTransfer(_copy_rotated(move, rope, options), move, began)
+    made = BlockTransfer.of_move(_copy_rotated(move, rope, options), move, began)
     if late is not None:
         late.keep(made)
     return made

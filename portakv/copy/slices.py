@@ -72,7 +72,7 @@ def in_slices(
         check_disjoint(guarded)
     if not guarded.count:
         none = (Transfer(),) * move.src.layers if by_layer else None
-        return BlockTransfer(Transfer(), move, began, none)
+        return BlockTransfer.of_move(Transfer(), move, began, none)
     # Private indices: copies of ids that the thread makes are on no other stream.
     guarded = _part(guarded, Slice(None, 0, guarded.count, 0))
     if device.type != "cpu":
@@ -95,7 +95,7 @@ def in_slices(
     ends = (Transfer((SliceCompletion(worker, nth),)) for nth in last.values())
     layers = tuple(ends) if by_layer else None
     worker.end = end = SliceCompletion(worker, len(slices), (move.src, move.dst))
-    transfer = BlockTransfer(Transfer((end,)), move, began, layers, worker)
+    transfer = BlockTransfer.of_move(Transfer((end,)), move, began, layers, worker)
     worker.start()
     return transfer
 

@@ -117,7 +117,7 @@ def issue(
         return in_layers(move, executor, context, options.strict, began, passed)
     settled = settle(move, executor, context, passed=passed, strict=options.strict)
     skips = settled.guarded or settled.move is not move
-    return BlockTransfer(launch(settled, context), move, began, skips=skips)
+    return BlockTransfer.of_move(launch(settled, context), move, began, skips=skips)
 
 
 def check_issue(move: Move, choice: Choice, context: Context, options: CopyOptions) -> None:
