@@ -88,12 +88,13 @@ def extent(form: Form, slots: int, first: int, count: int) -> Extent:
 class _Part(NamedTuple):
     """What crosses at once: some positions of a copy.
 
-    ``slots``, ``inside``: of the bounce buffer, and where the positions begin in it. ``used``: the
-    bytes of the device's buffer that hold them, whole blocks that no other part has.
+    ``slots``, ``pitch``: of the bounce buffer. ``inside``: where the positions begin in it.
+    ``used``: the bytes of the device's buffer that hold them, whole blocks that no other part has.
     """
 
     cut: Cut
     slots: int
+    pitch: int
     inside: Index
     used: Extent
 
@@ -139,7 +140,7 @@ class _PageableLaunch(StrategyLaunch):
                     copy_on_host(hop)
                 buffers.begin(at, link)
                 src, dst = (dense, bounce) if self.downward else (bounce, dense)
-                piece = _between(part.used, src, dst, self.downward)
+                piece = _between(part, src, dst, self.downward)
                 self._link.copy(piece, src, dst, link)
                 buffers.end(at, link)
 
@@ -167,12 +168,17 @@ class _PageableLaunch(StrategyLaunch):
         for start, number in cuts:
             inside = Index(offset=max(0, offset - start))
             used = extent(form, slices.slots, start, number)
+            if used.height == 1:
+                used = used._replace(pitch=used.width)
+            # One of few numbers, unless a part would else cross by a call for each of its rows.
             slots = slices.slots
-            if used.width * used.height < slices.nbytes:
+            pitch = used.pitch
+            if len(cuts) > 1 and used.width * used.height < slices.nbytes:
                 slots = -(-number // per) * per
+                pitch = used.width
             first = max(offset, start)
             part = Cut(cut.start + first - offset, start + number - first)
-            parts.append(_Part(part, slots, inside, used))
+            parts.append(_Part(part, slots, pitch, inside, used))
         return parts
 
 
@@ -185,13 +191,14 @@ def _crosses_in_parts(stages: Stages) -> bool:
     return used.width * used.height < nbytes
 
 
-def _between(used: Extent, src: KVView, dst: KVView, downward: bool) -> Pieces:
-    """Return as one piece what crosses between ``used`` of the device's buffer and the beginning of
-    a bounce buffer."""
+def _between(part: _Part, src: KVView, dst: KVView, downward: bool) -> Pieces:
+    """Return as one piece what crosses between the device's buffer and the beginning of a bounce
+    buffer."""
+    used = part.used
     at = dst.origins[0]
     start = src.origins[0]
     if downward:
-        piece = (at, start + used.start, used.width, used.height, used.width, used.pitch)
+        piece = (at, start + used.start, used.width, used.height, part.pitch, used.pitch)
     else:
-        piece = (at + used.start, start, used.width, used.height, used.pitch, used.width)
+        piece = (at + used.start, start, used.width, used.height, used.pitch, part.pitch)
     return Pieces(*np.array([piece], dtype=np.int64).T)

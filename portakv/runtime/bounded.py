@@ -78,7 +78,8 @@ class Until(Bounded[Key, tuple[Any, float]]):
         self._now = now
 
     def hold(self, key: Key, seconds: float, value: object = True) -> None:
-        """Let the value of a key hold for some seconds from now on."""
+        """Let the value of a key hold for some seconds from now on. It is the newest entry."""
+        self.pop(key, None)
         self[key] = value, self._now() + seconds
 
     def held(self, key: Key) -> Any:

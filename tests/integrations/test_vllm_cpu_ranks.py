@@ -50,7 +50,6 @@ from support.waits import LIMIT
 from portakv.errors import PortaKVError
 from portakv.serving.local import TOKENS
 
-MANY = [prompt(300, 10 + number) for number in range(8)]
 FIRST = [prompt(1000, 1), prompt(500, 2)]
 SECOND = [prompt(900, 3), prompt(300, 4)]
 FEW = 5  # tokens of an answer, where more would show no more

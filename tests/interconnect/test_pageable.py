@@ -244,6 +244,39 @@ def test_slices_cover_every_position_once(tokens: int, downward: bool) -> None:
 @DOWNWARD
 @pytest.mark.simdev
 @pytest.mark.usefixtures("small")
+def test_a_backend_without_kernels_makes_dense_what_crosses_in_parts(
+    downward: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No part is larger than a slice may be."""
+    transfer = between_chunks(DEVICE, downward)
+    transfer()
+    made = list[int]()
+    crossed = list[int]()
+    link: Any = link_of(DEVICE)
+    copy = link.copy
+    owner: Any = pageable
+    dense = owner.by_backend
+
+    def noted(pieces: Any, *rest: Any) -> None:
+        crossed.append(int((pieces.width * pieces.height).sum()))
+        copy(pieces, *rest)
+
+    def noted_stage(number: int, *rest: Any) -> None:
+        made.append(number)
+        dense(number, *rest)
+
+    monkeypatch.setattr(link, "copy", noted)
+    monkeypatch.setattr(pageable, "by_backend", noted_stage)
+    transfer()
+    assert max(crossed) <= SLICE
+    assert sum(crossed) == TOKENS * TOKEN
+    assert len(made) == -(-TOKENS // (2 * SLICE // TOKEN))
+    assert len(crossed) > 2 * len(made)
+
+
+@DOWNWARD
+@pytest.mark.simdev
+@pytest.mark.usefixtures("small")
 def test_small_slices_stand_where_only_one_side_is_busy(downward: bool) -> None:
     cuts = slices_of(between_chunks(DEVICE, downward, 1000)).cuts
     sizes = [cut.count * TOKEN for cut in cuts[:: 1 if downward else -1]]

@@ -8,7 +8,7 @@ from operator import mul
 import pytest
 from support.threads import run_threads
 
-from portakv.runtime.bounded import Bounded, caches
+from portakv.runtime.bounded import Bounded, Until, caches
 
 
 def test_the_entry_that_was_inserted_first_goes_first() -> None:
@@ -59,3 +59,15 @@ def test_threads_fill_one_at_once() -> None:
 
     run_threads(fill, range(0, 42, 7))
     assert len(cache) <= 8
+
+
+def test_what_is_held_anew_is_the_newest() -> None:
+    now = [0.0]
+    until: Until[str] = Until("beliefs of a test", 2, lambda: now[0])
+    until.hold("a", 5.0)
+    until.hold("b", 5.0, False)
+    until.hold("a", 9.0, "damaged")
+    until.hold("c", 5.0)
+    assert [until.held(key) for key in "abc"] == ["damaged", None, True]
+    now[0] = 6.0
+    assert [until.holds(key) for key in "abc"] == [True, False, False]

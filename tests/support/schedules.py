@@ -758,21 +758,24 @@ def simulated() -> Iterator[None]:
         (Loop, ScheduledLoop),
     ]
     _replace({id(before): after for before, after in pairs})
+    # What tests before have left is collected, and all that is alive is read. Then it is frozen:
+    # each schedule collects what it leaves, and not among all objects of a process of tests.
+    frozen = gc.get_freeze_count()
+    gc.collect()
+    gc.unfreeze()
     locks = _replace_locks()
+    gc.freeze()
     hook = sys.unraisablehook
     sys.unraisablehook = _report_unless_ended
     errors = LoggedErrors()
     logging.getLogger("portakv").addHandler(errors)
-    frozen = gc.get_freeze_count()
-    gc.collect()
-    gc.freeze()  # each schedule collects what it leaves
     gc.disable()  # else it would run what ends objects in any thread
     try:
         yield
     finally:
         sys.unraisablehook = hook
         gc.enable()
-        if not frozen:  # else each scenario would collect among all objects of a process of tests
+        if not frozen:
             gc.unfreeze()
         logging.getLogger("portakv").removeHandler(errors)
         _replace({id(after): before for before, after in pairs})

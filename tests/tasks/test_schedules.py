@@ -6,6 +6,7 @@ Each protocol has a machine, which judges what its schedules do, and seeded bugs
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 import threading
@@ -99,6 +100,13 @@ FAULTS = [
     # Pins hold nothing. A search for a block that has no pin then goes on for ever.
     Fault("eviction", "portakv.storage.eviction.Chains.pin", no_call),
 ]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _collect_later() -> Iterator[None]:
+    """Let what was frozen for the schedules be collected with what the file leaves."""
+    yield
+    gc.unfreeze()
 
 
 #: A worker of pytest-xdist has one of them at a time: each takes half a minute.
