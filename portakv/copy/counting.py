@@ -4,9 +4,9 @@
 from __future__ import annotations
 
 from collections import Counter, deque
+from threading import Lock
 
 from portakv.runtime.once import making
-from portakv.tasks.runtime import runtime
 from portakv.view.form import Form
 
 #: New copies that are added up together.
@@ -23,6 +23,7 @@ class CopyCounts:
     """
 
     def __init__(self) -> None:
+        self._lock = Lock()
         self.new = deque[tuple[str, str, Form, int]]()
         self._copies = Counter[tuple[str, str, str]]()
         self._nbytes = Counter[tuple[str, str, str]]()
@@ -36,7 +37,7 @@ class CopyCounts:
 
     def sum_up(self) -> None:
         """Add what is new: most copies are alike, so `Counter` counts them first."""
-        with runtime().lock:
+        with self._lock:
             new = [self.new.popleft() for _ in range(len(self.new))]
             for (strategy, src, dst, tokens), copies in Counter(new).items():
                 key = strategy, src, dst.place
@@ -50,7 +51,7 @@ class CopyCounts:
         """Return figures by the names of metrics: samples with labels and a "value"."""
         self.sum_up()
         figures: dict[str, list[dict[str, str | float]]] = {}
-        with runtime().lock:
+        with self._lock:
             both = {"copies_total": self._copies, "copy_bytes_total": self._nbytes}
             for name, counted in both.items():
                 figures[name] = [

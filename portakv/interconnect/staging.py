@@ -27,7 +27,6 @@ from portakv.runtime import cuda
 from portakv.runtime.bounded import Bounded
 from portakv.runtime.devices import inside
 from portakv.runtime.streams import own_stream
-from portakv.tasks.runtime import runtime
 from portakv.view.bound import bind_layout
 from portakv.view.form import Form, KVRows
 from portakv.view.view import KVView
@@ -342,6 +341,11 @@ cached_staging: Bounded[tuple[torch.device, int, bool, bool], Staging] = Bounded
 )
 
 
+#: Without it another thread would find no staging while one is moved to the end, and make its own.
+#: Not the runtime's: who packs by copies holds another staging, which a step may wait for.
+moving = threading.Lock()
+
+
 def staging(
     device: torch.device, work: torch.Stream, detached: bool = False, packs: bool = False
 ) -> Staging:
@@ -354,8 +358,7 @@ def staging(
     Beyond `STREAMS` the staging that was not used for the longest time is freed.
     """
     key = device, work.stream_id, detached, packs
-    # Without the lock another thread would find none while one moves to the end, and make its own.
-    with runtime().lock:
+    with moving:
         current = cached_staging.pop(key, None) or Staging(device, detached)
         cached_staging[key] = current
     return current

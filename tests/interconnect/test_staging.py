@@ -127,7 +127,7 @@ def test_two_threads_have_one_staging(control: bool, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(staging, "Staging", Made)
     monkeypatch.setattr(staging, "cached_staging", Watched("staging of a test", 4))
     if control:
-        monkeypatch.setattr(staging, "runtime", lambda: SimpleNamespace(lock=nullcontext()))
+        monkeypatch.setattr(staging, "moving", nullcontext())
     ask()
     ask()
     other.join()
