@@ -138,11 +138,11 @@ class Chains(Generic[Key]):
 
     Each change costs O(log n) on average, for chains of any length. After the removal of a block
     with successors, the next block that arrives after its successor costs the length of its chain.
-    Callers hold ``lock`` around every call; chains that are made ``beside`` others share it.
+    Callers hold ``lock`` around every call; several chains may share it.
     """
 
-    def __init__(self, beside: Chains[Key] | None = None) -> None:
-        self.lock: threading.Lock = threading.Lock() if beside is None else beside.lock
+    def __init__(self, lock: threading.Lock | None = None) -> None:
+        self.lock = lock or threading.Lock()
         self.written = Condition(self.lock)  # for tiers: notified when a write ends
         self._blocks = dict[Key, _Block[Key]]()
         self._by_mark = dict[Mark | None, _Block[Key]]()

@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
+from threading import Lock
 from typing import Any, Literal, NamedTuple, TypeAlias
 
 from portakv.arguments import invalid, number, one_of, whole
@@ -578,17 +579,14 @@ class Disk:
 
         capacity = self.capacity // len(self.folders)
         spaces = {folder: Space(folder, capacity) for folder in self.folders}
-        # Own forms share a lock, since each may take slots of another one.
-        shared: Chains[bytes] | None = None
+        lock = Lock()  # of all own forms, since each may take slots of another one
         tier_stores = list[DiskStore]()
         with ExitStack() as undo:
             undo.callback(engine.close)
             for number, form in enumerate(forms):
                 writable = number < own
                 # Of all folders, as a prefix may lie in several.
-                chains = Chains[bytes](shared if writable else None)
-                if writable:
-                    shared = chains
+                chains = Chains[bytes](lock if writable else None)
                 parts = self._open_form(form, writable, engine, chains, spaces, found, undo)
                 for slots in parts:
                     slots.queue = graph.queue(f"disk:{slots.folder.parent}", width=self.workers)

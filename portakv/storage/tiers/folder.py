@@ -14,6 +14,7 @@ import mmap
 import os
 import sys
 import tempfile
+import threading
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack, closing, suppress
@@ -1065,7 +1066,7 @@ class Slots:
 
     def drop(self) -> None:
         """Close the files in a forked process, which must not keep the parent's locks."""
-        self.chains.lock = Chains[bytes]().lock  # a thread that is not here may have the other
+        self.chains.lock = threading.Lock()  # a thread that is not here may have it
         self.close(sync=False)
 
     def __del__(self, ending: Callable[[], bool] = sys.is_finalizing) -> None:
