@@ -151,11 +151,9 @@ class _PageableLaunch(StrategyLaunch):
             parts += [self._parts(slices, cut, form) for cut in slices.cuts]
             most = max((part.slots for each in parts for part in each), default=0)
             buffers.reserve(self.stages.dense.nbytes(most))
-            with passage.begun():
-                for nth in range(len(slices.cuts)):
-                    passage.move(nth)
-                while crossing:
-                    land()
+            passage.issue()
+            while crossing:
+                land()
 
     def _parts(self, slices: SlicedRows, cut: Cut, form: Form) -> list[_Part]:
         """Return the parts in which a slice crosses. ``form``: of its dense rows."""
