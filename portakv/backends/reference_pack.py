@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from portakv.backends.strided import Ops, copies_of
+from portakv.backends.strided import Copies, Ops
 from portakv.layout.packing import (
     COUNTS_AT,
     FLAG_AT,
@@ -122,7 +122,7 @@ class ReferencePack:
 
     def _copy(self, move: Move) -> None:
         """Copy rows by plain indexing, on the current stream."""
-        for copy, part in copies_of(move, self._ops):
+        for copy, part in Copies(move, self._ops).of(move):
             copy(part)
 
 

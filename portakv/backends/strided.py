@@ -228,16 +228,32 @@ class StridedLaunch(MoveLaunch):
             copy.copy(src, dst, units)
 
 
-def copies_of(move: Move, ops: Ops) -> Iterator[tuple[StridedCopy, Move]]:
-    """Yield copies that make a copy together, each with its part: the body in the largest units,
-    head and tail by token. The views retain nothing of them."""
-    src = move.src.form
-    dst = move.dst.form
-    plan = CopyPlan(src, dst, *move.steps)
-    for first, tokens, unit in plan.split(move):
-        part = plan if unit == plan.unit else CopyPlan(src, dst, *move.steps, unit)
-        for nest in part.nests:
-            yield StridedCopy(nest, unit, ops, lasting=False), move.part(first, tokens)
+class Copies:
+    """Copies of rows between two views by torch, one after another. The views retain nothing of
+    them.
+
+    Args:
+        move: a copy between the views, with the steps of all.
+    """
+
+    def __init__(self, move: Move, ops: Ops) -> None:
+        self._ends = move.src.form, move.dst.form, *move.steps
+        self._plan = CopyPlan(*self._ends)
+        self._ops = ops
+        self._by_unit: dict[int, list[StridedCopy]] = {}
+
+    def of(self, move: Move) -> Iterator[tuple[StridedCopy, Move]]:
+        """Yield copies that make a copy together, each with its part: the body in the largest
+        units, head and tail by token."""
+        for first, tokens, unit in self._plan.split(move):
+            made = self._by_unit.get(unit)
+            if made is None:
+                plan = self._plan if unit == self._plan.unit else CopyPlan(*self._ends, unit)
+                made = [StridedCopy(nest, unit, self._ops, lasting=False) for nest in plan.nests]
+                self._by_unit[unit] = made
+            part = move.part(first, tokens)
+            for copy in made:
+                yield copy, part
 
 
 def _run(
@@ -573,8 +589,10 @@ def _copy_bytes(target: torch.Tensor, source: torch.Tensor) -> None:
 HOST_OPS = Ops(16, False, True, True, pick_in_any_shape, put_in_any_shape, _copy_bytes)
 
 
-def copy_on_host(move: Move) -> None:
+def copy_on_host(copies: Copies, move: Move) -> None:
     """Copy rows of the host between views that share no memory; ids must be on the host, and clean.
+
+    ``copies``: of the same views and steps, by `HOST_OPS`.
 
     Raises:
         LayoutError: the memory of a view was freed or replaced; nothing was written.
@@ -582,6 +600,6 @@ def copy_on_host(move: Move) -> None:
     move.src.check_memory()
     move.dst.check_memory()
     # Prepare every call before the first copy, so that an error writes nothing.
-    calls = [call for copy, part in copies_of(move, HOST_OPS) for call in copy.planes(part)]
+    calls = [call for copy, part in copies.of(move) for call in copy.planes(part)]
     for call in calls:
         _run(HOST_OPS, False, *call)

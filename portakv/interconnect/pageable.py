@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 from portakv.backends.base import Launch
-from portakv.backends.strided import copy_on_host
+from portakv.backends.strided import HOST_OPS, Copies, copy_on_host
 from portakv.core.link import Cut, cut_copy
 from portakv.interconnect.link import link_of
 from portakv.interconnect.passage import Passage, by_backend
@@ -118,26 +118,31 @@ class _PageableLaunch(StrategyLaunch):
         sizes = WITHOUT_KERNELS if self._in_parts else SIZES
         slices = SlicedRows(self.stages, rows, host, host_index.to_host(), move.count, sizes)
         parts = list[list[_Part]]()
-        crossing = deque[tuple[int, Move]]()  # downward: buffers, and where the host copies them
+        # By number and slots: bounce buffers as rows, and copies between them and the host's rows.
+        bounces = dict[tuple[int, int], tuple[KVView, Copies]]()
+        crossing = deque[tuple[int, Copies, Move]]()  # downward: what the host copies later
         turns = count()
 
         def land() -> None:
-            at, hop = crossing.popleft()
+            at, copies, hop = crossing.popleft()
             buffers.wait(at)
-            copy_on_host(hop)
+            copy_on_host(copies, hop)
 
         def cross(cut: Cut, dense: KVView, nth: int, link: torch.Stream) -> None:
             for part in parts[nth]:
                 if len(crossing) == BUFFERS:
                     land()
                 at = next(turns) % BUFFERS
-                bounce = buffers.view(at, self.stages.dense, part.slots)
+                known = bounces.get((at, part.slots))
+                bounce = known[0] if known else buffers.view(at, self.stages.dense, part.slots)
                 hop = slices.crossing(part.cut, bounce, part.inside)
+                if known is None:
+                    known = bounces[at, part.slots] = bounce, Copies(hop, HOST_OPS)
                 buffers.wait(at)
                 if self.downward:
-                    crossing.append((at, hop))
+                    crossing.append((at, known[1], hop))
                 else:
-                    copy_on_host(hop)
+                    copy_on_host(known[1], hop)
                 buffers.begin(at, link)
                 src, dst = (dense, bounce) if self.downward else (bounce, dense)
                 piece = _between(part, src, dst, self.downward)
