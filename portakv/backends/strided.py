@@ -229,11 +229,10 @@ class StridedLaunch(MoveLaunch):
 
 
 class Copies:
-    """Copies of rows between two views by torch, one after another. The views retain nothing of
-    them.
+    """Copies of rows by torch, one after another. The views retain nothing of them.
 
     Args:
-        move: a copy between the views, with the steps of all.
+        move: one of the copies; all have its forms and steps.
     """
 
     def __init__(self, move: Move, ops: Ops) -> None:
@@ -308,7 +307,7 @@ class _Rows:
         self._side = side
         self._unit = unit
         self._width = width
-        self._made: dict[Hashable, Any] | None = None if lasting else {}
+        self._made: dict[_Source, dict[Hashable, Any]] | None = None if lasting else {}
         self._dtype = ELEMENTS[width]
         self._flat = len(side.units) == 1 and not side.tabled
         self._pitch = side.units[0].stride if self._flat else 0
@@ -422,7 +421,7 @@ class _Rows:
 
     def _tensors_of(self, view: _Source) -> dict[Hashable, Any]:
         """Return the tensors that were made of a view: those that it keeps, or of this copy."""
-        return view.derived if self._made is None else self._made
+        return view.derived if self._made is None else self._made.setdefault(view, {})
 
     def _whole(self, view: _Source, entry: int) -> list[_Grids]:
         """Return tensors over all rows of an entry."""
@@ -592,7 +591,7 @@ HOST_OPS = Ops(16, False, True, True, pick_in_any_shape, put_in_any_shape, _copy
 def copy_on_host(copies: Copies, move: Move) -> None:
     """Copy rows of the host between views that share no memory; ids must be on the host, and clean.
 
-    ``copies``: of the same views and steps, by `HOST_OPS`.
+    ``copies``: of the same forms and steps, by `HOST_OPS`.
 
     Raises:
         LayoutError: the memory of a view was freed or replaced; nothing was written.

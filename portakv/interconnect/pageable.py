@@ -118,8 +118,8 @@ class _PageableLaunch(StrategyLaunch):
         sizes = WITHOUT_KERNELS if self._in_parts else SIZES
         slices = SlicedRows(self.stages, rows, host, host_index.to_host(), move.count, sizes)
         parts = list[list[_Part]]()
-        # By number and slots: bounce buffers as rows, and copies between them and the host's rows.
-        bounces = dict[tuple[int, int], tuple[KVView, Copies]]()
+        bounces = dict[tuple[int, int], KVView]()  # buffers as rows, by number and slots
+        hops = dict[int, Copies]()  # between the host's rows and bounce buffers, by their slots
         crossing = deque[tuple[int, Copies, Move]]()  # downward: what the host copies later
         turns = count()
 
@@ -133,16 +133,19 @@ class _PageableLaunch(StrategyLaunch):
                 if len(crossing) == BUFFERS:
                     land()
                 at = next(turns) % BUFFERS
-                known = bounces.get((at, part.slots))
-                bounce = known[0] if known else buffers.view(at, self.stages.dense, part.slots)
+                bounce = bounces.get((at, part.slots))
+                if bounce is None:
+                    bounce = buffers.view(at, self.stages.dense, part.slots)
+                    bounces[at, part.slots] = bounce
                 hop = slices.crossing(part.cut, bounce, part.inside)
-                if known is None:
-                    known = bounces[at, part.slots] = bounce, Copies(hop, HOST_OPS)
+                copies = hops.get(part.slots)
+                if copies is None:
+                    copies = hops[part.slots] = Copies(hop, HOST_OPS)
                 buffers.wait(at)
                 if self.downward:
-                    crossing.append((at, known[1], hop))
+                    crossing.append((at, copies, hop))
                 else:
-                    copy_on_host(known[1], hop)
+                    copy_on_host(copies, hop)
                 buffers.begin(at, link)
                 src, dst = (dense, bounce) if self.downward else (bounce, dense)
                 piece = _between(part, src, dst, self.downward)

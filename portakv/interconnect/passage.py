@@ -73,6 +73,7 @@ class Passage:
         self._work = work
         self._gather = gather
         self._cross = cross
+        self._dense: dict[int, KVView] = {}  # buffers as rows, by number
 
     def settle(self, device_index: Index, current: torch.Stream) -> None:
         """Reserve buffers, find both stages, and bring what they read to the device.
@@ -117,7 +118,10 @@ class Passage:
     def move(self, nth: int) -> None:
         """Issue both stages of a slice, in order, after its buffer's last use."""
         order = self._order
-        dense = self.slices.view(self.buffers, (order.first + nth) % order.buffers)
+        at = (order.first + nth) % order.buffers
+        dense = self._dense.get(at)
+        if dense is None:
+            dense = self._dense[at] = self.slices.view(self.buffers, at)
         self._execute(self._schedule.slices[nth], dense)
 
     def _execute(self, steps: Sequence[Step], dense: KVView | None = None) -> None:

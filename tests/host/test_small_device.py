@@ -160,7 +160,8 @@ def test_what_is_not_captured() -> None:
 @pytest.mark.gpu
 @pytest.mark.parametrize("nbytes", [512, COMMAND_BYTES, MOST_INLINE])
 def test_while_a_large_copy_is_in_flight(nbytes: int) -> None:
-    """It lands before that ends, of which the driver does not promise it."""
+    """It lands before that ends, of which the driver does not promise it, nor that other processes
+    leave the device in time: most of five."""
     if inline_copy(DEVICE) is None:
         pytest.skip("this device takes no values along with a command")
     count = nbytes // 8
@@ -170,6 +171,7 @@ def test_while_a_large_copy_is_in_flight(nbytes: int) -> None:
     side = torch.cuda.Stream(DEVICE)
     other = torch.cuda.Stream(DEVICE)
     ended = torch.cuda.Event()
+    overtook = 0
     for nth in range(6):
         values = np.arange(nth, nth + count)
         torch.cuda.synchronize()
@@ -181,6 +183,6 @@ def test_while_a_large_copy_is_in_flight(nbytes: int) -> None:
         with torch.cuda.stream(side):
             to_device(values, out=out)
         side.synchronize()
-        overtook = not ended.query()
-        assert overtook or not nth
+        overtook += bool(nth) and not ended.query()
         assert out.tolist() == values.tolist()
+    assert overtook >= 3

@@ -97,6 +97,7 @@ def test_memory_that_a_lane_uses_is_not_handed_out_before_its_copies_end(used: b
     """The caches are released while a copy waits, and other work writes memory of their size.
     Control: the lane has not named them, so that the copy reads what was written there."""
     device = torch.device("cuda", torch.cuda.current_device())
+    torch.cuda.empty_cache()  # of other tests, which would be handed out first
     src, dst = views(device)
     expected = src.tensors[0].cpu()
     lane = Lane(device)
