@@ -38,7 +38,7 @@ _Grid = tuple[int, _Steps]
 _Grids = tuple[torch.Tensor, int]
 #: A view, or the chunk of one call.
 _Source: TypeAlias = "KVView | ChunkRows"
-_Planes = tuple[_Tensors, _Picked, _Tensors, _Picked]
+Planes = tuple[_Tensors, _Picked, _Tensors, _Picked]
 
 
 _WHOLE = "whole"  # of an entry of a view, for one side of a nest
@@ -164,7 +164,7 @@ class StridedCopy:
         for planes in self._planes(src, dst, units):
             _run(self._ops, False, *planes)
 
-    def planes(self, move: Move) -> Iterator[_Planes]:
+    def planes(self, move: Move) -> Iterator[Planes]:
         """Yield the planes to copy and their rows; raises as `KVView.strided` does."""
         src, dst, src_index, dst_index, count = move
         unit = self._unit
@@ -174,7 +174,7 @@ class StridedCopy:
         dst_units = Units.of(dst, dst_index, count, unit)
         yield from self._planes(src_units, dst_units, count // unit)
 
-    def _planes(self, src: Units, dst: Units, units: int) -> Iterator[_Planes]:
+    def _planes(self, src: Units, dst: Units, units: int) -> Iterator[Planes]:
         """Yield the planes of so many units as `planes` does."""
         if self._ops.nested and (nested := self._nested(src, dst, units)):
             yield nested
@@ -187,7 +187,7 @@ class StridedCopy:
                 *self._dst.tensors(dst.rows, to_entry, to_start, to_number, at),
             )
 
-    def _nested(self, src: Units, dst: Units, units: int) -> _Planes | None:
+    def _nested(self, src: Units, dst: Units, units: int) -> Planes | None:
         """Return the planes as `planes` does, if one side has ids and the other's units lie in
         loops."""
         gather = dst.numbers is None
@@ -307,7 +307,7 @@ class _Rows:
         self._side = side
         self._unit = unit
         self._width = width
-        self._made: dict[_Source, dict[Hashable, Any]] | None = None if lasting else {}
+        self._lasting = lasting
         self._dtype = ELEMENTS[width]
         self._flat = len(side.units) == 1 and not side.tabled
         self._pitch = side.units[0].stride if self._flat else 0
@@ -420,8 +420,8 @@ class _Rows:
         return known, self._walked(numbers) if self._walk else numbers
 
     def _tensors_of(self, view: _Source) -> dict[Hashable, Any]:
-        """Return the tensors that were made of a view: those that it keeps, or of this copy."""
-        return view.derived if self._made is None else self._made.setdefault(view, {})
+        """Return the tensors that a view keeps."""
+        return view.derived if self._lasting else {}
 
     def _whole(self, view: _Source, entry: int) -> list[_Grids]:
         """Return tensors over all rows of an entry."""
@@ -453,8 +453,8 @@ class _Rows:
     def _part(self, view: _Source, entry: int, start: int, rows: int) -> _Tensors:
         """Return the tensors over so many rows that follow each other from byte ``start`` on."""
         whole: list[_Grids] | None = None
-        if self._near == self._grain and start % self._near == 0:
-            whole = self._tensors_of(view).get((self, entry, _WHOLE))
+        if self._lasting and self._near == self._grain and start % self._near == 0:
+            whole = view.derived.get((self, entry, _WHOLE))
             # How many rows lie at raw addresses may not be known. No later call uses a chunk.
             if whole is None and not (view.raw or view.temporary):
                 whole = self._whole(view, entry)
@@ -588,17 +588,21 @@ def _copy_bytes(target: torch.Tensor, source: torch.Tensor) -> None:
 HOST_OPS = Ops(16, False, True, True, pick_in_any_shape, put_in_any_shape, _copy_bytes)
 
 
-def copy_on_host(copies: Copies, move: Move) -> None:
-    """Copy rows of the host between views that share no memory; ids must be on the host, and clean.
+def calls_on_host(copies: Copies, move: Move) -> list[Planes]:
+    """Return the calls, for `copy_on_host`, that copy rows of the host between views that share no
+    memory; ids must be on the host, and clean.
 
     ``copies``: of the same forms and steps, by `HOST_OPS`.
 
     Raises:
-        LayoutError: the memory of a view was freed or replaced; nothing was written.
+        LayoutError: the memory of a view was freed or replaced.
     """
     move.src.check_memory()
     move.dst.check_memory()
-    # Prepare every call before the first copy, so that an error writes nothing.
-    calls = [call for copy, part in copies.of(move) for call in copy.planes(part)]
+    return [call for copy, part in copies.of(move) for call in copy.planes(part)]
+
+
+def copy_on_host(calls: Sequence[Planes]) -> None:
+    """Copy rows on the host, ready when it returns."""
     for call in calls:
         _run(HOST_OPS, False, *call)

@@ -13,14 +13,15 @@ from __future__ import annotations
 
 from array import array
 from collections import deque
-from itertools import count
+from collections.abc import Iterator
+from itertools import cycle
 from typing import NamedTuple
 
 import numpy as np
 import torch
 
 from portakv.backends.base import Launch
-from portakv.backends.strided import HOST_OPS, Copies, copy_on_host
+from portakv.backends.strided import HOST_OPS, Copies, Planes, calls_on_host, copy_on_host
 from portakv.core.link import Cut, cut_copy
 from portakv.interconnect.link import link_of
 from portakv.interconnect.passage import Passage, by_backend
@@ -99,6 +100,15 @@ class _Part(NamedTuple):
     used: Extent
 
 
+class _Hop(NamedTuple):
+    """A part that passes through bounce buffer ``at``; ``calls``: of the host."""
+
+    part: _Part
+    at: int
+    bounce: KVView
+    calls: list[Planes]
+
+
 class _PageableLaunch(StrategyLaunch):
     """A prepared copy: the copy of `staged`, with a second hop."""
 
@@ -117,51 +127,62 @@ class _PageableLaunch(StrategyLaunch):
         buffers = self._buffers
         sizes = WITHOUT_KERNELS if self._in_parts else SIZES
         slices = SlicedRows(self.stages, rows, host, host_index.to_host(), move.count, sizes)
-        parts = list[list[_Part]]()
-        bounces = dict[tuple[int, int], KVView]()  # buffers as rows, by number and slots
-        hops = dict[int, Copies]()  # between the host's rows and bounce buffers, by their slots
-        crossing = deque[tuple[int, Copies, Move]]()  # downward: what the host copies later
-        turns = count()
+        planned = list[list[_Hop]]()
+        unplanned: Iterator[list[_Hop]] = iter(())
+        crossing = deque[_Hop]()  # downward: what the host copies later
 
-        def land() -> None:
-            at, copies, hop = crossing.popleft()
-            buffers.wait(at)
-            copy_on_host(copies, hop)
+        def copy(hop: _Hop) -> None:
+            planned.extend(unplanned)
+            buffers.wait(hop.at)
+            copy_on_host(hop.calls)
 
         def cross(cut: Cut, dense: KVView, nth: int, link: torch.Stream) -> None:
-            for part in parts[nth]:
+            if nth == len(planned):
+                planned.append(next(unplanned))
+            for hop in planned[nth]:
                 if len(crossing) == BUFFERS:
-                    land()
-                at = next(turns) % BUFFERS
-                bounce = bounces.get((at, part.slots))
-                if bounce is None:
-                    bounce = buffers.view(at, self.stages.dense, part.slots)
-                    bounces[at, part.slots] = bounce
-                hop = slices.crossing(part.cut, bounce, part.inside)
-                copies = hops.get(part.slots)
-                if copies is None:
-                    copies = hops[part.slots] = Copies(hop, HOST_OPS)
-                buffers.wait(at)
+                    copy(crossing.popleft())
                 if self.downward:
-                    crossing.append((at, copies, hop))
+                    crossing.append(hop)
+                    buffers.wait(hop.at)  # for a copy that was interrupted
                 else:
-                    copy_on_host(copies, hop)
-                buffers.begin(at, link)
-                src, dst = (dense, bounce) if self.downward else (bounce, dense)
-                piece = _between(part, src, dst, self.downward)
+                    copy(hop)
+                buffers.begin(hop.at, link)
+                src, dst = (dense, hop.bounce) if self.downward else (hop.bounce, dense)
+                piece = _between(hop.part, src, dst, self.downward)
                 self._link.copy(piece, src, dst, link)
-                buffers.end(at, link)
+                buffers.end(hop.at, link)
 
         passage = Passage(device_buffers, work, slices, by_backend, cross)
         with buffers.lock, device_buffers.lock:
             passage.settle(device_index, current)
             form = slices.view(device_buffers, 0).form
-            parts += [self._parts(slices, cut, form) for cut in slices.cuts]
+            parts = [self._parts(slices, cut, form) for cut in slices.cuts]
             most = max((part.slots for each in parts for part in each), default=0)
             buffers.reserve(self.stages.dense.nbytes(most))
+            unplanned = self._planned(slices, parts)
             passage.issue()
             while crossing:
-                land()
+                copy(crossing.popleft())
+
+    def _planned(self, slices: SlicedRows, parts: list[list[_Part]]) -> Iterator[list[_Hop]]:
+        """Yield for each slice how its parts pass through bounce buffers, used in turns.
+
+        All are planned before the host copies rows: these displace the interpreter from the caches
+        of its processor, so that each step takes several times as long (H200, 16 cores).
+        """
+        copies = dict[int, Copies]()  # by the slots of a bounce buffer
+        turns = cycle(range(BUFFERS))
+        for each in parts:
+            hops = []
+            for part in each:
+                at = next(turns)
+                bounce = self._buffers.view(at, self.stages.dense, part.slots)
+                move = slices.crossing(part.cut, bounce, part.inside)
+                if part.slots not in copies:
+                    copies[part.slots] = Copies(move, HOST_OPS)
+                hops.append(_Hop(part, at, bounce, calls_on_host(copies[part.slots], move)))
+            yield hops
 
     def _parts(self, slices: SlicedRows, cut: Cut, form: Form) -> list[_Part]:
         """Return the parts in which a slice crosses. ``form``: of its dense rows."""
@@ -174,8 +195,6 @@ class _PageableLaunch(StrategyLaunch):
         for start, number in cuts:
             inside = Index(offset=max(0, offset - start))
             used = extent(form, slices.slots, start, number)
-            if used.height == 1:
-                used = used._replace(pitch=used.width)
             # One of few numbers, unless a part would else cross by a call for each of its rows.
             slots = slices.slots
             pitch = used.pitch
@@ -200,11 +219,11 @@ def _crosses_in_parts(stages: Stages) -> bool:
 def _between(part: _Part, src: KVView, dst: KVView, downward: bool) -> Pieces:
     """Return as one piece what crosses between the device's buffer and the beginning of a bounce
     buffer."""
-    used = part.used
+    first, width, height, pitch = part.used
     at = dst.origins[0]
     start = src.origins[0]
     if downward:
-        piece = (at, start + used.start, used.width, used.height, part.pitch, used.pitch)
+        piece = (at, start + first, width, height, part.pitch, pitch)
     else:
-        piece = (at + used.start, start, used.width, used.height, used.pitch, part.pitch)
+        piece = (at + first, start, width, height, pitch, part.pitch)
     return Pieces(*np.array([piece], dtype=np.int64).T)

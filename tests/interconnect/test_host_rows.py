@@ -15,7 +15,7 @@ from support.engine_cases import BLOCK, CHUNKS, POOLS, tensors_of, view_of
 
 from portakv import Index, KVView, LayoutError, copy_rows
 from portakv.backends import strided
-from portakv.backends.strided import HOST_OPS, Copies, copy_on_host
+from portakv.backends.strided import HOST_OPS, Copies, calls_on_host, copy_on_host
 from portakv.interconnect.pageable import extent
 from portakv.interconnect.staging import DenseRows
 from portakv.plan.plan import CopyPlan, Move
@@ -26,7 +26,7 @@ OUTWARD = pytest.mark.parametrize("outward", [True, False], ids=["to rows", "fro
 
 def moved(src: KVView, dst: KVView, src_index: Index, dst_index: Index, count: int) -> None:
     move = Move(src, dst, src_index, dst_index, count)
-    copy_on_host(Copies(move, HOST_OPS), move)
+    copy_on_host(calls_on_host(Copies(move, HOST_OPS), move))
 
 
 def dense_of(rows: KVView, slots: int, fill: int | None = None) -> tuple[torch.Tensor, KVView]:
