@@ -101,6 +101,7 @@ def test_memory_that_a_lane_uses_is_not_handed_out_before_its_copies_end(used: b
     src, dst = views(device)
     expected = src.tensors[0].cpu()
     lane = Lane(device)
+    assert lane.stream is not None
     if used:
         lane.use(src)
 
@@ -121,6 +122,8 @@ def test_memory_that_a_lane_uses_is_not_handed_out_before_its_copies_end(used: b
     others = list[torch.Tensor]()  # in all free memory of this size
     while len(others) < 16 and address not in [each.data_ptr() for each in others]:
         others.append(torch.full((BLOCKS, PAGE), 99, dtype=torch.uint8, device=device))
+    assert not lane.stream.query()  # the copy waits
+    assert (address in [each.data_ptr() for each in others]) is not used
     torch.cuda.synchronize()
     assert int(others[-1][0, 0]) == 99
     assert torch.equal(dst.tensors[0].view(-1), expected.view(-1)) is used
