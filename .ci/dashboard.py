@@ -31,8 +31,7 @@ import torch
 
 from portakv import KVView
 from portakv.copy import count_copies
-from portakv.graph.meter import Family, Meter
-from portakv.graph.metrics import ENGINE, PREFIX
+from portakv.graph.meter import ENGINE, PREFIX, Family, Meter
 from portakv.graph.trace import Figures
 from portakv.integrations.vllm.metrics import REPORTED, figures_of, series_of
 from portakv.migrate import Channel, Owner, Pull, Reader, Shard, Ticket, shared_empty

@@ -42,7 +42,7 @@ from portakv.errors import PortaKVError
 from portakv.interconnect.costs import costs_of
 from portakv.registry.registry import ENVIRONMENT
 from portakv.runtime.devices import device_name, usable_device, usual_device
-from portakv.runtime.linux import require_linux
+from portakv.runtime.resources import require_linux
 from portakv_benchmarks.check import (
     ENCODING_SUITE,
     ENGINE_SUITE,

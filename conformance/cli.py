@@ -23,7 +23,7 @@ from portakv.cli.console import Parser, installing
 from portakv.cli.sides import read_above_zero
 from portakv.errors import PortaKVError, Unsupported
 from portakv.registry.registry import ENVIRONMENT, MADE_FOR
-from portakv.runtime.linux import require_linux
+from portakv.runtime.resources import require_linux
 from portakv_conformance.evidence.verdict import WRONG
 from portakv_conformance.evidence.verify import check_report
 from portakv_conformance.faults.command import compare as compare_tiers

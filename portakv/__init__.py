@@ -12,8 +12,7 @@ from portakv.copy.choose_encoding import EncodingChoice, choose_encoding
 from portakv.copy.handle import BlockTransfer
 from portakv.copy.options import CopyOptions
 from portakv.copy.rotation import rotate_blocks
-from portakv.copy.rows import copy_blocks, copy_rows
-from portakv.copy.runs import copy_runs
+from portakv.copy.rows import copy_blocks, copy_rows, copy_runs
 from portakv.errors import (
     BackendUnavailable,
     DeviceMismatch,

@@ -26,7 +26,7 @@ import pytest
 import portakv
 from portakv import ext
 from portakv.cli import make_parser
-from portakv.graph.metrics import METRICS, PREFIX
+from portakv.graph.meter import METRICS, PREFIX
 from portakv.integrations import INTEGRATIONS
 from portakv.integrations.lmcache import check
 from portakv.integrations.sglang.pools import OTHERS as SGLANG_OTHERS

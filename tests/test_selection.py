@@ -16,13 +16,13 @@ from portakv.migrate.transports.base import Transport
 from portakv.migrate.transports.distributed import Distributed
 from portakv.selection import Catalog, Decision, Kind, select
 from portakv.storage.io.base import Engine
-from portakv.storage.io.threads import Threads
+from portakv.storage.io.choose import Threads
 
 KIND = Kind("pump", "PORTAKV_PUMP", "pump", error=StoreError, unknown=InvalidTerms)
 MODULE = """
 from portakv.migrate.transports.distributed import Distributed
 from portakv.storage.tiers.disk import Disk
-from portakv.storage.io.threads import Threads
+from portakv.storage.io.choose import Threads
 
 class Acme(Threads):
     name = "acme"
@@ -56,7 +56,7 @@ def acme(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def engines(paths: bool = True) -> Catalog[Engine]:
-    built_in = {"threads": "portakv.storage.io.threads:Threads"}
+    built_in = {"threads": "portakv.storage.io.choose:Threads"}
     return Catalog(KIND, None, built_in, "portakv.io_engines", paths=paths)
 
 
@@ -92,13 +92,13 @@ def test_without_the_package_its_names_are_unknown() -> None:
 
 
 def test_a_path_is_a_name_except_from_another_process() -> None:
-    path = "portakv.storage.io.threads:Threads"
+    path = "portakv.storage.io.choose:Threads"
     assert engines().load(path) is Threads
     with pytest.raises(InvalidTerms, match="Expected pump to be 'threads', got 'portakv"):
         engines(paths=False).load(path)
 
 
-@pytest.mark.parametrize("target", ["portakv.storage.io.threads:verifies", "json:dumps"])
+@pytest.mark.parametrize("target", ["portakv.storage.io.choose:verifies", "json:dumps"])
 def test_a_candidate_is_of_the_class_of_its_kind(target: str) -> None:
     catalog = Catalog[Threads](KIND, Threads, {}, "portakv.nothing")
     with pytest.raises(BackendUnavailable, match=r"a subclass of portakv.*\.Threads"):
@@ -142,7 +142,7 @@ class _Read(Mapping[str, Any]):
         self._first = threading.Lock()
 
     def __getitem__(self, name: str) -> str:
-        return {"threads": "portakv.storage.io.threads:Threads"}[name]
+        return {"threads": "portakv.storage.io.choose:Threads"}[name]
 
     def __len__(self) -> int:
         return 1

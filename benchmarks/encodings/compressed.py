@@ -24,7 +24,7 @@ import torch
 from portakv import KVView, copy_blocks
 from portakv.storage import BlockForm
 from portakv.storage.image import HEADER, Row, seal
-from portakv.storage.tiers import compressed
+from portakv.storage.tiers import remote
 
 LAYERS = 4
 HEADS = 8
@@ -57,16 +57,16 @@ def images() -> dict[str, tuple[Row, BlockForm]]:
 def measured(turns: int) -> dict[str, dict[str, float]]:
     """Return the ratio and the rates of each kind of image, in bytes of the image and of raw
     rows."""
-    codec = compressed.zstd()
+    codec = remote.zstd()
     made = images()
     raw_bytes = made["raw"][1].payload_bytes
     result = {}
     for name, (row, form) in made.items():
-        data = compressed.compress(row, form, codec)
+        data = remote.compress(row, form, codec)
         assert data is not None
         body = np.frombuffer(data, np.uint8)
         back = np.zeros_like(row)
-        writing = _seconds(partial(compressed.compress, row, form, codec), turns)
+        writing = _seconds(partial(remote.compress, row, form, codec), turns)
         reading = _seconds(partial(_read, body, back, form), turns)
         assert np.array_equal(back, row)
         result[name] = {
@@ -82,13 +82,13 @@ def measured(turns: int) -> dict[str, dict[str, float]]:
 
 def _read(body: Row, row: Row, form: BlockForm) -> None:
     """Restore an image from an object, as a tier does."""
-    terms = compressed.terms_of(body[:HEADER], form)
+    terms = remote.terms_of(body[:HEADER], form)
     assert terms is not None
-    codec = compressed.zstd()
-    compressed.restore_header(body[:HEADER], row, form)
+    codec = remote.zstd()
+    remote.restore_header(body[:HEADER], row, form)
     for number in range(len(form.segments)):
         part = body[slice(*terms.span(number))]
-        assert compressed.restore(part, row, form, terms, number, codec)
+        assert remote.restore(part, row, form, terms, number, codec)
 
 
 def _seconds(work: Callable[[], Any], turns: int) -> float:

@@ -16,7 +16,7 @@ from portakv import Index, copy_blocks
 from portakv.copy.handle import BlockTransfer
 from portakv.core.pick import BITS, EXCLUDED, ORDER, pick_copy
 from portakv.interconnect.choose import HostLaunch, across
-from portakv.interconnect.pieces import RunCounter
+from portakv.interconnect.link import RunCounter
 from portakv.interconnect.strategy import Terms
 from portakv.plan.plan import Move
 from portakv.registry.prepared import prepared

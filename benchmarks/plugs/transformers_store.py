@@ -65,7 +65,7 @@ def small_model() -> Any:
 
 def _believe_the_disk() -> None:
     """Take off the checks of what a disk returns, in this process."""
-    from portakv.storage.io.threads import Threads
+    from portakv.storage.io.choose import Threads
     from portakv.storage.tiers import disk
 
     run = Threads.run

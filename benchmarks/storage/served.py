@@ -18,8 +18,7 @@ from typing import Protocol
 import torch
 
 from portakv.serving.local import GroupView, LocalIndex, StoreTerms, forms_of
-from portakv.serving.server.client import ServerBlocks, StoreClient
-from portakv.serving.server.index import ServerIndex
+from portakv.serving.server.client import ServerBlocks, ServerIndex, StoreClient
 from portakv.serving.server.link import Place
 from portakv.storage.store import FormStore
 from portakv_benchmarks.host.suite import KB

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from portakv.registry.self_check import SelfCheck, self_check
+from portakv.registry.registry import SelfCheck, self_check
 from portakv_conformance.cases import Bench, Facility, Judge, Shape, Subject
 from portakv_conformance.judge.pattern import pattern_bytes
 

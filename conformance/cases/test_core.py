@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from portakv.registry.self_check import SelfCheck, self_check
+from portakv.registry.registry import SelfCheck, self_check
 from portakv_conformance.cases import Bench, Case, Judge, Shape
 from portakv_conformance.judge.judging import ENDS
 

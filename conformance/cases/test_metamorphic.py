@@ -13,7 +13,7 @@ from hypothesis import assume, given, reject, settings
 from hypothesis import strategies as st
 
 from portakv import Index, LayoutError, Unsupported
-from portakv.view.destination import check_writable
+from portakv.view.view import check_writable
 from portakv_conformance.cases import Bench, Case, Judge, Shape, Side, view_of
 from portakv_conformance.draw.saved import blaming
 from portakv_conformance.draw.strategies import cases

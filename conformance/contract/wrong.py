@@ -19,7 +19,7 @@ from portakv.migrate.transports.distributed import Distributed, Pair
 from portakv.storage import Disk
 from portakv.storage.form import BlockForm
 from portakv.storage.io.base import Ended, Request
-from portakv.storage.io.threads import Threads
+from portakv.storage.io.choose import Threads
 from portakv.storage.work import Graph
 
 # --- I/O engines ----------------------------------------------------------------------------------

@@ -28,7 +28,7 @@ _VENDOR = "portakv_conformance.vendor"
 _NATIVE = "portakv_native"
 # Drivers and compilers. The other modules of `portakv.runtime` serve every backend alike.
 _RUNTIME = "portakv.runtime"
-_DRIVERS = ("cuda", "devices", "hip", "kernel_cache", "nvrtc")
+_DRIVERS = ("cuda", "devices", "hip", "kernel_cache")
 #: What packs and launches kernels. The rest of the core serves every backend alike.
 _LAUNCHES = "portakv.core.rows"
 _COUNTED = (f"{_OURS}.", f"{_VENDOR}.", f"{_NATIVE}.")

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from portakv.cli.sides import read_above_zero
 from portakv.errors import Unsupported
-from portakv.runtime.linux import require_linux
+from portakv.runtime.resources import require_linux
 from portakv_conformance import SUITE_VERSION
 from portakv_conformance.faults import report as reports
 from portakv_conformance.faults.report import BAD, Request, TierReport

@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from mmap import mmap
 from pathlib import Path
 
-from portakv.runtime.linux import fcntl
+from portakv.runtime.resources import fcntl
 from portakv_conformance.faults.syscalls import BY_NUMBER, Call, borrow
 
 PAGE = 4096

@@ -9,8 +9,7 @@ from dataclasses import replace
 import numpy as np
 
 from portakv import Index, KVView
-from portakv.plan.loops import Loop
-from portakv.plan.plan import CopyPlan, Nest, Side
+from portakv.plan.plan import CopyPlan, Loop, Nest, Side
 from portakv_conformance.mutants.base import HostRows, Int64, Pair
 
 

@@ -17,8 +17,7 @@ import numpy.typing as npt
 import torch
 
 from portakv.backends.base import Backend, Capabilities, Decision, Launch, Pending
-from portakv.plan.loops import Loop
-from portakv.plan.plan import CopyPlan, Nest, Side
+from portakv.plan.plan import CopyPlan, Loop, Nest, Side
 from portakv_conformance.draw.arrangement import Keywords
 
 if TYPE_CHECKING:

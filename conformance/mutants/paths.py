@@ -9,8 +9,7 @@ import numpy as np
 import torch
 
 from portakv import Index, KVView, Unsupported
-from portakv.plan.loops import Loop
-from portakv.plan.plan import Nest
+from portakv.plan.plan import Loop, Nest
 from portakv_conformance.mutants.addressing import ThirtyTwoBitOffset, narrow
 from portakv_conformance.mutants.base import Call, DeviceRows, HostRows, Int64, Mask, Pair, Runs
 

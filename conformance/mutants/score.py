@@ -17,8 +17,7 @@ from itertools import groupby
 import torch
 
 from portakv.cli.console import print_rows
-from portakv.registry.registry import ENVIRONMENT
-from portakv.registry.self_check import SelfCheck, self_check
+from portakv.registry.registry import ENVIRONMENT, SelfCheck, self_check
 from portakv_conformance.evidence.verdict import WRONG
 from portakv_conformance.mutants import CONTROLS, MUTANTS, Mutant
 from portakv_conformance.record import CaseRecord, RunRecord

@@ -17,7 +17,7 @@ namespace portakv {
 // A copy crosses in slices. Each has two stages: the device's, between its rows and dense rows in a
 // buffer, and the link's, between that buffer and the host's rows. This is the one description of
 // who waits for what. Two executors follow it: `portakv_link_rows`, by CUDA's driver and the kernels
-// that copy rows, and `Passage` of portakv/interconnect/passage.py, by the torch of any device.
+// that copy rows, and `Passage` of portakv/interconnect/slices.py, by the torch of any device.
 
 // Words: the members in their order.
 struct SliceOrder {

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // Picks the transfer strategy of a copy by its costs, or by a rule if nothing was measured.
 //
-// `portakv/interconnect/pick.py` has the figures of the rules, with their origin, and the sentences
+// `portakv/interconnect/choose.py` has the figures of the rules, with their origin, and the sentences
 // of the reasons.
 #ifndef PORTAKV_PICK_H
 #define PORTAKV_PICK_H

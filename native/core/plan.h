@@ -2,7 +2,7 @@
 // The plan of a copy between two forms, before any address or id is known.
 //
 // A plan is one nest of loops, or one for each kv if they differ: units x strided loops x one
-// contiguous run. The structs mirror the dataclasses of portakv/plan/loops.py.
+// contiguous run. The structs mirror the dataclasses of portakv/plan/plan.py.
 #ifndef PORTAKV_PLAN_H
 #define PORTAKV_PLAN_H
 

@@ -12,8 +12,7 @@ from typing import TypeAlias
 
 import torch
 
-from portakv.plan.loops import Loop
-from portakv.plan.plan import CopyPlan, Nest, Side
+from portakv.plan.plan import CopyPlan, Loop, Nest, Side
 from portakv.view.index import Index
 from portakv.view.view import KVView
 

@@ -13,8 +13,7 @@ import torch
 
 from portakv.backends._sides import SideArguments
 from portakv.errors import Unsupported
-from portakv.plan.loops import Loop
-from portakv.plan.plan import CopyPlan, Move, Nest
+from portakv.plan.plan import CopyPlan, Loop, Move, Nest
 from portakv.view.index import Index
 from portakv.view.view import KVView
 

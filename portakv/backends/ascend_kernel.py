@@ -26,8 +26,7 @@ from portakv.backends._sides import SideArguments
 from portakv.backends._vendor_rows import GuardedRows
 from portakv.backends.base import MoveLaunch
 from portakv.errors import TransferError, Unsupported
-from portakv.plan.loops import Loop
-from portakv.plan.plan import CopyPlan, Move, Nest
+from portakv.plan.plan import CopyPlan, Loop, Move, Nest
 from portakv.runtime.devices import Unusable
 from portakv.view.view import KVView
 

@@ -8,7 +8,6 @@ import torch
 from portakv.backends.base import Decision
 from portakv.backends.pack_kernel import PackingRowsBackend
 from portakv.runtime import cuda as _cuda
-from portakv.runtime import nvrtc as _nvrtc
 
 
 class Cuda(PackingRowsBackend):
@@ -23,8 +22,8 @@ class Cuda(PackingRowsBackend):
     def probe(cls, device: torch.device) -> Decision:
         if device.type != "cuda":
             return Decision(cls.name, False, f"it runs on cuda devices, not on {device.type}")
-        why = _cuda.not_served(device) or _nvrtc.missing() or _cuda.driver_too_old()
+        why = _cuda.not_served(device) or _cuda.no_nvrtc() or _cuda.driver_too_old()
         why = why or _cuda.device_too_old(device)
         if why is not None:
             return Decision(cls.name, False, why)
-        return Decision(cls.name, True, f"NVRTC {_nvrtc.nvrtc_version()} compiles its kernel")
+        return Decision(cls.name, True, f"NVRTC {_cuda.nvrtc_version()} compiles its kernel")

@@ -28,10 +28,9 @@ from portakv.layout.packing import (
 from portakv.plan.packing import PackPlan
 from portakv.plan.plan import Move
 from portakv.runtime.devices import inside
-from portakv.view.dense import dense_blocks
 from portakv.view.form import Form
 from portakv.view.index import Index
-from portakv.view.view import KVView
+from portakv.view.view import KVView, dense_blocks
 
 #: The most values that are packed together, which bounds the temporary memory.
 MOST_VALUES = 4 << 20

@@ -31,10 +31,10 @@ from portakv.core.rows import ON_HOST, UNITS, Kernels, RowsShape, SideShape, pac
 from portakv.errors import Unsupported
 from portakv.plan.packing import PackPlan
 from portakv.plan.plan import CopyPlan, Move
+from portakv.runtime.bounded import making
 from portakv.runtime.cuda import KernelDriver
 from portakv.runtime.devices import capturing, refuse_capture
 from portakv.runtime.kernel_cache import LOADED
-from portakv.runtime.once import making
 from portakv.view.index import Index
 from portakv.view.view import KVView
 

@@ -420,7 +420,7 @@ class _Rows:
         return known, self._walked(numbers) if self._walk else numbers
 
     def _tensors_of(self, view: _Source) -> dict[Hashable, Any]:
-        """Return the tensors that a view keeps."""
+        """Return the tensors that a view keeps; none if it keeps none of this copy."""
         return view.derived if self._lasting else {}
 
     def _whole(self, view: _Source, entry: int) -> list[_Grids]:

@@ -25,9 +25,9 @@ from portakv.backends.base import (
     places_on,
 )
 from portakv.plan.plan import CopyPlan, Move
+from portakv.runtime.bounded import making
 from portakv.runtime.devices import capturing, refuse_capture, refuse_fork, this_process
 from portakv.runtime.kernel_cache import LOADED
-from portakv.runtime.once import making
 
 INTERPRET = "TRITON_INTERPRET"
 

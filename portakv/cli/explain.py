@@ -43,7 +43,7 @@ from portakv.cli.top import read_page, sums_of, values_in
 from portakv.copy.call import executor_of
 from portakv.core.pick import ORDER
 from portakv.errors import BackendUnavailable, InvalidTerms, PortaKVError, Unsupported
-from portakv.interconnect.choose import Host
+from portakv.interconnect.choose import Host, Shape, pick
 from portakv.interconnect.costs import (
     DIRECTIONS,
     Columns,
@@ -54,7 +54,6 @@ from portakv.interconnect.costs import (
     read,
     unmeasured,
 )
-from portakv.interconnect.pick import Shape, pick
 from portakv.interconnect.strategy import OVERLAPS, Terms
 from portakv.layout.encodings import PACK, Pack
 from portakv.layout.presets import resolve
@@ -71,8 +70,8 @@ from portakv.runtime.devices import (
     usable_device,
     version_of,
 )
+from portakv.view.bound import PackedExtents
 from portakv.view.example import example_tensors
-from portakv.view.packed import PackedExtents
 from portakv.view.view import KVView
 
 HELP = "print the plan between two layouts, and the backend that executes it"
@@ -870,7 +869,7 @@ def _explain_hooks(url: str, as_json: bool) -> int:
     does not answer, or whose engine has no connector of PortaKV.
     """
     # Imported here: it needs the extra `serving`, and no other answer does.
-    from portakv.serving.costs import LIMIT
+    from portakv.serving.scheduler import LIMIT
 
     url = _metrics_of(url)
     try:

@@ -33,13 +33,13 @@ from portakv.cli.console import Report, installing, print_json, print_prose, pri
 from portakv.cli.sides import in_bytes, read_bytes
 from portakv.core.xxh3 import checksum
 from portakv.errors import InvalidTerms, PeerError, StoreBusy, StoreError
-from portakv.runtime.linux import fcntl, require_linux
+from portakv.runtime.resources import fcntl, require_linux
 from portakv.storage import image
 from portakv.storage.form import BlockForm, Range
 from portakv.storage.io.base import Request
 from portakv.storage.io.choose import choose
 from portakv.storage.tiers import folder as slots
-from portakv.storage.tiers.files import (
+from portakv.storage.tiers.folder import (
     PAGE,
     cause_of,
     check_folder,

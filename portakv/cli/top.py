@@ -19,8 +19,7 @@ from portakv.cli.console import print_json, print_rows
 from portakv.cli.sides import in_bytes, in_time
 from portakv.cli.store import check_installed
 from portakv.errors import InvalidTerms, PeerError, StoreError
-from portakv.graph.meter import series_of
-from portakv.graph.metrics import METRICS, PREFIX
+from portakv.graph.meter import METRICS, PREFIX, series_of
 
 HELP = "show what moves now in a store server or an engine: links, tiers, pulls"
 DESCRIPTION = """\

@@ -26,7 +26,7 @@ from portakv.cli.sides import (
 )
 from portakv.errors import PortaKVError
 from portakv.plan.plan import CopyPlan
-from portakv.runtime import hip, kernel_cache, nvrtc
+from portakv.runtime import cuda, hip, kernel_cache
 from portakv.view.view import KVView
 
 HELP = "compile the row kernels of cuda or hip into their cache, for any architecture"
@@ -238,22 +238,22 @@ def _own() -> Iterator[Architecture]:
 
 
 def _nvidia(capability: int) -> Target:
-    if why := nvrtc.missing():
+    if why := cuda.no_nvrtc():
         raise PortaKVError(f"The kernels of the cuda backend cannot be compiled: {why}.")
-    newest = nvrtc.architectures()[-1]
+    newest = cuda.architectures()[-1]
     # The next generation gets PTX of the newest one; a number further away is a typing error.
     if capability // 10 > newest // 10 + 1:
         raise PortaKVError(
             f"Expected --arch to be a compute capability such as 90 or {newest}, the newest that "
-            f"NVRTC {nvrtc.nvrtc_version()} knows, got {capability}. Correct it."
+            f"NVRTC {cuda.nvrtc_version()} knows, got {capability}. Correct it."
         )
     try:
-        name = nvrtc.target_for(capability)
+        name = cuda.target_for(capability)
     except RuntimeError as error:
         raise PortaKVError(str(error)) from error
-    holds = partial(nvrtc.compiled_before, capability=capability)
-    compile_ = partial(nvrtc.compile_kernel, capability=capability)
-    return Target(name, f"NVRTC {nvrtc.nvrtc_version()}", holds, compile_)
+    holds = partial(cuda.compiled_before, capability=capability)
+    compile_ = partial(cuda.compile_kernel, capability=capability)
+    return Target(name, f"NVRTC {cuda.nvrtc_version()}", holds, compile_)
 
 
 def _amd(name: str) -> Target:

@@ -22,13 +22,21 @@ from portakv.connector import in_graph
 from portakv.connector.in_graph import Allocations, first_tensor
 from portakv.copy.call import Context, Passed, check_rows
 from portakv.copy.inside import ChunkCopies
-from portakv.copy.options import Check, CopyOptions, options_from, refuse_options
-from portakv.copy.request import Ids, MemoryObject, Tensors, whole
+from portakv.copy.options import (
+    Check,
+    CopyOptions,
+    Ids,
+    MemoryObject,
+    Tensors,
+    options_from,
+    refuse_options,
+    whole,
+)
 from portakv.copy.submit import check_issue, issue
 from portakv.errors import DeviceMismatch, LayoutError, PortaKVError, SlotError
 from portakv.layout.language import parse
 from portakv.layout.presets import resolve
-from portakv.plan.move import Move
+from portakv.plan.plan import Move
 from portakv.registry.prepared import prepared
 from portakv.registry.registry import Choice, choose
 from portakv.runtime import transfer as transfers

@@ -20,8 +20,8 @@ import torch
 from portakv.arguments import kind_of
 from portakv.core.call import Watch
 from portakv.errors import LayoutError, TransferError
+from portakv.runtime.bounded import making
 from portakv.runtime.eager import eagerly as eagerly
-from portakv.runtime.once import making
 from portakv.view import KVView
 from portakv.view.bound import Tensors
 

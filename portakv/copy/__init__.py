@@ -4,4 +4,4 @@
 from portakv.copy.counting import count_copies as count_copies
 from portakv.copy.options import CopyOptions as CopyOptions
 from portakv.copy.rows import copy_rows as copy_rows
-from portakv.copy.runs import copy_runs as copy_runs
+from portakv.copy.rows import copy_runs as copy_runs

@@ -38,9 +38,8 @@ from portakv.runtime.transfer import (
     hold,
     hold_memory,
 )
-from portakv.view.destination import check_writable
 from portakv.view.index import Index
-from portakv.view.view import KVView
+from portakv.view.view import KVView, check_writable
 
 _HOST = torch.device("cpu")  # a comparison takes an eighth of the time of a look at the type
 UNCHECKED = "its ids have to be checked before they are used"  # inside graph capture

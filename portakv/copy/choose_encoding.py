@@ -23,7 +23,7 @@ import torch
 from portakv.arguments import instance, rate
 from portakv.backends.reference_pack import escapes_of
 from portakv.copy.encodings import to_host
-from portakv.copy.request import Ids
+from portakv.copy.options import Ids
 from portakv.copy.rows import copy_blocks
 from portakv.errors import InvalidTerms, PortaKVError, SlotError, Unsupported
 from portakv.host import pinned
@@ -33,9 +33,9 @@ from portakv.registry import choose
 from portakv.runtime.devices import inside
 from portakv.runtime.streams import ignoring_captures, own_stream
 from portakv.view import KVView
-from portakv.view.dense import dense_blocks
 from portakv.view.form import Form
 from portakv.view.index import index_of
+from portakv.view.view import dense_blocks
 
 #: Rows are packed if that makes their link at least so many times as fast.
 GAIN = 1.05

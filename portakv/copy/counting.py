@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections import Counter, deque
 from threading import Lock
 
-from portakv.runtime.once import making
+from portakv.runtime.bounded import making
 from portakv.view.form import Form
 
 #: New copies that are added up together.

@@ -39,8 +39,7 @@ from portakv.copy.options import USUAL, CopyOptions
 from portakv.core.link import Cut
 from portakv.errors import PackOverflow, PortaKVError, Unsupported
 from portakv.interconnect.pack_slices import PackStages, issue_slices, pack_stages
-from portakv.interconnect.passage import Cross
-from portakv.interconnect.slices import Sizes
+from portakv.interconnect.slices import Cross, Sizes
 from portakv.layout.encodings import FP8, PACK
 from portakv.plan.packing import Move, PackPlan, check_sides
 from portakv.registry import STRATEGIES, choose
@@ -54,10 +53,9 @@ from portakv.runtime.transfer import (
     acquire_word,
     hold,
 )
-from portakv.view.dense import dense_blocks
 from portakv.view.form import Form
 from portakv.view.index import Index
-from portakv.view.view import KVView
+from portakv.view.view import KVView, dense_blocks
 
 #: Raw bytes of the largest slice that crosses the link packed, unless one block has more. While a
 #: persistent matmul runs, four such slices hide its gaps, and four of 16 MiB do not (H200).

@@ -12,12 +12,11 @@ import numpy as np
 
 from portakv.copy.counting import Counted
 from portakv.errors import TransferError
-from portakv.plan.move import Move
+from portakv.plan.plan import Move
 from portakv.runtime.transfer import NOTHING, Transfer
 from portakv.runtime.worker import Worker
-from portakv.view.destination import note_written
 from portakv.view.form import Form
-from portakv.view.view import KVView
+from portakv.view.view import KVView, note_written
 
 
 @dataclass(frozen=True, slots=True)

@@ -45,7 +45,7 @@ from portakv.core.view import handle_at, words_of_dtypes
 from portakv.errors import LayoutError, PortaKVError, SlotError
 from portakv.interconnect.choose import across
 from portakv.interconnect.strategy import PINNED, Strategy, StrategyLaunch, WholeCopies
-from portakv.plan.move import Move
+from portakv.plan.plan import Move
 from portakv.registry.prepared import PREPARED, Prepared, bring_table, prepared
 from portakv.registry.registry import Choice, choose
 from portakv.runtime.devices import capturing
@@ -60,10 +60,9 @@ from portakv.runtime.transfer import (
     word_batches,
 )
 from portakv.view.bound import BoundLayout
-from portakv.view.destination import check_writable, with_versions
 from portakv.view.form import Form, plain_reader
 from portakv.view.index import CONSECUTIVE, ID_DTYPES, PAST_ANY_VIEW, Ids, Index, as_ids, index_of
-from portakv.view.view import KVView
+from portakv.view.view import KVView, check_writable, with_versions
 
 _AWAY = {"peer", "remote"}
 _OPENED = "opened"  # of a view, for the core

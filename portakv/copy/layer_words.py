@@ -20,8 +20,13 @@ from portakv.errors import PortaKVError, TransferError
 from portakv.runtime import late_release
 from portakv.runtime.devices import capturing
 from portakv.runtime.resources import start_thread
-from portakv.runtime.stream_words import LAST, StreamWords, words_of
-from portakv.runtime.streams import ignore_captures_elsewhere, own_stream
+from portakv.runtime.streams import (
+    LAST,
+    StreamWords,
+    ignore_captures_elsewhere,
+    own_stream,
+    words_of,
+)
 from portakv.runtime.transfer import Transfer
 
 #: Seconds between two looks at ends that no stream orders: the first after an end, and the most,

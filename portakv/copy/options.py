@@ -5,15 +5,18 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field, fields
-from typing import Any, Literal, TypeAlias, get_args
+from math import inf
+from typing import Any, Literal, Protocol, TypeAlias, get_args
 
 import torch
 
-from portakv.arguments import flag, instance, invalid, one_of, rate
-from portakv.errors import InvalidTerms
+from portakv.arguments import as_whole, flag, instance, invalid, one_of, rate
+from portakv.errors import InvalidTerms, SlotError
 from portakv.interconnect.strategy import Overlap as Overlap
 from portakv.interconnect.strategy import Terms
 from portakv.runtime.transfer import LateErrors
+from portakv.view.index import Ids as Ids
+from portakv.view.view import Tensors as Tensors
 
 #: How ids on a device are checked.
 Check: TypeAlias = Literal["usual", "strict"]
@@ -150,3 +153,27 @@ def options_from(options: CopyOptions | None, keywords: dict[str, Any]) -> CopyO
             f"CopyOptions."
         )
     return instance("options", options, CopyOptions, "Pass CopyOptions(...).")
+
+
+# ------------------------------------------------------------------------------------------------
+# The arguments that several calls take: ids, memory objects and whole numbers.
+
+
+class HasTensor(Protocol):
+    """A memory object of an engine, with its tensors in ``.tensor``."""
+
+    @property
+    def tensor(self) -> Any:
+        """`Tensors`; anything else is refused when it is used."""
+
+
+#: A chunk.
+MemoryObject: TypeAlias = "Tensors | HasTensor"
+
+
+def whole(name: str, value: object, expected: str, least: float = -inf) -> int:
+    """Return an argument that is a whole number; raise `SlotError` if it is not one."""
+    number = as_whole(value)
+    if number is not None and number >= least:
+        return number
+    raise SlotError(f"Expected {name} to be {expected}, got {value!r}. Pass one.")

@@ -21,12 +21,11 @@ from portakv.copy.rows import block_index, move_of
 from portakv.copy.submit import submit
 from portakv.errors import LayoutError, Unsupported
 from portakv.layout.encodings import FP8_DTYPES, Rope
-from portakv.plan.move import Move
+from portakv.plan.plan import Move
 from portakv.runtime.transfer import Transfer
-from portakv.view.dense import dense_blocks
 from portakv.view.form import Form
 from portakv.view.index import Ids, Index
-from portakv.view.view import KVView
+from portakv.view.view import KVView, dense_blocks
 
 #: The options that a copy with a rotation takes.
 OPTIONS = ("backend", "stream", "overlap", "max_thread_blocks", "check", "late")

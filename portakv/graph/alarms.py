@@ -41,7 +41,7 @@ class Rule(NamedTuple):
     """A fault, and what to do about it.
 
     Attributes:
-        metric: its name in `portakv.graph.metrics`.
+        metric: its name in `portakv.graph.meter`.
         labels: of the samples that count.
         above: the value from which it is a fault.
         grows: the value is a counter: the fault is that it has grown by more than ``above`` since

@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from portakv.errors import Unsupported
 from portakv.extras import installing
-from portakv.graph.meter import Family, Meter, Sample, Source
-from portakv.graph.metrics import METRICS, NAMESPACE, Metric
+from portakv.graph.meter import METRICS, NAMESPACE, Family, Meter, Metric, Sample, Source
 from portakv.runtime import tracing
 
 if TYPE_CHECKING:
@@ -50,7 +49,7 @@ def observe(
     """Have OpenTelemetry read the figures of sources whenever it exports.
 
     The sources are those of `Collector`. They are read as long as the provider lives, so call this
-    once. A histogram is two counters (see `portakv.graph.metrics.Metric`), since OpenTelemetry's
+    once. A histogram is two counters (see `portakv.graph.meter.Metric`), since OpenTelemetry's
     API has no histogram that is read.
 
     Args:

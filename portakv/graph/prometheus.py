@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING
 
 from portakv.errors import Unsupported
 from portakv.extras import installing
-from portakv.graph.meter import Meter, Source
-from portakv.graph.metrics import PREFIX
+from portakv.graph.meter import PREFIX, Meter, Source
 
 if TYPE_CHECKING:
     from prometheus_client.core import Metric

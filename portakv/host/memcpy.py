@@ -23,8 +23,8 @@ from portakv.arguments import flag, kind_of
 from portakv.errors import BackendUnavailable, DeviceMismatch, LayoutError
 from portakv.runtime import cuda, streams
 from portakv.runtime.devices import capturing, inside, refuse_capture, resolve, usual_device
+from portakv.runtime.resources import READ_ONLY, writable
 from portakv.runtime.transfer import Transfer
-from portakv.runtime.writable import READ_ONLY, writable
 
 #: Torch copies narrower rows, and packs them first. A copy engine takes some 55 ns a row, however
 #: few its bytes (rows of 512 bytes reach 0.16 of the link, benchmarks/notes/link.md), so rows of 4

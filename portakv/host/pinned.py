@@ -23,9 +23,15 @@ from torch.compiler import is_compiling
 
 from portakv.arguments import flag
 from portakv.errors import HostMemoryError, Unsupported
-from portakv.host import _pages, _registration
-from portakv.host._pages import HugePages, available, whole
-from portakv.host._registration import Registration, boundaries, options_of
+from portakv.host import _registration
+from portakv.host._registration import (
+    HugePages,
+    Registration,
+    available,
+    boundaries,
+    options_of,
+    whole,
+)
 from portakv.runtime.eager import eagerly
 
 __all__ = [
@@ -216,11 +222,11 @@ def allocate(
         with suppress(RuntimeError), torch.inference_mode(False):
             base = torch.empty(nbytes, dtype=torch.uint8, device="cpu", pin_memory=True)
             return PinnedMemory(base, None, notes)
-    mapping, notes = _pages.map_private(nbytes, huge_pages)
-    address = _pages.address_of(mapping)
+    mapping, notes = _registration.map_private(nbytes, huge_pages)
+    address = _registration.address_of(mapping)
     if numa is not None:
-        _pages.bind(address, len(mapping), numa)
-    _pages.touch(address, len(mapping), threads)
+        _registration.bind(address, len(mapping), numa)
+    _registration.touch(address, len(mapping), threads)
     return _pinned(mapping, Registration(address, nbytes, registration), notes)
 
 
@@ -281,7 +287,7 @@ def register_address(
     flag("read_only", read_only)
     address = whole("address", address)
     nbytes = whole("nbytes", nbytes, 1)
-    if not _pages.is_mapped(address, nbytes):
+    if not _registration.is_mapped(address, nbytes):
         raise HostMemoryError(
             f"Expected memory of this process to register, got {nbytes} bytes at address "
             f"{address:#x}, some of which are not mapped. Register memory before it is freed."
@@ -385,7 +391,7 @@ def _pinned(owner: object, registration: Registration, notes: Sequence[str] = ()
         return eagerly(_pinned, owner, registration, notes)
     (first, _) = registration.pieces[0]
     (last, nbytes) = registration.pieces[-1]
-    buffer = _pages.bytes_at(first, last + nbytes - first)
+    buffer = _registration.bytes_at(first, last + nbytes - first)
     with torch.inference_mode(False):  # as in `PinnedMemory.view`
         base = torch.frombuffer(buffer, dtype=torch.uint8)
     weakref.finalize(buffer, registration.undo, owner).atexit = False  # at exit it stays mapped

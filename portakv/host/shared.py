@@ -9,9 +9,9 @@ import os
 from contextlib import suppress
 
 from portakv.errors import HostMemoryError
-from portakv.host import _pages
+from portakv.host import _registration
 from portakv.runtime import resources
-from portakv.runtime.linux import fcntl
+from portakv.runtime.resources import fcntl
 
 
 def unnamed(nbytes: int) -> mmap.mmap:
@@ -22,11 +22,11 @@ def unnamed(nbytes: int) -> mmap.mmap:
     """
     flags = os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING
     try:
-        if nbytes > _pages.available():
+        if nbytes > _registration.available():
             raise OSError(errno.ENOMEM, "more than this process may have")
         with open(os.memfd_create("portakv-", flags), "r+b") as file:
             os.ftruncate(file.fileno(), nbytes)
-            _pages.use_huge_pages(file.fileno(), nbytes)
+            _registration.use_huge_pages(file.fileno(), nbytes)
             os.posix_fallocate(file.fileno(), 0, nbytes)
             # If it could become shorter, that would be a SIGBUS for all processes that map it.
             fcntl.fcntl(file, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_SEAL)

@@ -23,9 +23,8 @@ import torch
 
 from portakv.core.pick import ORDER, look_up
 from portakv.runtime import cuda, kernel_cache
-from portakv.runtime.bounded import Bounded
+from portakv.runtime.bounded import Bounded, making
 from portakv.runtime.devices import device_name
-from portakv.runtime.once import making
 
 Measured = TypeVar("Measured")
 

@@ -14,8 +14,7 @@ import torch
 
 from portakv.core.link import Cut
 from portakv.interconnect.link import link_of
-from portakv.interconnect.passage import Cross, Passage
-from portakv.interconnect.slices import BothStages, Sizes, SlicedRows
+from portakv.interconnect.slices import BothStages, Cross, Passage, Sizes, SlicedRows
 from portakv.interconnect.staging import DenseRows, staging
 from portakv.interconnect.strategy import finish
 from portakv.plan.packing import Move, PackPlan

@@ -23,10 +23,8 @@ import torch
 from portakv.backends.base import Launch
 from portakv.backends.strided import HOST_OPS, Copies, Planes, calls_on_host, copy_on_host
 from portakv.core.link import Cut, cut_copy
-from portakv.interconnect.link import link_of
-from portakv.interconnect.passage import Passage, by_backend
-from portakv.interconnect.pieces import Pieces
-from portakv.interconnect.slices import Sizes, SlicedRows, Stages
+from portakv.interconnect.link import Pieces, link_of
+from portakv.interconnect.slices import Passage, Sizes, SlicedRows, Stages, by_backend
 from portakv.interconnect.staging import BUFFERS, bounce_buffers, staging
 from portakv.interconnect.strategy import PAGEABLE, Move, Strategy, StrategyLaunch
 from portakv.plan.plan import CopyPlan
@@ -43,6 +41,9 @@ SIZES = Sizes(whole=8 << 20, smallest=8 << 20, largest=24 << 20)
 #: its slices are longer, and cross in parts. A stream takes two buffers for them, of what a copy
 #: needs: 4,096 tokens of 32 layers in 16 objects take 162 calls, and 546 in slices of 24 MiB.
 WITHOUT_KERNELS = Sizes(whole=128 << 20, smallest=128 << 20, largest=128 << 20)
+
+#: The slices that are planned together, before the first of them crosses.
+AHEAD = 16
 
 
 class Pageable(Strategy):
@@ -127,19 +128,15 @@ class _PageableLaunch(StrategyLaunch):
         buffers = self._buffers
         sizes = WITHOUT_KERNELS if self._in_parts else SIZES
         slices = SlicedRows(self.stages, rows, host, host_index.to_host(), move.count, sizes)
-        planned = list[list[_Hop]]()
-        unplanned: Iterator[list[_Hop]] = iter(())
+        planned: Iterator[list[_Hop]] = iter(())
         crossing = deque[_Hop]()  # downward: what the host copies later
 
         def copy(hop: _Hop) -> None:
-            planned.extend(unplanned)
             buffers.wait(hop.at)
             copy_on_host(hop.calls)
 
         def cross(cut: Cut, dense: KVView, nth: int, link: torch.Stream) -> None:
-            if nth == len(planned):
-                planned.append(next(unplanned))
-            for hop in planned[nth]:
+            for hop in next(planned):
                 if len(crossing) == BUFFERS:
                     copy(crossing.popleft())
                 if self.downward:
@@ -160,7 +157,7 @@ class _PageableLaunch(StrategyLaunch):
             parts = [self._parts(slices, cut, form) for cut in slices.cuts]
             most = max((part.slots for each in parts for part in each), default=0)
             buffers.reserve(self.stages.dense.nbytes(most))
-            unplanned = self._planned(slices, parts)
+            planned = self._planned(slices, parts)
             passage.issue()
             while crossing:
                 copy(crossing.popleft())
@@ -168,21 +165,24 @@ class _PageableLaunch(StrategyLaunch):
     def _planned(self, slices: SlicedRows, parts: list[list[_Part]]) -> Iterator[list[_Hop]]:
         """Yield for each slice how its parts pass through bounce buffers, used in turns.
 
-        All are planned before the host copies rows: these displace the interpreter from the caches
+        Many are planned before the host copies rows: these displace the interpreter from the caches
         of its processor, so that each step takes several times as long (H200, 16 cores).
         """
         copies = dict[int, Copies]()  # by the slots of a bounce buffer
         turns = cycle(range(BUFFERS))
-        for each in parts:
-            hops = []
-            for part in each:
-                at = next(turns)
-                bounce = self._buffers.view(at, self.stages.dense, part.slots)
-                move = slices.crossing(part.cut, bounce, part.inside)
-                if part.slots not in copies:
-                    copies[part.slots] = Copies(move, HOST_OPS)
-                hops.append(_Hop(part, at, bounce, calls_on_host(copies[part.slots], move)))
-            yield hops
+        for first in range(0, len(parts), AHEAD):
+            planned = []
+            for each in parts[first : first + AHEAD]:
+                hops = []
+                for part in each:
+                    at = next(turns)
+                    bounce = self._buffers.view(at, self.stages.dense, part.slots)
+                    move = slices.crossing(part.cut, bounce, part.inside)
+                    if part.slots not in copies:
+                        copies[part.slots] = Copies(move, HOST_OPS)
+                    hops.append(_Hop(part, at, bounce, calls_on_host(copies[part.slots], move)))
+                planned.append(hops)
+            yield from planned
 
     def _parts(self, slices: SlicedRows, cut: Cut, form: Form) -> list[_Part]:
         """Return the parts in which a slice crosses. ``form``: of its dense rows."""

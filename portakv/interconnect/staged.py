@@ -22,10 +22,17 @@ from portakv.core.call import OTHERWISE, CopyEnd, Crossings, Fault
 from portakv.core.link import OUTSIDE, ROOM, STAGE, Cut
 from portakv.core.pick import ORDER
 from portakv.errors import Unsupported
-from portakv.interconnect.link import CudaLink, checked_words, link_of
-from portakv.interconnect.passage import Passage, by_backend, first_of, place_rows
-from portakv.interconnect.pieces import Uncrossed
-from portakv.interconnect.slices import BothStages, Sizes, SlicedRows, Stages
+from portakv.interconnect.link import CudaLink, Uncrossed, checked_words, link_of
+from portakv.interconnect.slices import (
+    BothStages,
+    Passage,
+    Sizes,
+    SlicedRows,
+    Stages,
+    by_backend,
+    first_of,
+    place_rows,
+)
 from portakv.interconnect.staging import Staging, staging
 from portakv.interconnect.strategy import (
     Cross,
@@ -34,8 +41,7 @@ from portakv.interconnect.strategy import (
     StrategyLaunch,
     read_on,
 )
-from portakv.plan.plan import CopyPlan
-from portakv.plan.runs import outside
+from portakv.plan.plan import CopyPlan, outside
 from portakv.registry.prepared import Prepared
 from portakv.runtime import cuda, streams
 from portakv.runtime.devices import inside

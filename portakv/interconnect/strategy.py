@@ -19,10 +19,9 @@ from portakv.core.call import DRIVER, OTHERWISE, PREPARE, CopyEnd, Crossings, Ex
 from portakv.core.link import EDGES, STAGE
 from portakv.core.pick import ORDER
 from portakv.host import pinned
-from portakv.interconnect.link import CudaLink, TorchLink, link_of
-from portakv.interconnect.pieces import Uncrossed
-from portakv.plan.move import Move as Move
+from portakv.interconnect.link import CudaLink, TorchLink, Uncrossed, link_of
 from portakv.plan.plan import CopyPlan
+from portakv.plan.plan import Move as Move
 from portakv.registry.registry import Choice, choose
 from portakv.runtime import streams
 from portakv.runtime.devices import capturing

@@ -7,7 +7,7 @@ from importlib import import_module
 from typing import Any
 
 from portakv.extras import installing
-from portakv.runtime.linux import require_linux
+from portakv.runtime.resources import require_linux
 
 try:
     require_linux("migration between processes")
@@ -39,9 +39,9 @@ from portakv.migrate.figures import count_weights
 from portakv.migrate.owner import Offer, Owner, Ticket
 from portakv.migrate.pull import Pull
 from portakv.migrate.reader import Reader
-from portakv.migrate.rendezvous import pair, rendezvous, unique_id
 from portakv.migrate.shards import Shard
 from portakv.migrate.shared_memory import open_shared, share, shared_empty
+from portakv.migrate.transports.distributed import pair, rendezvous, unique_id
 
 __all__ = [
     "BackendUnavailable",

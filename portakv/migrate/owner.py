@@ -36,10 +36,9 @@ from portakv.migrate.words import Entry, NameTable, Place, Words
 from portakv.runtime import tracing
 from portakv.runtime.bounded import Bounded
 from portakv.runtime.devices import capturing, refuse_capture
-from portakv.runtime.finished import Finished
 from portakv.runtime.interrupts import shielded, uninterrupted
 from portakv.runtime.streams import StreamFence, ignore_captures_elsewhere
-from portakv.runtime.transfer import event_pool
+from portakv.runtime.transfer import Finished, event_pool
 from portakv.tasks import Signal, Work, runtime
 from portakv.view.index import Ids, Index
 

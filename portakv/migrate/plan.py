@@ -30,7 +30,7 @@ from portakv.migrate.shards import (
     slices,
 )
 from portakv.migrate.staging import page_of, rows_bytes
-from portakv.plan.move import Move
+from portakv.plan.plan import Move
 from portakv.view import Index, KVView
 from portakv.view.index import CONSECUTIVE, Ids
 

@@ -34,9 +34,8 @@ from portakv.errors import (
 )
 from portakv.graph.trace import Ran, Trace
 from portakv.layout.encodings import PACK, PACKED_DTYPE, Pack
-from portakv.migrate.buffers import StagingBuffer
 from portakv.migrate.checksum import MODULUS, checksum_of
-from portakv.migrate.connections import Source
+from portakv.migrate.connections import Source, StagingBuffer
 from portakv.migrate.messages import (
     Answer,
     Choose,

@@ -15,8 +15,8 @@ import torch
 from portakv.core.plan import Refused, pack_words
 from portakv.errors import LayoutError, Unsupported
 from portakv.layout.encodings import DTYPES, PACK, PackedPlane
-from portakv.plan.loops import TwoSides, WordReader, check_extents, lines_of, refusal_of
-from portakv.plan.move import Move as Move
+from portakv.plan.plan import Move as Move
+from portakv.plan.plan import TwoSides, WordReader, check_extents, lines_of, refusal_of
 from portakv.view.form import Form, Steps
 
 

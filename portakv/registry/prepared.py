@@ -28,8 +28,7 @@ from portakv.errors import Unsupported
 from portakv.plan.packing import PackPlan
 from portakv.plan.plan import CopyPlan, Move
 from portakv.registry import registry
-from portakv.registry.registry import Choice
-from portakv.registry.self_check import turn
+from portakv.registry.registry import Choice, turn
 from portakv.runtime.bounded import Bounded
 from portakv.runtime.devices import inside
 from portakv.runtime.transfer import Pending, event_pool

@@ -1,9 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The one mapping for everything that the library caches, with a name and a limit."""
+"""What the library remembers in a process: the one mapping for all caches, with a name and a limit,
+and the lock of what exists once.
+"""
 
 from __future__ import annotations
 
+import os
+import threading
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from time import monotonic
 from typing import Any, TypeVar
 from weakref import WeakSet
@@ -98,3 +103,31 @@ _caches: WeakSet[Bounded[Any, Any]] = WeakSet()
 def caches() -> list[Bounded[Any, Any]]:
     """Return every existing bounded mapping, by name; several may have one name."""
     return sorted(_caches, key=lambda cache: cache.name)
+
+
+# ------------------------------------------------------------------------------------------------
+# The lock of a process for what exists once: choices of backends, kernels, tables of costs.
+#
+# A thread that needs such an object waits for the thread that makes it. They have one lock, since
+# making one object makes others: a choice tests kernels, and to load these reserves pinned
+# memory. With several locks two threads could wait for each other.
+
+_lock: AbstractContextManager[bool]
+
+
+def making() -> AbstractContextManager[bool]:
+    """Return the lock as a context, which a thread that has it may enter again.
+
+    Nothing takes it for a copy of forms that are known.
+    """
+    return _lock
+
+
+def _renew() -> None:
+    """Begin with a free lock: a forked process lacks the thread of its parent that may have it."""
+    global _lock
+    _lock = threading.RLock()
+
+
+_renew()
+os.register_at_fork(after_in_child=_renew)

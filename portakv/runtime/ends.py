@@ -16,9 +16,9 @@ import torch
 
 from portakv.core.call import GUARDED, REPORTS, CopyEnd, WordBatches, calls
 from portakv.errors import TransferError
+from portakv.runtime.bounded import making
 from portakv.runtime.cuda import NO_CONTEXT, KernelDriver, raw_stream
 from portakv.runtime.devices import inside
-from portakv.runtime.once import making
 from portakv.runtime.streams import ignoring_captures
 from portakv.runtime.transfer import (
     Completion,

@@ -1,14 +1,25 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Start threads and count descriptors, and name the limit that leaves this process without one."""
+"""What the system gives this process: threads, descriptors, Linux, memory that may be written."""
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import logging
 import os
+import sys
 import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from ctypes import c_int, c_int64
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING
 
-from portakv.errors import PortaKVError
+import torch
+
+from portakv.core.library import function
+from portakv.errors import PortaKVError, Unsupported
 
 _log = logging.getLogger(__name__)
 #: Fewer free descriptors than these are few: a channel or a server then raises the soft limit.
@@ -88,3 +99,107 @@ def start_thread(thread: threading.Thread, error: type[PortaKVError]) -> None:
         thread.start()
     except RuntimeError:
         raise error(f"Expected to start the thread {thread.name!r}, but {NO_THREAD}.") from None
+
+
+# ------------------------------------------------------------------------------------------------
+# Keep torch's calls of a worker thread off the threads of OpenMP.
+#
+# Each thread that calls torch has a separate team of OpenMP threads. After each call the team
+# spins for a while, on the cores of the model that computes meanwhile.
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Have torch's calls of this thread run in this thread alone; other threads change nothing.
+
+    Does nothing if torch was built without OpenMP. Not for the main thread, where an interrupt
+    might leave the number of the caller at one.
+    """
+    library = _library()
+    if library is None:
+        yield
+        return
+    before = torch.get_num_threads()  # torch sets the number of a new thread in its first call
+    library.omp_set_num_threads(1)
+    try:
+        yield
+    finally:
+        library.omp_set_num_threads(before)
+
+
+@cache
+def _library() -> ctypes.PyDLL | None:
+    """Return torch's library, by which the OpenMP functions are found that torch calls."""
+    try:
+        library = ctypes.PyDLL(str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"))
+        library.omp_set_num_threads(library.omp_get_max_threads())
+    except (OSError, AttributeError):  # another system, or another library for threads
+        return None
+    return library
+
+
+# ------------------------------------------------------------------------------------------------
+# Name the parts of PortaKV that need Linux, where another system runs.
+#
+# Layouts, plans and the backend `reference` run on any system. Host memory, block stores,
+# migration and serving use Linux's files, descriptors and ``/proc``.
+
+if TYPE_CHECKING:
+    import fcntl as fcntl
+else:
+    try:
+        import fcntl
+    except ImportError:  # Windows
+
+        class fcntl:
+            """Replace the module on systems without it; `require_linux` is called before use."""
+
+
+def require_linux(what: str) -> None:
+    """Raise `Unsupported` on another system than Linux.
+
+    Args:
+        what: the part that needs it, as the subject of a sentence.
+    """
+    here = sys.platform
+    if here != "linux":
+        raise Unsupported(what, f"it needs Linux, and this system is {here}; run it on Linux")
+
+
+def fallocate(fd: int, offset: int, nbytes: int) -> None:
+    """Allocate space for a part of an open file, which is longer then if the part ends after it.
+
+    `os.posix_fallocate` emulates this on a file system without it, by a write of one byte to each
+    page, which ``O_DIRECT`` rejects. This function raises `OSError` with ``EOPNOTSUPP`` instead.
+    """
+    call = ctypes.CDLL(None, use_errno=True).fallocate
+    numbers = ctypes.c_long(offset), ctypes.c_long(nbytes)
+    while call(fd, 0, *numbers):
+        number = ctypes.get_errno()
+        if number != errno.EINTR:
+            raise OSError(number, os.strerror(number))
+
+
+# ------------------------------------------------------------------------------------------------
+# Ask the kernel whether host memory may be written, for copies that would else end the process.
+
+#: Why a destination is refused, as a clause.
+READ_ONLY = (
+    "its memory is mapped for reading only. Copy into other memory, or map it with PROT_WRITE"
+)
+
+
+def writable(first: int, past: int) -> bool:
+    """Return False if a write of the first or the last byte of a range on the host would fail.
+
+    Memory that the kernel lets the process write is writable, whatever its owner says about it,
+    such as a read-only numpy array. `portakv_writable` of ``core.h`` says more.
+    """
+    return _writable()(first, past) != 0
+
+
+@cache
+def _writable() -> Callable[[int, int], int]:
+    """Return the function. It never waits: another thread might not give the interpreter back for
+    milliseconds."""
+    return function("writable", c_int, c_int64, c_int64)

@@ -15,20 +15,20 @@ except ImportError as error:
         f"brings them."
     ) from error
 
-from portakv.serving.costs import Costs, measured
 from portakv.serving.local import StoreTerms
 from portakv.serving.pages import PageJob, Pages, PageSize, PageStore, Usage, page_key
 from portakv.serving.plan import Job, Plan, Report
 from portakv.serving.scheduler import (
     BlockHolder,
+    Costs,
     Described,
     Group,
     Index,
     SchedulerSide,
     check_group,
+    measured,
 )
-from portakv.serving.server.client import ServerBlocks, ServerTransfer, StoreClient
-from portakv.serving.server.index import ServerIndex
+from portakv.serving.server.client import ServerBlocks, ServerIndex, ServerTransfer, StoreClient
 from portakv.serving.server.link import Place
 from portakv.serving.server.server import StoreServer, place_of
 from portakv.serving.worker import Blocks, Ended, GroupCache, WorkerSide

@@ -142,8 +142,7 @@ class Chains(Generic[Key]):
     """
 
     def __init__(self, lock: threading.Lock | None = None) -> None:
-        self.lock = lock or threading.Lock()
-        self.written = Condition(self.lock)  # for tiers: notified when a write ends
+        self.renew(lock)
         self._blocks = dict[Key, _Block[Key]]()
         self._by_mark = dict[Mark | None, _Block[Key]]()
         # By mark: successors that are stored or being written, also of a mark that is not stored.
@@ -154,6 +153,12 @@ class Chains(Generic[Key]):
         self._queues = dict[Hashable, list[tuple[int, _Block[Key]]]]()
         self._last_call: object = None  # see `_use_in_order`
         self.changed: Callable[[Key, bool, str], object] = unheard
+
+    def renew(self, lock: threading.Lock | None = None) -> None:
+        """Begin with this lock, or with a new one in a forked process, which lacks the thread that
+        may have it."""
+        self.lock = lock or threading.Lock()
+        self.written = Condition(self.lock)  # for tiers: notified when a write ends
 
     def __contains__(self, key: object) -> bool:
         return key in self._blocks

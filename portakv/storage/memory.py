@@ -27,12 +27,12 @@ from portakv.copy.options import USUAL, CopyOptions
 from portakv.copy.rows import copy_rows as copy_rows
 from portakv.errors import InvalidTerms, LayoutError, SlotError
 from portakv.host import pinned
-from portakv.host.extents import Extents
+from portakv.host.pool import Extents
 from portakv.host.shared import unnamed
 from portakv.plan.plan import CopyPlan
 from portakv.runtime.devices import capturing, refuse_capture
 from portakv.runtime.interrupts import uninterrupted
-from portakv.runtime.linux import require_linux
+from portakv.runtime.resources import require_linux
 from portakv.runtime.streams import (
     StreamFence,
     completion,
@@ -46,7 +46,7 @@ from portakv.storage.form import BlockForm
 from portakv.storage.image import Row
 from portakv.storage.work import BaseQueue, Graph, Task
 from portakv.view import IdList, Index, KVView
-from portakv.view.destination import note_written
+from portakv.view.view import note_written
 
 # ------------------------------------------------------------------------------------------------
 # The memory of a block store's rows: pinned where a device is there, private or shared.

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`KVView`: tensors read through a layout are a form and addresses.
+"""`KVView`: tensors read through a layout are a form and addresses; its slices, dense views, and
+views that a copy writes.
 
 Addresses come from ``data_ptr()`` and strides, never from contiguity, the number of tensors or
 ``shape[i] == 2``.
@@ -7,26 +8,41 @@ Addresses come from ``data_ptr()`` and strides, never from contiguity, the numbe
 
 from __future__ import annotations
 
-from bisect import bisect_left
-from collections.abc import Callable, Hashable, Sequence
+from array import array
+from bisect import bisect_left, bisect_right
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import replace
-from typing import Any, NoReturn, TypeAlias, TypeVar
+from itertools import pairwise, product
+from typing import Any, NamedTuple, NoReturn, TypeAlias, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 import torch
+from torch.autograd.graph import increment_version
 
 from portakv.arguments import as_whole, shown
+from portakv.core.slice import HEADS_CUT, slice_words
+from portakv.core.view import words_of_dtypes
 from portakv.errors import DeviceMismatch, LayoutError
-from portakv.layout.encodings import Encoding
+from portakv.layout.encodings import Encoding, parameters_of, plane_of
 from portakv.layout.language import Layout
 from portakv.runtime.devices import capturing, refuse_capture, usable_device
+from portakv.runtime.resources import READ_ONLY, writable
 from portakv.runtime.transfer import event_pool
 from portakv.view.addresses import RawMemory, read_addresses
-from portakv.view.bound import BoundLayout, Facts, Rows, Spans, as_dtype, bind_layout, reach
+from portakv.view.bound import (
+    BoundLayout,
+    Facts,
+    Rows,
+    Spans,
+    as_dtype,
+    bind_layout,
+    flatten_tensors,
+    reach,
+)
 from portakv.view.bound import Tensors as Tensors
-from portakv.view.form import Form, locate, same_form
-from portakv.view.slices import cover, regions, slice_form, slice_range, spans_within, storage_edges
+from portakv.view.form import PART_AXES, PLACES, Form, form_of, locate, same_form
+from portakv.view.overlap import shared_axes, shared_by_addresses
 
 T = TypeVar("T")
 
@@ -732,3 +748,287 @@ def _alias(owner: torch.Tensor, storage: torch.UntypedStorage) -> torch.Tensor:
     empty = torch.empty(0, dtype=owner.dtype, device=storage.device)
     count = storage.nbytes() // owner.dtype.itemsize
     return empty.set_(storage, 0, (count,), (1,))
+
+
+# ------------------------------------------------------------------------------------------------
+# Slices of a view: ranges of layers, heads and kv, and the forms and addresses that follow.
+
+
+class SlicedForm(NamedTuple):
+    """The form of a slice, and the table entries that the slice uses."""
+
+    form: Form
+    #: Bytes that each used entry gains. The key is the entry's number times ``copies``, plus which
+    #: of the copies it is.
+    gained: dict[int, int]
+    #: Entries of the slice for each entry of the view.
+    copies: int
+
+    @property
+    def sources(self) -> list[int]:
+        """Return the number of the view's entry for each entry of the slice."""
+        return [number // self.copies for number in self.gained]
+
+    def origins(self, origins: Sequence[int]) -> tuple[int, ...]:
+        """Return the addresses of the slice, from the addresses of the view."""
+        pairs = zip(self.sources, self.gained.values(), strict=True)
+        return tuple(origins[entry] + gain for entry, gain in pairs)
+
+    def table(self, table: torch.Tensor) -> torch.Tensor:
+        """Return the entries of the slice from a table; the host does not read or wait for it."""
+        entries = self.sources
+        gains = list(self.gained.values())
+        steps = {later - earlier for earlier, later in pairwise(entries)}
+        step = min(steps, default=1)
+        if len(set(gains)) == 1 and len(steps) < 2 and step > 0:
+            picked = table[entries[0] : entries[-1] + 1 : step]
+            return (picked + gains[0] if gains[0] else picked).contiguous()
+        return torch.stack([table[at] + gain for at, gain in zip(entries, gains, strict=True)])
+
+
+def slice_form(form: Form, count: int, kv: range, layers: range, heads: range) -> SlicedForm:
+    """Return the form of a slice of a view of ``count`` blocks, or of a chunk's tokens.
+
+    Raises:
+        LayoutError: the range of layers or heads cuts a factor.
+    """
+    read = slice_words(form.address, count, kv, layers, heads)
+    if isinstance(read, int):
+        axis, wanted = ("head", heads) if read == HEADS_CUT else ("layer", layers)
+        raise LayoutError(
+            f"{axis} {wanted.start}..{wanted.stop} cuts through a factor of the {axis!r} axis; "
+            f"slice at multiples of its factors."
+        )
+    words, copies, gained = read
+    of_name = words_of_dtypes()
+    dtypes = [of_name[form.dtypes[k]] for k in kv] if form.dtypes else [0] * len(kv)
+    rest = array("q", [PLACES.index(form.place), form.table_on_device, *dtypes])
+    encoding = tuple([form.encoding[k] for k in kv]) if form.encoding else ()
+    return SlicedForm(form_of(words + rest.tobytes(), encoding), gained, copies)
+
+
+def slice_range(name: str, requested: slice | int | None, extent: int) -> range:
+    """Return the positions that a slice of one axis covers; an integer covers one position.
+
+    Raises:
+        LayoutError: not an integer or a slice of integers, or an empty or stepped range.
+    """
+    if requested is None:
+        return range(extent)
+    try:
+        if isinstance(requested, slice):
+            result = range(extent)[requested]
+        else:
+            at = as_whole(requested)
+            if at is None:
+                raise TypeError
+            result = range(at, at + 1) if 0 <= at < extent else range(0)
+    except (TypeError, ValueError):
+        raise LayoutError(
+            f"Expected an integer or a slice of integers, got {name}={requested!r}. Pass one."
+        ) from None
+    if len(result) < 1 or result.step != 1:
+        raise LayoutError(
+            f"Expected a range of at least one of {extent} {name} with step 1, got "
+            f"{name}={requested}, which covers {list(result)}. Pass a range within the view."
+        )
+    return result
+
+
+def spans_within(spans: Spans, storages: Sequence[torch.UntypedStorage]) -> Spans:
+    """Return the parts of sorted, disjoint spans that lie in ``storages``."""
+    ends = [past for _, past in spans]
+    result = []
+    for start, end in sorted({(s.data_ptr(), s.data_ptr() + s.nbytes()) for s in storages}):
+        at = bisect_right(ends, start)
+        while at < len(spans) and spans[at][0] < end:
+            result.append((max(spans[at][0], start), min(spans[at][1], end)))
+            at += 1
+    return result
+
+
+def cover(spans: Spans, ranges: Sequence[tuple[int, int]]) -> bool:
+    """Return True if sorted ranges of storages cover every span."""
+    for first, past in spans:
+        # Storages that touch each other may be parts of one span.
+        for start, end in ranges:
+            if start <= first < end:
+                first = end
+        if first < past:
+            return False
+    return True
+
+
+def regions(
+    storages: Iterable[torch.UntypedStorage],
+) -> tuple[tuple[torch.UntypedStorage, int, int], ...]:
+    """Return each storage once, with its address and its bytes."""
+    # Tensors may share a storage, for which torch makes an object for each of them.
+    distinct = {storage._cdata: storage for storage in storages}
+    return tuple((each, each.data_ptr(), each.nbytes()) for each in distinct.values())
+
+
+def storage_edges(storages: Iterable[torch.UntypedStorage]) -> npt.NDArray[np.int64]:
+    """Return the first byte of each storage, and then the byte past each."""
+    sizes = {storage.data_ptr(): storage.nbytes() for storage in storages}
+    return np.array([*sizes, *map(sum, sizes.items())], dtype=np.int64)
+
+
+# ------------------------------------------------------------------------------------------------
+# Dense memory for blocks, raw or encoded, in one order that any side is copied to and from.
+
+
+def dense_blocks(
+    form: Form,
+    unit: int,
+    blocks: int,
+    device: torch.device,
+    encoding: Encoding | None = None,
+    allocate: Callable[[int], torch.Tensor] | None = None,
+) -> KVView:
+    """Return uninitialised memory for the rows of a form in blocks of ``unit`` tokens.
+
+    The view has a contiguous tensor for each kv: ``[blocks, layers, heads, tokens, dim]``, or
+    uint8 ``[blocks, layers, heads, slot_bytes]`` if the blocks are encoded.
+
+    Args:
+        form: of raw rows, or of blocks in an encoding.
+        encoding: of the blocks in place of raw rows; None: as the form has them.
+        allocate: returns uint8 memory of so many bytes; None: memory of ``device``.
+    """
+    dtypes = [getattr(torch, name or "uint8") for name in form.dtypes]
+    if form.encoding:
+        encoding = parameters_of(form.encoding)
+        dims = [plane.values // unit for plane in form.encoding]
+    else:
+        sizes = [dtype.itemsize for dtype in dtypes]
+        dims = [width // size for width, size in zip(form.widths, sizes, strict=True)]
+    inner = "token dim"
+    shapes: list[tuple[int, ...]] = [(unit, dim) for dim in dims]
+    if encoding is not None:
+        inner = "page"
+        shapes = [(plane_of(encoding, unit, dim).slot_bytes,) for dim in dims]
+        dtypes = [torch.uint8] * form.kv
+
+    tensors = []
+    for shape, dtype in zip(shapes, dtypes, strict=True):
+        size = torch.Size((blocks, form.layers, form.heads, *shape))
+        if allocate is None:
+            tensors.append(torch.empty(size, dtype=dtype, device=device))
+        else:
+            tensors.append(allocate(size.numel() * dtype.itemsize).view(dtype).view(size))
+    return KVView(
+        tensors,
+        f"kv | block layer head {inner}",
+        kv=form.kv,
+        block_size=unit,
+        dim=dims,
+        encoding=encoding,
+    )
+
+
+# ------------------------------------------------------------------------------------------------
+# Check that a view can be the destination of a copy, and note that a copy has written it.
+
+_WHY_NOT = "why not a destination"  # of a view; empty if it is one
+_WRITTEN = "tensors with versions"  # of a view
+
+
+def check_writable(view: KVView) -> None:
+    """Raise `LayoutError` if a view cannot be a destination.
+
+    The answer is kept with the view, except that its memory is mapped for reading only: the caller
+    may map it anew.
+    """
+    why: str | None = view.derived.get(_WHY_NOT)
+    if why is None:
+        why = _why_not(view)
+        # Look at the first and the last byte of each span of host memory.
+        on_host = not why and view.form.place == "pageable"
+        if on_host and not all(writable(first, past) for first, past in view.spans):
+            why = READ_ONLY
+        elif view.known:  # else the addresses may be read back later
+            view.derived[_WHY_NOT] = why
+    if why:
+        raise LayoutError(f"Expected a writable destination, got {view.layout.text!r}: {why}.")
+
+
+def _why_not(view: KVView) -> str:
+    """Return why rows at these addresses cannot be a destination; empty if they can."""
+    form = view.form
+    if view.requires_grad:
+        return "it requires grad. Pass tensor.detach()"
+    if form.place == "peer":
+        return "a peer's rows are only read. Let its own device read the source"
+    count: int | None = view.slots // (form.block_size or 1)
+    if view.blocks_overlap or (view.raw and not view.entry_bytes):
+        count = None  # the blocks of a copy are apart, or none knows how many there are
+    axes = shared_axes(form, count)
+    if not axes and view.known and view.entries > 1:
+        axes = shared_by_addresses(form, count, view.addresses)
+    return _why_shared(view, axes) if axes else ""
+
+
+def _why_shared(view: KVView, axes: tuple[str, ...]) -> str:
+    """Return why rows that are apart along some axes cannot both be written, with what to do."""
+    for part, name in product(view.form.parts, axes):
+        steps = part.axis(name) if name in PART_AXES else ()
+        if any(step.stride == step.table == 0 for step in steps):
+            containers = view.layout.containers
+            listed = any(each.axis == name for group in containers for each in group.factors)
+            remedy = f"separate memory for each {name}" if listed else "tensor.contiguous()"
+            return (
+                f"its {name!r} axis has stride 0, so that several rows share one place. Pass "
+                f"{remedy}"
+            )
+    if {*axes} <= {"", "kv", "layer"}:
+        return (
+            "two of its planes lie at one address, so that one would overwrite the other. Pass "
+            "separate memory for each"
+        )
+    apart = " and ".join(repr(name) for name in axes if name)
+    return (
+        f"two of its rows, which are apart along {apart}, share bytes. Pass tensors whose rows "
+        f"share none, such as tensor.contiguous()"
+    )
+
+
+def note_written(view: KVView) -> None:
+    """Raise the version of each tensor of a view, as torch does when it writes in place.
+
+    So autograd notices if a copy overwrites a tensor that it saved for a backward pass. Raw memory
+    has no versions, nor have tensors that were made in inference mode.
+    """
+    increment_version(with_versions(view))
+
+
+def with_versions(view: KVView) -> tuple[torch.Tensor, ...]:
+    """Return a tensor for each version of a view: views of one tensor share it."""
+    tensors: tuple[torch.Tensor, ...] | None = view.derived.get(_WRITTEN)
+    if tensors is None:
+        tensors = view.derived[_WRITTEN] = _find_versions(view)
+    return tensors
+
+
+def _find_versions(view: KVView) -> tuple[torch.Tensor, ...]:
+    if view.raw:
+        return ()
+    if not view.layout.containers:
+        return view.owners
+    # A table has only the first of tensors that lie at equal distances, and a slice has all tensors
+    # of its view.
+    flat, _ = flatten_tensors(view.layout, view.tensors)
+    spans = view.spans
+    pasts = [past for _, past in spans]
+    written = {}
+    for tensor in flat:
+        begin = tensor.data_ptr()
+        at = bisect_right(pasts, begin)
+        if at == len(spans):
+            continue
+        first = spans[at][0]
+        # Most tensors need no look at their strides.
+        if first <= begin or first < begin + reach(tensor.shape, tensor.stride()) * tensor.itemsize:
+            base = tensor if tensor._base is None else tensor._base
+            written[id(base)] = base
+    return tuple(written.values())

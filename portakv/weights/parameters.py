@@ -24,7 +24,7 @@ from portakv.migrate.messages import Box as Ends
 from portakv.migrate.messages import Bytes, Dims, Message, Small, Text, prepare
 from portakv.migrate.shards import deal
 from portakv.migrate.shared_memory import Held, export_all
-from portakv.runtime.writable import READ_ONLY, writable
+from portakv.runtime.resources import READ_ONLY, writable
 from portakv.view.bound import reach
 from portakv.view.overlap import overlaps_itself
 

@@ -20,8 +20,7 @@ from support.paged_cases import chunk, dense, paged, pool, rows_of
 
 from portakv import BackendUnavailable, CopyPlan, Index, KVView, copy_rows
 from portakv.backends import compiled as module
-from portakv.backends._compiled_program import Program
-from portakv.backends.compiled import Compiled
+from portakv.backends.compiled import Compiled, Program
 from portakv.registry import registry
 from portakv.runtime.kernel_cache import LOADED
 

@@ -24,11 +24,11 @@ from support.cuda_on_cpu import ARGUMENT_BYTES
 
 from portakv.backends.cuda import Cuda
 from portakv.backends.rows_kernel import LOOKUPS, MAX_ENTRIES, NAMES, RowsKernel, kernels_of
-from portakv.runtime import nvrtc as _nvrtc
+from portakv.runtime import cuda as _cuda
 
 DEVICE = torch.device("cuda", 0)
 ARCHITECTURES = (80, 90, 100)
-needs_nvrtc = pytest.mark.skipif(_nvrtc.missing() is not None, reason=str(_nvrtc.missing()))
+needs_nvrtc = pytest.mark.skipif(_cuda.no_nvrtc() is not None, reason=str(_cuda.no_nvrtc()))
 
 
 @pytest.fixture(autouse=True)
@@ -117,9 +117,9 @@ def compiles(sources: Iterable[str], architecture: int) -> None:
     """Compile kernels to programs that all differ and are cached."""
     texts = list(sources)
     with ThreadPoolExecutor(2) as pool:
-        binaries = list(pool.map(lambda s: _nvrtc.compile_kernel(s, architecture), texts))
+        binaries = list(pool.map(lambda s: _cuda.compile_kernel(s, architecture), texts))
     assert all(binary.startswith(b"\x7fELF") for binary in binaries)
-    assert all(_nvrtc.compiled_before(source, architecture) for source in texts)
+    assert all(_cuda.compiled_before(source, architecture) for source in texts)
     assert len(set(binaries)) == len(texts)
 
 
@@ -153,7 +153,7 @@ def test_machine_code_has_the_vector_width(tables: bool, architecture: int, tmp_
     """The machine code is disassembled, which takes longer than to compile it."""
     assert {kernel.shape.vector for _, kernel in chosen(tables)} == set(_SASS)
     for number, (source, kernel) in enumerate(chosen(tables)):
-        binary = _nvrtc.compile_kernel(source, architecture)
+        binary = _cuda.compile_kernel(source, architecture)
         code = _disassembled(binary, tmp_path / f"{number}.cubin")
         assert f".target\tsm_{architecture}" in code
         _judge_sass(code, kernel.shape.vector)
@@ -163,9 +163,9 @@ def test_machine_code_has_the_vector_width(tables: bool, architecture: int, tmp_
 @pytest.mark.parametrize("tables", [False, pytest.param(True, marks=pytest.mark.full)])
 def test_ptx_has_the_vector_width(tables: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Made where NVRTC does not know a device, for the nearest older one."""
-    monkeypatch.setattr(_nvrtc, "architectures", lambda: [75, 80])
+    monkeypatch.setattr(_cuda, "architectures", lambda: [75, 80])
     for source, kernel in chosen(tables):
-        binary = _nvrtc.compile_kernel(source, 90)
+        binary = _cuda.compile_kernel(source, 90)
         assert binary.endswith(b"\0"), "the driver wants text that ends"
         text = binary.decode()
         assert ".target sm_80" in text
@@ -180,9 +180,9 @@ def test_ptx_has_the_vector_width(tables: bool, monkeypatch: pytest.MonkeyPatch)
 
 @needs_nvrtc
 def test_targets(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert set(ARCHITECTURES) <= set(_nvrtc.architectures())
-    monkeypatch.setattr(_nvrtc, "architectures", lambda: [75, 80, 90])
-    assert [_nvrtc.target_for(n) for n in (75, 86, 90, 130)] == [
+    assert set(ARCHITECTURES) <= set(_cuda.architectures())
+    monkeypatch.setattr(_cuda, "architectures", lambda: [75, 80, 90])
+    assert [_cuda.target_for(n) for n in (75, 86, 90, 130)] == [
         "sm_75",
         "compute_80",
         "sm_90",
@@ -191,14 +191,14 @@ def test_targets(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(
         RuntimeError, match=r"Expected compute capability 7\.5 or later, .* got 7\.0"
     ):
-        _nvrtc.target_for(70)
+        _cuda.target_for(70)
 
 
 @needs_nvrtc
 def test_an_error_carries_the_compilers_log() -> None:
     source = next(iter(KERNELS)).replace("Argument copy)", "Argument nothing)")
     with pytest.raises(RuntimeError) as caught:
-        _nvrtc.compile_kernel(source, 90)
+        _cuda.compile_kernel(source, 90)
     assert "NVRTC refused the kernel for sm_90:\n" in str(caught.value)
     assert 'identifier "copy" is undefined' in str(caught.value)
     assert "\0" not in str(caught.value)
@@ -209,9 +209,9 @@ def test_compiling_needs_no_cuda_core() -> None:
     """A separate process, which cannot import it, compiles a kernel."""
     program = (
         "import sys; sys.modules['cuda.core'] = None\n"
-        "from portakv.runtime import nvrtc as _nvrtc\n"
-        "assert _nvrtc.missing() is None, _nvrtc.missing()\n"
-        "print(len(_nvrtc.compile_kernel(sys.argv[1], 90)))"
+        "from portakv.runtime import cuda as _cuda\n"
+        "assert _cuda.no_nvrtc() is None, _cuda.no_nvrtc()\n"
+        "print(len(_cuda.compile_kernel(sys.argv[1], 90)))"
     )
     assert int(python("-c", program, next(iter(KERNELS)))) > 1000
 
@@ -243,8 +243,8 @@ def bindings(monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.setitem(sys.modules, "cuda.bindings", made)
     for name in ("cuda.bindings.nvrtc", "cuda.bindings.driver"):
         monkeypatch.delitem(sys.modules, name, raising=False)
-    monkeypatch.setattr(_nvrtc, "version", version)
-    monkeypatch.setattr(_nvrtc, "architectures", lambda: [75, 80, 90])
+    monkeypatch.setattr(_cuda, "version", version)
+    monkeypatch.setattr(_cuda, "architectures", lambda: [75, 80, 90])
     monkeypatch.setattr(torch.version, "hip", None)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
     return made
@@ -278,7 +278,7 @@ def test_nothing_is_missing(bindings: Any) -> None:
 def test_what_is_missing_is_the_reason(
     what: str, value: Any, reason: str, bindings: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    where = {"version": _nvrtc, "get_device_capability": torch.cuda}.get(what, bindings)
+    where = {"version": _cuda, "get_device_capability": torch.cuda}.get(what, bindings)
     monkeypatch.setattr(where, what, value)
     if value is None:
         delattr(bindings, what)

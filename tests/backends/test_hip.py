@@ -24,7 +24,7 @@ from portakv.backends import rows_launch
 from portakv.backends.hip import Hip
 from portakv.backends.rows_kernel import RowsKernel
 from portakv.registry import registry
-from portakv.registry.self_check import self_check
+from portakv.registry.registry import self_check
 from portakv.runtime import hip as _hip_driver
 from portakv.runtime.cuda import raw_stream
 from portakv.runtime.hip import Card

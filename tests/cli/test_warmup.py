@@ -19,11 +19,11 @@ from support.guarded_memory import check_sentence
 from portakv import CopyPlan, KVView
 from portakv.backends.rows_kernel import kernels_of
 from portakv.cli.sides import load_shapes
+from portakv.runtime import cuda
 from portakv.runtime import hip as _hip_driver
-from portakv.runtime import nvrtc
 from portakv_conformance.vendor.hip_emulated import compiler, fake_driver
 
-needs_nvrtc = pytest.mark.skipif(nvrtc.missing() is not None, reason=str(nvrtc.missing()))
+needs_nvrtc = pytest.mark.skipif(cuda.no_nvrtc() is not None, reason=str(cuda.no_nvrtc()))
 NHD = "layer | kv block token head dim"
 CHUNK = "kv layer token (head dim)"
 
@@ -38,7 +38,7 @@ def cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Make both compilers answer immediately; the cached files and their names are as usual."""
-    monkeypatch.setattr(nvrtc, "compile_text", lambda text, target: f"{text} {target}".encode())
+    monkeypatch.setattr(cuda, "compile_text", lambda text, target: f"{text} {target}".encode())
     monkeypatch.setattr(_hip_driver, "compile_text", lambda *_: b"code")
 
 
@@ -82,7 +82,7 @@ def test_kernels_are_compiled_once(cache: Path) -> None:
 def test_the_table(cache: Path) -> None:
     ran = run("warmup", "--arch", "130", "--layout", NHD, CHUNK, "--heads", "4", "--layers", "2")
     assert (ran.code, ran.err) == (0, "")
-    newest = nvrtc.architectures()[-1]
+    newest = cuda.architectures()[-1]
     assert f"compute_{newest}" in ran.out, "PTX where NVRTC does not know the architecture"
     assert "Compiled 8 kernels by NVRTC 13." in ran.out
     message = f"0 were cached before. All are stored in {cache}"
@@ -113,7 +113,7 @@ def test_what_copies_need_is_there(device: torch.device) -> None:
     major, minor = (9, 0) if device.type == "cpu" else torch.cuda.get_device_capability()
     architecture = 10 * major + minor
     extents = ("--layers", "3", "--heads", "2", "--dim", "64")
-    assert not any(nvrtc.compiled_before(source, architecture) for source in _needed(device))
+    assert not any(cuda.compiled_before(source, architecture) for source in _needed(device))
     run_json(
         "warmup",
         "--arch",
@@ -125,7 +125,7 @@ def test_what_copies_need_is_there(device: torch.device) -> None:
         "--dtype",
         "bfloat16",
     )
-    assert all(nvrtc.compiled_before(source, architecture) for source in _needed(device))
+    assert all(cuda.compiled_before(source, architecture) for source in _needed(device))
 
 
 @needs_nvrtc
@@ -196,13 +196,13 @@ REFUSED = RuntimeError("NVRTC refused the kernel:\na line that it did not like")
 #: The failing function, its result, the architecture, and words of the message.
 BROKEN: dict[str, tuple[Any, str, Mock, str, str]] = {
     "no NVRTC": (
-        nvrtc, "missing", Mock(return_value="cuda-bindings is not installed"), "90",
+        cuda, "no_nvrtc", Mock(return_value="cuda-bindings is not installed"), "90",
         "cannot be compiled: cuda-bindings is not installed."),
     "no hipRTC": (
         _hip_driver, "driver", Mock(side_effect=NO_HIPRTC), "gfx906",
         "hip backend cannot be compiled: hipRTC cannot be loaded (no such file); install"),
     "NVRTC refuses": (
-        nvrtc, "compile_text", Mock(side_effect=REFUSED), "90", "the kernel:\na line"),
+        cuda, "compile_text", Mock(side_effect=REFUSED), "90", "the kernel:\na line"),
     "no device": (
         torch.cuda, "is_available", Mock(return_value=False), "",
         "torch finds none here. Name architectures"),

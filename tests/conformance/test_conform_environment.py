@@ -60,7 +60,7 @@ VENDOR = "portakv_conformance.vendor"
 
 @pytest.mark.parametrize(("module", "files"), [
     ("portakv.backends.cuda",
-     "portakv.backends.cuda.py portakv.runtime.nvrtc.py portakv_native.cuda/rows.cuh"),
+     "portakv.backends.cuda.py portakv.runtime.cuda.py portakv_native.cuda/rows.cuh"),
     # What any kernel is given counts here, and the text of the CUDA kernel does not.
     ("portakv.backends.compiled", "portakv.backends.strided.py portakv.backends._sides.py"),
     ("portakv.backends.triton", "portakv.backends._triton_rows.py portakv.backends._sides.py"),

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from support.block_cases import BLOCK_BYTES, METHODS
 
-from portakv.copy import slices
+from portakv.copy import submit
 from portakv.runtime.worker import WINDOW
 
 
@@ -27,4 +27,4 @@ def options(method: str) -> dict[str, Any]:
 @pytest.fixture
 def small_slices(monkeypatch: pytest.MonkeyPatch) -> None:
     """A slice has two blocks, or one where several are under way."""
-    monkeypatch.setattr(slices, "SLICE", -(-2 * BLOCK_BYTES // WINDOW))
+    monkeypatch.setattr(submit, "SLICE", -(-2 * BLOCK_BYTES // WINDOW))

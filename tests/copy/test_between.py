@@ -17,7 +17,7 @@ from support.peer_cases import ReadsPeers, Two, answering, judge, reading, settl
 
 from portakv import DeviceMismatch, Index, KVView, LayoutError, SlotError, Unsupported, copy_rows
 from portakv.copy import submit
-from portakv.interconnect import bounce, peer
+from portakv.interconnect import peer
 
 HOST = "the test says so"
 
@@ -121,7 +121,7 @@ def test_every_way_of_blocks(two: Two, route: str, options: dict[str, Any]) -> N
 
 def small_slices(monkeypatch: pytest.MonkeyPatch, nbytes: int) -> None:
     """With a reason of their own they are not the launches that other tests prepared."""
-    monkeypatch.setattr(bounce, "SLICE", nbytes)
+    monkeypatch.setattr(peer, "SLICE", nbytes)
     monkeypatch.setattr(peer, "unmapped", answering(f"{HOST}, {nbytes} B at a time"))
 
 

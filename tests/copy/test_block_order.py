@@ -31,7 +31,7 @@ from support.device_cases import SIDE, STORE, current, delay, on, settle
 from support.threads import run_threads
 
 from portakv import Index, copy_blocks
-from portakv.copy import slices
+from portakv.copy import submit
 from portakv.host import small
 from portakv.registry import prepared
 from portakv.runtime import transfer
@@ -141,7 +141,7 @@ def test_two_devices(accelerator: torch.device, store: bool, terms: dict[str, An
 def test_as_much_is_under_way_in_one_slice_that_blocks_as_in_three(
     store: bool, pin: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(slices, "SLICE", BLOCK_BYTES)
+    monkeypatch.setattr(submit, "SLICE", BLOCK_BYTES)
     moved = pair(simdev_cases.DEVICE, store, pin).start(cancellable=True)
     moved.synchronize()
     assert WINDOW == 3

@@ -22,7 +22,7 @@ from support.threads import interrupting, run_threads
 from support.waits import LIMIT
 
 from portakv import Index, KVView, LateErrors, copy_blocks, register_backend
-from portakv.copy import slices as block_slices
+from portakv.copy import submit as block_slices
 from portakv.errors import SlotError, TransferCancelled, TransferError
 from portakv.registry import registry
 from portakv.runtime import worker

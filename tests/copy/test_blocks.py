@@ -37,7 +37,7 @@ from support.small_backends import small_backend
 
 from portakv import BlockTransfer, Index, KVView, copy_blocks, copy_rows
 from portakv.copy import inside as copy_inside
-from portakv.copy import slices as block_slices
+from portakv.copy import submit as block_slices
 from portakv.core import call as core_call
 from portakv.errors import (
     DeviceMismatch,

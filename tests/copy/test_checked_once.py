@@ -44,12 +44,12 @@ from portakv import (
     copy_runs,
     rotate_blocks,
 )
-from portakv.copy import call, encodings, slices
+from portakv.copy import call, encodings, submit
 from portakv.copy.call import Context, drop_bad_ids
 from portakv.plan.plan import check_disjoint
 from portakv.runtime.transfer import Transfer
-from portakv.view.destination import check_writable
 from portakv.view.form import plain_reader
+from portakv.view.view import check_writable
 
 CACHE = "layer | kv block token head dim"
 CHUNK = "kv layer token (head dim)"
@@ -188,7 +188,7 @@ def test_memory_that_is_released_between_two_slices_is_noticed(
     by_layer: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A worker issues slices after the call, when the memory may be another one."""
-    monkeypatch.setattr(slices, "SLICE", 1)
+    monkeypatch.setattr(submit, "SLICE", 1)
     pair = Pair(layered(), block_first())
     issued = 0
 

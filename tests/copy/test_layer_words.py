@@ -21,7 +21,7 @@ from portakv.errors import (
     TransferTimeout,
     Unsupported,
 )
-from portakv.runtime.stream_words import LAST, is_before
+from portakv.runtime.streams import LAST, is_before
 from portakv.runtime.transfer import Completion, Transfer
 
 ERRORS = [TransferError, TransferCancelled, TransferTimeout]

@@ -14,8 +14,7 @@ from support.waits import LIMIT
 
 from portakv.copy.layer_words import LayerWords
 from portakv.errors import TransferError, Unsupported
-from portakv.runtime.stream_words import CONNECTIONS
-from portakv.runtime.streams import completion
+from portakv.runtime.streams import CONNECTIONS, completion
 from portakv.runtime.transfer import Completion, Transfer
 
 pytestmark = pytest.mark.gpu

@@ -22,7 +22,7 @@ from support.presets_cases import KINDS, meet, side
 
 from portakv import Index, KVView, LayoutError, Unsupported, copy_rows
 from portakv.plan import Move
-from portakv.view.destination import check_writable
+from portakv.view.view import check_writable
 from portakv_conformance.draw.arrangement import Case, Side
 from portakv_conformance.draw.strategies import all_cases, cases, migrations, page_cases
 

@@ -15,7 +15,7 @@ from support.guarded_memory import refused
 from support.whole_copies import needs_whole_copies
 
 from portakv import Index, InvalidTerms, SlotError, Unsupported, copy_blocks, copy_rows
-from portakv.copy import slices
+from portakv.copy import submit
 
 SRC_IDS = [5, -1, 31, 8, 9, 10]
 DST_IDS = [0, 3, 2, 17, 18, 30]
@@ -37,7 +37,7 @@ def options(request: pytest.FixtureRequest) -> dict[str, Any]:
 
 @pytest.fixture
 def _small_slices(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(slices, "SLICE", 1024)
+    monkeypatch.setattr(submit, "SLICE", 1024)
 
 
 def sides(device: torch.device, downward: bool) -> tuple[Cache, Cache]:

@@ -16,8 +16,8 @@ from support.drawn_forms import draw_form, draw_rows, draw_step
 
 from portakv import CopyPlan, KVView, LayoutError, Unsupported
 from portakv.core.plan import plan_words
-from portakv.plan.loops import Loop, Nest, Side
 from portakv.plan.packing import PackPlan
+from portakv.plan.plan import Loop, Nest, Side
 from portakv.view.form import Form, KVRows, Step, Steps
 
 Positions = npt.NDArray[np.int64]

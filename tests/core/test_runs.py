@@ -19,10 +19,10 @@ from support.crossing_cases import bytes_of_pieces, bytes_of_runs
 from portakv import CopyPlan, Index, KVView, PortaKVError, SlotError
 from portakv.core import runs as core
 from portakv.host import pinned
-from portakv.interconnect import pieces as folding
-from portakv.interconnect.pieces import ALL, Pieces, RunCounter, pieces_of
+from portakv.interconnect import link as folding
+from portakv.interconnect.link import ALL, Pieces, RunCounter, pieces_of
 from portakv.plan import Move
-from portakv.plan.runs import side_words
+from portakv.plan.plan import side_words
 from portakv_conformance.draw.arrangement import Case, Side
 from portakv_conformance.draw.strategies import all_cases
 

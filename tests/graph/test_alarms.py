@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from portakv.graph.alarms import AGAIN, LEASE, LOOK, RULES, WAIT, Alarms
-from portakv.graph.metrics import METRICS
+from portakv.graph.meter import METRICS
 
 
 class Process:

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from support.waits import LIMIT
 
-from portakv.graph.metrics import METRICS, Metric
+from portakv.graph.meter import METRICS, Metric
 from portakv.integrations.vllm.metrics import REPORTED, STORE
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -26,10 +26,10 @@ from support.waits import LIMIT, until
 from portakv import tasks
 from portakv.graph import alarms
 from portakv.graph.alarms import Watch, watch
-from portakv.runtime import linux
+from portakv.runtime import resources
 from portakv.serving import PageStore, StoreTerms
 from portakv.storage import BlockStore, Disk
-from portakv.storage.tiers.files import file_system_of
+from portakv.storage.tiers.folder import file_system_of
 from portakv.view.view import KVView
 
 LOGGER = "portakv.graph.alarms"
@@ -158,7 +158,7 @@ def test_a_folder_that_is_full_or_lost(
         if not watched:
             process.forget()
         if fault == "full":
-            monkeypatch.setattr(linux, "fallocate", refuse)
+            monkeypatch.setattr(resources, "fallocate", refuse)
             save()
             where = file_system_of(folder)
             assert until(lambda: any(where in text for text in process.all_logged()))

@@ -27,7 +27,7 @@ from support.pool_processes import Child
 from support.waits import LIMIT
 
 from portakv.errors import DeviceMismatch, HostMemoryError, Unsupported
-from portakv.host import _pages, _registration, pinned
+from portakv.host import _registration, pinned
 
 pytestmark = pytest.mark.filterwarnings("ignore:Expected pinned host memory")
 PAGE = mmap.PAGESIZE
@@ -47,7 +47,7 @@ def test_so_many_bytes_and_no_more(
     nbytes: int, either: FakeLibrary | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """And the kernel gave every page before anything was written."""
-    monkeypatch.setattr(_pages, "SLICE", 5 * PAGE)  # which threads touch each in turn
+    monkeypatch.setattr(_registration, "SLICE", 5 * PAGE)  # which threads touch each in turn
     with pinned.allocate(nbytes, huge_pages="never", threads=3) as memory:
         assert either is None or either.registered == {memory.address: (nbytes, 3)}
         assert resident(memory.address, nbytes)
@@ -79,10 +79,10 @@ def resident(address: int, nbytes: int) -> bool:
 def test_without_populate_pages_keep_what_they_hold(monkeypatch: pytest.MonkeyPatch) -> None:
     memory = private(8 * PAGE)
     memory[0:1] = b"\x05"
-    address = _pages.address_of(memory)
+    address = _registration.address_of(memory)
     assert not resident(address, 8 * PAGE)
-    monkeypatch.setattr(_pages, "libc", lambda *_: 22)
-    _pages.touch(address, 8 * PAGE)
+    monkeypatch.setattr(_registration, "libc", lambda *_: 22)
+    _registration.touch(address, 8 * PAGE)
     assert resident(address, 8 * PAGE)
     assert memory[0:1] == b"\x05"
 
@@ -98,16 +98,19 @@ def test_what_the_kernel_tells(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     for name, text in contents.items():
         (tmp_path / name).write_text(text)
     replaced = {"/sys/fs/cgroup": tmp_path, "/sys/devices/system/node": tmp_path}
-    monkeypatch.setattr(_pages, "Path", lambda at, *name: Path(replaced.get(at, Path(at)), *name))
-    assert _pages.available() == 1000 - 700 + 400
-    assert _pages.nodes() == [0, 1, 2, 5]
+    monkeypatch.setattr(
+        _registration, "Path", lambda at, *name: Path(replaced.get(at, Path(at)), *name)
+    )
+    assert _registration.available() == 1000 - 700 + 400
+    assert _registration.nodes() == [0, 1, 2, 5]
     (tmp_path / "memory.max").write_text("max\n")
-    assert _pages.available() > 1000
+    assert _registration.available() > 1000
 
 
 def test_reserved_huge_pages_or_a_note(monkeypatch: pytest.MonkeyPatch) -> None:
     absent(monkeypatch)
-    monkeypatch.setattr(_pages, "MAP_HUGETLB", 0x40000 | 20 << 26)  # of 1 MB, which no kernel has
+    no_kernel_has = 0x40000 | 20 << 26  # pages of 1 MB
+    monkeypatch.setattr(_registration, "MAP_HUGETLB", no_kernel_has)
     with pinned.allocate(ODD, huge_pages="reserved") as memory:
         assert "no reserved huge pages" in memory.notes[0]
         assert "transparent huge pages were" in memory.notes[1]
@@ -154,7 +157,9 @@ def test_no_memory(call: Callable[[], object], words: str, monkeypatch: pytest.M
     other = {"node": Unsupported, "meta": DeviceMismatch}
     error = next((other[word] for word in other if word in words), HostMemoryError)
     if not re.search("available|node", words):
-        monkeypatch.setattr(_pages, "map_private", lambda *_: pytest.fail("memory was taken first"))
+        monkeypatch.setattr(
+            _registration, "map_private", lambda *_: pytest.fail("memory was taken first")
+        )
     with refused(error) as caught:
         call()
     assert re.search(words, str(caught.value))
@@ -175,7 +180,7 @@ def test_memory_is_not_freed_while_registered_nor_registered_once_freed() -> Non
         shared.close()
     pinned.unregister(registration)
     del registration
-    address = _pages.address_of(gone)
+    address = _registration.address_of(gone)
     gone.close()
     shared.close()
     released.release()
@@ -209,7 +214,7 @@ def test_registered_already(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_node_that_exists_and_one_that_does_not() -> None:
-    known = _pages.nodes()
+    known = _registration.nodes()
     if not known:
         pytest.skip("this kernel reports no NUMA nodes")
     nodes: list[Any] = [known[-1], [known[-1]], {known[-1]}, np.int64(known[-1])]
@@ -239,8 +244,8 @@ def test_a_node_that_exists_and_one_that_does_not() -> None:
 def test_what_the_kernel_refuses(
     call: str, code: int, error: type[Exception], why: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(_pages, "libc", lambda name, *_: code if name == call else 0)
-    monkeypatch.setattr(_pages, "nodes", lambda: [0])
+    monkeypatch.setattr(_registration, "libc", lambda name, *_: code if name == call else 0)
+    monkeypatch.setattr(_registration, "nodes", lambda: [0])
     with pytest.raises(error, match=why):
         pinned.allocate(PAGE, numa=0)
     monkeypatch.setattr(platform, "machine", lambda: "vax")
@@ -261,9 +266,9 @@ def test_tensors_and_arrays_hold_what_was_closed(cuda: FakeLibrary) -> None:
     array[:] = 4
     del part
     assert cuda.registered
-    assert _pages.is_mapped(address, PAGE)
+    assert _registration.is_mapped(address, PAGE)
     del array
-    assert not _pages.is_mapped(address, PAGE)
+    assert not _registration.is_mapped(address, PAGE)
     assert cuda.log == ["register", "quiesce", "unregister"]
     with pytest.raises(HostMemoryError, match="closed"):
         _ = memory.tensor
@@ -278,11 +283,11 @@ def test_a_capture_unregisters_nothing(cuda: FakeLibrary, monkeypatch: pytest.Mo
     monkeypatch.setattr(_registration, "capturing", lambda: True)
     del tensor
     assert cuda.registered
-    assert _pages.is_mapped(address, PAGE)
+    assert _registration.is_mapped(address, PAGE)
     monkeypatch.setattr(_registration, "capturing", lambda: False)
     pinned.allocate(PAGE).close()
     assert not cuda.registered
-    assert not _pages.is_mapped(address, PAGE)
+    assert not _registration.is_mapped(address, PAGE)
 
 
 def test_a_forked_child_leaves_the_registration_alone(cuda: FakeLibrary) -> None:
@@ -334,7 +339,7 @@ def test_read_only(cuda: FakeLibrary) -> None:
 
 def test_somebody_else_registered_it_or_has_let_go_of_it(cuda: FakeLibrary) -> None:
     with private() as mapping:
-        cuda.registered[_pages.address_of(mapping)] = PAGE, 0
+        cuda.registered[_registration.address_of(mapping)] = PAGE, 0
         with pytest.raises(HostMemoryError, match="other code registered"):
             pinned.register(mapping)
         assert cuda.sticky == 0
@@ -393,7 +398,7 @@ def test_pieces(cuda: FakeLibrary) -> None:
 
 def test_what_is_registered_is_exact_and_its_neighbours_are_left_alone(cuda: FakeLibrary) -> None:
     mapping = private(8 * PAGE)
-    address = _pages.address_of(mapping) + 100
+    address = _registration.address_of(mapping) + 100
     with pinned.register_address(address, 2 * PAGE, owner=mapping) as memory:
         assert cuda.registered == {address: (2 * PAGE, 3)}
         assert memory.boundaries == ()

@@ -23,7 +23,7 @@ from support.waits import LIMIT
 
 from portakv import KVView, copy_blocks
 from portakv.errors import HostMemoryError, Unsupported
-from portakv.host import _pages, _registration, pinned
+from portakv.host import _registration, pinned
 from portakv.host.pool import PinnedPool
 
 PAGE = mmap.PAGESIZE
@@ -230,7 +230,7 @@ def test_neighbours_on_the_heap_are_left_alone(distance: int) -> None:
 @gpu
 def test_freed_and_read_only_leave_no_error() -> None:
     mapping = mmap.mmap(-1, ODD, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    address = _pages.address_of(mapping)
+    address = _registration.address_of(mapping)
     mapping.close()
     with pytest.raises(HostMemoryError, match="freed"):
         pinned.register_address(address, ODD)

@@ -21,7 +21,7 @@ from support.threads import run_threads
 from support.waits import LIMIT
 
 from portakv.errors import InvalidTerms, PoolExhausted
-from portakv.host import _pages, _registration, pinned
+from portakv.host import _registration, pinned
 from portakv.host.pinned import HostMemoryError, PinnedMemory
 from portakv.host.pool import PinnedPool
 
@@ -162,7 +162,7 @@ def test_a_pool_grows_for_blocks_of_any_size_in_pieces() -> None:
 
 def test_a_pool_grows_for_several_blocks_near_the_largest_size() -> None:
     """Pieces of five pages would hold one block of four pages each, and waste a page."""
-    page = _pages.PAGE
+    page = _registration.PAGE
     with PinnedPool(page, 1, limit=9, grow=1, largest=5 * page) as pool:
         blocks = pool.acquire_many(2, nbytes=4 * page)
         assert pool.blocks == 9
@@ -179,10 +179,10 @@ def test_a_pool_grows_for_several_blocks_near_the_largest_size() -> None:
 
 
 def test_no_larger_block_lies_in_two_registrations(monkeypatch: pytest.MonkeyPatch) -> None:
-    most = 4 * _pages.PAGE
-    with PinnedPool(_pages.PAGE, 12, largest=most) as pool:
+    most = 4 * _registration.PAGE
+    with PinnedPool(_registration.PAGE, 12, largest=most) as pool:
         assert pool.largest_free == most
-        for block in pool.acquire_many(6, nbytes=2 * _pages.PAGE):
+        for block in pool.acquire_many(6, nbytes=2 * _registration.PAGE):
             inside = [boundary - block.address for boundary in pinned.boundaries()]
             assert not any(0 < distance < block.nbytes for distance in inside)
 
@@ -341,7 +341,7 @@ def test_it_grows_up_to_its_limit_and_then_names_the_owners_of_blocks() -> None:
 
 def test_no_block_lies_in_two_registrations(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nor one of a size whose multiples end with no page before the largest registration does."""
-    most = 4 * _pages.PAGE
+    most = 4 * _registration.PAGE
     monkeypatch.setattr(_registration, "LARGEST", most)
     with PinnedPool(most // 4 + 1, 4, limit=11, alignment=1, largest=most) as pool:
         for block in pool.acquire_many(11):

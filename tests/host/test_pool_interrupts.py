@@ -16,7 +16,7 @@ from support.waits import LIMIT
 from portakv.host.pool import Block, PinnedPool
 
 STRIDE = 1024
-FILES = files_of("host/pool.py", "host/pool.py", "host/extents.py")
+FILES = files_of("host/pool.py")
 pytestmark = pytest.mark.filterwarnings("ignore:Blocks were in use:ResourceWarning")
 Steps = Iterator[Callable[[], object]]
 

@@ -17,9 +17,8 @@ from hypothesis.stateful import run_state_machine_as_test as run_machine
 from support.pinned_runtime import absent
 from support.pool_model import Memory, PoolModel, Waiter, Work
 
-from portakv.host.extents import Extents
 from portakv.host.pinned import HostMemoryError
-from portakv.host.pool import Block, PinnedPool
+from portakv.host.pool import Block, Extents, PinnedPool
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:Expected pinned host memory"),

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from portakv.host import _pages
+from portakv.host import _registration
 from portakv.host.shared import unnamed
 
 HUGE = 2 << 20
@@ -35,7 +35,7 @@ def file() -> Any:
 
 def test_a_new_file_is_put_into_huge_pages(file: int) -> None:
     """As many as the call returns: a kernel without them leaves one small page in each."""
-    brought = _pages.use_huge_pages(file, SIZE)
+    brought = _registration.use_huge_pages(file, SIZE)
     assert brought in range(0, SIZE, HUGE)
     assert allocated(file) >= brought
     assert allocated(file) <= max(brought, 3 * 4096)
@@ -50,12 +50,12 @@ def test_a_process_with_a_limit_of_addresses_has_small_pages(
         raise OSError(errno.ENOMEM, "Cannot allocate memory")
 
     monkeypatch.setattr(mmap, "mmap", refused)
-    assert _pages.use_huge_pages(file, SIZE) == 0
+    assert _registration.use_huge_pages(file, SIZE) == 0
     assert allocated(file) == 0
 
 
 def test_what_is_smaller_than_a_huge_page_is_left_alone(file: int) -> None:
-    assert _pages.use_huge_pages(file, HUGE - 1) == 0
+    assert _registration.use_huge_pages(file, HUGE - 1) == 0
     assert allocated(file) == 0
 
 
@@ -69,13 +69,13 @@ def collapsed(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         asked.append(address)
         return 0
 
-    monkeypatch.setattr(_pages, "SLICE", HUGE)
-    monkeypatch.setattr(_pages, "libc", libc)
+    monkeypatch.setattr(_registration, "SLICE", HUGE)
+    monkeypatch.setattr(_registration, "libc", libc)
     return asked
 
 
 def test_each_slice_is_asked_for_once(file: int, collapsed: list[int]) -> None:
-    assert _pages.use_huge_pages(file, SIZE) == 3 * HUGE
+    assert _registration.use_huge_pages(file, SIZE) == 3 * HUGE
     first = min(collapsed)
     assert sorted(collapsed) == [first, first + HUGE, first + 2 * HUGE]
 
@@ -83,14 +83,14 @@ def test_each_slice_is_asked_for_once(file: int, collapsed: list[int]) -> None:
 def test_a_slice_that_the_kernel_refuses_is_not_counted(
     file: int, collapsed: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    brings = _pages.libc
+    brings = _registration.libc
 
     def refuses(name: str, address: int, *rest: int) -> int:
         brings(name, address, *rest)
         return errno.ENOMEM if address == min(collapsed) + HUGE else 0
 
-    monkeypatch.setattr(_pages, "libc", refuses)
-    assert _pages.use_huge_pages(file, SIZE) == 2 * HUGE
+    monkeypatch.setattr(_registration, "libc", refuses)
+    assert _registration.use_huge_pages(file, SIZE) == 2 * HUGE
     assert len(collapsed) == 3
 
 
@@ -102,11 +102,11 @@ def test_slices_that_are_not_begun_have_small_pages(
         raise RuntimeError("can't start new thread")
 
     if lacks == "time":
-        monkeypatch.setattr(_pages, "HUGE_SECONDS", -1.0)
+        monkeypatch.setattr(_registration, "HUGE_SECONDS", -1.0)
     else:
         monkeypatch.setattr(threading.Thread, "start", refused)
     brought = 0 if lacks == "time" else HUGE
-    assert _pages.use_huge_pages(file, SIZE) == brought
+    assert _registration.use_huge_pages(file, SIZE) == brought
     assert len(collapsed) * HUGE == brought
 
 
@@ -122,7 +122,7 @@ def test_a_lack_of_space_is_an_error_of_the_call(
 
     monkeypatch.setattr(os, "pwrite", full)
     with pytest.raises(OSError, match="No space"):
-        _pages.use_huge_pages(file, SIZE)
+        _registration.use_huge_pages(file, SIZE)
     assert len(collapsed) == 1
 
 
@@ -130,7 +130,7 @@ def test_a_lack_of_space_is_an_error_of_the_call(
 def test_all_memory_is_allocated(lacks: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also by a kernel that brings no huge pages."""
     if lacks == "huge pages":
-        monkeypatch.setattr(_pages, "libc", lambda *_: errno.EINVAL)
+        monkeypatch.setattr(_registration, "libc", lambda *_: errno.EINVAL)
     made = os.memfd_create
     files = list[int]()
 

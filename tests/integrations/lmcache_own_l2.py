@@ -19,7 +19,7 @@ import lmcache
 import pytest
 
 from portakv.integrations.lmcache.l2 import PortaKVL2Adapter, key_of
-from portakv.serving.page_tasks import PageTask
+from portakv.serving.pages import PageTask
 
 ADAPTERS = "lmcache.v1.distributed.l2_adapters"
 #: LMCache's adapters whose places are taken.

@@ -23,8 +23,7 @@ from portakv.errors import InvalidTerms, StoreBusy
 from portakv.integrations import IntegrationError
 from portakv.integrations.lmcache.check import ABSTRACT, findings_of, terms_of
 from portakv.serving import pages
-from portakv.serving.page_tasks import UNFETCHED
-from portakv.serving.pages import ServerPageBlocks
+from portakv.serving.pages import UNFETCHED, ServerPageBlocks
 from portakv.storage.eviction import Pins
 
 MODULE = "portakv.integrations.lmcache.l2"

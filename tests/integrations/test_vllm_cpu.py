@@ -61,7 +61,7 @@ from portakv.cli.explain import costs_in
 from portakv.integrations import IntegrationError
 from portakv.serving.local import TOKENS
 from portakv.storage.image import MAGIC
-from portakv.storage.tiers.files import form_in
+from portakv.storage.tiers.folder import form_in
 
 PROMPTS = [prompt(1000, 1), prompt(500, 2), prompt(900, 3)]
 HITS = [960, 448, 896]  # tokens of whole stored blocks before the last token

@@ -17,8 +17,7 @@ from support.guarded_memory import check_sentence
 
 from portakv import HostMemoryError, KVView, copy_rows, copy_runs
 from portakv.host import pinned
-from portakv.interconnect.link import CudaLink, link_of
-from portakv.interconnect.pieces import Pieces
+from portakv.interconnect.link import CudaLink, Pieces, link_of
 
 ROWS = 64
 ROW = 96

@@ -33,12 +33,11 @@ from portakv import CopyPlan, Index, KVView, Unsupported
 from portakv.backends.base import Capabilities, Decision
 from portakv.core.pick import BITS, ORDER, pick_copy
 from portakv.interconnect import choose
-from portakv.interconnect import pick as picking
-from portakv.interconnect import pieces as pieces_of
-from portakv.interconnect.choose import Host, HostLaunch
+from portakv.interconnect import choose as picking
+from portakv.interconnect import link as pieces_of
+from portakv.interconnect.choose import EVEN, ROW, Host, HostLaunch
 from portakv.interconnect.costs import DIRECTIONS, Point, Table
-from portakv.interconnect.pick import EVEN, ROW
-from portakv.interconnect.pieces import TALL
+from portakv.interconnect.link import TALL
 from portakv.interconnect.strategy import PAGEABLE, PINNED, Terms
 from portakv.interconnect.zero_copy import ZeroCopy
 from portakv.plan.plan import Move

@@ -22,8 +22,7 @@ from portakv.core.pick import ORDER
 from portakv.host import pinned
 from portakv.interconnect import choose as chosen
 from portakv.interconnect import staging
-from portakv.interconnect.choose import Host, HostLaunch, across
-from portakv.interconnect.pick import Pick
+from portakv.interconnect.choose import Host, HostLaunch, Pick, across
 from portakv.interconnect.strategy import PINNED, Strategy, Terms
 from portakv.registry.registry import REGISTRY, choose
 

@@ -19,9 +19,16 @@ from support.simdev_cases import DEVICE
 
 from portakv import KVView, TransferError, copy_blocks
 from portakv.interconnect import link
-from portakv.interconnect.link import LEAST_BATCH, MOST_DESCRIPTORS, CudaLink, TorchLink, link_of
-from portakv.interconnect.pieces import ALL, Pieces
-from portakv.plan.runs import Runs
+from portakv.interconnect.link import (
+    ALL,
+    LEAST_BATCH,
+    MOST_DESCRIPTORS,
+    CudaLink,
+    Pieces,
+    TorchLink,
+    link_of,
+)
+from portakv.plan.plan import Runs
 from portakv.runtime import cuda
 from portakv_conformance import simdev
 

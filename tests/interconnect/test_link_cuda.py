@@ -28,9 +28,16 @@ from portakv import KVView, TransferError
 from portakv.core.call import Fault
 from portakv.core.link import Link, pack_crossing
 from portakv.interconnect import link
-from portakv.interconnect.link import FOLD_BELOW, LEAST_BATCH, CudaLink, TorchLink, link_of
-from portakv.interconnect.pieces import ALL, Pieces
-from portakv.plan.runs import Runs
+from portakv.interconnect.link import (
+    ALL,
+    FOLD_BELOW,
+    LEAST_BATCH,
+    CudaLink,
+    Pieces,
+    TorchLink,
+    link_of,
+)
+from portakv.plan.plan import Runs
 from portakv.runtime import cuda as _cuda_driver
 
 STREAM = 0x7F55_0000_1230  # a handle of more than 32 bits

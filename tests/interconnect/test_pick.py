@@ -17,9 +17,7 @@ from support.table_costs import looked_up
 
 from portakv import Unsupported
 from portakv.core.pick import ORDER
-from portakv.interconnect.costs import DIRECTIONS, Point, Table
-from portakv.interconnect.pageable import SIZES
-from portakv.interconnect.pick import (
+from portakv.interconnect.choose import (
     ALONE_RATE,
     CALL,
     ENGINE_RATE,
@@ -36,6 +34,8 @@ from portakv.interconnect.pick import (
     Shape,
     pick,
 )
+from portakv.interconnect.costs import DIRECTIONS, Point, Table
+from portakv.interconnect.pageable import SIZES
 from portakv.interconnect.staging import BUFFERS
 from portakv.interconnect.strategy import SMALL, Terms
 

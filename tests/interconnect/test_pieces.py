@@ -31,20 +31,19 @@ from support.guarded_memory import refused
 
 from portakv import CopyPlan, Index, KVView, LayoutError, PortaKVError, SlotError
 from portakv.host import pinned
-from portakv.host._pages import PAGE
+from portakv.host._registration import PAGE
 from portakv.host.memcpy import MAX_PITCH
-from portakv.interconnect import pieces as folding
-from portakv.interconnect.link import FOLD_BELOW
-from portakv.interconnect.pick import Shape
-from portakv.interconnect.pieces import (
+from portakv.interconnect import link as folding
+from portakv.interconnect.choose import Shape
+from portakv.interconnect.link import (
     APART,
+    FOLD_BELOW,
     LEAST_HEIGHT,
     TALL,
     Pieces,
     pieces_of,
 )
-from portakv.plan.plan import Move
-from portakv.plan.runs import Runs
+from portakv.plan.plan import Move, Runs
 from portakv_conformance.draw.arrangement import Case as DrawnCase
 from portakv_conformance.draw.arrangement import Side
 from portakv_conformance.draw.strategies import cases as drawn_cases

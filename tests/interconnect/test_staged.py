@@ -42,9 +42,8 @@ from portakv.errors import BackendUnavailable, PortaKVError
 from portakv.host import pinned
 from portakv.interconnect import link, staged, staging
 from portakv.interconnect.batched_memcpy import LEAST_RUN, BatchedMemcpy
-from portakv.interconnect.link import TorchLink
+from portakv.interconnect.link import Pieces, TorchLink, pieces_of
 from portakv.interconnect.pageable import Pageable
-from portakv.interconnect.pieces import Pieces, pieces_of
 from portakv.interconnect.staged import Staged
 from portakv.interconnect.staging import DenseRows
 from portakv.interconnect.strategy import Strategy, Terms

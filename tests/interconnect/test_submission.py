@@ -43,14 +43,14 @@ from portakv.core.rows import Kernels
 from portakv.host import pinned
 from portakv.interconnect import batched_memcpy, link, staged
 from portakv.interconnect.batched_memcpy import BatchedMemcpy
+from portakv.interconnect.choose import EVEN, NARROW, WIDE, Rules
 from portakv.interconnect.costs import unmeasured
 from portakv.interconnect.link import CudaLink
-from portakv.interconnect.pick import EVEN, NARROW, WIDE, Rules
 from portakv.interconnect.slices import BothStages, Sizes
 from portakv.interconnect.staged import StagedCrossing
 from portakv.interconnect.staging import DETACHED_RING, RING, DenseRows, Staging, cached_staging
 from portakv.interconnect.strategy import Cross, StrategyLaunch, Terms, WholeCopies
-from portakv.plan.move import Move
+from portakv.plan.plan import Move
 from portakv.runtime import cuda
 from portakv.view.form import plain_reader
 

@@ -11,8 +11,7 @@ import torch
 
 from portakv import Index, KVView
 from portakv.errors import SlotError
-from portakv.interconnect.link import FOLD_BELOW
-from portakv.interconnect.pieces import APART, pieces_of
+from portakv.interconnect.link import APART, FOLD_BELOW, pieces_of
 from portakv.plan.plan import CopyPlan, Move
 
 PAGE = APART

@@ -41,14 +41,14 @@ from portakv.interconnect.zero_copy import (
     ZeroCopyKernel,
 )
 from portakv.registry.prepared import bring_table
-from portakv.runtime import cuda, nvrtc
+from portakv.runtime import cuda
 from portakv.runtime.kernel_cache import LOADED
 from portakv.view import view as view_of
 
 CUDA = torch.device("cuda", 0)
 # One of them in every run.
 WIDER = [pytest.param(n, marks=[pytest.mark.full] * (n != 90)) for n in (80, 90, 100)]
-needs_nvrtc = pytest.mark.skipif(nvrtc.missing() is not None, reason=str(nvrtc.missing()))
+needs_nvrtc = pytest.mark.skipif(cuda.no_nvrtc() is not None, reason=str(cuda.no_nvrtc()))
 
 
 @pytest.fixture
@@ -455,7 +455,7 @@ _PTX = {16: ".v4.u32", 8: ".u64", 4: ".u32", 2: ".u16", 1: ".u8"}
 @needs_nvrtc
 def test_nvrtc_keeps_all_vectors_of_a_thread_in_registers() -> None:
     for kernel in kernels():
-        text = nvrtc.compile_text(kernel.source, "compute_80").decode()
+        text = cuda.compile_text(kernel.source, "compute_80").decode()
         assert text.count(".entry") == 1
         assert f".entry {NAME}(" in text
         assert f".maxntid {CUT.threads}" in text
@@ -469,7 +469,7 @@ def test_nvrtc_keeps_all_vectors_of_a_thread_in_registers() -> None:
 @pytest.mark.parametrize("architecture", WIDER)
 def test_nvrtc_makes_machine_code(architecture: int) -> None:
     for kernel in kernels()[:4]:
-        binary = nvrtc.compile_text(kernel.source, f"sm_{architecture}")
+        binary = cuda.compile_text(kernel.source, f"sm_{architecture}")
         assert binary.startswith(b"\x7fELF")
 
 

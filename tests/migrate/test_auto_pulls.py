@@ -21,7 +21,7 @@ from portakv import EncodingChoice, KVView, Pack
 from portakv.copy.choose_encoding import Sample, rated_choice, stays_raw
 from portakv.errors import InvalidTerms, LayoutError, TransferError, Unsupported
 from portakv.migrate import Channel, Owner, Reader, Shard
-from portakv.migrate.buffers import PullHistory
+from portakv.migrate.connections import PullHistory
 from portakv.migrate.crossed import PullStatistics
 from portakv.migrate.messages import Answer, BoxPart, Choose, Chosen
 from portakv.migrate.pull import Pull
@@ -147,8 +147,8 @@ def test_rows_cross_raw_until_a_rate_is_known(
     made: Sides, samples: list[Sample], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The first pull connects, and the second one measures."""
-    monkeypatch.setattr("portakv.migrate.buffers.LEAST_NBYTES", 5 * RAW_BYTES)
-    monkeypatch.setattr("portakv.migrate.buffers.LEAST_SECONDS", 0.0)
+    monkeypatch.setattr("portakv.migrate.connections.LEAST_NBYTES", 5 * RAW_BYTES)
+    monkeypatch.setattr("portakv.migrate.connections.LEAST_SECONDS", 0.0)
     both = Both(made, Raw(), Raw(fill=0.0))
     for _ in range(2):
         seen = both.figures()
@@ -171,8 +171,8 @@ def test_small_and_short_pulls_measure_no_rate(
     seconds: float,
 ) -> None:
     """The controls of the last test."""
-    monkeypatch.setattr("portakv.migrate.buffers.LEAST_NBYTES", nbytes)
-    monkeypatch.setattr("portakv.migrate.buffers.LEAST_SECONDS", seconds)
+    monkeypatch.setattr("portakv.migrate.connections.LEAST_NBYTES", nbytes)
+    monkeypatch.setattr("portakv.migrate.connections.LEAST_SECONDS", seconds)
     both = Both(made, Raw(), Raw(fill=0.0))
     assert [both.figures().packed for _ in range(3)] == [False] * 3
     assert not samples
@@ -413,7 +413,7 @@ def test_a_history_has_the_highest_of_the_last_rates() -> None:
 def test_a_history_forgets_a_rate_after_many_packed_bytes(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("portakv.migrate.buffers.AGAIN", 1000)
+    monkeypatch.setattr("portakv.migrate.connections.AGAIN", 1000)
     history = PullHistory()
     known(history, 3.0)
     history.count_packed(999, WINDOW, 1, 0)
@@ -445,8 +445,8 @@ def test_a_pull_next_to_a_limited_pull_measures_nothing(
     made: Sides, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It waits for slices of the limited pull, so its own rate says little of the transport."""
-    monkeypatch.setattr("portakv.migrate.buffers.LEAST_NBYTES", 1)
-    monkeypatch.setattr("portakv.migrate.buffers.LEAST_SECONDS", 0.0)
+    monkeypatch.setattr("portakv.migrate.connections.LEAST_NBYTES", 1)
+    monkeypatch.setattr("portakv.migrate.connections.LEAST_SECONDS", 0.0)
     both = Both(made, Raw(), Raw(fill=0.0))
     both.pull(encoding=None)
     ticket = both.owner.offer(BLOCKS, tokens=80).ticket

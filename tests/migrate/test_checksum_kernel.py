@@ -44,12 +44,12 @@ from portakv.migrate.checksum import (
     key_of,
     load_kernel,
 )
-from portakv.runtime import hip, nvrtc
-from portakv.runtime.nvrtc import compile_kernel
+from portakv.runtime import cuda, hip
+from portakv.runtime.cuda import compile_kernel
 
 pytestmark = pytest.mark.xdist_group("checksum-kernel")
 needs_gxx = pytest.mark.skipif(why_not() is not None, reason=str(why_not()))
-needs_nvrtc = pytest.mark.skipif(nvrtc.missing() is not None, reason=str(nvrtc.missing()))
+needs_nvrtc = pytest.mark.skipif(cuda.no_nvrtc() is not None, reason=str(cuda.no_nvrtc()))
 FULL = pytest.mark.full
 GPU = torch.device("cuda", 0)
 DTYPES = [torch.int8, torch.bfloat16, torch.float32, torch.int64, torch.complex128]
@@ -307,7 +307,7 @@ def disassembler() -> str | None:
 def test_machine_code_starts_the_loads_of_a_batch_together(tmp_path: Path) -> None:
     """Four loads of 16 bytes stand within few instructions, and no register is spilled."""
     path = tmp_path / "kernel.cubin"
-    path.write_bytes(nvrtc.compile_text(kernel_text(CUT), "sm_90"))
+    path.write_bytes(cuda.compile_text(kernel_text(CUT), "sm_90"))
     command = [str(disassembler()), str(path)]
     code = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     operations = re.findall(r"/\*[0-9a-f]{4,}\*/ +(?:@!?U?P\d+ )?([A-Z][A-Z0-9_.]*)", code)

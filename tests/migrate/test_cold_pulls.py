@@ -29,7 +29,7 @@ from portakv.migrate import Reader, Ticket
 from portakv.migrate.messages import Handshake, Hello
 from portakv.migrate.pull import PartTransfer
 from portakv.migrate.reader import LONG
-from portakv.tasks.limit import BLOCKING
+from portakv.tasks.runtime import BLOCKING
 
 NAME = bytes(range(16))
 #: Preparations for one owner.

@@ -18,10 +18,9 @@ from support.waits import LIMIT, until
 from portakv.errors import InvalidTerms, PeerError, TransferError, Unsupported
 from portakv.migrate.channel import Channel, Peer
 from portakv.migrate.messages import Answer, Gather, Hello, Message, Stop
-from portakv.migrate.rendezvous import rendezvous
 from portakv.migrate.staged_owner import Gathers
 from portakv.migrate.transports import TRANSPORTS
-from portakv.migrate.transports.distributed import Join
+from portakv.migrate.transports.distributed import Join, rendezvous
 from portakv.migrate.transports.onesided import Taken, There, Where
 from portakv.tasks import Wait, runtime
 

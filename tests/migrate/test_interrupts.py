@@ -33,8 +33,8 @@ from portakv.migrate import (
     share,
     shared_empty,
 )
-from portakv.migrate.rendezvous import ChannelStore
 from portakv.migrate.transports import TRANSPORTS
+from portakv.migrate.transports.distributed import ChannelStore
 from portakv.weights import (
     Parameter,
     open_model,

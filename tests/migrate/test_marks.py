@@ -41,10 +41,9 @@ from portakv.errors import (
 from portakv.migrate import Shard, Ticket, messages
 from portakv.migrate.channel import Channel
 from portakv.migrate.connections import Source
-from portakv.migrate.named import incomplete
 from portakv.migrate.plan import copy_checked
 from portakv.migrate.pull import Pull
-from portakv.migrate.reader import wait_for_events
+from portakv.migrate.reader import incomplete, wait_for_events
 from portakv.migrate.shared_memory import shared_empty
 
 METHODS = pytest.mark.parametrize("method", ["mapped", "staging"])

@@ -30,9 +30,8 @@ from portakv.errors import (
 )
 from portakv.migrate import Channel, Ticket, messages
 from portakv.migrate.channel import Peer
-from portakv.migrate.named import MOMENT, Finder
 from portakv.migrate.owner import Owner
-from portakv.migrate.reader import Reader
+from portakv.migrate.reader import MOMENT, Finder, Reader
 from portakv.migrate.shared_memory import shared_empty
 from portakv.migrate.words import NamesOfOwner
 from portakv_conformance import simdev
@@ -225,7 +224,7 @@ def test_a_new_name_does_not_wait_for_the_pause_between_questions(
 ) -> None:
     """``asked``: the control, in which all names wait for the pause, which does not end."""
     pair = Pair(made)
-    monkeypatch.setattr("portakv.migrate.named.PAUSE", 3600.0)
+    monkeypatch.setattr("portakv.migrate.reader.PAUSE", 3600.0)
     monkeypatch.setattr(Finder, "find_now", lambda *_: False)
     if asked:
         is_due = Finder.is_due
@@ -274,7 +273,7 @@ def test_a_call_finds_an_offer_that_exists(
     monkeypatch.setattr(Finder, "is_due", lambda *_, **__: False)
     if not calls_ask:
         monkeypatch.setattr(Finder, "find_now", lambda *_: False)
-    monkeypatch.setattr("portakv.migrate.named.MOMENT", LIMIT)
+    monkeypatch.setattr("portakv.migrate.reader.MOMENT", LIMIT)
     name = token_bytes(16)
     pair.owner.offer(BLOCKS, tokens=TOKENS, name=name)
     pulled = pair.reader.pull(pair.ticket(name), INTO, timeout=LIMIT if calls_ask else 0.3)
@@ -289,7 +288,7 @@ def test_a_call_finds_an_offer_that_exists(
 def test_pulls_that_begin_together_are_asked_for_by_one_call(
     made: Sides, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("portakv.migrate.named.LATE", 0.0)
+    monkeypatch.setattr("portakv.migrate.reader.LATE", 0.0)
     pair = known_pair(made)
     asked = Asked(monkeypatch)
     names = [token_bytes(16) for _ in range(3)]
@@ -310,7 +309,7 @@ def test_calls_do_not_wait_for_an_owner_that_is_late(
     made: Sides, monkeypatch: pytest.MonkeyPatch, late: float
 ) -> None:
     """0: the control, in which each call asks."""
-    monkeypatch.setattr("portakv.migrate.named.LATE", late)
+    monkeypatch.setattr("portakv.migrate.reader.LATE", late)
     pair = known_pair(made)
     asked = Asked(monkeypatch)
     goes_on = threading.Event()
@@ -472,7 +471,7 @@ def test_the_callers_stream_waits_for_no_owner(
     made: Sides, accelerator: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A delay may be over too early. Rows of the same process are sent, not mapped."""
-    monkeypatch.setattr("portakv.migrate.named.MOMENT", LIMIT)
+    monkeypatch.setattr("portakv.migrate.reader.MOMENT", LIMIT)
     assert any(reached_first(made, accelerator, delay) for delay in (300, 1000, 3000))
 
 

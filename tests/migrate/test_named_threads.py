@@ -16,8 +16,8 @@ from support.waits import LIMIT
 
 from portakv.errors import TransferTimeout
 from portakv.migrate import Reader, Ticket
-from portakv.migrate.named import Finder
 from portakv.migrate.pull import Pull
+from portakv.migrate.reader import Finder
 
 THREADS = 4
 PULLS = 60  # of each thread

@@ -13,8 +13,8 @@ from support.waits import LIMIT
 
 from portakv import KVView, copy_rows
 from portakv.errors import LayoutError
-from portakv.migrate import buffers
-from portakv.migrate.buffers import StagingBuffer
+from portakv.migrate import connections
+from portakv.migrate.connections import StagingBuffer
 from portakv.migrate.shards import Shard
 from portakv.migrate.staging import staging
 from portakv_conformance import simdev
@@ -157,7 +157,7 @@ def test_the_copy_is_what_a_staging_buffer_waits_for(
     accelerator: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The negative control."""
-    monkeypatch.setattr(buffers, "has_ended", lambda copy, wait: True)
+    monkeypatch.setattr(connections, "has_ended", lambda copy, wait: True)
     assert (rows_of_a_buffer_that_is_filled_again(accelerator) == 2).any()
 
 

@@ -9,7 +9,6 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from datetime import timedelta
-from importlib import import_module
 from typing import Any
 
 import pytest
@@ -19,7 +18,8 @@ from torch._C._distributed_c10d import PrefixStore
 
 from portakv.errors import InvalidTerms, PeerError, TransferTimeout, Unsupported
 from portakv.migrate.channel import Channel
-from portakv.migrate.rendezvous import ChannelStore, pair, rendezvous, unique_id
+from portakv.migrate.transports import distributed
+from portakv.migrate.transports.distributed import ChannelStore, pair, rendezvous, unique_id
 
 
 @pytest.fixture(params=[None, "tcp://127.0.0.1:0"], ids=["unix", "tcp"])
@@ -71,8 +71,7 @@ def test_a_wait_ends(stores: tuple[ChannelStore, ChannelStore]) -> None:
 def test_a_store_keeps_so_many_keys(
     stores: tuple[ChannelStore, ChannelStore], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    module = import_module("portakv.migrate.rendezvous")  # the package has a function of that name
-    monkeypatch.setattr(module, "KEYS", 2)
+    monkeypatch.setattr(distributed, "KEYS", 2)
     here, there = stores
     there.set("a", b"")
     there.set("b", b"")

@@ -20,8 +20,8 @@ from support.migrate_pulls import SMALL, Couple, Rows, Sides, sides
 from support.waits import LIMIT, until
 
 from portakv.errors import OfferGone, PeerError, TransferCancelled, TransferError
-from portakv.migrate.buffers import StagingBuffer
 from portakv.migrate.channel import Channel
+from portakv.migrate.connections import StagingBuffer
 from portakv.migrate.messages import MOST_PARTS, Answer, BoxPart, Gather, Renew, Stop, Ticket
 from portakv.migrate.owner import Owner
 from portakv.migrate.staged_owner import BUFFERS, MOST_WAITING, Gathers

@@ -18,7 +18,7 @@ from support.waits import LIMIT, until
 from portakv import KVView
 from portakv.errors import OfferGone, PeerError, PortaKVError, Unsupported
 from portakv.migrate import Channel, Owner, Reader, Shard, Ticket, shared_empty, staged_owner
-from portakv.migrate.buffers import Staging
+from portakv.migrate.connections import Staging
 from portakv.migrate.messages import Gather
 from portakv.migrate.transports import TRANSPORTS, distributed
 from portakv.migrate.transports.base import MovingStage

@@ -97,7 +97,7 @@ def recycled(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], list[t
         return remote[name]
 
     monkeypatch.setattr("portakv.migrate.staged_owner.staging", allocate)
-    monkeypatch.setattr("portakv.migrate.buffers.staging", receive)
+    monkeypatch.setattr("portakv.migrate.connections.staging", receive)
     monkeypatch.setitem(TRANSPORTS.targets, Table.name, Table)
     try:
         yield begin

@@ -18,9 +18,10 @@ from support.weight_cases import Channels, make_channels
 from portakv.errors import PeerError
 from portakv.migrate.channel import Channel
 from portakv.migrate.messages import unsealed
-from portakv.weights import lanes, publish
-from portakv.weights.lanes import pack, packed_bytes, unpacked
+from portakv.weights import owner as owners
+from portakv.weights import publish
 from portakv.weights.messages import Connect, OfLane, SendSlice, Weights, WeightsTicket
+from portakv.weights.owner import pack, packed_bytes, unpacked
 
 channels = pytest.fixture(make_channels)
 
@@ -74,7 +75,7 @@ def test_a_reader_has_as_many_slices_under_way_as_there_are_buffers(
         go_on.wait(LIMIT)
         pack(full, parts)
 
-    monkeypatch.setattr(lanes, "pack", hang)
+    monkeypatch.setattr(owners, "pack", hang)
     owner = publish(channels(), {"w": torch.zeros(SLICE // 4, dtype=torch.int32)}, staging=LITTLE)
     ticket = unsealed(owner.ticket, WeightsTicket)
     assert ticket is not None

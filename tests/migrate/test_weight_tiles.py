@@ -17,8 +17,8 @@ from support.weight_cases import Channels, make_channels, shared
 from portakv.errors import TransferError, Unsupported
 from portakv.weights import Parameter, plan, publish, pull_weights
 from portakv.weights import pull as weight_mapped
+from portakv.weights.owner import Versioned
 from portakv.weights.plan import TILES, Tiles, cut, fits_tiles
-from portakv.weights.versions import Versioned
 
 channels = pytest.fixture(make_channels)
 _sizes = st.lists(st.integers(1, 300).map(lambda n: n * TILES[-1]), max_size=6)

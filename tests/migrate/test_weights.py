@@ -40,13 +40,12 @@ from portakv.errors import (
 from portakv.migrate.channel import Channel
 from portakv.migrate.messages import unsealed
 from portakv.migrate.shared_memory import shared_empty
-from portakv.weights import versions
+from portakv.weights import owner as owners
 from portakv.weights.messages import AskWeights, Weights, WeightsTicket
-from portakv.weights.owner import publish
+from portakv.weights.owner import checksums, publish
 from portakv.weights.parameters import Box, Parameter
 from portakv.weights.plan import copy_pairs
 from portakv.weights.pull import pull_weights
-from portakv.weights.versions import checksums
 
 channels = pytest.fixture(make_channels)
 
@@ -383,7 +382,7 @@ def test_an_owner_that_makes_no_checksums_is_waited_for_until_the_timeout(
         assert release.wait(LIMIT)
         return checksums(boxes)
 
-    monkeypatch.setattr(versions, "checksums", hang)
+    monkeypatch.setattr(owners, "checksums", hang)
     owner.changed()  # the checksums that it has are of another version
     local = {"w": Parameter(torch.zeros(4, dtype=torch.int32))}
     with pytest.raises(TransferTimeout, match=r"timed out after 0\.05 s"):

@@ -29,12 +29,13 @@ from support.weight_cases import (
 
 from portakv.errors import LayoutError, OfferGone, PeerError
 from portakv.tasks import TaskGroup, runtime
-from portakv.weights import Parameter, prepare_weights, publish, pull_weights, versions
+from portakv.weights import Parameter, prepare_weights, publish, pull_weights
+from portakv.weights import owner as owners
 from portakv.weights.messages import Weights
+from portakv.weights.owner import Checksums, Versioned, checksums
 from portakv.weights.parameters import Box, items_of
 from portakv.weights.plan import copy_pairs
-from portakv.weights.sources import publications
-from portakv.weights.versions import Checksums, Versioned, checksums
+from portakv.weights.pull import publications
 
 T = TypeVar("T")
 channels = pytest.fixture(make_channels)
@@ -224,7 +225,7 @@ def test_checksums_in_progress_are_not_used_after_they_were_refused(
         assert go_on.wait(LIMIT)
         return sums
 
-    monkeypatch.setattr(versions, "checksums", slow)
+    monkeypatch.setattr(owners, "checksums", slow)
     with closing_tasks() as tasks:
         sums = Checksums(weights, tasks)
         version = weights.version()

@@ -24,8 +24,10 @@ from portakv.migrate.channel import Channel
 from portakv.migrate.staging import staging
 from portakv.migrate.transports import TRANSPORTS
 from portakv.runtime.devices import inside
-from portakv.weights import lanes, prepare_weights, publish, pull_weights, sources
-from portakv.weights.lanes import pack
+from portakv.weights import owner as owners
+from portakv.weights import prepare_weights, publish, pull_weights
+from portakv.weights import pull as pulls
+from portakv.weights.owner import pack
 from portakv_conformance import simdev
 
 channels = pytest.fixture(make_channels)
@@ -80,7 +82,7 @@ def test_host_staging_serves_two_kinds_of_device_and_one_device(
         pinned.append(memory.is_pinned())
         return memory
 
-    for side in (lanes, sources):
+    for side in (owners, pulls):
         monkeypatch.setattr(side, "staging", made)
     cpu = torch.device("cpu")
     there = cpu if kinds.startswith("host") else accelerator
@@ -154,7 +156,7 @@ def changes_are_noticed(
             delay()
         pack(full, parts)
 
-    monkeypatch.setattr(lanes, "pack", slow)
+    monkeypatch.setattr(owners, "pack", slow)
     remote = weights(there)
     local = zeros(here)
     owner = publish(channels(), remote, staging=LITTLE, expose="staging")

@@ -17,9 +17,9 @@ from portakv.migrate.channel import Channel
 from portakv.tasks import Work
 from portakv.weights import publish, pull, pull_weights
 from portakv.weights.messages import END, AskWeights
+from portakv.weights.owner import Versioned
 from portakv.weights.plan import copy_pairs
-from portakv.weights.sources import Owner
-from portakv.weights.versions import Versioned
+from portakv.weights.pull import Owner
 
 channels = pytest.fixture(make_channels)
 LISTED = 2  # an item and its region; checksums come after them

@@ -38,9 +38,8 @@ from portakv.migrate.reader import Reader
 from portakv.migrate.transports import TRANSPORTS
 from portakv.migrate.transports.base import Transport
 from portakv.weights import Parameter, prepare_weights, publish, pull_weights
-from portakv.weights import lanes as weight_send
-from portakv.weights.lanes import pack
-from portakv.weights.owner import Published
+from portakv.weights import owner as weight_send
+from portakv.weights.owner import Published, pack
 from portakv_examples.channel_transport import ChannelTransport
 
 channels = pytest.fixture(make_channels)
@@ -361,10 +360,10 @@ def test_no_bytes_of_other_users_of_the_memory_are_sent(
         taken.append(torch.full((nbytes,), 0x5A, dtype=torch.uint8, device=device))
         return taken[-1]
 
-    for side in ("lanes", "sources"):
+    for side in ("owner", "pull"):
         monkeypatch.setattr(f"portakv.weights.{side}.staging", used)
     if not cleans:
-        monkeypatch.setattr("portakv.weights.lanes.Lane.clean", lambda lane: None)
+        monkeypatch.setattr("portakv.weights.owner.Lane.clean", lambda lane: None)
     owner = publish(channels(), {"a": torch.ones(3, dtype=torch.uint8), "b": torch.zeros(8)})
     local = {"a": torch.zeros(3, dtype=torch.uint8), "b": torch.ones(8)}
     pull_weights(channels(), owner.ticket, local)

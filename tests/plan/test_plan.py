@@ -16,7 +16,7 @@ from support.presets_cases import KINDS, side
 
 import portakv
 from portakv import CopyPlan, KVView, LayoutError, Unsupported
-from portakv.plan.loops import Loop
+from portakv.plan.plan import Loop
 from portakv.view.form import Form
 
 

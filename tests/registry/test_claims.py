@@ -28,7 +28,7 @@ from portakv import (
     register_backend,
 )
 from portakv.registry import prepared, registry
-from portakv.registry.self_check import turn
+from portakv.registry.registry import turn
 
 __all__ = ["caches", "fresh"]  # fixtures
 

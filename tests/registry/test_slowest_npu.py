@@ -14,7 +14,7 @@ from support.small_backends import small_backend
 from portakv import AdaptiveConnector, KVView, copy_rows
 from portakv.backends.base import Backend
 from portakv.registry import registry
-from portakv.registry.self_check import SelfCheck, self_check
+from portakv.registry.registry import SelfCheck, self_check
 
 pytestmark = own_process("npu", "npu without its package")
 

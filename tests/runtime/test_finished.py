@@ -12,8 +12,8 @@ import pytest
 from support.threads import run_threads
 
 from portakv.errors import HostMemoryError
-from portakv.runtime import finished
-from portakv.runtime.finished import Finished
+from portakv.runtime import transfer
+from portakv.runtime.transfer import Finished
 
 
 @pytest.fixture
@@ -229,7 +229,7 @@ def test_a_flag_that_is_cleared_before_the_read_loses_a_wake_up(
         with suppress(BlockingIOError):
             os.eventfd_read(self.fd)
 
-    monkeypatch.setattr(finished._Waiting, "clear", clear)
+    monkeypatch.setattr(transfer._Waiting, "clear", clear)
     assert any(interleave(monkeypatch, *step, last="add") for step in STEPS)
 
 

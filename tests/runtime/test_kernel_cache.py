@@ -14,7 +14,7 @@ from unittest.mock import Mock
 
 import pytest
 
-from portakv.runtime import kernel_cache, nvrtc
+from portakv.runtime import cuda, kernel_cache
 from portakv.runtime.kernel_cache import cached, directory, holds, refusal
 
 KEY = ("source", "flags", "sm_90", "13.0")
@@ -71,21 +71,21 @@ def test_each_part_of_the_key_counts(part: int) -> None:
 
 
 def test_what_decides_a_binary_is_in_its_key(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(nvrtc, "architectures", lambda: [80, 90])
-    monkeypatch.setattr(nvrtc, "nvrtc_version", lambda: "13.0")
+    monkeypatch.setattr(cuda, "architectures", lambda: [80, 90])
+    monkeypatch.setattr(cuda, "nvrtc_version", lambda: "13.0")
     made = Mock(side_effect=lambda source, target: f"{source} {target}".encode())
-    monkeypatch.setattr(nvrtc, "compile_text", made)
+    monkeypatch.setattr(cuda, "compile_text", made)
     for _ in range(2):
-        assert nvrtc.compile_kernel("text", 90) == b"text sm_90"
-        assert nvrtc.compile_kernel("text", 80) == b"text sm_80"
-        assert nvrtc.compile_kernel("text", 86) == b"text compute_80"
-        assert nvrtc.compile_kernel("other", 90) == b"other sm_90"
+        assert cuda.compile_kernel("text", 90) == b"text sm_90"
+        assert cuda.compile_kernel("text", 80) == b"text sm_80"
+        assert cuda.compile_kernel("text", 86) == b"text compute_80"
+        assert cuda.compile_kernel("other", 90) == b"other sm_90"
     assert made.call_count == 4
     for name, other in (("FLAGS", ("-std=c++20",)), ("nvrtc_version", lambda: "13.1")):
-        assert nvrtc.compiled_before("text", 90)
+        assert cuda.compiled_before("text", 90)
         with monkeypatch.context() as changed:
-            changed.setattr(nvrtc, name, other)
-            assert not nvrtc.compiled_before("text", 90)
+            changed.setattr(cuda, name, other)
+            assert not cuda.compiled_before("text", 90)
 
 
 # Damage

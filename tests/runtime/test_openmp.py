@@ -16,7 +16,7 @@ from support.waits import LIMIT
 
 from portakv import KVView
 from portakv.copy.rows import copy_rows
-from portakv.runtime.openmp import one_thread
+from portakv.runtime.resources import one_thread
 from portakv.runtime.streams import on_one_core
 from portakv.storage import BlockForm, BlockStore, memory
 

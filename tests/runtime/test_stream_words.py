@@ -13,7 +13,7 @@ import pytest
 from support.cuda_on_cpu import compiled, why_not
 from support.waits import LIMIT, until
 
-from portakv.runtime.stream_words import CONNECTIONS, LAST, TEXT, HostWords, Word, few_queues
+from portakv.runtime.streams import CONNECTIONS, LAST, TEXT, HostWords, Word, few_queues
 
 needs_compiler = pytest.mark.skipif(why_not() is not None, reason=str(why_not()))
 _CLOCK = 'asm volatile("mov.u64 %0, %globaltimer;" : "=l"(ns));'

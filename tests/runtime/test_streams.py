@@ -20,7 +20,7 @@ from support.guarded_memory import refused
 from support.threads import run_threads
 
 from portakv import KVView, TransferError, copy_blocks
-from portakv.copy import slices
+from portakv.copy import submit
 from portakv.host.small import to_device
 from portakv.registry.prepared import bring
 from portakv.runtime import cuda
@@ -136,8 +136,8 @@ def test_transfers_in_slices_share_no_stream(monkeypatch: pytest.MonkeyPatch) ->
         assert all_began.wait(PATIENCE)
         bring(*args)
 
-    monkeypatch.setattr(slices, "own_stream", noted)
-    monkeypatch.setattr(slices, "bring", bring_together)
+    monkeypatch.setattr(submit, "own_stream", noted)
+    monkeypatch.setattr(submit, "bring", bring_together)
     rounds = []
     for _ in range(3):
         handed_out.clear()

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import pytest
 
-from portakv.serving.page_tasks import Counted, Lookups
+from portakv.serving.pages import Counted, Lookups
 
 
 def test_pages_are_counted_once() -> None:

@@ -15,8 +15,7 @@ from support.waits import LIMIT, until
 
 from portakv.errors import TransferTimeout
 from portakv.serving import PageSize, PageStore, StoreTerms, page_key
-from portakv.serving.page_tasks import Buffer, PageTask, PageTasks
-from portakv.serving.pages import sizes_in
+from portakv.serving.pages import Buffer, PageTask, PageTasks, sizes_in
 from portakv.storage.tiers.base import Tier
 
 SIZES = (4096, 10, 8192, 10, 12288)
@@ -305,7 +304,7 @@ def test_tasks_end_while_the_folder_does_not_open(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Saves and loads end as misses. The pages can be saved once the folder has opened."""
-    monkeypatch.setattr("portakv.serving.page_tasks.SAVE", 0.2)
+    monkeypatch.setattr("portakv.serving.pages.SAVE", 0.2)
     held = held_terms(tmp_path / "kv", deadline=0.2)
     scene = Scene(held, [PageSize(4096)])
     saved = memory(13, [4096, 8192])

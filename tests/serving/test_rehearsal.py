@@ -19,9 +19,8 @@ from portakv.backends.rows_kernel import kernels_of
 from portakv.interconnect.zero_copy import ZeroCopyKernel
 from portakv.migrate import Shard, shared_empty
 from portakv.plan.plan import Move
-from portakv.serving import rehearsal
-from portakv.serving.handover import Handover, HandoverTerms
-from portakv.serving.rehearsal import rehearse
+from portakv.serving import handover as handovers
+from portakv.serving.handover import Handover, HandoverTerms, rehearse
 
 LAYERS = 3
 HEADS = 2
@@ -150,7 +149,7 @@ def test_rows_come_from_blocks_of_all_sizes(
             copied.add((src.block_size, dst.block_size, terms["overlap"]))
         return copy_rows(src, dst, *ids, **terms)
 
-    monkeypatch.setattr(rehearsal, "copy_rows", noted)
+    monkeypatch.setattr(handovers, "copy_rows", noted)
     memory, shard = fused(size)
     before = memory.clone()
     handover = Handover([shard], "m", HandoverTerms(), offers=False)
@@ -234,7 +233,7 @@ def test_the_kernels_of_a_real_pull_are_prepared(
             compiled.add(f"{src} to {dst}")
         return copy_rows(src, dst, *ids, **terms)
 
-    monkeypatch.setattr(rehearsal, "copy_rows", noted)
+    monkeypatch.setattr(handovers, "copy_rows", noted)
     shard = LAYERED[cache](lie, 9, size)
     handover = Handover([shard], "m", HandoverTerms(), offers=False)
     stack.callback(handover.close)
@@ -294,7 +293,7 @@ def test_a_compiler_that_fails_in_a_rehearsal_stops_no_engine(
     def fail(*_: Any, **__: Any) -> None:
         raise CompilerError("ptxas")
 
-    monkeypatch.setattr("portakv.serving.rehearsal.copy_rows", fail)
+    monkeypatch.setattr("portakv.serving.handover.copy_rows", fail)
     _, shard = fused(16)
     handover = Handover([shard], "m", HandoverTerms())
     stack.callback(handover.close)

@@ -431,7 +431,7 @@ def test_a_scheduler_starts_beside_a_store_server_of_another_version(
 # --- the index
 
 _INDEX = """
-from portakv.serving.server.index import ServerIndex
+from portakv.serving.server.client import ServerIndex
 from support.store_server_processes import *
 index = ServerIndex(Place.of_folder(folder), "engine")
 answer = index.wait(LIMIT)

@@ -28,7 +28,7 @@ from support.waits import LIMIT, until
 from portakv.serving import PageJob, StoreTerms
 from portakv.serving.page_tier import PageTier
 from portakv.serving.pages import PageSize, ServerPageStore
-from portakv.serving.server.index import Known, missed
+from portakv.serving.server.client import Known, missed
 from portakv.serving.server.messages import KeysPage
 from portakv.storage.image import HEADER
 

@@ -22,7 +22,7 @@ from support.waits import LIMIT
 
 from portakv import KVView
 from portakv.errors import StoreError
-from portakv.runtime import linux
+from portakv.runtime import resources
 from portakv.runtime.streams import StreamFence
 from portakv.serving import Group, GroupCache, Job, Plan, Report, SchedulerSide, WorkerSide
 from portakv.serving.local import GroupView, LocalIndex, StoreTerms
@@ -119,7 +119,7 @@ def test_blocks_that_a_disk_does_not_store_are_not_counted(
     keys = tuple(prefix_keys(range(32), 8))
     index = LocalIndex()
     room = 1 if fault == "full after a slot" else 0
-    allocate = linux.fallocate
+    allocate = resources.fallocate
 
     def refuse(fd: int, offset: int, nbytes: int) -> None:
         if offset + nbytes > room * form.image_bytes:
@@ -145,7 +145,7 @@ def test_blocks_that_a_disk_does_not_store_are_not_counted(
             shutil.rmtree(tmp_path / "kv")
             assert stored_by(SchedulerSide(8, [Group(8)], 1, index), "a") == 0
             return
-        monkeypatch.setattr(linux, "fallocate", refuse)
+        monkeypatch.setattr(resources, "fallocate", refuse)
         assert stored_by(SchedulerSide(8, [Group(8)], 1, index), "a") == room
         monkeypatch.undo()
         assert stored_by(SchedulerSide(8, [Group(8)], 1, index), "b") == len(keys)

@@ -28,7 +28,7 @@ from portakv import (
 from portakv.backends.reference_pack import pack_planes
 from portakv.copy.choose_encoding import Rates, Sample
 from portakv.storage import AutoEncoding, BlockForm, BlockStore, Disk, calls
-from portakv.storage.encoded import EncodedFigures
+from portakv.storage.calls import EncodedFigures
 
 NHD = "layer | kv block token head dim"
 LAYERS = 2

@@ -24,7 +24,7 @@ from portakv.errors import InvalidTerms, StoreError, TransferError
 from portakv.storage import BlockForm, BlockStore, Remote, reasons
 from portakv.storage.image import HEADER, Row, header, seal, verify
 from portakv.storage.reasons import Reason
-from portakv.storage.tiers import compressed
+from portakv.storage.tiers import remote as remotes
 from portakv.storage.tiers.remote import RemoteStore
 from portakv.storage.work import Graph
 
@@ -221,7 +221,7 @@ def test_damage_is_a_miss_and_a_save_mends_it(
     stored = case.opened("zstd")
     assert save(stored, KEYS[0], row)
     right = body(stored, KEYS[0])
-    terms = compressed.terms_of(np.frombuffer(right, np.uint8)[:HEADER], FORM)
+    terms = remotes.terms_of(np.frombuffer(right, np.uint8)[:HEADER], FORM)
     assert terms is not None
     where = damages(len(right), terms.lengths[0])[damage]
     data = bytearray(right)
@@ -256,12 +256,12 @@ def test_without_checksums_damage_would_land(case: Case) -> None:
     stored = case.opened("zstd")
     assert save(stored, KEYS[0], row)
     data = np.frombuffer(body(stored, KEYS[0]), np.uint8).copy()
-    terms = compressed.terms_of(data[:HEADER], FORM)
+    terms = remotes.terms_of(data[:HEADER], FORM)
     assert terms is not None
     data[terms.span(1)[0] + 1000] ^= 0x10  # of the mantissas, which stand as they are
     got = row.copy()
     part = data[slice(*terms.span(1))]
-    assert compressed.restore(part, got, FORM, terms, 1, zstd)
+    assert remotes.restore(part, got, FORM, terms, 1, zstd)
     assert not np.array_equal(got, row)
     head = header(got, FORM)
     assert not isinstance(head, str)
@@ -272,7 +272,7 @@ def test_without_checksums_damage_would_land(case: Case) -> None:
 def test_a_frame_that_grows_is_not_unpacked_whole() -> None:
     row = image(KEYS[0])
     bomb = np.frombuffer(zstd.compress(bytes(1 << 24)), np.uint8)
-    terms = compressed.Terms(1, (len(bomb), len(bomb)))
+    terms = remotes.Terms(1, (len(bomb), len(bomb)))
     asked = []
 
     class Codec:
@@ -293,7 +293,7 @@ def test_a_frame_that_grows_is_not_unpacked_whole() -> None:
             def eof(self) -> bool:
                 return bool(self.real.eof)
 
-    assert not compressed.restore(bomb, row, FORM, terms, 0, Codec)
+    assert not remotes.restore(bomb, row, FORM, terms, 0, Codec)
     assert asked == [FORM.segments[0].nbytes + 1]
 
 

@@ -26,7 +26,7 @@ from portakv.storage import image
 from portakv.storage.form import BlockForm
 from portakv.storage.io.base import Engine, Request
 from portakv.storage.tiers.disk import Disk, DiskStore
-from portakv.storage.tiers.files import lock
+from portakv.storage.tiers.folder import lock
 from portakv.storage.work import Graph
 
 GRAPH: Any = Tally

@@ -27,9 +27,7 @@ from portakv.core.io import WRONG, Batch, Check, Files
 from portakv.core.xxh3 import checksum
 from portakv.errors import InvalidTerms, StoreError
 from portakv.storage.io.base import Engine, Request
-from portakv.storage.io.choose import BUILT_IN, choose
-from portakv.storage.io.io_uring import Ring
-from portakv.storage.io.threads import Threads, verifies
+from portakv.storage.io.choose import BUILT_IN, Ring, Threads, choose, verifies
 
 PAGE = 4096
 SPACE = aligned(8 << 20)

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from portakv.errors import StoreError
-from portakv.storage.tiers.files import make_folder
+from portakv.storage.tiers.folder import make_folder
 
 
 def test_a_folder_is_made_with_its_parents(tmp_path: Path) -> None:

@@ -19,10 +19,9 @@ import pytest
 from support import slot_cases as cases
 from support.slot_cases import FORM, IMAGE, KEYS, entries, opened, put, sizes
 
-from portakv.runtime import linux
+from portakv.runtime import resources
 from portakv.storage import Disk
-from portakv.storage.tiers.files import cause_of, file_system_of, lock
-from portakv.storage.tiers.folder import Space, no_space_in
+from portakv.storage.tiers.folder import Space, cause_of, file_system_of, lock, no_space_in
 
 
 @pytest.fixture
@@ -161,7 +160,7 @@ def test_an_allocation_that_the_system_does_not_have(
 ) -> None:
     """Nor does glibc's emulation work, which O_DIRECT refuses."""
     with monkeypatch.context() as patch, closing(opened(folder, 300)) as slots:
-        patch.setattr(linux, "fallocate", failing(number))
+        patch.setattr(resources, "fallocate", failing(number))
         patch.setattr(os, "posix_fallocate", failing(errno.EINVAL))
         assert all(put(slots, key, 1) for key in KEYS[:90])
         assert len(slots.health.notes) == 1
@@ -188,9 +187,9 @@ def test_why_no_slot_is_added(
     with closing(opened(folder, 300)) as slots:
         with monkeypatch.context() as patch:
             if at == "fallocate":
-                patch.setattr(linux, "fallocate", refuse)
+                patch.setattr(resources, "fallocate", refuse)
             else:
-                patch.setattr(linux, "fallocate", no_fallocate)
+                patch.setattr(resources, "fallocate", no_fallocate)
                 patch.setattr(os, "pwrite", refuse)
             assert [slots.take(key) for key in KEYS[:20]] == [None] * 20
             assert sizes(folder) == [0, 0]

@@ -24,11 +24,11 @@ from support.waits import LIMIT
 
 from portakv import KVView
 from portakv.errors import TransferError
-from portakv.runtime import linux
+from portakv.runtime import resources
 from portakv.storage import BlockStore, Disk, Remote
 from portakv.storage.io.base import Ended, Engine, Request
 from portakv.storage.tiers.disk import DiskStore
-from portakv.storage.tiers.files import file_system_of
+from portakv.storage.tiers.folder import file_system_of
 
 KEYS = [key_of(i) for i in range(8)]
 FORM = small_form()
@@ -276,7 +276,7 @@ def test_a_save_without_space_for_a_slot_says_so(
     def refuse(*_: object) -> None:
         raise OSError(number, os.strerror(number))
 
-    monkeypatch.setattr(linux, "fallocate", refuse)
+    monkeypatch.setattr(resources, "fallocate", refuse)
     with opened(Disk(tmp_path, capacity=1 << 20, io="threads")) as store:
         text = error_of(store.save(cache(), range(8), KEYS, priority="urgent"))
         slots, *_ = store_of(store).parts

@@ -29,7 +29,7 @@ from support.io_calls import (
 from support.storage_cases import aligned
 
 from portakv.core import io as core_io
-from portakv.storage.io import io_uring, threads
+from portakv.storage.io import choose
 from portakv.storage.io.base import Ended, Request
 
 PAGE = 4096
@@ -211,7 +211,7 @@ def test_an_interrupt_at_any_line_leaves_no_request_under_way(
 
     lines = itertools.count()
     line = 0
-    files = {module.__file__ for module in (core_io, io_uring, threads)}
+    files = {module.__file__ for module in (core_io, choose, choose)}
 
     def at_line(frame: FrameType, event: str, _: object) -> Any:
         if frame.f_code.co_filename not in files or frame.f_code.co_name == "__del__":

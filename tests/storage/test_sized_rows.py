@@ -20,7 +20,7 @@ from support.storage_cases import key_of
 from support.waits import LIMIT
 
 from portakv import KVView, TransferError, copy_blocks
-from portakv.host.extents import Extents
+from portakv.host.pool import Extents
 from portakv.storage import BlockForm, BlockStore, Disk, Remote
 from portakv.storage.eviction import FIRST, mark_of
 from portakv.storage.memory import ANY, MOST_EVICTED, Claim, Loan, Rows, Want

@@ -25,10 +25,9 @@ from support.waits import LIMIT
 
 import portakv
 from portakv.errors import StoreBusy, StoreError
-from portakv.runtime import linux
+from portakv.runtime import resources
 from portakv.storage.image import Header
-from portakv.storage.tiers.files import form_in
-from portakv.storage.tiers.folder import SEGMENTS, Place, Slots, records_in
+from portakv.storage.tiers.folder import SEGMENTS, Place, Slots, form_in, records_in
 
 IMAGE = FORM.image_bytes
 
@@ -361,7 +360,7 @@ def test_a_filesystem_without_a_limit(small_device: Path) -> None:
 
 def test_a_quota_that_nobody_tells(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Fault 17. Space runs out while it is allocated: fewer slots are, and no space stays taken."""
-    real = linux.fallocate
+    real = resources.fallocate
 
     def allocate(fd: int, offset: int, nbytes: int) -> None:
         if offset + nbytes > 6 * IMAGE:
@@ -370,7 +369,7 @@ def test_a_quota_that_nobody_tells(folder: Path, monkeypatch: pytest.MonkeyPatch
         real(fd, offset, nbytes)
 
     with monkeypatch.context() as patch, closing(opened(folder)) as slots:
-        patch.setattr(linux, "fallocate", allocate)
+        patch.setattr(resources, "fallocate", allocate)
         assert all(put(slots, key, 1) for key in KEYS[:7])
         assert slots.evicted == 1
         assert sizes(folder) == [6 * IMAGE, 6 * 256]

@@ -23,7 +23,7 @@ from support.storage_cases import key_of, small_form
 from support.waits import LIMIT
 
 from portakv import KVView
-from portakv.runtime import linux
+from portakv.runtime import resources
 from portakv.storage import BlockForm, BlockStore, Disk, Remote, prefix_keys
 from portakv.storage.eviction import FIRST, mark_of
 from portakv.storage.tiers.disk import DiskStore
@@ -253,7 +253,7 @@ def test_a_kill_while_a_form_gives_way(
     with monkeypatch.context() as patch:
         for name in ("ftruncate", "pwrite"):
             patch.setattr(os, name, ends(getattr(os, name)))
-        patch.setattr(linux, "fallocate", ends(linux.fallocate))
+        patch.setattr(resources, "fallocate", ends(resources.fallocate))
         with pytest.raises(Killed):
             put_chain(slots, ALL[:30])
     slots.close(sync=False)

@@ -25,9 +25,9 @@ from support.storage_cases import aligned
 from support.waits import until
 
 from portakv.core import io as core_io
-from portakv.storage.io import threads
+from portakv.storage.io import choose
 from portakv.storage.io.base import Request
-from portakv.storage.io.threads import Threads
+from portakv.storage.io.choose import Threads
 
 PAGE = 4096
 
@@ -233,7 +233,7 @@ def test_an_interrupt_at_any_line_leaves_the_engine_as_it_was(
     engine = PlayedThreads()
     real = os.preadv
     running = set[float]()
-    files = {module.__file__ for module in (core_io, threads)}
+    files = {module.__file__ for module in (core_io, choose)}
     lines = itertools.count()
     line = 0
     interrupted = True

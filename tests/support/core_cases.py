@@ -14,9 +14,9 @@ import torch
 
 from portakv import CopyPlan, KVView, copy_rows
 from portakv.plan import Move
-from portakv.view.destination import check_writable
 from portakv.view.form import locate as step_to
 from portakv.view.index import index_of
+from portakv.view.view import check_writable
 
 GIB = 1 << 30
 _MAP_NORESERVE = 0x4000  # Linux; not named by every Python's mmap

@@ -6,8 +6,8 @@ from __future__ import annotations
 from ctypes import addressof, c_int64, c_void_p
 
 from portakv.core.library import function
-from portakv.interconnect.pick import Shape
-from portakv.interconnect.pieces import ALL, RunCounter
+from portakv.interconnect.choose import Shape
+from portakv.interconnect.link import ALL, RunCounter
 from portakv.plan.plan import CopyPlan
 
 

@@ -11,9 +11,8 @@ import torch
 from hypothesis import strategies as st
 
 from portakv import CopyPlan, Index, KVView
-from portakv.interconnect.pieces import ALL, Pieces, pieces_of
-from portakv.plan.move import Move
-from portakv.plan.runs import Int64, Runs
+from portakv.interconnect.link import ALL, Pieces, pieces_of
+from portakv.plan.plan import Int64, Move, Runs
 
 
 def runs_of(src: Sequence[int], dst: Sequence[int], nbytes: int | Sequence[int]) -> Runs:

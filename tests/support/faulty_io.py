@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from portakv.storage.io.base import Ended, Request
-from portakv.storage.io.threads import Threads
+from portakv.storage.io.choose import Threads
 
 VARIABLE = "FAULTY_IO"
 PAUSE = 0.01

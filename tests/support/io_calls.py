@@ -18,8 +18,7 @@ import numpy as np
 
 from portakv.core.io import System
 from portakv.storage.io.base import DEPTH, Request
-from portakv.storage.io.io_uring import Ring
-from portakv.storage.io.threads import Threads
+from portakv.storage.io.choose import Ring, Threads
 
 SETUP = 425
 ENTER = 426

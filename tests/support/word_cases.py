@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from portakv.copy.layer_words import LayerWords
-from portakv.runtime.stream_words import HostWords
+from portakv.runtime.streams import HostWords
 from support.waits import LIMIT
 
 LAYERS = 3

@@ -7,7 +7,7 @@ import pytest
 from support.seeded_loop import run_seeded
 
 from portakv.tasks import Limit, Runtime, Turn, Wait
-from portakv.tasks.limit import Priority
+from portakv.tasks.runtime import Priority
 
 
 @pytest.mark.parametrize("seed", range(10))

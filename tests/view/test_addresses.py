@@ -34,7 +34,7 @@ from portakv.runtime import cuda, hip
 from portakv.view import addresses as view_addresses
 from portakv.view import view as view_of
 from portakv.view.addresses import UNKNOWN_SLOTS
-from portakv.view.destination import check_writable
+from portakv.view.view import check_writable
 
 CPU = torch.device("cpu")
 LAYOUT = "layer kv | block token head dim"

@@ -8,7 +8,7 @@ import torch
 
 from portakv import KVView
 from portakv.layout.encodings import Encoding, Fp8, Pack, plane_of
-from portakv.view.dense import dense_blocks
+from portakv.view.view import dense_blocks
 
 CPU = torch.device("cpu")
 LAYERS = 3

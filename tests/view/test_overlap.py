@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from portakv import KVView, LayoutError, copy_blocks
 from portakv.storage import BlockForm
 from portakv.view import overlap
-from portakv.view.destination import check_writable
+from portakv.view.view import check_writable
 
 DIMENSIONS = ("layer", "kv", "block", "token", "head", "dim")
 LARGEST = 1 << 20  # elements from the first to the last of a drawn tensor

@@ -16,8 +16,8 @@ import torch
 
 from portakv import AdaptiveConnector, KVView, LayoutError, copy_blocks, copy_rows, copy_runs
 from portakv.host import memcpy
-from portakv.runtime.writable import writable
-from portakv.view.destination import check_writable
+from portakv.runtime.resources import writable
+from portakv.view.view import check_writable
 
 PAGE = mmap.PAGESIZE
 READ_ONLY = "writable destination, got .*: its memory is mapped for reading only"

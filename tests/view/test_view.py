@@ -20,8 +20,8 @@ from support.presets_cases import KINDS, side
 from portakv import KVView, LayoutError
 from portakv.host import memcpy
 from portakv.view.bound import BoundLayout, bind_layout
-from portakv.view.destination import check_writable
 from portakv.view.example import example_tensors
+from portakv.view.view import check_writable
 from portakv_conformance.judge.memory import Memory
 from portakv_conformance.judge.oracle import Rows
 

@@ -22,15 +22,15 @@ import numpy.typing as npt
 from portakv.errors import TransferTimeout
 from portakv.integrations import IntegrationError, check_release, log_through
 from portakv.integrations.lmcache.check import ABSTRACT, MODEL, sizes_of, terms_of
-from portakv.serving.page_tasks import (
+from portakv.serving.pages import (
     Buffer,
     Counted,
     Kind,
     Lookups,
     PageTask,
     PageTasks,
+    page_store,
 )
-from portakv.serving.pages import page_store
 from portakv.tasks import runtime
 
 check_release("lmcache")

@@ -33,7 +33,7 @@ from portakv import (
 from portakv.arguments import kind_of
 from portakv.host.memcpy import copy_
 from portakv.integrations import IntegrationError
-from portakv.integrations.arguments import described, typed
+from portakv.integrations.checks import described, typed
 from portakv.integrations.lmcache.formats import (
     FUSED,
     LAYOUTS,

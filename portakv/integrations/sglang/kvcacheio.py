@@ -48,7 +48,7 @@ from portakv import BlockTransfer, Index, KVView, copy_rows, copy_runs
 from portakv.errors import LayoutError, SlotError
 from portakv.host import small
 from portakv.integrations import IntegrationError
-from portakv.integrations.arguments import check_ids, described, typed
+from portakv.integrations.checks import check_ids, described, typed
 from portakv.runtime.bounded import Bounded
 from portakv.runtime.devices import capturing, refuse_capture
 

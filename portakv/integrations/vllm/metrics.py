@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from typing import Any
 
-from portakv.graph.metrics import DISK, ENGINE, METRICS
+from portakv.graph.meter import DISK, ENGINE, METRICS
 from portakv.runtime import tracing
 
 try:

@@ -25,7 +25,7 @@ from portakv import (
 )
 from portakv.host import pinned
 from portakv.integrations import IntegrationError
-from portakv.integrations.arguments import check_ids
+from portakv.integrations.checks import check_ids
 from portakv.runtime.devices import inside
 
 # ------------------------------------------------------------------------------------------------

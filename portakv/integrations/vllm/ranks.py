@@ -22,7 +22,7 @@ from portakv.integrations.vllm.caches import (
 )
 from portakv.migrate import Shard
 from portakv.serving import Blocks, Described, ServerIndex, StoreClient, StoreServer, place_of
-from portakv.serving.handover import Handover
+from portakv.serving.handover import Handover, rehearse
 from portakv.serving.kv_events import medium_of, number_of, runs_of
 from portakv.serving.local import (
     GroupView,
@@ -34,7 +34,6 @@ from portakv.serving.local import (
     found_in,
     log_start,
 )
-from portakv.serving.rehearsal import rehearse
 from portakv.serving.worker import warm_up
 from portakv.storage.calls import Change
 from portakv.storage.form import Range

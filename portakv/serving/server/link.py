@@ -29,7 +29,7 @@ from portakv.serving.server.messages import (
     Process,
     ServerProtocol,
 )
-from portakv.storage.tiers.files import (
+from portakv.storage.tiers.folder import (
     cause_of,
     check_folder,
     lock,

@@ -25,11 +25,18 @@ from portakv.storage.eviction import Chains, Changed, mark_of
 from portakv.storage.form import HEADER, BlockForm, size_notes
 from portakv.storage.image import Header, Row, header, predecessor, verify
 from portakv.storage.io.base import DEPTH, LOST, Engine, Request
-from portakv.storage.io.choose import ENGINES, choose
-from portakv.storage.io.threads import verifies
+from portakv.storage.io.choose import ENGINES, choose, verifies
 from portakv.storage.reasons import Reason, Report
-from portakv.storage.tiers.files import PAGE, cause_of, forms_in, open_to_others
-from portakv.storage.tiers.folder import Place, Slots, Space, Track
+from portakv.storage.tiers.folder import (
+    PAGE,
+    Place,
+    Slots,
+    Space,
+    Track,
+    cause_of,
+    forms_in,
+    open_to_others,
+)
 from portakv.storage.work import Graph, Queue
 
 # ------------------------------------------------------------------------------------------------
@@ -579,7 +586,7 @@ class Disk:
 
         capacity = self.capacity // len(self.folders)
         spaces = {folder: Space(folder, capacity) for folder in self.folders}
-        lock = Lock()  # of all own forms, since each may take slots of another one
+        lock: Lock | None = None  # of all own forms, since each may take slots of another one
         tier_stores = list[DiskStore]()
         with ExitStack() as undo:
             undo.callback(engine.close)
@@ -587,6 +594,7 @@ class Disk:
                 writable = number < own
                 # Of all folders, as a prefix may lie in several.
                 chains = Chains[bytes](lock if writable else None)
+                lock = lock or chains.lock
                 parts = self._open_form(form, writable, engine, chains, spaces, found, undo)
                 for slots in parts:
                     slots.queue = graph.queue(f"disk:{slots.folder.parent}", width=self.workers)
