@@ -47,7 +47,7 @@ DISK = "disk"
 class Index(Protocol):
     """What a scheduler asks about blocks."""
 
-    def leading(self, keys: Sequence[bytes], /) -> int | None:
+    def leading(self, keys: Sequence[bytes], first: int = 0, /) -> int | None:
         """Return how many leading blocks can be loaded."""
 
 

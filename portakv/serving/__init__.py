@@ -15,6 +15,7 @@ except ImportError as error:
         f"brings them."
     ) from error
 
+from portakv.serving.groups import Group, Validity
 from portakv.serving.local import StoreTerms
 from portakv.serving.pages import PageJob, Pages, PageSize, PageStore, Usage, page_key
 from portakv.serving.plan import Job, Plan, Report
@@ -22,10 +23,8 @@ from portakv.serving.scheduler import (
     BlockHolder,
     Costs,
     Described,
-    Group,
     Index,
     SchedulerSide,
-    check_group,
     measured,
 )
 from portakv.serving.server.client import ServerBlocks, ServerIndex, ServerTransfer, StoreClient
@@ -58,8 +57,8 @@ __all__ = [
     "StoreServer",
     "StoreTerms",
     "Usage",
+    "Validity",
     "WorkerSide",
-    "check_group",
     "measured",
     "page_key",
     "place_of",

@@ -35,6 +35,7 @@ from portakv.layout.encodings import PACK
 from portakv.runtime.bounded import Bounded
 from portakv.runtime.rate_limited_log import RateLimitedLog
 from portakv.serving.bucket import BucketAnswers, bucket_of, check_bucket, look_up
+from portakv.serving.groups import Group, Validity
 from portakv.storage import BlockForm, BlockStore, Disk
 from portakv.storage.calls import Change
 from portakv.storage.form import HEADER, Range
@@ -419,12 +420,13 @@ class GroupView(NamedTuple):
     Attributes:
         view: of all its layers, in their order.
         notes: what else fixes the bytes of a block, such as the kernel that writes them.
-        row_tokens: the tokens of a row of the view: 1, or those of a page that moves whole.
+        row_tokens: the tokens of a row of the view: 1, or those of a page that moves whole; None: a
+            block is the states of the layers after a token.
     """
 
     view: KVView
     notes: str = ""
-    row_tokens: int = 1
+    row_tokens: int | None = 1
 
 
 def check_private(folder: str) -> None:
@@ -510,7 +512,7 @@ def forms_of(
             notes = f"group {number} of {len(groups)} {notes}".rstrip()
         part = None if heads is None else heads[number]
         rows = None
-        if block_size is not None:
+        if block_size is not None and tokens is not None:
             rows, rest = divmod(block_size, tokens)
             if rest:
                 raise InvalidTerms(
@@ -603,11 +605,14 @@ class StoreIndex:
     """What a scheduler knows of the blocks of a store: the base of `Index` for a `SchedulerSide`.
 
     Attributes:
+        validity: which prefixes the groups of layers can serve; None: those of which the store has
+            all blocks of all groups.
         bucket: what is known of lookups in the store's bucket; None: it has none.
         block_bytes: of a block in all groups.
     """
 
     def __init__(self) -> None:
+        self.validity: Validity | None = None
         self.bucket: BucketAnswers | None = None
         self.block_bytes = 0
         self._losses = 0
@@ -621,6 +626,12 @@ class StoreIndex:
         self._follow()
         bucket = self.bucket
         return self._losses if bucket is None else self._losses + bucket.expired
+
+    def _rules(self, groups: int) -> Validity:
+        """Return which prefixes so many groups of layers can serve."""
+        if self.validity is None:
+            self.validity = Validity([Group(1)] * groups, 1)
+        return self.validity
 
     def record(self) -> None:
         """Keep changes from now on for `take_events`."""
@@ -653,8 +664,7 @@ class LocalIndex(StoreIndex):
     """The index of the blocks that a process can load; it knows none without a store.
 
     An engine makes its scheduler's side and its worker's side separately, in one process. They
-    share the index of the engine's name. A block of several groups of layers can be loaded if the
-    stores of all groups have it.
+    share the index of the engine's name.
     """
 
     def __init__(self) -> None:
@@ -737,24 +747,38 @@ class LocalIndex(StoreIndex):
             # The request of a bucket ends by its own timeout, and the engine need not wait for it.
             _log.warning("close", "The store of an engine was left open: %s", error)
 
-    def leading(self, keys: Sequence[bytes]) -> int | None:
+    def leading(self, keys: Sequence[bytes], first: int = 0) -> int | None:
         """Return how many leading blocks can be loaded; None if a bucket has yet to answer.
 
-        Waits for no bucket: workers ask it for the blocks that are not known here.
+        Waits for no bucket: workers ask it for the blocks that are not known here. ``first``: the
+        number of the first block in its request.
         """
         groups = self._groups
         bucket = self.bucket
+        if not groups:
+            return 0
         try:
-            known = min([group.leading(keys) for group in groups], default=0)
+            known = self._rules(len(groups)).longest(
+                first,
+                len(keys),
+                lambda number, count: groups[number].leading(keys[:count]),
+                lambda number, count: groups[number].has_each(keys[:count]),
+            )
             return known if bucket is None else bucket.leading(keys, known)
         except PortaKVError:  # it was closed
             return 0
 
-    def has(self, key: bytes) -> bool:
-        """Return whether a block can be loaded."""
+    def has(self, key: bytes, states: bool = True) -> bool:
+        """Return whether a block can be loaded.
+
+        ``states``: with those at its end, of groups that have states. Else only its rows.
+        """
         groups = self._groups
+        if not groups:
+            return False
+        numbers = self._rules(len(groups)).numbers(states)
         try:
-            return bool(groups) and all(group.has(key) for group in groups)
+            return all(groups[number].has(key) for number in numbers)
         except PortaKVError:  # it was closed
             return False
 
@@ -780,7 +804,7 @@ class LocalIndex(StoreIndex):
 class NoStore(LocalIndex):
     """An index without blocks, in which a scheduler side finds nothing and saves nothing."""
 
-    def has(self, key: bytes) -> bool:
+    def has(self, key: bytes, states: bool = True) -> bool:
         """Return that no block is to be saved."""
         return True
 

@@ -26,7 +26,8 @@ class Job:
         first: the number of the first one in the request.
         after: the key before the first one; None: they begin a prompt.
         blocks: of each group, from the token at which the first stored block begins. The last
-            stored block may reach past them.
+            stored block may reach past them. Of a group with states one for each stored block, with
+            those after its last token; -1: they are not moved.
     """
 
     number: int

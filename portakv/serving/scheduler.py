@@ -17,11 +17,13 @@ from functools import wraps
 from itertools import accumulate
 from secrets import token_bytes
 from sys import maxsize
+from types import MappingProxyType
 from typing import Concatenate, NamedTuple, ParamSpec, Protocol, TypeVar
 
 from portakv.errors import InvalidTerms
 from portakv.runtime import tracing
 from portakv.runtime.bounded import Bounded
+from portakv.serving.groups import Group
 from portakv.serving.handover import Endpoint, RemoteRows, Tickets
 from portakv.serving.plan import NO_HANDOVERS, NO_PLAN, Blocks, Job, Plan, PullJob, Report
 from portakv.storage.keys import KeyChain
@@ -34,16 +36,24 @@ MOST_DESCRIBED = 1 << 16
 #: Seconds for which a request waits for an index that asks another host.
 PATIENCE = 2.0
 _NONE = frozenset[int]()
+NO_STATES: Mapping[int, Mapping[int, int]] = MappingProxyType({})
 
 
 class Index(Protocol):
     """What a scheduler side queries about the stored blocks."""
 
-    def leading(self, keys: Keys, /) -> int | None:
-        """Return how many leading blocks can be loaded; None if another host has yet to answer."""
+    def leading(self, keys: Keys, first: int, /) -> int | None:
+        """Return how many leading blocks can be loaded; None if another host has yet to answer.
 
-    def has(self, key: bytes, /) -> bool:
-        """Return whether a block can be loaded, as far as is known here."""
+        At the end of the last one every group of layers is valid. ``first``: the number of the
+        first block in its request.
+        """
+
+    def has(self, key: bytes, states: bool, /) -> bool:
+        """Return whether a block can be loaded, as far as is known here.
+
+        ``states``: also those at its end, of groups that have states. Else only its rows.
+        """
 
     @property
     def losses(self) -> int:
@@ -58,19 +68,6 @@ class BlockHolder(Protocol):
 
     def give_back(self, blocks: Sequence[int], /) -> None:
         """Keep blocks no longer, once for each time that they were kept."""
-
-
-class Group(NamedTuple):
-    """A group of layers whose blocks the engine hands out together.
-
-    Attributes:
-        block_size: the tokens of one of its blocks.
-        window: the latest tokens whose rows the engine keeps; None: those of all tokens. The engine
-            gives up blocks before the window while a request runs, without a word.
-    """
-
-    block_size: int
-    window: int | None = None
 
 
 class Described(NamedTuple):
@@ -187,14 +184,15 @@ class SchedulerSide:
     where workers offer rows.
 
     Args:
-        block_size: the tokens of a stored block. A multiple of each group's block size, or a
-            divisor of it, and no more than a group's window.
+        block_size: the tokens of a stored block. A multiple of each group's block size, or, of
+            groups without states, a divisor of it. No more than a group's window, and a divisor of
+            a group's chunk.
         groups: of the engine's layers.
         workers: how many of them report each load and save.
         index: of the stored blocks.
         now: returns the time in seconds.
-        holder: keeps blocks from reuse that a save reads, of groups with a window. Without one, the
-            engine must not give them up while a request runs.
+        holder: keeps blocks from reuse that a save reads, of groups with a window, chunks or
+            states. Without one, the engine must not give them up while a request runs.
 
     Raises `InvalidTerms` for sizes that do not fit.
     """
@@ -209,7 +207,7 @@ class SchedulerSide:
         holder: BlockHolder | None = None,
     ) -> None:
         for group in groups:
-            check_group(block_size, group)
+            group.check(block_size)
         self.counts = Counter[str]()
         self._size = block_size
         self._groups = groups
@@ -227,8 +225,13 @@ class SchedulerSide:
         self._next = Plan()
 
     @property
-    def _windows(self) -> bool:
-        return any(group.window for group in self._groups)
+    def _gives_up_rows(self) -> bool:
+        """Return whether the engine gives up rows of a request while it runs."""
+        return any(not (group.is_whole or group.states) for group in self._groups)
+
+    @property
+    def _has_states(self) -> bool:
+        return any(group.states for group in self._groups)
 
     # --- what the scheduler says and asks
 
@@ -313,7 +316,13 @@ class SchedulerSide:
         past = -(-(computed + tokens) // self._size)
         keys = state.keys(past)
         state.considered = past
-        state.load = self._job(state, first, past, keys, computed)
+        last = {past - 1: self._blocks_at(state, past)}
+        state.load = self._job(state, first, past, keys, computed, last)
+        if any(group.states and ids[-1] < 0 for group, ids in self._by_group(state.load.blocks)):
+            raise InvalidTerms(
+                f"Expected a block for the state after {past * self._size} tokens of the request "
+                f"{request!r}, got none. Allocate the blocks of all groups before the load."
+            )
         self._jobs[state.load.number].loads = True
         self._next.loads.append(state.load)
         self.counts["loads"] += 1
@@ -324,7 +333,13 @@ class SchedulerSide:
         self.counts["computed"] += tokens
 
     def scheduled(
-        self, request: str, computed: int, until: int, blocks: Blocks = (), replaced: bool = False
+        self,
+        request: str,
+        computed: int,
+        until: int,
+        blocks: Blocks = (),
+        replaced: bool = False,
+        states: Mapping[int, Mapping[int, int]] = NO_STATES,
     ) -> None:
         """Take note of a step that computes tokens of a request, and plan what is saved after it.
 
@@ -333,6 +348,8 @@ class SchedulerSide:
             until: tokens whose rows exist after it; those of drafted tokens do not count.
             blocks: of each group, blocks that the request got since the last call.
             replaced: these are all its blocks.
+            states: by a number of tokens, the blocks that have the states after them when the step
+                has ended, by the number of the group. Of groups whose states the engine tells.
         """
         state = self._requests.get(request)
         if state is None or state.forgotten:
@@ -343,14 +360,16 @@ class SchedulerSide:
             ids += new
         past = min(until, len(state.tokens)) // self._size
         first = state.considered
-        if past > first and self._windows:  # blocks before the window are gone
+        if past > first and self._gives_up_rows:  # blocks before the window are gone
             first = max(first, computed // self._size)
         if past <= first:
             return
         keys = state.keys(past)
         state.considered = past
-        for run in _runs(n for n in range(first, past) if self._is_wanted(keys[n])):
-            self._save(state, run.start, run.stop, keys)
+        ends = self._ends_of_states(state, first, past, computed, until, states)
+        wanted = (n for n in range(first, past) if self._is_wanted(keys[n], n in ends))
+        for run in _runs(wanted):
+            self._save(state, run.start, run.stop, keys, ends)
 
     def open_offers(self, endpoints: Sequence[Endpoint], lease: float) -> None:
         """Take note of where each worker offers rows, and for how many seconds it keeps them."""
@@ -503,34 +522,93 @@ class SchedulerSide:
         if answer is not None and (answer.first, answer.losses) == (first, losses):
             known = min(answer.stored, most - first)
         keys = state.keys(most)[first + known : most]
-        more = self._index.leading(keys) if keys else 0
+        more = self._index.leading(keys, first + known) if keys else 0
         if more is None:
             return None
-        state.answered = _Answer(first, known + more, losses)
+        count = known + more
+        state.answered = _Answer(first, count, losses)
         if not self._failed:
-            return known + more
-        past = first + known + more
-        offered = enumerate(state.keys(past)[first:past])
-        return next((n for n, key in offered if key in self._failed), past - first)
+            return count
+        offered = state.keys(first + count)[first : first + count]
+        sound = next((n for n, key in enumerate(offered) if key in self._failed), count)
+        return count if sound == count else self._index.leading(offered[:sound], first)
 
-    def _is_wanted(self, key: bytes) -> bool:
-        """Return whether a computed block is to be saved: no one saves it, and no load finds it."""
-        return key not in self._saving and (key in self._failed or not self._index.has(key))
+    def _is_wanted(self, key: bytes, states: bool) -> bool:
+        """Return whether a computed block is to be saved: no one saves it, and no load finds it.
 
-    def _save(self, state: _Request, first: int, past: int, keys: Keys) -> None:
-        """Plan a save of consecutive stored blocks."""
+        ``states``: the states at its end could be saved too.
+        """
+        if key in self._saving:
+            return False
+        return key in self._failed or not self._index.has(key, states)
+
+    def _by_group(self, blocks: Blocks | list[list[int]]) -> Iterable[tuple[Group, Sequence[int]]]:
+        return zip(self._groups, blocks, strict=True)
+
+    def _ends_of_states(
+        self,
+        state: _Request,
+        first: int,
+        past: int,
+        computed: int,
+        until: int,
+        told: Mapping[int, Mapping[int, int]],
+    ) -> dict[int, list[int]]:
+        """Return the stored blocks at whose ends the engine has the states of all groups after a
+        step, and the block of each group there.
+
+        The tokens of a step may be known only in the next one, which leaves the state before it
+        alone: then ``computed`` is the end of the block.
+        """
+        ends = dict[int, list[int]]()
+        if not self._has_states:
+            return ends
+        for number in range(max(first, computed // self._size - 1), past):
+            tokens = (number + 1) * self._size
+            if not computed <= tokens <= until:
+                continue
+            blocks = self._blocks_at(state, number + 1)
+            kept = list[bool]()
+            for at, group in enumerate(self._groups):
+                if group.states == "told":
+                    blocks[at] = told.get(tokens, {}).get(at, -1)
+                over = group.states == "last" and tokens not in (computed, until)
+                kept.append(not group.states or (blocks[at] >= 0 and not over))
+            if all(kept):
+                ends[number] = blocks
+        return ends
+
+    def _blocks_at(self, state: _Request, past: int) -> list[int]:
+        """Return the block of each group in which so many stored blocks end; -1: none."""
+        tokens = past * self._size
+        places = [tokens // group.block_size - 1 for group in self._groups]
+        return [
+            ids[at] if 0 <= at < len(ids) else -1
+            for at, ids in zip(places, state.blocks, strict=True)
+        ]
+
+    def _save(
+        self,
+        state: _Request,
+        first: int,
+        past: int,
+        keys: Keys,
+        ends: Mapping[int, Sequence[int]],
+    ) -> None:
+        """Plan a save of consecutive stored blocks, with the states at some of their ends."""
         # The first stored block of a save begins where a block of the engine begins.
         most = max(group.block_size for group in self._groups)
         first = first * self._size // most * most // self._size if most > self._size else first
-        job = self._job(state, first, past, keys, first * self._size)
-        if any(-1 in ids for ids in job.blocks):
+        job = self._job(state, first, past, keys, first * self._size, ends)
+        if any(-1 in ids and not group.states for group, ids in self._by_group(job.blocks)):
             del self._jobs[job.number]
             return
         self._saving.update(dict.fromkeys(job.keys, job.number))
         state.reading.add(job.number)
-        if self._holder is not None and self._windows:
-            groups = zip(self._groups, job.blocks, strict=True)
-            held = tuple(block for group, ids in groups if group.window for block in ids)
+        if self._holder is not None and not all(group.is_whole for group in self._groups):
+            groups = self._by_group(job.blocks)
+            some = (block for group, ids in groups if not group.is_whole for block in ids)
+            held = tuple(block for block in some if block >= 0)
             self._jobs[job.number].held = held
             self._holder.hold(held)
         self._next.saves.append(job)
@@ -559,11 +637,26 @@ class SchedulerSide:
         self._tickets.pull(state.load)
         self.counts["pulls"] += 1
 
-    def _job(self, state: _Request, first: int, past: int, keys: Keys, begin: int) -> Job:
-        """Return a job of stored blocks, which touches no block of the engine before ``begin``."""
+    def _job(
+        self,
+        state: _Request,
+        first: int,
+        past: int,
+        keys: Keys,
+        begin: int,
+        ends: Mapping[int, Sequence[int]],
+    ) -> Job:
+        """Return a job of stored blocks, which touches no block of the engine before ``begin``.
+
+        ``ends``: by the number of a stored block, the blocks with the states at its end. Others
+        have none that is moved.
+        """
         blocks = list[tuple[int, ...]]()
-        for group, ids in zip(self._groups, state.blocks, strict=True):
+        for at, (group, ids) in enumerate(self._by_group(state.blocks)):
             size = group.block_size
+            if group.states:
+                blocks.append(tuple(ends[n][at] if n in ends else -1 for n in range(first, past)))
+                continue
             some = ids[first * self._size // size : -(-past * self._size // size)]
             untouched = begin // size - first * self._size // size
             blocks.append((*[-1] * untouched, *some[untouched:]))
@@ -660,20 +753,6 @@ class SchedulerSide:
             if position not in live.missing:
                 self._failed.pop(key, None)
                 self.counts["stored_blocks"] += 1
-
-
-def check_group(block_size: int, group: Group) -> None:
-    """Raise `InvalidTerms` if stored blocks of a size do not fit a group's blocks."""
-    if block_size < 1 or (block_size % group.block_size and group.block_size % block_size):
-        raise InvalidTerms(
-            f"Expected stored blocks of a multiple or a divisor of {group.block_size} tokens, the "
-            f"engine's block size, got {block_size}. Pass another block_size."
-        )
-    if group.window is not None and block_size > group.window:
-        raise InvalidTerms(
-            f"Expected stored blocks of at most {group.window} tokens, the window of a group of "
-            f"layers, got {block_size}. Pass a smaller block_size."
-        )
 
 
 def _runs(numbers: Iterable[int]) -> list[range]:

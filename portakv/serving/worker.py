@@ -279,12 +279,12 @@ class _Part(NamedTuple):
 
     Attributes:
         handle: of its copies, and perhaps of those of other jobs.
-        first: it begins at this position of the job's keys.
-        start: the place of that key among those of the handle.
+        at: the positions of its keys among those of the job.
+        start: the place of the first of them among the keys of the handle.
     """
 
     handle: Moved
-    first: int = 0
+    at: Sequence[int]
     start: int = 0
 
 
@@ -319,8 +319,8 @@ class _Work:
     def missing(self) -> frozenset[int]:
         """Return the positions of keys that did not land in all groups."""
         landed = np.full(len(self.job.keys), not self.failed)
-        for handle, first, start in self.parts:
-            landed[first:] &= handle.landed[start : start + len(landed) - first]
+        for handle, at, start in self.parts:
+            landed[np.asarray(at)] &= handle.landed[start : start + len(at)]
         return frozenset(np.flatnonzero(~landed).tolist())
 
 
@@ -633,20 +633,29 @@ class WorkerSide:
             missing="skip",
             by_layer=self._by_layer,
         )
-        return _Part(handle, first)
+        return _Part(handle, range(first, len(job.keys)))
 
     def _save(self, works: Sequence[_Work], number: int) -> None:
-        """Begin a save of one group."""
+        """Begin a save of one group; of its states those that the jobs have."""
         view, store = self._groups[number]
-        blocks = [block for work in works for block in work.job.blocks[number]]
-        keys = [key for work in works for key in work.job.keys]
-        before = [key for work in works for key in (work.job.after, *work.job.keys[:-1])]
-        after = works[0].job.after if len(works) == 1 else before
-        handle = store.save(view, blocks, keys, after=after)
+        blocks = [block for work in works for block in work.job.blocks[number] if block >= 0]
+        if not blocks:
+            return
+        keys = list[bytes]()
+        before = list[bytes | None]()
+        places = list[Sequence[int]]()
+        for job in (work.job for work in works):
+            ids = job.blocks[number]
+            every = range(len(job.keys))
+            places.append([n for n in every if ids[n] >= 0] if -1 in ids else every)
+            keys += [job.keys[n] for n in places[-1]]
+            before += [job.keys[n - 1] if n else job.after for n in places[-1]]
+        alone = len(works) == 1 and len(keys) == len(works[0].job.keys)
+        handle = store.save(view, blocks, keys, after=before[0] if alone else before)
         start = 0
-        for work in works:
-            work.parts.append(_Part(handle, 0, start))
-            start += len(work.job.keys)
+        for work, at in zip(works, places, strict=True):
+            work.parts.append(_Part(handle, at, start))
+            start += len(at)
 
     def _note_load(self, job: Job, missing: Collection[int]) -> None:
         """Note the end of a load for the engine, with the blocks that have no rows."""

@@ -43,7 +43,7 @@ from portakv.integrations.vllm.caches import (
 from portakv.integrations.vllm.ranks import index_of, words_of
 from portakv.serving import Group
 from portakv.serving.handover import Identity, RemoteRows
-from portakv.serving.local import GroupView, LocalIndex, NoStore, StoreTerms
+from portakv.serving.local import GroupView, LocalIndex, NoStore, StoreTerms, forms_of
 from portakv.storage import prefix_keys
 from portakv.view import KVView
 
@@ -144,13 +144,105 @@ def test_a_folder_of_a_model_has_one_name(
 
 
 def test_kinds_of_layers_that_are_not_served_are_named(configurations: tuple[Any, Any]) -> None:
-    class MambaSpec(SimpleNamespace):
+    class CrossAttentionSpec(SimpleNamespace):
         pass
 
     groups = configurations[1].kv_cache_groups
-    groups.append(SimpleNamespace(kv_cache_spec=MambaSpec(block_size=16)))
-    with pytest.raises(IntegrationError, match="got MambaSpec"):
+    groups.append(SimpleNamespace(kv_cache_spec=CrossAttentionSpec(block_size=16)))
+    with pytest.raises(IntegrationError, match="got CrossAttentionSpec"):
         settings_of(*configurations)
+
+
+class MambaSpec(SimpleNamespace):
+    """States of recurrent layers, with the attributes that are read."""
+
+
+def states(size: int = 64, mode: str = "align", **more: Any) -> Any:
+    spec = MambaSpec(block_size=size, mamba_cache_mode=mode, **more)
+    return SimpleNamespace(kv_cache_spec=spec, layer_names=[])
+
+
+@pytest.mark.parametrize(
+    ("mode", "tells", "kept"),
+    [("align", False, "last"), ("align", True, "told"), ("all", False, "every")],
+)
+def test_groups_with_states(
+    configurations: tuple[Any, Any], mode: str, tells: bool, kept: str
+) -> None:
+    configurations[1].kv_cache_groups.append(states(mode=mode))
+    settings = settings_of(*configurations, tells)
+    assert settings.groups == (Group(16), Group(64, states=kept))
+    assert settings.block_size == 64
+    assert settings.fails_by_request
+
+
+@pytest.mark.parametrize(
+    ("group", "change", "says"),
+    [
+        (states(mode="none"), {}, "got the mode 'none'"),
+        (states(num_speculative_blocks=1), {}, "without num_speculative_blocks, got 1"),
+        (states(), {"bucket": "memory:///"}, "Expected no bucket for a model with recurrent"),
+        (states(), {"block_size": 32}, "of a multiple of 64 tokens"),
+        (states(), {"workers": 2}, "Expected one worker for a model with recurrent layers, got 2"),
+        (states(), {"hand_over": {}}, "got 2 groups, a window or states"),
+    ],
+)
+def test_what_states_cannot_be_stored_by_is_named(
+    configurations: tuple[Any, Any], group: Any, change: dict[str, Any], says: str
+) -> None:
+    config, caches = configurations
+    caches.kv_cache_groups.append(group)
+    if (size := change.pop("workers", None)) is not None:
+        config.parallel_config.world_size = config.parallel_config.tensor_parallel_size = size
+    if "hand_over" in change:
+        config.kv_transfer_config.kv_role = "kv_producer"
+    config.kv_transfer_config.kv_connector_extra_config |= change
+    with pytest.raises((IntegrationError, InvalidTerms), match=says):
+        settings_of(config, caches)
+
+
+def test_groups_with_chunks(configurations: tuple[Any, Any]) -> None:
+    class ChunkedLocalAttentionSpec(SimpleNamespace):
+        pass
+
+    spec = ChunkedLocalAttentionSpec(block_size=16, attention_chunk_size=32)
+    configurations[1].kv_cache_groups.append(SimpleNamespace(kv_cache_spec=spec, layer_names=[]))
+    settings = settings_of(*configurations)
+    assert settings.groups == (Group(16), Group(16, chunk=32))
+    assert settings.block_size == 16
+    terms = configurations[0].kv_transfer_config.kv_connector_extra_config
+    terms["block_size"] = 64
+    with pytest.raises(InvalidTerms, match="a divisor of 32 tokens, the chunk"):
+        settings_of(*configurations)
+
+
+def test_states_of_several_kinds_are_the_bytes_of_their_page() -> None:
+    """One tensor of bytes, or one of each state; the page is longer than what it holds."""
+    spec = MambaSpec(
+        block_size=64, shapes=((3, 8), (2, 4, 4)), dtypes=(torch.bfloat16, torch.float)
+    )
+    nbytes = 3 * 8 * 2 + 2 * 4 * 4 * 4
+    memory = torch.randint(0, 255, (5, 256), dtype=torch.uint8)
+    one = memory.view(torch.int8)[:, None, None, :nbytes]
+    parts = [
+        torch.as_strided(memory.view(torch.bfloat16), (5, 3, 8), (128, 8, 1)),
+        torch.as_strided(memory.view(torch.float), (5, 2, 4, 4), (64, 16, 4, 1), 12),
+    ]
+    for cache in (one, parts):
+        config = SimpleNamespace(num_blocks=5, kv_cache_groups=[])
+        config.kv_cache_groups.append(SimpleNamespace(kv_cache_spec=spec, layer_names=["a"]))
+        (made,) = views_of({"a": cache}, config)
+        assert made.row_tokens is None
+        assert (made.view.slots, made.view.block_size) == (5, 1)
+        (form,) = forms_of([made], "model", 64)
+        assert (form.block_size, form.payload_bytes) == (1, nbytes)
+        target = torch.zeros(1, 1, nbytes, dtype=torch.uint8)
+        stored = KVView([target], "layer | block token dim")
+        copy_blocks(made.view, stored, src_blocks=[3], dst_blocks=[0]).synchronize()
+        assert torch.equal(target[0, 0], memory[3, :nbytes])
+    gap = [parts[0], torch.as_strided(memory.view(torch.float), (5, 2, 4, 4), (64, 16, 4, 1), 16)]
+    with pytest.raises(IntegrationError, match="which each has 176 bytes next to each other"):
+        views_of({"a": gap}, config)
 
 
 def window(size: int, tokens: int, *layers: str) -> Any:

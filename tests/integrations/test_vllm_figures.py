@@ -213,7 +213,7 @@ PARENT = f"00-{1:032x}-{2:016x}-01"
 @pytest.mark.parametrize("on", [True, False], ids=["on", "control"])
 def test_a_load_is_a_span_below_that_of_its_request(headers: Any, parent: str, on: bool) -> None:
     index = LocalIndex()
-    index.leading = lambda keys: len(keys)  # type: ignore[method-assign]
+    index.leading = lambda keys, first=0: len(keys)  # type: ignore[method-assign]
     scheduler_side = SchedulerSide(8, [Group(8)], 1, index)
     request = SimpleNamespace(trace_headers=headers)
     tracer = Spans()

@@ -301,7 +301,7 @@ def test_rows_that_were_pulled_are_saved() -> None:
     """A store of the decode engine has them for the next turn of a conversation."""
 
     class Empty(NoStore):
-        def has(self, key: bytes, /) -> bool:
+        def has(self, key: bytes, states: bool = True, /) -> bool:
             return False
 
     scheduler_side = SchedulerSide(16, [Group(16)], 1, Empty(), Clock())

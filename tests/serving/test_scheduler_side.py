@@ -7,7 +7,7 @@ import ast
 import random
 import sys
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cache
 from importlib.resources import files
 
@@ -18,7 +18,7 @@ from support.serving_model import Draw, Engine, Holder, Pool
 from portakv.errors import InvalidTerms
 from portakv.serving import Group, Job, Plan, Report, SchedulerSide
 from portakv.serving.plan import NO_PLAN, Blocks
-from portakv.serving.scheduler import PATIENCE
+from portakv.serving.scheduler import NO_STATES, PATIENCE
 from portakv.storage import prefix_keys
 
 WALKS = 10_000  # in all, in the default run
@@ -81,9 +81,15 @@ class TooEarly(SchedulerSide):
     """A scheduler side that saves blocks before all their rows exist."""
 
     def scheduled(
-        self, request: str, computed: int, until: int, blocks: Blocks = (), replaced: bool = False
+        self,
+        request: str,
+        computed: int,
+        until: int,
+        blocks: Blocks = (),
+        replaced: bool = False,
+        states: Mapping[int, Mapping[int, int]] = NO_STATES,
     ) -> None:
-        super().scheduled(request, computed, until + self._size, blocks, replaced)
+        super().scheduled(request, computed, until + self._size, blocks, replaced, states)
 
 
 class OfferedAgain(SchedulerSide):
@@ -132,13 +138,13 @@ class Known:
         self.keys.remove(key)
         self.losses += 1
 
-    def leading(self, keys: Sequence[bytes]) -> int | None:
+    def leading(self, keys: Sequence[bytes], first: int = 0) -> int | None:
         self.queried += len(keys)
         if not self.answers:
             return None
         return next((n for n, key in enumerate(keys) if key not in self.keys), len(keys))
 
-    def has(self, key: bytes) -> bool:
+    def has(self, key: bytes, states: bool = True) -> bool:
         return key in self.keys
 
 

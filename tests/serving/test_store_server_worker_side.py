@@ -58,10 +58,10 @@ class KeptStore:
         assert client.wait(LIMIT)
         return client
 
-    def leading(self, keys: Sequence[bytes]) -> int | None:
+    def leading(self, keys: Sequence[bytes], first: int = 0) -> int | None:
         return self.index.leading(keys)
 
-    def has(self, key: bytes) -> bool:
+    def has(self, key: bytes, states: bool = True) -> bool:
         return self.index.has(key)
 
     @property

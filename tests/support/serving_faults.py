@@ -3,8 +3,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from portakv.serving import SchedulerSide
 from portakv.serving.plan import Blocks
+from portakv.serving.scheduler import NO_STATES
 
 
 class GivenBackAtOnce(SchedulerSide):
@@ -29,10 +32,16 @@ class NotHeld(SchedulerSide):
     """A scheduler side that does not hold the blocks of a window while they are read."""
 
     def scheduled(
-        self, request: str, computed: int, until: int, blocks: Blocks = (), replaced: bool = False
+        self,
+        request: str,
+        computed: int,
+        until: int,
+        blocks: Blocks = (),
+        replaced: bool = False,
+        states: Mapping[int, Mapping[int, int]] = NO_STATES,
     ) -> None:
         self._holder = None
-        super().scheduled(request, computed, until, blocks, replaced)
+        super().scheduled(request, computed, until, blocks, replaced, states)
 
 
 class Careless(GivenBackAtOnce, NotStopped):

@@ -43,13 +43,13 @@ class Store:
         self.wrong = draw.wrong
         self.losses = 0
 
-    def leading(self, keys: Sequence[bytes]) -> int | None:
+    def leading(self, keys: Sequence[bytes], first: int = 0) -> int | None:
         """Answer as an index; sometimes not yet."""
         if self.chance.random() < self.wrong:
             return None
         return next((n for n, key in enumerate(keys) if key not in self.believed), len(keys))
 
-    def has(self, key: bytes) -> bool:
+    def has(self, key: bytes, states: bool = True) -> bool:
         """Answer as an index."""
         return key in self.believed
 

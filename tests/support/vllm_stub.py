@@ -119,6 +119,9 @@ def write_vllm(folder: Path) -> None:
         "import os\n\n\ndef get_tensor_model_parallel_rank():\n    return int(os.environ['RANK'])\n"
     )
     (folder / "vllm/distributed/__init__.py").write_text(ranks)
+    steps = folder / "vllm/v1/core/sched/output.py"
+    steps.parent.mkdir(parents=True)
+    steps.write_text("class SchedulerOutput:\n    pass\n")
     info = folder / "vllm-0.33.0.dist-info"
     info.mkdir()
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: vllm\nVersion: 0.33.0\n")

@@ -5,14 +5,16 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 import re
 import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from hashlib import sha256
+from itertools import accumulate
 from math import lcm
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 
@@ -20,7 +22,7 @@ from portakv.arguments import flag
 from portakv.errors import InvalidTerms
 from portakv.integrations import IntegrationError
 from portakv.runtime.bounded import Bounded
-from portakv.serving import Group, check_group
+from portakv.serving import Group
 from portakv.serving.handover import (
     KEY,
     HandoverTerms,
@@ -31,6 +33,7 @@ from portakv.serving.handover import (
 )
 from portakv.serving.local import TOKENS, TOKENS_ON_CPU, GroupView, StoreTerms, checksum_if_here
 from portakv.serving.plan import Blocks
+from portakv.serving.scheduler import NO_STATES
 from portakv.view import KVView
 
 # ------------------------------------------------------------------------------------------------
@@ -108,6 +111,7 @@ def views_of(
         reason: why rows are read, and what a user does if they cannot be; for the error.
 
     Layers of a group that share a tensor are one. Layers of several groups may share it too.
+    States of recurrent layers move as they are: the bytes of a layer's states in a block.
 
     Raises `IntegrationError` for caches without an axis of blocks, and for kernels whose order of
     rows in a page is not known.
@@ -117,11 +121,13 @@ def views_of(
     for group in kv_cache_config.kv_cache_groups:
         by_address = dict[int, str]()
         for name in group.layer_names:
-            by_address.setdefault(kv_caches[name].data_ptr(), name)
+            by_address.setdefault(_address(kv_caches[name]), name)
         names = [*by_address.values()]
         tensors = [kv_caches[name] for name in names]
         spec = group.kv_cache_spec
-        if kernels is None:
+        if type(spec).__name__ == STATES:
+            views.append(_states(tensors, blocks, spec))
+        elif kernels is None:
             views.append(_pages(tensors, blocks, spec.block_size))
         else:
             used = [kernels.get(name, "") for name in names]
@@ -159,7 +165,7 @@ def layer_numbers(kv_caches: Mapping[str, torch.Tensor], kv_cache_config: Any) -
     for group in kv_cache_config.kv_cache_groups:
         seen = dict[int, int]()
         for name in group.layer_names:
-            address = kv_caches[name].data_ptr()
+            address = _address(kv_caches[name])
             numbers[name] = seen.setdefault(address, len(seen))
     return numbers
 
@@ -191,6 +197,59 @@ def _pages(tensors: Sequence[torch.Tensor], blocks: int, size: int) -> GroupView
     pages = [tensor.permute(*range(outer), *inner) for tensor in tensors]
     notes = f"axes {inner} of {[*shape[outer:]]} {tensors[0].dtype}"
     return GroupView(_whole(pages, outer), notes, size)
+
+
+def _address(cache: Any) -> int:
+    """Return where the cache of a layer begins: a tensor, or the states of a recurrent layer."""
+    return int((cache if isinstance(cache, torch.Tensor) else cache[0]).data_ptr())
+
+
+def _states(caches: Sequence[Any], blocks: int, spec: Any) -> GroupView:
+    """Return a view whose blocks are the states of a recurrent layer, of several shapes and dtypes.
+
+    ``caches``: of each layer one tensor whose blocks are bytes, or a tensor of each state. The
+    states of a block follow each other without a gap; the page of a block may be longer.
+    """
+    kinds = [*zip(spec.shapes, spec.dtypes, strict=True)]
+    nbytes = sum(math.prod(shape) * dtype.itemsize for shape, dtype in kinds)
+    pages = [_state_bytes(cache, blocks, kinds, nbytes) for cache in caches]
+    notes = f"states of {spec.block_size} tokens: " + ", ".join(
+        f"{[*shape]} {dtype}" for shape, dtype in kinds
+    )
+    return GroupView(KVView(pages, "layer | block token dim"), notes, None)
+
+
+def _state_bytes(
+    cache: Any, blocks: int, kinds: Sequence[tuple[Any, torch.dtype]], nbytes: int
+) -> torch.Tensor:
+    """Return the states of a layer as bytes, uint8 ``[blocks, 1, nbytes]``. Raises
+    `IntegrationError`."""
+    parts = [cache] if isinstance(cache, torch.Tensor) else [*cache]
+    first = parts[0]
+    page = first.stride(0) * first.itemsize
+    places = [each.data_ptr() - first.data_ptr() for each in parts]
+    whole = [math.prod(each.shape[1:]) * each.itemsize for each in parts]
+    fits = all(
+        len(each) == blocks
+        and each.stride(0) * each.itemsize == page
+        and each[0].is_contiguous()
+        and place == before
+        for each, place, before in zip(parts, places, accumulate(whole, initial=0), strict=False)
+    )
+    if not fits or sum(whole) != nbytes or page < nbytes:
+        shapes = ", ".join(f"{[*each.shape]} {each.dtype}" for each in parts)
+        raise IntegrationError(
+            f"Expected states of {blocks} blocks, of which each has {nbytes} bytes next to each "
+            f"other, got {shapes}. Choose the OffloadingConnector for this model."
+        )
+    raw = first.view(torch.uint8) if first.itemsize == 1 else _raw(first)
+    start = first.storage_offset() * first.itemsize
+    return raw.as_strided((blocks, 1, nbytes), (page, nbytes, 1), start)
+
+
+def _raw(tensor: torch.Tensor) -> torch.Tensor:
+    """Return the bytes of a tensor's storage."""
+    return torch.empty(0, dtype=torch.uint8, device=tensor.device).set_(tensor.untyped_storage())
 
 
 def _whole(pages: Sequence[torch.Tensor], outer: int) -> KVView:
@@ -409,20 +468,32 @@ def check_groups(groups: Sequence[Any]) -> None:
 
     Raises `IntegrationError`.
     """
-    if len(groups) > 1 or any(group.window is not None for group in groups):
+    if len(groups) > 1 or not all(group.is_whole for group in groups):
         raise IntegrationError(
             f"Expected one group of layers that keep all tokens to hand requests over, got "
-            f"{len(groups)} groups or a sliding window. Leave {TERM} out and set kv_role to "
+            f"{len(groups)} groups, a window or states. Leave {TERM} out and set kv_role to "
             f"'kv_both', or choose another connector for this model."
         )
 
 
 _log = logging.getLogger(__name__)
+#: The kind of group whose blocks are states of recurrent layers.
+STATES = "MambaSpec"
 #: The kinds of KV groups that the connector serves.
-SERVED = ("FullAttentionSpec", "MLAAttentionSpec", "SlidingWindowSpec")
+SERVED = (
+    "FullAttentionSpec",
+    "MLAAttentionSpec",
+    "SlidingWindowSpec",
+    "ChunkedLocalAttentionSpec",
+    STATES,
+)
 #: The most blocks of a group of layers in a stored block that several groups share: shorter prompts
 #: are not stored.
 MOST_BLOCKS = 4
+#: By vLLM's mode of caching states, which ones are kept.
+MODES: Mapping[str, Literal["every", "last"]] = {"all": "every", "align": "last"}
+#: The field of a step by which vLLM tells which blocks have states.
+TOLD = "kv_connector_block_state"
 #: Hooks of vLLM's connectors that a model with several groups, or with a window, needs.
 HYBRID_HOOKS = ("bind_gpu_block_pool", "get_transfer_results")
 #: What vLLM appends to the name of each data-parallel copy of an engine.
@@ -510,11 +581,13 @@ class Settings(NamedTuple):
         A report does not say of which group an id is, and where blocks before a window are
         gone, a request cannot go on in the middle of a load.
         """
-        return len(self.groups) > 1 or any(group.window for group in self.groups)
+        return len(self.groups) > 1 or not all(group.is_whole for group in self.groups)
 
 
-def settings_of(config: Any, kv_cache_config: Any) -> Settings:
+def settings_of(config: Any, kv_cache_config: Any, tells: bool = False) -> Settings:
     """Return the settings of an engine.
+
+    ``tells``: it tells in each step which blocks have states.
 
     Raises:
         IntegrationError: parallelism, or kinds of layers, that the connector does not serve.
@@ -524,7 +597,7 @@ def settings_of(config: Any, kv_cache_config: Any) -> Settings:
     workers = workers_of(config.parallel_config, transfer.engine_id)
     role = getattr(transfer, "kv_role", "kv_both")
     roles = roles_of(role, transfer.kv_connector_extra_config)
-    groups = groups_of(kv_cache_config)
+    groups = groups_of(kv_cache_config, tells)
     if roles.handing is not None:
         check_groups(groups)
     if workers.stages > 1:
@@ -535,6 +608,8 @@ def settings_of(config: Any, kv_cache_config: Any) -> Settings:
         size = stored_block(store, groups, least_tokens(device, store))
     except InvalidTerms as error:
         raise InvalidTerms(f"kv_connector_extra_config: {error}") from None
+    if any(group.states for group in groups):
+        check_states(store, workers)
     if store.by_layer and workers.size > 1:
         raise IntegrationError(
             f"Expected one worker for by_layer, got {workers.size}: a worker does not know in time "
@@ -605,7 +680,7 @@ def stored_block(store: StoreTerms, groups: Sequence[Group], tokens: int) -> int
                 f"start the engine with --block-size {store.block_size}."
             )
     for group in groups:
-        check_group(size, group)
+        group.check(size)
     return size
 
 
@@ -625,7 +700,9 @@ def whole_blocks(groups: Sequence[Group], tokens: int = TOKENS) -> int:
         )
     size = least * -(-tokens // least)
     windows = [group.window for group in groups if group.window is not None]
-    return size if size <= min(windows, default=size) else least
+    chunks = [group.chunk for group in groups if group.chunk is not None]
+    fits = size <= min(windows, default=size) and not any(chunk % size for chunk in chunks)
+    return size if fits else least
 
 
 def workers_of(parallel: Any, engine: str) -> Workers:
@@ -685,6 +762,23 @@ def check_stages(config: Any, groups: Sequence[Group]) -> None:
         )
 
 
+def check_states(store: StoreTerms, workers: Workers) -> None:
+    """Refuse what the states of recurrent layers cannot be stored by.
+
+    Raises `IntegrationError`.
+    """
+    if workers.size > 1:
+        raise IntegrationError(
+            f"Expected one worker for a model with recurrent layers, got {workers.size}: their "
+            f"states are not stored by parts. Run one worker, or choose the OffloadingConnector."
+        )
+    if store.bucket is not None:
+        raise IntegrationError(
+            "Expected no bucket for a model with recurrent layers, got one: their states are not "
+            "looked up there. Leave bucket out of kv_connector_extra_config."
+        )
+
+
 def check_hooks(base: type, settings: Settings) -> None:
     """Refuse what the installed release of vLLM has no hooks for.
 
@@ -737,8 +831,10 @@ def warn_of_policy(config: Any) -> None:
         )
 
 
-def groups_of(kv_cache_config: Any) -> list[Group]:
+def groups_of(kv_cache_config: Any, tells: bool = False) -> list[Group]:
     """Return the groups of layers as a scheduler side takes them.
+
+    ``tells``: the engine tells in each step which blocks have states.
 
     Raises `IntegrationError` for kinds of layers that the connector does not serve.
     """
@@ -759,7 +855,44 @@ def groups_of(kv_cache_config: Any) -> list[Group]:
                 "later tokens. Choose the OffloadingConnector for this model."
             )
         window = spec.sliding_window if kind == "SlidingWindowSpec" else None
-        made.append(Group(spec.block_size, window))
+        chunk = spec.attention_chunk_size if kind == "ChunkedLocalAttentionSpec" else None
+        states = _kept_states(spec, tells) if kind == STATES else None
+        made.append(Group(spec.block_size, window, chunk, states))
+    return made
+
+
+def _kept_states(spec: Any, tells: bool) -> Literal["every", "last", "told"]:
+    """Return which states of recurrent layers an engine keeps. Raises `IntegrationError`."""
+    mode = getattr(spec, "mamba_cache_mode", "none")
+    kept = MODES.get(mode)
+    if kept is None:
+        raise IntegrationError(
+            f"Expected recurrent layers whose states are kept at the ends of blocks, got the mode "
+            f"{mode!r}. Start vLLM with --enable-prefix-caching and --mamba-cache-mode align."
+        )
+    if tells and kept == "last":
+        return "told"
+    others = ("num_speculative_blocks", "num_prefill_checkpoint_blocks")
+    some = [name for name in others if getattr(spec, name, 0)]
+    if some:
+        raise IntegrationError(
+            f"Expected a release of vLLM that tells which blocks have states, or recurrent layers "
+            f"without {some[0]}, got {getattr(spec, some[0])}. Leave speculative decoding out, or "
+            f"choose the OffloadingConnector."
+        )
+    return kept
+
+
+def states_in(step: Any, request: str) -> Mapping[int, Mapping[int, int]]:
+    """Return the blocks with the states of a request that a step of vLLM tells of: by a number of
+    tokens and the number of a group, as `SchedulerSide.scheduled` takes them."""
+    told = getattr(getattr(step, TOLD, None), "boundary_state_offloads", None)
+    entries = told.get(request) if told else None
+    if not entries:
+        return NO_STATES
+    made: dict[int, dict[int, int]] = {}
+    for group, block, tokens in entries:
+        made.setdefault(tokens, {})[group] = block
     return made
 
 

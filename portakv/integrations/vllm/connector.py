@@ -14,13 +14,14 @@ import logging
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from portakv.graph import open_telemetry
 from portakv.integrations import check_release, log_through
 from portakv.integrations.vllm.caches import (
+    TOLD,
     WHOLE,
     PoolHolder,
     check_hooks,
@@ -36,6 +37,7 @@ from portakv.integrations.vllm.caches import (
     salt_of,
     settings_of,
     share_caches,
+    states_in,
     view_across_layers,
     warn_of_policy,
 )
@@ -56,6 +58,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (  # noqa: E402
     KVConnectorWorkerMetadata,
     SupportsHMA,
 )
+from vllm.v1.core.sched.output import SchedulerOutput  # noqa: E402
 
 from portakv.integrations.vllm.metrics import (  # noqa: E402
     SUPPORTED,
@@ -67,9 +70,6 @@ from portakv.integrations.vllm.metrics import (  # noqa: E402
     stats_of,
 )
 from portakv.integrations.vllm.ranks import are_wanted, events_of  # noqa: E402
-
-if TYPE_CHECKING:
-    from vllm.v1.core.sched.output import SchedulerOutput
 
 
 @dataclass
@@ -107,7 +107,8 @@ class PortaKVConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
     def __init__(self, vllm_config: Any, role: KVConnectorRole, kv_cache_config: Any) -> None:
         super().__init__(vllm_config, role, kv_cache_config)
         log_through(logging.getLogger("vllm"))
-        self._settings = settings = settings_of(vllm_config, kv_cache_config)
+        tells = TOLD in getattr(SchedulerOutput, "__dataclass_fields__", ())
+        self._settings = settings = settings_of(vllm_config, kv_cache_config, tells)
         check_hooks(KVConnectorBase_V1, settings)
         self.costs = Costs(role.name.lower())
         self.figures = Figures()
@@ -250,14 +251,17 @@ class PortaKVConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
             computed = new.num_computed_tokens
             past = computed + many[new.req_id]
             ids = ids_of(new.block_ids)
-            self.scheduler_side.scheduled(new.req_id, computed, past, ids, replaced=True)
+            states = states_in(scheduler_output, new.req_id)
+            self.scheduler_side.scheduled(new.req_id, computed, past, ids, True, states)
         old = scheduler_output.scheduled_cached_reqs
         for name, blocks, computed in zip(
             old.req_ids, old.new_block_ids, old.num_computed_tokens, strict=True
         ):
             resumed = name in old.resumed_req_ids
             ids = ids_of(blocks)
-            self.scheduler_side.scheduled(name, computed, computed + many[name], ids, resumed)
+            past = computed + many[name]
+            states = states_in(scheduler_output, name)
+            self.scheduler_side.scheduled(name, computed, past, ids, resumed, states)
         plan = self.scheduler_side.plan(idle=not many and self._settings.shows_idle)
         self.costs.step(idle=plan is NO_PLAN and not scheduler_output.scheduled_new_reqs)
         return PlanMetadata(plan)

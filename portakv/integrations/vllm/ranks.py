@@ -21,7 +21,15 @@ from portakv.integrations.vllm.caches import (
     worker_numbers,
 )
 from portakv.migrate import Shard
-from portakv.serving import Blocks, Described, ServerIndex, StoreClient, StoreServer, place_of
+from portakv.serving import (
+    Blocks,
+    Described,
+    ServerIndex,
+    StoreClient,
+    StoreServer,
+    Validity,
+    place_of,
+)
 from portakv.serving.handover import Handover, rehearse
 from portakv.serving.kv_events import medium_of, number_of, runs_of
 from portakv.serving.local import (
@@ -214,6 +222,7 @@ class JoinedIndex(ServerIndex):
         self.store_server = StoreServer(terms, settings.engine)
         try:
             super().__init__(self.store_server.place, settings.engine, len(settings.groups))
+            self.validity = Validity(settings.groups, settings.block_size)
         except BaseException:
             self.store_server.close()
             raise
@@ -257,6 +266,7 @@ def index_of(settings: Settings) -> LocalIndex | JoinedIndex | NoStore:
     what = f"blocks of {settings.block_size} tokens"
     if not settings.uses_store_server:
         index = LocalIndex.of(settings.engine)
+        index.validity = Validity(settings.groups, settings.block_size)
         found = found_in(index.statistics(), len(settings.groups))
         log_start(settings.store, what, found, "This process")
         return index

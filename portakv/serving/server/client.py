@@ -10,7 +10,7 @@ import time
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from functools import partial
-from itertools import count
+from itertools import count, takewhile
 from typing import Literal, NamedTuple, TypeAlias, TypeVar
 
 import numpy as np
@@ -152,24 +152,39 @@ class ServerIndex(StoreIndex):
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def leading(self, keys: Keys) -> int | None:
-        """Return how many leading blocks can be loaded; None if a bucket has yet to answer."""
+    def leading(self, keys: Keys, first: int = 0) -> int | None:
+        """Return how many leading blocks can be loaded; None if a bucket has yet to answer.
+
+        ``first``: the number of the first block in its request.
+        """
         groups = self._groups_here()
         if not groups:
             return 0
         bucket = self.bucket
-        count = len(keys)
-        for known in groups:
-            lacks = (n for n in range(count) if keys[n] not in known.tiers)
-            if bucket is not None:
-                lacks = (n for n in lacks if not bucket.has(keys[n]))
-            count = next(lacks, count)
-        return count if bucket is None else bucket.leading(keys, count)
 
-    def has(self, key: bytes) -> bool:
-        """Return whether a block can be loaded."""
+        def there(number: int, many: int) -> Iterator[bool]:
+            tiers = groups[number].tiers
+            some = keys[:many]
+            if bucket is None:
+                return (key in tiers for key in some)
+            return (key in tiers or bucket.has(key) for key in some)
+
+        known = self._rules(len(groups)).longest(
+            first,
+            len(keys),
+            lambda number, many: sum(takewhile(bool, there(number, many))),
+            lambda number, many: [*there(number, many)],
+        )
+        return known if bucket is None else bucket.leading(keys, known)
+
+    def has(self, key: bytes, states: bool = True) -> bool:
+        """Return whether a block can be loaded.
+
+        ``states``: with those at its end, of groups that have states. Else only its rows.
+        """
         groups = self._groups_here()
-        if groups and all(key in known.tiers for known in groups):
+        numbers = self._rules(len(groups)).numbers(states) if groups else ()
+        if groups and all(key in groups[number].tiers for number in numbers):
             return True
         bucket = self.bucket
         return bool(groups) and bucket is not None and bucket.has(key)
