@@ -202,6 +202,122 @@ def _save(folder: Path, weights: dict[str, torch.Tensor], config: dict[str, Any]
     (folder / "generation_config.json").write_text("{}")
 
 
+#: Of the model with gated delta networks: heads of keys and of values, and their width.
+GDN_KEYS = 2
+GDN_VALUES = 4
+GDN_DIM = 64
+
+
+def make_gdn(folder: Path) -> None:
+    """Write a hybrid into a folder: three layers with states of gated delta networks, and one of
+    full attention, as Qwen3-Next has them. vLLM asks for experts in one layer.
+
+    States decay slowly, so that tokens depend on the whole prompt by them too.
+    """
+    draw = torch.Generator().manual_seed(0)
+    weights = _outer_weights(draw)
+    weights["model.norm.weight"] = torch.zeros(HIDDEN)  # these norms scale by 1 + weight
+    keys, values = GDN_KEYS * GDN_DIM, GDN_VALUES * GDN_DIM
+    for layer in range(LAYERS):
+        at = f"model.layers.{layer}"
+        mlp = _mlp_weights(draw, at)
+        for norm in ("input_layernorm", "post_attention_layernorm"):
+            mlp[f"{at}.{norm}.weight"] = torch.zeros(HIDDEN)
+        weights |= mlp
+        if layer == LAYERS - 1:
+            for part in ("gate_proj", "up_proj", "down_proj"):
+                one = weights.pop(f"{at}.mlp.{part}.weight")
+                for each in ("experts.0", "experts.1", "shared_expert"):
+                    weights[f"{at}.mlp.{each}.{part}.weight"] = one.clone()
+            weights[f"{at}.mlp.gate.weight"] = _matrix(draw, 2, HIDDEN, 1)
+            weights[f"{at}.mlp.shared_expert_gate.weight"] = _matrix(draw, 1, HIDDEN, 1)
+            at += ".self_attn"
+            weights |= {
+                f"{at}.q_proj.weight": _matrix(draw, 2 * HEADS * DIM, HIDDEN, 2),
+                f"{at}.k_proj.weight": _matrix(draw, KV_HEADS * DIM, HIDDEN, 2),
+                f"{at}.v_proj.weight": _matrix(draw, KV_HEADS * DIM, HIDDEN, 4),
+                f"{at}.o_proj.weight": _matrix(draw, HIDDEN, HEADS * DIM, 4),
+                f"{at}.q_norm.weight": torch.zeros(DIM),
+                f"{at}.k_norm.weight": torch.zeros(DIM),
+            }
+            continue
+        at += ".linear_attn"
+        weights |= {
+            f"{at}.in_proj_qkvz.weight": _matrix(draw, 2 * keys + 2 * values, HIDDEN, 2),
+            f"{at}.in_proj_ba.weight": _matrix(draw, 2 * GDN_VALUES, HIDDEN, 1),
+            f"{at}.conv1d.weight": _matrix(draw, 2 * keys + values, 4, 1)[:, None].contiguous(),
+            f"{at}.dt_bias": torch.zeros(GDN_VALUES),
+            f"{at}.A_log": torch.full((GDN_VALUES,), -6.0),
+            f"{at}.norm.weight": torch.ones(GDN_DIM),
+            f"{at}.out_proj.weight": _matrix(draw, HIDDEN, values, 4),
+        }
+    config = {
+        "architectures": ["Qwen3NextForCausalLM"],
+        "model_type": "qwen3_next",
+        "num_attention_heads": HEADS,
+        "num_key_value_heads": KV_HEADS,
+        "head_dim": DIM,
+        "rms_norm_eps": 1e-6,
+        "rope_theta": 10000.0,
+        "partial_rotary_factor": 0.25,
+        "linear_num_key_heads": GDN_KEYS,
+        "linear_num_value_heads": GDN_VALUES,
+        "linear_key_head_dim": GDN_DIM,
+        "linear_value_head_dim": GDN_DIM,
+        "linear_conv_kernel_dim": 4,
+        "layer_types": ["linear_attention"] * (LAYERS - 1) + ["full_attention"],
+        "num_experts": 2,
+        "num_experts_per_tok": 1,
+        "decoder_sparse_step": 1,
+        "moe_intermediate_size": INNER,
+        "shared_expert_intermediate_size": INNER,
+        "mlp_only_layers": [*range(LAYERS - 1)],
+        "torch_dtype": "bfloat16",
+    }
+    _save(folder, weights, config)
+
+
+#: The tokens of a chunk in which layers attend.
+CHUNK = 128
+
+
+def make_chunked(folder: Path) -> None:
+    """Write a model into a folder whose layers but one attend within chunks, as Llama 4's, without
+    experts."""
+    draw = torch.Generator().manual_seed(0)
+    weights = _outer_weights(draw)
+    for layer in range(LAYERS):
+        at = f"model.layers.{layer}"
+        mlp = _mlp_weights(draw, at)
+        weights |= {name.replace(".mlp.", ".feed_forward."): each for name, each in mlp.items()}
+        weights |= {
+            f"{at}.self_attn.q_proj.weight": _matrix(draw, HEADS * DIM, HIDDEN, 2),
+            f"{at}.self_attn.k_proj.weight": _matrix(draw, KV_HEADS * DIM, HIDDEN, 2),
+            f"{at}.self_attn.v_proj.weight": _matrix(draw, KV_HEADS * DIM, HIDDEN, 4),
+            f"{at}.self_attn.o_proj.weight": _matrix(draw, HIDDEN, HEADS * DIM, 4),
+        }
+    config = {
+        "architectures": ["Llama4ForCausalLM"],
+        "model_type": "llama4_text",
+        "num_attention_heads": HEADS,
+        "num_key_value_heads": KV_HEADS,
+        "head_dim": DIM,
+        "intermediate_size_mlp": INNER,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 10000.0,
+        "attention_chunk_size": CHUNK,
+        "no_rope_layers": [1] * (LAYERS - 1) + [0],
+        "layer_types": ["chunked_attention"] * (LAYERS - 1) + ["full_attention"],
+        "num_local_experts": 2,
+        "num_experts_per_tok": 1,
+        "interleave_moe_layer_step": LAYERS + 1,
+        "moe_layers": [],
+        "attn_temperature_tuning": False,
+        "use_qk_norm": False,
+    }
+    _save(folder, weights, config)
+
+
 def make_jamba(folder: Path) -> None:
     """Write the configuration of a model whose layers take turns: states of Mamba, and attention.
 
