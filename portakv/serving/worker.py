@@ -320,7 +320,7 @@ class _Work:
         """Return the positions of keys that did not land in all groups."""
         landed = np.full(len(self.job.keys), not self.failed)
         for handle, at, start in self.parts:
-            landed[np.asarray(at)] &= handle.landed[start : start + len(at)]
+            landed[np.asarray(at, np.intp)] &= handle.landed[start : start + len(at)]
         return frozenset(np.flatnonzero(~landed).tolist())
 
 

@@ -13,6 +13,8 @@ from typing import Any
 
 import pytest
 
+from portakv.storage.tiers.folder import form_in
+
 #: Bytes of a header, which an image begins with.
 HEADER = 4096
 
@@ -24,13 +26,16 @@ def slot_files(folder: Path) -> list[Path]:
     return paths
 
 
-def flip_bits(folder: Path, draw: random.Random, count: int = 40) -> None:
-    """Flip bits of each file of slots."""
+def flip_bits(folder: Path, draw: random.Random, count: int = 40, headers: bool = True) -> None:
+    """Flip bits of each file of slots. ``headers``: also in those of images."""
     for path in slot_files(folder):
+        image = form_in(path.parent).image_bytes
         with path.open("r+b") as file:
             size = path.stat().st_size
             for _ in range(count):
                 at = draw.randrange(HEADER, size)
+                if not headers and at % image < HEADER:
+                    continue
                 file.seek(at)
                 byte = file.read(1)[0]
                 file.seek(at)

