@@ -167,7 +167,7 @@ def states(size: int = 64, mode: str = "align", **more: Any) -> Any:
     [("align", False, "last"), ("align", True, "told"), ("all", False, "every")],
 )
 def test_groups_with_states(
-    configurations: tuple[Any, Any], mode: str, tells: bool, kept: str
+    configurations: tuple[Any, Any], mode: str, tells: bool, kept: Any
 ) -> None:
     configurations[1].kv_cache_groups.append(states(mode=mode))
     settings = settings_of(*configurations, tells)

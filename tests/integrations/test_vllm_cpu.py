@@ -501,31 +501,33 @@ def test_damaged_blocks_are_computed_anew(
     assert counts["landed_blocks"] > 0
 
 
-def test_states_of_mamba_are_refused_at_the_start(tmp_path: Path, case: Named) -> None:
-    """By name. The same model starts without the connector: the control."""
-    case("layers with states of Mamba, refused by name")
+def test_states_that_are_kept_nowhere_are_refused_at_the_start(tmp_path: Path, case: Named) -> None:
+    """Without a prefix cache vLLM has one state for a request. The same model starts without the
+    connector: the control."""
+    case("states that vLLM does not keep, refused by name")
     make_jamba(tmp_path / "jamba")
 
     def kinds(store: dict[str, Any] | None) -> list[str]:
-        engine = Engine(tmp_path / "jamba", store, load_format="dummy")
+        terms: dict[str, Any] = {"load_format": "dummy", "enable_prefix_caching": False}
+        engine = Engine(tmp_path / "jamba", store, **terms)
         groups = engine.scheduler.kv_cache_config.kv_cache_groups
         return [type(group.kv_cache_spec).__name__ for group in groups]
 
     assert in_a_child(lambda: kinds(None)) == ["MambaSpec", "FullAttentionSpec"]
-    says = r"for PortaKVConnector, got MambaSpec\. Choose the OffloadingConnector"
+    says = r"got the mode 'none'\. Start vLLM with --enable-prefix-caching"
     with pytest.raises(AssertionError, match=says):
         in_a_child(lambda: kinds(terms(tmp_path / "store")))
 
 
 def test_each_kind_of_layers_of_the_release_is_served_or_refused() -> None:
-    """GDN has `MambaSpec` too. A kind that inherits from one that is served is not served."""
+    """A kind that inherits from one that is served is not served."""
     interface: Any = importlib.import_module("vllm.v1.kv_cache_interface")
     caches = importlib.import_module("portakv.integrations.vllm.caches")
     kinds = [interface.KVCacheSpec]
     for kind in kinds:
         kinds += kind.__subclasses__()
     names = {kind.__name__ for kind in kinds[1:]}
-    assert names >= {*caches.SERVED, "MambaSpec", "ChunkedLocalAttentionSpec"}
+    assert names >= {*caches.SERVED}
     for kind in {*kinds[1:]}:
         if kind.__name__ in caches.SERVED:
             continue

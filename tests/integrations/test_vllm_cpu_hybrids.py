@@ -232,11 +232,12 @@ def wrong_loads(number: int, fault: str) -> Iterator[None]:
         keys = (*job.keys[: -len(other.keys)], *other.keys)[-len(job.keys) :]
         return real(self, replace(job, keys=keys), group)
 
-    WorkerSide._load = load  # type: ignore[method-assign]
+    side: Any = WorkerSide
+    side._load = load
     try:
         yield
     finally:
-        WorkerSide._load = real  # type: ignore[method-assign]
+        side._load = real
 
 
 @pytest.mark.parametrize("fault", ["left out", "of another prompt"])

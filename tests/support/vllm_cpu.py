@@ -217,7 +217,8 @@ def make_gdn(folder: Path) -> None:
     draw = torch.Generator().manual_seed(0)
     weights = _outer_weights(draw)
     weights["model.norm.weight"] = torch.zeros(HIDDEN)  # these norms scale by 1 + weight
-    keys, values = GDN_KEYS * GDN_DIM, GDN_VALUES * GDN_DIM
+    keys = GDN_KEYS * GDN_DIM
+    values = GDN_VALUES * GDN_DIM
     for layer in range(LAYERS):
         at = f"model.layers.{layer}"
         mlp = _mlp_weights(draw, at)

@@ -98,7 +98,7 @@ def kernels_of(config: Any) -> dict[str, str]:
 
 
 def views_of(
-    kv_caches: Mapping[str, torch.Tensor],
+    kv_caches: Mapping[str, Any],
     kv_cache_config: Any,
     kernels: Mapping[str, str] | None = None,
     reason: str = BY_TOKEN,
@@ -106,6 +106,8 @@ def views_of(
     """Return a view of each group's layers.
 
     Args:
+        kv_caches: by the name of a layer its tensor, or of a recurrent layer perhaps one for each
+            of its states.
         kernels: by the name of a layer, its attention backend as `kernels_of` has it; then rows are
             read by head and token. None: blocks are pages that move whole.
         reason: why rows are read, and what a user does if they cannot be; for the error.
@@ -159,7 +161,7 @@ def view_across_layers(kv_cache: torch.Tensor, kv_cache_config: Any) -> GroupVie
     return GroupView(_whole([pages], 1), notes, group.kv_cache_spec.block_size)
 
 
-def layer_numbers(kv_caches: Mapping[str, torch.Tensor], kv_cache_config: Any) -> dict[str, int]:
+def layer_numbers(kv_caches: Mapping[str, Any], kv_cache_config: Any) -> dict[str, int]:
     """Return the position of each layer's tensor in the view of its group."""
     numbers = dict[str, int]()
     for group in kv_cache_config.kv_cache_groups:

@@ -1,0 +1,279 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Models whose layers are in several groups: a stored prefix is all of them at one position."""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from itertools import takewhile
+from typing import Any, Literal
+
+import pytest
+from support.hybrid_model import FAMILIES, Wrong, walk
+
+from portakv.errors import InvalidTerms
+from portakv.serving import Group, Job, SchedulerSide, Validity, WorkerSide
+from portakv.serving.local import LocalIndex
+from portakv.serving.plan import NO_PLAN
+from portakv.storage import prefix_keys
+
+WALKS = 12  # of each family, in the default run
+WIDE = 640  # 5,000 in all
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_walks(family: str) -> None:
+    check(family, range(WALKS))
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("part", range(8))
+@pytest.mark.parametrize("family", FAMILIES)
+def test_many_walks(family: str, part: int) -> None:
+    many = WIDE // 8
+    check(family, range(10_000 + part * many, 10_000 + (part + 1) * many))
+
+
+def check(family: str, seeds: range) -> None:
+    """Walk, and see that the walks prove something."""
+    counts = Counter[str]()
+    for seed in seeds:
+        counts += walk(seed, family)
+    assert counts["loaded tokens"] > 10 * len(seeds)
+    assert counts["landed_blocks"] > len(seeds)
+    assert counts["stored_blocks"] > counts["loads"] > 0
+    assert counts["preempted"] > 0
+
+
+def left_out(number: int) -> type[WorkerSide]:
+    """Return a worker side that does not load one group."""
+
+    class LeftOut(WorkerSide):
+        def _load(self, job: Job, group: int) -> Any:
+            return None if group == number else super()._load(job, group)
+
+    return LeftOut
+
+
+def shifted(number: int) -> type[WorkerSide]:
+    """Return a worker side that loads of one group the blocks of the positions before."""
+
+    class Shifted(WorkerSide):
+        def _load(self, job: Job, group: int) -> Any:
+            if group == number:
+                keys = (job.keys[0], *job.keys[:-1])
+                if len(keys) > 1 and job.blocks[group][0] >= 0:  # no key twice
+                    keys = (*job.keys[1:], job.keys[0])
+                job = replace(job, keys=keys)
+            return super()._load(job, group)
+
+    return Shifted
+
+
+class StatesAnywhere(SchedulerSide):
+    """A scheduler side that takes any block in the list of a request for a state."""
+
+    def _ends_of_states(
+        self,
+        state: Any,
+        first: int,
+        past: int,
+        computed: int,
+        until: int,
+        told: Mapping[int, Mapping[int, int]],
+    ) -> dict[int, list[int]]:
+        ends = {n: self._blocks_at(state, past) for n in range(first, past)}
+        return {n: ids for n, ids in ends.items() if min(ids) >= 0}
+
+
+#: Of each family the number of a group, and how many there are.
+PARTS = [(family, n) for family, kinds in FAMILIES.items() for n in range(len(kinds))]
+
+
+@pytest.mark.parametrize("fault", [left_out, shifted])
+@pytest.mark.parametrize(("family", "number"), PARTS)
+def test_a_load_without_a_group_is_noticed(
+    fault: Callable[[int], type[WorkerSide]], family: str, number: int
+) -> None:
+    """The controls: a group does not come, or comes from another position."""
+    found = 0
+    for seed in range(60):
+        try:
+            walk(seed, family, worker=fault(number))
+        except Wrong as error:
+            found += f"group {number}," in str(error)
+            break
+    assert found
+
+
+@pytest.mark.parametrize("family", ["states that vLLM tells", "states at ends of steps"])
+def test_states_of_other_positions_are_noticed(family: str) -> None:
+    """The control of which blocks have states."""
+
+    def walks() -> None:
+        for seed in range(60):
+            walk(seed, family, side=StatesAnywhere)
+
+    with pytest.raises(Wrong, match="state after"):
+        walks()
+
+
+SIZE = 8
+
+
+class Known(LocalIndex):
+    """An index of keys, of a group with states and one with rows."""
+
+    def __init__(self, states: Sequence[bytes], rows: Sequence[bytes]) -> None:
+        super().__init__()
+        self.stored = [{*states}, {*rows}]
+        self.validity = Validity([Group(SIZE, states="last"), Group(SIZE)], SIZE)
+
+    def leading(self, keys: Sequence[bytes], first: int = 0) -> int:
+        assert self.validity is not None
+        return self.validity.longest(
+            first,
+            len(keys),
+            lambda number, many: len([*takewhile(self.stored[number].__contains__, keys[:many])]),
+            lambda number, many: [key in self.stored[number] for key in keys[:many]],
+        )
+
+    def has(self, key: bytes, states: bool = True) -> bool:
+        return all(key in some for some in (self.stored if states else self.stored[1:]))
+
+
+TOKENS = [*range(50)]
+KEYS = prefix_keys(TOKENS, SIZE)
+
+
+def side(index: LocalIndex, kept: Literal["every", "last", "told"] = "last") -> SchedulerSide:
+    made = SchedulerSide(SIZE, [Group(SIZE, states=kept), Group(SIZE)], 1, index)
+    made.add("a", TOKENS)
+    return made
+
+
+@pytest.mark.parametrize(
+    ("states", "rows", "tokens"),
+    [([], 6, 0), ([3], 6, 32), ([0, 3], 3, 8), ([5], 6, 48), ([0, 1, 4], 5, 40), ([5], 5, 0)],
+)
+def test_a_prefix_ends_where_a_state_is(states: list[int], rows: int, tokens: int) -> None:
+    index = Known([KEYS[n] for n in states], KEYS[:rows])
+    assert side(index).leading("a", 0) == tokens
+
+
+def test_a_load_has_the_state_of_its_end_alone() -> None:
+    made = side(Known([KEYS[0], KEYS[3]], KEYS[:5]))
+    assert made.leading("a", SIZE) == 3 * SIZE
+    made.allocated("a", SIZE, 3 * SIZE, ((5, -1, -1, 7), (1, 2, 3, 4)))
+    (load,) = made.plan().loads
+    assert load.keys == tuple(KEYS[1:4])
+    assert load.blocks == ((-1, -1, 7), (2, 3, 4))
+
+
+def test_a_load_without_a_block_for_its_state_is_refused() -> None:
+    made = side(Known([KEYS[3]], KEYS[:4]))
+    assert made.leading("a", 0) == 4 * SIZE
+    with pytest.raises(InvalidTerms, match="a block for the state after 32 tokens"):
+        made.allocated("a", 0, 4 * SIZE, ((-1, -1, -1, -1), (1, 2, 3, 4)))
+
+
+@pytest.mark.parametrize(
+    ("kept", "until", "ids", "told", "saved"),
+    [
+        ("last", 32, (-1, -1, -1, 9), {}, (-1, -1, -1, 9)),
+        ("last", 35, (-1, -1, -1, -1, 9), {}, (-1, -1, -1, -1)),
+        ("every", 35, (5, 6, 7, 8, 9), {}, (5, 6, 7, 8)),
+        ("told", 32, (-1, -1, -1, 9), {}, (-1, -1, -1, -1)),
+        ("told", 35, (-1, -1, 4, 9, 5), {24: {0: 4}}, (-1, -1, 4, -1)),
+    ],
+)
+def test_a_save_has_the_states_that_the_engine_keeps(
+    kept: Literal["every", "last", "told"],
+    until: int,
+    ids: tuple[int, ...],
+    told: dict[int, dict[int, int]],
+    saved: tuple[int, ...],
+) -> None:
+    made = side(Known([], []), kept)
+    made.allocated("a", 0, 0, ((), ()))
+    made.scheduled("a", 0, until, (ids, (1, 2, 3, 4, 5)), True, told)
+    (save,) = made.plan().saves
+    assert save.keys == tuple(KEYS[:4])
+    assert save.blocks == (saved, (1, 2, 3, 4))
+
+
+def test_a_state_is_saved_whose_rows_are_stored() -> None:
+    """And rows are not saved again without one."""
+    made = side(Known([], KEYS[:4]))
+    made.allocated("a", 0, 0, ((), ()))
+    made.scheduled("a", 0, 35, ((-1, -1, -1, -1, 9), (1, 2, 3, 4, 5)), True)
+    assert made.plan() is NO_PLAN
+    made = side(Known([], KEYS[:4]))
+    made.allocated("a", 0, 0, ((), ()))
+    made.scheduled("a", 0, 32, ((-1, -1, -1, 9), (1, 2, 3, 4)), True)
+    (save,) = made.plan().saves
+    assert (save.keys, save.blocks) == ((KEYS[3],), ((9,), (4,)))
+
+
+def test_a_state_is_saved_one_step_later_if_the_token_after_it_was_not_known() -> None:
+    tokens = TOKENS[:31]
+    made = SchedulerSide(SIZE, [Group(SIZE, states="last"), Group(SIZE)], 1, Known([], []))
+    made.add("a", tokens)
+    made.allocated("a", 0, 0, ((), ()))
+    made.scheduled("a", 31, 32, ((-1, -1, -1, 9), (1, 2, 3, 4)), True)
+    made.plan()
+    tokens += TOKENS[31:32]
+    made.scheduled("a", 32, 33, ((8,), (5,)))
+    (save,) = made.plan().saves
+    assert save.keys == (KEYS[3],)
+    assert save.blocks == ((9,), (4,))
+
+
+@pytest.mark.parametrize(
+    ("group", "tokens", "first"),
+    [
+        (Group(4), 19, 0),
+        (Group(4, window=8), 19, 12),
+        (Group(4, window=8), 5, 0),
+        (Group(4, chunk=8), 19, 16),
+        (Group(4, chunk=8), 16, 16),
+        (Group(4, states="last"), 16, 15),
+    ],
+)
+def test_what_later_tokens_need(group: Group, tokens: int, first: int) -> None:
+    assert group.first_needed(tokens) == first
+
+
+def is_valid(groups: Sequence[Group], stored: list[list[bool]], first: int, many: int) -> bool:
+    """Return whether all groups have what they need at the end of a prefix: the oracle."""
+    tokens = (first + many) * 4
+    needed = [range(max(first, g.first_needed(tokens) // 4), first + many) for g in groups]
+    pairs = zip(needed, stored, strict=True)
+    return all(there[n - first] for some, there in pairs for n in some)
+
+
+def test_the_longest_prefix_against_every_prefix() -> None:
+    """Groups drawn with what is stored of them; every position is tried."""
+    chance = random.Random(0)
+    found = Counter[int]()
+    kinds = [Group(4), Group(4, 4), Group(4, 9), Group(4, chunk=8), Group(4, states="last")]
+    for _ in range(3000):
+        groups = chance.choices(kinds, k=chance.randint(1, 3))
+        count = chance.randint(1, 9)
+        first = chance.randint(0, 3)
+        stored = [[chance.random() < 0.8 for _ in range(count)] for _ in groups]
+        every = range(1, count + 1)
+        best = max((n for n in every if is_valid(groups, stored, first, n)), default=0)
+
+        def leading(number: int, many: int, stored: list[list[bool]] = stored) -> int:
+            return len([*takewhile(bool, stored[number][:many])])
+
+        def there(number: int, many: int, stored: list[list[bool]] = stored) -> list[bool]:
+            return stored[number][:many]
+
+        made = Validity(groups, 4).longest(first, count, leading, there)
+        found[best] += 1
+        assert made == best, (groups, first, stored)
+    assert len(found) == 10
