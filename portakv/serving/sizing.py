@@ -4,7 +4,9 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Container, Iterable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, NamedTuple, TypeAlias
 
 from portakv.errors import InvalidTerms
@@ -13,20 +15,24 @@ from portakv.errors import InvalidTerms
 Config: TypeAlias = "Mapping[str, Any]"
 #: Tokens of a step of a serving engine, whose rows are saved together.
 STEP = 8192
+#: Tokens of which vLLM's blocks are multiples.
+UNIT = 16
 #: Steps whose rows are in staging at the same time: of saves, and of loads.
 STEPS = 2
 
 #: The kinds of layers: rows of all tokens, rows of the last tokens, a state, and no cache.
 FULL = "rows of all tokens"
 WINDOW = "a window of tokens"
+CHUNK = "a chunk of tokens"
 STATE = "a state instead of rows of tokens"
 NONE = "no cache"
-#: The kind of a layer by its name in a list such as ``layer_types``. vLLM gives layers of chunked
-#: attention the blocks of all tokens.
+#: The kinds of layers that keep rows.
+ROWS = (FULL, WINDOW, CHUNK)
+#: The kind of a layer by its name in a list such as ``layer_types``.
 KINDS = {
     "full_attention": FULL,
     "attention": FULL,
-    "chunked_attention": FULL,
+    "chunked_attention": CHUNK,
     "deepseek_sparse_attention": FULL,
     "sliding_attention": WINDOW,
     "linear_attention": STATE,
@@ -161,6 +167,9 @@ class Sizes(NamedTuple):
         unknown: why the bytes of a token are not known; empty: they are.
         layer: bytes of one token in the layer with the widest rows.
         window: tokens of the windows; None: no layer has one.
+        layers: how many layers there are of each kind.
+        state: bytes of the states of all layers after a token; 0: none has one, or not known.
+        state_layer: of the layer with the largest one.
     """
 
     token: int
@@ -170,6 +179,21 @@ class Sizes(NamedTuple):
     unknown: str = ""
     layer: int = 0
     window: int | None = None
+    layers: Mapping[str, int] = MappingProxyType({})
+    state: int = 0
+    state_layer: int = 0
+
+    @property
+    def has_states(self) -> bool:
+        """Return whether some layers keep a state."""
+        return STATE in self.layers
+
+    @property
+    def block(self) -> int:
+        """Return the tokens of a block that takes as much as the state of a layer: vLLM's blocks
+        have as many or more; 0 without states, or if that is not known."""
+        tokens = -(-self.state_layer // self.layer) if self.layer else 0
+        return -(-tokens // UNIT) * UNIT
 
     def tokens(self, nbytes: int) -> int:
         """Return how many tokens fit into some bytes."""
@@ -205,6 +229,7 @@ def sizes_of(config: Config) -> Sizes:
         window = _optional(config, "sliding_window") if WINDOW in kinds else None
         refused = _refusal(config, kinds, rows, indices)
         layer = max(rows)
+        states = _states(config, kinds)
     except _Unknown as error:
         return Sizes(0, 0, unknown=str(error))
     except InvalidTerms:
@@ -213,11 +238,23 @@ def sizes_of(config: Config) -> Sizes:
         unknown = f"its configuration has values of other kinds than a model's ({error})"
         return Sizes(0, 0, unknown=unknown)
     has_windows = any(kind != FULL for kind in kinds if kind != NONE)
+    counts = Counter(kind for kind in kinds if kind != NONE)
     if item is None or (indices and item == 1):
         unknown = "its dtype, or the attention backend, decides how the cache keeps a row"
-        return Sizes(0, 0, has_windows, refused, unknown)
+        return Sizes(0, 0, has_windows, refused, unknown, layers=counts)
     token = item * sum(rows) + sum(indices)
-    return Sizes(token, STEPS * STEP * token, has_windows, refused, "", item * layer, window)
+    return Sizes(
+        token,
+        STEPS * STEP * token,
+        has_windows,
+        refused,
+        "",
+        item * layer,
+        window,
+        counts,
+        sum(states),
+        max(states, default=0),
+    )
 
 
 def _text_model(config: Config) -> Config:
@@ -289,16 +326,13 @@ def _refusal(
     config: Config, kinds: Sequence[str], rows: Sequence[int], indices: Sequence[int]
 ) -> str:
     """Return why vLLM's connector does not serve the layers of a model; empty if it does."""
-    states = kinds.count(STATE)
-    if states:
-        return f"{states} of its {len(kinds)} layers keep {STATE}"
-    if not any(rows):
+    if not any(rows) and STATE not in kinds:
         return "none of its layers keeps rows of tokens"
     if any(indices):
         return f"{sum(map(bool, indices))} of its layers keep an index next to their rows"
     if WINDOW in kinds and config.get("kv_lora_rank"):
         return f"{kinds.count(WINDOW)} of its layers keep {WINDOW} as latent rows"
-    for kind in (FULL, WINDOW):
+    for kind in ROWS:
         wide = {wide for wide, each in zip(rows, kinds, strict=True) if each == kind and wide}
         if len(wide) > 1:
             return f"its layers that keep {kind} have rows of several sizes"
@@ -385,18 +419,18 @@ def _by_window(config: Config, count: int) -> list[str]:
 
 def _rows(config: Config, kinds: Sequence[str]) -> list[int]:
     """Return the numbers of a row in each layer: of keys and values, or a latent row."""
-    if not any(kind in (FULL, WINDOW) for kind in kinds):
+    if not any(kind in ROWS for kind in kinds):
         return [0] * len(kinds)
     if config.get("kv_lora_rank"):
         latent = _number(config, "kv_lora_rank") + _number(config, "qk_rope_head_dim")
-        return [latent if kind in (FULL, WINDOW) else 0 for kind in kinds]
+        return [latent if kind in ROWS else 0 for kind in kinds]
     heads = _number(config, *HEADS)
     blocks = config.get("block_configs")
     if blocks:
         dim = _number(config, *HEAD_DIM, default=_number(config, *WIDTH) // heads)
         counts = [_kv_heads_of(block, heads) for block in _items(blocks)]
         return [2 * dim * count for count in counts[: len(kinds)]]
-    wide = {kind: _wide(config, kind, heads) for kind in (FULL, WINDOW) if kind in kinds}
+    wide = {kind: _wide(config, kind, heads) for kind in ROWS if kind in kinds}
     return [wide.get(kind, 0) for kind in kinds]
 
 
@@ -418,6 +452,56 @@ def _wide(config: Config, kind: str, heads: int) -> int:
     if kind == FULL and config.get("attention_k_eq_v"):  # engines store both all the same
         kv_heads = _number(config, "num_global_key_value_heads", default=kv_heads)
     return (dim + values) * kv_heads
+
+
+#: The keys of Mamba 2: heads, their width, numbers of a state, groups, and the convolution's width.
+MAMBA = (
+    ("mamba_num_heads", "mamba_n_heads"),
+    ("mamba_head_dim", "mamba_d_head"),
+    ("ssm_state_size", "mamba_d_state"),
+    ("n_groups", "mamba_n_groups"),
+    ("conv_kernel", "mamba_d_conv"),
+)
+
+
+def _states(config: Config, kinds: Sequence[str]) -> list[int]:
+    """Return the bytes of the state of each layer that has one, as vLLM's layers keep them
+    (``MambaStateShapeCalculator``); [] if that is not known. Numbers have 16 bits, or 32 where the
+    configuration or the kind of layers says so."""
+    many = kinds.count(STATE)
+    if not many:
+        return []
+    try:
+        numbers, recurrent = _state_numbers(config)
+    except (_Unknown, InvalidTerms):
+        return []
+    of_kda = isinstance(config.get("linear_attn_config"), Mapping)
+    by_name = str(config.get("mamba_ssm_dtype")).removeprefix("torch.") == "float32"
+    return [2 * numbers + (4 if of_kda or by_name else 2) * recurrent] * many
+
+
+def _state_numbers(config: Config) -> tuple[int, int]:
+    """Return the numbers of a layer's convolution and of its recurrent state."""
+    linear = config.get("linear_attn_config")
+    if isinstance(linear, Mapping):  # KDA
+        heads = _number(linear, "num_heads")
+        dim = _number(linear, "head_dim")
+        return 3 * heads * dim * (_number(linear, "short_conv_kernel_size") - 1), heads * dim * dim
+    if config.get("linear_num_value_heads"):  # gated delta networks
+        keys = _number(config, "linear_num_key_heads") * _number(config, "linear_key_head_dim")
+        heads = _number(config, "linear_num_value_heads")
+        dim = _number(config, "linear_value_head_dim")
+        width = _number(config, "linear_conv_kernel_dim") - 1
+        wide = _number(config, "linear_key_head_dim")
+        return width * (2 * keys + heads * dim), heads * dim * wide
+    if config.get("conv_L_cache"):  # short convolutions
+        return (_number(config, "conv_L_cache") - 1) * _number(config, *WIDTH), 0
+    if any(config.get(name) for name in MAMBA[0]):
+        heads, dim, state, groups, width = (_number(config, *names) for names in MAMBA)
+        return (width - 1) * (heads * dim + 2 * groups * state), heads * dim * state
+    inner = _number(config, "mamba_expand") * _number(config, *WIDTH)  # Mamba 1
+    width = _number(config, "mamba_d_conv") - 1
+    return width * inner, inner * _number(config, "mamba_d_state")
 
 
 def _indices(config: Config, kinds: Sequence[str]) -> list[int]:

@@ -259,12 +259,35 @@ def test_staging_is_compared_with_the_model() -> None:
 
 def test_a_model_that_the_connector_refuses_is_an_error() -> None:
     """The sizes are noted all the same."""
-    kinds = ["linear_attention", "full_attention"] * 16
-    found = findings_of(right(), sizes_of({**LLAMA_8B, "layer_types": kinds}))
+    latent = {"kv_lora_rank": 512, "qk_rope_head_dim": 64, "sliding_window": 128}
+    found = findings_of(right(), sizes_of({**LLAMA_8B, **latent}))
     (error,) = found.errors
-    assert "16 of its 32 layers keep a state" in error
+    assert "32 of its layers keep a window of tokens as latent rows" in error
     assert "Choose the OffloadingConnector" in error
-    assert any("A token takes 65,536 bytes" in each for each in found.notes)
+    assert any("A token takes 36,864 bytes" in each for each in found.notes)
+
+
+def test_a_model_with_states_is_described() -> None:
+    """With where a hit can end; what its states cannot be stored by is an error."""
+    states = {
+        "layer_types": ["linear_attention", "full_attention"] * 16,
+        "linear_num_key_heads": 16,
+        "linear_num_value_heads": 16,
+        "linear_key_head_dim": 128,
+        "linear_value_head_dim": 128,
+        "linear_conv_kernel_dim": 4,
+    }
+    sizes = sizes_of({**LLAMA_8B, **states})
+    found = findings_of(right(host=1 << 30, staging=1 << 30), sizes)
+    assert found.errors == []
+    text = "\n".join(found.notes)
+    assert "16 with a state instead of rows of tokens, 16 with rows of all tokens" in text
+    assert "A hit ends where vLLM has kept a state." in text
+    assert (
+        f"The states after a token take {16 * (3 * 6144 * 2 + 16 * 128 * 128 * 2):,} bytes" in text
+    )
+    (error,) = findings_of(right(bucket="memory:///", host=1 << 30), sizes).errors
+    assert "Expected no bucket for a model with recurrent layers" in error
 
 
 def test_a_model_that_is_not_known_gives_no_size() -> None:

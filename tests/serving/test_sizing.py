@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from portakv.errors import InvalidTerms
-from portakv.serving.sizing import STEP, STEPS, sizes_of
+from portakv.serving.sizing import STATE, STEP, STEPS, sizes_of
 
 BF16 = {"torch_dtype": "bfloat16"}
 
@@ -297,13 +297,6 @@ KNOWN = {
 }
 #: Models whose layers the connector refuses in an engine, and a word of the reason.
 REFUSED = {
-    "Nemotron 3 Nano": "23 of its 52 layers keep a state",
-    "Nemotron 3 Ultra": "48 of its 108 layers keep a state",
-    "Qwen3.5 27B": "48 of its 64 layers keep a state",
-    "Qwen3-Next": "36 of its 48",
-    "Jamba v0.1": "28 of its 32",
-    "Bamba": "29 of its 32",
-    "Kimi K3": "69 of its 93",
     "DeepSeek V3.2": "61 of its layers keep an index",
     "GLM 5.2": "21 of its layers keep an index",
     "MiniMax M3": "57 of its layers keep an index",
@@ -323,6 +316,66 @@ def test_the_bytes_of_a_token(name: str) -> None:
         assert REFUSED[name] in sizes.refused
     else:
         assert sizes.refused == ""
+
+
+#: Qwen3.5 27B's gated delta networks, Nemotron 3 Nano's Mamba 2, a Kimi Linear, a short
+#: convolution and Jamba's Mamba 1.
+GDN = {
+    "linear_num_key_heads": 16,
+    "linear_num_value_heads": 48,
+    "linear_key_head_dim": 128,
+    "linear_value_head_dim": 128,
+    "linear_conv_kernel_dim": 4,
+    "mamba_ssm_dtype": "float32",
+}
+MAMBA_2 = {
+    "mamba_num_heads": 64,
+    "mamba_head_dim": 64,
+    "ssm_state_size": 128,
+    "n_groups": 8,
+    "conv_kernel": 4,
+}
+KDA = {"num_heads": 32, "head_dim": 128, "short_conv_kernel_size": 4, "full_attn_layers": [4]}
+MAMBA_1 = {"mamba_expand": 2, "mamba_d_conv": 4, "mamba_d_state": 16, "hidden_size": 4096}
+
+
+@pytest.mark.parametrize(
+    ("config", "layers", "layer", "block"),
+    [
+        ({**QWEN35_27B, **GDN}, 48, 3 * (4096 + 6144) * 2 + 48 * 128 * 128 * 4, 784),
+        ({**NANO, **MAMBA_2}, 23, 3 * (4096 + 2 * 8 * 128) * 2 + 64 * 64 * 128 * 2, 1072),
+        ({**LLAMA_8B, "linear_attn_config": KDA}, 31, 3 * 3 * 4096 * 2 + 32 * 128 * 128 * 4, 544),
+        (
+            {**LLAMA_8B, "layer_types": ["conv", "attention"] * 16, "conv_L_cache": 3},
+            16,
+            2 * 4096 * 2,
+            16,
+        ),
+        ({**JAMBA, **MAMBA_1}, 28, 3 * 8192 * 2 + 8192 * 16 * 2, 80),
+    ],
+)
+def test_the_bytes_of_states(config: dict[str, Any], layers: int, layer: int, block: int) -> None:
+    """Blocks of vLLM have as many tokens or more as take the bytes of a layer's state."""
+    sizes = sizes_of(config)
+    assert sizes.has_states
+    assert sizes.layers[STATE] == layers
+    assert sizes.state_layer == layer
+    assert sizes.state == layers * layer
+    assert sizes.block == block
+
+
+def test_states_that_are_not_known_have_no_size() -> None:
+    sizes = sizes_of({**LLAMA_8B, "layer_types": ["mamba", "attention"] * 16})
+    assert sizes.has_states
+    assert (sizes.state, sizes.block) == (0, 0)
+    assert sizes.token > 0
+
+
+def test_a_model_of_states_alone_is_served() -> None:
+    sizes = sizes_of({**NANO, **MAMBA_2, "hybrid_override_pattern": "ME" * 26})
+    assert sizes.refused == ""
+    assert sizes.state == 26 * sizes.state_layer
+    assert sizes.block == 0
 
 
 @pytest.mark.parametrize(
@@ -392,7 +445,6 @@ def test_keys_of_other_things_change_nothing() -> None:
         ({**LLAMA_8B, "is_encoder_decoder": True}, "cross attention"),
         ({**SUPER_49B, "block_configs": [block(8)] * 40 + [block(16)] * 40}, "of several sizes"),
         ({**DEEPSEEK_V3, "sliding_window": 128}, "as latent rows"),
-        ({**NANO, "hybrid_override_pattern": "ME" * 26}, "26 of its 52 layers keep a state"),
         ({**LLAMA_8B, "layer_types": ["mlp"] * 32}, "none of its layers keeps rows"),
         ({**GLM_52, "quantization_config": BY_8_BITS}, "keep an index"),
     ],

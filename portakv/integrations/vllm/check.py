@@ -29,7 +29,9 @@ from portakv.integrations.vllm.caches import (
     ROLES,
     Handing,
     Roles,
+    Workers,
     check_by_layer,
+    check_states,
     least_tokens,
     roles_of,
     stored_block,
@@ -152,8 +154,23 @@ def _check_model(sizes: Sizes | None, findings: Findings) -> None:
             f"Expected a model whose layers keep rows of tokens for PortaKVConnector, got one of "
             f"another kind: {sizes.refused}. Choose the OffloadingConnector for this model."
         )
+    elif sizes.layers:
+        kinds = ", ".join(f"{many} with {kind}" for kind, many in sizes.layers.items())
+        findings.notes.append(f"The model's layers: {kinds}. {_hits_of(sizes)}")
     if sizes.unknown:
         findings.unchecked.append(f"The sizes of the model's rows: {sizes.unknown}.")
+
+
+def _hits_of(sizes: Sizes) -> str:
+    """Return where a hit can end, by the kinds of layers."""
+    if sizes.has_states:
+        return (
+            "A hit ends where vLLM has kept a state. Start vLLM with --enable-prefix-caching, one "
+            "worker."
+        )
+    if sizes.windows:
+        return "A hit ends at a stored block before which all rows of the windows are there."
+    return "A hit ends at any stored block."
 
 
 def _check_roles(
@@ -194,6 +211,9 @@ def _check_roles(
         if sizes is not None and sizes.windows and not sizes.refused:
             with findings.catching():
                 check_by_layer(terms)
+        if sizes is not None and sizes.has_states:
+            with findings.catching():
+                check_states(terms, Workers(1, True))
         if size is not None and sizes is not None and sizes.token:
             _check_sizes(terms, sizes, size, findings)
 
@@ -204,6 +224,8 @@ def _check_blocks(
     """Compare the blocks of a store with those of the engine; return the tokens of the smallest
     stored block that the engine may have, None if it has none."""
     blocks = BLOCKS if block_size is None else (block_size,)
+    if sizes is not None and sizes.block:  # vLLM makes blocks as large as a state
+        blocks = (max(sizes.block, block_size or 0),)
     device = torch.accelerator.current_accelerator() or torch.device("cpu")
     least = least_tokens(device.type, terms)
     stored = list[int]()
@@ -227,9 +249,12 @@ def _check_blocks(
 
 def _groups(block: int, sizes: Sizes | None) -> Sequence[Group]:
     """Return groups of layers with blocks of a size, as far as the model is known."""
-    if sizes is None or sizes.window is None:
-        return [Group(block)]
-    return [Group(block), Group(block, sizes.window)]
+    groups = [Group(block)]
+    if sizes is not None and sizes.window is not None:
+        groups.append(Group(block, sizes.window))
+    if sizes is not None and sizes.has_states:
+        groups.append(Group(block, states="last"))
+    return groups
 
 
 def _check_handing(handing: Handing, sizes: Sizes | None, findings: Findings) -> None:
@@ -322,6 +347,12 @@ def _check_sizes(terms: StoreTerms, sizes: Sizes, size: int, findings: Findings)
     if terms.bucket is not None:
         kept += ", the bucket as many as its own rules keep"
     findings.notes.append(f"A token takes {sizes.token:,} bytes; tokens that fit: {kept}.")
+    if sizes.state:
+        findings.notes.append(
+            f"The states after a token take {sizes.state:,} bytes, those of one block of "
+            f"{size:,} tokens or more in vLLM. They are stored where vLLM keeps one: hits end at "
+            f"ends of blocks, after a step of prefill or a block that was decoded."
+        )
 
 
 # ------------------------------------------------------------------------------------------------
