@@ -422,11 +422,18 @@ class GroupView(NamedTuple):
         notes: what else fixes the bytes of a block, such as the kernel that writes them.
         row_tokens: the tokens of a row of the view: 1, or those of a page that moves whole; None: a
             block is the states of the layers after a token.
+        group: its number. A group has several views if its layers have pages of several kinds.
     """
 
     view: KVView
     notes: str = ""
     row_tokens: int | None = 1
+    group: int | None = None
+
+
+def numbers_of(groups: Iterable[int | None]) -> list[int]:
+    """Return the number of the group of each view; of those without one their place."""
+    return [place if number is None else number for place, number in enumerate(groups)]
 
 
 def check_private(folder: str) -> None:
@@ -507,7 +514,7 @@ def forms_of(
     if block_size is not None:
         whole("block_size", block_size, 1)
     forms = list[BlockForm]()
-    for number, (view, notes, tokens) in enumerate(groups):
+    for number, (view, notes, tokens, _) in enumerate(groups):
         if len(groups) > 1:
             notes = f"group {number} of {len(groups)} {notes}".rstrip()
         part = None if heads is None else heads[number]
@@ -670,7 +677,7 @@ class LocalIndex(StoreIndex):
     def __init__(self) -> None:
         super().__init__()
         self._store: BlockStore | None = None
-        self._groups: Sequence[FormStore] = ()
+        self._groups: Sequence[Sequence[FormStore]] = ()
 
     @staticmethod
     def of(engine: str) -> LocalIndex:
@@ -718,7 +725,11 @@ class LocalIndex(StoreIndex):
         _warn_of_packed(groups, made, tiers)
         store.listen()  # later changes are kept
         stored: list[FormStore] = [store] if only else [store.of(name) for name in names]
-        self._groups = stored
+        numbers = numbers_of(each.group for each in groups)
+        self._groups = [
+            [part for part, own in zip(stored, numbers, strict=True) if own == number]
+            for number in range(max(numbers) + 1)
+        ]
         self.block_bytes = sum(form.payload_bytes for form in made)
         if terms.bucket is not None:
             bucket = BucketAnswers(lambda keys: look_up(stored, keys, partial(bucket.ended, keys)))
@@ -761,8 +772,8 @@ class LocalIndex(StoreIndex):
             known = self._rules(len(groups)).longest(
                 first,
                 len(keys),
-                lambda number, count: groups[number].leading(keys[:count]),
-                lambda number, count: groups[number].has_each(keys[:count]),
+                lambda number, count: min(x.leading(keys[:count]) for x in groups[number]),
+                lambda number, count: _in_all(groups[number], keys[:count]),
             )
             return known if bucket is None else bucket.leading(keys, known)
         except PortaKVError:  # it was closed
@@ -778,7 +789,7 @@ class LocalIndex(StoreIndex):
             return False
         numbers = self._rules(len(groups)).numbers(states)
         try:
-            return all(groups[number].has(key) for number in numbers)
+            return all(part.has(key) for number in numbers for part in groups[number])
         except PortaKVError:  # it was closed
             return False
 
@@ -799,6 +810,11 @@ class LocalIndex(StoreIndex):
                 self._number = change.number
                 if self._recorded and change.form in (first, f"{first}{RAW}"):
                     self._events.append(change)
+
+
+def _in_all(parts: Sequence[FormStore], keys: Sequence[bytes]) -> list[bool]:
+    """Return which blocks all parts of a group have."""
+    return [all(each) for each in zip(*(part.has_each(keys) for part in parts), strict=True)]
 
 
 class NoStore(LocalIndex):

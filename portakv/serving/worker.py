@@ -24,6 +24,7 @@ from portakv.runtime.interrupts import alongside, hand_over
 from portakv.runtime.rate_limited_log import SLOW_DEVICE, RateLimitedLog
 from portakv.runtime.streams import StreamFence
 from portakv.serving.handover import Handover
+from portakv.serving.local import numbers_of
 from portakv.serving.plan import Job, Plan, Report
 from portakv.storage.form import BlockForm
 from portakv.storage.store import BlockStore
@@ -251,10 +252,16 @@ class Blocks(Protocol):
 
 
 class GroupCache(NamedTuple):
-    """The caches of a group of layers in one worker, and where its blocks are stored."""
+    """The caches of a group of layers in one worker, and where its blocks are stored.
+
+    Attributes:
+        group: its number; None: its place among the caches. A group has several caches if its
+            layers have pages of several kinds.
+    """
 
     view: KVView
     store: Blocks
+    group: int | None = None
 
 
 class Ended(NamedTuple):
@@ -339,7 +346,7 @@ class WorkerSide:
     on.
 
     Args:
-        groups: in the order of the scheduler side's groups.
+        groups: in the order of the scheduler side's groups, or with their numbers.
         deadline: seconds after which a load gives up what has not landed; None: never.
         by_layer: the engine computes with the rows of a load in the step that begins it, and calls
             `layer` before each layer. It waits for pulls outside of its steps.
@@ -357,6 +364,7 @@ class WorkerSide:
         words: LayerWords | None = None,
     ) -> None:
         self._groups = groups
+        self._numbers = numbers_of(each.group for each in groups)
         self._deadline = deadline
         self._by_layer = by_layer
         self._handover = handover
@@ -450,7 +458,7 @@ class WorkerSide:
         """Let the current stream wait for a load whose copies were all issued; then it has ended
         for whatever comes after on that stream."""
         handles = [part.handle for part in work.parts]
-        sizes = [store.form.payload_bytes for _, store in self._groups]
+        sizes = [each.store.form.payload_bytes for each in self._groups]
         if work.failed or len(work.job.keys) * sum(sizes) > ORDERED:
             return
         if handles and all(handle.is_issued for handle in handles):
@@ -562,7 +570,7 @@ class WorkerSide:
         return ended
 
     def _nothing(self) -> Ended:
-        return Ended(set(), [set() for _ in self._groups], set(), set())
+        return Ended(set(), [set() for _ in range(max(self._numbers) + 1)], set(), set())
 
     def _begin(self, work: _Work) -> None:
         """Begin a load in all groups; in none that is reported, if one fails."""
@@ -604,16 +612,17 @@ class WorkerSide:
 
     def _has_whole_blocks(self, job: Job) -> bool:
         """Return whether the keys of a save fill the engine's blocks of all groups."""
-        for (view, store), blocks in zip(self._groups, job.blocks, strict=True):
+        for number, (view, store, _) in zip(self._numbers, self._groups, strict=True):
+            blocks = job.blocks[number]
             if len(blocks) * (view.block_size or 0) != len(job.keys) * store.form.block_size:
                 return False
         return True
 
     def _load(self, job: Job, number: int) -> _Part | None:
-        """Begin a load of one group, from the first block on that the engine has; None: it has no
-        block."""
-        view, store = self._groups[number]
-        blocks = job.blocks[number]
+        """Begin a load of one group's cache, from the first block on that the engine has; None: it
+        has no block."""
+        view, store, _ = self._groups[number]
+        blocks = job.blocks[self._numbers[number]]
         size = store.form.block_size
         whole = view.block_size
         assert whole is not None
@@ -636,16 +645,17 @@ class WorkerSide:
         return _Part(handle, range(first, len(job.keys)))
 
     def _save(self, works: Sequence[_Work], number: int) -> None:
-        """Begin a save of one group; of its states those that the jobs have."""
-        view, store = self._groups[number]
-        blocks = [block for work in works for block in work.job.blocks[number] if block >= 0]
+        """Begin a save of one group's cache; of its states those that the jobs have."""
+        view, store, _ = self._groups[number]
+        group = self._numbers[number]
+        blocks = [block for work in works for block in work.job.blocks[group] if block >= 0]
         if not blocks:
             return
         keys = list[bytes]()
         before = list[bytes | None]()
         places = list[Sequence[int]]()
         for job in (work.job for work in works):
-            ids = job.blocks[number]
+            ids = job.blocks[group]
             every = range(len(job.keys))
             places.append([n for n in every if ids[n] >= 0] if -1 in ids else every)
             keys += [job.keys[n] for n in places[-1]]
@@ -663,7 +673,7 @@ class WorkerSide:
             self._ended.loaded.add(job.request)
         if missing:
             self._ended.incomplete.add(job.request)
-        for number, (view, store) in enumerate(self._groups):
+        for number, (view, store, _) in zip(self._numbers, self._groups, strict=True):
             ids = job.blocks[number]
             size = store.form.block_size
             whole = view.block_size

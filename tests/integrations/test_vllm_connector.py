@@ -40,7 +40,7 @@ from portakv.integrations.vllm.caches import (
     whole_blocks,
     worker_numbers,
 )
-from portakv.integrations.vllm.ranks import index_of, words_of
+from portakv.integrations.vllm.ranks import check_kinds, index_of, words_of
 from portakv.serving import Group
 from portakv.serving.handover import Identity, RemoteRows
 from portakv.serving.local import GroupView, LocalIndex, NoStore, StoreTerms, forms_of
@@ -512,7 +512,7 @@ def one_group(*layers: str) -> Any:
 
 def pages_of(named: dict[str, torch.Tensor]) -> KVView:
     """Return the view of the pages of a group."""
-    ((view, _, tokens),) = views_of(named, one_group(*named))
+    ((view, _, tokens, _),) = views_of(named, one_group(*named))
     assert tokens == 16
     return view
 
@@ -560,8 +560,39 @@ def test_pages_with_gaps_are_refused() -> None:
 def test_caches_without_an_axis_of_blocks_are_refused() -> None:
     with pytest.raises(IntegrationError, match=r"got \[4, 8, 16\]"):
         pages_of({"a": torch.zeros(4, 8, 16)})
-    with pytest.raises(IntegrationError, match="of one shape"):
-        pages_of({"a": torch.zeros(8, 16), "b": torch.zeros(8, 8)})
+
+
+def test_layers_of_unequal_width_have_a_view_for_each_kind() -> None:
+    """Of one group, whose blocks they share."""
+    named = {"a": torch.zeros(8, 16), "b": torch.zeros(8, 8), "c": torch.zeros(8, 16)}
+    wide, narrow = views_of(named, one_group("a", "b", "c"))
+    assert (wide.view.layers, narrow.view.layers) == (2, 1)
+    assert (wide.group, narrow.group) == (0, 0)
+    wide, narrow = (GroupView(each.view, "", 16, 0) for each in (wide, narrow))
+    index = LocalIndex()
+    wides, narrows = index.open([wide, narrow], StoreTerms(host=1 << 20), "model", 16)
+    keys = prefix_keys(range(48), 16)
+    wides.save(wide.view, [0, 1, 2], keys).synchronize(LIMIT)
+    narrows.save(narrow.view, [0, 1], keys[:2]).synchronize(LIMIT)
+    assert index.leading(keys) == 2
+    assert index.has(keys[1])
+    assert not index.has(keys[2])
+    index.close()
+
+
+@pytest.mark.parametrize(
+    "change", [{"by_layer": True}, {"shared": True}, {"hand_over": {}}], ids=str
+)
+def test_what_unequal_widths_cannot_have_is_named(
+    configurations: tuple[Any, Any], change: dict[str, Any]
+) -> None:
+    config, caches = configurations
+    config.kv_transfer_config.kv_connector_extra_config |= change
+    settings = settings_of(config, caches)
+    view = GroupView(KVView(torch.zeros(8, 1, 16), "block token dim"), group=0)
+    check_kinds([view], settings)
+    with pytest.raises(IntegrationError, match="got 2 kinds in 1 groups"):
+        check_kinds([view, view], settings)
 
 
 def test_groups_that_share_tensors_have_a_view_each() -> None:
@@ -587,7 +618,7 @@ def test_a_key_and_a_value_next_to_each_other(kernel: str, order: str) -> None:
     tensor = torch.arange(8 * 4 * 16 * 64, dtype=torch.float32).view(shape)
     if order == "tokens first":
         tensor = tensor.transpose(1, 2)
-    ((view, notes, _),) = views_of({"a": tensor}, one_group("a"), {"a": kernel})
+    ((view, notes, *_),) = views_of({"a": tensor}, one_group("a"), {"a": kernel})
     assert notes == ""
     key, value = rows_at(view, 2, 3 * 16 + 5)
     assert torch.equal(key, tensor[3, 2, 5, :32])
@@ -597,7 +628,7 @@ def test_a_key_and_a_value_next_to_each_other(kernel: str, order: str) -> None:
 @pytest.mark.parametrize("kernel", BY_DIM)
 def test_keys_by_dim_and_token(kernel: str) -> None:
     tensor = torch.arange(8 * 4 * 16 * 64, dtype=torch.float32).view(8, 4, 16, 64)
-    ((view, _, _),) = views_of({"a": tensor}, one_group("a"), {"a": kernel})
+    ((view, *_),) = views_of({"a": tensor}, one_group("a"), {"a": kernel})
     key, value = rows_at(view, 2, 3 * 16 + 5)
     page = tensor[3, 2].flatten()
     assert torch.equal(key, page[: 32 * 16].view(32, 16)[:, 5])
@@ -609,7 +640,7 @@ def test_a_latent_row(kernel: str) -> None:
     caches = one_group("a")
     caches.kv_cache_groups[0].kv_cache_spec.num_kv_heads = 1
     tensor = torch.arange(8 * 16 * 32, dtype=torch.float32).view(8, 1, 16, 32)
-    ((view, _, _),) = views_of({"a": tensor}, caches, {"a": kernel})
+    ((view, *_),) = views_of({"a": tensor}, caches, {"a": kernel})
     target = torch.zeros(1, 1, 32)
     copy_rows(view, KVView(target, "layer token dim"), [53], [0]).synchronize()
     assert torch.equal(target[0, 0], tensor[3, 0, 5])
@@ -662,11 +693,11 @@ def test_a_policy_that_ends_requests_is_warned_of(
 def test_a_page_is_read_in_the_order_of_its_memory() -> None:
     """vLLM names heads before tokens, also where tokens come first in memory."""
     by_token = torch.arange(8 * 16 * 4 * 6).view(8, 16, 4, 6).transpose(1, 2)
-    ((view, order, _),) = views_of({"a": by_token}, one_group("a"))
+    ((view, order, *_),) = views_of({"a": by_token}, one_group("a"))
     (tensor,) = [view.tensors] if isinstance(view.tensors, torch.Tensor) else view.tensors
     assert tensor.data_ptr() == by_token.data_ptr()
     by_head = torch.arange(8 * 16 * 4 * 6).view(8, 4, 16, 6)
-    ((_, other, _),) = views_of({"a": by_head}, one_group("a"))
+    ((_, other, *_),) = views_of({"a": by_head}, one_group("a"))
     assert other != order
 
 

@@ -313,7 +313,9 @@ def test_several_workers_need_rows_that_can_be_read(configurations: tuple[Any, A
     caches = {"layer": rows(2)}
     with pytest.raises(IntegrationError, match=r"got other.Backend .*Several workers need it"):
         read_views(settings, caches, configurations[1], {"layer": "other.Backend"})
-    ((view, notes, tokens),) = read_views(settings, caches, configurations[1], {"layer": FUSED[0]})
+    ((view, notes, tokens, _),) = read_views(
+        settings, caches, configurations[1], {"layer": FUSED[0]}
+    )
     assert (view.heads, tokens, notes) == (2, 1, "")
 
 
@@ -367,7 +369,7 @@ def test_blocks_of_two_ranks_are_loaded_by_one(
     assert first.wait(LIMIT)
     assert second.wait(LIMIT)
     saves = [
-        part.save(view, [1, 3, 5, 6], keys) for part, (view, _, _) in zip(parts, views, strict=True)
+        part.save(view, [1, 3, 5, 6], keys) for part, (view, *_) in zip(parts, views, strict=True)
     ]
     for save in saves:
         save.synchronize(LIMIT)

@@ -9,6 +9,7 @@ tokens depend on the whole prompt: plain random weights repeat one token, and pr
 from __future__ import annotations
 
 import atexit
+import copy
 import gc
 import importlib
 import itertools
@@ -317,6 +318,54 @@ def make_chunked(folder: Path) -> None:
         "use_qk_norm": False,
     }
     _save(folder, weights, config)
+
+
+def make_uneven(folder: Path) -> None:
+    """Write a model into a folder of which every other layer has half as many heads of keys and
+    values. Its class is `register_uneven`'s."""
+    draw = torch.Generator().manual_seed(0)
+    weights = _outer_weights(draw)
+    for layer in range(LAYERS):
+        at = f"model.layers.{layer}"
+        heads = KV_HEADS // 2 if layer % 2 else KV_HEADS
+        weights |= {
+            f"{at}.self_attn.q_proj.weight": _matrix(draw, HEADS * DIM, HIDDEN, 2),
+            f"{at}.self_attn.k_proj.weight": _matrix(draw, heads * DIM, HIDDEN, 2),
+            f"{at}.self_attn.v_proj.weight": _matrix(draw, heads * DIM, HIDDEN, 4),
+            f"{at}.self_attn.o_proj.weight": _matrix(draw, HIDDEN, HEADS * DIM, 4),
+            **_mlp_weights(draw, at),
+        }
+    config = {
+        "architectures": ["UnevenForCausalLM"],
+        "model_type": "llama",
+        "num_attention_heads": HEADS,
+        "num_key_value_heads": KV_HEADS,
+        "head_dim": DIM,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 10000.0,
+    }
+    _save(folder, weights, config)
+
+
+def register_uneven() -> None:
+    """Have vLLM know the class of `make_uneven`'s model. vLLM puts its layers into one group, of
+    two kinds of pages."""
+    from vllm import ModelRegistry
+    from vllm.model_executor.models.llama import LlamaDecoderLayer, LlamaForCausalLM
+    from vllm.model_executor.models.utils import extract_layer_index
+
+    class Layer(LlamaDecoderLayer):  # type: ignore[misc]
+        def __init__(self, vllm_config: Any, prefix: str = "", config: Any = None) -> None:
+            config = copy.copy(config or vllm_config.model_config.hf_config)
+            if extract_layer_index(prefix) % 2:
+                config.num_key_value_heads //= 2
+            super().__init__(vllm_config, prefix, config)
+
+    class UnevenForCausalLM(LlamaForCausalLM):  # type: ignore[misc]
+        def __init__(self, *, vllm_config: Any, prefix: str = "") -> None:
+            super().__init__(vllm_config=vllm_config, prefix=prefix, layer_type=Layer)
+
+    ModelRegistry.register_model("UnevenForCausalLM", UnevenForCausalLM)
 
 
 def make_jamba(folder: Path) -> None:

@@ -103,7 +103,7 @@ def views_of(
     kernels: Mapping[str, str] | None = None,
     reason: str = BY_TOKEN,
 ) -> list[GroupView]:
-    """Return a view of each group's layers.
+    """Return a view of each group's layers; of layers with pages of several kinds one for each.
 
     Args:
         kv_caches: by the name of a layer its tensor, or of a recurrent layer perhaps one for each
@@ -120,21 +120,38 @@ def views_of(
     """
     blocks = kv_cache_config.num_blocks
     views = list[GroupView]()
-    for group in kv_cache_config.kv_cache_groups:
+    for number, group in enumerate(kv_cache_config.kv_cache_groups):
         by_address = dict[int, str]()
         for name in group.layer_names:
             by_address.setdefault(_address(kv_caches[name]), name)
-        names = [*by_address.values()]
-        tensors = [kv_caches[name] for name in names]
-        spec = group.kv_cache_spec
-        if type(spec).__name__ == STATES:
-            views.append(_states(tensors, blocks, spec))
-        elif kernels is None:
-            views.append(_pages(tensors, blocks, spec.block_size))
-        else:
-            used = [kernels.get(name, "") for name in names]
-            views.append(_rows(tensors, blocks, spec, used, reason))
+        for names in _alike(kv_caches, [*by_address.values()]):
+            tensors = [kv_caches[name] for name in names]
+            specs = getattr(group.kv_cache_spec, "kv_cache_specs", None)
+            spec = group.kv_cache_spec if specs is None else specs[names[0]]
+            if type(spec).__name__ == STATES:
+                made = _states(tensors, blocks, spec)
+            elif kernels is None:
+                made = _pages(tensors, blocks, spec.block_size)
+            else:
+                used = [kernels.get(name, "") for name in names]
+                made = _rows(tensors, blocks, spec, used, reason)
+            views.append(made._replace(group=number))
     return views
+
+
+def _alike(kv_caches: Mapping[str, Any], names: Sequence[str]) -> list[list[str]]:
+    """Return layers by the kind of their pages, in their order.
+
+    vLLM puts layers of unequal width into one group if they need the same blocks, such as latent
+    rows and the index next to them.
+    """
+    kinds = dict[Any, list[str]]()
+    for name in names:
+        cache = kv_caches[name]
+        parts = [cache] if isinstance(cache, torch.Tensor) else cache
+        kind = tuple((*each.shape, *each.stride(), each.dtype) for each in parts)
+        kinds.setdefault(kind, []).append(name)
+    return [*kinds.values()]
 
 
 def view_across_layers(kv_cache: torch.Tensor, kv_cache_config: Any) -> GroupView:
@@ -186,12 +203,12 @@ def _pages(tensors: Sequence[torch.Tensor], blocks: int, size: int) -> GroupView
         else x
         for x in tensors
     ]
-    shapes = {(tuple(tensor.shape), tensor.stride()) for tensor in tensors}
-    shape, strides = shapes.pop()
+    shape = tensors[0].shape
+    strides = tensors[0].stride()
     outer = 1 if shape[0] == blocks else 2
-    if shapes or shape[outer - 1] != blocks or (outer == 2 and shape[0] != 2):
+    if shape[outer - 1] != blocks or (outer == 2 and shape[0] != 2):
         raise IntegrationError(
-            f"Expected caches of one shape whose first or second axis is {blocks} blocks, got "
+            f"Expected caches whose first or second axis is {blocks} blocks, got "
             f"{[*shape]} for the first layer. Choose the OffloadingConnector for this model."
         )
     # vLLM's tensors name the heads before the tokens, whatever their order in memory.
@@ -840,8 +857,8 @@ def groups_of(kv_cache_config: Any, tells: bool = False) -> list[Group]:
 
     Raises `IntegrationError` for kinds of layers that the connector does not serve.
     """
-    groups = kv_cache_config.kv_cache_groups
-    kinds = [type(group.kv_cache_spec).__name__ for group in groups]
+    specs = [_scheduled(group.kv_cache_spec) for group in kv_cache_config.kv_cache_groups]
+    kinds = [type(spec).__name__ for spec in specs]
     others = [kind for kind in kinds if kind not in SERVED]
     if others or not kinds:
         raise IntegrationError(
@@ -849,18 +866,25 @@ def groups_of(kv_cache_config: Any, tells: bool = False) -> list[Group]:
             f"{', '.join(others) or 'none'}. Choose the OffloadingConnector for this model."
         )
     made = list[Group]()
-    for kind, group in zip(kinds, groups, strict=True):
-        spec = group.kv_cache_spec
+    for kind, spec in zip(kinds, specs, strict=True):
         if getattr(spec, "non_causal", False):
             raise IntegrationError(
                 "Expected causal attention for PortaKVConnector, got layers whose rows depend on "
                 "later tokens. Choose the OffloadingConnector for this model."
             )
-        window = spec.sliding_window if kind == "SlidingWindowSpec" else None
+        window = None
+        if kind == "SlidingWindowSpec":
+            window = spec.sliding_window + getattr(spec, "extra_retained_tokens", 0)
         chunk = spec.attention_chunk_size if kind == "ChunkedLocalAttentionSpec" else None
         states = _kept_states(spec, tells) if kind == STATES else None
         made.append(Group(spec.block_size, window, chunk, states))
     return made
+
+
+def _scheduled(spec: Any) -> Any:
+    """Return the kind of a group as a scheduler has it: of layers of unequal width one of them."""
+    specs = getattr(spec, "kv_cache_specs", None)
+    return spec if specs is None else next(iter(specs.values()))
 
 
 def _kept_states(spec: Any, tells: bool) -> Literal["every", "last", "told"]:

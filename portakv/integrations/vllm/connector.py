@@ -332,7 +332,8 @@ class PortaKVConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
         """Open the store of the engine's blocks."""
         terms = self._settings.store
         parts = self.store.open(views, self._rank(), layers)
-        caches = [GroupCache(each.view, part) for each, part in zip(views, parts, strict=True)]
+        both = zip(views, parts, strict=True)
+        caches = [GroupCache(each.view, part, each.group) for each, part in both]
         by_layer = bool(terms.by_layer)
         handover = self.store.handover
         words = self.store.words

@@ -318,6 +318,7 @@ class WorkerStore:
                 graphs cannot wait, if they are to.
             StoreError, StoreBusy: as `LocalIndex.open`.
         """
+        check_kinds(views, self._settings)
         self.words = words_of(views, self._settings.store)
         if not self._settings.stores:
             forms = forms_of(views, self._settings.model, None)
@@ -366,7 +367,9 @@ class WorkerStore:
         if handing is None:
             return
         kernels = kernels_of(self._config)
-        (group,) = views_of(kv_caches, kv_cache_config, kernels, HANDED)
+        views = views_of(kv_caches, kv_cache_config, kernels, HANDED)
+        check_kinds(views, self._settings)
+        (group,) = views
         heads = heads_of(self._config, number, group.view)
         shard = Shard(group.view, layers=stage_of(self._config, layers), heads=heads)
         worker, place = worker_numbers(self._config.parallel_config)
@@ -401,6 +404,21 @@ class WorkerStore:
         for part in parts:
             if part is not None:
                 part.close()
+
+
+def check_kinds(views: Sequence[GroupView], settings: Settings) -> None:
+    """Refuse layers of unequal width in a group where they cannot be served.
+
+    Raises `IntegrationError`.
+    """
+    if len(views) == len(settings.groups):
+        return
+    if settings.store.by_layer or settings.uses_store_server or settings.handing is not None:
+        raise IntegrationError(
+            f"Expected layers with pages of one kind in each group for by_layer, for several "
+            f"workers, a shared store or a hand-over, got {len(views)} kinds in "
+            f"{len(settings.groups)} groups. Leave these out, or choose the OffloadingConnector."
+        )
 
 
 def read_views(
