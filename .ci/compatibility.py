@@ -64,6 +64,7 @@ DOORS: Mapping[str, Mapping[str, Sequence[str]]] = {
         "connector": (
             "connector",
             "real engine",
+            "hybrids",
             "faults of disks",
             "faults of disks, wide",
             "latent attention",

@@ -7,11 +7,13 @@ import re
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from functools import partial
 from typing import Any
 
 from portakv.arguments import kind_of, text
 from portakv.errors import InvalidTerms, PortaKVError
 from portakv.runtime.bounded import Until
+from portakv.serving.groups import Validity
 from portakv.storage.store import FormStore
 from portakv.storage.tiers.base import Keys
 from portakv.storage.tiers.remote import Remote, check_remote
@@ -101,12 +103,13 @@ class BucketAnswers:
     It waits for nothing. Any thread may call.
 
     Args:
-        begin: begins a lookup of keys, whose end it reports by `ended`.
+        begin: begins a lookup of keys, whose end it reports by `ended`; also takes the number of
+            the first one in its request.
         now: returns the time in seconds.
     """
 
     def __init__(
-        self, begin: Callable[[Keys], object], now: Callable[[], float] = time.monotonic
+        self, begin: Callable[[Keys, int], object], now: Callable[[], float] = time.monotonic
     ) -> None:
         self._begin = begin
         self._now = now
@@ -127,7 +130,7 @@ class BucketAnswers:
         """Return whether a lookup has found a block a short time ago."""
         return self._beliefs.held(key) is True
 
-    def leading(self, keys: Keys, known: int) -> int | None:
+    def leading(self, keys: Keys, known: int, number: int = 0) -> int | None:
         """Return how many leading blocks can be loaded, or None if a lookup is to end soon.
 
         No request waits for a bucket that did not answer the last lookup in time. Lookups go on
@@ -135,6 +138,7 @@ class BucketAnswers:
 
         Args:
             known: how many leading blocks are known to be there.
+            number: of the first key in its request.
 
         Raises what ``begin`` raises.
         """
@@ -152,7 +156,7 @@ class BucketAnswers:
                 self._open[first] = now + LOST
         if begins:
             try:
-                self._begin(keys[known:])
+                self._begin(keys[known:], number + known)
             except BaseException:  # also an interrupt
                 with self._lock:
                     self._open.pop(first, None)
@@ -182,32 +186,60 @@ class BucketAnswers:
         return len(self._open) < MOST
 
 
-def look_up(groups: Sequence[FormStore], keys: Keys, ended: Callable[[int, bool], object]) -> None:
-    """Begin to look up blocks. Report later how many lead, and whether that came in time.
+def look_up(
+    groups: Sequence[Sequence[FormStore]],
+    keys: Keys,
+    ended: Callable[[int, bool], object],
+    validity: Validity,
+    first: int = 0,
+) -> None:
+    """Begin to look up blocks. Report later how many can be loaded, and whether that came in time.
 
     Args:
-        groups: of one store. A block can be loaded if the stores of all groups have it.
+        groups: of one store, the parts of each group of layers. A block is there if all parts have
+            it.
         keys: of the blocks.
         ended: takes the report.
+        validity: which prefixes the groups can serve.
+        first: the number of the first block in its request.
     """
-    runtime().start(_look_up(groups, keys, ended, runtime().time() + LOOKUP))
+    until = runtime().time() + LOOKUP
+    counting = partial(_count, groups, keys, validity, first, until)
+    runtime().start(_look_up(groups[0][0], counting, ended, until))
 
 
 async def _look_up(
-    groups: Sequence[FormStore], keys: Keys, ended: Callable[[int, bool], object], until: float
+    store: FormStore,
+    counting: Callable[[], int],
+    ended: Callable[[int, bool], object],
+    until: float,
 ) -> None:
-    queue = groups[0].graph.queue("lookup", WORKERS)
+    queue = store.graph.queue("lookup", WORKERS)
     count = 0
     with suppress(PortaKVError):  # the store was closed
-        count = await queue.call("lookup", _leading, groups, keys, until)
+        count = await queue.call("lookup", counting)
     ended(count, count > 0 or runtime().time() < until)
 
 
-def _leading(groups: Sequence[FormStore], keys: Keys, until: float) -> int:
-    """Return how many leading blocks the stores of all groups have, as far as is known by a
-    time."""
-    count = len(keys)
-    for group in groups:
-        left = max(0.0, until - runtime().time())
-        count = group.lookup(keys[:count], left) if count and left else 0
-    return count
+def _count(
+    groups: Sequence[Sequence[FormStore]],
+    keys: Keys,
+    validity: Validity,
+    first: int,
+    until: float,
+) -> int:
+    """Return how many leading blocks can be loaded, as far as is known by a time."""
+
+    def left() -> float:
+        return max(0.0, until - runtime().time())
+
+    def leading(number: int, many: int) -> int:
+        for part in groups[number]:
+            many = part.lookup(keys[:many], left()) if many and left() else 0
+        return many
+
+    def there(number: int, many: int) -> list[bool]:
+        parts = [part.lookup_each(keys[:many], left()) for part in groups[number]]
+        return [all(each) for each in zip(*parts, strict=True)]
+
+    return validity.longest(first, len(keys), leading, there)

@@ -89,6 +89,11 @@ class Validity:
         self.whole = [number for number in numbers if groups[number].is_whole]
         self.partial = [number for number in numbers if not groups[number].is_whole]
 
+    @classmethod
+    def of_rows(cls, groups: int) -> Validity:
+        """Return the rules of so many groups that need all blocks."""
+        return cls([Group(1)] * groups, 1)
+
     def numbers(self, states: bool) -> Sequence[int]:
         """Return the numbers of the groups, without those of states if they are not meant."""
         return [n for n, group in enumerate(self.groups) if states or not group.states]

@@ -35,7 +35,7 @@ from portakv.layout.encodings import PACK
 from portakv.runtime.bounded import Bounded
 from portakv.runtime.rate_limited_log import RateLimitedLog
 from portakv.serving.bucket import BucketAnswers, bucket_of, check_bucket, look_up
-from portakv.serving.groups import Group, Validity
+from portakv.serving.groups import Validity
 from portakv.storage import BlockForm, BlockStore, Disk
 from portakv.storage.calls import Change
 from portakv.storage.form import HEADER, Range
@@ -423,12 +423,14 @@ class GroupView(NamedTuple):
         row_tokens: the tokens of a row of the view: 1, or those of a page that moves whole; None: a
             block is the states of the layers after a token.
         group: its number. A group has several views if its layers have pages of several kinds.
+        replicated: each rank of tensor parallelism has the same states.
     """
 
     view: KVView
     notes: str = ""
     row_tokens: int | None = 1
     group: int | None = None
+    replicated: bool = False
 
 
 def numbers_of(groups: Iterable[int | None]) -> list[int]:
@@ -514,7 +516,7 @@ def forms_of(
     if block_size is not None:
         whole("block_size", block_size, 1)
     forms = list[BlockForm]()
-    for number, (view, notes, tokens, _) in enumerate(groups):
+    for number, (view, notes, tokens, *_) in enumerate(groups):
         if len(groups) > 1:
             notes = f"group {number} of {len(groups)} {notes}".rstrip()
         part = None if heads is None else heads[number]
@@ -637,7 +639,7 @@ class StoreIndex:
     def _rules(self, groups: int) -> Validity:
         """Return which prefixes so many groups of layers can serve."""
         if self.validity is None:
-            self.validity = Validity([Group(1)] * groups, 1)
+            self.validity = Validity.of_rows(groups)
         return self.validity
 
     def record(self) -> None:
@@ -732,8 +734,7 @@ class LocalIndex(StoreIndex):
         ]
         self.block_bytes = sum(form.payload_bytes for form in made)
         if terms.bucket is not None:
-            bucket = BucketAnswers(lambda keys: look_up(stored, keys, partial(bucket.ended, keys)))
-            self.bucket = bucket
+            self.bucket = BucketAnswers(self._look_up)
         self._losses += 1
         return stored
 
@@ -775,9 +776,17 @@ class LocalIndex(StoreIndex):
                 lambda number, count: min(x.leading(keys[:count]) for x in groups[number]),
                 lambda number, count: _in_all(groups[number], keys[:count]),
             )
-            return known if bucket is None else bucket.leading(keys, known)
+            return known if bucket is None else bucket.leading(keys, known, first)
         except PortaKVError:  # it was closed
             return 0
+
+    def _look_up(self, keys: Sequence[bytes], first: int) -> None:
+        """Begin a lookup in the bucket."""
+        groups = self._groups
+        bucket = self.bucket
+        if groups and bucket is not None:
+            rules = self._rules(len(groups))
+            look_up(groups, keys, partial(bucket.ended, keys), rules, first)
 
     def has(self, key: bytes, states: bool = True) -> bool:
         """Return whether a block can be loaded.

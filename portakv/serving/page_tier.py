@@ -16,6 +16,7 @@ from typing import Literal, NamedTuple
 from portakv.runtime.bounded import Bounded, Until
 from portakv.runtime.rate_limited_log import RateLimitedLog
 from portakv.serving.bucket import MISSING, look_up
+from portakv.serving.groups import Validity
 from portakv.serving.pages import PageJob, Pages, PageStore, ServerPageStore, page_key
 from portakv.serving.worker import Calls
 from portakv.storage.store import FormStore
@@ -79,7 +80,8 @@ class _Lookups:
             for first in range(0, len(keys), BATCH):
                 some = keys[first : first + BATCH]
                 if isinstance(blocks, FormStore):
-                    look_up([blocks], [*map(page_key, some)], partial(self._end, some))
+                    ended = partial(self._end, some)
+                    look_up([[blocks]], [*map(page_key, some)], ended, Validity.of_rows(1))
                 else:  # it was closed
                     self._end(some, 0, self._answers)
 

@@ -235,6 +235,19 @@ class FormStore:
         uninterrupted(partial(form.touch, keys[:leading]))
         return leading
 
+    def lookup_each(self, keys: Keys, timeout: float | None = 1.0) -> list[bool]:
+        """Return which blocks can be loaded, from the host or a tier; otherwise as `lookup`, but
+        it does not count as a use of them."""
+        form = self._own("lookup_each")
+        keys = self._keys(keys, "normal", None)
+        clock = self.graph.clock
+        until = clock() + seconds("timeout", timeout, optional=True)
+
+        def has(tier_store: TierStore, some: list[bytes]) -> list[bool]:
+            return tier_store.has(some, max(0.0, until - clock()))
+
+        return self._there(form, keys, has)
+
     def has(self, key: bytes) -> bool:
         """Return whether the block of a key can be loaded, as far as is known here.
 

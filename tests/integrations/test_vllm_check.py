@@ -286,8 +286,8 @@ def test_a_model_with_states_is_described() -> None:
     assert (
         f"The states after a token take {16 * (3 * 6144 * 2 + 16 * 128 * 128 * 2):,} bytes" in text
     )
-    (error,) = findings_of(right(bucket="memory:///", host=1 << 30), sizes).errors
-    assert "Expected no bucket for a model with recurrent layers" in error
+    (error,) = findings_of(right(bucket="memory:///", host=1 << 30, shared=True), sizes).errors
+    assert "Expected no bucket in the store of a host" in error
 
 
 def test_a_model_that_is_not_known_gives_no_size() -> None:

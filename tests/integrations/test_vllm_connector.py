@@ -181,9 +181,12 @@ def test_groups_with_states(
     [
         (states(mode="none"), {}, "got the mode 'none'"),
         (states(num_speculative_blocks=1), {}, "without num_speculative_blocks, got 1"),
-        (states(), {"bucket": "memory:///"}, "Expected no bucket for a model with recurrent"),
+        (
+            states(),
+            {"bucket": "memory:///", "shared": True},
+            "Expected no bucket in the store of a host",
+        ),
         (states(), {"block_size": 32}, "of a multiple of 64 tokens"),
-        (states(), {"workers": 2}, "Expected one worker for a model with recurrent layers, got 2"),
         (states(), {"hand_over": {}}, "got 2 groups, a window or states"),
     ],
 )
@@ -192,8 +195,6 @@ def test_what_states_cannot_be_stored_by_is_named(
 ) -> None:
     config, caches = configurations
     caches.kv_cache_groups.append(group)
-    if (size := change.pop("workers", None)) is not None:
-        config.parallel_config.world_size = config.parallel_config.tensor_parallel_size = size
     if "hand_over" in change:
         config.kv_transfer_config.kv_role = "kv_producer"
     config.kv_transfer_config.kv_connector_extra_config |= change
@@ -236,10 +237,10 @@ def test_states_of_several_kinds_are_the_bytes_of_their_page() -> None:
         assert (made.view.slots, made.view.block_size) == (5, 1)
         (form,) = forms_of([made], "model", 64)
         assert (form.block_size, form.payload_bytes) == (1, nbytes)
-        target = torch.zeros(1, 1, nbytes, dtype=torch.uint8)
-        stored = KVView([target], "layer | block token dim")
+        target = torch.zeros(1, 1, 1, nbytes, dtype=torch.uint8)
+        stored = KVView([target], "layer | block token head dim")
         copy_blocks(made.view, stored, src_blocks=[3], dst_blocks=[0]).synchronize()
-        assert torch.equal(target[0, 0], memory[3, :nbytes])
+        assert torch.equal(target[0, 0, 0], memory[3, :nbytes])
     gap = [parts[0], torch.as_strided(memory.view(torch.float), (5, 2, 4, 4), (64, 16, 4, 1), 16)]
     with pytest.raises(IntegrationError, match="which each has 176 bytes next to each other"):
         views_of({"a": gap}, config)
@@ -512,7 +513,7 @@ def one_group(*layers: str) -> Any:
 
 def pages_of(named: dict[str, torch.Tensor]) -> KVView:
     """Return the view of the pages of a group."""
-    ((view, _, tokens, _),) = views_of(named, one_group(*named))
+    ((view, _, tokens, *_),) = views_of(named, one_group(*named))
     assert tokens == 16
     return view
 

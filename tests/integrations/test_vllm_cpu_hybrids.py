@@ -7,9 +7,11 @@ with that of another position, changes tokens, which the controls show for each 
 
 from __future__ import annotations
 
+import importlib
 import os
 import random
 import signal
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
@@ -38,6 +40,7 @@ from support.vllm_cpu import (
     schedule_ahead,
 )
 from support.vllm_cpu_table import Named, case_of
+from support.waits import LIMIT
 
 from portakv.serving import WorkerSide
 
@@ -110,8 +113,9 @@ def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     return Model(kind, folder, *in_a_child(work))
 
 
-def terms(folder: Path, host: int = 64 << 20) -> dict[str, Any]:
-    return {"folder": str(folder), "host": host, "staging": 64 << 20, "capacity": 1 << 30}
+def terms(folder: Path, host: int = 64 << 20, **more: Any) -> dict[str, Any]:
+    sizes = {"host": host, "staging": 64 << 20, "capacity": 1 << 30}
+    return {"folder": str(folder), **sizes, **more}
 
 
 @pytest.mark.parametrize("ahead", [False, True], ids=["", "scheduled ahead"])
@@ -273,3 +277,107 @@ def test_each_group_matters(
     answer = in_a_child(work)
     assert all(answer.cached)
     assert answer.tokens != model.own.tokens
+
+
+@pytest.fixture(scope="module")
+def recurrent(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("vllm") / "recurrent"
+    in_a_child(lambda: make_gdn(folder))
+    return folder
+
+
+@pytest.mark.parametrize("guard", [True, False], ids=["guarded", "negative control"])
+def test_two_ranks_with_states(guard: bool, recurrent: Path, tmp_path: Path, case: Named) -> None:
+    """Each rank has its part of a state. Without the guard, ranks take the part of the first."""
+    case("states, two ranks, kill -9 and restart" if guard else "states of a rank", not guard)
+    more = TERMS["states"]
+    own = in_a_child(lambda: Engine(recurrent, None, ranks=2, **more).ask(PROMPTS))
+    store = terms(tmp_path / "store")
+
+    def first() -> None:
+        engine = Engine(recurrent, store, ranks=2, **more)
+        engine.join()
+        assert engine.ask(PROMPTS).tokens == own.tokens
+        engine.forget()
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    in_a_child(first, dies=True)
+
+    def second() -> tuple[Answer, list[int]]:
+        engine = Engine(recurrent, store, ranks=2, **more)
+        engine.join()
+        return engine.ask(PROMPTS), engine.landed
+
+    with pytest.MonkeyPatch.context() as patch:
+        if not guard:
+            ranks: Any = importlib.import_module("portakv.integrations.vllm.ranks")
+            heads_of = ranks.heads_of
+            patch.setattr(ranks, "heads_of", lambda config, _, view: heads_of(config, 0, view))
+        answer, landed = in_a_child(second)
+    assert all(answer.cached)
+    assert all(landed)
+    assert (answer.tokens == own.tokens) is guard
+
+
+def test_engines_of_another_number_of_ranks_have_other_states(
+    recurrent: Path, tmp_path: Path, case: Named
+) -> None:
+    """They compute, and find none of what the others have stored but rows, whose last bits differ
+    in bfloat16 by the number of ranks."""
+    case("states, two ranks, then one")
+    more = TERMS["states"]
+    own = in_a_child(lambda: Engine(recurrent, None, **more).ask(PROMPTS))
+    store = terms(tmp_path / "store", shared=True)
+
+    def first() -> None:
+        engine = Engine(recurrent, store, ranks=2, **more)
+        engine.join()
+        engine.ask(PROMPTS)
+        engine.forget()
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    in_a_child(first, dies=True)
+
+    def second() -> tuple[list[Answer], dict[str, int]]:
+        engine = Engine(recurrent, store, **more)
+        engine.join()
+        answers = [engine.ask(PROMPTS)]
+        engine.forget()
+        return [*answers, engine.ask(PROMPTS)], engine.counts
+
+    (cold, hits), counts = in_a_child(second)
+    assert cold.tokens == own.tokens
+    assert [each[:3] for each in hits.tokens] == [each[:3] for each in own.tokens]
+    assert cold.cached == [0] * len(PROMPTS)
+    assert all(hits.cached)
+    assert counts.get("failed_loads", 0) == 0
+
+
+def test_a_bucket_has_states_too(recurrent: Path, tmp_path: Path, case: Named) -> None:
+    """Of an engine that was killed; the next one has nothing else."""
+    pytest.importorskip("obstore", reason="obstore is not installed")
+    case("states, a bucket alone, kill -9 and restart")
+    more = TERMS["states"]
+    store = {"bucket": f"file://{tmp_path / 'bucket'}", "host": 0, "staging": 64 << 20}
+
+    def first() -> None:
+        engine = Engine(recurrent, store, **more)
+        engine.ask(PROMPTS)
+        engine.forget()
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    in_a_child(first, dies=True)
+
+    def second() -> tuple[Answer, Answer]:
+        own = Engine(recurrent, None, **more).ask(PROMPTS)
+        engine = Engine(recurrent, store, **more)
+        answer = engine.ask(PROMPTS)
+        until = time.monotonic() + LIMIT
+        while not all(answer.cached) and time.monotonic() < until:
+            engine.forget()
+            answer = engine.ask(PROMPTS)
+        return own, answer
+
+    own, answer = in_a_child(second)
+    assert answer.tokens == own.tokens
+    assert all(answer.cached)

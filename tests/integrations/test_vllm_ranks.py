@@ -172,7 +172,9 @@ def test_shared_is_true_or_false(configurations: tuple[Any, Any]) -> None:
 )
 def test_heads_of_each_of_four_ranks(heads: int, parts: list[tuple[int, int, int]]) -> None:
     many = parts[0][1] - parts[0][0]
-    made = [heads_of(of_heads(4, heads), number, with_heads(many)) for number in range(4)]
+    made = [
+        heads_of(of_heads(4, heads), number, GroupView(with_heads(many))) for number in range(4)
+    ]
     assert made == parts
 
 
@@ -190,13 +192,17 @@ def with_heads(heads: int, kv: int = 2) -> Any:
 
 
 def test_a_rank_that_has_all_heads() -> None:
-    assert heads_of(of_heads(4, 128), 3, with_heads(1, kv=1)) is None
-    assert heads_of(of_heads(1, 8), 0, with_heads(8)) is None
+    assert heads_of(of_heads(4, 128), 3, GroupView(with_heads(1, kv=1))) is None
+    assert heads_of(of_heads(1, 8), 0, GroupView(with_heads(8))) is None
+    states = GroupView(with_heads(1, kv=1), "", None)
+    assert heads_of(of_heads(4, 8), 3, states) == (3, 4, 4)
+    assert heads_of(of_heads(1, 8), 0, states) is None
+    assert heads_of(of_heads(4, 8), 3, states._replace(replicated=True)) is None
 
 
 def test_a_rank_whose_caches_have_other_heads_is_refused() -> None:
     with pytest.raises(IntegrationError, match=r"Expected 2 of the model's 8 .* got 4"):
-        heads_of(of_heads(4, 8), 1, with_heads(4))
+        heads_of(of_heads(4, 8), 1, GroupView(with_heads(4)))
 
 
 # --- stages
@@ -313,7 +319,7 @@ def test_several_workers_need_rows_that_can_be_read(configurations: tuple[Any, A
     caches = {"layer": rows(2)}
     with pytest.raises(IntegrationError, match=r"got other.Backend .*Several workers need it"):
         read_views(settings, caches, configurations[1], {"layer": "other.Backend"})
-    ((view, notes, tokens, _),) = read_views(
+    ((view, notes, tokens, *_),) = read_views(
         settings, caches, configurations[1], {"layer": FUSED[0]}
     )
     assert (view.heads, tokens, notes) == (2, 1, "")

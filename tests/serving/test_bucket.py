@@ -20,7 +20,7 @@ from support.waits import LIMIT, until
 
 from portakv import KVView
 from portakv.errors import InvalidTerms, StoreError, TransferError
-from portakv.serving import Group, SchedulerSide
+from portakv.serving import Group, SchedulerSide, Validity
 from portakv.serving.bucket import BELIEVED, FOUND, LOST, MISSING, MOST, BucketAnswers
 from portakv.serving.local import GroupView, LocalIndex, StoreTerms
 from portakv.serving.scheduler import PATIENCE
@@ -217,6 +217,26 @@ def test_a_block_of_several_groups_is_asked_for_in_all(bucket: HeldBucket) -> No
     index.close()
 
 
+def test_a_prefix_in_a_bucket_ends_where_a_state_is(bucket: HeldBucket) -> None:
+    """Rows of four blocks, a state at the ends of the first and the third."""
+    views = [a_view(), KVView(torch.arange(160.0).reshape(8, 1, 20), "block token dim")]
+    groups = [GroupView(views[0]), GroupView(views[1], "states", None)]
+    terms = TermsWith.a_bucket(bucket, **ROOM)
+    writer = LocalIndex()
+    rows, states = writer.open(groups, terms, "model", SIZE)
+    rows.save(views[0], range(4), KEYS[:4]).synchronize(LIMIT)
+    states.save(views[1], [0, 2], [KEYS[0], KEYS[2]]).synchronize(LIMIT)
+    writer.close()
+    index = LocalIndex()
+    index.validity = Validity([Group(SIZE), Group(SIZE, states="last")], SIZE)
+    index.open(groups, terms, "model", SIZE)
+    assert index.leading(KEYS) is None
+    assert until(lambda: index.leading(KEYS) == 3, LIMIT)
+    assert index.leading(KEYS) == 3  # no lookup goes on
+    assert until(lambda: index.leading(KEYS[:2]) == 1, LIMIT)
+    index.close()
+
+
 def test_an_index_without_a_bucket_never_says_that_it_does_not_know() -> None:
     index = LocalIndex()
     index.open([GroupView(a_view())], StoreTerms(host=1 << 20, staging=1 << 20), "model", SIZE)
@@ -235,7 +255,7 @@ class Clocked:
     def __init__(self) -> None:
         self.now = 1.0
         self.begun = list[Sequence[bytes]]()
-        self.answers = BucketAnswers(self.begun.append, lambda: self.now)
+        self.answers = BucketAnswers(lambda keys, _: self.begun.append(keys), lambda: self.now)
 
 
 def test_a_block_that_a_bucket_lacks_is_asked_for_again_later() -> None:
@@ -294,7 +314,7 @@ def test_lookups_are_bounded() -> None:
 
 
 def test_a_lookup_that_cannot_begin_is_not_waited_for() -> None:
-    def fail(_: object) -> None:
+    def fail(keys: object, first: object) -> None:
         raise StoreError("Expected an open store, got a closed one. Make another.")
 
     answers = BucketAnswers(fail)

@@ -235,7 +235,8 @@ def _states(caches: Sequence[Any], blocks: int, spec: Any) -> GroupView:
     notes = f"states of {spec.block_size} tokens: " + ", ".join(
         f"{[*shape]} {dtype}" for shape, dtype in kinds
     )
-    return GroupView(KVView(pages, "layer | block token dim"), notes, None)
+    view = KVView([page.unsqueeze(2) for page in pages], "layer | block token head dim")
+    return GroupView(view, notes, None, replicated=bool(getattr(spec, "tp_replicated", False)))
 
 
 def _state_bytes(
@@ -786,15 +787,11 @@ def check_states(store: StoreTerms, workers: Workers) -> None:
 
     Raises `IntegrationError`.
     """
-    if workers.size > 1:
+    if store.bucket is not None and (store.shared or not workers.local):
         raise IntegrationError(
-            f"Expected one worker for a model with recurrent layers, got {workers.size}: their "
-            f"states are not stored by parts. Run one worker, or choose the OffloadingConnector."
-        )
-    if store.bucket is not None:
-        raise IntegrationError(
-            "Expected no bucket for a model with recurrent layers, got one: their states are not "
-            "looked up there. Leave bucket out of kv_connector_extra_config."
+            "Expected no bucket in the store of a host for a model with recurrent layers, got one: "
+            "a store server looks up rows there, and no states. Leave bucket out of "
+            "kv_connector_extra_config, or run one worker without shared."
         )
 
 

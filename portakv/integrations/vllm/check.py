@@ -164,10 +164,7 @@ def _check_model(sizes: Sizes | None, findings: Findings) -> None:
 def _hits_of(sizes: Sizes) -> str:
     """Return where a hit can end, by the kinds of layers."""
     if sizes.has_states:
-        return (
-            "A hit ends where vLLM has kept a state. Start vLLM with --enable-prefix-caching, one "
-            "worker."
-        )
+        return "A hit ends where vLLM has kept a state. Start vLLM with --enable-prefix-caching."
     if sizes.windows:
         return "A hit ends at a stored block before which all rows of the windows are there."
     return "A hit ends at any stored block."

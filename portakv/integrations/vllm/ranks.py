@@ -45,7 +45,6 @@ from portakv.serving.local import (
 from portakv.serving.worker import warm_up
 from portakv.storage.calls import Change
 from portakv.storage.form import Range
-from portakv.view import KVView
 
 # ------------------------------------------------------------------------------------------------
 # The events by which vLLM tells routers which blocks the store has.
@@ -150,23 +149,30 @@ _log = logging.getLogger(__name__)
 PATIENCE = 30.0
 
 
-def heads_of(config: Any, number: int, view: KVView) -> Range | None:
+def heads_of(config: Any, number: int, group: GroupView) -> Range | None:
     """Return which heads of the model's a rank of tensor parallelism has.
 
-    Ranks have equal parts if the model has fewer heads than ranks.
+    Ranks have equal parts if the model has fewer heads than ranks. Of states of recurrent layers a
+    rank has one of as many parts as there are ranks; those of another number of ranks differ.
 
     Args:
         config: vLLM's configuration.
         number: of the rank.
-        view: the caches of the rank.
+        group: the caches of the rank.
 
     Returns:
-        From, to, and of how many; None: all heads, also of MLA, where they have one row in common.
+        From, to, and of how many; None: all heads, also of MLA, where they have one row in common,
+        and of states that all ranks have.
 
     Raises `IntegrationError` for caches of another number of heads.
     """
     size = getattr(config.parallel_config, "tensor_parallel_size", 1)
-    if size == 1 or view.kv == 1:
+    view = group.view
+    if size == 1 or group.replicated:
+        return None
+    if group.row_tokens is None:
+        return number, number + 1, size
+    if view.kv == 1:
         return None
     heads = config.model_config.get_total_num_kv_heads()
     first = number * heads // size
@@ -339,7 +345,7 @@ class WorkerStore:
             parts = index.open(views, terms, settings.model, settings.block_size)
             self._opened = index
             return parts
-        heads = [heads_of(self._config, number, each.view) for each in views]
+        heads = [heads_of(self._config, number, each) for each in views]
         stage = stage_of(self._config, layers)
         terms_of_rows = (settings.block_size, heads, stage, terms.encoding)
         forms = forms_of(views, settings.model, *terms_of_rows)
@@ -370,7 +376,7 @@ class WorkerStore:
         views = views_of(kv_caches, kv_cache_config, kernels, HANDED)
         check_kinds(views, self._settings)
         (group,) = views
-        heads = heads_of(self._config, number, group.view)
+        heads = heads_of(self._config, number, group)
         shard = Shard(group.view, layers=stage_of(self._config, layers), heads=heads)
         worker, place = worker_numbers(self._config.parallel_config)
         self.handover = Handover(

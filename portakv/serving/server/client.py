@@ -175,7 +175,7 @@ class ServerIndex(StoreIndex):
             lambda number, many: sum(takewhile(bool, there(number, many))),
             lambda number, many: [*there(number, many)],
         )
-        return known if bucket is None else bucket.leading(keys, known)
+        return known if bucket is None else bucket.leading(keys, known, first)
 
     def has(self, key: bytes, states: bool = True) -> bool:
         """Return whether a block can be loaded.
@@ -315,8 +315,8 @@ class ServerIndex(StoreIndex):
             elif self._number >= 0:
                 self.apply(message.changes)
 
-    def _look_up(self, keys: Keys) -> None:
-        """Have the server look up blocks in the bucket."""
+    def _look_up(self, keys: Keys, first: int) -> None:
+        """Have the server look up blocks in the bucket: those that all groups have."""
         session = self._link.session
         if session is not None:
             ask = LookUp(session.number, tuple(keys[:MOST_LOOKED_UP]))

@@ -33,6 +33,7 @@ from portakv.migrate.shared_memory import share
 from portakv.runtime.bounded import Bounded
 from portakv.runtime.rate_limited_log import RateLimitedLog
 from portakv.serving.bucket import look_up
+from portakv.serving.groups import Validity
 from portakv.serving.local import SHARE, StoreTerms, alike_in
 from portakv.serving.server.link import Place
 from portakv.serving.server.messages import (
@@ -567,7 +568,8 @@ class StoreServer:
             self._runtime.start(self._tell_follower(opened, follower, message))
 
         with suppress(PortaKVError):  # the store closes
-            look_up([*map(opened.store.of, follower.forms)], ask.keys, ended)
+            groups = [[opened.store.of(form)] for form in follower.forms]
+            look_up(groups, ask.keys, ended, Validity.of_rows(len(groups)))
 
     def _open_store(self) -> OpenStore:
         if self._opened is None:
