@@ -46,10 +46,13 @@ class Prefixes:
 
     Args:
         view: a paged view of rows as the model makes them, which only describes them. Its blocks
-            have the tokens of a stored block.
+            have the tokens of a stored block. None: the model has no rows of all tokens.
         terms: where the blocks are stored.
         model: the name of the model, and what else decides what a row is.
         patience: seconds to wait for a folder that another process has.
+        tail: a view with a block for what else a model keeps after the last token, such as states;
+            None: nothing.
+        notes: what fixes the bytes of a tail.
 
     Raises:
         InvalidTerms: terms that only engines have, a view that is not paged, a wrong name.
@@ -58,41 +61,75 @@ class Prefixes:
 
     def __init__(
         self,
-        view: KVView,
+        view: KVView | None,
         terms: StoreTerms,
         model: str,
         patience: float = PATIENCE,
+        tail: KVView | None = None,
+        notes: str = "",
     ) -> None:
         self._terms = check_terms(terms)
         text("model", model)
         self._index = LocalIndex()
-        (store,) = self._index.open(
-            [GroupView(view)], self._terms, model, view.block_size, patience
-        )
-        self._store: FormStore = store
+        groups = [] if view is None else [GroupView(view)]
+        if tail is not None:
+            groups.append(GroupView(tail, notes, None))
+        size = self._terms.block_size if view is None else view.block_size
+        assert size is not None
+        self.block_size = size
+        stores = self._index.open(groups, self._terms, model, size, patience)
+        self._store: FormStore | None = None if view is None else stores[0]
+        self._tails: FormStore | None = None if tail is None else stores[-1]
 
     @property
-    def form(self) -> BlockForm:
-        """Return the form of the stored blocks."""
-        return self._store.form
-
-    @property
-    def block_size(self) -> int:
-        """Return the tokens of a stored block."""
-        return self.form.block_size
+    def form(self) -> BlockForm | None:
+        """Return the form of the stored blocks; None: no rows are stored."""
+        return None if self._store is None else self._store.form
 
     def keys(self, tokens: object, salt: bytes = b"") -> list[bytes]:
         """Return the keys of the whole blocks of a prompt, as `prefix_keys` does."""
         octets("salt", salt)
         return prefix_keys(tokens, self.block_size, salt)
 
+    def tail_key(self, keys: Keys, rest: Sequence[int], salt: bytes = b"") -> bytes:
+        """Return the key of what a model keeps after tokens.
+
+        Args:
+            keys: of the whole blocks of the tokens.
+            rest: the tokens after them.
+            salt: as for `keys`.
+        """
+        before = keys[-1] if keys else b""
+        text_of = [len(rest), *rest]
+        return prefix_keys(text_of, len(text_of), b"tail" + before + octets("salt", salt))[0]
+
     def lookup(self, keys: Keys) -> int:
-        """Return the number of leading blocks that the store has, as far as it answers in time."""
+        """Return the number of leading blocks that the store has, as far as it answers in time; all
+        for a model without rows."""
+        if self._store is None:
+            return len(keys)
         try:
             return self._store.lookup(keys)
         except StoreError as error:
             _log.warning("lookup", "Prefixes are computed, as a store has failed: %s", error)
             return 0
+
+    def has_tails(self, keys: Keys) -> list[bool]:
+        """Return which tails the store has, as far as it answers in time."""
+        assert self._tails is not None
+        try:
+            return self._tails.lookup_each(keys)
+        except StoreError as error:
+            _log.warning("lookup", "Prefixes are computed, as a store has failed: %s", error)
+            return [False] * len(keys)
+
+    def load_tail(self, view: KVView, key: bytes) -> bool:
+        """Load a tail into the block of a view; return whether it landed. See `load`."""
+        return self._load(self._tails, view, [key]) == 1
+
+    def save_tail(self, view: KVView, key: bytes) -> Handle | None:
+        """Save a tail from the block of a view; see `save`."""
+        return self._save(self._tails, view, [key])
 
     def load(self, view: KVView, keys: Keys) -> int:
         """Load the first blocks of a prompt into the first blocks of a view.
@@ -101,12 +138,15 @@ class Prefixes:
         are undefined, and may be written until the deadline of the terms has passed and later: use
         a view of new memory for each call, and drop it if it fell short.
         """
-        if not keys:
+        return self._load(self._store, view, keys)
+
+    def _load(self, store: FormStore | None, view: KVView, keys: Keys) -> int:
+        if not keys or store is None:
             return 0
         deadline = self._terms.deadline
         blocks = range(len(keys))
         try:
-            handle = self._store.load(view, blocks, keys, deadline=deadline, missing="skip")
+            handle = store.load(view, blocks, keys, deadline=deadline, missing="skip")
         except StoreError as error:
             _log.warning("load", "A prefix is computed, as a store has failed: %s", error)
             return 0
@@ -134,10 +174,13 @@ class Prefixes:
         the deadline of the terms if a tier hangs: blocks without staging by then are not saved. The
         handle ends when the blocks are stored. None: the log has a line about a store that failed.
         """
-        if not keys:
+        return self._save(self._store, view, keys)
+
+    def _save(self, store: FormStore | None, view: KVView, keys: Keys) -> Handle | None:
+        if not keys or store is None:
             return None
         try:
-            handle = self._store.save(view, range(len(keys)), keys, full="wait")
+            handle = store.save(view, range(len(keys)), keys, full="wait")
         except StoreError as error:
             _log.warning("save", "A prefix is not saved, as a store has failed: %s", error)
             return None

@@ -272,8 +272,6 @@ def test_models_that_are_refused(folder: str) -> None:
     )
     with refused(IntegrationError, "T5ForConditionalGeneration", "encoder"):
         PrefixStore(encoder, terms)
-    with refused(LayoutError, "DynamicSlidingWindowLayer", "MistralForCausalLM", "OffloadedCache"):
-        PrefixStore(small("Mistral", sliding_window=8), terms)
     factors = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
     with refused(IntegrationError, "'dynamic'", "length"):
         PrefixStore(small(rope_parameters=factors), terms)

@@ -71,6 +71,7 @@ def test_packed_blocks_come_back(tmp_path: Path) -> None:
     for encoding in ("pack", None):
         terms = StoreTerms(str(tmp_path), 1 << 20, encoding=encoding, **HOST)
         with closing(Prefixes(rows(1), terms, "model")) as prefixes:
+            assert prefixes.form is not None
             assert bool(prefixes.form.encoding) == (encoding is not None)
             keys = prefixes.keys(range(30))
             if encoding is not None:

@@ -29,6 +29,7 @@ from portakv.integrations.transformers.caches import (
     layers_of,
     rows_on_device,
 )
+from portakv.integrations.transformers.tails import Layer, Tails, kept, layers_in
 from portakv.serving import StoreTerms
 from portakv.serving.local import checksum_of_tensors
 from portakv.serving.prefixes import Prefixes, check_terms
@@ -42,6 +43,10 @@ __all__ = ["PrefixStore"]
 #: Keys and values of each layer, ``[batch, heads, tokens, dim]`` each.
 Rows: TypeAlias = "list[tuple[torch.Tensor, torch.Tensor]]"
 _PAGES = "layer kv | head (block token) dim"  # of one sequence
+#: The tokens with which a model is tried, before and after its cache was stored.
+TRIED = 11
+#: The most that logits may differ by then, of the largest one: sums have another order.
+NEAR = 0.05
 #: Kinds of rotary positions that depend on the length of the whole prompt.
 _BY_LENGTH = ("dynamic", "longrope")
 
@@ -55,8 +60,9 @@ class PrefixStore:
     A store that fails is not an error: what it lacks is computed, and the log has a line.
 
     Args:
-        model: a decoder whose layers attend to all tokens. It runs once, for one token, whose rows
-            fix the form of the blocks.
+        model: a decoder. It runs once, for one token, whose rows fix the form of the blocks. One
+            with windows or states runs twice more, to see that it goes on from a stored prefix as
+            it should.
         terms: `portakv.serving.StoreTerms`, or a mapping of its names. ``block_size`` is 64 unless
             it is set; ``shared`` and ``by_layer`` are for engines.
         name: a name for the model. The form has a checksum of its configuration and of samples of
@@ -64,8 +70,9 @@ class PrefixStore:
 
     Raises:
         IntegrationError: an object that is not a model with a configuration; a model with an
-            encoder, or whose rotary positions depend on the length of the prompt.
-        LayoutError: a layer that does not retain every token, or layers with different rows.
+            encoder, or whose rotary positions depend on the length of the prompt; one that does
+            not go on from its own states.
+        LayoutError: a kind of layer that is not stored, or layers with different rows.
         InvalidTerms: wrong terms, or a wrong name.
         StoreError, StoreBusy: memory for no block; a folder that another process has.
     """
@@ -77,16 +84,24 @@ class PrefixStore:
         text("name", name, least=0)
         config = _config_of(model)
         self._config = config
-        self._probe = _rows_of_one_token(model)
+        self._layers = _layers_of(model)
         size = checked.block_size
         assert size is not None
-        view = _pages(self._empty(1, size), 0, size)
+        self._is_full = [*map(_is_full, self._layers)]
+        self._tails = None if all(map(_attends_to_all, self._layers)) else Tails(self._layers, size)
+        view = _pages(self._empty(1, size), 0, size) if any(self._is_full) else None
         identity = (
             name or type(model).__name__,
             _checksum_of(config),
             checksum_of_tensors([*model.named_parameters(), *model.named_buffers()]),
         )
-        self._prefixes = Prefixes(view, checked, ":".join(identity))
+        named = ":".join(identity)
+        if self._tails is None:
+            self._prefixes = Prefixes(view, checked, named)
+            return
+        _check_going_on(model, self._tails)
+        tail = self._tails.view(self._tails.empty(1))
+        self._prefixes = Prefixes(view, checked, named, tail=tail, notes=self._tails.notes)
 
     def __enter__(self) -> PrefixStore:
         return self
@@ -105,7 +120,8 @@ class PrefixStore:
         """Return a cache with the longest stored prefix of prompts; it is empty if there is none.
 
         The last token of a prompt is never loaded, so that the model computes it. A batch gets the
-        prefix that all of its prompts have stored.
+        prefix that all of its prompts have stored. Of a model with windows or states a prefix ends
+        where a cache was saved.
 
         Args:
             input_ids: whole numbers, ``[batch, tokens]``.
@@ -120,23 +136,73 @@ class PrefixStore:
         prompts = _prompts(input_ids, attention_mask)
         cache = DynamicCache(config=self._config) if cache is None else cache
         check_empty(cache)
-        layers = self._layers(cache)
+        self._check(cache)
+        size = self._prefixes.block_size
         keys = [self._prefixes.keys(prompt[:-1], salt) for prompt in prompts]
         leading = min([self._prefixes.lookup(each) for each in keys], default=0)
-        if leading:
-            size = self._prefixes.block_size
-            rows = self._empty(len(prompts), leading * size)
+        tokens = leading * size
+        if self._tails is not None:
+            tokens = self._longest(prompts, keys, leading, salt)
+            leading = tokens // size
+        rows = self._empty(len(prompts), leading * size)
+        if leading and rows:
             landed = [
                 self._prefixes.load(_pages(rows, number, size), each[:leading])
                 for number, each in enumerate(keys)
             ]
-            tokens = min(landed) * size
-            if tokens:
-                fill(layers, [[x[:, :, :tokens] for x in pair] for pair in rows])
-                for layer in layers:
-                    if isinstance(layer, PortaKVLayer):
-                        layer.offload()
+            if min(landed) < leading:
+                tokens = min(landed) * size if self._tails is None else 0
+        if tokens:
+            whole = [(x[:, :, :tokens], y[:, :, :tokens]) for x, y in rows]
+            self._fill(cache, prompts, keys, salt, tokens, whole)
         return cache
+
+    def _longest(
+        self, prompts: Any, keys: Sequence[Sequence[bytes]], leading: int, salt: bytes
+    ) -> int:
+        """Return the most tokens after which all prompts have a tail, and rows before them."""
+        size = self._prefixes.block_size
+        for blocks in range(leading, -1, -1):
+            lengths = range(min(size - 1, len(prompts[0]) - 1 - blocks * size), -1, -1)
+            found = [True] * len(lengths)
+            for prompt, each in zip(prompts, keys, strict=True):
+                rest = prompt[blocks * size :].tolist()
+                names = [
+                    self._prefixes.tail_key(each[:blocks], rest[:many], salt) for many in lengths
+                ]
+                both = zip(found, self._prefixes.has_tails(names), strict=True)
+                found = [one and other for one, other in both]
+            if True in found:
+                return blocks * size + lengths[found.index(True)]
+        return 0
+
+    def _fill(
+        self,
+        cache: DynamicCache,
+        prompts: Any,
+        keys: Sequence[Sequence[bytes]],
+        salt: bytes,
+        tokens: int,
+        rows: Rows,
+    ) -> None:
+        """Give an empty cache a prefix; it stays empty if a tail does not come."""
+        if self._tails is None:
+            fill(cache.layers, rows)
+        else:
+            blocks = tokens // self._prefixes.block_size
+            tails = self._tails.empty(len(prompts))
+            for number, (prompt, each) in enumerate(zip(prompts, keys, strict=True)):
+                rest = prompt[blocks * self._prefixes.block_size : tokens].tolist()
+                name = self._prefixes.tail_key(each[:blocks], rest, salt)
+                view = self._tails.view(tails[number : number + 1])
+                if not self._prefixes.load_tail(view, name):
+                    return
+            left = iter(rows)
+            whole = [next(left) if full and blocks else None for full in self._is_full]
+            self._tails.fill(cache, tails, tokens, whole)
+        for layer in cache.layers:
+            if isinstance(layer, PortaKVLayer):
+                layer.offload()
 
     def save(
         self,
@@ -162,28 +228,37 @@ class PrefixStore:
             LayoutError: a cache with other layers.
         """
         prompts = _prompts(input_ids, attention_mask)
-        layers = self._layers(cache)
+        self._check(cache)
         size = self._prefixes.block_size
-        whole = min(len(prompts[0]), cache.get_seq_length()) // size * size
+        tokens = min(len(prompts[0]), cache.get_seq_length())
         saved = list[Transfer]()
-        if not whole:
+        if not tokens:
             return saved
+        both = zip(cache.layers, self._is_full, strict=True)
+        full = [layer for layer, is_full in both if is_full]
         # All on one device: in host memory if a layer is away.
-        own = [layer for layer in layers if isinstance(layer, PortaKVLayer)]
-        if len(own) == len(layers) and any(layer.is_away for layer in own):
+        own = [layer for layer in full if isinstance(layer, PortaKVLayer)]
+        if len(own) == len(full) and any(layer.is_away for layer in own):
             rows = [layer.rows() for layer in own]
         else:
-            rows = [rows_on_device(layer) for layer in layers]
-        batch = rows[0][0].shape[0]
+            rows = [rows_on_device(layer) for layer in full]
+        tails = None
+        if self._tails is not None and tokens == cache.get_seq_length():
+            tails = self._tails.of(cache, tokens)
+        batch = len(tails if tails is not None else rows[0][0])
         if batch != len(prompts):
             expected = f"ids of the {batch} prompts of the cache"
             raise invalid("input_ids", expected, input_ids, "Pass one row for each prompt.")
+        whole = tokens // size * size
         cut = [(keys[:, :, :whole], values[:, :, :whole]) for keys, values in rows]
         for number, prompt in enumerate(prompts):
             keys = self._prefixes.keys(prompt[:whole], salt)
-            handle = self._prefixes.save(_pages(cut, number, size), keys)
-            if handle is not None:
-                saved.append(handle)
+            handles = [self._prefixes.save(_pages(cut, number, size), keys)] if cut and keys else []
+            if tails is not None and self._tails is not None:
+                name = self._prefixes.tail_key(keys, prompt[whole:tokens].tolist(), salt)
+                view = self._tails.view(tails[number : number + 1])
+                handles.append(self._prefixes.save_tail(view, name))
+            saved += [handle for handle in handles if handle is not None]
         return saved
 
     def statistics(self) -> Mapping[str, Sequence[Mapping[str, Any]]]:
@@ -194,27 +269,47 @@ class PrefixStore:
         """End the saves in progress and close the store."""
         self._prefixes.close()
 
-    def _layers(self, cache: DynamicCache) -> list[DynamicLayer]:
-        """Return the layers of a cache for the model; add those that an empty cache lacks."""
+    def _check(self, cache: DynamicCache) -> None:
+        """Add the layers that an empty cache lacks; raise `LayoutError` for a cache of another
+        model."""
         do = "Pass DynamicCache(config=model.config), or None."
-        layers = layers_of(cache, do, len(self._probe))
-        if len(layers) != len(self._probe):
-            raise LayoutError(
-                f"Expected a cache of the model's {len(self._probe)} layers, got one of "
-                f"{len(layers)}. Make it with the model's configuration."
+        if self._tails is None:
+            layers = layers_of(cache, do, len(self._layers))
+            kinds_differ = False
+        else:
+            layers = cache.layers
+            kinds_differ = any(
+                not (type(layer) is each.kind or (each.kind is DynamicLayer and _is_own(layer)))
+                for layer, each in zip(layers, self._layers, strict=False)
             )
-        return layers
+        if len(layers) != len(self._layers) or kinds_differ:
+            raise LayoutError(
+                f"Expected a cache of the model's {len(self._layers)} layers, got one of "
+                f"{len(layers)}{', or of other kinds' if kinds_differ else ''}. Make it with the "
+                f"model's configuration."
+            )
 
     def _empty(self, batch: int, tokens: int) -> Rows:
-        """Return memory for rows of the model."""
+        """Return memory for rows of the layers that attend to all tokens."""
         made: Rows = []
-        for pair in self._probe:
+        for layer, is_full in zip(self._layers, self._is_full, strict=True):
+            if not is_full or layer.rows is None:
+                continue
             keys, values = (
                 torch.empty((batch, x.shape[1], tokens, x.shape[3]), dtype=x.dtype, device=x.device)
-                for x in pair
+                for x in layer.rows
             )
             made.append((keys, values))
         return made
+
+
+def _is_own(layer: object) -> bool:
+    return type(layer) is PortaKVLayer
+
+
+def _attends_to_all(layer: Layer) -> bool:
+    """Return whether whole blocks of rows are all that a layer keeps."""
+    return layer.rows is not None and layer.window is None and not layer.states
 
 
 def _config_of(model: Any) -> Any:
@@ -267,16 +362,62 @@ def _checksum_of(config: Any) -> str:
 
 
 @torch.no_grad()
-def _rows_of_one_token(model: Any) -> Rows:
-    """Return the keys and values that a model computes for a token."""
+def _layers_of(model: Any) -> list[Layer]:
+    """Return what the layers of a model keep of a token."""
     cache = DynamicCache(config=model.config)
     ids = torch.zeros((1, 1), dtype=torch.int64, device=model.device)
-    model(input_ids=ids, use_cache=True, **{cache_argument(model): cache})
     do = (
         f"A prefix of {kind_of(model)} cannot be stored. Call generate() without a store; "
         f"OffloadedCache(config=model.config) takes such a model."
     )
-    return [(layer.keys, layer.values) for layer in layers_of(cache, do)]
+    try:
+        model(input_ids=ids, use_cache=True, **{cache_argument(model): cache})
+        cache.get_seq_length()
+    except (ValueError, TypeError, IndexError) as error:
+        raise IntegrationError(
+            f"Expected a model that runs with a DynamicCache, which counts its tokens, got "
+            f"{kind_of(model)}: {error}. {do}"
+        ) from error
+    return layers_in(cache, do)
+
+
+@torch.no_grad()
+def _check_going_on(model: Any, tails: Tails) -> None:
+    """Refuse a model that does not go on from a cache with several tokens at once, as from the
+    prompt: it may drop its states.
+
+    Raises `IntegrationError`.
+    """
+    name = cache_argument(model)
+    count = model.config.get_text_config().vocab_size
+    ids = torch.arange(1, 2 * TRIED + 1, device=model.device)[None] % count
+    whole = DynamicCache(config=model.config)
+    expected = model(input_ids=ids, use_cache=True, **{name: whole}).logits[:, -1]
+    begun = DynamicCache(config=model.config)
+    model(input_ids=ids[:, :TRIED], use_cache=True, **{name: begun})
+    cache = DynamicCache(config=model.config)
+    blocks = TRIED // tails.size * tails.size
+    both = zip(begun.layers, tails.layers, strict=True)
+    rows = [_first(layer, blocks) if _is_full(each) and blocks else None for layer, each in both]
+    tails.fill(cache, tails.of(begun, TRIED), TRIED, rows)
+    logits = model(input_ids=ids[:, TRIED:], use_cache=True, **{name: cache}).logits[:, -1]
+    error = (logits.float() - expected.float()).abs().max()
+    if not error <= NEAR * expected.float().abs().max():
+        raise IntegrationError(
+            f"Expected a model that goes on from its cache with several tokens as from the whole "
+            f"prompt, got {kind_of(model)} whose logits differ by {float(error):.3g}. Call "
+            f"generate() without a store; OffloadedCache(config=model.config) takes such a model."
+        )
+
+
+def _is_full(layer: Layer) -> bool:
+    return layer.rows is not None and layer.window is None
+
+
+def _first(layer: Any, tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the rows of the first tokens in a layer."""
+    keys, values = kept(layer)
+    return keys[:, :, :tokens], values[:, :, :tokens]
 
 
 def _prompts(input_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> Any:
