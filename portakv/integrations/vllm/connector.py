@@ -46,6 +46,7 @@ from portakv.serving import Costs, GroupCache, Plan, Report, SchedulerSide, Work
 from portakv.serving.handover import Endpoint, Identity
 from portakv.serving.local import GRAPH, GroupView
 from portakv.serving.plan import NO_PLAN
+from portakv.serving.scheduler import NO_STATES
 
 check_release("vllm")
 
@@ -110,6 +111,7 @@ class PortaKVConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
         tells = TOLD in getattr(SchedulerOutput, "__dataclass_fields__", ())
         self._settings = settings = settings_of(vllm_config, kv_cache_config, tells)
         check_hooks(KVConnectorBase_V1, settings)
+        self._told = any(group.states == "told" for group in settings.groups)
         self.costs = Costs(role.name.lower())
         self.figures = Figures()
         if settings.spans:
@@ -251,7 +253,7 @@ class PortaKVConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
             computed = new.num_computed_tokens
             past = computed + many[new.req_id]
             ids = ids_of(new.block_ids)
-            states = states_in(scheduler_output, new.req_id)
+            states = states_in(scheduler_output, new.req_id) if self._told else NO_STATES
             self.scheduler_side.scheduled(new.req_id, computed, past, ids, True, states)
         old = scheduler_output.scheduled_cached_reqs
         for name, blocks, computed in zip(
@@ -260,7 +262,7 @@ class PortaKVConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
             resumed = name in old.resumed_req_ids
             ids = ids_of(blocks)
             past = computed + many[name]
-            states = states_in(scheduler_output, name)
+            states = states_in(scheduler_output, name) if self._told else NO_STATES
             self.scheduler_side.scheduled(name, computed, past, ids, resumed, states)
         plan = self.scheduler_side.plan(idle=not many and self._settings.shows_idle)
         self.costs.step(idle=plan is NO_PLAN and not scheduler_output.scheduled_new_reqs)

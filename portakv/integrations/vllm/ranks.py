@@ -152,8 +152,8 @@ PATIENCE = 30.0
 def heads_of(config: Any, number: int, group: GroupView) -> Range | None:
     """Return which heads of the model's a rank of tensor parallelism has.
 
-    Ranks have equal parts if the model has fewer heads than ranks. Of states of recurrent layers a
-    rank has one of as many parts as there are ranks; those of another number of ranks differ.
+    Ranks have equal parts if the model has fewer heads than ranks. Of states that are not divided
+    by heads a rank has one of as many parts as there are ranks; those of other numbers differ.
 
     Args:
         config: vLLM's configuration.
@@ -170,16 +170,16 @@ def heads_of(config: Any, number: int, group: GroupView) -> Range | None:
     view = group.view
     if size == 1 or group.replicated:
         return None
-    if group.row_tokens is None:
+    if group.row_tokens is None and not group.heads:
         return number, number + 1, size
-    if view.kv == 1:
+    if view.kv == 1 and not group.heads:
         return None
-    heads = config.model_config.get_total_num_kv_heads()
+    heads = group.heads or config.model_config.get_total_num_kv_heads()
     first = number * heads // size
     past = first + max(1, heads // size)
     if past - first != view.heads:
         raise IntegrationError(
-            f"Expected {past - first} of the model's {heads} key-value heads in the caches of each "
+            f"Expected {past - first} of the model's {heads} heads in the caches of each "
             f"of {size} ranks, got {view.heads}. Run one worker, or choose the "
             f"OffloadingConnector for this model."
         )
@@ -227,7 +227,8 @@ class JoinedIndex(ServerIndex):
         terms.check_usable()
         self.store_server = StoreServer(terms, settings.engine)
         try:
-            super().__init__(self.store_server.place, settings.engine, len(settings.groups))
+            super().__init__(self.store_server.place, settings.engine, sum(settings.parts))
+            self.parts = settings.parts
             self.validity = Validity(settings.groups, settings.block_size)
         except BaseException:
             self.store_server.close()
@@ -417,7 +418,7 @@ def check_kinds(views: Sequence[GroupView], settings: Settings) -> None:
 
     Raises `IntegrationError`.
     """
-    if len(views) == len(settings.groups):
+    if len(views) == sum(settings.parts):
         return
     if settings.store.by_layer or settings.uses_store_server or settings.handing is not None:
         raise IntegrationError(
@@ -441,11 +442,12 @@ def read_views(
     """
     if not settings.reads_rows:
         return views_of(kv_caches, kv_cache_config)
+    ranks = settings.ranks if settings.uses_store_server else None
     if settings.workers.size > 1:
-        return views_of(kv_caches, kv_cache_config, kernels, BY_HEAD)
+        return views_of(kv_caches, kv_cache_config, kernels, BY_HEAD, ranks)
     try:
-        return views_of(kv_caches, kv_cache_config, kernels)
+        return views_of(kv_caches, kv_cache_config, kernels, ranks=ranks)
     except IntegrationError:
         if settings.store.block_size is not None:
             raise
-        return views_of(kv_caches, kv_cache_config)
+        return views_of(kv_caches, kv_cache_config, ranks=ranks)

@@ -10,7 +10,7 @@ import time
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from functools import partial
-from itertools import count, takewhile
+from itertools import count, islice, takewhile
 from typing import Literal, NamedTuple, TypeAlias, TypeVar
 
 import numpy as np
@@ -124,6 +124,9 @@ class ServerIndex(StoreIndex):
         engine: the name with which the ranks of the engine join.
         groups: of layers, as the ranks have them. A block can be loaded if all groups have it.
 
+    Attributes:
+        parts: of each group of the scheduler's, how many of these are its parts.
+
     Raises `InvalidTerms` for wrong arguments.
     """
 
@@ -132,6 +135,7 @@ class ServerIndex(StoreIndex):
         instance("place", place, Place)
         text("engine", engine, least=0)
         self._groups = whole("groups", groups, 1, 64)
+        self.parts: Sequence[int] = (1,) * groups
         self._known: list[Known] = []  # of each group
         self._followed = Followed(0, (), ())
         self._every = False  # of all of them, and the losses between two sessions
@@ -157,17 +161,17 @@ class ServerIndex(StoreIndex):
 
         ``first``: the number of the first block in its request.
         """
-        groups = self._groups_here()
+        groups = self._parts_here()
         if not groups:
             return 0
         bucket = self.bucket
 
         def there(number: int, many: int) -> Iterator[bool]:
-            tiers = groups[number].tiers
+            parts = [known.tiers for known in groups[number]]
             some = keys[:many]
             if bucket is None:
-                return (key in tiers for key in some)
-            return (key in tiers or bucket.has(key) for key in some)
+                return (all(key in tiers for tiers in parts) for key in some)
+            return (all(key in x for x in parts) or bucket.has(key) for key in some)
 
         known = self._rules(len(groups)).longest(
             first,
@@ -182,9 +186,9 @@ class ServerIndex(StoreIndex):
 
         ``states``: with those at its end, of groups that have states. Else only its rows.
         """
-        groups = self._groups_here()
+        groups = self._parts_here()
         numbers = self._rules(len(groups)).numbers(states) if groups else ()
-        if groups and all(key in groups[number].tiers for number in numbers):
+        if groups and all(key in known.tiers for number in numbers for known in groups[number]):
             return True
         bucket = self.bucket
         return bool(groups) and bucket is not None and bucket.has(key)
@@ -251,6 +255,12 @@ class ServerIndex(StoreIndex):
         """Return what is known of each group; nothing in a forked process, where it stands
         still."""
         return [] if self._runtime.forked else self._known
+
+    def _parts_here(self) -> list[list[Known]]:
+        """Return what is known of the parts of each group."""
+        left = iter(self._groups_here())
+        made = [[*islice(left, many)] for many in self.parts]
+        return made if made[0] else []
 
     # --- for the link
 
