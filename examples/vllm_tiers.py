@@ -78,11 +78,23 @@ def make_engine(model: str, store: Path, block_size: int, ranks: int, hybrid: bo
     import torch
     from vllm import LLM
 
+    transfers: dict[str, Any] = {
+        "kv_connector": "PortaKVConnector",
+        "kv_connector_module_path": "portakv.integrations.vllm_connector",
+        "kv_role": "kv_both",
+        "kv_load_failure_policy": "recompute",
+        "kv_connector_extra_config": {
+            "folder": str(store),
+            "block_size": STORED,
+            "capacity": 1 << 30,
+            "host": 256 << 20,
+            "staging": 256 << 20,
+        },
+    }
     terms: dict[str, Any] = {"block_size": block_size}
-    own: dict[str, Any] = {"block_size": STORED}
     if hybrid:  # vLLM chooses its blocks, and PortaKV stores them
         terms = {"dtype": "bfloat16", "enable_prefix_caching": True, "mamba_cache_mode": "align"}
-        own = {}
+        del transfers["kv_connector_extra_config"]["block_size"]
     elif not torch.accelerator.is_available():
         terms["dtype"] = "float32"  # rows of bfloat16 of a CPU with AMX cannot be read by token
     return LLM(
@@ -94,19 +106,7 @@ def make_engine(model: str, store: Path, block_size: int, ranks: int, hybrid: bo
         enforce_eager=True,
         **terms,
         disable_log_stats=False,  # for the figures that stored() reads
-        kv_transfer_config={
-            "kv_connector": "PortaKVConnector",
-            "kv_connector_module_path": "portakv.integrations.vllm_connector",
-            "kv_role": "kv_both",
-            "kv_load_failure_policy": "recompute",
-            "kv_connector_extra_config": {
-                **own,
-                "folder": str(store),
-                "capacity": 1 << 30,
-                "host": 256 << 20,
-                "staging": 256 << 20,
-            },
-        },
+        kv_transfer_config=transfers,
     )
 
 
