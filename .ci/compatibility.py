@@ -65,6 +65,7 @@ DOORS: Mapping[str, Mapping[str, Sequence[str]]] = {
             "connector",
             "real engine",
             "hybrids",
+            "hybrids, wide",
             "faults of disks",
             "faults of disks, wide",
             "latent attention",

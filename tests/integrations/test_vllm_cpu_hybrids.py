@@ -119,7 +119,9 @@ def terms(folder: Path, host: int = 64 << 20, **more: Any) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("ahead", [False, True], ids=["", "scheduled ahead"])
-@pytest.mark.parametrize("most", [None, 256], ids=["", "prefill in chunks"])
+@pytest.mark.parametrize(
+    "most", [None, pytest.param(256, marks=pytest.mark.full)], ids=["", "prefill in chunks"]
+)
 def test_hits_have_the_tokens_of_the_engine(
     model: Model, most: int | None, ahead: bool, tmp_path: Path, case: Named
 ) -> None:
@@ -257,7 +259,9 @@ def wrong_loads(number: int, fault: str) -> Iterator[None]:
         side._load = real
 
 
-@pytest.mark.parametrize("fault", ["left out", "of another prompt"])
+@pytest.mark.parametrize(
+    "fault", ["left out", pytest.param("of another prompt", marks=pytest.mark.full)]
+)
 @pytest.mark.parametrize("group", range(max(GROUPS.values())))
 def test_each_group_matters(
     model: Model, group: int, fault: str, tmp_path: Path, case: Named
