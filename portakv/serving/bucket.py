@@ -106,16 +106,22 @@ class BucketAnswers:
         begin: begins a lookup of keys, whose end it reports by `ended`; also takes the number of
             the first one in its request.
         now: returns the time in seconds.
+        partial: more blocks may be loaded where fewer cannot, such as with states. Then what a
+            lookup did not find holds for its last block, else for the first one that is missing.
     """
 
     def __init__(
-        self, begin: Callable[[Keys, int], object], now: Callable[[], float] = time.monotonic
+        self,
+        begin: Callable[[Keys, int], object],
+        now: Callable[[], float] = time.monotonic,
+        partial: bool = False,
     ) -> None:
+        self._partial = partial
         self._begin = begin
         self._now = now
         self._since = now()
         self._lock = runtime().lock
-        #: By the first key of a lookup that has not ended, until when its end is expected.
+        #: By the key that names a lookup that has not ended, until when its end is expected.
         self._open = dict[bytes, float]()
         #: Whether blocks are believed to be in the bucket; others are looked up.
         self._beliefs: Until[bytes] = Until("beliefs about blocks of a bucket", 1 << 17, now)
@@ -144,7 +150,7 @@ class BucketAnswers:
         """
         if known >= len(keys):
             return known
-        first = keys[known]
+        first = keys[-1] if self._partial else keys[known]
         with self._lock:
             now = self._now()
             if self._beliefs.held(first) is False:
@@ -172,11 +178,11 @@ class BucketAnswers:
             answers: the bucket answered in time.
         """
         with self._lock:
-            self._open.pop(keys[0], None)
+            self._open.pop(keys[-1] if self._partial else keys[0], None)
             for key in keys[:count]:
                 self._beliefs.hold(key, FOUND)
             if count < len(keys):
-                self._beliefs.hold(keys[count], MISSING, False)
+                self._beliefs.hold(keys[-1] if self._partial else keys[count], MISSING, False)
             self._answers = answers
 
     def _may_begin(self, now: float) -> bool:

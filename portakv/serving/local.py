@@ -620,7 +620,7 @@ class StoreIndex:
         validity: which prefixes the groups of layers can serve; None: those of which the store has
             all blocks of all groups.
         bucket: what is known of lookups in the store's bucket; None: it has none.
-        block_bytes: of a block in all groups.
+        block_bytes: of the rows of a block in all groups, without states.
     """
 
     def __init__(self) -> None:
@@ -735,9 +735,11 @@ class LocalIndex(StoreIndex):
             [part for part, own in zip(stored, numbers, strict=True) if own == number]
             for number in range(max(numbers) + 1)
         ]
-        self.block_bytes = sum(form.payload_bytes for form in made)
+        rows = zip(groups, made, strict=True)
+        self.block_bytes = sum(form.payload_bytes for each, form in rows if each.row_tokens)
         if terms.bucket is not None:
-            self.bucket = BucketAnswers(self._look_up)
+            rules = self._rules(len(self._groups))
+            self.bucket = BucketAnswers(self._look_up, partial=bool(rules.partial))
         self._losses += 1
         return stored
 

@@ -82,6 +82,11 @@ class Prefixes:
         self._tails: FormStore | None = None if tail is None else stores[-1]
 
     @property
+    def deadline(self) -> float:
+        """Return the seconds after which a load gives up."""
+        return self._terms.deadline
+
+    @property
     def form(self) -> BlockForm | None:
         """Return the form of the stored blocks; None: no rows are stored."""
         return None if self._store is None else self._store.form
@@ -101,7 +106,8 @@ class Prefixes:
         """
         before = keys[-1] if keys else b""
         text_of = [len(rest), *rest]
-        return prefix_keys(text_of, len(text_of), b"tail" + before + octets("salt", salt))[0]
+        kind = b"tail" + bytes([len(before)])
+        return prefix_keys(text_of, len(text_of), kind + before + octets("salt", salt))[0]
 
     def lookup(self, keys: Keys) -> int:
         """Return the number of leading blocks that the store has, as far as it answers in time; all
@@ -114,11 +120,11 @@ class Prefixes:
             _log.warning("lookup", "Prefixes are computed, as a store has failed: %s", error)
             return 0
 
-    def has_tails(self, keys: Keys) -> list[bool]:
-        """Return which tails the store has, as far as it answers in time."""
+    def has_tails(self, keys: Keys, timeout: float) -> list[bool]:
+        """Return which tails the store has, as far as it answers in so many seconds."""
         assert self._tails is not None
         try:
-            return self._tails.lookup_each(keys)
+            return self._tails.lookup_each(keys, timeout)
         except StoreError as error:
             _log.warning("lookup", "Prefixes are computed, as a store has failed: %s", error)
             return [False] * len(keys)

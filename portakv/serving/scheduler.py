@@ -318,11 +318,14 @@ class SchedulerSide:
         state.considered = past
         last = {past - 1: self._blocks_at(state, past)}
         state.load = self._job(state, first, past, keys, computed, last)
-        if any(group.states and ids[-1] < 0 for group, ids in self._by_group(state.load.blocks)):
-            raise InvalidTerms(
-                f"Expected a block for the state after {past * self._size} tokens of the request "
-                f"{request!r}, got none. Allocate the blocks of all groups before the load."
-            )
+        ends = (computed + tokens) % self._size == 0  # there is a state
+        for group, ids in self._by_group(state.load.blocks):
+            if group.states and (ids[-1] < 0 or not ends):
+                raise InvalidTerms(
+                    f"Expected a block for the state after {computed + tokens} tokens of the "
+                    f"request {request!r}, got none. Load as many tokens as leading() returned, "
+                    f"and allocate the blocks of all groups before."
+                )
         self._jobs[state.load.number].loads = True
         self._next.loads.append(state.load)
         self.counts["loads"] += 1
@@ -520,7 +523,8 @@ class SchedulerSide:
         known = 0
         answer = state.answered
         if answer is not None and (answer.first, answer.losses) == (first, losses):
-            known = min(answer.stored, most - first)
+            # A shorter prefix may lack a state, or rows of a window, at its end.
+            known = answer.stored if answer.stored <= most - first else 0
         keys = state.keys(most)[first + known : most]
         more = self._index.leading(keys, first + known) if keys else 0
         if more is None:

@@ -333,3 +333,25 @@ def test_a_prefix_of_fewer_tokens_than_the_cache_has_is_not_stored_whole() -> No
         assert store.load(torch.cat([tokens[:, :17], prompt(5, 2)], 1)).get_seq_length() == 0
         put(store, cache, tokens)
         assert store.load(torch.cat([tokens, prompt(5, 2)], 1)).get_seq_length() == 20
+
+
+def test_windows_of_a_later_position_are_not_stored() -> None:
+    """A model of windows alone, whose cache has more tokens than the prompt."""
+    model = small("windows alone")
+    with PrefixStore(model, ROOM) as store:
+        cache = store.load(prompt(20, 1))
+        continued(model, prompt(20, 1), cache)
+        assert store.save(cache, prompt(20, 1)) == []
+
+
+def test_a_model_without_a_head() -> None:
+    model = small("windows, Gemma 3").model
+    with PrefixStore(model, ROOM) as store:
+        assert store.load(prompt(20, 1)).get_seq_length() == 0
+
+
+def test_keys_of_tails_differ_by_what_is_before_and_by_the_salt() -> None:
+    with PrefixStore(small("windows alone"), ROOM) as store:
+        prefixes = store._prefixes
+        (key,) = prefixes.keys(range(SIZE))
+        assert prefixes.tail_key([key], [1, 2], b"s") != prefixes.tail_key([], [1, 2], key + b"s")

@@ -153,6 +153,21 @@ def test_kinds_of_layers_that_are_not_served_are_named(configurations: tuple[Any
         settings_of(*configurations)
 
 
+def test_every_kind_of_a_group_of_unequal_widths_is_checked(
+    configurations: tuple[Any, Any],
+) -> None:
+    class RSWASpec(SimpleNamespace):
+        pass
+
+    group = configurations[1].kv_cache_groups[0]
+    specs = {"a": group.kv_cache_spec, "b": RSWASpec(block_size=16)}
+    group.kv_cache_spec = SimpleNamespace(kv_cache_specs=specs)
+    with pytest.raises(IntegrationError, match="got RSWASpec"):
+        settings_of(*configurations)
+    specs["b"] = specs["a"]
+    assert settings_of(*configurations).groups == (Group(16),)
+
+
 class MambaSpec(SimpleNamespace):
     """States of recurrent layers, with the attributes that are read."""
 

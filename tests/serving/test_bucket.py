@@ -234,7 +234,15 @@ def test_a_prefix_in_a_bucket_ends_where_a_state_is(bucket: HeldBucket) -> None:
     assert until(lambda: index.leading(KEYS) == 3, LIMIT)
     assert index.leading(KEYS) == 3  # no lookup goes on
     assert until(lambda: index.leading(KEYS[:2]) == 1, LIMIT)
+    longer = LocalIndex()
+    longer.validity = Validity([Group(SIZE), Group(SIZE, states="last")], SIZE)
+    longer.open(groups, terms, "model", SIZE)
+    other = [*prefix_keys([7, 7, *TOKENS], SIZE)[:1], *KEYS[:1]]
+    assert until(lambda: longer.leading(other[:1]) == 0, LIMIT)
+    assert until(lambda: longer.leading(KEYS[1:2]) == 0, LIMIT)  # rows without a state
+    assert until(lambda: longer.leading(KEYS[1:3]) == 2, LIMIT)  # a longer one is looked up
     index.close()
+    longer.close()
 
 
 def test_an_index_without_a_bucket_never_says_that_it_does_not_know() -> None:

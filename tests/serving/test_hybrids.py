@@ -14,7 +14,7 @@ import pytest
 from support.hybrid_model import FAMILIES, Wrong, walk
 
 from portakv.errors import InvalidTerms
-from portakv.serving import Group, Job, SchedulerSide, Validity, WorkerSide
+from portakv.serving import Group, Job, Report, SchedulerSide, Validity, WorkerSide
 from portakv.serving.local import LocalIndex
 from portakv.serving.plan import NO_PLAN
 from portakv.storage import prefix_keys
@@ -163,6 +163,18 @@ def test_a_prefix_ends_where_a_state_is(states: list[int], rows: int, tokens: in
     assert side(index).leading("a", 0) == tokens
 
 
+def test_a_load_that_failed_leaves_a_shorter_prefix_that_is_valid() -> None:
+    """Rows of six blocks, states after the second and the sixth; the fifth does not come."""
+    made = side(Known([KEYS[1], KEYS[5]], KEYS[:6]))
+    assert made.leading("a", 0) == 6 * SIZE
+    made.allocated("a", 0, 6 * SIZE, ((-1,) * 5 + (9,), (1, 2, 3, 4, 5, 6)))
+    (load,) = made.plan().loads
+    report = Report()
+    report.end(load.number, frozenset({4}))
+    made.take(report)
+    assert made.leading("a", 0) == 2 * SIZE
+
+
 def test_a_load_has_the_state_of_its_end_alone() -> None:
     made = side(Known([KEYS[0], KEYS[3]], KEYS[:5]))
     assert made.leading("a", SIZE) == 3 * SIZE
@@ -177,6 +189,10 @@ def test_a_load_without_a_block_for_its_state_is_refused() -> None:
     assert made.leading("a", 0) == 4 * SIZE
     with pytest.raises(InvalidTerms, match="a block for the state after 32 tokens"):
         made.allocated("a", 0, 4 * SIZE, ((-1, -1, -1, -1), (1, 2, 3, 4)))
+    made = side(Known([KEYS[3]], KEYS[:4]))
+    assert made.leading("a", 0) == 4 * SIZE
+    with pytest.raises(InvalidTerms, match="the state after 30 tokens"):
+        made.allocated("a", 0, 30, ((-1, -1, -1, 9), (1, 2, 3, 4)))
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ Another process with the same model goes on with what this one has saved.
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Mapping, Sequence
 from hashlib import sha256
 from typing import Any, TypeAlias
@@ -160,8 +161,10 @@ class PrefixStore:
     def _longest(
         self, prompts: Any, keys: Sequence[Sequence[bytes]], leading: int, salt: bytes
     ) -> int:
-        """Return the most tokens after which all prompts have a tail, and rows before them."""
+        """Return the most tokens after which all prompts have a tail, and rows before them, as far
+        as the store answers until the deadline of the terms."""
         size = self._prefixes.block_size
+        until = time.monotonic() + self._prefixes.deadline
         for blocks in range(leading, -1, -1):
             lengths = range(min(size - 1, len(prompts[0]) - 1 - blocks * size), -1, -1)
             found = [True] * len(lengths)
@@ -170,7 +173,10 @@ class PrefixStore:
                 names = [
                     self._prefixes.tail_key(each[:blocks], rest[:many], salt) for many in lengths
                 ]
-                both = zip(found, self._prefixes.has_tails(names), strict=True)
+                left = until - time.monotonic()
+                if left <= 0:
+                    return 0
+                both = zip(found, self._prefixes.has_tails(names, left), strict=True)
                 found = [one and other for one, other in both]
             if True in found:
                 return blocks * size + lengths[found.index(True)]
@@ -245,6 +251,8 @@ class PrefixStore:
         tails = None
         if self._tails is not None and tokens == cache.get_seq_length():
             tails = self._tails.of(cache, tokens)
+        if tails is None and not rows:
+            return saved  # its windows and states are those of a later position
         batch = len(tails if tails is not None else rows[0][0])
         if batch != len(prompts):
             expected = f"ids of the {batch} prompts of the cache"
@@ -392,7 +400,7 @@ def _check_going_on(model: Any, tails: Tails) -> None:
     count = model.config.get_text_config().vocab_size
     ids = torch.arange(1, 2 * TRIED + 1, device=model.device)[None] % count
     whole = DynamicCache(config=model.config)
-    expected = model(input_ids=ids, use_cache=True, **{name: whole}).logits[:, -1]
+    expected = _last_of(model(input_ids=ids, use_cache=True, **{name: whole}))
     begun = DynamicCache(config=model.config)
     model(input_ids=ids[:, :TRIED], use_cache=True, **{name: begun})
     cache = DynamicCache(config=model.config)
@@ -400,7 +408,7 @@ def _check_going_on(model: Any, tails: Tails) -> None:
     both = zip(begun.layers, tails.layers, strict=True)
     rows = [_first(layer, blocks) if _is_full(each) and blocks else None for layer, each in both]
     tails.fill(cache, tails.of(begun, TRIED), TRIED, rows)
-    logits = model(input_ids=ids[:, TRIED:], use_cache=True, **{name: cache}).logits[:, -1]
+    logits = _last_of(model(input_ids=ids[:, TRIED:], use_cache=True, **{name: cache}))
     error = (logits.float() - expected.float()).abs().max()
     if not error <= NEAR * expected.float().abs().max():
         raise IntegrationError(
@@ -408,6 +416,13 @@ def _check_going_on(model: Any, tails: Tails) -> None:
             f"prompt, got {kind_of(model)} whose logits differ by {float(error):.3g}. Call "
             f"generate() without a store; OffloadedCache(config=model.config) takes such a model."
         )
+
+
+def _last_of(output: Any) -> torch.Tensor:
+    """Return what a model computes for the last token: logits, or hidden states without a head."""
+    values = getattr(output, "logits", None)
+    last: torch.Tensor = (output[0] if values is None else values)[:, -1]
+    return last
 
 
 def _is_full(layer: Layer) -> bool:

@@ -239,9 +239,7 @@ def _states(caches: Sequence[Any], blocks: int, spec: Any) -> GroupView:
     kinds = [*zip(spec.shapes, spec.dtypes, strict=True)]
     nbytes = sum(math.prod(shape) * dtype.itemsize for shape, dtype in kinds)
     pages = [_state_bytes(cache, blocks, kinds, nbytes) for cache in caches]
-    notes = f"states of {spec.block_size} tokens: " + ", ".join(
-        f"{[*shape]} {dtype}" for shape, dtype in kinds
-    )
+    notes = "states: " + ", ".join(f"{[*shape]} {dtype}" for shape, dtype in kinds)
     view = KVView([page.unsqueeze(2) for page in pages], "layer | block token head dim")
     return GroupView(view, notes, None, replicated=bool(getattr(spec, "tp_replicated", False)))
 
@@ -323,7 +321,7 @@ def _divided(
             raw = page[:, 0, before : before + sizes[state]].view(dtype)
             some = raw.unflatten(1, (rows, width))[:, :, first : first + heads * dim]
             views.append(some.unflatten(2, (heads, dim)))
-        notes = f"part {number} of states of {spec.block_size} tokens, {dtype}"
+        notes = f"part {number} of states, {dtype}"
         view = KVView(views, "layer | block token head dim")
         total = ranks.groups if grouped and ranks.groups else heads * ranks.size
         made.append(GroupView(view, notes, None, heads=total))
@@ -967,19 +965,20 @@ def groups_of(kv_cache_config: Any, tells: bool = False) -> list[Group]:
     """
     specs = specs_of(kv_cache_config)
     kinds = [type(spec).__name__ for spec in specs]
-    others = [kind for kind in kinds if kind not in SERVED]
+    every = [spec for group in kv_cache_config.kv_cache_groups for spec in _layers_of(group)]
+    others = [name for name in (type(spec).__name__ for spec in every) if name not in SERVED]
     if others or not kinds:
         raise IntegrationError(
             f"Expected layers of {', '.join(SERVED)} for PortaKVConnector, got "
             f"{', '.join(others) or 'none'}. Choose the OffloadingConnector for this model."
         )
     made = list[Group]()
+    if any(getattr(spec, "non_causal", False) for spec in every):
+        raise IntegrationError(
+            "Expected causal attention for PortaKVConnector, got layers whose rows depend on "
+            "later tokens. Choose the OffloadingConnector for this model."
+        )
     for kind, spec in zip(kinds, specs, strict=True):
-        if getattr(spec, "non_causal", False):
-            raise IntegrationError(
-                "Expected causal attention for PortaKVConnector, got layers whose rows depend on "
-                "later tokens. Choose the OffloadingConnector for this model."
-            )
         window = None
         if kind == "SlidingWindowSpec":
             window = spec.sliding_window + getattr(spec, "extra_retained_tokens", 0)
@@ -992,11 +991,13 @@ def groups_of(kv_cache_config: Any, tells: bool = False) -> list[Group]:
 def specs_of(kv_cache_config: Any) -> list[Any]:
     """Return the kind of each group as a scheduler has it: of layers of unequal width one of
     them."""
-    made = list[Any]()
-    for group in kv_cache_config.kv_cache_groups:
-        specs = getattr(group.kv_cache_spec, "kv_cache_specs", None)
-        made.append(group.kv_cache_spec if specs is None else next(iter(specs.values())))
-    return made
+    return [_layers_of(group)[0] for group in kv_cache_config.kv_cache_groups]
+
+
+def _layers_of(group: Any) -> list[Any]:
+    """Return the kinds of layers in a group."""
+    specs = getattr(group.kv_cache_spec, "kv_cache_specs", None)
+    return [group.kv_cache_spec] if specs is None else [*specs.values()]
 
 
 def _kept_states(spec: Any, tells: bool) -> Literal["every", "last", "told"]:

@@ -273,7 +273,6 @@ def index_of(settings: Settings) -> LocalIndex | JoinedIndex | NoStore:
     what = f"blocks of {settings.block_size} tokens"
     if not settings.uses_store_server:
         index = LocalIndex.of(settings.engine)
-        index.validity = Validity(settings.groups, settings.block_size)
         found = found_in(index.statistics(), len(settings.groups))
         log_start(settings.store, what, found, "This process")
         return index
@@ -343,6 +342,7 @@ class WorkerStore:
         engine = settings.engine
         if not settings.uses_store_server:
             index = LocalIndex.of(engine)
+            index.validity = Validity(settings.groups, settings.block_size)
             parts = index.open(views, terms, settings.model, settings.block_size)
             self._opened = index
             return parts

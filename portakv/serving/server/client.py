@@ -267,7 +267,10 @@ class ServerIndex(StoreIndex):
     async def _began(self, address: str, followed: Followed) -> None:
         """Read the index."""
         self._followed = followed
-        self.block_bytes = sum(followed.nbytes)
+        numbers = [n for n, many in enumerate(self.parts) for _ in range(many)]
+        rows = self._rules(len(self.parts)).numbers(False)
+        sizes = zip(numbers, followed.nbytes, strict=False)
+        self.block_bytes = sum(nbytes for number, nbytes in sizes if number in rows)
         self.bucket = BucketAnswers(self._look_up) if followed.bucket else None
         await self._read(address, followed.session)
 
