@@ -175,6 +175,7 @@ CALLS: dict[str, Callable[[Scene], Call]] = {
     "BlockStore": lambda s: (BlockStore, {"form": s.form(), "staging": 1 << 20, "host": 1 << 20}),
     "BlockStore.of": lambda s: (s.saved().of, {"name": ""}),
     "BlockStore.lookup": lambda s: (s.saved().lookup, {"keys": [key_of(0)]}),
+    "BlockStore.lookup_each": lambda s: (s.saved().lookup_each, {"keys": [key_of(0)]}),
     "BlockStore.has": lambda s: (s.saved().has, {"key": key_of(0)}),
     "BlockStore.leading": lambda s: (s.saved().leading, {"keys": [key_of(0)]}),
     "BlockStore.has_each": lambda s: (s.saved().has_each, {"keys": [key_of(0)]}),

@@ -197,7 +197,9 @@ def put(store: PrefixStore, cache: Any, tokens: torch.Tensor) -> None:
         transfer.synchronize(timeout=LIMIT)
 
 
-@pytest.mark.parametrize("length", [5, 16, 37])
+@pytest.mark.parametrize(
+    "length", [pytest.param(5, marks=pytest.mark.full), pytest.param(16, marks=pytest.mark.full), 37]
+)
 @pytest.mark.parametrize("name", FAMILIES)
 def test_a_next_turn_goes_on_as_the_cache_would(name: str, length: int) -> None:
     """Shorter than a window, whole blocks, and longer; the answer depends on the first tokens."""

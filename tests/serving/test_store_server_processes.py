@@ -417,6 +417,7 @@ def test_a_scheduler_starts_beside_a_store_server_of_another_version(
         store=terms,
         engine="e",
         groups=(Group(16),),
+        parts=(1,),
         block_size=16,
     )
     index = index_of(settings)

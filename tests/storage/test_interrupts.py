@@ -107,6 +107,7 @@ def serving(folder: Path) -> Steps:
         store.listen_fd()
         store.save(SOURCE, range(6), KEYS, priority="urgent", deadline=LIMIT).synchronize(LIMIT)
         store.lookup([*KEYS, key_of(99)])
+        store.lookup_each(KEYS)
         store.load(TARGET, range(6), KEYS, missing="skip").synchronize(LIMIT)
         hits = store.load(TARGET, range(2), KEYS[:2], missing="skip")  # most often in the host tier
         hits.synchronize(LIMIT)
