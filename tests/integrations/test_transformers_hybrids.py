@@ -198,7 +198,8 @@ def put(store: PrefixStore, cache: Any, tokens: torch.Tensor) -> None:
 
 
 @pytest.mark.parametrize(
-    "length", [pytest.param(5, marks=pytest.mark.full), pytest.param(16, marks=pytest.mark.full), 37]
+    "length",
+    [pytest.param(5, marks=pytest.mark.full), pytest.param(16, marks=pytest.mark.full), 37],
 )
 @pytest.mark.parametrize("name", FAMILIES)
 def test_a_next_turn_goes_on_as_the_cache_would(name: str, length: int) -> None:
