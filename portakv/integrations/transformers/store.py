@@ -392,7 +392,7 @@ def _layers_of(model: Any) -> list[Layer]:
 @torch.no_grad()
 def _check_going_on(model: Any, tails: Tails) -> None:
     """Refuse a model that does not go on from a cache with several tokens at once, as from the
-    prompt: it may drop its states.
+    prompt: it may drop its states, or have them outside of the cache.
 
     Raises `IntegrationError`.
     """
@@ -408,6 +408,8 @@ def _check_going_on(model: Any, tails: Tails) -> None:
     both = zip(begun.layers, tails.layers, strict=True)
     rows = [_first(layer, blocks) if _is_full(each) and blocks else None for layer, each in both]
     tails.fill(cache, tails.of(begun, TRIED), TRIED, rows)
+    other = DynamicCache(config=model.config)  # leaves its traces in a model that has states itself
+    model(input_ids=ids.flip(1), use_cache=True, **{name: other})
     logits = _last_of(model(input_ids=ids[:, TRIED:], use_cache=True, **{name: cache}))
     error = (logits.float() - expected.float()).abs().max()
     if not error <= NEAR * expected.float().abs().max():

@@ -79,6 +79,11 @@ def layers_in(cache: Any, do: str) -> list[Layer]:
                 f"{kind_of(layer)}. {do}"
             )
         has_rows = kind in (*FULL, *SLIDING) and layer.keys is not None and layer.keys.numel() > 0
+        if kind in (*FULL, *SLIDING) and not has_rows:
+            raise LayoutError(
+                f"Expected layer {number} of the cache to have the rows of a token after the model "
+                f"has run, got none: the model keeps them, or a state, outside of the cache. {do}"
+            )
         rows = rows_on_device(layer) if has_rows else None
         window = layer.sliding_window - 1 if kind in SLIDING else None
         states = [
