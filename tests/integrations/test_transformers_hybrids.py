@@ -175,7 +175,7 @@ def small(name: str) -> Any:
     made = getattr(transformers, model)(getattr(transformers, config)(**CONFIG | more)).eval()
     if SINCE.get(name, (0,)) > RELEASE:
         refused = (IntegrationError, LayoutError)
-        with pytest.raises(refused, match="its cache|outside of the cache"):
+        with pytest.raises(refused, match=r"its cache|outside of the cache"):
             PrefixStore(made, ROOM)
         pytest.skip("refused: this release drops the states")
     return made
