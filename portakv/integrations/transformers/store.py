@@ -30,7 +30,7 @@ from portakv.integrations.transformers.caches import (
     layers_of,
     rows_on_device,
 )
-from portakv.integrations.transformers.tails import Layer, Tails, kept, layers_in
+from portakv.integrations.transformers.tails import Layer, Tails, layers_in
 from portakv.serving import StoreTerms
 from portakv.serving.local import checksum_of_tensors
 from portakv.serving.prefixes import Prefixes, check_terms
@@ -62,8 +62,8 @@ class PrefixStore:
 
     Args:
         model: a decoder. It runs once, for one token, whose rows fix the form of the blocks. One
-            with windows or states runs twice more, to see that it goes on from a stored prefix as
-            it should.
+            with windows or states runs a few times more, to see that it goes on from a stored
+            prefix as it should.
         terms: `portakv.serving.StoreTerms`, or a mapping of its names. ``block_size`` is 64 unless
             it is set; ``shared`` and ``by_layer`` are for engines.
         name: a name for the model. The form has a checksum of its configuration and of samples of
@@ -433,7 +433,7 @@ def _is_full(layer: Layer) -> bool:
 
 def _first(layer: Any, tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the rows of the first tokens in a layer."""
-    keys, values = kept(layer)
+    keys, values = rows_on_device(layer)
     return keys[:, :, :tokens], values[:, :, :tokens]
 
 

@@ -96,11 +96,6 @@ def layers_in(cache: Any, do: str) -> list[Layer]:
     return made
 
 
-def kept(layer: Any) -> Pair:
-    """Return the rows that a layer retains."""
-    return rows_on_device(layer) if isinstance(layer, PortaKVLayer) else (layer.keys, layer.values)
-
-
 class Tails:
     """The tails of a model's caches, as bytes of one length.
 
@@ -147,7 +142,9 @@ class Tails:
             pieces = list[torch.Tensor]()
             if each.rows is not None:
                 many = begun if each.window is None else min(tokens, each.window)
-                for rows, (shape, _) in zip(kept(layer), self._rows_of(each), strict=True):
+                for rows, (shape, _) in zip(
+                    rows_on_device(layer), self._rows_of(each), strict=True
+                ):
                     padded = rows.new_zeros(len(rows), *shape)
                     padded[:, :, :many] = rows[:, :, rows.shape[2] - many :]
                     pieces.append(padded)
