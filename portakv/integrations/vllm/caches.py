@@ -629,6 +629,11 @@ class Workers(NamedTuple):
     copies: int = 1
 
 
+def needs_server(store: StoreTerms, workers: Workers) -> bool:
+    """Return whether a store has to be that of the host's server: several processes use it."""
+    return bool(store.shared) or not workers.local
+
+
 class Settings(NamedTuple):
     """What the configuration of an engine says.
 
@@ -661,7 +666,7 @@ class Settings(NamedTuple):
     @property
     def uses_store_server(self) -> bool:
         """Return whether blocks are stored by the server of the host."""
-        return self.stores and (bool(self.store.shared) or not self.workers.local)
+        return self.stores and needs_server(self.store, self.workers)
 
     @property
     def reads_rows(self) -> bool:
@@ -758,7 +763,7 @@ def settings_of(config: Any, kv_cache_config: Any, tells: bool = False) -> Setti
         spans=roles.spans,
         parts=tuple(
             max(1, len(parts_of_states(spec)))
-            if group.states and (store.shared or not workers.local)
+            if group.states and needs_server(store, workers)
             else 1
             for group, spec in zip(groups, specs_of(kv_cache_config), strict=True)
         ),
@@ -896,7 +901,7 @@ def check_states(store: StoreTerms, workers: Workers) -> None:
 
     Raises `IntegrationError`.
     """
-    if store.bucket is not None and (store.shared or not workers.local):
+    if store.bucket is not None and needs_server(store, workers):
         raise IntegrationError(
             "Expected no bucket in the store of a host for a model with recurrent layers, got one: "
             "a store server looks up rows there, and no states. Leave bucket out of "
