@@ -589,7 +589,8 @@ _holding_memory: deque[Completion] = deque()
 def hold_memory(completion: Completion) -> None:
     """Retain a completion, and so the memory that it uses, until it has ended.
 
-    Each fourth call also releases the oldest completions that have ended.
+    Each fourth call also releases the oldest completions that have ended. If nothing else retains
+    their pinned memory, it is freed there, which waits for all work of the device.
     """
     _holding_memory.append(completion)
     if len(_holding_memory) % 4 == 0:

@@ -13,6 +13,7 @@ from torch.cuda import _sleep
 from portakv import BlockTransfer, KVView, copy_rows
 from portakv.host import pinned
 from portakv.integrations.vllm.moves import Job, Lane
+from portakv.runtime.transfer import retire
 
 BLOCKS = 64
 PAGE = 1 << 20
@@ -111,6 +112,9 @@ def test_memory_that_a_lane_uses_is_not_handed_out_before_its_copies_end(used: b
     submit(src)
     lane.jobs[1].synchronize()
     dst.tensors[0].zero_()
+    # Each fourth copy releases memory of copies that have ended. To free another test's pinned
+    # memory waits for the device.
+    retire()
     # The driver loads a kernel at its first launch, and waits for the device then.
     torch.full((8,), 99, dtype=torch.uint8, device=device)
     with lane.current():
