@@ -117,17 +117,20 @@ class Validity:
         """
         for number in self.whole:
             count = leading(number, count)
-        size = self._size
         lasting = [(self.groups[n], _runs(there(n, count))) for n in self.partial] if count else []
         for many in range(count, 0, -1):
-            tokens = (first + many) * size
             for group, runs in lasting:
-                needed = many + first - max(first, group.first_needed(tokens) // size)
-                if runs[many] < needed:
+                if runs[many] < many - self.first_needed(group, first, many):
                     break
             else:
                 return many
         return 0
+
+    def first_needed(self, group: Group, first: int, many: int) -> int:
+        """Return the position of the first of so many stored blocks that a group needs at their
+        end. ``first``: the number of the first of them in the request."""
+        tokens = (first + many) * self._size
+        return max(first, group.first_needed(tokens) // self._size) - first
 
 
 def _runs(there: Sequence[bool]) -> list[int]:

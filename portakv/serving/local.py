@@ -38,9 +38,11 @@ from portakv.serving.bucket import BucketAnswers, bucket_of, check_bucket, look_
 from portakv.serving.groups import Validity
 from portakv.storage import BlockForm, BlockStore, Disk
 from portakv.storage.calls import Change
+from portakv.storage.eviction import Pins
 from portakv.storage.form import HEADER, Range
 from portakv.storage.store import FormStore
 from portakv.storage.tiers.base import Tier
+from portakv.storage.work import Handle
 from portakv.tasks import runtime
 from portakv.view import KVView
 
@@ -807,6 +809,10 @@ class LocalIndex(StoreIndex):
         except PortaKVError:  # it was closed
             return False
 
+    def keep(self, keys: Sequence[bytes], first: int = 0) -> KeptPrefix:
+        """Keep blocks in host memory; see `KeptPrefix`."""
+        return KeptPrefix(self._groups, self._rules(len(self._groups)), keys, first)
+
     def statistics(self) -> Mapping[str, Sequence[Mapping[str, object]]]:
         """Return the store's statistics; none without a store."""
         store = self._store
@@ -824,6 +830,73 @@ class LocalIndex(StoreIndex):
                 self._number = change.number
                 if self._recorded and change.form in (first, f"{first}{RAW}"):
                     self._events.append(change)
+
+
+class KeptPrefix:
+    """Leading blocks of a request that stay in host memory until `release`: no load misses them.
+
+    Blocks of disks and buckets are read into host memory first.
+
+    Args:
+        groups: the parts of a store, of each group of layers.
+        rules: which prefixes the groups can serve.
+        keys: of the blocks.
+        first: the number of the first one in its request.
+    """
+
+    def __init__(
+        self,
+        groups: Sequence[Sequence[FormStore]],
+        rules: Validity,
+        keys: Sequence[bytes],
+        first: int,
+    ) -> None:
+        self._groups = groups
+        self._rules = rules
+        self._keys = keys
+        self._first = first
+        self._reads: list[Handle] | None = None
+        self._pins = list[Pins]()
+        self._count: int | None = None
+
+    def count(self) -> int | None:
+        """Return how many leading blocks are kept; None while they are read."""
+        if self._count is None:
+            try:
+                if all(read.done() for read in self._reads or ()):
+                    self._count = self._keep()
+            except PortaKVError:  # the store was closed, or has no host memory
+                self._count = 0
+        return self._count
+
+    def release(self) -> None:
+        """Keep the blocks no longer. A second call does nothing."""
+        for pins in self._pins:
+            pins.release()
+        self._pins.clear()
+
+    def _keep(self) -> int | None:
+        """Pin what is in host memory, and begin to read the rest once; return as `count`."""
+        many = len(self._keys)
+        here = list[list[bool]]()
+        for parts in self._groups:
+            pins = [part.pin(self._keys) for part in parts]
+            self._pins += pins
+            here.append([all(each) for each in zip(*(pin.here for pin in pins), strict=True)])
+        count = self._rules.longest(
+            self._first,
+            many,
+            lambda number, most: [*here[number][:most], False].index(False),
+            lambda number, most: here[number][:most],
+        )
+        if count == many or self._reads is not None:
+            return count
+        self._reads = list[Handle]()
+        for group, parts, there in zip(self._rules.groups, self._groups, here, strict=True):
+            needed = self._rules.first_needed(group, self._first, many)
+            keys = [self._keys[n] for n in range(needed, many) if not there[n]]
+            self._reads += [part.prefetch(keys, "normal") for part in parts if keys]
+        return None
 
 
 def _in_all(parts: Sequence[FormStore], keys: Sequence[bytes]) -> list[bool]:

@@ -55,9 +55,22 @@ class Index(Protocol):
         ``states``: also those at its end, of groups that have states. Else only its rows.
         """
 
+    def keep(self, keys: Keys, first: int, /) -> Kept:
+        """Keep blocks that `leading` has counted in host memory."""
+
     @property
     def losses(self) -> int:
         """Return a number that changes if a block may have been lost."""
+
+
+class Kept(Protocol):
+    """Blocks of a request that a load cannot miss until `release`."""
+
+    def count(self) -> int | None:
+        """Return how many leading blocks these are; None while they are read from a disk."""
+
+    def release(self) -> None:
+        """Keep them no longer. A second call does nothing."""
 
 
 class BlockHolder(Protocol):
@@ -104,6 +117,7 @@ class _Request:
         limit: no stored block from this number on is offered: a load did not bring it.
         promised: the first stored block and the past token of the latest answer.
         load: a load or pull that is in flight, or planned.
+        kept: the blocks that are kept for a load, with their keys.
         remote: rows that another engine has, before they are pulled.
         offered: its rows are offered to other engines.
         reading: the numbers of saves that may still read blocks.
@@ -122,6 +136,7 @@ class _Request:
     limit: int = maxsize
     promised: int = 0
     load: Job | PullJob | None = None
+    kept: tuple[Kept, Keys] | None = None
     remote: RemoteRows | None = None
     offered: bool = False
     reading: set[int] = field(default_factory=set)
@@ -193,6 +208,8 @@ class SchedulerSide:
         now: returns the time in seconds.
         holder: keeps blocks from reuse that a save reads, of groups with a window, chunks or
             states. Without one, the engine must not give them up while a request runs.
+        keeps: the engine cannot be told that a load failed. Only blocks are offered that the index
+            keeps in host memory until the end of the load.
 
     Raises `InvalidTerms` for sizes that do not fit.
     """
@@ -205,6 +222,7 @@ class SchedulerSide:
         index: Index,
         now: Callable[[], float] = time.monotonic,
         holder: BlockHolder | None = None,
+        keeps: bool = False,
     ) -> None:
         for group in groups:
             group.check(block_size)
@@ -215,6 +233,7 @@ class SchedulerSide:
         self._index = index
         self._now = now
         self._holder = holder
+        self._keeps = keeps
         self._requests = dict[str, _Request]()
         self._jobs = dict[int, _Live]()  # by number
         self._tickets = Tickets(now)
@@ -282,6 +301,8 @@ class SchedulerSide:
         first = computed // self._size
         most = min((len(state.tokens) - 1) // self._size, state.limit)
         count = self._count_stored(state, first, most) if most > first else 0
+        if self._keeps and count is not None:
+            count = self._keep(state, first, count)
         if count is None:
             now = self._now()
             if state.queried is None:
@@ -311,6 +332,7 @@ class SchedulerSide:
             self._pull(state, computed, tokens)
             return
         if not tokens:
+            self._keep_no_longer(state)
             return
         first = state.promised
         past = -(-(computed + tokens) // self._size)
@@ -431,6 +453,8 @@ class SchedulerSide:
             state.remote = None
             self._tickets.release(request)
         retained = bool(state.reading) or state.offered
+        if state.load is None:
+            self._keep_no_longer(state)
         if retained:
             self._next.retained.append(request)
         elif state.load is None:
@@ -536,6 +560,23 @@ class SchedulerSide:
         offered = state.keys(first + count)[first : first + count]
         sound = next((n for n, key in enumerate(offered) if key in self._failed), count)
         return count if sound == count else self._index.leading(offered[:sound], first)
+
+    def _keep(self, state: _Request, first: int, count: int) -> int | None:
+        """Keep so many stored blocks of a waiting request from one on, in place of those that were
+        kept for it; return how many are kept, or None as `leading` does."""
+        keys = state.keys(first + count)[first : first + count]
+        if state.kept is not None and state.kept[1] != keys:
+            self._keep_no_longer(state)
+        if not keys:
+            return 0
+        if state.kept is None:
+            state.kept = self._index.keep(keys, first), keys
+        return state.kept[0].count()
+
+    def _keep_no_longer(self, state: _Request) -> None:
+        if state.kept is not None:
+            state.kept[0].release()
+            state.kept = None
 
     def _is_wanted(self, key: bytes, states: bool) -> bool:
         """Return whether a computed block is to be saved: no one saves it, and no load finds it.
@@ -744,6 +785,7 @@ class SchedulerSide:
     def _end_loading(self, state: _Request) -> None:
         """Note that the engine has the blocks of a request again."""
         state.load = None
+        self._keep_no_longer(state)
         if state.ended:
             self._requests.pop(state.name, None)
 

@@ -49,10 +49,12 @@ class Pins:
 
     Attributes:
         held: the blocks that stay, bool ``[keys]``.
+        here: those of them that stay in the host tier.
     """
 
     def __init__(self, count: int) -> None:
         self.held: Mask = np.zeros(count, np.bool_)
+        self.here: Mask = np.zeros(count, np.bool_)
         self._releases = list[Callable[[], object]]()
 
     def add(self, places: Sequence[int], release: Callable[[], object]) -> None:

@@ -296,6 +296,7 @@ class FormStore:
             loan = rows.pin(part.names([keys[i] for i in left]))
             there = [i for i, row in zip(left, loan.rows, strict=True) if row is not None]
             pins.add(there, loan.cancel)
+        pins.here |= pins.held
         for tier_store in (store for part in form.whole_parts for store in part.tier_stores):
             left = np.flatnonzero(~pins.held).tolist()
             some = [keys[i] for i in left]

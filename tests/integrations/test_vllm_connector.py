@@ -24,12 +24,12 @@ from portakv.integrations.vllm.caches import (
     BY_DIM,
     FUSED,
     LATENT,
-    check_hooks,
     groups_of,
     ids_of,
     is_wanted,
     kernels_of,
     needs_all_tokens,
+    never_fails,
     parameters_for,
     remote_rows_of,
     settings_of,
@@ -327,24 +327,33 @@ def test_groups_whose_blocks_have_little_in_common_need_a_size() -> None:
         whole_blocks([Group(784), Group(1056)])
 
 
-def test_what_a_release_lacks_for_a_window_is_named(configurations: tuple[Any, Any]) -> None:
+def test_a_release_that_cannot_be_told_of_failed_loads(configurations: tuple[Any, Any]) -> None:
+    """Only host memory of one worker serves several groups of layers there."""
+
     class Base:
         """A connector of an older release."""
 
     class Newer(Base):
-        def bind_gpu_block_pool(self) -> None: ...
-
         def get_transfer_results(self) -> None: ...
 
-    check_hooks(Base, settings_of(*configurations))
+    terms = configurations[0].kv_transfer_config.kv_connector_extra_config
+    assert not never_fails(Base, settings_of(*configurations))
     configurations[1].kv_cache_groups.append(window(16, 64))
     settings = settings_of(*configurations)
-    check_hooks(Newer, settings)
-    with pytest.raises(IntegrationError, match="the hook bind_gpu_block_pool"):
-        check_hooks(Base, settings)
-    configurations[0].kv_transfer_config.kv_connector_extra_config["by_layer"] = True
+    assert not never_fails(Newer, settings)
+    assert never_fails(Base, settings)
+    terms["shared"] = True
+    with pytest.raises(
+        IntegrationError, match="lacks the hook get_transfer_results, got the store"
+    ):
+        never_fails(Base, settings_of(*configurations))
+    del terms["shared"]
+    terms["host"] = 0
+    with pytest.raises(IntegrationError, match="got host: 0"):
+        never_fails(Base, settings_of(*configurations))
+    terms["by_layer"] = True
     with pytest.raises(IntegrationError, match="Leave by_layer out"):
-        check_hooks(Newer, settings_of(*configurations))
+        never_fails(Newer, settings_of(*configurations))
 
 
 def test_blocks_that_are_gone_are_not_touched() -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
+from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -219,3 +221,43 @@ def test_a_store_of_pages_says_who_serves(
     assert [line.partition("there. ")[2] for line in lines] == [
         f"{server} serves them." for server in servers
     ]
+
+
+@pytest.mark.parametrize("keeps", [True, False])
+def test_kept_blocks_stay_in_host_memory(keeps: bool, tmp_path: Path) -> None:
+    """Of four blocks a disk has two alone, which are read. Control: without it, others evict all
+    of them from host memory."""
+    index = LocalIndex()
+    keys = prefix_keys(range(32), 8)
+    others = prefix_keys(range(100, 164), 8)
+    view = KVView([torch.arange(128.0).reshape(8, 2, 8)], "layer | block page", block_size=8)
+    size = BlockForm.of(view, "model").image_bytes
+    terms = StoreTerms(
+        host=6 * size, staging=8 * size, folder=str(tmp_path / "kv"), capacity=64 * size
+    )
+    (store,) = index.open([GroupView(view)], terms, "model", None)
+
+    def here() -> int:
+        pins = store.pin(keys)
+        pins.release()
+        return int(pins.here.sum())
+
+    def save(some: Sequence[bytes]) -> None:
+        for number, key in enumerate(some):
+            store.save(view, [number], [key]).synchronize(LIMIT)
+
+    save(keys)
+    save(others[:4])
+    assert here() == 2
+    assert index.leading(keys) == 4
+    kept = index.keep(keys)
+    until = time.monotonic() + LIMIT
+    while keeps and kept.count() is None and time.monotonic() < until:
+        time.sleep(1e-3)
+    assert not keeps or kept.count() == 4
+    save(others[4:])
+    assert here() == (4 if keeps else 0)
+    kept.release()
+    save(prefix_keys(range(200, 264), 8))
+    assert here() == 0
+    index.close()

@@ -13,7 +13,7 @@ from __future__ import annotations
 import random
 import time
 from collections import Counter, OrderedDict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from math import lcm
 from typing import Any
@@ -205,8 +205,9 @@ class Engine:
         self,
         seed: int,
         family: str,
-        side: type[SchedulerSide] = SchedulerSide,
+        side: Callable[..., SchedulerSide] = SchedulerSide,
         worker: type[WorkerSide] = WorkerSide,
+        folder: str | None = None,
     ) -> None:
         self.chance = chance = random.Random(f"{family} {seed}")
         self.draw = draw = Draw(chance, family)
@@ -216,7 +217,8 @@ class Engine:
         self.index = LocalIndex()
         self.index.validity = Validity(draw.groups, draw.stored)
         room = draw.host * (1 << 14)
-        terms = StoreTerms(host=room, staging=4 << 20)
+        disk = {} if folder is None else {"folder": folder, "capacity": 2 * room}
+        terms = StoreTerms(host=room, staging=4 << 20, **disk)
         parts = self.index.open(self.caches.views(), terms, "model", draw.stored)
         views = [each.view for each in self.caches.views()]
         both = zip(views, parts, strict=True)
@@ -509,12 +511,16 @@ class Engine:
 def walk(
     seed: int,
     family: str,
-    side: type[SchedulerSide] = SchedulerSide,
+    side: Callable[..., SchedulerSide] = SchedulerSide,
     worker: type[WorkerSide] = WorkerSide,
     requests: int = 10,
+    folder: str | None = None,
 ) -> Counter[str]:
-    """Walk, and return what was counted. Raises `Wrong`."""
-    engine = Engine(seed, family, side, worker)
+    """Walk, and return what was counted. Raises `Wrong`.
+
+    ``folder``: of a disk below the host memory.
+    """
+    engine = Engine(seed, family, side, worker, folder)
     try:
         engine.walk(requests)
         return engine.counts + Counter(engine.side.counts)

@@ -605,8 +605,8 @@ DIVIDED = ("GDN_ATTN", "MAMBA2")
 MODES: Mapping[str, Literal["every", "last"]] = {"all": "every", "align": "last"}
 #: The field of a step by which vLLM tells which blocks have states.
 TOLD = "kv_connector_block_state"
-#: Hooks of vLLM's connectors that a model with several groups, or with a window, needs.
-HYBRID_HOOKS = ("bind_gpu_block_pool", "get_transfer_results")
+#: The hook of vLLM's connectors that reports a failed load by its request, from 0.32 on.
+RESULTS = "get_transfer_results"
 #: What vLLM appends to the name of each data-parallel copy of an engine.
 COPY = re.compile(r"_dp[0-9]+\Z")
 #: The id of a block that a group has given up, or never had.
@@ -909,24 +909,27 @@ def check_states(store: StoreTerms, workers: Workers) -> None:
         )
 
 
-def check_hooks(base: type, settings: Settings) -> None:
-    """Refuse what the installed release of vLLM has no hooks for.
+def never_fails(base: type, settings: Settings) -> bool:
+    """Return whether no load may fail: the installed release of vLLM has no way to report it.
 
     Args:
         base: vLLM's class of connectors.
 
-    Raises `IntegrationError`.
+    Raises `IntegrationError` if loads of the store may fail, or for by_layer.
     """
     if not settings.fails_by_request:
-        return
-    lacks = [name for name in HYBRID_HOOKS if not hasattr(base, name)]
-    if lacks:
-        raise IntegrationError(
-            f"Expected a release of vLLM with the hook {lacks[0]} of connectors, for a model with "
-            f"several groups of layers or a sliding window, got one without it. Install a later "
-            f"release, or choose the OffloadingConnector."
-        )
+        return False
     check_by_layer(settings.store)
+    if hasattr(base, RESULTS):
+        return False
+    if settings.uses_store_server or not settings.store.host:
+        got = "the store of a host's server" if settings.uses_store_server else "host: 0"
+        raise IntegrationError(
+            f"Expected host memory of one worker for a model with several groups of layers or a "
+            f"sliding window, since this release of vLLM lacks the hook {RESULTS}, got {got}. "
+            f"Pass host to one worker without shared, or install a later release."
+        )
+    return True
 
 
 def check_by_layer(store: StoreTerms) -> None:

@@ -70,8 +70,7 @@ BLOCKS = (16, 32, 64, 128)
 BASE = "vllm.distributed.kv_transfer.kv_connector.v1.base"
 #: Hooks of vLLM's class that a release may lack, and what the connector then does without.
 OPTIONAL_HOOKS = {
-    "get_transfer_results": "models with a sliding window",
-    "bind_gpu_block_pool": "models with a sliding window",
+    "get_transfer_results": "several workers, or a shared store, for models with several groups",
     "build_prom_metrics": "figures for Prometheus",
     "take_events": "KV events",
     "has_pending_block_frees": "waiting for blocks before a preemption",
@@ -84,6 +83,7 @@ HOOKS = names_in(
     "SupportsHMA",
     "KVConnectorWorkerMetadata",
     "KVConnectorBase_V1.on_new_request",
+    "KVConnectorBase_V1.bind_gpu_block_pool",
     "KVConnectorBase_V1.build_connector_worker_meta",
     "KVConnectorBase_V1.handle_preemptions",
     "KVConnectorBase_V1.get_block_ids_with_load_errors",

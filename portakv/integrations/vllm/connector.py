@@ -18,13 +18,13 @@ from typing import Any
 
 import torch
 
+from portakv.errors import TransferError
 from portakv.graph import open_telemetry
 from portakv.integrations import check_release, log_through
 from portakv.integrations.vllm.caches import (
     TOLD,
     WHOLE,
     PoolHolder,
-    check_hooks,
     extra_of,
     ids_of,
     is_served,
@@ -32,6 +32,7 @@ from portakv.integrations.vllm.caches import (
     kernels_of,
     layer_numbers,
     needs_all_tokens,
+    never_fails,
     parameters_for,
     remote_rows_of,
     salt_of,
@@ -110,7 +111,7 @@ class PortaKVConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
         log_through(logging.getLogger("vllm"))
         tells = TOLD in getattr(SchedulerOutput, "__dataclass_fields__", ())
         self._settings = settings = settings_of(vllm_config, kv_cache_config, tells)
-        check_hooks(KVConnectorBase_V1, settings)
+        self._never_fails = never_fails(KVConnectorBase_V1, settings)
         self._told = any(group.states == "told" for group in settings.groups)
         self.costs = Costs(role.name.lower())
         self.figures = Figures()
@@ -126,6 +127,7 @@ class PortaKVConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
                 settings.workers.size,
                 self.index,
                 holder=self._pool,
+                keeps=self._never_fails,
             )
             self._computed = dict[str, int]()  # tokens before those that were offered
             self._tells = are_wanted(vllm_config)
@@ -386,6 +388,12 @@ class PortaKVConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
         ended = self.worker_side.ended()
         if self._settings.fails_by_request:
             self._incomplete |= ended.incomplete
+            if self._incomplete and self._never_fails:
+                raise TransferError(
+                    f"Expected the rows of {len(self._incomplete)} requests from host memory, got "
+                    f"a copy that failed, which this release of vLLM cannot be told. See the "
+                    f"warning before, and start the engine again."
+                )
         else:
             self._failed |= ended.failed[0]
         return ended.freed or None, ended.loaded or None
