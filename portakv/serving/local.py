@@ -16,6 +16,8 @@ from contextlib import suppress
 from dataclasses import dataclass, field, fields
 from functools import partial
 from hashlib import blake2b
+from itertools import compress
+from operator import not_
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, NoReturn
 from urllib.parse import unquote, urlsplit
@@ -878,25 +880,38 @@ class KeptPrefix:
     def _keep(self) -> int | None:
         """Pin what is in host memory, and begin to read the rest once; return as `count`."""
         many = len(self._keys)
-        here = list[list[bool]]()
-        for parts in self._groups:
-            pins = [part.pin(self._keys) for part in parts]
-            self._pins += pins
-            here.append([all(each) for each in zip(*(pin.here for pin in pins), strict=True)])
-        count = self._rules.longest(
+        lacking = list[tuple[FormStore, list[bytes]]]()
+        for group, parts in zip(self._rules.groups, self._groups, strict=True):
+            needed = self._keys[self._rules.first_needed(group, self._first, many) :]
+            for part in parts:
+                here = self._pin(part, needed)
+                if not all(here):
+                    lacking.append((part, [*compress(needed, map(not_, here))]))
+        if not lacking:
+            return many
+        if self._reads is None:
+            self._reads = [part.prefetch(keys, "normal") for part, keys in lacking]
+            return None
+        every = [
+            [
+                all(each)
+                for each in zip(*(self._pin(part, self._keys) for part in parts), strict=True)
+            ]
+            for parts in self._groups
+        ]
+        return self._rules.longest(
             self._first,
             many,
-            lambda number, most: [*here[number][:most], False].index(False),
-            lambda number, most: here[number][:most],
+            lambda number, most: [*every[number][:most], False].index(False),
+            lambda number, most: every[number][:most],
         )
-        if count == many or self._reads is not None:
-            return count
-        self._reads = list[Handle]()
-        for group, parts, there in zip(self._rules.groups, self._groups, here, strict=True):
-            needed = self._rules.first_needed(group, self._first, many)
-            keys = [self._keys[n] for n in range(needed, many) if not there[n]]
-            self._reads += [part.prefetch(keys, "normal") for part in parts if keys]
-        return None
+
+    def _pin(self, part: FormStore, keys: Sequence[bytes]) -> list[bool]:
+        """Pin blocks of a part; return which ones are in host memory."""
+        pins = part.pin(keys)
+        self._pins.append(pins)
+        here: list[bool] = pins.here.tolist()
+        return here
 
 
 def _in_all(parts: Sequence[FormStore], keys: Sequence[bytes]) -> list[bool]:
