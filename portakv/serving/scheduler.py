@@ -55,9 +55,6 @@ class Index(Protocol):
         ``states``: also those at its end, of groups that have states. Else only its rows.
         """
 
-    def keep(self, keys: Keys, first: int, /) -> Kept:
-        """Keep blocks that `leading` has counted in host memory."""
-
     @property
     def losses(self) -> int:
         """Return a number that changes if a block may have been lost."""
@@ -208,8 +205,9 @@ class SchedulerSide:
         now: returns the time in seconds.
         holder: keeps blocks from reuse that a save reads, of groups with a window, chunks or
             states. Without one, the engine must not give them up while a request runs.
-        keeps: the engine cannot be told that a load failed. Only blocks are offered that the index
-            keeps in host memory until the end of the load.
+        keep: keeps blocks that the index has counted in host memory; their keys, and the number of
+            the first one in its request. For an engine that cannot be told that a load failed:
+            others are not offered. They are kept until the end of the load.
 
     Raises `InvalidTerms` for sizes that do not fit.
     """
@@ -222,7 +220,7 @@ class SchedulerSide:
         index: Index,
         now: Callable[[], float] = time.monotonic,
         holder: BlockHolder | None = None,
-        keeps: bool = False,
+        keep: Callable[[Keys, int], Kept] | None = None,
     ) -> None:
         for group in groups:
             group.check(block_size)
@@ -233,7 +231,7 @@ class SchedulerSide:
         self._index = index
         self._now = now
         self._holder = holder
-        self._keeps = keeps
+        self._keep = keep
         self._requests = dict[str, _Request]()
         self._jobs = dict[int, _Live]()  # by number
         self._tickets = Tickets(now)
@@ -301,8 +299,8 @@ class SchedulerSide:
         first = computed // self._size
         most = min((len(state.tokens) - 1) // self._size, state.limit)
         count = self._count_stored(state, first, most) if most > first else 0
-        if self._keeps and count is not None:
-            count = self._keep(state, first, count)
+        if self._keep is not None and count is not None:
+            count = self._kept(self._keep, state, first, count)
         if count is None:
             now = self._now()
             if state.queried is None:
@@ -561,7 +559,9 @@ class SchedulerSide:
         sound = next((n for n, key in enumerate(offered) if key in self._failed), count)
         return count if sound == count else self._index.leading(offered[:sound], first)
 
-    def _keep(self, state: _Request, first: int, count: int) -> int | None:
+    def _kept(
+        self, keep: Callable[[Keys, int], Kept], state: _Request, first: int, count: int
+    ) -> int | None:
         """Keep so many stored blocks of a waiting request from one on, in place of those that were
         kept for it; return how many are kept, or None as `leading` does."""
         keys = state.keys(first + count)[first : first + count]
@@ -570,7 +570,7 @@ class SchedulerSide:
         if not keys:
             return 0
         if state.kept is None:
-            state.kept = self._index.keep(keys, first), keys
+            state.kept = keep(keys, first), keys
         return state.kept[0].count()
 
     def _keep_no_longer(self, state: _Request) -> None:

@@ -7,7 +7,6 @@ import random
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from functools import partial
 from itertools import takewhile
 from pathlib import Path
 from typing import Any, Literal
@@ -99,18 +98,16 @@ PARTS = [(family, n) for family, kinds in FAMILIES.items() for n in range(len(ki
 def test_kept_blocks_are_not_missed(family: str, seeds: range, tmp_path: Path) -> None:
     """An engine that cannot be told of a failed load is offered what host memory keeps, with that
     of a disk once it was read."""
-    counts = walks_with_a_disk(family, seeds, tmp_path, keeps=True)
+    counts = Counter[str]()
+    for seed in seeds:
+        counts += walk(seed, family, keeping, folder=str(tmp_path / f"{seed}"))
     assert counts["loads"] > len(seeds)
     assert counts["failed_loads"] == 0
 
 
-def walks_with_a_disk(family: str, seeds: range, folder: Path, keeps: bool = False) -> Counter[str]:
-    """Walk over a host tier with a disk below, both of which evict."""
-    counts = Counter[str]()
-    for seed in seeds:
-        at = folder / f"{family} {seed}"
-        counts += walk(seed, family, partial(SchedulerSide, keeps=keeps), folder=str(at))
-    return counts
+def keeping(size: int, groups: Any, workers: int, index: LocalIndex, holder: Any) -> SchedulerSide:
+    """Return the scheduler side of an engine that cannot be told of a failed load."""
+    return SchedulerSide(size, groups, workers, index, holder=holder, keep=index.keep)
 
 
 @pytest.mark.parametrize("fault", [left_out, shifted])

@@ -14,7 +14,7 @@ import random
 import time
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import lcm
 from typing import Any
 
@@ -217,8 +217,9 @@ class Engine:
         self.index = LocalIndex()
         self.index.validity = Validity(draw.groups, draw.stored)
         room = draw.host * (1 << 14)
-        disk = {} if folder is None else {"folder": folder, "capacity": 2 * room}
-        terms = StoreTerms(host=room, staging=4 << 20, **disk)
+        terms = StoreTerms(host=room, staging=4 << 20)
+        if folder is not None:
+            terms = replace(terms, folder=folder, capacity=2 * room)
         parts = self.index.open(self.caches.views(), terms, "model", draw.stored)
         views = [each.view for each in self.caches.views()]
         both = zip(views, parts, strict=True)

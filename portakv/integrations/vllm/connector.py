@@ -45,7 +45,7 @@ from portakv.integrations.vllm.caches import (
 from portakv.integrations.vllm.ranks import JoinedIndex, WorkerStore, index_of, read_views
 from portakv.serving import Costs, GroupCache, Plan, Report, SchedulerSide, WorkerSide, measured
 from portakv.serving.handover import Endpoint, Identity
-from portakv.serving.local import GRAPH, GroupView
+from portakv.serving.local import GRAPH, GroupView, LocalIndex
 from portakv.serving.plan import NO_PLAN
 from portakv.serving.scheduler import NO_STATES
 
@@ -119,7 +119,8 @@ class PortaKVConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
             open_telemetry.trace()
         if role == KVConnectorRole.SCHEDULER:
             warn_of_policy(vllm_config)
-            self.index = index_of(settings)
+            self.index = index = index_of(settings)
+            keep = index.keep if isinstance(index, LocalIndex) and self._never_fails else None
             self._pool = PoolHolder()
             self.scheduler_side = SchedulerSide(
                 settings.block_size,
@@ -127,7 +128,7 @@ class PortaKVConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
                 settings.workers.size,
                 self.index,
                 holder=self._pool,
-                keeps=self._never_fails,
+                keep=keep,
             )
             self._computed = dict[str, int]()  # tokens before those that were offered
             self._tells = are_wanted(vllm_config)
