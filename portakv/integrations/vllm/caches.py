@@ -73,8 +73,42 @@ HANDED = (
 #: The instruction set of kernels for bf16 on a CPU, and what a user does then.
 AMX = "amx"
 OTHER_DTYPE = " On a CPU with AMX, --dtype float32 chooses pages that PortaKV can read."
-#: The dtypes whose rows are numbers without scales.
-PLAIN = (torch.float32, torch.float16, torch.bfloat16)
+#: The attributes of a layer with the scales of its quantized keys and values.
+SCALES = ("_k_scale", "_v_scale")
+
+
+def _layers_in(config: Any) -> Mapping[str, Any]:
+    """Return the layers with caches of a worker, by name."""
+    compilation = getattr(config, "compilation_config", None)
+    return getattr(compilation, "static_forward_context", None) or {}
+
+
+def scales_of(config: Any, workers: Workers) -> str:
+    """Return what names the scales outside of the pages of a quantized cache; empty if all are 1.
+
+    The bytes of rows depend on them. Layers have those of the checkpoint once it is loaded.
+
+    Raises `IntegrationError` for scales that the workers of an engine do not have in common.
+    """
+    found = dict[str, object]()
+    for name, layer in _layers_in(config).items():
+        for attribute in SCALES:
+            scale = getattr(layer, attribute, None)
+            if scale is None or bool((scale == 1).all()):
+                continue
+            if workers.stages > 1 or (workers.size > 1 and scale.numel() > 1):
+                raise IntegrationError(
+                    f"Expected scales of the cache that all {workers.size} workers have, got "
+                    f"{attribute.strip('_')} {scale.flatten().tolist()} of {name}: rows of heads or "
+                    f"stages with scales of their own are stored by one worker. Run one, or leave "
+                    f"--kv-cache-dtype out."
+                )
+            found[name + attribute] = scale.flatten().tolist()
+        quantized = str(getattr(layer, "kv_cache_dtype", "")).startswith("fp8")
+        if quantized and torch.version.hip:  # some AMD GPUs have an fp8 of their own
+            found["device"] = torch.cuda.get_device_properties(0).gcnArchName
+    text = json.dumps(found, sort_keys=True)
+    return f":scales {sha256(text.encode()).hexdigest()[:16]}" if found else ""
 
 
 def kernels_of(config: Any) -> dict[str, str]:
@@ -82,10 +116,8 @@ def kernels_of(config: Any) -> dict[str, str]:
 
     A layer whose backend is not known has an empty name.
     """
-    compilation = getattr(config, "compilation_config", None)
-    layers = getattr(compilation, "static_forward_context", None) or {}
     made = dict[str, str]()
-    for name, layer in layers.items():
+    for name, layer in _layers_in(config).items():
         backend_of = getattr(layer, "get_attn_backend", None)
         if backend_of is None:
             continue
@@ -390,9 +422,12 @@ def _rows(
     size = spec.block_size
     first = tensors[0]
     wide = spec.head_size
+    packed = getattr(spec, "state_content_bytes", None)
+    if packed is not None:  # keys with their scales, then values with theirs
+        wide = packed // 2 // first.itemsize
     shapes = {tuple(tensor.shape) for tensor in tensors}
     has_both = shapes == {(blocks, spec.num_kv_heads, size, 2 * wide)}
-    if not others and first.dtype in PLAIN:
+    if not others:
         if has_both and kernel in FUSED:
             dims = (wide, wide)
             view = KVView(tensors, "layer | block head token (kv dim)", kv=2, dim=dims)
@@ -404,10 +439,11 @@ def _rows(
             planes = [tensor.reshape(blocks, size, wide) for tensor in tensors]
             return GroupView(KVView(planes, "layer | block token dim"), "")
     by_amx = kernel.split()[-1:] == [AMX]
+    mode = getattr(spec, "kv_quant_mode", None)
     raise IntegrationError(
         f"Expected an attention backend whose pages PortaKV can read by token, got "
-        f"{' and '.join(sorted({*kernels})) or 'none'} with {first.dtype} {[*first.shape]}. "
-        f"{reason}{OTHER_DTYPE if by_amx else ''}"
+        f"{' and '.join(sorted({*kernels})) or 'none'} with {first.dtype} {[*first.shape]}"
+        f"{f' ({mode.name})' if mode else ''}. {reason}{OTHER_DTYPE if by_amx else ''}"
     )
 
 
@@ -740,6 +776,12 @@ def settings_of(config: Any, kv_cache_config: Any, tells: bool = False) -> Setti
             "Expected --no-async-scheduling for by_layer, got asynchronous scheduling: there vLLM "
             "cannot compute the blocks anew of a load that fails in its step. Add it, or leave "
             "by_layer out of kv_connector_extra_config."
+        )
+    if getattr(config.cache_config, "calculate_kv_scales", False):
+        raise IntegrationError(
+            "Expected scales of the cache that the checkpoint has, got calculate_kv_scales: an "
+            "engine computes its own from its first prompt, so that no other one can read its "
+            "rows. Leave --calculate-kv-scales out, or choose the OffloadingConnector."
         )
     model = config.model_config
     folder = os.path.abspath(model.model) if os.path.isdir(model.model) else model.model

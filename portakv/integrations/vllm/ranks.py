@@ -17,6 +17,7 @@ from portakv.integrations.vllm.caches import (
     HANDED,
     Settings,
     kernels_of,
+    scales_of,
     views_of,
     worker_numbers,
 )
@@ -327,7 +328,7 @@ class WorkerStore:
         check_kinds(views, self._settings)
         self.words = words_of(views, self._settings.store)
         if not self._settings.stores:
-            forms = forms_of(views, self._settings.model, None)
+            forms = forms_of(views, self._model, None)
             return [NoBlocks(form) for form in forms]
         parts = self._open(views, number, layers or {})
         for each, part in zip(views, parts, strict=True):
@@ -343,13 +344,13 @@ class WorkerStore:
         if not settings.uses_store_server:
             index = LocalIndex.of(engine)
             index.validity = Validity(settings.groups, settings.block_size)
-            parts = index.open(views, terms, settings.model, settings.block_size)
+            parts = index.open(views, terms, self._model, settings.block_size)
             self._opened = index
             return parts
         heads = [heads_of(self._config, number, each) for each in views]
         stage = stage_of(self._config, layers)
         terms_of_rows = (settings.block_size, heads, stage, terms.encoding)
-        forms = forms_of(views, settings.model, *terms_of_rows)
+        forms = forms_of(views, self._model, *terms_of_rows)
         client = StoreClient(place_of(terms, engine), forms, engine, views[0].view.device)
         self._opened = client
         return client.blocks
@@ -382,7 +383,7 @@ class WorkerStore:
         worker, place = worker_numbers(self._config.parallel_config)
         self.handover = Handover(
             [shard],
-            self._settings.model,
+            self._model,
             handing.terms,
             offers=handing.offers,
             pulls=handing.pulls,
@@ -391,6 +392,11 @@ class WorkerStore:
         )
         rehearse(self.handover)
         self.handover.meet()
+
+    @property
+    def _model(self) -> str:
+        """Return the name of the model in the forms of its rows, with the scales of its cache."""
+        return self._settings.model + scales_of(self._config, self._settings.workers)
 
     def wait(self, timeout: float) -> bool:
         """Wait until blocks can be saved and loaded, at most so many seconds; return whether they
