@@ -732,10 +732,12 @@ def test_the_kernels_of_an_engine() -> None:
 
     layer = SimpleNamespace(get_attn_backend=lambda: Backend)
     by_cpu = SimpleNamespace(get_attn_backend=lambda: Backend, isa="vec")
-    layers = {"a": layer, "b": by_cpu, "c": SimpleNamespace()}
+    chunks = type("ChunkedLocalAttention_128_Backend", (Backend,), {"__module__": "abc"})
+    wrapped = SimpleNamespace(get_attn_backend=lambda: chunks)
+    layers = {"a": layer, "b": by_cpu, "c": SimpleNamespace(), "d": wrapped}
     config = SimpleNamespace(compilation_config=SimpleNamespace(static_forward_context=layers))
     name = f"{Backend.__module__}.{Backend.__qualname__}"
-    assert kernels_of(config) == {"a": name, "b": f"{name} vec"}
+    assert kernels_of(config) == {"a": name, "b": f"{name} vec", "d": name}
     assert kernels_of(SimpleNamespace()) == {}
 
 

@@ -60,6 +60,8 @@ BY_DIM = (
     "vllm.v1.attention.backends.cpu_attn.CPUAttentionBackend vec",
     "vllm.v1.attention.backends.cpu_attn.CPUAttentionBackend vec16",
 )
+#: The names of classes that vLLM derives from an attention backend, whose pages are the backend's.
+WRAPPED = "ChunkedLocalAttention_"
 #: What a user does if rows cannot be read, for blocks of a fixed size, for several workers, and for
 #: engines that hand requests over.
 BY_TOKEN = (
@@ -122,6 +124,8 @@ def kernels_of(config: Any) -> dict[str, str]:
         if backend_of is None:
             continue
         backend = backend_of()
+        if backend.__name__.startswith(WRAPPED):
+            backend = backend.__base__
         parts = [f"{backend.__module__}.{backend.__qualname__}"]
         if isa := getattr(layer, "isa", ""):
             parts.append(str(isa))
@@ -567,16 +571,34 @@ def worker_numbers(parallel: Any) -> tuple[int, int]:
     return number, int(copy or 0) * int(parallel.world_size) + number
 
 
-def remote_rows_of(request: Any, identify: Callable[[Any], Identity]) -> RemoteRows | None:
+def leave_last_token(request: Any) -> None:
+    """Let a request for another engine compute all tokens of its prompt but the last.
+
+    The other engine computes that one. It needs the state before it, or the rows of a window that
+    ends there. vLLM's own connectors shorten requests in the same way.
+    """
+    params = getattr(request, "kv_transfer_params", None) or {}
+    if params.get("do_remote_decode") and len(request.prompt_token_ids) > 1:
+        request.prompt_token_ids = request.prompt_token_ids[:-1]
+        del request._all_token_ids[-1]
+        request.num_prompt_tokens -= 1
+        request.max_tokens = 1
+
+
+def remote_rows_of(
+    request: Any, identify: Callable[[Any, int], Identity], left: int = 0
+) -> RemoteRows | None:
     """Return the rows of a request that another engine has; None: it has none of them.
 
     The log has a line if the request carries other ones. ``identify`` is called only if the
-    request carries any: it reads the whole prompt.
+    request carries any: it reads so many tokens of the prompt. ``left``: tokens at the end of a
+    prompt that this engine computes itself.
     """
     params = getattr(request, "kv_transfer_params", None) or {}
     if not params.get("do_remote_prefill"):
         return None
-    return rows_in(params, identify(request), len(request.prompt_token_ids))
+    tokens = len(request.prompt_token_ids) - left
+    return rows_in(params, identify(request, tokens), tokens)
 
 
 def is_wanted(request: Any) -> bool:
@@ -608,16 +630,19 @@ def parameters_for(
     }
 
 
-def check_groups(groups: Sequence[Any]) -> None:
-    """Refuse layers whose rows are not handed over.
+def check_handed(groups: Sequence[Group], config: Any) -> None:
+    """Refuse layers whose rows or states are not handed over.
 
     Raises `IntegrationError`.
     """
-    if len(groups) > 1 or not all(group.is_whole for group in groups):
+    if not any(group.states for group in groups):
+        return
+    speculates = getattr(config, "speculative_config", None) is not None
+    if speculates or all(group.states for group in groups):
         raise IntegrationError(
-            f"Expected one group of layers that keep all tokens to hand requests over, got "
-            f"{len(groups)} groups, a window or states. Leave {TERM} out and set kv_role to "
-            f"'kv_both', or choose another connector for this model."
+            f"Expected a model with a group of layers that keep rows, without speculative decoding, "
+            f"to hand states over, got {'speculative decoding' if speculates else 'states alone'}. "
+            f"Leave {TERM} out and set kv_role to 'kv_both', or choose another connector."
         )
 
 
@@ -755,7 +780,7 @@ def settings_of(config: Any, kv_cache_config: Any, tells: bool = False) -> Setti
     roles = roles_of(role, transfer.kv_connector_extra_config)
     groups = groups_of(kv_cache_config, tells)
     if roles.handing is not None:
-        check_groups(groups)
+        check_handed(groups, config)
     if workers.stages > 1:
         check_stages(config, groups)
     try:

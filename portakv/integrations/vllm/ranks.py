@@ -375,20 +375,24 @@ class WorkerStore:
         if handing is None:
             return
         kernels = kernels_of(self._config)
-        views = views_of(kv_caches, kv_cache_config, kernels, HANDED)
-        check_kinds(views, self._settings)
-        (group,) = views
-        heads = heads_of(self._config, number, group)
-        shard = Shard(group.view, layers=stage_of(self._config, layers), heads=heads)
+        settings = self._settings
+        views = views_of(kv_caches, kv_cache_config, kernels, HANDED, settings.ranks)
+        stage = stage_of(self._config, layers)
+        shards = [
+            Shard(each.view, layers=stage, heads=heads_of(self._config, number, each))
+            for each in views
+        ]
+        numbers = [each.group or 0 for each in views]
         worker, place = worker_numbers(self._config.parallel_config)
         self.handover = Handover(
-            [shard],
-            self._model,
+            shards,
+            self._model + "".join(each.notes for each in views),
             handing.terms,
             offers=handing.offers,
             pulls=handing.pulls,
             address=handing.terms.address_of(place),
             leads=worker == 0,
+            parts=[(each, settings.groups[each]) for each in numbers],
         )
         rehearse(self.handover)
         self.handover.meet()
@@ -426,10 +430,10 @@ def check_kinds(views: Sequence[GroupView], settings: Settings) -> None:
     """
     if len(views) == sum(settings.parts):
         return
-    if settings.store.by_layer or settings.uses_store_server or settings.handing is not None:
+    if settings.store.by_layer or settings.uses_store_server:
         raise IntegrationError(
             f"Expected layers with pages of one kind in each group for by_layer, for several "
-            f"workers, a shared store or a hand-over, got {len(views)} kinds in "
+            f"workers or a shared store, got {len(views)} kinds in "
             f"{len(settings.groups)} groups. Leave these out, or choose the OffloadingConnector."
         )
 
