@@ -624,17 +624,20 @@ class Handover:
             return None
 
     def _ids(self, job: OfferJob | PullJob, pulls: bool) -> list[Ids]:
-        """Return the ids of each shard. ``pulls``: without rows that nothing needs, and that the
-        other engine may have given up."""
+        """Return the ids of each shard; of states at the last positions, of which a block may
+        have several. ``pulls``: without rows that nothing needs, and that the other engine may have
+        given up."""
         lists = list[Ids]()
         for shard, (number, group) in zip(self.shards, self.parts, strict=True):
             ids: Ids = job.blocks[number]
-            needed = group.first_needed(job.tokens)
-            if needed and (pulls or group.states):
+            size = shard.view.block_size or 1
+            if group.states:
                 slots = np.full(job.tokens, -1)
-                some = Index.of(ids, shard.view.block_size or 1)
-                past = needed if group.states else 0
-                slots[needed:] = some.slots(job.tokens - past)[needed - past :]
+                slots[-size:] = Index.of(ids, size).slots(size)
+                ids = Index(slots)
+            elif pulls and (needed := group.first_needed(job.tokens)):
+                slots = Index.of(ids, size).slots(job.tokens)
+                slots[:needed] = -1
                 ids = Index(slots)
             lists.append(ids)
         return lists

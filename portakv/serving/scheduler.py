@@ -33,6 +33,8 @@ from portakv.storage.tiers.base import Keys
 MOST_FAILED = 1 << 16
 #: The most blocks whose tokens are remembered.
 MOST_DESCRIBED = 1 << 16
+#: A prompt with fewer tokens is computed sooner than states are handed over.
+SHORT = 64
 #: Seconds for which a request waits for an index that asks another host.
 PATIENCE = 2.0
 _NONE = frozenset[int]()
@@ -398,7 +400,8 @@ class SchedulerSide:
             _last(group, ids, tokens) if group.states else tuple(ids)
             for group, ids in self._by_group(blocks)
         )
-        if any(group.states and ids[-1:] in ((), (-1,)) for group, ids in self._by_group(kept)):
+        lacks = any(group.states and ids[-1:] in ((), (-1,)) for group, ids in self._by_group(kept))
+        if lacks or (self._has_states and tokens < SHORT):
             return None
         state.offered = True
         self.counts["offers"] += 1

@@ -40,6 +40,8 @@ from support.vllm_cpu import (
 from support.vllm_cpu_table import Named, case_of
 from support.vllm_pd import STOP, Serving, compute_prompts, go_on_with
 
+from portakv.serving.scheduler import SHORT
+
 WINDOW = 128
 #: Of many lengths: whole blocks and windows, and one token more or less.
 PROMPTS = [prompt(length, length) for length in (700, 3 * CHUNK, 3 * CHUNK + 1, 417, 33, 2)]
@@ -73,6 +75,33 @@ def imported() -> None:
 case = pytest.fixture(case_of)
 
 
+def last_token_apart(engine: Engine, tokens: list[int]) -> list[int]:
+    """Return an engine's tokens for a prompt whose last token it computes in a step of its own, as
+    if it had generated it.
+
+    States are rounded after each step: tokens of models in bfloat16 depend on the steps.
+    """
+    if len(tokens) <= SHORT:  # which is not handed over
+        return engine.ask([tokens]).tokens[0]
+    runner = engine.llm.llm_engine.model_executor.driver_worker.worker.model_runner
+    sample = runner.sampler.forward
+
+    def sampled(*args: Any, **terms: Any) -> Any:
+        made = sample(*args, **terms)
+        (request,) = engine.scheduler.requests.values()
+        if not request.num_output_tokens:
+            made.sampled_token_ids[:] = tokens[-1]
+        return made
+
+    runner.sampler.forward = sampled
+    try:
+        (made,) = engine.ask([tokens[:-1]], 13).tokens
+    finally:
+        runner.sampler.forward = sample
+    assert made[0] == tokens[-1]
+    return made[1:]
+
+
 class Model(NamedTuple):
     """A model, and the tokens of an engine without connector."""
 
@@ -99,7 +128,10 @@ def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     def work() -> list[list[int]]:
         if request.param == "unequal widths":
             register_uneven()
-        return Engine(folder, None, **kind.terms).ask(PROMPTS).tokens
+        engine = Engine(folder, None, **kind.terms)
+        if request.param != "states":
+            return engine.ask(PROMPTS).tokens
+        return [last_token_apart(engine, each) for each in PROMPTS]
 
     return Model(request.param, kind, folder, in_a_child(work))
 
@@ -153,9 +185,10 @@ def test_prompts_are_handed_over(model: Model, tmp_path: Path, case: Named) -> N
     tokens, pulled, offered = handed_over(model, tmp_path)
     assert tokens == model.own
     left = 0 if model.name == "unequal widths" else 1
-    assert pulled["pulled_tokens"] == sum(len(each) - left for each in PROMPTS)
+    handed = [each for each in PROMPTS if model.name != "states" or len(each) > SHORT]
+    assert pulled["pulled_tokens"] == sum(len(each) - left for each in handed)
     assert pulled.get("failed_pulls", 0) == 0
-    assert offered["offers_taken"] == offered["offers"] == len(PROMPTS)
+    assert offered["offers_taken"] == offered["offers"] == len(handed)
 
 
 @pytest.mark.parametrize("group", range(4))
