@@ -18,6 +18,8 @@ from time import sleep
 from typing import Literal, NamedTuple, TypeAlias, get_args
 from weakref import WeakValueDictionary
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from msgspec.structs import replace
 
@@ -426,6 +428,13 @@ def block_list(name: str, shard: Shard, block_ids: Ids | None, tokens: int) -> B
     return ids, index.step
 
 
+def _told(ids: npt.NDArray[np.int32]) -> npt.NDArray[np.int32]:
+    """Return ids as a ticket has them: without those at the front that have their rows elsewhere,
+    as the first blocks of layers with a window."""
+    there = ids >= 0
+    return ids[there.argmax() :] if there.any() else ids[:0]
+
+
 ENDS = ("taken", "expired", "revoked", "lost")  # states of an offer that has ended
 LOOK = 0.1  # seconds between two looks at a lease, of a call that waits for the end of an offer
 UNKNOWN = messages.Answer("gone", messages.REASONS["gone"])
@@ -810,7 +819,7 @@ class Owner:
         lists = block_lists(self.shards, blocks, tokens)
         if name is not None:
             with self.lock:
-                self.names.check_new(name, sum(ids.nbytes for ids, _ in lists))
+                self.names.check_new(name, sum(_told(ids).nbytes for ids, _ in lists))
         on = self.device
         stream = None if on.type == "cpu" else torch.get_device_module(on).current_stream(on)
         # No event exists that a reader's stream could wait for. Marks are shown after the work.
@@ -846,7 +855,7 @@ class Owner:
         """Register an offer of rows after an event, and write its ticket."""
         with self.lock:
             self.refuse_closed()  # another thread may have closed it since the call began
-            ids = tuple([each.tobytes() for each, _ in made.ids])
+            ids = tuple([_told(each).tobytes() for each, _ in made.ids])
             steps = tuple([step for _, step in made.ids])
             made.place = self.words.take(
                 made.number, (offer.place for offer in self.offers.values())

@@ -255,7 +255,12 @@ def planned(
             dst_index = Index.of(np.where(cut.piece.ids, dst_index.slots(count), -1))
         source = sources[cut.piece.owner]
         src_index = src_indices[cut.piece.owner]
-        steps.append(Step(source.ticket, source.owner, cut, src_index, dst_index, first, count))
+        step = Step(source.ticket, source.owner, cut, src_index, dst_index, first, count)
+        wanted = np.flatnonzero(dst_index.slots(count) >= 0) if skips else ()
+        if len(wanted) and wanted[0]:  # as of layers with a window
+            begin = int(wanted[0])
+            step = step.part(range(cut.dst.layers), begin, count - begin)
+        steps.append(step)
     return steps, skips
 
 
@@ -331,7 +336,9 @@ def _offered(
     step = ticket.steps[group]
     index = known.get((ids, step))
     if index is None:
-        index = Index.of(np.frombuffer(ids, "<i4").astype(np.int64), step)
+        told = np.frombuffer(ids, "<i4").astype(np.int64)
+        front = max(0, -(-ticket.tokens // step) - len(told))  # these have their rows elsewhere
+        index = Index.of(np.pad(told, (front, 0), constant_values=-1), step)
         if first:
             index = index.shifted(first)
         known[ids, step] = index

@@ -24,6 +24,8 @@ from pathlib import Path
 from secrets import token_bytes
 from typing import Any, Literal, NamedTuple, TypeAlias, TypeVar
 
+import numpy as np
+
 from portakv.arguments import kind_of, number, one_of, rate, seconds, text, whole
 from portakv.copy import copy_rows
 from portakv.copy.options import Overlap
@@ -35,10 +37,12 @@ from portakv.migrate.messages import MOST_NAMES, EndNamed, Message, Named, Renew
 from portakv.migrate.reader import LONG
 from portakv.runtime.bounded import Until
 from portakv.runtime.rate_limited_log import RateLimitedLog
+from portakv.serving.groups import Group
 from portakv.serving.local import check_names
 from portakv.serving.plan import NO_HANDOVERS, Blocks, Handovers, OfferJob, PullJob, Renewal
 from portakv.tasks import Handle, Limit, Wait, runtime
 from portakv.view import Index, KVView
+from portakv.view.index import Ids
 
 _log = RateLimitedLog(logging.getLogger(__name__))
 
@@ -409,16 +413,18 @@ class Handover:
 
     Args:
         shards: the caches of each group of layers, by head and token, and the part of the model
-            that they have.
+            that they have. A group may have several.
         model: the name of the model; engines of another one take no rows.
         terms: of the hand-over.
         offers: this engine offers rows.
         pulls: it takes rows.
         address: at which this worker listens; None: at a Unix socket.
         leads: this worker sends other engines renewals and releases; one of each engine does.
+        parts: of each shard the number of its group, and the group. None: each is a group of layers
+            that keep all tokens.
 
     Attributes:
-        shards, model, terms: as they were passed.
+        shards, model, terms, parts: as they were passed.
         owner: of the offers; None: this engine offers nothing.
         reader: of the pulls; None: this engine pulls nothing.
         pulling: the pulls that have not ended, or were not reported; None: it could not begin.
@@ -439,8 +445,10 @@ class Handover:
         pulls: bool = True,
         address: str | None = None,
         leads: bool = True,
+        parts: Sequence[tuple[int, Group]] | None = None,
     ) -> None:
         self.shards = shards
+        self.parts = [*enumerate([Group(1)] * len(shards))] if parts is None else parts
         self.model = model
         self.terms = terms
         self._leads = leads
@@ -574,7 +582,7 @@ class Handover:
         assert self.owner is not None
         try:
             self.owner.offer(
-                *job.blocks,
+                *self._ids(job, False),
                 tokens=job.tokens,
                 lease=job.lease,
                 max_lease=max(job.lease, LONGEST),
@@ -605,7 +613,7 @@ class Handover:
                 raise no_ticket()
             return self.reader.pull(
                 job.tickets,
-                *job.blocks,
+                *self._ids(job, True),
                 first=job.first,
                 overlap=overlap,
                 max_gbps=self.terms.max_gbps,
@@ -614,6 +622,25 @@ class Handover:
         except PortaKVError as error:
             _log_failed_pull(error)
             return None
+
+    def _ids(self, job: OfferJob | PullJob, pulls: bool) -> list[Ids]:
+        """Return the ids of each shard; of states at the last positions, of which a block may
+        have several. ``pulls``: without rows that nothing needs, and that the other engine may have
+        given up."""
+        lists = list[Ids]()
+        for shard, (number, group) in zip(self.shards, self.parts, strict=True):
+            ids: Ids = job.blocks[number]
+            size = shard.view.block_size or 1
+            if group.states:
+                slots = np.full(job.tokens, -1)
+                slots[-size:] = Index.of(ids, size).slots(size)
+                ids = Index(slots)
+            elif pulls and (needed := group.first_needed(job.tokens)):
+                slots = Index.of(ids, size).slots(job.tokens)
+                slots[:needed] = -1
+                ids = Index(slots)
+            lists.append(ids)
+        return lists
 
     def tell(self, tickets: Iterable[bytes], message: Callable[..., Message]) -> None:
         """Send the owners of tickets a message about the names of their offers."""
@@ -692,19 +719,25 @@ def _exposures(terms: HandoverTerms) -> list[Expose]:
 
 
 def _blocks(handover: Handover, tokens: int) -> tuple[tuple[int, ...], ...]:
-    """Return the first blocks of each shard of one side of a rehearsal, for so many tokens."""
-    sizes = [shard.view.block_size or 1 for shard in handover.shards]
-    return tuple(tuple(range(-(-tokens // size))) for size in sizes)
+    """Return the first blocks of each group of one side of a rehearsal, for so many tokens."""
+    blocks = dict[int, tuple[int, ...]]()
+    for shard, (number, group) in zip(handover.shards, handover.parts, strict=True):
+        many = 1 if group.states else -(-tokens // (shard.view.block_size or 1))
+        blocks[number] = tuple(range(many))
+    return tuple(blocks[number] for number in sorted(blocks))
 
 
 def _hand_over_and_back(handover: Handover, expose: Expose) -> None:
     """Hand the rows of the first blocks over to scratch memory, and pull them from there."""
     own = handover.shards
-    counts = [*_counts(own)]
+    states = [bool(group.states) for _, group in handover.parts]
+    counts = [*_counts([shard for shard, one in zip(own, states, strict=True) if not one])]
     most = max(counts)
     scratch = [
-        scratch_like(shard, shard.view.block_size or 1, most, listed=_listed(shard.view))
-        for shard in own
+        scratch_like(
+            shard, shard.view.block_size or 1, 1 if one else most, listed=_listed(shard.view)
+        )
+        for shard, one in zip(own, states, strict=True)
     ]
     terms = handover.terms
     address = None
@@ -717,10 +750,12 @@ def _hand_over_and_back(handover: Handover, expose: Expose) -> None:
         offers=handover.reader is not None,
         pulls=handover.owner is not None,
         address=address,
+        parts=handover.parts,
     )
     try:
         for tokens in counts:
-            _copy(own, scratch, tokens)
+            for src, dst, one in zip(own, scratch, states, strict=True):
+                _copy([src], [dst], 1 if one else tokens)
             for idle in (False, True):
                 if handover.owner is not None:
                     _hand_over(handover, peer, tokens, idle)
@@ -803,9 +838,9 @@ def _read_all_forms(handover: Handover) -> None:
     Layers of the other engine may be separate allocations, or lie at the distances of these ones.
     """
     shards = () if handover.reader is None else handover.reader.shards
-    for shard in shards:
+    for shard, (_, group) in zip(shards, handover.parts, strict=False):
         own = shard.view.block_size
-        if own is not None and not shard.view.layout.opaque:
+        if own is not None and not (shard.view.layout.opaque or group.states):
             _read_forms_of(shard, own)
 
 

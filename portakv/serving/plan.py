@@ -48,7 +48,8 @@ class PullJob:
         tickets: of each worker of the other engine.
         first: the rows of the tokens before this one are here already.
         tokens: the rows of the tokens before this one come.
-        blocks: of each group, from the first token of the request on; -1: not to be touched.
+        blocks: of each group, from the first token of the request on; -1: not to be touched. Of a
+            group with states the one for that after ``tokens``.
     """
 
     number: int
@@ -67,7 +68,8 @@ class OfferJob:
         request: whose rows they are.
         name: by which each worker offers them.
         tokens: the first ones of the request, whose rows they are.
-        blocks: of each group, from the first token of the request on.
+        blocks: of each group, from the first token of the request on; -1: given up. Of a group
+            with states the one with that after ``tokens``.
         lease: seconds for which they are kept after each renewal.
     """
 

@@ -33,6 +33,8 @@ from portakv.storage.tiers.base import Keys
 MOST_FAILED = 1 << 16
 #: The most blocks whose tokens are remembered.
 MOST_DESCRIBED = 1 << 16
+#: A prompt with fewer tokens is computed sooner than states are handed over.
+SHORT = 64
 #: Seconds for which a request waits for an index that asks another host.
 PATIENCE = 2.0
 _NONE = frozenset[int]()
@@ -340,12 +342,7 @@ class SchedulerSide:
         state.load = self._job(state, first, past, keys, computed, last)
         ends = (computed + tokens) % self._size == 0  # there is a state
         for group, ids in self._by_group(state.load.blocks):
-            if group.states and (ids[-1] < 0 or not ends):
-                raise InvalidTerms(
-                    f"Expected a block for the state after {computed + tokens} tokens of the "
-                    f"request {request!r}, got none. Load as many tokens as leading() returned, "
-                    f"and allocate the blocks of all groups before."
-                )
+            self._check_state(group, ids if ends else (), computed + tokens, request)
         self._jobs[state.load.number].loads = True
         self._next.loads.append(state.load)
         self.counts["loads"] += 1
@@ -410,7 +407,8 @@ class SchedulerSide:
 
         Args:
             tokens: the first ones of the request, whose rows have been computed.
-            blocks: of each group, all blocks of the request.
+            blocks: of each group, all blocks of the request. Those with the states after these
+                tokens still have them.
 
         Returns:
             What the other engine's scheduler side needs; None: nothing is offered.
@@ -418,9 +416,16 @@ class SchedulerSide:
         state = self._requests.get(request)
         if state is None or state.forgotten or not self._tickets.offers:
             return None
+        kept = tuple(
+            _last(group, ids, tokens) if group.states else tuple(ids)
+            for group, ids in self._by_group(blocks)
+        )
+        lacks = any(group.states and ids[-1:] in ((), (-1,)) for group, ids in self._by_group(kept))
+        if lacks or (self._has_states and tokens < SHORT):
+            return None
         state.offered = True
         self.counts["offers"] += 1
-        return self._tickets.offer(request, tokens, blocks)
+        return self._tickets.offer(request, tokens, kept)
 
     def preempted(self, request: str) -> None:
         """Take note that the scheduler took all blocks of a request; it may go on later."""
@@ -659,9 +664,18 @@ class SchedulerSide:
         self._next.saves.append(job)
         self.counts["saves"] += 1
 
+    def _check_state(self, group: Group, ids: Sequence[int], tokens: int, request: str) -> None:
+        """Raise `InvalidTerms` if a group has states, and no block for that after some tokens."""
+        if group.states and (not ids or ids[-1] < 0):
+            raise InvalidTerms(
+                f"Expected a block for the state after {tokens} tokens of the request {request!r}, "
+                f"got none. Load as many tokens as leading() returned, and allocate the blocks of "
+                f"all groups before."
+            )
+
     def _pull(self, state: _Request, computed: int, tokens: int) -> None:
         """Plan a pull of the rows that another engine has; let it use them again if the engine
-        wants none of them."""
+        wants none of them. Raises `InvalidTerms` without a block for a state."""
         remote = state.remote
         assert remote is not None
         state.remote = None
@@ -671,12 +685,16 @@ class SchedulerSide:
         self.counts["begun"] += 1
         number = self.counts["begun"]
         blocks = list[tuple[int, ...]]()
-        for group, ids in zip(self._groups, state.blocks, strict=True):
+        past = computed + tokens
+        for group, ids in self._by_group(state.blocks):
+            if group.states:
+                blocks.append(_last(group, ids, remote.tokens))
+                self._check_state(group, blocks[-1], past, state.name)
+                continue
             size = group.block_size
             here = computed // size
             # A pull takes the blocks that the offered tokens fill, and a request has more.
             blocks.append((-1,) * here + (*ids[here : -(-remote.tokens // size)],))
-        past = computed + tokens
         state.load = PullJob(number, state.name, remote.tickets, computed, past, tuple(blocks))
         self._jobs[number] = _Live(state.load, state)
         self._tickets.pull(state.load)
@@ -799,6 +817,12 @@ class SchedulerSide:
             if position not in live.missing:
                 self._failed.pop(key, None)
                 self.counts["stored_blocks"] += 1
+
+
+def _last(group: Group, ids: Sequence[int], tokens: int) -> tuple[int, ...]:
+    """Return the block of a group in which the last of some tokens is; none without one."""
+    at = (tokens - 1) // group.block_size
+    return tuple(ids[at : at + 1])
 
 
 def _runs(numbers: Iterable[int]) -> list[range]:

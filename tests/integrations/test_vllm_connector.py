@@ -24,6 +24,7 @@ from portakv.integrations.vllm.caches import (
     BY_DIM,
     FUSED,
     LATENT,
+    Workers,
     groups_of,
     ids_of,
     is_wanted,
@@ -32,6 +33,7 @@ from portakv.integrations.vllm.caches import (
     never_fails,
     parameters_for,
     remote_rows_of,
+    scales_of,
     settings_of,
     share_caches,
     view_across_layers,
@@ -672,16 +674,56 @@ def test_a_latent_row(kernel: str) -> None:
 
 
 @pytest.mark.parametrize(
+    ("dtype", "nbytes"),
+    [(torch.uint8, 32), (torch.int8, 36), (torch.uint8, 20)],
+    ids=["fp8", "int8 and a scale", "int4 and a scale"],
+)
+def test_quantized_rows_with_the_scales_of_a_token_and_a_head(
+    dtype: torch.dtype, nbytes: int
+) -> None:
+    """Of one head each in two caches, whose blocks have other sizes."""
+    caches = one_group("a")
+    spec = caches.kv_cache_groups[0].kv_cache_spec
+    if nbytes != 32:
+        spec.state_content_bytes = 2 * nbytes
+    draw = torch.Generator().manual_seed(0)
+    shape = (8, 4, 16, 2 * nbytes)
+    whole = torch.randint(-128, 127, shape, dtype=torch.int8, generator=draw).view(dtype)
+    spec.num_kv_heads = 1
+    for head in range(4):
+        ((src, *_),) = views_of({"a": whole[:, head : head + 1]}, caches, {"a": FUSED[2]})
+        part = torch.zeros(4, 1, 32, 2 * nbytes, dtype=dtype)
+        spec.block_size = 32
+        caches.num_blocks = 4
+        ((dst, *_),) = views_of({"a": part}, caches, {"a": FUSED[2]})
+        spec.block_size = 16
+        caches.num_blocks = 8
+        copy_rows(src, dst, count=128).synchronize()
+        assert torch.equal(part[:, 0].flatten(0, 1), whole[:, head].flatten(0, 1))
+
+
+def test_quantized_rows_that_are_not_next_to_each_other_are_named() -> None:
+    """The scales of a head follow all of its values."""
+    caches = one_group("a")
+    spec = caches.kv_cache_groups[0].kv_cache_spec
+    spec.state_content_bytes = 18
+    spec.kv_quant_mode = SimpleNamespace(name="NVFP4")
+    tensor = torch.zeros(8, 8, 16, 18, dtype=torch.uint8)
+    with pytest.raises(IntegrationError, match=r"FlashInfer.* \(NVFP4\)\. Stored blocks"):
+        views_of({"a": tensor}, caches, {"a": FUSED[1]})
+    assert views_of({"a": tensor}, caches)[0].row_tokens == 16
+
+
+@pytest.mark.parametrize(
     ("tensor", "kernels"),
     [
         (torch.zeros(8, 4, 16, 64), {"a": "vllm.SomeBackend"}),
         (torch.zeros(8, 4, 16, 64), {}),
         (torch.zeros(8, 4, 16, 64), {"a": BY_DIM[0].replace("vec", "amx")}),
-        (torch.zeros(8, 4, 16, 64, dtype=torch.uint8), {"a": FUSED[0]}),
         (torch.zeros(8, 2, 16, 128), {"a": FUSED[0]}),
         (torch.zeros(16, 4, 8, 64), {"a": FUSED[0]}),
     ],
-    ids=["backend", "none", "instruction set", "dtype", "shape", "the kernel's blocks"],
+    ids=["backend", "none", "instruction set", "shape", "the kernel's blocks"],
 )
 def test_pages_whose_inside_is_not_known_are_refused(
     tensor: torch.Tensor, kernels: dict[str, str]
@@ -699,11 +741,62 @@ def test_the_kernels_of_an_engine() -> None:
 
     layer = SimpleNamespace(get_attn_backend=lambda: Backend)
     by_cpu = SimpleNamespace(get_attn_backend=lambda: Backend, isa="vec")
-    layers = {"a": layer, "b": by_cpu, "c": SimpleNamespace()}
+    chunks = type("ChunkedLocalAttention_128_Backend", (Backend,), {"__module__": "abc"})
+    wrapped = SimpleNamespace(get_attn_backend=lambda: chunks)
+    layers = {"a": layer, "b": by_cpu, "c": SimpleNamespace(), "d": wrapped}
     config = SimpleNamespace(compilation_config=SimpleNamespace(static_forward_context=layers))
     name = f"{Backend.__module__}.{Backend.__qualname__}"
-    assert kernels_of(config) == {"a": name, "b": f"{name} vec"}
+    assert kernels_of(config) == {"a": name, "b": f"{name} vec", "d": name}
     assert kernels_of(SimpleNamespace()) == {}
+
+
+def with_scales(*scales: Any) -> Any:
+    """Return vLLM's configuration of layers with so many scales of keys, and 1 of values."""
+    layers = {
+        f"layer.{number}": SimpleNamespace(
+            _k_scale=torch.as_tensor(scale), _v_scale=torch.tensor(1.0), kv_cache_dtype="fp8"
+        )
+        for number, scale in enumerate(scales)
+    }
+    return SimpleNamespace(compilation_config=SimpleNamespace(static_forward_context=layers))
+
+
+def test_scales_of_a_cache_are_a_part_of_its_models_name() -> None:
+    one = Workers(1, True)
+    names = [scales_of(with_scales(*each), one) for each in ([0.5, 1.0], [0.5, 0.25], [1.0, 0.5])]
+    assert len({*names}) == 3
+    assert scales_of(with_scales(0.5, 1.0), Workers(4, False)) == names[0]
+    assert scales_of(with_scales(1.0, 1.0), one) == scales_of(SimpleNamespace(), one) == ""
+    assert scales_of(with_scales([0.5, 0.25]), one)
+
+
+@pytest.mark.parametrize(
+    ("scale", "workers"),
+    [([0.5, 0.25], Workers(2, False)), (0.5, Workers(2, False, stages=2))],
+    ids=["of heads", "of stages"],
+)
+def test_scales_that_workers_do_not_share_are_refused(scale: Any, workers: Workers) -> None:
+    with pytest.raises(IntegrationError, match=r"all 2 workers have, got k_scale \[.*layer\.0"):
+        scales_of(with_scales(scale), workers)
+
+
+def test_scales_of_an_amd_gpu_are_those_of_its_fp8(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Some architectures have an fp8 of another bias."""
+    names = set()
+    for architecture in ("gfx942", "gfx950"):
+        device = SimpleNamespace(gcnArchName=architecture)
+        monkeypatch.setattr(torch.version, "hip", "7.0")
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _, d=device: d)
+        names.add(scales_of(with_scales(1.0), Workers(1, True)))
+    assert len(names) == 2
+
+
+def test_scales_that_an_engine_computes_itself_are_refused(
+    configurations: tuple[Any, Any],
+) -> None:
+    configurations[0].cache_config.calculate_kv_scales = True
+    with pytest.raises(IntegrationError, match="got calculate_kv_scales"):
+        settings_of(*configurations)
 
 
 @pytest.mark.parametrize(("policy", "lines"), [("fail", 1), ("recompute", 0)])

@@ -32,6 +32,7 @@ from support.serving_faults import Careless, NotHeld
 from support.store_damage import cut_files, damaged_images_believed, flip_bits, slot_files
 from support.vllm_cpu import (
     BLOCK,
+    DTYPES,
     Answer,
     Engine,
     import_engine,
@@ -323,7 +324,7 @@ def differences() -> list[str]:
 
     views = importlib.import_module("portakv.integrations.vllm.caches")
     wrong = []
-    for kernel, size, dtype in itertools.product(views.BY_DIM, (32, 64), views.PLAIN):
+    for kernel, size, dtype in itertools.product(views.BY_DIM, (32, 64), DTYPES):
         blocks = 8
         heads = 4
         dim = 64

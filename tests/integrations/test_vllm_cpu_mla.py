@@ -28,6 +28,7 @@ except metadata.PackageNotFoundError:
 
 from support.store_damage import damaged_images_believed, flip_bits
 from support.vllm_cpu import (
+    DTYPES,
     LATENT,
     ROPE,
     Answer,
@@ -205,7 +206,7 @@ def differences() -> list[str]:
     def write_by_amx(cache: torch.Tensor, latent: Any, rope: Any, slots: Any) -> None:
         _custom_ops.amx_mla_concat_and_cache(latent, rope.squeeze(1), cache, slots)
 
-    kinds = [(write_by_cpu, "cpu_mla.CPUMLABackend", BLOCK, dtype) for dtype in views.PLAIN]
+    kinds = [(write_by_cpu, "cpu_mla.CPUMLABackend", BLOCK, dtype) for dtype in DTYPES]
     kinds.append((write_by_amx, "amx_mla.AMXMLABackend", 64, torch.bfloat16))
     wrong = list[str]()
     for write, backend, size, dtype in kinds:

@@ -584,6 +584,23 @@ def test_rows_that_cannot_be_read_are_not_handed_over(configurations: tuple[Any,
     assert store.handover is None
 
 
+def test_engines_by_other_scales_have_other_models(configurations: tuple[Any, Any]) -> None:
+    """So that they take no rows of each other, and store others."""
+    names = set[str]()
+    forms = set[Any]()
+    for scale in (0.5, 0.25):
+        store = handing(configurations, READABLE)
+        layers = configurations[0].compilation_config.static_forward_context
+        vars(layers["layer"]).update(_k_scale=torch.tensor(scale))
+        store.hand_over({"layer": rows(2)}, configurations[1], 0, {"layer": 0})
+        view = GroupView(KVView(rows(2), "block head token dim"))
+        forms.add(store.open([view], 0)[0].form)
+        assert store.handover is not None
+        names.add(store.handover.model)
+        store.close()
+    assert len(names) == len(forms) == 2
+
+
 def test_an_engine_that_hands_nothing_over(configurations: tuple[Any, Any]) -> None:
     store = WorkerStore(settings_of(*configurations), configurations[0])
     store.hand_over({"layer": rows(2)}, configurations[1], 0, {"layer": 0})

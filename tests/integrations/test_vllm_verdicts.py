@@ -18,7 +18,7 @@ from support.kv_transfer import BLOCK, WRONG_KEYS, WRONG_TERMS, right
 from support.vllm_stub import configuration, write_vllm
 
 from portakv.errors import PortaKVError
-from portakv.integrations.vllm.caches import FUSED, check_groups, never_fails, settings_of
+from portakv.integrations.vllm.caches import FUSED, never_fails, settings_of
 from portakv.integrations.vllm.check import connector_findings_of
 from portakv.integrations.vllm.ranks import WorkerStore, index_of, read_views
 
@@ -80,8 +80,6 @@ def start(config: dict[str, Any], model: dict[str, Any] = MODEL) -> None:
     spec.head_size = DIM
     settings = settings_of(engine, caches)
     never_fails(Base, settings)
-    if settings.handing is not None:
-        check_groups(settings.groups)
     cache = torch.zeros(BLOCKS, HEADS, BLOCK, 2 * DIM, dtype=torch.bfloat16)
     store = WorkerStore(settings, engine)
     views = read_views(settings, {"layer": cache}, caches, {"layer": FUSED[0]})

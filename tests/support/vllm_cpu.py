@@ -47,6 +47,8 @@ LATENT = 512
 ROPE = 64
 MLA_HEADS = 4
 BLOCK = 32
+#: The dtypes of caches that are not quantized.
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 #: The environment of an engine: one process, no network, one thread of OpenMP. vLLM configures no
 #: loggers, which takes a second for the hundreds that its process has.
 ENVIRONMENT = {

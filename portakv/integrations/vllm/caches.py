@@ -60,6 +60,8 @@ BY_DIM = (
     "vllm.v1.attention.backends.cpu_attn.CPUAttentionBackend vec",
     "vllm.v1.attention.backends.cpu_attn.CPUAttentionBackend vec16",
 )
+#: The names of classes that vLLM derives from an attention backend, whose pages are the backend's.
+WRAPPED = "ChunkedLocalAttention_"
 #: What a user does if rows cannot be read, for blocks of a fixed size, for several workers, and for
 #: engines that hand requests over.
 BY_TOKEN = (
@@ -73,8 +75,42 @@ HANDED = (
 #: The instruction set of kernels for bf16 on a CPU, and what a user does then.
 AMX = "amx"
 OTHER_DTYPE = " On a CPU with AMX, --dtype float32 chooses pages that PortaKV can read."
-#: The dtypes whose rows are numbers without scales.
-PLAIN = (torch.float32, torch.float16, torch.bfloat16)
+#: The attributes of a layer with the scales of its quantized keys and values.
+SCALES = ("_k_scale", "_v_scale")
+
+
+def _layers_in(config: Any) -> Mapping[str, Any]:
+    """Return the layers with caches of a worker, by name."""
+    compilation = getattr(config, "compilation_config", None)
+    return getattr(compilation, "static_forward_context", None) or {}
+
+
+def scales_of(config: Any, workers: Workers) -> str:
+    """Return what names the scales outside of the pages of a quantized cache; empty if all are 1.
+
+    The bytes of rows depend on them. Layers have those of the checkpoint once it is loaded.
+
+    Raises `IntegrationError` for scales that the workers of an engine do not have in common.
+    """
+    found = dict[str, object]()
+    for name, layer in _layers_in(config).items():
+        for attribute in SCALES:
+            scale = getattr(layer, attribute, None)
+            if scale is None or bool((scale == 1).all()):
+                continue
+            if workers.stages > 1 or (workers.size > 1 and scale.numel() > 1):
+                raise IntegrationError(
+                    f"Expected scales of the cache that all {workers.size} workers have, got "
+                    f"{attribute.strip('_')} {scale.flatten().tolist()} of {name}: rows of heads or "
+                    f"stages with scales of their own are stored by one worker. Run one, or leave "
+                    f"--kv-cache-dtype out."
+                )
+            found[name + attribute] = scale.flatten().tolist()
+        quantized = str(getattr(layer, "kv_cache_dtype", "")).startswith("fp8")
+        if quantized and torch.version.hip:  # some AMD GPUs have an fp8 of their own
+            found["device"] = torch.cuda.get_device_properties(0).gcnArchName
+    text = json.dumps(found, sort_keys=True)
+    return f":scales {sha256(text.encode()).hexdigest()[:16]}" if found else ""
 
 
 def kernels_of(config: Any) -> dict[str, str]:
@@ -82,14 +118,14 @@ def kernels_of(config: Any) -> dict[str, str]:
 
     A layer whose backend is not known has an empty name.
     """
-    compilation = getattr(config, "compilation_config", None)
-    layers = getattr(compilation, "static_forward_context", None) or {}
     made = dict[str, str]()
-    for name, layer in layers.items():
+    for name, layer in _layers_in(config).items():
         backend_of = getattr(layer, "get_attn_backend", None)
         if backend_of is None:
             continue
         backend = backend_of()
+        if backend.__name__.startswith(WRAPPED):
+            backend = backend.__base__
         parts = [f"{backend.__module__}.{backend.__qualname__}"]
         if isa := getattr(layer, "isa", ""):
             parts.append(str(isa))
@@ -390,9 +426,12 @@ def _rows(
     size = spec.block_size
     first = tensors[0]
     wide = spec.head_size
+    packed = getattr(spec, "state_content_bytes", None)
+    if packed is not None:  # keys with their scales, then values with theirs
+        wide = packed // 2 // first.itemsize
     shapes = {tuple(tensor.shape) for tensor in tensors}
     has_both = shapes == {(blocks, spec.num_kv_heads, size, 2 * wide)}
-    if not others and first.dtype in PLAIN:
+    if not others:
         if has_both and kernel in FUSED:
             dims = (wide, wide)
             view = KVView(tensors, "layer | block head token (kv dim)", kv=2, dim=dims)
@@ -404,10 +443,11 @@ def _rows(
             planes = [tensor.reshape(blocks, size, wide) for tensor in tensors]
             return GroupView(KVView(planes, "layer | block token dim"), "")
     by_amx = kernel.split()[-1:] == [AMX]
+    mode = getattr(spec, "kv_quant_mode", None)
     raise IntegrationError(
         f"Expected an attention backend whose pages PortaKV can read by token, got "
-        f"{' and '.join(sorted({*kernels})) or 'none'} with {first.dtype} {[*first.shape]}. "
-        f"{reason}{OTHER_DTYPE if by_amx else ''}"
+        f"{' and '.join(sorted({*kernels})) or 'none'} with {first.dtype} {[*first.shape]}"
+        f"{f' ({mode.name})' if mode else ''}. {reason}{OTHER_DTYPE if by_amx else ''}"
     )
 
 
@@ -531,16 +571,34 @@ def worker_numbers(parallel: Any) -> tuple[int, int]:
     return number, int(copy or 0) * int(parallel.world_size) + number
 
 
-def remote_rows_of(request: Any, identify: Callable[[Any], Identity]) -> RemoteRows | None:
+def leave_last_token(request: Any) -> None:
+    """Let a request for another engine compute all tokens of its prompt but the last.
+
+    The other engine computes that one. It needs the state before it, or the rows of a window that
+    ends there. vLLM's own connectors shorten requests in the same way.
+    """
+    params = getattr(request, "kv_transfer_params", None) or {}
+    if params.get("do_remote_decode") and len(request.prompt_token_ids) > 1:
+        request.prompt_token_ids = request.prompt_token_ids[:-1]
+        del request._all_token_ids[-1]
+        request.num_prompt_tokens -= 1
+        request.max_tokens = 1
+
+
+def remote_rows_of(
+    request: Any, identify: Callable[[Any, int], Identity], left: int = 0
+) -> RemoteRows | None:
     """Return the rows of a request that another engine has; None: it has none of them.
 
     The log has a line if the request carries other ones. ``identify`` is called only if the
-    request carries any: it reads the whole prompt.
+    request carries any: it reads so many tokens of the prompt. ``left``: tokens at the end of a
+    prompt that this engine computes itself.
     """
     params = getattr(request, "kv_transfer_params", None) or {}
     if not params.get("do_remote_prefill"):
         return None
-    return rows_in(params, identify(request), len(request.prompt_token_ids))
+    tokens = len(request.prompt_token_ids) - left
+    return rows_in(params, identify(request, tokens), tokens)
 
 
 def is_wanted(request: Any) -> bool:
@@ -572,16 +630,19 @@ def parameters_for(
     }
 
 
-def check_groups(groups: Sequence[Any]) -> None:
-    """Refuse layers whose rows are not handed over.
+def check_handed(groups: Sequence[Group], config: Any) -> None:
+    """Refuse layers whose rows or states are not handed over.
 
     Raises `IntegrationError`.
     """
-    if len(groups) > 1 or not all(group.is_whole for group in groups):
+    if not any(group.states for group in groups):
+        return
+    speculates = getattr(config, "speculative_config", None) is not None
+    if speculates or all(group.states for group in groups):
         raise IntegrationError(
-            f"Expected one group of layers that keep all tokens to hand requests over, got "
-            f"{len(groups)} groups, a window or states. Leave {TERM} out and set kv_role to "
-            f"'kv_both', or choose another connector for this model."
+            f"Expected a model with a group of layers that keep rows, without speculative decoding, "
+            f"to hand states over, got {'speculative decoding' if speculates else 'states alone'}. "
+            f"Leave {TERM} out and set kv_role to 'kv_both', or choose another connector."
         )
 
 
@@ -719,7 +780,7 @@ def settings_of(config: Any, kv_cache_config: Any, tells: bool = False) -> Setti
     roles = roles_of(role, transfer.kv_connector_extra_config)
     groups = groups_of(kv_cache_config, tells)
     if roles.handing is not None:
-        check_groups(groups)
+        check_handed(groups, config)
     if workers.stages > 1:
         check_stages(config, groups)
     try:
@@ -740,6 +801,12 @@ def settings_of(config: Any, kv_cache_config: Any, tells: bool = False) -> Setti
             "Expected --no-async-scheduling for by_layer, got asynchronous scheduling: there vLLM "
             "cannot compute the blocks anew of a load that fails in its step. Add it, or leave "
             "by_layer out of kv_connector_extra_config."
+        )
+    if getattr(config.cache_config, "calculate_kv_scales", False):
+        raise IntegrationError(
+            "Expected scales of the cache that the checkpoint has, got calculate_kv_scales: an "
+            "engine computes its own from its first prompt, so that no other one can read its "
+            "rows. Leave --calculate-kv-scales out, or choose the OffloadingConnector."
         )
     model = config.model_config
     folder = os.path.abspath(model.model) if os.path.isdir(model.model) else model.model
@@ -922,12 +989,18 @@ def never_fails(base: type, settings: Settings) -> bool:
     check_by_layer(settings.store)
     if hasattr(base, RESULTS):
         return False
-    if settings.uses_store_server or not settings.store.host:
-        got = "the store of a host's server" if settings.uses_store_server else "host: 0"
+    got = ""
+    if settings.handing is not None and settings.handing.pulls:
+        got = "an engine that takes over prompts"
+    elif settings.uses_store_server:
+        got = "the store of a host's server"
+    elif not settings.store.host:
+        got = "host: 0"
+    if got:
         raise IntegrationError(
             f"Expected host memory of one worker for a model with several groups of layers or a "
             f"sliding window, since this release of vLLM lacks the hook {RESULTS}, got {got}. "
-            f"Pass host to one worker without shared, or install a later release."
+            f"Pass host to one worker without shared or a role, or install a later release."
         )
     return True
 

@@ -31,6 +31,7 @@ from portakv.integrations.vllm.caches import (
     is_wanted,
     kernels_of,
     layer_numbers,
+    leave_last_token,
     needs_all_tokens,
     never_fails,
     parameters_for,
@@ -200,12 +201,15 @@ class PortaKVConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
     @measured
     def on_new_request(self, request: Any) -> None:
         if is_served(request):
+            handing = self._settings.handing
+            left = int(self._settings.fails_by_request)
+            if handing is not None and handing.offers and left and not needs_all_tokens(request):
+                leave_last_token(request)
             extra = extra_of(request, self._settings.block_size)
             tokens = request.all_token_ids
-            handing = self._settings.handing
             remote = None
             if handing is not None and handing.pulls:
-                remote = remote_rows_of(request, self._identity_of)
+                remote = remote_rows_of(request, self._identity_of, left)
             terms = salt_of(request), extra, request, remote
             self.scheduler_side.add(request.request_id, tokens, *terms)
 
@@ -217,11 +221,11 @@ class PortaKVConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
             endpoints = [metadata[worker].endpoint for worker in sorted(metadata)]
             self.scheduler_side.open_offers(endpoints, handing.terms.lease)
 
-    def _identity_of(self, request: Any) -> Identity:
-        """Return what the rows of a request's prompt depend on."""
+    def _identity_of(self, request: Any, tokens: int) -> Identity:
+        """Return what the rows of the first tokens of a request's prompt depend on."""
         extra = extra_of(request, WHOLE).values()
-        tokens = request.prompt_token_ids
-        return Identity.of(self._settings.model, tokens, salt_of(request), extra)
+        some = request.prompt_token_ids[:tokens]
+        return Identity.of(self._settings.model, some, salt_of(request), extra)
 
     @measured
     def get_num_new_matched_tokens(
@@ -296,7 +300,7 @@ class PortaKVConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
         if rows is None:
             return None
         settings = self._settings
-        identity = self._identity_of(request)
+        identity = self._identity_of(request, tokens)
         return parameters_for(request, rows, identity, settings.engine, settings.workers.size)
 
     request_finished_all_groups = request_finished

@@ -17,6 +17,7 @@ from portakv.integrations.vllm.caches import (
     HANDED,
     Settings,
     kernels_of,
+    scales_of,
     views_of,
     worker_numbers,
 )
@@ -327,7 +328,7 @@ class WorkerStore:
         check_kinds(views, self._settings)
         self.words = words_of(views, self._settings.store)
         if not self._settings.stores:
-            forms = forms_of(views, self._settings.model, None)
+            forms = forms_of(views, self._model, None)
             return [NoBlocks(form) for form in forms]
         parts = self._open(views, number, layers or {})
         for each, part in zip(views, parts, strict=True):
@@ -343,13 +344,13 @@ class WorkerStore:
         if not settings.uses_store_server:
             index = LocalIndex.of(engine)
             index.validity = Validity(settings.groups, settings.block_size)
-            parts = index.open(views, terms, settings.model, settings.block_size)
+            parts = index.open(views, terms, self._model, settings.block_size)
             self._opened = index
             return parts
         heads = [heads_of(self._config, number, each) for each in views]
         stage = stage_of(self._config, layers)
         terms_of_rows = (settings.block_size, heads, stage, terms.encoding)
-        forms = forms_of(views, settings.model, *terms_of_rows)
+        forms = forms_of(views, self._model, *terms_of_rows)
         client = StoreClient(place_of(terms, engine), forms, engine, views[0].view.device)
         self._opened = client
         return client.blocks
@@ -374,23 +375,32 @@ class WorkerStore:
         if handing is None:
             return
         kernels = kernels_of(self._config)
-        views = views_of(kv_caches, kv_cache_config, kernels, HANDED)
-        check_kinds(views, self._settings)
-        (group,) = views
-        heads = heads_of(self._config, number, group)
-        shard = Shard(group.view, layers=stage_of(self._config, layers), heads=heads)
+        settings = self._settings
+        views = views_of(kv_caches, kv_cache_config, kernels, HANDED, settings.ranks)
+        stage = stage_of(self._config, layers)
+        shards = [
+            Shard(each.view, layers=stage, heads=heads_of(self._config, number, each))
+            for each in views
+        ]
+        numbers = [each.group or 0 for each in views]
         worker, place = worker_numbers(self._config.parallel_config)
         self.handover = Handover(
-            [shard],
-            self._settings.model,
+            shards,
+            self._model + "".join(each.notes for each in views),
             handing.terms,
             offers=handing.offers,
             pulls=handing.pulls,
             address=handing.terms.address_of(place),
             leads=worker == 0,
+            parts=[(each, settings.groups[each]) for each in numbers],
         )
         rehearse(self.handover)
         self.handover.meet()
+
+    @property
+    def _model(self) -> str:
+        """Return the name of the model in the forms of its rows, with the scales of its cache."""
+        return self._settings.model + scales_of(self._config, self._settings.workers)
 
     def wait(self, timeout: float) -> bool:
         """Wait until blocks can be saved and loaded, at most so many seconds; return whether they
@@ -420,10 +430,10 @@ def check_kinds(views: Sequence[GroupView], settings: Settings) -> None:
     """
     if len(views) == sum(settings.parts):
         return
-    if settings.store.by_layer or settings.uses_store_server or settings.handing is not None:
+    if settings.store.by_layer or settings.uses_store_server:
         raise IntegrationError(
             f"Expected layers with pages of one kind in each group for by_layer, for several "
-            f"workers, a shared store or a hand-over, got {len(views)} kinds in "
+            f"workers or a shared store, got {len(views)} kinds in "
             f"{len(settings.groups)} groups. Leave these out, or choose the OffloadingConnector."
         )
 
