@@ -30,6 +30,7 @@ from dataclasses import dataclass
 from importlib.resources import files
 from itertools import product
 from math import gcd
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -52,8 +53,9 @@ THREADS = 256
 SEGMENTS = 16
 #: Bytes of the widest vector of the kernel.
 VECTOR = 16
-#: Bytes of rows that torch's operators sum together.
-TOGETHER = 16 << 20
+#: Bytes of rows that torch's operators sum together; on a host they fit the cache of a core.
+TOGETHER = 32 << 20
+TOGETHER_ON_HOST = 1 << 20
 # The numbers of the axes whose positions have keys.
 _PLACE, _TOKEN, _IN_SEGMENT, _HEAD = range(4)
 _PLANE = struct.Struct("<7q")
@@ -148,6 +150,7 @@ class Fingerprints:
         widths = tuple(width // self._split for width in form.widths)
         unit = unit_of(form)
         self.geometry = Geometry(form.layers, form.kv, form.heads, segments, tokens, widths, unit)
+        self._keys = keys_for(self.geometry, self.view.device)
         self._rows = rows
         self._each = rows // segments
         self._tables: _Tables | None = None
@@ -182,18 +185,21 @@ class Fingerprints:
             return self._by_torch(blocks)
 
     def rows(self, block: int) -> list[torch.Tensor]:
-        """Return a copy of the rows of a block, for each kv uint8 ``[layers, tokens, heads * width]``
-        on the view's device; of pages ``[layers, 1, width]``."""
+        """Return a copy of the rows of a block on the view's device.
+
+        For each kv uint8 ``[layers, tokens, heads * width]``; of pages ``[layers, 1, width]``.
+        """
         (tensors, _) = self._gathered(np.array([block], np.int64))
         return tensors
 
     def of_rows(self, tensors: Sequence[torch.Tensor]) -> torch.Tensor:
         """Return the fingerprints of blocks from copies of their rows, as `rows` returns them."""
-        return sums_of_rows(self.geometry, tensors)
+        return sums_of_rows(self.geometry, tensors, self._keys)
 
     def _by_torch(self, blocks: npt.NDArray[np.int64]) -> torch.Tensor:
         """Return fingerprints by torch's operators, from copies of some blocks at a time."""
-        most = max(1, TOGETHER // self.geometry.block_bytes)
+        together = TOGETHER_ON_HOST if self.view.device.type == "cpu" else TOGETHER
+        most = max(1, together // self.geometry.block_bytes)
         sums = [
             self.of_rows(self._gathered(blocks[at : at + most])[0])
             for at in range(0, len(blocks), most)
@@ -239,9 +245,8 @@ class Fingerprints:
             lanes = min(THREADS, 1 << (columns - 1).bit_length())
             planes.append((vector, columns, lanes, *at))
 
-        axes = (_TOKEN, self._rows), (_IN_SEGMENT, self._each), (_HEAD, form.heads)
-        host = torch.device("cpu")
-        keys = torch.cat([keys_of(axis * AXIS, n, host) for axis, n in axes])
+        of = keys_for(geometry, torch.device("cpu"))
+        keys = torch.cat([of.tokens, of.inside, of.heads])
         shapes = len(planes) * _PLANE.size // 8
         table = torch.empty(
             shapes + len(numbers) + len(keys), dtype=torch.int64, device=self.view.device
@@ -334,36 +339,67 @@ def kernel_text() -> str:
     return f"#define PORTAKV_SUM_THREADS {THREADS}\n{words_text()}{text}"
 
 
-def sums_of_rows(geometry: Geometry, tensors: Sequence[torch.Tensor]) -> torch.Tensor:
+class Keys(NamedTuple):
+    """The keys of positions, int64, on one device.
+
+    Attributes:
+        places: of the words of a row, for each kv.
+        tokens: of the rows of a head in a block.
+        inside: of the rows of a head in a segment.
+        heads: of the heads.
+    """
+
+    places: Sequence[torch.Tensor]
+    tokens: torch.Tensor
+    inside: torch.Tensor
+    heads: torch.Tensor
+
+
+def keys_for(geometry: Geometry, device: torch.device) -> Keys:
+    """Return the keys of the sums of a geometry."""
+    each = max(1, geometry.tokens)
+    words = [width // geometry.unit for width in geometry.widths]
+    return Keys(
+        [keys_of(_PLACE * AXIS, n, device) for n in words],
+        keys_of(_TOKEN * AXIS, geometry.segments * each, device),
+        keys_of(_IN_SEGMENT * AXIS, each, device),
+        keys_of(_HEAD * AXIS, geometry.heads, device),
+    )
+
+
+def sums_of_rows(geometry: Geometry, tensors: Sequence[torch.Tensor], keys: Keys) -> torch.Tensor:
     """Return fingerprints, int64 ``[blocks, count]``, from the rows of blocks in order.
 
     ``tensors``: for each kv uint8 ``[layers, rows of all blocks, heads * width]``, contiguous.
     """
+    layers = geometry.layers
+    heads = geometry.heads
     segments = geometry.segments
+    each = max(1, geometry.tokens)
     by_head = list[torch.Tensor]()
     by_segment = list[torch.Tensor]()
-    for tensor, width in zip(tensors, geometry.widths, strict=True):
-        device = tensor.device
-        words = tensor.view(WORDS[geometry.unit]).to(torch.int64)
-        each = max(1, geometry.tokens)
+    for tensor, places in zip(tensors, keys.places, strict=True):
+        words = tensor.view(WORDS[geometry.unit])
         if geometry.tokens:
-            shape = geometry.layers, -1, segments, each, geometry.heads
+            words = words.view(layers, -1, segments, each, heads, len(places))
+            order = (1, 0, 4, 2, 3)
         else:  # a segment is a part of the row of a head
-            shape = geometry.layers, -1, geometry.heads, segments, each
-        words = words.view(*shape, width // geometry.unit)
-        rows = (words * keys_of(_PLACE * AXIS, words.shape[-1], device)).sum(-1)
-        if geometry.tokens:
-            rows = rows.permute(1, 0, 4, 2, 3)
-        else:
-            rows = rows.permute(1, 0, 2, 3, 4)
-        # Rows are now [blocks, layers, heads, segments, tokens].
-        tokens = keys_of(_TOKEN * AXIS, segments * each, device).view(segments, each)
-        by_head.append((rows * tokens).sum((-1, -2)))
-        inside = (rows * keys_of(_IN_SEGMENT * AXIS, each, device)).sum(-1)
-        heads = keys_of(_HEAD * AXIS, geometry.heads, device)
-        by_segment.append((inside * heads[:, None]).sum(-2))
+            words = words.view(layers, -1, heads, segments, each, len(places))
+            order = (1, 0, 2, 3, 4)
+        # Rows are [blocks, layers, heads, segments, tokens].
+        rows = _sums_of_words(words, places).permute(order)
+        by_head.append((rows * keys.tokens.view(segments, each)).sum((-1, -2)))
+        by_segment.append(((rows * keys.inside).sum(-1) * keys.heads[:, None]).sum(-2))
     parts = [torch.stack(x, 2).flatten(1) for x in (by_head, by_segment)]
     return torch.cat(parts, 1)
+
+
+def _sums_of_words(words: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
+    """Return the sum of the words of each row times their keys, int64."""
+    if words.device.type == "cpu":  # in one thread: torch's threads would wait for each other
+        sums = np.einsum("...n,n->...", words.numpy(), places.numpy())
+        return torch.from_numpy(np.asarray(sums))
+    return words.to(torch.int64).mul_(places).sum(-1)
 
 
 def unit_of(form: Form) -> int:
