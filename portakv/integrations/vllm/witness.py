@@ -215,7 +215,7 @@ class PortaKVWitness(_passes_all()):  # type: ignore[misc]
 
     @classmethod
     def build_kv_connector_stats(cls, data: dict[str, Any] | None = None) -> Any:
-        return WitnessStats(data=data or {}) if SUPPORTED else None
+        return WitnessStats.read(data or {}) if SUPPORTED else None
 
     @classmethod
     def build_prom_metrics(
@@ -235,7 +235,8 @@ class PortaKVWitness(_passes_all()):  # type: ignore[misc]
         grown = self._figures.take(self.statistics)
         if stats is None and not grown:
             return None
-        return WitnessStats.of(type(self.wrapped), stats, grown)
+        wrapped = type(self.wrapped)
+        return WitnessStats(grown, stats, f"{wrapped.__module__}:{wrapped.__qualname__}")
 
     def statistics(self) -> dict[str, float]:
         """Return what the witness of this worker has counted; empty in the scheduler.
@@ -583,69 +584,66 @@ def _by_group(notes: Iterable[Note]) -> dict[int, list[Note]]:
 class WitnessStats(KVConnectorStats):  # type: ignore[misc]
     """The figures of the witness, and those of the wrapped connector.
 
-    ``data`` has plain values alone: ``witness``: by name what has grown; ``wrapped``: the data of
-    the wrapped connector's figures; ``of``: its class, whose object for them is made when needed.
+    Args:
+        own: by name what the witness's counters have grown by.
+        wrapped: vLLM's object for the figures of the wrapped connector; None: it has none.
+        of: the class of the wrapped connector, such as "module:Class".
     """
 
-    data: dict[str, Any]
+    def __init__(self, own: Mapping[str, float], wrapped: Any = None, of: str = "") -> None:
+        self.own = PortaKVStats(data=dict(own))
+        self.wrapped = wrapped
+        self.of = of
 
     @classmethod
-    def of(cls, wrapped: type, stats: Any, grown: Mapping[str, float]) -> WitnessStats:
-        """Return the figures of a class of connectors, None if it has none, with what has grown."""
-        data = dict[str, Any]()
-        if grown:
-            data["witness"] = dict(grown)
-        if stats is not None:
-            data["wrapped"] = _plain(stats)
-            data["of"] = f"{wrapped.__module__}:{wrapped.__qualname__}"
-        return cls(data=data)
+    def read(cls, data: Mapping[str, Any]) -> WitnessStats:
+        """Return the figures that another process has sent as plain values."""
+        of = data.get("of", "")
+        wrapped = None
+        if of:
+            module, _, name = of.partition(":")
+            wrapped_class = getattr(import_module(module), name)
+            wrapped = wrapped_class.build_kv_connector_stats(data=data["wrapped"])
+        return cls(data.get("witness", {}), wrapped, of)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the figures as plain values."""
+        data: dict[str, Any] = {"witness": self.own.data}
+        if self.wrapped is not None:
+            to_dict = getattr(self.wrapped, "to_dict", None)
+            data["wrapped"] = self.wrapped.data if to_dict is None else to_dict()
+            data["of"] = self.of
+        return data
 
     @property
-    def own(self) -> Any:
-        """Return the figures of the witness alone."""
-        return PortaKVStats(data=self.data.get("witness", {}))
-
-    @property
-    def wrapped(self) -> Any:
-        """Return the figures of the wrapped connector; None if it has none."""
-        if "of" not in self.data:
-            return None
-        module, _, name = self.data["of"].partition(":")
-        wrapped = getattr(import_module(module), name)
-        return wrapped.build_kv_connector_stats(data=self.data["wrapped"])
+    def data(self) -> dict[str, Any]:
+        """Return the figures as plain values, which former releases of vLLM send."""
+        return self.to_dict()
 
     def reset(self) -> None:
         """Forget all."""
-        self.data = {}
+        self.own.reset()
+        if self.wrapped is not None:
+            self.wrapped.reset()
 
     def aggregate(self, other: Any) -> WitnessStats:
         """Add the figures of another process, or of a later time."""
-        self.data["witness"] = self.own.aggregate(other.own).data
-        mine = self.wrapped
-        theirs = other.wrapped
-        if mine is not None and theirs is not None:
-            self.data["wrapped"] = _plain(mine.aggregate(theirs))
-        elif theirs is not None:
-            self.data |= {name: other.data[name] for name in ("wrapped", "of")}
+        self.own = self.own.aggregate(other.own)
+        if self.wrapped is None:
+            self.wrapped = other.wrapped
+            self.of = other.of
+        elif other.wrapped is not None:
+            self.wrapped = self.wrapped.aggregate(other.wrapped)
         return self
 
     def reduce(self) -> dict[str, Any]:
         """Return the figures of vLLM's log."""
-        wrapped = self.wrapped
-        reduced = {} if wrapped is None or wrapped.is_empty() else wrapped.reduce()
-        return {**reduced, **self.own.reduce()}
+        has_more = self.wrapped is not None and not self.wrapped.is_empty()
+        return {**(self.wrapped.reduce() if has_more else {}), **self.own.reduce()}
 
     def is_empty(self) -> bool:
         """Return whether nothing has grown."""
-        wrapped = self.wrapped
-        return self.own.is_empty() and (wrapped is None or bool(wrapped.is_empty()))
-
-
-def _plain(stats: Any) -> dict[str, Any]:
-    """Return the data of a connector's figures, as vLLM sends it to another process."""
-    to_dict = getattr(stats, "to_dict", None)
-    data: dict[str, Any] = stats.data if to_dict is None else to_dict()
-    return data
+        return self.own.is_empty() and (self.wrapped is None or bool(self.wrapped.is_empty()))
 
 
 class WitnessPromMetrics(KVConnectorPromMetrics):  # type: ignore[misc]
