@@ -12,7 +12,7 @@ import json
 import mmap
 import os
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -35,6 +35,7 @@ _MAGIC = b"PortaKV witness\0"
 _FORMAT = 1
 _HEAD = struct.Struct("<16s2q")  # magic, bytes of the JSON text, its checksum
 _ALIGNED = 4096
+_MOST_HEAD = 1 << 20
 _DROPPED = 1 << 20  # places of evicted keys
 
 
@@ -52,12 +53,23 @@ class Known(NamedTuple):
     sums: Sums
 
 
+class Records(NamedTuple):
+    """The memory of a ring.
+
+    Attributes:
+        heads: of `HEAD`, one for each fingerprint.
+        sums: int64 ``[slots, count]``.
+    """
+
+    heads: npt.NDArray[Any]
+    sums: Sums
+
+
 class Ring:
     """The fingerprints of a group, oldest first.
 
     Args:
-        geometry: of the fingerprints.
-        records: the memory, of `record_type`.
+        records: the memory; a slot with length 0 is free.
         sealed: records get checksums.
 
     Attributes:
@@ -65,12 +77,13 @@ class Ring:
         torn: records that were left out since their checksum was wrong.
     """
 
-    def __init__(self, geometry: Geometry, records: npt.NDArray[Any], sealed: bool) -> None:
-        self.geometry = geometry
+    def __init__(self, records: Records, sealed: bool) -> None:
         self.dropped = 0
         self.torn = 0
-        self._records = records
+        self._heads = records.heads
+        self._sums = records.sums
         self._sealed = sealed
+        self._keys: list[bytes | None] = [None] * len(records.heads)
         self._slots = dict[bytes, list[int]]()  # at most one entry for each record
         self._last = dict[int, bytes]()  # the key of each engine's block that has a record
         self._next = 0
@@ -86,33 +99,59 @@ class Ring:
     def __contains__(self, key: object) -> bool:
         return key in self._slots
 
-    def add(self, key: bytes, block: int, sums: Sums) -> bool:
-        """Add a version of a key; return False if the ring has it already."""
-        slots = self._slots.get(key, [])
-        for slot in slots:
-            if np.array_equal(self._records["sums"][slot], sums):
-                self._last[block] = key
-                return False
+    def add(self, keys: Sequence[bytes], blocks: Sequence[int], sums: Sums) -> None:
+        """Add a version of each key, unless the ring has it already.
+
+        ``blocks``: the engine's blocks that have the rows. ``sums``: int64 ``[keys, count]``.
+        """
+        known = self._slots
+        rows = list[int]()
+        for row, (key, block) in enumerate(zip(keys, blocks, strict=True)):
+            if key not in known or not self._has(key, sums[row]):
+                rows.append(row)
+                known.setdefault(key, [])
+            self._last[block] = key
+        # A ring's end divides the rows, and no two may need one slot.
+        while rows:
+            some = rows[: len(self._keys) - self._next]
+            self._write(some, keys, blocks, sums)
+            rows = rows[len(some) :]
+
+    def _has(self, key: bytes, sums: Sums) -> bool:
+        """Return whether the ring has a version of a key; make room for one more otherwise."""
+        slots = self._slots[key]
+        if any(np.array_equal(self._sums[slot], sums) for slot in slots):
+            return True
         if len(slots) == VERSIONS:
             self._drop(slots[0])
-        slot = self._next
-        self._next = (slot + 1) % len(self._records)
-        if self._records["length"][slot]:
-            self._drop(slot)
+            self._slots.setdefault(key, [])
+        return False
 
-        record = self._records[slot]
-        record["check"] = 0
-        record["order"] = self._order
-        record["block"] = block
-        record["key"][: len(key)] = np.frombuffer(key, np.uint8)
-        record["length"] = len(key) + 1
-        record["sums"] = sums
-        if self._sealed:
-            record["check"] = _check_of(record)
-        self._order += 1
-        self._slots.setdefault(key, []).append(slot)
-        self._last[block] = key
-        return True
+    def _write(
+        self, rows: Sequence[int], keys: Sequence[bytes], blocks: Sequence[int], sums: Sums
+    ) -> None:
+        """Write new records from the next slot on."""
+        first = self._next
+        past = first + len(rows)
+        for slot in range(first, past):
+            if self._keys[slot] is not None:
+                self._drop(slot)
+        some = [keys[row] for row in rows]
+        heads = self._heads[first:past]
+        heads["check"] = 0
+        heads["order"] = np.arange(self._order, self._order + len(rows))
+        heads["block"] = [blocks[row] for row in rows]
+        padded = b"".join(key.ljust(KEY, b"\0") for key in some)
+        heads["key"] = np.frombuffer(padded, np.uint8).reshape(-1, KEY)
+        heads["length"] = [len(key) + 1 for key in some]
+        self._sums[first:past] = sums if len(rows) == len(sums) else sums[rows]
+        for slot, key in zip(range(first, past), some, strict=True):
+            self._keys[slot] = key
+            self._slots.setdefault(key, []).append(slot)
+            if self._sealed:
+                self._heads["check"][slot] = check_of(self._heads[slot], self._sums[slot])
+        self._order += len(rows)
+        self._next = past % len(self._keys)
 
     def versions(self, key: bytes) -> list[Known]:
         """Return the fingerprints of a key, newest first."""
@@ -124,47 +163,40 @@ class Ring:
         return bool(self._lost[0][at] or self._lost[1][at])
 
     def last_in(self, block: int) -> Known | None:
-        """Return the newest fingerprint of the key that an engine's block last had."""
+        """Return the newest fingerprint of the key whose rows an engine's block last had."""
         key = self._last.get(block)
         return next(iter(self.versions(key)), None) if key is not None else None
 
     def rest(self, block: int, key: bytes) -> None:
         """Note that an engine's block has the rows of a key now."""
-        if key in self._slots:
-            self._last[block] = key
+        self._last[block] = key
 
-    def forget(self, block: int) -> None:
-        """Note that the rows of an engine's block are not known."""
-        self._last.pop(block, None)
+    def forget(self, blocks: Iterable[int]) -> None:
+        """Note that the rows of an engine's blocks are not known."""
+        for block in self._last.keys() & set(blocks):
+            del self._last[block]
 
     def with_sum(self, at: int, value: int) -> Iterator[Known]:
         """Yield the fingerprints that have a sum at a place, newest first."""
-        return self.with_sums(slice(at, at + 1), value)
-
-    def with_sums(self, places: slice, value: int) -> Iterator[Known]:
-        """Yield the fingerprints that have a sum at one of some places, newest first."""
-        some = self._records["sums"][:, places] == value
-        found = np.flatnonzero(some.any(1) & (self._records["length"] > 0))
-        order = self._records["order"][found]
-        for slot in found[np.argsort(order)[::-1]]:
+        found = np.flatnonzero((self._sums[:, at] == value) & (self._heads["length"] > 0))
+        for slot in found[np.argsort(self._heads["order"][found])[::-1]]:
             yield self._known(int(slot))
 
     def _known(self, slot: int) -> Known:
-        record = self._records[slot]
-        return Known(_key_of(record), int(record["block"]), record["sums"])
+        key = self._keys[slot]
+        assert key is not None
+        return Known(key, int(self._heads["block"][slot]), self._sums[slot])
 
     def _drop(self, slot: int) -> None:
         """Remove a record."""
-        record = self._records[slot]
-        key = _key_of(record)
+        key = self._keys[slot]
+        assert key is not None
+        self._keys[slot] = None
         slots = self._slots[key]
         slots.remove(slot)
         if not slots:
             del self._slots[key]
-        if self._last.get(int(record["block"])) == key and key not in self._slots:
-            del self._last[int(record["block"])]
-        record["length"] = 0
-        record["check"] = 0
+        self._heads["length"][slot] = 0
         self.dropped += 1
 
         # Old marks are forgotten, else every place would have one in the end.
@@ -176,39 +208,50 @@ class Ring:
 
     def _read(self) -> None:
         """Find the records of a file, and clear those that are torn."""
-        used = np.flatnonzero(self._records["check"] | self._records["length"])
-        for slot in used[np.argsort(self._records["order"][used])]:
-            record = self._records[slot]
-            if not is_whole(record):
-                record["length"] = 0
-                record["check"] = 0
+        used = np.flatnonzero(self._heads["length"])
+        for slot in used[np.argsort(self._heads["order"][used])].tolist():
+            if not is_whole(self._heads[slot], self._sums[slot]):
+                self._heads["length"][slot] = 0
                 self.torn += 1
                 continue
-            self._slots.setdefault(_key_of(record), []).append(int(slot))
-            self._order = int(record["order"]) + 1
-            self._next = (int(slot) + 1) % len(self._records)
+            key = key_in(self._heads[slot])
+            self._keys[slot] = key
+            self._slots.setdefault(key, []).append(slot)
+            self._order = int(self._heads["order"][slot]) + 1
+            self._next = (slot + 1) % len(self._keys)
 
 
-def record_type(geometry: Geometry) -> np.dtype[Any]:
-    """Return the type of a record: its checksum, order, the block, the length of the key + 1, the
-    key and the sums."""
-    fields = [("check", "<u8"), ("order", "<u8"), ("block", "<i8"), ("length", "<u8")]
-    return np.dtype([*fields, ("key", "u1", (KEY,)), ("sums", "<i8", (geometry.count,))])
+#: A record without its sums: its checksum and order, the engine's block, the bytes of the key + 1.
+HEAD = np.dtype(
+    [
+        ("check", "<u8"),
+        ("order", "<u8"),
+        ("block", "<i8"),
+        ("length", "<u8"),
+        ("key", "u1", (KEY,)),
+    ]
+)
 
 
-def is_whole(record: Any) -> bool:
+def record_bytes(geometry: Geometry) -> int:
+    """Return the bytes of a record."""
+    return HEAD.itemsize + geometry.nbytes
+
+
+def is_whole(head: Any, sums: Sums) -> bool:
     """Return whether a record of a file is in use and not torn."""
-    length = int(record["length"])
-    return 0 < length <= KEY + 1 and int(record["check"]) == _check_of(record)
+    length = int(head["length"])
+    return 0 < length <= KEY + 1 and int(head["check"]) == check_of(head, sums)
 
 
-def _key_of(record: Any) -> bytes:
-    return bytes(record["key"][: int(record["length"]) - 1])
+def key_in(head: Any) -> bytes:
+    """Return the key of a record."""
+    return bytes(head["key"][: int(head["length"]) - 1])
 
 
-def _check_of(record: Any) -> int:
-    """Return the checksum of a record, which is not 0."""
-    return checksum(record.tobytes()[8:], seed=1) or 1
+def check_of(head: Any, sums: Sums) -> int:
+    """Return the checksum of a record."""
+    return checksum(sums, seed=checksum(head.tobytes()[8:]))
 
 
 class Table:
@@ -227,29 +270,24 @@ class Table:
     def __init__(
         self, geometries: Mapping[str, Geometry], nbytes: int, file: Path | None = None
     ) -> None:
-        each = {name: record_type(geometry).itemsize for name, geometry in geometries.items()}
-        self.slots = nbytes // sum(each.values())
+        each = sum(record_bytes(geometry) for geometry in geometries.values())
+        self.slots = nbytes // each
         if self.slots < 1:
-            least = size_text(sum(each.values()))
+            least = size_text(each)
             raise invalid("nbytes", f"at least {least} for a block of each group", nbytes)
         self._fd: int | None = None
         self._memory: Any = None
-        if file is None:
-            self.rings = {
-                name: Ring(geometry, np.zeros(self.slots, record_type(geometry)), sealed=False)
-                for name, geometry in geometries.items()
-            }
-            return
         head = _head_of(geometries, self.slots)
-        begin = len(head)
-        size = begin + self.slots * sum(each.values())
-        self._fd = _opened(file, head, size)
-        self._memory = mmap.mmap(self._fd, size)
-        self.rings = {}
-        for name, geometry in geometries.items():
-            records = np.frombuffer(self._memory, record_type(geometry), self.slots, begin)
-            begin += records.nbytes
-            self.rings[name] = Ring(geometry, records, sealed=True)
+        size = len(head) + self.slots * each
+        if file is None:
+            self._memory = bytearray(size)
+        else:
+            self._fd = _opened(file, head, size)
+            self._memory = mmap.mmap(self._fd, size)
+        records = _records_in(
+            np.frombuffer(self._memory, np.uint8), len(head), self.slots, geometries
+        )
+        self.rings = {name: Ring(each, file is not None) for name, each in records.items()}
 
     def close(self) -> None:
         """Release the file, which keeps the rings. The table has no rings then."""
@@ -260,12 +298,30 @@ class Table:
             self._fd = None
 
 
+def _records_in(
+    memory: npt.NDArray[np.uint8], begin: int, slots: int, geometries: Mapping[str, Geometry]
+) -> dict[str, Records]:
+    """Return the records of each group in memory, from a byte on."""
+    records = dict[str, Records]()
+    for name, geometry in geometries.items():
+        middle = begin + slots * HEAD.itemsize
+        end = middle + slots * geometry.nbytes
+        heads = memory[begin:middle].view(HEAD)
+        records[name] = Records(heads, memory[middle:end].view(np.int64).reshape(slots, -1))
+        begin = end
+    return records
+
+
 def _head_of(geometries: Mapping[str, Geometry], slots: int) -> bytes:
     """Return the first bytes of a file, padded to whole pages."""
     groups = {name: asdict(geometry) for name, geometry in geometries.items()}
     text = json.dumps({"format": _FORMAT, "slots": slots, "groups": groups}).encode()
     head = _HEAD.pack(_MAGIC, len(text), _signed(checksum(text))) + text
-    return head.ljust(-(-len(head) // _ALIGNED) * _ALIGNED, b"\0")
+    return head.ljust(_whole_pages(len(head)), b"\0")
+
+
+def _whole_pages(nbytes: int) -> int:
+    return -(-nbytes // _ALIGNED) * _ALIGNED
 
 
 def _signed(number: int) -> int:
@@ -287,7 +343,7 @@ def _opened(file: Path, head: bytes, size: int) -> int:
         except OSError:
             do = "Give each rank its own file."
             raise invalid("file", "a file that no other witness has", str(file), do) from None
-        present = os.pread(fd, len(head), 0)
+        present = os.pread(fd, max(len(head), _MOST_HEAD), 0)
         if not present.strip(b"\0"):  # new, or its maker died before the first byte
             os.ftruncate(fd, 0)
             os.ftruncate(fd, size)
@@ -305,7 +361,7 @@ def _opened(file: Path, head: bytes, size: int) -> int:
 
 def _check_head(file: Path, present: bytes, expected: bytes) -> None:
     """Raise `InvalidTerms` unless a file begins as expected."""
-    if present == expected:
+    if present.startswith(expected):
         return
     text = head_text(file, present)
     wanted = head_text(file, expected)
@@ -334,34 +390,39 @@ def head_text(file: Path, data: bytes) -> dict[str, Any]:
     )
 
 
-def read_records(file: Path) -> dict[str, tuple[Geometry, npt.NDArray[Any]]]:
+def read_records(file: Path) -> dict[str, tuple[Geometry, Records]]:
     """Return the records of each group of a file, which another process may write meanwhile.
 
     `is_whole` says whether a record counts. Raises `InvalidTerms` as `head_text`, or OSError.
     """
     with file.open("rb") as opened:
-        head = opened.read(_HEAD.size)
-        length = _HEAD.unpack_from(head)[1] if len(head) == _HEAD.size else 0
-        head += opened.read(max(0, min(length, 1 << 24)))
+        head = opened.read(_MOST_HEAD)
     described = head_text(file, head)
     if described["format"] != _FORMAT:
         raise invalid("file", f"a table with format {_FORMAT}", described["format"])
-    begin = -(-len(head) // _ALIGNED) * _ALIGNED
-    groups = dict[str, tuple[Geometry, npt.NDArray[Any]]]()
-    for name, fields in described["groups"].items():
-        fields["widths"] = tuple(fields["widths"])
-        geometry = Geometry(**fields)
-        kind = record_type(geometry)
-        records = np.memmap(file, kind, "r", begin, (described["slots"],))
-        begin += records.nbytes
-        groups[name] = geometry, records
-    return groups
+    (_, length, _) = _HEAD.unpack_from(head)
+    begin = _whole_pages(_HEAD.size + length)
+    geometries = {name: geometry_of(fields) for name, fields in described["groups"].items()}
+    size = begin + described["slots"] * sum(record_bytes(x) for x in geometries.values())
+    if file.stat().st_size < size:
+        raise invalid("file", f"a table of {size} bytes", f"{file} of {file.stat().st_size} bytes")
+    memory = np.memmap(file, np.uint8, "r", shape=(size,))
+    records = _records_in(memory, begin, described["slots"], geometries)
+    return {name: (geometry, records[name]) for name, geometry in geometries.items()}
 
 
-def versions_in(records: npt.NDArray[Any], key: bytes) -> list[Known]:
+def geometry_of(fields: Mapping[str, Any]) -> Geometry:
+    """Return the geometry of values from JSON."""
+    return Geometry(**{**fields, "widths": tuple(fields["widths"])})
+
+
+def versions_in(records: Records, key: bytes) -> list[Known]:
     """Return the fingerprints of a key among the records of a file, newest first."""
+    heads = records.heads
     padded = np.frombuffer(key.ljust(KEY, b"\0"), np.uint8)
-    same = (records["key"] == padded).all(1) & (records["length"] == len(key) + 1)
-    found = [records[slot].copy() for slot in np.flatnonzero(same)]
-    whole = sorted((x for x in found if is_whole(x)), key=lambda x: -int(x["order"]))
-    return [Known(key, int(x["block"]), x["sums"]) for x in whole]
+    same = (heads["length"] == len(key) + 1) & (heads["key"] == padded).all(1)
+    slots = np.flatnonzero(same)
+    copies = [(heads[slot].copy(), records.sums[slot].copy()) for slot in slots]
+    whole = [each for each in copies if is_whole(*each)]
+    whole.sort(key=lambda each: -int(each[0]["order"]))
+    return [Known(key, int(head["block"]), sums) for head, sums in whole]
