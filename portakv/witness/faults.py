@@ -139,10 +139,10 @@ class Difference:
         self.geometry = geometry
         self.expected = expected
         self.actual = actual
-        unequal = expected != actual
+        unequal: Mask = expected != actual
         self.heads: Mask = geometry.by_head(unequal)
         self.segments: Mask = geometry.by_segment(unequal)
-        self.planes: Mask = self.heads.any(2) | self.segments.any(2)
+        self.planes: Mask = np.logical_or(self.heads.any(2), self.segments.any(2))
 
     @property
     def layers(self) -> tuple[int, ...]:

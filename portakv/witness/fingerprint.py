@@ -30,7 +30,7 @@ from dataclasses import dataclass
 from importlib.resources import files
 from itertools import product
 from math import gcd
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -45,7 +45,8 @@ from portakv.runtime.cuda import KernelDriver
 from portakv.view import Index, KVView
 from portakv.view.form import Form, Step, locate
 
-Sums = npt.NDArray[np.int64]
+Sums: TypeAlias = npt.NDArray[np.int64]
+Number = TypeVar("Number", np.int64, np.bool_)
 
 NAME = "portakv_fingerprints"
 THREADS = 256
@@ -102,12 +103,12 @@ class Geometry:
         rows = self.segments * max(1, self.tokens)
         return self.layers * self.heads * rows * sum(self.widths)
 
-    def by_head(self, sums: Sums) -> Sums:
+    def by_head(self, sums: npt.NDArray[Number]) -> npt.NDArray[Number]:
         """Return sums ``[..., layers, kv, heads]`` of fingerprints ``[..., count]``."""
         end = self.layers * self.kv * self.heads
         return sums[..., :end].reshape(*sums.shape[:-1], self.layers, self.kv, self.heads)
 
-    def by_segment(self, sums: Sums) -> Sums:
+    def by_segment(self, sums: npt.NDArray[Number]) -> npt.NDArray[Number]:
         """Return sums ``[..., layers, kv, segments]`` of fingerprints ``[..., count]``."""
         end = self.layers * self.kv * self.heads
         return sums[..., end:].reshape(*sums.shape[:-1], self.layers, self.kv, self.segments)
@@ -517,6 +518,11 @@ def _agrees(kernel: FingerprintKernel, device: torch.device) -> bool:
         KVView(octets[..., 1:], "layer block token dim"),
         KVView(octets.view(2, 5, 192, 16)[:, :, 1:], "layer block token dim"),
         KVView(words.view(6, 5, 512), "layer block page", block_size=16),
+        KVView(
+            [words[:320].view(5, 4, 16), words[:480].view(5, 4, 24)],
+            "kv | block token dim",
+            dim=(16, 24),
+        ),
     ]
     blocks = np.array([4, 0, 3], np.int64)
     for view in views:
