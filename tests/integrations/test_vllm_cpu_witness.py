@@ -197,3 +197,146 @@ def test_faults_are_found_and_named(
             continue
         assert sum(kinds.values()) >= damaged, name
         assert {*kinds} & NAMES[name], (name, kinds)
+
+
+@pytest.fixture(scope="module")
+def recurrent(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return the folder of a model with recurrent layers."""
+    folder = tmp_path_factory.mktemp("vllm") / "recurrent"
+    in_a_child(lambda: make_gdn(folder))
+    return folder
+
+
+@pytest.mark.parametrize("check", ["all", "off"])
+def test_faults_of_states_are_found(check: str, recurrent: Path, tmp_path: Path) -> None:
+    """A request with a wrong block is computed again as a whole."""
+    prompts = [prompt(700, 1), prompt(1500, 2), prompt(1200, 3)]
+
+    def work() -> Any:
+        shim = importlib.import_module(SHIM)
+        alone = Engine(recurrent, None, **STATES).ask(prompts).tokens
+        config = wrapped("DamagedPortaKV", tmp_path, check=check, action="recompute")
+        engine = Engine(recurrent, None, kv_transfer_config=config, **STATES)
+        faults = shim.FAULTS | shim.FAULTS_OF_STATES
+        names = [*NAMES_OF_STATES, "a flipped byte"]
+        return alone, walk_through(engine, names, faults, prompts)
+
+    alone, seen = in_a_child(work, limit=HOUR)
+    for name, (tokens, damaged, counts) in seen.items():
+        print("states", check, name, damaged, faults_in(counts), tokens == alone)
+    for name, (tokens, damaged, counts) in seen.items():
+        assert damaged == len(prompts), name
+        assert (tokens == alone) is (check == "all"), name
+        kinds = faults_in(counts)
+        assert bool(kinds) is (check == "all"), name
+        if check == "all":
+            assert {*kinds} & (NAMES | NAMES_OF_STATES)[name], (name, kinds)
+
+
+def test_a_fault_is_logged_alone(model: Path, own: list[list[int]], tmp_path: Path) -> None:
+    """The default: the engine goes on with wrong rows, and the counters say so."""
+
+    def work() -> Any:
+        shim = importlib.import_module(SHIM)
+        config = wrapped("DamagedPortaKV", tmp_path)
+        engine = Engine(model, None, kv_transfer_config=config)
+        return walk_through(engine, ["a flipped byte"], shim.FAULTS, PROMPTS)
+
+    ((tokens, _, counts),) = in_a_child(work).values()
+    assert tokens != own
+    assert sum(faults_in(counts).values()) == len(PROMPTS)
+
+
+def test_a_fault_ends_a_step(model: Path, tmp_path: Path) -> None:
+    def work() -> None:
+        shim = importlib.import_module(SHIM)
+        config = wrapped("DamagedExample", tmp_path, action="raise")
+        engine = Engine(model, None, kv_transfer_config=config)
+        walk_through(engine, ["zeros"], shim.FAULTS, PROMPTS)
+
+    with pytest.raises(AssertionError, match="WrongRows"):
+        in_a_child(work)
+
+
+def repeated(seed: int) -> list[int]:
+    """Return tokens whose parts repeat, which drafts by n-grams propose."""
+    part = prompt(40, seed)
+    return part * 8 + prompt(30, seed + 500)
+
+
+#: Engines for which random schedules run: the terms of the engine, and those of the witness.
+QUIET: dict[str, dict[str, Any]] = {
+    "few blocks": {"blocks": 56, "max_model_len": 1024, "scheduling_policy": "priority"},
+    "short chunks": {"blocks": 72, "max_model_len": 1024, "max_num_batched_tokens": 128},
+    "drafts": {
+        "blocks": 72,
+        "max_model_len": 1024,
+        "speculative_config": {
+            "method": "ngram",
+            "num_speculative_tokens": 4,
+            "prompt_lookup_max": 3,
+            "prompt_lookup_min": 1,
+        },
+    },
+    "windows": {"blocks": 120, "max_model_len": 1024},
+}
+
+
+@pytest.fixture(scope="module")
+def windowed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return the folder of a model of which every other layer has a window."""
+    folder = tmp_path_factory.mktemp("vllm") / "windowed"
+    in_a_child(lambda: make_model(folder, 128))
+    return folder
+
+
+@pytest.mark.parametrize("name", [*QUIET])
+def test_no_alarm_without_a_fault(
+    name: str, model: Path, windowed: Path, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    """Preemption, aborts, prefill in chunks, hits in the engine's own cache, drafts."""
+    draw = random.Random(SEED)
+    prompts = prompts_of(draw, 24)
+    if name == "drafts":
+        prompts[::3] = [repeated(each) for each in range(8)]
+    folder = windowed if name == "windows" else model
+    terms = QUIET[name]
+
+    def alone() -> list[list[int]]:
+        return Engine(folder, None).ask(prompts, LONGEST_ANSWER).tokens
+
+    expected = in_a_child(alone)
+
+    def work() -> Any:
+        # A stored block is one block, and a store holds part of the blocks.
+        vars(importlib.import_module("portakv.integrations.vllm.caches"))["TOKENS"] = BLOCK
+        config = wrapped("DamagedPortaKV", tmp_path, action="recompute")
+        inner = config["kv_connector_extra_config"]["connector_extra_config"]
+        inner |= {"host": 8 << 20, "capacity": 24 << 20}
+        engine = Engine(folder, None, kv_transfer_config=config, **terms)
+        preempted = count_preemptions(engine.scheduler)
+        walk = Walk(engine, prompts, expected, draw)
+        walk.run(REQUESTS)
+        return walk.counts, walk.wrong, len(preempted), counts_of(engine), engine.counts
+
+    counts, wrong, preempted, seen, own_counts = in_a_child(work, limit=HOUR)
+    print(name, dict(counts), f"preempted {preempted}", dict(seen), own_counts)
+    assert wrong == []
+    assert faults_in(seen) == {}
+    assert seen["witness_compared"] > 100
+    assert sum(many for state, many in counts.items() if state.startswith("aborted"))
+    if name == "few blocks":
+        assert preempted
+
+
+def count_preemptions(scheduler: Any) -> list[str]:
+    """Return a list that gets the name of each request whose blocks are taken."""
+    names = list[str]()
+    preempt = scheduler._preempt_request
+
+    def note_name(request: Any, *args: Any, **terms: Any) -> Any:
+        names.append(request.request_id)
+        return preempt(request, *args, **terms)
+
+    scheduler._preempt_request = note_name
+    return names
