@@ -11,9 +11,11 @@ import importlib
 import random
 import time
 from collections import Counter
+from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import pytest
 
@@ -39,6 +41,7 @@ from support.waits import LIMIT
 
 PROMPTS = [prompt(1000, 1), prompt(500, 2), prompt(900, 3)]
 SHIM = "support.witness_shim"
+NAME = "witness-"  # an engine's id begins so
 SEED = 7
 REQUESTS = 120
 HOUR = 3600.0
@@ -78,6 +81,14 @@ def imported() -> None:
     importlib.import_module("portakv.integrations.vllm.witness")
 
 
+@pytest.fixture(autouse=True)
+def _no_memory_is_left() -> Iterator[None]:
+    """Remove the host memory of engines that ended without a shutdown."""
+    yield
+    for file in Path("/dev/shm").glob(f"vllm_offload_{NAME}*"):
+        file.unlink()
+
+
 model = pytest.fixture(scope="module")(small_model)
 
 
@@ -96,7 +107,7 @@ def store(folder: Path) -> dict[str, Any]:
 #: rows. A request that has one of two swapped blocks would be wrong.
 HARMLESS = {"swapped blocks", "shifted tokens"}
 #: The connectors that are wrapped, in `support.witness_shim`, and vLLM's terms for each.
-WRAPPED = ("DamagedPortaKV", "MultiConnector", "DamagedExample")
+WRAPPED = ("DamagedPortaKV", "MultiConnector", "DamagedExample", "DamagedOffloading")
 
 
 def wrapped(name: str, folder: Path, **terms: Any) -> dict[str, Any]:
@@ -112,6 +123,13 @@ def wrapped(name: str, folder: Path, **terms: Any) -> dict[str, Any]:
         inner = {"connectors": [connector_terms(inner), shared]}
     elif name == "DamagedExample":
         inner = example
+    elif name == "DamagedOffloading":
+        # vLLM's own worker needs CUDA; PortaKV's does not.
+        inner = {
+            "cpu_bytes_to_use": 64 << 20,
+            "spec_name": "PortaKVTieringSpec",
+            "spec_module_path": "portakv.integrations.vllm_tier",
+        }
     extra = {
         "connector": name,
         "connector_module_path": SHIM,
@@ -122,6 +140,7 @@ def wrapped(name: str, folder: Path, **terms: Any) -> dict[str, Any]:
     return {
         "kv_connector": "PortaKVWitness",
         "kv_connector_module_path": "portakv.integrations.vllm.witness",
+        "engine_id": NAME + uuid4().hex,
         "kv_role": "kv_both",
         "kv_load_failure_policy": "recompute",
         "kv_connector_extra_config": extra,

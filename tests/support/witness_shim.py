@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from vllm.distributed.kv_transfer.kv_connector.v1 import multi_connector
 from vllm.distributed.kv_transfer.kv_connector.v1.example_connector import ExampleConnector
+from vllm.distributed.kv_transfer.kv_connector.v1.offloading_connector import OffloadingConnector
 
 from portakv.integrations.vllm.caches import GONE, kernels_of, views_of
 from portakv.integrations.vllm.connector import PortaKVConnector
@@ -70,7 +71,7 @@ def _shift(load: Loaded) -> None:
 
 def _shift_tokens(load: Loaded) -> None:
     for plane, _, ids in load.all():
-        plane[ids[1]] = plane[ids[1]].roll(1, dims=1)
+        plane[ids[1]] = plane[ids[1]].roll(plane.shape[2] // 2, dims=1)
 
 
 def _stale(load: Loaded) -> None:
@@ -254,6 +255,10 @@ class DamagedPortaKV(_DamagesAtTheEnd, PortaKVConnector):
 
 class MultiConnector(_DamagesAtTheEnd, multi_connector.MultiConnector):  # type: ignore[misc]
     """vLLM's connector of several, with faults. vLLM treats connectors of this name differently."""
+
+
+class DamagedOffloading(_DamagesAtTheEnd, OffloadingConnector):  # type: ignore[misc]
+    """vLLM's offloading to host memory, with faults."""
 
 
 class DamagedExample(_Damages, ExampleConnector):  # type: ignore[misc]
