@@ -57,7 +57,7 @@ NAMES = {
     "swapped blocks": {"other block", "shifted blocks"},
     "a shifted list": {"shifted blocks"},
     "shifted tokens": {"shifted tokens"},
-    "stale rows": {"not written", "other block"},
+    "stale rows": {"not written", "other block", "zeros"},
     "a half copy": {"half written"},
     "a copy that has not ended": {"not written", "other block"},
     "a missing layer": {"missing layers"},

@@ -195,9 +195,7 @@ class PortaKVPromMetrics(KVConnectorPromMetrics):  # type: ignore[misc]
                 series.set(self._levels[key])
 
 
-def series_of(
-    name: str, metrics: Mapping[str, Metric] = REPORTED
-) -> tuple[str, list[str]]:
+def series_of(name: str, metrics: Mapping[str, Metric] = REPORTED) -> tuple[str, list[str]]:
     """Return the name of a counter or a level, and the values of its labels, from the name of its
     report. The last value may be a path, which has slashes as well."""
     counter, _, texts = name.partition("/")

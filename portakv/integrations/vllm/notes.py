@@ -350,9 +350,7 @@ class BlockNotes:
             notes += self._note(state, at, tokens, self._block_at(state, at, tokens))
         return notes
 
-    def _states(
-        self, state: _Request, at: int, ends: Mapping[int, int], past: int
-    ) -> list[Note]:
+    def _states(self, state: _Request, at: int, ends: Mapping[int, int], past: int) -> list[Note]:
         """Return the blocks with states at some ends of blocks, none after ``past`` tokens."""
         size = cast(Group, self._groups[at]).block_size
         notes = list[Note]()

@@ -433,9 +433,7 @@ class PortaKVWitness(_passes_all()):  # type: ignore[misc]
                 self.witness.stored(blocks, keys, part, first=first)
         self.witness.settle()
 
-    def get_finished(
-        self, finished_req_ids: set[str]
-    ) -> tuple[set[str] | None, set[str] | None]:
+    def get_finished(self, finished_req_ids: set[str]) -> tuple[set[str] | None, set[str] | None]:
         sent, received = self.wrapped.get_finished(finished_req_ids)
         self._compare(finished_req_ids, received or ())
         return sent, received
