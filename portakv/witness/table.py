@@ -87,6 +87,7 @@ class Ring:
         self._slots = dict[bytes, list[int]]()  # at most one entry for each record
         self._last = dict[int, bytes]()  # the key of each engine's block that has a record
         self._next = 0
+        self._past = 0  # slots from here on were never used
         self._order = 0
         self._lost = [bytearray(_DROPPED), bytearray(_DROPPED)]
         self._marked = 0
@@ -152,6 +153,7 @@ class Ring:
                 self._heads["check"][slot] = check_of(self._heads[slot], self._sums[slot])
         self._order += len(rows)
         self._next = past % len(self._keys)
+        self._past = max(self._past, past)
 
     def versions(self, key: bytes) -> list[Known]:
         """Return the fingerprints of a key, newest first."""
@@ -178,7 +180,9 @@ class Ring:
 
     def with_sum(self, at: int, value: int) -> Iterator[Known]:
         """Yield the fingerprints that have a sum at a place, newest first."""
-        found = np.flatnonzero((self._sums[:, at] == value) & (self._heads["length"] > 0))
+        past = self._past
+        equal = self._sums[:past, at] == value
+        found = np.flatnonzero(equal & (self._heads["length"][:past] > 0))
         for slot in found[np.argsort(self._heads["order"][found])[::-1]]:
             yield self._known(int(slot))
 
@@ -219,6 +223,7 @@ class Ring:
             self._slots.setdefault(key, []).append(slot)
             self._order = int(self._heads["order"][slot]) + 1
             self._next = (slot + 1) % len(self._keys)
+            self._past = max(self._past, slot + 1)
 
 
 #: A record without its sums: its checksum and order, the engine's block, the bytes of the key + 1.
