@@ -46,7 +46,7 @@ SEED = 7
 REQUESTS = 120
 HOUR = 3600.0
 #: How an engine starts with a model with states.
-STATES = {
+STATES: dict[str, Any] = {
     "dtype": "bfloat16",
     "enable_prefix_caching": True,
     "mamba_cache_mode": "align",
@@ -67,7 +67,7 @@ NAMES = {
     "zeros": {"zeros"},
     "another block": {"other block", "shifted blocks"},
 }
-NAMES_OF_STATES = {
+NAMES_OF_STATES: dict[str, Any] = {
     "a missing group": {"missing group", "not written", "other block"},
     "another state": {"other block"},
 }

@@ -32,6 +32,7 @@ from portakv.integrations.vllm.notes import (
     Load,
     Note,
     WitnessTerms,
+    check_parallel,
     check_policy,
     rank_files,
     served_groups,
@@ -70,7 +71,7 @@ class Vllm(SimpleNamespace):
     def caches(self, groups: int = 1) -> Any:
         """Return vLLM's configuration of the caches."""
         spec = FullAttentionSpec(block_size=BLOCK, num_kv_heads=1, head_size=WIDTH)
-        kinds = [spec]
+        kinds: list[Any] = [spec]
         if groups > 1:
             shape = {"block_size": BLOCK, "num_kv_heads": 1, "head_size": WIDTH}
             kinds.append(SlidingWindowSpec(**shape, sliding_window=2 * BLOCK))
@@ -280,6 +281,12 @@ def test_recompute_needs_vllms_policy() -> None:
     check_policy(WitnessTerms("X"), "fail")
     with pytest.raises(IntegrationError, match="Set it to 'recompute'"):
         check_policy(terms, "fail")
+
+
+def test_ranks_that_divide_a_blocks_tokens_are_refused() -> None:
+    check_parallel(SimpleNamespace(world_size=2))
+    with pytest.raises(IntegrationError, match="leave --decode-context-parallel-size out"):
+        check_parallel(SimpleNamespace(decode_context_parallel_size=2))
 
 
 def test_files_of_ranks() -> None:

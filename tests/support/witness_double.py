@@ -14,6 +14,8 @@ MODULE = __name__
 class Stats(SimpleNamespace):
     """vLLM's object for the figures of a connector: ``data`` has numbers that add up."""
 
+    data: dict[str, Any]
+
     def aggregate(self, other: Stats) -> Stats:
         for name, value in other.data.items():
             self.data[name] = self.data.get(name, 0) + value

@@ -206,7 +206,7 @@ class _Damages:
         for each in views:
             tensors: Any = each.view.tensors
             layers = [x if isinstance(x, list | tuple) else [x] for x in tensors]
-            _planes_of[each.group] += [[*x] for x in layers]
+            _planes_of[each.group or 0] += [[*x] for x in layers]
 
     def get_num_new_matched_tokens(self, request: Any, num_computed_tokens: int) -> Any:
         _computed[request.request_id] = num_computed_tokens

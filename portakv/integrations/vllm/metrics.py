@@ -17,8 +17,10 @@ from portakv.runtime import tracing
 
 try:
     from vllm.distributed.kv_transfer.kv_connector.v1.metrics import (
-        KVConnectorPromMetrics,
-        KVConnectorStats,
+        KVConnectorPromMetrics as KVConnectorPromMetrics,
+    )
+    from vllm.distributed.kv_transfer.kv_connector.v1.metrics import (
+        KVConnectorStats as KVConnectorStats,
     )
 except ImportError:  # a release without figures of connectors
     KVConnectorPromMetrics = KVConnectorStats = object

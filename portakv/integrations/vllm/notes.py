@@ -106,6 +106,17 @@ def check_policy(terms: WitnessTerms, policy: str) -> None:
         )
 
 
+def check_parallel(parallel: Any) -> None:
+    """Raise `IntegrationError` for ranks that divide the tokens of a block among each other."""
+    for name in ("prefill_context_parallel_size", "decode_context_parallel_size"):
+        many = getattr(parallel, name, 1)
+        if many != 1:
+            raise IntegrationError(
+                f"Expected ranks that have all tokens of a block for the witness, got {name} "
+                f"{many}. Set check to 'off', or leave --{name.replace('_', '-')} out."
+            )
+
+
 class Note(NamedTuple):
     """A block of the engine, and what its rows should be.
 

@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 
-from portakv.integrations import IntegrationError, check_release, log_through
+from portakv.integrations import IntegrationError, check_release, installed, log_through
 from portakv.integrations.vllm.caches import (
     TOLD,
     kernels_of,
@@ -37,6 +37,7 @@ from portakv.integrations.vllm.notes import (
     StepNotes,
     WitnessTerms,
     blocks_of,
+    check_parallel,
     check_policy,
     rank_files,
     served_groups,
@@ -167,6 +168,8 @@ class PortaKVWitness(_passes_all()):  # type: ignore[misc]
         self.wrapped = wrapped_class(inner)(inner, role, kv_cache_config)
 
         self._checks = self.terms.check != "off"
+        if self._checks:
+            check_parallel(vllm_config.parallel_config)
         self._fails_by_request = groups > 1
         if self._checks and self.terms.action == "recompute" and self._fails_by_request:
             _check_failures_by_request()
@@ -181,6 +184,7 @@ class PortaKVWitness(_passes_all()):  # type: ignore[misc]
         self.witness: Witness | None = None  # of a worker that has registered its caches
         self._parts = dict[int, list[str]]()  # by the number of a group, its views
         self._waiting = dict[str, Load]()  # loads whose end the wrapped connector reports
+        self._filled = dict[str, list[Note]]()  # by request, the blocks that this step fills
         self._in_step = list[Load]()  # loads that end in this step
         self._spoilt = set[str]()  # requests with wrong rows in this step
         self._errors = set[int]()  # failed blocks that vLLM has yet to hear of
@@ -382,6 +386,7 @@ class PortaKVWitness(_passes_all()):  # type: ignore[misc]
             others=others,
             older=terms.older,  # type: ignore[arg-type]
             reports=terms.report,
+            about={"engine": " ".join(installed("vllm") or ()), "connector": terms.connector},
         )
         _log.info(
             "The witness compares what %s loads: check %r, action %r, bytes of a fingerprint %s.",
@@ -402,8 +407,8 @@ class PortaKVWitness(_passes_all()):  # type: ignore[misc]
         self.wrapped.handle_preemptions(kv_connector_metadata.wrapped)
 
     def bind_connector_metadata(self, connector_metadata: WitnessMetadata) -> None:
-        self._connector_metadata = connector_metadata
         self.wrapped.bind_connector_metadata(connector_metadata.wrapped)
+        self._filled = connector_metadata.notes.filled
         self._spoilt = set()
         self._in_step = []
         for load in connector_metadata.notes.loads:
@@ -416,15 +421,15 @@ class PortaKVWitness(_passes_all()):  # type: ignore[misc]
 
     def clear_connector_metadata(self) -> None:
         """End a step: the target's and the drafts' layers have written all rows."""
-        metadata = self._connector_metadata
-        self._connector_metadata = None
         self.wrapped.clear_connector_metadata()
-        if self.witness is None or metadata is None:
+        filled = self._filled
+        self._filled = {}
+        if self.witness is None:
             return
         notes = list[Note]()
-        for name, filled in metadata.notes.filled.items():
+        for name, some in filled.items():
             if name not in self._spoilt:  # rows after wrong ones are wrong too
-                notes += filled
+                notes += some
         for number, some in _by_group(notes).items():
             blocks = [note.block for note in some]
             keys = [note.key for note in some]
@@ -448,7 +453,8 @@ class PortaKVWitness(_passes_all()):  # type: ignore[misc]
         return results
 
     def get_block_ids_with_load_errors(self) -> set[int]:
-        errors = self._errors | self.wrapped.get_block_ids_with_load_errors()
+        errors = self._errors
+        errors |= self.wrapped.get_block_ids_with_load_errors()
         self._errors = set()
         return errors
 
