@@ -13,7 +13,7 @@ import json
 import platform
 import zipfile
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,14 +22,14 @@ import torch
 
 from portakv import __version__
 from portakv.errors import InvalidTerms
+from portakv.migrate.checksum import MODULUS
 from portakv.view import KVView
 from portakv.witness.faults import Difference, Fault, Name, as_json, ranges_text
 from portakv.witness.fingerprint import Fingerprints, Geometry, Sums, keys_for, sums_of_rows
-from portakv.witness.table import geometry_of, head_text, is_whole, read_records
+from portakv.witness.table import MAGIC, geometry_of, is_whole, read_records
 
 _FORMAT = 1
-#: The most bytes of rows in a file.
-ROWS = 64 << 20
+_SHOWN = 16  # planes
 
 
 class Report(NamedTuple):
@@ -50,38 +50,33 @@ class Report(NamedTuple):
     layers: Sequence[int]
     rows: Sequence[torch.Tensor]
 
-    @property
-    def is_replayed(self) -> bool:
-        """Return whether the rows in the file have the actual sums."""
-        return bool(self.rows) and bool(
-            np.array_equal(self._sums_of_layers(self._rows_sums()), self._of(self.actual))
-        )
-
-    @property
-    def has_expected_rows(self) -> bool:
-        """Return whether the rows in the file have the expected sums."""
-        return bool(self.rows) and bool(
-            np.array_equal(self._sums_of_layers(self._rows_sums()), self._of(self.expected))
-        )
-
-    def _rows_sums(self) -> Sums:
-        part = self._part()
-        sums = sums_of_rows(part, self.rows, keys_for(part, torch.device("cpu")))
-        return sums[0].numpy()
-
-    def _part(self) -> Geometry:
-        fields = asdict(self.geometry)
-        return geometry_of({**fields, "layers": len(self.layers)})
+    def replay(self) -> str:
+        """Return ``same`` if the rows in the file have the actual sums; ``late`` if they have the
+        expected ones, so that the load had not ended; ``none`` without rows; else ``changed``."""
+        if not self.layers:
+            return "none"
+        part = replace(self.geometry, layers=len(self.layers))
+        sums = sums_of_rows(part, self.rows, keys_for(part, torch.device("cpu")))[0].numpy()
+        if np.array_equal(sums, self._sums_of_layers(self.actual)):
+            return "same"
+        late = np.array_equal(sums, self._sums_of_layers(self.expected))
+        return "late" if late else "changed"
 
     def _sums_of_layers(self, sums: Sums) -> Sums:
-        part = self._part()
-        return np.concatenate([part.by_head(sums).ravel(), part.by_segment(sums).ravel()])
-
-    def _of(self, sums: Sums) -> Sums:
+        """Return the sums of the layers that the file has."""
         geometry = self.geometry
         layers = [*self.layers]
         by_head = geometry.by_head(sums)[layers].ravel()
         return np.concatenate([by_head, geometry.by_segment(sums)[layers].ravel()])
+
+
+#: The outcomes of a replay in words.
+_REPLAYS = {
+    "same": "the rows in this file have the actual sums",
+    "late": "the rows were right when they were read again: the load had not ended",
+    "changed": "the rows changed after the comparison",
+    "none": "this file has no rows: a layer is too large",
+}
 
 
 def write_report(
@@ -92,16 +87,17 @@ def write_report(
     fingerprints: Fingerprints,
     view: KVView,
     about: Mapping[str, str],
+    most: int,
 ) -> None:
-    """Write a file about a fault. Blocks the host, to read the rows.
+    """Write a file about a fault, with at most so many bytes of rows. Blocks the host.
 
     Raises OSError.
     """
     geometry = difference.geometry
     layers = list(range(geometry.layers))
-    if geometry.block_bytes > ROWS:
+    if geometry.block_bytes > most:
         each = geometry.block_bytes // geometry.layers
-        layers = [*difference.layers][: ROWS // each]
+        layers = [*difference.layers][: most // each]
     rows = [tensor[layers].cpu().contiguous() for tensor in fingerprints.rows(fault.block)]
     text = {
         "format": _FORMAT,
@@ -159,83 +155,99 @@ def read_report(path: Path) -> Report:
         ) from error
 
 
-def show_report(path: Path) -> list[str]:
-    """Return a file about a fault as lines of text. Raises as `read_report`."""
-    report = read_report(path)
+def _lines_of(report: Report, replay: str) -> list[str]:
+    """Return a fault as lines of text."""
     fault = report.text["fault"]
     geometry = report.geometry
     difference = Difference(geometry, report.expected, report.actual)
-    sums = geometry.layers * geometry.kv
+    differing = int(difference.planes.sum())
     lines = [
         fault["sentence"],
         "",
-        f"kind        {fault['kind']}",
-        f"group       {fault['group'] or '(one group)'}",
-        f"key         {fault['key']}",
-        f"block       {fault['block']}",
-        f"view        {report.text['view']}",
-        f"versions    {', '.join(f'{k} {v}' for k, v in report.text['versions'].items())}",
-        f"planes      {int(difference.planes.sum())} of {sums} differ",
-    ]
-    if report.is_replayed:
-        held = "the rows in this file have the actual sums"
-    elif not report.rows:
-        held = "this file has no rows: they are too large"
-    elif report.has_expected_rows:
-        held = "the rows were right when they were read again: the load had not ended"
-    else:
-        held = "the rows changed after the comparison"
-    lines += [
-        f"replay      {held}",
+        f"kind      {fault['kind']}",
+        f"group     {fault['group'] or '(one group)'}",
+        f"key       {fault['key']}",
+        f"block     {fault['block']}",
+        f"view      {report.text['view']}",
+        f"versions  {', '.join(f'{k} {v}' for k, v in report.text['versions'].items())}",
+        f"planes    {differing} of {geometry.layers * geometry.kv} differ",
+        f"replay    {_REPLAYS[replay]}",
         "",
         "layer  kv  heads         segments      expected -> actual",
     ]
-    by_head = [geometry.by_head(x) for x in (report.expected, report.actual)]
-    for layer, kv in np.argwhere(difference.planes)[:16].tolist():
+    expected = geometry.by_head(report.expected)
+    actual = geometry.by_head(report.actual)
+    for layer, kv in np.argwhere(difference.planes)[:_SHOWN].tolist():
         heads = np.flatnonzero(difference.heads[layer, kv]).tolist()
         segments = np.flatnonzero(difference.segments[layer, kv]).tolist()
-        pair = [f"{int(x[layer, kv, heads[0] if heads else 0]) % 2**64:016x}" for x in by_head]
+        place = layer, kv, heads[0] if heads else 0
+        sums = [f"{int(x[place]) % MODULUS:016x}" for x in (expected, actual)]
         lines.append(
             f"{layer:5}  {kv:2}  {ranges_text(heads):12}  {ranges_text(segments):12}  "
-            f"{pair[0]} -> {pair[1]}"
+            f"{sums[0]} -> {sums[1]}"
         )
-    more = int(difference.planes.sum()) - 16
-    if more > 0:
-        lines.append(f"... and {more} more planes")
+    if differing > _SHOWN:
+        lines.append(f"... and {differing - _SHOWN} more planes")
     return lines
 
 
-def show_table(path: Path) -> list[str]:
-    """Return a file of fingerprints as lines of text: the records and the layout of each group.
+def _groups_of(path: Path) -> list[dict[str, Any]]:
+    """Return the groups of a file of fingerprints, as values for JSON."""
+    groups = list[dict[str, Any]]()
+    for name, (geometry, records) in read_records(path).items():
+        used = np.flatnonzero(records.heads["length"])
+        whole = sum(is_whole(records.heads[slot], records.sums[slot]) for slot in used)
+        groups.append(
+            {
+                "group": name,
+                "fingerprints": whole,
+                "torn": len(used) - whole,
+                "most": len(records.heads),
+                "bytes": geometry.nbytes,
+                "bytes of a block": geometry.block_bytes,
+                "layers": geometry.layers,
+                "kv": geometry.kv,
+                "heads": geometry.heads,
+            }
+        )
+    return groups
+
+
+def show(path: Path) -> tuple[list[str], bool]:
+    """Return a file of a witness as lines of text, and whether nothing in it contradicts itself.
+
+    A file about a fault is replayed: its rows are summed again. A file of fingerprints may have
+    torn records.
 
     Raises:
         InvalidTerms: the file is torn or another file.
         OSError: it cannot be read.
     """
-    lines = list[str]()
-    for name, (geometry, records) in read_records(path).items():
-        used = np.flatnonzero(records.heads["length"])
-        whole = sum(is_whole(records.heads[slot], records.sums[slot]) for slot in used)
-        torn = f", {len(used) - whole} torn" if whole < len(used) else ""
-        lines.append(
-            f"{name or '(one group)'}: {whole} of {len(records.heads)} fingerprints{torn}; "
-            f"{geometry.nbytes} B for a block of {geometry.block_bytes} B; {geometry.layers} "
-            f"layers, {geometry.kv} kv, {geometry.heads} heads"
-        )
-    return lines
+    if not _is_table(path):
+        report = read_report(path)
+        replay = report.replay()
+        return _lines_of(report, replay), replay != "changed"
+    groups = _groups_of(path)
+    lines = [
+        f"{x['group'] or '(one group)'}: {x['fingerprints']} of {x['most']} fingerprints, "
+        f"{x['torn']} torn; {x['bytes']} B for a block of {x['bytes of a block']} B, {x['layers']} "
+        f"layers, {x['kv']} kv, {x['heads']} heads"
+        for x in groups
+    ]
+    return lines, not any(x["torn"] for x in groups)
 
 
-def show(path: Path) -> list[str]:
-    """Return a file about a fault, or a file of fingerprints, as lines of text.
+def as_values(path: Path) -> tuple[dict[str, Any], bool]:
+    """Return what `show` does, as values for JSON."""
+    if not _is_table(path):
+        report = read_report(path)
+        replay = report.replay()
+        return {**report.text, "replay": replay}, replay != "changed"
+    groups = _groups_of(path)
+    return {"groups": groups}, not any(x["torn"] for x in groups)
 
-    Raises as `show_report` and `show_table`.
-    """
+
+def _is_table(path: Path) -> bool:
+    """Return whether a file begins as a table of fingerprints does."""
     with path.open("rb") as file:
-        is_zip = file.read(2) == b"PK"
-    if is_zip:
-        return show_report(path)
-    try:
-        head_text(path, path.open("rb").read(1 << 20))
-    except InvalidTerms:
-        return show_report(path)
-    return show_table(path)
+        return file.read(len(MAGIC)) == MAGIC

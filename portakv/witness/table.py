@@ -31,7 +31,8 @@ from portakv.witness.fingerprint import Geometry, Sums
 KEY = 64
 #: The most versions of one key.
 VERSIONS = 8
-_MAGIC = b"PortaKV witness\0"
+#: The first bytes of a file.
+MAGIC = b"PortaKV witness\0"
 _FORMAT = 1
 _HEAD = struct.Struct("<16s2q")  # magic, bytes of the JSON text, its checksum
 _ALIGNED = 4096
@@ -299,7 +300,9 @@ class Table:
         self.rings = {}
         if self._fd is not None:
             self._memory.flush()
-            os.close(self._fd)  # the lock ends with it; arrays may retain the mapping
+            # Arrays may retain the mapping, which has the file open too.
+            fcntl.flock(self._fd, fcntl.LOCK_UN)
+            os.close(self._fd)
             self._fd = None
 
 
@@ -321,7 +324,7 @@ def _head_of(geometries: Mapping[str, Geometry], slots: int) -> bytes:
     """Return the first bytes of a file, padded to whole pages."""
     groups = {name: asdict(geometry) for name, geometry in geometries.items()}
     text = json.dumps({"format": _FORMAT, "slots": slots, "groups": groups}).encode()
-    head = _HEAD.pack(_MAGIC, len(text), _signed(checksum(text))) + text
+    head = _HEAD.pack(MAGIC, len(text), _signed(checksum(text))) + text
     return head.ljust(_whole_pages(len(head)), b"\0")
 
 
@@ -386,7 +389,7 @@ def head_text(file: Path, data: bytes) -> dict[str, Any]:
     if len(data) >= _HEAD.size:
         (magic, length, check) = _HEAD.unpack_from(data)
         text = data[_HEAD.size : _HEAD.size + max(0, length)]
-        if magic == _MAGIC and _signed(checksum(text)) == check:
+        if magic == MAGIC and _signed(checksum(text)) == check:
             described: dict[str, Any] = json.loads(text)
             return described
     raise InvalidTerms(

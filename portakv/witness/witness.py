@@ -219,6 +219,7 @@ class Witness:
             weights an older version is wrong.
         reports: a folder for files about faults, at most 4 of each kind and 32 in all; None: no
             files.
+        report_bytes: the most bytes of rows in such a file.
         about: versions of the engine and its connector, for the files.
 
     Attributes:
@@ -243,14 +244,16 @@ class Witness:
         others: Sequence[str | PathLike[str]] = (),
         older: Literal["accept", "fault"] = "accept",
         reports: str | PathLike[str] | None = None,
+        report_bytes: int = 64 << 20,
         about: Mapping[str, str] | None = None,
     ) -> None:
         self.check = one_of("check", check, ("off", "sample", "all"))
         self.action = one_of("action", action, ("log", "recompute", "raise"))
-        self._limit = number("rate", rate, 0.0, 1.0) * 2**32
+        self._limit = number("rate", rate, 0.0, 1.0, "a number from 0 to 1") * 2**32
         self._accepts_older = one_of("older", older, ("accept", "fault")) == "accept"
         self._others = [Path(each) for each in others]
         self._reports = None if reports is None else Path(reports)
+        self._report_bytes = as_bytes("report_bytes", report_bytes)
         self._about = dict(about or {})
         self._lines = RateLimitedLog(_log)
         self._pending = deque[_Step]()
@@ -259,7 +262,9 @@ class Witness:
         self._table: Table | None = None
         if self.check == "off":
             return
-        named = {"": views} if isinstance(views, KVView) else dict(views)
+        named = {"": views} if isinstance(views, KVView) else views
+        if not isinstance(named, Mapping) or not named:
+            raise invalid("views", "a view, or a view of each group by its name", views)
         fingerprints = {name: _fingerprints_of(name, view) for name, view in named.items()}
         geometries = {name: each.geometry for name, each in fingerprints.items()}
         path = None if file is None else Path(file)
@@ -545,7 +550,16 @@ class Witness:
             while path.exists():
                 nth += 1
                 path = self._reports / f"{stem}-{nth}.zip"
-            write_report(path, fault, name, difference, of.fingerprints, of.view, self._about)
+            write_report(
+                path,
+                fault,
+                name,
+                difference,
+                of.fingerprints,
+                of.view,
+                self._about,
+                self._report_bytes,
+            )
         except (OSError, RuntimeError) as error:
             self._lines.warning("reports", "A file about a fault cannot be written: %s", error)
             return None

@@ -402,7 +402,7 @@ def blocks_without_fault(count: int) -> None:
                 tier[n] = torch.randn(2, 4, 2, 8, generator=generator)
                 cache[:, block] = tier[n]
                 stored.append((n, block))
-            elif n % 40 == 0:  # computed again; the tier keeps the first rows, or takes the new ones
+            elif n % 40 == 0:  # computed again; the tier may take the new rows
                 cache[:, block] = tier[n] * rounding
                 stored.append((n, block))
                 if n % 80:
