@@ -70,8 +70,8 @@ class Ring:
     """The fingerprints of a group, oldest first.
 
     Args:
-        records: the memory; a slot with length 0 is free.
-        sealed: records get checksums.
+        records: the memory.
+        sealed: records get heads with checksums; a slot whose length is 0 is free.
 
     Attributes:
         dropped: fingerprints that newer ones have evicted.
@@ -85,6 +85,7 @@ class Ring:
         self._sums = records.sums
         self._sealed = sealed
         self._keys: list[bytes | None] = [None] * len(records.heads)
+        self._blocks = [0] * len(records.heads)
         self._slots = dict[bytes, list[int]]()  # at most one entry for each record
         self._last = dict[int, bytes]()  # the key of each engine's block that has a record
         self._next = 0
@@ -138,23 +139,30 @@ class Ring:
         for slot in range(first, past):
             if self._keys[slot] is not None:
                 self._drop(slot)
-        some = [keys[row] for row in rows]
-        heads = self._heads[first:past]
-        heads["check"] = 0
-        heads["order"] = np.arange(self._order, self._order + len(rows))
-        heads["block"] = [blocks[row] for row in rows]
-        padded = b"".join(key.ljust(KEY, b"\0") for key in some)
-        heads["key"] = np.frombuffer(padded, np.uint8).reshape(-1, KEY)
-        heads["length"] = [len(key) + 1 for key in some]
         self._sums[first:past] = sums if len(rows) == len(sums) else sums[rows]
-        for slot, key in zip(range(first, past), some, strict=True):
+        for slot, row in zip(range(first, past), rows, strict=True):
+            key = keys[row]
             self._keys[slot] = key
+            self._blocks[slot] = blocks[row]
             self._slots.setdefault(key, []).append(slot)
-            if self._sealed:
-                self._heads["check"][slot] = check_of(self._heads[slot], self._sums[slot])
-        self._order += len(rows)
+        if self._sealed:
+            self._seal(range(first, past))
         self._next = past % len(self._keys)
         self._past = max(self._past, past)
+
+    def _seal(self, slots: range) -> None:
+        """Write the heads of new records, whose checksums come last."""
+        heads = self._heads[slots.start : slots.stop]
+        heads["check"] = 0
+        heads["order"] = np.arange(self._order, self._order + len(slots))
+        heads["block"] = self._blocks[slots.start : slots.stop]
+        keys = [key or b"" for key in self._keys[slots.start : slots.stop]]
+        padded = b"".join(key.ljust(KEY, b"\0") for key in keys)
+        heads["key"] = np.frombuffer(padded, np.uint8).reshape(-1, KEY)
+        heads["length"] = [len(key) + 1 for key in keys]
+        for slot in slots:
+            self._heads["check"][slot] = check_of(self._heads[slot], self._sums[slot])
+        self._order += len(slots)
 
     def versions(self, key: bytes) -> list[Known]:
         """Return the fingerprints of a key, newest first."""
@@ -181,16 +189,20 @@ class Ring:
 
     def with_sum(self, at: int, value: int) -> Iterator[Known]:
         """Yield the fingerprints that have a sum at a place, newest first."""
-        past = self._past
-        equal = self._sums[:past, at] == value
-        found = np.flatnonzero(equal & (self._heads["length"][:past] > 0))
-        for slot in found[np.argsort(self._heads["order"][found])[::-1]]:
-            yield self._known(int(slot))
+        found = np.flatnonzero(self._sums[: self._past, at] == value)
+        # The ring begins, with its oldest fingerprint, at the next slot that is written.
+        for slot in sorted(found.tolist(), key=self._age):
+            if self._keys[slot] is not None:
+                yield self._known(slot)
+
+    def _age(self, slot: int) -> int:
+        """Return the number of slots that were written after a slot."""
+        return (self._next - 1 - slot) % len(self._keys)
 
     def _known(self, slot: int) -> Known:
         key = self._keys[slot]
         assert key is not None
-        return Known(key, int(self._heads["block"][slot]), self._sums[slot])
+        return Known(key, self._blocks[slot], self._sums[slot])
 
     def _drop(self, slot: int) -> None:
         """Remove a record."""
@@ -201,7 +213,8 @@ class Ring:
         slots.remove(slot)
         if not slots:
             del self._slots[key]
-        self._heads["length"][slot] = 0
+        if self._sealed:
+            self._heads["length"][slot] = 0
         self.dropped += 1
 
         # Old marks are forgotten, else every place would have one in the end.
@@ -221,6 +234,7 @@ class Ring:
                 continue
             key = key_in(self._heads[slot])
             self._keys[slot] = key
+            self._blocks[slot] = int(self._heads["block"][slot])
             self._slots.setdefault(key, []).append(slot)
             self._order = int(self._heads["order"][slot]) + 1
             self._next = (slot + 1) % len(self._keys)

@@ -307,7 +307,8 @@ class Witness:
         self.settle()
         (of, ids) = self._read(blocks, keys, group)
         chosen = self._chosen(keys, first)
-        if not len(ids):
+        if not chosen and not self._pending:
+            of.ring.forget(ids.tolist())
             return
         if len(self._pending) >= _PENDING:
             of.figures.dropped += len(chosen)
