@@ -285,6 +285,12 @@ INTEGRATIONS = (
         "vllm.md#the-offloading-worker",
     ),
     (
+        "proof that any connector of vLLM loads the right rows",
+        RELEASES["vllm"],
+        "`kv_connector` and its module",
+        "vllm.md#prove-what-another-connector-loads",
+    ),
+    (
         "a disk for LMCache's MP server",
         RELEASES["lmcache"],
         '`--l2-adapter` with `"type": "plugin"`',

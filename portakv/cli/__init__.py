@@ -20,7 +20,18 @@ import sys
 from collections.abc import Sequence
 
 from portakv import __version__
-from portakv.cli import backends, calibrate, demo, doctor, explain, layouts, store, top, warmup
+from portakv.cli import (
+    backends,
+    calibrate,
+    demo,
+    doctor,
+    explain,
+    layouts,
+    store,
+    top,
+    warmup,
+    witness,
+)
 from portakv.cli.console import Parser, installing
 from portakv.errors import PortaKVError
 
@@ -53,7 +64,7 @@ _DELEGATED: dict[str, tuple[str, str, tuple[str, ...], str, str]] = {
     ),
 }
 
-_MODULES = (demo, doctor, backends, explain, layouts, store, top, warmup, calibrate)
+_MODULES = (demo, doctor, backends, explain, layouts, store, witness, top, warmup, calibrate)
 VERBS = (*(module.__name__.rpartition(".")[2] for module in _MODULES), *_DELEGATED)
 
 

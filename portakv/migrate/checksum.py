@@ -70,6 +70,16 @@ def key_of(position: int) -> int:
     return x | 1
 
 
+def keys_of(first: int, n: int, device: torch.device) -> torch.Tensor:
+    """Return the odd numbers of ``n`` positions of an axis, int64 ``[n]``."""
+    x = torch.arange(first, first + n, dtype=torch.int64, device=device)
+    x *= STEP
+    for shift, factor in MIXES:
+        x ^= x >> shift
+        x *= factor
+    return x.bitwise_or_(1)
+
+
 def unit_of(itemsize: int, start: Sequence[int], extents: Sequence[int]) -> int:
     """Return the bytes of the widest words that a part of a tensor allows."""
     if not start:
@@ -308,7 +318,14 @@ def kernel_text(cut: Cut) -> str:
     """Return the kernel's text for a division of parts."""
     text = files("portakv.migrate").joinpath("checksum.cuh").read_text()
     sizes = {"THREADS": cut.threads, "ROWS": cut.rows, "AXES": AXES}
-    return "".join(f"#define PORTAKV_SUM_{name} {size}\n" for name, size in sizes.items()) + text
+    head = "".join(f"#define PORTAKV_SUM_{name} {size}\n" for name, size in sizes.items())
+    return head + words_text() + text
+
+
+def words_text() -> str:
+    """Return the part of a kernel's text that loads words and computes keys of positions. The text
+    defines ``PORTAKV_SUM_THREADS`` before it."""
+    return files("portakv.migrate").joinpath("words.cuh").read_text()
 
 
 def driver_of(device: torch.device) -> KernelDriver:
@@ -420,15 +437,6 @@ class _Mixer:
         self.buffer = torch.empty(self.batch.words, dtype=torch.int64, device=device)
         self.keys = Bounded[tuple[int, int], torch.Tensor]("keys of checksums", 16)
 
-    def key(self, first: int, n: int) -> torch.Tensor:
-        """Return the odd numbers of ``n`` positions of an axis."""
-        x = torch.arange(first, first + n, dtype=self.buffer.dtype, device=self.buffer.device)
-        x *= STEP
-        for shift, factor in MIXES:
-            x ^= x >> shift
-            x *= factor
-        return x.bitwise_or_(1)
-
     def sum(self, words: torch.Tensor, starts: Sequence[int]) -> torch.Tensor:
         """Return the sum of words times their keys, without a wait for a device.
 
@@ -441,7 +449,7 @@ class _Mixer:
         # Axes before those of the starts are several parts of one shape.
         axes = words.shape[words.ndim - len(starts) :]
         for first, n in reversed([*zip(starts, axes, strict=True)]):
-            key = self.keys.get_or_make((first, n), partial(self.key, first, n))
+            key = self.keys.get_or_make((first, n), partial(keys_of, first, n, words.device))
             product = self.buffer[: words.numel()].view(words.shape)
             words = torch.mul(words, key, out=product).sum(-1)
         return words

@@ -336,8 +336,9 @@ class WorkerSide:
 
     An engine's worker calls, once a step and in this order: `stop` before anything of the step is
     written; `load` when its loads may begin; `save` after the work of the step is on the current
-    stream; `report` and then `ended`. No call but `stop` waits; with ``by_layer`` also `layer` and
-    `save` do, and `load` for a moment if it begins a pull: see `Handover.begin`.
+    stream; `report` and then `ended`, of a step with drafts perhaps before `save`. No call but
+    `stop` waits; with ``by_layer`` also `layer` and `save` do, and `load` for a moment if it begins
+    a pull: see `Handover.begin`.
 
     A failure of the store is no error of the engine: what could not be loaded is reported as
     missing, and what could not be saved is not stored. The log has a line about it.
@@ -373,6 +374,7 @@ class WorkerSide:
         self._loads = dict[int, _Work]()
         self._saves = dict[int, _Work]()
         self._retained = set[str]()
+        self._noted: Plan | None = None  # the plan whose retained requests were noted last
         self._ended = self._nothing()
         self._issuer = None  # of loads whose layers wait by words
         if words is not None:
@@ -424,8 +426,7 @@ class WorkerSide:
         engine prepares the next step meanwhile.
         """
         self._await_issue()
-        # Noted here too: an engine may leave out `save` in a step that computes nothing.
-        self._retained.update(plan.retained)
+        self._retain(plan)
         if self._handover is not None:
             self._handover.begin(plan.handovers, plan.idle)
         if not plan.loads:
@@ -494,7 +495,17 @@ class WorkerSide:
             self._begin_saves(
                 [self._saves[job.number] for job in plan.saves if job.request not in wrong]
             )
-        self._retained.update(plan.retained)
+        self._retain(plan)
+
+    def _retain(self, plan: Plan) -> None:
+        """Note the retained requests of a plan, once.
+
+        An engine may leave out `save` in a step that computes nothing. With drafts it may call
+        `save` after `ended`, which has reported them then.
+        """
+        if plan is not self._noted:
+            self._noted = plan
+            self._retained.update(plan.retained)
 
     def _end_waiting(self) -> set[str]:
         """Wait for the loads that this step waits for; return the requests that lack rows."""

@@ -17,7 +17,14 @@ from support.vllm_stub import BASE as STUB
 from support.vllm_stub import write_vllm
 
 from portakv.integrations.interfaces import lacks
-from portakv.integrations.vllm.check import BASE, HOOKS, SPEC, TIER_MODULE, findings_of
+from portakv.integrations.vllm.check import (
+    BASE,
+    HOOKS,
+    SPEC,
+    TIER_MODULE,
+    connector_findings_of,
+    findings_of,
+)
 from portakv.serving.sizing import sizes_of
 
 #: The last line of a check that has warnings and no errors.
@@ -473,3 +480,28 @@ def test_doctor_refuses_a_file_that_is_not_an_object(tmp_path: Path) -> None:
     file = tmp_path / "config.json"
     file.write_text("[]")
     assert "got a list" in run("doctor", "--kv-transfer-config", str(file)).err
+
+
+def test_the_doctor_reads_the_witness_and_what_it_wraps() -> None:
+    config = {
+        "kv_connector": "PortaKVWitness",
+        "kv_connector_module_path": "portakv.integrations.vllm.witness",
+        "kv_role": "kv_both",
+        "kv_load_failure_policy": "recompute",
+        "kv_connector_extra_config": {
+            "connector": "PortaKVConnector",
+            "connector_module_path": "portakv.integrations.vllm_connector",
+            "connector_extra_config": {"host": 1 << 20, "staging": 1 << 20},
+            "action": "recompute",
+        },
+    }
+    found = connector_findings_of(config)
+    assert found.errors == []
+    assert any("compares a part of 0.0625" in note for note in found.notes)
+    extra: dict[str, Any] = config["kv_connector_extra_config"]  # type: ignore[assignment]
+    inner = {**config, "kv_connector_extra_config": {**extra, "connector_extra_config": {"hst": 1}}}
+    (error,) = connector_findings_of(inner).errors
+    assert error.startswith("PortaKVConnector: ")
+    (error,) = connector_findings_of({**config, "kv_load_failure_policy": "fail"}).errors
+    assert "Set it to 'recompute'" in error
+    assert connector_findings_of({**config, "kv_connector": "Witness"}).errors

@@ -11,8 +11,9 @@ from typing import Any
 import pytest
 
 from portakv.integrations.vllm.check import IDENTITY, TIER_KEYS, findings_of
-from portakv.integrations.vllm.metrics import REPORTED
+from portakv.integrations.vllm.metrics import REPORTED, WITNESS
 from portakv.integrations.vllm.moves import TERMS as WORKER_TERMS
+from portakv.integrations.vllm.notes import WitnessTerms
 from portakv.serving.handover import HandoverTerms
 from portakv.serving.local import StoreTerms
 from portakv.serving.sizing import sizes_of
@@ -98,6 +99,13 @@ def test_the_table_of_sizes_is_the_formulas() -> None:
     assert rows("model | bytes of a token") == expected
 
 
+def test_the_page_has_each_metric_of_the_witness() -> None:
+    table = {row[0].strip("`"): row[1] for row in rows("witness metric | counts")}
+    assert [*table] == [metric.name for metric in WITNESS.values()]
+    for metric in WITNESS.values():
+        assert table[metric.name].startswith(metric.why)
+
+
 def test_the_page_has_each_metric() -> None:
     reported = {metric.name.removeprefix("engine_") for metric in REPORTED.values()}
     assert {*names("metric | counts")} == reported | OF_TIER
@@ -110,6 +118,7 @@ def test_the_page_has_each_metric() -> None:
         ("term of `hand_over`", {*HandoverTerms.__dataclass_fields__}),
         ("tier term", {"host", IDENTITY, *TIER_KEYS} - {"type", "module_path"}),
         ("worker term", {*WORKER_TERMS}),
+        ("witness term", {*WitnessTerms.__dataclass_fields__}),
     ],
 )
 def test_the_page_has_each_term(heading: str, expected: set[str]) -> None:

@@ -183,6 +183,17 @@ def test_a_store_that_is_closed_is_a_miss_and_no_error() -> None:
     assert ended.freed == {"b"}
 
 
+def test_a_retained_request_is_reported_once(store: BlockStore) -> None:
+    """vLLM calls the hook of saves after that of reports if drafts are computed between them."""
+    _, view = caches(4, 8)
+    worker_side = WorkerSide([GroupCache(view, store)])
+    plan = Plan(retained=["a"])
+    worker_side.load(plan)
+    assert worker_side.ended().freed == {"a"}
+    worker_side.save(plan)
+    assert worker_side.ended().freed == set()
+
+
 def test_one_group_that_cannot_begin_makes_the_job_fail(store: BlockStore) -> None:
     class Closed:
         form = store.form

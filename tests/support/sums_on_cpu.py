@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from portakv.migrate.checksum import CUT, NAME, Cut, SumKernel
+from portakv.migrate.checksum import CUT, Cut, SumKernel
 from portakv.runtime.cuda import CudaDriver
 from support.cuda_on_cpu import compiled
 
@@ -21,18 +21,16 @@ CPU = torch.device("cpu")
 #: A cut by which few words have many tiles.
 SMALL = Cut(threads=8, rows=8, each=8)
 _HEAD = f'#include "{Path(__file__).with_name("blocks_on_cpu.h")}"\n'
-_ENTRY = f"""
-extern "C" void run_kernel(const void* argument, unsigned blocks, unsigned threads) {{
-    run_blocks<portakv::sums::Sums>({NAME}, argument, blocks, threads);
-}}
-"""
 
 
 class HostDriver(CudaDriver):
     """A driver of the host: work is done when a launch returns.
 
     ``launches`` are the thread blocks of each launch. ``text`` replaces parts of the kernel's text.
+    ``argument`` is the type of the kernel's argument.
     """
+
+    argument = "portakv::sums::Sums"
 
     def __init__(self, **text: str) -> None:
         self.launches = list[int]()
@@ -42,8 +40,14 @@ class HostDriver(CudaDriver):
         for old, new in self._text.items():
             assert old in source
             source = source.replace(old, new)
-        library = compiled(_HEAD + source, _ENTRY)
-        return dict.fromkeys(names, library)
+        (name,) = names
+        entry = f"""
+extern "C" void run_kernel(const void* argument, unsigned blocks, unsigned threads) {{
+    run_blocks<{self.argument}>({name}, argument, blocks, threads);
+}}
+"""
+        library = compiled(_HEAD + source, entry)
+        return {name: library}
 
     def number(self, stream: torch.Stream | None) -> int:
         assert stream is None, "the host has no streams"

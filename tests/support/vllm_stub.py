@@ -9,6 +9,7 @@ from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
+from portakv.integrations.vllm.check import KEYS
 from support.stand_ins import imported_with
 
 BASE = "vllm/distributed/kv_transfer/kv_connector/v1/base.py"
@@ -19,6 +20,12 @@ IMPORTERS = (
     "portakv.integrations.vllm.connector",
     "portakv.integrations.vllm_connector",
     "support.vllm_hooks",
+)
+#: Likewise, with the witness and what the tests wrap by it.
+WITNESS_IMPORTERS = (
+    "portakv.integrations.vllm.metrics",
+    "portakv.integrations.vllm.witness",
+    "support.witness_double",
 )
 #: The classes of vLLM's module, with what the connector uses of them.
 CLASSES = """
@@ -90,6 +97,30 @@ class KVConnectorBase_V1:
         sent, received = self.get_finished(finished_req_ids)
         return KVConnectorTransferResults(set(sent or ()), set(received or ()))
 """
+FACTORY = "vllm/distributed/kv_transfer/kv_connector/factory.py"
+#: The class of vLLM's module that finds connectors.
+CLASSES_OF_FACTORY = """
+from importlib import import_module
+
+from vllm.distributed.kv_transfer.kv_connector.v1.base import SupportsHMA
+
+class KVConnectorFactory:
+    @classmethod
+    def get_connector_class(cls, config):
+        return getattr(import_module(config.kv_connector_module_path), config.kv_connector)
+
+    @classmethod
+    def supports_hma_config(cls, config):
+        return issubclass(cls.get_connector_class(config), SupportsHMA)
+"""
+TRANSFERS = "vllm/config/kv_transfer.py"
+#: The class of vLLM's module with the keys of a configuration.
+CLASSES_OF_TRANSFERS = """
+class KVTransferConfig:
+    def __init__(self, **terms):
+        vars(self).update(terms)
+
+"""
 METRICS = "vllm/distributed/kv_transfer/kv_connector/v1/metrics.py"
 #: The classes of vLLM's module of figures, with what the connector uses of them.
 CLASSES_OF_METRICS = """
@@ -125,6 +156,16 @@ def write_vllm(folder: Path) -> None:
     info = folder / "vllm-0.33.0.dist-info"
     info.mkdir()
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: vllm\nVersion: 0.33.0\n")
+
+
+def write_factory(folder: Path) -> None:
+    """Add the classes by which vLLM finds a connector to `write_vllm`'s."""
+    (folder / FACTORY).write_text(CLASSES_OF_FACTORY)
+    transfers = folder / TRANSFERS
+    transfers.parent.mkdir()
+    (transfers.parent / "__init__.py").write_text("")
+    fields = "".join(f"    {name} = None\n" for name in KEYS)
+    transfers.write_text(CLASSES_OF_TRANSFERS + fields)
 
 
 @contextmanager

@@ -37,6 +37,7 @@ from portakv.integrations.vllm.caches import (
     stored_block,
 )
 from portakv.integrations.vllm.moves import worker_terms
+from portakv.integrations.vllm.notes import WITNESS, WitnessTerms, check_policy
 from portakv.migrate.transports import check_transport
 from portakv.serving import Group
 from portakv.serving.local import StoreTerms, check_names, image_of, term_names
@@ -45,6 +46,7 @@ from portakv.serving.sizing import Sizes
 
 CONNECTOR = "PortaKVConnector"
 MODULE = "portakv.integrations.vllm_connector"
+WITNESS_MODULE = "portakv.integrations.vllm.witness"
 #: What has the keys of vLLM's configuration.
 OWNER = "vLLM's KVTransferConfig"
 #: The types and the values of keys that vLLM reads from JSON.
@@ -535,7 +537,8 @@ def connector_findings_of(
 ) -> Findings:
     """Return what is wrong with the configuration of a connector.
 
-    A connector of vLLM's own or of another package is not checked. Of a `MULTI` each connector is.
+    A connector of vLLM's own or of another package is not checked. Each connector of a `MULTI` is,
+    and the one that a witness wraps.
 
     Args:
         config: as vLLM's ``--kv-transfer-config`` has it.
@@ -548,10 +551,49 @@ def connector_findings_of(
     if name == MULTI:
         return _of_several(config, sizes, block_size)
     module = config.get("kv_connector_module_path")
+    if name == WITNESS or module == WITNESS_MODULE:
+        return _of_witness(config, sizes, block_size)
     if not isinstance(name, str) or means_ours(name, [CONNECTOR], module):
         return findings_of(config, sizes, block_size)
     findings = Findings(errors=errors_of_keys(config))
     findings.unchecked.append(f"The connector {name!r}, in which PortaKV has no part.")
+    return findings
+
+
+def _of_witness(config: Mapping[str, Any], sizes: Sizes | None, block_size: int | None) -> Findings:
+    """Return what is wrong with a witness, and with the connector that it wraps."""
+    findings = Findings(errors=errors_of_keys(config))
+    expected = {"kv_connector": [WITNESS], "kv_connector_module_path": [WITNESS_MODULE]}
+    findings.errors += wrong_values(config, expected)
+    check_release(findings, "vllm", "vLLM", HOOKS, who="the witness")
+    extra = config.get("kv_connector_extra_config", {})
+    if not isinstance(extra, Mapping):
+        return findings
+    with findings.catching("kv_connector_extra_config"):
+        terms = WitnessTerms.of(extra)
+        inner = {
+            **config,
+            "kv_connector": terms.connector,
+            "kv_connector_module_path": terms.connector_module_path,
+            "kv_connector_extra_config": terms.connector_extra_config,
+        }
+        found = connector_findings_of(inner, sizes, block_size)
+        for kind, sentences in vars(found).items():
+            more = [x for x in sentences if x not in vars(findings)[kind]]
+            vars(findings)[kind] += [f"{terms.connector}: {x}" for x in more]
+        check_policy(terms, str(config.get("kv_load_failure_policy", "fail")))
+        if terms.check == "off":
+            findings.warnings.append(
+                "check is 'off': the witness passes hooks on and compares nothing. Set check to "
+                "'sample' or 'all'."
+            )
+            return findings
+        part = "all blocks" if terms.check == "all" else f"a part of {terms.rate:g} of the blocks"
+        findings.notes.append(
+            f"The witness compares {part} that {terms.connector} loads; with a fault: "
+            f"{terms.action}."
+        )
+        check_memory(int(terms.nbytes), findings, "nbytes")
     return findings
 
 

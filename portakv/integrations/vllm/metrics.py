@@ -12,13 +12,15 @@ from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from typing import Any
 
-from portakv.graph.meter import DISK, ENGINE, METRICS
+from portakv.graph.meter import DISK, ENGINE, METRICS, Metric
 from portakv.runtime import tracing
 
 try:
     from vllm.distributed.kv_transfer.kv_connector.v1.metrics import (
-        KVConnectorPromMetrics,
-        KVConnectorStats,
+        KVConnectorPromMetrics as KVConnectorPromMetrics,
+    )
+    from vllm.distributed.kv_transfer.kv_connector.v1.metrics import (
+        KVConnectorStats as KVConnectorStats,
     )
 except ImportError:  # a release without figures of connectors
     KVConnectorPromMetrics = KVConnectorStats = object
@@ -52,17 +54,38 @@ STORE = TIERS | DISKS
 REPORTED = ENGINE | {name: metric for name, (_, metric) in STORE.items()}
 
 
+def _witness(name: str, why: str, unit: str = "{block}", *labels: str) -> Metric:
+    total = f"witness_{name}_total"
+    return Metric(total, "counter", f"witness.{name}", unit, labels, why)
+
+
+#: What the witness of another connector's loads counts, likewise.
+WITNESS = {
+    "witness_fingerprints": _witness("fingerprints", "blocks whose fingerprints were taken"),
+    "witness_compared": _witness("compared", "loaded blocks that were compared"),
+    "witness_unknown": _witness("unknown", "loaded blocks without a known fingerprint"),
+    "witness_older": _witness("older", "loaded blocks that equal an older version of theirs"),
+    "witness_dropped": _witness("dropped", "fingerprints that newer ones evicted"),
+    "witness_faults": _witness("faults", "loaded blocks with wrong rows", "{block}", "kind"),
+}
+
+
 class Figures:
     """Counters of one process of an engine, reported as what they have grown by.
 
     Args:
         interval: seconds between two reports.
         now: returns the time in seconds.
+        metrics: the counters and levels that are reported, by their names.
     """
 
     def __init__(
-        self, interval: float = INTERVAL, now: Callable[[], float] = time.monotonic
+        self,
+        interval: float = INTERVAL,
+        now: Callable[[], float] = time.monotonic,
+        metrics: Mapping[str, Metric] = REPORTED,
     ) -> None:
+        self._metrics = metrics
         self._interval = interval
         self._now = now
         self._due = now() + interval
@@ -78,7 +101,7 @@ class Figures:
         grown = dict[str, float]()
         present = read()
         for name in {**self._reported, **present}:
-            metric = REPORTED.get(name.partition("/")[0])
+            metric = self._metrics.get(name.partition("/")[0])
             if metric is None:
                 continue
             is_level = metric.kind == "gauge"
@@ -127,7 +150,7 @@ class PortaKVStats(KVConnectorStats):  # type: ignore[misc]
 
 
 class PortaKVPromMetrics(KVConnectorPromMetrics):  # type: ignore[misc]
-    """Counts for Prometheus what engines report."""
+    """Counts for Prometheus what engines report: ``metrics``, by their names."""
 
     def __init__(
         self,
@@ -135,12 +158,14 @@ class PortaKVPromMetrics(KVConnectorPromMetrics):  # type: ignore[misc]
         metric_types: Mapping[Any, Any],
         labelnames: list[str],
         per_engine_labelvalues: Mapping[int, list[object]],
+        metrics: Mapping[str, Metric] = REPORTED,
     ) -> None:
         super().__init__(vllm_config, metric_types, labelnames, per_engine_labelvalues)
+        self._metrics = metrics
         self._values = per_engine_labelvalues
         self._series = dict[str, Any]()
         self._levels = dict[tuple[int, str], float]()  # by engine, and by name with labels
-        for name, metric in REPORTED.items():
+        for name, metric in metrics.items():
             # vLLM's client adds _total.
             shown = metric.name.removeprefix("engine_").removesuffix("_total")
             terms: dict[str, Any] = {
@@ -160,11 +185,11 @@ class PortaKVPromMetrics(KVConnectorPromMetrics):  # type: ignore[misc]
         """Count what an engine reports."""
         values = self._values[engine_idx]
         for name, grown in transfer_stats_data.items():
-            counter, more = series_of(name)
-            if counter not in REPORTED:
+            counter, more = series_of(name, self._metrics)
+            if counter not in self._metrics:
                 continue
             series = self._series[counter].labels(*values, *more)
-            if REPORTED[counter].kind == "counter":
+            if self._metrics[counter].kind == "counter":
                 series.inc(grown)
             else:
                 key = engine_idx, name
@@ -172,11 +197,11 @@ class PortaKVPromMetrics(KVConnectorPromMetrics):  # type: ignore[misc]
                 series.set(self._levels[key])
 
 
-def series_of(name: str) -> tuple[str, list[str]]:
+def series_of(name: str, metrics: Mapping[str, Metric] = REPORTED) -> tuple[str, list[str]]:
     """Return the name of a counter or a level, and the values of its labels, from the name of its
     report. The last value may be a path, which has slashes as well."""
     counter, _, texts = name.partition("/")
-    metric = REPORTED.get(counter)
+    metric = metrics.get(counter)
     if metric is None or not metric.labels:
         return counter, []
     return counter, texts.split("/", len(metric.labels) - 1)

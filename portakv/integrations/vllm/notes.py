@@ -1,0 +1,404 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Notes for the witness: which blocks of vLLM a step fills or loads, under which of its hashes.
+
+No engine is imported.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, NamedTuple, cast
+
+from portakv.arguments import invalid, number, one_of, text
+from portakv.arguments import nbytes as as_bytes
+from portakv.integrations import IntegrationError
+from portakv.integrations.vllm.caches import groups_of, ids_of
+from portakv.serving import Group
+from portakv.serving.local import check_names
+from portakv.serving.plan import Blocks
+from portakv.serving.scheduler import NO_STATES
+from portakv.witness.witness import Action, Check
+
+CHECKS = ("off", "sample", "all")
+ACTIONS = ("log", "recompute", "raise")
+OLDER = ("accept", "fault")
+#: The name of the witness among vLLM's connectors. It cannot wrap itself.
+WITNESS = "PortaKVWitness"
+
+
+@dataclass(frozen=True)
+class WitnessTerms:
+    """The ``kv_connector_extra_config`` of the witness.
+
+    Args:
+        connector: the name of the wrapped connector, as vLLM's ``kv_connector``.
+        connector_module_path: its module; None: vLLM knows the name.
+        connector_extra_config: the terms of the wrapped connector.
+        check: which blocks have fingerprints: ``off``, ``sample`` or ``all``.
+        rate: the part of blocks for ``sample``, above 0 and at most 1.
+        action: with a fault: ``log``, ``recompute`` or ``raise``.
+        nbytes: of host memory in each worker for fingerprints.
+        file: the file that keeps fingerprints after a restart; None: none is kept.
+        older: accept an older version of a block, or treat it as a fault.
+        report: the folder for reports of faults; None: no reports are written.
+
+    Raises `InvalidTerms` for a wrong value.
+    """
+
+    connector: str
+    connector_module_path: str | None = None
+    connector_extra_config: dict[str, Any] = field(default_factory=dict)
+    check: Check = "sample"
+    rate: float = 1 / 16
+    action: Action = "log"
+    nbytes: int = 256 << 20
+    file: str | None = None
+    older: str = "accept"
+    report: str | None = None
+
+    def __post_init__(self) -> None:
+        text("connector", self.connector)
+        if self.connector == WITNESS:
+            do = "Name the connector whose loads it compares."
+            raise invalid("connector", "another connector than the witness", self.connector, do)
+        for name in ("connector_module_path", "file", "report"):
+            value = getattr(self, name)
+            if value is not None:
+                text(name, value)
+        if not isinstance(self.connector_extra_config, dict):
+            expected = "an object with the terms of the wrapped connector"
+            raise invalid("connector_extra_config", expected, self.connector_extra_config)
+        one_of("check", self.check, CHECKS)
+        one_of("action", self.action, ACTIONS)
+        one_of("older", self.older, OLDER)
+        number("rate", self.rate, 0, 1, "a part from 0 to 1")
+        if self.rate == 0:
+            do = 'Pass check "off" for no comparison.'
+            raise invalid("rate", "a part of blocks above 0", self.rate, do)
+        as_bytes("nbytes", self.nbytes, 1)
+
+    @classmethod
+    def of(cls, extra: Mapping[str, Any]) -> WitnessTerms:
+        """Return the terms in a ``kv_connector_extra_config``. Raises `InvalidTerms`."""
+        check_names(extra, [*cls.__dataclass_fields__])
+        if "connector" not in extra:
+            raise invalid(
+                "connector",
+                "the name of the connector that the witness wraps",
+                None,
+                'Add it to kv_connector_extra_config, such as "OffloadingConnector".',
+            )
+        return cls(**extra)
+
+
+def check_policy(terms: WitnessTerms, policy: str) -> None:
+    """Raise `IntegrationError` if vLLM would end a request with a fault instead of computing it.
+
+    ``policy``: vLLM's ``kv_load_failure_policy``.
+    """
+    if terms.check != "off" and terms.action == "recompute" and policy != "recompute":
+        raise IntegrationError(
+            f"Expected kv_load_failure_policy 'recompute' for action 'recompute' of the witness, "
+            f"got {policy!r}, which ends a request instead. Set it to 'recompute'."
+        )
+
+
+def check_parallel(parallel: Any) -> None:
+    """Raise `IntegrationError` for ranks that divide the tokens of a block among each other."""
+    for name in ("prefill_context_parallel_size", "decode_context_parallel_size"):
+        many = getattr(parallel, name, 1)
+        if many != 1:
+            raise IntegrationError(
+                f"Expected ranks that have all tokens of a block for the witness, got {name} "
+                f"{many}. Set check to 'off', or leave --{name.replace('_', '-')} out."
+            )
+
+
+class Note(NamedTuple):
+    """A block of the engine, and what its rows should be.
+
+    Attributes:
+        group: the number of its group of layers.
+        block: the engine's id of the block.
+        key: the engine's hash of the tokens up to the end of the block.
+        first: it is the first block that a request fills.
+    """
+
+    group: int
+    block: int
+    key: bytes
+    first: bool = False
+
+
+class Load(NamedTuple):
+    """The blocks that a connector loads for a request.
+
+    Attributes:
+        request: its name.
+        waits: the request waits until the connector reports the end. Else the load ends in its
+            step.
+        notes: the blocks.
+    """
+
+    request: str
+    waits: bool
+    notes: list[Note]
+
+
+@dataclass
+class StepNotes:
+    """The notes of a step, from the scheduler to its workers.
+
+    Attributes:
+        filled: by the name of a request, the blocks that are complete when the step has ended.
+        loads: the loads that begin in the step.
+        renewed: blocks of former steps are no longer right, such as after a change of weights.
+    """
+
+    filled: dict[str, list[Note]] = field(default_factory=dict)
+    loads: list[Load] = field(default_factory=list)
+    renewed: bool = False
+
+
+@dataclass
+class _Request:
+    """What is known of a request.
+
+    Attributes:
+        request: vLLM's object, which knows the hashes of its blocks.
+        blocks: of each group, the engine's blocks from the first token on.
+        noted: the blocks of tokens before this number have been noted, or were there before.
+        fresh: the groups in which the request has not filled a block.
+        answer: the computed tokens, and whether a load waits, of the connector's latest answer.
+        load: a load that may have failed.
+        refused: a load has failed; the connector is not asked for another one.
+    """
+
+    request: Any
+    blocks: list[list[int]]
+    noted: int = 0
+    fresh: set[int] = field(default_factory=set)
+    answer: tuple[int, bool] = (0, False)
+    load: Load | None = None
+    refused: bool = False
+
+
+def served_groups(kv_cache_config: Any, tells: bool) -> tuple[list[Group | None], list[str]]:
+    """Return the groups of layers, None for a group without fingerprints, and a sentence for each
+    of these.
+
+    ``tells``: the engine tells in each step which blocks have states.
+    """
+    groups = list[Group | None]()
+    reasons = list[str]()
+    for at, group in enumerate(kv_cache_config.kv_cache_groups):
+        alone = SimpleNamespace(kv_cache_groups=[group])
+        try:
+            groups += groups_of(alone, tells)
+        except IntegrationError as error:
+            groups.append(None)
+            reasons.append(f"Blocks of group {at} are not compared: {error}")
+    return groups, reasons
+
+
+class BlockNotes:
+    """Notes which blocks the steps of an engine fill and load, in its scheduler.
+
+    The scheduler calls, in the order of a request's life: `offered` with the answer of the wrapped
+    connector; `allocated` after it took blocks; `scheduled` in each step that computes tokens;
+    `ended`. Once a step it calls `take`.
+
+    A block is noted once its last token is known and computed. Drafts of speculative decoding are
+    not known before they are accepted, and rows of rejected drafts are written again before that.
+
+    Args:
+        groups: of layers; None for a group without fingerprints.
+    """
+
+    def __init__(self, groups: Sequence[Group | None]) -> None:
+        sizes = [group.block_size for group in groups if group is not None]
+        self.hash_size = min(sizes, default=1)  # tokens of a hash; vLLM may say another number
+        self._groups = groups
+        self._requests = dict[str, _Request]()
+        self._step = StepNotes()
+
+    def offered(self, request: Any, computed: int, waits: bool) -> bool:
+        """Note an answer of the wrapped connector; return whether it may be used.
+
+        Not after a load of the request has failed: the connector would bring the same rows again.
+        """
+        state = self._requests.get(request.request_id)
+        if state is None:
+            state = _Request(request, [[] for _ in self._groups])
+            self._requests[request.request_id] = state
+        state.answer = computed, waits
+        return not state.refused
+
+    def allocated(
+        self, request: Any, blocks: Blocks, tokens: int, groups: Iterable[int] | None = None
+    ) -> None:
+        """Note the load that the scheduler has decided on.
+
+        Args:
+            blocks: of each group, all blocks of the request.
+            tokens: how many are loaded after the computed ones; 0: none.
+            groups: the groups that the load restores; None: all.
+        """
+        state = self._requests.get(request.request_id)
+        if state is None or not tokens:
+            return
+        computed, waits = state.answer
+        state.blocks = [[*ids] for ids in blocks]
+        past = computed + tokens
+        notes = list[Note]()
+        for at in range(len(self._groups)) if groups is None else groups:
+            notes += self._in_load(state, at, computed, past)
+        state.load = Load(request.request_id, waits, notes)
+        if notes:
+            self._step.loads.append(state.load)
+
+    def scheduled(
+        self,
+        name: str,
+        computed: int,
+        many: int,
+        blocks: Blocks,
+        anew: bool,
+        states: Mapping[int, Mapping[int, int]] = NO_STATES,
+    ) -> None:
+        """Note the blocks of a request that a step fills.
+
+        Args:
+            computed: tokens that are computed before the step.
+            many: tokens that the step computes, drafts among them.
+            blocks: of each group the new blocks, or all of them if ``anew``.
+            states: by a number of tokens, the blocks with the states after them, by group. Of
+                groups whose states the engine tells.
+        """
+        state = self._requests.get(name)
+        if state is None:
+            return
+        if anew:
+            state.blocks = [[*ids] for ids in blocks]
+            state.noted = computed
+            state.fresh = {*range(len(self._groups))}
+        else:
+            for ids, more in zip(state.blocks, blocks, strict=False):
+                ids += more
+        state.noted = min(state.noted, computed)  # less after a failed load
+        known = min(computed + many, state.request.num_tokens)
+        if known <= state.noted:
+            return
+        notes = list[Note]()
+        for at, group in enumerate(self._groups):
+            if group is None:
+                continue
+            if group.states is None or group.states == "every":
+                made = self._between(state, at, state.noted, known)
+            elif group.states == "told":
+                told = {tokens: ids.get(at, -1) for tokens, ids in states.items()}
+                made = self._states(state, at, told, known)
+            else:
+                ends = {tokens: self._block_at(state, at, tokens) for tokens in (computed, known)}
+                exact = known == computed + many
+                kept = {
+                    tokens: block
+                    for tokens, block in ends.items()
+                    if tokens > state.noted and (exact or tokens == computed)
+                }
+                made = self._states(state, at, kept, known)
+            if made and at in state.fresh:
+                state.fresh.remove(at)
+                made[0] = made[0]._replace(first=True)
+            notes += made
+        state.noted = known
+        if notes:
+            self._step.filled[name] = notes
+
+    def failed(self, blocks: Iterable[int], requests: Iterable[str]) -> None:
+        """Note that loads have failed, by the engine's blocks or by the names of requests."""
+        wrong = {*blocks}
+        names = {*requests}
+        if not wrong and not names:
+            return
+        for name, state in self._requests.items():
+            load = state.load
+            if load is not None and (name in names or any(x.block in wrong for x in load.notes)):
+                state.refused = True
+
+    def ended(self, name: str) -> None:
+        """Forget a request."""
+        self._requests.pop(name, None)
+
+    def renew(self) -> None:
+        """Note that blocks of former steps are no longer right."""
+        self._step.renewed = True
+
+    def take(self) -> StepNotes:
+        """Return the notes of the step, and begin the next one."""
+        step = self._step
+        self._step = StepNotes()
+        return step
+
+    def _in_load(self, state: _Request, at: int, computed: int, past: int) -> list[Note]:
+        """Return the whole blocks of a group that a load brings."""
+        group = self._groups[at]
+        if group is None:
+            return []
+        if group.states is not None:
+            return self._states(state, at, {past: self._block_at(state, at, past)}, past)
+        return self._between(state, at, max(computed, group.first_needed(past)), past)
+
+    def _between(self, state: _Request, at: int, first: int, past: int) -> list[Note]:
+        """Return the blocks of a group that end after ``first`` and not after ``past`` tokens."""
+        size = cast(Group, self._groups[at]).block_size
+        notes = list[Note]()
+        for place in range(first // size, past // size):
+            tokens = (place + 1) * size
+            notes += self._note(state, at, tokens, self._block_at(state, at, tokens))
+        return notes
+
+    def _states(self, state: _Request, at: int, ends: Mapping[int, int], past: int) -> list[Note]:
+        """Return the blocks with states at some ends of blocks, none after ``past`` tokens."""
+        size = cast(Group, self._groups[at]).block_size
+        notes = list[Note]()
+        for tokens in sorted(ends):
+            if tokens <= past and tokens % size == 0:
+                notes += self._note(state, at, tokens, ends[tokens])
+        return notes
+
+    def _note(self, state: _Request, at: int, tokens: int, block: int) -> list[Note]:
+        """Return the note of the block that ends after so many tokens, if there is one."""
+        place = tokens // self.hash_size - 1
+        hashes = state.request.block_hashes
+        if block < 0 or tokens % self.hash_size or not 0 <= place < len(hashes):
+            return []
+        return [Note(at, block, bytes(hashes[place]))]
+
+    def _block_at(self, state: _Request, at: int, tokens: int) -> int:
+        """Return the block of a group that ends after so many tokens; -1: none."""
+        size = cast(Group, self._groups[at]).block_size
+        place = tokens // size - 1
+        ids = state.blocks[at]
+        return ids[place] if tokens % size == 0 and 0 <= place < len(ids) else -1
+
+
+def blocks_of(blocks: Iterable[Iterable[int]] | None) -> Blocks:
+    """Return the engine's blocks of each group; -1 in place of those that are gone."""
+    return ids_of(blocks)
+
+
+def rank_files(file: str | None, rank: int, ranks: int) -> tuple[Path | None, list[Path]]:
+    """Return the file of a rank's fingerprints, and those of the other ranks.
+
+    A single rank has the file itself; others have the number of the rank at the end of the name.
+    """
+    if file is None:
+        return None, []
+    if ranks == 1:
+        return Path(file), []
+    files = [Path(f"{file}.rank{each}") for each in range(ranks)]
+    return files[rank], [each for each in files if each != files[rank]]

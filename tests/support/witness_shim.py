@@ -1,0 +1,270 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Connectors of vLLM that put a fault into the rows of a load when it ends, in the process of a
+real engine.
+
+`put` chooses the fault for the next loads. A connector derives from the one that it damages, and
+the witness wraps it by its module path, as it wraps any other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from vllm.distributed.kv_transfer.kv_connector.v1 import multi_connector
+from vllm.distributed.kv_transfer.kv_connector.v1.example_connector import ExampleConnector
+from vllm.distributed.kv_transfer.kv_connector.v1.offloading_connector import OffloadingConnector
+
+from portakv.integrations.vllm.caches import GONE, kernels_of, views_of
+from portakv.integrations.vllm.connector import PortaKVConnector
+
+MODULE = __name__
+#: A plane of rows: blocks first. Of attention also head, token and dim.
+Plane = torch.Tensor
+
+
+@dataclass
+class Loaded:
+    """A load that has ended, as a fault sees it.
+
+    Attributes:
+        blocks: of each group the engine's blocks that were loaded.
+        planes: of each group, by layer its planes: keys and values, or states.
+        before: the rows of each plane before the load, by group, layer and plane.
+    """
+
+    blocks: list[list[int]]
+    planes: list[list[list[Plane]]]
+    before: list[list[list[torch.Tensor]]]
+
+    def whole(self) -> int:
+        """Return the group of attention with the most blocks."""
+        sizes = [len(ids) for ids in self.blocks]
+        return max(range(len(sizes)), key=lambda at: (sizes[at], at))
+
+    def all(self) -> Iterator[tuple[Plane, torch.Tensor, list[int]]]:
+        """Return each plane of `whole`, its rows before the load, and the blocks."""
+        at = self.whole()
+        for planes, before in zip(self.planes[at], self.before[at], strict=True):
+            for plane, old in zip(planes, before, strict=True):
+                yield plane, old, self.blocks[at]
+
+
+def _flip(load: Loaded) -> None:
+    plane, _, ids = next(load.all())
+    row = plane[ids[1]].contiguous()
+    row.view(torch.uint8).flatten()[3] ^= 0x40  # the exponent of a number
+    plane[ids[1]] = row
+
+
+def _swap(load: Loaded) -> None:
+    for plane, _, ids in load.all():
+        plane[[ids[1], ids[2]]] = plane[[ids[2], ids[1]]].clone()
+
+
+def _shift(load: Loaded) -> None:
+    for plane, _, ids in load.all():
+        plane[ids[1:]] = plane[ids[:-1]].clone()
+
+
+def _shift_tokens(load: Loaded) -> None:
+    for plane, _, ids in load.all():
+        plane[ids[1]] = plane[ids[1]].roll(plane.shape[2] // 2, dims=1)
+
+
+def _stale(load: Loaded) -> None:
+    for plane, old, ids in load.all():
+        plane[ids[1]] = old[1]
+
+
+def _half(load: Loaded) -> None:
+    for plane, old, ids in load.all():
+        half = plane.shape[2] // 2
+        plane[ids[1], :, half:] = old[1][:, half:]
+
+
+def _early(load: Loaded) -> None:
+    for plane, old, ids in load.all():
+        half = len(ids) // 2
+        plane[ids[half:]] = old[half:]
+
+
+def _missing_layer(load: Loaded) -> None:
+    at = load.whole()
+    for plane, old in zip(load.planes[at][-1], load.before[at][-1], strict=True):
+        plane[load.blocks[at]] = old
+
+
+def _heads(load: Loaded) -> None:
+    for plane, _, ids in load.all():
+        plane[ids[1]] = plane[ids[1]][[1, 0, *range(2, plane.shape[1])]].clone()
+
+
+def _planes(load: Loaded) -> None:
+    at = load.whole()
+    block = load.blocks[at][1]
+    for keys, values in load.planes[at]:
+        both = keys[block, :2].clone(), values[block, :2].clone()
+        keys[block, :2] = both[1]
+        values[block, :2] = both[0]
+
+
+def _layers(load: Loaded) -> None:
+    at = load.whole()
+    block = load.blocks[at][1]
+    for first, second in zip(load.planes[at][0], load.planes[at][1], strict=True):
+        both = first[block].clone(), second[block].clone()
+        first[block] = both[1]
+        second[block] = both[0]
+
+
+def _zeros(load: Loaded) -> None:
+    for plane, _, ids in load.all():
+        plane[ids[1]] = 0
+
+
+def _other(load: Loaded) -> None:
+    """Leave rows of a block that was not loaded, as if the list had a wrong number."""
+    for plane, _, ids in load.all():
+        plane[ids[1]] = plane[ids[-1]].clone()
+
+
+def _missing_group(load: Loaded) -> None:
+    for planes, before in zip(load.planes[0], load.before[0], strict=True):
+        for plane, old in zip(planes, before, strict=True):
+            plane[load.blocks[0]] = old
+
+
+_states = list[list[list[torch.Tensor]]]()  # of the first load
+
+
+def _other_state(load: Loaded) -> None:
+    """Leave the state of another load, which has ended at another position."""
+    block = load.blocks[0][-1]
+    rows = [[plane[block].clone() for plane in planes] for planes in load.planes[0]]
+    if _states:
+        for planes, others in zip(load.planes[0], _states[0], strict=True):
+            for plane, other in zip(planes, others, strict=True):
+                plane[block] = other
+    _states.append(rows)
+
+
+FAULTS: dict[str, Callable[[Loaded], None]] = {
+    "a flipped byte": _flip,
+    "swapped blocks": _swap,
+    "a shifted list": _shift,
+    "shifted tokens": _shift_tokens,
+    "stale rows": _stale,
+    "a half copy": _half,
+    "a copy that has not ended": _early,
+    "a missing layer": _missing_layer,
+    "exchanged heads": _heads,
+    "exchanged planes": _planes,
+    "exchanged layers": _layers,
+    "zeros": _zeros,
+    "another block": _other,
+}
+#: Of models with states in their first group.
+FAULTS_OF_STATES: dict[str, Callable[[Loaded], None]] = {
+    "a missing group": _missing_group,
+    "another state": _other_state,
+}
+_fault: list[Callable[[Loaded], None] | None] = [None]
+damaged = list[str]()  # requests
+
+
+def put(fault: Callable[[Loaded], None] | None) -> None:
+    """Put a fault into loads that end from now on; None: into no load."""
+    _fault[0] = fault
+    damaged.clear()
+
+
+@dataclass
+class _Begun:
+    """A load that has begun, and its rows before."""
+
+    blocks: list[list[int]]
+    before: list[list[list[torch.Tensor]]]
+
+
+_begun = dict[str, _Begun]()  # by request
+_computed = dict[str, int]()
+_planes_of = list[list[list[Plane]]]()  # by group and layer
+
+
+class _Damages:
+    """What a damaged connector adds to its hooks. Both sides are in one process."""
+
+    def register_kv_caches(self, kv_caches: dict[str, Any]) -> None:
+        super().register_kv_caches(kv_caches)  # type: ignore[misc]
+        me: Any = self
+        views = views_of(kv_caches, me._kv_cache_config, kernels_of(me._vllm_config))
+        _planes_of.clear()
+        _planes_of.extend([] for _ in me._kv_cache_config.kv_cache_groups)
+        for each in views:
+            tensors: Any = each.view.tensors
+            layers = [x if isinstance(x, list | tuple) else [x] for x in tensors]
+            _planes_of[each.group or 0] += [[*x] for x in layers]
+
+    def get_num_new_matched_tokens(self, request: Any, num_computed_tokens: int) -> Any:
+        _computed[request.request_id] = num_computed_tokens
+        return super().get_num_new_matched_tokens(request, num_computed_tokens)  # type: ignore[misc]
+
+    def update_state_after_alloc(self, request: Any, blocks: Any, num_external_tokens: int) -> None:
+        super().update_state_after_alloc(request, blocks, num_external_tokens)  # type: ignore[misc]
+        if not num_external_tokens or _fault[0] is None:
+            return
+        me: Any = self
+        first = _computed[request.request_id]
+        past = first + num_external_tokens
+        loaded = list[list[int]]()
+        groups = me._kv_cache_config.kv_cache_groups
+        for ids, group in zip(blocks.get_block_ids(), groups, strict=True):
+            size = group.kv_cache_spec.block_size
+            some = ids[first // size : past // size]
+            loaded.append([x for x in some if x != GONE])
+        before = [
+            [[plane[ids].clone() for plane in planes] for planes in layers]
+            for ids, layers in zip(loaded, _planes_of, strict=True)
+        ]
+        _begun[request.request_id] = _Begun(loaded, before)
+
+    def _damage(self, name: str) -> None:
+        begun = _begun.pop(name, None)
+        fault = _fault[0]
+        if begun is not None and fault is not None:
+            fault(Loaded(begun.blocks, _planes_of, begun.before))
+            damaged.append(name)
+
+
+class _DamagesAtTheEnd(_Damages):
+    """Loads that end some steps later."""
+
+    def get_transfer_results(self, finished_req_ids: set[str]) -> Any:
+        results = super().get_transfer_results(finished_req_ids)  # type: ignore[misc]
+        for name in results.finished_recving:
+            self._damage(name)
+        return results
+
+
+class DamagedPortaKV(_DamagesAtTheEnd, PortaKVConnector):
+    """PortaKV's connector with faults."""
+
+
+class MultiConnector(_DamagesAtTheEnd, multi_connector.MultiConnector):  # type: ignore[misc]
+    """vLLM's connector of several, with faults. vLLM treats connectors of this name differently."""
+
+
+class DamagedOffloading(_DamagesAtTheEnd, OffloadingConnector):  # type: ignore[misc]
+    """vLLM's offloading to host memory, with faults."""
+
+
+class DamagedExample(_Damages, ExampleConnector):  # type: ignore[misc]
+    """vLLM's example, which loads within a step, with faults."""
+
+    def start_load_kv(self, forward_context: Any, **kwargs: Any) -> None:
+        super().start_load_kv(forward_context, **kwargs)
+        for name in [*_begun]:
+            self._damage(name)

@@ -1,0 +1,433 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Each pattern of wrong rows is found and named, and no other pattern gets its name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from support.witness_cases import BLOCKS, HEADS, LAYERS, TOKENS, Engine, key
+
+from portakv import KVView
+from portakv.witness import Fault, Witness
+
+DEVICES = pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+#: Blocks with the stored rows, whose keys are the numbers 0 to 7; and blocks that are restored.
+STORED = range(8)
+TARGET = 20
+
+
+def faults_of(engine: Engine, wrong: Callable[[Engine], None], count: int = 1) -> list[Fault]:
+    """Store 8 blocks, restore the first few into the target blocks, let something go wrong, and
+    return the faults."""
+    engine.store(STORED, STORED)
+    for at in range(count):
+        engine.load(TARGET + at, at)
+    wrong(engine)
+    blocks = [*range(TARGET, TARGET + count)]
+    return engine.witness.restored(blocks, [key(at) for at in range(count)]).faults
+
+
+def nothing(engine: Engine) -> None:
+    """Leave the rows as they are."""
+
+
+def flipped_bit(engine: Engine) -> None:
+    engine.cache[1][1, TARGET, 5, 2].view(torch.uint8)[7] ^= 16
+
+
+def two_changed_heads(engine: Engine) -> None:
+    engine.cache[0][0, TARGET, :, 1:3] += 1
+    engine.cache[2][1, TARGET, 4, 1] -= 1
+
+
+def zeroed_head(engine: Engine) -> None:
+    for layer in engine.cache:
+        layer[0, TARGET, :, 3] = 0
+
+
+def zeroed(engine: Engine) -> None:
+    for layer in engine.cache:
+        layer[:, TARGET] = 0
+
+
+def zeroed_layers(engine: Engine) -> None:
+    for layer in engine.cache[1:]:
+        layer[:, TARGET] = 0
+
+
+def rows_before(engine: Engine) -> None:
+    """The target block had the rows of key 99, and no load wrote it."""
+    engine.load(5, 7)  # rows that are not the target's
+    engine.write(TARGET, engine.rows(30))
+    engine.store([TARGET], [99])
+
+
+def layers_before(engine: Engine) -> None:
+    rows_before(engine)
+    rows = engine.saved[key(0)]
+    engine.cache[0][:, TARGET] = rows[0]
+
+
+def tokens_before(engine: Engine) -> None:
+    rows_before(engine)
+    for layer, rows in zip(engine.cache, engine.saved[key(0)], strict=True):
+        layer[:, TARGET, :10] = rows[:, :10]
+
+
+def values_before(engine: Engine) -> None:
+    rows_before(engine)
+    for layer, rows in zip(engine.cache, engine.saved[key(0)], strict=True):
+        layer[0, TARGET] = rows[0]
+
+
+def noise_at_the_end(engine: Engine) -> None:
+    for layer in engine.cache:
+        layer[:, TARGET, 12:] = torch.randn_like(layer[:, TARGET, 12:])
+
+
+def noise_in_a_layer(engine: Engine) -> None:
+    engine.cache[2][:, TARGET] = torch.randn_like(engine.cache[2][:, TARGET])
+
+
+def noise(engine: Engine) -> None:
+    for layer in engine.cache:
+        layer[:, TARGET] = torch.randn_like(layer[:, TARGET])
+
+
+def another_block(engine: Engine) -> None:
+    engine.load(TARGET, 6)
+
+
+def another_block_in_a_layer(engine: Engine) -> None:
+    engine.cache[1][:, TARGET] = engine.saved[key(6)][1]
+
+
+def another_block_at_a_head(engine: Engine) -> None:
+    for layer, rows in zip(engine.cache, engine.saved[key(6)], strict=True):
+        layer[:, TARGET, :, 2] = rows[:, :, 2]
+
+
+def exchanged_blocks(engine: Engine) -> None:
+    engine.load(TARGET, 1)
+    engine.load(TARGET + 1, 0)
+
+
+def shifted_blocks(engine: Engine) -> None:
+    for at in range(4):
+        engine.load(TARGET + at, at + 1)
+
+
+def shifted_tokens(engine: Engine) -> None:
+    for layer, rows in zip(engine.cache, engine.saved[key(0)], strict=True):
+        layer[:, TARGET, 3:] = rows[:, :-3]
+
+
+def earlier_tokens(engine: Engine) -> None:
+    for layer, rows in zip(engine.cache, engine.saved[key(0)], strict=True):
+        layer[:, TARGET, :-2] = rows[:, 2:]
+
+
+def reversed_tokens(engine: Engine) -> None:
+    for layer, rows in zip(engine.cache, engine.saved[key(0)], strict=True):
+        layer[:, TARGET] = rows.flip(1)
+
+
+def exchanged_planes(engine: Engine) -> None:
+    for layer, rows in zip(engine.cache, engine.saved[key(0)], strict=True):
+        layer[:, TARGET] = rows.flip(0)
+
+
+def exchanged_planes_at_two_heads(engine: Engine) -> None:
+    for layer, rows in zip(engine.cache, engine.saved[key(0)], strict=True):
+        layer[:, TARGET, :, 1:3] = rows[:, :, 1:3].flip(0)
+
+
+def exchanged_heads(engine: Engine) -> None:
+    for layer, rows in zip(engine.cache, engine.saved[key(0)], strict=True):
+        layer[:, TARGET] = rows[:, :, [0, 2, 1, 3]]
+
+
+def shifted_heads(engine: Engine) -> None:
+    for layer, rows in zip(engine.cache, engine.saved[key(0)], strict=True):
+        layer[:, TARGET] = rows.roll(1, 2)
+
+
+def exchanged_layers(engine: Engine) -> None:
+    rows = engine.saved[key(0)]
+    engine.cache[0][:, TARGET] = rows[2]
+    engine.cache[2][:, TARGET] = rows[0]
+
+
+ALL = tuple(range(LAYERS)), tuple(range(HEADS)), ((0, TOKENS),)
+#: For each fault its name, layers, heads and tokens.
+FAULTS: dict[Callable[[Engine], None], tuple[str, tuple[int, ...], tuple[int, ...], object]] = {
+    flipped_bit: ("changed bytes", (1,), (2,), ((5, 6),)),
+    two_changed_heads: ("changed bytes", (0, 2), (1, 2), ((0, TOKENS),)),
+    zeroed_head: ("zeros", ALL[0], (3,), ((0, TOKENS),)),
+    zeroed: ("zeros", *ALL),
+    zeroed_layers: ("missing layers", (1, 2), *ALL[1:]),
+    rows_before: ("not written", *ALL),
+    layers_before: ("missing layers", (1, 2), *ALL[1:]),
+    tokens_before: ("half written", *ALL[:2], ((10, TOKENS),)),
+    values_before: ("half written", *ALL),
+    noise_at_the_end: ("half written", *ALL[:2], ((12, TOKENS),)),
+    noise_in_a_layer: ("missing layers", (2,), *ALL[1:]),
+    noise: ("unlike", *ALL),
+    another_block: ("other block", *ALL),
+    another_block_in_a_layer: ("other block", (1,), *ALL[1:]),
+    another_block_at_a_head: ("other block", ALL[0], (2,), ((0, TOKENS),)),
+    shifted_tokens: ("shifted tokens", *ALL[:2], ((3, TOKENS),)),
+    earlier_tokens: ("shifted tokens", *ALL[:2], ((0, TOKENS - 2),)),
+    reversed_tokens: ("shifted tokens", *ALL),
+    exchanged_planes: ("planes exchanged", *ALL),
+    exchanged_planes_at_two_heads: ("planes exchanged", ALL[0], (1, 2), ((0, TOKENS),)),
+    exchanged_heads: ("heads exchanged", ALL[0], (1, 2), ((0, TOKENS),)),
+    shifted_heads: ("heads exchanged", *ALL),
+    exchanged_layers: ("layers exchanged", (0, 2), *ALL[1:]),
+}
+
+
+@DEVICES
+@pytest.mark.parametrize("wrong", FAULTS, ids=lambda wrong: wrong.__name__)
+def test_a_fault_is_found_and_named(wrong: Callable[[Engine], None], device: str) -> None:
+    engine = Engine(device)
+    (fault,) = faults_of(engine, wrong)
+    assert (fault.kind, fault.layers, fault.heads, fault.tokens) == FAULTS[wrong]
+    assert (fault.group, fault.key, fault.block) == ("", key(0), TARGET)
+    assert f"block {TARGET}" in fault.sentence
+    assert key(0).hex()[:16] in fault.sentence
+    assert engine.witness.figures()[""].faults == {fault.kind: 1}
+
+
+@pytest.mark.parametrize("wrong", [*FAULTS, nothing], ids=lambda wrong: wrong.__name__)
+def test_without_the_guard_nothing_is_found(wrong: Callable[[Engine], None]) -> None:
+    """The negative control: no witness, no fault; and right rows are no fault for a witness."""
+    assert not faults_of(Engine(check="off"), wrong)
+    assert bool(faults_of(Engine(), wrong)) == (wrong is not nothing)
+
+
+@DEVICES
+def test_exchanged_blocks_are_two_faults(device: str) -> None:
+    (first, second) = faults_of(Engine(device), exchanged_blocks, 3)
+    assert (first.kind, first.block, second.kind, second.block) == (
+        "other block", TARGET, "other block", TARGET + 1,
+    )  # fmt: skip
+    assert key(1).hex()[:16] in first.versus
+
+
+@DEVICES
+def test_a_shifted_list_of_blocks_is_named(device: str) -> None:
+    faults = faults_of(Engine(device), shifted_blocks, 6)
+    assert [fault.block for fault in faults] == [*range(TARGET, TARGET + 4)]
+    assert {fault.kind for fault in faults} == {"shifted blocks"}
+    assert "+1 blocks away" in faults[0].versus
+
+
+def test_the_block_before_is_named_by_its_key() -> None:
+    (fault,) = faults_of(Engine(), rows_before)
+    assert key(99).hex()[:16] in fault.versus
+
+
+def test_rows_of_a_load_are_the_rows_before_the_next_load() -> None:
+    engine = Engine()
+    engine.store(STORED, STORED)
+    engine.load(TARGET, 3)
+    assert not engine.witness.restored([TARGET], [key(3)]).faults
+    (fault,) = engine.witness.restored([TARGET], [key(4)]).faults
+    assert (fault.kind, fault.versus) == (
+        "not written", f"the rows that the block had before, of key {key(3).hex()[:16]}...",
+    )  # fmt: skip
+
+
+def test_a_block_that_an_unknown_key_had_since_is_not_called_unwritten() -> None:
+    """The control: the block got other rows meanwhile, which the witness does not know."""
+    engine = Engine(check="sample", rate=0)
+    engine.store(STORED, STORED, first=STORED)
+    engine.load(TARGET, 3)
+    assert not engine.witness.restored([TARGET], [key(3)]).faults
+    engine.witness.stored([TARGET], [key(50)])
+    (fault,) = engine.witness.restored([TARGET], [key(4)]).faults
+    assert fault.kind == "other block"
+
+
+# Several groups
+
+
+def groups(**terms: object) -> tuple[dict[str, torch.Tensor], Witness]:
+    """Attention and the states of recurrent layers, with 8 stored blocks."""
+    torch.manual_seed(1)
+    caches = {"attention": torch.randn(2, BLOCKS, 16, 2, 8), "states": torch.randn(BLOCKS, 512)}
+    layouts = {"attention": "kv block token head dim", "states": "block page"}
+    views = {
+        name: KVView(cache, layouts[name], **({"block_size": 16} if name == "states" else {}))
+        for name, cache in caches.items()
+    }
+    witness = Witness(views, check="all", **terms)
+    for name in caches:
+        witness.stored(STORED, [key(n) for n in STORED], name)
+    return caches, witness
+
+
+@pytest.mark.parametrize("wrong", [True, False])
+def test_a_missing_group_is_named(wrong: bool) -> None:
+    """The states had the rows of other keys, or no rows. In the control they were loaded."""
+    (caches, witness) = groups()
+    blocks = [20, 21]
+    caches["states"][20] = 0
+    caches["states"][21] = caches["states"][30]
+    witness.stored([21, 30], [key(60), key(61)], "states")
+    caches["attention"][:, blocks] = caches["attention"][:, :2].clone()
+    if not wrong:
+        caches["states"][blocks] = caches["states"][:2].clone()
+    results = {
+        name: witness.restored(blocks, [key(0), key(1)], name) for name in ("states", "attention")
+    }
+    assert not results["attention"].faults
+    kinds = [(fault.kind, fault.group) for fault in results["states"].faults]
+    assert kinds == ([("missing group", "states")] * 2 if wrong else [])
+
+
+def test_a_state_of_another_position_is_another_block() -> None:
+    (caches, witness) = groups()
+    caches["states"][20] = caches["states"][3]
+    (fault,) = witness.restored([20], [key(2)], "states").faults
+    assert (fault.kind, fault.group, fault.tokens) == ("other block", "states", ())
+
+
+# Other ranks and former versions
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_heads_of_another_rank_are_named(tmp_path: Path, known: bool) -> None:
+    """A tier gave rank 0 the rows of rank 1. The control knows no file of rank 1."""
+    other = Engine(seed=7, file=tmp_path / "1")
+    other.store(STORED, STORED)
+    other.witness.settle(wait=True)
+    engine = Engine(others=[tmp_path / "1"] if known else [])
+    (fault,) = faults_of(engine, lambda _: engine.write(TARGET, other.rows(0)))
+    assert fault.kind == ("other rank" if known else "unlike")
+    assert ("heads of" in fault.versus and str(tmp_path / "1") in fault.versus) == known
+
+
+def test_heads_of_a_rank_with_more_heads_are_named(tmp_path: Path) -> None:
+    """A tier has the rows of one rank, and two ranks with half of the heads load them."""
+    whole = Engine(seed=7, heads=8, file=tmp_path / "whole")
+    whole.store(STORED, STORED)
+    whole.witness.settle(wait=True)
+    rank = Engine(others=[tmp_path / "whole"])
+    rank.write(0, [rows[:, :, 4:] for rows in whole.rows(0)])
+    wrong = [rows[:, :, :4] for rows in whole.rows(0)]
+    (fault,) = faults_of(rank, lambda _: rank.write(TARGET, wrong))
+    assert (fault.kind, fault.heads) == ("other rank", (0, 1, 2, 3))
+    assert "2 has those of its 2" in fault.versus
+
+
+@pytest.mark.parametrize("older", ["accept", "fault"])
+def test_an_older_version_is_accepted_or_a_fault(older: str) -> None:
+    """An engine that computes a block again rounds otherwise; only the caller knows of weights."""
+    engine = Engine(older=older)
+    engine.store([0], [0])
+    engine.witness.stored([1], [key(0)])
+    engine.load(TARGET, 0)
+    faults = engine.witness.restored([TARGET], [key(0)]).faults
+    assert [fault.kind for fault in faults] == (["older version"] if older == "fault" else [])
+    assert engine.witness.figures()[""].older == (older == "accept")
+    engine.write(TARGET, engine.rows(1))
+    assert not engine.witness.restored([TARGET], [key(0)]).faults
+
+
+def test_layers_of_an_older_version_are_a_fault() -> None:
+    engine = Engine()
+    engine.store([0], [0])
+    engine.witness.stored([1], [key(0)])
+    engine.load(TARGET, 0)
+    engine.cache[2][:, TARGET] = engine.cache[2][:, 1]
+    (fault,) = engine.witness.restored([TARGET], [key(0)]).faults
+    assert fault.kind == "older version"
+    assert fault.layers in ((2,), (0, 1))
+
+
+def test_rows_of_an_evicted_version_are_unknown_and_no_fault() -> None:
+    """A tier may have the first version of a key, whose fingerprint the table has dropped."""
+    small = 12 * Engine().witness.block_bytes[""]
+    for evicted in (True, False):
+        engine = Engine(nbytes=small if evicted else 1 << 20)
+        engine.store([0], [0])
+        first = engine.rows(0)
+        engine.witness.stored(range(1, 13), [key(100 + n) for n in range(12)])
+        engine.witness.stored([13], [key(0)])
+        engine.write(TARGET, first)
+        assert not engine.witness.restored([TARGET], [key(0)]).faults
+        figures = engine.witness.figures()[""]
+        assert (figures.compared, figures.unknown) == ((0, 1) if evicted else (1, 0))
+        # Rows that equal sums explain are a fault nevertheless.
+        engine.write(TARGET, engine.rows(12))
+        (fault,) = engine.witness.restored([TARGET], [key(0)]).faults
+        assert fault.kind == "other block"
+
+
+def test_more_faults_than_are_searched_for_are_all_reported() -> None:
+    torch.manual_seed(0)
+    cache = torch.randn(2, 400, 4, 2, 4)
+    witness = Witness(KVView(cache, "kv block token head dim"), check="all", action="recompute")
+    keys = [key(n) for n in range(100)]
+    witness.stored(range(100), keys)
+    cache[:, 200:300] = cache[:, :100].roll(7, 1)
+    comparison = witness.restored(range(200, 300), keys)
+    assert comparison.failed == {*range(200, 300)}
+    assert sum(witness.figures()[""].faults.values()) == 100
+
+
+# Blocks without a fault
+
+
+def blocks_without_fault(count: int) -> None:
+    """Store, load, evict and compute blocks again, at random; no rows are wrong."""
+    generator = torch.Generator().manual_seed(3)
+    cache = torch.randn(2, 512, 4, 2, 8, generator=generator)
+    witness = Witness(KVView(cache, "kv block token head dim"), check="all", nbytes=3000 * 192)
+    tier = dict[int, torch.Tensor]()
+    restored = 0
+    while restored < count:
+        numbers = torch.randint(0, 1200, (256,), generator=generator).unique().tolist()
+        blocks = torch.randperm(512, generator=generator)[: len(numbers)].tolist()
+        stored = list[tuple[int, int]]()
+        loaded = list[tuple[int, int]]()
+        for n, block in zip(numbers, blocks, strict=True):
+            rounding = 1 + torch.rand((), generator=generator) / 4096
+            if n not in tier:
+                tier[n] = torch.randn(2, 4, 2, 8, generator=generator)
+                cache[:, block] = tier[n]
+                stored.append((n, block))
+            elif n % 40 == 0:  # computed again; the tier may take the new rows
+                cache[:, block] = tier[n] * rounding
+                stored.append((n, block))
+                if n % 80:
+                    tier[n] = cache[:, block].clone()
+            else:
+                cache[:, block] = tier[n]
+                loaded.append((n, block))
+        witness.stored([b for _, b in stored], [key(n) for n, _ in stored])
+        loaded += [(n, b) for n, b in stored if n % 80 == 0]
+        for n, block in loaded:
+            cache[:, block] = tier[n]
+        result = witness.restored([b for _, b in loaded], [key(n) for n, _ in loaded])
+        assert not result.faults
+        restored += len(loaded)
+    figures = witness.figures()[""]
+    assert not figures.faults
+    assert figures.older
+    assert figures.compared > restored * 9 // 10
+    assert figures.dropped or count < 100_000
+
+
+def test_hundreds_of_blocks_without_a_fault_raise_no_alarm() -> None:
+    blocks_without_fault(500)
+
+
+@pytest.mark.full
+def test_100_000_blocks_without_a_fault_raise_no_alarm() -> None:
+    blocks_without_fault(100_000)
