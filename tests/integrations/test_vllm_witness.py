@@ -194,6 +194,8 @@ def test_hooks_of_the_class_reach_the_wrapped_class(vllm: Vllm) -> None:
     assert of.requires_piecewise_for_cudagraph(extra)
     extra["connector_extra_config"] = {}
     assert not of.requires_piecewise_for_cudagraph(extra)
+    assert not of.supports_sleep_mode(config.kv_transfer_config)
+    assert vllm.double.Named.seen[-1][1][0].kv_connector == "Hybrid"
     assert of.get_required_kvcache_layout(config) == "HND"
     _, (inner,), _ = vllm.double.Named.seen[-1]
     assert inner.kv_transfer_config.kv_connector == "Hybrid"

@@ -67,6 +67,11 @@ class Named:
         return bool(extra_config.get("by_layer"))
 
     @classmethod
+    def supports_sleep_mode(cls, kv_transfer_config: Any) -> bool:
+        cls.seen.append(("supports_sleep_mode", (kv_transfer_config,), {}))
+        return False
+
+    @classmethod
     def get_required_kvcache_layout(cls, vllm_config: Any) -> str:
         cls.seen.append(("get_required_kvcache_layout", (vllm_config,), {}))
         return "HND"
