@@ -36,6 +36,8 @@ class Named:
 
     seen: ClassVar[list[tuple[str, tuple[Any, ...], dict[str, Any]]]] = []  # of the class's hooks
 
+    observed: ClassVar[list[tuple[Any, int]]] = []  # figures for Prometheus, by engine
+
     def __init__(self, vllm_config: Any, role: Any, kv_cache_config: Any) -> None:
         self.config = vllm_config
         self.calls = list[tuple[str, tuple[Any, ...], dict[str, Any]]]()
@@ -84,10 +86,8 @@ class Named:
     @classmethod
     def build_prom_metrics(cls, *args: Any) -> Any:
         cls.seen.append(("build_prom_metrics", args, {}))
-        observed = list[Any]()
-        return SimpleNamespace(
-            observed=observed, observe=lambda data, engine=0: observed.append((data, engine))
-        )
+        cls.observed.clear()
+        return SimpleNamespace(observe=lambda data, engine=0: cls.observed.append((data, engine)))
 
 
 class Hybrid(Named, SupportsHMA):  # type: ignore[misc]

@@ -188,7 +188,7 @@ class PortaKVWitness(_passes_all()):  # type: ignore[misc]
             self._notes = BlockNotes(self._groups)
             for sentence in unserved if self._checks else ():
                 _log.warning("%s", sentence)
-        self._figures = Figures(metrics=WITNESS)
+        self.figures = Figures(metrics=WITNESS)
         self.witness: Witness | None = None  # of a worker that has registered its caches
         self._parts = dict[int, list[str]]()  # by the number of a group, its views
         self._waiting = dict[str, Load]()  # loads whose end the wrapped connector reports
@@ -250,7 +250,7 @@ class PortaKVWitness(_passes_all()):  # type: ignore[misc]
         stats = self.wrapped.get_kv_connector_stats()
         if not SUPPORTED:
             return stats
-        grown = self._figures.take(self.statistics)
+        grown = self.figures.take(self.statistics)
         if stats is None and not grown:
             return None
         wrapped = type(self.wrapped)
