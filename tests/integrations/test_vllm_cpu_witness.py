@@ -42,6 +42,7 @@ from support.waits import LIMIT
 PROMPTS = [prompt(1000, 1), prompt(500, 2), prompt(900, 3)]
 SHIM = "support.witness_shim"
 NAME = "witness-"  # an engine's id begins so
+PREEMPT = "_preempt_request"  # of vLLM's scheduler
 SEED = 7
 REQUESTS = 120
 HOUR = 3600.0
@@ -355,11 +356,11 @@ def test_no_alarm_without_a_fault(
 def count_preemptions(scheduler: Any) -> list[str]:
     """Return a list that gets the name of each request whose blocks are taken."""
     names = list[str]()
-    preempt = scheduler._preempt_request
+    preempt = getattr(scheduler, PREEMPT)
 
     def note_name(request: Any, *args: Any, **terms: Any) -> Any:
         names.append(request.request_id)
         return preempt(request, *args, **terms)
 
-    scheduler._preempt_request = note_name
+    setattr(scheduler, PREEMPT, note_name)
     return names

@@ -194,6 +194,8 @@ def test_hooks_of_the_class_reach_the_wrapped_class(vllm: Vllm) -> None:
     assert of.requires_piecewise_for_cudagraph(extra)
     extra["connector_extra_config"] = {}
     assert not of.requires_piecewise_for_cudagraph(extra)
+    assert not of.supports_sleep_mode(config.kv_transfer_config)
+    assert vllm.double.Named.seen[-1][1][0].kv_connector == "Hybrid"
     assert of.get_required_kvcache_layout(config) == "HND"
     _, (inner,), _ = vllm.double.Named.seen[-1]
     assert inner.kv_transfer_config.kv_connector == "Hybrid"
@@ -205,8 +207,7 @@ def test_what_vllms_class_lacks_is_the_wrapped_connectors(vllm: Vllm) -> None:
     connector = vllm.scheduler()
     assert connector.register_encoder("x") == "register_encoder"
     assert connector.wrapped.calls[-1] == ("register_encoder", ("x",), {})
-    with pytest.raises(AttributeError):
-        _ = connector._register
+    assert not hasattr(connector, "_register")
 
 
 def test_the_wrapped_connector_sees_no_trace_of_the_witness(vllm: Vllm) -> None:
@@ -227,14 +228,16 @@ def test_the_wrapped_connector_sees_no_trace_of_the_witness(vllm: Vllm) -> None:
 
 
 def test_a_connector_without_hybrids_ends_requests_of_one_group(vllm: Vllm) -> None:
-    connector = vllm.scheduler("Named")
+    config = vllm.config("Named")
+    role = vllm.role.SCHEDULER
+    connector = vllm.witness.PortaKVWitness(config, role, vllm.caches())
     request = SimpleNamespace(request_id="a")
     connector.wrapped.answers["request_finished"] = (True, None)
     assert connector.request_finished_all_groups(request, ([3, 4],)) == (True, None)
     assert connector.wrapped.calls[-1] == ("request_finished", (request, [3, 4]), {})
     # Its configuration says so too, as vLLM's connector of several asserts.
     assert connector.wrapped.config.scheduler_config.disable_hybrid_kv_cache_manager
-    assert not connector._vllm_config.scheduler_config.disable_hybrid_kv_cache_manager
+    assert not config.scheduler_config.disable_hybrid_kv_cache_manager
 
 
 def test_a_connector_without_hybrids_serves_none(vllm: Vllm) -> None:
@@ -610,8 +613,7 @@ def test_figures_are_those_of_both(vllm: Vllm, rows: torch.Tensor) -> None:
         pytest.skip("this release has no figures of connectors")
     connector, (cache,) = vllm.worker()
     double = vllm.double
-    connector._figures._interval = 0.0
-    connector._figures._due = 0.0
+    connector.figures = vllm.witness.Figures(0.0, metrics=vllm.witness.WITNESS)
     assert connector.get_kv_connector_stats() is None
     cache.copy_(rows)
     store(connector, vllm, [1, 2])
@@ -657,4 +659,4 @@ def test_prometheus_counts_those_of_both(vllm: Vllm) -> None:
     assert counted["vllm:portakv_witness_faults", "zeros"] == 2
     assert counted["vllm:portakv_witness_compared",] == 3
     made.observe({"witness": {}, "wrapped": {"bytes": 5}, "of": "m:C"}, 0)
-    assert made._wrapped.observed == [({"bytes": 5}, 0)]
+    assert vllm.double.Named.observed == [({"bytes": 5}, 0)]

@@ -36,6 +36,8 @@ class Named:
 
     seen: ClassVar[list[tuple[str, tuple[Any, ...], dict[str, Any]]]] = []  # of the class's hooks
 
+    observed: ClassVar[list[tuple[Any, int]]] = []  # figures for Prometheus, by engine
+
     def __init__(self, vllm_config: Any, role: Any, kv_cache_config: Any) -> None:
         self.config = vllm_config
         self.calls = list[tuple[str, tuple[Any, ...], dict[str, Any]]]()
@@ -67,6 +69,11 @@ class Named:
         return bool(extra_config.get("by_layer"))
 
     @classmethod
+    def supports_sleep_mode(cls, kv_transfer_config: Any) -> bool:
+        cls.seen.append(("supports_sleep_mode", (kv_transfer_config,), {}))
+        return False
+
+    @classmethod
     def get_required_kvcache_layout(cls, vllm_config: Any) -> str:
         cls.seen.append(("get_required_kvcache_layout", (vllm_config,), {}))
         return "HND"
@@ -79,10 +86,8 @@ class Named:
     @classmethod
     def build_prom_metrics(cls, *args: Any) -> Any:
         cls.seen.append(("build_prom_metrics", args, {}))
-        observed = list[Any]()
-        return SimpleNamespace(
-            observed=observed, observe=lambda data, engine=0: observed.append((data, engine))
-        )
+        cls.observed.clear()
+        return SimpleNamespace(observe=lambda data, engine=0: cls.observed.append((data, engine)))
 
 
 class Hybrid(Named, SupportsHMA):  # type: ignore[misc]

@@ -197,12 +197,16 @@ _planes_of = list[list[list[Plane]]]()  # by group and layer
 class _Damages:
     """What a damaged connector adds to its hooks. Both sides are in one process."""
 
+    def __init__(self, vllm_config: Any, role: Any, kv_cache_config: Any) -> None:
+        super().__init__(vllm_config, role, kv_cache_config)  # type: ignore[call-arg]
+        self.engine = vllm_config
+        self.caches = kv_cache_config
+
     def register_kv_caches(self, kv_caches: dict[str, Any]) -> None:
         super().register_kv_caches(kv_caches)  # type: ignore[misc]
-        me: Any = self
-        views = views_of(kv_caches, me._kv_cache_config, kernels_of(me._vllm_config))
+        views = views_of(kv_caches, self.caches, kernels_of(self.engine))
         _planes_of.clear()
-        _planes_of.extend([] for _ in me._kv_cache_config.kv_cache_groups)
+        _planes_of.extend([] for _ in self.caches.kv_cache_groups)
         for each in views:
             tensors: Any = each.view.tensors
             layers = [x if isinstance(x, list | tuple) else [x] for x in tensors]
@@ -216,11 +220,10 @@ class _Damages:
         super().update_state_after_alloc(request, blocks, num_external_tokens)  # type: ignore[misc]
         if not num_external_tokens or _fault[0] is None:
             return
-        me: Any = self
         first = _computed[request.request_id]
         past = first + num_external_tokens
         loaded = list[list[int]]()
-        groups = me._kv_cache_config.kv_cache_groups
+        groups = self.caches.kv_cache_groups
         for ids, group in zip(blocks.get_block_ids(), groups, strict=True):
             size = group.kv_cache_spec.block_size
             some = ids[first // size : past // size]
@@ -231,7 +234,7 @@ class _Damages:
         ]
         _begun[request.request_id] = _Begun(loaded, before)
 
-    def _damage(self, name: str) -> None:
+    def damage(self, name: str) -> None:
         begun = _begun.pop(name, None)
         fault = _fault[0]
         if begun is not None and fault is not None:
@@ -245,7 +248,7 @@ class _DamagesAtTheEnd(_Damages):
     def get_transfer_results(self, finished_req_ids: set[str]) -> Any:
         results = super().get_transfer_results(finished_req_ids)  # type: ignore[misc]
         for name in results.finished_recving:
-            self._damage(name)
+            self.damage(name)
         return results
 
 
@@ -267,4 +270,4 @@ class DamagedExample(_Damages, ExampleConnector):  # type: ignore[misc]
     def start_load_kv(self, forward_context: Any, **kwargs: Any) -> None:
         super().start_load_kv(forward_context, **kwargs)
         for name in [*_begun]:
-            self._damage(name)
+            self.damage(name)

@@ -81,19 +81,27 @@ class WitnessMetadata(KVConnectorMetadata):  # type: ignore[misc]
     notes: StepNotes = field(default_factory=StepNotes)
 
 
+def wrapped_transfers(transfers: Any) -> tuple[WitnessTerms, Any]:
+    """Return the witness's terms, and vLLM's ``kv_transfer_config`` as the wrapped connector gets
+    it.
+
+    Raises `InvalidTerms` for wrong terms.
+    """
+    terms = WitnessTerms.of(transfers.kv_connector_extra_config or {})
+    inner = copy.copy(transfers)
+    inner.kv_connector = terms.connector
+    inner.kv_connector_module_path = terms.connector_module_path
+    inner.kv_connector_extra_config = terms.connector_extra_config
+    return terms, inner
+
+
 def wrapped_config(config: Any) -> tuple[WitnessTerms, Any]:
     """Return the witness's terms, and vLLM's configuration as the wrapped connector gets it.
 
     Raises `InvalidTerms` for wrong terms.
     """
-    outer = config.kv_transfer_config
-    terms = WitnessTerms.of(outer.kv_connector_extra_config or {})
-    inner = copy.copy(outer)
-    inner.kv_connector = terms.connector
-    inner.kv_connector_module_path = terms.connector_module_path
-    inner.kv_connector_extra_config = terms.connector_extra_config
     made = copy.copy(config)
-    made.kv_transfer_config = inner
+    terms, made.kv_transfer_config = wrapped_transfers(config.kv_transfer_config)
     return terms, made
 
 
@@ -180,7 +188,7 @@ class PortaKVWitness(_passes_all()):  # type: ignore[misc]
             self._notes = BlockNotes(self._groups)
             for sentence in unserved if self._checks else ():
                 _log.warning("%s", sentence)
-        self._figures = Figures(metrics=WITNESS)
+        self.figures = Figures(metrics=WITNESS)
         self.witness: Witness | None = None  # of a worker that has registered its caches
         self._parts = dict[int, list[str]]()  # by the number of a group, its views
         self._waiting = dict[str, Load]()  # loads whose end the wrapped connector reports
@@ -212,6 +220,12 @@ class PortaKVWitness(_passes_all()):  # type: ignore[misc]
         return requires is not None and bool(requires(terms.connector_extra_config))
 
     @classmethod
+    def supports_sleep_mode(cls, kv_transfer_config: Any) -> bool:
+        _, inner = wrapped_transfers(kv_transfer_config)
+        supports = KVConnectorFactory.get_connector_class(inner).supports_sleep_mode
+        return bool(supports(inner))
+
+    @classmethod
     def get_required_kvcache_layout(cls, vllm_config: Any) -> str | None:
         _, inner = wrapped_config(vllm_config)
         layout: str | None = wrapped_class(inner).get_required_kvcache_layout(inner)
@@ -236,7 +250,7 @@ class PortaKVWitness(_passes_all()):  # type: ignore[misc]
         stats = self.wrapped.get_kv_connector_stats()
         if not SUPPORTED:
             return stats
-        grown = self._figures.take(self.statistics)
+        grown = self.figures.take(self.statistics)
         if stats is None and not grown:
             return None
         wrapped = type(self.wrapped)
