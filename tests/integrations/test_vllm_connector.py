@@ -246,9 +246,9 @@ class Asked(SimpleNamespace):
     """A request of vLLM, with what is read and changed of one."""
 
     def __init__(self, tokens: list[int], **params: bool) -> None:
-        super().__init__(prompt_token_ids=tokens, num_prompt_tokens=len(tokens), max_tokens=9)
-        self._all_token_ids = [*tokens]
-        self.kv_transfer_params = params
+        more: dict[str, Any] = {"_all_token_ids": [*tokens], "kv_transfer_params": params}
+        count = len(tokens)
+        super().__init__(prompt_token_ids=tokens, num_prompt_tokens=count, max_tokens=9, **more)
 
 
 @pytest.mark.parametrize(

@@ -104,12 +104,14 @@ def last_token_apart(engine: Engine, tokens: list[int]) -> list[int]:
 
 
 class Model(NamedTuple):
-    """A model, and the tokens of an engine without connector."""
+    """A model, and the tokens of an engine without connector: by steps as those of a hand-over, and
+    of whole prompts."""
 
     name: str
     kind: Kind
     folder: Path
     own: list[list[int]]
+    whole: list[list[int]]
 
     def engine(self, role: str, size: int, **terms: Any) -> Serving:
         """Start an engine that hands requests over."""
@@ -126,15 +128,16 @@ def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     folder = tmp_path_factory.mktemp("vllm") / "model"
     in_a_child(lambda: kind.make(folder))
 
-    def work() -> list[list[int]]:
+    def work() -> tuple[list[list[int]], list[list[int]]]:
         if request.param == "unequal widths":
             register_uneven()
         engine = Engine(folder, None, **kind.terms)
+        whole = engine.ask(PROMPTS).tokens
         if request.param != "states":
-            return engine.ask(PROMPTS).tokens
-        return [last_token_apart(engine, each) for each in PROMPTS]
+            return whole, whole
+        return [last_token_apart(engine, each) for each in PROMPTS], whole
 
-    return Model(request.param, kind, folder, in_a_child(work))
+    return Model(request.param, kind, folder, *in_a_child(work))
 
 
 def left_out(group: int) -> None:
@@ -190,6 +193,30 @@ def test_prompts_are_handed_over(model: Model, tmp_path: Path, case: Named) -> N
     assert pulled["pulled_tokens"] == sum(len(each) - left for each in handed)
     assert pulled.get("failed_pulls", 0) == 0
     assert offered["offers_taken"] == offered["offers"] == len(handed)
+
+
+def test_prompts_whose_rows_do_not_come_are_computed(
+    model: Model, tmp_path: Path, case: Named
+) -> None:
+    """A second request with a ticket gets nothing."""
+    case(f"{model.name}, a ticket that is used twice")
+
+    def prefill() -> None:
+        compute_prompts(model.engine("kv_producer", model.kind.sizes[0]), tmp_path, PROMPTS[:2])
+
+    def decode() -> tuple[list[list[int]], dict[str, int]]:
+        serving = model.engine("kv_consumer", model.kind.sizes[1])
+        go_on_with(serving, tmp_path, PROMPTS[:2])
+        serving.forget()
+        tokens = go_on_with(serving, tmp_path, PROMPTS[:2], "again")
+        note(tmp_path / STOP)
+        return tokens, serving.engine.counts
+
+    children = [start_child(prefill), start_child(decode)]
+    tokens, counts = result_of(children[1])
+    result_of(children[0])
+    assert tokens == model.whole[:2]
+    assert counts["failed_pulls"] == 2
 
 
 @pytest.mark.parametrize("ranks", [(2, 1), pytest.param((1, 2), marks=pytest.mark.full)], ids=str)

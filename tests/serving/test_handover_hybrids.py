@@ -39,7 +39,8 @@ FAMILIES: dict[str, list[Group]] = {
     "windows and states": [Group(1, window=40), Group(1, states="every"), Group(1)],
     "latent rows and an index": [Group(1), Group(1)],
 }
-TERMS = HandoverTerms()
+#: How rows come: from memory that both map, or in copies.
+TERMS = (HandoverTerms(), HandoverTerms(expose="staging"))
 #: Numbers of a row without and with quantization.
 DTYPES = (torch.int32, torch.uint8)
 
@@ -65,6 +66,7 @@ class Rank:
         dtype: torch.dtype,
         kind: type[Handover],
         offers: bool,
+        terms: HandoverTerms,
     ) -> None:
         self.heads = slice(*heads)
         many = heads[1] - heads[0]
@@ -79,7 +81,7 @@ class Rank:
         views = [KVView([*each], "layer | block token head dim") for each in self.memory]
         shards = [Shard(view, heads=(*heads, HEADS)) for view in views]
         self.handover = kind(
-            shards, "a model", TERMS, offers=offers, pulls=not offers, parts=[*enumerate(groups)]
+            shards, "a model", terms, offers=offers, pulls=not offers, parts=[*enumerate(groups)]
         )
 
 
@@ -91,6 +93,7 @@ class Engines:
         groups = FAMILIES[family]
         sizes = [[chance.choice([8, 16]) for _ in groups] for _ in "pd"]
         self.dtype = chance.choice(DTYPES)
+        terms = TERMS[seed % 2]
         both = [
             [each._replace(block_size=size) for each, size in zip(groups, some, strict=True)]
             for some in sizes
@@ -101,8 +104,8 @@ class Engines:
         parts = [
             [(n * HEADS // many, (n + 1) * HEADS // many) for n in range(many)] for many in ranks
         ]
-        self.src = [Rank(both[0], x, self.dtype, kind, True) for x in parts[0]]
-        self.dst = [Rank(both[1], x, self.dtype, kind, False) for x in parts[1]]
+        self.src = [Rank(both[0], x, self.dtype, kind, True, terms) for x in parts[0]]
+        self.dst = [Rank(both[1], x, self.dtype, kind, False, terms) for x in parts[1]]
 
     def close(self) -> None:
         """Close all channels."""
