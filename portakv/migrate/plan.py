@@ -256,9 +256,8 @@ def planned(
         source = sources[cut.piece.owner]
         src_index = src_indices[cut.piece.owner]
         step = Step(source.ticket, source.owner, cut, src_index, dst_index, first, count)
-        wanted = np.flatnonzero(dst_index.slots(count) >= 0) if skips else ()
-        if len(wanted) and wanted[0]:  # as of layers with a window
-            begin = int(wanted[0])
+        begin = int((dst_index.slots(count) >= 0).argmax()) if skips else 0
+        if begin:  # as of layers with a window
             step = step.part(range(cut.dst.layers), begin, count - begin)
         steps.append(step)
     return steps, skips

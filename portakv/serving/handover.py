@@ -582,7 +582,7 @@ class Handover:
         assert self.owner is not None
         try:
             self.owner.offer(
-                *self._ids(job, False),
+                *self.ids_of(job, False),
                 tokens=job.tokens,
                 lease=job.lease,
                 max_lease=max(job.lease, LONGEST),
@@ -613,7 +613,7 @@ class Handover:
                 raise no_ticket()
             return self.reader.pull(
                 job.tickets,
-                *self._ids(job, True),
+                *self.ids_of(job, True),
                 first=job.first,
                 overlap=overlap,
                 max_gbps=self.terms.max_gbps,
@@ -623,13 +623,13 @@ class Handover:
             _log_failed_pull(error)
             return None
 
-    def _ids(self, job: OfferJob | PullJob, pulls: bool) -> list[Ids]:
+    def ids_of(self, job: OfferJob | PullJob, pulls: bool) -> list[Ids]:
         """Return the ids of each shard; of states at the last positions, of which a block may
         have several. ``pulls``: without rows that nothing needs, and that the other engine may have
         given up."""
         lists = list[Ids]()
-        for shard, (number, group) in zip(self.shards, self.parts, strict=True):
-            ids: Ids = job.blocks[number]
+        for shard, (at, group) in zip(self.shards, self.parts, strict=True):
+            ids: Ids = job.blocks[at]
             size = shard.view.block_size or 1
             if group.states:
                 slots = np.full(job.tokens, -1)
@@ -721,10 +721,10 @@ def _exposures(terms: HandoverTerms) -> list[Expose]:
 def _blocks(handover: Handover, tokens: int) -> tuple[tuple[int, ...], ...]:
     """Return the first blocks of each group of one side of a rehearsal, for so many tokens."""
     blocks = dict[int, tuple[int, ...]]()
-    for shard, (number, group) in zip(handover.shards, handover.parts, strict=True):
+    for shard, (at, group) in zip(handover.shards, handover.parts, strict=True):
         many = 1 if group.states else -(-tokens // (shard.view.block_size or 1))
-        blocks[number] = tuple(range(many))
-    return tuple(blocks[number] for number in sorted(blocks))
+        blocks[at] = tuple(range(many))
+    return tuple(blocks[at] for at in sorted(blocks))
 
 
 def _hand_over_and_back(handover: Handover, expose: Expose) -> None:

@@ -29,6 +29,7 @@ from portakv.integrations.vllm.caches import (
     ids_of,
     is_wanted,
     kernels_of,
+    leave_last_token,
     needs_all_tokens,
     never_fails,
     parameters_for,
@@ -204,7 +205,6 @@ def test_groups_with_states(
             "Expected no bucket in the store of a host",
         ),
         (states(), {"block_size": 32}, "of a multiple of 64 tokens"),
-        (states(), {"hand_over": {}}, "got 2 groups, a window or states"),
     ],
 )
 def test_what_states_cannot_be_stored_by_is_named(
@@ -217,6 +217,61 @@ def test_what_states_cannot_be_stored_by_is_named(
     config.kv_transfer_config.kv_connector_extra_config |= change
     with pytest.raises((IntegrationError, InvalidTerms), match=says):
         settings_of(config, caches)
+
+
+@pytest.mark.parametrize(
+    ("rows", "speculates", "says"),
+    [
+        (True, False, ""),
+        (True, True, "got speculative decoding"),
+        (False, False, "got states alone"),
+    ],
+)
+def test_states_that_cannot_be_handed_over_are_named(
+    configurations: tuple[Any, Any], rows: bool, speculates: bool, says: str
+) -> None:
+    config, caches = configurations
+    caches.kv_cache_groups[:] = [*caches.kv_cache_groups[: int(rows)], states()]
+    config.speculative_config = object() if speculates else None
+    config.kv_transfer_config.kv_role = "kv_producer"
+    config.kv_transfer_config.kv_connector_extra_config = {}
+    if not says:
+        assert settings_of(config, caches).handing is not None
+        return
+    with pytest.raises(IntegrationError, match=says):
+        settings_of(config, caches)
+
+
+class Asked(SimpleNamespace):
+    """A request of vLLM, with what is read and changed of one."""
+
+    def __init__(self, tokens: list[int], **params: bool) -> None:
+        more: dict[str, Any] = {"_all_token_ids": [*tokens], "kv_transfer_params": params}
+        count = len(tokens)
+        super().__init__(prompt_token_ids=tokens, num_prompt_tokens=count, max_tokens=9, **more)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "params", "left"),
+    [
+        ([1, 2, 3], {"do_remote_decode": True}, [1, 2]),
+        ([1], {"do_remote_decode": True}, [1]),
+        ([1, 2, 3], {"do_remote_prefill": True}, [1, 2, 3]),
+        ([1, 2, 3], {}, [1, 2, 3]),
+    ],
+    ids=["", "one token", "of another engine", "of this engine"],
+)
+def test_the_last_token_is_left_to_the_other_engine(
+    tokens: list[int], params: dict[str, bool], left: list[int]
+) -> None:
+    """The list of the prompt is the front end's, which shows it to the user."""
+    request = Asked(tokens, **params)
+    front = [*tokens]
+    leave_last_token(request)
+    assert request.prompt_token_ids == vars(request)["_all_token_ids"] == left
+    assert request.num_prompt_tokens == len(left)
+    assert request.max_tokens == (9 if len(left) == len(tokens) else 1)
+    assert tokens == front
 
 
 def test_groups_with_chunks(configurations: tuple[Any, Any]) -> None:
@@ -404,15 +459,15 @@ def test_wrong_terms_of_a_hand_over_are_named(configurations: tuple[Any, Any]) -
         settings_of(*configurations)
 
 
-def test_layers_that_are_not_handed_over_are_named(configurations: tuple[Any, Any]) -> None:
+def test_an_engine_that_hands_over_has_rows_apart(configurations: tuple[Any, Any]) -> None:
+    """Also of a window: other engines read them."""
     config, caches = configurations
     config.kv_transfer_config.kv_role = "kv_consumer"
-    settings = settings_of(config, caches)
-    assert settings.handing is not None
-    assert not settings.has_whole_blocks  # other engines read rows
-    caches.kv_cache_groups.append(window(16, 64))
-    with pytest.raises(IntegrationError, match="one group of layers that keep all tokens"):
-        settings_of(config, caches)
+    for more in ([], [window(16, 64)]):
+        caches.kv_cache_groups += more
+        settings = settings_of(config, caches)
+        assert settings.handing is not None
+        assert not settings.has_whole_blocks
 
 
 def test_an_engine_without_a_store_has_no_store_server(configurations: tuple[Any, Any]) -> None:
@@ -502,7 +557,7 @@ def test_what_a_proxy_passes_on() -> None:
     carried = json.loads(json.dumps(params))
     asked = list[Any]()
 
-    def identity_asked(request: Any) -> Any:
+    def identity_asked(request: Any, tokens: int) -> Any:
         asked.append(request)
         return identity
 
@@ -607,9 +662,7 @@ def test_layers_of_unequal_width_have_a_view_for_each_kind() -> None:
     index.close()
 
 
-@pytest.mark.parametrize(
-    "change", [{"by_layer": True}, {"shared": True}, {"hand_over": {}}], ids=str
-)
+@pytest.mark.parametrize("change", [{"by_layer": True}, {"shared": True}], ids=str)
 def test_what_unequal_widths_cannot_have_is_named(
     configurations: tuple[Any, Any], change: dict[str, Any]
 ) -> None:

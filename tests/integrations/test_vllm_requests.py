@@ -72,7 +72,7 @@ def test_rows_of_another_adapter_are_not_pulled(
 
     def pulled(name: str | None, content: bytes) -> RemoteRows | None:
         made, identity = adapted(name, content, **params)
-        return remote_rows_of(made, lambda _: identity)
+        return remote_rows_of(made, lambda *_: identity)
 
     asked, identity = adapted("a", b"one")
     params = parameters_for(asked, rows, identity, "engine", 1)

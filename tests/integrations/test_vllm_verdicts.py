@@ -109,9 +109,7 @@ def test_right_terms_have_one_verdict(tmp_path: Path) -> None:
         assert checked(config, tmp_path) == []
 
 
-@pytest.mark.parametrize(
-    "terms", [{"by_layer": True}, {"hand_over": {}}, {"block_size": 128}], ids=str
-)
+@pytest.mark.parametrize("terms", [{"by_layer": True}, {"block_size": 128}], ids=str)
 def test_models_with_windows_have_one_verdict(terms: dict[str, Any], tmp_path: Path) -> None:
     config = right(staging=1 << 20, host=1 << 20, **terms)
     start(config | {"kv_connector_extra_config": {"staging": 1 << 20, "host": 1 << 20}}, WINDOWS)

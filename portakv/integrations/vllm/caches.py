@@ -101,8 +101,8 @@ def scales_of(config: Any, workers: Workers) -> str:
             if workers.stages > 1 or (workers.size > 1 and scale.numel() > 1):
                 raise IntegrationError(
                     f"Expected scales of the cache that all {workers.size} workers have, got "
-                    f"{attribute.strip('_')} {scale.flatten().tolist()} of {name}: rows of heads or "
-                    f"stages with scales of their own are stored by one worker. Run one, or leave "
+                    f"{attribute.strip('_')} {scale.flatten().tolist()} of {name}: heads or stages "
+                    f"with scales of their own are stored by one worker. Run one, or leave "
                     f"--kv-cache-dtype out."
                 )
             found[name + attribute] = scale.flatten().tolist()
@@ -630,19 +630,19 @@ def parameters_for(
     }
 
 
-def check_handed(groups: Sequence[Group], config: Any) -> None:
+def check_handed(groups: Sequence[Group], config: Any = None) -> None:
     """Refuse layers whose rows or states are not handed over.
 
-    Raises `IntegrationError`.
+    ``config``: vLLM's; None: not known. Raises `IntegrationError`.
     """
     if not any(group.states for group in groups):
         return
     speculates = getattr(config, "speculative_config", None) is not None
     if speculates or all(group.states for group in groups):
         raise IntegrationError(
-            f"Expected a model with a group of layers that keep rows, without speculative decoding, "
-            f"to hand states over, got {'speculative decoding' if speculates else 'states alone'}. "
-            f"Leave {TERM} out and set kv_role to 'kv_both', or choose another connector."
+            f"Expected layers that keep rows beside states, and no speculative decoding, to hand "
+            f"requests over, got {'speculative decoding' if speculates else 'states alone'}. Leave "
+            f"{TERM} out and set kv_role to 'kv_both', or choose another connector."
         )
 
 

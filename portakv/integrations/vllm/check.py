@@ -31,6 +31,7 @@ from portakv.integrations.vllm.caches import (
     Roles,
     Workers,
     check_by_layer,
+    check_handed,
     check_states,
     least_tokens,
     roles_of,
@@ -42,7 +43,7 @@ from portakv.migrate.transports import check_transport
 from portakv.serving import Group
 from portakv.serving.local import StoreTerms, check_names, image_of, term_names
 from portakv.serving.pages import check_shared
-from portakv.serving.sizing import Sizes
+from portakv.serving.sizing import STATE, Sizes
 
 CONNECTOR = "PortaKVConnector"
 MODULE = "portakv.integrations.vllm_connector"
@@ -263,11 +264,9 @@ def _check_handing(handing: Handing, sizes: Sizes | None, findings: Findings) ->
     with findings.catching("kv_connector_extra_config: hand_over"):
         terms.secret()
         check_transport(terms.transport, torch.device("cpu"))
-    if sizes is not None and sizes.windows:
-        findings.errors.append(
-            "Expected a model whose layers all keep all tokens for hand_over, got one with windows "
-            "or other kinds of layers. Leave hand_over out."
-        )
+    if sizes is not None and {*sizes.layers} == {STATE}:
+        with findings.catching():
+            check_handed([Group(1, states="last")])
     does = {
         (True, False): "offers the rows of prompts that it computes",
         (False, True): "pulls the rows of prompts that other engines have computed",
