@@ -410,21 +410,15 @@ def _by_place(difference: Difference) -> Name:
 
 
 def shifts_of(sources: Mapping[int, bytes], keys: Sequence[bytes]) -> dict[int, int]:
-    """Return the positions of a call whose blocks have the rows of a key a common number of places
-    away, with that number.
+    """Return the positions of a call whose blocks have the rows of a key some places away, as those
+    of a neighbour do, with the number of places.
 
     ``sources``: for each position whose rows are of another key, that key.
     """
     places = {key: at for at, key in enumerate(keys)}
     moved = {at: places[key] - at for at, key in sources.items() if key in places}
-    numbers = [n for n in moved.values() if n]
-    if not numbers:
-        return {}
-    common = max(set(numbers), key=numbers.count)
-    # Two exchanged blocks are no shift, nor is a single block.
-    if numbers.count(common) < 2:
-        return {}
-    return {at: n for at, n in moved.items() if n == common}
+    # Two exchanged blocks are no shift: its neighbours have moved alike.
+    return {at: n for at, n in moved.items() if n and n in (moved.get(at - 1), moved.get(at + 1))}
 
 
 def short(key: bytes) -> str:

@@ -217,6 +217,20 @@ def test_exchanged_blocks_are_two_faults(device: str) -> None:
     assert key(1).hex()[:16] in first.versus
 
 
+@pytest.mark.parametrize("size", [1, 3])
+def test_runs_of_blocks_that_change_places_are_shifted(size: int) -> None:
+    """Exchanged chunks; in the control each chunk is one block."""
+    engine = Engine()
+    engine.store(STORED, STORED)
+    order = [*range(size, 2 * size), *range(size)]
+    for at, n in enumerate(order):
+        engine.load(TARGET + at, n)
+    blocks = [TARGET + at for at in range(2 * size)]
+    faults = engine.witness.restored(blocks, [key(n) for n in range(2 * size)]).faults
+    assert {fault.kind for fault in faults} == {"other block" if size == 1 else "shifted blocks"}
+    assert len(faults) == 2 * size
+
+
 @DEVICES
 def test_a_shifted_list_of_blocks_is_named(device: str) -> None:
     faults = faults_of(Engine(device), shifted_blocks, 6)
