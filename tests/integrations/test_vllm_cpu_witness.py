@@ -28,12 +28,14 @@ from support.vllm_cpu import (
     BLOCK,
     Answer,
     Engine,
+    connector_here,
     connector_terms,
     import_engine,
     in_a_child,
     make_gdn,
     make_model,
     prompt,
+    schedule_ahead,
     small_model,
 )
 from support.vllm_cpu_schedules import LONGEST_ANSWER, Walk, prompts_of
@@ -303,6 +305,7 @@ QUIET: dict[str, dict[str, Any]] = {
         },
     },
     "windows": {"blocks": 120, "max_model_len": 1024},
+    "steps planned ahead": {"blocks": 72, "max_model_len": 1024},
 }
 
 
@@ -332,6 +335,8 @@ def test_no_alarm_without_a_fault(
     expected = in_a_child(alone)
 
     def work() -> Any:
+        if name == "steps planned ahead":
+            schedule_ahead()
         # A stored block is one block, and a store holds part of the blocks.
         vars(importlib.import_module("portakv.integrations.vllm.caches"))["TOKENS"] = BLOCK
         config = wrapped("DamagedPortaKV", tmp_path, action="recompute")
@@ -351,6 +356,64 @@ def test_no_alarm_without_a_fault(
     assert sum(many for state, many in counts.items() if state.startswith("aborted"))
     if name == "few blocks":
         assert preempted
+
+
+def test_no_alarm_of_states(recurrent: Path, tmp_path: Path) -> None:
+    """The last bits of rows differ by the prompts that are served together."""
+    prompts = [prompt(500 + 130 * n, 40 + n) for n in range(5)]
+    later = [each + prompt(150, 60 + n) for n, each in enumerate(prompts)]
+
+    def work() -> Counter[str]:
+        config = wrapped("DamagedPortaKV", tmp_path, action="recompute")
+        engine = Engine(recurrent, None, kv_transfer_config=config, **STATES)
+        draw = random.Random(SEED)
+        for _ in range(8):
+            engine.ask(draw.sample([*prompts, *later], 4), 40)
+            forget(engine)
+        return counts_of(engine)
+
+    counts = in_a_child(work, limit=HOUR)
+    print("states", dict(counts))
+    assert faults_in(counts) == {}
+    assert counts["witness_compared"] > 20
+
+
+def test_two_ranks_keep_their_fingerprints(model: Path, tmp_path: Path) -> None:
+    """Each rank has its heads, and a file; a later engine compares what a former one has stored."""
+
+    def work() -> tuple[Answer, list[Counter[str]]]:
+        config = wrapped(
+            "DamagedPortaKV", tmp_path, action="recompute", file=str(tmp_path / "fingerprints")
+        )
+        engine = Engine(model, None, ranks=2, kv_transfer_config=config)
+        until = time.monotonic() + LIMIT / 2
+        answer = engine.ask(PROMPTS)
+        while not all(answer.cached):
+            assert time.monotonic() < until, "blocks are not stored"
+            forget(engine)
+            answer = engine.ask(PROMPTS)
+        counts = engine.in_workers(counts_here)
+        engine.llm.llm_engine.engine_core.shutdown()
+        return answer, counts
+
+    for _ in range(2):
+        answer, counts = in_a_child(work, limit=HOUR)
+        assert len(counts) == 2
+        for each in counts:
+            print("ranks", dict(each))
+            assert faults_in(each) == {}
+            assert each["witness_compared"] > 0
+            assert each["witness_unknown"] == 0
+    assert (tmp_path / "fingerprints.rank0").exists()
+    assert (tmp_path / "fingerprints.rank1").exists()
+    assert answer.tokens == in_a_child(lambda: Engine(model, None, ranks=2).ask(PROMPTS)).tokens
+
+
+def counts_here(worker: Any) -> Counter[str]:
+    """Return what the witness of a worker has counted, in its process."""
+    connector = connector_here()
+    connector.witness.settle(wait=True)
+    return Counter(connector.statistics())
 
 
 def count_preemptions(scheduler: Any) -> list[str]:
