@@ -3,7 +3,7 @@
 
     python examples/witness_cache.py [device]
 
-The tensors are those of a `StaticCache`: for each layer keys and values ``[1, heads, tokens, dim]``.
+As in a `StaticCache`, the tensors are keys and values ``[1, heads, tokens, dim]`` of each layer.
 Blocks are runs of 16 tokens, and the key of a block is a hash of all tokens up to its end. A
 dictionary on the host stores prefixes. The weights change, but the keys do not.
 """

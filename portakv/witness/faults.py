@@ -223,6 +223,10 @@ def name_fault(evidence: Evidence, thorough: bool = True) -> tuple[Name, Differe
         for each in evidence.versions
         if not np.array_equal(each, evidence.actual)
     ]
+    if not differences:  # the rows are those of the only version, which is out of date
+        differences = [
+            Difference(evidence.geometry, np.zeros_like(evidence.actual), evidence.actual)
+        ]
     difference = min(differences, key=lambda x: int(x.heads.sum() + x.segments.sum()))
     steps: Sequence[Callable[[Evidence, Difference], Name | None]] = (
         _by_zeros,

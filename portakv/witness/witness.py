@@ -365,6 +365,16 @@ class Witness:
             self._report(suspects)
         self._right.clear()
 
+    def renew(self) -> None:
+        """Accept no rows that were stored before this call, as after a change of the weights.
+
+        Restored rows of before are the fault "older version", also with ``older="accept"``. Blocks
+        the host until the device has computed all fingerprints.
+        """
+        self.settle(wait=True)
+        for group in self._groups.values():
+            group.ring.renew()
+
     def figures(self) -> dict[str, Figures]:
         """Return the counts of each group, of the calls that are settled."""
         return {
@@ -457,11 +467,12 @@ class Witness:
         for sums, at in zip(all_sums, step.chosen, strict=True):
             key = step.keys[at]
             versions = ring.versions(key)
-            if not versions:  # evicted since the call
+            current = [known for known in versions if not known.is_old]
+            if not current and not any(np.array_equal(x.sums, sums) for x in versions):
                 of.figures.unknown += 1
                 continue
             of.figures.compared += 1
-            accepted = versions if self._accepts_older else versions[:1]
+            accepted = current if self._accepts_older else current[:1]
             nth = next((n for n, x in enumerate(accepted) if np.array_equal(x.sums, sums)), None)
             if nth is None:
                 before = ring.last_in(int(step.blocks[at]))
