@@ -63,14 +63,14 @@ def measure(model: str, device: torch.device) -> list[Row]:
         nbytes = count * sum(each.nbytes for each in cache) // most
         contiguous = torch.zeros(nbytes // 8, dtype=torch.int64, device=device)
 
-        def stored(blocks: list[int] = blocks, keys: list[bytes] = keys) -> object:
-            return witness.stored(blocks, keys)
+        def stored(blocks: list[int] = blocks, keys: list[bytes] = keys) -> None:
+            witness.stored(blocks, keys)
 
         def restored(blocks: list[int] = blocks, keys: list[bytes] = keys) -> object:
             return witness.restored(blocks, keys)
 
-        def settle() -> object:
-            return witness.settle(wait=True)
+        def settle() -> None:
+            witness.settle(wait=True)
 
         (stored_host, stored_device) = _times(stored, settle, device)
         (restored_host, _) = _times(restored, settle, device)
