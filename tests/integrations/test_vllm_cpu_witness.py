@@ -38,6 +38,7 @@ from support.vllm_cpu import (
     schedule_ahead,
     small_model,
 )
+from support.vllm_cpu_calls import figures_of, publishing
 from support.vllm_cpu_schedules import LONGEST_ANSWER, Walk, prompts_of
 from support.waits import LIMIT
 
@@ -259,15 +260,27 @@ def test_faults_of_states_are_found(check: str, recurrent: Path, tmp_path: Path)
 
 
 def test_a_fault_is_logged_alone(model: Path, own: list[list[int]], tmp_path: Path) -> None:
-    """The default: the engine goes on with wrong rows, and the counters say so."""
+    """The default: the engine goes on with wrong rows. Its figures say so, next to those of the
+    wrapped connector, and a folder has a report."""
 
     def work() -> Any:
         shim = importlib.import_module(SHIM)
-        config = wrapped("DamagedPortaKV", tmp_path)
-        engine = Engine(model, None, kv_transfer_config=config)
-        return walk_through(engine, ["a flipped byte"], shim.FAULTS, PROMPTS)
+        config = wrapped("DamagedPortaKV", tmp_path, report=str(tmp_path / "reports"))
+        engine = Engine(model, None, kv_transfer_config=config, **publishing())
+        seen = walk_through(engine, ["a flipped byte"], shim.FAULTS, PROMPTS)
+        until = time.monotonic() + LIMIT / 2
+        figures = Counter(figures_of(engine))
+        while not (figures["vllm:portakv_witness_faults"] and figures["vllm:portakv_landed_bytes"]):
+            assert time.monotonic() < until, "nothing was reported"
+            engine.ask([prompt(20, 700)], 2)
+            figures = Counter(figures_of(engine))
+        return seen, figures
 
-    ((tokens, damaged, counts),) = in_a_child(work).values()
+    seen, figures = in_a_child(work)
+    ((tokens, damaged, counts),) = seen.values()
+    assert figures["vllm:portakv_witness_faults"] == len(PROMPTS)
+    assert figures["vllm:portakv_witness_compared"] > len(PROMPTS)
+    assert [*(tmp_path / "reports").iterdir()]
     assert damaged == len(PROMPTS)
     assert tokens != own
     assert sum(faults_in(counts).values()) == len(PROMPTS)
