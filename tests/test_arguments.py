@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import inspect
 import re
+import secrets
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, suppress
@@ -53,9 +54,10 @@ from portakv.weights import (
     share_model,
 )
 from portakv.weights.owner import Published
+from portakv.witness import Witness
 
 API = Path(__file__).resolve().parents[1] / "docs" / "api.md"
-PACKAGES = "portakv.storage", "portakv.graph", "portakv.migrate"
+PACKAGES = "portakv.storage", "portakv.graph", "portakv.migrate", "portakv.witness"
 #: Entries whose arguments are objects of others: OpenTelemetry's providers, a clock.
 NOT_CHECKED = "portakv.graph.open_telemetry", "portakv.graph.alarms.Alarms"
 FORM = [*inspect.signature(BlockForm).parameters]
@@ -127,6 +129,9 @@ class Scene:
         submit(graph, [task])
         return task
 
+    def witness(self) -> Witness:
+        return self.close(Witness(self.view, check="all", nbytes=1 << 20))
+
     def channel(self) -> Channel:
         return self.close(Channel())
 
@@ -161,6 +166,17 @@ class Scene:
 #: How each public callable is called rightly: the callable and its arguments, by name.
 Call = tuple[Callable[..., Any], dict[str, Any]]
 CALLS: dict[str, Callable[[Scene], Call]] = {
+    # witness
+    "Witness": lambda s: (
+        lambda **terms: s.close(Witness(**terms)),
+        {"views": s.view, "nbytes": 1 << 20, "file": s.folder / secrets.token_hex(4)},
+    ),
+    "Witness.stored": lambda s: (s.witness().stored, {"blocks": [0], "keys": [key_of(0)]}),
+    "Witness.restored": lambda s: (s.witness().restored, {"blocks": [0], "keys": [key_of(0)]}),
+    "Witness.settle": lambda s: (s.witness().settle, {}),
+    "Witness.renew": lambda s: (s.witness().renew, {}),
+    "Witness.figures": lambda s: (s.witness().figures, {}),
+    "Witness.close": lambda s: (s.witness().close, {}),
     # storage
     "BlockForm": lambda s: (BlockForm, {x: getattr(small_form(), x) for x in FORM}),
     "BlockForm.of": lambda s: (BlockForm.of, {"view": s.view, "model": "m"}),

@@ -223,6 +223,10 @@ def name_fault(evidence: Evidence, thorough: bool = True) -> tuple[Name, Differe
         for each in evidence.versions
         if not np.array_equal(each, evidence.actual)
     ]
+    if not differences:  # the rows are those of the only version, which is out of date
+        differences = [
+            Difference(evidence.geometry, np.zeros_like(evidence.actual), evidence.actual)
+        ]
     difference = min(differences, key=lambda x: int(x.heads.sum() + x.segments.sum()))
     steps: Sequence[Callable[[Evidence, Difference], Name | None]] = (
         _by_zeros,
@@ -410,21 +414,15 @@ def _by_place(difference: Difference) -> Name:
 
 
 def shifts_of(sources: Mapping[int, bytes], keys: Sequence[bytes]) -> dict[int, int]:
-    """Return the positions of a call whose blocks have the rows of a key a common number of places
-    away, with that number.
+    """Return the positions of a call whose blocks have the rows of a key some places away, as those
+    of a neighbour do, with the number of places.
 
     ``sources``: for each position whose rows are of another key, that key.
     """
     places = {key: at for at, key in enumerate(keys)}
     moved = {at: places[key] - at for at, key in sources.items() if key in places}
-    numbers = [n for n in moved.values() if n]
-    if not numbers:
-        return {}
-    common = max(set(numbers), key=numbers.count)
-    # Two exchanged blocks are no shift, nor is a single block.
-    if numbers.count(common) < 2:
-        return {}
-    return {at: n for at, n in moved.items() if n == common}
+    # Two exchanged blocks are no shift: its neighbours have moved alike.
+    return {at: n for at, n in moved.items() if n and n in (moved.get(at - 1), moved.get(at + 1))}
 
 
 def short(key: bytes) -> str:

@@ -47,11 +47,13 @@ class Known(NamedTuple):
         key: of the block.
         block: the engine's block that had the rows.
         sums: the fingerprint, int64 ``[count]``; a view of the ring.
+        is_old: it was added before `Ring.renew`.
     """
 
     key: bytes
     block: int
     sums: Sums
+    is_old: bool = False
 
 
 class Records(NamedTuple):
@@ -123,8 +125,10 @@ class Ring:
     def _has(self, key: bytes, sums: Sums) -> bool:
         """Return whether the ring has a version of a key; make room for one more otherwise."""
         slots = self._slots[key]
-        if any(np.array_equal(self._sums[slot], sums) for slot in slots):
-            return True
+        for slot in slots:
+            if np.array_equal(self._sums[slot], sums):
+                self._heads["old"][slot] = 0
+                return True
         if len(slots) == VERSIONS:
             self._drop(slots[0])
             self._slots.setdefault(key, [])
@@ -145,6 +149,7 @@ class Ring:
             self._keys[slot] = key
             self._blocks[slot] = blocks[row]
             self._slots.setdefault(key, []).append(slot)
+        self._heads["old"][first:past] = 0
         if self._sealed:
             self._seal(range(first, past))
         self._next = past % len(self._keys)
@@ -167,6 +172,10 @@ class Ring:
     def versions(self, key: bytes) -> list[Known]:
         """Return the fingerprints of a key, newest first."""
         return [self._known(slot) for slot in reversed(self._slots.get(key, []))]
+
+    def renew(self) -> None:
+        """Note that all fingerprints are of former rows."""
+        self._heads["old"][: self._past] = 1
 
     def was_dropped(self, key: bytes) -> bool:
         """Return whether a version of a key may have been evicted; rarely true for another key."""
@@ -202,7 +211,7 @@ class Ring:
     def _known(self, slot: int) -> Known:
         key = self._keys[slot]
         assert key is not None
-        return Known(key, self._blocks[slot], self._sums[slot])
+        return Known(key, self._blocks[slot], self._sums[slot], bool(self._heads["old"][slot]))
 
     def _drop(self, slot: int) -> None:
         """Remove a record."""
@@ -241,9 +250,11 @@ class Ring:
             self._past = max(self._past, slot + 1)
 
 
-#: A record without its sums: its checksum and order, the engine's block, the bytes of the key + 1.
+#: A record without its sums: whether it is old, the checksum of the rest, its order, the engine's
+#: block, the bytes of the key + 1.
 HEAD = np.dtype(
     [
+        ("old", "<u8"),
         ("check", "<u8"),
         ("order", "<u8"),
         ("block", "<i8"),
@@ -271,7 +282,7 @@ def key_in(head: Any) -> bytes:
 
 def check_of(head: Any, sums: Sums) -> int:
     """Return the checksum of a record."""
-    return checksum(sums, seed=checksum(head.tobytes()[8:]))
+    return checksum(sums, seed=checksum(head.tobytes()[16:]))
 
 
 class Table:

@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from portakv.arguments import instance, invalid, number, one_of
+from portakv.arguments import flag, instance, invalid, items, naming, number, one_of
 from portakv.arguments import nbytes as as_bytes
 from portakv.errors import InvalidTerms, LayoutError, SlotError, Unsupported
 from portakv.migrate.staging import staging
@@ -251,9 +251,11 @@ class Witness:
         self.action = one_of("action", action, ("log", "recompute", "raise"))
         self._limit = number("rate", rate, 0.0, 1.0, "a number from 0 to 1") * 2**32
         self._accepts_older = one_of("older", older, ("accept", "fault")) == "accept"
-        self._others = [Path(each) for each in others]
-        self._reports = None if reports is None else Path(reports)
+        self._others = [_path("others", each) for each in items("others", others, "paths")]
+        self._reports = None if reports is None else _path("reports", reports)
         self._report_bytes = as_bytes("report_bytes", report_bytes)
+        if about is not None and not isinstance(about, Mapping):
+            raise invalid("about", "versions by their names", about)
         self._about = dict(about or {})
         self._lines = RateLimitedLog(_log)
         self._pending = deque[_Step]()
@@ -267,7 +269,7 @@ class Witness:
             raise invalid("views", "a view, or a view of each group by its name", views)
         fingerprints = {name: _fingerprints_of(name, view) for name, view in named.items()}
         geometries = {name: each.geometry for name, each in fingerprints.items()}
-        path = None if file is None else Path(file)
+        path = None if file is None else _path("file", file)
         self._table = Table(geometries, as_bytes("nbytes", nbytes, 1), path)
         for name, view in named.items():
             ring = self._table.rings[name]
@@ -304,6 +306,8 @@ class Witness:
         """
         if self.check == "off":
             return
+        if not isinstance(first, Collection):
+            raise invalid("first", "positions in keys", first)
         self.settle()
         (of, ids) = self._read(blocks, keys, group)
         chosen = self._chosen(keys, first)
@@ -353,6 +357,7 @@ class Witness:
         ``wait``: block the host until the device has computed all fingerprints. `stored` settles
         too, without a wait.
         """
+        flag("wait", wait)
         suspects = list[_Suspect]()
         while self._pending and (wait or self._pending[0].is_done()):
             step = self._pending.popleft()
@@ -364,6 +369,16 @@ class Witness:
         if suspects:
             self._report(suspects)
         self._right.clear()
+
+    def renew(self) -> None:
+        """Accept no rows that were stored before this call, as after a change of the weights.
+
+        Restored rows of before are the fault "older version", also with ``older="accept"``. Blocks
+        the host until the device has computed all fingerprints.
+        """
+        self.settle(wait=True)
+        for group in self._groups.values():
+            group.ring.renew()
 
     def figures(self) -> dict[str, Figures]:
         """Return the counts of each group, of the calls that are settled."""
@@ -389,17 +404,18 @@ class Witness:
         self, blocks: IdList, keys: Sequence[bytes], group: str
     ) -> tuple[_Group, npt.NDArray[np.int64]]:
         """Return the group and the blocks of a call; raise as `stored`."""
-        of = self._groups.get(group)
+        of = self._groups.get(group) if isinstance(group, str) else None
         if of is None:
             one_of("group", group, self._groups)
             raise AssertionError(group)
-        ids = as_ids(blocks)
+        with naming("blocks", "block ids on the host"):
+            ids = as_ids(blocks)
         if ids.device.type != "cpu":
             raise SlotError(
                 f"Expected blocks on the host, got a tensor on {ids.device}. Pass a list."
             )
-        if len(ids) != len(keys):
-            raise invalid("keys", f"a key for each of {len(ids)} blocks", f"{len(keys)} keys")
+        if not isinstance(keys, Sequence) or len(ids) != len(keys):
+            raise invalid("keys", f"a key for each of {len(ids)} blocks", keys)
         device = of.view.device
         if device.type != "cpu" and capturing(device):
             raise refuse_capture("Taking fingerprints", "the blocks of each replay differ")
@@ -457,11 +473,12 @@ class Witness:
         for sums, at in zip(all_sums, step.chosen, strict=True):
             key = step.keys[at]
             versions = ring.versions(key)
-            if not versions:  # evicted since the call
+            current = [known for known in versions if not known.is_old]
+            if not current and not any(np.array_equal(x.sums, sums) for x in versions):
                 of.figures.unknown += 1
                 continue
             of.figures.compared += 1
-            accepted = versions if self._accepts_older else versions[:1]
+            accepted = current if self._accepts_older else current[:1]
             nth = next((n for n, x in enumerate(accepted) if np.array_equal(x.sums, sums)), None)
             if nth is None:
                 before = ring.last_in(int(step.blocks[at]))
@@ -579,6 +596,13 @@ class Witness:
                 (geometry, records) = groups[group]
                 for known in versions_in(records, key):
                     yield Other(str(path), geometry, known.sums)
+
+
+def _path(name: str, value: object) -> Path:
+    """Return a path; raise `InvalidTerms` unless it is a text or a path that is not empty."""
+    if isinstance(value, (str, PathLike)) and str(value):
+        return Path(value)
+    raise invalid(name, "a path", value)
 
 
 def _fingerprints_of(name: str, view: KVView) -> Fingerprints:

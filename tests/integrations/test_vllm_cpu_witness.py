@@ -28,14 +28,17 @@ from support.vllm_cpu import (
     BLOCK,
     Answer,
     Engine,
+    connector_here,
     connector_terms,
     import_engine,
     in_a_child,
     make_gdn,
     make_model,
     prompt,
+    schedule_ahead,
     small_model,
 )
+from support.vllm_cpu_calls import figures_of, publishing
 from support.vllm_cpu_schedules import LONGEST_ANSWER, Walk, prompts_of
 from support.waits import LIMIT
 
@@ -257,15 +260,27 @@ def test_faults_of_states_are_found(check: str, recurrent: Path, tmp_path: Path)
 
 
 def test_a_fault_is_logged_alone(model: Path, own: list[list[int]], tmp_path: Path) -> None:
-    """The default: the engine goes on with wrong rows, and the counters say so."""
+    """The default: the engine goes on with wrong rows. Its figures say so, next to those of the
+    wrapped connector, and a folder has a report."""
 
     def work() -> Any:
         shim = importlib.import_module(SHIM)
-        config = wrapped("DamagedPortaKV", tmp_path)
-        engine = Engine(model, None, kv_transfer_config=config)
-        return walk_through(engine, ["a flipped byte"], shim.FAULTS, PROMPTS)
+        config = wrapped("DamagedPortaKV", tmp_path, report=str(tmp_path / "reports"))
+        engine = Engine(model, None, kv_transfer_config=config, **publishing())
+        seen = walk_through(engine, ["a flipped byte"], shim.FAULTS, PROMPTS)
+        until = time.monotonic() + LIMIT / 2
+        figures = Counter(figures_of(engine))
+        while not (figures["vllm:portakv_witness_faults"] and figures["vllm:portakv_landed_bytes"]):
+            assert time.monotonic() < until, "nothing was reported"
+            engine.ask([prompt(20, 700)], 2)
+            figures = Counter(figures_of(engine))
+        return seen, figures
 
-    ((tokens, damaged, counts),) = in_a_child(work).values()
+    seen, figures = in_a_child(work)
+    ((tokens, damaged, counts),) = seen.values()
+    assert figures["vllm:portakv_witness_faults"] == len(PROMPTS)
+    assert figures["vllm:portakv_witness_compared"] > len(PROMPTS)
+    assert [*(tmp_path / "reports").iterdir()]
     assert damaged == len(PROMPTS)
     assert tokens != own
     assert sum(faults_in(counts).values()) == len(PROMPTS)
@@ -303,6 +318,7 @@ QUIET: dict[str, dict[str, Any]] = {
         },
     },
     "windows": {"blocks": 120, "max_model_len": 1024},
+    "steps planned ahead": {"blocks": 72, "max_model_len": 1024},
 }
 
 
@@ -332,6 +348,8 @@ def test_no_alarm_without_a_fault(
     expected = in_a_child(alone)
 
     def work() -> Any:
+        if name == "steps planned ahead":
+            schedule_ahead()
         # A stored block is one block, and a store holds part of the blocks.
         vars(importlib.import_module("portakv.integrations.vllm.caches"))["TOKENS"] = BLOCK
         config = wrapped("DamagedPortaKV", tmp_path, action="recompute")
@@ -351,6 +369,64 @@ def test_no_alarm_without_a_fault(
     assert sum(many for state, many in counts.items() if state.startswith("aborted"))
     if name == "few blocks":
         assert preempted
+
+
+def test_no_alarm_of_states(recurrent: Path, tmp_path: Path) -> None:
+    """The last bits of rows differ by the prompts that are served together."""
+    prompts = [prompt(500 + 130 * n, 40 + n) for n in range(5)]
+    later = [each + prompt(150, 60 + n) for n, each in enumerate(prompts)]
+
+    def work() -> Counter[str]:
+        config = wrapped("DamagedPortaKV", tmp_path, action="recompute")
+        engine = Engine(recurrent, None, kv_transfer_config=config, **STATES)
+        draw = random.Random(SEED)
+        for _ in range(8):
+            engine.ask(draw.sample([*prompts, *later], 4), 40)
+            forget(engine)
+        return counts_of(engine)
+
+    counts = in_a_child(work, limit=HOUR)
+    print("states", dict(counts))
+    assert faults_in(counts) == {}
+    assert counts["witness_compared"] > 20
+
+
+def test_two_ranks_keep_their_fingerprints(model: Path, tmp_path: Path) -> None:
+    """Each rank has its heads, and a file; a later engine compares what a former one has stored."""
+
+    def work() -> tuple[Answer, list[Counter[str]]]:
+        config = wrapped(
+            "DamagedPortaKV", tmp_path, action="recompute", file=str(tmp_path / "fingerprints")
+        )
+        engine = Engine(model, None, ranks=2, kv_transfer_config=config)
+        until = time.monotonic() + LIMIT / 2
+        answer = engine.ask(PROMPTS)
+        while not all(answer.cached):
+            assert time.monotonic() < until, "blocks are not stored"
+            forget(engine)
+            answer = engine.ask(PROMPTS)
+        counts = engine.in_workers(counts_here)
+        engine.llm.llm_engine.engine_core.shutdown()
+        return answer, counts
+
+    for _ in range(2):
+        answer, counts = in_a_child(work, limit=HOUR)
+        assert len(counts) == 2
+        for each in counts:
+            print("ranks", dict(each))
+            assert faults_in(each) == {}
+            assert each["witness_compared"] > 0
+            assert each["witness_unknown"] == 0
+    assert (tmp_path / "fingerprints.rank0").exists()
+    assert (tmp_path / "fingerprints.rank1").exists()
+    assert answer.tokens == in_a_child(lambda: Engine(model, None, ranks=2).ask(PROMPTS)).tokens
+
+
+def counts_here(worker: Any) -> Counter[str]:
+    """Return what the witness of a worker has counted, in its process."""
+    connector = connector_here()
+    connector.witness.settle(wait=True)
+    return Counter(connector.statistics())
 
 
 def count_preemptions(scheduler: Any) -> list[str]:

@@ -586,23 +586,34 @@ def test_other_actions(action: str, vllm: Vllm, rows: torch.Tensor) -> None:
     assert faults_of(connector) == 1
 
 
-def test_a_version_before_a_reset_is_a_fault(vllm: Vllm, rows: torch.Tensor) -> None:
-    """vLLM resets a connector's cache after a change of weights."""
+def test_rows_before_a_reset_are_a_fault(vllm: Vllm, rows: torch.Tensor) -> None:
+    """vLLM resets a connector's cache after a change of weights. If the connector keeps its rows, a
+    load of them is a fault as soon as the engine has computed the block again."""
+    scheduler = vllm.scheduler(action="recompute")
     connector, (cache,) = vllm.worker(action="recompute")
-    cache.copy_(rows)
-    store(connector, vllm, [1])
-    old = cache[1].clone()
-    cache[1] = rows[3]
-    step(connector, vllm, renewed=True, filled={"first": [Note(0, 1, KEYS[1])]})
-    ends(connector)
-    connector.get_transfer_results(set())
-    connector.clear_connector_metadata()
-    cache[4] = old
-    cache[5] = rows[3]
-    step(connector, vllm, loads=[load_of({4: 1, 5: 1})])
-    ends(connector, "a")
-    connector.get_transfer_results(set())
-    assert connector.get_block_ids_with_load_errors() == {4}
+    request = request_of(BLOCK)
+    old = rows[0]
+    new = rows[1]
+    found = list[set[int]]()
+    for reset in (False, True):
+        if reset:
+            scheduler.reset_cache()
+        cache[1] = new if reset else old
+        made = scheduler.notes
+        begun(made, request)
+        made.scheduled("a", 0, BLOCK, ((1,),), anew=True)
+        made.allocated(request, ((4,),), BLOCK)
+        notes = made.take()
+        step(connector, vllm, filled=notes.filled)
+        ends(connector)
+        connector.get_transfer_results(set())
+        connector.clear_connector_metadata()
+        cache[4] = old
+        step(connector, vllm, loads=notes.loads)
+        ends(connector, "a")
+        connector.get_transfer_results(set())
+        found.append(connector.get_block_ids_with_load_errors())
+    assert found == [set(), {4}]
 
 
 # --- figures

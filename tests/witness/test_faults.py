@@ -217,6 +217,20 @@ def test_exchanged_blocks_are_two_faults(device: str) -> None:
     assert key(1).hex()[:16] in first.versus
 
 
+@pytest.mark.parametrize("size", [1, 3])
+def test_runs_of_blocks_that_change_places_are_shifted(size: int) -> None:
+    """Exchanged chunks; in the control each chunk is one block."""
+    engine = Engine()
+    engine.store(STORED, STORED)
+    order = [*range(size, 2 * size), *range(size)]
+    for at, n in enumerate(order):
+        engine.load(TARGET + at, n)
+    blocks = [TARGET + at for at in range(2 * size)]
+    faults = engine.witness.restored(blocks, [key(n) for n in range(2 * size)]).faults
+    assert {fault.kind for fault in faults} == {"other block" if size == 1 else "shifted blocks"}
+    assert len(faults) == 2 * size
+
+
 @DEVICES
 def test_a_shifted_list_of_blocks_is_named(device: str) -> None:
     faults = faults_of(Engine(device), shifted_blocks, 6)
@@ -254,16 +268,15 @@ def test_a_block_that_an_unknown_key_had_since_is_not_called_unwritten() -> None
 # Several groups
 
 
-def groups(**terms: object) -> tuple[dict[str, torch.Tensor], Witness]:
+def groups() -> tuple[dict[str, torch.Tensor], Witness]:
     """Attention and the states of recurrent layers, with 8 stored blocks."""
     torch.manual_seed(1)
     caches = {"attention": torch.randn(2, BLOCKS, 16, 2, 8), "states": torch.randn(BLOCKS, 512)}
-    layouts = {"attention": "kv block token head dim", "states": "block page"}
     views = {
-        name: KVView(cache, layouts[name], **({"block_size": 16} if name == "states" else {}))
-        for name, cache in caches.items()
+        "attention": KVView(caches["attention"], "kv block token head dim"),
+        "states": KVView(caches["states"], "block page", block_size=16),
     }
-    witness = Witness(views, check="all", **terms)
+    witness = Witness(views, check="all", nbytes=1 << 20)
     for name in caches:
         witness.stored(STORED, [key(n) for n in STORED], name)
     return caches, witness
@@ -337,6 +350,33 @@ def test_an_older_version_is_accepted_or_a_fault(older: str) -> None:
     assert not engine.witness.restored([TARGET], [key(0)]).faults
 
 
+@pytest.mark.parametrize("renewed", [True, False])
+@pytest.mark.parametrize("again", [True, False])
+def test_rows_from_before_a_renewal_are_a_fault(tmp_path: Path, renewed: bool, again: bool) -> None:
+    """The weights changed, and a tier has rows of former weights. In the control they did not."""
+    path = tmp_path / "table"
+    engine = Engine(file=path)
+    engine.store(range(3), range(3))
+    if renewed:
+        engine.witness.renew()
+    if again:  # under the new weights; two blocks have other rows, one has the same
+        engine.witness.stored([10, 11, 2], [key(n) for n in range(3)])
+    engine.witness.close()
+    after = Engine(file=path)
+    for n in range(3):
+        after.write(TARGET + n, engine.rows(n))
+    blocks = [TARGET, TARGET + 1, TARGET + 2]
+    faults = after.witness.restored(blocks, [key(n) for n in range(3)]).faults
+    wrong = blocks[: 2 if again else 3] if renewed else []
+    assert [(fault.block, fault.kind) for fault in faults] == [(b, "older version") for b in wrong]
+    assert not wrong or faults[0].layers == ALL[0]
+
+    # New rows of a key that only has former ones are unknown, and no fault.
+    after.write(TARGET, engine.rows(10))
+    assert bool(after.witness.restored([TARGET], [key(0)]).faults) == (not (renewed or again))
+    assert after.witness.figures()[""].unknown == (renewed and not again)
+
+
 def test_layers_of_an_older_version_are_a_fault() -> None:
     engine = Engine()
     engine.store([0], [0])
@@ -370,7 +410,9 @@ def test_rows_of_an_evicted_version_are_unknown_and_no_fault() -> None:
 def test_more_faults_than_are_searched_for_are_all_reported() -> None:
     torch.manual_seed(0)
     cache = torch.randn(2, 400, 4, 2, 4)
-    witness = Witness(KVView(cache, "kv block token head dim"), check="all", action="recompute")
+    witness = Witness(
+        KVView(cache, "kv block token head dim"), check="all", action="recompute", nbytes=1 << 20
+    )
     keys = [key(n) for n in range(100)]
     witness.stored(range(100), keys)
     cache[:, 200:300] = cache[:, :100].roll(7, 1)

@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,7 +20,7 @@ from portakv.witness.report import read_report
 from portakv.witness.witness import REPORTS, REPORTS_OF_KIND
 
 
-def fault_in(folder: Path, **terms: object) -> Fault:
+def fault_in(folder: Path, **terms: Any) -> Fault:
     """Return a fault with a file: V's head 2 of layer 1 has another number at token 5."""
     engine = Engine(reports=folder, about={"vllm": "0.26"}, **terms)
     engine.store(range(4), range(4))

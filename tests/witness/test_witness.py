@@ -6,7 +6,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 from zlib import crc32
 
 import pytest
@@ -17,6 +17,7 @@ from support.witness_cases import BLOCKS, Engine, key
 from portakv import KVView
 from portakv.errors import InvalidTerms, LayoutError, SlotError, TransferError, Unsupported
 from portakv.witness import Witness, WrongRows
+from portakv.witness.table import HEAD
 from portakv.witness.witness import Figures
 
 WRONG = 20
@@ -71,7 +72,7 @@ def test_keys_that_are_not_known_are_counted() -> None:
 
 
 def test_fingerprints_that_were_evicted_are_counted() -> None:
-    engine = Engine(nbytes=3 * (96 + Engine().witness.block_bytes[""]))
+    engine = Engine(nbytes=3 * (HEAD.itemsize + Engine().witness.block_bytes[""]))
     engine.store(range(5), range(5))
     assert not engine.witness.restored([0, 4], [key(0), key(4)]).faults
     figures = engine.witness.figures()[""]
@@ -82,7 +83,8 @@ def test_off_does_nothing() -> None:
     engine = with_fault(Engine(check="off", file="/no folder/table"))
     result = engine.witness.restored([WRONG], [key(0)])
     assert (result.is_done, result.faults, result.failed) == (True, [], set())
-    assert engine.witness.figures() == engine.witness.block_bytes == {}
+    assert not engine.witness.figures()
+    assert not engine.witness.block_bytes
 
 
 def test_fingerprints_are_a_small_part_of_a_block() -> None:
@@ -153,11 +155,15 @@ def test_close_settles_and_ends_the_checks(tmp_path: Path) -> None:
 
 ARGUMENTS: dict[str, tuple[Callable[[Witness], object], type[Exception], str]] = {
     "keys": (lambda w: w.stored([1, 2], [key(1)]), InvalidTerms, "a key for each of 2 blocks"),
-    "text": (lambda w: w.stored([1], ["a"]), InvalidTerms, "bytes, at most 64"),
+    "text": (
+        lambda w: w.stored([1], cast("list[bytes]", ["a"])),
+        InvalidTerms,
+        "bytes, at most 64",
+    ),
     "long": (lambda w: w.restored([1], [bytes(65)]), InvalidTerms, "bytes, at most 64"),
     "group": (lambda w: w.stored([1], [key(1)], "x"), InvalidTerms, "Expected group to be ''"),
     "blocks": (lambda w: w.stored([1, BLOCKS], [key(1)] * 2), SlotError, "blocks from 0 to 39"),
-    "type": (lambda w: w.stored([1.5], [key(1)]), SlotError, "integers"),
+    "type": (lambda w: w.stored(cast("list[int]", [1.5]), [key(1)]), SlotError, "integers"),
 }
 
 

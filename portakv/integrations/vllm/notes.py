@@ -123,7 +123,8 @@ class Note(NamedTuple):
     Attributes:
         group: the number of its group of layers.
         block: the engine's id of the block.
-        key: the engine's hash of the tokens up to the end of the block.
+        key: the engine's hash of the tokens up to the end of the block, after a `renew` with a
+            number at its end.
         first: it is the first block that a request fills.
     """
 
@@ -155,12 +156,10 @@ class StepNotes:
     Attributes:
         filled: by the name of a request, the blocks that are complete when the step has ended.
         loads: the loads that begin in the step.
-        renewed: blocks of former steps are no longer right, such as after a change of weights.
     """
 
     filled: dict[str, list[Note]] = field(default_factory=dict)
     loads: list[Load] = field(default_factory=list)
-    renewed: bool = False
 
 
 @dataclass
@@ -224,6 +223,7 @@ class BlockNotes:
         self._groups = groups
         self._requests = dict[str, _Request]()
         self._step = StepNotes()
+        self._generation = 0
 
     def offered(self, request: Any, computed: int, waits: bool) -> bool:
         """Note an answer of the wrapped connector; return whether it may be used.
@@ -334,8 +334,9 @@ class BlockNotes:
         self._requests.pop(name, None)
 
     def renew(self) -> None:
-        """Note that blocks of former steps are no longer right."""
-        self._step.renewed = True
+        """Have other keys from now on: rows of former steps are no longer right, such as after a
+        change of weights."""
+        self._generation += 1
 
     def take(self) -> StepNotes:
         """Return the notes of the step, and begin the next one."""
@@ -376,7 +377,10 @@ class BlockNotes:
         hashes = state.request.block_hashes
         if block < 0 or tokens % self.hash_size or not 0 <= place < len(hashes):
             return []
-        return [Note(at, block, bytes(hashes[place]))]
+        key = bytes(hashes[place])
+        if self._generation:
+            key += self._generation.to_bytes(4, "little")
+        return [Note(at, block, key)]
 
     def _block_at(self, state: _Request, at: int, tokens: int) -> int:
         """Return the block of a group that ends after so many tokens; -1: none."""

@@ -185,7 +185,7 @@ class PortaKVWitness(_passes_all()):  # type: ignore[misc]
         self._groups, unserved = served_groups(kv_cache_config, tells)
         self._told = any(group is not None and group.states == "told" for group in self._groups)
         if role == KVConnectorRole.SCHEDULER:
-            self._notes = BlockNotes(self._groups)
+            self.notes = BlockNotes(self._groups)
             for sentence in unserved if self._checks else ():
                 _log.warning("%s", sentence)
         self.figures = Figures(metrics=WITNESS)
@@ -286,13 +286,13 @@ class PortaKVWitness(_passes_all()):  # type: ignore[misc]
 
     def _bind_pool(self, pool: Any) -> None:
         """Note the tokens of a hash, which may be fewer than those of a block."""
-        self._notes.hash_size = getattr(pool, "hash_block_size", None) or self._notes.hash_size
+        self.notes.hash_size = getattr(pool, "hash_block_size", None) or self.notes.hash_size
 
     def get_num_new_matched_tokens(
         self, request: Any, num_computed_tokens: int
     ) -> tuple[int | None, bool]:
         tokens, waits = self.wrapped.get_num_new_matched_tokens(request, num_computed_tokens)
-        may_load = self._notes.offered(request, num_computed_tokens, waits)
+        may_load = self.notes.offered(request, num_computed_tokens, waits)
         if tokens and not may_load:
             return 0, False
         return tokens, waits
@@ -304,13 +304,13 @@ class PortaKVWitness(_passes_all()):  # type: ignore[misc]
             loaded = getattr(self.wrapped, "get_loaded_kv_cache_group_ids", None)
             groups = None if loaded is None else loaded(request)
             ids = blocks_of(blocks.get_block_ids())
-            self._notes.allocated(request, ids, num_external_tokens, groups)
+            self.notes.allocated(request, ids, num_external_tokens, groups)
 
     def build_connector_meta(self, scheduler_output: SchedulerOutput) -> WitnessMetadata:
         if self._checks:
             self._note_step(scheduler_output)
         wrapped = self.wrapped.build_connector_meta(scheduler_output)
-        return WitnessMetadata(wrapped, self._notes.take())
+        return WitnessMetadata(wrapped, self.notes.take())
 
     def _note_step(self, step: Any) -> None:
         """Note the blocks that a step fills."""
@@ -329,18 +329,18 @@ class PortaKVWitness(_passes_all()):  # type: ignore[misc]
     ) -> None:
         """Note the blocks of a request that a step fills."""
         states = states_in(step, name) if self._told else NO_STATES
-        self._notes.scheduled(name, computed, many[name], blocks_of(blocks), anew, states)
+        self.notes.scheduled(name, computed, many[name], blocks_of(blocks), anew, states)
 
     def update_connector_output(self, connector_output: Any) -> None:
         if self._checks and self.terms.action == "recompute":
             failed = getattr(connector_output, "failed_recving", None) or ()
-            self._notes.failed(connector_output.invalid_block_ids or (), failed)
+            self.notes.failed(connector_output.invalid_block_ids or (), failed)
         self.wrapped.update_connector_output(connector_output)
 
     def request_finished(
         self, request: Any, block_ids: list[int]
     ) -> tuple[bool, dict[str, Any] | None]:
-        self._notes.ended(request.request_id)
+        self.notes.ended(request.request_id)
         ended: tuple[bool, dict[str, Any] | None]
         ended = self.wrapped.request_finished(request, block_ids)
         return ended
@@ -351,13 +351,13 @@ class PortaKVWitness(_passes_all()):  # type: ignore[misc]
         """Pass the end of a request on, as the wrapped connector hears of it without a witness."""
         if not self._serves_hybrids:
             return self.request_finished(request, block_ids[0])
-        self._notes.ended(request.request_id)
+        self.notes.ended(request.request_id)
         ended: tuple[bool, dict[str, Any] | None]
         ended = self.wrapped.request_finished_all_groups(request, block_ids)
         return ended
 
     def reset_cache(self) -> bool | None:
-        self._notes.renew()
+        self.notes.renew()
         answer: bool | None = self.wrapped.reset_cache()
         return answer
 
@@ -430,8 +430,6 @@ class PortaKVWitness(_passes_all()):  # type: ignore[misc]
                 self._waiting[load.request] = load
             else:
                 self._in_step.append(load)
-        if self.witness is not None and connector_metadata.notes.renewed:
-            self.witness.renew()
 
     def clear_connector_metadata(self) -> None:
         """End a step: the target's and the drafts' layers have written all rows."""
