@@ -62,7 +62,7 @@ def compute_fp8() -> None:
         return
     backend = vars(importlib.import_module("vllm.v1.attention.backends.cpu_attn"))
     backend["_get_attn_isa"] = lambda *_: "vec"
-    ops = vars(importlib.import_module("vllm._custom_ops"))
+    ops = vars(importlib.import_module("._custom_ops", "vllm"))
     ops["cpu_attn_get_scheduler_metadata"] = lambda **_: torch.empty(0)
     ops["cpu_attn_reshape_and_cache"] = _write
     ops["cpu_attention_with_kv_cache"] = _attend
