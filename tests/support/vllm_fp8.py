@@ -58,11 +58,13 @@ def make_quantized(folder: Path, scale: float) -> None:
 
 def compute_fp8() -> None:
     """Have engines of this process keep rows in fp8, also without AVX-512."""
+    from vllm import _custom_ops
+
     if vars(torch.cpu)["_is_avx512_supported"]():
         return
     backend = vars(importlib.import_module("vllm.v1.attention.backends.cpu_attn"))
     backend["_get_attn_isa"] = lambda *_: "vec"
-    ops = vars(importlib.import_module("._custom_ops", "vllm"))
+    ops = vars(_custom_ops)
     ops["cpu_attn_get_scheduler_metadata"] = lambda **_: torch.empty(0)
     ops["cpu_attn_reshape_and_cache"] = _write
     ops["cpu_attention_with_kv_cache"] = _attend
