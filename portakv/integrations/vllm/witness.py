@@ -322,6 +322,9 @@ class PortaKVWitness(_passes_all()):  # type: ignore[misc]
             old.req_ids, old.new_block_ids, old.num_computed_tokens, strict=True
         ):
             resumed = name in old.resumed_req_ids
+            idle = not resumed and blocks is None
+            if idle and self.notes.is_within_blocks(name, computed, many[name]):
+                continue
             self._note_request(step, name, computed, many, blocks, resumed)
 
     def _note_request(
