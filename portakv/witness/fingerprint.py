@@ -14,11 +14,11 @@ layer, head, block or rank, and after a shift by segments; that is how a fault g
 two kinds locate a difference by layer, kv, head and token.
 
 Keys are the odd numbers of `portakv.runtime.word_sums`, multiplied axis by axis, and sums are
-modulo 2^64. A word has at most 32 bits, so one changed word always changes its sums. Two unequal parts
-that were not made for it have equal sums with a probability near 2^-64; at most 2^-32 if their
-difference is a multiple of 2^32 in all words. A changed word is in at least two sums, which have
-different keys. A name needs equal sums in all planes that differ, so that a wrong name is less
-likely still. Fingerprints are no protection against an attacker, who can compute them.
+modulo 2^64. A word has at most 32 bits, so one changed word always changes its sums. Two unequal
+parts that were not made for it have equal sums with a probability near 2^-64; it is 2^-33 at worst,
+if only the highest bits of words differ. Each changed word is in two sums, which have different
+keys. A name needs equal sums in all planes that differ, so that a wrong name is less likely still.
+Fingerprints are no protection against an attacker, who can compute them.
 """
 
 from __future__ import annotations
