@@ -331,7 +331,7 @@ def test_steps_within_blocks_are_left_out() -> None:
     begun(notes, request)
     assert notes.is_within_blocks("b", 0, 1)
     for first in (0, 16):
-        notes.scheduled("a", first, 4, (range(9), range(9)), anew=True)
+        notes.scheduled("a", first, 4, ((*range(9),), (*range(9),)), anew=True)
         notes.take()
         within = [notes.is_within_blocks("a", at, 1) for at in range(first + 4, first + 15)]
         assert within == [True] * 11

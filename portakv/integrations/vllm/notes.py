@@ -16,7 +16,7 @@ from typing import Any, NamedTuple, cast
 from portakv.arguments import invalid, number, one_of, text
 from portakv.arguments import nbytes as as_bytes
 from portakv.integrations import IntegrationError
-from portakv.integrations.vllm.caches import groups_of, ids_of
+from portakv.integrations.vllm.caches import groups_of
 from portakv.serving import Group
 from portakv.serving.local import check_names
 from portakv.serving.plan import Blocks
@@ -406,11 +406,6 @@ class BlockNotes:
         place = tokens // size - 1
         ids = state.blocks[at]
         return ids[place] if tokens % size == 0 and 0 <= place < len(ids) else -1
-
-
-def blocks_of(blocks: Iterable[Iterable[int]] | None) -> Blocks:
-    """Return the engine's blocks of each group; -1 in place of those that are gone."""
-    return ids_of(blocks)
 
 
 def rank_files(file: str | None, rank: int, ranks: int) -> tuple[Path | None, list[Path]]:
