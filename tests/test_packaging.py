@@ -61,6 +61,7 @@ BASE_VERBS = [
     ("layouts vllm-nhd", 0, "vllm-nhd"),
     ("store show {folder}", 1, "Pass a folder of a `Disk` tier"),
     ("store serve {folder}", 1, "portakv[serving]"),
+    ("witness show {folder}", 2, "Expected FILE to be a file that a witness wrote"),
     ("top {folder}", 1, "portakv[serving]"),
     ("explain --peer", 1, "portakv[migrate]"),
     ("warmup --arch 90", 1, "cuda-bindings"),

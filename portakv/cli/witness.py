@@ -33,6 +33,9 @@ def run(args: argparse.Namespace) -> int:
         else:
             (lines, right) = show(args.file)
             print("\n".join(lines))
-    except (OSError, InvalidTerms) as error:
+    except OSError as error:
+        what = f"Expected FILE to be a file that a witness wrote, got {args.file}"
+        args.misunderstood(f"{what}: {error.strerror}. Pass one.")
+    except InvalidTerms as error:
         args.misunderstood(str(error))
     return 0 if right else 1

@@ -9,8 +9,8 @@
 // are modulo 2^64, so that their order does not matter.
 //
 // Raw pointers and integers only: this text builds under NVRTC, nvcc, hipRTC and hipcc. It does not
-// depend on the width of a warp. words.cuh stands before it; checksum.py defines the sizes and packs
-// the tables.
+// depend on the width of a warp. words.cuh of portakv.runtime stands before it; checksum.py
+// defines the sizes and packs the tables.
 
 namespace portakv {
 namespace sums {

@@ -29,22 +29,23 @@ from portakv.errors import TransferError, Unsupported
 from portakv.migrate.messages import Box
 from portakv.migrate.messages import BoxPart as Rows
 from portakv.migrate.staging import chunk, page_of, rows_bytes, staging
-from portakv.runtime import cuda, hip
 from portakv.runtime.bounded import Bounded
 from portakv.runtime.cuda import KernelDriver
+from portakv.runtime.word_sums import (
+    AXIS,
+    MODULUS,
+    STEP,
+    WORDS,
+    driver_of,
+    key_of,
+    keys_of,
+    signed,
+    words_text,
+)
 from portakv.view import Index, KVView
 
 # ------------------------------------------------------------------------------------------------
 # The words of parts of tensors, and the keys of their positions.
-
-MODULUS = 1 << 64
-#: The integers that words are read as, by bytes.
-WORDS = {1: torch.int8, 2: torch.int16, 4: torch.int32}
-#: Distance between the numbers of the positions of two axes.
-AXIS = 1 << 48
-# The step, the shifts and the factors of splitmix64, as signed numbers.
-STEP = 0x9E3779B97F4A7C15 - MODULUS
-MIXES = ((30, 0xBF58476D1CE4E5B9 - MODULUS), (27, 0x94D049BB133111EB - MODULUS))
 
 
 class SummedPart(NamedTuple):
@@ -54,30 +55,6 @@ class SummedPart(NamedTuple):
     tensor: torch.Tensor
     start: tuple[int, ...]  # of its first element in the whole tensor
     unit: int = 4  # the most bytes of a word: sums of a larger part's pieces have one width
-
-
-def signed(number: int) -> int:
-    """Return a number modulo 2^64 as a signed integer of 64 bits."""
-    number %= MODULUS
-    return number - MODULUS if number >= MODULUS // 2 else number
-
-
-def key_of(position: int) -> int:
-    """Return the odd number of a position, as a signed integer of 64 bits."""
-    x = signed(position * STEP)
-    for shift, factor in MIXES:
-        x = signed((x ^ x >> shift) * factor)
-    return x | 1
-
-
-def keys_of(first: int, n: int, device: torch.device) -> torch.Tensor:
-    """Return the odd numbers of ``n`` positions of an axis, int64 ``[n]``."""
-    x = torch.arange(first, first + n, dtype=torch.int64, device=device)
-    x *= STEP
-    for shift, factor in MIXES:
-        x ^= x >> shift
-        x *= factor
-    return x.bitwise_or_(1)
 
 
 def unit_of(itemsize: int, start: Sequence[int], extents: Sequence[int]) -> int:
@@ -320,33 +297,6 @@ def kernel_text(cut: Cut) -> str:
     sizes = {"THREADS": cut.threads, "ROWS": cut.rows, "AXES": AXES}
     head = "".join(f"#define PORTAKV_SUM_{name} {size}\n" for name, size in sizes.items())
     return head + words_text() + text
-
-
-def words_text() -> str:
-    """Return the part of a kernel's text that loads words and computes keys of positions. The text
-    defines ``PORTAKV_SUM_THREADS`` before it."""
-    return files("portakv.migrate").joinpath("words.cuh").read_text()
-
-
-def driver_of(device: torch.device) -> KernelDriver:
-    """Return the driver that loads and launches the kernel on a device.
-
-    Raises:
-        Unsupported: the device has no such driver; the text has the reason.
-    """
-    if device.type == "cuda" and torch.version.hip is not None:
-        try:
-            return hip.Card(device, hip.driver())
-        except (hip.DriverMissing, RuntimeError) as error:
-            raise _refused(device, str(error)) from error
-    why = cuda.why_not(device) or cuda.device_too_old(device)
-    if why is not None:
-        raise _refused(device, why)
-    return cuda.CudaDriver(device)
-
-
-def _refused(device: torch.device, why: str) -> Unsupported:
-    return Unsupported(f"The checksum kernel on {device}", why)
 
 
 def _pieces_of(words: torch.Tensor, first: Sequence[int], cut: Cut) -> list[Piece]:

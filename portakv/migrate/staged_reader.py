@@ -34,7 +34,7 @@ from portakv.errors import (
 )
 from portakv.graph.trace import Ran, Trace
 from portakv.layout.encodings import PACK, PACKED_DTYPE, Pack
-from portakv.migrate.checksum import MODULUS, checksum_of
+from portakv.migrate.checksum import checksum_of
 from portakv.migrate.connections import Source, StagingBuffer
 from portakv.migrate.messages import (
     Answer,
@@ -52,6 +52,7 @@ from portakv.migrate.pull import CANCELLED, Pull, known
 from portakv.migrate.staging import Chunks, Slots, has_ended, part_of, rows_bytes, unfit_blocks
 from portakv.migrate.transports.base import Lane, Moving, MovingStage
 from portakv.runtime.streams import StreamFence
+from portakv.runtime.word_sums import MODULUS
 from portakv.runtime.worker import RateLimit
 from portakv.tasks import End, Handle, Wait, Work, blocking, runtime
 from portakv.view import Index, KVView

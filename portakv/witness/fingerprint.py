@@ -13,12 +13,12 @@ that of a segment does not depend on the segment's. So equal rows have equal sum
 layer, head, block or rank, and after a shift by segments; that is how a fault gets its name. The
 two kinds locate a difference by layer, kv, head and token.
 
-Keys are the odd numbers of `portakv.migrate.checksum`, multiplied axis by axis, and sums are modulo
-2^64. A word has at most 32 bits, so one changed word always changes its sums. Two unequal parts
-that were not made for it have equal sums with a probability near 2^-64; at most 2^-32 if their
-difference is a multiple of 2^32 in all words. A changed word is in at least two sums, which have
-different keys. A name needs equal sums in all planes that differ, so that a wrong name is less
-likely still. Fingerprints are no protection against an attacker, who can compute them.
+Keys are the odd numbers of `portakv.runtime.word_sums`, multiplied axis by axis, and sums are
+modulo 2^64. A word has at most 32 bits, so one changed word always changes its sums. Two unequal
+parts that were not made for it have equal sums with a probability near 2^-64; it is 2^-33 at worst,
+if only the highest bits of words differ. Each changed word is in two sums, which have different
+keys. A name needs equal sums in all planes that differ, so that a wrong name is less likely still.
+Fingerprints are no protection against an attacker, who can compute them.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from dataclasses import dataclass
 from importlib.resources import files
 from itertools import product
 from math import gcd
-from typing import NamedTuple, TypeAlias, TypeVar
+from typing import Any, NamedTuple, TypeAlias, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -38,10 +38,9 @@ import torch
 
 from portakv.copy import copy_rows
 from portakv.errors import LayoutError, SlotError, TransferError, Unsupported
-from portakv.migrate.checksum import AXIS, WORDS, driver_of, keys_of, words_text
-from portakv.migrate.staging import chunk, rows_bytes, staging
 from portakv.runtime.bounded import Bounded
 from portakv.runtime.cuda import KernelDriver
+from portakv.runtime.word_sums import AXIS, WORDS, driver_of, keys_of, words_text
 from portakv.view import Index, KVView
 from portakv.view.form import Form, Step, locate
 
@@ -190,8 +189,7 @@ class Fingerprints:
 
         For each kv uint8 ``[layers, tokens, heads * width]``; of pages ``[layers, 1, width]``.
         """
-        (tensors, _) = self._gathered(np.array([block], np.int64))
-        return tensors
+        return self._gathered(np.array([block], np.int64))
 
     def of_rows(self, tensors: Sequence[torch.Tensor]) -> torch.Tensor:
         """Return the fingerprints of blocks from copies of their rows, as `rows` returns them."""
@@ -202,7 +200,7 @@ class Fingerprints:
         together = TOGETHER_ON_HOST if self.view.device.type == "cpu" else TOGETHER
         most = max(1, together // self.geometry.block_bytes)
         sums = [
-            self.of_rows(self._gathered(blocks[at : at + most])[0])
+            self.of_rows(self._gathered(blocks[at : at + most]))
             for at in range(0, len(blocks), most)
         ]
         if not sums:
@@ -210,14 +208,26 @@ class Fingerprints:
             return torch.empty(size, dtype=torch.int64, device=self.view.device)
         return torch.cat(sums)
 
-    def _gathered(self, blocks: npt.NDArray[np.int64]) -> tuple[list[torch.Tensor], KVView]:
+    def _gathered(self, blocks: npt.NDArray[np.int64]) -> list[torch.Tensor]:
+        """Return a copy of the rows of blocks, as `sums_of_rows` takes them."""
         view = self.view
-        size = view.form.block_size
+        form = view.form
+        size = form.block_size
         count = len(blocks) * size
-        buffer = staging(rows_bytes(view, view.layers, count, view.heads), view.device)
-        (tensors, rows) = chunk(view, count, buffer)
-        copy_rows(view, rows.as_bytes(), Index(blocks, size), count=count).wait()
-        return tensors, rows
+        rows = len(blocks) if form.opaque else count
+        layout = "kv | layer block page" if form.opaque else "kv | layer token (head dim)"
+        tensors = [
+            torch.empty(
+                (form.layers, rows, form.heads * width), dtype=torch.uint8, device=view.device
+            )
+            for width in form.widths
+        ]
+        terms: dict[str, Any] = {"heads": form.heads}
+        if form.opaque:
+            terms = {"block_size": size}
+        dense = KVView(tensors, layout, kv=form.kv, dim=form.widths, **terms)
+        copy_rows(view, dense.as_bytes(), Index(blocks, size), count=count).wait()
+        return tensors
 
     def _made_tables(self) -> _Tables:
         """Return the addresses and offsets of rows, and the keys, on the device."""

@@ -22,7 +22,7 @@ import torch
 
 from portakv import __version__
 from portakv.errors import InvalidTerms
-from portakv.migrate.checksum import MODULUS
+from portakv.runtime.word_sums import MODULUS
 from portakv.view import KVView
 from portakv.witness.faults import Difference, Fault, Name, as_json, ranges_text
 from portakv.witness.fingerprint import Fingerprints, Geometry, Sums, keys_for, sums_of_rows

@@ -21,7 +21,6 @@ import torch
 from portakv.arguments import flag, instance, invalid, items, naming, number, one_of
 from portakv.arguments import nbytes as as_bytes
 from portakv.errors import InvalidTerms, LayoutError, SlotError, Unsupported
-from portakv.migrate.staging import staging
 from portakv.runtime.devices import capturing, refuse_capture
 from portakv.runtime.rate_limited_log import RateLimitedLog
 from portakv.runtime.transfer import event_pool
@@ -118,8 +117,7 @@ class _Step:
         if sums.device.type != "cpu":
             # Copied to pinned memory, so that no host waits. The memory of the sums on the device
             # is free for later work of this stream.
-            host = staging(sums.nbytes, torch.device("cpu"), rows=sums.device)
-            self._sums = host.view(torch.int64).view(sums.shape)
+            self._sums = torch.empty(sums.shape, dtype=torch.int64, device="cpu", pin_memory=True)
             self._sums.copy_(sums, non_blocking=True)
             self._event = event_pool(sums.device).recorded(None)
 

@@ -324,6 +324,24 @@ def test_a_prompt_in_chunks_is_noted_once() -> None:
     assert notes.take().filled == {"a": [Note(0, 6, bytes([2]) * 32)]}
 
 
+def test_steps_within_blocks_are_left_out() -> None:
+    """Each step of a block but the last one, also after other blocks were taken."""
+    notes = BlockNotes([Group(BLOCK), Group(2 * BLOCK)])
+    request = request_of(200)
+    begun(notes, request)
+    assert notes.is_within_blocks("b", 0, 1)
+    for first in (0, 16):
+        notes.scheduled("a", first, 4, ((*range(9),), (*range(9),)), anew=True)
+        notes.take()
+        within = [notes.is_within_blocks("a", at, 1) for at in range(first + 4, first + 15)]
+        assert within == [True] * 11
+        assert not notes.is_within_blocks("a", first + 15, 1)
+        assert not notes.is_within_blocks("a", first + 12, 5)
+        assert not notes.is_within_blocks("a", first, 1)  # a load has failed
+        notes.scheduled("a", first + 15, 1, ((), ()), anew=False)
+        assert len(notes.take().filled["a"]) == (1 if first == 0 else 2)
+
+
 def test_blocks_that_were_there_are_not_noted() -> None:
     notes = BlockNotes([Group(BLOCK)])
     begun(notes, request_of(64))

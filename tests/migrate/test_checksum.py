@@ -19,7 +19,8 @@ from support.core_cases import noise
 from support.migrate_cases import WIDTHS, Held, Rank, drawn_model, ranks
 
 from portakv import Index, KVView
-from portakv.migrate.checksum import MODULUS, box_checksums, checksum
+from portakv.migrate.checksum import box_checksums, checksum
+from portakv.runtime.word_sums import MODULUS
 
 Words = np.ndarray[Any, np.dtype[np.int64]]
 

@@ -31,21 +31,18 @@ from portakv.errors import TransferError, Unsupported
 from portakv.migrate import checksum
 from portakv.migrate.checksum import (
     AXES,
-    AXIS,
     CUT,
-    MODULUS,
     BoxSums,
     SumKernel,
     SummedPart,
     box_checksums,
-    driver_of,
     kernel_of,
     kernel_text,
-    key_of,
     load_kernel,
 )
 from portakv.runtime import cuda, hip
 from portakv.runtime.cuda import compile_kernel
+from portakv.runtime.word_sums import AXIS, MODULUS, driver_of, key_of
 
 pytestmark = pytest.mark.xdist_group("checksum-kernel")
 needs_gxx = pytest.mark.skipif(why_not() is not None, reason=str(why_not()))
@@ -275,7 +272,7 @@ def test_rocm_without_its_libraries_has_no_kernel(monkeypatch: pytest.MonkeyPatc
     with suppress(hip.DriverMissing):
         hip.driver()
         pytest.skip("a test before has loaded an emulated runtime")
-    with pytest.raises(Unsupported, match=r"kernel on cuda:0.*HIP runtime"):
+    with pytest.raises(Unsupported, match=r"kernel of sums on cuda:0.*HIP runtime"):
         driver_of(GPU)
 
 

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from portakv import KVView
-from portakv.migrate.checksum import AXIS, MODULUS, key_of
+from portakv.runtime.word_sums import AXIS, MODULUS, key_of
 from portakv.witness import Witness
 from portakv.witness.fingerprint import FingerprintKernel, Geometry
 from portakv_conformance.judge.memory import Memory

@@ -18,9 +18,9 @@ from support.witness_cases import WitnessDriver, host_kernel, oracle
 
 from portakv import KVView
 from portakv.errors import LayoutError, SlotError
-from portakv.migrate.checksum import driver_of
 from portakv.runtime import cuda
 from portakv.runtime.cuda import compile_kernel
+from portakv.runtime.word_sums import driver_of
 from portakv.witness.fingerprint import (
     FingerprintKernel,
     Fingerprints,

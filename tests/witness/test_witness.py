@@ -163,7 +163,7 @@ ARGUMENTS: dict[str, tuple[Callable[[Witness], object], type[Exception], str]] =
     "long": (lambda w: w.restored([1], [bytes(65)]), InvalidTerms, "bytes, at most 64"),
     "group": (lambda w: w.stored([1], [key(1)], "x"), InvalidTerms, "Expected group to be ''"),
     "blocks": (lambda w: w.stored([1, BLOCKS], [key(1)] * 2), SlotError, "blocks from 0 to 39"),
-    "type": (lambda w: w.stored(cast("list[int]", [1.5]), [key(1)]), SlotError, "integers"),
+    "type": (lambda w: w.stored(cast("list[int]", [1.5]), [key(1)]), SlotError, "Expected blocks"),
 }
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from math import gcd
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple, cast
@@ -15,7 +16,7 @@ from typing import Any, NamedTuple, cast
 from portakv.arguments import invalid, number, one_of, text
 from portakv.arguments import nbytes as as_bytes
 from portakv.integrations import IntegrationError
-from portakv.integrations.vllm.caches import groups_of, ids_of
+from portakv.integrations.vllm.caches import groups_of
 from portakv.serving import Group
 from portakv.serving.local import check_names
 from portakv.serving.plan import Blocks
@@ -170,6 +171,7 @@ class _Request:
         request: vLLM's object, which knows the hashes of its blocks.
         blocks: of each group, the engine's blocks from the first token on.
         noted: the blocks of tokens before this number have been noted, or were there before.
+        due: no block ends after ``noted`` tokens and before this number.
         fresh: the groups in which the request has not filled a block.
         answer: the computed tokens, and whether a load waits, of the connector's latest answer.
         load: a load that may have failed.
@@ -179,6 +181,7 @@ class _Request:
     request: Any
     blocks: list[list[int]]
     noted: int = 0
+    due: int = 0
     fresh: set[int] = field(default_factory=set)
     answer: tuple[int, bool] = (0, False)
     load: Load | None = None
@@ -220,10 +223,12 @@ class BlockNotes:
     def __init__(self, groups: Sequence[Group | None]) -> None:
         sizes = [group.block_size for group in groups if group is not None]
         self.hash_size = min(sizes, default=1)  # tokens of a hash; vLLM may say another number
+        self._unit = gcd(*sizes) or 1  # blocks of all groups end at multiples
         self._groups = groups
         self._requests = dict[str, _Request]()
         self._step = StepNotes()
         self._generation = 0
+        self._suffix = b""  # of keys
 
     def offered(self, request: Any, computed: int, waits: bool) -> bool:
         """Note an answer of the wrapped connector; return whether it may be used.
@@ -260,6 +265,12 @@ class BlockNotes:
         if notes:
             self._step.loads.append(state.load)
 
+    def is_within_blocks(self, name: str, computed: int, many: int) -> bool:
+        """Return whether a step ends no block of a request that has no new ones, or the request is
+        not known. `scheduled` does nothing then, and takes longer."""
+        state = self._requests.get(name)
+        return state is None or state.noted <= computed <= state.due - many - 1
+
     def scheduled(
         self,
         name: str,
@@ -289,6 +300,7 @@ class BlockNotes:
             for ids, more in zip(state.blocks, blocks, strict=False):
                 ids += more
         state.noted = min(state.noted, computed)  # less after a failed load
+        state.due = 0
         known = min(computed + many, state.request.num_tokens)
         if known <= state.noted:
             return
@@ -315,6 +327,7 @@ class BlockNotes:
                 made[0] = made[0]._replace(first=True)
             notes += made
         state.noted = known
+        state.due = (known // self._unit + 1) * self._unit
         if notes:
             self._step.filled[name] = notes
 
@@ -337,6 +350,7 @@ class BlockNotes:
         """Have other keys from now on: rows of former steps are no longer right, such as after a
         change of weights."""
         self._generation += 1
+        self._suffix = self._generation.to_bytes(4, "little")
 
     def take(self) -> StepNotes:
         """Return the notes of the step, and begin the next one."""
@@ -356,11 +370,18 @@ class BlockNotes:
     def _between(self, state: _Request, at: int, first: int, past: int) -> list[Note]:
         """Return the blocks of a group that end after ``first`` and not after ``past`` tokens."""
         size = cast(Group, self._groups[at]).block_size
-        notes = list[Note]()
-        for place in range(first // size, past // size):
-            tokens = (place + 1) * size
-            notes += self._note(state, at, tokens, self._block_at(state, at, tokens))
-        return notes
+        ids = state.blocks[at]
+        hashes = state.request.block_hashes
+        each = size // self.hash_size  # hashes of a block
+        if each * self.hash_size != size:
+            return []
+        end = self._suffix
+        most = min(past // size, len(ids), len(hashes) // each)
+        return [
+            Note(at, ids[place], hashes[(place + 1) * each - 1] + end)
+            for place in range(first // size, most)
+            if ids[place] >= 0
+        ]
 
     def _states(self, state: _Request, at: int, ends: Mapping[int, int], past: int) -> list[Note]:
         """Return the blocks with states at some ends of blocks, none after ``past`` tokens."""
@@ -377,10 +398,7 @@ class BlockNotes:
         hashes = state.request.block_hashes
         if block < 0 or tokens % self.hash_size or not 0 <= place < len(hashes):
             return []
-        key = bytes(hashes[place])
-        if self._generation:
-            key += self._generation.to_bytes(4, "little")
-        return [Note(at, block, key)]
+        return [Note(at, block, hashes[place] + self._suffix)]
 
     def _block_at(self, state: _Request, at: int, tokens: int) -> int:
         """Return the block of a group that ends after so many tokens; -1: none."""
@@ -388,11 +406,6 @@ class BlockNotes:
         place = tokens // size - 1
         ids = state.blocks[at]
         return ids[place] if tokens % size == 0 and 0 <= place < len(ids) else -1
-
-
-def blocks_of(blocks: Iterable[Iterable[int]] | None) -> Blocks:
-    """Return the engine's blocks of each group; -1 in place of those that are gone."""
-    return ids_of(blocks)
 
 
 def rank_files(file: str | None, rank: int, ranks: int) -> tuple[Path | None, list[Path]]:

@@ -25,6 +25,7 @@ import torch
 from portakv.integrations import IntegrationError, check_release, installed, log_through
 from portakv.integrations.vllm.caches import (
     TOLD,
+    ids_of,
     kernels_of,
     states_in,
     view_across_layers,
@@ -36,7 +37,6 @@ from portakv.integrations.vllm.notes import (
     Note,
     StepNotes,
     WitnessTerms,
-    blocks_of,
     check_parallel,
     check_policy,
     rank_files,
@@ -303,7 +303,7 @@ class PortaKVWitness(_passes_all()):  # type: ignore[misc]
             # Releases differ: some tell which groups a load restores.
             loaded = getattr(self.wrapped, "get_loaded_kv_cache_group_ids", None)
             groups = None if loaded is None else loaded(request)
-            ids = blocks_of(blocks.get_block_ids())
+            ids = ids_of(blocks.get_block_ids())
             self.notes.allocated(request, ids, num_external_tokens, groups)
 
     def build_connector_meta(self, scheduler_output: SchedulerOutput) -> WitnessMetadata:
@@ -322,6 +322,9 @@ class PortaKVWitness(_passes_all()):  # type: ignore[misc]
             old.req_ids, old.new_block_ids, old.num_computed_tokens, strict=True
         ):
             resumed = name in old.resumed_req_ids
+            idle = not resumed and blocks is None
+            if idle and self.notes.is_within_blocks(name, computed, many[name]):
+                continue
             self._note_request(step, name, computed, many, blocks, resumed)
 
     def _note_request(
@@ -329,7 +332,7 @@ class PortaKVWitness(_passes_all()):  # type: ignore[misc]
     ) -> None:
         """Note the blocks of a request that a step fills."""
         states = states_in(step, name) if self._told else NO_STATES
-        self.notes.scheduled(name, computed, many[name], blocks_of(blocks), anew, states)
+        self.notes.scheduled(name, computed, many[name], ids_of(blocks), anew, states)
 
     def update_connector_output(self, connector_output: Any) -> None:
         if self._checks and self.terms.action == "recompute":

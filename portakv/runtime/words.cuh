@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // Words of tensors and the keys of their positions, for kernels that add up words times keys
-// (checksum.py defines the sum).
+// (word_sums.py defines the keys).
 //
 // Raw pointers and integers only: this text builds under NVRTC, nvcc, hipRTC and hipcc.
 
