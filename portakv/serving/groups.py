@@ -129,8 +129,9 @@ class Validity:
     def first_needed(self, group: Group, first: int, many: int) -> int:
         """Return the position of the first of so many stored blocks that a group needs at their
         end. ``first``: the number of the first of them in the request."""
-        tokens = (first + many) * self._size
-        return max(first, group.first_needed(tokens) // self._size) - first
+        size = group.block_size
+        needed = group.first_needed((first + many) * self._size) // size * size  # a whole block
+        return max(first, needed // self._size) - first
 
 
 def _runs(there: Sequence[bool]) -> list[int]:

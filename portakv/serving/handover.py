@@ -614,7 +614,7 @@ class Handover:
             return self.reader.pull(
                 job.tickets,
                 *self.ids_of(job, True),
-                first=job.first,
+                first=self._first_of(job),
                 overlap=overlap,
                 max_gbps=self.terms.max_gbps,
                 timeout=self.terms.timeout,
@@ -623,11 +623,19 @@ class Handover:
             _log_failed_pull(error)
             return None
 
+    def _first_of(self, job: PullJob) -> int:
+        """Return the first token of a pull: also before rows that are here already, if the
+        positions of a state begin there."""
+        shards = zip(self.shards, self.parts, strict=True)
+        wide = max((x.view.block_size or 1 for x, (_, group) in shards if group.states), default=0)
+        return max(0, min(job.first, job.tokens - wide))
+
     def ids_of(self, job: OfferJob | PullJob, pulls: bool) -> list[Ids]:
         """Return the ids of each shard; of states at the last positions, of which a block may
-        have several. ``pulls``: without rows that nothing needs, and that the other engine may have
-        given up."""
+        have several. ``pulls``: without rows that are here, or that nothing needs and the other
+        engine may have given up."""
         lists = list[Ids]()
+        here = job.first if isinstance(job, PullJob) and self._first_of(job) < job.first else 0
         for shard, (at, group) in zip(self.shards, self.parts, strict=True):
             ids: Ids = job.blocks[at]
             size = shard.view.block_size or 1
@@ -635,7 +643,7 @@ class Handover:
                 slots = np.full(job.tokens, -1)
                 slots[-size:] = Index.of(ids, size).slots(size)
                 ids = Index(slots)
-            elif pulls and (needed := group.first_needed(job.tokens)):
+            elif pulls and (needed := max(here, group.first_needed(job.tokens))):
                 slots = Index.of(ids, size).slots(job.tokens)
                 slots[:needed] = -1
                 ids = Index(slots)

@@ -129,9 +129,9 @@ class Ring:
             if np.array_equal(self._sums[slot], sums):
                 self._heads["old"][slot] = 0
                 return True
-        if len(slots) == VERSIONS:
+        while len(slots) >= VERSIONS:  # more if one call has a key more than once
             self._drop(slots[0])
-            self._slots.setdefault(key, [])
+            slots = self._slots.setdefault(key, [])
         return False
 
     def _write(

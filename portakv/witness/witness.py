@@ -20,7 +20,7 @@ import torch
 
 from portakv.arguments import flag, instance, invalid, items, naming, number, one_of
 from portakv.arguments import nbytes as as_bytes
-from portakv.errors import InvalidTerms, LayoutError, SlotError, Unsupported
+from portakv.errors import InvalidTerms, LayoutError, PortaKVError, SlotError, Unsupported
 from portakv.runtime.devices import capturing, refuse_capture
 from portakv.runtime.rate_limited_log import RateLimitedLog
 from portakv.runtime.transfer import event_pool
@@ -333,6 +333,8 @@ class Witness:
         comparison = Comparison(self)
         if self.check == "off":
             return comparison
+        if len(self._pending) >= _PENDING:
+            self.settle()
         (of, ids) = self._read(blocks, keys, group)
         coming = set[bytes]()
         for step in self._pending:
@@ -393,10 +395,13 @@ class Witness:
         """Settle all calls, and release the table and its file. Later calls check nothing."""
         if self._table is None:
             return
-        self.settle(wait=True)
-        self.check = "off"
-        self._table.close()
+        table = self._table
         self._table = None
+        try:
+            self.settle(wait=True)
+        finally:
+            self.check = "off"
+            table.close()
 
     def _read(
         self, blocks: IdList, keys: Sequence[bytes], group: str
@@ -417,7 +422,7 @@ class Witness:
         device = of.view.device
         if device.type != "cpu" and capturing(device):
             raise refuse_capture("Taking fingerprints", "the blocks of each replay differ")
-        return of, ids.numpy().astype(np.int64, copy=False)
+        return of, ids.numpy().astype(np.int64)  # a copy: callers use their memory again
 
     def _chosen(self, keys: Sequence[bytes], first: Collection[int] = ()) -> Sequence[int]:
         """Return the positions of keys that are checked; raise `InvalidTerms` for a wrong key."""
@@ -446,7 +451,7 @@ class Witness:
             sums = of.fingerprints.of(some)
         else:
             sums = torch.empty((0, of.fingerprints.geometry.count), dtype=torch.int64, device="cpu")
-        step = _Step(of, keys, ids, chosen, sums, comparison)
+        step = _Step(of, tuple(keys), ids, chosen, sums, comparison)
         if comparison is not None:
             comparison._step = step
         self._pending.append(step)
@@ -576,7 +581,7 @@ class Witness:
                 self._about,
                 self._report_bytes,
             )
-        except (OSError, RuntimeError) as error:
+        except (OSError, RuntimeError, ValueError, PortaKVError) as error:
             self._lines.warning("reports", "A file about a fault cannot be written: %s", error)
             return None
         of.figures.reports += 1

@@ -293,9 +293,12 @@ def test_ranks_that_divide_a_blocks_tokens_are_refused() -> None:
 
 
 def test_files_of_ranks() -> None:
-    assert rank_files(None, 0, 2) == (None, [])
-    assert rank_files("f", 0, 1) == (Path("f"), [])
-    assert rank_files("f", 1, 3) == (Path("f.rank1"), [Path("f.rank0"), Path("f.rank2")])
+    assert rank_files(None, 0, 0, 2, 2) == (None, [])
+    assert rank_files("f", 0, 0, 1, 1) == (Path("f"), [])
+    assert rank_files("f", 1, 1, 3, 3) == (Path("f.rank1"), [Path("f.rank0"), Path("f.rank2")])
+    # The second of two stages, and the second copy of an engine.
+    assert rank_files("f", 1, 0, 1, 2) == (Path("f.rank1"), [])
+    assert rank_files("f", 3, 1, 2, 4) == (Path("f.rank3"), [Path("f.rank2")])
 
 
 # --- which blocks
@@ -389,6 +392,20 @@ def test_blocks_after_a_failed_load_are_noted_again() -> None:
     assert [note.block for note in step.filled["a"]] == [7]
     notes.scheduled("a", 16, 32, ((),), anew=False)
     assert blocks_in(notes) == [6, 7]
+
+
+@pytest.mark.parametrize("loaded", [63, 64])
+def test_a_block_that_a_load_has_begun_is_not_noted(loaded: int) -> None:
+    """Of a whole prompt the engine computes the last token alone."""
+    notes = BlockNotes([Group(BLOCK)])
+    request = request_of(64)
+    begun(notes, request)
+    notes.allocated(request, ((1, 2, 3, 4),), loaded)
+    assert [x.block for x in notes.take().loads[0].notes] == [*range(1, loaded // BLOCK + 1)]
+    notes.scheduled("a", 63, 1, ((1, 2, 3, 4),), anew=True)
+    assert blocks_in(notes) == []
+    notes.scheduled("a", 32, 32, ((),), anew=False)  # the load has failed
+    assert blocks_in(notes) == [3, 4]
 
 
 def test_windows_and_hashes_of_fewer_tokens() -> None:
@@ -519,7 +536,8 @@ def test_a_load_that_waits_is_compared_at_its_end(vllm: Vllm, rows: torch.Tensor
 
 
 def test_rows_after_wrong_ones_are_not_taken(vllm: Vllm, rows: torch.Tensor) -> None:
-    """A step computes them with a wrong block; the engine computes them again."""
+    """Of no request in the step, which may share the wrong block, or in the next step, which vLLM
+    has planned before it hears of the block. The engine computes them again."""
     connector, (cache,) = vllm.worker(action="recompute")
     cache.copy_(rows)
     store(connector, vllm, [1, 2])
@@ -529,8 +547,12 @@ def test_rows_after_wrong_ones_are_not_taken(vllm: Vllm, rows: torch.Tensor) -> 
     connector.get_transfer_results(set())
     assert connector.get_block_ids_with_load_errors() == {5}
     connector.clear_connector_metadata()
+    store(connector, vllm, [3])
     connector.witness.settle(wait=True)
-    assert connector.statistics()["witness_fingerprints"] == 3  # not of block 6
+    assert connector.statistics()["witness_fingerprints"] == 2
+    store(connector, vllm, [0])
+    connector.witness.settle(wait=True)
+    assert connector.statistics()["witness_fingerprints"] == 3
 
 
 def test_what_the_wrapped_connector_reports_as_failed_is_no_fault(

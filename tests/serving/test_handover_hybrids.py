@@ -128,7 +128,7 @@ class Engines:
         tokens = chance.choice([chance.randrange(SHORT, LONGEST), 16 * chance.randrange(4, 18)])
         src = self.blocks(self.src_groups, tokens)
         dst = self.blocks(self.dst_groups, tokens)
-        first = 16 * chance.randrange(tokens // 16)
+        first = 16 * chance.randrange((tokens - 1) // 16 + 1)
         dst = [
             ids
             if group.states

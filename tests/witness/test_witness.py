@@ -138,6 +138,25 @@ def test_a_comparison_that_nobody_reads_is_counted_and_logged(
     assert "Wrong rows" in caplog.text
 
 
+def test_comparisons_that_nobody_reads_do_not_pile_up(caplog: pytest.LogCaptureFixture) -> None:
+    """A caller that only loads is told of a fault too."""
+    engine = with_fault(Engine())
+    for _ in range(300):
+        engine.witness.restored([WRONG], [key(0)])
+    assert engine.witness.figures()[""].faults["changed bytes"] > 200
+    assert "Wrong rows" in caplog.text
+
+
+def test_a_callers_lists_may_be_used_again() -> None:
+    engine = with_fault(Engine())
+    blocks = torch.tensor([WRONG])
+    keys = [key(0)]
+    comparison = engine.witness.restored(blocks, keys)
+    blocks.fill_(3)
+    keys.clear()
+    assert [(x.block, x.key) for x in comparison.faults] == [(WRONG, key(0))]
+
+
 def test_close_settles_and_ends_the_checks(tmp_path: Path) -> None:
     engine = with_fault(Engine(file=tmp_path / "table"))
     result = engine.witness.restored([WRONG], [key(0)])

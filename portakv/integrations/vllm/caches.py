@@ -815,6 +815,7 @@ def settings_of(config: Any, kv_cache_config: Any, tells: bool = False) -> Setti
         model.revision,
         model.quantization,
         config.cache_config.cache_dtype,
+        *sorted(getattr(config.cache_config, "kv_cache_dtype_skip_layers", None) or ()),
         _checksum_of(model, folder),
         checksum_if_here(str(folder)),
     )

@@ -295,6 +295,8 @@ class PortaKVConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
         handing = self._settings.handing
         if handing is None or not handing.offers or not is_wanted(request):
             return None
+        if self._settings.fails_by_request and request.num_output_tokens > 1:
+            return None  # min_tokens had the engine go on: states and windows are later ones
         tokens = len(request.prompt_token_ids)
         rows = self.scheduler_side.offer(request.request_id, tokens, ids_of(block_ids))
         if rows is None:
@@ -346,7 +348,8 @@ class PortaKVConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
         by_layer = bool(terms.by_layer)
         handover = self.store.handover
         words = self.store.words
-        self.worker_side = WorkerSide(caches, terms.deadline, by_layer, handover, words)
+        deadline = None if self._never_fails else terms.deadline  # rows are in host memory
+        self.worker_side = WorkerSide(caches, deadline, by_layer, handover, words)
 
     def _rank(self) -> int:
         """Return the number of this worker in tensor parallelism."""

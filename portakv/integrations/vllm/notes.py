@@ -175,6 +175,8 @@ class _Request:
         fresh: the groups in which the request has not filled a block.
         answer: the computed tokens, and whether a load waits, of the connector's latest answer.
         load: a load that may have failed.
+        brought: loads have brought the rows before this token. A block that begins before it is not
+            the engine's own.
         refused: a load has failed; the connector is not asked for another one.
     """
 
@@ -185,6 +187,7 @@ class _Request:
     fresh: set[int] = field(default_factory=set)
     answer: tuple[int, bool] = (0, False)
     load: Load | None = None
+    brought: int = 0
     refused: bool = False
 
 
@@ -258,6 +261,7 @@ class BlockNotes:
         computed, waits = state.answer
         state.blocks = [[*ids] for ids in blocks]
         past = computed + tokens
+        state.brought = past
         notes = list[Note]()
         for at in range(len(self._groups)) if groups is None else groups:
             notes += self._in_load(state, at, computed, past)
@@ -300,6 +304,8 @@ class BlockNotes:
             for ids, more in zip(state.blocks, blocks, strict=False):
                 ids += more
         state.noted = min(state.noted, computed)  # less after a failed load
+        if computed < state.brought - 1:  # of a whole prompt the last token is computed again
+            state.brought = computed
         state.due = 0
         known = min(computed + many, state.request.num_tokens)
         if known <= state.noted:
@@ -309,7 +315,7 @@ class BlockNotes:
             if group is None:
                 continue
             if group.states is None or group.states == "every":
-                made = self._between(state, at, state.noted, known)
+                made = self._between(state, at, state.noted, known, state.brought)
             elif group.states == "told":
                 told = {tokens: ids.get(at, -1) for tokens, ids in states.items()}
                 made = self._states(state, at, told, known)
@@ -367,8 +373,13 @@ class BlockNotes:
             return self._states(state, at, {past: self._block_at(state, at, past)}, past)
         return self._between(state, at, max(computed, group.first_needed(past)), past)
 
-    def _between(self, state: _Request, at: int, first: int, past: int) -> list[Note]:
-        """Return the blocks of a group that end after ``first`` and not after ``past`` tokens."""
+    def _between(
+        self, state: _Request, at: int, first: int, past: int, brought: int = 0
+    ) -> list[Note]:
+        """Return the blocks of a group that end after ``first`` and not after ``past`` tokens.
+
+        ``brought``: without blocks that begin before this token.
+        """
         size = cast(Group, self._groups[at]).block_size
         ids = state.blocks[at]
         hashes = state.request.block_hashes
@@ -379,7 +390,7 @@ class BlockNotes:
         most = min(past // size, len(ids), len(hashes) // each)
         return [
             Note(at, ids[place], hashes[(place + 1) * each - 1] + end)
-            for place in range(first // size, most)
+            for place in range(max(first // size, -(-brought // size)), most)
             if ids[place] >= 0
         ]
 
@@ -408,14 +419,21 @@ class BlockNotes:
         return ids[place] if tokens % size == 0 and 0 <= place < len(ids) else -1
 
 
-def rank_files(file: str | None, rank: int, ranks: int) -> tuple[Path | None, list[Path]]:
-    """Return the file of a rank's fingerprints, and those of the other ranks.
+def rank_files(
+    file: str | None, worker: int, rank: int, ranks: int, workers: int
+) -> tuple[Path | None, list[Path]]:
+    """Return the file of a worker's fingerprints, and those of the other ranks that have the same
+    layers.
 
-    A single rank has the file itself; others have the number of the rank at the end of the name.
+    A single worker has the file itself; others have the worker's number at the end of the name.
+
+    Args:
+        worker: the number of the worker, among ``workers`` of all copies of the engine.
+        rank: of tensor parallelism, of ``ranks``.
     """
     if file is None:
         return None, []
-    if ranks == 1:
+    if workers == 1:
         return Path(file), []
-    files = [Path(f"{file}.rank{each}") for each in range(ranks)]
+    files = [Path(f"{file}.rank{worker - rank + each}") for each in range(ranks)]
     return files[rank], [each for each in files if each != files[rank]]

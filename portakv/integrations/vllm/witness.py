@@ -30,6 +30,7 @@ from portakv.integrations.vllm.caches import (
     states_in,
     view_across_layers,
     views_of,
+    worker_numbers,
 )
 from portakv.integrations.vllm.notes import (
     BlockNotes,
@@ -194,7 +195,10 @@ class PortaKVWitness(_passes_all()):  # type: ignore[misc]
         self._waiting = dict[str, Load]()  # loads whose end the wrapped connector reports
         self._filled = dict[str, list[Note]]()  # by request, the blocks that this step fills
         self._in_step = list[Load]()  # loads that end in this step
-        self._spoilt = set[str]()  # requests with wrong rows in this step
+        # Steps whose blocks may be computed from wrong rows, this one included: vLLM has planned
+        # those already that follow a step with a failed load.
+        self._spoilt = 0
+        self._ahead = max(2, getattr(vllm_config.parallel_config, "pipeline_parallel_size", 1))
         self._errors = set[int]()  # failed blocks that vLLM has yet to hear of
 
     def __getattr__(self, name: str) -> Any:
@@ -414,11 +418,13 @@ class PortaKVWitness(_passes_all()):  # type: ignore[misc]
         )
 
     def _files(self) -> Any:
-        """Return the file of this rank's fingerprints, and those of the others."""
+        """Return the file of this worker's fingerprints, and those of ranks with its layers."""
         parallel = self._vllm_config.parallel_config
         ranks = getattr(parallel, "tensor_parallel_size", 1)
         rank = get_tensor_model_parallel_rank() if ranks > 1 else 0
-        return rank_files(self.terms.file, rank, ranks)
+        workers = parallel.world_size * getattr(parallel, "data_parallel_size", 1)
+        _, worker = worker_numbers(parallel)
+        return rank_files(self.terms.file, worker, rank, ranks, workers)
 
     def handle_preemptions(self, kv_connector_metadata: WitnessMetadata) -> None:
         self.wrapped.handle_preemptions(kv_connector_metadata.wrapped)
@@ -426,7 +432,7 @@ class PortaKVWitness(_passes_all()):  # type: ignore[misc]
     def bind_connector_metadata(self, connector_metadata: WitnessMetadata) -> None:
         self.wrapped.bind_connector_metadata(connector_metadata.wrapped)
         self._filled = connector_metadata.notes.filled
-        self._spoilt = set()
+        self._spoilt = max(0, self._spoilt - 1)
         self._in_step = []
         for load in connector_metadata.notes.loads:
             if load.waits:
@@ -441,10 +447,7 @@ class PortaKVWitness(_passes_all()):  # type: ignore[misc]
         self._filled = {}
         if self.witness is None:
             return
-        notes = list[Note]()
-        for name, some in filled.items():
-            if name not in self._spoilt:  # rows after wrong ones are wrong too
-                notes += some
+        notes = [] if self._spoilt else [note for some in filled.values() for note in some]
         for number, some in _by_group(notes).items():
             blocks = [note.block for note in some]
             keys = [note.key for note in some]
@@ -474,9 +477,11 @@ class PortaKVWitness(_passes_all()):  # type: ignore[misc]
         return errors
 
     def shutdown(self) -> None:
-        if self.witness is not None:
-            self.witness.close()
-        self.wrapped.shutdown()
+        try:
+            if self.witness is not None:
+                self.witness.close()
+        finally:
+            self.wrapped.shutdown()
 
     def _compare(
         self, ended: Iterable[str], received: Iterable[str], lost: Iterable[str] = ()
@@ -506,8 +511,9 @@ class PortaKVWitness(_passes_all()):  # type: ignore[misc]
                 gone.add(load.request)
         for name in gone:
             self._waiting.pop(name, None)
+        if any(load.request in gone and not load.waits for load in loads):
+            self._spoilt = self._ahead
         loads = [load for load in loads if load.request not in gone]
-        self._spoilt |= gone
         if not loads:
             return set()
         return self._wrong(loads)
@@ -534,8 +540,9 @@ class PortaKVWitness(_passes_all()):  # type: ignore[misc]
                 wrong |= requests[number, block]
                 if not self._fails_by_request:
                     self._errors.add(block)
-        self._spoilt |= wrong
         waits = {load.request for load in loads if load.waits}
+        if not wrong <= waits:
+            self._spoilt = self._ahead
         if self._fails_by_request and not wrong <= waits:
             raise IntegrationError(
                 f"Expected loads that vLLM can repeat for action 'recompute', got wrong rows in a "
