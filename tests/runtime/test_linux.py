@@ -109,6 +109,7 @@ VERBS = [
     ("conform --contract io threads", 2, f"`portakv conform --contract`: {NEEDS}"),
     ("store show /tmp", 1, f"`portakv store`: {NEEDS}"),
     ("store serve /tmp", 1, f"`portakv store`: {NEEDS}"),
+    ("witness show nothing.zip", 2, "Expected FILE to be a file that a witness wrote"),
     ("top /tmp", 1, f"`portakv top`: {NEEDS}"),
     ("top http://127.0.0.1:1/metrics", 1, "Expected a metrics page"),
     ("demo --device nonsense", 1, "torch cannot use it here"),
