@@ -20,7 +20,7 @@ from portakv.serving.local import LocalIndex
 from portakv.serving.plan import NO_PLAN
 from portakv.storage import prefix_keys
 
-WALKS = 2  # of each family, in the default run
+WALKS = 5  # of each family, in the default run
 WIDE = 640  # 5,000 in all
 
 
