@@ -53,7 +53,7 @@ from portakv.view import KVView
 TESTS = Path(__file__).resolve().parents[1]
 
 
-@pytest.mark.parametrize(("store", "walks", "least"), [("alone", 8, 2), ("shared", 4, 0)])
+@pytest.mark.parametrize(("store", "walks", "least"), [("alone", 16, 5), ("shared", 8, 0)])
 def test_walks_through_the_hooks_of_an_engine(
     store: str, walks: int, least: int, tmp_path: Path
 ) -> None:
