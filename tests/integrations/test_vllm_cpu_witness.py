@@ -440,29 +440,3 @@ def count_preemptions(scheduler: Any) -> list[str]:
 
     setattr(scheduler, PREEMPT, note_name)
     return names
-
-
-@pytest.mark.full
-def test_no_alarm_in_a_hundred_thousand_blocks(
-    model: Path, own: list[list[int]], tmp_path: Path
-) -> None:
-    """Prompts are loaded again and again, next to new ones that the engine computes."""
-    wanted = 100_000
-
-    def work() -> tuple[bool, Counter[str]]:
-        engine = Engine(model, None, kv_transfer_config=wrapped("DamagedPortaKV", tmp_path))
-        alike = True
-        until = time.monotonic() + HOUR
-        number = 0
-        while counts_of(engine)["witness_compared"] < wanted:
-            assert time.monotonic() < until
-            forget(engine)
-            number += 1
-            new = prompt(40 + number % 60, 10_000 + number)
-            alike &= engine.ask([*PROMPTS, new]).tokens[: len(PROMPTS)] == own
-        return alike, counts_of(engine)
-
-    alike, counts = in_a_child(work, limit=HOUR)
-    print(counts)
-    assert alike
-    assert faults_in(counts) == {}
