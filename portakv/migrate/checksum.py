@@ -25,7 +25,6 @@ import numpy as np
 import torch
 
 from portakv.copy import copy_rows
-from portakv.errors import TransferError, Unsupported
 from portakv.migrate.messages import Box
 from portakv.migrate.messages import BoxPart as Rows
 from portakv.migrate.staging import chunk, page_of, rows_bytes, staging
@@ -36,6 +35,7 @@ from portakv.runtime.word_sums import (
     MODULUS,
     STEP,
     WORDS,
+    checked_kernel,
     driver_of,
     key_of,
     keys_of,
@@ -582,22 +582,9 @@ def load_kernel(
     device: torch.device, find_driver: Callable[[torch.device], KernelDriver]
 ) -> SumKernel | None:
     """Return the kernel for checksums on a device; None, with a log, if it cannot be used."""
-    try:
-        kernel = SumKernel(device, find_driver(device))
-        right = _agrees(kernel, device)
-    except Unsupported as error:
-        _log.debug("Checksums on %s use torch's operators. %s", device, error)
-        return None
-    except (RuntimeError, OSError, TransferError) as error:
-        _log.warning("Checksums on %s use torch's operators: no kernel. %s", device, error)
-        return None
-    if not right:
-        _log.warning(
-            "Checksums on %s use torch's operators: the kernel's sums are wrong. Report it as a "
-            "fault, with the names of the device and its driver.",
-            device,
-        )
-    return kernel if right else None
+    return checked_kernel(
+        "Checksums", device, _log, lambda: SumKernel(device, find_driver(device)), _agrees
+    )
 
 
 def _agrees(kernel: SumKernel, device: torch.device) -> bool:

@@ -7,13 +7,18 @@ modulus, so its highest bits change the sum too.
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Callable
 from importlib.resources import files
+from typing import TypeVar
 
 import torch
 
-from portakv.errors import Unsupported
+from portakv.errors import TransferError, Unsupported
 from portakv.runtime import cuda, hip
 from portakv.runtime.cuda import KernelDriver
+
+Kernel = TypeVar("Kernel")
 
 MODULUS = 1 << 64
 #: The integers that words are read as, by bytes.
@@ -74,3 +79,36 @@ def driver_of(device: torch.device) -> KernelDriver:
 
 def _refused(device: torch.device, why: str) -> Unsupported:
     return Unsupported(f"A kernel of sums on {device}", why)
+
+
+def checked_kernel(
+    what: str,
+    device: torch.device,
+    log: logging.Logger,
+    make: Callable[[], Kernel],
+    agrees: Callable[[Kernel, torch.device], bool],
+) -> Kernel | None:
+    """Return the kernel that ``make`` loads for sums on a device; None, with a log, if it cannot be
+    used.
+
+    Args:
+        what: the sums, in the log.
+        agrees: returns whether a kernel has the sums that torch's operators have.
+    """
+    try:
+        kernel = make()
+        right = agrees(kernel, device)
+    except Unsupported as error:
+        log.debug("%s on %s use torch's operators. %s", what, device, error)
+        return None
+    except (RuntimeError, OSError, TransferError) as error:
+        log.warning("%s on %s use torch's operators: no kernel. %s", what, device, error)
+        return None
+    if not right:
+        log.warning(
+            "%s on %s use torch's operators: the kernel's sums are wrong. Report it as a fault, "
+            "with the names of the device and its driver.",
+            what,
+            device,
+        )
+    return kernel if right else None

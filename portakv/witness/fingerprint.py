@@ -37,10 +37,17 @@ import numpy.typing as npt
 import torch
 
 from portakv.copy import copy_rows
-from portakv.errors import LayoutError, SlotError, TransferError, Unsupported
+from portakv.errors import LayoutError, SlotError, Unsupported
 from portakv.runtime.bounded import Bounded
 from portakv.runtime.cuda import KernelDriver
-from portakv.runtime.word_sums import AXIS, WORDS, driver_of, keys_of, words_text
+from portakv.runtime.word_sums import (
+    AXIS,
+    WORDS,
+    checked_kernel,
+    driver_of,
+    keys_of,
+    words_text,
+)
 from portakv.view import Index, KVView
 from portakv.view.form import Form, Step, locate
 
@@ -499,22 +506,13 @@ def load_kernel(
     device: torch.device, find_driver: Callable[[torch.device], KernelDriver]
 ) -> FingerprintKernel | None:
     """Return the kernel of a device; None, with a log, if it cannot be used."""
-    try:
-        kernel = FingerprintKernel(device, find_driver(device))
-        right = _agrees(kernel, device)
-    except Unsupported as error:
-        _log.debug("Fingerprints on %s use torch's operators. %s", device, error)
-        return None
-    except (RuntimeError, OSError, TransferError) as error:
-        _log.warning("Fingerprints on %s use torch's operators: no kernel. %s", device, error)
-        return None
-    if not right:
-        _log.warning(
-            "Fingerprints on %s use torch's operators: the kernel's sums are wrong. Report it as a "
-            "fault, with the names of the device and its driver.",
-            device,
-        )
-    return kernel if right else None
+    return checked_kernel(
+        "Fingerprints",
+        device,
+        _log,
+        lambda: FingerprintKernel(device, find_driver(device)),
+        _agrees,
+    )
 
 
 def _agrees(kernel: FingerprintKernel, device: torch.device) -> bool:

@@ -25,6 +25,7 @@ from portakv.arguments import invalid, size_text
 from portakv.core.xxh3 import checksum
 from portakv.errors import InvalidTerms
 from portakv.runtime.resources import fcntl
+from portakv.runtime.word_sums import signed
 from portakv.witness.fingerprint import Geometry, Sums
 
 #: The most bytes of a key.
@@ -349,16 +350,12 @@ def _head_of(geometries: Mapping[str, Geometry], slots: int) -> bytes:
     """Return the first bytes of a file, padded to whole pages."""
     groups = {name: asdict(geometry) for name, geometry in geometries.items()}
     text = json.dumps({"format": _FORMAT, "slots": slots, "groups": groups}).encode()
-    head = _HEAD.pack(MAGIC, len(text), _signed(checksum(text))) + text
+    head = _HEAD.pack(MAGIC, len(text), signed(checksum(text))) + text
     return head.ljust(_whole_pages(len(head)), b"\0")
 
 
 def _whole_pages(nbytes: int) -> int:
     return -(-nbytes // _ALIGNED) * _ALIGNED
-
-
-def _signed(number: int) -> int:
-    return number - (1 << 64) if number >= 1 << 63 else number
 
 
 def _opened(file: Path, head: bytes, size: int) -> int:
@@ -414,7 +411,7 @@ def head_text(file: Path, data: bytes) -> dict[str, Any]:
     if len(data) >= _HEAD.size:
         (magic, length, check) = _HEAD.unpack_from(data)
         text = data[_HEAD.size : _HEAD.size + max(0, length)]
-        if magic == MAGIC and _signed(checksum(text)) == check:
+        if magic == MAGIC and signed(checksum(text)) == check:
             described: dict[str, Any] = json.loads(text)
             return described
     raise InvalidTerms(
