@@ -184,14 +184,14 @@ class Thread:
         try:
             if not self.process.dead and not schedule.over:
                 if schedule.preemption:
-                    sys.setprofile(schedule.look)
+                    sys.settrace(schedule.look)
                 self._call()
         except Ended:
             pass
         except BaseException as error:
             schedule.fail(error)
         finally:
-            sys.setprofile(None)
+            sys.settrace(None)
             self._call = partial(bool)  # the frame of this function outlives the schedule
             self.is_ready = _always
             self.over = True
@@ -358,6 +358,17 @@ class ScheduledLoop(ShuffledLoop):
         current().fail(error)
 
 
+class _Files(dict[str, bool]):
+    """By a file of code: calls of its functions are places for a preemption."""
+
+    def __missing__(self, file: str) -> bool:
+        self[file] = file.startswith(FOLDER) and not file.endswith(OF_MACHINE)
+        return self[file]
+
+
+_PREEMPTS = _Files()
+
+
 class Schedule:
     """The threads of a scenario, of which one runs at a time.
 
@@ -371,6 +382,7 @@ class Schedule:
         self.now = 1000.0
         self.random = Random(seed)
         self.preemption = self.random.choice(PREEMPTIONS) if preemption is None else preemption
+        self.before_preemption = self._drawn_calls() if self.preemption else math.inf
         self.threads = list[Thread]()
         self.by_ident = dict[int, Thread]()
         self.loops = list[Loop]()
@@ -523,21 +535,26 @@ class Schedule:
         self.wait(_always)
 
     def look(self, frame: FrameType, event: str, argument: object) -> None:
-        """Preempt the thread at some calls of functions of the project. End one that loops."""
-        if event != "call" or self.over or self.chooses:
-            return
+        """Preempt the thread at some calls of functions of the project. End one that loops.
+
+        Each call of each function comes here, so the next preemption is drawn as a number of calls.
+        """
         self.calls += 1
-        if self.calls > MOST_CALLS:
+        if self.calls > MOST_CALLS and not self.over and not self.chooses:
             self.fail(Stuck(f"{running().name} does not end after {MOST_CALLS} calls."))
             raise Ended
-        file = frame.f_code.co_filename
-        preempts = file.startswith(FOLDER) and not file.endswith(OF_MACHINE)
-        if not preempts or self.random.random() >= self.preemption:
+        self.before_preemption -= _PREEMPTS[frame.f_code.co_filename]
+        if self.before_preemption >= 0.0 or self.over or self.chooses:
             return
+        self.before_preemption = self._drawn_calls()
         if self.random.random() < STALL:
             self.sleep(self.random.choice(STALLS))
         else:
             self.preempt()
+
+    def _drawn_calls(self) -> float:
+        """Return the calls before a preemption, each of which has the same chance of one."""
+        return math.floor(math.log(1.0 - self.random.random()) / math.log1p(-self.preemption))
 
     def leave(self, thread: Thread) -> None:
         """Give the turn to another thread at the end of this one."""
