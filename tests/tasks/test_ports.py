@@ -76,6 +76,7 @@ runtime().start(steps()).synchronize(LIMIT)
 END = """
 print("ended", *slow)
 """
+RUNS = 3
 PORTS = {"pull": PULL, "store server": SERVER, "store": STORE}
 
 
@@ -84,14 +85,27 @@ PORTS = {"pull": PULL, "store server": SERVER, "store": STORE}
 def test_a_port_runs_in_short_steps_and_beside_a_thread_that_holds_the_interpreter(
     port: str, how: str
 ) -> None:
-    done = run(PORTS[port], how)
-    assert done.stdout == "ended\n", done.stdout + done.stderr
+    judge(PORTS[port], how)
 
 
 def test_a_long_step_is_found() -> None:
     """The negative control."""
-    done = run(SLOW, "idle")
-    assert done.stdout.startswith("ended 0."), done.stdout + done.stderr
+    with pytest.raises(AssertionError, match=r"^ended 0\."):
+        judge(SLOW, "idle")
+
+
+def judge(script: str, how: str) -> None:
+    """Expect a run without a slow step, and that the script ends in each.
+
+    What other processes do to the caches of a busy machine makes a step of one run slow. A step
+    that has too much to do is slow in all.
+    """
+    for _ in range(RUNS):
+        done = run(script, how)
+        assert done.stdout.startswith("ended"), done.stdout + done.stderr
+        if done.stdout == "ended\n":
+            return
+    raise AssertionError(done.stdout)
 
 
 def run(script: str, how: str) -> subprocess.CompletedProcess[str]:
