@@ -17,7 +17,6 @@ import shutil
 import signal
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager, nullcontext, suppress
@@ -459,7 +458,8 @@ def _serve(args: argparse.Namespace) -> int:
             _answer_prometheus(args.metrics, store_server, stack)
         served = store_server.serves
         _print_serving(store_server, args.json)
-        while not ended.wait(LOOK):
+        while not ended:
+            time.sleep(LOOK)
             if store_server.serves != served:
                 served = store_server.serves
                 _print_serving(store_server, args.json)
@@ -523,10 +523,13 @@ def _print_serving(store_server: Any, as_json: bool) -> None:
 
 
 @contextmanager
-def _until_a_signal() -> Iterator[threading.Event]:
-    """Yield an event that a signal sets, which ends the process in order."""
-    ended = threading.Event()
-    before = {number: signal.signal(number, lambda *_: ended.set()) for number in _ENDS}
+def _until_a_signal() -> Iterator[list[int]]:
+    """Yield the signals that have come, each of which ends the process in order.
+
+    No event: its lock may be held by the thread that waits, in which the handler runs.
+    """
+    ended = list[int]()
+    before = {number: signal.signal(number, lambda sent, _: ended.append(sent)) for number in _ENDS}
     try:
         yield ended
     finally:
