@@ -29,7 +29,7 @@ from support import patch_points, simulated
 from support.collecting import NO_GPU, OPT_IN
 
 MANY_MODULES = 100
-#: Cases that start processes or compilers for seconds, and have a relative in the default run.
+#: Cases that take a second or more, for .ci/full. Most have a relative in the default run.
 LONG = {
     "tests/backends/test_ascendc.py::test_a_kernel_that_does_not_compile",
     "tests/backends/test_ascendc.py::test_the_emulation_launches_nothing_by_itself",
@@ -65,7 +65,6 @@ LONG = {
     "tests/cli/test_demo.py::test_a_release_of_transformers_that_is_not_served_is_told",
     "tests/cli/test_demo.py::test_logits_that_changed_make_the_demo_fail",
     "tests/cli/test_doctor.py::test_beside_an_accelerator[simdev]",
-    "tests/cli/test_store_serve.py::test_a_process_serves_until_a_signal[15]",
     "tests/cli/test_store_serve.py::test_a_process_serves_until_a_signal[2]",
     "tests/cli/test_store_serve.py::test_a_service_without_standard_streams_ends_in_order[how0]",
     "tests/cli/test_store_serve.py::test_a_service_without_standard_streams_ends_in_order[how1]",
