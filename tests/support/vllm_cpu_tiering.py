@@ -1,0 +1,69 @@
+# SPDX-License-Identifier: Apache-2.0
+"""vLLM's own offloading through host memory into files, in an engine on a CPU.
+
+vLLM refuses a worker on a CPU. Its worker runs here with what it lacks: a copy of pages, streams
+and events. All else is vLLM's: which bytes go where, the memory that workers share, the managers,
+the tiers, and the names of files.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from typing import Any
+
+import pytest
+import torch
+from vllm.v1.kv_offload.tiering.spec import TieringOffloadingSpec
+
+MODULE = __name__
+#: Streams and events of a worker; each job takes three and gives them back.
+_MANY = 4096
+
+
+class _Ended:
+    """A stream or an event of a device: on a CPU all has ended when a call returns."""
+
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, *_: object) -> None: ...
+
+    def wait_stream(self, stream: Any) -> None: ...
+
+    def wait_event(self, event: Any) -> None: ...
+
+    def record(self, stream: Any = None) -> None: ...
+
+    def synchronize(self) -> None: ...
+
+    def query(self) -> bool:
+        return True
+
+    def elapsed_time(self, end: Any) -> float:
+        return 0.0
+
+
+def _copy_pages(sources: Any, targets: Any, sizes: Any, **_: Any) -> None:
+    """Copy pages of host memory, in place of vLLM's op for devices."""
+    for source, target, size in zip(
+        sources.tolist(), targets.tolist(), sizes.tolist(), strict=True
+    ):
+        ctypes.memmove(target, source, size)
+
+
+class TieringOnACpu(TieringOffloadingSpec):  # type: ignore[misc]
+    """vLLM's tiers, with vLLM's worker on a CPU."""
+
+    _worker: Any
+
+    def get_worker(self, kv_caches: Any) -> Any:
+        """Return the worker, made at the first call. vLLM's own method refuses a CPU."""
+        if self._worker is None:
+            with pytest.MonkeyPatch.context() as patch:
+                # The worker asserts that caches lie on a device.
+                patch.setattr(torch.Tensor, "is_cuda", property(lambda _: True), raising=False)
+                self._worker = self.create_worker(kv_caches)
+            for handler in (self._worker._store_handler, self._worker._load_handler):
+                handler._swap_blocks_batch = _copy_pages
+                handler._stream_pool = [_Ended()] * _MANY
+                handler._event_pool = [_Ended()] * _MANY
+        return self._worker
