@@ -12,7 +12,7 @@ import json
 import mmap
 import os
 import struct
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, KeysView, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -39,6 +39,7 @@ _HEAD = struct.Struct("<16s2q")  # magic, bytes of the JSON text, its checksum
 _ALIGNED = 4096
 _MOST_HEAD = 1 << 20
 _DROPPED = 1 << 20  # places of evicted keys
+_NONE = (-1,)  # the slots of a key without a fingerprint
 
 
 class Known(NamedTuple):
@@ -102,8 +103,23 @@ class Ring:
     def __len__(self) -> int:
         return sum(len(slots) for slots in self._slots.values())
 
-    def __contains__(self, key: object) -> bool:
-        return key in self._slots
+    @property
+    def keys(self) -> KeysView[bytes]:
+        """Return the keys that have a fingerprint."""
+        return self._slots.keys()
+
+    def agree(self, keys: Sequence[bytes], sums: Sums) -> list[bool]:
+        """Return of each key whether its newest fingerprint has these sums and is not old.
+
+        ``sums``: int64 ``[keys, count]``.
+        """
+        slots = np.array([self._slots.get(key, _NONE)[-1] for key in keys], np.intp)
+        # Keys that were stored by one call lie next to each other, and are not copied.
+        first, past = (slots[0], slots[0] + len(slots)) if len(slots) else (0, 0)
+        is_run = first >= 0 and np.array_equal(slots, np.arange(first, past))
+        equal = ((self._sums[first:past] if is_run else self._sums[slots]) == sums).all(1)
+        agrees: list[bool] = (equal & (slots >= 0) & (self._heads["old"][slots] == 0)).tolist()
+        return agrees
 
     def add(self, keys: Sequence[bytes], blocks: Sequence[int], sums: Sums) -> None:
         """Add a version of each key, unless the ring has it already.
@@ -188,9 +204,9 @@ class Ring:
         key = self._last.get(block)
         return next(iter(self.versions(key)), None) if key is not None else None
 
-    def rest(self, block: int, key: bytes) -> None:
-        """Note that an engine's block has the rows of a key now."""
-        self._last[block] = key
+    def rest(self, blocks: Sequence[int], keys: Sequence[bytes]) -> None:
+        """Note that each of the engine's blocks has the rows of its key now."""
+        self._last.update(zip(blocks, keys, strict=True))
 
     def forget(self, blocks: Iterable[int]) -> None:
         """Note that the rows of an engine's blocks are not known."""

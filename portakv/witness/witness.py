@@ -257,7 +257,7 @@ class Witness:
         self._about = dict(about or {})
         self._lines = RateLimitedLog(_log)
         self._pending = deque[_Step]()
-        self._right = dict[bytes, set[str]]()  # groups with right rows, of keys of a settled batch
+        self._right = dict[str, set[bytes]]()  # keys with right rows, by group, of a settled batch
         self._groups = dict[str, _Group]()
         self._table: Table | None = None
         if self.check == "off":
@@ -340,13 +340,11 @@ class Witness:
         for step in self._pending:
             if step.group is of and step.comparison is None:
                 coming.update(step.keys[at] for at in step.chosen)
-        chosen = list[int]()
-        wanted = {*self._chosen(keys)}
-        for at, key in enumerate(keys):
-            if key in of.ring or key in coming:
-                chosen.append(at)
-            elif at in wanted:
-                of.figures.unknown += 1
+        wanted = self._chosen(keys)
+        known = of.ring.keys
+        chosen = [at for at, key in enumerate(keys) if key in known or key in coming]
+        if len(chosen) < len(keys):
+            of.figures.unknown += len({*wanted}.difference(chosen))
         if len(ids):
             self._begin(of, keys, ids, chosen, comparison)
         return comparison
@@ -472,9 +470,15 @@ class Witness:
         ring = of.ring
         suspects = list[_Suspect]()
         all_sums = step.arrived()
-        right = list[int]()
-        for sums, at in zip(all_sums, step.chosen, strict=True):
-            key = step.keys[at]
+        keys = [step.keys[at] for at in step.chosen]
+        agree = ring.agree(keys, all_sums)
+        right = [at for at, agrees in zip(step.chosen, agree, strict=True) if agrees]
+        of.figures.compared += len(right)
+        for n, key in enumerate(keys):
+            if agree[n]:
+                continue
+            at = step.chosen[n]
+            sums = all_sums[n]
             versions = ring.versions(key)
             current = [known for known in versions if not known.is_old]
             if not current and not any(np.array_equal(x.sums, sums) for x in versions):
@@ -492,10 +496,10 @@ class Witness:
                 continue
             of.figures.older += nth > 0
             right.append(at)
-            self._right.setdefault(key, set()).add(of.name)
-        ring.forget(step.blocks.tolist())
-        for at in right:
-            ring.rest(int(step.blocks[at]), step.keys[at])
+        self._right.setdefault(of.name, set()).update(step.keys[at] for at in right)
+        blocks = step.blocks.tolist()
+        ring.forget(blocks)
+        ring.rest([blocks[at] for at in right], [step.keys[at] for at in right])
         return suspects
 
     def _report(self, suspects: Sequence[_Suspect]) -> None:
@@ -511,7 +515,7 @@ class Witness:
                 group.ring,
                 suspect.key,
                 partial(self._known_elsewhere, group.name, suspect.key),
-                bool(self._right.get(suspect.key)),
+                any(suspect.key in keys for keys in self._right.values()),
             )
             (name, difference) = name_fault(evidence, thorough=nth < _NAMED)
             # A version that the table has evicted may still be in a tier, and its rows are right.

@@ -124,16 +124,24 @@ class Runs:
         file = self.folder / f"fingerprints{ranks}"
         return [file] if ranks == 1 else [Path(f"{file}.rank{rank}") for rank in range(ranks)]
 
-    def serve(self, ranks: int, tier: str, action: str = "log", known: bool = True) -> Served:
+    def serve(
+        self,
+        ranks: int,
+        tier: str,
+        action: str = "log",
+        known: bool = True,
+        below: dict[str, Any] | None = None,
+    ) -> Served:
         """Return what an engine answers that has the tier of that name.
 
-        ``known``: its witness remembers the fingerprints of engines with as many ranks.
+        ``known``: its witness remembers the fingerprints of engines with as many ranks. ``below``:
+        the terms of its tier; None: vLLM's tier of files.
         """
         inner: dict[str, Any] = {
             "cpu_bytes_to_use": 64 << 20,
             "spec_name": "TieringOnACpu",
             "spec_module_path": TIERING,
-            "secondary_tiers": [{"type": "fs", "root_dir": str(self.folder / tier)}],
+            "secondary_tiers": [below or {"type": "fs", "root_dir": str(self.folder / tier)}],
             "canonical_layout": self.canonical,
         }
         extra = {
@@ -254,6 +262,26 @@ def test_files_of_another_number_of_ranks(
     assert repeated.tokens == own
     assert repeated.cached == [0, 0]
     assert repeated.faults == [CHUNKS] * loads
+
+
+@pytest.mark.parametrize("wrote", [1, 2])
+@pytest.mark.parametrize("canonical", [False, True])
+def test_our_tier_shares_chunks_with_other_ranks_where_their_bytes_are_alike(
+    canonical: bool, wrote: int, model: Path, own: list[list[int]], tmp_path: Path
+) -> None:
+    runs = Runs(model, tmp_path, canonical)
+    below = {
+        "type": "PortaKVTier",
+        "module_path": "portakv.integrations.vllm_tier",
+        "folder": str(tmp_path / "kv"),
+        "capacity": 1 << 30,
+        "staging": 64 << 20,
+        "deadline": LIMIT / 2,
+    }
+    of_others = HITS if canonical else [0, 0]
+    for ranks, cached in ((wrote, [0, 0]), (wrote, HITS), (3 - wrote, of_others)):
+        served = runs.serve(ranks, "kv", known=False, below=below)
+        assert (served.tokens, served.cached) == (own, cached)
 
 
 @pytest.mark.parametrize("wrote", [1, 2])

@@ -176,6 +176,17 @@ def test_every_hook_reaches_the_wrapped_connector(vllm: Vllm) -> None:
         assert name in [call[0] for call in connector.wrapped.calls], name
 
 
+def test_one_cache_of_all_layers_is_compared(vllm: Vllm) -> None:
+    (connector, _) = vllm.worker()
+    cache = torch.arange(BLOCKS * 2 * BLOCK * WIDTH).view(BLOCKS, 2, BLOCK, WIDTH).float()
+    connector.register_cross_layers_kv_cache(cache, None)
+    group = "group 0"
+    connector.witness.stored([1, 2], KEYS[:2], group)
+    cache[3] = cache[1]
+    assert not connector.witness.restored([3], KEYS[:1], group).faults
+    assert len(connector.witness.restored([3], KEYS[1:2], group).faults) == 1
+
+
 def test_every_hook_of_the_class_is_there(vllm: Vllm) -> None:
     """They are called before there is a wrapped connector, and need code for each."""
     own = vars(vllm.witness.PortaKVWitness)

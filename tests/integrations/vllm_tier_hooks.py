@@ -112,6 +112,21 @@ def weights(folder: Path) -> None:
     assert found(str(model))
 
 
+def ranks(folder: Path) -> None:
+    """A chunk has the bytes of a number of ranks, but in vLLM's canonical layout."""
+    memory = np.zeros((CHUNKS, NBYTES), np.uint8)
+    for canonical in (False, True):
+        at = str(folder / f"ranks {canonical}")
+        terms: dict[str, Any] = {"folder": at, "capacity": 1 << 20, "staging": 1 << 20}
+        tier = PortaKVTier(spec_of(canonical=canonical), memory.data, "own", **terms)
+        tier.submit_store(job(1, [1], [0]))
+        assert ended(tier).success
+        tier.shutdown()
+        tier = PortaKVTier(spec_of(ranks=2, canonical=canonical), memory.data, "own", **terms)
+        assert (tier.lookup(key(1), REQUEST) is LookupResult.HIT) is canonical
+        tier.shutdown()
+
+
 def walk(folder: Path) -> None:
     """Store, look up, load, damage, report, and begin anew."""
     memory = np.random.default_rng(0).integers(0, 256, (CHUNKS, NBYTES), np.uint8)
@@ -201,6 +216,7 @@ if __name__ == "__main__":
     walk(Path(sys.argv[1]))
     shared(Path(sys.argv[1]))
     weights(Path(sys.argv[1]))
+    ranks(Path(sys.argv[1]))
     refusals()
     spec()
     print("walked")

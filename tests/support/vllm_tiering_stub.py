@@ -75,15 +75,17 @@ class CPUOffloadingSpec:
 class FileMapper:
     rank = 0
 
-    def __init__(self, model):
+    def __init__(self, model, ranks):
         self.model = model
+        self.ranks = ranks
 
     @classmethod
     def from_offloading_spec(cls, root_dir, spec, blocks_per_file, parallel_agnostic):
-        return cls(spec.config.model.name)
+        ranks = 1 if parallel_agnostic else spec.config.parallel.tp_size
+        return cls(spec.config.model.name, ranks)
 
     def get_run_config(self):
-        return {"model_name": self.model}
+        return {"model_name": self.model, "tp_size": self.ranks}
 """,
     f"{_OFFLOAD}/tiering/base": """
 from dataclasses import dataclass
@@ -125,10 +127,21 @@ def write_vllm_with_tiers(folder: Path) -> None:
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: vllm\nVersion: 0.33.0\n")
 
 
-def spec_of(events: bool = False, layout: str = "NHD", model: str = "model") -> Any:
+def spec_of(
+    events: bool = False,
+    layout: str = "NHD",
+    model: str = "model",
+    ranks: int = 1,
+    canonical: bool = False,
+) -> Any:
     """Return what a tier reads of vLLM's spec."""
     return SimpleNamespace(
         blocks_per_chunk=1,
         kv_events_config=SimpleNamespace(enable_kv_cache_events=events),
-        config=SimpleNamespace(model=SimpleNamespace(name=model), kv_cache_layout=layout),
+        config=SimpleNamespace(
+            model=SimpleNamespace(name=model),
+            kv_cache_layout=layout,
+            canonical_layout=canonical,
+            parallel=SimpleNamespace(tp_size=ranks),
+        ),
     )

@@ -232,15 +232,21 @@ def _result_of(job: PageJob) -> JobResult:
 def _identity(spec: Any, terms: TierTerms) -> tuple[str, str]:
     """Return the name of the model, and what else fixes the bytes of a chunk.
 
-    It is all that vLLM's own tier of files distinguishes, the layout of the caches, and the weights
-    and the configuration of a model in a folder: vLLM's keys name tokens alone.
+    It is all that vLLM's own tier of files distinguishes, the number of ranks, the layout of the
+    caches, and the weights and the configuration of a model in a folder: vLLM's keys name tokens
+    alone. A chunk has the rows of one rank after the other, so that other numbers of ranks have
+    other bytes, except in vLLM's canonical layout and where all ranks have the same rows.
     """
     model = spec.config.model.name
     weights = checksum_if_here(model)
     if weights:
         model = os.path.abspath(model)
+    # vLLM's own tier of files says True for all layouts (vllm-project/vllm#55191).
+    is_agnostic = any(
+        getattr(spec.config, name, False) for name in ("canonical_layout", "replicated_layout")
+    )
     mapper = FileMapper.from_offloading_spec(
-        "", spec, blocks_per_file=spec.blocks_per_chunk, parallel_agnostic=True
+        "", spec, blocks_per_file=spec.blocks_per_chunk, parallel_agnostic=is_agnostic
     )
     facts: dict[str, Any] = {
         **mapper.get_run_config(),

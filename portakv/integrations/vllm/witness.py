@@ -44,7 +44,7 @@ from portakv.integrations.vllm.notes import (
     served_groups,
 )
 from portakv.serving import Group
-from portakv.serving.local import GroupView
+from portakv.serving.local import GroupView, numbers_of
 from portakv.serving.scheduler import NO_STATES
 from portakv.witness import Comparison, Witness
 
@@ -182,6 +182,13 @@ class PortaKVWitness(_passes_all()):  # type: ignore[misc]
         self._fails_by_request = groups > 1
         if self._checks and self.terms.action == "recompute" and self._fails_by_request:
             _check_failures_by_request()
+        scheduler = vllm_config.scheduler_config
+        self._runs_ahead = (
+            self._checks
+            and self.terms.action == "recompute"
+            and bool(getattr(scheduler, "async_scheduling", False))
+        )
+        self._told_async = False
         tells = TOLD in getattr(SchedulerOutput, "__dataclass_fields__", ())
         self._groups, unserved = served_groups(kv_cache_config, tells)
         self._told = any(group is not None and group.states == "told" for group in self._groups)
@@ -297,6 +304,16 @@ class PortaKVWitness(_passes_all()):  # type: ignore[misc]
     ) -> tuple[int | None, bool]:
         tokens, waits = self.wrapped.get_num_new_matched_tokens(request, num_computed_tokens)
         may_load = self.notes.offered(request, num_computed_tokens, waits)
+        if tokens and self._runs_ahead and not waits:
+            may_load = False
+            if not self._told_async:
+                _log.warning(
+                    "Nothing is loaded: loads of %s end within a step, and vLLM would retain a "
+                    "token that the step after a wrong load computes. Start vLLM with "
+                    "--no-async-scheduling.",
+                    self.terms.connector,
+                )
+            self._told_async = True
         if tokens and not may_load:
             return 0, False
         return tokens, waits
@@ -389,8 +406,9 @@ class PortaKVWitness(_passes_all()):  # type: ignore[misc]
                 "without the witness."
             )
         named = dict[str, Any]()
+        numbers = numbers_of(each.group for each in views)
         for number in range(len(self._groups)):
-            parts = [each.view for each in views if each.group == number]
+            parts = [each.view for each, of in zip(views, numbers, strict=True) if of == number]
             name = f"group {number}"
             names = [f"{name}, part {part}" for part in range(len(parts))]
             self._parts[number] = names if len(parts) > 1 else [name] * len(parts)
@@ -501,6 +519,8 @@ class PortaKVWitness(_passes_all()):  # type: ignore[misc]
         loads = self._in_step
         self._in_step = []
         loads += [load for name in received if (load := self._waiting.pop(name, None)) is not None]
+        if not loads and not self._waiting:
+            return set()
 
         # What the wrapped connector itself reports as failed is not compared.
         errors = self.wrapped.get_block_ids_with_load_errors()
