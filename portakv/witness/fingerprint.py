@@ -99,6 +99,11 @@ class Geometry:
         return self.layers * self.kv * (self.heads + self.segments)
 
     @property
+    def head_sums(self) -> int:
+        """Return the number of the first sums, by head: each byte of the rows is in one of them."""
+        return self.layers * self.kv * self.heads
+
+    @property
     def nbytes(self) -> int:
         """Return the bytes of the fingerprint of a block."""
         return 8 * self.count
@@ -111,13 +116,15 @@ class Geometry:
 
     def by_head(self, sums: npt.NDArray[Number]) -> npt.NDArray[Number]:
         """Return sums ``[..., layers, kv, heads]`` of fingerprints ``[..., count]``."""
-        end = self.layers * self.kv * self.heads
-        return sums[..., :end].reshape(*sums.shape[:-1], self.layers, self.kv, self.heads)
+        return sums[..., : self.head_sums].reshape(
+            *sums.shape[:-1], self.layers, self.kv, self.heads
+        )
 
     def by_segment(self, sums: npt.NDArray[Number]) -> npt.NDArray[Number]:
         """Return sums ``[..., layers, kv, segments]`` of fingerprints ``[..., count]``."""
-        end = self.layers * self.kv * self.heads
-        return sums[..., end:].reshape(*sums.shape[:-1], self.layers, self.kv, self.segments)
+        return sums[..., self.head_sums :].reshape(
+            *sums.shape[:-1], self.layers, self.kv, self.segments
+        )
 
 
 class Fingerprints:

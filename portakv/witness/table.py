@@ -109,15 +109,16 @@ class Ring:
         return self._slots.keys()
 
     def agree(self, keys: Sequence[bytes], sums: Sums) -> list[bool]:
-        """Return of each key whether its newest fingerprint has these sums and is not old.
+        """Return of each key whether its newest fingerprint begins with these sums and is not old.
 
-        ``sums``: int64 ``[keys, count]``.
+        ``sums``: int64 ``[keys, n]``.
         """
         slots = np.array([self._slots.get(key, _NONE)[-1] for key in keys], np.intp)
+        known = self._sums[:, : sums.shape[1]]
         # Keys that were stored by one call lie next to each other, and are not copied.
         first, past = (slots[0], slots[0] + len(slots)) if len(slots) else (0, 0)
         is_run = first >= 0 and np.array_equal(slots, np.arange(first, past))
-        equal = ((self._sums[first:past] if is_run else self._sums[slots]) == sums).all(1)
+        equal = ((known[first:past] if is_run else known[slots]) == sums).all(1)
         agrees: list[bool] = (equal & (slots >= 0) & (self._heads["old"][slots] == 0)).tolist()
         return agrees
 

@@ -471,7 +471,8 @@ class Witness:
         suspects = list[_Suspect]()
         all_sums = step.arrived()
         keys = [step.keys[at] for at in step.chosen]
-        agree = ring.agree(keys, all_sums)
+        # The sums by head alone tell of each byte; those by segment say where it is.
+        agree = ring.agree(keys, all_sums[:, : of.fingerprints.geometry.head_sums])
         right = [at for at, agrees in zip(step.chosen, agree, strict=True) if agrees]
         of.figures.compared += len(right)
         for n, key in enumerate(keys):

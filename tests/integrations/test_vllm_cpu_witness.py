@@ -239,7 +239,7 @@ def test_no_load_ends_in_a_step_of_an_engine_that_runs_ahead(
         engine.ask(PROMPTS)
         forget(engine)
         if not guarded:
-            engine.connector._runs_ahead = False
+            engine.connector._retains_tokens = False
         shim.put(shim.FAULTS["zeros"])
         try:
             answer = engine.ask(PROMPTS)

@@ -187,6 +187,25 @@ def test_one_cache_of_all_layers_is_compared(vllm: Vllm) -> None:
     assert len(connector.witness.restored([3], KEYS[1:2], group).faults) == 1
 
 
+@pytest.mark.parametrize("action", ["log", "recompute"])
+@pytest.mark.parametrize("waits", [False, True])
+@pytest.mark.parametrize("name", ["async_scheduling", "use_v2_model_runner", ""])
+def test_no_load_within_a_step_whose_token_vllm_retains(
+    name: str, waits: bool, action: str, vllm: Vllm, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = vllm.config(action=action)
+    of = config.scheduler_config if name == "async_scheduling" else config
+    setattr(of, name or "something_else", True)
+    connector = vllm.witness.PortaKVWitness(config, vllm.role.SCHEDULER, vllm.caches())
+    connector.wrapped.get_num_new_matched_tokens = lambda *_: (BLOCK, waits)
+    request = SimpleNamespace(request_id="a", num_tokens=2 * BLOCK, block_hashes=KEYS[:2])
+    left_out = bool(name) and action == "recompute" and not waits
+    for _ in range(2):
+        expected = (0, False) if left_out else (BLOCK, waits)
+        assert connector.get_num_new_matched_tokens(request, 0) == expected
+    assert caplog.text.count("Nothing is loaded") == left_out
+
+
 def test_every_hook_of_the_class_is_there(vllm: Vllm) -> None:
     """They are called before there is a wrapped connector, and need code for each."""
     own = vars(vllm.witness.PortaKVWitness)

@@ -183,12 +183,16 @@ class PortaKVWitness(_passes_all()):  # type: ignore[misc]
         if self._checks and self.terms.action == "recompute" and self._fails_by_request:
             _check_failures_by_request()
         scheduler = vllm_config.scheduler_config
-        self._runs_ahead = (
+        # vLLM retains the token of a step with a wrong load, or of the one planned after it.
+        self._retains_tokens = (
             self._checks
             and self.terms.action == "recompute"
-            and bool(getattr(scheduler, "async_scheduling", False))
+            and (
+                bool(getattr(scheduler, "async_scheduling", False))
+                or bool(getattr(vllm_config, "use_v2_model_runner", False))
+            )
         )
-        self._told_async = False
+        self._told_retains = False
         tells = TOLD in getattr(SchedulerOutput, "__dataclass_fields__", ())
         self._groups, unserved = served_groups(kv_cache_config, tells)
         self._told = any(group is not None and group.states == "told" for group in self._groups)
@@ -304,16 +308,16 @@ class PortaKVWitness(_passes_all()):  # type: ignore[misc]
     ) -> tuple[int | None, bool]:
         tokens, waits = self.wrapped.get_num_new_matched_tokens(request, num_computed_tokens)
         may_load = self.notes.offered(request, num_computed_tokens, waits)
-        if tokens and self._runs_ahead and not waits:
+        if tokens and self._retains_tokens and not waits:
             may_load = False
-            if not self._told_async:
+            if not self._told_retains:
                 _log.warning(
-                    "Nothing is loaded: loads of %s end within a step, and vLLM would retain a "
-                    "token that the step after a wrong load computes. Start vLLM with "
-                    "--no-async-scheduling.",
+                    "Nothing is loaded: loads of %s end within a step, and vLLM would retain the "
+                    "token that this step computes from wrong rows. Start vLLM with "
+                    "--no-async-scheduling and VLLM_USE_V2_MODEL_RUNNER=0.",
                     self.terms.connector,
                 )
-            self._told_async = True
+            self._told_retains = True
         if tokens and not may_load:
             return 0, False
         return tokens, waits
@@ -541,10 +545,6 @@ class PortaKVWitness(_passes_all()):  # type: ignore[misc]
     def _wrong(self, loads: list[Load]) -> set[str]:
         """Compare loads; return the requests with wrong blocks, and note the blocks."""
         assert self.witness is not None
-        requests = dict[tuple[int, int], set[str]]()
-        for load in loads:
-            for note in load.notes:
-                requests.setdefault((note.group, note.block), set()).add(load.request)
         comparisons = list[tuple[int, Comparison]]()
         for number, some in _by_group(note for load in loads for note in load.notes).items():
             once = {note.block: note.key for note in some}
@@ -554,12 +554,15 @@ class PortaKVWitness(_passes_all()):  # type: ignore[misc]
         if self.terms.action == "log":
             return set()
 
-        wrong = set[str]()
-        for number, compared in comparisons:
-            for block in compared.failed:  # raises with the action "raise"
-                wrong |= requests[number, block]
-                if not self._fails_by_request:
-                    self._errors.add(block)
+        # Raises with the action "raise".
+        failed = {(number, block) for number, compared in comparisons for block in compared.failed}
+        wrong = {
+            load.request
+            for load in loads
+            if failed and any((note.group, note.block) in failed for note in load.notes)
+        }
+        if not self._fails_by_request:
+            self._errors.update(block for _, block in failed)
         waits = {load.request for load in loads if load.waits}
         if not wrong <= waits:
             self._spoilt = self._ahead
