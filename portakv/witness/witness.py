@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from os import PathLike
 from pathlib import Path
-from typing import Literal, NamedTuple, TypeAlias
+from typing import Any, Literal, NamedTuple, TypeAlias, TypeVar
 from zlib import crc32
 
 import numpy as np
@@ -50,6 +50,7 @@ _NAMED = 64
 #: The most files about faults of one kind, and of all kinds.
 REPORTS_OF_KIND = 4
 REPORTS = 32
+T = TypeVar("T")
 _log = logging.getLogger(__name__)
 
 
@@ -342,8 +343,9 @@ class Witness:
                 coming.update(step.keys[at] for at in step.chosen)
         wanted = self._chosen(keys)
         known = of.ring.keys
-        chosen = [at for at, key in enumerate(keys) if key in known or key in coming]
-        if len(chosen) < len(keys):
+        chosen: Sequence[int] = range(len(keys))
+        if not all(map(known.__contains__, keys)):
+            chosen = [at for at, key in enumerate(keys) if key in known or key in coming]
             of.figures.unknown += len({*wanted}.difference(chosen))
         if len(ids):
             self._begin(of, keys, ids, chosen, comparison)
@@ -429,10 +431,8 @@ class Witness:
             limit = self._limit
             with suppress(TypeError):  # the next loop names the key
                 chosen = [at for at, key in enumerate(keys) if crc32(key) < limit or at in first]
-        for at in chosen:
-            key = keys[at]
-            if not isinstance(key, bytes) or len(key) > KEY:
-                raise invalid("keys", f"bytes, at most {KEY} of a key", key)
+        for key in _wrong_keys(_at(keys, chosen)):
+            raise invalid("keys", f"bytes, at most {KEY} of a key", key)
         return chosen
 
     def _begin(
@@ -460,7 +460,7 @@ class Witness:
         sums = step.arrived()
         of.ring.forget(step.blocks.tolist())
         if step.chosen:
-            keys = [step.keys[at] for at in step.chosen]
+            keys = _at(step.keys, step.chosen)
             of.ring.add(keys, step.blocks[step.chosen].tolist(), sums)
             of.figures.fingerprinted += len(keys)
 
@@ -470,14 +470,13 @@ class Witness:
         ring = of.ring
         suspects = list[_Suspect]()
         all_sums = step.arrived()
-        keys = [step.keys[at] for at in step.chosen]
+        keys = _at(step.keys, step.chosen)
         # The sums by head alone tell of each byte; those by segment say where it is.
         agree = ring.agree(keys, all_sums[:, : of.fingerprints.geometry.head_sums])
         right = [at for at, agrees in zip(step.chosen, agree, strict=True) if agrees]
         of.figures.compared += len(right)
-        for n, key in enumerate(keys):
-            if agree[n]:
-                continue
+        for n in () if len(right) == len(keys) else np.flatnonzero(~np.array(agree)).tolist():
+            key = keys[n]
             at = step.chosen[n]
             sums = all_sums[n]
             versions = ring.versions(key)
@@ -497,10 +496,11 @@ class Witness:
                 continue
             of.figures.older += nth > 0
             right.append(at)
-        self._right.setdefault(of.name, set()).update(step.keys[at] for at in right)
         blocks = step.blocks.tolist()
+        rights = _at(step.keys, right)
+        self._right.setdefault(of.name, set()).update(rights)
         ring.forget(blocks)
-        ring.rest([blocks[at] for at in right], [step.keys[at] for at in right])
+        ring.rest(_at(blocks, right), rights)
         return suspects
 
     def _report(self, suspects: Sequence[_Suspect]) -> None:
@@ -640,3 +640,15 @@ def _shifts(named: Sequence[tuple[_Suspect, Name, Difference]]) -> dict[int, int
         moved = shifts_of(sources, step.keys)
         shifted |= {nth: moved[named[nth][0].at] for nth in some if named[nth][0].at in moved}
     return shifted
+
+
+def _at(items: Sequence[T], positions: Sequence[int]) -> Sequence[T]:
+    """Return the items at ascending positions."""
+    return items if len(positions) == len(items) else [items[at] for at in positions]
+
+
+def _wrong_keys(keys: Sequence[Any]) -> list[Any]:
+    """Return keys that are not bytes, or too many of them."""
+    if {*map(type, keys)} <= {bytes} and max(map(len, keys), default=0) <= KEY:
+        return []
+    return [key for key in keys if not isinstance(key, bytes) or len(key) > KEY]

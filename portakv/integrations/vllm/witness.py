@@ -547,7 +547,7 @@ class PortaKVWitness(_passes_all()):  # type: ignore[misc]
         assert self.witness is not None
         comparisons = list[tuple[int, Comparison]]()
         for number, some in _by_group(note for load in loads for note in load.notes).items():
-            once = {note.block: note.key for note in some}
+            once = {block: key for _, block, key, _ in some}
             for part in self._parts[number]:
                 compared = self.witness.restored([*once], [*once.values()], part)
                 comparisons.append((number, compared))
