@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -102,13 +103,19 @@ def _heads(load: Loaded) -> None:
         plane[ids[1]] = plane[ids[1]][[1, 0, *range(2, plane.shape[1])]].clone()
 
 
-def _planes(load: Loaded) -> None:
+def _few_tokens(load: Loaded) -> None:
+    """Leave two tokens unwritten, as the end of a run of rows that was cut."""
+    for plane, old, ids in load.all():
+        plane[ids[1], :, -2:] = old[1][:, -2:]
+
+
+def _planes(load: Loaded, heads: int = 2) -> None:
     at = load.whole()
     block = load.blocks[at][1]
     for keys, values in load.planes[at]:
-        both = keys[block, :2].clone(), values[block, :2].clone()
-        keys[block, :2] = both[1]
-        values[block, :2] = both[0]
+        both = keys[block, :heads].clone(), values[block, :heads].clone()
+        keys[block, :heads] = both[1]
+        values[block, :heads] = both[0]
 
 
 def _layers(load: Loaded) -> None:
@@ -158,10 +165,12 @@ FAULTS: dict[str, Callable[[Loaded], None]] = {
     "shifted tokens": _shift_tokens,
     "stale rows": _stale,
     "a half copy": _half,
+    "a copy without its last tokens": _few_tokens,
     "a copy that has not ended": _early,
     "a missing layer": _missing_layer,
     "exchanged heads": _heads,
     "exchanged planes": _planes,
+    "exchanged planes of a head": partial(_planes, heads=1),
     "exchanged layers": _layers,
     "zeros": _zeros,
     "another block": _other,
