@@ -416,9 +416,7 @@ def test_blocks_after_a_failed_load_are_noted_again() -> None:
     notes.allocated(request_of(48), ((5, 6, 7),), 32)
     notes.scheduled("a", 32, 16, ((5, 6, 7),), anew=True)
     step = notes.take()
-    assert step.loads == [
-        Load("a", False, [Note(0, 5, bytes([1]) * 32), Note(0, 6, bytes([2]) * 32)])
-    ]
+    assert step.loads == [Load("a", False, {0: {5: bytes([1]) * 32, 6: bytes([2]) * 32}})]
     assert [note.block for note in step.filled["a"]] == [7]
     notes.scheduled("a", 16, 32, ((),), anew=False)
     assert blocks_in(notes) == [6, 7]
@@ -431,7 +429,7 @@ def test_a_block_that_a_load_has_begun_is_not_noted(loaded: int) -> None:
     request = request_of(64)
     begun(notes, request)
     notes.allocated(request, ((1, 2, 3, 4),), loaded)
-    assert [x.block for x in notes.take().loads[0].notes] == [*range(1, loaded // BLOCK + 1)]
+    assert [*notes.take().loads[0].keys[0]] == [*range(1, loaded // BLOCK + 1)]
     notes.scheduled("a", 63, 1, ((1, 2, 3, 4),), anew=True)
     assert blocks_in(notes) == []
     notes.scheduled("a", 32, 32, ((),), anew=False)  # the load has failed
@@ -446,14 +444,8 @@ def test_windows_and_hashes_of_fewer_tokens() -> None:
     notes.allocated(request, ((1, 2, 3, 4), (-1, -1, 6, 7), (9, 9, 9, 9)), 64)
     (load,) = notes.take().loads
     assert load.waits
-    assert [(x.group, x.block, x.key[0]) for x in load.notes] == [
-        (0, 1, 2),
-        (0, 2, 4),
-        (0, 3, 6),
-        (0, 4, 8),
-        (1, 6, 6),
-        (1, 7, 8),
-    ]
+    keys = {group: {x: key[0] for x, key in some.items()} for group, some in load.keys.items()}
+    assert keys == {0: {1: 2, 2: 4, 3: 6, 4: 8}, 1: {6: 6, 7: 8}}
 
 
 @pytest.mark.parametrize("states", ["last", "told"])
@@ -470,7 +462,8 @@ def test_states_are_those_at_the_ends_of_steps(states: Any) -> None:
     assert noted == [(0, 3)]
     begun(notes, request)
     notes.allocated(request, ((1, 2), (-1, 8)), 32)
-    assert [(x.group, x.block) for x in notes.take().loads[0].notes] == [(0, 1), (0, 2), (1, 8)]
+    keys = notes.take().loads[0].keys
+    assert {group: [*some] for group, some in keys.items()} == {0: [1, 2], 1: [8]}
 
 
 def test_a_connector_is_not_asked_again_after_a_failed_load() -> None:
@@ -520,7 +513,7 @@ def store(connector: Any, vllm: Vllm, blocks: list[int], group: int = 0) -> None
 
 def load_of(blocks: dict[int, int], waits: bool = True, group: int = 0) -> Load:
     """Return a load of blocks with the keys of others."""
-    return Load("a", waits, [Note(group, x, KEYS[of]) for x, of in blocks.items()])
+    return Load("a", waits, {group: {x: KEYS[of] for x, of in blocks.items()}})
 
 
 def ends(connector: Any, *names: str, lost: tuple[str, ...] = ()) -> None:
@@ -626,15 +619,15 @@ def test_a_request_of_several_groups_fails_as_a_whole(vllm: Vllm, rows: torch.Te
         cache.copy_(rows)
     store(connector, vllm, [1], group=0)
     store(connector, vllm, [1], group=1)
-    notes = [Note(0, 4, KEYS[1]), Note(1, 4, KEYS[1])]
-    step(connector, vllm, loads=[Load("a", True, notes)])
+    keys = {0: {4: KEYS[1]}, 1: {4: KEYS[1]}}
+    step(connector, vllm, loads=[Load("a", True, keys)])
     caches[0][4] = caches[0][1]
     ends(connector, "a")
     assert connector.get_transfer_results(set()).failed_recving == {"a"}
     assert connector.get_block_ids_with_load_errors() == set()
     assert faults_of(connector) == 1
 
-    step(connector, vllm, loads=[Load("b", False, notes)])
+    step(connector, vllm, loads=[Load("b", False, keys)])
     ends(connector)
     with pytest.raises(IntegrationError, match="a load of Hybrid that ends within its step"):
         connector.get_transfer_results(set())

@@ -6,12 +6,12 @@ No engine is imported.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import gcd
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple, TypeAlias, cast
 
 from portakv.arguments import invalid, number, one_of, text
 from portakv.arguments import nbytes as as_bytes
@@ -118,6 +118,9 @@ def check_parallel(parallel: Any) -> None:
             )
 
 
+Keyed: TypeAlias = list[tuple[int, bytes]]  # the engine's blocks, with their keys
+
+
 class Note(NamedTuple):
     """A block of the engine, and what its rows should be.
 
@@ -142,12 +145,16 @@ class Load(NamedTuple):
         request: its name.
         waits: the request waits until the connector reports the end. Else the load ends in its
             step.
-        notes: the blocks.
+        keys: by group, of each of the engine's blocks that it brings the key, as in `Note`.
     """
 
     request: str
     waits: bool
-    notes: list[Note]
+    keys: dict[int, dict[int, bytes]]
+
+    def brings(self, blocks: Collection[int]) -> bool:
+        """Return whether the load brings one of the engine's blocks."""
+        return any(not keys.keys().isdisjoint(blocks) for keys in self.keys.values())
 
 
 @dataclass
@@ -262,11 +269,12 @@ class BlockNotes:
         state.blocks = [[*ids] for ids in blocks]
         past = computed + tokens
         state.brought = past
-        notes = list[Note]()
+        keys = dict[int, dict[int, bytes]]()
         for at in range(len(self._groups)) if groups is None else groups:
-            notes += self._in_load(state, at, computed, past)
-        state.load = Load(request.request_id, waits, notes)
-        if notes:
+            if some := dict(self._in_load(state, at, computed, past)):
+                keys[at] = some
+        state.load = Load(request.request_id, waits, keys)
+        if keys:
             self._step.loads.append(state.load)
 
     def is_within_blocks(self, name: str, computed: int, many: int) -> bool:
@@ -328,10 +336,12 @@ class BlockNotes:
                     if tokens > state.noted and (exact or tokens == computed)
                 }
                 made = self._states(state, at, kept, known)
-            if made and at in state.fresh:
-                state.fresh.remove(at)
-                made[0] = made[0]._replace(first=True)
-            notes += made
+            notes += [
+                Note(at, block, key, nth == 0 and at in state.fresh)
+                for nth, (block, key) in enumerate(made)
+            ]
+            if made:
+                state.fresh.discard(at)
         state.noted = known
         state.due = (known // self._unit + 1) * self._unit
         if notes:
@@ -345,7 +355,7 @@ class BlockNotes:
             return
         for name, state in self._requests.items():
             load = state.load
-            if load is not None and (name in names or any(x.block in wrong for x in load.notes)):
+            if load is not None and (name in names or load.brings(wrong)):
                 state.refused = True
 
     def ended(self, name: str) -> None:
@@ -364,8 +374,8 @@ class BlockNotes:
         self._step = StepNotes()
         return step
 
-    def _in_load(self, state: _Request, at: int, computed: int, past: int) -> list[Note]:
-        """Return the whole blocks of a group that a load brings."""
+    def _in_load(self, state: _Request, at: int, computed: int, past: int) -> Keyed:
+        """Return the whole blocks of a group that a load brings, with their keys."""
         group = self._groups[at]
         if group is None:
             return []
@@ -373,10 +383,9 @@ class BlockNotes:
             return self._states(state, at, {past: self._block_at(state, at, past)}, past)
         return self._between(state, at, max(computed, group.first_needed(past)), past)
 
-    def _between(
-        self, state: _Request, at: int, first: int, past: int, brought: int = 0
-    ) -> list[Note]:
-        """Return the blocks of a group that end after ``first`` and not after ``past`` tokens.
+    def _between(self, state: _Request, at: int, first: int, past: int, brought: int = 0) -> Keyed:
+        """Return the blocks of a group that end after ``first`` and not after ``past`` tokens, with
+        their keys.
 
         ``brought``: without blocks that begin before this token.
         """
@@ -389,27 +398,25 @@ class BlockNotes:
         end = self._suffix
         most = min(past // size, len(ids), len(hashes) // each)
         return [
-            Note(at, ids[place], hashes[(place + 1) * each - 1] + end)
+            (ids[place], hashes[(place + 1) * each - 1] + end)
             for place in range(max(first // size, -(-brought // size)), most)
             if ids[place] >= 0
         ]
 
-    def _states(self, state: _Request, at: int, ends: Mapping[int, int], past: int) -> list[Note]:
-        """Return the blocks with states at some ends of blocks, none after ``past`` tokens."""
+    def _states(self, state: _Request, at: int, ends: Mapping[int, int], past: int) -> Keyed:
+        """Return the blocks with states at some ends of blocks, none after ``past`` tokens, with
+        their keys."""
         size = cast(Group, self._groups[at]).block_size
-        notes = list[Note]()
-        for tokens in sorted(ends):
-            if tokens <= past and tokens % size == 0:
-                notes += self._note(state, at, tokens, ends[tokens])
-        return notes
-
-    def _note(self, state: _Request, at: int, tokens: int, block: int) -> list[Note]:
-        """Return the note of the block that ends after so many tokens, if there is one."""
-        place = tokens // self.hash_size - 1
         hashes = state.request.block_hashes
-        if block < 0 or tokens % self.hash_size or not 0 <= place < len(hashes):
-            return []
-        return [Note(at, block, hashes[place] + self._suffix)]
+        made = Keyed()
+        for tokens in sorted(ends):
+            block = ends[tokens]
+            place = tokens // self.hash_size - 1
+            if tokens > past or tokens % size or tokens % self.hash_size or block < 0:
+                continue
+            if 0 <= place < len(hashes):
+                made.append((block, hashes[place] + self._suffix))
+        return made
 
     def _block_at(self, state: _Request, at: int, tokens: int) -> int:
         """Return the block of a group that ends after so many tokens; -1: none."""

@@ -531,7 +531,7 @@ class PortaKVWitness(_passes_all()):  # type: ignore[misc]
         self._errors |= errors
         gone = {*lost}
         for load in (*loads, *self._waiting.values()) if errors else ():
-            if any(note.block in errors for note in load.notes):
+            if load.brings(errors):
                 gone.add(load.request)
         for name in gone:
             self._waiting.pop(name, None)
@@ -546,8 +546,10 @@ class PortaKVWitness(_passes_all()):  # type: ignore[misc]
         """Compare loads; return the requests with wrong blocks, and note the blocks."""
         assert self.witness is not None
         comparisons = list[tuple[int, Comparison]]()
-        for number, some in _by_group(note for load in loads for note in load.notes).items():
-            once = {block: key for _, block, key, _ in some}
+        for number in sorted({number for load in loads for number in load.keys}):
+            once = dict[int, bytes]()
+            for load in loads:
+                once |= load.keys.get(number, {})
             for part in self._parts[number]:
                 compared = self.witness.restored([*once], [*once.values()], part)
                 comparisons.append((number, compared))
@@ -555,14 +557,12 @@ class PortaKVWitness(_passes_all()):  # type: ignore[misc]
             return set()
 
         # Raises with the action "raise".
-        failed = {(number, block) for number, compared in comparisons for block in compared.failed}
-        wrong = {
-            load.request
-            for load in loads
-            if failed and any((note.group, note.block) in failed for note in load.notes)
-        }
-        if not self._fails_by_request:
-            self._errors.update(block for _, block in failed)
+        wrong = set[str]()
+        for number, compared in comparisons:
+            failed = compared.failed
+            wrong |= {x.request for x in loads if failed & x.keys.get(number, {}).keys()}
+            if not self._fails_by_request:
+                self._errors |= failed
         waits = {load.request for load in loads if load.waits}
         if not wrong <= waits:
             self._spoilt = self._ahead
