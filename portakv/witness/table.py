@@ -14,9 +14,9 @@ import os
 import struct
 from collections.abc import Iterable, Iterator, KeysView, Mapping, Sequence
 from dataclasses import asdict
+from hashlib import blake2b
 from pathlib import Path
 from typing import Any, NamedTuple
-from zlib import crc32
 
 import numpy as np
 import numpy.typing as npt
@@ -38,7 +38,7 @@ _FORMAT = 1
 _HEAD = struct.Struct("<16s2q")  # magic, bytes of the JSON text, its checksum
 _ALIGNED = 4096
 _MOST_HEAD = 1 << 20
-_DROPPED = 1 << 20  # places of evicted keys
+_DROPPED = 1 << 20  # places of lost keys
 _NONE = (-1,)  # the slots of a key without a fingerprint
 
 
@@ -95,7 +95,8 @@ class Ring:
         self._next = 0
         self._past = 0  # slots from here on were never used
         self._order = 0
-        self._lost = [bytearray(_DROPPED), bytearray(_DROPPED)]
+        # By place the rest of the digest of a key without some of its fingerprints; 0: none.
+        self._lost = [np.zeros(_DROPPED, np.uint64), np.zeros(_DROPPED, np.uint64)]
         self._marked = 0
         if sealed:
             self._read()
@@ -146,6 +147,11 @@ class Ring:
         for slot in slots:
             if np.array_equal(self._sums[slot], sums):
                 self._heads["old"][slot] = 0
+                if slot != slots[-1]:
+                    slots.remove(slot)
+                    slots.append(slot)
+                    if self._sealed:
+                        self._stamp(slot)
                 return True
         while len(slots) >= VERSIONS:  # more if one call has a key more than once
             self._drop(slots[0])
@@ -187,6 +193,12 @@ class Ring:
             self._heads["check"][slot] = check_of(self._heads[slot], self._sums[slot])
         self._order += len(slots)
 
+    def _stamp(self, slot: int) -> None:
+        """Write that a record is the newest one. If the process dies meanwhile, it is torn."""
+        self._heads["order"][slot] = self._order
+        self._heads["check"][slot] = check_of(self._heads[slot], self._sums[slot])
+        self._order += 1
+
     def versions(self, key: bytes) -> list[Known]:
         """Return the fingerprints of a key, newest first."""
         return [self._known(slot) for slot in reversed(self._slots.get(key, []))]
@@ -196,9 +208,25 @@ class Ring:
         self._heads["old"][: self._past] = 1
 
     def was_dropped(self, key: bytes) -> bool:
-        """Return whether a version of a key may have been evicted; rarely true for another key."""
-        at = crc32(key) % _DROPPED
-        return bool(self._lost[0][at] or self._lost[1][at])
+        """Return whether the ring has lost a version of a key, or never had it.
+
+        It is forgotten after an eighth to a quarter as many others as there are places, and rarely
+        before. Another key has the same mark with a probability of 2^-44.
+        """
+        (place, mark) = _place_of(key)
+        return any(lost[place] == mark for lost in self._lost)
+
+    def lose(self, keys: Iterable[bytes]) -> None:
+        """Note that keys have a version whose fingerprint is not taken."""
+        for key in keys:
+            if (
+                self._marked == _DROPPED // 8
+            ):  # old marks are forgotten, else all have one in the end
+                self._lost = [self._lost[1], np.zeros(_DROPPED, np.uint64)]
+                self._marked = 0
+            (place, mark) = _place_of(key)
+            self._lost[1][place] = mark
+            self._marked += 1
 
     def last_in(self, block: int) -> Known | None:
         """Return the newest fingerprint of the key whose rows an engine's block last had."""
@@ -243,13 +271,7 @@ class Ring:
         if self._sealed:
             self._heads["length"][slot] = 0
         self.dropped += 1
-
-        # Old marks are forgotten, else every place would have one in the end.
-        if self._marked == _DROPPED // 8:
-            self._lost = [self._lost[1], bytearray(_DROPPED)]
-            self._marked = 0
-        self._lost[1][crc32(key) % _DROPPED] = 1
-        self._marked += 1
+        self.lose([key])
 
     def _read(self) -> None:
         """Find the records of a file, and clear those that are torn."""
@@ -280,6 +302,12 @@ HEAD = np.dtype(
         ("key", "u1", (KEY,)),
     ]
 )
+
+
+def _place_of(key: bytes) -> tuple[int, int]:
+    """Return the place of the mark of a lost key, and the mark."""
+    (mark, place) = divmod(int.from_bytes(blake2b(key, digest_size=8).digest(), "little"), _DROPPED)
+    return place, mark + 1
 
 
 def record_bytes(geometry: Geometry) -> int:

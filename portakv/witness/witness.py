@@ -310,11 +310,17 @@ class Witness:
         self.settle()
         (of, ids) = self._read(blocks, keys, group)
         chosen = self._chosen(keys, first)
+        if len(chosen) < len(keys):  # a key that is compared has all its versions
+            known = of.ring.keys
+            coming = self._coming(of)
+            more = (at for at, key in enumerate(keys) if key in known or key in coming)
+            chosen = sorted({*chosen, *more})
         if not chosen and not self._pending:
             of.ring.forget(ids.tolist())
             return
         if len(self._pending) >= _PENDING:
             of.figures.dropped += len(chosen)
+            of.ring.lose(_at(keys, chosen))
             chosen = []
         self._begin(of, keys, ids, chosen, None)
 
@@ -337,10 +343,7 @@ class Witness:
         if len(self._pending) >= _PENDING:
             self.settle()
         (of, ids) = self._read(blocks, keys, group)
-        coming = set[bytes]()
-        for step in self._pending:
-            if step.group is of and step.comparison is None:
-                coming.update(step.keys[at] for at in step.chosen)
+        coming = self._coming(of)
         wanted = self._chosen(keys)
         known = of.ring.keys
         chosen: Sequence[int] = range(len(keys))
@@ -424,6 +427,14 @@ class Witness:
             raise refuse_capture("Taking fingerprints", "the blocks of each replay differ")
         return of, ids.numpy().astype(np.int64)  # a copy: callers use their memory again
 
+    def _coming(self, of: _Group) -> set[bytes]:
+        """Return the keys of a group whose fingerprints the device computes."""
+        coming = set[bytes]()
+        for step in self._pending:
+            if step.group is of and step.comparison is None:
+                coming.update(_at(step.keys, step.chosen))
+        return coming
+
     def _chosen(self, keys: Sequence[bytes], first: Collection[int] = ()) -> Sequence[int]:
         """Return the positions of keys that are checked; raise `InvalidTerms` for a wrong key."""
         chosen: Sequence[int] = range(len(keys))
@@ -431,7 +442,7 @@ class Witness:
             limit = self._limit
             with suppress(TypeError):  # the next loop names the key
                 chosen = [at for at, key in enumerate(keys) if crc32(key) < limit or at in first]
-        for key in _wrong_keys(_at(keys, chosen)):
+        for key in _wrong_keys(keys):
             raise invalid("keys", f"bytes, at most {KEY} of a key", key)
         return chosen
 
@@ -516,11 +527,14 @@ class Witness:
                 group.ring,
                 suspect.key,
                 partial(self._known_elsewhere, group.name, suspect.key),
-                any(suspect.key in keys for keys in self._right.values()),
+                any(
+                    suspect.key in keys for name, keys in self._right.items() if name != group.name
+                ),
             )
             (name, difference) = name_fault(evidence, thorough=nth < _NAMED)
-            # A version that the table has evicted may still be in a tier, and its rows are right.
-            if not name.is_explained and group.ring.was_dropped(suspect.key):
+            # A version that the table has lost may still be in a tier, and its rows are right.
+            may_be_right = not name.is_explained and difference.may_be_rounded
+            if may_be_right and group.ring.was_dropped(suspect.key):
                 group.figures.compared -= 1
                 group.figures.unknown += 1
                 continue

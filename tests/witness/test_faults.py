@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -388,6 +389,35 @@ def test_layers_of_an_older_version_are_a_fault() -> None:
     assert fault.layers in ((2,), (0, 1))
 
 
+def test_one_group_is_not_missing_beside_itself() -> None:
+    """Of two blocks with one key the first is right."""
+    engine = Engine()
+    engine.store([0], [0])
+    engine.load(TARGET, 0)
+    other = TARGET + 1
+    engine.witness.stored([other], [key(5)])
+    (fault,) = engine.witness.restored([TARGET, other], [key(0)] * 2).faults
+    assert (fault.block, fault.kind) == (other, "not written")
+
+
+def one_number(cache: Any) -> None:
+    cache[0][0, TARGET, 0, 0, 0] += 1
+
+
+def half_of_the_tokens(cache: Any) -> None:
+    for layer in cache:
+        layer[:, TARGET, : layer.shape[2] // 2] += 1
+
+
+def values_alone(cache: Any) -> None:
+    for layer in cache:
+        layer[1, TARGET] += 1
+
+
+def last_layer(cache: Any) -> None:
+    cache[-1][:, TARGET] += 1
+
+
 def test_rows_of_an_evicted_version_are_unknown_and_no_fault() -> None:
     """A tier may have the first version of a key, whose fingerprint the table has dropped."""
     small = 12 * Engine().witness.block_bytes[""]
@@ -401,7 +431,12 @@ def test_rows_of_an_evicted_version_are_unknown_and_no_fault() -> None:
         assert not engine.witness.restored([TARGET], [key(0)]).faults
         figures = engine.witness.figures()[""]
         assert (figures.compared, figures.unknown) == ((0, 1) if evicted else (1, 0))
-        # Rows that equal sums explain are a fault nevertheless.
+        # A part of a block is not another rounding, and a fault nevertheless.
+        for damage in (one_number, half_of_the_tokens, values_alone, last_layer):
+            engine.write(TARGET, engine.rows(13))
+            damage(engine.cache)
+            assert len(engine.witness.restored([TARGET], [key(0)]).faults) == 1, damage
+        # So are rows that equal sums explain.
         engine.write(TARGET, engine.rows(12))
         (fault,) = engine.witness.restored([TARGET], [key(0)]).faults
         assert fault.kind == "other block"

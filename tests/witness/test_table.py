@@ -82,6 +82,38 @@ def test_versions_are_newest_first_and_bounded() -> None:
         assert ring.was_dropped(key(0))
 
 
+def test_a_version_that_is_stored_again_is_the_newest(tmp_path: Path) -> None:
+    for path in (None, tmp_path / "fingerprints"):
+        with opened(path) as table:
+            ring = table.rings[""]
+            for n in (1, 2, 1):
+                ring.add([key(0)], [0], sums(n))
+            assert [x.sums.tolist() for x in ring.versions(key(0))] == sums(1, 2).tolist()
+            assert ring.agree([key(0)], sums(1)) == [True]
+            assert ring.agree([key(0)], sums(2)) == [False]
+    with opened(tmp_path / "fingerprints") as table:
+        ring = table.rings[""]
+        assert [x.sums.tolist() for x in ring.versions(key(0))] == sums(1, 2).tolist()
+        assert ring.torn == 0
+
+
+def test_only_lost_keys_are_marked() -> None:
+    with opened(None) as table:
+        ring = table.rings[""]
+        ring.lose(b"lost %d" % n for n in range(120_000))
+        # A few have the place of a later one.
+        assert sum(ring.was_dropped(b"lost %d" % n) for n in range(100_000, 120_000)) > 19_000
+        assert not any(ring.was_dropped(b"other %d" % n) for n in range(10_000))
+
+
+def test_keys_agree_in_any_order(ring: Ring) -> None:
+    assert ring.agree([], sums(1)[:0]) == []
+    add(ring, *range(4))
+    numbers = [3, 0, 9, 2, 2]
+    assert ring.agree([key(n) for n in numbers], sums(*numbers)) == [True, True, False, True, True]
+    assert ring.agree([key(0), key(1), key(2)], sums(0, 5, 2)) == [True, False, True]
+
+
 def test_the_rows_of_engine_blocks_are_followed(ring: Ring) -> None:
     add(ring, 1, 2, 3)
     known = ring.last_in(2)

@@ -62,6 +62,28 @@ def test_first_blocks_are_compared_whatever_the_rate() -> None:
         assert len(engine.witness.restored([WRONG], [key(0)]).faults) == found
 
 
+def test_a_sampled_key_has_all_its_versions() -> None:
+    """Another request computes a block again, which is not its first. In the control the rows of
+    the load are neither version."""
+    for right in (True, False):
+        engine = Engine(check="sample", rate=0)
+        engine.store([0], [0], first=[0])
+        other = [rows + 1 for rows in engine.rows(0)]
+        engine.write(1, other)
+        engine.witness.stored([1], [key(0)])
+        engine.write(WRONG, other if right else [rows + 2 for rows in other])
+        assert bool(engine.witness.restored([WRONG], [key(0)]).faults) is not right
+
+
+@pytest.mark.parametrize("check", ["sample", "all"])
+def test_a_key_that_is_not_chosen_is_named_if_it_is_wrong(check: str) -> None:
+    engine = Engine(check=check, rate=0)
+    wrong: Any = bytearray(b"key")
+    for call in (engine.witness.stored, engine.witness.restored):
+        with pytest.raises(InvalidTerms, match="keys"):
+            call([0], [wrong])
+
+
 def test_keys_that_are_not_known_are_counted() -> None:
     engine = Engine()
     assert not engine.witness.restored([1, 2], [key(1), key(2)]).faults
