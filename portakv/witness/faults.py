@@ -484,7 +484,7 @@ def sentence_of(group: str, key: bytes, block: int, name: Name, difference: Diff
         numbers = [n for first, past in difference.tokens for n in range(first, past)]
         parts.append(f"tokens {ranges_text(numbers)}")
     named = f" of group {group!r}" if group else ""
-    versus = f"; {name.versus}" if name.versus else ""
+    versus = f"; {name.versus}" if name.versus and name.versus != name.kind else ""
     return (
         f"Wrong rows in block {block}{named}, key {short(key)}: {_SENTENCES[name.kind]}{versus}. "
         f"They differ in {', '.join(parts)}."

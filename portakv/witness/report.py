@@ -112,6 +112,10 @@ def write_report(
         "layout": view.layout.text,
         "geometry": asdict(geometry),
         "rows of layers": layers,
+        "arrays": {
+            "expected, actual": "sums [layers, kv, heads], then sums [layers, kv, segments]",
+            "rows of a kv": "uint8 [layers, rows of a head, bytes of all heads]",
+        },
     }
     arrays = {"expected": difference.expected, "actual": difference.actual}
     if name.sums is not None:
