@@ -62,8 +62,11 @@ class TieringOnACpu(TieringOffloadingSpec):  # type: ignore[misc]
                 # The worker asserts that caches lie on a device.
                 patch.setattr(torch.Tensor, "is_cuda", property(lambda _: True), raising=False)
                 self._worker = self.create_worker(kv_caches)
-            for handler in (self._worker._store_handler, self._worker._load_handler):
-                handler._swap_blocks_batch = _copy_pages
-                handler._stream_pool = [_Ended()] * _MANY
-                handler._event_pool = [_Ended()] * _MANY
+            own = vars(self._worker)
+            for handler in (own["_store_handler"], own["_load_handler"]):
+                vars(handler).update(
+                    _swap_blocks_batch=_copy_pages,
+                    _stream_pool=[_Ended()] * _MANY,
+                    _event_pool=[_Ended()] * _MANY,
+                )
         return self._worker

@@ -184,7 +184,7 @@ class PortaKVWitness(_passes_all()):  # type: ignore[misc]
             _check_failures_by_request()
         scheduler = vllm_config.scheduler_config
         # vLLM retains the token of a step with a wrong load, or of the one planned after it.
-        self._retains_tokens = (
+        self.retains_tokens = (
             self._checks
             and self.terms.action == "recompute"
             and (
@@ -192,7 +192,7 @@ class PortaKVWitness(_passes_all()):  # type: ignore[misc]
                 or bool(getattr(vllm_config, "use_v2_model_runner", False))
             )
         )
-        self._told_retains = False
+        self._told_left_out = False
         tells = TOLD in getattr(SchedulerOutput, "__dataclass_fields__", ())
         self._groups, unserved = served_groups(kv_cache_config, tells)
         self._told = any(group is not None and group.states == "told" for group in self._groups)
@@ -308,16 +308,16 @@ class PortaKVWitness(_passes_all()):  # type: ignore[misc]
     ) -> tuple[int | None, bool]:
         tokens, waits = self.wrapped.get_num_new_matched_tokens(request, num_computed_tokens)
         may_load = self.notes.offered(request, num_computed_tokens, waits)
-        if tokens and self._retains_tokens and not waits:
+        if tokens and self.retains_tokens and not waits:
             may_load = False
-            if not self._told_retains:
+            if not self._told_left_out:
                 _log.warning(
                     "Nothing is loaded: loads of %s end within a step, and vLLM would retain the "
                     "token that this step computes from wrong rows. Start vLLM with "
                     "--no-async-scheduling and VLLM_USE_V2_MODEL_RUNNER=0.",
                     self.terms.connector,
                 )
-            self._told_retains = True
+            self._told_left_out = True
         if tokens and not may_load:
             return 0, False
         return tokens, waits
