@@ -178,7 +178,7 @@ class PortaKVWitness(_passes_all()):  # type: ignore[misc]
         of = type(self.wrapped)
         self._class_name = f"{of.__module__}:{of.__qualname__}"
         # A hook that is only passed on is the wrapped connector's own: a step calls a dozen.
-        vars(self).update({name: getattr(self.wrapped, name) for name in _only_passed()})
+        self.__dict__.update({name: getattr(self.wrapped, name) for name in _only_passed()})
 
         self._checks = self.terms.check != "off"
         if self._checks:
