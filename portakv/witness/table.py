@@ -219,9 +219,8 @@ class Ring:
     def lose(self, keys: Iterable[bytes]) -> None:
         """Note that keys have a version whose fingerprint is not taken."""
         for key in keys:
-            if (
-                self._marked == _DROPPED // 8
-            ):  # old marks are forgotten, else all have one in the end
+            # Old marks are forgotten, else every place would have one in the end.
+            if self._marked == _DROPPED // 8:
                 self._lost = [self._lost[1], np.zeros(_DROPPED, np.uint64)]
                 self._marked = 0
             (place, mark) = _place_of(key)

@@ -486,8 +486,9 @@ class Witness:
         agree = ring.agree(keys, all_sums[:, : of.fingerprints.geometry.head_sums])
         right = [at for at, agrees in zip(step.chosen, agree, strict=True) if agrees]
         of.figures.compared += len(right)
-        for n in () if len(right) == len(keys) else np.flatnonzero(~np.array(agree)).tolist():
-            key = keys[n]
+        for n, key in enumerate(keys):
+            if agree[n]:
+                continue
             at = step.chosen[n]
             sums = all_sums[n]
             versions = ring.versions(key)
@@ -657,7 +658,7 @@ def _shifts(named: Sequence[tuple[_Suspect, Name, Difference]]) -> dict[int, int
 
 
 def _at(items: Sequence[T], positions: Sequence[int]) -> Sequence[T]:
-    """Return the items at ascending positions."""
+    """Return the items at distinct positions; those of all in their own order."""
     return items if len(positions) == len(items) else [items[at] for at in positions]
 
 

@@ -38,6 +38,7 @@ from support.vllm_cpu import (
     result_of,
     small_model,
     start_child,
+    tier_in,
 )
 from support.vllm_cpu_table import Named, case_of
 from support.waits import LIMIT
@@ -142,18 +143,6 @@ class Tiered(Engine):
                 return
             assert time.monotonic() < until, "jobs do not end"
             self.ask([prompt(20, 900 + number)], 2)
-
-
-def tier_in(folder: Path, **more: Any) -> dict[str, Any]:
-    return {
-        "type": "PortaKVTier",
-        "module_path": "portakv.integrations.vllm_tier",
-        "folder": str(folder),
-        "capacity": 1 << 30,
-        "staging": 64 << 20,
-        "deadline": LIMIT / 2,  # a load that is late counts as one that did not land
-        **more,
-    }
 
 
 @pytest.mark.parametrize("host", [0, 256 << 20], ids=["disk", "host"])

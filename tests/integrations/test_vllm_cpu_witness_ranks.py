@@ -40,6 +40,7 @@ from support.vllm_cpu import (
     in_a_child,
     prompt,
     small_model,
+    tier_in,
 )
 from support.waits import LIMIT
 
@@ -270,14 +271,7 @@ def test_our_tier_shares_chunks_with_other_ranks_where_their_bytes_are_alike(
     canonical: bool, wrote: int, model: Path, own: list[list[int]], tmp_path: Path
 ) -> None:
     runs = Runs(model, tmp_path, canonical)
-    below = {
-        "type": "PortaKVTier",
-        "module_path": "portakv.integrations.vllm_tier",
-        "folder": str(tmp_path / "kv"),
-        "capacity": 1 << 30,
-        "staging": 64 << 20,
-        "deadline": LIMIT / 2,
-    }
+    below = tier_in(tmp_path / "kv")
     of_others = HITS if canonical else [0, 0]
     for ranks, cached in ((wrote, [0, 0]), (wrote, HITS), (3 - wrote, of_others)):
         served = runs.serve(ranks, "kv", known=False, below=below)

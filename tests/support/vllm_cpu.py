@@ -621,6 +621,19 @@ class Engine:
         return scheduler_side.statistics()
 
 
+def tier_in(folder: Path, **more: Any) -> dict[str, Any]:
+    """Return vLLM's terms of PortaKV's tier in a folder."""
+    return {
+        "type": "PortaKVTier",
+        "module_path": "portakv.integrations.vllm_tier",
+        "folder": str(folder),
+        "capacity": 1 << 30,
+        "staging": 64 << 20,
+        "deadline": LIMIT / 2,  # a load that is late counts as one that did not land
+        **more,
+    }
+
+
 def fork_workers() -> None:
     """Let vLLM fork its workers, which have imported it then. It spawns them on a CPU."""
     from vllm.v1.executor import multiproc_executor
@@ -631,11 +644,26 @@ def fork_workers() -> None:
     multiproc_executor.get_mp_context = context
 
 
-class _OnACpu:
+class OnACpu:
     """A stream or an event of a device: on a CPU all has ended when a call returns."""
 
     def __init__(self, *_: Any, **__: Any) -> None:
         self.device = torch.device("cpu")
+
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, *_: object) -> None: ...
+
+    def wait_event(self, event: Any) -> None:
+        """Wait for nothing."""
+
+    def query(self) -> bool:
+        """Return that all has ended."""
+        return True
+
+    def elapsed_time(self, end: Any) -> float:
+        """Return no milliseconds."""
+        return 0.0
 
     def wait_stream(self, stream: Any) -> None:
         """Wait for nothing."""
@@ -662,7 +690,7 @@ def schedule_ahead() -> None:
 
     platform.check_and_update_config = staticmethod(check)
     cuda: Any = torch.cuda
-    cuda.Stream = cuda.Event = cuda.current_stream = _OnACpu
+    cuda.Stream = cuda.Event = cuda.current_stream = OnACpu
     cuda.stream = nullcontext
 
 

@@ -15,31 +15,11 @@ import pytest
 import torch
 from vllm.v1.kv_offload.tiering.spec import TieringOffloadingSpec
 
+from support.vllm_cpu import OnACpu
+
 MODULE = __name__
 #: Streams and events of a worker; each job takes three and gives them back.
 _MANY = 4096
-
-
-class _Ended:
-    """A stream or an event of a device: on a CPU all has ended when a call returns."""
-
-    def __enter__(self) -> None: ...
-
-    def __exit__(self, *_: object) -> None: ...
-
-    def wait_stream(self, stream: Any) -> None: ...
-
-    def wait_event(self, event: Any) -> None: ...
-
-    def record(self, stream: Any = None) -> None: ...
-
-    def synchronize(self) -> None: ...
-
-    def query(self) -> bool:
-        return True
-
-    def elapsed_time(self, end: Any) -> float:
-        return 0.0
 
 
 def _copy_pages(sources: Any, targets: Any, sizes: Any, **_: Any) -> None:
@@ -66,7 +46,7 @@ class TieringOnACpu(TieringOffloadingSpec):  # type: ignore[misc]
             for handler in (own["_store_handler"], own["_load_handler"]):
                 vars(handler).update(
                     _swap_blocks_batch=_copy_pages,
-                    _stream_pool=[_Ended()] * _MANY,
-                    _event_pool=[_Ended()] * _MANY,
+                    _stream_pool=[OnACpu()] * _MANY,
+                    _event_pool=[OnACpu()] * _MANY,
                 )
         return self._worker

@@ -175,10 +175,6 @@ class PortaKVWitness(_passes_all()):  # type: ignore[misc]
         if not self._serves_hybrids:
             inner = _without_hybrids(inner)
         self.wrapped = wrapped_class(inner)(inner, role, kv_cache_config)
-        of = type(self.wrapped)
-        self._class_name = f"{of.__module__}:{of.__qualname__}"
-        # A hook that is only passed on is the wrapped connector's own: a step calls a dozen.
-        self.__dict__.update({name: getattr(self.wrapped, name) for name in _only_passed()})
 
         self._checks = self.terms.check != "off"
         if self._checks:
@@ -272,7 +268,8 @@ class PortaKVWitness(_passes_all()):  # type: ignore[misc]
         grown = self.figures.take(self.statistics)
         if stats is None and not grown:
             return None
-        return WitnessStats(grown, stats, self._class_name)
+        wrapped = type(self.wrapped)
+        return WitnessStats(grown, stats, f"{wrapped.__module__}:{wrapped.__qualname__}")
 
     def statistics(self) -> dict[str, float]:
         """Return what the witness of this worker has counted; empty in the scheduler.
@@ -559,10 +556,9 @@ class PortaKVWitness(_passes_all()):  # type: ignore[misc]
         if self.terms.action == "log":
             return set()
 
-        # Raises with the action "raise".
         wrong = set[str]()
         for number, compared in comparisons:
-            failed = compared.failed
+            failed = compared.failed  # raises with the action "raise"
             wrong |= {x.request for x in loads if failed & x.keys.get(number, {}).keys()}
             if not self._fails_by_request:
                 self._errors |= failed
@@ -576,14 +572,6 @@ class PortaKVWitness(_passes_all()):  # type: ignore[misc]
                 f"several groups of layers. Restart vLLM without this connector."
             )
         return wrong
-
-
-def _only_passed() -> list[str]:
-    """Return the hooks, without properties, that the witness adds nothing to."""
-    (passing, *_) = PortaKVWitness.__bases__
-    own = vars(PortaKVWitness)
-    hooks = vars(passing).items()
-    return [x for x, hook in hooks if isinstance(hook, types.FunctionType) and x not in own]
 
 
 def _without_hybrids(config: Any) -> Any:
