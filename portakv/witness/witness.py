@@ -40,7 +40,7 @@ from portakv.witness.faults import (
     shifts_of,
 )
 from portakv.witness.fingerprint import Fingerprints, Geometry, Sums, fingerprints_of
-from portakv.witness.report import write_report
+from portakv.witness.report import new_file, write_report
 from portakv.witness.table import KEY, Known, Records, Ring, Table, read_records, versions_in
 
 Check: TypeAlias = Literal["off", "sample", "all"]
@@ -618,11 +618,7 @@ class Witness:
         stem = f"{name.kind.replace(' ', '-')}-{fault.key.hex()[:16]}-block{fault.block}"
         try:
             self._reports.mkdir(parents=True, exist_ok=True)
-            path = self._reports / f"{stem}.zip"
-            nth = 1
-            while path.exists():
-                nth += 1
-                path = self._reports / f"{stem}-{nth}.zip"
+            path = new_file(self._reports, stem)
             write_report(
                 path,
                 fault,

@@ -463,7 +463,9 @@ def rank_files(file: str | None, worker: int, rank: int, ranks: int, workers: in
     shardings = [[whole]] if ranks > 1 and whole.exists() else []
     present = dict[int, dict[int, Path]]()
     for path in whole.parent.glob(f"{glob.escape(whole.name)}.tp*.rank*"):
-        if numbers := re.fullmatch(r"\.tp([1-9]\d*)\.rank(\d+)", path.name.removeprefix(whole.name)):
+        if numbers := re.fullmatch(
+            r"\.tp([1-9]\d*)\.rank(\d+)", path.name.removeprefix(whole.name)
+        ):
             present.setdefault(int(numbers[1]), {})[int(numbers[2])] = path
     for many in sorted(present.keys() - {ranks}):
         places = range(part * many, (part + 1) * many)
