@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeAlias
@@ -31,6 +31,7 @@ Kind: TypeAlias = Literal[
     "heads exchanged",
     "layers exchanged",
     "other rank",
+    "other sharding",
     "unlike",
 ]
 Mask: TypeAlias = npt.NDArray[np.bool_]
@@ -77,11 +78,17 @@ class WrongRows(TransferError):
 
 
 class Other(NamedTuple):
-    """A fingerprint of the same key elsewhere: its place, its geometry, and the sums."""
+    """A fingerprint of the same key elsewhere: its place, its geometry, the sums, and whether it is
+    of former weights."""
 
     place: str
     geometry: Geometry
     sums: Sums
+    is_old: bool = False
+
+
+#: The fingerprints of one key in an engine with another number of ranks, of each rank in order.
+Sharding: TypeAlias = Sequence[Sequence[Other]]
 
 
 class Evidence(NamedTuple):
@@ -95,6 +102,7 @@ class Evidence(NamedTuple):
         ring: of the group.
         key: of the block.
         others: returns the fingerprints of the key in other ranks.
+        shardings: returns those in engines with another number of ranks.
         elsewhere: other groups of this key have right rows.
     """
 
@@ -105,6 +113,7 @@ class Evidence(NamedTuple):
     ring: Ring
     key: bytes
     others: Callable[[], Iterable[Other]]
+    shardings: Callable[[], Iterable[Sharding]]
     elsewhere: bool
 
 
@@ -247,6 +256,7 @@ def name_fault(evidence: Evidence, thorough: bool = True) -> tuple[Name, Differe
         _by_exchanged_heads,
         _by_exchanged_layers,
         _by_other_ranks,
+        _by_other_shardings,
         _by_shifted_tokens,
     )
     for step in steps if thorough else steps[:2]:
@@ -372,15 +382,8 @@ def _by_exchanged_layers(evidence: Evidence, difference: Difference) -> Name | N
 
 def _by_other_ranks(evidence: Evidence, difference: Difference) -> Name | None:
     own = evidence.geometry
-    for place, geometry, sums in evidence.others():
-        alike = (own.layers, own.widths, own.unit, own.tokens, own.segments)
-        if alike != (
-            geometry.layers,
-            geometry.widths,
-            geometry.unit,
-            geometry.tokens,
-            geometry.segments,
-        ):
+    for place, geometry, sums, _ in evidence.others():
+        if not _have_like_heads(own, geometry):
             continue
         actual = own.by_head(evidence.actual)
         found = _heads_among(actual, geometry.by_head(sums), difference.heads)
@@ -388,6 +391,70 @@ def _by_other_ranks(evidence: Evidence, difference: Difference) -> Name | None:
             moved = ", ".join(f"{head} has those of its {source}" for head, source in found)
             return Name("other rank", f"heads of {place}: {moved}", True, evidence.key)
     return None
+
+
+def _have_like_heads(own: Geometry, other: Geometry) -> bool:
+    """Return whether equal rows of a head have equal sums in two geometries of as many layers."""
+    return own == replace(other, heads=own.heads)
+
+
+def _by_other_shardings(evidence: Evidence, difference: Difference) -> Name | None:
+    """Name rows of an engine with another number of ranks, also if layers and heads have changed
+    places: its pages, taken for pages of this engine, have other layers and heads."""
+    own = evidence.geometry
+    wrong = own.by_head(evidence.actual)[difference.heads]
+    if not wrong.any():
+        return None
+    for sharding in evidence.shardings():
+        missing = wrong
+        sources = list[str]()
+        for rank, known in enumerate(sharding):
+            layers: Mask = np.zeros(own.layers, np.bool_)
+            for _, geometry, sums, _ in known:
+                if _have_like_heads(own, geometry):
+                    by_head = geometry.by_head(sums)
+                    missing = missing[~np.isin(missing, by_head)]
+                    layers |= np.isin(by_head, wrong).any((1, 2))
+            if layers.any():
+                text = ranges_text(np.flatnonzero(layers).tolist())
+                sources.append(f"layers {text} of rank {rank}")
+        if not len(missing):
+            ranks = "1 rank" if len(sharding) == 1 else f"{len(sharding)} ranks"
+            versus = f"rows of {ranks}: {', '.join(sources)}"
+            return Name("other sharding", versus, True, evidence.key)
+    return None
+
+
+def is_of_sharding(own: Geometry, sums: Sums, rank: int, ranks: int, sharding: Sharding) -> bool:
+    """Return whether each head of a block has the rows that another number of ranks has stored,
+    which are not of former weights.
+
+    Each number of ranks divides the heads in order. More ranks than heads have each head several
+    times, next to each other.
+
+    Args:
+        own: the geometry of the block.
+        sums: its fingerprint.
+        rank: that has the block, among ``ranks``.
+        sharding: the fingerprints of the block's key.
+    """
+    actual = own.by_head(sums)
+    heads = np.arange(own.heads) + own.heads * rank  # of all ranks
+    total = own.heads * ranks
+
+    def are_of(other: Other, here: Mask) -> bool:
+        """Return whether some heads have the rows of a block of the rank that should have them."""
+        many = other.geometry.heads
+        there = heads[here] * many * len(sharding) // total % many
+        theirs = other.geometry.by_head(other.sums)[:, :, there]
+        is_like = _have_like_heads(own, other.geometry) and not other.is_old
+        return is_like and np.array_equal(actual[:, :, here], theirs)
+
+    for source, versions in enumerate(sharding):
+        here = heads * len(sharding) // total == source
+        if here.any() and not any(are_of(other, here) for other in versions):
+            return False
+    return True
 
 
 def _by_shifted_tokens(evidence: Evidence, difference: Difference) -> Name | None:
@@ -468,6 +535,7 @@ _SENTENCES: dict[str, str] = {
     "heads exchanged": "Heads are exchanged",
     "layers exchanged": "Layers are exchanged",
     "other rank": "The block has the heads of another rank",
+    "other sharding": "The block has rows that another number of ranks has stored",
     "unlike": "The rows are unlike all rows that the witness knows",
 }
 

@@ -13,7 +13,9 @@ import json
 import platform
 import zipfile
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, replace
+from itertools import count
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -77,6 +79,16 @@ _REPLAYS = {
     "changed": "the rows changed after the comparison",
     "none": "this file has no rows: a layer is too large",
 }
+
+
+def new_file(folder: Path, stem: str) -> Path:
+    """Return a new and empty file, whose name no other rank takes meanwhile. Raises OSError."""
+    for nth in count(1):
+        path = folder / (f"{stem}.zip" if nth == 1 else f"{stem}-{nth}.zip")
+        with suppress(FileExistsError):
+            path.touch(exist_ok=False)
+            return path
+    raise AssertionError(stem)
 
 
 def write_report(

@@ -493,10 +493,9 @@ def geometry_of(fields: Mapping[str, Any]) -> Geometry:
 def versions_in(records: Records, key: bytes) -> list[Known]:
     """Return the fingerprints of a key among the records of a file, newest first."""
     heads = records.heads
-    padded = np.frombuffer(key.ljust(KEY, b"\0"), np.uint8)
-    same = (heads["length"] == len(key) + 1) & (heads["key"] == padded).all(1)
-    slots = np.flatnonzero(same)
-    copies = [(heads[slot].copy(), records.sums[slot].copy()) for slot in slots]
-    whole = [each for each in copies if is_whole(*each)]
-    whole.sort(key=lambda each: -int(each[0]["order"]))
-    return [Known(key, int(head["block"]), sums) for head, sums in whole]
+    (word,) = np.frombuffer(key[:8].ljust(8, b"\0"), np.uint64)
+    alike = np.flatnonzero(heads["key"].view(np.uint64)[:, 0] == word)  # few, as keys are hashes
+    copies = [(heads[slot].copy(), records.sums[slot].copy()) for slot in alike]
+    found = [(head, sums) for head, sums in copies if is_whole(head, sums) and key_in(head) == key]
+    found.sort(key=lambda each: -int(each[0]["order"]))
+    return [Known(key, int(head["block"]), sums, bool(head["old"])) for head, sums in found]

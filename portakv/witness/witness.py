@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from portakv.arguments import flag, instance, invalid, items, naming, number, one_of
+from portakv.arguments import flag, instance, invalid, items, naming, number, one_of, whole
 from portakv.arguments import nbytes as as_bytes
 from portakv.errors import InvalidTerms, LayoutError, PortaKVError, SlotError, Unsupported
 from portakv.runtime.devices import capturing, refuse_capture
@@ -32,14 +32,16 @@ from portakv.witness.faults import (
     Fault,
     Name,
     Other,
+    Sharding,
     WrongRows,
+    is_of_sharding,
     name_fault,
     sentence_of,
     shifts_of,
 )
-from portakv.witness.fingerprint import Fingerprints, Sums, fingerprints_of
-from portakv.witness.report import write_report
-from portakv.witness.table import KEY, Known, Ring, Table, read_records, versions_in
+from portakv.witness.fingerprint import Fingerprints, Geometry, Sums, fingerprints_of
+from portakv.witness.report import new_file, write_report
+from portakv.witness.table import KEY, Known, Records, Ring, Table, read_records, versions_in
 
 Check: TypeAlias = Literal["off", "sample", "all"]
 Action: TypeAlias = Literal["log", "recompute", "raise"]
@@ -62,7 +64,8 @@ class Figures:
         fingerprinted: stored blocks whose fingerprints were taken.
         compared: restored blocks that were compared with a known fingerprint.
         unknown: restored blocks that should be compared, but have no known fingerprint.
-        older: restored blocks that equal an older version of their key, which is accepted.
+        older: restored blocks that equal an older version of their key, or the rows that another
+            number of ranks has stored, which are accepted.
         faults: by their kind.
         dropped: fingerprints that the table evicted, or that were not taken since the device lags.
         reports: files that were written.
@@ -213,6 +216,10 @@ class Witness:
         nbytes: of host memory for fingerprints of all groups; new ones evict the oldest.
         file: has the fingerprints, so that they survive a restart. Each rank needs its own file.
         others: files of other ranks; a fault may get its name by their fingerprints.
+        rank, ranks: the number of this rank, among those that divide the heads in order.
+        shardings: of each engine with another number of ranks the files of all its ranks, in
+            order. It rounds otherwise too. Rows that it has stored for the same heads are
+            accepted as an older version; else a fault may get its name by them.
         older: rows of an older version of a key are accepted, or a fault. An engine that computes
             a block again rounds otherwise, so that both versions are right. After a change of the
             weights an older version is wrong.
@@ -241,6 +248,9 @@ class Witness:
         nbytes: int = 256 << 20,
         file: str | PathLike[str] | None = None,
         others: Sequence[str | PathLike[str]] = (),
+        rank: int = 0,
+        ranks: int = 1,
+        shardings: Sequence[Sequence[str | PathLike[str]]] = (),
         older: Literal["accept", "fault"] = "accept",
         reports: str | PathLike[str] | None = None,
         report_bytes: int = 64 << 20,
@@ -250,7 +260,14 @@ class Witness:
         self.action = one_of("action", action, ("log", "recompute", "raise"))
         self._limit = number("rate", rate, 0.0, 1.0, "a number from 0 to 1") * 2**32
         self._accepts_older = one_of("older", older, ("accept", "fault")) == "accept"
-        self._others = [_path("others", each) for each in items("others", others, "paths")]
+        self._others = _paths("others", others)
+        self._ranks = whole("ranks", ranks, 1)
+        self._rank = whole("rank", rank, 0, self._ranks - 1)
+        self._shardings = [
+            _paths("shardings", each) for each in items("shardings", shardings, "lists of paths")
+        ]
+        self._accepts_shardings = self._accepts_older
+        self._files = dict[Path, dict[str, tuple[Geometry, Records]]]()  # read for a batch
         self._reports = None if reports is None else _path("reports", reports)
         self._report_bytes = as_bytes("report_bytes", report_bytes)
         if about is not None and not isinstance(about, Mapping):
@@ -372,14 +389,17 @@ class Witness:
         if suspects:
             self._report(suspects)
         self._right.clear()
+        self._files.clear()
 
     def renew(self) -> None:
         """Accept no rows that were stored before this call, as after a change of the weights.
 
-        Restored rows of before are the fault "older version", also with ``older="accept"``. Blocks
-        the host until the device has computed all fingerprints.
+        Restored rows of before are the fault "older version", also with ``older="accept"``, and
+        those of another number of ranks are the fault "other sharding". Blocks the host until the
+        device has computed all fingerprints.
         """
         self.settle(wait=True)
+        self._accepts_shardings = False
         for group in self._groups.values():
             group.ring.renew()
 
@@ -493,12 +513,15 @@ class Witness:
             sums = all_sums[n]
             versions = ring.versions(key)
             current = [known for known in versions if not known.is_old]
-            if not current and not any(np.array_equal(x.sums, sums) for x in versions):
+            is_version = any(np.array_equal(x.sums, sums) for x in versions)
+            if not current and not is_version:
                 of.figures.unknown += 1
                 continue
             of.figures.compared += 1
             accepted = current if self._accepts_older else current[:1]
             nth = next((n for n, x in enumerate(accepted) if np.array_equal(x.sums, sums)), None)
+            if not is_version and self._accepts(of, key, sums):
+                nth = len(accepted)
             if nth is None:
                 before = ring.last_in(int(step.blocks[at]))
                 if before is not None:
@@ -515,6 +538,14 @@ class Witness:
         ring.rest(_at(blocks, right), rights)
         return suspects
 
+    def _accepts(self, of: _Group, key: bytes, sums: Sums) -> bool:
+        """Return whether rows are those that another number of ranks has stored under their key."""
+        own = of.fingerprints.geometry
+        return self._accepts_shardings and any(
+            is_of_sharding(own, sums, self._rank, self._ranks, sharding)
+            for sharding in self._in_shardings(of.name, key)
+        )
+
     def _report(self, suspects: Sequence[_Suspect]) -> None:
         """Name faults, count and log them, and write files about them."""
         named = list[tuple[_Suspect, Name, Difference]]()
@@ -527,7 +558,8 @@ class Witness:
                 suspect.before,
                 group.ring,
                 suspect.key,
-                partial(self._known_elsewhere, group.name, suspect.key),
+                partial(self._known_in, self._others, group.name, suspect.key),
+                partial(self._in_shardings, group.name, suspect.key),
                 any(
                     suspect.key in keys for name, keys in self._right.items() if name != group.name
                 ),
@@ -586,11 +618,7 @@ class Witness:
         stem = f"{name.kind.replace(' ', '-')}-{fault.key.hex()[:16]}-block{fault.block}"
         try:
             self._reports.mkdir(parents=True, exist_ok=True)
-            path = self._reports / f"{stem}.zip"
-            nth = 1
-            while path.exists():
-                nth += 1
-                path = self._reports / f"{stem}-{nth}.zip"
+            path = new_file(self._reports, stem)
             write_report(
                 path,
                 fault,
@@ -607,18 +635,28 @@ class Witness:
         of.figures.reports += 1
         return path
 
-    def _known_elsewhere(self, group: str, key: bytes) -> Iterator[Other]:
-        """Yield the fingerprints of a key in the files of other ranks."""
-        for path in self._others:
-            try:
-                groups = read_records(path)
-            except (OSError, InvalidTerms) as error:
-                self._lines.warning(str(path), "Fingerprints of another rank: %s", error, lines=1)
-                continue
-            if group in groups:
-                (geometry, records) = groups[group]
+    def _known_in(self, paths: Sequence[Path], group: str, key: bytes) -> Iterator[Other]:
+        """Yield the fingerprints of a key in files of ranks."""
+        for path in paths:
+            if path not in self._files:
+                self._files[path] = self._records_of(path)
+            if group in self._files[path]:
+                (geometry, records) = self._files[path][group]
                 for known in versions_in(records, key):
-                    yield Other(str(path), geometry, known.sums)
+                    yield Other(str(path), geometry, known.sums, known.is_old)
+
+    def _in_shardings(self, group: str, key: bytes) -> Iterator[Sharding]:
+        """Yield the fingerprints of a key in each engine with another number of ranks."""
+        for paths in self._shardings:
+            yield [[*self._known_in([path], group, key)] for path in paths]
+
+    def _records_of(self, path: Path) -> dict[str, tuple[Geometry, Records]]:
+        """Return the records of each group of a rank's file; none, with a log, of a wrong file."""
+        try:
+            return read_records(path)
+        except (OSError, InvalidTerms) as error:
+            self._lines.warning(str(path), "Fingerprints of another rank: %s", error, lines=1)
+            return {}
 
 
 def _path(name: str, value: object) -> Path:
@@ -626,6 +664,11 @@ def _path(name: str, value: object) -> Path:
     if isinstance(value, (str, PathLike)) and str(value):
         return Path(value)
     raise invalid(name, "a path", value)
+
+
+def _paths(name: str, values: object) -> list[Path]:
+    """Return a list of paths; raise as `_path`."""
+    return [_path(name, each) for each in items(name, values, "paths")]
 
 
 def _fingerprints_of(name: str, view: KVView) -> Fingerprints:

@@ -453,8 +453,8 @@ def test_two_ranks_keep_their_fingerprints(model: Path, tmp_path: Path) -> None:
             assert faults_in(each) == {}
             assert each["witness_compared"] > 0
             assert each["witness_unknown"] == 0
-    assert (tmp_path / "fingerprints.rank0").exists()
-    assert (tmp_path / "fingerprints.rank1").exists()
+    assert (tmp_path / "fingerprints.tp2.rank0").exists()
+    assert (tmp_path / "fingerprints.tp2.rank1").exists()
     assert answer.tokens == in_a_child(lambda: Engine(model, None, ranks=2).ask(PROMPTS)).tokens
 
 

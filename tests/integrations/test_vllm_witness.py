@@ -323,12 +323,30 @@ def test_ranks_that_divide_a_blocks_tokens_are_refused() -> None:
 
 
 def test_files_of_ranks() -> None:
-    assert rank_files(None, 0, 0, 2, 2) == (None, [])
-    assert rank_files("f", 0, 0, 1, 1) == (Path("f"), [])
-    assert rank_files("f", 1, 1, 3, 3) == (Path("f.rank1"), [Path("f.rank0"), Path("f.rank2")])
+    assert rank_files(None, 0, 0, 2, 2) == (None, [], [])
+    assert rank_files("f", 0, 0, 1, 1) == (Path("f"), [], [])
+    others = [Path("f.tp3.rank0"), Path("f.tp3.rank2")]
+    assert rank_files("f", 1, 1, 3, 3) == (Path("f.tp3.rank1"), others, [])
     # The second of two stages, and the second copy of an engine.
-    assert rank_files("f", 1, 0, 1, 2) == (Path("f.rank1"), [])
-    assert rank_files("f", 3, 1, 2, 4) == (Path("f.rank3"), [Path("f.rank2")])
+    assert rank_files("f", 1, 0, 1, 2) == (Path("f.tp1.rank1"), [], [])
+    assert rank_files("f", 3, 1, 2, 4) == (Path("f.tp2.rank3"), [Path("f.tp2.rank2")], [])
+
+
+def test_files_of_other_numbers_of_ranks(tmp_path: Path) -> None:
+    """In the control another file has the name, a rank's file is missing, or the ranks are those of
+    another stage."""
+    file = tmp_path / "f[1]"
+    one = [file]
+    four = [Path(f"{file}.tp4.rank{rank}") for rank in range(4)]
+    for path in (*one, *four, tmp_path / "f[1].tp8.rank0", tmp_path / "f1.tp8.rank1"):
+        path.touch()
+    for wrong in (".tp0.rank0", ".tpx.rank0", ".tp1.rank0.old"):
+        Path(f"{file}{wrong}").touch()
+    assert rank_files(str(file), 0, 0, 1, 1).shardings == [four]
+    assert rank_files(str(file), 1, 1, 2, 2).shardings == [one, four]
+    assert rank_files(str(file), 2, 2, 4, 4).shardings == [one]
+    assert rank_files(str(file), 3, 1, 2, 4).shardings == [one]  # of the second stage
+    assert rank_files(str(tmp_path / "none" / "f"), 0, 0, 1, 1).shardings == []
 
 
 # --- which blocks

@@ -4,15 +4,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import product
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
-from support.witness_cases import BLOCKS, HEADS, LAYERS, TOKENS, Engine, key
+from support.witness_cases import BLOCKS, DIM, HEADS, LAYERS, TOKENS, Engine, key
 
 from portakv import KVView
 from portakv.witness import Fault, Witness
+from portakv.witness.faults import Other, is_of_sharding
+from portakv.witness.fingerprint import Geometry
 
 DEVICES = pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 #: Blocks with the stored rows, whose keys are the numbers 0 to 7; and blocks that are restored.
@@ -335,6 +339,153 @@ def test_heads_of_a_rank_with_more_heads_are_named(tmp_path: Path) -> None:
     (fault,) = faults_of(rank, lambda _: rank.write(TARGET, wrong))
     assert (fault.kind, fault.heads) == ("other rank", (0, 1, 2, 3))
     assert "2 has those of its 2" in fault.versus
+
+
+def sharded(folder: Path, ranks: int, seed: int = 7) -> list[Path]:
+    """Return the files of an engine whose ranks divide 8 heads, after it has stored the blocks."""
+    files = [folder / f"{ranks}-{rank}" for rank in range(ranks)]
+    for rank, file in enumerate(files):
+        engine = shard(ranks, rank, seed, file=file)
+        engine.store(STORED, STORED)
+        engine.witness.close()
+    return files
+
+
+def shard(ranks: int, rank: int, seed: int = 7, **terms: Any) -> Engine:
+    """Return a rank with its heads of 8. Rows depend on the number of ranks in the last bits."""
+    heads = 8 // ranks
+    engine = Engine(heads=heads, rank=rank, ranks=ranks, **terms)
+    rows = Engine(seed=seed, heads=8).cache
+    for layer, some in zip(engine.cache, rows, strict=True):
+        layer.copy_(some[:, :, :, heads * rank : heads * (rank + 1)] * (1 + ranks / 4096))
+    return engine
+
+
+def loads(rows: list[torch.Tensor]) -> Callable[[Engine], None]:
+    """Return a fault that leaves rows in the target block."""
+    return lambda engine: engine.write(TARGET, rows)
+
+
+def rows_of(ranks: int) -> list[torch.Tensor]:
+    """Return the rows of the first block of all 8 heads, as some ranks have computed them."""
+    parts = [shard(ranks, rank).rows(0) for rank in range(ranks)]
+    return [torch.cat(layer, 2) for layer in zip(*parts, strict=True)]
+
+
+def read_as_pages(wrote: int, ranks: int) -> list[list[torch.Tensor]]:
+    """Return for each rank what it finds in a file that has the pages of other ranks one after the
+    other: of each layer the keys and values of each head."""
+    parts = [shard(wrote, rank).rows(0) for rank in range(wrote)]
+    pages = torch.cat([torch.stack(part).transpose(1, 3).flatten(0, 1) for part in parts])
+    shape = ranks, LAYERS, 8 // ranks, TOKENS, 2, pages.shape[-1]
+    return [[*part.transpose(1, 3)] for part in pages.view(shape)]
+
+
+@pytest.mark.parametrize(("wrote", "ranks"), [(1, 2), (2, 1), (4, 2), (1, 8)])
+@pytest.mark.parametrize("known", [True, False])
+def test_pages_of_another_number_of_ranks_are_named(
+    tmp_path: Path, known: bool, wrote: int, ranks: int
+) -> None:
+    """Whole heads at the places of other layers and heads. The control does not know the files."""
+    files = sharded(tmp_path, wrote)
+    for rank, pages in enumerate(read_as_pages(wrote, ranks)):
+        engine = shard(ranks, rank, shardings=[files] if known else [])
+        (fault,) = faults_of(engine, loads(pages))
+        assert (fault.kind == "other sharding") == known
+        assert (f"rows of {wrote} rank" in fault.versus) == known
+        (fault,) = faults_of(engine, noise)
+        assert fault.kind == "unlike"
+
+
+def test_the_layers_that_pages_of_other_ranks_come_from_are_named(tmp_path: Path) -> None:
+    for ranks, rank, wrote, versus in (
+        (2, 0, 1, "rows of 1 rank: layers 0-1 of rank 0"),
+        (2, 1, 1, "rows of 1 rank: layers 1-2 of rank 0"),
+        (1, 0, 2, "rows of 2 ranks: layers 0-2 of rank 0, layers 0-2 of rank 1"),
+    ):
+        pages = read_as_pages(wrote, ranks)[rank]
+        engine = shard(ranks, rank, shardings=[sharded(tmp_path, wrote)])
+        (fault,) = faults_of(engine, loads(pages))
+        assert fault.versus == versus
+
+
+def test_rows_that_no_name_can_be_decided_for_stay_unlike(tmp_path: Path) -> None:
+    """In pages of tokens, a token of one rank is read as several tokens of a rank with fewer heads:
+    no head and no token is whole."""
+    pages = torch.stack(rows_of(1)).view(LAYERS, 2, 2, TOKENS // 2, 2, 4, DIM)
+    engine = shard(2, 0, shardings=[sharded(tmp_path, 1)])
+    wrong = [*pages[:, :, 0].reshape(LAYERS, 2, TOKENS, 4, DIM)]
+    (fault,) = faults_of(engine, loads(wrong))
+    assert fault.kind == "unlike"
+
+
+@pytest.mark.parametrize(("wrote", "ranks"), [(1, 2), (2, 1), (4, 2), (2, 8)])
+@pytest.mark.parametrize("known", [True, False])
+def test_right_heads_of_another_number_of_ranks_are_accepted(
+    tmp_path: Path, known: bool, wrote: int, ranks: int
+) -> None:
+    """They are rounded otherwise. The control does not know the files."""
+    files = sharded(tmp_path, wrote)
+    heads = 8 // ranks
+    for rank in range(ranks):
+        right = [layer.split(heads, 2)[rank] for layer in rows_of(wrote)]
+        engine = shard(ranks, rank, shardings=[files] if known else [])
+        faults = faults_of(engine, loads(right))
+        assert [fault.kind for fault in faults] == ([] if known else ["unlike"])
+        figures = engine.witness.figures()[""]
+        assert (figures.compared, figures.older, figures.unknown) == (1, int(known), 0)
+        # One changed number is a fault.
+        right[1][1, 5, 0, 3] += 1
+        (fault,) = faults_of(engine, loads(right))
+        assert fault.kind == "unlike"
+
+
+@pytest.mark.parametrize("why", ["older", "renewed", "former weights", "another key", ""])
+def test_right_heads_of_another_number_of_ranks_are_a_fault_after_a_change(
+    tmp_path: Path, why: str
+) -> None:
+    """Of weights, as the caller says, or of the key. Nothing has changed in the control."""
+    file = tmp_path / "whole"
+    whole = shard(1, 0, file=file)
+    whole.store(STORED, STORED)
+    if why == "former weights":
+        whole.witness.renew()
+    whole.witness.close()
+    engine = shard(2, 1, shardings=[[file]], older="fault" if why == "older" else "accept")
+    if why == "renewed":
+        engine.witness.renew()
+    block = 1 if why == "another key" else 0
+    right = [layer[:, :, 4:] for layer in whole.rows(block)]
+    faults = faults_of(engine, loads(right))
+    kind = "unlike" if why == "another key" else "other sharding"
+    assert [fault.kind for fault in faults] == ([kind] if why else [])
+
+
+def test_each_number_of_ranks_has_its_heads_in_order() -> None:
+    """More ranks than heads have each head several times. The control has the heads of another
+    place."""
+    heads = 4
+    numbers = np.random.default_rng(0).integers(1, 1 << 60, (LAYERS, 2, heads))
+
+    def of(ranks: int) -> list[Other]:
+        """Return the fingerprint of each rank, whose sums by segment are 0."""
+        each = max(1, heads // ranks)
+        geometry = Geometry(LAYERS, 2, each, 16, 1, (32, 32), 4)
+        rest = np.zeros(LAYERS * 2 * 16, np.int64)
+        firsts = [rank * heads // ranks for rank in range(ranks)]
+        parts = [numbers[:, :, first : first + each].ravel() for first in firsts]
+        return [Other("", geometry, np.concatenate([part, rest])) for part in parts]
+
+    sizes = [1, 2, 4, 8, 16]
+    for ranks, wrote in product(sizes, sizes):
+        sharding = [[other] for other in of(wrote)]
+        for rank, (_, geometry, sums, _) in enumerate(of(ranks)):
+            for place in range(ranks):
+                same = rank * heads // ranks == place * heads // ranks
+                assert is_of_sharding(geometry, sums, place, ranks, sharding) == same
+        sharding[wrote // 2] = []  # a rank does not know the key
+        own = of(ranks)[ranks // 2]
+        assert not is_of_sharding(own.geometry, own.sums, ranks // 2, ranks, sharding)
 
 
 @pytest.mark.parametrize("older", ["accept", "fault"])

@@ -16,7 +16,7 @@ from support.witness_cases import BLOCKS, DIM, HEADS, LAYERS, TOKENS, Engine, ke
 from portakv.cli import main
 from portakv.errors import InvalidTerms
 from portakv.witness import Fault
-from portakv.witness.report import read_report
+from portakv.witness.report import new_file, read_report
 from portakv.witness.witness import REPORTS, REPORTS_OF_KIND
 
 
@@ -113,6 +113,13 @@ def test_the_number_of_files_is_bounded(tmp_path: Path) -> None:
     assert len(faults) == len(numbers) < BLOCKS
     assert sum(fault.report is not None for fault in faults) == REPORTS_OF_KIND < REPORTS
     assert len([*tmp_path.iterdir()]) == engine.witness.figures()[""].reports == REPORTS_OF_KIND
+
+
+def test_ranks_that_report_at_the_same_time_have_a_file_each(tmp_path: Path) -> None:
+    """Two ranks find the same fault in the same block, and neither has written its file."""
+    names = [new_file(tmp_path, stem).name for stem in ("zeros", "zeros", "zeros", "unlike")]
+    assert names == ["zeros.zip", "zeros-2.zip", "zeros-3.zip", "unlike.zip"]
+    assert {path.name for path in tmp_path.iterdir()} == {*names}
 
 
 def test_a_folder_that_cannot_be_written_is_logged(

@@ -222,6 +222,10 @@ TERMS: dict[str, tuple[dict[str, Any], str]] = {
     "rate": ({"rate": 2}, "Expected rate to be a number from 0 to 1"),
     "nbytes": ({"nbytes": 10}, "Expected nbytes to be at least"),
     "older": ({"older": "no"}, "Expected older to be 'accept'"),
+    "ranks": ({"ranks": 0}, "Expected ranks to be a whole number of at least 1"),
+    "rank": ({"rank": 2, "ranks": 2}, "Expected rank to be a whole number of at most 1"),
+    "shardings": ({"shardings": ["f"]}, "Expected shardings to be a list of paths"),
+    "shard": ({"shardings": [[""]]}, "Expected shardings to be a path"),
 }
 
 

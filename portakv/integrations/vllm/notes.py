@@ -6,6 +6,8 @@ No engine is imported.
 
 from __future__ import annotations
 
+import glob
+import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import gcd
@@ -426,21 +428,48 @@ class BlockNotes:
         return ids[place] if tokens % size == 0 and 0 <= place < len(ids) else -1
 
 
-def rank_files(
-    file: str | None, worker: int, rank: int, ranks: int, workers: int
-) -> tuple[Path | None, list[Path]]:
-    """Return the file of a worker's fingerprints, and those of the other ranks that have the same
-    layers.
+class RankFiles(NamedTuple):
+    """The files of fingerprints that concern a worker.
 
-    A single worker has the file itself; others have the worker's number at the end of the name.
+    Attributes:
+        file: of the worker's own fingerprints; None: none are kept.
+        others: of the other ranks that have the same layers.
+        shardings: of each engine with another number of ranks that has been there before, the files
+            of the ranks with these layers, in order.
+    """
+
+    file: Path | None
+    others: list[Path]
+    shardings: list[list[Path]]
+
+
+def rank_files(file: str | None, worker: int, rank: int, ranks: int, workers: int) -> RankFiles:
+    """Return the files of fingerprints that concern a worker.
+
+    A single worker has the file itself. Others have the number of ranks and the worker's number at
+    the end of the name, so that engines with other numbers of ranks have files beside it.
 
     Args:
         worker: the number of the worker, among ``workers`` of all copies of the engine.
         rank: of tensor parallelism, of ``ranks``.
     """
     if file is None:
-        return None, []
+        return RankFiles(None, [], [])
+    whole = Path(file)
+    part = worker // ranks  # the number of the ranks that have the same layers
+    files = [Path(f"{file}.tp{ranks}.rank{part * ranks + each}") for each in range(ranks)]
     if workers == 1:
-        return Path(file), []
-    files = [Path(f"{file}.rank{worker - rank + each}") for each in range(ranks)]
-    return files[rank], [each for each in files if each != files[rank]]
+        files = [whole]
+    shardings = [[whole]] if ranks > 1 and whole.exists() else []
+    present = dict[int, dict[int, Path]]()
+    for path in whole.parent.glob(f"{glob.escape(whole.name)}.tp*.rank*"):
+        if numbers := re.fullmatch(
+            r"\.tp([1-9]\d*)\.rank(\d+)", path.name.removeprefix(whole.name)
+        ):
+            present.setdefault(int(numbers[1]), {})[int(numbers[2])] = path
+    for many in sorted(present.keys() - {ranks}):
+        places = range(part * many, (part + 1) * many)
+        if all(place in present[many] for place in places):
+            shardings.append([present[many][place] for place in places])
+    own = files.pop(rank)
+    return RankFiles(own, files, shardings)

@@ -418,15 +418,23 @@ class PortaKVWitness(_passes_all()):  # type: ignore[misc]
             self._parts[number] = names if len(parts) > 1 else [name] * len(parts)
             named |= zip(self._parts[number], parts, strict=True)
         terms = self.terms
-        file, others = self._files()
+        parallel = self._vllm_config.parallel_config
+        ranks = getattr(parallel, "tensor_parallel_size", 1)
+        rank = get_tensor_model_parallel_rank() if ranks > 1 else 0
+        workers = parallel.world_size * getattr(parallel, "data_parallel_size", 1)
+        _, worker = worker_numbers(parallel)
+        files = rank_files(terms.file, worker, rank, ranks, workers)
         self.witness = Witness(
             named,
             check=terms.check,
             rate=terms.rate,
             action=terms.action,
             nbytes=int(terms.nbytes),
-            file=file,
-            others=others,
+            file=files.file,
+            others=files.others,
+            rank=rank,
+            ranks=ranks,
+            shardings=files.shardings,
             older=terms.older,  # type: ignore[arg-type]
             reports=terms.report,
             about={"engine": " ".join(installed("vllm") or ()), "connector": terms.connector},
@@ -438,15 +446,6 @@ class PortaKVWitness(_passes_all()):  # type: ignore[misc]
             terms.action,
             self.witness.block_bytes,
         )
-
-    def _files(self) -> Any:
-        """Return the file of this worker's fingerprints, and those of ranks with its layers."""
-        parallel = self._vllm_config.parallel_config
-        ranks = getattr(parallel, "tensor_parallel_size", 1)
-        rank = get_tensor_model_parallel_rank() if ranks > 1 else 0
-        workers = parallel.world_size * getattr(parallel, "data_parallel_size", 1)
-        _, worker = worker_numbers(parallel)
-        return rank_files(self.terms.file, worker, rank, ranks, workers)
 
     def handle_preemptions(self, kv_connector_metadata: WitnessMetadata) -> None:
         self.wrapped.handle_preemptions(kv_connector_metadata.wrapped)
