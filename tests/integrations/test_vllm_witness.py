@@ -198,12 +198,17 @@ def test_no_load_within_a_step_whose_token_vllm_retains(
     setattr(of, name or "something_else", True)
     connector = vllm.witness.PortaKVWitness(config, vllm.role.SCHEDULER, vllm.caches())
     connector.wrapped.get_num_new_matched_tokens = lambda *_: (BLOCK, waits)
-    request = SimpleNamespace(request_id="a", num_tokens=2 * BLOCK, block_hashes=KEYS[:2])
+    connector.figures = vllm.witness.Figures(0.0, metrics=vllm.witness.WITNESS)
     left_out = bool(name) and action == "recompute" and not waits
-    for _ in range(2):
+    for request in ("a", "a", "b"):  # vLLM asks again while a request waits for blocks
+        asks = SimpleNamespace(request_id=request, num_tokens=2 * BLOCK, block_hashes=KEYS[:2])
         expected = (0, False) if left_out else (BLOCK, waits)
-        assert connector.get_num_new_matched_tokens(request, 0) == expected
+        assert connector.get_num_new_matched_tokens(asks, 0) == expected
     assert caplog.text.count("Nothing is loaded") == left_out
+    assert connector.statistics() == {"witness_left_out": 2 * left_out}
+    if vllm.witness.SUPPORTED:
+        stats = connector.get_kv_connector_stats()
+        assert (stats and stats.reduce()) == ({"witness_left_out": 2} if left_out else None)
 
 
 def test_every_hook_of_the_class_is_there(vllm: Vllm) -> None:

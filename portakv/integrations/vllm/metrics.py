@@ -66,6 +66,11 @@ WITNESS = {
     "witness_unknown": _witness("unknown", "loaded blocks without a known fingerprint"),
     "witness_older": _witness("older", "loaded blocks that equal an older version of theirs"),
     "witness_dropped": _witness("dropped", "fingerprints that newer ones evicted"),
+    "witness_left_out": _witness(
+        "left_out",
+        "requests whose loads were left out, as vLLM would retain a wrong token",
+        "{request}",
+    ),
     "witness_faults": _witness("faults", "loaded blocks with wrong rows", "{block}", "kind"),
 }
 

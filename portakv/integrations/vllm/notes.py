@@ -187,6 +187,7 @@ class _Request:
         brought: loads have brought the rows before this token. A block that begins before it is not
             the engine's own.
         refused: a load has failed; the connector is not asked for another one.
+        left_out: a load was left out.
     """
 
     request: Any
@@ -198,6 +199,7 @@ class _Request:
     load: Load | None = None
     brought: int = 0
     refused: bool = False
+    left_out: bool = False
 
 
 def served_groups(kv_cache_config: Any, tells: bool) -> tuple[list[Group | None], list[str]]:
@@ -230,9 +232,13 @@ class BlockNotes:
 
     Args:
         groups: of layers; None for a group without fingerprints.
+
+    Attributes:
+        left_out: requests whose loads were left out.
     """
 
     def __init__(self, groups: Sequence[Group | None]) -> None:
+        self.left_out = 0
         sizes = [group.block_size for group in groups if group is not None]
         self.hash_size = min(sizes, default=1)  # tokens of a hash; vLLM may say another number
         self._unit = gcd(*sizes) or 1  # blocks of all groups end at multiples
@@ -253,6 +259,13 @@ class BlockNotes:
             self._requests[request.request_id] = state
         state.answer = computed, waits
         return not state.refused
+
+    def leave_out(self, name: str) -> None:
+        """Note that a load that was `offered` is left out. A request is counted once, although a
+        scheduler asks again in each step in which it waits."""
+        state = self._requests[name]
+        self.left_out += not state.left_out
+        state.left_out = True
 
     def allocated(
         self, request: Any, blocks: Blocks, tokens: int, groups: Iterable[int] | None = None

@@ -272,10 +272,12 @@ class PortaKVWitness(_passes_all()):  # type: ignore[misc]
         return WitnessStats(grown, stats, f"{wrapped.__module__}:{wrapped.__qualname__}")
 
     def statistics(self) -> dict[str, float]:
-        """Return what the witness of this worker has counted; empty in the scheduler.
+        """Return what the witness of this worker has counted, or the scheduler.
 
         Faults have their kind after a slash.
         """
+        if self.role == KVConnectorRole.SCHEDULER:
+            return {"witness_left_out": self.notes.left_out}
         counts = Counter[str]()
         if self.witness is None:
             return {}
@@ -310,6 +312,7 @@ class PortaKVWitness(_passes_all()):  # type: ignore[misc]
         may_load = self.notes.offered(request, num_computed_tokens, waits)
         if tokens and self.retains_tokens and not waits:
             may_load = False
+            self.notes.leave_out(request.request_id)
             if not self._told_left_out:
                 _log.warning(
                     "Nothing is loaded: loads of %s end within a step, and vLLM would retain the "
