@@ -26,6 +26,7 @@ except metadata.PackageNotFoundError:
 
 from support.vllm_cpu import (
     BLOCK,
+    LAYERS,
     Answer,
     Engine,
     connector_here,
@@ -42,6 +43,8 @@ from support.vllm_cpu_calls import figures_of, publishing
 from support.vllm_cpu_schedules import LONGEST_ANSWER, Walk, prompts_of
 from support.waits import LIMIT
 
+from portakv.witness.table import is_whole, key_in, read_records
+
 PROMPTS = [prompt(1000, 1), prompt(500, 2), prompt(900, 3)]
 SHIM = "support.witness_shim"
 NAME = "witness-"  # an engine's id begins so
@@ -55,6 +58,7 @@ STATES: dict[str, Any] = {
     "enable_prefix_caching": True,
     "mamba_cache_mode": "align",
 }
+LATE = "a copy that has not ended"
 #: The fault of `support.witness_shim`, and its names that are right.
 NAMES = {
     "a flipped byte": {"changed bytes"},
@@ -64,7 +68,7 @@ NAMES = {
     "stale rows": {"not written", "other block", "zeros"},
     "a half copy": {"half written"},
     "a copy without its last tokens": {"half written"},
-    "a copy that has not ended": {"not written", "other block"},
+    LATE: {"not written", "half written", "other block"},
     "a missing layer": {"missing layers"},
     "exchanged heads": {"heads exchanged"},
     "exchanged planes": {"planes exchanged"},
@@ -228,6 +232,89 @@ def test_faults_are_found_and_named(
         assert sum(kinds.values()) >= damaged, name
         assert {*kinds} & NAMES[name], (name, kinds)
         assert {*kinds} <= NAMES[name] | BEFORE, (name, kinds)
+
+
+def test_a_copy_that_has_not_ended_ends_after_the_alarm(
+    model: Path, own: list[list[int]], tmp_path: Path
+) -> None:
+    """The rows are right later, as those of a copy that goes on. In the control it has ended."""
+
+    def work() -> Any:
+        shim = importlib.import_module(SHIM)
+        config = wrapped("DamagedPortaKV", tmp_path, action="recompute")
+        engine = Engine(model, None, kv_transfer_config=config)
+        faults = {**shim.FAULTS, "nothing": lambda load: None}
+        seen = walk_through(engine, [LATE], faults, PROMPTS)
+        late = len(shim.ended_late)
+        seen |= walk_through(engine, ["nothing"], faults, PROMPTS)
+        return seen, late, len(shim.ended_late)
+
+    seen, *late = in_a_child(work, limit=HOUR)
+    for name, (tokens, damaged, counts) in seen.items():
+        assert (tokens, damaged) == (own, len(PROMPTS))
+        assert bool(faults_in(counts)) is (name == LATE)
+    assert late == [len(PROMPTS) * LAYERS * 2] * 2
+
+
+@pytest.fixture(scope="module")
+def two_ranks(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a folder with the fingerprints and the rows of an engine with two ranks."""
+    folder = tmp_path_factory.mktemp("vllm") / "ranks"
+    (folder / "rows").mkdir(parents=True)
+
+    def work() -> None:
+        file = str(folder / "fingerprints")
+        config = wrapped("DamagedPortaKV", folder, file=file, nbytes=16 << 20)
+        engine = Engine(model, None, ranks=2, kv_transfer_config=config)
+        engine.ask(PROMPTS)
+        engine.in_workers(save_rows, folder)
+
+    in_a_child(work)
+    return folder
+
+
+def save_rows(worker: Any, folder: Path) -> None:
+    """Have a rank save the rows that have fingerprints."""
+    witness = connector_here().witness
+    witness.settle(wait=True)
+    file = folder / f"fingerprints.tp2.rank{worker.rank}"
+    ((_, records),) = read_records(file).values()
+    whole = [head for head, sums in zip(*records, strict=True) if is_whole(head, sums)]
+    keys = {int(head["block"]): key_in(head) for head in whole}
+    importlib.import_module(SHIM).save_rows(folder / "rows" / str(worker.rank), keys)
+
+
+@pytest.mark.parametrize("case", [*WRAPPED, "unknown", "off"])
+def test_heads_after_a_change_of_ranks_are_named(
+    case: str, model: Path, own: list[list[int]], two_ranks: Path, tmp_path: Path
+) -> None:
+    """In the controls the fingerprints of the other engine are unknown, or nothing is compared."""
+    if case != "unknown":
+        for rank in range(2):
+            name = f"fingerprints.tp2.rank{rank}"
+            (tmp_path / name).symlink_to(two_ranks / name)
+
+    def work() -> Any:
+        shim = importlib.import_module(SHIM)
+        shim.learn_ranks(two_ranks / "rows")
+        config = wrapped(
+            case if case in WRAPPED else "DamagedPortaKV",
+            tmp_path,
+            check="off" if case == "off" else "all",
+            action="recompute",
+            file=str(tmp_path / "fingerprints"),
+            nbytes=16 << 20,
+        )
+        engine = Engine(model, None, kv_transfer_config=config)
+        return walk_through(engine, shim.FAULTS_OF_RANKS, shim.FAULTS_OF_RANKS, PROMPTS)
+
+    ((tokens, damaged, counts),) = in_a_child(work, limit=HOUR).values()
+    kinds = faults_in(counts)
+    print("ranks", case, damaged, kinds)
+    assert damaged == len(PROMPTS)
+    assert (tokens == own) is (case != "off")
+    assert sum(kinds.values()) == (0 if case == "off" else damaged)
+    assert ({*kinds} == {"other sharding"}) is (case in WRAPPED)
 
 
 @pytest.mark.parametrize("guarded", [True, False])

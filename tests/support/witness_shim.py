@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -34,11 +35,13 @@ class Loaded:
         blocks: of each group the engine's blocks that were loaded.
         planes: of each group, by layer its planes: keys and values, or states.
         before: the rows of each plane before the load, by group, layer and plane.
+        keys: of the blocks, if there is one group.
     """
 
     blocks: list[list[int]]
     planes: list[list[list[Plane]]]
     before: list[list[list[torch.Tensor]]]
+    keys: list[bytes]
 
     def whole(self) -> int:
         """Return the group of attention with the most blocks."""
@@ -86,10 +89,29 @@ def _half(load: Loaded) -> None:
         plane[ids[1], :, half:] = old[1][:, half:]
 
 
+_late = list[tuple[Plane, list[int], torch.Tensor]]()  # rows of copies that have not ended
+#: Planes that were written after their load was reported.
+ended_late = list[Plane]()
+
+
 def _early(load: Loaded) -> None:
+    """Report a copy in its middle: half of the blocks are there, and half of the next block.
+    The rest is written when the next step has computed."""
     for plane, old, ids in load.all():
         half = len(ids) // 2
-        plane[ids[half:]] = old[half:]
+        tokens = plane.shape[2] // 2
+        rest = plane[ids[half:]].clone()
+        plane[ids[half + 1 :]] = old[half + 1 :]
+        plane[ids[half], :, tokens:] = old[half][:, tokens:]
+        _late.append((plane, ids[half:], rest))
+
+
+def _end_copies() -> None:
+    """Write the rows of copies that had not ended."""
+    for plane, ids, rows in _late:
+        plane[ids] = rows
+        ended_late.append(plane)
+    _late.clear()
 
 
 def _missing_layer(load: Loaded) -> None:
@@ -138,6 +160,39 @@ def _other(load: Loaded) -> None:
         plane[ids[1]] = plane[ids[-1]].clone()
 
 
+#: By key the rows that engines with other numbers of ranks have computed: of each rank, by layer,
+#: its planes.
+_by_ranks = dict[bytes, list[list[list[torch.Tensor]]]]()
+
+
+def _other_ranks(load: Loaded) -> None:
+    """Leave the pages of some ranks, one after the other, as if they were those of this engine.
+    They have whole heads."""
+    at = load.whole()
+    pages = [torch.stack(planes, 1) for rank in _by_ranks[load.keys[1]] for planes in rank]
+    layers = torch.cat(pages).unflatten(0, (len(load.planes[at]), -1))
+    for planes, rows in zip(load.planes[at], layers, strict=True):
+        for plane, some in zip(planes, rows.unbind(1), strict=True):
+            plane[load.blocks[at][1]] = some
+
+
+def learn_ranks(folder: Path) -> None:
+    """Read the rows that each rank has left by `save_rows`."""
+    _by_ranks.clear()
+    for file in sorted(folder.iterdir()):
+        for key, rows in torch.load(file).items():
+            _by_ranks.setdefault(key, []).append(rows)
+
+
+def save_rows(file: Path, keys: dict[int, bytes]) -> None:
+    """Write the rows of some of this worker's blocks into a file, by their keys."""
+    rows = {
+        key: [[plane[block].clone() for plane in planes] for planes in _planes_of[0]]
+        for block, key in keys.items()
+    }
+    torch.save(rows, file)
+
+
 def _missing_group(load: Loaded) -> None:
     for planes, before in zip(load.planes[0], load.before[0], strict=True):
         for plane, old in zip(planes, before, strict=True):
@@ -175,6 +230,8 @@ FAULTS: dict[str, Callable[[Loaded], None]] = {
     "zeros": _zeros,
     "another block": _other,
 }
+#: Of an engine with other numbers of ranks beside it.
+FAULTS_OF_RANKS: dict[str, Callable[[Loaded], None]] = {"heads of other ranks": _other_ranks}
 #: Of models with states in their first group.
 FAULTS_OF_STATES: dict[str, Callable[[Loaded], None]] = {
     "a missing group": _missing_group,
@@ -192,10 +249,11 @@ def put(fault: Callable[[Loaded], None] | None) -> None:
 
 @dataclass
 class _Begun:
-    """A load that has begun, and its rows before."""
+    """A load that has begun, its rows before, and its keys."""
 
     blocks: list[list[int]]
     before: list[list[list[torch.Tensor]]]
+    keys: list[bytes]
 
 
 _begun = dict[str, _Begun]()  # by request
@@ -241,13 +299,14 @@ class _Damages:
             [[plane[ids].clone() for plane in planes] for planes in layers]
             for ids, layers in zip(loaded, _planes_of, strict=True)
         ]
-        _begun[request.request_id] = _Begun(loaded, before)
+        keys = [*request.block_hashes[first // size : past // size]]
+        _begun[request.request_id] = _Begun(loaded, before, keys)
 
     def damage(self, name: str) -> None:
         begun = _begun.pop(name, None)
         fault = _fault[0]
         if begun is not None and fault is not None:
-            fault(Loaded(begun.blocks, _planes_of, begun.before))
+            fault(Loaded(begun.blocks, _planes_of, begun.before, begun.keys))
             damaged.append(name)
 
 
@@ -255,6 +314,7 @@ class _DamagesAtTheEnd(_Damages):
     """Loads that end some steps later."""
 
     def get_transfer_results(self, finished_req_ids: set[str]) -> Any:
+        _end_copies()
         results = super().get_transfer_results(finished_req_ids)  # type: ignore[misc]
         for name in results.finished_recving:
             self.damage(name)
@@ -277,6 +337,7 @@ class DamagedExample(_Damages, ExampleConnector):  # type: ignore[misc]
     """vLLM's example, which loads within a step, with faults."""
 
     def start_load_kv(self, forward_context: Any, **kwargs: Any) -> None:
+        _end_copies()
         super().start_load_kv(forward_context, **kwargs)
         for name in [*_begun]:
             self.damage(name)
