@@ -434,6 +434,7 @@ LARGE = {
     "tests/backends/test_every_backend.py::test_bad_blocks_on_either_side",
     "tests/backends/test_every_backend.py::test_every_byte_lands",
     "tests/backends/test_every_backend.py::test_no_state_of_torch_s_changes_a_copy",
+    "tests/backends/test_every_backend.py::test_threads_share_a_launch[compiled]",
     "tests/backends/test_mlu.py::test_each_kind_of_cache_goes_by_its_op",
     "tests/backends/test_mlu.py::test_padding_and_block_tables",
     "tests/backends/test_rows_kernel.py::test_a_seeded_bug_is_caught",

@@ -4,6 +4,8 @@
     python tests/support/sanitized.py                 a minute of tests and drawn cases
     python tests/support/sanitized.py --seconds 3600  an hour of them
     python tests/support/sanitized.py --seed 7        the cases of one seed
+    python tests/support/sanitized.py --build FILE    the library alone, which needs no packages
+    python tests/support/sanitized.py --library FILE  a minute of tests with a library of --build
 
 The library is built with the address and the undefined-behaviour sanitizer into a copy of the
 package. Views, ids, plans, pieces, copies in slices and checksums are drawn and judged as the
@@ -51,17 +53,26 @@ def sanitizers() -> list[str]:
     return found if all(map(os.path.isabs, found)) else []
 
 
-def build(folder: Path, tree: Path = ROOT) -> dict[str, str]:
+def compile_core(output: Path, tree: Path = ROOT) -> None:
+    """Compile the sources of a tree into a sanitized library."""
+    command = [sys.executable, str(tree / "build_backend" / "compile_core.py")]
+    command += ["--output", str(output), *(f"--flag={flag}" for flag in FLAGS)]
+    subprocess.run(command, check=True)
+
+
+def build(folder: Path, tree: Path = ROOT, library: Path | None = None) -> dict[str, str]:
     """Make a copy of the package with a sanitized library; return the environment that loads it.
 
-    ``tree`` has the sources of the library.
+    ``tree`` has the sources of the library, unless ``library`` is one.
     """
     shutil.copytree(ROOT / "portakv", folder / "portakv")
     for name in ("portakv_conformance", "portakv_native"):
         (folder / name).symlink_to((ROOT / "src" / name).resolve())
-    command = [sys.executable, str(tree / "build_backend" / "compile_core.py")]
-    command += ["--output", str(folder / "portakv/core/libportakv_core.so")]
-    subprocess.run([*command, *(f"--flag={flag}" for flag in FLAGS)], check=True)
+    output = folder / "portakv/core/libportakv_core.so"
+    if library is None:
+        compile_core(output, tree)
+    else:
+        shutil.copyfile(library, output)
     return {
         **os.environ,
         "LD_PRELOAD": " ".join(sanitizers()),
@@ -129,6 +140,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--seconds", type=float, default=60, help="of tests and drawn cases")
     parser.add_argument("--seed", type=int, help="draw the cases of one seed; run no tests")
+    parser.add_argument("--build", type=Path, metavar="FILE", help="write the library; run nothing")
+    parser.add_argument("--library", type=Path, metavar="FILE", help="that --build wrote")
     parser.add_argument("--rounds", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.rounds:
@@ -137,8 +150,11 @@ def main() -> int:
     if not sanitizers():
         print("g++ has no sanitizers here: nothing was run")
         return 0
+    if args.build is not None:
+        compile_core(args.build.absolute())
+        return 0
     with tempfile.TemporaryDirectory(prefix="portakv-sanitized-") as folder:
-        environment = build(Path(folder))
+        environment = build(Path(folder), library=args.library)
         words = ["-m", "pytest", "-q", "-n0", "-p", "no:cacheprovider", f"--rootdir={ROOT}"]
         words += ["-c", str(ROOT / "pyproject.toml")]
         tests = [str(ROOT / "tests" / name) for name in TESTS]
