@@ -259,7 +259,7 @@ def name_fault(evidence: Evidence, thorough: bool = True) -> tuple[Name, Differe
         _by_other_shardings,
         _by_shifted_tokens,
     )
-    for step in steps if thorough else steps[:2]:
+    for step in steps if thorough else steps[:3]:
         name = step(evidence, difference)
         if name is not None:
             return name, difference

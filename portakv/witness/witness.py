@@ -47,7 +47,8 @@ Check: TypeAlias = Literal["off", "sample", "all"]
 Action: TypeAlias = Literal["log", "recompute", "raise"]
 #: Calls whose fingerprints the device has not computed; further calls to `stored` take none.
 _PENDING = 256
-#: Faults of one look at the device that are compared with the whole table for their name.
+#: Faults of one look at the device that are compared with the whole table for their name. Those
+#: that may be right rows of a lost version are always compared.
 _NAMED = 64
 #: The most files about faults of one kind, and of all kinds.
 REPORTS_OF_KIND = 4
@@ -266,6 +267,8 @@ class Witness:
         self._shardings = [
             _paths("shardings", each) for each in items("shardings", shardings, "lists of paths")
         ]
+        if not all(self._shardings):
+            raise invalid("shardings", "the files of all ranks of each engine", [])
         self._accepts_shardings = self._accepts_older
         self._files = dict[Path, dict[str, tuple[Geometry, Records]]]()  # read for a batch
         self._reports = None if reports is None else _path("reports", reports)
@@ -564,10 +567,10 @@ class Witness:
                     suspect.key in keys for name, keys in self._right.items() if name != group.name
                 ),
             )
-            (name, difference) = name_fault(evidence, thorough=nth < _NAMED)
+            lost = group.ring.was_dropped(suspect.key)
+            (name, difference) = name_fault(evidence, thorough=lost or nth < _NAMED)
             # A version that the table has lost may still be in a tier, and its rows are right.
-            may_be_right = not name.is_explained and difference.may_be_rounded
-            if may_be_right and group.ring.was_dropped(suspect.key):
+            if lost and not name.is_explained and difference.may_be_rounded:
                 group.figures.compared -= 1
                 group.figures.unknown += 1
                 continue

@@ -17,6 +17,7 @@ from portakv import KVView
 from portakv.witness import Fault, Witness
 from portakv.witness.faults import Other, is_of_sharding
 from portakv.witness.fingerprint import Geometry
+from portakv.witness.table import HEAD
 
 DEVICES = pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 #: Blocks with the stored rows, whose keys are the numbers 0 to 7; and blocks that are restored.
@@ -605,6 +606,34 @@ def test_more_faults_than_are_searched_for_are_all_reported() -> None:
     comparison = witness.restored(range(200, 300), keys)
     assert comparison.failed == {*range(200, 300)}
     assert sum(witness.figures()[""].faults.values()) == 100
+
+
+@pytest.mark.parametrize("wrong", [True, False])
+def test_no_fault_of_a_lost_version_is_overlooked_among_many(wrong: bool) -> None:
+    """The table has lost the first version of all keys. In the control a tier has these rows."""
+    torch.manual_seed(0)
+    cache = torch.randn(2, 400, 4, 2, 4)
+    view = KVView(cache, "kv block token head dim")
+    each = HEAD.itemsize + Witness(view).block_bytes[""]
+    witness = Witness(view, check="all", action="recompute", nbytes=300 * each)
+    keys = [key(n) for n in range(100)]
+    witness.stored(range(100), keys)
+    witness.stored(range(100, 300), [key(1000 + n) for n in range(200)])
+    witness.stored(range(300, 400), keys)
+    cache[:, 100:200] = cache[:, 300:].roll(7, 1) if wrong else cache[:, :100]
+    comparison = witness.restored(range(100, 200), keys)
+    assert comparison.failed == ({*range(100, 200)} if wrong else set())
+    assert witness.figures()[""].unknown == (0 if wrong else 100)
+
+
+def test_many_older_versions_are_all_named() -> None:
+    torch.manual_seed(0)
+    witness = Witness(KVView(torch.randn(2, 100, 4, 2, 4), "kv block token head dim"), check="all")
+    keys = [key(n) for n in range(100)]
+    witness.stored(range(100), keys)
+    witness.renew()
+    assert len(witness.restored(range(100), keys).faults) == 100
+    assert witness.figures()[""].faults == {"older version": 100}
 
 
 # Blocks without a fault

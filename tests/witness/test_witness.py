@@ -226,6 +226,7 @@ TERMS: dict[str, tuple[dict[str, Any], str]] = {
     "rank": ({"rank": 2, "ranks": 2}, "Expected rank to be a whole number of at most 1"),
     "shardings": ({"shardings": ["f"]}, "Expected shardings to be a list of paths"),
     "shard": ({"shardings": [[""]]}, "Expected shardings to be a path"),
+    "ranks' files": ({"shardings": [[]]}, "Expected shardings to be the files of all ranks"),
 }
 
 
