@@ -98,7 +98,7 @@ class Evidence(NamedTuple):
         geometry: of the group.
         actual: of the restored rows.
         versions: of the rows that were stored under the key, newest first.
-        before: of the rows that the engine's block had before the load, if they are known.
+        before: of the key whose rows the engine's block had before the load, newest first.
         ring: of the group.
         key: of the block.
         others: returns the fingerprints of the key in other ranks.
@@ -109,7 +109,7 @@ class Evidence(NamedTuple):
     geometry: Geometry
     actual: Sums
     versions: Sequence[Sums]
-    before: Known | None
+    before: Sequence[Known]
     ring: Ring
     key: bytes
     others: Callable[[], Iterable[Other]]
@@ -275,14 +275,12 @@ def _by_zeros(evidence: Evidence, difference: Difference) -> Name | None:
 
 
 def _by_rows_before(evidence: Evidence, difference: Difference) -> Name | None:
-    before = evidence.before
-    if before is None or before.key == evidence.key:
-        return None
-    if not difference.is_explained_by(before.sums):
-        return None
-    kind = _unwritten(evidence, difference, "not written")
-    versus = f"the rows that the block had before, of key {short(before.key)}"
-    return Name(kind, versus, True, before.key, before.sums)
+    for before in evidence.before:
+        if before.key != evidence.key and difference.is_explained_by(before.sums):
+            kind = _unwritten(evidence, difference, "not written")
+            versus = f"the rows that the block had before, of key {short(before.key)}"
+            return Name(kind, versus, True, before.key, before.sums)
+    return None
 
 
 def _unwritten(evidence: Evidence, difference: Difference, whole: Kind) -> Kind:

@@ -14,7 +14,6 @@ import os
 import struct
 from collections.abc import Iterable, Iterator, KeysView, Mapping, Sequence
 from dataclasses import asdict
-from hashlib import blake2b
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -95,7 +94,7 @@ class Ring:
         self._next = 0
         self._past = 0  # slots from here on were never used
         self._order = 0
-        # By place the rest of the digest of a key without some of its fingerprints; 0: none.
+        # By place the rest of the hash of a key without some of its fingerprints; 0: none.
         self._lost = [np.zeros(_DROPPED, np.uint64), np.zeros(_DROPPED, np.uint64)]
         self._marked = 0
         if sealed:
@@ -210,27 +209,26 @@ class Ring:
     def was_dropped(self, key: bytes) -> bool:
         """Return whether the ring has lost a version of a key, or never had it.
 
-        It is forgotten after an eighth to a quarter as many others as there are places, and rarely
+        The answer is forgotten after an eighth to a quarter as many others as there are places, and rarely
         before. Another key has the same mark with a probability of 2^-44.
         """
-        (place, mark) = _place_of(key)
-        return any(lost[place] == mark for lost in self._lost)
+        (mark, place) = divmod(hash(key) % (1 << 64), _DROPPED)
+        return any(lost[place] == mark + 1 for lost in self._lost)
 
     def lose(self, keys: Iterable[bytes]) -> None:
         """Note that keys have a version whose fingerprint is not taken."""
-        for key in keys:
-            # Old marks are forgotten, else every place would have one in the end.
-            if self._marked == _DROPPED // 8:
-                self._lost = [self._lost[1], np.zeros(_DROPPED, np.uint64)]
-                self._marked = 0
-            (place, mark) = _place_of(key)
-            self._lost[1][place] = mark
-            self._marked += 1
+        hashes = np.array([*map(hash, keys)], np.int64).view(np.uint64)
+        # Old marks are forgotten, else every place would have one in the end.
+        if self._marked + len(hashes) > _DROPPED // 8:
+            self._lost = [self._lost[1], np.zeros(_DROPPED, np.uint64)]
+            self._marked = 0
+        self._lost[1][hashes % _DROPPED] = hashes // _DROPPED + 1
+        self._marked += len(hashes)
 
-    def last_in(self, block: int) -> Known | None:
-        """Return the newest fingerprint of the key whose rows an engine's block last had."""
+    def last_in(self, block: int) -> list[Known]:
+        """Return the fingerprints of the key whose rows an engine's block last had, newest first."""
         key = self._last.get(block)
-        return next(iter(self.versions(key)), None) if key is not None else None
+        return [] if key is None else self.versions(key)
 
     def rest(self, blocks: Sequence[int], keys: Sequence[bytes]) -> None:
         """Note that each of the engine's blocks has the rows of its key now."""
@@ -275,6 +273,7 @@ class Ring:
     def _read(self) -> None:
         """Find the records of a file, and clear those that are torn."""
         used = np.flatnonzero(self._heads["length"])
+        whole = list[int]()  # oldest first
         for slot in used[np.argsort(self._heads["order"][used])].tolist():
             if not is_whole(self._heads[slot], self._sums[slot]):
                 self._heads["length"][slot] = 0
@@ -284,9 +283,12 @@ class Ring:
             self._keys[slot] = key
             self._blocks[slot] = int(self._heads["block"][slot])
             self._slots.setdefault(key, []).append(slot)
-            self._order = int(self._heads["order"][slot]) + 1
-            self._next = (slot + 1) % len(self._keys)
-            self._past = max(self._past, slot + 1)
+            whole.append(slot)
+        if whole:
+            self._order = int(self._heads["order"][whole[-1]]) + 1
+            self._past = max(whole) + 1
+            # Not after the newest: a version that was stored again keeps its place in the ring.
+            self._next = self._past if self._past < len(self._keys) else whole[0]
 
 
 #: A record without its sums: whether it is old, the checksum of the rest, its order, the engine's
@@ -301,12 +303,6 @@ HEAD = np.dtype(
         ("key", "u1", (KEY,)),
     ]
 )
-
-
-def _place_of(key: bytes) -> tuple[int, int]:
-    """Return the place of the mark of a lost key, and the mark."""
-    (mark, place) = divmod(int.from_bytes(blake2b(key, digest_size=8).digest(), "little"), _DROPPED)
-    return place, mark + 1
 
 
 def record_bytes(geometry: Geometry) -> int:

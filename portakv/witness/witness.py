@@ -147,14 +147,14 @@ class _Suspect(NamedTuple):
         at: its position among the keys of the step.
         actual: its fingerprint.
         versions: of its key.
-        before: the fingerprint of the rows that the engine's block had before.
+        before: of the key whose rows the engine's block had before.
     """
 
     step: _Step
     at: int
     actual: Sums
     versions: Sequence[Sums]
-    before: Known | None
+    before: Sequence[Known]
 
     @property
     def key(self) -> bytes:
@@ -335,6 +335,8 @@ class Witness:
             coming = self._coming(of)
             more = (at for at, key in enumerate(keys) if key in known or key in coming)
             chosen = sorted({*chosen, *more})
+            # A tier may have this version, although a later one may be the first of a request.
+            of.ring.lose(_at(keys, sorted({*range(len(keys))}.difference(chosen))))
         if not chosen and not self._pending:
             of.ring.forget(ids.tolist())
             return
@@ -526,9 +528,10 @@ class Witness:
             if not is_version and self._accepts(of, key, sums):
                 nth = len(accepted)
             if nth is None:
-                before = ring.last_in(int(step.blocks[at]))
-                if before is not None:
-                    before = before._replace(sums=before.sums.copy())
+                before = [
+                    known._replace(sums=known.sums.copy())
+                    for known in ring.last_in(int(step.blocks[at]))
+                ]
                 copies = [known.sums.copy() for known in versions]
                 suspects.append(_Suspect(step, at, sums, copies, before))
                 continue

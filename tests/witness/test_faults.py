@@ -260,6 +260,17 @@ def test_rows_of_a_load_are_the_rows_before_the_next_load() -> None:
     assert fault.versus == f"the rows that the block had before, of key {key(3).hex()[:16]}..."
 
 
+def test_rows_of_an_older_version_are_the_rows_before_the_next_load() -> None:
+    engine = Engine()
+    engine.store([0], [0])
+    engine.witness.stored([1], [key(0)])
+    engine.load(TARGET, 0)
+    engine.store([2], [3])
+    assert not engine.witness.restored([TARGET], [key(0)]).faults
+    (fault,) = engine.witness.restored([TARGET], [key(3)]).faults
+    assert fault.kind == "not written"
+
+
 def test_a_block_that_an_unknown_key_had_since_is_not_called_unwritten() -> None:
     """The control: the block got other rows meanwhile, which the witness does not know."""
     engine = Engine(check="sample", rate=0)
