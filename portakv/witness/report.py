@@ -28,7 +28,7 @@ from portakv.runtime.word_sums import MODULUS
 from portakv.view import KVView
 from portakv.witness.faults import Difference, Fault, Name, as_json, ranges_text
 from portakv.witness.fingerprint import Fingerprints, Geometry, Sums, keys_for, sums_of_rows
-from portakv.witness.table import MAGIC, geometry_of, is_whole, read_records
+from portakv.witness.table import MAGIC, geometry_of, is_whole, read_file
 
 _FORMAT = 1
 _SHOWN = 16  # planes
@@ -210,7 +210,8 @@ def _lines_of(report: Report, replay: str) -> list[str]:
 def _groups_of(path: Path) -> list[dict[str, Any]]:
     """Return the groups of a file of fingerprints, as values for JSON."""
     groups = list[dict[str, Any]]()
-    for name, (geometry, records) in read_records(path).items():
+    for name, ring in read_file(path).items():
+        (geometry, records) = ring.geometry, ring.records
         used = np.flatnonzero(records.heads["length"])
         whole = sum(is_whole(records.heads[slot], records.sums[slot]) for slot in used)
         groups.append(

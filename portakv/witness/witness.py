@@ -41,7 +41,7 @@ from portakv.witness.faults import (
 )
 from portakv.witness.fingerprint import Fingerprints, Geometry, Sums, fingerprints_of
 from portakv.witness.report import new_file, write_report
-from portakv.witness.table import KEY, Known, Records, Ring, Table, read_records, versions_in
+from portakv.witness.table import KEY, FileRing, Known, Ring, Table, read_file
 
 Check: TypeAlias = Literal["off", "sample", "all"]
 Action: TypeAlias = Literal["log", "recompute", "raise"]
@@ -270,7 +270,7 @@ class Witness:
         if not all(self._shardings):
             raise invalid("shardings", "the files of all ranks of each engine", [])
         self._accepts_shardings = self._accepts_older
-        self._files = dict[Path, dict[str, tuple[Geometry, Records]]]()  # read for a batch
+        self._files = dict[Path, dict[str, FileRing]]()  # read for a batch
         self._reports = None if reports is None else _path("reports", reports)
         self._report_bytes = as_bytes("report_bytes", report_bytes)
         if about is not None and not isinstance(about, Mapping):
@@ -645,21 +645,20 @@ class Witness:
         """Yield the fingerprints of a key in files of ranks."""
         for path in paths:
             if path not in self._files:
-                self._files[path] = self._records_of(path)
-            if group in self._files[path]:
-                (geometry, records) = self._files[path][group]
-                for known in versions_in(records, key):
-                    yield Other(str(path), geometry, known.sums, known.is_old)
+                self._files[path] = self._read_file(path)
+            ring = self._files[path].get(group)
+            for known in ring.versions(key) if ring is not None else ():
+                yield Other(str(path), ring.geometry, known.sums, known.is_old)
 
     def _in_shardings(self, group: str, key: bytes) -> Iterator[Sharding]:
         """Yield the fingerprints of a key in each engine with another number of ranks."""
         for paths in self._shardings:
             yield [[*self._known_in([path], group, key)] for path in paths]
 
-    def _records_of(self, path: Path) -> dict[str, tuple[Geometry, Records]]:
-        """Return the records of each group of a rank's file; none, with a log, of a wrong file."""
+    def _read_file(self, path: Path) -> dict[str, FileRing]:
+        """Return the ring of each group of a rank's file; none, with a log, of a wrong file."""
         try:
-            return read_records(path)
+            return read_file(path)
         except (OSError, InvalidTerms) as error:
             self._lines.warning(str(path), "Fingerprints of another rank: %s", error, lines=1)
             return {}

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import os
+import resource
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,9 +19,8 @@ from portakv.witness.table import (
     VERSIONS,
     Ring,
     Table,
-    read_records,
+    read_file,
     record_bytes,
-    versions_in,
 )
 
 GEOMETRY = Geometry(2, 2, 2, 4, 4, (16, 16), 4)
@@ -176,11 +177,11 @@ def test_fingerprints_survive_a_process_that_dies(tmp_path: Path) -> None:
     """Nothing closes the first table; its file is read while it is open."""
     with opened(tmp_path / "table") as table:
         add(table.rings[""], 1, 2)
-        (geometry, records) = read_records(tmp_path / "table")[""]
-        assert geometry == GEOMETRY
-        (known,) = versions_in(records, key(2))
+        ring = read_file(tmp_path / "table")[""]
+        assert ring.geometry == GEOMETRY
+        (known,) = ring.versions(key(2))
         assert known.sums.tolist() == sums(2)[0].tolist()
-        assert not versions_in(records, key(3))
+        assert not ring.versions(key(3))
 
 
 @pytest.mark.parametrize("at", [8, 16, 24, 32, 63, "sums", "none"])
@@ -240,6 +241,36 @@ def test_other_groups_and_sizes_are_refused(tmp_path: Path) -> None:
         pass
     with pytest.raises(InvalidTerms, match=r"with slots 7, got 6\. Pass the nbytes of before"):
         Table({"": GEOMETRY}, 7 * RECORD, path)
+
+
+@pytest.mark.parametrize("new", [True, False])
+def test_a_file_has_space_for_all_fingerprints(tmp_path: Path, new: bool) -> None:
+    """A write to mapped memory without space would be a SIGBUS. A copy may have holes."""
+    path = tmp_path / "table"
+    slots = 100
+    if not new:
+        with opened(path, slots):
+            pass
+        data = path.read_bytes()
+        path.unlink()
+        path.write_bytes(data[: -50 * RECORD])
+        os.truncate(path, len(data))
+    with opened(path, slots):
+        assert path.stat().st_blocks * 512 >= path.stat().st_size
+
+
+def test_a_file_without_space_is_refused_and_leaves_a_new_one(tmp_path: Path) -> None:
+    path = tmp_path / "table"
+    (soft, hard) = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20 << 10, hard))
+    try:
+        with pytest.raises(InvalidTerms, match=r"with space for .*pass fewer nbytes"):
+            Table({"": GEOMETRY}, 1000 * RECORD, path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert path.stat().st_size == 0
+    with opened(path):  # the control
+        pass
 
 
 def test_two_processes_cannot_share_a_file(tmp_path: Path) -> None:
