@@ -209,8 +209,8 @@ class Ring:
     def was_dropped(self, key: bytes) -> bool:
         """Return whether the ring has lost a version of a key, or never had it.
 
-        The answer is forgotten after an eighth to a quarter as many others as there are places, and rarely
-        before. Another key has the same mark with a probability of 2^-44.
+        A key is forgotten after an eighth to a quarter as many others as there are places, and
+        rarely before. Another key has the same mark with a probability of 2^-44.
         """
         (mark, place) = divmod(hash(key) % (1 << 64), _DROPPED)
         return any(lost[place] == mark + 1 for lost in self._lost)
@@ -226,7 +226,7 @@ class Ring:
         self._marked += len(hashes)
 
     def last_in(self, block: int) -> list[Known]:
-        """Return the fingerprints of the key whose rows an engine's block last had, newest first."""
+        """Return the fingerprints of the key whose rows an engine's block has, newest first."""
         key = self._last.get(block)
         return [] if key is None else self.versions(key)
 
@@ -483,7 +483,7 @@ class FileRing:
     def __init__(self, geometry: Geometry, records: Records) -> None:
         self.geometry = geometry
         self.records = records
-        # Next to each other they are found in a sixtieth of the time.
+        # The first words of keys, next to each other: a search reads them alone.
         self._words = records.heads["key"].view(np.uint64)[:, 0].copy()
 
     def versions(self, key: bytes) -> list[Known]:

@@ -39,7 +39,7 @@ from portakv.witness.faults import (
     sentence_of,
     shifts_of,
 )
-from portakv.witness.fingerprint import Fingerprints, Geometry, Sums, fingerprints_of
+from portakv.witness.fingerprint import Fingerprints, Sums, fingerprints_of
 from portakv.witness.report import new_file, write_report
 from portakv.witness.table import KEY, FileRing, Known, Ring, Table, read_file
 
