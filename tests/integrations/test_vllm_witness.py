@@ -608,6 +608,7 @@ def test_what_the_wrapped_connector_reports_as_failed_is_no_fault(
     cache.copy_(rows)
     store(connector, vllm, [1, 2])
     step(connector, vllm, loads=[load_of({4: 1, 5: 2})])
+    cache[4] = cache[1]
     connector.wrapped.answers["get_block_ids_with_load_errors"] = {5}
     ends(connector)
     connector.get_transfer_results(set())
@@ -619,6 +620,33 @@ def test_what_the_wrapped_connector_reports_as_failed_is_no_fault(
     connector.get_transfer_results(set())
     assert connector.get_block_ids_with_load_errors() == set()
     assert faults_of(connector) == 0
+
+
+@pytest.mark.parametrize("late", [False, True])
+@pytest.mark.parametrize("waits", [False, True])
+def test_wrong_blocks_before_a_failed_one_are_found(
+    late: bool, waits: bool, vllm: Vllm, rows: torch.Tensor
+) -> None:
+    """The engine uses them. It computes the failed block and those after it, which have no rows. A
+    connector may report a failed block before the end of the load."""
+    connector, (cache,) = vllm.worker(action="recompute")
+    cache.copy_(rows)
+    store(connector, vllm, [0, 1, 2, 3])
+    step(connector, vllm, loads=[load_of({4: 0, 5: 1, 6: 2, 7: 3}, waits=waits)])
+    cache[4] = cache[0]
+    connector.wrapped.answers["get_block_ids_with_load_errors"] = {6}
+    ends(connector, *(() if late else ("a",)))
+    connector.get_transfer_results(set())
+    found = connector.get_block_ids_with_load_errors()
+    connector.clear_connector_metadata()
+    if late:
+        connector.wrapped.answers["get_block_ids_with_load_errors"] = set()
+        step(connector, vllm)
+        ends(connector, "a")
+        connector.get_transfer_results(set())
+        found |= connector.get_block_ids_with_load_errors()
+    assert found == {5, 6}
+    assert faults_of(connector) == 1
 
 
 def test_the_load_of_an_aborted_request_is_not_compared(vllm: Vllm, rows: torch.Tensor) -> None:

@@ -10,6 +10,7 @@ import glob
 import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import takewhile
 from math import gcd
 from pathlib import Path
 from types import SimpleNamespace
@@ -147,7 +148,8 @@ class Load(NamedTuple):
         request: its name.
         waits: the request waits until the connector reports the end. Else the load ends in its
             step.
-        keys: by group, of each of the engine's blocks that it brings the key, as in `Note`.
+        keys: by group, of each of the engine's blocks that it brings the key, as in `Note`; first
+            tokens first.
     """
 
     request: str
@@ -157,6 +159,20 @@ class Load(NamedTuple):
     def brings(self, blocks: Collection[int]) -> bool:
         """Return whether the load brings one of the engine's blocks."""
         return any(not keys.keys().isdisjoint(blocks) for keys in self.keys.values())
+
+    def before(self, failed: Collection[int]) -> Load:
+        """Return the load without the first failed block and those after it, which the engine
+        computes.
+
+        With several groups an engine computes all blocks of a failed load: nothing is left.
+        """
+        if len(self.keys) > 1:
+            return self._replace(keys={})
+        kept = {
+            group: dict(takewhile(lambda each: each[0] not in failed, keys.items()))
+            for group, keys in self.keys.items()
+        }
+        return self._replace(keys=kept)
 
 
 @dataclass

@@ -14,7 +14,7 @@ import copy
 import logging
 import types
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from importlib import import_module
 from types import SimpleNamespace
@@ -508,7 +508,7 @@ class PortaKVWitness(_passes_all()):  # type: ignore[misc]
             self.wrapped.shutdown()
 
     def _compare(
-        self, ended: Iterable[str], received: Iterable[str], lost: Iterable[str] = ()
+        self, ended: Iterable[str], received: Iterable[str], lost: Collection[str] = ()
     ) -> set[str]:
         """Compare the loads that have ended in this step; return the requests with wrong blocks
         that the engine is to compute again.
@@ -528,18 +528,18 @@ class PortaKVWitness(_passes_all()):  # type: ignore[misc]
         if not loads and not self._waiting:
             return set()
 
-        # What the wrapped connector itself reports as failed is not compared.
+        # What the wrapped connector itself reports as failed is not compared, but the engine uses
+        # the blocks before.
         errors = self.wrapped.get_block_ids_with_load_errors()
         self._errors |= errors
-        gone = {*lost}
-        for load in (*loads, *self._waiting.values()) if errors else ():
-            if load.brings(errors):
-                gone.add(load.request)
-        for name in gone:
+        for name in lost:
             self._waiting.pop(name, None)
-        if any(load.request in gone and not load.waits for load in loads):
+        if any(not x.waits and (x.request in lost or x.brings(errors)) for x in loads):
             self._spoilt = self._ahead
-        loads = [load for load in loads if load.request not in gone]
+        loads = [load for load in loads if load.request not in lost]
+        if errors:
+            loads = [load.before(errors) for load in loads]
+            self._waiting = {name: load.before(errors) for name, load in self._waiting.items()}
         if not loads:
             return set()
         return self._wrong(loads)
