@@ -321,6 +321,19 @@ def test_recompute_needs_vllms_policy() -> None:
         check_policy(terms, "fail")
 
 
+def test_copies_of_an_engine_have_their_own_files(vllm: Vllm, tmp_path: Path) -> None:
+    connectors = list[Any]()
+    for copy in range(2):
+        config = vllm.config(file=str(tmp_path / "f"))
+        config.parallel_config.data_parallel_index = copy
+        made = vllm.witness.PortaKVWitness(config, vllm.role.WORKER, vllm.caches())
+        made.register_kv_caches({"layer 0": torch.zeros(BLOCKS, 1, BLOCK, 2 * WIDTH)})
+        connectors.append(made)
+    for made in connectors:
+        made.shutdown()
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["f", "f.tp1.rank1"]
+
+
 def test_ranks_that_divide_a_blocks_tokens_are_refused() -> None:
     check_parallel(SimpleNamespace(world_size=2))
     with pytest.raises(IntegrationError, match="leave --decode-context-parallel-size out"):
@@ -332,8 +345,10 @@ def test_files_of_ranks() -> None:
     assert rank_files("f", 0, 0, 1, 1) == (Path("f"), [], [])
     others = [Path("f.tp3.rank0"), Path("f.tp3.rank2")]
     assert rank_files("f", 1, 1, 3, 3) == (Path("f.tp3.rank1"), others, [])
-    # The second of two stages, and the second copy of an engine.
-    assert rank_files("f", 1, 0, 1, 2) == (Path("f.tp1.rank1"), [], [])
+    # The second of two stages, and the second copy of an engine. vLLM tells a copy of a dense model
+    # that it has no other copies.
+    assert rank_files("f", 1, 0, 1, 2, stages=2) == (Path("f.tp1.rank1"), [], [])
+    assert rank_files("f", 1, 0, 1, 1) == (Path("f.tp1.rank1"), [], [])
     assert rank_files("f", 3, 1, 2, 4) == (Path("f.tp2.rank3"), [Path("f.tp2.rank2")], [])
 
 
@@ -350,7 +365,16 @@ def test_files_of_other_numbers_of_ranks(tmp_path: Path) -> None:
     assert rank_files(str(file), 0, 0, 1, 1).shardings == [four]
     assert rank_files(str(file), 1, 1, 2, 2).shardings == [one, four]
     assert rank_files(str(file), 2, 2, 4, 4).shardings == [one]
-    assert rank_files(str(file), 3, 1, 2, 4).shardings == [one]  # of the second stage
+    # The second copy has no other layers, and the second stage has.
+    assert rank_files(str(file), 3, 1, 2, 4).shardings == [one, four]
+    assert rank_files(str(file), 3, 1, 2, 4, stages=2).shardings == []
+    # Each copy of a former engine has stored blocks.
+    assert rank_files(str(file), 0, 0, 1, 2, stages=2).shardings == [four]
+    for place in range(4, 8):
+        four.append(Path(f"{file}.tp4.rank{place}"))
+        four[-1].touch()
+    assert rank_files(str(file), 0, 0, 1, 1).shardings == [four[:4], four[4:]]
+    assert rank_files(str(file), 2, 0, 2, 4, stages=2).shardings == [four[4:]]
     assert rank_files(str(tmp_path / "none" / "f"), 0, 0, 1, 1).shardings == []
 
 

@@ -472,24 +472,29 @@ class RankFiles(NamedTuple):
     shardings: list[list[Path]]
 
 
-def rank_files(file: str | None, worker: int, rank: int, ranks: int, workers: int) -> RankFiles:
+def rank_files(
+    file: str | None, worker: int, rank: int, ranks: int, workers: int, stages: int = 1
+) -> RankFiles:
     """Return the files of fingerprints that concern a worker.
 
     A single worker has the file itself. Others have the number of ranks and the worker's number at
     the end of the name, so that engines with other numbers of ranks have files beside it.
 
     Args:
-        worker: the number of the worker, among ``workers`` of all copies of the engine.
+        worker: the number of the worker, among those of all copies of the engine.
         rank: of tensor parallelism, of ``ranks``.
+        workers: as far as a worker knows: a copy may know those of its own engine alone.
+        stages: of pipeline parallelism. Of another number of stages the layers differ, and no
+            fingerprint is like another.
     """
     if file is None:
         return RankFiles(None, [], [])
     whole = Path(file)
-    part = worker // ranks  # the number of the ranks that have the same layers
+    part = worker // ranks  # the number of the ranks that have one stage of one copy
     files = [Path(f"{file}.tp{ranks}.rank{part * ranks + each}") for each in range(ranks)]
-    if workers == 1:
+    if workers == 1 and worker == 0:
         files = [whole]
-    shardings = [[whole]] if ranks > 1 and whole.exists() else []
+    shardings = [[whole]] if ranks > 1 and stages == 1 and whole.exists() else []
     present = dict[int, dict[int, Path]]()
     for path in whole.parent.glob(f"{glob.escape(whole.name)}.tp*.rank*"):
         if numbers := re.fullmatch(
@@ -497,8 +502,10 @@ def rank_files(file: str | None, worker: int, rank: int, ranks: int, workers: in
         ):
             present.setdefault(int(numbers[1]), {})[int(numbers[2])] = path
     for many in sorted(present.keys() - {ranks}):
-        places = range(part * many, (part + 1) * many)
-        if all(place in present[many] for place in places):
-            shardings.append([present[many][place] for place in places])
+        # All copies share a tier, whatever copy stored a block.
+        for first in range(part % stages * many, max(present[many]) + 1, stages * many):
+            places = range(first, first + many)
+            if all(place in present[many] for place in places):
+                shardings.append([present[many][place] for place in places])
     own = files.pop(rank)
     return RankFiles(own, files, shardings)

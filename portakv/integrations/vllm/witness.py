@@ -426,7 +426,8 @@ class PortaKVWitness(_passes_all()):  # type: ignore[misc]
         rank = get_tensor_model_parallel_rank() if ranks > 1 else 0
         workers = parallel.world_size * getattr(parallel, "data_parallel_size", 1)
         _, worker = worker_numbers(parallel)
-        files = rank_files(terms.file, worker, rank, ranks, workers)
+        stages = getattr(parallel, "pipeline_parallel_size", 1)
+        files = rank_files(terms.file, worker, rank, ranks, workers, stages)
         self.witness = Witness(
             named,
             check=terms.check,
