@@ -225,10 +225,9 @@ class Ring:
         self._lost[1][hashes % _DROPPED] = hashes // _DROPPED + 1
         self._marked += len(hashes)
 
-    def last_in(self, block: int) -> list[Known]:
-        """Return the fingerprints of the key whose rows an engine's block has, newest first."""
-        key = self._last.get(block)
-        return [] if key is None else self.versions(key)
+    def key_in(self, block: int) -> bytes | None:
+        """Return the key whose rows an engine's block has; None: it is not known."""
+        return self._last.get(block)
 
     def rest(self, blocks: Sequence[int], keys: Sequence[bytes]) -> None:
         """Note that each of the engine's blocks has the rows of its key now."""

@@ -9,6 +9,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
+from itertools import compress
 from os import PathLike
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeAlias, TypeVar
@@ -100,6 +101,7 @@ class _Step:
         chosen: the positions whose fingerprints are taken.
         sums: on the device, int64 ``[chosen, count]``.
         comparison: of the restored blocks; None for stored ones.
+        loaded: positions whose sums only count if the block had right rows before.
     """
 
     def __init__(
@@ -110,12 +112,14 @@ class _Step:
         chosen: Sequence[int],
         sums: torch.Tensor,
         comparison: Comparison | None,
+        loaded: Collection[int],
     ) -> None:
         self.group = group
         self.keys = keys
         self.blocks = blocks
         self.chosen = chosen
         self.comparison = comparison
+        self.loaded = loaded
         self._event: torch.Event | None = None
         self._device = sums.device
         self._sums = sums
@@ -306,6 +310,7 @@ class Witness:
         group: str = "",
         *,
         first: Collection[int] = (),
+        loaded: Collection[int] = (),
     ) -> None:
         """Take fingerprints of blocks whose rows are complete.
 
@@ -317,6 +322,8 @@ class Witness:
             group: the name of the view.
             first: positions in ``keys`` that are taken whatever the rate, such as those of the
                 first block of a request.
+            loaded: positions of blocks that a load has restored, and whose last tokens the engine
+                has computed again. They are taken if the load has been compared and was right.
 
         Raises:
             SlotError: blocks that the view does not have, or on a device.
@@ -325,8 +332,9 @@ class Witness:
         """
         if self.check == "off":
             return
-        if not isinstance(first, Collection):
-            raise invalid("first", "positions in keys", first)
+        for name, positions in (("first", first), ("loaded", loaded)):
+            if not isinstance(positions, Collection):
+                raise invalid(name, "positions in keys", positions)
         self.settle()
         (of, ids) = self._read(blocks, keys, group)
         chosen = self._chosen(keys, first)
@@ -344,7 +352,7 @@ class Witness:
             of.figures.dropped += len(chosen)
             of.ring.lose(_at(keys, chosen))
             chosen = []
-        self._begin(of, keys, ids, chosen, None)
+        self._begin(of, keys, ids, chosen, None, loaded)
 
     def restored(self, blocks: IdList, keys: Sequence[bytes], group: str = "") -> Comparison:
         """Compare blocks that a load has restored with the fingerprints of their keys.
@@ -478,6 +486,7 @@ class Witness:
         ids: npt.NDArray[np.int64],
         chosen: Sequence[int],
         comparison: Comparison | None,
+        loaded: Collection[int] = (),
     ) -> None:
         """Launch the fingerprints of the chosen blocks of a call."""
         some = ids if len(chosen) == len(ids) else ids[np.asarray(chosen, np.intp)]
@@ -485,7 +494,7 @@ class Witness:
             sums = of.fingerprints.of(some)
         else:
             sums = torch.empty((0, of.fingerprints.geometry.count), dtype=torch.int64, device="cpu")
-        step = _Step(of, tuple(keys), ids, chosen, sums, comparison)
+        step = _Step(of, tuple(keys), ids, chosen, sums, comparison, frozenset(loaded))
         if comparison is not None:
             comparison._step = step
         self._pending.append(step)
@@ -494,10 +503,19 @@ class Witness:
         """Add the fingerprints of stored blocks to the table."""
         of = step.group
         sums = step.arrived()
-        of.ring.forget(step.blocks.tolist())
-        if step.chosen:
-            keys = _at(step.keys, step.chosen)
-            of.ring.add(keys, step.blocks[step.chosen].tolist(), sums)
+        blocks = step.blocks.tolist()
+        chosen = step.chosen
+        if step.loaded:
+            right = [
+                at not in step.loaded or of.ring.key_in(blocks[at]) == step.keys[at]
+                for at in chosen
+            ]
+            chosen = [*compress(chosen, right)]
+            sums = sums[right]
+        of.ring.forget(blocks)
+        if chosen:
+            keys = _at(step.keys, chosen)
+            of.ring.add(keys, _at(blocks, chosen), sums)
             of.figures.fingerprinted += len(keys)
 
     def _compare(self, step: _Step) -> list[_Suspect]:
@@ -528,10 +546,10 @@ class Witness:
             if not is_version and self._accepts(of, key, sums):
                 nth = len(accepted)
             if nth is None:
-                before = [
-                    known._replace(sums=known.sums.copy())
-                    for known in ring.last_in(int(step.blocks[at]))
-                ]
+                former = ring.key_in(int(step.blocks[at]))
+                before = list[Known]()
+                if former is not None:
+                    before += [x._replace(sums=x.sums.copy()) for x in ring.versions(former)]
                 copies = [known.sums.copy() for known in versions]
                 suspects.append(_Suspect(step, at, sums, copies, before))
                 continue
@@ -646,9 +664,10 @@ class Witness:
         for path in paths:
             if path not in self._files:
                 self._files[path] = self._read_file(path)
-            ring = self._files[path].get(group)
-            for known in ring.versions(key) if ring is not None else ():
-                yield Other(str(path), ring.geometry, known.sums, known.is_old)
+            if group in self._files[path]:
+                ring = self._files[path][group]
+                for known in ring.versions(key):
+                    yield Other(str(path), ring.geometry, known.sums, known.is_old)
 
     def _in_shardings(self, group: str, key: bytes) -> Iterator[Sharding]:
         """Yield the fingerprints of a key in each engine with another number of ranks."""

@@ -478,7 +478,8 @@ def test_a_block_that_a_load_has_begun_is_not_noted(loaded: int) -> None:
     notes.allocated(request, ((1, 2, 3, 4),), loaded)
     assert [*notes.take().loads[0].keys[0]] == [*range(1, loaded // BLOCK + 1)]
     notes.scheduled("a", 63, 1, ((1, 2, 3, 4),), anew=True)
-    assert blocks_in(notes) == []
+    again = [Note(0, 4, bytes([4]) * 32, False, True)]
+    assert notes.take().filled == ({"a": again} if loaded == 64 else {})
     notes.scheduled("a", 32, 32, ((),), anew=False)  # the load has failed
     assert blocks_in(notes) == [3, 4]
 
@@ -752,6 +753,42 @@ def test_rows_before_a_reset_are_a_fault(vllm: Vllm, rows: torch.Tensor) -> None
         connector.get_transfer_results(set())
         found.append(connector.get_block_ids_with_load_errors())
     assert found == [set(), {4}]
+
+
+@pytest.mark.parametrize("wrong", [False, True])
+def test_a_loaded_block_whose_last_token_is_computed_again_is_another_version(
+    wrong: bool, vllm: Vllm, rows: torch.Tensor
+) -> None:
+    """Of a whole prompt the engine computes the last token, and a tier may take this block. In the
+    control the load was wrong."""
+    connector, (cache,) = vllm.worker()
+    notes = vllm.scheduler().notes
+    request = request_of(2 * BLOCK)
+    cache.copy_(rows)
+
+    def end_step(*names: str) -> None:
+        made = notes.take()
+        step(connector, vllm, filled=made.filled, loads=made.loads)
+        ends(connector, *names)
+        connector.get_transfer_results(set())
+        connector.clear_connector_metadata()
+
+    begun(notes, request)
+    notes.scheduled("a", 0, 2 * BLOCK, ((1, 2),), anew=True)
+    end_step()
+    notes.allocated(request, ((3, 4),), 2 * BLOCK)
+    cache[[3, 4]] = cache[[1, 2]]
+    if wrong:
+        cache[4, 0, 3] += 1
+    end_step("a")
+    notes.scheduled("a", 2 * BLOCK - 1, 1, ((3, 4),), anew=True)
+    cache[4, 0, -1] *= 1 + 2**-10
+    end_step()
+    notes.allocated(request, ((5, 6),), 2 * BLOCK)
+    cache[[5, 6]] = cache[[3, 4]]
+    end_step("a")
+    assert faults_of(connector) == 2 * wrong
+    assert connector.statistics()["witness_fingerprints"] == 3 - wrong
 
 
 # --- figures

@@ -133,12 +133,14 @@ class Note(NamedTuple):
         key: the engine's hash of the tokens up to the end of the block, after a `renew` with a
             number at its end.
         first: it is the first block that a request fills.
+        loaded: a load has brought it, and the engine computes its last token again.
     """
 
     group: int
     block: int
     key: bytes
     first: bool = False
+    loaded: bool = False
 
 
 class Load(NamedTuple):
@@ -353,8 +355,12 @@ class BlockNotes:
         for at, group in enumerate(self._groups):
             if group is None:
                 continue
+            loaded = False
             if group.states is None or group.states == "every":
-                made = self._between(state, at, state.noted, known, state.brought)
+                whole = state.brought % group.block_size == 0
+                loaded = whole and computed == state.brought - 1 and group.states is None
+                own = state.brought - group.block_size if loaded else state.brought
+                made = self._between(state, at, state.noted, known, own)
             elif group.states == "told":
                 told = {tokens: ids.get(at, -1) for tokens, ids in states.items()}
                 made = self._states(state, at, told, known)
@@ -368,10 +374,10 @@ class BlockNotes:
                 }
                 made = self._states(state, at, kept, known)
             notes += [
-                Note(at, block, key, nth == 0 and at in state.fresh)
+                Note(at, block, key, nth == 0 and not loaded and at in state.fresh, loaded)
                 for nth, (block, key) in enumerate(made)
             ]
-            if made:
+            if made and not loaded:
                 state.fresh.discard(at)
         state.noted = known
         state.due = (known // self._unit + 1) * self._unit

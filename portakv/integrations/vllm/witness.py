@@ -477,8 +477,9 @@ class PortaKVWitness(_passes_all()):  # type: ignore[misc]
             blocks = [note.block for note in some]
             keys = [note.key for note in some]
             first = [at for at, note in enumerate(some) if note.first]
+            loaded = [at for at, note in enumerate(some) if note.loaded]
             for part in self._parts[number]:
-                self.witness.stored(blocks, keys, part, first=first)
+                self.witness.stored(blocks, keys, part, first=first, loaded=loaded)
         self.witness.settle()
 
     def get_finished(self, finished_req_ids: set[str]) -> tuple[set[str] | None, set[str] | None]:
