@@ -29,7 +29,7 @@ from portakv.witness.fingerprint import Geometry, Sums
 
 #: The most bytes of a key.
 KEY = 64
-#: The most versions of one key.
+#: The most versions of one key: the first and the last ones.
 VERSIONS = 8
 #: The first bytes of a file.
 MAGIC = b"PortaKV witness\0"
@@ -153,8 +153,7 @@ class Ring:
                         self._stamp(slot)
                 return True
         while len(slots) >= VERSIONS:  # more if one call has a key more than once
-            self._drop(slots[0])
-            slots = self._slots.setdefault(key, [])
+            self._drop(slots[1])  # a tier that has the first version saves no other one
         return False
 
     def _write(

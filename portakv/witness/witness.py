@@ -42,7 +42,7 @@ from portakv.witness.faults import (
 )
 from portakv.witness.fingerprint import Fingerprints, Sums, fingerprints_of
 from portakv.witness.report import new_file, write_report
-from portakv.witness.table import KEY, FileRing, Known, Ring, Table, read_file
+from portakv.witness.table import KEY, FileRing, Ring, Table, read_file
 
 Check: TypeAlias = Literal["off", "sample", "all"]
 Action: TypeAlias = Literal["log", "recompute", "raise"]
@@ -149,21 +149,12 @@ class _Suspect(NamedTuple):
     Attributes:
         step: of the block.
         at: its position among the keys of the step.
-        actual: its fingerprint.
-        versions: of its key.
-        before: of the key whose rows the engine's block had before.
+        evidence: by which its fault gets a name.
     """
 
     step: _Step
     at: int
-    actual: Sums
-    versions: Sequence[Sums]
-    before: Sequence[Known]
-
-    @property
-    def key(self) -> bytes:
-        """Return the key of the block."""
-        return self.step.keys[self.at]
+    evidence: Evidence
 
 
 class Comparison:
@@ -528,6 +519,7 @@ class Witness:
         # The sums by head alone tell of each byte; those by segment say where it is.
         agree = ring.agree(keys, all_sums[:, : of.fingerprints.geometry.head_sums])
         right = [at for at, agrees in zip(step.chosen, agree, strict=True) if agrees]
+        blocks = step.blocks.tolist()
         of.figures.compared += len(right)
         for n, key in enumerate(keys):
             if agree[n]:
@@ -546,16 +538,11 @@ class Witness:
             if not is_version and self._accepts(of, key, sums):
                 nth = len(accepted)
             if nth is None:
-                former = ring.key_in(int(step.blocks[at]))
-                before = list[Known]()
-                if former is not None:
-                    before += [x._replace(sums=x.sums.copy()) for x in ring.versions(former)]
-                copies = [known.sums.copy() for known in versions]
-                suspects.append(_Suspect(step, at, sums, copies, before))
+                evidence = self._evidence(of, key, sums, ring.key_in(blocks[at]))
+                suspects.append(_Suspect(step, at, evidence))
                 continue
             of.figures.older += nth > 0
             right.append(at)
-        blocks = step.blocks.tolist()
         rights = _at(step.keys, right)
         self._right.setdefault(of.name, set()).update(rights)
         ring.forget(blocks)
@@ -570,30 +557,35 @@ class Witness:
             for sharding in self._in_shardings(of.name, key)
         )
 
+    def _evidence(self, of: _Group, key: bytes, sums: Sums, former: bytes | None) -> Evidence:
+        """Return the evidence of a fault. ``former``: the key whose rows the block had before."""
+        ring = of.ring
+        before = [] if former is None else ring.versions(former)
+        return Evidence(
+            of.fingerprints.geometry,
+            sums,
+            # The ring may take other rows before a fault has its name.
+            [known.sums.copy() for known in ring.versions(key)],
+            [known._replace(sums=known.sums.copy()) for known in before],
+            ring,
+            key,
+            partial(self._known_in, self._others, of.name, key),
+            partial(self._in_shardings, of.name, key),
+            lambda: any(key in right for name, right in self._right.items() if name != of.name),
+        )
+
     def _report(self, suspects: Sequence[_Suspect]) -> None:
         """Name faults, count and log them, and write files about them."""
         named = list[tuple[_Suspect, Name, Difference]]()
         for nth, suspect in enumerate(suspects):
-            group = suspect.step.group
-            evidence = Evidence(
-                group.fingerprints.geometry,
-                suspect.actual,
-                suspect.versions,
-                suspect.before,
-                group.ring,
-                suspect.key,
-                partial(self._known_in, self._others, group.name, suspect.key),
-                partial(self._in_shardings, group.name, suspect.key),
-                any(
-                    suspect.key in keys for name, keys in self._right.items() if name != group.name
-                ),
-            )
-            lost = group.ring.was_dropped(suspect.key)
+            evidence = suspect.evidence
+            lost = evidence.ring.was_dropped(evidence.key)
             (name, difference) = name_fault(evidence, thorough=lost or nth < _NAMED)
             # A version that the table has lost may still be in a tier, and its rows are right.
             if lost and not name.is_explained and difference.may_be_rounded:
-                group.figures.compared -= 1
-                group.figures.unknown += 1
+                figures = suspect.step.group.figures
+                figures.compared -= 1
+                figures.unknown += 1
                 continue
             named.append((suspect, name, difference))
 
@@ -611,14 +603,14 @@ class Witness:
         block = int(step.blocks[suspect.at])
         fault = Fault(
             of.name,
-            suspect.key,
+            suspect.evidence.key,
             block,
             difference.layers,
             difference.differing_heads,
             difference.tokens,
             name.kind,
             name.versus,
-            sentence_of(of.name, suspect.key, block, name, difference),
+            sentence_of(of.name, suspect.evidence.key, block, name, difference),
         )
         of.figures.faults[name.kind] += 1
         fault = replace(fault, report=self._written(fault, name, difference, of))

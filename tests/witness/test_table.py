@@ -77,7 +77,7 @@ def test_versions_are_newest_first_and_bounded() -> None:
         for n in range(VERSIONS + 3):
             ring.add([key(0)], [n], sums(n))
             ring.add([key(0)], [n], sums(n))  # known already
-        expected = sums(*range(VERSIONS + 2, 2, -1)).tolist()
+        expected = sums(*range(VERSIONS + 2, 3, -1), 0).tolist()
         assert [x.sums.tolist() for x in ring.versions(key(0))] == expected
         assert ring.dropped == 3
         assert ring.was_dropped(key(0))
