@@ -67,7 +67,7 @@ class Figures:
         compared: restored blocks that were compared with a known fingerprint.
         unknown: restored blocks that should be compared, but have no known fingerprint.
         older: restored blocks that equal an older version of their key, or the rows that another
-            number of ranks has stored, which are accepted.
+            number of ranks has stored, which are accepted. They are the last version then.
         faults: by their kind.
         dropped: fingerprints that the table evicted, or that were not taken since the device lags.
         reports: files that were written.
@@ -519,6 +519,7 @@ class Witness:
         # The sums by head alone tell of each byte; those by segment say where it is.
         agree = ring.agree(keys, all_sums[:, : of.fingerprints.geometry.head_sums])
         right = [at for at, agrees in zip(step.chosen, agree, strict=True) if agrees]
+        others = list[int]()  # positions in keys: right, but not the last version
         blocks = step.blocks.tolist()
         of.figures.compared += len(right)
         for n, key in enumerate(keys):
@@ -543,10 +544,14 @@ class Witness:
                 continue
             of.figures.older += nth > 0
             right.append(at)
+            others.append(n)
         rights = _at(step.keys, right)
         self._right.setdefault(of.name, set()).update(rights)
         ring.forget(blocks)
         ring.rest(_at(blocks, right), rights)
+        if others:  # a tier has these versions, so that they are the last to be forgotten
+            places = [blocks[step.chosen[n]] for n in others]
+            ring.add([keys[n] for n in others], places, all_sums[others])
         return suspects
 
     def _accepts(self, of: _Group, key: bytes, sums: Sums) -> bool:

@@ -260,6 +260,24 @@ def test_rows_of_a_load_are_the_rows_before_the_next_load() -> None:
     assert fault.versus == f"the rows that the block had before, of key {key(3).hex()[:16]}..."
 
 
+def test_a_version_that_a_load_brings_is_not_forgotten() -> None:
+    """A tier took the second version, and the engine computes the block again and again. In the
+    control nothing was loaded."""
+    for loaded in (True, False):
+        engine = Engine()
+        engine.store([0], [0])
+        engine.store([1], [0])
+        engine.witness.stored([2], [key(0)])
+        for n in range(3, 14):
+            engine.witness.stored([n], [key(0)])
+            engine.load(TARGET, 0)
+            if loaded:
+                assert not engine.witness.restored([TARGET], [key(0)]).faults
+        assert not engine.witness.restored([TARGET], [key(0)]).faults
+        figures = engine.witness.figures()[""]
+        assert (figures.compared, figures.unknown) == ((12, 0) if loaded else (0, 1))
+
+
 def test_rows_of_an_older_version_are_the_rows_before_the_next_load() -> None:
     engine = Engine()
     engine.store([0], [0])
@@ -446,10 +464,12 @@ def test_right_heads_of_another_number_of_ranks_are_accepted(
         assert [fault.kind for fault in faults] == ([] if known else ["unlike"])
         figures = engine.witness.figures()[""]
         assert (figures.compared, figures.older, figures.unknown) == (1, int(known), 0)
-        # One changed number is a fault.
+        # The rows are known now. One changed number is a fault.
+        assert bool(engine.witness.restored([TARGET], [key(0)]).faults) is not known
+        assert engine.witness.figures()[""].older == int(known)
         right[1][1, 5, 0, 3] += 1
         (fault,) = faults_of(engine, loads(right))
-        assert fault.kind == "unlike"
+        assert fault.kind == ("changed bytes" if known else "unlike")
 
 
 @pytest.mark.parametrize("why", ["older", "renewed", "former weights", "another key", ""])
