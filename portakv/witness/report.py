@@ -211,15 +211,16 @@ def _groups_of(path: Path) -> list[dict[str, Any]]:
     """Return the groups of a file of fingerprints, as values for JSON."""
     groups = list[dict[str, Any]]()
     for name, ring in read_file(path).items():
-        (geometry, records) = ring.geometry, ring.records
-        used = np.flatnonzero(records.heads["length"])
-        whole = sum(is_whole(records.heads[slot], records.sums[slot]) for slot in used)
+        geometry = ring.geometry
+        (heads, sums) = ring.records
+        used = np.flatnonzero(heads["length"])
+        whole = sum(is_whole(heads[slot], sums[slot]) for slot in used)
         groups.append(
             {
                 "group": name,
                 "fingerprints": whole,
                 "torn": len(used) - whole,
-                "most": len(records.heads),
+                "most": len(heads),
                 "bytes": geometry.nbytes,
                 "bytes of a block": geometry.block_bytes,
                 "layers": geometry.layers,
