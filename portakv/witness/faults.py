@@ -98,23 +98,23 @@ class Evidence(NamedTuple):
         geometry: of the group.
         actual: of the restored rows.
         versions: of the rows that were stored under the key, newest first.
-        before: of the rows that the engine's block had before the load, if they are known.
+        before: of the key whose rows the engine's block had before the load, newest first.
         ring: of the group.
         key: of the block.
         others: returns the fingerprints of the key in other ranks.
         shardings: returns those in engines with another number of ranks.
-        elsewhere: other groups of this key have right rows.
+        elsewhere: returns whether another group of this key has right rows.
     """
 
     geometry: Geometry
     actual: Sums
     versions: Sequence[Sums]
-    before: Known | None
+    before: Sequence[Known]
     ring: Ring
     key: bytes
     others: Callable[[], Iterable[Other]]
     shardings: Callable[[], Iterable[Sharding]]
-    elsewhere: bool
+    elsewhere: Callable[[], bool]
 
 
 class Name(NamedTuple):
@@ -122,17 +122,20 @@ class Name(NamedTuple):
 
     Attributes:
         kind: of the fault.
-        versus: the rows that explain it.
-        is_explained: equal sums explain the rows, so that no other rounding does.
+        versus: the rows that explain it; empty if no equal sums do.
         source: the key whose rows the block has.
         sums: the fingerprint that explains the rows.
     """
 
     kind: Kind
-    versus: str
-    is_explained: bool
+    versus: str = ""
     source: bytes | None = None
     sums: Sums | None = None
+
+    @property
+    def is_explained(self) -> bool:
+        """Return whether equal sums explain the rows, so that no other rounding does."""
+        return bool(self.versus)
 
 
 class Difference:
@@ -259,7 +262,7 @@ def name_fault(evidence: Evidence, thorough: bool = True) -> tuple[Name, Differe
         _by_other_shardings,
         _by_shifted_tokens,
     )
-    for step in steps if thorough else steps[:2]:
+    for step in steps if thorough else steps[:3]:
         name = step(evidence, difference)
         if name is not None:
             return name, difference
@@ -271,24 +274,22 @@ def _by_zeros(evidence: Evidence, difference: Difference) -> Name | None:
     if not difference.is_explained_by(zeros):
         return None
     kind = _unwritten(evidence, difference, "zeros")
-    return Name(kind, "zeros", True, sums=zeros)
+    return Name(kind, "zeros", sums=zeros)
 
 
 def _by_rows_before(evidence: Evidence, difference: Difference) -> Name | None:
-    before = evidence.before
-    if before is None or before.key == evidence.key:
-        return None
-    if not difference.is_explained_by(before.sums):
-        return None
-    kind = _unwritten(evidence, difference, "not written")
-    versus = f"the rows that the block had before, of key {short(before.key)}"
-    return Name(kind, versus, True, before.key, before.sums)
+    for before in evidence.before:
+        if before.key != evidence.key and difference.is_explained_by(before.sums):
+            kind = _unwritten(evidence, difference, "not written")
+            versus = f"the rows that the block had before, of key {short(before.key)}"
+            return Name(kind, versus, before.key, before.sums)
+    return None
 
 
 def _unwritten(evidence: Evidence, difference: Difference, whole: Kind) -> Kind:
     """Return the kind of a fault whose rows were not written, by the places that differ."""
     if difference.is_whole:
-        return "missing group" if evidence.elsewhere else whole
+        return "missing group" if evidence.elsewhere() else whole
     if difference.has_whole_layers:
         return "missing layers"
     if difference.is_cut or difference.has_whole_planes:
@@ -299,7 +300,7 @@ def _unwritten(evidence: Evidence, difference: Difference, whole: Kind) -> Kind:
 def _by_other_versions(evidence: Evidence, difference: Difference) -> Name | None:
     for sums in evidence.versions:
         if sums is not difference.expected and difference.is_explained_by(sums):
-            return Name("older version", "another version of this key", True, evidence.key, sums)
+            return Name("older version", "another version of this key", evidence.key, sums)
     return None
 
 
@@ -307,7 +308,7 @@ def _by_other_blocks(evidence: Evidence, difference: Difference) -> Name | None:
     for known in islice(_candidates(evidence, difference), _CANDIDATES):
         if known.key != evidence.key and difference.is_explained_by(known.sums):
             versus = f"key {short(known.key)}, of block {known.block}"
-            return Name("other block", versus, True, known.key, known.sums.copy())
+            return Name("other block", versus, known.key, known.sums.copy())
     return None
 
 
@@ -332,7 +333,7 @@ def _by_exchanged_planes(evidence: Evidence, difference: Difference) -> Name | N
     where = difference.heads
     if not actual[where].any() or not (actual == expected)[where].all():
         return None
-    return Name("planes exchanged", "the other kv of the same key", True, evidence.key)
+    return Name("planes exchanged", "the other kv of the same key", evidence.key)
 
 
 def _by_exchanged_heads(evidence: Evidence, difference: Difference) -> Name | None:
@@ -342,7 +343,7 @@ def _by_exchanged_heads(evidence: Evidence, difference: Difference) -> Name | No
     if found is None:
         return None
     moved = ", ".join(f"{head} has those of {source}" for head, source in found)
-    return Name("heads exchanged", f"other heads of the same key: {moved}", True, evidence.key)
+    return Name("heads exchanged", f"other heads of the same key: {moved}", evidence.key)
 
 
 def _heads_among(actual: Sums, known: Sums, differing: Mask) -> list[tuple[int, int]] | None:
@@ -377,7 +378,7 @@ def _by_exchanged_layers(evidence: Evidence, difference: Difference) -> Name | N
             return None
         moved.append(f"{layer} has those of {int(sources[0])}")
     versus = f"other layers of the same key: {', '.join(moved)}"
-    return Name("layers exchanged", versus, True, evidence.key)
+    return Name("layers exchanged", versus, evidence.key)
 
 
 def _by_other_ranks(evidence: Evidence, difference: Difference) -> Name | None:
@@ -389,7 +390,7 @@ def _by_other_ranks(evidence: Evidence, difference: Difference) -> Name | None:
         found = _heads_among(actual, geometry.by_head(sums), difference.heads)
         if found is not None:
             moved = ", ".join(f"{head} has those of its {source}" for head, source in found)
-            return Name("other rank", f"heads of {place}: {moved}", True, evidence.key)
+            return Name("other rank", f"heads of {place}: {moved}", evidence.key)
     return None
 
 
@@ -421,7 +422,7 @@ def _by_other_shardings(evidence: Evidence, difference: Difference) -> Name | No
         if not len(missing):
             ranks = "1 rank" if len(sharding) == 1 else f"{len(sharding)} ranks"
             versus = f"rows of {ranks}: {', '.join(sources)}"
-            return Name("other sharding", versus, True, evidence.key)
+            return Name("other sharding", versus, evidence.key)
     return None
 
 
@@ -471,23 +472,23 @@ def _by_shifted_tokens(evidence: Evidence, difference: Difference) -> Name | Non
         ):
             if (ours == theirs).all() and ours.any():
                 versus = f"the same rows, {sign * n * each} tokens later"
-                return Name("shifted tokens", versus, True, evidence.key)
+                return Name("shifted tokens", versus, evidence.key)
     if (np.sort(expected, 1) == np.sort(actual, 1)).all():
-        return Name("shifted tokens", "the same tokens in another order", True, evidence.key)
+        return Name("shifted tokens", "the same tokens in another order", evidence.key)
     return None
 
 
 def _by_place(difference: Difference) -> Name:
     """Return a name by the places that differ alone."""
     if difference.is_whole:
-        return Name("unlike", "", False)
+        return Name("unlike")
     if difference.has_whole_layers:
-        return Name("missing layers", "", False)
+        return Name("missing layers")
     if difference.is_cut:
-        return Name("half written", "", False)
+        return Name("half written")
     if difference.has_whole_planes:
-        return Name("unlike", "", False)
-    return Name("changed bytes", "", False)
+        return Name("unlike")
+    return Name("changed bytes")
 
 
 def shifts_of(sources: Mapping[int, bytes], keys: Sequence[bytes]) -> dict[int, int]:

@@ -28,7 +28,7 @@ from portakv.runtime.word_sums import MODULUS
 from portakv.view import KVView
 from portakv.witness.faults import Difference, Fault, Name, as_json, ranges_text
 from portakv.witness.fingerprint import Fingerprints, Geometry, Sums, keys_for, sums_of_rows
-from portakv.witness.table import MAGIC, geometry_of, is_whole, read_records
+from portakv.witness.table import MAGIC, geometry_of, is_whole, read_file
 
 _FORMAT = 1
 _SHOWN = 16  # planes
@@ -210,15 +210,17 @@ def _lines_of(report: Report, replay: str) -> list[str]:
 def _groups_of(path: Path) -> list[dict[str, Any]]:
     """Return the groups of a file of fingerprints, as values for JSON."""
     groups = list[dict[str, Any]]()
-    for name, (geometry, records) in read_records(path).items():
-        used = np.flatnonzero(records.heads["length"])
-        whole = sum(is_whole(records.heads[slot], records.sums[slot]) for slot in used)
+    for name, ring in read_file(path).items():
+        geometry = ring.geometry
+        (heads, sums) = ring.records
+        used = np.flatnonzero(heads["length"])
+        whole = sum(is_whole(heads[slot], sums[slot]) for slot in used)
         groups.append(
             {
                 "group": name,
                 "fingerprints": whole,
                 "torn": len(used) - whole,
-                "most": len(records.heads),
+                "most": len(heads),
                 "bytes": geometry.nbytes,
                 "bytes of a block": geometry.block_bytes,
                 "layers": geometry.layers,

@@ -14,7 +14,6 @@ import os
 import struct
 from collections.abc import Iterable, Iterator, KeysView, Mapping, Sequence
 from dataclasses import asdict
-from hashlib import blake2b
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -30,7 +29,7 @@ from portakv.witness.fingerprint import Geometry, Sums
 
 #: The most bytes of a key.
 KEY = 64
-#: The most versions of one key.
+#: The most versions of one key: the first and the last ones.
 VERSIONS = 8
 #: The first bytes of a file.
 MAGIC = b"PortaKV witness\0"
@@ -95,7 +94,7 @@ class Ring:
         self._next = 0
         self._past = 0  # slots from here on were never used
         self._order = 0
-        # By place the rest of the digest of a key without some of its fingerprints; 0: none.
+        # By place the rest of the hash of a key without some of its fingerprints; 0: none.
         self._lost = [np.zeros(_DROPPED, np.uint64), np.zeros(_DROPPED, np.uint64)]
         self._marked = 0
         if sealed:
@@ -154,8 +153,7 @@ class Ring:
                         self._stamp(slot)
                 return True
         while len(slots) >= VERSIONS:  # more if one call has a key more than once
-            self._drop(slots[0])
-            slots = self._slots.setdefault(key, [])
+            self._drop(slots[1])  # a tier that has the first version saves no other one
         return False
 
     def _write(
@@ -210,27 +208,25 @@ class Ring:
     def was_dropped(self, key: bytes) -> bool:
         """Return whether the ring has lost a version of a key, or never had it.
 
-        It is forgotten after an eighth to a quarter as many others as there are places, and rarely
-        before. Another key has the same mark with a probability of 2^-44.
+        A key is forgotten after an eighth to a quarter as many others as there are places, and
+        rarely before. Another key has the same mark with a probability of 2^-44.
         """
-        (place, mark) = _place_of(key)
-        return any(lost[place] == mark for lost in self._lost)
+        (mark, place) = divmod(hash(key) % (1 << 64), _DROPPED)
+        return any(lost[place] == mark + 1 for lost in self._lost)
 
     def lose(self, keys: Iterable[bytes]) -> None:
         """Note that keys have a version whose fingerprint is not taken."""
-        for key in keys:
-            # Old marks are forgotten, else every place would have one in the end.
-            if self._marked == _DROPPED // 8:
-                self._lost = [self._lost[1], np.zeros(_DROPPED, np.uint64)]
-                self._marked = 0
-            (place, mark) = _place_of(key)
-            self._lost[1][place] = mark
-            self._marked += 1
+        hashes = np.array([*map(hash, keys)], np.int64).view(np.uint64)
+        # Old marks are forgotten, else every place would have one in the end.
+        if self._marked + len(hashes) > _DROPPED // 8:
+            self._lost = [self._lost[1], np.zeros(_DROPPED, np.uint64)]
+            self._marked = 0
+        self._lost[1][hashes % _DROPPED] = hashes // _DROPPED + 1
+        self._marked += len(hashes)
 
-    def last_in(self, block: int) -> Known | None:
-        """Return the newest fingerprint of the key whose rows an engine's block last had."""
-        key = self._last.get(block)
-        return next(iter(self.versions(key)), None) if key is not None else None
+    def key_in(self, block: int) -> bytes | None:
+        """Return the key whose rows an engine's block has; None: it is not known."""
+        return self._last.get(block)
 
     def rest(self, blocks: Sequence[int], keys: Sequence[bytes]) -> None:
         """Note that each of the engine's blocks has the rows of its key now."""
@@ -275,6 +271,7 @@ class Ring:
     def _read(self) -> None:
         """Find the records of a file, and clear those that are torn."""
         used = np.flatnonzero(self._heads["length"])
+        whole = list[int]()  # oldest first
         for slot in used[np.argsort(self._heads["order"][used])].tolist():
             if not is_whole(self._heads[slot], self._sums[slot]):
                 self._heads["length"][slot] = 0
@@ -284,9 +281,12 @@ class Ring:
             self._keys[slot] = key
             self._blocks[slot] = int(self._heads["block"][slot])
             self._slots.setdefault(key, []).append(slot)
-            self._order = int(self._heads["order"][slot]) + 1
-            self._next = (slot + 1) % len(self._keys)
-            self._past = max(self._past, slot + 1)
+            whole.append(slot)
+        if whole:
+            self._order = int(self._heads["order"][whole[-1]]) + 1
+            self._past = max(whole) + 1
+            # Not after the newest: a version that was stored again keeps its place in the ring.
+            self._next = self._past if self._past < len(self._keys) else whole[0]
 
 
 #: A record without its sums: whether it is old, the checksum of the rest, its order, the engine's
@@ -301,12 +301,6 @@ HEAD = np.dtype(
         ("key", "u1", (KEY,)),
     ]
 )
-
-
-def _place_of(key: bytes) -> tuple[int, int]:
-    """Return the place of the mark of a lost key, and the mark."""
-    (mark, place) = divmod(int.from_bytes(blake2b(key, digest_size=8).digest(), "little"), _DROPPED)
-    return place, mark + 1
 
 
 def record_bytes(geometry: Geometry) -> int:
@@ -420,17 +414,29 @@ def _opened(file: Path, head: bytes, size: int) -> int:
         present = os.pread(fd, max(len(head), _MOST_HEAD), 0)
         if not present.strip(b"\0"):  # new, or its maker died before the first byte
             os.ftruncate(fd, 0)
-            os.ftruncate(fd, size)
+            _allocate(fd, file, size)
             os.pwrite(fd, head, 0)
         else:
             _check_head(file, present, head)
             if os.fstat(fd).st_size != size:
                 got = f"{os.fstat(fd).st_size} bytes"
                 raise invalid("file", f"a file of {size} bytes", got, f"Delete {file}.")
+            _allocate(fd, file, size)  # a copy of a file may lack the space of zeros
     except BaseException:
         os.close(fd)
         raise
     return fd
+
+
+def _allocate(fd: int, file: Path, size: int) -> None:
+    """Allocate the space of a file: a write to mapped memory without it would end the process."""
+    before = os.fstat(fd).st_size
+    try:
+        os.posix_fallocate(fd, 0, size)
+    except OSError as error:
+        os.ftruncate(fd, before)
+        do = f"{error.strerror}. Free space, or pass fewer nbytes."
+        raise invalid("file", f"a file with space for {size_text(size)}", str(file), do) from error
 
 
 def _check_head(file: Path, present: bytes, expected: bytes) -> None:
@@ -464,11 +470,33 @@ def head_text(file: Path, data: bytes) -> dict[str, Any]:
     )
 
 
-def read_records(file: Path) -> dict[str, tuple[Geometry, Records]]:
-    """Return the records of each group of a file, which another process may write meanwhile.
+class FileRing:
+    """The fingerprints of a group in a file, which another process may write meanwhile.
 
-    `is_whole` says whether a record counts. Raises `InvalidTerms` as `head_text`, or OSError.
+    Attributes:
+        geometry: of the fingerprints.
+        records: `is_whole` says whether a record counts.
     """
+
+    def __init__(self, geometry: Geometry, records: Records) -> None:
+        self.geometry = geometry
+        self.records = records
+        # The first words of keys, next to each other: a search reads them alone.
+        self._words = records.heads["key"].view(np.uint64)[:, 0].copy()
+
+    def versions(self, key: bytes) -> list[Known]:
+        """Return the fingerprints of a key that were there when the file was read, newest first."""
+        (heads, sums) = self.records
+        (word,) = np.frombuffer(key[:8].ljust(8, b"\0"), np.uint64)
+        alike = np.flatnonzero(self._words == word)  # few, as keys are hashes
+        copies = [(heads[slot].copy(), sums[slot].copy()) for slot in alike]
+        found = [each for each in copies if is_whole(*each) and key_in(each[0]) == key]
+        found.sort(key=lambda each: -int(each[0]["order"]))
+        return [Known(key, int(head["block"]), sums, bool(head["old"])) for head, sums in found]
+
+
+def read_file(file: Path) -> dict[str, FileRing]:
+    """Return the ring of each group of a file. Raises `InvalidTerms` as `head_text`, or OSError."""
     with file.open("rb") as opened:
         head = opened.read(_MOST_HEAD)
     described = head_text(file, head)
@@ -482,20 +510,9 @@ def read_records(file: Path) -> dict[str, tuple[Geometry, Records]]:
         raise invalid("file", f"a table of {size} bytes", f"{file} of {file.stat().st_size} bytes")
     memory = np.memmap(file, np.uint8, "r", shape=(size,))
     records = _records_in(memory, begin, described["slots"], geometries)
-    return {name: (geometry, records[name]) for name, geometry in geometries.items()}
+    return {name: FileRing(geometry, records[name]) for name, geometry in geometries.items()}
 
 
 def geometry_of(fields: Mapping[str, Any]) -> Geometry:
     """Return the geometry of values from JSON."""
     return Geometry(**{**fields, "widths": tuple(fields["widths"])})
-
-
-def versions_in(records: Records, key: bytes) -> list[Known]:
-    """Return the fingerprints of a key among the records of a file, newest first."""
-    heads = records.heads
-    (word,) = np.frombuffer(key[:8].ljust(8, b"\0"), np.uint64)
-    alike = np.flatnonzero(heads["key"].view(np.uint64)[:, 0] == word)  # few, as keys are hashes
-    copies = [(heads[slot].copy(), records.sums[slot].copy()) for slot in alike]
-    found = [(head, sums) for head, sums in copies if is_whole(head, sums) and key_in(head) == key]
-    found.sort(key=lambda each: -int(each[0]["order"]))
-    return [Known(key, int(head["block"]), sums, bool(head["old"])) for head, sums in found]

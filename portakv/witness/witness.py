@@ -9,6 +9,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
+from itertools import compress
 from os import PathLike
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeAlias, TypeVar
@@ -39,15 +40,16 @@ from portakv.witness.faults import (
     sentence_of,
     shifts_of,
 )
-from portakv.witness.fingerprint import Fingerprints, Geometry, Sums, fingerprints_of
+from portakv.witness.fingerprint import Fingerprints, Sums, fingerprints_of
 from portakv.witness.report import new_file, write_report
-from portakv.witness.table import KEY, Known, Records, Ring, Table, read_records, versions_in
+from portakv.witness.table import KEY, FileRing, Ring, Table, read_file
 
 Check: TypeAlias = Literal["off", "sample", "all"]
 Action: TypeAlias = Literal["log", "recompute", "raise"]
 #: Calls whose fingerprints the device has not computed; further calls to `stored` take none.
 _PENDING = 256
-#: Faults of one look at the device that are compared with the whole table for their name.
+#: Faults of one look at the device that are compared with the whole table for their name. Those
+#: that may be right rows of a lost version are always compared.
 _NAMED = 64
 #: The most files about faults of one kind, and of all kinds.
 REPORTS_OF_KIND = 4
@@ -65,7 +67,7 @@ class Figures:
         compared: restored blocks that were compared with a known fingerprint.
         unknown: restored blocks that should be compared, but have no known fingerprint.
         older: restored blocks that equal an older version of their key, or the rows that another
-            number of ranks has stored, which are accepted.
+            number of ranks has stored, which are accepted. They are the last version then.
         faults: by their kind.
         dropped: fingerprints that the table evicted, or that were not taken since the device lags.
         reports: files that were written.
@@ -99,6 +101,7 @@ class _Step:
         chosen: the positions whose fingerprints are taken.
         sums: on the device, int64 ``[chosen, count]``.
         comparison: of the restored blocks; None for stored ones.
+        loaded: positions whose sums only count if the block had right rows before.
     """
 
     def __init__(
@@ -109,12 +112,14 @@ class _Step:
         chosen: Sequence[int],
         sums: torch.Tensor,
         comparison: Comparison | None,
+        loaded: Collection[int],
     ) -> None:
         self.group = group
         self.keys = keys
         self.blocks = blocks
         self.chosen = chosen
         self.comparison = comparison
+        self.loaded = loaded
         self._event: torch.Event | None = None
         self._device = sums.device
         self._sums = sums
@@ -144,21 +149,12 @@ class _Suspect(NamedTuple):
     Attributes:
         step: of the block.
         at: its position among the keys of the step.
-        actual: its fingerprint.
-        versions: of its key.
-        before: the fingerprint of the rows that the engine's block had before.
+        evidence: by which its fault gets a name.
     """
 
     step: _Step
     at: int
-    actual: Sums
-    versions: Sequence[Sums]
-    before: Known | None
-
-    @property
-    def key(self) -> bytes:
-        """Return the key of the block."""
-        return self.step.keys[self.at]
+    evidence: Evidence
 
 
 class Comparison:
@@ -266,8 +262,10 @@ class Witness:
         self._shardings = [
             _paths("shardings", each) for each in items("shardings", shardings, "lists of paths")
         ]
+        if not all(self._shardings):
+            raise invalid("shardings", "the files of all ranks of each engine", [])
         self._accepts_shardings = self._accepts_older
-        self._files = dict[Path, dict[str, tuple[Geometry, Records]]]()  # read for a batch
+        self._files = dict[Path, dict[str, FileRing]]()  # read for a batch
         self._reports = None if reports is None else _path("reports", reports)
         self._report_bytes = as_bytes("report_bytes", report_bytes)
         if about is not None and not isinstance(about, Mapping):
@@ -303,6 +301,7 @@ class Witness:
         group: str = "",
         *,
         first: Collection[int] = (),
+        loaded: Collection[int] = (),
     ) -> None:
         """Take fingerprints of blocks whose rows are complete.
 
@@ -314,6 +313,8 @@ class Witness:
             group: the name of the view.
             first: positions in ``keys`` that are taken whatever the rate, such as those of the
                 first block of a request.
+            loaded: positions of blocks that a load has restored, and whose last tokens the engine
+                has computed again. They are taken if the load has been compared and was right.
 
         Raises:
             SlotError: blocks that the view does not have, or on a device.
@@ -322,8 +323,9 @@ class Witness:
         """
         if self.check == "off":
             return
-        if not isinstance(first, Collection):
-            raise invalid("first", "positions in keys", first)
+        for name, positions in (("first", first), ("loaded", loaded)):
+            if not isinstance(positions, Collection):
+                raise invalid(name, "positions in keys", positions)
         self.settle()
         (of, ids) = self._read(blocks, keys, group)
         chosen = self._chosen(keys, first)
@@ -332,6 +334,8 @@ class Witness:
             coming = self._coming(of)
             more = (at for at, key in enumerate(keys) if key in known or key in coming)
             chosen = sorted({*chosen, *more})
+            # A tier may have this version, although a later one may be the first of a request.
+            of.ring.lose(_at(keys, sorted({*range(len(keys))}.difference(chosen))))
         if not chosen and not self._pending:
             of.ring.forget(ids.tolist())
             return
@@ -339,7 +343,7 @@ class Witness:
             of.figures.dropped += len(chosen)
             of.ring.lose(_at(keys, chosen))
             chosen = []
-        self._begin(of, keys, ids, chosen, None)
+        self._begin(of, keys, ids, chosen, None, loaded)
 
     def restored(self, blocks: IdList, keys: Sequence[bytes], group: str = "") -> Comparison:
         """Compare blocks that a load has restored with the fingerprints of their keys.
@@ -473,6 +477,7 @@ class Witness:
         ids: npt.NDArray[np.int64],
         chosen: Sequence[int],
         comparison: Comparison | None,
+        loaded: Collection[int] = (),
     ) -> None:
         """Launch the fingerprints of the chosen blocks of a call."""
         some = ids if len(chosen) == len(ids) else ids[np.asarray(chosen, np.intp)]
@@ -480,7 +485,7 @@ class Witness:
             sums = of.fingerprints.of(some)
         else:
             sums = torch.empty((0, of.fingerprints.geometry.count), dtype=torch.int64, device="cpu")
-        step = _Step(of, tuple(keys), ids, chosen, sums, comparison)
+        step = _Step(of, tuple(keys), ids, chosen, sums, comparison, frozenset(loaded))
         if comparison is not None:
             comparison._step = step
         self._pending.append(step)
@@ -489,10 +494,19 @@ class Witness:
         """Add the fingerprints of stored blocks to the table."""
         of = step.group
         sums = step.arrived()
-        of.ring.forget(step.blocks.tolist())
-        if step.chosen:
-            keys = _at(step.keys, step.chosen)
-            of.ring.add(keys, step.blocks[step.chosen].tolist(), sums)
+        blocks = step.blocks.tolist()
+        chosen = step.chosen
+        if step.loaded:
+            right = [
+                at not in step.loaded or of.ring.key_in(blocks[at]) == step.keys[at]
+                for at in chosen
+            ]
+            chosen = [*compress(chosen, right)]
+            sums = sums[right]
+        of.ring.forget(blocks)
+        if chosen:
+            keys = _at(step.keys, chosen)
+            of.ring.add(keys, _at(blocks, chosen), sums)
             of.figures.fingerprinted += len(keys)
 
     def _compare(self, step: _Step) -> list[_Suspect]:
@@ -505,6 +519,8 @@ class Witness:
         # The sums by head alone tell of each byte; those by segment say where it is.
         agree = ring.agree(keys, all_sums[:, : of.fingerprints.geometry.head_sums])
         right = [at for at, agrees in zip(step.chosen, agree, strict=True) if agrees]
+        others = list[int]()  # positions in keys: right, but not the last version
+        blocks = step.blocks.tolist()
         of.figures.compared += len(right)
         for n, key in enumerate(keys):
             if agree[n]:
@@ -523,19 +539,19 @@ class Witness:
             if not is_version and self._accepts(of, key, sums):
                 nth = len(accepted)
             if nth is None:
-                before = ring.last_in(int(step.blocks[at]))
-                if before is not None:
-                    before = before._replace(sums=before.sums.copy())
-                copies = [known.sums.copy() for known in versions]
-                suspects.append(_Suspect(step, at, sums, copies, before))
+                evidence = self._evidence(of, key, sums, ring.key_in(blocks[at]))
+                suspects.append(_Suspect(step, at, evidence))
                 continue
             of.figures.older += nth > 0
             right.append(at)
-        blocks = step.blocks.tolist()
+            others.append(n)
         rights = _at(step.keys, right)
         self._right.setdefault(of.name, set()).update(rights)
         ring.forget(blocks)
         ring.rest(_at(blocks, right), rights)
+        if others:  # a tier has these versions, so that they are the last to be forgotten
+            places = [blocks[step.chosen[n]] for n in others]
+            ring.add([keys[n] for n in others], places, all_sums[others])
         return suspects
 
     def _accepts(self, of: _Group, key: bytes, sums: Sums) -> bool:
@@ -546,30 +562,35 @@ class Witness:
             for sharding in self._in_shardings(of.name, key)
         )
 
+    def _evidence(self, of: _Group, key: bytes, sums: Sums, former: bytes | None) -> Evidence:
+        """Return the evidence of a fault. ``former``: the key whose rows the block had before."""
+        ring = of.ring
+        before = [] if former is None else ring.versions(former)
+        return Evidence(
+            of.fingerprints.geometry,
+            sums,
+            # The ring may take other rows before a fault has its name.
+            [known.sums.copy() for known in ring.versions(key)],
+            [known._replace(sums=known.sums.copy()) for known in before],
+            ring,
+            key,
+            partial(self._known_in, self._others, of.name, key),
+            partial(self._in_shardings, of.name, key),
+            lambda: any(key in right for name, right in self._right.items() if name != of.name),
+        )
+
     def _report(self, suspects: Sequence[_Suspect]) -> None:
         """Name faults, count and log them, and write files about them."""
         named = list[tuple[_Suspect, Name, Difference]]()
         for nth, suspect in enumerate(suspects):
-            group = suspect.step.group
-            evidence = Evidence(
-                group.fingerprints.geometry,
-                suspect.actual,
-                suspect.versions,
-                suspect.before,
-                group.ring,
-                suspect.key,
-                partial(self._known_in, self._others, group.name, suspect.key),
-                partial(self._in_shardings, group.name, suspect.key),
-                any(
-                    suspect.key in keys for name, keys in self._right.items() if name != group.name
-                ),
-            )
-            (name, difference) = name_fault(evidence, thorough=nth < _NAMED)
+            evidence = suspect.evidence
+            lost = evidence.ring.was_dropped(evidence.key)
+            (name, difference) = name_fault(evidence, thorough=lost or nth < _NAMED)
             # A version that the table has lost may still be in a tier, and its rows are right.
-            may_be_right = not name.is_explained and difference.may_be_rounded
-            if may_be_right and group.ring.was_dropped(suspect.key):
-                group.figures.compared -= 1
-                group.figures.unknown += 1
+            if lost and not name.is_explained and difference.may_be_rounded:
+                figures = suspect.step.group.figures
+                figures.compared -= 1
+                figures.unknown += 1
                 continue
             named.append((suspect, name, difference))
 
@@ -587,14 +608,14 @@ class Witness:
         block = int(step.blocks[suspect.at])
         fault = Fault(
             of.name,
-            suspect.key,
+            suspect.evidence.key,
             block,
             difference.layers,
             difference.differing_heads,
             difference.tokens,
             name.kind,
             name.versus,
-            sentence_of(of.name, suspect.key, block, name, difference),
+            sentence_of(of.name, suspect.evidence.key, block, name, difference),
         )
         of.figures.faults[name.kind] += 1
         fault = replace(fault, report=self._written(fault, name, difference, of))
@@ -639,21 +660,21 @@ class Witness:
         """Yield the fingerprints of a key in files of ranks."""
         for path in paths:
             if path not in self._files:
-                self._files[path] = self._records_of(path)
+                self._files[path] = self._read_file(path)
             if group in self._files[path]:
-                (geometry, records) = self._files[path][group]
-                for known in versions_in(records, key):
-                    yield Other(str(path), geometry, known.sums, known.is_old)
+                ring = self._files[path][group]
+                for known in ring.versions(key):
+                    yield Other(str(path), ring.geometry, known.sums, known.is_old)
 
     def _in_shardings(self, group: str, key: bytes) -> Iterator[Sharding]:
         """Yield the fingerprints of a key in each engine with another number of ranks."""
         for paths in self._shardings:
             yield [[*self._known_in([path], group, key)] for path in paths]
 
-    def _records_of(self, path: Path) -> dict[str, tuple[Geometry, Records]]:
-        """Return the records of each group of a rank's file; none, with a log, of a wrong file."""
+    def _read_file(self, path: Path) -> dict[str, FileRing]:
+        """Return the ring of each group of a rank's file; none, with a log, of a wrong file."""
         try:
-            return read_records(path)
+            return read_file(path)
         except (OSError, InvalidTerms) as error:
             self._lines.warning(str(path), "Fingerprints of another rank: %s", error, lines=1)
             return {}

@@ -43,7 +43,7 @@ from support.vllm_cpu_calls import figures_of, publishing
 from support.vllm_cpu_schedules import LONGEST_ANSWER, Walk, prompts_of
 from support.waits import LIMIT
 
-from portakv.witness.table import is_whole, key_in, read_records
+from portakv.witness.table import is_whole, key_in, read_file
 
 PROMPTS = [prompt(1000, 1), prompt(500, 2), prompt(900, 3)]
 SHIM = "support.witness_shim"
@@ -278,8 +278,8 @@ def save_rows(worker: Any, folder: Path) -> None:
     witness = connector_here().witness
     witness.settle(wait=True)
     file = folder / f"fingerprints.tp2.rank{worker.rank}"
-    ((_, records),) = read_records(file).values()
-    whole = [head for head, sums in zip(*records, strict=True) if is_whole(head, sums)]
+    (ring,) = read_file(file).values()
+    whole = [head for head, sums in zip(*ring.records, strict=True) if is_whole(head, sums)]
     keys = {int(head["block"]): key_in(head) for head in whole}
     importlib.import_module(SHIM).save_rows(folder / "rows" / str(worker.rank), keys)
 

@@ -45,7 +45,7 @@ from support.vllm_cpu import (
 from support.waits import LIMIT
 
 from portakv.witness.report import Report, read_report
-from portakv.witness.table import read_records, versions_in
+from portakv.witness.table import read_file
 
 pytestmark = pytest.mark.full
 
@@ -223,8 +223,8 @@ def key_of(report: Report) -> bytes:
 
 def by_head(file: Path, key: bytes) -> Any:
     """Return the sums of a key in a file of fingerprints, ``[layers, kv, heads]``."""
-    ((geometry, records),) = read_records(file).values()
-    return geometry.by_head(versions_in(records, key)[0].sums)
+    (ring,) = read_file(file).values()
+    return ring.geometry.by_head(ring.versions(key)[0].sums)
 
 
 def in_a_chunk(sums: list[Any]) -> Any:

@@ -321,6 +321,19 @@ def test_recompute_needs_vllms_policy() -> None:
         check_policy(terms, "fail")
 
 
+def test_copies_of_an_engine_have_their_own_files(vllm: Vllm, tmp_path: Path) -> None:
+    connectors = list[Any]()
+    for copy in range(2):
+        config = vllm.config(file=str(tmp_path / "f"))
+        config.parallel_config.data_parallel_index = copy
+        made = vllm.witness.PortaKVWitness(config, vllm.role.WORKER, vllm.caches())
+        made.register_kv_caches({"layer 0": torch.zeros(BLOCKS, 1, BLOCK, 2 * WIDTH)})
+        connectors.append(made)
+    for made in connectors:
+        made.shutdown()
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["f", "f.tp1.rank1"]
+
+
 def test_ranks_that_divide_a_blocks_tokens_are_refused() -> None:
     check_parallel(SimpleNamespace(world_size=2))
     with pytest.raises(IntegrationError, match="leave --decode-context-parallel-size out"):
@@ -332,8 +345,10 @@ def test_files_of_ranks() -> None:
     assert rank_files("f", 0, 0, 1, 1) == (Path("f"), [], [])
     others = [Path("f.tp3.rank0"), Path("f.tp3.rank2")]
     assert rank_files("f", 1, 1, 3, 3) == (Path("f.tp3.rank1"), others, [])
-    # The second of two stages, and the second copy of an engine.
-    assert rank_files("f", 1, 0, 1, 2) == (Path("f.tp1.rank1"), [], [])
+    # The second of two stages, and the second copy of an engine. vLLM tells a copy of a dense model
+    # that it has no other copies.
+    assert rank_files("f", 1, 0, 1, 2, stages=2) == (Path("f.tp1.rank1"), [], [])
+    assert rank_files("f", 1, 0, 1, 1) == (Path("f.tp1.rank1"), [], [])
     assert rank_files("f", 3, 1, 2, 4) == (Path("f.tp2.rank3"), [Path("f.tp2.rank2")], [])
 
 
@@ -350,7 +365,16 @@ def test_files_of_other_numbers_of_ranks(tmp_path: Path) -> None:
     assert rank_files(str(file), 0, 0, 1, 1).shardings == [four]
     assert rank_files(str(file), 1, 1, 2, 2).shardings == [one, four]
     assert rank_files(str(file), 2, 2, 4, 4).shardings == [one]
-    assert rank_files(str(file), 3, 1, 2, 4).shardings == [one]  # of the second stage
+    # The second copy has no other layers, and the second stage has.
+    assert rank_files(str(file), 3, 1, 2, 4).shardings == [one, four]
+    assert rank_files(str(file), 3, 1, 2, 4, stages=2).shardings == []
+    # Each copy of a former engine has stored blocks.
+    assert rank_files(str(file), 0, 0, 1, 2, stages=2).shardings == [four]
+    for place in range(4, 8):
+        four.append(Path(f"{file}.tp4.rank{place}"))
+        four[-1].touch()
+    assert rank_files(str(file), 0, 0, 1, 1).shardings == [four[:4], four[4:]]
+    assert rank_files(str(file), 2, 0, 2, 4, stages=2).shardings == [four[4:]]
     assert rank_files(str(tmp_path / "none" / "f"), 0, 0, 1, 1).shardings == []
 
 
@@ -454,7 +478,8 @@ def test_a_block_that_a_load_has_begun_is_not_noted(loaded: int) -> None:
     notes.allocated(request, ((1, 2, 3, 4),), loaded)
     assert [*notes.take().loads[0].keys[0]] == [*range(1, loaded // BLOCK + 1)]
     notes.scheduled("a", 63, 1, ((1, 2, 3, 4),), anew=True)
-    assert blocks_in(notes) == []
+    again = [Note(0, 4, bytes([4]) * 32, False, True)]
+    assert notes.take().filled == ({"a": again} if loaded == 64 else {})
     notes.scheduled("a", 32, 32, ((),), anew=False)  # the load has failed
     assert blocks_in(notes) == [3, 4]
 
@@ -608,6 +633,7 @@ def test_what_the_wrapped_connector_reports_as_failed_is_no_fault(
     cache.copy_(rows)
     store(connector, vllm, [1, 2])
     step(connector, vllm, loads=[load_of({4: 1, 5: 2})])
+    cache[4] = cache[1]
     connector.wrapped.answers["get_block_ids_with_load_errors"] = {5}
     ends(connector)
     connector.get_transfer_results(set())
@@ -619,6 +645,33 @@ def test_what_the_wrapped_connector_reports_as_failed_is_no_fault(
     connector.get_transfer_results(set())
     assert connector.get_block_ids_with_load_errors() == set()
     assert faults_of(connector) == 0
+
+
+@pytest.mark.parametrize("late", [False, True])
+@pytest.mark.parametrize("waits", [False, True])
+def test_wrong_blocks_before_a_failed_one_are_found(
+    late: bool, waits: bool, vllm: Vllm, rows: torch.Tensor
+) -> None:
+    """The engine uses them. It computes the failed block and those after it, which have no rows. A
+    connector may report a failed block before the end of the load."""
+    connector, (cache,) = vllm.worker(action="recompute")
+    cache.copy_(rows)
+    store(connector, vllm, [0, 1, 2, 3])
+    step(connector, vllm, loads=[load_of({4: 0, 5: 1, 6: 2, 7: 3}, waits=waits)])
+    cache[4] = cache[0]
+    connector.wrapped.answers["get_block_ids_with_load_errors"] = {6}
+    ends(connector, *(() if late else ("a",)))
+    connector.get_transfer_results(set())
+    found = connector.get_block_ids_with_load_errors()
+    connector.clear_connector_metadata()
+    if late:
+        connector.wrapped.answers["get_block_ids_with_load_errors"] = set()
+        step(connector, vllm)
+        ends(connector, "a")
+        connector.get_transfer_results(set())
+        found |= connector.get_block_ids_with_load_errors()
+    assert found == {5, 6}
+    assert faults_of(connector) == 1
 
 
 def test_the_load_of_an_aborted_request_is_not_compared(vllm: Vllm, rows: torch.Tensor) -> None:
@@ -700,6 +753,42 @@ def test_rows_before_a_reset_are_a_fault(vllm: Vllm, rows: torch.Tensor) -> None
         connector.get_transfer_results(set())
         found.append(connector.get_block_ids_with_load_errors())
     assert found == [set(), {4}]
+
+
+@pytest.mark.parametrize("wrong", [False, True])
+def test_a_loaded_block_whose_last_token_is_computed_again_is_another_version(
+    wrong: bool, vllm: Vllm, rows: torch.Tensor
+) -> None:
+    """Of a whole prompt the engine computes the last token, and a tier may take this block. In the
+    control the load was wrong."""
+    connector, (cache,) = vllm.worker()
+    notes = vllm.scheduler().notes
+    request = request_of(2 * BLOCK)
+    cache.copy_(rows)
+
+    def end_step(*names: str) -> None:
+        made = notes.take()
+        step(connector, vllm, filled=made.filled, loads=made.loads)
+        ends(connector, *names)
+        connector.get_transfer_results(set())
+        connector.clear_connector_metadata()
+
+    begun(notes, request)
+    notes.scheduled("a", 0, 2 * BLOCK, ((1, 2),), anew=True)
+    end_step()
+    notes.allocated(request, ((3, 4),), 2 * BLOCK)
+    cache[[3, 4]] = cache[[1, 2]]
+    if wrong:
+        cache[4, 0, 3] += 1
+    end_step("a")
+    notes.scheduled("a", 2 * BLOCK - 1, 1, ((3, 4),), anew=True)
+    cache[4, 0, -1] *= 1 + 2**-10
+    end_step()
+    notes.allocated(request, ((5, 6),), 2 * BLOCK)
+    cache[[5, 6]] = cache[[3, 4]]
+    end_step("a")
+    assert faults_of(connector) == 2 * wrong
+    assert connector.statistics()["witness_fingerprints"] == 3 - wrong
 
 
 # --- figures

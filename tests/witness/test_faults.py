@@ -17,6 +17,7 @@ from portakv import KVView
 from portakv.witness import Fault, Witness
 from portakv.witness.faults import Other, is_of_sharding
 from portakv.witness.fingerprint import Geometry
+from portakv.witness.table import HEAD
 
 DEVICES = pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 #: Blocks with the stored rows, whose keys are the numbers 0 to 7; and blocks that are restored.
@@ -259,6 +260,35 @@ def test_rows_of_a_load_are_the_rows_before_the_next_load() -> None:
     assert fault.versus == f"the rows that the block had before, of key {key(3).hex()[:16]}..."
 
 
+def test_a_version_that_a_load_brings_is_not_forgotten() -> None:
+    """A tier took the second version, and the engine computes the block again and again. In the
+    control nothing was loaded."""
+    for loaded in (True, False):
+        engine = Engine()
+        engine.store([0], [0])
+        engine.store([1], [0])
+        engine.witness.stored([2], [key(0)])
+        for n in range(3, 14):
+            engine.witness.stored([n], [key(0)])
+            engine.load(TARGET, 0)
+            if loaded:
+                assert not engine.witness.restored([TARGET], [key(0)]).faults
+        assert not engine.witness.restored([TARGET], [key(0)]).faults
+        figures = engine.witness.figures()[""]
+        assert (figures.compared, figures.unknown) == ((12, 0) if loaded else (0, 1))
+
+
+def test_rows_of_an_older_version_are_the_rows_before_the_next_load() -> None:
+    engine = Engine()
+    engine.store([0], [0])
+    engine.witness.stored([1], [key(0)])
+    engine.load(TARGET, 0)
+    engine.store([2], [3])
+    assert not engine.witness.restored([TARGET], [key(0)]).faults
+    (fault,) = engine.witness.restored([TARGET], [key(3)]).faults
+    assert fault.kind == "not written"
+
+
 def test_a_block_that_an_unknown_key_had_since_is_not_called_unwritten() -> None:
     """The control: the block got other rows meanwhile, which the witness does not know."""
     engine = Engine(check="sample", rate=0)
@@ -434,10 +464,12 @@ def test_right_heads_of_another_number_of_ranks_are_accepted(
         assert [fault.kind for fault in faults] == ([] if known else ["unlike"])
         figures = engine.witness.figures()[""]
         assert (figures.compared, figures.older, figures.unknown) == (1, int(known), 0)
-        # One changed number is a fault.
+        # The rows are known now. One changed number is a fault.
+        assert bool(engine.witness.restored([TARGET], [key(0)]).faults) is not known
+        assert engine.witness.figures()[""].older == int(known)
         right[1][1, 5, 0, 3] += 1
         (fault,) = faults_of(engine, loads(right))
-        assert fault.kind == "unlike"
+        assert fault.kind == ("changed bytes" if known else "unlike")
 
 
 @pytest.mark.parametrize("why", ["older", "renewed", "former weights", "another key", ""])
@@ -605,6 +637,34 @@ def test_more_faults_than_are_searched_for_are_all_reported() -> None:
     comparison = witness.restored(range(200, 300), keys)
     assert comparison.failed == {*range(200, 300)}
     assert sum(witness.figures()[""].faults.values()) == 100
+
+
+@pytest.mark.parametrize("wrong", [True, False])
+def test_no_fault_of_a_lost_version_is_overlooked_among_many(wrong: bool) -> None:
+    """The table has lost the first version of all keys. In the control a tier has these rows."""
+    torch.manual_seed(0)
+    cache = torch.randn(2, 400, 4, 2, 4)
+    view = KVView(cache, "kv block token head dim")
+    each = HEAD.itemsize + Witness(view).block_bytes[""]
+    witness = Witness(view, check="all", action="recompute", nbytes=300 * each)
+    keys = [key(n) for n in range(100)]
+    witness.stored(range(100), keys)
+    witness.stored(range(100, 300), [key(1000 + n) for n in range(200)])
+    witness.stored(range(300, 400), keys)
+    cache[:, 100:200] = cache[:, 300:].roll(7, 1) if wrong else cache[:, :100]
+    comparison = witness.restored(range(100, 200), keys)
+    assert comparison.failed == ({*range(100, 200)} if wrong else set())
+    assert witness.figures()[""].unknown == (0 if wrong else 100)
+
+
+def test_many_older_versions_are_all_named() -> None:
+    torch.manual_seed(0)
+    witness = Witness(KVView(torch.randn(2, 100, 4, 2, 4), "kv block token head dim"), check="all")
+    keys = [key(n) for n in range(100)]
+    witness.stored(range(100), keys)
+    witness.renew()
+    assert len(witness.restored(range(100), keys).faults) == 100
+    assert witness.figures()[""].faults == {"older version": 100}
 
 
 # Blocks without a fault

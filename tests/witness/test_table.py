@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import os
+import resource
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,9 +19,8 @@ from portakv.witness.table import (
     VERSIONS,
     Ring,
     Table,
-    read_records,
+    read_file,
     record_bytes,
-    versions_in,
 )
 
 GEOMETRY = Geometry(2, 2, 2, 4, 4, (16, 16), 4)
@@ -76,7 +77,7 @@ def test_versions_are_newest_first_and_bounded() -> None:
         for n in range(VERSIONS + 3):
             ring.add([key(0)], [n], sums(n))
             ring.add([key(0)], [n], sums(n))  # known already
-        expected = sums(*range(VERSIONS + 2, 2, -1)).tolist()
+        expected = sums(*range(VERSIONS + 2, 3, -1), 0).tolist()
         assert [x.sums.tolist() for x in ring.versions(key(0))] == expected
         assert ring.dropped == 3
         assert ring.was_dropped(key(0))
@@ -116,15 +117,11 @@ def test_keys_agree_in_any_order(ring: Ring) -> None:
 
 def test_the_rows_of_engine_blocks_are_followed(ring: Ring) -> None:
     add(ring, 1, 2, 3)
-    known = ring.last_in(2)
-    assert known is not None
-    assert (known.key, known.block) == (key(2), 2)
+    assert ring.key_in(2) == key(2)
     ring.rest([2], [key(3)])
-    known = ring.last_in(2)
-    assert known is not None
-    assert known.key == key(3)
+    assert ring.key_in(2) == key(3)
     ring.forget([2, 9])
-    assert ring.last_in(2) is None
+    assert ring.key_in(2) is None
 
 
 def test_each_group_has_the_same_number_of_fingerprints() -> None:
@@ -154,15 +151,37 @@ def test_fingerprints_survive_a_restart(tmp_path: Path) -> None:
         assert [n for n in range(9) if key(n) in ring.keys] == [*range(3, 9)]
 
 
+@pytest.mark.parametrize("count", [4, 6])
+def test_a_version_that_was_stored_again_keeps_its_place_after_a_restart(
+    tmp_path: Path, count: int
+) -> None:
+    """A new fingerprint takes a free place if there is one, else that of the oldest."""
+    path = tmp_path / "table"
+    with opened(path) as table:
+        ring = table.rings[""]
+        add(ring, *range(count - 1))
+        ring.add([key(2)], [2], sums(20))
+        add(ring, 2)
+    with opened(path) as table:
+        ring = table.rings[""]
+        add(ring, 8)
+        assert ring.dropped == (count == 6)
+        assert [n for n in range(9) if key(n) in ring.keys] == [
+            *range(count == 6, count - 1),
+            8,
+        ]
+        assert [x.sums.tolist() for x in ring.versions(key(2))] == sums(2, 20).tolist()
+
+
 def test_fingerprints_survive_a_process_that_dies(tmp_path: Path) -> None:
     """Nothing closes the first table; its file is read while it is open."""
     with opened(tmp_path / "table") as table:
         add(table.rings[""], 1, 2)
-        (geometry, records) = read_records(tmp_path / "table")[""]
-        assert geometry == GEOMETRY
-        (known,) = versions_in(records, key(2))
+        ring = read_file(tmp_path / "table")[""]
+        assert ring.geometry == GEOMETRY
+        (known,) = ring.versions(key(2))
         assert known.sums.tolist() == sums(2)[0].tolist()
-        assert not versions_in(records, key(3))
+        assert not ring.versions(key(3))
 
 
 @pytest.mark.parametrize("at", [8, 16, 24, 32, 63, "sums", "none"])
@@ -222,6 +241,36 @@ def test_other_groups_and_sizes_are_refused(tmp_path: Path) -> None:
         pass
     with pytest.raises(InvalidTerms, match=r"with slots 7, got 6\. Pass the nbytes of before"):
         Table({"": GEOMETRY}, 7 * RECORD, path)
+
+
+@pytest.mark.parametrize("new", [True, False])
+def test_a_file_has_space_for_all_fingerprints(tmp_path: Path, new: bool) -> None:
+    """A write to mapped memory without space would be a SIGBUS. A copy may have holes."""
+    path = tmp_path / "table"
+    slots = 100
+    if not new:
+        with opened(path, slots):
+            pass
+        data = path.read_bytes()
+        path.unlink()
+        path.write_bytes(data[: -50 * RECORD])
+        os.truncate(path, len(data))
+    with opened(path, slots):
+        assert path.stat().st_blocks * 512 >= path.stat().st_size
+
+
+def test_a_file_without_space_is_refused_and_leaves_a_new_one(tmp_path: Path) -> None:
+    path = tmp_path / "table"
+    (soft, hard) = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20 << 10, hard))
+    try:
+        with pytest.raises(InvalidTerms, match=r"with space for .*pass fewer nbytes"):
+            Table({"": GEOMETRY}, 1000 * RECORD, path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert path.stat().st_size == 0
+    with opened(path):  # the control
+        pass
 
 
 def test_two_processes_cannot_share_a_file(tmp_path: Path) -> None:

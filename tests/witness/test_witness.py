@@ -75,6 +75,21 @@ def test_a_sampled_key_has_all_its_versions() -> None:
         assert bool(engine.witness.restored([WRONG], [key(0)]).faults) is not right
 
 
+def test_a_version_that_was_not_chosen_is_no_fault() -> None:
+    """A tier has the rows of a request that computed other blocks before, and the first block of
+    another request is the same. In the control a number has changed too."""
+    for wrong in (False, True):
+        engine = Engine(check="sample", rate=0)
+        engine.store([0], [0])
+        engine.witness.stored([1], [key(0)], first=[0])
+        engine.load(WRONG, 0)
+        if wrong:
+            engine.write(WRONG, engine.rows(1))
+            engine.cache[0][0, WRONG, 0, 0, 0] += 1
+        assert bool(engine.witness.restored([WRONG], [key(0)]).faults) is wrong
+        assert engine.witness.figures()[""].unknown is not wrong
+
+
 @pytest.mark.parametrize("check", ["sample", "all"])
 def test_a_key_that_is_not_chosen_is_named_if_it_is_wrong(check: str) -> None:
     engine = Engine(check=check, rate=0)
@@ -226,6 +241,7 @@ TERMS: dict[str, tuple[dict[str, Any], str]] = {
     "rank": ({"rank": 2, "ranks": 2}, "Expected rank to be a whole number of at most 1"),
     "shardings": ({"shardings": ["f"]}, "Expected shardings to be a list of paths"),
     "shard": ({"shardings": [[""]]}, "Expected shardings to be a path"),
+    "ranks' files": ({"shardings": [[]]}, "Expected shardings to be the files of all ranks"),
 }
 
 

@@ -10,6 +10,7 @@ import glob
 import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import takewhile
 from math import gcd
 from pathlib import Path
 from types import SimpleNamespace
@@ -132,12 +133,14 @@ class Note(NamedTuple):
         key: the engine's hash of the tokens up to the end of the block, after a `renew` with a
             number at its end.
         first: it is the first block that a request fills.
+        loaded: a load has brought it, and the engine computes its last token again.
     """
 
     group: int
     block: int
     key: bytes
     first: bool = False
+    loaded: bool = False
 
 
 class Load(NamedTuple):
@@ -147,7 +150,8 @@ class Load(NamedTuple):
         request: its name.
         waits: the request waits until the connector reports the end. Else the load ends in its
             step.
-        keys: by group, of each of the engine's blocks that it brings the key, as in `Note`.
+        keys: by group, of each of the engine's blocks that it brings the key, as in `Note`; first
+            tokens first.
     """
 
     request: str
@@ -157,6 +161,20 @@ class Load(NamedTuple):
     def brings(self, blocks: Collection[int]) -> bool:
         """Return whether the load brings one of the engine's blocks."""
         return any(not keys.keys().isdisjoint(blocks) for keys in self.keys.values())
+
+    def before(self, failed: Collection[int]) -> Load:
+        """Return the load without the first failed block and those after it, which the engine
+        computes.
+
+        With several groups an engine computes all blocks of a failed load: nothing is left.
+        """
+        if len(self.keys) > 1:
+            return self._replace(keys={})
+        kept = {
+            group: dict(takewhile(lambda each: each[0] not in failed, keys.items()))
+            for group, keys in self.keys.items()
+        }
+        return self._replace(keys=kept)
 
 
 @dataclass
@@ -337,8 +355,12 @@ class BlockNotes:
         for at, group in enumerate(self._groups):
             if group is None:
                 continue
+            loaded = False
             if group.states is None or group.states == "every":
-                made = self._between(state, at, state.noted, known, state.brought)
+                whole = state.brought % group.block_size == 0
+                loaded = whole and computed == state.brought - 1 and group.states is None
+                own = state.brought - group.block_size if loaded else state.brought
+                made = self._between(state, at, state.noted, known, own)
             elif group.states == "told":
                 told = {tokens: ids.get(at, -1) for tokens, ids in states.items()}
                 made = self._states(state, at, told, known)
@@ -352,10 +374,10 @@ class BlockNotes:
                 }
                 made = self._states(state, at, kept, known)
             notes += [
-                Note(at, block, key, nth == 0 and at in state.fresh)
+                Note(at, block, key, nth == 0 and not loaded and at in state.fresh, loaded)
                 for nth, (block, key) in enumerate(made)
             ]
-            if made:
+            if made and not loaded:
                 state.fresh.discard(at)
         state.noted = known
         state.due = (known // self._unit + 1) * self._unit
@@ -456,24 +478,29 @@ class RankFiles(NamedTuple):
     shardings: list[list[Path]]
 
 
-def rank_files(file: str | None, worker: int, rank: int, ranks: int, workers: int) -> RankFiles:
+def rank_files(
+    file: str | None, worker: int, rank: int, ranks: int, workers: int, stages: int = 1
+) -> RankFiles:
     """Return the files of fingerprints that concern a worker.
 
     A single worker has the file itself. Others have the number of ranks and the worker's number at
     the end of the name, so that engines with other numbers of ranks have files beside it.
 
     Args:
-        worker: the number of the worker, among ``workers`` of all copies of the engine.
+        worker: the number of the worker, among those of all copies of the engine.
         rank: of tensor parallelism, of ``ranks``.
+        workers: as far as a worker knows: a copy may know those of its own engine alone.
+        stages: of pipeline parallelism. Of another number of stages the layers differ, and no
+            fingerprint is like another.
     """
     if file is None:
         return RankFiles(None, [], [])
     whole = Path(file)
-    part = worker // ranks  # the number of the ranks that have the same layers
+    part = worker // ranks  # the number of the ranks that have one stage of one copy
     files = [Path(f"{file}.tp{ranks}.rank{part * ranks + each}") for each in range(ranks)]
-    if workers == 1:
+    if workers == 1 and worker == 0:
         files = [whole]
-    shardings = [[whole]] if ranks > 1 and whole.exists() else []
+    shardings = [[whole]] if ranks > 1 and stages == 1 and whole.exists() else []
     present = dict[int, dict[int, Path]]()
     for path in whole.parent.glob(f"{glob.escape(whole.name)}.tp*.rank*"):
         if numbers := re.fullmatch(
@@ -481,8 +508,10 @@ def rank_files(file: str | None, worker: int, rank: int, ranks: int, workers: in
         ):
             present.setdefault(int(numbers[1]), {})[int(numbers[2])] = path
     for many in sorted(present.keys() - {ranks}):
-        places = range(part * many, (part + 1) * many)
-        if all(place in present[many] for place in places):
-            shardings.append([present[many][place] for place in places])
+        # All copies share a tier, whatever copy stored a block.
+        for first in range(part % stages * many, max(present[many]) + 1, stages * many):
+            places = range(first, first + many)
+            if all(place in present[many] for place in places):
+                shardings.append([present[many][place] for place in places])
     own = files.pop(rank)
     return RankFiles(own, files, shardings)

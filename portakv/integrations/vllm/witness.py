@@ -14,7 +14,7 @@ import copy
 import logging
 import types
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from importlib import import_module
 from types import SimpleNamespace
@@ -426,7 +426,8 @@ class PortaKVWitness(_passes_all()):  # type: ignore[misc]
         rank = get_tensor_model_parallel_rank() if ranks > 1 else 0
         workers = parallel.world_size * getattr(parallel, "data_parallel_size", 1)
         _, worker = worker_numbers(parallel)
-        files = rank_files(terms.file, worker, rank, ranks, workers)
+        stages = getattr(parallel, "pipeline_parallel_size", 1)
+        files = rank_files(terms.file, worker, rank, ranks, workers, stages)
         self.witness = Witness(
             named,
             check=terms.check,
@@ -476,8 +477,9 @@ class PortaKVWitness(_passes_all()):  # type: ignore[misc]
             blocks = [note.block for note in some]
             keys = [note.key for note in some]
             first = [at for at, note in enumerate(some) if note.first]
+            loaded = [at for at, note in enumerate(some) if note.loaded]
             for part in self._parts[number]:
-                self.witness.stored(blocks, keys, part, first=first)
+                self.witness.stored(blocks, keys, part, first=first, loaded=loaded)
         self.witness.settle()
 
     def get_finished(self, finished_req_ids: set[str]) -> tuple[set[str] | None, set[str] | None]:
@@ -508,7 +510,7 @@ class PortaKVWitness(_passes_all()):  # type: ignore[misc]
             self.wrapped.shutdown()
 
     def _compare(
-        self, ended: Iterable[str], received: Iterable[str], lost: Iterable[str] = ()
+        self, ended: Iterable[str], received: Iterable[str], lost: Collection[str] = ()
     ) -> set[str]:
         """Compare the loads that have ended in this step; return the requests with wrong blocks
         that the engine is to compute again.
@@ -528,18 +530,18 @@ class PortaKVWitness(_passes_all()):  # type: ignore[misc]
         if not loads and not self._waiting:
             return set()
 
-        # What the wrapped connector itself reports as failed is not compared.
+        # What the wrapped connector itself reports as failed is not compared, but the engine uses
+        # the blocks before.
         errors = self.wrapped.get_block_ids_with_load_errors()
         self._errors |= errors
-        gone = {*lost}
-        for load in (*loads, *self._waiting.values()) if errors else ():
-            if load.brings(errors):
-                gone.add(load.request)
-        for name in gone:
+        for name in lost:
             self._waiting.pop(name, None)
-        if any(load.request in gone and not load.waits for load in loads):
+        if any(not x.waits and (x.request in lost or x.brings(errors)) for x in loads):
             self._spoilt = self._ahead
-        loads = [load for load in loads if load.request not in gone]
+        loads = [load for load in loads if load.request not in lost]
+        if errors:
+            loads = [load.before(errors) for load in loads]
+            self._waiting = {name: load.before(errors) for name, load in self._waiting.items()}
         if not loads:
             return set()
         return self._wrong(loads)
