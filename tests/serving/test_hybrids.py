@@ -104,20 +104,20 @@ class Faulty(WorkerSide):
 class LeftOut(Faulty):
     """It does not load one group."""
 
-    def _load(self, job: Job, number: int) -> Any:
-        return None if self.is_faulty(number) else super()._load(job, number)
+    def _needed(self, job: Job, number: int) -> Any:
+        return None if self.is_faulty(number) else super()._needed(job, number)
 
 
 class Shifted(Faulty):
     """It loads of one group the blocks of the positions before."""
 
-    def _load(self, job: Job, number: int) -> Any:
+    def _needed(self, job: Job, number: int) -> Any:
         if self.is_faulty(number):
             keys = (job.keys[0], *job.keys[:-1])
             if len(keys) > 1 and job.blocks[self.group][0] >= 0:  # no key twice
                 keys = (*job.keys[1:], job.keys[0])
             job = replace(job, keys=keys)
-        return super()._load(job, number)
+        return super()._needed(job, number)
 
 
 class StatesAnywhere(SchedulerSide):

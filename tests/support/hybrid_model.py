@@ -23,6 +23,8 @@ from itertools import count
 from math import lcm
 from typing import Any
 
+import torch
+
 from portakv.serving import (
     Group,
     GroupCache,
@@ -35,7 +37,7 @@ from portakv.serving import (
     WorkerSide,
 )
 from portakv.serving.local import LocalIndex, forms_of, image_of
-from support.hybrid_rows import FAMILIES, LAYERS, PARTS, Kind, Part, Places, Rows
+from support.hybrid_rows import FAMILIES, LAYERS, PARTS, Kind, Memory, Part, Places, Rows, spoiled
 from support.waits import LIMIT
 
 GONE = -1
@@ -73,7 +75,13 @@ class Model:
         recurrent = any("states" in kind.terms for kind in self.kinds)
         self.stored = sizes[-1] if recurrent else chance.choice(sizes)
         quantized = chance.random() < 0.5
-        self.parts = [PARTS[kind.rows](chance, quantized) for kind in self.kinds]
+        #: Groups have one memory, and like groups like rows, as vLLM gives it to them.
+        self.shares = chance.random() < 0.5
+        alike = {name: PARTS[name](chance, quantized) for name in sorted(PARTS)}
+        self.parts = [
+            alike[kind.rows] if self.shares else PARTS[kind.rows](chance, quantized)
+            for kind in self.kinds
+        ]
         self.spans = [self._span(chance, kind) for kind in self.kinds]
         self.prompts = [[chance.randrange(50) for _ in range(90)] for _ in range(2)]
 
@@ -134,8 +142,32 @@ class Draw:
         """Return the caches of a rank, of each group."""
         model = self.model
         each = zip(model.kinds, self.groups, model.parts, strict=True)
+        made = dict[tuple[int, int, int], torch.Tensor]()
+
+        def memory_of(number: int) -> Memory:
+            """Return what gives memory to a group; several have the same, in which each has its
+            blocks."""
+            taken = Counter[int]()
+
+            def take(nbytes: int) -> torch.Tensor:
+                taken[nbytes] += 1
+                name = 0 if model.shares else number, nbytes, taken[nbytes]
+                return made.setdefault(name, spoiled(nbytes))
+
+            return take
+
         return [
-            Rows(number, kind, group, parts, self.blocks, rank, self.ranks, self.whole)
+            Rows(
+                number,
+                kind,
+                group,
+                parts,
+                self.blocks,
+                rank,
+                self.ranks,
+                self.whole,
+                memory_of(number),
+            )
             for number, (kind, group, parts) in enumerate(each)
         ]
 
