@@ -630,9 +630,6 @@ class WorkerSide:
             for numbers in self._alike:
                 every = [self._needed(work.job, number) for number in numbers]
                 self._load(work, [each for each in every if each is not None])
-            if self._words is not None:
-                for part in work.parts:
-                    self._words.follow(part.handle.layers)
         except PortaKVError as error:
             _fail([work], error)
 
@@ -712,6 +709,8 @@ class WorkerSide:
                 by_layer=self._by_layer,
             )
             work.parts.append(_Part(own, at))
+            if self._words is not None:
+                self._words.follow(own.layers)
 
     def _save(self, works: Sequence[_Work], number: int) -> None:
         """Begin a save of one group's cache; of its states those that the jobs have."""
