@@ -27,7 +27,7 @@ from portakv.serving.handover import Handover
 from portakv.serving.local import numbers_of
 from portakv.serving.plan import Job, Plan, Report
 from portakv.storage.form import BlockForm
-from portakv.storage.store import BlockStore
+from portakv.storage.store import BlockStore, FormStore
 from portakv.storage.tiers.base import After, Keys
 from portakv.storage.work import Mask
 from portakv.tasks import End, Signal, runtime
@@ -331,6 +331,46 @@ class _Work:
         return frozenset(np.flatnonzero(~landed).tolist())
 
 
+class _Needed(NamedTuple):
+    """The part of a load in one group.
+
+    Attributes:
+        number: of the cache.
+        first: the position of the first key among those of the job.
+        blocks: of the engine; -1: not written.
+        keys: of the stored blocks, all keys of the job from there on.
+    """
+
+    number: int
+    first: int
+    blocks: tuple[int, ...]
+    keys: tuple[bytes, ...]
+
+
+def _alike(groups: Sequence[GroupCache], by_layer: bool) -> list[list[int]]:
+    """Return the numbers of caches by those that one copy loads."""
+    alike = list[list[int]]()
+    for number, group in enumerate(groups):
+        some = (each for each in alike if _are_alike(groups[each[0]], group) and not by_layer)
+        found = next(some, None)
+        if found is None:
+            alike.append([number])
+        else:
+            found.append(number)
+    return alike
+
+
+def _are_alike(one: GroupCache, other: GroupCache) -> bool:
+    """Return whether one copy loads whole blocks of two caches: they are one memory, as vLLM gives
+    it to groups of like layers, and their rows lie alike in one store."""
+    if not (isinstance(one.store, FormStore) and isinstance(other.store, FormStore)):
+        return False
+    if one.view.form != other.view.form or one.view.origins != other.view.origins:
+        return False
+    whole = one.store.form.block_size % (one.view.block_size or 1) == 0
+    return whole and one.store.lies_as(other.store)
+
+
 class WorkerSide:
     """Loads and saves the blocks of one worker, as the plans of a `SchedulerSide` say.
 
@@ -366,6 +406,7 @@ class WorkerSide:
     ) -> None:
         self._groups = groups
         self._numbers = numbers_of(each.group for each in groups)
+        self._alike = _alike(groups, by_layer)
         self._deadline = deadline
         self._by_layer = by_layer
         self._handover = handover
@@ -458,7 +499,7 @@ class WorkerSide:
     def _order(self, work: _Work) -> None:
         """Let the current stream wait for a load whose copies were all issued; then it has ended
         for whatever comes after on that stream."""
-        handles = [part.handle for part in work.parts]
+        handles = [*dict.fromkeys(part.handle for part in work.parts)]
         sizes = [each.store.form.payload_bytes for each in self._groups]
         if work.failed or len(work.job.keys) * sum(sizes) > ORDERED:
             return
@@ -586,12 +627,9 @@ class WorkerSide:
     def _begin(self, work: _Work) -> None:
         """Begin a load in all groups; in none that is reported, if one fails."""
         try:
-            for number in range(len(self._groups)):
-                part = self._load(work.job, number)
-                if part is not None:
-                    work.parts.append(part)
-                    if self._words is not None:
-                        self._words.follow(part.handle.layers)
+            for numbers in self._alike:
+                every = [self._needed(work.job, number) for number in numbers]
+                self._load(work, [each for each in every if each is not None])
         except PortaKVError as error:
             _fail([work], error)
 
@@ -629,9 +667,9 @@ class WorkerSide:
                 return False
         return True
 
-    def _load(self, job: Job, number: int) -> _Part | None:
-        """Begin a load of one group's cache, from the first block on that the engine has; None: it
-        has no block."""
+    def _needed(self, job: Job, number: int) -> _Needed | None:
+        """Return the part of a load in one group's cache, from the first block on that the engine
+        has; None: it has no block."""
         view, store, _ = self._groups[number]
         blocks = job.blocks[self._numbers[number]]
         size = store.form.block_size
@@ -639,21 +677,40 @@ class WorkerSide:
         assert whole is not None
         gone = next((at for at, block in enumerate(blocks) if block >= 0), len(blocks))
         first = gone * whole // size
-        keys = [*job.keys[first:]]
+        keys = job.keys[first:]
         if not keys:
             return None
         blocks = blocks[first * size // whole :]
         lacking = -(-len(keys) * size // whole) - len(blocks)
-        blocks = (*blocks, *(-1,) * lacking)
-        handle = store.load(
-            view,
-            blocks,
-            keys,
-            deadline=self._deadline,
-            missing="skip",
-            by_layer=self._by_layer,
-        )
-        return _Part(handle, range(first, len(job.keys)))
+        return _Needed(number, first, (*blocks, *(-1,) * lacking), keys)
+
+    def _load(self, work: _Work, needed: Sequence[_Needed]) -> None:
+        """Begin a load in caches that are alike: by one copy, if the host tier has all blocks."""
+        caches = [self._groups[each.number] for each in needed]
+        stores = [cache.store for cache in caches if isinstance(cache.store, FormStore)]
+        handle: Moved | None = None
+        if len(needed) > 1:
+            both = zip(stores, needed, strict=True)
+            loads = [(store, each.blocks, each.keys) for store, each in both]
+            handle = stores[0].load_together(caches[0].view, loads)
+        start = 0
+        for (view, store, _), (_, first, blocks, keys) in zip(caches, needed, strict=True):
+            at = range(first, first + len(keys))
+            if handle is not None:
+                work.parts.append(_Part(handle, at, start))
+                start += len(keys)
+                continue
+            own = store.load(
+                view,
+                blocks,
+                keys,
+                deadline=self._deadline,
+                missing="skip",
+                by_layer=self._by_layer,
+            )
+            work.parts.append(_Part(own, at))
+            if self._words is not None:
+                self._words.follow(own.layers)
 
     def _save(self, works: Sequence[_Work], number: int) -> None:
         """Begin a save of one group's cache; of its states those that the jobs have."""

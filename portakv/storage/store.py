@@ -746,12 +746,9 @@ class FormStore:
         keys = self._keys(keys, priority, deadline)
         crossing = Crossing(view, blocks, len(keys), form.own.form.block_size, options=options)
         form = self._for_view(form, view.block_size, view.form.encoding)
-        loan = self._loan(form, crossing, keys, by_layer)
+        loan = self._loan(form, crossing, form.own.names(keys), by_layer)
         if loan is not None and None not in loan.rows:
-            transfer, layers = crossing.issue(form.own.rows, loan, by_layer)
-            self._count_hits(form, keys)
-            handle = Handle.of_issued(self.graph, len(keys), transfer, layers)
-            return self._follow_issued(handle, form)
+            return self._issue_all(crossing, loan, [(form, keys)], by_layer)
         call = Call(form, Request("load", keys, priority, deadline))
         crossing.prepare(form.own.rows)
         steps = partial(self._load, call, crossing, view, by_layer, missing, loan)
@@ -761,11 +758,59 @@ class FormStore:
                 hits = np.array([row is not None for row in loan.rows])
                 handle.add_issued(crossing.issue(form.own.rows, loan)[0], hits)
                 self._count_hits(form, [key for key, hit in zip(keys, hits, strict=True) if hit])
-                self._follow_issued(handle, form)
+                self._follow_issued(handle, form.name)
             except BaseException:  # also an interrupt: no caller has a handle
                 handle.cancel()
                 raise
         return handle
+
+    def lies_as(self, other: FormStore) -> bool:
+        """Return whether blocks of both forms lie in equal rows of one store, as `load_together`
+        takes them."""
+        own = self._only("look at its rows").own
+        its = other._only("look at its rows").own
+        if self._shared is not other._shared or own.form.encoding or self.chooser is not None:
+            return False
+        return own.rows.form == its.rows.form and own.form.block_size == its.form.block_size
+
+    def load_together(
+        self, view: KVView, loads: Sequence[tuple[FormStore, Sequence[int], Keys]]
+    ) -> Handle | None:
+        """Load blocks of several forms into one view, by one copy, as `load` does.
+
+        The forms are groups of layers whose caches share their memory, and whose rows lie alike
+        (`lies_as`). One copy takes the host about as long as the copy of one form.
+
+        Args:
+            loads: of each form its store, blocks of the view, and keys that fill these.
+
+        Returns:
+            The handle, with the blocks in the order of the loads. None unless the host tier has all
+            blocks, and the caller's thread copies them: then no byte is written.
+        """
+        moved = [(part._own("load"), part._keys(keys, "urgent", None)) for part, _, keys in loads]
+        size = moved[0][0].own.form.block_size
+        blocks = [block for _, ids, _ in loads for block in ids]
+        names = [name for form, keys in moved for name in form.own.names(keys)]
+        crossing = Crossing(view, blocks, len(names), size)
+        loan = self._loan(moved[0][0], crossing, names)
+        if loan is None or None in loan.rows:
+            return None
+        return self._issue_all(crossing, loan, moved)
+
+    def _issue_all(
+        self,
+        crossing: Crossing,
+        loan: Loan,
+        moved: Sequence[tuple[FormBlocks, list[bytes]]],
+        by_layer: bool = False,
+    ) -> Handle:
+        """Copy the rows of a loan, which has those of all keys, in the caller's thread."""
+        transfer, layers = crossing.issue(moved[0][0].own.rows, loan, by_layer)
+        for form, keys in moved:
+            self._count_hits(form, keys)
+        handle = Handle.of_issued(self.graph, len(loan.rows), transfer, layers)
+        return self._follow_issued(handle, moved[0][0].name if len(moved) == 1 else "")
 
     async def _load(
         self,
@@ -883,7 +928,7 @@ class FormStore:
         if not self.rows.host:
             return None
         borrowed = Borrowed(form.own, len(keys))
-        loan = self._borrow(form, keys, borrowed, "call of borrow()", whole=True)
+        loan = self._borrow(form.own.names(keys), borrowed, "call of borrow()", whole=True)
         if loan is None:
             return None
         borrowed.loan = loan
@@ -891,35 +936,36 @@ class FormStore:
         self._count_hits(form, keys)
         return borrowed
 
-    def _borrow(
-        self, form: FormBlocks, keys: list[bytes], caller: object, kind: str, whole: bool
-    ) -> Loan | None:
+    def _borrow(self, names: list[bytes], caller: object, kind: str, whole: bool) -> Loan | None:
         """Return the rows of blocks of the host tier, which stay for a ``caller``; None if it has
         no block, or with ``whole`` not all."""
-        loan = self.rows.borrow(form.own.names(keys), caller)
+        loan = self.rows.borrow(names, caller)
         self._refuse_closed(kind)  # `close` sees the loan, or this call sees that it is closed
         missed = loan.rows.count(None)
-        if missed and (whole or missed == len(keys)):
+        if missed and (whole or missed == len(names)):
             loan.cancel()
             return None
         return loan
 
     def _loan(
-        self, form: FormBlocks, crossing: Crossing, keys: list[bytes], whole: bool
+        self, form: FormBlocks, crossing: Crossing, names: list[bytes], whole: bool = True
     ) -> Loan | None:
         """Return the rows of blocks that the caller's thread copies; None if helpers copy all.
 
-        ``whole``: rows of all keys, or None.
+        Args:
+            form: of the size of the blocks.
+            names: of the blocks among the rows.
+            whole: rows of all blocks, or None.
         """
         if not self.rows.host or self._up.max_gbps is not None:
             return None
-        nbytes = len(keys) * form.own.form.payload_bytes
+        nbytes = len(names) * form.own.form.payload_bytes
         here = crossing.is_for_caller(nbytes, self.rows.pinned)
-        return self._borrow(form, keys, crossing, "load", whole) if here else None
+        return self._borrow(names, crossing, "load", whole) if here else None
 
-    def _follow_issued(self, handle: Handle, form: FormBlocks) -> Handle:
+    def _follow_issued(self, handle: Handle, form: str) -> Handle:
         """Announce a handle of which a part was issued, if somebody asks for ended handles."""
-        handle.form = form.name
+        handle.form = form
         if self._shared.announced.handles.started:
             self._shared.announced.follow_issued(handle)
         return handle

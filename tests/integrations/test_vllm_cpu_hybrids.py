@@ -240,10 +240,10 @@ def test_damaged_rows_and_states_are_computed_anew(
 @contextmanager
 def wrong_loads(number: int, fault: str) -> Iterator[None]:
     """Have workers load a group wrongly: not at all, or the blocks of another prompt."""
-    real: Any = WorkerSide._load
+    real: Any = WorkerSide._needed
     before = dict[int, Any]()
 
-    def load(self: Any, job: Any, group: int) -> Any:
+    def needed(self: Any, job: Any, group: int) -> Any:
         if group != number:
             return real(self, job, group)
         if fault == "left out":
@@ -253,11 +253,11 @@ def wrong_loads(number: int, fault: str) -> Iterator[None]:
         return real(self, replace(job, keys=keys), group)
 
     side: Any = WorkerSide
-    side._load = load
+    side._needed = needed
     try:
         yield
     finally:
-        side._load = real
+        side._needed = real
 
 
 @pytest.mark.parametrize(

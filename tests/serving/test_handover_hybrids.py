@@ -12,6 +12,8 @@ from typing import Any
 
 import pytest
 import torch
+from support.hybrid_model import Model
+from support.hybrid_rows import FAMILIES, UNDIVIDED, Places, Rows
 from support.waits import LIMIT
 
 from portakv.errors import InvalidTerms
@@ -21,39 +23,18 @@ from portakv.serving.handover import Endpoint, Handover, HandoverTerms, RemoteRo
 from portakv.serving.local import NoStore
 from portakv.serving.plan import Handovers, OfferJob, PullJob
 from portakv.serving.scheduler import SHORT
-from portakv.view import Index, KVView
+from portakv.view import Index
 
-HEADS = 4
-DIM = 4
-LAYERS = 2
-#: Rows of a state, as those of a convolution.
-STEPS = 3
-BLOCKS = 96
+#: Tokens of a block of either engine.
+SIZES = (8, 16)
+BLOCKS = 48
 LONGEST = 300
-#: The groups of each family; a group's blocks are drawn.
-FAMILIES: dict[str, list[Group]] = {
-    "states": [Group(1, states="last"), Group(1)],
-    "windows": [Group(1, window=24), Group(1)],
-    "windows of a token more": [Group(1, window=33), Group(1, window=16), Group(1)],
-    "chunks": [Group(1, chunk=32), Group(1)],
-    "windows and states": [Group(1, window=40), Group(1, states="every"), Group(1)],
-    "latent rows and an index": [Group(1), Group(1)],
-}
 #: How rows come: from memory that both map, or in copies.
 TERMS = (HandoverTerms(), HandoverTerms(expose="staging"))
-#: Numbers of a row without and with quantization.
-DTYPES = (torch.int32, torch.uint8)
 
 
 class Wrong(AssertionError):
     """Rows are not those of the request."""
-
-
-def row_of(request: int, group: int, tokens: int) -> torch.Tensor:
-    """Return the rows of a group, int32 ``[layers, tokens, heads, dim]``, all different."""
-    draw = torch.Generator().manual_seed(request * 31 + group)
-    shape = (tokens, LAYERS, HEADS, DIM)
-    return torch.randint(0, 250, shape, generator=draw).transpose(0, 1)
 
 
 class Rank:
@@ -61,28 +42,34 @@ class Rank:
 
     def __init__(
         self,
+        model: Model,
         groups: Sequence[Group],
-        heads: tuple[int, int],
-        dtype: torch.dtype,
+        rank: int,
+        ranks: int,
         kind: type[Handover],
         offers: bool,
         terms: HandoverTerms,
     ) -> None:
-        self.heads = slice(*heads)
-        many = heads[1] - heads[0]
-        self.memory = [
-            shared_empty(
-                (LAYERS, BLOCKS, STEPS if each.states else each.block_size, many, DIM), dtype
+        self.rows = [
+            Rows(number, kind, group, parts, BLOCKS, rank, ranks, memory=shared)
+            for number, (kind, group, parts) in enumerate(
+                zip(model.kinds, groups, model.parts, strict=True)
             )
-            for each in groups
         ]
-        for each in self.memory:
-            each.fill_(251)
-        views = [KVView([*each], "layer | block token head dim") for each in self.memory]
-        shards = [Shard(view, heads=(*heads, HEADS)) for view in views]
+        shards = list[Shard]()
+        of_groups = list[tuple[int, Group]]()
+        for number, rows in enumerate(self.rows):
+            for each, heads in zip(rows.views, rows.heads, strict=True):
+                shards.append(Shard(each.view, heads=heads))
+                of_groups.append((number, groups[number]))
         self.handover = kind(
-            shards, "a model", terms, offers=offers, pulls=not offers, parts=[*enumerate(groups)]
+            shards, "a model", terms, offers=offers, pulls=not offers, parts=of_groups
         )
+
+
+def shared(nbytes: int) -> torch.Tensor:
+    """Return memory that engines of one host can map."""
+    return shared_empty((nbytes,), torch.uint8)
 
 
 class Engines:
@@ -90,22 +77,20 @@ class Engines:
 
     def __init__(self, seed: int, family: str, kind: type[Handover] = Handover) -> None:
         self.chance = chance = random.Random(f"{family} {seed}")
-        groups = FAMILIES[family]
-        sizes = [[chance.choice([8, 16]) for _ in groups] for _ in "pd"]
-        self.dtype = chance.choice(DTYPES)
+        model = Model(chance, family, SIZES)
+        # Compressed rows are not handed over.
+        model.kinds = [kind._replace(tokens=1) for kind in model.kinds]
         terms = TERMS[seed % 2]
-        both = [
-            [each._replace(block_size=size) for each, size in zip(groups, some, strict=True)]
-            for some in sizes
-        ]
+        both = [[Group(chance.choice(SIZES), **span) for span in model.spans] for _ in "pd"]
         self.src_groups = both[0]
         self.dst_groups = both[1]
         ranks = [chance.choice([1, 2, 4]) for _ in "pd"]
-        parts = [
-            [(n * HEADS // many, (n + 1) * HEADS // many) for n in range(many)] for many in ranks
-        ]
-        self.src = [Rank(both[0], x, self.dtype, kind, True, terms) for x in parts[0]]
-        self.dst = [Rank(both[1], x, self.dtype, kind, False, terms) for x in parts[1]]
+        if family in UNDIVIDED:
+            ranks = [ranks[0], ranks[0]]
+        self.src, self.dst = (
+            [Rank(model, groups, n, many, kind, offers, terms) for n in range(many)]
+            for groups, many, offers in zip(both, ranks, (True, False), strict=True)
+        )
 
     def close(self) -> None:
         """Close all channels."""
@@ -135,10 +120,12 @@ class Engines:
             else (*[-1] * (first // group.block_size), *ids[first // group.block_size :])
             for ids, group in zip(dst, self.dst_groups, strict=True)
         ]
-        rows = [row_of(number, at, tokens).to(self.dtype) for at in range(len(src))]
+        known = [chance.getrandbits(63) for _ in range(tokens)]
         for rank in self.src:
-            for at, group in enumerate(self.src_groups):
-                self._put(rank, at, group, src[at], rows[at], tokens)
+            for rows, group, ids in zip(rank.rows, self.src_groups, src, strict=True):
+                first_kept = group.first_needed(tokens) // group.block_size * group.block_size
+                rows.spoil()
+                rows.write(*rows_at(rows, group, ids, range(first_kept, tokens), known))
         name = token_bytes(32)
         tickets = list[bytes]()
         for rank in self.src:
@@ -147,62 +134,34 @@ class Engines:
             assert endpoint is not None
             tickets.append(Ticket.of(*endpoint, name))
         for rank in self.dst:
-            for each in rank.memory:
-                each.fill_(251)
+            for rows in rank.rows:
+                rows.spoil()
             pull = PullJob(number, "r", (*tickets,), first, tokens, (*dst,))
             rank.handover.begin(Handovers(pulls=[pull]))
         for rank in self.dst:
             if not landed(rank.handover):
                 raise Wrong("a pull has failed")
-            self._check(rank, dst, rows, first, tokens)
+            for at, (rows, group) in enumerate(zip(rank.rows, self.dst_groups, strict=True)):
+                needed = range(max(first, group.first_needed(tokens)), tokens)
+                places, expected = rows_at(rows, group, dst[at], needed, known)
+                wrong = rows.wrong(places, expected)
+                rows.spoil(places)
+                if wrong or not rows.is_spoiled():
+                    raise Wrong(f"group {at}, from {first} to {tokens}: {wrong}")
         for rank in self.src:
             assert rank.handover.owner is not None
             rank.handover.owner.revoke_all()
             rank.handover.ended_offers()
 
-    def _put(
-        self,
-        rank: Rank,
-        at: int,
-        group: Group,
-        ids: Sequence[int],
-        rows: torch.Tensor,
-        tokens: int,
-    ) -> None:
-        """Write the rows of a request into its blocks, and others into all other ones."""
-        memory = rank.memory[at]
-        memory.copy_(torch.randint(0, 250, memory.shape).to(self.dtype))
-        for place, block in enumerate(ids):
-            if group.states:
-                memory[:, block] = rows[:, -STEPS:, rank.heads]
-            elif block >= 0:
-                first = place * group.block_size
-                some = rows[:, first : first + group.block_size, rank.heads]
-                memory[:, block, : some.shape[1]] = some
 
-    def _check(
-        self,
-        rank: Rank,
-        dst: Sequence[Sequence[int]],
-        rows: Sequence[torch.Tensor],
-        first: int,
-        tokens: int,
-    ) -> None:
-        """Compare all of a rank's memory."""
-        for at, group in enumerate(self.dst_groups):
-            wanted = torch.full_like(rank.memory[at], 251)
-            needed = max(first, group.first_needed(tokens))
-            for place, block in enumerate(dst[at]):
-                if group.states:
-                    wanted[:, block] = rows[at][:, -STEPS:, rank.heads]
-                    continue
-                begin = max(needed, place * group.block_size)
-                end = min(tokens, (place + 1) * group.block_size)
-                if begin < end:
-                    span = slice(begin - place * group.block_size, end - place * group.block_size)
-                    wanted[:, block, span] = rows[at][:, begin:end, rank.heads]
-            if not torch.equal(rank.memory[at], wanted):
-                raise Wrong(f"group {at}, from {first} to {tokens}")
+def rows_at(
+    rows: Rows, group: Group, ids: Sequence[int], tokens: range, known: Sequence[int]
+) -> tuple[Places, list[int]]:
+    """Return the places of rows, or of the state after the last token, and what they have."""
+    if group.states:
+        return ([ids[0]],), [known[-1]]
+    places, ends = rows.places(ids, tokens)
+    return places, [known[end - 1] for end in ends]
 
 
 def landed(handover: Handover) -> bool:
@@ -237,19 +196,18 @@ def test_many_requests_cross(family: str, seed: int) -> None:
     walk(seed, family, 20)
 
 
-def left_out(lists: list[Any], at: int, tokens: int) -> Any:
+def left_out(ids: Any, tokens: int) -> Any:
     """Return ids that bring nothing."""
     return Index(torch.full((tokens,), -1))
 
 
-def shifted(lists: list[Any], at: int, tokens: int) -> Any:
+def shifted(ids: Any, tokens: int) -> Any:
     """Return ids that bring the rows to other positions."""
-    ids = lists[at]
-    slots = torch.from_numpy(ids.slots(tokens)) if isinstance(ids, Index) else None
-    if slots is None:
+    if not isinstance(ids, Index):
         return (*ids[1:], ids[0])
+    slots = torch.from_numpy(ids.slots(tokens))
     there = (slots >= 0).nonzero().flatten()
-    slots[there] = slots[there].roll(1)
+    slots[there] = slots[there].roll(1) if len(there) > 1 else slots[there] ^ 1
     return Index(slots)
 
 
@@ -258,16 +216,15 @@ PARTS = [(family, at) for family, groups in FAMILIES.items() for at in range(len
 
 @pytest.mark.parametrize("fault", [left_out, shifted])
 @pytest.mark.parametrize(("family", "at"), PARTS)
-def test_each_group_matters(
-    fault: Callable[[list[Any], int, int], Any], family: str, at: int
-) -> None:
+def test_each_group_matters(fault: Callable[[Any, int], Any], family: str, at: int) -> None:
     """The controls: a group does not come, or to another position."""
 
     class Faulty(Handover):
         def ids_of(self, job: Any, pulls: bool) -> list[Any]:
             lists = super().ids_of(job, pulls)
             if pulls:
-                lists[at] = fault(lists, at, job.tokens)
+                number = next(n for n, (group, _) in enumerate(self.parts) if group == at)
+                lists[number] = fault(lists[number], job.tokens)
             return lists
 
     with pytest.raises(Wrong, match=f"group {at}"):
@@ -283,7 +240,7 @@ def test_rows_that_an_engine_gave_up_are_not_asked_for() -> None:
 
     def walks() -> None:
         for seed in range(6):
-            walk(seed, "windows", 8, Asking)
+            walk(seed, "window + full", 8, Asking)
 
     with pytest.raises(Wrong):
         walks()

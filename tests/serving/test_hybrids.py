@@ -5,72 +5,119 @@ from __future__ import annotations
 
 import random
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from itertools import takewhile
 from pathlib import Path
 from typing import Any, Literal
 
 import pytest
-from support.hybrid_model import FAMILIES, Wrong, walk
+from support import hybrid_rows
+from support.hybrid_model import Draw, Wrong, walk
+from support.hybrid_rows import FAMILIES, UNDIVIDED, Part, Rows
 
 from portakv.errors import InvalidTerms
 from portakv.serving import Group, Job, Report, SchedulerSide, Validity, WorkerSide
 from portakv.serving.local import LocalIndex
 from portakv.serving.plan import NO_PLAN
 from portakv.storage import prefix_keys
+from portakv.view import KVView
 
-WALKS = 5  # of each family, in the default run
-WIDE = 640  # 5,000 in all
+#: The ranks of engines that share a store server, by turns.
+RANKS = ((2,), (2, 1), (4, 2), (1, 4))
+#: The same where states are not divided by head.
+EQUAL = ((2,), (2, 2), (4, 4), (1, 1))
+#: Families of which walks of ranks are in the default run.
+USUAL = ("GDN hybrid", "Mamba 2 hybrid", "window + full", "chunked + full", "MLA + indexer")
+OTHERS = ("GDN hybrid", "Mamba 2 hybrid", "MLA + indexer", "MLA window compressed")
+#: Walks of a family with a store here, and with a server: 5,040 of all families.
+MANY = 420
+OF_RANKS = 140
+PIECES = 10
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_walks(family: str) -> None:
-    check(family, range(WALKS))
+    """The controls below say whether walks load."""
+    assert walks(family, range(2))["stored_blocks"]
+
+
+@pytest.mark.parametrize(
+    ("family", "seed"),
+    [
+        pytest.param(family, seed, marks=() if family in USUAL else pytest.mark.full)
+        for seed, family in enumerate(FAMILIES, 3)
+    ],
+)
+def test_walks_of_ranks(family: str, seed: int) -> None:
+    assert walks(family, range(seed, seed + 1), ranks_of(family))["stored_blocks"]
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("part", range(8))
+@pytest.mark.parametrize("piece", range(PIECES))
 @pytest.mark.parametrize("family", FAMILIES)
-def test_many_walks(family: str, part: int) -> None:
-    many = WIDE // 8
-    check(family, range(10_000 + part * many, 10_000 + (part + 1) * many))
-
-
-def check(family: str, seeds: range) -> None:
-    """Walk, and see that the walks prove something."""
-    counts = Counter[str]()
-    for seed in seeds:
-        counts += walk(seed, family)
-    assert counts["loaded tokens"] > 2 * len(seeds)
-    assert counts["landed_blocks"] > len(seeds)
-    assert counts["stored_blocks"] > len(seeds)
+def test_many_walks(family: str, piece: int) -> None:
+    first = 10_000 + piece * MANY
+    counts = walks(family, range(first, first + MANY // PIECES))
+    check_counts(counts, MANY // PIECES)
     assert counts["preempted"] > 0
 
 
-def left_out(number: int) -> type[WorkerSide]:
-    """Return a worker side that does not load one group."""
+@pytest.mark.full
+@pytest.mark.parametrize("piece", range(PIECES))
+@pytest.mark.parametrize("family", FAMILIES)
+def test_many_walks_of_ranks(family: str, piece: int) -> None:
+    first = 10_000 + piece * OF_RANKS
+    counts = walks(family, range(first, first + OF_RANKS // PIECES), ranks_of(family))
+    check_counts(counts, OF_RANKS // PIECES)
 
-    class LeftOut(WorkerSide):
-        def _load(self, job: Job, group: int) -> Any:
-            return None if group == number else super()._load(job, group)
 
-    return LeftOut
+def ranks_of(family: str) -> Sequence[Sequence[int]]:
+    """Return the ranks of engines by turns."""
+    return EQUAL if family in UNDIVIDED else RANKS
 
 
-def shifted(number: int) -> type[WorkerSide]:
-    """Return a worker side that loads of one group the blocks of the positions before."""
+def walks(family: str, seeds: range, ranks: Sequence[Sequence[int]] = ((),)) -> Counter[str]:
+    """Walk, and return what was counted."""
+    counts = Counter[str]()
+    for seed in seeds:
+        counts += walk(seed, family, ranks=ranks[seed % len(ranks)])
+    return counts
 
-    class Shifted(WorkerSide):
-        def _load(self, job: Job, group: int) -> Any:
-            if group == number:
-                keys = (job.keys[0], *job.keys[:-1])
-                if len(keys) > 1 and job.blocks[group][0] >= 0:  # no key twice
-                    keys = (*job.keys[1:], job.keys[0])
-                job = replace(job, keys=keys)
-            return super()._load(job, group)
 
-    return Shifted
+def check_counts(counts: Counter[str], least: int) -> None:
+    """Check that walks prove something."""
+    for name in ("loaded tokens", "landed_blocks", "stored_blocks"):
+        assert counts[name] > least
+
+
+class Faulty(WorkerSide):
+    """A worker side with a fault in one group."""
+
+    group: int
+
+    def is_faulty(self, number: int) -> bool:
+        """Return whether a cache is the first one of the group."""
+        return self._numbers.index(self.group) == number
+
+
+class LeftOut(Faulty):
+    """It does not load one group."""
+
+    def _needed(self, job: Job, number: int) -> Any:
+        return None if self.is_faulty(number) else super()._needed(job, number)
+
+
+class Shifted(Faulty):
+    """It loads of one group the blocks of the positions before."""
+
+    def _needed(self, job: Job, number: int) -> Any:
+        if self.is_faulty(number):
+            keys = (job.keys[0], *job.keys[:-1])
+            if len(keys) > 1 and job.blocks[self.group][0] >= 0:  # no key twice
+                keys = (*job.keys[1:], job.keys[0])
+            job = replace(job, keys=keys)
+        return super()._needed(job, number)
 
 
 class StatesAnywhere(SchedulerSide):
@@ -112,32 +159,94 @@ def keeping(size: int, groups: Any, workers: int, index: LocalIndex, holder: Any
     return SchedulerSide(size, groups, workers, index, holder=holder, keep=index.keep)
 
 
-@pytest.mark.parametrize("fault", [left_out, shifted])
+@pytest.mark.parametrize("fault", [LeftOut, Shifted])
 @pytest.mark.parametrize(("family", "number"), PARTS)
-def test_a_load_without_a_group_is_noticed(
-    fault: Callable[[int], type[WorkerSide]], family: str, number: int
-) -> None:
+def test_a_load_without_a_group_is_noticed(fault: type[Faulty], family: str, number: int) -> None:
     """The controls: a group does not come, or comes from another position."""
-    found = 0
+    worker = type("Worker", (fault,), {"group": number})
+    assert f"group {number}, " in what_is_wrong(family, worker=worker)
+
+
+def what_is_wrong(family: str, **terms: Any) -> str:
+    """Return what walks with a fault find first."""
     for seed in range(60):
         try:
-            walk(seed, family, worker=fault(number))
+            walk(seed, family, **terms)
         except Wrong as error:
-            found += f"group {number}," in str(error)
-            break
-    assert found
+            return str(error)
+    return ""
 
 
-@pytest.mark.parametrize("family", ["states that vLLM tells", "states at ends of steps"])
+@pytest.mark.parametrize(
+    "family", ["window + full", *(pytest.param(each, marks=pytest.mark.full) for each in OTHERS)]
+)
+def test_a_rank_without_a_group_is_noticed(family: str) -> None:
+    """The control of ranks: the others load the group."""
+
+    class OneRank(LeftOut):
+        group = 0
+        made = 0
+
+        def __init__(self, *terms: Any) -> None:
+            super().__init__(*terms)
+            OneRank.made += 1
+            self.sound = OneRank.made % 2 == 0
+
+        def is_faulty(self, number: int) -> bool:
+            return not self.sound and super().is_faulty(number)
+
+    assert "group 0, rank 0" in what_is_wrong(family, worker=OneRank, ranks=(2,))
+
+
+def test_heads_of_other_ranks_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The control of slices: each rank of two saves and loads the heads of the other one."""
+    memory_of = Draw.memory
+
+    def swapped(draw: Draw, rank: int) -> list[Rows]:
+        made = memory_of(draw, rank)
+        others = memory_of(draw, draw.ranks - 1 - rank)
+        for rows, other in zip(made, others, strict=True):
+            rows.heads = other.heads
+        return made
+
+    monkeypatch.setattr(Draw, "memory", swapped)
+    assert what_is_wrong("window + full", ranks=(2, 1))
+
+
+@pytest.mark.parametrize("family", ["window + full", "MLA window compressed"])
+def test_rows_without_their_scales_are_noticed(
+    family: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The control of quantized rows, whose scales are a plane of their own."""
+    made = hybrid_rows.lay_out
+
+    def without_scales(part: Part, *terms: Any) -> tuple[KVView, Any]:
+        view, planes = made(part, *terms)
+        if part.widths[-1] < part.widths[0]:
+            view = view.slice(kv=slice(0, 1))
+        return view, planes
+
+    monkeypatch.setattr(hybrid_rows, "lay_out", without_scales)
+    assert what_is_wrong(family)
+
+
+def test_states_that_are_not_divided_by_head_are_refused_by_other_ranks() -> None:
+    with pytest.raises(InvalidTerms, match=r"heads=\(0, 2, 2\), as the store server stores them"):
+        walk(0, "windows and states", ranks=(2, 1))
+
+
+def test_rows_with_other_scales_are_refused() -> None:
+    """Scales outside of the pages are part of the model's name."""
+    names = ["model:scales 1", "model:scales 2"]
+    with pytest.raises(InvalidTerms, match=r"model='model:scales 1', as the store server"):
+        walk(0, "window + full", ranks=(1, 1), names=names)
+
+
+@pytest.mark.parametrize("family", ["GDN hybrid", "Mamba 2 hybrid"])
 def test_states_of_other_positions_are_noticed(family: str) -> None:
     """The control of which blocks have states."""
 
-    def walks() -> None:
-        for seed in range(60):
-            walk(seed, family, side=StatesAnywhere)
-
-    with pytest.raises(Wrong, match="state after"):
-        walks()
+    assert "state after" in what_is_wrong(family, side=StatesAnywhere)
 
 
 SIZE = 8

@@ -21,6 +21,7 @@ from support.serving_model import NOTHING, Draw, Engine
 from support.waits import LIMIT
 
 from portakv import KVView
+from portakv.copy import count_copies
 from portakv.errors import StoreError
 from portakv.runtime import resources
 from portakv.runtime.streams import StreamFence
@@ -163,6 +164,36 @@ def test_groups_land_all_or_none(store: BlockStore) -> None:
         worker_side.load(Plan(loads=[load]))
         assert reported(worker_side).missing == {7: frozenset([1])}
         assert worker_side.ended().failed == [{1}, {3}]
+
+
+@pytest.mark.parametrize(
+    ("memory", "there", "copies"), [("one", 2, 1), ("one", 1, 2), ("several", 2, 2)]
+)
+def test_groups_in_one_memory_are_loaded_by_one_copy(memory: str, there: int, copies: int) -> None:
+    """Also where one lacks a block, both have what is there, and the load is reported."""
+    keys = prefix_keys(range(16), 8)
+    view = caches(8, 8)[1]
+    views = [view, view if memory == "one" else caches(8, 8)[1]]
+    forms = {f"group {n}": BlockForm.of(view, "model", notes=f"{n}") for n in range(2)}
+    with BlockStore(forms, staging=1 << 16, host=1 << 16) as store:
+        parts = [store.of(name) for name in forms]
+        views[0].tensors[0][:2] = 5
+        parts[0].save(views[0], [0, 1], keys).synchronize(LIMIT)
+        views[1].tensors[0][2:4] = 6
+        parts[1].save(views[1], [2, 3][:there], keys[:there]).synchronize(LIMIT)
+        for each in views:
+            each.tensors[0][:] = NOTHING
+        worker_side = WorkerSide([GroupCache(*both) for both in zip(views, parts, strict=True)])
+        counts = count_copies()
+        worker_side.load(Plan(loads=[Job(7, "a", tuple(keys), 0, None, ((4, 5), (6, 7)))]))
+        missing = reported(worker_side).missing
+        made = sum(float(each["value"]) for each in counts.figures()["copies_total"])
+        counts.close()
+    assert missing == {7: frozenset(range(there, 2))}
+    assert made == copies
+    rows = [view.tensors[0].flatten(1).amax(1).tolist() for view in views]
+    assert rows[0][4:6] == [5, 5]
+    assert rows[1][6:8] == [6, 6][:there] + [NOTHING] * (2 - there)
 
 
 def test_a_store_that_is_closed_is_a_miss_and_no_error() -> None:

@@ -19,7 +19,7 @@ from support.storage_cases import FakeTier, counts_of, key_of, small_form
 from support.waits import LIMIT
 
 from portakv import KVView
-from portakv.errors import InvalidTerms, LayoutError, StoreError, TransferError
+from portakv.errors import InvalidTerms, LayoutError, SlotError, StoreError, TransferError
 from portakv.graph.prometheus import Collector
 from portakv.storage import BlockForm, BlockStore, Disk, Remote
 from portakv.storage.store import FormStore
@@ -113,6 +113,52 @@ def test_each_form_has_its_own_blocks_under_the_same_keys(
             assert store.of(name).lookup(KEYS) == 12
             landed, right = loaded(store.of(name), by_layer=by_layer)
             assert landed == right == [True] * 12
+
+
+#: Groups of layers in one memory, as vLLM gives it to them.
+ALIKE = {"full": FORMS["full"], "window": small_form(notes="the layers with a window")}
+
+
+@pytest.mark.parametrize("present", [True, False])
+def test_forms_that_lie_alike_are_loaded_together(present: bool) -> None:
+    """All blocks come, or no byte does: the control lacks one in the host tier."""
+    full, window = (cache_of(form) for form in ALIKE.values())
+    target, untouched = (cache_of(ALIKE["full"], 1000) for _ in range(2))
+    with opened(ALIKE, host=20) as store:
+        one, other = (store.of(name) for name in ALIKE)
+        one.save(full, range(4), KEYS[:4]).synchronize(LIMIT)
+        other.save(window, range(4), KEYS[:4]).synchronize(LIMIT)
+        lacking = KEYS[3] if present else KEYS[5]
+        loads = [(one, (7, 4), [KEYS[2], lacking]), (other, (9,), KEYS[:1])]
+        handle = one.load_together(target, loads)
+        assert (handle is not None) is present
+        if handle is None:
+            assert all(equal(target, untouched))
+            return
+        handle.synchronize(LIMIT)
+        assert handle.landed.tolist() == [True] * 3
+    assert [n for n, same in enumerate(equal(target, untouched)) if not same] == [4, 7, 9]
+    for came, rows, others in zip(target.tensors, full.tensors, window.tensors, strict=True):
+        assert torch.equal(bits(came[7]), bits(rows[2]))
+        assert torch.equal(bits(came[4]), bits(rows[3]))
+        assert torch.equal(bits(came[9]), bits(others[0]))
+
+
+def test_a_block_of_two_forms_is_refused() -> None:
+    with opened(ALIKE, host=20) as store:
+        for name, form in ALIKE.items():
+            store.of(name).save(cache_of(form), range(4), KEYS[:4]).synchronize(LIMIT)
+        loads = [(store.of(name), (3,), KEYS[:1]) for name in ALIKE]
+        with pytest.raises(SlotError, match="blocks"):
+            store.of("full").load_together(cache_of(ALIKE["full"]), loads)
+
+
+@pytest.mark.parametrize("name", ["window", "rank 1", "long", "wide"])
+def test_other_forms_do_not_lie_alike(name: str) -> None:
+    with opened(host=4) as store, opened(host=4) as other:
+        assert store.of("full").lies_as(store.of("full"))
+        assert not store.of("full").lies_as(store.of(name))
+        assert not store.of("full").lies_as(other.of("full"))
 
 
 def others_that_have(store: BlockStore, name: str) -> set[str]:

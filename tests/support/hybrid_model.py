@@ -1,77 +1,136 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A model of an engine whose layers are in several groups, over a real store, that judges both
-sides.
+"""A model of engines whose layers are in several groups, over a real store, that judges both sides.
 
 Each group has its own kind of rows: of all tokens, of a window, of a chunk, or states. A row is a
-number that its group and all tokens up to it give. Before a step computes, the model reads from the
-caches what each group's kernels would, and compares. So a prefix that lacks a group, or has that of
-another position, is seen at once.
+number that its group and all tokens up to it give; `Rows` knows its bytes. Before a step computes,
+the model reads from the caches of each rank what each group's kernels would, and compares. So a
+prefix that lacks a group, or has that of another position, is seen at once.
+
+A walk has one engine over a store of its own, or several over one store server, of one model, whose
+blocks and ranks differ.
 """
 
 from __future__ import annotations
 
+import os
 import random
 import time
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from itertools import count
 from math import lcm
 from typing import Any
 
 import torch
 
-from portakv.serving import Group, GroupCache, SchedulerSide, StoreTerms, Validity, WorkerSide
-from portakv.serving.local import GroupView, LocalIndex
-from portakv.view import KVView
+from portakv.serving import (
+    Group,
+    GroupCache,
+    SchedulerSide,
+    ServerIndex,
+    StoreClient,
+    StoreServer,
+    StoreTerms,
+    Validity,
+    WorkerSide,
+)
+from portakv.serving.local import LocalIndex, forms_of, image_of
+from support.hybrid_rows import FAMILIES, LAYERS, PARTS, Kind, Memory, Part, Places, Rows, spoiled
+from support.waits import LIMIT
 
 GONE = -1
-LIMIT = 4000  # steps; no request takes as long
-LAYERS = 2
 LONGEST = 124  # tokens
-PAUSE = 1e-4  # seconds, for copies, in a step that computes nothing
-
-#: The kinds of groups of each family of models, by name: block sizes are drawn.
-FAMILIES: dict[str, list[dict[str, Any]]] = {
-    "states that vLLM tells": [{"states": "told"}, {}],
-    "states at ends of steps": [{"states": "last"}, {"states": "last"}, {}],
-    "states at all blocks": [{"states": "every"}, {}],
-    "windows": [{"window": True}, {}],
-    "chunks": [{"chunk": True}, {}],
-    "latent rows and an indexer": [{}, {}],
-    "windows alone": [{"window": True}],
-    "windows and states": [{"window": True}, {"states": "last"}, {}],
-}
+#: Seconds, for copies, in a step that computes nothing: of a store here, and of a server.
+PAUSE = 1e-4
+LONGER = 2e-3
+#: Seconds for which a save waits for a rank, which may have been told to stop it.
+PATIENCE = 1.0
+STAGING = 4 << 20
+#: Tokens of a block of an engine, or of a stored one.
+SIZES = ((2, 4), (4, 8))
+MODEL = "model"
+numbers = count()
 
 
 class Wrong(AssertionError):
     """A row or state that a kernel would read is not the right one."""
 
 
-class Draw:
-    """The sizes of a walk."""
+class Model:
+    """The model of a walk, and the tokens of a stored block.
 
-    def __init__(self, chance: random.Random, family: str) -> None:
+    Args:
+        sizes: of a block, the smaller one first.
+
+    Attributes:
+        kinds, parts: of each group, how its rows lie in memory.
+        spans: of each group its window or chunk, or which states are kept.
+    """
+
+    def __init__(self, chance: random.Random, family: str, sizes: Sequence[int]) -> None:
+        self.kinds = FAMILIES[family]
+        self.sizes = sizes
+        recurrent = any("states" in kind.terms for kind in self.kinds)
+        self.stored = sizes[-1] if recurrent else chance.choice(sizes)
+        quantized = chance.random() < 0.5
+        #: Groups have one memory, and like groups like rows, as vLLM gives it to them.
+        self.shares = chance.random() < 0.5
+        alike = {name: PARTS[name](chance, quantized) for name in sorted(PARTS)}
+        self.parts = [
+            alike[kind.rows] if self.shares else PARTS[kind.rows](chance, quantized)
+            for kind in self.kinds
+        ]
+        self.spans = [self._span(chance, kind) for kind in self.kinds]
+        self.prompts = [[chance.randrange(50) for _ in range(90)] for _ in range(2)]
+
+    def _span(self, chance: random.Random, kind: Kind) -> Mapping[str, Any]:
+        """Return the window or chunk of a group."""
+        if "window" in kind.terms:
+            return {"window": self.stored * chance.choice([1, 2]) + chance.choice([0, 1])}
+        if "chunk" in kind.terms:
+            return {"chunk": self.stored * chance.choice([1, 2, 3])}
+        return kind.terms
+
+    @property
+    def image_bytes(self) -> int:
+        """Return the bytes of a stored block of all groups."""
+        return sum(
+            image_of(self._rows_of(kind, part) * max(1, part.heads) * LAYERS * sum(part.widths))
+            for kind, parts in zip(self.kinds, self.parts, strict=True)
+            for part in parts
+        )
+
+    def _rows_of(self, kind: Kind, part: Part) -> int:
+        return part.steps if "states" in kind.terms else self.stored // kind.tokens
+
+
+class Draw:
+    """The sizes of an engine.
+
+    Attributes:
+        ranks: of tensor parallelism.
+        whole: blocks are pages that nothing looks into.
+    """
+
+    def __init__(self, chance: random.Random, model: Model, ranks: int, own: bool) -> None:
         self.chance = chance
-        base = chance.choice([2, 4])
-        groups = list[Group]()
-        kinds = FAMILIES[family]
-        recurrent = any("states" in kind for kind in kinds)
-        stored = base * chance.choice([1, 2]) if not recurrent else base * 2
-        for kind in kinds:
-            size = stored if "states" in kind else chance.choice([base, stored])
-            window = (
-                stored * chance.choice([1, 2]) + chance.choice([0, 1]) if "window" in kind else None
-            )
-            chunk = stored * chance.choice([1, 2, 3]) if "chunk" in kind else None
-            groups.append(Group(size, window, chunk, kind.get("states")))
-        self.groups = groups
-        self.stored = stored
+        self.model = model
+        self.ranks = ranks
+        self.whole = own and chance.random() < 0.3
+        self.stored = stored = model.stored
+        sizes = [size for size in model.sizes if size <= stored or not self.whole]
+        self.groups = [
+            Group(stored if "states" in span else chance.choice(sizes), **span)
+            for span in model.spans
+        ]
         self.budget = chance.choice([stored, 3 * stored, 64])
         #: Enough for the longest request, or for several.
-        least = sum(self._most_blocks(group) for group in groups)
+        least = sum(self._most_blocks(group) for group in self.groups)
         self.blocks = int(least * chance.choice([1.1, 1.6, 4]))
-        self.host = chance.choice([6, 20, 200])  # stored blocks that the host has room for
-        self.forgets = chance.choice([0.02, 0.1, 0.3])  # in each step
+        #: In each step; all that an engine forgets, it loads.
+        self.forgets = chance.choice([0.2, 1.0] if own else [0.5, 1.0])
 
     def _most_blocks(self, group: Group) -> int:
         """Return how many blocks of a group a request has at most."""
@@ -79,45 +138,38 @@ class Draw:
         tokens = LONGEST if span is None else min(LONGEST, span + self.budget)
         return 4 if group.states in ("last", "told") else -(-tokens // group.block_size) + 2
 
+    def memory(self, rank: int) -> list[Rows]:
+        """Return the caches of a rank, of each group."""
+        model = self.model
+        each = zip(model.kinds, self.groups, model.parts, strict=True)
+        made = dict[tuple[int, int, int], torch.Tensor]()
 
-class Caches:
-    """The paged memory of each group: int64 ``[blocks, block_size, 1]`` of each layer; of states
-    the bytes of one number for each layer."""
+        def memory_of(number: int) -> Memory:
+            """Return what gives memory to a group; several have the same, in which each has its
+            blocks."""
+            taken = Counter[int]()
 
-    def __init__(self, draw: Draw) -> None:
-        self.groups = draw.groups
-        self.memory = [
-            [
-                torch.zeros(draw.blocks, 1 if group.states else group.block_size, 1).to(torch.int64)
-                for _ in range(LAYERS)
-            ]
-            for group in draw.groups
+            def take(nbytes: int) -> torch.Tensor:
+                taken[nbytes] += 1
+                name = 0 if model.shares else number, nbytes, taken[nbytes]
+                return made.setdefault(name, spoiled(nbytes))
+
+            return take
+
+        return [
+            Rows(
+                number,
+                kind,
+                group,
+                parts,
+                self.blocks,
+                rank,
+                self.ranks,
+                self.whole,
+                memory_of(number),
+            )
+            for number, (kind, group, parts) in enumerate(each)
         ]
-
-    def views(self) -> list[GroupView]:
-        """Return the view of each group."""
-        made = list[GroupView]()
-        for number, (group, memory) in enumerate(zip(self.groups, self.memory, strict=True)):
-            layers = [each.view(torch.uint8) for each in memory]
-            view = KVView(layers, "layer | block token dim")
-            made.append(GroupView(view, f"group {number}", None if group.states else 1))
-        return made
-
-    def write(self, group: int, block: int, at: int, row: int) -> None:
-        """Write a row of all layers."""
-        for layer, memory in enumerate(self.memory[group]):
-            memory[block, at, 0] = row_of(row, group, layer)
-
-    def check(self, group: int, block: int, at: int, row: int, what: str) -> None:
-        """Raise `Wrong` unless a row has its number in all layers."""
-        for layer, memory in enumerate(self.memory[group]):
-            if int(memory[block, at, 0]) != row_of(row, group, layer):
-                raise Wrong(f"group {group}, layer {layer}: {what}")
-
-
-def row_of(row: int, group: int, layer: int) -> int:
-    """Return the number of a row in a layer."""
-    return hash((row, group, layer)) & 0x7FFFFFFFFFFFFFFF
 
 
 class Pool:
@@ -199,75 +251,95 @@ class Request:
 
 
 class Engine:
-    """The engine: a scheduler and one worker, over a store in this process."""
+    """An engine: a scheduler and the workers of its ranks.
+
+    Args:
+        terms: of the store.
+        server: that several engines share; None: the engine has a store of its own.
+        name: of the model.
+    """
 
     def __init__(
         self,
-        seed: int,
-        family: str,
+        chance: random.Random,
+        draw: Draw,
+        terms: StoreTerms,
+        server: StoreServer | None = None,
         side: Callable[..., SchedulerSide] = SchedulerSide,
         worker: type[WorkerSide] = WorkerSide,
-        folder: str | None = None,
+        name: str = MODEL,
     ) -> None:
-        self.chance = chance = random.Random(f"{family} {seed}")
-        self.draw = draw = Draw(chance, family)
+        self.chance = chance
+        self.draw = draw
+        self.name = name
         self.groups = draw.groups
         self.pool = Pool(draw.blocks)
-        self.caches = Caches(draw)
-        self.index = LocalIndex()
-        self.index.validity = Validity(draw.groups, draw.stored)
-        room = draw.host * (1 << 14)
-        terms = StoreTerms(host=room, staging=4 << 20)
-        if folder is not None:
-            terms = replace(terms, folder=folder, capacity=2 * room)
-        parts = self.index.open(self.caches.views(), terms, "model", draw.stored)
-        views = [each.view for each in self.caches.views()]
-        both = zip(views, parts, strict=True)
-        self.worker_side = worker([GroupCache(view, part) for view, part in both])
-        self.side = side(draw.stored, draw.groups, 1, self.index, holder=self.pool)
+        self.memory = [draw.memory(rank) for rank in range(draw.ranks)]
+        self.index: LocalIndex | ServerIndex
+        self._end = ExitStack()
+        stores = self._open(terms) if server is None else self._join(server)
+        self.workers = list[WorkerSide]()
+        for memory, parts in zip(self.memory, stores, strict=True):
+            views = [each for rows in memory for each in rows.views]
+            both = zip(views, parts, strict=True)
+            self.workers.append(worker([GroupCache(x.view, part, x.group) for x, part in both]))
+        self.side = side(draw.stored, draw.groups, draw.ranks, self.index, holder=self.pool)
         self.requests = list[Request]()
         self.counts = Counter[str]()
-        self._prompts = [[chance.randrange(50) for _ in range(90)] for _ in range(2)]
+        self._ended = Counter[tuple[str, str]]()  # by what has ended and the request: the workers
+        self._incomplete = set[str]()
         self._all = lcm(*(group.block_size for group in draw.groups))
 
+    def _open(self, terms: StoreTerms) -> list[Sequence[Any]]:
+        """Open a store of this engine alone; return where blocks of its worker are stored."""
+        self.index = index = LocalIndex()
+        index.validity = Validity(self.groups, self.draw.stored)
+        self._end.callback(index.close)
+        views = [each for rows in self.memory[0] for each in rows.views]
+        return [index.open(views, terms, self.name, self.draw.stored)]
+
+    def _join(self, server: StoreServer) -> list[Sequence[Any]]:
+        """Join a server; return where blocks of each worker are stored."""
+        name = f"engine {next(numbers)}"
+        stores = list[Sequence[Any]]()
+        for memory in self.memory:
+            views = [each for rows in memory for each in rows.views]
+            heads = [each for rows in memory for each in rows.heads]
+            forms = forms_of(views, self.name, self.draw.stored, heads)
+            client = self._end.enter_context(StoreClient(server.place, forms, name))
+            assert client.wait(LIMIT)
+            stores.append(client.blocks)
+        self.index = index = ServerIndex(server.place, name, len(stores[0]))
+        self._end.callback(index.close)
+        index.parts = [len(rows.views) for rows in self.memory[0]]
+        index.validity = Validity(self.groups, self.draw.stored)
+        assert index.wait(LIMIT)
+        return stores
+
     def close(self) -> None:
-        """Close the store."""
-        self.index.close()
+        """Close the store, or leave the server."""
+        self._end.close()
 
     # --- the walk
 
-    def walk(self, requests: int) -> None:
-        """Serve requests that come one after the other, and some together."""
-        left = requests
-        for _ in range(LIMIT):
-            if left and (not self._alive() or self.chance.random() < 0.3):
-                left -= 1
-                self.add()
-            if not left and not self._alive():
-                break
-            self.step()
-        else:
-            raise AssertionError("requests do not end")
-        self.settle()
-
     def settle(self) -> None:
         """Let all saves end, and check that no block is lost."""
-        for _ in range(LIMIT):
-            if not self.side.statistics()["jobs"] and not self._alive():
-                break
+        until = time.monotonic() + LIMIT
+        while self.side.statistics()["jobs"] or self.alive:
+            assert time.monotonic() < until, f"jobs do not end: {self.side.statistics()}"
             self.step()
-        else:
-            raise AssertionError(f"jobs do not end: {self.side.statistics()}")
         assert len(self.pool.free) == self.draw.blocks, "blocks are lost"
         assert not self.side.statistics()["requests"]
 
-    def _alive(self) -> list[Request]:
+    @property
+    def alive(self) -> list[Request]:
+        """Return the requests that have not ended."""
         return [each for each in self.requests if each.state != "ended"]
 
     def add(self) -> None:
         """Add a request: a prompt that begins as others do."""
         chance = self.chance
-        prompt = chance.choice(self._prompts)[: chance.randrange(3, 90)]
+        prompt = chance.choice(self.draw.model.prompts)[: chance.randrange(3, 90)]
         if chance.random() < 0.3:
             prompt = [*prompt, *(chance.randrange(50) for _ in range(chance.randrange(1, 20)))]
         name = f"request {len(self.requests)}"
@@ -283,30 +355,42 @@ class Engine:
             self.pool.forget()
         steps = list[tuple[Request, int, int]]()
         preempted = set[str]()
-        for request in [*self._alive()]:
+        for request in [*self.alive]:
             if request.state == "running" and request.name not in preempted:
                 self._abort_or_schedule(request, steps, preempted)
         steps = [each for each in steps if each[0].name not in preempted]
-        for request in [*self._alive()]:
+        for request in [*self.alive]:
             if request.state == "waiting" and request.name not in preempted:
                 self._admit(request)
         plan = self.side.plan(idle=not steps)
-        worker = self.worker_side
-        worker.stop(plan)
-        worker.load(plan)
+        for worker in self.workers:
+            worker.stop(plan)
+            worker.load(plan)
         for request, computed, until in steps:
             self._compute(request, computed, until)
         if not steps:
-            time.sleep(PAUSE)
-        worker.save(plan)
-        self.side.take(worker.report())
-        ended = worker.ended()
-        for request in self._alive():
-            if request.name in ended.loaded:
-                self._loaded(request, request.name in ended.incomplete)
-            if request.name in ended.freed:
+            time.sleep(PAUSE if isinstance(self.index, LocalIndex) else LONGER)
+        for worker in self.workers:
+            worker.save(plan)
+            self.side.take(worker.report())
+            ended = worker.ended()
+            self._ended.update(("loaded", name) for name in ended.loaded)
+            self._ended.update(("freed", name) for name in ended.freed)
+            self._incomplete |= ended.incomplete
+        for request in self.alive:
+            if self._has_ended("loaded", request):
+                self._loaded(request, request.name in self._incomplete)
+                self._incomplete.discard(request.name)
+            if self._has_ended("freed", request):
                 self._free(request)
-        self.side.freed(ended.freed)
+                self.side.freed({request.name})
+
+    def _has_ended(self, what: str, request: Request) -> bool:
+        """Return once whether something has ended in all workers."""
+        if self._ended[what, request.name] < len(self.workers):
+            return False
+        del self._ended[what, request.name]
+        return True
 
     # --- the scheduler
 
@@ -365,7 +449,7 @@ class Engine:
         """Go on after a load; a request whose load lacks something begins again."""
         assert request.state == "loading"
         if request.aborted:
-            self._end(request)
+            self._end_request(request)
         elif incomplete:
             self.counts["incomplete"] += 1
             self._free(request, "waiting")
@@ -377,13 +461,13 @@ class Engine:
         self, request: Request, steps: list[tuple[Request, int, int]], preempted: set[str]
     ) -> None:
         if self.chance.random() < 0.01:
-            self._end(request)
+            self._end_request(request)
             return
         computed = request.computed
         until = self._until(request)
         self._slide(request)
         while (new := self._grow(request, until)) is None:
-            others = [each for each in self._alive() if each.state == "running"]
+            others = [each for each in self.alive if each.state == "running"]
             victim = self.chance.choice(others)
             self._preempt(victim)
             preempted.add(victim.name)
@@ -449,7 +533,7 @@ class Engine:
         request.computed = 0
         request.state = state
 
-    def _end(self, request: Request) -> None:
+    def _end_request(self, request: Request) -> None:
         if self.side.finished(request.name):
             request.state = "retained"
         else:
@@ -463,36 +547,46 @@ class Engine:
             if group.states:
                 self._advance(request, number, computed, until)
                 continue
-            size = group.block_size
             blocks = request.blocks[number]
-            for token in range(group.first_needed(computed), computed):
-                what = f"{request.name}, token {token} of {computed}"
-                row = request.row(token + 1)
-                self.caches.check(number, blocks[token // size], token % size, row, what)
-            for token in range(computed, until):
-                block = blocks[token // size]
-                self.caches.write(number, block, token % size, request.row(token + 1))
+            for rank, memory in enumerate(self.memory):
+                rows = memory[number]
+                places, ends = rows.places(blocks, range(group.first_needed(computed), computed))
+                what = f"rank {rank}: {request.name}, rows at {computed}"
+                self._check(number, rows, places, [request.row(end) for end in ends], what)
+                places, ends = rows.places(blocks, range(computed, until))
+                rows.write(places, [request.row(end) for end in ends])
         request.computed = until
         self._enter(request, until)
         if until == len(request.tokens):
             if len(request.tokens) >= request.wanted:
-                self._end(request)
+                self._end_request(request)
             else:
                 request.tokens.append(request.row(until) % 50)
+
+    def _check(
+        self, number: int, rows: Rows, places: Places, expected: Sequence[int], what: str
+    ) -> None:
+        """Raise `Wrong` unless places have the rows or states that are expected."""
+        wrong = rows.wrong(places, expected)
+        if wrong:
+            raise Wrong(f"group {number}, {what}: {', '.join(wrong)}")
 
     def _advance(self, request: Request, number: int, computed: int, until: int) -> None:
         """Read the state after the computed tokens, and write those after the step."""
         group = self.groups[number]
         size = group.block_size
         blocks = request.blocks[number]
-        if computed:
-            block = blocks[(computed - 1) // size]
-            what = f"{request.name}, state after {computed}"
-            self.caches.check(number, block, 0, request.row(computed), what)
-        ends = range((computed // size + 1) * size, until + 1, size)
-        for end in [*ends] if group.states == "every" else []:
-            self.caches.write(number, blocks[end // size - 1], 0, request.row(end))
-        self.caches.write(number, blocks[(until - 1) // size], 0, request.row(until))
+        ends = {until}
+        if group.states == "every":
+            ends.update(range((computed // size + 1) * size, until + 1, size))
+        for rank, memory in enumerate(self.memory):
+            rows = memory[number]
+            if computed:
+                place = ([blocks[(computed - 1) // size]],)
+                what = f"rank {rank}: {request.name}, state after {computed}"
+                self._check(number, rows, place, [request.row(computed)], what)
+            for end in ends:
+                rows.write(([blocks[(end - 1) // size]],), [request.row(end)])
 
     def _enter(self, request: Request, tokens: int) -> None:
         """Enter whole blocks in the prefix cache."""
@@ -514,16 +608,46 @@ def walk(
     family: str,
     side: Callable[..., SchedulerSide] = SchedulerSide,
     worker: type[WorkerSide] = WorkerSide,
-    requests: int = 10,
+    requests: int = 6,
     folder: str | None = None,
+    ranks: Sequence[int] = (),
+    names: Sequence[str] = (),
 ) -> Counter[str]:
     """Walk, and return what was counted. Raises `Wrong`.
 
-    ``folder``: of a disk below the host memory.
+    Requests of each engine come one after the other, and some together.
+
+    Args:
+        folder: of a disk below the host memory.
+        ranks: of each engine that shares a store server; (): one engine with a store of its own.
+        names: of the model in each engine; (): one name.
     """
-    engine = Engine(seed, family, side, worker, folder)
-    try:
-        engine.walk(requests)
-        return engine.counts + Counter(engine.side.counts)
-    finally:
-        engine.close()
+    chance = random.Random(f"{family} {seed}")
+    model = Model(chance, family, chance.choice(SIZES))
+    room = chance.choice([6, 20, 200]) * model.image_bytes
+    terms = StoreTerms(host=room, staging=STAGING, folder=folder, capacity=2 * room)
+    counts = Counter[str]()
+    with ExitStack() as stack:
+        server = None
+        if ranks:
+            place = f"hybrids {os.getpid()} {next(numbers)}"
+            server = stack.enter_context(StoreServer(terms, place, patience=PATIENCE))
+        engines = list[Engine]()
+        ranks = ranks or (1,)
+        for many, name in zip(ranks, names or [MODEL] * len(ranks), strict=True):
+            draw = Draw(chance, model, many, own=server is None)
+            engines.append(Engine(chance, draw, terms, server, side, worker, name))
+            stack.callback(engines[-1].close)
+        left = [engine for engine in engines for _ in range(requests)]
+        chance.shuffle(left)
+        until = time.monotonic() + LIMIT
+        while left or any(engine.alive for engine in engines):
+            assert time.monotonic() < until, "requests do not end"
+            if left and (not left[-1].alive or chance.random() < 0.3):
+                left.pop().add()
+            for engine in engines:
+                engine.step()
+        for engine in engines:
+            engine.settle()
+            counts += engine.counts + Counter(engine.side.counts)
+    return counts
