@@ -33,7 +33,8 @@ from portakv.migrate.described import Regions, describe
 from portakv.migrate.figures import Figures
 from portakv.migrate.messages import Named, offer_name
 from portakv.migrate.shards import Shard, check_length, device_of, index_of, names_of
-from portakv.migrate.staged_owner import BUFFERS, BlockList, Gathers, OfferedRows
+from portakv.migrate.staged_lanes import BUFFERS
+from portakv.migrate.staged_owner import BlockList, Gathers, OfferedRows
 from portakv.migrate.words import Entry, NameTable, Place, Words
 from portakv.runtime import tracing
 from portakv.runtime.bounded import Bounded

@@ -11,7 +11,7 @@ import time
 from asyncio import CancelledError
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext, suppress
+from contextlib import AbstractContextManager, ExitStack, nullcontext, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from hashlib import blake2b
@@ -42,6 +42,7 @@ from portakv.migrate.described import strided
 from portakv.migrate.figures import WEIGHTS
 from portakv.migrate.messages import Message, Refused, listed, unsealed
 from portakv.migrate.shared_memory import Opener, where
+from portakv.migrate.staged_lanes import BUFFERS
 from portakv.migrate.staging import retain, staging
 from portakv.migrate.transports import check_transport, choose_between
 from portakv.migrate.transports.base import Lane, Moving, MovingStage, Transport
@@ -49,11 +50,17 @@ from portakv.runtime import tracing
 from portakv.runtime.bounded import Bounded
 from portakv.runtime.devices import capturing, inside, refuse_capture
 from portakv.runtime.interrupts import uninterrupted
-from portakv.runtime.streams import StreamFence, completion, side_stream, synchronize_current
+from portakv.runtime.streams import (
+    StreamFence,
+    completion,
+    ignoring_captures,
+    own_stream,
+    side_stream,
+    synchronize_current,
+)
 from portakv.runtime.transfer import Completion, Transfer
 from portakv.tasks import Limit, Wait, Work, runtime, shared_limit
 from portakv.weights.messages import (
-    BUFFERS,
     END,
     MOST_BOXES,
     AskWeights,
@@ -64,7 +71,7 @@ from portakv.weights.messages import (
     Weights,
     WeightsTicket,
 )
-from portakv.weights.owner import follower, on_streams, slices, unpacked
+from portakv.weights.owner import slices, unpacked
 from portakv.weights.parameters import (
     Box,
     Cell,
@@ -149,15 +156,24 @@ class PullRequest:
         self.wait = flag("wait", wait)
         self.began = tracing.begin()
         devices = [device for device in self.devices if device.type != "cpu"]
-        streams = [torch.accelerator.current_stream(device.index) for device in devices]
         #: The caller's, or private ones if the caller does not wait.
-        self._streams = streams if self.wait else [follower(device) for device in devices]
+        self._streams = [torch.accelerator.current_stream(device.index) for device in devices]
+        if not self.wait:
+            current = self._streams
+            self._streams = [own_stream(device) for device in devices]
+            for stream, after in zip(self._streams, current, strict=True):
+                stream.wait_stream(after)
 
     def work(self, call: Callable[..., T], *arguments: object) -> Work[T]:
-        """Return work of the pull, for which the pull's streams are current."""
+        """Return work of the pull, for which the pull's streams are current, while other threads
+        may capture graphs."""
 
         def on_streams_of_pull() -> T:
-            with on_streams(self._streams):
+            with ExitStack() as stack:
+                for stream in self._streams:
+                    stack.enter_context(ignoring_captures(stream.device))
+                    stack.enter_context(inside(stream.device))  # a context for a new thread
+                    stack.enter_context(inside(stream))
                 return call(*arguments)
 
         return Work(on_streams_of_pull)

@@ -20,6 +20,7 @@ from support.weight_cases import AtSlice, Channels, make_channels
 from torch.cuda import _sleep
 
 from portakv.errors import PeerError, TransferCancelled, TransferError
+from portakv.migrate import staged_lanes
 from portakv.migrate.channel import Channel
 from portakv.migrate.staging import staging
 from portakv.migrate.transports import TRANSPORTS
@@ -82,7 +83,7 @@ def test_host_staging_serves_two_kinds_of_device_and_one_device(
         pinned.append(memory.is_pinned())
         return memory
 
-    for side in (owners, pulls):
+    for side in (staged_lanes, pulls):
         monkeypatch.setattr(side, "staging", made)
     cpu = torch.device("cpu")
     there = cpu if kinds.startswith("host") else accelerator

@@ -360,10 +360,10 @@ def test_no_bytes_of_other_users_of_the_memory_are_sent(
         taken.append(torch.full((nbytes,), 0x5A, dtype=torch.uint8, device=device))
         return taken[-1]
 
-    for side in ("owner", "pull"):
-        monkeypatch.setattr(f"portakv.weights.{side}.staging", used)
+    for side in ("migrate.staged_lanes", "weights.pull"):
+        monkeypatch.setattr(f"portakv.{side}.staging", used)
     if not cleans:
-        monkeypatch.setattr("portakv.weights.owner.Lane.clean", lambda lane: None)
+        monkeypatch.setattr("portakv.migrate.staged_lanes.StagingBuffer.clean", lambda _: None)
     owner = publish(channels(), {"a": torch.ones(3, dtype=torch.uint8), "b": torch.zeros(8)})
     local = {"a": torch.zeros(3, dtype=torch.uint8), "b": torch.ones(8)}
     pull_weights(channels(), owner.ticket, local)
