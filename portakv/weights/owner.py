@@ -32,7 +32,6 @@ from portakv.migrate.staged_lanes import (
     Sending,
     StagingBuffer,
 )
-from portakv.migrate.transports.base import Lane
 from portakv.runtime.bounded import Bounded
 from portakv.runtime.interrupts import uninterrupted
 from portakv.runtime.streams import StreamFence, synchronize_current
@@ -412,12 +411,10 @@ class BoxLine(Line):
     """A lane to one reader of weights.
 
     Attributes:
-        lane: of the transport.
         after: the work of earlier users of the buffers' memory, for each device.
         why_broken: why a slice that was requested could not be packed.
     """
 
-    lane: Lane
     after: Sequence[StreamFence]
     why_broken = ""
 
@@ -473,7 +470,6 @@ class Lanes(Lines[BoxLine]):
         with StreamFence(device).inside():
             self._allocate(line, BUFFERS * self.buffer_bytes, *range(BUFFERS))
             line.after = [StreamFence(each) for each in {device, *self._devices}]
-        line.lane = transport.lane(line.peer, self._channel)
         self._add(line, peer, request.lane)
 
     def send(self, peer: Peer, request: SendSlice) -> None:
@@ -482,8 +478,8 @@ class Lanes(Lines[BoxLine]):
         Raises `PeerError` for a lane that cannot send it.
         """
         line = self._line(peer, request.lane)
-        if line.lane.gone is not None or line.why_broken:
-            raise PeerError(line.why_broken or str(line.lane.gone))
+        if line.why_broken:
+            raise PeerError(line.why_broken)
         in_turn = request.tag == line.last + 1 and len(line.sendings) < MOST_WAITING
         if not in_turn or not 0 < request.nbytes <= self.buffer_bytes:
             raise PeerError(
@@ -493,7 +489,7 @@ class Lanes(Lines[BoxLine]):
         sending = Sending(
             request.tag,
             [request.nbytes],
-            lane=line.lane,
+            lane=line.transport.lane(line.peer, self._channel),
             buffers=BUFFERS,
             after=line.after,
             fill=partial(self._pack, request),
