@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import logging
 from collections import deque
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 import torch
 
@@ -22,8 +22,9 @@ from portakv.migrate.channel import Channel, Peer
 from portakv.migrate.staging import Chunks, retain, staging
 from portakv.migrate.transports import Transports
 from portakv.migrate.transports.base import Lane, Moving, MovingStage, Transport
+from portakv.runtime.bounded import Bounded
 from portakv.runtime.streams import StreamFence
-from portakv.tasks import Limit, TaskGroup, Work, runtime
+from portakv.tasks import Handle, Limit, TaskGroup, Work, runtime
 
 _log = logging.getLogger(__name__)
 BUFFERS = 4  # for each reader: one is filled, two are on the wire, one is emptied
@@ -31,10 +32,14 @@ MOMENT = 1e-3  # seconds for which a helper waits for a buffer: the loop would t
 LOOK = 0.5  # seconds between two looks at a buffer that is not free
 #: Requests of a reader that are not sent yet. A reader has at most one for each of its buffers.
 MOST_WAITING = 16
+#: Late results that are kept together. The oldest one is dropped.
+MOST_LATE = 256
+T = TypeVar("T")
 
 
 class Turn(Limit):
-    """The turn of helpers that read the memory of an owner.
+    """The turn of helpers that read the memory of an owner, and the results that take them longer
+    than a channel may, such as checksums.
 
     Parts of an offer share their ids on a device, and only one stream is ordered after these.
     """
@@ -42,6 +47,36 @@ class Turn(Limit):
     def __init__(self) -> None:
         super().__init__(runtime())
         self._streams = dict[str, torch.Stream]()  # by device
+        self._results = Bounded[Hashable, Handle[Any]]("late results of an owner", MOST_LATE)
+
+    def result_of(
+        self, key: Hashable, make: Callable[..., T], *arguments: object, keep: bool = False
+    ) -> T | None:
+        """Return the result of ``make``, which a helper computes; None: it does not exist yet.
+
+        Peers repeat their requests until it does. Raises the error of ``make``. One thread at a
+        time calls this method.
+
+        Args:
+            keep: later calls with the same key return the same result.
+        """
+        result = self._results.get(key)
+        if result is None:
+            begun = [each for each in self._results.values() if not each.ended]
+            if len(begun) < MOST_LATE:
+                self._results[key] = runtime().start(self.work(make, *arguments))
+        elif result.done():
+            if not keep or result.error is not None:
+                del self._results[key]
+            made: T = result.synchronize()
+            return made
+        return None
+
+    def forget_results(self) -> None:
+        """Begin no further computation, and keep no result of those that have begun."""
+        for result in self._results.values():
+            result.cancel()
+        self._results.clear()
 
     @contextmanager
     def inside(self, *after: StreamFence) -> Iterator[None]:
@@ -193,6 +228,7 @@ class Lines(Generic[OneLine]):
         if not self._runtime.forked:
             for key in [*self._lines]:
                 self.forget(*key)
+            self._turn.forget_results()
             self._tasks.end()
         self.transports.close()
 

@@ -7,10 +7,10 @@ Helpers gather offered rows into staging buffers. They also compute checksums of
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
-from typing import Any, TypeAlias, TypeVar
+from typing import TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -68,7 +68,6 @@ from portakv.migrate.staging import (
 from portakv.registry import bring
 from portakv.runtime.bounded import Bounded
 from portakv.runtime.streams import StreamFence
-from portakv.tasks import Handle, runtime
 from portakv.view import Index, KVView
 
 # ------------------------------------------------------------------------------------------------
@@ -79,10 +78,6 @@ from portakv.view import Index, KVView
 #: The most windows of shards whose samples are kept: those of readers that pull layer by layer are
 #: single layers.
 MOST_KEPT = 1024
-#: Late answers that are retained together. The oldest one that no one fetched is dropped.
-MOST_LATE = 64
-R = TypeVar("R", Sum, Choose)
-T = TypeVar("T")
 _BUSY = Answer("busy", seconds=1e-3)
 
 
@@ -121,14 +116,13 @@ class LateAnswers:
 
     def __init__(self, turn: Turn) -> None:
         self._turn = turn
-        self._results = Bounded[Hashable, Handle[Any]]("late answers of an owner", MOST_LATE)
         self._kept: Bounded[tuple[bytes, int, Box], RetainedSample] = Bounded(
             "samples of pulls", MOST_KEPT
         )
 
     def sum(self, request: Sum, offered: OfferedRows) -> Answer:
         """Return a checksum of rows, or that it does not exist yet."""
-        total = self._result_of(self._sum, request, offered)
+        total = self._turn.result_of(request, self._sum, request, offered)
         return _BUSY if total is None else Answer("done", digest=total)
 
     def choose(self, request: Choose, offered: OfferedRows) -> Answer:
@@ -153,7 +147,7 @@ class LateAnswers:
         if kept is not None and kept.left > 0 and not request.again:
             choice = kept.choice(view, request.link_gbps)
         if kept is None or choice is None:
-            kept = self._result_of(self._look, request, offered)
+            kept = self._turn.result_of(request, self._look, request, offered)
             if kept is None:
                 return _BUSY
             self._kept[key] = kept
@@ -172,28 +166,6 @@ class LateAnswers:
             escapes=choice.escapes,
             fits=choice.fits,
         )
-
-    def close(self) -> None:
-        """Begin no further computation."""
-        for result in self._results.values():
-            result.cancel()
-
-    def _result_of(
-        self, make: Callable[[R, OfferedRows], T], request: R, offered: OfferedRows
-    ) -> T | None:
-        """Return the result of ``make`` and drop it here, or None if it does not exist yet.
-
-        Raises the error of ``make``.
-        """
-        result = self._results.get(request)
-        if result is not None and result.done():
-            del self._results[request]
-            made: T = result.synchronize()
-            return made
-        begun = [each for each in self._results.values() if not each.ended]
-        if result is None and len(begun) < MOST_LATE:
-            self._results[request] = runtime().start(self._turn.work(make, request, offered))
-        return None
 
     # --- in a helper
 
@@ -437,12 +409,6 @@ class Gathers(Lines[Line]):
         lines = [*self._lines.values()]
         used = sum(one.memory.nbytes for line in lines for one in line.buffers.values())
         return used + nbytes - (old.memory.nbytes if old else 0) <= self._most_bytes
-
-    def close(self) -> None:
-        """Cancel the gathers in flight and close the transports."""
-        if not self._runtime.forked:
-            self._late.close()
-        super().close()
 
 
 def _gather(

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import logging
 import secrets
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -31,11 +30,11 @@ from portakv.migrate.staged_lanes import (
     Lines,
     Sending,
     StagingBuffer,
+    Turn,
 )
-from portakv.runtime.bounded import Bounded
 from portakv.runtime.interrupts import uninterrupted
 from portakv.runtime.streams import StreamFence, synchronize_current
-from portakv.tasks import Limit, TaskGroup, runtime
+from portakv.tasks import runtime
 from portakv.weights.messages import (
     END,
     MOST_SUMS,
@@ -63,7 +62,6 @@ from portakv.weights.plan import copy_pairs, split
 
 T = TypeVar("T")
 OfReader = TypeVar("OfReader", Connect, SendSlice)
-_log = logging.getLogger(__name__)
 _PUBLICATION = "a publication"  # a channel has one, and its lanes
 _PAGE = 40 << 10  # bytes of items and regions in an answer
 MOST_ITEMS = 1 << 18  # of a publisher
@@ -100,8 +98,6 @@ class Published:
             raise invalid("parameters", f"at most {MOST_ITEMS} tensors", len(tensors))
         self._weights = Versioned(tensors, items_of(tensors))
         self._id = secrets.token_bytes(16)
-        self._runtime = runtime()
-        self._tasks = TaskGroup(self._runtime, _log_failure)
         self._closed = False
         self._channel = channel
         self._lanes = Lanes(channel, self._weights, transport, staging)
@@ -114,7 +110,7 @@ class Published:
             self.why_not_mapped = str(error)
         #: What readers list, before checksums.
         self._listed = [*self._weights.items.items(), *(x.handle for x in self._regions)]
-        self._sums = Checksums(self._weights, self._tasks)
+        self._sums = Checksums(self._weights)
         self.ticket = sealed(
             WeightsTicket(
                 channel.address,
@@ -172,7 +168,7 @@ class Published:
 
     def _note_change(self, note: Callable[[Update], object], token: Update) -> None:
         """Note the begin or the end of an update: pulls wait for it, and those it overlaps fail."""
-        with self._runtime.lock:
+        with runtime().lock:
             note(token)
             self._weights.changes += 1
 
@@ -260,17 +256,12 @@ class Published:
 
     def _close(self) -> None:
         self._closed = True
-        self._tasks.end()
+        self._sums.forget()
         self._channel.free(_PUBLICATION, self)
         self._lanes.close()
         for region in self._regions:
             region.close()
         self._weights.parameters.clear()
-
-
-def _log_failure(error: BaseException) -> None:
-    """Log the error of a coroutine of a publication."""
-    _log.error("A publication failed at a request, and goes on.", exc_info=error)
 
 
 def _page(some: Sequence[T]) -> Iterator[T]:
@@ -537,9 +528,6 @@ class Lanes(Lines[BoxLine]):
 # ------------------------------------------------------------------------------------------------
 # Published tensors, the number of their version, and their checksums.
 
-#: How often the checksums were forgotten, the version, and the encoded boxes that are numbered.
-_Key = tuple[int, int, bytes]
-
 _version_of: Callable[[torch.Tensor], int] = attrgetter("_version")
 
 
@@ -605,49 +593,24 @@ class Versioned:
             raise LayoutError(what) from None
 
 
-#: Computations that a publication begins while others run.
-_MOST = 256
-
-
 class Checksums:
     """The checksums of published weights, computed once for each version by helpers.
 
     One thread at a time calls it.
-
-    Args:
-        tasks: of the publication.
     """
 
-    def __init__(self, weights: Versioned, tasks: TaskGroup) -> None:
+    def __init__(self, weights: Versioned) -> None:
         self._weights = weights
-        self._tasks = tasks
-        self._turn = Limit(runtime())  # one computation at a time
-        # A part of each result's key: what a helper began before `forget` is not used after it.
-        self._forgotten = 0
-        # Empty while a helper computes them, and if the weights have changed meanwhile.
-        self._known = Bounded[_Key, list[int] | Exception]("known checksums of weights", _MOST)
+        self._turn = Turn()  # one computation at a time
 
     def of(self, version: int, numbered: Sequence[tuple[int, Box]] = ()) -> list[int] | None:
         """Return the checksums of boxes of numbered items, or of all boxes of all items in order.
 
-        None: a helper computes them. Raises the error of the computation, such as `LayoutError` for
-        a wrong number.
+        None: a helper computes them, or the weights have changed meanwhile. Raises the error of the
+        computation, such as `LayoutError` for a wrong number.
         """
-        key = self._forgotten, version, msgpack.encode(numbered)
-        if key not in self._known and len(self._tasks) < _MOST:
-            self._known[key] = []
-            self._tasks.start(self._make(key, numbered))
-        sums = self._known.get(key)
-        if isinstance(sums, Exception):
-            del self._known[key]
-            raise sums
-        return sums or None
-
-    async def _make(self, key: _Key, numbered: Sequence[tuple[int, Box]]) -> None:
-        try:
-            self._known[key] = await self._turn.work(self._compute, key[1], numbered)
-        except Exception as error:  # whoever requested them gets it
-            self._known[key] = error
+        key = version, msgpack.encode(numbered)
+        return self._turn.result_of(key, self._compute, version, numbered, keep=True) or None
 
     def _compute(self, version: int, numbered: Sequence[tuple[int, Box]]) -> list[int]:
         """Return checksums, each memory's computed once; none if no pull can use them."""
@@ -666,8 +629,7 @@ class Checksums:
 
     def forget(self) -> None:
         """Compute all checksums anew when they are next requested."""
-        self._forgotten += 1
-        self._known.clear()
+        self._turn.forget_results()
 
 
 def checksums(boxes: Sequence[tuple[torch.Tensor, Box]]) -> list[int]:
