@@ -17,7 +17,7 @@ from typing import Any, Generic, TypeVar
 
 import torch
 
-from portakv.errors import PeerError
+from portakv.errors import PeerError, Unsupported
 from portakv.migrate.channel import Channel, Peer
 from portakv.migrate.staging import Chunks, retain, staging
 from portakv.migrate.transports import Transports
@@ -231,6 +231,18 @@ class Lines(Generic[OneLine]):
             self._turn.forget_results()
             self._tasks.end()
         self.transports.close()
+
+    def _choose(self, name: str, device: torch.device, remote: str) -> Transport:
+        """Return the transport that a reader requests, for buffers on the device of both sides or
+        on the host; ``remote``: the reader's device.
+
+        Raises `Unsupported` or `BackendUnavailable` if there is no such transport.
+        """
+        forced = self.transports.forced
+        if forced not in (None, name):
+            why = f"the reader uses {name!r}; pass both the same transport="
+            raise Unsupported(f"The owner's transport {forced!r}", why)
+        return self.transports.choose(name, device, remote)
 
     def _add(self, line: OneLine, peer: Peer, id: bytes = b"") -> None:
         """Keep the line of an agreement until `forget`, or until the reader is gone."""

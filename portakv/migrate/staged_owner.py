@@ -28,7 +28,7 @@ from portakv.copy.choose_encoding import (
     stays_raw,
 )
 from portakv.copy.rows import copy_rows
-from portakv.errors import LayoutError, PeerError, PortaKVError, TransferError, Unsupported
+from portakv.errors import LayoutError, PeerError, PortaKVError, TransferError
 from portakv.migrate.channel import Channel, Peer
 from portakv.migrate.checksum import checksum_of
 from portakv.migrate.messages import (
@@ -291,17 +291,9 @@ class Gathers(Lines[Line]):
         return sum(len(line.buffers) for line in [*self._lines.values()])
 
     def agree(self, peer: Peer, hello: Hello, device: torch.device) -> str:
-        """Choose the transport for a reader, and return its name.
-
-        Its buffers are on the device of both sides' rows, or on the host. Raises `Unsupported` or
-        `BackendUnavailable` if there is no such transport.
-        """
-        name = self.transports.forced or hello.transport
-        if name != hello.transport:
-            why = f"the reader uses {hello.transport!r}; pass both the same transport="
-            raise Unsupported(f"The owner's transport {name!r}", why)
+        """Choose the transport for a reader, and return its name; raise as `_choose`."""
         self.forget(peer)  # the reader takes no more of the rows that were sent to it before
-        transport = self.transports.choose(name, device, hello.device)
+        transport = self._choose(hello.transport, device, hello.device)
         for kind in transport.asks:
             self._channel.serve(kind, self._answer_transport)
         self._add(Line(peer, transport), peer)

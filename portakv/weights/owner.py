@@ -10,7 +10,7 @@ from functools import partial
 from itertools import compress
 from math import prod
 from operator import attrgetter, ne
-from typing import Literal, TypeVar, Union, get_args
+from typing import TypeVar, Union, get_args
 from weakref import WeakSet
 
 import torch
@@ -22,6 +22,7 @@ from portakv.migrate.channel import Channel, Peer
 from portakv.migrate.checksum import box_checksums
 from portakv.migrate.figures import Figures
 from portakv.migrate.messages import UNDECODABLE, Message, decoder_of, sealed
+from portakv.migrate.owner import Expose
 from portakv.migrate.shared_memory import Held, where
 from portakv.migrate.staged_lanes import (
     BUFFERS,
@@ -66,7 +67,6 @@ _PUBLICATION = "a publication"  # a channel has one, and its lanes
 _PAGE = 40 << 10  # bytes of items and regions in an answer
 MOST_ITEMS = 1 << 18  # of a publisher
 STAGING = 256 << 20  # bytes of the staging buffers of one reader
-Expose = Literal["mapped", "staging"]
 
 
 class Published:
@@ -441,21 +441,12 @@ class Lanes(Lines[BoxLine]):
         self._weights = weights
 
     def connect(self, peer: Peer, request: Connect) -> None:
-        """Make a lane to a reader.
-
-        Raises `BackendUnavailable` or `InvalidTerms` for a transport that does not run here.
-        """
-        forced = self.transports.forced
-        if forced not in (None, request.transport):
-            raise PeerError(
-                f"Expected the owner's transport {forced!r}, got {request.transport!r}. "
-                f"Pass both sides the same transport="
-            )
+        """Make a lane to a reader; raise as `_choose`."""
+        transport = self._choose(request.transport, self.device, request.device)
         lanes = [lane for reader, lane in self._lines if reader is peer]
         if len(lanes) >= _MOST_LANES or request.lane in lanes:
             raise PeerError(f"Expected at most {_MOST_LANES} lanes of a reader, got another.")
 
-        transport = self.transports.choose(request.transport, self.device, request.device)
         line = BoxLine(Peer(peer.id), transport)  # a transport has one lane for a peer
         device = transport.device
         with StreamFence(device).inside():

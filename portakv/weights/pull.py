@@ -641,11 +641,9 @@ class Copies(Intake[BoxSlice]):
     Attributes:
         owners: of the weights.
         plan: of the pull.
-        over: the pull waits for no slice any more.
         measures: no slice measures the rate of its transport.
     """
 
-    over = False
     measures = False
 
     def __init__(self, pull: PullRequest, owners: Sequence[Owner], plan: Plan) -> None:
@@ -659,6 +657,7 @@ class Copies(Intake[BoxSlice]):
         self._sources = dict[int, torch.Tensor]()  # in mapped memory, by the numbers of cells
         self._receivers = dict[int, Receiver]()  # by the number of an owner that is not mapped
         self._stages = dict[int, Staging]()  # of the receivers
+        self._ended = False
         self._asked = time.monotonic()  # when the owners had the last request
         self._sums = BoxSums()
         # The ends of the batches in flight; streams that compute checksums after a batch's copy.
@@ -728,7 +727,7 @@ class Copies(Intake[BoxSlice]):
 
     async def end(self) -> None:
         """Leave all lanes."""
-        self.over = True
+        self._ended = True
         for stage in self._stages.values():
             stage.takers.discard(self)
         await self._release()
@@ -813,6 +812,10 @@ class Copies(Intake[BoxSlice]):
         return self._sums.results(count)
 
     # --- slices through staging buffers
+
+    @property
+    def over(self) -> bool:
+        return self._ended or time.monotonic() >= self._pull.until
 
     async def _take_cells(self, number: int, cells: Sequence[Cell]) -> None:
         """Take cells of an owner, in as many slices as they need."""

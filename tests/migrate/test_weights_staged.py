@@ -41,6 +41,7 @@ from portakv.migrate.transports.base import Transport
 from portakv.weights import Parameter, prepare_weights, publish, pull_weights
 from portakv.weights import owner as weight_send
 from portakv.weights.owner import Published, pack
+from portakv.weights.plan import copy_pairs
 from portakv_examples.channel_transport import ChannelTransport
 
 channels = pytest.fixture(make_channels)
@@ -579,6 +580,38 @@ def test_pulls_of_one_publication_take_turns(channels: Channels) -> None:
     for owner in owners:
         assert owner.statistics()["lanes"] == 1
         owner.close()
+
+
+def test_a_pull_that_is_held_up_leaves_buffers_to_others(
+    channels: Channels, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It has two of the four buffers of the lane until its copies go on."""
+    tensors = many()
+    owner = publish(channels(), tensors, staging=LITTLE)
+    held = zeros_of({name: tensors[name] for name in ("0", "1")})
+    places = {x.data_ptr() for x in held.values()}
+    waits = threading.Event()
+    go_on = threading.Event()
+
+    def copy(pairs: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> None:
+        if any(into.data_ptr() in places for into, _ in pairs):
+            waits.set()
+            go_on.wait(LIMIT)
+        copy_pairs(pairs)
+
+    monkeypatch.setattr("portakv.weights.pull.copy_pairs", copy)
+    channel = channels()
+    first = pull_weights(channel, owner.ticket, held, some=True, wait=False)
+    assert waits.wait(LIMIT)
+    local = zeros_of(tensors)
+    pull_weights(channel, owner.ticket, local, timeout=LIMIT)
+    assert equal(local, tensors)
+    assert not first.ended
+    go_on.set()
+    first.synchronize(LIMIT)
+    assert equal(held, {name: tensors[name] for name in held})
+    assert owner.statistics()["lanes"] == 1
+    owner.close()
 
 
 def test_lanes_of_weights_do_not_touch_those_of_rows(channels: Channels) -> None:
