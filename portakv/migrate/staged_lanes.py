@@ -13,7 +13,7 @@ from collections.abc import Callable, Collection, Hashable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Generic, TypeVar
+from typing import Any, TypeVar
 
 import torch
 
@@ -128,7 +128,7 @@ class Sending:
         fill: fills a buffer with a part, by its number, in helpers, on streams after that work. It
             gets the buffer, and the bytes of it that are sent.
         wanted: returns False if the reader cannot use the bytes, and gets zeros in place of them.
-        fail: notes the error of ``fill``, after which the reader gets zeros.
+        fail: called after an error of ``fill``; the reader then gets zeros.
         begun: parts that are sent, or filled to be sent.
         stopped: the reader wants no more parts than those that it waits for.
     """
@@ -140,7 +140,7 @@ class Sending:
     after: Sequence[StreamFence]
     fill: Callable[[int, StagingBuffer, torch.Tensor], object]
     wanted: Callable[[], bool]
-    fail: Callable[[Exception], object]
+    fail: Callable[[], object] = bool
     begun: int = 0
     stopped: bool = False
 
@@ -162,6 +162,8 @@ class Line:
         last: the tag of the last part that was requested.
         active: a coroutine sends the parts of the requests.
         released: the reader is gone, or needs the buffers no more.
+        after: the work of earlier users of the buffers' memory, for each device.
+        error: the text of the error by which a part could not be filled; empty: all were.
     """
 
     def __init__(self, peer: Peer, transport: Transport) -> None:
@@ -172,6 +174,8 @@ class Line:
         self.last = 0
         self.active = False
         self.released = False
+        self.after = list[StreamFence]()
+        self.error = ""
         self.unwatch: Callable[[], object] = lambda: None
 
     def current(self) -> Sending | None:
@@ -181,10 +185,7 @@ class Line:
         return self.sendings[0] if self.sendings else None
 
 
-OneLine = TypeVar("OneLine", bound=Line)
-
-
-class Lines(Generic[OneLine]):
+class Lines:
     """The staging buffers and transports of an owner, for all of its readers. No call blocks.
 
     Args:
@@ -201,6 +202,7 @@ class Lines(Generic[OneLine]):
     def __init__(
         self, channel: Channel, transport: str | None, devices: Collection[torch.device]
     ) -> None:
+        self._devices = {*devices}
         (first, *others) = devices
         self.device = torch.device("cpu") if others else first
         self.transports = Transports(transport, self.device)
@@ -209,7 +211,7 @@ class Lines(Generic[OneLine]):
         self._accelerator = min(accelerators, key=str, default=None)
         self._channel = channel
         #: By reader and lane; a reader of rows has one lane, whose id is empty.
-        self._lines = dict[tuple[Peer, bytes], OneLine]()
+        self._lines = dict[tuple[Peer, bytes], Line]()
         self._runtime = runtime()
         self._lock = self._runtime.lock  # a reader that is gone gets no buffer
         self._tasks = TaskGroup(self._runtime, _log_failure)
@@ -244,19 +246,18 @@ class Lines(Generic[OneLine]):
             raise Unsupported(f"The owner's transport {forced!r}", why)
         return self.transports.choose(name, device, remote)
 
-    def _add(self, line: OneLine, peer: Peer, id: bytes = b"") -> None:
+    def _add(self, line: Line, peer: Peer, id: bytes = b"") -> None:
         """Keep the line of an agreement until `forget`, or until the reader is gone."""
         self._lines[peer, id] = line
         line.unwatch = peer.on_gone(partial(self.forget, peer, id))
 
     def _allocate(self, line: Line, nbytes: int, *numbers: int) -> None:
-        """Allocate memory for buffers of these numbers, of equal size.
-
-        Work may still use memory that was freed on a caller's stream, so the caller makes a private
-        stream current.
-        """
-        with torch.inference_mode(False):
-            memory = staging(nbytes, line.transport.device, rows=self._accelerator)
+        """Allocate memory for buffers of these numbers, of equal size."""
+        device = line.transport.device
+        # Use a private stream: work may still use memory that was freed on a caller's stream.
+        with torch.inference_mode(False), StreamFence(device).inside():
+            memory = staging(nbytes, device, rows=self._accelerator)
+            line.after = [StreamFence(each) for each in {device, *self._devices}]
             dirty = [memory]  # a library can reach all of it after the first buffer
             for number, part in zip(numbers, memory.view(len(numbers), -1), strict=True):
                 line.buffers[number] = StagingBuffer(part, dirty)
@@ -328,7 +329,8 @@ class Lines(Generic[OneLine]):
                 return
         except Exception as error:  # whatever failed, the reader must not wait for its bytes
             _log.exception("A staging buffer could not be filled; its reader gets an error.")
-            sending.fail(error)
+            line.error = str(error) or repr(error)
+            sending.fail()
         # Use the stream of a failed copy, which may still run.
         with self._turn.inside(StreamFence(buffer.memory.device)):
             buffer.clean()

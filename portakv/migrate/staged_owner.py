@@ -268,7 +268,7 @@ class OfferedRows(ABC):
         return Rows(window, self.indices[part.group].shifted(part.first))
 
 
-class Gathers(Lines[Line]):
+class Gathers(Lines):
     """The staging buffers and transports of an owner of rows, for all of its readers. No call
     blocks."""
 
@@ -342,7 +342,7 @@ class Gathers(Lines[Line]):
             after=[offered.after],
             fill=partial(_gather, gather, offered),
             wanted=lambda: peer.id not in offered.spoilt and offered.holds(),
-            fail=lambda _: offered.spoilt.add(peer.id),
+            fail=partial(offered.spoilt.add, peer.id),
         )
         self._queue(line, sending)
         return Answer("done")
@@ -390,8 +390,7 @@ class Gathers(Lines[Line]):
                 numbers = [*range(BUFFERS)]
             if not grows or not self._has_space(nbytes, buffer):
                 return number
-            with StreamFence(line.transport.device).inside():
-                self._allocate(line, nbytes, *numbers)
+            self._allocate(line, nbytes, *numbers)
         return min(parts, BUFFERS)
 
     def _has_space(self, nbytes: int, old: StagingBuffer | None) -> bool:

@@ -17,7 +17,7 @@ from functools import partial
 from itertools import groupby
 from math import inf
 from time import monotonic
-from typing import Any, Generic, Protocol, TypeAlias, TypeVar
+from typing import Any, Generic, TypeAlias, TypeVar
 
 import torch
 from msgspec.structs import replace
@@ -210,19 +210,7 @@ SOON = 0.02  # seconds for which a helper waits for bytes: by the loop they woul
 MOMENT = 1e-3  # seconds for which a pull waits for its turn before it empties a buffer
 
 
-class StagedSlice(Protocol):
-    """A slice of a pull."""
-
-    @property
-    def staged_bytes(self) -> int:
-        """Return the bytes of the slice in a staging buffer."""
-
-    @property
-    def most_bytes(self) -> int:
-        """Return the most bytes of a staging buffer of its owner."""
-
-
-OneSlice = TypeVar("OneSlice", bound=StagedSlice)
+OneSlice = TypeVar("OneSlice")
 
 
 @dataclass(frozen=True, eq=False)
@@ -265,6 +253,11 @@ class Intake(ABC, Generic[OneSlice]):
         """Do work on streams after the caller's."""
 
     @abstractmethod
+    def _size(self, part: OneSlice) -> tuple[int, int]:
+        """Return the bytes of a slice in a staging buffer, and the most bytes of a buffer of its
+        owner."""
+
+    @abstractmethod
     async def _request(self, stage: Staging, batch: Sequence[OneSlice], tag: int) -> None:
         """Have the owner send slices under the tags from ``tag`` on."""
 
@@ -296,7 +289,7 @@ class Intake(ABC, Generic[OneSlice]):
             try:
                 await self._request(stage, batch, tag)
                 for number, part in enumerate(batch):
-                    buffer = await self._free_buffer(stage, lane, part.staged_bytes)
+                    buffer = await self._free_buffer(stage, lane, self._size(part)[0])
                     try:
                         await self._post(part, stage, buffer, lane, tag + number)
                     except BaseException:
@@ -350,10 +343,10 @@ class Intake(ABC, Generic[OneSlice]):
         self, part: OneSlice, stage: Staging, buffer: StagingBuffer, lane: Lane, tag: int
     ) -> None:
         """Have the transport bring the bytes of a slice into a buffer."""
-        nbytes = part.staged_bytes
+        nbytes, most_bytes = self._size(part)
 
         def post() -> None:
-            buffer.prepare(nbytes, part.most_bytes)
+            buffer.prepare(nbytes, most_bytes)
             moving = lane.move(buffer.memory[:nbytes], tag)
             buffer.moving = moving
             buffer.lane = lane
@@ -489,11 +482,6 @@ class Arrival(End[None]):
         dst = part_of(self.step.cut.dst.as_bytes(), window)
         src = chunks.of(dst, tokens)[1]
         return partial(copy_checked, src, dst, None, dst_index, tokens)
-
-    @property
-    def most_bytes(self) -> int:
-        """Return the most bytes of a staging buffer."""
-        return self.step.owner.handshake.slot_bytes
 
     @property
     def encoding(self) -> str:
@@ -855,6 +843,9 @@ class StagedReceiver(Intake[Arrival]):
         await self._pace(nbytes)
         await self._check(inf)
         return await super()._free_buffer(stage, lane, nbytes)
+
+    def _size(self, part: Arrival) -> tuple[int, int]:
+        return part.staged_bytes, part.step.owner.handshake.slot_bytes
 
     async def _request(self, stage: Staging, batch: Sequence[Arrival], tag: int) -> None:
         ticket = self._source.ticket

@@ -34,7 +34,7 @@ from portakv.migrate.staged_lanes import (
     Turn,
 )
 from portakv.runtime.interrupts import uninterrupted
-from portakv.runtime.streams import StreamFence, synchronize_current
+from portakv.runtime.streams import synchronize_current
 from portakv.tasks import runtime
 from portakv.weights.messages import (
     END,
@@ -398,23 +398,7 @@ _LEAST_ON_DEVICE = 64 << 20
 _MOST_LANES = 16  # of one reader: it has one for each device
 
 
-class BoxLine(Line):
-    """A lane to one reader of weights.
-
-    Attributes:
-        after: the work of earlier users of the buffers' memory, for each device.
-        why_broken: why a slice that was requested could not be packed.
-    """
-
-    after: Sequence[StreamFence]
-    why_broken = ""
-
-    def note_broken(self, error: Exception) -> None:
-        """Note why a slice could not be packed; its reader gets zeros, and an error next time."""
-        self.why_broken = f"The owner could not pack a slice: {error}"
-
-
-class Lanes(Lines[BoxLine]):
+class Lanes(Lines):
     """The lanes of published weights to readers. Only the channel's thread calls it.
 
     A reader that waits for a slice that cannot be packed gets zeros. Its pull then fails by its
@@ -429,8 +413,7 @@ class Lanes(Lines[BoxLine]):
         self, channel: Channel, weights: Versioned, transport: str | None, staging: int
     ) -> None:
         tensors = [x.tensor for x in weights.parameters.values()]
-        self._devices = {tensor.device for tensor in tensors}
-        super().__init__(channel, transport, self._devices)
+        super().__init__(channel, transport, {tensor.device for tensor in tensors})
         # Buffers are small enough that several slices are under way, and large enough that the
         # number of slices costs little.
         total = packed_bytes(tensor.nbytes for tensor in tensors)
@@ -447,11 +430,8 @@ class Lanes(Lines[BoxLine]):
         if len(lanes) >= _MOST_LANES or request.lane in lanes:
             raise PeerError(f"Expected at most {_MOST_LANES} lanes of a reader, got another.")
 
-        line = BoxLine(Peer(peer.id), transport)  # a transport has one lane for a peer
-        device = transport.device
-        with StreamFence(device).inside():
-            self._allocate(line, BUFFERS * self.buffer_bytes, *range(BUFFERS))
-            line.after = [StreamFence(each) for each in {device, *self._devices}]
+        line = Line(Peer(peer.id), transport)  # a transport has one lane for a peer
+        self._allocate(line, BUFFERS * self.buffer_bytes, *range(BUFFERS))
         self._add(line, peer, request.lane)
 
     def send(self, peer: Peer, request: SendSlice) -> None:
@@ -460,8 +440,8 @@ class Lanes(Lines[BoxLine]):
         Raises `PeerError` for a lane that cannot send it.
         """
         line = self._line(peer, request.lane)
-        if line.why_broken:
-            raise PeerError(line.why_broken)
+        if line.error:
+            raise PeerError(f"The owner could not pack a slice: {line.error}")
         in_turn = request.tag == line.last + 1 and len(line.sendings) < MOST_WAITING
         if not in_turn or not 0 < request.nbytes <= self.buffer_bytes:
             raise PeerError(
@@ -475,8 +455,7 @@ class Lanes(Lines[BoxLine]):
             buffers=BUFFERS,
             after=line.after,
             fill=partial(self._pack, request),
-            wanted=lambda: not line.why_broken,
-            fail=line.note_broken,
+            wanted=lambda: not line.error,
         )
         self._queue(line, sending)
 
@@ -503,7 +482,7 @@ class Lanes(Lines[BoxLine]):
         """Release a lane that its reader has left."""
         self.forget(peer, request.lane)
 
-    def _line(self, peer: Peer, id: bytes) -> BoxLine:
+    def _line(self, peer: Peer, id: bytes) -> Line:
         """Return a lane of a reader."""
         line = self._lines.get((peer, id))
         if line is None:

@@ -622,15 +622,10 @@ class BoxSlice:
     owner: Owner
     receiver: Receiver
     cells: list[Cell]
-    staged_bytes: int
+    nbytes: int
     into: Sequence[torch.Tensor] = ()
     then: list[Callable[[], object]] = field(default_factory=list)
     accepted: bool = False
-
-    @property
-    def most_bytes(self) -> int:
-        """Return the bytes of a staging buffer."""
-        return self.owner.ticket.buffer_bytes
 
 
 class Copies(Intake[BoxSlice]):
@@ -826,11 +821,14 @@ class Copies(Intake[BoxSlice]):
         for some, nbytes in await Work(slices, cells, itemsizes, owner.ticket.buffer_bytes):
             await self._take(stage, [BoxSlice(owner, self._receivers[number], some, nbytes)])
 
+    def _size(self, part: BoxSlice) -> tuple[int, int]:
+        return part.nbytes, part.owner.ticket.buffer_bytes
+
     async def _request(self, stage: Staging, batch: Sequence[BoxSlice], tag: int) -> None:
         (part,) = batch
         numbers = part.owner.publication.numbers
         boxes = tuple((numbers[x.name], x.src, x.box.extents) for x in part.cells)
-        request = SendSlice(part.owner.id, part.receiver.id, tag, part.staged_bytes, boxes)
+        request = SendSlice(part.owner.id, part.receiver.id, tag, part.nbytes, boxes)
 
         def ask() -> Weights:  # no cancellation hides the answer
             answer: Weights = runtime().run(part.owner.ask_once, request)
@@ -851,7 +849,7 @@ class Copies(Intake[BoxSlice]):
         (part,) = batch
         try:
             if part.accepted and not posted:
-                await Work(self._inside, lambda: lane.move(stage.spare(part.staged_bytes), tag))
+                await Work(self._inside, lambda: lane.move(stage.spare(part.nbytes), tag))
         except Exception:  # such as no memory
             part.accepted = False
         if not part.accepted:
@@ -859,7 +857,7 @@ class Copies(Intake[BoxSlice]):
 
     def _scattering(self, part: BoxSlice, buffer: StagingBuffer) -> Callable[[], Transfer]:
         def issue() -> Transfer:
-            memory = buffer.memory[: part.staged_bytes]
+            memory = buffer.memory[: part.nbytes]
             retain(memory)
             packed = unpacked(memory, [(each.dtype, each.shape) for each in part.into])
             copy_pairs([*zip(part.into, packed, strict=True)])
