@@ -1628,12 +1628,14 @@ class TransportChannel:
     Args:
         channel: the channel of the reader.
         ended: returns the error of a message once the agreement has ended; None before.
+        enclosed: returns the message that carries a message; None: each carries itself.
     """
 
     def __init__(
         self,
         channel: Channel,
-        ended: Callable[[], PeerError | None] = lambda: None,
+        ended: Callable[[], PeerError | None],
+        enclosed: Callable[[Message], Message] | None = None,
     ) -> None:
         self.channel = channel
         self.id = channel.id
@@ -1641,6 +1643,7 @@ class TransportChannel:
         self.timeout = channel.timeout
         self.watch = channel.watch
         self._ended = ended
+        self._enclosed = enclosed or (lambda message: message)
 
     def ask(
         self,
@@ -1668,19 +1671,15 @@ class TransportChannel:
             return self._ended() is not None or stop()
 
         with self._end_as_error():
-            return await self.channel.answer(address, self.enclosed(message), kind, timeout, stops)
+            return await self.channel.answer(address, self._enclosed(message), kind, timeout, stops)
 
     def tell(self, address: str, message: Message, timeout: float | None = None) -> None:
         """Send a message without an answer; see `Channel.tell`. Raises `PeerError` after the
         end."""
         with self._end_as_error():
             self.channel.tell(
-                address, self.enclosed(message), timeout, lambda: self._ended() is not None
+                address, self._enclosed(message), timeout, lambda: self._ended() is not None
             )
-
-    def enclosed(self, message: Message) -> Message:
-        """Return the message that carries a message."""
-        return message
 
     @contextmanager
     def _end_as_error(self) -> Iterator[None]:

@@ -23,7 +23,6 @@ from weakref import finalize
 import torch
 
 from portakv.copy.choose_encoding import is_out_of_date
-from portakv.copy.handle import BlockTransfer
 from portakv.errors import (
     LayoutError,
     PeerError,
@@ -42,6 +41,7 @@ from portakv.migrate.messages import (
     Bye,
     Handshake,
     Hello,
+    Message,
     Refused,
     Renew,
     Ticket,
@@ -60,6 +60,7 @@ from portakv.runtime.devices import inside
 from portakv.runtime.late_release import release
 from portakv.runtime.resources import reason
 from portakv.runtime.streams import own_stream
+from portakv.runtime.transfer import Transfer
 from portakv.tasks import Handle, Limit, Signal, Wait, blocking, runtime
 
 #: The address and the epoch of an owner.
@@ -645,7 +646,7 @@ class StagingBuffer:
         self.moving: Moving | None = None
         self.lane: Lane | None = None  # of the last transfer into it
         #: The copy that follows the bytes; None if their pull ended before.
-        self.copy: BlockTransfer | None = None
+        self.copy: Transfer | None = None
 
     def must_be_free(self, lane: Lane, nbytes: int) -> bool:
         """Return True if the last transfer into the buffer must be free before `prepare`.
@@ -696,6 +697,7 @@ class Staging:
         device: of the buffers.
         rows: the device of the reader's rows.
         count: the number of buffers.
+        enclosed: returns the message that carries a message of the transport.
     """
 
     def __init__(
@@ -706,12 +708,13 @@ class Staging:
         count: int,
         channel: Channel,
         address: str,
+        enclosed: Callable[[Message], Message] | None = None,
     ) -> None:
         self.transport = transport
         self.device = device
         self._runtime = runtime()
         #: For requests for rows, and for the lane: it sends nothing after `release`.
-        self.channel = TransportChannel(channel, self._ended)
+        self.channel = TransportChannel(channel, self._ended, enclosed)
         self._address = address
         #: Makes the error of what is in flight, or comes later, from `release` on.
         self._over: Callable[[str], PeerError] | None = None

@@ -33,7 +33,8 @@ from portakv.migrate.described import Regions, describe
 from portakv.migrate.figures import Figures
 from portakv.migrate.messages import Named, offer_name
 from portakv.migrate.shards import Shard, check_length, device_of, index_of, names_of
-from portakv.migrate.staged_owner import BUFFERS, BlockList, Gathers, OfferedRows
+from portakv.migrate.staged_lanes import BUFFERS
+from portakv.migrate.staged_owner import BlockList, Gathers, OfferedRows
 from portakv.migrate.words import Entry, NameTable, Place, Words
 from portakv.runtime import tracing
 from portakv.runtime.bounded import Bounded
@@ -207,8 +208,14 @@ def mark_event(device: torch.device) -> torch.Event | None:
     return event_pool(device).recorded(None)
 
 
-class _Raise(NamedTuple):
-    """A raise whose stream still works."""
+class Raise(NamedTuple):
+    """A raise whose stream still works.
+
+    Attributes:
+        event: recorded after the stream's work.
+        show: called under the runtime's lock when the event has ended; ``fail``: if the device
+            failed.
+    """
 
     progress: Progress
     event: torch.Event
@@ -226,20 +233,12 @@ class Raises:
 
     def __init__(self) -> None:
         self._runtime = runtime()
-        self._pending = deque[_Raise]()
+        self._pending = deque[Raise]()
         self._looking = False
 
-    def after(
-        self,
-        progress: Progress,
-        event: torch.Event,
-        device: torch.device,
-        show: Callable[[], object],
-        fail: Callable[[], object],
-    ) -> None:
-        """Call ``show`` under the runtime's lock, which the caller has, when an event has ended;
-        ``fail`` if the device failed."""
-        self._pending.append(_Raise(progress, event, device, show, fail))
+    def add(self, one: Raise) -> None:
+        """Show a mark later; the caller has the runtime's lock."""
+        self._pending.append(one)
         if not self._looking:
             self._looking = True
             self._runtime.start(self._look())
@@ -267,7 +266,7 @@ class Raises:
 
     # --- in a helper
 
-    def _show_ended(self, pending: list[_Raise]) -> bool:
+    def _show_ended(self, pending: list[Raise]) -> bool:
         """Show the marks whose events have ended; return True if there are any."""
         for device in {one.device for one in pending}:
             ignore_captures_elsewhere(device)
@@ -626,7 +625,7 @@ class Offer(OfferedRows):
                 show()
             else:
                 fail = partial(self._end, "revoked")
-                owner.raises.after(progress, event, owner.device, show, fail)
+                owner.raises.add(Raise(progress, event, owner.device, show, fail))
 
     def _show(self, progress: Progress, mark: int) -> None:
         """Let readers see a mark, unless the offer has ended. The caller has the runtime's lock."""

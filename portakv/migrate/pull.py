@@ -13,7 +13,7 @@ from asyncio import CancelledError
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from time import monotonic, perf_counter
-from typing import TypeAlias, cast
+from typing import Any, TypeAlias, cast
 
 import torch
 
@@ -46,7 +46,7 @@ LAST_QUESTION = 0.5  # seconds after a pull's deadline in which owners may still
 
 
 #: The end of a part of a pull that streams do not order.
-Ending: TypeAlias = End[None]
+Ending: TypeAlias = End[Any]
 #: The most seconds between two looks at copies, of a coroutine that waits for their ends.
 GLANCE = 1e-3
 
@@ -56,6 +56,9 @@ class PartTransfer(Transfer):
 
     Whoever issues it may still add some, and copies, before all that it has now has ended.
     """
+
+    _what = "The pull"
+    _if_cancelled = CANCELLED
 
     def __init__(self, endings: Sequence[Ending] = ()) -> None:
         self.endings = [*endings]
@@ -92,7 +95,7 @@ class PartTransfer(Transfer):
         super()._finish()
         for each in self.endings:
             if each.error is not None:
-                raise known(each.error)
+                raise known(each.error, self._what, self._if_cancelled)
 
 
 class LayerTransfer(PartTransfer):
@@ -645,12 +648,15 @@ class Wanted:
         return self._used
 
 
-def known(error: BaseException) -> PortaKVError:
-    """Return an error of a copy or a task as one of this library's."""
+def known(error: BaseException, what: str = "The pull", cancelled: str = CANCELLED) -> PortaKVError:
+    """Return an error of a copy or a task as one of this library's.
+
+    ``what`` failed, and ``cancelled``: the sentence of a cancellation.
+    """
     if isinstance(error, PortaKVError):
         return error
     if isinstance(error, CancelledError):
-        return TransferCancelled(CANCELLED)
-    failure = TransferError(f"The pull failed: {error!r}.")
+        return TransferCancelled(cancelled)
+    failure = TransferError(f"{what} failed: {error!r}.")
     failure.__cause__ = error
     return failure

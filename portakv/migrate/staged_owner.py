@@ -1,20 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The owner's side of pulls through staging buffers.
+"""The owner's side of pulls of rows through staging buffers.
 
-Helpers gather offered rows into staging buffers, one at a time, and transports send these. They
-also compute checksums of rows.
+Helpers gather offered rows into staging buffers. They also compute checksums of rows.
 """
 
 from __future__ import annotations
 
-import logging
 from abc import ABC, abstractmethod
-from collections import deque
-from collections.abc import Callable, Hashable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
-from typing import Any, TypeAlias, TypeVar
+from typing import TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -32,7 +28,7 @@ from portakv.copy.choose_encoding import (
     stays_raw,
 )
 from portakv.copy.rows import copy_rows
-from portakv.errors import LayoutError, PeerError, PortaKVError, TransferError, Unsupported
+from portakv.errors import LayoutError, PeerError, PortaKVError, TransferError
 from portakv.migrate.channel import Channel, Peer
 from portakv.migrate.checksum import checksum_of
 from portakv.migrate.messages import (
@@ -50,24 +46,28 @@ from portakv.migrate.messages import (
     Sum,
 )
 from portakv.migrate.shards import Shard, overlap, slices
+from portakv.migrate.staged_lanes import (
+    BUFFERS,
+    MOST_WAITING,
+    Line,
+    Lines,
+    Sending,
+    StagingBuffer,
+    Turn,
+    zero,
+)
 from portakv.migrate.staging import (
-    Chunks,
     Rows,
     Slots,
     has_ended,
     part_of,
-    retain,
     rows_bytes,
     staged_bytes,
-    staging,
     unfit_blocks,
 )
-from portakv.migrate.transports import Transports
-from portakv.migrate.transports.base import Lane, Moving, MovingStage, Transport
 from portakv.registry import bring
 from portakv.runtime.bounded import Bounded
 from portakv.runtime.streams import StreamFence
-from portakv.tasks import Handle, Limit, TaskGroup, Work, runtime
 from portakv.view import Index, KVView
 
 # ------------------------------------------------------------------------------------------------
@@ -78,10 +78,6 @@ from portakv.view import Index, KVView
 #: The most windows of shards whose samples are kept: those of readers that pull layer by layer are
 #: single layers.
 MOST_KEPT = 1024
-#: Late answers that are retained together. The oldest one that no one fetched is dropped.
-MOST_LATE = 64
-R = TypeVar("R", Sum, Choose)
-T = TypeVar("T")
 _BUSY = Answer("busy", seconds=1e-3)
 
 
@@ -112,23 +108,6 @@ class RetainedSample:
         return None if self.sampled is None else judged(rated, self.sampled)
 
 
-class Turn(Limit):
-    """The turn of helpers that read the rows of an owner.
-
-    Parts of an offer share their ids on a device, and only one stream is ordered after these.
-    """
-
-    def __init__(self) -> None:
-        super().__init__(runtime())
-        self._streams = dict[str, torch.Stream]()  # by device
-
-    @contextmanager
-    def inside(self, after: StreamFence) -> Iterator[None]:
-        """Make that stream current, ordered after a fence, for the helper whose turn it is."""
-        with torch.inference_mode(False), after.inside(self._streams):
-            yield
-
-
 class LateAnswers:
     """The answers of one owner that take longer than a channel may, such as checksums of rows.
 
@@ -137,14 +116,13 @@ class LateAnswers:
 
     def __init__(self, turn: Turn) -> None:
         self._turn = turn
-        self._results = Bounded[Hashable, Handle[Any]]("late answers of an owner", MOST_LATE)
         self._kept: Bounded[tuple[bytes, int, Box], RetainedSample] = Bounded(
             "samples of pulls", MOST_KEPT
         )
 
     def sum(self, request: Sum, offered: OfferedRows) -> Answer:
         """Return a checksum of rows, or that it does not exist yet."""
-        total = self._result_of(self._sum, request, offered)
+        total = self._turn.result_of(request, self._sum, request, offered)
         return _BUSY if total is None else Answer("done", digest=total)
 
     def choose(self, request: Choose, offered: OfferedRows) -> Answer:
@@ -169,7 +147,7 @@ class LateAnswers:
         if kept is not None and kept.left > 0 and not request.again:
             choice = kept.choice(view, request.link_gbps)
         if kept is None or choice is None:
-            kept = self._result_of(self._look, request, offered)
+            kept = self._turn.result_of(request, self._look, request, offered)
             if kept is None:
                 return _BUSY
             self._kept[key] = kept
@@ -188,28 +166,6 @@ class LateAnswers:
             escapes=choice.escapes,
             fits=choice.fits,
         )
-
-    def close(self) -> None:
-        """Begin no further computation."""
-        for result in self._results.values():
-            result.cancel()
-
-    def _result_of(
-        self, make: Callable[[R, OfferedRows], T], request: R, offered: OfferedRows
-    ) -> T | None:
-        """Return the result of ``make`` and drop it here, or None if it does not exist yet.
-
-        Raises the error of ``make``.
-        """
-        result = self._results.get(request)
-        if result is not None and result.done():
-            del self._results[request]
-            made: T = result.synchronize()
-            return made
-        begun = [each for each in self._results.values() if not each.ended]
-        if result is None and len(begun) < MOST_LATE:
-            self._results[request] = runtime().start(self._turn.work(make, request, offered))
-        return None
 
     # --- in a helper
 
@@ -248,14 +204,8 @@ class LateAnswers:
             return RetainedSample(packing_gbps=rated.packing_gbps, sampled=sampled)
 
 
-_log = logging.getLogger(__name__)
 #: Block ids of a shard, int32, and the tokens of a block.
 BlockList: TypeAlias = tuple[npt.NDArray[np.int32], int]
-BUFFERS = 4  # for each reader: one is filled, two are on the wire, one is emptied
-MOMENT = 1e-3  # seconds for which a helper waits for a buffer: the loop would take longer to wake
-LOOK = 0.5  # seconds between two looks at a buffer that is not free
-#: Requests of a reader that are not sent yet. A reader has at most one for each of its buffers.
-MOST_WAITING = 16
 
 
 class OfferedRows(ABC):
@@ -318,76 +268,9 @@ class OfferedRows(ABC):
         return Rows(window, self.indices[part.group].shifted(part.first))
 
 
-class StagingBuffer:
-    """A staging buffer of one reader."""
-
-    def __init__(self, memory: torch.Tensor, dirty: list[torch.Tensor]) -> None:
-        self.memory = memory
-        self.chunks = Chunks(memory)
-        # Memory that contains bytes of earlier users; buffers of one allocation share the list.
-        self.dirty = dirty
-        self.sent: Moving | None = None
-
-    @property
-    def free(self) -> bool:
-        """Return True if the reader has the bytes that were sent last."""
-        return self.sent is None or self.sent.has(MovingStage.FREE)
-
-    def clean(self) -> None:
-        """Zero the memory before its first use, so that no earlier user's bytes are sent."""
-        for memory in self.dirty:
-            zero(memory)
-        self.dirty.clear()
-
-
-def zero(memory: torch.Tensor) -> None:
-    """Zero memory of a buffer, ordered after the current stream's work."""
-    memory.zero_()
-
-
-class Sending:
-    """The parts of one request, of these ``sizes`` in bytes, which cross by one lane through
-    ``buffers`` staging buffers."""
-
-    def __init__(
-        self, gather: Gather, sizes: Sequence[int], offered: OfferedRows, lane: Lane, buffers: int
-    ) -> None:
-        self.gather = gather
-        self.sizes = sizes
-        self.offered = offered
-        self.lane = lane
-        self.buffers = buffers
-        self.begun = 0  # parts that are sent, or filled to be sent
-        self.parts = len(gather.parts)  # parts that are sent in all
-        self.stopped = False  # the reader wants no more rows
-
-    @property
-    def over(self) -> bool:
-        """Return True if no more parts are sent."""
-        return self.begun >= self.parts or self.lane.gone is not None
-
-
-class Line:
-    """The transport on which a reader and the owner agreed, its staging buffers by number, and the
-    reader's requests in order."""
-
-    def __init__(self, peer: Peer, transport: Transport) -> None:
-        self.peer = peer
-        self.transport = transport
-        self.buffers = dict[int, StagingBuffer]()
-        self.sendings = deque[Sending]()
-        self.last = 0  # tag of the last request
-        self.active = False  # a coroutine sends their parts
-
-    def current(self) -> Sending | None:
-        """Return the request whose parts are sent now; drop those that are over."""
-        while self.sendings and self.sendings[0].over:
-            self.sendings.popleft()
-        return self.sendings[0] if self.sendings else None
-
-
-class Gathers:
-    """The staging buffers and transports of an owner, for all of its readers. No call blocks."""
+class Gathers(Lines):
+    """The staging buffers and transports of an owner of rows, for all of its readers. No call
+    blocks."""
 
     def __init__(
         self,
@@ -397,16 +280,9 @@ class Gathers:
         device: torch.device,
         most_bytes: int | None = None,
     ) -> None:
-        self.transports = Transports(transport, device)
-        self._rows = device
-        self._most_bytes = most_bytes  # of all buffers of all readers
-        self._channel = channel
+        super().__init__(channel, transport, [device])
         self.buffer_bytes = staging_bytes // BUFFERS // 4096 * 4096
-        self._lines = dict[Peer, Line]()  # of readers; each agreement makes another
-        self._runtime = runtime()
-        self._lock = self._runtime.lock  # a reader that is gone gets no buffer
-        self._tasks = TaskGroup(self._runtime, _log_failure)
-        self._turn = Turn()  # of readers, after as many parts as they have buffers
+        self._most_bytes = most_bytes  # of all buffers of all readers
         self._late = LateAnswers(self._turn)
 
     @property
@@ -415,42 +291,29 @@ class Gathers:
         return sum(len(line.buffers) for line in [*self._lines.values()])
 
     def agree(self, peer: Peer, hello: Hello, device: torch.device) -> str:
-        """Choose the transport for a reader, and return its name.
-
-        Its buffers are on the device of both sides' rows, or on the host. Raises `Unsupported` or
-        `BackendUnavailable` if there is no such transport.
-        """
-        name = self.transports.forced or hello.transport
-        if name != hello.transport:
-            why = f"the reader uses {hello.transport!r}; pass both the same transport="
-            raise Unsupported(f"The owner's transport {name!r}", why)
+        """Choose the transport for a reader, and return its name; raise as `_choose`."""
         self.forget(peer)  # the reader takes no more of the rows that were sent to it before
-        transport = self.transports.choose(name, device, hello.device)
-        self._lines[peer] = Line(peer, transport)
+        transport = self._choose(hello.transport, device, hello.device)
         for kind in transport.asks:
             self._channel.serve(kind, self._answer_transport)
-        peer.on_gone(partial(self.forget, peer))
+        self._add(Line(peer, transport), peer)
         return transport.name
 
     def _answer_transport(self, peer: Peer, request: object) -> Message | None:
         """Answer a message of a reader's transport by the transport here."""
-        line = self._lines.get(peer)
+        line = self._lines.get((peer, b""))
         if line is None or not isinstance(request, line.transport.asks):
             raise PeerError("Expected the agreed transport, got another. Connect again.")
         return line.transport.answer(peer, self._channel, request)
 
-    def forget(self, peer: Peer) -> None:
-        """Release the buffers of a reader that is gone or needs them no more."""
-        line = self._lines.pop(peer, None)
-        if line is not None:
-            line.transport.forget(peer)
-
     def send(self, peer: Peer, gather: Gather, offered: OfferedRows) -> Answer:
         """Have rows sent in parts, after earlier requests of the reader.
 
-        Only one thread calls this method, after `OfferedRows.check` of each part.
+        The reader gets zeros in place of rows that it cannot commit: after the end of the offer,
+        and after an error, of which the offer keeps a note. Only one thread calls this method,
+        after `OfferedRows.check` of each part.
         """
-        line = self._lines.get(peer)
+        line = self._lines.get((peer, b""))
         if line is None or line.transport.name != gather.transport:
             return Answer("refused", f"{gather.transport} was not agreed on; connect again.")
 
@@ -470,25 +333,28 @@ class Gathers:
                 why = f"staging buffers of all readers have {self._most_bytes} bytes in total"
             return Answer("busy", why, seconds=1e-2)
 
-        # The parts stay with this lane: those that the reader no longer waits for end with it.
-        lane = line.transport.lane(peer, self._channel)
-        with self._lock:
-            line.last = gather.tag
-            line.sendings.append(Sending(gather, sizes, offered, lane, count))
-            begins = not line.active
-            line.active = True
-        if begins:  # after the answer: a helper would hold the interpreter meanwhile
-            self._channel.after_answer(lambda: self._tasks.start(self._send_all(line)))
+        sending = Sending(
+            gather.tag,
+            sizes,
+            # The parts stay with this lane: those that the reader no longer waits for end with it.
+            lane=line.transport.lane(peer, self._channel),
+            buffers=count,
+            after=[offered.after],
+            fill=partial(_gather, gather, offered),
+            wanted=lambda: peer.id not in offered.spoilt and offered.holds(),
+            fail=partial(offered.spoilt.add, peer.id),
+        )
+        self._queue(line, sending)
         return Answer("done")
 
     def stop(self, peer: Peer, stop: Stop) -> Stopped:
         """Read no more rows for a request; send only the parts that its reader waits for."""
-        line = self._lines.get(peer)
+        line = self._lines.get((peer, b""))
         if line is None or line.last < stop.tag:  # no such request arrived
             return Stopped(0)
         with self._lock:
             for sending in line.sendings:
-                if sending.gather.tag == stop.tag:
+                if sending.tag == stop.tag:
                     sending.stopped = True
                     sending.parts = min(max(sending.begun, stop.parts), sending.parts)
                     return Stopped(sending.parts)
@@ -516,159 +382,49 @@ class Gathers:
             if buffer is not None and buffer.memory.nbytes >= min(needs, self.buffer_bytes):
                 continue
             grows = buffer is None or (buffer.free and not line.active)
-            if not grows or not self._has_space(needs, buffer, line.transport):
+            # All buffers of a reader at once if the transport learns them only once.
+            nbytes = staged_bytes(needs, self.buffer_bytes)
+            numbers = [number]
+            if line.transport.knows_once:
+                nbytes = BUFFERS * self.buffer_bytes
+                numbers = [*range(BUFFERS)]
+            if not grows or not self._has_space(nbytes, buffer):
                 return number
-            # Use a private stream: work may still use memory that was freed on a caller's stream.
-            with StreamFence(line.transport.device).inside():
-                self._new_buffer(line, number, needs)
+            self._allocate(line, nbytes, *numbers)
         return min(parts, BUFFERS)
 
-    def _has_space(self, needs: int, old: StagingBuffer | None, transport: Transport) -> bool:
-        """Return True if one more buffer, in place of an old one, stays below the total."""
+    def _has_space(self, nbytes: int, old: StagingBuffer | None) -> bool:
+        """Return True if more memory, in place of an old buffer's, stays below the total."""
         if self._most_bytes is None:
             return True
         lines = [*self._lines.values()]
         used = sum(one.memory.nbytes for line in lines for one in line.buffers.values())
-        if transport.knows_once:
-            new = BUFFERS * self.buffer_bytes
-        else:
-            new = staged_bytes(needs, self.buffer_bytes) - (old.memory.nbytes if old else 0)
-        return used + new <= self._most_bytes
-
-    def _new_buffer(self, line: Line, number: int, needs: int) -> None:
-        """Allocate a buffer, or all buffers of a reader if the transport learns them only once."""
-        device = line.transport.device
-        if line.transport.knows_once:
-            whole = staging(BUFFERS * self.buffer_bytes, device, rows=self._rows)
-            dirty = [whole]  # the library can reach all of it after the first buffer
-            parts = dict(enumerate(whole.view(BUFFERS, -1)))
-        else:
-            memory = staging(needs, device, self.buffer_bytes, self._rows)
-            dirty = [memory]
-            parts = {number: memory}
-        line.buffers.update({each: StagingBuffer(part, dirty) for each, part in parts.items()})
-
-    def close(self) -> None:
-        """Cancel the gathers in flight and close the transports."""
-        self._lines = {}
-        if not self._runtime.forked:
-            self._late.close()
-            self._tasks.end()
-        self.transports.close()
-
-    # --- in coroutines
-
-    async def _send_all(self, line: Line) -> None:
-        """Send all parts to a reader, in turn with other readers."""
-        while line.active:
-            await self._turn.acquire()
-            try:
-                sent = await self._send_some(line)
-            finally:
-                self._turn.release()
-            if sent is not None and not await Work(sent.wait_for, MovingStage.FREE, MOMENT):
-                await sent.seen(MovingStage.FREE, LOOK)
-
-    async def _send_some(self, line: Line) -> Moving | None:
-        """Send as many parts to a reader as it has buffers, then others have their turn.
-
-        Returns the last transfer from the buffer of the next part if that is not free.
-        """
-        for _ in range(BUFFERS):
-            sending = line.current()
-            if sending is None or self._lines.get(line.peer) is not line:
-                line.active = False
-                return None
-            buffer = line.buffers[sending.begun % sending.buffers]
-            sent = buffer.sent
-            if not buffer.free:  # it may become free at any time: one look decides
-                return sent
-            number = sending.begun
-            sending.begun += 1
-            try:
-                await Work(self._bring, line, sending, number, buffer)
-            except Exception:  # a reader that waits for this part would take the next in its place
-                _log.exception("A staging buffer could not be sent; its reader gets an error.")
-                gone = PeerError("The owner could not send a buffer; it did not cross.")
-                await Work(sending.lane.close, gone)
-        return None
-
-    # --- in helpers
-
-    def _bring(self, line: Line, sending: Sending, number: int, buffer: StagingBuffer) -> None:
-        """Fill a buffer with a part of a request, by its number, and send it.
-
-        Sends zeros in place of rows that the reader cannot commit: after an error, of which the
-        offer keeps a note, after the end of the offer, and if the reader wants no more.
-        """
-        offered = sending.offered
-        part = sending.gather.parts[number]
-        full = buffer.memory[: sending.sizes[number]]
-        tag = sending.gather.tag + number
-        try:
-            if not sending.stopped and line.peer.id not in offered.spoilt and offered.holds():
-                slots = offered.slots(sending.gather, part)
-                with self._turn.inside(offered.after):
-                    rows = offered.rows(part, as_bytes=slots is None)
-                    self._fill(buffer, full, part.count, rows, slots)
-                    self._move(line, sending, buffer, full, tag)
-                return
-        except Exception:  # whatever failed, the reader must not wait for its bytes
-            _log.exception(
-                "Rows could not be gathered into a staging buffer; the reader gets an error."
-            )
-            offered.spoilt.add(line.peer.id)
-        # Use the stream of a failed gather, whose copies may still run.
-        with self._turn.inside(StreamFence(buffer.memory.device)):
-            buffer.clean()
-            full.zero_()  # as many bytes as the reader waits for
-            self._move(line, sending, buffer, full, tag)
-
-    def _fill(
-        self,
-        buffer: StagingBuffer,
-        full: torch.Tensor,
-        count: int,
-        rows: Rows,
-        slots: Slots | None,
-    ) -> None:
-        """Gather rows into a buffer, and pack them if they cross in slots; positions without rows,
-        and padding, become zeros.
-
-        The slots of blocks that do not fit say so to the reader.
-        """
-        view, ids = rows
-        retain(buffer.memory)
-        bring([ids], view.device)  # once: all parts of the offer share them
-
-        buffer.clean()
-        planes, into = buffer.chunks.of(view, count, slots)
-        written = sum(plane.nbytes for plane in planes)
-        skips = ids.check(count, view.slots, "offered")
-        if skips or written < full.nbytes:
-            zero(full)
-
-        copy = copy_rows(view, into, ids, count=count)
-        if buffer.memory.is_cpu:
-            has_ended(copy, wait=True)
-            unfit_blocks(copy)
-        else:
-            # The transport sends after the copy; ids were checked when they were offered.
-            copy.wait()
-
-    def _move(
-        self,
-        line: Line,
-        sending: Sending,
-        buffer: StagingBuffer,
-        full: torch.Tensor,
-        tag: int,
-    ) -> None:
-        """Have the transport send a full buffer, unless its reader is gone or connected again."""
-        if self._lines.get(line.peer) is line:  # `forget` closes the lane
-            buffer.sent = sending.lane.move(full, tag)
+        return used + nbytes - (old.memory.nbytes if old else 0) <= self._most_bytes
 
 
-def _log_failure(error: BaseException) -> None:
-    """Log the error of a coroutine of an owner."""
-    _log.error("An owner failed to send rows, and goes on.", exc_info=error)
+def _gather(
+    gather: Gather, offered: OfferedRows, number: int, buffer: StagingBuffer, full: torch.Tensor
+) -> None:
+    """Gather a part of a request into a buffer, and pack it if it crosses in slots; positions
+    without rows, and padding, become zeros.
+
+    The slots of blocks that do not fit say so to the reader.
+    """
+    part = gather.parts[number]
+    slots = offered.slots(gather, part)
+    view, ids = offered.rows(part, as_bytes=slots is None)
+    bring([ids], view.device)  # once: all parts of the offer share them
+
+    planes, into = buffer.chunks.of(view, part.count, slots)
+    written = sum(plane.nbytes for plane in planes)
+    skips = ids.check(part.count, view.slots, "offered")
+    if skips or written < full.nbytes:
+        zero(full)
+
+    copy = copy_rows(view, into, ids, count=part.count)
+    if buffer.memory.is_cpu:
+        has_ended(copy, wait=True)
+        unfit_blocks(copy)
+    else:
+        # The transport sends after the copy; ids were checked when they were offered.
+        copy.wait()

@@ -1,21 +1,23 @@
 # SPDX-License-Identifier: Apache-2.0
 """Take rows from owners through staging buffers.
 
-A `StagedReceiver` requests all rows of one offer together. The owner sends them in slices. While
-one slice crosses, the owner fills the buffer of the next, and the reader empties the buffer of the
-one before.
+An `Intake` takes slices of rows or of weights. While one slice crosses, the owner fills the buffer
+of the next, and the reader empties the buffer of the one before. A `StagedReceiver` takes all rows
+of one offer.
 """
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections import defaultdict, deque
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from functools import partial
 from itertools import groupby
 from math import inf
 from time import monotonic
-from typing import Any, NamedTuple, TypeAlias, TypeVar
+from typing import Any, Generic, TypeAlias, TypeVar
 
 import torch
 from msgspec.structs import replace
@@ -35,7 +37,7 @@ from portakv.errors import (
 from portakv.graph.trace import Ran, Trace
 from portakv.layout.encodings import PACK, PACKED_DTYPE, Pack
 from portakv.migrate.checksum import checksum_of
-from portakv.migrate.connections import Source, StagingBuffer
+from portakv.migrate.connections import Source, Staging, StagingBuffer
 from portakv.migrate.messages import (
     Answer,
     Choose,
@@ -52,6 +54,7 @@ from portakv.migrate.pull import CANCELLED, Pull, known
 from portakv.migrate.staging import Chunks, Slots, has_ended, part_of, rows_bytes, unfit_blocks
 from portakv.migrate.transports.base import Lane, Moving, MovingStage
 from portakv.runtime.streams import StreamFence
+from portakv.runtime.transfer import Transfer
 from portakv.runtime.word_sums import MODULUS
 from portakv.runtime.worker import RateLimit
 from portakv.tasks import End, Handle, Wait, Work, blocking, runtime
@@ -198,6 +201,243 @@ def flagged(step: Step, positions: Sequence[int]) -> PackOverflow:
 
 
 # ------------------------------------------------------------------------------------------------
+# Receive slices through staging buffers, for rows and for weights.
+
+PATIENCE = 30.0  # seconds for which a pull waits for a buffer, and for a busy owner
+LOOK = 0.05  # seconds between two looks at a pull that waits
+STOPPING = 0.5  # seconds for the answer of an owner that is to stop, and for its last slices
+SOON = 0.02  # seconds for which a helper waits for bytes: by the loop they would come later
+MOMENT = 1e-3  # seconds for which a pull waits for its turn before it empties a buffer
+
+
+OneSlice = TypeVar("OneSlice")
+
+
+@dataclass(frozen=True, eq=False)
+class InFlight(Generic[OneSlice]):
+    """A slice on its way into a staging buffer."""
+
+    part: OneSlice
+    stage: Staging
+    buffer: StagingBuffer
+    moving: Moving
+    lane: Lane
+
+
+class Intake(ABC, Generic[OneSlice]):
+    """The slices that one pull takes from owners, in the order of its requests.
+
+    Each is copied from its staging buffer after its bytes have come. No host waits between the
+    slices of a device: streams order all copies.
+    """
+
+    def __init__(self) -> None:
+        self._in_flight = deque[InFlight[OneSlice]]()
+        #: With the copy from the buffer.
+        self._scattered = deque[tuple[InFlight[OneSlice], Transfer]]()
+        self._posted = 0  # slices of the present request that have a receive
+
+    # --- what differs between rows and weights
+
+    @property
+    @abstractmethod
+    def over(self) -> bool:
+        """Return True if the pull waits for no slice any more."""
+
+    @abstractmethod
+    async def _check(self, until: float) -> None:
+        """Raise if the pull waits no longer for something that did not come until ``until``."""
+
+    @abstractmethod
+    def _inside(self, work: Callable[[], T]) -> T:
+        """Do work on streams after the caller's."""
+
+    @abstractmethod
+    def _size(self, part: OneSlice) -> tuple[int, int]:
+        """Return the bytes of a slice in a staging buffer, and the most bytes of a buffer of its
+        owner."""
+
+    @abstractmethod
+    async def _request(self, stage: Staging, batch: Sequence[OneSlice], tag: int) -> None:
+        """Have the owner send slices under the tags from ``tag`` on."""
+
+    @abstractmethod
+    async def stop(
+        self, stage: Staging, lane: Lane, batch: Sequence[OneSlice], tag: int, posted: int
+    ) -> None:
+        """Stop a request of which ``posted`` slices have a receive: both sides stay in step, or the
+        lane is closed."""
+
+    @abstractmethod
+    def _scattering(self, part: OneSlice, buffer: StagingBuffer) -> Callable[[], Transfer]:
+        """Do the host's part of the copy of a slice from its buffer while the bytes arrive; return
+        a function that issues the copy on the streams that are current then."""
+
+    def _landed(self, part: OneSlice, placing: Transfer) -> None:
+        """Note a slice whose bytes and copy have ended."""
+
+    # --- in the coroutine of the pull
+
+    async def _take(self, stage: Staging, batch: Sequence[OneSlice]) -> None:
+        """Request slices, and post the transport's receives for all of them in their order."""
+        await self._take_turn(stage)
+        try:
+            lane = await self._lane(stage)
+            tag = stage.tag + 1
+            stage.tag += len(batch)
+            self._posted = 0
+            try:
+                await self._request(stage, batch, tag)
+                for number, part in enumerate(batch):
+                    buffer = await self._free_buffer(stage, lane, self._size(part)[0])
+                    try:
+                        await self._post(part, stage, buffer, lane, tag + number)
+                    except BaseException:
+                        if self._posted == number:
+                            stage.give_back(buffer)
+                        raise
+            except BaseException:
+                await self.stop(stage, lane, batch, tag, self._posted)
+                raise
+        finally:
+            stage.turn.release()
+
+    async def _take_turn(self, stage: Staging) -> None:
+        """Wait for the owner's turn; empty the buffers of this pull meanwhile, which others may
+        need."""
+        until = monotonic() + PATIENCE
+        time = runtime().time
+        while not await stage.turn.acquire(until=time() + (MOMENT if self._in_flight else LOOK)):
+            if self._in_flight:
+                await self._scatter()
+            await self._check(until)
+
+    async def _lane(self, stage: Staging) -> Lane:
+        """Return the lane to an owner, which knows it."""
+        with runtime().released():
+            lane = stage.lane()
+        if lane is not stage.met:
+            await Work(lane.meet, lambda: self.over)
+            stage.met = lane
+        return lane
+
+    async def _free_buffer(self, stage: Staging, lane: Lane, nbytes: int) -> StagingBuffer:
+        """Return a free staging buffer; empty the oldest of this pull if there is none."""
+        until = monotonic() + PATIENCE
+        while not stage.buffers:
+            if self._in_flight:
+                await self._scatter()
+            else:
+                await stage.freed.wait_for(lambda: stage.buffers, runtime().time() + LOOK)
+            await self._check(until)
+        buffer = stage.buffers.pop()
+        try:
+            if buffer.moving is not None and buffer.must_be_free(lane, nbytes):
+                await self._until(buffer.moving, MovingStage.FREE)
+        except BaseException:
+            stage.give_back(buffer)
+            raise
+        return buffer
+
+    async def _post(
+        self, part: OneSlice, stage: Staging, buffer: StagingBuffer, lane: Lane, tag: int
+    ) -> None:
+        """Have the transport bring the bytes of a slice into a buffer."""
+        nbytes, most_bytes = self._size(part)
+
+        def post() -> None:
+            buffer.prepare(nbytes, most_bytes)
+            moving = lane.move(buffer.memory[:nbytes], tag)
+            buffer.moving = moving
+            buffer.lane = lane
+            self._in_flight.append(InFlight(part, stage, buffer, moving, lane))
+            self._posted += 1
+
+        if stage.device.type == "cpu" and nbytes <= buffer.memory.nbytes:
+            with runtime().released():
+                self._inside(post)
+        else:
+            await blocking().work(self._inside, post)
+
+    async def _scatter(self) -> None:
+        """Issue the copy of the oldest slice from its staging buffer, after its bytes."""
+        flying = self._in_flight[0]
+        buffer = flying.buffer
+        moving = flying.moving
+        issue = self._scattering(flying.part, buffer)
+
+        def copy() -> bool:
+            if not moving.wait_for(MovingStage.ISSUED, SOON):
+                return False
+            moving.follow(0.0)
+            placing = issue()
+            self._scattered.append((flying, placing))
+            if buffer.memory.device.type == "cpu":  # no stream orders the next bytes after the copy
+                has_ended(placing, wait=True)
+            buffer.copy = placing
+            self._in_flight.popleft()
+            flying.stage.give_back(buffer)
+            return True
+
+        while not await blocking().work(self._inside, copy):
+            await self._until(moving, MovingStage.ISSUED)
+        await self._settle(wait=False)
+
+    async def _scatter_all(self) -> None:
+        """Issue the copies of all slices, and wait until their bytes have come."""
+        while self._in_flight:
+            await self._scatter()
+        for flying, _ in self._scattered:
+            await self._until(flying.moving, MovingStage.OVER)
+
+    async def _settle(self, wait: bool) -> None:
+        """Note the slices whose bytes and copies have ended, or wait for all."""
+        while self._scattered:
+            flying, placing = self._scattered[0]
+            if not wait and not flying.moving.has(MovingStage.OVER):
+                return
+            await self._until(flying.moving, MovingStage.OVER)
+            if not has_ended(placing, wait=False):
+                if not wait:
+                    return
+                await blocking().work(has_ended, placing, True)
+            self._landed(flying.part, placing)
+            self._scattered.popleft()
+
+    async def _until(self, moving: Moving, stage: MovingStage) -> None:
+        """Wait until a buffer in flight comes to a stage, as long as the pull waits."""
+        until = monotonic() + PATIENCE
+        while not await moving.seen(stage, LOOK):
+            await self._check(until)
+
+    async def _release(self) -> None:
+        """Return the buffers of slices in flight, and wait for the copies, so that nothing is
+        written afterwards.
+
+        Bytes that do not come in time end with their lane, unless another pull needs the lane.
+        """
+        for each in self._in_flight:
+            each.stage.give_back(each.buffer)
+        until = monotonic() + STOPPING
+        for flying, placing in self._scattered:
+            await self._end(flying, placing, until)
+        self._in_flight.clear()
+        self._scattered.clear()
+
+    async def _end(self, flying: InFlight[OneSlice], placing: Transfer, until: float) -> None:
+        """Wait for a copy that follows bytes on their way; see `_release`."""
+        with suppress(PortaKVError):  # the pull has an error before
+            while not placing.done():
+                takers = flying.stage.takers
+                if monotonic() < until or not all(taker.over for taker in takers):
+                    await Wait(until=runtime().time() + MOMENT)
+                    continue
+                ended = PeerError("Its pull ended before the buffers had crossed.")
+                await Work(flying.lane.close, ended)
+                await Work(placing.synchronize)
+
+
+# ------------------------------------------------------------------------------------------------
 # The slices in which the rows of a pull arrive in staging buffers.
 
 PACED = 0.1  # seconds of a slice at a limited rate: a larger slice would be a burst
@@ -260,7 +500,7 @@ class Arrival(End[None]):
         self.slots = slots
         self.staged_bytes = rows_bytes(view, len(layers), tokens, view.heads, slots)
 
-    def end_with(self, copy: BlockTransfer) -> int:
+    def end_with(self, copy: Transfer) -> int:
         """End the slice by its copy, which has ended; return the number of blocks that did not fit.
 
         The slices that bring them raw are then in `again`. If no raw rows of them exist,
@@ -308,15 +548,6 @@ def end_unfit(taken: Sequence[Arrival], errors: list[PackOverflow]) -> None:
         each.end(flagged(each.step, sorted(of_layers[id(each.step), each.part.layers])))
 
 
-class InFlight(NamedTuple):
-    """A slice on its way into a staging buffer."""
-
-    arrival: Arrival
-    buffer: StagingBuffer
-    moving: Moving
-    lane: Lane
-
-
 def arrivals(
     steps: Sequence[Step], max_gbps: float, pack: Pack | None
 ) -> tuple[list[Arrival], str]:
@@ -352,8 +583,6 @@ def arrivals(
 # ------------------------------------------------------------------------------------------------
 # Send the requests of a pull to its owners: for rows, for checksums, and for the choice of an
 # encoding.
-
-PATIENCE = 30.0  # seconds for which a busy owner gets the request again
 
 
 async def ask(
@@ -484,17 +713,12 @@ def _clause(sentence: str) -> str:
 #: rate.
 BATCH = 16
 MOST_PACED = 8
-LOOK = 0.05  # seconds between two looks at a pull that waits
-STOPPING = 0.5  # seconds for the answer of an owner that is to stop, and for its last slices
-SOON = 0.02  # seconds for which a helper waits for bytes: by the loop they would come later
-MOMENT = 1e-3  # seconds for which a pull waits for its turn before it empties a buffer
 
 
-class StagedReceiver:
-    """Takes the rows of one offer for a pull: one request, and its slices in their order.
+class StagedReceiver(Intake[Arrival]):
+    """Takes the rows of one offer for a pull.
 
-    No host waits between the slices of a device: streams order all copies. A helper that does a
-    part of the work has a stream after that of the caller.
+    A helper that does a part of the work has a stream after that of the caller.
 
     Attributes:
         arrivals: the ends of the slices.
@@ -510,6 +734,7 @@ class StagedReceiver:
         pack: Pack | None,
         auto: bool,
     ) -> None:
+        super().__init__()
         first = steps[0]
         self._runtime = runtime()
         self._trace = trace
@@ -526,9 +751,6 @@ class StagedReceiver:
         pull.raw_because = pull.raw_because or why
         self._packed = False  # some slices were requested packed
         self.crossed = End[None](self._runtime)
-        self._in_flight = deque[InFlight]()
-        self._scattered = deque[tuple[InFlight, BlockTransfer]]()  # with the copy from the buffer
-        self._posted = 0  # slices of the present request that have a receive
         self._last = False  # all slices were requested
 
     def begin(self) -> None:
@@ -546,7 +768,6 @@ class StagedReceiver:
 
     @property
     def over(self) -> bool:
-        """Return True if the pull waits for no slice any more."""
         return self._pull.over
 
     # --- in the coroutine
@@ -567,7 +788,7 @@ class StagedReceiver:
         number = len(stage.takers)
         error: BaseException | None = None
         try:
-            self._check(inf)
+            await self._check(inf)
             await self._take_all()
         except BaseException as caught:
             error = caught
@@ -576,7 +797,9 @@ class StagedReceiver:
             raise
         finally:
             stage.takers.discard(self)
-            await self._release(error)
+            await self._release()
+            for arrival in self.arrivals:
+                arrival.end(error)
             queue = f"take:{self._source.owner.number}"
             what = len(self._trace.ran) + 1, "take", 1, 0, ()
             self._trace.add("take", Ran(queue, number, began, monotonic(), *what))
@@ -595,8 +818,7 @@ class StagedReceiver:
             end_unfit(self.arrivals, self._pull.unfit)
             self._last = True
             await self._take_each([x for each in self.arrivals for x in each.again])
-        for flying, _ in self._scattered:
-            await self._until(flying.moving, MovingStage.OVER)
+        await self._scatter_all()
         self._look_at_bytes()
         await self._settle(wait=True)
         takers = [*self._stage.takers]  # of all pulls, since they share the transport
@@ -612,131 +834,37 @@ class StagedReceiver:
                 self._pull.packed = True
             batch = BATCH if self._most_gbps == inf else MOST_PACED
             for start in range(0, len(listed), batch):
-                await self._take(listed[start : start + batch])
+                await self._take(self._stage, listed[start : start + batch])
         self._last = self._last or not self._packed
         while self._in_flight:
             await self._scatter()
 
-    async def _take(self, batch: Sequence[Arrival]) -> None:
-        """Request slices, and post the transport's receives for all of them in their order."""
-        stage = self._stage
-        await self._take_turn()
-        try:
-            lane = await self._lane()
-            tag = stage.tag + 1
-            stage.tag += len(batch)
-            self._posted = 0
-            try:
-                await self._request(batch, tag)
-                for number, arrival in enumerate(batch):
-                    await self._pace(arrival.staged_bytes)
-                    self._check(inf)
-                    buffer = await self._free_buffer(lane, arrival.staged_bytes)
-                    try:
-                        await self._post(arrival, buffer, lane, tag + number)
-                    except BaseException:
-                        if self._posted == number:
-                            stage.give_back(buffer)
-                        raise
-            except BaseException:
-                await self.stop(lane, batch, tag, self._posted)
-                raise
-        finally:
-            stage.turn.release()
+    async def _free_buffer(self, stage: Staging, lane: Lane, nbytes: int) -> StagingBuffer:
+        await self._pace(nbytes)
+        await self._check(inf)
+        return await super()._free_buffer(stage, lane, nbytes)
 
-    async def _take_turn(self) -> None:
-        """Wait for the owner's turn; empty the buffers of this pull meanwhile, which others may
-        need."""
-        until = monotonic() + PATIENCE
-        time = self._runtime.time
-        while not await self._stage.turn.acquire(
-            until=time() + (MOMENT if self._in_flight else LOOK)
-        ):
-            if self._in_flight:
-                await self._scatter()
-            self._check(until)
+    def _size(self, part: Arrival) -> tuple[int, int]:
+        return part.staged_bytes, part.step.owner.handshake.slot_bytes
 
-    async def _lane(self) -> Lane:
-        """Return the lane to the owner, which knows it."""
-        with self._runtime.released():
-            lane = self._stage.lane()
-        if lane is not self._stage.met:
-            await Work(lane.meet, lambda: self._pull.over)
-            self._stage.met = lane
-        return lane
-
-    async def _request(self, batch: Sequence[Arrival], tag: int) -> None:
-        """Have the owner send slices under the tags from ``tag`` on."""
+    async def _request(self, stage: Staging, batch: Sequence[Arrival], tag: int) -> None:
         ticket = self._source.ticket
         parts = tuple(each.step.owner_part(*each.part) for each in batch)
-        name = self._stage.transport.name
+        name = stage.transport.name
         encoding = batch[0].encoding
         gather = Gather(ticket.epoch, ticket.offer, parts, name, tag, encoding)
-        await ask(self._source, gather, self._pull, PATIENCE, self._stage.channel.answer)
+        await ask(self._source, gather, self._pull, PATIENCE, stage.channel.answer)
 
-    async def _free_buffer(self, lane: Lane, nbytes: int) -> StagingBuffer:
-        """Return a free staging buffer; empty the oldest of this pull if there is none."""
-        stage = self._stage
-        until = monotonic() + PATIENCE
-        while not stage.buffers:
-            if self._in_flight:
-                await self._scatter()
-            else:
-                await stage.freed.wait_for(lambda: stage.buffers, self._runtime.time() + LOOK)
-            self._check(until)
-        buffer = stage.buffers.pop()
-        try:
-            if buffer.moving is not None and buffer.must_be_free(lane, nbytes):
-                await self._until(buffer.moving, MovingStage.FREE)
-        except BaseException:
-            stage.give_back(buffer)
-            raise
-        return buffer
+    def _scattering(self, part: Arrival, buffer: StagingBuffer) -> Callable[[], Transfer]:
+        copy = part.scattering(buffer.chunks)
 
-    async def _post(self, arrival: Arrival, buffer: StagingBuffer, lane: Lane, tag: int) -> None:
-        """Have the transport bring the bytes of a slice into a buffer."""
-        nbytes = arrival.staged_bytes
-
-        def post() -> None:
-            buffer.prepare(nbytes, self._source.owner.handshake.slot_bytes)
-            moving = lane.move(buffer.memory[:nbytes], tag)
-            buffer.moving = moving
-            buffer.lane = lane
-            self._in_flight.append(InFlight(arrival, buffer, moving, lane))
-            self._posted += 1
-
-        if self._stage.device.type == "cpu" and nbytes <= buffer.memory.nbytes:
-            with self._runtime.released():
-                self._inside(post)
-        else:
-            await blocking().work(self._inside, post)
-
-    async def _scatter(self) -> None:
-        """Copy the rows of the oldest slice from its staging buffer, after its bytes."""
-        flying = self._in_flight[0]
-        arrival, buffer, moving, _ = flying
-        scatter = arrival.scattering(buffer.chunks)  # the host's part, while the bytes arrive
-
-        def copy() -> bool:
-            if not moving.wait_for(MovingStage.ISSUED, SOON):
-                return False
+        def issue() -> Transfer:
             self._look_at_bytes()
-            moving.follow(0.0)
-            placing = scatter()
-            self._scattered.append((flying, placing))
-            if buffer.memory.device.type == "cpu":  # no stream orders the next bytes after the copy
-                has_ended(placing, wait=True)
-            buffer.copy = placing
-            self._in_flight.popleft()
-            self._stage.give_back(buffer)
-            return True
+            return copy()
 
-        while not await blocking().work(self._inside, copy):
-            await self._until(moving, MovingStage.ISSUED)
-        await self._settle(wait=False)
+        return issue
 
     def _inside(self, work: Callable[[], T]) -> T:
-        """Do work on a stream after the caller's."""
         with torch.inference_mode(False), self._after.inside():
             return work()
 
@@ -752,70 +880,30 @@ class StagedReceiver:
             self.crossed.settle(None, None)
         self._pull.go_on()
 
-    async def _settle(self, wait: bool) -> None:
-        """End the slices whose bytes and copies have ended, or wait for all."""
-        while self._scattered:
-            (arrival, _, moving, _), placing = self._scattered[0]
-            if not wait and not moving.has(MovingStage.OVER):
-                return
-            await self._until(moving, MovingStage.OVER)
-            if not has_ended(placing, wait=False):
-                if not wait:
-                    return
-                await blocking().work(has_ended, placing, True)
-            self._count(arrival, arrival.end_with(placing))
-            self._scattered.popleft()
-
-    def _count(self, arrival: Arrival, unfit: int) -> None:
-        """Count a slice that has ended, and its blocks that did not fit."""
-        nbytes = arrival.staged_bytes
+    def _landed(self, part: Arrival, placing: Transfer) -> None:
+        """End a slice; count it, and its blocks that did not fit."""
+        unfit = part.end_with(placing)
+        nbytes = part.staged_bytes
         history = self._stage.history
         self._pull.wire_nbytes += nbytes
         self._pull.blocks_raw += unfit
-        if arrival.slots is None:
+        if part.slots is None:
             history.count(nbytes, limited=self._most_gbps < inf)
         else:
-            history.count_packed(nbytes, arrival.step.window, arrival.packed_blocks, unfit)
+            history.count_packed(nbytes, part.step.window, part.packed_blocks, unfit)
 
-    async def _release(self, error: BaseException | None) -> None:
-        """Wait for the copies in flight, return the buffers, and end the slices."""
-        for each in self._in_flight:
-            self._stage.give_back(each.buffer)
-        until = monotonic() + STOPPING
-        for flying, placing in self._scattered:
-            await self._end(flying.lane, placing, until)
-        self._in_flight.clear()
-        self._scattered.clear()
-        for arrival in self.arrivals:
-            arrival.end(error)
-
-    async def _end(self, lane: Lane, placing: BlockTransfer, until: float) -> None:
-        """Wait for a copy that follows bytes on their way, so that nothing is written afterwards.
-
-        Bytes that do not come in time end with their lane, unless another pull needs the lane.
-        """
-        with suppress(PortaKVError):  # the pull has an error before
-            while not placing.done():
-                if monotonic() < until or not all(taker.over for taker in self._stage.takers):
-                    await Wait(until=self._runtime.time() + MOMENT)
-                    continue
-                ended = PeerError("Its pull ended before the buffers had crossed.")
-                await Work(lane.close, ended)
-                await Work(placing.synchronize)
-
-    async def stop(self, lane: Lane, batch: Sequence[Arrival], tag: int, posted: int) -> None:
-        """Stop a request of which ``posted`` slices have a receive.
-
-        Both sides stay in step: the owner sends no more slices than it says, and this side receives
-        them. Otherwise the lane is closed.
-        """
+    async def stop(
+        self, stage: Staging, lane: Lane, batch: Sequence[Arrival], tag: int, posted: int
+    ) -> None:
+        """Stop a request: the owner sends no more slices than it says, and this side receives
+        them."""
         owner = self._source.owner
         if owner.gone or lane.gone is not None:
             return
         why = "The owner did not stop; its buffers did not cross."
         try:
             stop = Stop(tag, posted)
-            answer = await self._stage.channel.answer(owner.address, stop, Stopped, STOPPING)
+            answer = await stage.channel.answer(owner.address, stop, Stopped, STOPPING)
             rest = batch[posted : answer.parts]
             if len(rest) > owner.handshake.slots:  # it has no buffers for so many
                 why = "The owner sent too many slices; its buffers did not cross."
@@ -824,7 +912,7 @@ class StagedReceiver:
 
             def receive() -> None:
                 for number, arrival in enumerate(rest, posted):
-                    lane.move(self._stage.spare(arrival.staged_bytes), tag + number)
+                    lane.move(stage.spare(arrival.staged_bytes), tag + number)
 
             await Work(self._inside, receive)
         except Exception:  # such as no memory: the next pull would take these slices for its own
@@ -836,20 +924,14 @@ class StagedReceiver:
         start = self._rate.start_of(nbytes)
         left = self._rate.left(start)
         while left and not self._pull.over:
-            if self._in_flight and self._in_flight[0].moving.has(MovingStage.OVER):
+            in_flight = self._in_flight
+            if in_flight and in_flight[0].moving.has(MovingStage.OVER):
                 await self._scatter()
             else:
                 await Wait(until=self._runtime.time() + min(left, 0.01))
             left = self._rate.left(start)
 
-    async def _until(self, moving: Moving, stage: MovingStage) -> None:
-        """Wait until a buffer in flight comes to a stage, as long as the pull waits."""
-        until = monotonic() + PATIENCE
-        while not await moving.seen(stage, LOOK):
-            self._check(until)
-
-    def _check(self, until: float) -> None:
-        """Raise if the pull no longer waits for a staging buffer."""
+    async def _check(self, until: float) -> None:
         if self._pull.over:
             raise TransferCancelled(CANCELLED)
         if monotonic() > until:

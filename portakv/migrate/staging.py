@@ -13,12 +13,12 @@ from typing import Any, NamedTuple
 
 import torch
 
-from portakv.copy.handle import BlockTransfer
 from portakv.errors import LayoutError, PackOverflow, PortaKVError
 from portakv.layout.encodings import Pack, PackedPlane, pack_parameters_of
 from portakv.runtime.bounded import Bounded
 from portakv.runtime.rate_limited_log import RateLimitedLog
 from portakv.runtime.streams import ignoring_captures
+from portakv.runtime.transfer import Transfer
 from portakv.view import Index, KVView
 
 _PARTS = 64  # slices of a view that the view retains
@@ -189,7 +189,7 @@ def chunk(
     return made, KVView(made, layout, kv=view.kv, **terms)
 
 
-def has_ended(copy: BlockTransfer, wait: bool) -> bool:
+def has_ended(copy: Transfer, wait: bool) -> bool:
     """Return True if a copy has ended, or wait for it; blocks that do not fit raise nothing."""
     try:
         if not wait:
@@ -200,7 +200,7 @@ def has_ended(copy: BlockTransfer, wait: bool) -> bool:
     return True
 
 
-def unfit_blocks(copy: BlockTransfer) -> list[int]:
+def unfit_blocks(copy: Transfer) -> list[int]:
     """Return the positions of the blocks of a copy that has ended that did not fit; raise its other
     errors."""
     unfit = set[int]()

@@ -13,7 +13,6 @@ from portakv.weights.parameters import Box, Item
 MOST_BOXES = 256  # of one request for checksums
 MOST_SUMS = 1 << 14  # of one answer
 END = 1 << 31  # behind everything that an owner lists
-BUFFERS = 4  # of a lane, on each side: one is packed, two are on the wire, one is emptied
 MOST_BOXES_OF_SLICE = 1 << 12
 Buffer = Annotated[int, Meta(ge=4096, le=1 << 36)]  # bytes of a staging buffer
 
@@ -109,7 +108,7 @@ class SendSlice(Message, frozen=True):
     A box is the number of an item, its start in the owner's tensor, and its extents; together they
     have ``nbytes`` packed bytes. The owner sends slices in
     the order of the requests; the first tag of a lane is 1, and each next tag is one more. A reader
-    has at most `BUFFERS` slices under way.
+    has at most `staged_lanes.BUFFERS` slices under way.
     """
 
     purpose: ClassVar[str] = "Requesting weights of the process at"

@@ -8,17 +8,15 @@ a pull opened stays open for the next pull, until the connection to the owner en
 from __future__ import annotations
 
 import time
-from asyncio import CancelledError
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext, suppress
+from contextlib import AbstractContextManager, ExitStack, nullcontext, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from hashlib import blake2b
 from operator import sub
 from secrets import token_bytes
-from time import monotonic
-from typing import Literal, TypeAlias, TypeVar, cast, overload
+from typing import Literal, TypeAlias, TypeVar, overload
 
 import torch
 from msgspec import msgpack
@@ -31,29 +29,38 @@ from portakv.errors import (
     OfferGone,
     PeerError,
     PortaKVError,
-    TransferCancelled,
     TransferError,
     TransferTimeout,
     Unsupported,
 )
-from portakv.migrate.channel import Channel, TransportChannel
+from portakv.migrate.channel import Channel
 from portakv.migrate.checksum import BoxSums, SummedPart
+from portakv.migrate.connections import Staging, StagingBuffer
 from portakv.migrate.described import strided
 from portakv.migrate.figures import WEIGHTS
 from portakv.migrate.messages import Message, Refused, listed, unsealed
+from portakv.migrate.pull import PartTransfer, known
 from portakv.migrate.shared_memory import Opener, where
-from portakv.migrate.staging import retain, staging
+from portakv.migrate.staged_lanes import BUFFERS
+from portakv.migrate.staged_reader import Intake
+from portakv.migrate.staging import retain
 from portakv.migrate.transports import check_transport, choose_between
-from portakv.migrate.transports.base import Lane, Moving, MovingStage, Transport
+from portakv.migrate.transports.base import Lane, Transport
 from portakv.runtime import tracing
 from portakv.runtime.bounded import Bounded
 from portakv.runtime.devices import capturing, inside, refuse_capture
 from portakv.runtime.interrupts import uninterrupted
-from portakv.runtime.streams import StreamFence, completion, side_stream, synchronize_current
+from portakv.runtime.streams import (
+    StreamFence,
+    completion,
+    ignoring_captures,
+    own_stream,
+    side_stream,
+    synchronize_current,
+)
 from portakv.runtime.transfer import Completion, Transfer
 from portakv.tasks import Limit, Wait, Work, runtime, shared_limit
 from portakv.weights.messages import (
-    BUFFERS,
     END,
     MOST_BOXES,
     AskWeights,
@@ -64,7 +71,7 @@ from portakv.weights.messages import (
     Weights,
     WeightsTicket,
 )
-from portakv.weights.owner import follower, on_streams, slices, unpacked
+from portakv.weights.owner import slices, unpacked
 from portakv.weights.parameters import (
     Box,
     Cell,
@@ -149,18 +156,27 @@ class PullRequest:
         self.wait = flag("wait", wait)
         self.began = tracing.begin()
         devices = [device for device in self.devices if device.type != "cpu"]
-        streams = [torch.accelerator.current_stream(device.index) for device in devices]
         #: The caller's, or private ones if the caller does not wait.
-        self._streams = streams if self.wait else [follower(device) for device in devices]
+        self._streams = [torch.accelerator.current_stream(device.index) for device in devices]
+        if not self.wait:
+            current = self._streams
+            self._streams = [own_stream(device) for device in devices]
+            for stream, after in zip(self._streams, current, strict=True):
+                stream.wait_stream(after)
+
+    def inside(self, call: Callable[..., T], *arguments: object) -> T:
+        """Make a call for which the pull's streams are current, while other threads may capture
+        graphs."""
+        with ExitStack() as stack:
+            for stream in self._streams:
+                stack.enter_context(ignoring_captures(stream.device))
+                stack.enter_context(inside(stream.device))  # a context for a new thread
+                stack.enter_context(inside(stream))
+            return call(*arguments)
 
     def work(self, call: Callable[..., T], *arguments: object) -> Work[T]:
-        """Return work of the pull, for which the pull's streams are current."""
-
-        def on_streams_of_pull() -> T:
-            with on_streams(self._streams):
-                return call(*arguments)
-
-        return Work(on_streams_of_pull)
+        """Return work of the pull, which may block; see `inside`."""
+        return Work(self.inside, call, *arguments)
 
 
 def _checked_destinations(
@@ -194,101 +210,75 @@ MOST_LISTING = 256 << 20  # the most bytes of an owner's list
 _FAREWELL = 0.5  # seconds for the last message of a lane
 
 
-class LaneChannel(TransportChannel):
-    """A channel for the transport of one lane, which a `Reader` and other lanes use as well.
-
-    It carries the transport's messages in an envelope that names the lane, because a channel has
-    one answer for each kind of message.
-    """
-
-    def __init__(self, channel: Channel, lane: bytes) -> None:
-        super().__init__(channel)
-        self.lane = lane
-
-    def enclosed(self, message: Message) -> OfLane:
-        return OfLane(self.lane, msgpack.encode(message))
-
-
 class Receiver:
     """A lane by which one owner sends weights, and the staging buffers that it fills.
 
     Attributes:
         device: of the reader's tensors.
         forced: the name of the transport that the reader forces.
+        id: of the lane.
         why: why the owner's memory is not mapped.
-        turn: one pull at a time uses the lane, or connects it.
-        tag: of the last slice that the owner has accepted.
         how: the transport of the lane, and why the memory is not mapped.
+        staged: the transport and the staging buffers; None before `connect` and after `drop`.
     """
-
-    buffers: list[torch.Tensor]
 
     def __init__(
         self, channel: Channel, address: str, device: torch.device, forced: str | None
     ) -> None:
         self.device = device
         self.forced = forced
-        self.why = ""
-        self.turn = Limit(runtime())
         self.id = b""
-        self.tag = 0
+        self.why = ""
         self.how = ""
-        self.lane: Lane | None = None  # the last one that was connected
+        self.staged: Staging | None = None
         self._channel = channel
         self._address = address
-        self._transport: Transport | None = None  # of a lane that is not released
+        self._turn = Limit(runtime())  # of pulls that connect it
 
-    @property
-    def usable(self) -> bool:
-        """Return True if a pull may use the lane."""
-        return self.lane is not None and self.lane.gone is None
-
-    async def acquire(self, owner: Owner) -> None:
-        """Wait for the turn of a pull; connect at the first call, and after the end of the lane.
+    async def connect(self, owner: Owner) -> Staging:
+        """Return the staging buffers of the lane; connect at the first call, and after `drop`.
 
         Raises `Unsupported` if the owner and this process have no transport.
         """
-        await owner.turn(self.turn)
+        await owner.turn(self._turn)
         try:
-            if not self.usable:
-                self.lane = None
-                await Work(self.release)
-                await self._connect(owner)
+            return self.staged or await self._connect(owner)
         except BaseException as error:  # also a cancellation
             await Work(self.release)
-            self.turn.release()
             if isinstance(error, Refused | BackendUnavailable | Unsupported):
                 reason = f"{self.why}; and they cannot be sent: {error}"
                 raise Unsupported(f"Pulling weights of {owner.address}", reason) from error
             raise
+        finally:
+            self._turn.release()
 
-    async def _connect(self, owner: Owner) -> None:
+    async def _connect(self, owner: Owner) -> Staging:
         """Agree on a lane with the owner, and make it."""
         ticket = owner.ticket
         name = self.forced or ticket.transport or None
         choice: Work[Transport] = owner.work(choose_between, self.device, ticket.device, name)
-        transport = self._transport = await choice
+        transport = await choice
         why = f"{ticket.why or self.why} ({transport.why})"
         self.how = f"{transport.name} sends it through staging buffers: {why}"
         self.id = token_bytes(16)
-        self.tag = 0
+        terms = transport, transport.device, self.device, BUFFERS, owner.channel, owner.address
+        staged: Staging = await owner.work(Staging, *terms, partial(_enclosed, self.id))
+        self.staged = staged
         request = Connect(owner.id, self.id, transport.name, where(transport.device))
         owner.judge(await owner.ask_once(request))
-        await owner.work(self._meet, owner, transport)
+        await owner.work(self._meet, owner, staged)
+        return staged
 
-    def _meet(self, owner: Owner, transport: Transport) -> None:
-        """Make the lane, and the staging buffers."""
-        channel = cast("Channel", LaneChannel(owner.channel, self.id))
-        lane: Lane = transport.lane(owner.address, channel)
+    def _meet(self, owner: Owner, staged: Staging) -> None:
+        """Make the lane, and the memory of the staging buffers."""
+        lane = staged.lane()
         lane.meet(stop=lambda: owner.left <= 0.0)
-        device = transport.device
-        # In inference mode, buffers would be views without a common base, which transports
-        # register.
-        with torch.inference_mode(False), StreamFence(device).inside():
-            memory = staging(BUFFERS * owner.ticket.buffer_bytes, device, rows=self.device)
-            synchronize_current([device])  # the work of earlier users of the memory
-            self.buffers = [*memory.view(BUFFERS, -1)]
-        self.lane = lane
+        nbytes = owner.ticket.buffer_bytes
+        with torch.inference_mode(False), StreamFence(staged.device).inside():
+            for buffer in staged.buffers:
+                buffer.prepare(nbytes, nbytes)
+            synchronize_current([staged.device])  # the work of earlier users of the memory
+        staged.met = lane
 
     def release(self) -> None:
         """Release the lane on both sides; its slices in flight end with an error."""
@@ -296,17 +286,23 @@ class Receiver:
             with suppress(PortaKVError):  # the owner may be gone
                 self._channel.tell(self._address, Leave(self.id), _FAREWELL)
 
-    def drop(self) -> bool:
+    def drop(self, gone: bool = False) -> bool:
         """Release the lane here; quick, for the thread that notices the end of a connection.
 
         Returns False if it was released before.
         """
-        transport = self._transport
-        self._transport = None
-        if transport is None:
+        staged = self.staged
+        self.staged = None
+        if staged is None:
             return False
-        transport.close(0.0)
+        staged.release(gone)
         return True
+
+
+def _enclosed(lane: bytes, message: Message) -> OfLane:
+    """Return a message of a transport in an envelope that names its lane, because a channel has one
+    answer for each kind of message."""
+    return OfLane(lane, msgpack.encode(message))
 
 
 class Publication:
@@ -404,7 +400,7 @@ class Publication:
         """Release the lanes; quick, for the thread that notices the end of a connection."""
         self.unwatch()
         for receiver in [*self._receivers.values()]:
-            receiver.drop()
+            receiver.drop(gone=True)
         self._receivers.clear()
 
 
@@ -605,170 +601,34 @@ class Owner:
 
 
 # ------------------------------------------------------------------------------------------------
-# Pull a model's weights from processes that serve it, whatever TP and PP either side has.
-
-# ------------------------------------------------------------------------------------------------
-# The slices that arrive through staging buffers.
-
-_WAIT = 0.05  # seconds between two looks at the end of a pull
-_ASK = 1.0  # seconds without bytes after which a pull requests the version
-STOPPING = 0.5  # seconds for the slices in flight of a pull that has failed
-
-
-@dataclass(eq=False)
-class _Slice:
-    """A slice that was requested, and what it is copied to."""
-
-    receiver: Receiver
-    owner: Owner
-    moving: Moving
-    into: list[torch.Tensor]
-    then: list[Callable[[], object]] = field(default_factory=list)  # called after the copies
-    copied: bool = False  # on a stream that follows the bytes
-
-
-class Incoming:
-    """The slices of one pull, which arrive in the order of the requests.
-
-    No other pull uses its lanes between `begin` and `end`.
-
-    Args:
-        receivers: by the numbers of the owners that send weights.
-    """
-
-    def __init__(
-        self, request: PullRequest, owners: Sequence[Owner], receivers: Mapping[int, Receiver]
-    ) -> None:
-        self._request = request
-        self._owners = owners
-        self._receivers = receivers
-        self._acquired = list[Receiver]()
-        self._in_flight = deque[_Slice]()
-
-    async def begin(self) -> None:
-        """Wait for each lane. All pulls do so in one order, so no two wait for each other."""
-        for number in sorted(self._receivers, key=self._order):
-            receiver = self._receivers[number]
-            await receiver.acquire(self._owners[number])
-            self._acquired.append(receiver)
-
-    def _order(self, number: int) -> tuple[str, bytes, str]:
-        owner = self._owners[number]
-        return owner.address, owner.id, str(self._receivers[number].device)
-
-    async def request(self, number: int, cells: Sequence[Cell]) -> None:
-        """Request cells of an owner, in as many slices as they need."""
-        owner = self._owners[number]
-        receiver = self._receivers[number]
-        itemsizes = [self._request.tensors[cell.name].itemsize for cell in cells]
-        for some, nbytes in await Work(slices, cells, itemsizes, owner.ticket.buffer_bytes):
-            while len(self._in_flight) >= BUFFERS:
-                await self._settle()
-            owner.judge(await self._request.work(self._send, owner, receiver, some, nbytes))
-
-    def _send(
-        self, owner: Owner, receiver: Receiver, cells: Sequence[Cell], nbytes: int
-    ) -> Weights:
-        """Request a slice, and have the lane receive it. No cancellation comes between the two."""
-        tensors = self._request.tensors
-        numbers = owner.publication.numbers
-        tag = receiver.tag + 1
-        boxes = tuple((numbers[x.name], x.src, x.box.extents) for x in cells)
-        into = [part_of(tensors[x.name], x.box.start, x.box.extents) for x in cells]
-        with torch.inference_mode(False):
-            buffer = receiver.buffers[tag % BUFFERS][:nbytes]
-        lane = receiver.lane
-        assert lane is not None  # since `begin`
-        try:
-            request = SendSlice(owner.id, receiver.id, tag, nbytes, boxes)
-            answer: Weights = runtime().run(owner.ask_once, request)
-            if answer.state == "held":
-                moving = lane.move(buffer, tag)
-                receiver.tag = tag
-                self._in_flight.append(_Slice(receiver, owner, moving, into))
-            return answer
-        except BaseException:  # the owner may send the slice, which the next pull would take
-            receiver.release()
-            raise
-
-    def then(self, call: Callable[[], object]) -> None:
-        """Call ``call`` after the copies of all slices that were requested until now."""
-        if self._in_flight and not self._in_flight[-1].copied:
-            self._in_flight[-1].then.append(call)
-        else:
-            call()
-
-    async def finish(self) -> None:
-        """Copy all slices, and wait until their bytes have landed. Raises the error of a slice."""
-        for each in [*self._in_flight]:
-            await self._copy(each)
-        while self._in_flight:
-            await self._settle()
-
-    async def end(self) -> None:
-        """Leave all lanes; release those whose slices do not arrive any more."""
-        try:
-            if self._acquired:
-                await self._request.work(self._leave)
-        finally:
-            for receiver in self._acquired:
-                receiver.turn.release()
-
-    def _leave(self) -> None:
-        """Wait for the slices in flight, and until no copy reads a staging buffer: the next pull of
-        a lane has another stream. No cancellation cuts this short."""
-        until = monotonic() + STOPPING
-        for each in self._in_flight:
-            left = max(0.0, until - monotonic())
-            if not each.moving.wait_for(MovingStage.FREE, left) or each.moving.error:
-                each.receiver.release()
-        synchronize_current({each.buffers[0].device for each in self._acquired})
-
-    async def _settle(self) -> None:
-        """Wait until the oldest slice was copied and has landed, and no library touches it."""
-        oldest = self._in_flight[0]
-        await self._copy(oldest)
-        for stage in (MovingStage.OVER, MovingStage.FREE):
-            await self._await(oldest, stage)
-        self._in_flight.popleft()
-
-    async def _copy(self, slice: _Slice) -> None:
-        """Copy a slice from its staging buffer after its bytes, unless it was copied."""
-        if not slice.copied:
-            await self._await(slice, MovingStage.ISSUED)
-            slice.copied = True
-            await self._request.work(_unpack, slice)
-
-    async def _await(self, slice: _Slice, stage: MovingStage) -> None:
-        """Wait until a slice has come to a stage, as long as the pull may and the weights stay."""
-        last = monotonic()
-        while not await slice.moving.seen(stage, _WAIT):
-            slice.owner.check()
-            if monotonic() - last > _ASK:
-                await slice.owner.confirm()
-                last = monotonic()
-
-
-def _unpack(slice: _Slice) -> None:
-    """Copy a slice from its staging buffer, and make the calls that come after the copies."""
-    slice.moving.follow(0.0)
-    buffer = slice.moving.buffer
-    retain(buffer)
-    packed = unpacked(buffer, [(each.dtype, each.shape) for each in slice.into])
-    copy_pairs([*zip(slice.into, packed, strict=True)])
-    for call in slice.then:
-        call()
-
-
-# ------------------------------------------------------------------------------------------------
 # Carry out the copies of a pull of weights, with the checksums of what landed.
 
+_ASK = 1.0  # seconds of waiting for slices after which a pull requests the version
 _WINDOW = 2  # batches of a device in flight
 #: What a copy writes, and what it reads.
 Pair = tuple[torch.Tensor, torch.Tensor]
 
 
-class Copies:
+@dataclass(eq=False)
+class BoxSlice:
+    """Boxes of an owner that cross in one staging buffer.
+
+    Attributes:
+        into: the parts of tensors that the boxes fill.
+        then: called after the copies of the boxes.
+        accepted: the owner sends the slice.
+    """
+
+    owner: Owner
+    receiver: Receiver
+    cells: list[Cell]
+    nbytes: int
+    into: Sequence[torch.Tensor] = ()
+    then: list[Callable[[], object]] = field(default_factory=list)
+    accepted: bool = False
+
+
+class Copies(Intake[BoxSlice]):
     """The copies of one pull, and the checksums of what landed.
 
     The bytes come from the memory of owners or, if it cannot be mapped, through staging buffers.
@@ -776,22 +636,28 @@ class Copies:
     Attributes:
         owners: of the weights.
         plan: of the pull.
+        measures: no slice measures the rate of its transport.
     """
 
-    def __init__(self, request: PullRequest, owners: Sequence[Owner], plan: Plan) -> None:
+    measures = False
+
+    def __init__(self, pull: PullRequest, owners: Sequence[Owner], plan: Plan) -> None:
+        super().__init__()
         self.owners = owners
         self.plan = plan
-        self._request = request
-        self._tensors = request.tensors
-        self._devices = request.devices
-        self._tiled = any(map(tiled_on, request.devices))
+        self._pull = pull
+        self._tensors = pull.tensors
+        self._devices = pull.devices
+        self._tiled = any(map(tiled_on, pull.devices))
         self._sources = dict[int, torch.Tensor]()  # in mapped memory, by the numbers of cells
         self._receivers = dict[int, Receiver]()  # by the number of an owner that is not mapped
+        self._stages = dict[int, Staging]()  # of the receivers
+        self._ended = False
+        self._asked = time.monotonic()  # when the owners had the last request
         self._sums = BoxSums()
         # The ends of the batches in flight; streams that compute checksums after a batch's copy.
-        self._in_flight = deque[list[Completion]]()
+        self._running = deque[list[Completion]]()
         self._streams = dict[torch.device, torch.Stream]()
-        self.incoming = Incoming(request, owners, self._receivers)
 
     async def open(self) -> None:
         """Map the memory of each owner, or connect to an owner that sends its weights.
@@ -803,17 +669,15 @@ class Copies:
             cells = self.plan.numbers[number]
             known = owner.publication
             try:
-                opened = known.sources.get((self.plan, number)) or await self._request.work(
+                opened = known.sources.get((self.plan, number)) or await self._pull.work(
                     known.open, self.plan, number, self._tensors
                 )
                 self._sources.update(zip(cells, opened, strict=True))
             except Unsupported as error:
-                terms = self._request.channel, self._device(cells), self._request.transport
+                terms = self._pull.channel, self._device(cells), self._pull.transport
                 receiver = self._receivers[number] = known.receiver(*terms)
                 receiver.why = str(error)
-                if not receiver.usable:
-                    await receiver.acquire(owner)
-                    receiver.turn.release()
+                self._stages[number] = await receiver.connect(owner)
 
     def _device(self, cells: Sequence[int]) -> torch.device:
         """Return the device of all tensors of these cells, or the host."""
@@ -836,8 +700,8 @@ class Copies:
             if piece.copied and piece.cell.owner in self._receivers:
                 sent[piece.cell.owner].append(piece.cell)
         for number, some in sent.items():
-            await self.incoming.request(number, some)
-        await self._request.work(self._copy_mapped, batch)
+            await self._take_cells(number, some)
+        await self._pull.work(self._copy_mapped, batch)
 
     def _copy_mapped(self, batch: Batch) -> None:
         """Copy the pieces of a batch that lie in mapped memory; compare it after its slices."""
@@ -845,7 +709,23 @@ class Copies:
         rest = batch.pieces if self._receivers else self._copy_tiles(batch)
         mapped = [x for x in rest if x.copied and x.cell.owner not in self._receivers]
         copy_pairs([self._pair(piece) for piece in mapped])
-        self.incoming.then(partial(self._compare, batch))
+        compare = partial(self._compare, batch)
+        if self._in_flight:
+            self._in_flight[-1].part.then.append(compare)
+        else:
+            compare()
+
+    async def finish(self) -> None:
+        """Copy all slices, and wait until their bytes have landed. Raises the error of a slice."""
+        await self._scatter_all()
+        await self._settle(wait=True)
+
+    async def end(self) -> None:
+        """Leave all lanes."""
+        self._ended = True
+        for stage in self._stages.values():
+            stage.takers.discard(self)
+        await self._release()
 
     def _pair(self, piece: Piece) -> Pair:
         """Return what a piece writes, and what it reads."""
@@ -882,9 +762,9 @@ class Copies:
     def _compare(self, batch: Batch) -> None:
         """Compute checksums of a batch after its copies, and wait for an earlier batch."""
         devices = [device for device in self._devices if device.type != "cpu"]
-        self._in_flight.append([completion(device, None) for device in devices])
-        while len(self._in_flight) > _WINDOW:
-            for end in self._in_flight.popleft():
+        self._running.append([completion(device, None) for device in devices])
+        while len(self._running) > _WINDOW:
+            for end in self._running.popleft():
                 end.synchronize()
         for device in self._devices:
             with self._after_copies(device):
@@ -926,6 +806,82 @@ class Copies:
         self.synchronize()
         return self._sums.results(count)
 
+    # --- slices through staging buffers
+
+    @property
+    def over(self) -> bool:
+        return self._ended or time.monotonic() >= self._pull.until
+
+    async def _take_cells(self, number: int, cells: Sequence[Cell]) -> None:
+        """Take cells of an owner, in as many slices as they need."""
+        owner = self.owners[number]
+        stage = self._stages[number]
+        stage.takers.add(self)
+        itemsizes = [self._tensors[cell.name].itemsize for cell in cells]
+        for some, nbytes in await Work(slices, cells, itemsizes, owner.ticket.buffer_bytes):
+            await self._take(stage, [BoxSlice(owner, self._receivers[number], some, nbytes)])
+
+    def _size(self, part: BoxSlice) -> tuple[int, int]:
+        return part.nbytes, part.owner.ticket.buffer_bytes
+
+    async def _request(self, stage: Staging, batch: Sequence[BoxSlice], tag: int) -> None:
+        (part,) = batch
+        numbers = part.owner.publication.numbers
+        boxes = tuple((numbers[x.name], x.src, x.box.extents) for x in part.cells)
+        request = SendSlice(part.owner.id, part.receiver.id, tag, part.nbytes, boxes)
+
+        def ask() -> Weights:  # no cancellation hides the answer
+            answer: Weights = runtime().run(part.owner.ask_once, request)
+            part.accepted = answer.state == "held"
+            part.into = [
+                part_of(self._tensors[x.name], x.box.start, x.box.extents) for x in part.cells
+            ]
+            return answer
+
+        part.owner.judge(await Work(ask))
+        self._asked = time.monotonic()
+
+    async def stop(
+        self, stage: Staging, lane: Lane, batch: Sequence[BoxSlice], tag: int, posted: int
+    ) -> None:
+        """Receive a slice that the owner sends. Release the lane if it may send one: the next pull
+        would take it."""
+        (part,) = batch
+        try:
+            if part.accepted and not posted:
+                await Work(self._inside, lambda: lane.move(stage.spare(part.nbytes), tag))
+        except Exception:  # such as no memory
+            part.accepted = False
+        if not part.accepted:
+            await Work(part.receiver.release)
+
+    def _scattering(self, part: BoxSlice, buffer: StagingBuffer) -> Callable[[], Transfer]:
+        def issue() -> Transfer:
+            memory = buffer.memory[: part.nbytes]
+            retain(memory)
+            packed = unpacked(memory, [(each.dtype, each.shape) for each in part.into])
+            copy_pairs([*zip(part.into, packed, strict=True)])
+            end = completion(memory.device, None)
+            for call in part.then:
+                call()
+            return Transfer([end])
+
+        return issue
+
+    def _inside(self, work: Callable[[], T]) -> T:
+        with torch.inference_mode(False):
+            return self._pull.inside(work)
+
+    async def _check(self, until: float) -> None:
+        """Raise if the time of the pull is over, or if weights have changed meanwhile."""
+        owners = [self.owners[number] for number in self._stages]
+        for owner in owners:
+            owner.check()
+        if time.monotonic() - self._asked > _ASK:
+            for owner in owners:
+                await owner.confirm()
+            self._asked = time.monotonic()
+
 
 # ------------------------------------------------------------------------------------------------
 # Carry out a pull of weights, in the thread that calls.
@@ -939,10 +895,9 @@ async def pull(request: PullRequest) -> int:
 
     - `opened`: all owners begin together. Each names the version of its weights, and lists what is
       not known here. Memory is mapped, or an owner that sends its weights is connected.
-    - `Incoming.begin`: wait for the lanes of owners that send, in one order for all pulls.
     - `Copies.copy`, for each batch at its rate: request slices, copy what is mapped, and begin the
       checksums.
-    - `Incoming.finish` and `end`: copy the last slices, and leave the lanes in step or released.
+    - `Copies.finish` and `end`: copy the last slices, and leave the lanes.
     - `Owner.sums` and `Owner.confirm`: request checksums while the devices copy, and ask each owner
       after the last byte if its weights have changed.
     - Compare the checksums; the error names each parameter whose checksums differ.
@@ -950,18 +905,16 @@ async def pull(request: PullRequest) -> int:
     copies = await opened(request)
     planned = copies.plan
     owners = copies.owners
-    incoming = copies.incoming
     pace = Limit(runtime(), gbps=request.rate)
     try:
         try:
-            await incoming.begin()
             for batch in planned.batches:
                 await owners[batch.pieces[0].cell.owner].turn(pace, batch.nbytes)
                 pace.release()
                 await copies.copy(batch)
-            await incoming.finish()
+            await copies.finish()
         finally:
-            await incoming.end()
+            await copies.end()
         # While the devices copy. A change that comes after the answers is noticed at the end.
         answers = [await owner.sums(sums) for owner, sums in zip(owners, planned.sums, strict=True)]
         await request.work(copies.wait_for_bytes)
@@ -1027,19 +980,22 @@ async def _in_turn(request: PullRequest) -> int:
         turn.release()
 
 
-class WeightsPull(Transfer):
+class WeightsPull(PartTransfer):
     """A pull of weights in flight, which `pull_weights` returns with ``wait=False``.
 
     The tensors are valid after `synchronize` or `done` returned without an error, which raise the
     errors of `pull_weights`, and `TransferCancelled`. Until then they must not be read or written.
     """
 
+    _what = "The pull of weights"
+    _if_cancelled = "The pull of weights was cancelled. Do not use the weights."
+
     def __init__(self, request: PullRequest) -> None:
         self._cancelled = False
         self._pull = uninterrupted(
             lambda: runtime().start(_in_turn(request)), undo=lambda handle: handle.cancel()
         )
-        super().__init__([Completion(pendings=(self._pull,))])
+        super().__init__([self._pull])
 
     @property
     def nbytes(self) -> int:
@@ -1055,13 +1011,7 @@ class WeightsPull(Transfer):
     def error(self) -> PortaKVError | None:
         """Return the error of a pull that has ended; never block or raise."""
         error = self._pull.error
-        if error is None or isinstance(error, PortaKVError):
-            return error
-        if isinstance(error, CancelledError):
-            return TransferCancelled("The pull of weights was cancelled. Do not use the weights.")
-        failure = TransferError(f"The pull of weights failed: {error!r}.")
-        failure.__cause__ = error
-        return failure
+        return None if error is None else known(error, self._what, self._if_cancelled)
 
     def cancel(self) -> bool:
         """Copy no further batch; return False if the pull has ended."""
@@ -1069,20 +1019,6 @@ class WeightsPull(Transfer):
             return not self.ended
         self._cancelled = True
         return self._pull.cancel()
-
-    def wait(self, stream: torch.Stream | None = None) -> None:
-        """Block the host, because no stream orders the checksums. Raises as `done`."""
-        super().wait(stream)
-        self._finish()
-
-    def _finish(self) -> None:
-        super()._finish()
-        if not self.ended:
-            raise TransferError(
-                "The pull runs in the process that this one was forked from. Wait for it there."
-            )
-        if (error := self.error) is not None:
-            raise error
 
 
 @overload

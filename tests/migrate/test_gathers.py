@@ -153,7 +153,7 @@ def test_an_owner_that_cannot_bring_rows_says_so_at_once(
         offer = both.offer()
         with monkeypatch.context() as patch:
             if at == "staging":
-                patch.setattr("portakv.migrate.staged_owner.staging", full)
+                patch.setattr("portakv.migrate.staged_lanes.staging", full)
             else:
                 offer.after = cast(Any, Held(threading.Event(), 0, error))
             with pytest.raises(PeerError):

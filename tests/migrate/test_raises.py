@@ -17,7 +17,7 @@ from support.waits import LIMIT, until
 
 from portakv.errors import InvalidTerms, OfferGone, Unsupported
 from portakv.migrate import shared_memory
-from portakv.migrate.owner import Progress, Raises
+from portakv.migrate.owner import Progress, Raise, Raises
 from portakv.migrate.words import Place, Words, WordsOfOwner
 from portakv.tasks import runtime
 
@@ -119,12 +119,14 @@ def test_a_late_raise_does_not_mark_a_later_offer() -> None:
     shown = list[str]()
     with closing(Raises()) as raises:
         with lock:
-            raises.after(
-                Progress("layers", 3),
-                event,
-                torch.device("cpu"),
-                lambda: shown.append("shown"),
-                lambda: shown.append("failed"),
+            raises.add(
+                Raise(
+                    Progress("layers", 3),
+                    event,
+                    torch.device("cpu"),
+                    show=lambda: shown.append("shown"),
+                    fail=lambda: shown.append("failed"),
+                )
             )
         assert until(lambda: event.queries > 3)
         assert shown == []
@@ -160,7 +162,7 @@ def test_raises_of_one_offer_are_shown_in_their_order() -> None:
         for n, progress in enumerate((one, one, other, one)):
             with lock:
                 show: Any = lambda n=n: shown.append(n)  # noqa: E731
-                raises.after(progress, events[n], device, show, list)
+                raises.add(Raise(progress, events[n], device, show, list))
         events[1].ended = events[2].ended = True
         assert until(lambda: shown == [2])
         sleep(0.02)
@@ -170,7 +172,7 @@ def test_raises_of_one_offer_are_shown_in_their_order() -> None:
         events[3].error = RuntimeError("the device failed")
         with lock:
             another: Any = Event()
-            raises.after(other, another, device, list, list)
+            raises.add(Raise(other, another, device, list, list))
         assert until(lambda: events[3].queries > 0)
 
 
@@ -181,12 +183,8 @@ def test_a_device_that_fails_ends_the_offer(made: Sides) -> None:
     event.error = RuntimeError("the device failed")
     pulled = both.pull(offer, by_layer=True, timeout=LIMIT)
     with both.owner.lock:
-        both.owner.raises.after(
-            Progress("layers", 2),
-            event,
-            torch.device("cpu"),
-            list,
-            offer.revoke,
+        both.owner.raises.add(
+            Raise(Progress("layers", 2), event, torch.device("cpu"), list, offer.revoke)
         )
     with pytest.raises(OfferGone, match="revoked"):
         pulled.synchronize(LIMIT)

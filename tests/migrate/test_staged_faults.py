@@ -17,7 +17,7 @@ from support.waits import LIMIT, until
 
 from portakv import KVView
 from portakv.errors import OfferGone, PeerError, PortaKVError, Unsupported
-from portakv.migrate import Channel, Owner, Reader, Shard, Ticket, shared_empty, staged_owner
+from portakv.migrate import Channel, Owner, Reader, Shard, Ticket, shared_empty, staged_lanes
 from portakv.migrate.connections import Staging
 from portakv.migrate.messages import Gather
 from portakv.migrate.transports import TRANSPORTS, distributed
@@ -91,7 +91,7 @@ def test_a_buffer_that_becomes_free_meanwhile_is_not_sent_twice(
     sent = untagged(monkeypatch)
     seen = list[bool]()
 
-    def free(buffer: staged_owner.StagingBuffer) -> bool:
+    def free(buffer: staged_lanes.StagingBuffer) -> bool:
         was = buffer.sent is None or buffer.sent.has(MovingStage.FREE)
         if not was and threading.current_thread().name != "portakv loop":
             seen.append(was)
@@ -100,7 +100,7 @@ def test_a_buffer_that_becomes_free_meanwhile_is_not_sent_twice(
                 buffer.sent.wait_for(MovingStage.FREE, LIMIT)
         return was
 
-    monkeypatch.setattr(staged_owner.StagingBuffer, "free", property(free))
+    monkeypatch.setattr(staged_lanes.StagingBuffer, "free", property(free))
     sides.pull(timeout=20.0).synchronize(LIMIT)
     assert seen
     assert len(set(Counter(sent).values())) == 1  # each slice as often as all others

@@ -96,7 +96,7 @@ def recycled(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], list[t
         turn[0] = name
         return remote[name]
 
-    monkeypatch.setattr("portakv.migrate.staged_owner.staging", allocate)
+    monkeypatch.setattr("portakv.migrate.staged_lanes.staging", allocate)
     monkeypatch.setattr("portakv.migrate.connections.staging", receive)
     monkeypatch.setitem(TRANSPORTS.targets, Table.name, Table)
     try:
@@ -155,7 +155,8 @@ def test_tenants_get_nothing_of_each_other(
 ) -> None:
     """Without the zeros the second tenant gets bytes of the first one."""
     if not guarded:
-        monkeypatch.setattr("portakv.migrate.staged_owner.zero", lambda memory: None)
+        for module in ("staged_lanes", "staged_owner"):
+            monkeypatch.setattr(f"portakv.migrate.{module}.zero", lambda memory: None)
     leaked = leaks(monkeypatch, device, "table", 12, seed=1)
     assert leaked == 0 if guarded else leaked > 0
 
@@ -167,7 +168,8 @@ def test_tenants_get_nothing_of_each_other_in_thousands_of_pulls(
     monkeypatch: pytest.MonkeyPatch, transport: str, guarded: bool
 ) -> None:
     if not guarded:
-        monkeypatch.setattr("portakv.migrate.staged_owner.zero", lambda memory: None)
+        for module in ("staged_lanes", "staged_owner"):
+            monkeypatch.setattr(f"portakv.migrate.{module}.zero", lambda memory: None)
     pulls = 2000 if guarded else 50
     leaked = leaks(monkeypatch, torch.device("cpu"), transport, pulls, seed=2)
     assert leaked == 0 if guarded else leaked > 0

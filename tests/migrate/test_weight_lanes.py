@@ -18,6 +18,7 @@ from support.weight_cases import Channels, make_channels
 from portakv.errors import PeerError
 from portakv.migrate.channel import Channel
 from portakv.migrate.messages import unsealed
+from portakv.migrate.staged_lanes import MOST_WAITING
 from portakv.weights import owner as owners
 from portakv.weights import publish
 from portakv.weights.messages import Connect, OfLane, SendSlice, Weights, WeightsTicket
@@ -65,10 +66,10 @@ def test_what_a_strange_reader_sends_is_refused(channels: Channels) -> None:
     owner.close()
 
 
-def test_a_reader_has_as_many_slices_under_way_as_there_are_buffers(
+def test_a_reader_has_only_some_slices_that_wait(
     channels: Channels, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The owner takes no further request until it has packed one."""
+    """The owner takes no further request until it has packed one, so no reader fills its memory."""
     go_on = threading.Event()
 
     def hang(full: torch.Tensor, parts: Sequence[torch.Tensor]) -> None:
@@ -82,11 +83,12 @@ def test_a_reader_has_as_many_slices_under_way_as_there_are_buffers(
     lane = token_bytes(16)
     one = channels()
     one.ask(ticket.address, Connect(ticket.id, lane, "distributed", "cpu x"), Weights)
-    for tag in range(1, 5):
+    for tag in range(1, MOST_WAITING + 1):
         request = SendSlice(ticket.id, lane, tag, 16, ((0, (0,), (4,)),))
         assert one.ask(ticket.address, request, Weights).state == "held"
-    with pytest.raises(PeerError, match="Expected slice 5"):
-        one.ask(ticket.address, replace(request, tag=5), Weights)
+    tag = MOST_WAITING + 1
+    with pytest.raises(PeerError, match=f"Expected slice {tag}"):
+        one.ask(ticket.address, replace(request, tag=tag), Weights)
     go_on.set()
     owner.close()
 

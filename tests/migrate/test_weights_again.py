@@ -7,8 +7,8 @@ import gc
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -28,7 +28,6 @@ from support.weight_cases import (
 )
 
 from portakv.errors import LayoutError, OfferGone, PeerError
-from portakv.tasks import TaskGroup, runtime
 from portakv.weights import Parameter, prepare_weights, publish, pull_weights
 from portakv.weights import owner as owners
 from portakv.weights.messages import Weights
@@ -196,14 +195,6 @@ def test_copies_on_the_host_touch_no_bytes_between_tensors() -> None:
     assert torch.equal(into, expected)
 
 
-@contextmanager
-def closing_tasks() -> Iterator[TaskGroup]:
-    """Coroutines of a publication, which end with the test."""
-    tasks = TaskGroup(runtime(), print)
-    yield tasks
-    runtime().run(tasks.close)
-
-
 def weights_of(tensor: torch.Tensor) -> Versioned:
     """Return weights of one tensor."""
     parameters = {"w": Parameter(tensor)}
@@ -226,29 +217,26 @@ def test_checksums_in_progress_are_not_used_after_they_were_refused(
         return sums
 
     monkeypatch.setattr(owners, "checksums", slow)
-    with closing_tasks() as tasks:
-        sums = Checksums(weights, tasks)
-        version = weights.version()
-        assert sums.of(version) is None
-        assert computed.wait(LIMIT)
-        tensor.numpy()[:] = 7
-        sums.forget()
-        go_on.set()
-        assert repeated(lambda: sums.of(version)) == checksums([(tensor, Box((0,), (0,), (4,)))])
+    sums = Checksums(weights)
+    version = weights.version()
+    assert sums.of(version) is None
+    assert computed.wait(LIMIT)
+    tensor.numpy()[:] = 7
+    sums.forget()
+    go_on.set()
+    assert repeated(lambda: sums.of(version)) == checksums([(tensor, Box((0,), (0,), (4,)))])
 
 
 def test_checksums_of_another_version_are_not_computed() -> None:
     """A worker finds that the weights have changed since the request."""
     tensor = torch.arange(4)
     weights = weights_of(tensor)
-    with closing_tasks() as tasks:
-        sums = Checksums(weights, tasks)
-        old = weights.version()
-        tensor.fill_(7)
-        assert sums.of(old) is None
-        repeated(lambda: not len(tasks) or None)
-        assert sums.of(old) is None
-        assert repeated(lambda: sums.of(weights.version()))
+    sums = Checksums(weights)
+    old = weights.version()
+    tensor.fill_(7)
+    assert sums.of(old) is None
+    assert repeated(lambda: sums.of(weights.version()))  # computed after the others
+    assert sums.of(old) is None
 
 
 def test_checksums_of_parts_are_not_used_after_they_were_refused() -> None:
@@ -256,13 +244,12 @@ def test_checksums_of_parts_are_not_used_after_they_were_refused() -> None:
     tensor = torch.arange(4)
     box = Box((0,), (0,), (3,))
     boxes = [(0, box)]
-    with closing_tasks() as tasks:
-        sums = Checksums(weights_of(tensor), tasks)
-        sums.of(0, boxes)
-        repeated(lambda: not len(tasks) or None)
-        tensor.numpy()[:] = 7
-        sums.forget()
-        assert repeated(lambda: sums.of(0, boxes)) == checksums([(tensor, box)])
+    sums = Checksums(weights_of(tensor))
+    sums.of(0, boxes)
+    repeated(lambda: sums.of(0))  # computed after the others
+    tensor.numpy()[:] = 7
+    sums.forget()
+    assert repeated(lambda: sums.of(0, boxes)) == checksums([(tensor, box)])
 
 
 def repeated(request: Callable[[], T | None]) -> T:

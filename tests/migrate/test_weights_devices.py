@@ -20,13 +20,13 @@ from support.weight_cases import AtSlice, Channels, make_channels
 from torch.cuda import _sleep
 
 from portakv.errors import PeerError, TransferCancelled, TransferError
+from portakv.migrate import connections, staged_lanes
 from portakv.migrate.channel import Channel
 from portakv.migrate.staging import staging
 from portakv.migrate.transports import TRANSPORTS
 from portakv.runtime.devices import inside
 from portakv.weights import owner as owners
 from portakv.weights import prepare_weights, publish, pull_weights
-from portakv.weights import pull as pulls
 from portakv.weights.owner import pack
 from portakv_conformance import simdev
 
@@ -79,10 +79,11 @@ def test_host_staging_serves_two_kinds_of_device_and_one_device(
 
     def made(*args: Any, **terms: Any) -> torch.Tensor:
         memory = staging(*args, **terms)
-        pinned.append(memory.is_pinned())
+        if memory.nbytes:
+            pinned.append(memory.is_pinned())
         return memory
 
-    for side in (owners, pulls):
+    for side in (staged_lanes, connections):
         monkeypatch.setattr(side, "staging", made)
     cpu = torch.device("cpu")
     there = cpu if kinds.startswith("host") else accelerator
@@ -97,7 +98,7 @@ def test_host_staging_serves_two_kinds_of_device_and_one_device(
             change(remote, turn)
         pull_weights(channel, owner.ticket, local)
         assert equal(local, remote)
-    assert pinned == [there != cpu, here != cpu]
+    assert pinned == [there != cpu, *[here != cpu] * staged_lanes.BUFFERS]
     owner.close()
 
 
@@ -192,7 +193,7 @@ def test_changes_and_cancellations_leave_the_lane_in_step(
     channels: Channels, simulated: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before = len(WIRES)
-    monkeypatch.setattr("portakv.weights.pull.STOPPING", 60.0)  # also on a busy machine
+    monkeypatch.setattr("portakv.migrate.staged_reader.STOPPING", 60.0)  # also on a busy machine
     changes_are_noticed(DEVICE, OTHER, simulated, channels, monkeypatch)
     assert len(WIRES) == before + 1
 
@@ -202,7 +203,7 @@ def test_a_lane_that_does_not_end_in_time_is_released_on_both_sides(
     channels: Channels, simulated: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A cancelled pull waits for its slices on the device only for a moment."""
-    monkeypatch.setattr("portakv.weights.pull.STOPPING", 0.0)
+    monkeypatch.setattr("portakv.migrate.staged_reader.STOPPING", 0.0)
     changes_are_noticed(DEVICE, OTHER, simulated, channels, monkeypatch)
 
 
