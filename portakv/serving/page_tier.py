@@ -17,7 +17,7 @@ from portakv.runtime.bounded import Bounded, Until
 from portakv.runtime.rate_limited_log import RateLimitedLog
 from portakv.serving.bucket import MISSING, look_up
 from portakv.serving.groups import Validity
-from portakv.serving.pages import PageJob, Pages, PageStore, ServerPageStore, page_key
+from portakv.serving.pages import PageJob, Pages, PageStore, page_key
 from portakv.serving.worker import Calls
 from portakv.storage.store import FormStore
 from portakv.storage.tiers.base import Keys
@@ -120,7 +120,7 @@ class PageTier:
 
     def __init__(
         self,
-        store: PageStore | ServerPageStore,
+        store: PageStore,
         pages: Pages,
         memory: object,
         *,

@@ -18,7 +18,7 @@ from itertools import accumulate
 from secrets import token_bytes
 from sys import maxsize
 from types import MappingProxyType
-from typing import Concatenate, NamedTuple, ParamSpec, Protocol, TypeVar
+from typing import Any, Concatenate, NamedTuple, ParamSpec, Protocol, TypeVar
 
 from portakv.errors import InvalidTerms
 from portakv.runtime import tracing
@@ -899,26 +899,17 @@ def _add(totals: defaultdict[str, float], step: Mapping[str, float]) -> None:
         totals[hook] += seconds
 
 
-class HasCosts(Protocol):
-    """An object whose hooks are measured."""
-
-    costs: Costs
-
-
 P = ParamSpec("P")
 R = TypeVar("R")
-S = TypeVar("S", bound=HasCosts)
 
 
-def measured(
-    hook: Callable[Concatenate[S, P], R],
-) -> Callable[Concatenate[S, P], R]:
-    """Return a method that adds its time to the costs of its object, under its name."""
+def measured(hook: Callable[Concatenate[Any, P], R]) -> Callable[Concatenate[Any, P], R]:
+    """Return a method that adds its time to the `Costs` of its object, under its name."""
     name = hook.__name__
 
     @wraps(hook)
-    def call(self: S, /, *args: P.args, **terms: P.kwargs) -> R:
-        costs = self.costs
+    def call(self: Any, /, *args: P.args, **terms: P.kwargs) -> R:
+        costs: Costs = self.costs
         now = costs.now
         began = now()
         try:

@@ -91,7 +91,7 @@ FAULTS = [
     # A server that ends in order has its place for ever.
     Fault("takeover", "portakv.serving.server.link.Place.release", no_call),
     # Transfers of a session that has ended go on.
-    Fault("takeover", "portakv.serving.server.client.Requests.close_all", no_call),
+    Fault("takeover", "portakv.serving.server.client.StoreClient.close_all", no_call),
     # A load takes bytes that a tier has damaged.
     Fault("save", "portakv.storage.image.verify", yes),
     # A transfer that ends keeps its rows.

@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from functools import partial
 from glob import glob
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 from weakref import WeakSet
 
 import numpy as np
@@ -387,21 +387,8 @@ def _make_form(file: Path, text: str, more_space: Callable[[], bool]) -> None:
         raise
 
 
-class Claimant(Protocol):
-    """Slots of a form, whose folder lies in the folder of the tier."""
-
-    folder: Path
-
-    @property
-    def claim(self) -> int:
-        """Return the descriptor that claims the folder of the tier; negative if none does."""
-
-    def drop(self) -> None:
-        """Close the files in a forked process, which must not keep the parent's locks."""
-
-
 #: The slots of this process, for the error of a folder that another store of it has.
-claimants: WeakSet[Claimant] = WeakSet()
+claimants: WeakSet[Slots] = WeakSet()
 
 
 def _drop_all() -> None:
