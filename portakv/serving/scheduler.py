@@ -244,11 +244,6 @@ class SchedulerSide:
         self._next = Plan()
 
     @property
-    def _gives_up_rows(self) -> bool:
-        """Return whether the engine gives up rows of a request while it runs."""
-        return any(not (group.is_whole or group.states) for group in self._groups)
-
-    @property
     def _has_states(self) -> bool:
         return any(group.states for group in self._groups)
 
@@ -380,8 +375,8 @@ class SchedulerSide:
             ids += new
         past = min(until, len(state.tokens)) // self._size
         first = state.considered
-        if past > first and self._gives_up_rows:  # blocks before the window are gone
-            first = max(first, computed // self._size)
+        if past > first and any(not (x.is_whole or x.states) for x in self._groups):
+            first = max(first, computed // self._size)  # blocks before the window are gone
         if past <= first:
             return
         keys = state.keys(past)

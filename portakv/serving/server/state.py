@@ -23,7 +23,7 @@ from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from itertools import accumulate
 from secrets import randbits
-from typing import NamedTuple, TypeAlias
+from typing import TypeAlias
 
 import numpy as np
 
@@ -109,22 +109,13 @@ class ClientProcess:
     leases: dict[int, Lease] = field(default_factory=dict)
 
 
-class RankPart(NamedTuple):
-    """The part of a rank of the blocks of one group of layers.
-
-    ``cells`` has a bit for each head of each layer; see `cells_of`.
-    """
-
-    store: FormStore
-    cells: int
-
-
 @dataclass(eq=False)
 class Client:
     """A session of a rank.
 
     Attributes:
-        parts: of each group of layers.
+        parts: its part of the blocks of each group of layers, in their order: a bit for each head
+            of each layer, as `cells_of` has it, by the store of the whole blocks.
         address: of its channel.
         requests: the loads and saves that have not ended, by the client's numbers.
         locks: the blocks that it keeps from eviction, by its numbers.
@@ -134,7 +125,7 @@ class Client:
     session: int
     engine: str
     process: ClientProcess
-    parts: list[RankPart]
+    parts: dict[FormStore, int]
     address: str
     requests: dict[int, Work] = field(default_factory=dict)
     locks: dict[int, Pins] = field(default_factory=dict)
@@ -343,8 +334,9 @@ class ServerState:
         Raises `InvalidTerms` for parts of other blocks than stored ones, and for groups of layers
         with equal blocks.
         """
-        parts = [self._part(BlockForm.from_json(text)) for text in join.forms]
-        if len({id(part.store) for part in parts}) < len(parts):
+        forms = [BlockForm.from_json(text) for text in join.forms]
+        parts = {self._store_of(form): cells_of(form) for form in forms}
+        if len(parts) < len(forms):
             raise InvalidTerms(
                 "Expected groups of layers whose blocks differ, got groups with equal forms. Tell "
                 "them apart by notes= of BlockForm.of."
@@ -433,7 +425,7 @@ class ServerState:
         joined."""
         with self._lock:
             ranks = [client for client in self._clients.values() if client.engine == engine]
-            return [part.store.form.digest for part in ranks[0].parts] if ranks else []
+            return [store.form.digest for store in ranks[0].parts] if ranks else []
 
     def processes(self) -> list[ClientProcess]:
         """Return the processes that have a session, or rows."""
@@ -461,13 +453,13 @@ class ServerState:
         with self._lock:
             client = self.client(ask.session)
             keys = [*ask.keys]
-            part = self._part_of(client, ask.group)
-            work = Work(self._lend, part.store, len(keys))
-            borrowed = part.store.borrow(keys, True)
+            store = self._group(client, ask.group)
+            work = Work(self._lend, store, len(keys))
+            borrowed = store.borrow(keys, True)
             if borrowed is not None:
                 work.begin(borrowed)
             else:
-                load = part.store.load_lent
+                load = store.load_lent
                 begin = partial(load, priority=ask.priority, missing="skip", packs=True)
                 self._begin(work, keys, partial(begin, deadline=ask.seconds or None))
             self._add(work, client, ask.number)
@@ -480,31 +472,32 @@ class ServerState:
         """
         with self._lock:
             client = self.client(ask.session)
-            part = self._part_of(client, ask.group)
-            key = client.engine, part.store.form.digest, ask.keys, ask.after
+            store = self._group(client, ask.group)
+            key = client.engine, store.form.digest, ask.keys, ask.after
             alike = (each for each in self._saves if each.key == key)
             save = next((each for each in alike if each.awaits(client)), None)
             if save is None:
-                save = self._begin_save(client, part, key, ask)
+                save = self._begin_save(client, store, key, ask)
             self._add(save, client, ask.number)
             if save.complete or save.abandoned or save.has_all_rows:
                 self._learn(client, ask.number).more = False
             return self._progress(client, ask.number)
 
-    def _begin_save(self, client: Client, part: RankPart, key: SaveKey, ask: Save) -> Work:
+    def _begin_save(self, client: Client, store: FormStore, key: SaveKey, ask: Save) -> Work:
         """Begin a save of all ranks of an engine."""
-        ranks = self._ranks(client, part)
+        clients = self._clients.values()
+        ranks = [x for x in clients if x.engine == client.engine and store in x.parts]
         keys = [*ask.keys]
-        save = Work(self._lend, part.store, len(keys), key, self._now(), {*ranks})
+        save = Work(self._lend, store, len(keys), key, self._now(), {*ranks})
         together = 0
-        for cells in ranks.values():
-            together |= cells
-        if together != cells_of(part.store.form):
+        for rank in ranks:
+            together |= rank.parts[store]
+        if together != cells_of(store.form):
             # Ranks have yet to join, without whom no block can be stored.
             save.stored = bytes(len(keys))
             self.counts["saves_without_all_ranks"] += 1
         else:
-            begin = partial(part.store.save_lent, priority=ask.priority, full="drop", packs=True)
+            begin = partial(store.save_lent, priority=ask.priority, full="drop", packs=True)
             self._begin(save, keys, partial(begin, after=ask.after))
         self._saves[save] = None
         return save
@@ -519,15 +512,6 @@ class ServerState:
             raise
         self._works[work] = None
         work.handle.when_ended(partial(self._end, work))
-
-    def _ranks(self, client: Client, part: RankPart) -> dict[Client, int]:
-        """Return the clients of an engine that have a part of the same blocks, with their cells."""
-        ranks = dict[Client, int]()
-        for each in self._clients.values():
-            for other in each.parts if each.engine == client.engine else ():
-                if other.store is part.store:
-                    ranks[each] = other.cells
-        return ranks
 
     def report(self, session: int, number: int, landed: bytes) -> None:
         """Note that a client has ended the copy of a lease. A report of an ended session, or of a
@@ -558,7 +542,7 @@ class ServerState:
         """
         with self._lock:
             client = self.client(ask.session)
-            pins = self._part_of(client, ask.group).store.pin(ask.keys)
+            pins = self._group(client, ask.group).pin(ask.keys)
             before = client.locks.pop(ask.number, None)
             if before is not None:
                 before.release()
@@ -579,8 +563,8 @@ class ServerState:
         Raises `PeerError` for a session that has ended.
         """
         with self._lock:
-            part = self._part_of(self.client(ask.session), ask.group)
-            return part.store.delete(ask.keys).astype(np.uint8).tobytes()
+            store = self._group(self.client(ask.session), ask.group)
+            return store.delete(ask.keys).astype(np.uint8).tobytes()
 
     # --- what the store does
 
@@ -631,22 +615,23 @@ class ServerState:
 
     # --- steps, under the lock
 
-    def _part(self, form: BlockForm) -> RankPart:
-        """Return the part of stored blocks that a form describes. Raises `InvalidTerms`."""
+    def _store_of(self, form: BlockForm) -> FormStore:
+        """Return the store of the blocks of which a form describes a part. Raises
+        `InvalidTerms`."""
         whole = whole_form(form)
         store = self.stores.get(whole.digest)
         if store is None:
             raise unlike(whole, [each.form for each in self.stores.values()])
-        return RankPart(store, cells_of(form))
+        return store
 
-    def _part_of(self, client: Client, group: int) -> RankPart:
-        """Return the part of a client of a group. Raises `InvalidTerms` for another number."""
+    def _group(self, client: Client, group: int) -> FormStore:
+        """Return the store of a group of a client. Raises `InvalidTerms` for another number."""
         if group >= len(client.parts):
             raise InvalidTerms(
                 f"Expected one of {len(client.parts)} groups of layers, got number {group}. Join "
                 f"with the forms of all groups."
             )
-        return client.parts[group]
+        return [*client.parts][group]
 
     def _end(self, work: Work) -> None:
         """Tell the clients of a load or a save of the store that it has ended."""
@@ -697,7 +682,7 @@ class ServerState:
             form = lent.copy.raw
             every = lent.raw
         if work.key is not None:
-            cells = next(x.cells for x in client.parts if x.store is work.store)
+            cells = client.parts[work.store]
             if not cells & ~lent.assigned:
                 return
             lent.assigned |= cells
