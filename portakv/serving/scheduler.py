@@ -24,8 +24,17 @@ from portakv.errors import InvalidTerms
 from portakv.runtime import tracing
 from portakv.runtime.bounded import Bounded
 from portakv.serving.groups import Group
-from portakv.serving.handover import Endpoint, RemoteRows, Tickets
-from portakv.serving.plan import NO_HANDOVERS, NO_PLAN, Blocks, Job, Plan, PullJob, Report
+from portakv.serving.handover import Endpoint, Tickets
+from portakv.serving.plan import (
+    NO_HANDOVERS,
+    NO_PLAN,
+    Blocks,
+    Job,
+    Plan,
+    PullJob,
+    RemoteRows,
+    Report,
+)
 from portakv.storage.keys import KeyChain
 from portakv.storage.tiers.base import Keys
 

@@ -45,8 +45,9 @@ from portakv.integrations.vllm.caches import (
 )
 from portakv.integrations.vllm.ranks import check_kinds, index_of, words_of
 from portakv.serving import Group
-from portakv.serving.handover import Identity, RemoteRows
+from portakv.serving.handover import Identity
 from portakv.serving.local import GroupView, LocalIndex, NoStore, StoreTerms, forms_of
+from portakv.serving.plan import RemoteRows
 from portakv.storage import prefix_keys
 from portakv.view import KVView
 

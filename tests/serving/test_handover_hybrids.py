@@ -17,9 +17,9 @@ from support.waits import LIMIT
 from portakv.errors import InvalidTerms
 from portakv.migrate import Shard, Ticket, shared_empty
 from portakv.serving import Group, SchedulerSide
-from portakv.serving.handover import Endpoint, Handover, HandoverTerms, RemoteRows
+from portakv.serving.handover import Endpoint, Handover, HandoverTerms
 from portakv.serving.local import NoStore
-from portakv.serving.plan import Handovers, OfferJob, PullJob
+from portakv.serving.plan import Handovers, OfferJob, PullJob, RemoteRows
 from portakv.serving.scheduler import SHORT
 from portakv.view import Index, KVView
 

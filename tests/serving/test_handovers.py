@@ -13,9 +13,9 @@ from support.serving_handovers import walk
 from portakv.migrate import Ticket
 from portakv.migrate.messages import Named
 from portakv.serving import Group, Report, SchedulerSide
-from portakv.serving.handover import RENEWALS, Endpoint, RemoteRows
+from portakv.serving.handover import RENEWALS, Endpoint
 from portakv.serving.local import NoStore
-from portakv.serving.plan import NO_HANDOVERS, Handovers, PullJob, Renewal
+from portakv.serving.plan import NO_HANDOVERS, Handovers, PullJob, RemoteRows
 
 WALKS = 1600  # in all
 PARTS = 16
@@ -215,8 +215,7 @@ def test_leases_are_renewed_until_the_end_of_the_pull() -> None:
     assert scheduler_side.plan().handovers is NO_HANDOVERS
     for _ in range(2):
         clock.now += ROWS.lease / RENEWALS
-        renewal = Renewal(ROWS.tickets, ROWS.lease)
-        assert scheduler_side.plan().handovers == Handovers(renewals=[renewal])
+        assert scheduler_side.plan().handovers == Handovers(renewals=[ROWS])
         assert scheduler_side.plan().handovers is NO_HANDOVERS
     job = pulled(scheduler_side)
     clock.now += ROWS.lease / RENEWALS
