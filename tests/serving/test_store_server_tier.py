@@ -26,8 +26,7 @@ from support.store_damage import any_images_believed, flip_bits, swap_images
 from support.waits import LIMIT, until
 
 from portakv.serving import PageJob, StoreTerms
-from portakv.serving.page_tier import PageTier
-from portakv.serving.pages import PageSize, PageStore
+from portakv.serving.pages import PageSize, PageStore, PageTier
 from portakv.serving.server.client import Known, missed
 from portakv.serving.server.messages import KeysPage
 from portakv.storage.image import HEADER
