@@ -632,7 +632,8 @@ class Stored(Protocol):
 
 
 class StoreIndex:
-    """What a scheduler knows of the blocks of a store: the base of `Index` for a `SchedulerSide`.
+    """What a scheduler knows of the blocks of a store, an `Index` of a `SchedulerSide`. This base
+    knows none.
 
     Attributes:
         validity: which prefixes the groups of layers can serve; None: those of which the store has
@@ -722,7 +723,9 @@ class StoreIndex:
         """Take note of the changes of the store since the last call."""
 
     def bytes_of(self, counts: Mapping[str, int]) -> dict[str, int]:
-        """Return the bytes of blocks that a scheduler side has counted."""
+        """Return the bytes of blocks that a scheduler side has counted; none without a store."""
+        if not self.block_bytes:
+            return {}
         return {
             "landed_bytes": counts.get("landed_blocks", 0) * self.block_bytes,
             "stored_bytes": counts.get("stored_blocks", 0) * self.block_bytes,
@@ -938,18 +941,6 @@ class KeptPrefix:
 def _in_all(parts: Sequence[Stored], keys: Sequence[bytes]) -> list[bool]:
     """Return which blocks all parts of a group have."""
     return [all(each) for each in zip(*(part.has_each(keys) for part in parts), strict=True)]
-
-
-class NoStore(LocalIndex):
-    """An index without blocks, in which a scheduler side finds nothing and saves nothing."""
-
-    def has(self, key: bytes, states: bool = True) -> bool:
-        """Return that no block is to be saved."""
-        return True
-
-    def bytes_of(self, counts: Mapping[str, int]) -> dict[str, int]:
-        """Return no bytes."""
-        return {}
 
 
 _indices: Bounded[str, LocalIndex] = Bounded("indices of engines", 256)

@@ -37,7 +37,7 @@ from portakv.serving.local import (
     GroupView,
     LocalIndex,
     NoBlocks,
-    NoStore,
+    StoreIndex,
     StoreTerms,
     forms_of,
     found_in,
@@ -260,7 +260,7 @@ class JoinedIndex(ServerIndex):
         self.store_server.close()
 
 
-def index_of(settings: Settings) -> LocalIndex | JoinedIndex | NoStore:
+def index_of(settings: Settings) -> StoreIndex:
     """Return the index of an engine's scheduler.
 
     With a server it waits until a worker has joined, or was refused. vLLM makes its workers before
@@ -270,7 +270,7 @@ def index_of(settings: Settings) -> LocalIndex | JoinedIndex | NoStore:
     engine with another number of groups.
     """
     if not settings.stores:
-        return NoStore()
+        return StoreIndex()
     what = f"blocks of {settings.block_size} tokens"
     if not settings.uses_store_server:
         index = LocalIndex.of(settings.engine)
