@@ -475,13 +475,11 @@ class Pages:
         blocks: the store of the form; None while it is closed.
     """
 
-    def __init__(
-        self, size: PageSize, form: BlockForm, deadline: float, blocks: PageBlocks | None = None
-    ) -> None:
+    def __init__(self, size: PageSize, form: BlockForm, deadline: float) -> None:
         self.size = size
         self.form = form
         self.deadline = deadline
-        self.blocks = blocks
+        self.blocks: PageBlocks | None = None
 
     def over(self, memory: object) -> KVView:
         """Return a view of memory of the engine, whose slots are pages.

@@ -56,9 +56,8 @@ _report = ServerState.report
 
 def report_whole(state: ServerState, session: int, number: int, landed: bytes) -> None:
     """Take the part of a rank for the whole blocks."""
-    client = next((each for each in state.clients() if each.session == session), None)
-    lease = None if client is None else client.process.leases.get(number)
-    if lease is not None:
+    lease = state.leases.get(number)
+    if lease is not None and lease.client.session == session:
         lease.cells = -1
     _report(state, session, number, landed)
 

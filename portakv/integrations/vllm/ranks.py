@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 
 from portakv.copy.layer_words import LayerWords
-from portakv.errors import Unsupported
+from portakv.errors import InvalidTerms, Unsupported
 from portakv.integrations import IntegrationError
 from portakv.integrations.vllm.caches import (
     BY_HEAD,
@@ -241,8 +241,13 @@ class JoinedIndex(ServerIndex):
 
         Without one, the log has a line. A rank that was refused may join later.
         """
-        if self.answered(timeout):
-            return not self.is_refused
+        try:
+            if self.wait(timeout):
+                return True
+        except InvalidTerms:
+            if not self._link.refused:
+                raise
+            return False  # the log has the sentence
         _log.warning(
             "No worker has joined the store of PortaKV in %s yet. Until one does, nothing is "
             "stored or loaded.",

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from portakv.arguments import flag, instance, items, one_of, seconds, text, whole
-from portakv.errors import InvalidTerms, PortaKVError, StoreError
+from portakv.errors import PortaKVError, StoreError
 from portakv.host import pinned
 from portakv.migrate.channel import Channel, Peer
 from portakv.migrate.shared_memory import open_shared
@@ -204,25 +204,6 @@ class ServerIndex(StoreIndex):
         that refuses the ranks of the engine.
         """
         return self._link.wait(seconds("timeout", timeout))
-
-    def answered(self, timeout: float = 10.0) -> bool:
-        """Wait as `wait` does; return whether the index is here, or a server has refused the ranks.
-
-        The log has the sentence of a refusal. The server may take the ranks later. Raises as `wait`
-        for another reason.
-        """
-        limit = seconds("timeout", timeout)
-        try:
-            return self._link.wait(limit)
-        except InvalidTerms:
-            if not self._link.refused:
-                raise
-            return True
-
-    @property
-    def is_refused(self) -> bool:
-        """Return whether a server has refused the ranks of the engine."""
-        return self._link.refused
 
     def close(self) -> None:
         """Leave the server."""

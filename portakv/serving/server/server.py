@@ -69,7 +69,7 @@ from portakv.serving.server.messages import (
 from portakv.serving.server.state import (
     PATIENCE,
     Client,
-    ClientProcess,
+    Process,
     ServerState,
     ended_session,
     whole_form,
@@ -86,10 +86,10 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 
-def has_ended(process: ClientProcess) -> bool:
+def has_ended(process: Process) -> bool:
     """Return whether a process has ended. False also if the system does not say now: rows that the
     process may write must not be lent to others."""
-    (_, pid, began) = process.key
+    (_, pid, began) = process
     try:
         return started(pid) != began
     except HostMemoryError:
@@ -317,7 +317,7 @@ LEAVING = 1.0
 ENGINES = 256
 
 
-def check_process(process: tuple[int, int, int]) -> None:
+def check_process(process: Process) -> None:
     """Raise `StoreError` for a process whose end cannot be seen from here."""
     (space, pid, began) = process
     if space != process_space():

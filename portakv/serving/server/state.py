@@ -89,24 +89,13 @@ def unlike(form: BlockForm, stored: Sequence[BlockForm]) -> InvalidTerms:
 # ------------------------------------------------------------------------------------------------
 # What a server's state knows of: processes, sessions, loads and saves, and rows that are lent.
 
+#: A process with clients: its namespace, its number and its start.
+Process: TypeAlias = tuple[int, int, int]
 #: A copy that a store has lent.
 Copy: TypeAlias = LentCopy | Borrowed
 #: What the saves of all ranks of an engine have in common: the engine, the form, the keys, and what
 #: these follow.
 SaveKey: TypeAlias = tuple[object, ...]
-
-
-@dataclass(eq=False)
-class ClientProcess:
-    """A process with clients.
-
-    Attributes:
-        key: its namespace, its number and its start.
-        leases: all rows that were lent to it and that it may still use, by the numbers of leases.
-    """
-
-    key: tuple[int, int, int]
-    leases: dict[int, Lease] = field(default_factory=dict)
 
 
 @dataclass(eq=False)
@@ -124,7 +113,7 @@ class Client:
 
     session: int
     engine: str
-    process: ClientProcess
+    process: Process
     parts: dict[FormStore, int]
     address: str
     requests: dict[int, Work] = field(default_factory=dict)
@@ -304,6 +293,7 @@ class ServerState:
 
     Attributes:
         stores: the stores of the forms of whole blocks, by the checksums of the forms.
+        leases: all rows that were lent and that processes may still use, by the numbers of leases.
         counts: what has happened.
     """
 
@@ -314,13 +304,13 @@ class ServerState:
         now: Callable[[], float] = time.monotonic,
     ) -> None:
         self.stores = dict[bytes, FormStore]()
+        self.leases = dict[int, Lease]()
         self.counts = Counter[str]()
         self._wake = wake
         self._patience = patience
         self._now = now
         self._lock = runtime().lock
         self._clients = dict[int, Client]()  # by session
-        self._processes = dict[tuple[int, int, int], ClientProcess]()
         self._works = dict[Work, None]()  # that have not ended
         self._saves = dict[Work, None]()  # that an engine may ask for again
         # What clients learn next, by client and number of the request.
@@ -342,12 +332,11 @@ class ServerState:
                 "them apart by notes= of BlockForm.of."
             )
         with self._lock:
-            process = self._processes.setdefault(join.process, ClientProcess(join.process))
             before = self._clients.get(join.before)
-            if before is not None and before.process is process:
+            if before is not None and before.process == join.process:
                 self.lost(before)
-            self._return_all(process, join.before)
-            client = Client(randbits(62), join.engine, process, parts, join.address)
+            self._return_all(join.process, join.before)
+            client = Client(randbits(62), join.engine, join.process, parts, join.address)
             self._clients[client.session] = client
             self.counts["joined"] += 1
             return client
@@ -388,15 +377,13 @@ class ServerState:
                 self._settle_all(save)
             self._wake()
 
-    def process_ended(self, process: ClientProcess) -> None:
+    def process_ended(self, process: Process) -> None:
         """End the sessions of a process that has ended; others may have its rows."""
         with self._lock:
             for client in [*self._clients.values()]:
-                if client.process is process:
+                if client.process == process:
                     self.lost(client)
-            for lease in [*process.leases.values()]:
-                self._return(lease)
-            self._processes.pop(process.key, None)
+            self._return_all(process)
             self._wake()
 
     def close(self) -> None:
@@ -405,9 +392,8 @@ class ServerState:
             for client in [*self._clients.values()]:
                 self.lost(client)
             lents = {lent for work in self._works for lent in work.lents}
-            for process in self._processes.values():
-                lents |= {lease.lent for lease in process.leases.values()}
-                process.leases.clear()
+            lents |= {lease.lent for lease in self.leases.values()}
+            self.leases.clear()
             for lent in lents:
                 lent.leases.clear()
                 lent.covered = [0] * len(lent.covered)
@@ -427,14 +413,11 @@ class ServerState:
             ranks = [client for client in self._clients.values() if client.engine == engine]
             return [store.form.digest for store in ranks[0].parts] if ranks else []
 
-    def processes(self) -> list[ClientProcess]:
+    def processes(self) -> set[Process]:
         """Return the processes that have a session, or rows."""
         with self._lock:
-            present = {client.process for client in self._clients.values()}
-            for process in [*self._processes.values()]:
-                if not (process in present or process.leases):
-                    del self._processes[process.key]
-            return [*self._processes.values()]
+            with_rows = {lease.client.process for lease in self.leases.values()}
+            return with_rows | {client.process for client in self._clients.values()}
 
     def client(self, session: int) -> Client:
         """Return a session. Raises `PeerError` if it has ended."""
@@ -518,7 +501,7 @@ class ServerState:
         lease that has ended, is dropped."""
         with self._lock:
             client = self._clients.get(session)
-            lease = None if client is None else client.process.leases.get(number)
+            lease = self.leases.get(number)
             if lease is None or lease.client is not client:
                 self.counts["late_reports"] += 1
                 return
@@ -591,17 +574,14 @@ class ServerState:
     def statistics(self) -> dict[str, int]:
         """Return the sessions, leases and requests now, and the counters."""
         with self._lock:
-            leases = sum(len(process.leases) for process in self._processes.values())
-            now = {"sessions": len(self._clients), "leases": leases, "requests": len(self._works)}
-            return {**now, **self.counts}
+            now = {"sessions": len(self._clients), "leases": len(self.leases)}
+            return {**now, "requests": len(self._works), **self.counts}
 
     def oldest_lease(self) -> float:
         """Return the seconds since the oldest rows that are lent were lent; 0 if none are."""
         with self._lock:
-            processes = self._processes.values()
             now = self._now()
-            since = [lease.since for each in processes for lease in each.leases.values()]
-            return now - min(since, default=now)
+            return now - min((lease.since for lease in self.leases.values()), default=now)
 
     def figures(self) -> Figures:
         """Return figures by the names of metrics."""
@@ -694,20 +674,21 @@ class ServerState:
             some = every[first : first + step]
             lease = Lease(self.counts["lent"], client, lent, cells, some, self._now())
             lent.leases.add(lease)
-            client.process.leases[lease.number] = lease
+            self.leases[lease.number] = lease
             places = tuple(lent.copy.blocks[at] for at in some)
             rows = tuple(lent.copy.rows[at] for at in some)
             grants.append(Grant(lease.number, places, rows, text))
 
-    def _return_all(self, process: ClientProcess, session: int) -> None:
-        """Take all rows back from a session of a process."""
-        for lease in [*process.leases.values()]:
-            if lease.client.session == session:
+    def _return_all(self, process: Process, session: int | None = None) -> None:
+        """Take all rows back from a process, or from one of its sessions."""
+        for lease in [*self.leases.values()]:
+            client = lease.client
+            if client.process == process and session in (None, client.session):
                 self._return(lease)
 
     def _return(self, lease: Lease, landed: Iterable[int] = ()) -> None:
         """Take rows back from a client that uses them no longer."""
-        lease.client.process.leases.pop(lease.number, None)
+        self.leases.pop(lease.number, None)
         lent = lease.lent
         lent.leases.discard(lease)
         for place, good in zip(lease.places, landed, strict=False):
