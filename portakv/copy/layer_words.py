@@ -149,7 +149,7 @@ class LayerWords:
         """Raise each word as soon as the layer is there of all loads of the step.
 
         Streams write the words of copies that were issued, and a thread those of what workers move.
-        The call blocks for ends of other kinds, such as those of a server.
+        The call blocks for ends of other kinds.
         """
         left = [number for number, is_open in enumerate(self._open) if is_open]
         try:

@@ -39,7 +39,7 @@ from portakv.runtime.bounded import Until
 from portakv.runtime.rate_limited_log import RateLimitedLog
 from portakv.serving.groups import Group
 from portakv.serving.local import check_names
-from portakv.serving.plan import NO_HANDOVERS, Blocks, Handovers, OfferJob, PullJob, Renewal
+from portakv.serving.plan import NO_HANDOVERS, Blocks, Handovers, OfferJob, PullJob, RemoteRows
 from portakv.tasks import Handle, Limit, Wait, runtime
 from portakv.view import Index, KVView
 from portakv.view.index import Ids
@@ -180,20 +180,6 @@ class HandoverTerms:
         return address
 
 
-class RemoteRows(NamedTuple):
-    """The rows of a request in the workers of another engine.
-
-    Attributes:
-        tickets: of each worker of that engine, by the name of an offer.
-        tokens: the first tokens of the request, whose rows they are.
-        lease: seconds for which the engine keeps the rows after each renewal.
-    """
-
-    tickets: tuple[bytes, ...]
-    tokens: int
-    lease: float
-
-
 class Identity(NamedTuple):
     """What the rows of a request depend on, as far as both engines know it.
 
@@ -286,8 +272,6 @@ def read_rows(carried: object, identity: Identity, tokens: int) -> RemoteRows:
 RENEWALS = 3
 #: The least seconds between two renewals, whatever lease a request carries.
 SHORTEST = 0.1
-#: The most requests whose renewals are remembered. Leases of more are renewed too often.
-MOST_RENEWED = 1 << 16
 #: Bytes of the name of an offer, which is random: who knows it may pull.
 NAME = 32
 
@@ -317,8 +301,9 @@ class Tickets:
     def __init__(self, now: Callable[[], float]) -> None:
         self._endpoints: Sequence[Endpoint] = ()
         self._lease = 0.0
-        self._needed = dict[str, RemoteRows]()  # by request
-        self._renewed: Until[str] = Until("requests whose leases were renewed", MOST_RENEWED, now)
+        # By request the rows that it needs, and when their leases are renewed next.
+        self._needed = dict[str, tuple[RemoteRows, float]]()
+        self._now = now
         self._next = Handovers()
 
     @property
@@ -333,8 +318,7 @@ class Tickets:
 
     def expect(self, request: str, rows: RemoteRows) -> None:
         """Take note that a request needs the rows of another engine."""
-        self._needed[request] = rows
-        self._renewed.hold(request, _interval(rows))
+        self._needed[request] = rows, self._now() + _interval(rows)
 
     def pull(self, job: PullJob) -> None:
         """Plan a pull of rows that a request expects."""
@@ -342,9 +326,9 @@ class Tickets:
 
     def release(self, request: str) -> None:
         """Let the other engine use the blocks of the rows again that a request has needed."""
-        rows = self._needed.pop(request, None)
-        if rows is not None:
-            self._next.released += rows.tickets
+        needed = self._needed.pop(request, None)
+        if needed is not None:
+            self._next.released += needed[0].tickets
 
     def offer(self, request: str, tokens: int, blocks: Blocks) -> RemoteRows:
         """Plan an offer of the first tokens of a request; return what another engine pulls."""
@@ -368,14 +352,15 @@ class Tickets:
         self._next = Handovers()
         return made
 
-    def _renewals(self) -> list[Renewal]:
-        """Return the leases that are to be renewed now."""
-        made = list[Renewal]()
-        for request, rows in self._needed.items():
-            if not self._renewed.holds(request):
-                self._renewed.hold(request, _interval(rows))
-                made.append(Renewal(rows.tickets, rows.lease))
-        return made
+    def _renewals(self) -> list[RemoteRows]:
+        """Return the rows whose leases are to be renewed now."""
+        if not self._needed:
+            return []
+        now = self._now()
+        made = {name: rows for name, (rows, due) in self._needed.items() if now >= due}
+        for name, rows in made.items():
+            self._needed[name] = rows, now + _interval(rows)
+        return [*made.values()]
 
 
 def _interval(rows: RemoteRows) -> float:
@@ -507,9 +492,8 @@ class Handover:
         for pull in plan.pulls:
             self.pulling.append((pull, self._pull(pull, "idle" if alone else "compute")))
         if self._leads:
-            for renewal in plan.renewals:
-                renew = partial(RenewNamed, seconds=renewal.seconds)
-                self.tell(renewal.tickets, renew)
+            for rows in plan.renewals:
+                self.tell(rows.tickets, partial(RenewNamed, seconds=rows.lease))
             if plan.released:
                 self.tell(plan.released, EndNamed)
 

@@ -19,7 +19,7 @@ from hashlib import blake2b
 from itertools import compress
 from operator import not_
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, NoReturn
+from typing import Any, Literal, NamedTuple, NoReturn, Protocol
 from urllib.parse import unquote, urlsplit
 
 import torch
@@ -617,8 +617,23 @@ def open_store(
             time.sleep(PAUSE)
 
 
+class Stored(Protocol):
+    """The blocks of one form that can be loaded, as far as is known here: a `FormStore`, or a copy
+    of a server's index."""
+
+    def has(self, key: bytes) -> bool:
+        """Return whether a block can be loaded."""
+
+    def has_each(self, keys: Sequence[bytes]) -> list[bool]:
+        """Return which blocks can be loaded."""
+
+    def leading(self, keys: Sequence[bytes]) -> int:
+        """Return how many leading blocks can be loaded."""
+
+
 class StoreIndex:
-    """What a scheduler knows of the blocks of a store: the base of `Index` for a `SchedulerSide`.
+    """What a scheduler knows of the blocks of a store, an `Index` of a `SchedulerSide`. This base
+    knows none.
 
     Attributes:
         validity: which prefixes the groups of layers can serve; None: those of which the store has
@@ -642,6 +657,45 @@ class StoreIndex:
         self._follow()
         bucket = self.bucket
         return self._losses if bucket is None else self._losses + bucket.expired
+
+    def leading(self, keys: Sequence[bytes], first: int = 0) -> int | None:
+        """Return how many leading blocks can be loaded; None if a bucket has yet to answer.
+
+        Waits for no bucket: others ask it for the blocks that are not known here. ``first``: the
+        number of the first block in its request.
+        """
+        groups = self._stored()
+        bucket = self.bucket
+        if not groups:
+            return 0
+        try:
+            known = self._rules(len(groups)).longest(
+                first,
+                len(keys),
+                lambda number, count: min(x.leading(keys[:count]) for x in groups[number]),
+                lambda number, count: _in_all(groups[number], keys[:count]),
+            )
+            return known if bucket is None else bucket.leading(keys, known, first)
+        except PortaKVError:  # it was closed
+            return 0
+
+    def has(self, key: bytes, states: bool = True) -> bool:
+        """Return whether a block can be loaded.
+
+        ``states``: with those at its end, of groups that have states. Else only its rows.
+        """
+        groups = self._stored()
+        if not groups:
+            return False
+        numbers = self._rules(len(groups)).numbers(states)
+        try:
+            return all(part.has(key) for number in numbers for part in groups[number])
+        except PortaKVError:  # it was closed
+            return False
+
+    def _stored(self) -> Sequence[Sequence[Stored]]:
+        """Return the blocks of the parts of each group; nothing without a store."""
+        return ()
 
     def _rules(self, groups: int) -> Validity:
         """Return which prefixes so many groups of layers can serve."""
@@ -669,7 +723,9 @@ class StoreIndex:
         """Take note of the changes of the store since the last call."""
 
     def bytes_of(self, counts: Mapping[str, int]) -> dict[str, int]:
-        """Return the bytes of blocks that a scheduler side has counted."""
+        """Return the bytes of blocks that a scheduler side has counted; none without a store."""
+        if not self.block_bytes:
+            return {}
         return {
             "landed_bytes": counts.get("landed_blocks", 0) * self.block_bytes,
             "stored_bytes": counts.get("stored_blocks", 0) * self.block_bytes,
@@ -768,27 +824,6 @@ class LocalIndex(StoreIndex):
             # The request of a bucket ends by its own timeout, and the engine need not wait for it.
             _log.warning("close", "The store of an engine was left open: %s", error)
 
-    def leading(self, keys: Sequence[bytes], first: int = 0) -> int | None:
-        """Return how many leading blocks can be loaded; None if a bucket has yet to answer.
-
-        Waits for no bucket: workers ask it for the blocks that are not known here. ``first``: the
-        number of the first block in its request.
-        """
-        groups = self._groups
-        bucket = self.bucket
-        if not groups:
-            return 0
-        try:
-            known = self._rules(len(groups)).longest(
-                first,
-                len(keys),
-                lambda number, count: min(x.leading(keys[:count]) for x in groups[number]),
-                lambda number, count: _in_all(groups[number], keys[:count]),
-            )
-            return known if bucket is None else bucket.leading(keys, known, first)
-        except PortaKVError:  # it was closed
-            return 0
-
     def _look_up(self, keys: Sequence[bytes], first: int) -> None:
         """Begin a lookup in the bucket."""
         groups = self._groups
@@ -797,19 +832,8 @@ class LocalIndex(StoreIndex):
             rules = self._rules(len(groups))
             look_up(groups, keys, partial(bucket.ended, keys), rules, first)
 
-    def has(self, key: bytes, states: bool = True) -> bool:
-        """Return whether a block can be loaded.
-
-        ``states``: with those at its end, of groups that have states. Else only its rows.
-        """
-        groups = self._groups
-        if not groups:
-            return False
-        numbers = self._rules(len(groups)).numbers(states)
-        try:
-            return all(part.has(key) for number in numbers for part in groups[number])
-        except PortaKVError:  # it was closed
-            return False
+    def _stored(self) -> Sequence[Sequence[FormStore]]:
+        return self._groups
 
     def keep(self, keys: Sequence[bytes], first: int = 0) -> KeptPrefix:
         """Keep blocks in host memory; see `KeptPrefix`."""
@@ -914,21 +938,9 @@ class KeptPrefix:
         return here
 
 
-def _in_all(parts: Sequence[FormStore], keys: Sequence[bytes]) -> list[bool]:
+def _in_all(parts: Sequence[Stored], keys: Sequence[bytes]) -> list[bool]:
     """Return which blocks all parts of a group have."""
     return [all(each) for each in zip(*(part.has_each(keys) for part in parts), strict=True)]
-
-
-class NoStore(LocalIndex):
-    """An index without blocks, in which a scheduler side finds nothing and saves nothing."""
-
-    def has(self, key: bytes, states: bool = True) -> bool:
-        """Return that no block is to be saved."""
-        return True
-
-    def bytes_of(self, counts: Mapping[str, int]) -> dict[str, int]:
-        """Return no bytes."""
-        return {}
 
 
 _indices: Bounded[str, LocalIndex] = Bounded("indices of engines", 256)

@@ -14,14 +14,13 @@ import os
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from functools import partial
 from hashlib import blake2b
-from itertools import compress, takewhile
+from itertools import compress
 from math import gcd
 from pathlib import Path
-from secrets import token_hex
 from shutil import rmtree
 from typing import Any, Generic, Literal, NamedTuple, TypeAlias, TypeVar
 
@@ -33,15 +32,10 @@ from portakv.arguments import instance, invalid, items, octets, seconds, text, w
 from portakv.errors import InvalidTerms, PortaKVError, StoreError, TransferTimeout
 from portakv.runtime.bounded import Bounded, Until
 from portakv.runtime.rate_limited_log import SLOW_DEVICE, RateLimitedLog
+from portakv.serving.bucket import MISSING, look_up
+from portakv.serving.groups import Validity
 from portakv.serving.local import PATIENCE, StoreTerms, found_in, log_start, open_store
-from portakv.serving.server.client import (
-    GRACE,
-    ServerBlocks,
-    ServerIndex,
-    ServerTransfer,
-    StoreClient,
-)
-from portakv.serving.server.server import StoreServer, place_of
+from portakv.serving.server.client import GRACE, ServerBlocks, SharedStore
 from portakv.serving.worker import Calls, is_done
 from portakv.storage import BlockForm, BlockStore
 from portakv.storage.calls import Change
@@ -66,14 +60,6 @@ KEY = 32
 def page_key(key: bytes) -> bytes:
     """Return the 32 bytes under which the page of a key of any length is stored."""
     return key if len(key) == KEY else blake2b(key, digest_size=KEY).digest()
-
-
-def check_raw(terms: StoreTerms) -> None:
-    """Raise `InvalidTerms` for terms of pages with an encoding, which takes rows of a known
-    type."""
-    if terms.encoding is not None:
-        do = "Leave it out."
-        raise invalid("encoding", "None, as pages are stored as they are", terms.encoding, do)
 
 
 def check_shared(terms: StoreTerms) -> None:
@@ -198,60 +184,34 @@ class PageJob(End[None]):
         self.seconds = 0.0
         self.landed: Mask = np.zeros(len(keys), np.bool_)
         self.given_up = False
-        self._until = self.began + limit
-        self._handle: Handle | ServerTransfer | None = None
+        self._limit = limit
+        self._handle: Handle | None = None
 
     def __repr__(self) -> str:
         return f"PageJob({self.kind}, {len(self.keys)} pages, tag={self.tag!r})"
 
-    def follow(self, handle: Handle | ServerTransfer | None) -> PageJob:
+    def follow(self, handle: Handle | None) -> PageJob:
         """End with the transfer of a store, or now without one; return the job."""
         self._handle = handle
         if handle is None:
             self._end()
-        else:
-            handle.when_ended(self._end)
+            return self
+        handle.when_ended(self._end)
+        if not self.ended and self._limit < math.inf:
+            self._runtime.start(self._expire(handle))
         return self
 
-    def done(self) -> bool:
-        """Return whether the job has ended, so that nothing uses the pages; never block or raise.
-
-        Cancels a job that is late, and ends a save of which nothing reads the pages any more.
-        """
-        handle = self._handle
-        if not self.ended and handle is not None and time.monotonic() >= self._until:
-            handle.cancel()
-            if handle.released is not None and is_done(handle.released):
+    async def _expire(self, handle: Handle) -> None:
+        """Cancel a job that is late, and end a save of which nothing reads the pages any more."""
+        wait = Wait(until=self._runtime.time() + self._limit)
+        self.on_end(wait.wake)
+        if await wait:
+            return
+        handle.cancel()
+        while not self.ended and handle.released is not None:
+            if is_done(handle.released):
                 self._end(given_up=True)
-        return super().done()
-
-    def wait(self, timeout: float | None = None) -> bool:
-        """Block until the job has ended, at most so many seconds; return whether it has."""
-        until = time.monotonic() + seconds("timeout", timeout, optional=True)
-        while not self.done():
-            left = until - time.monotonic()
-            if left <= 0:
-                return False
-            super().wait(min(left, self._pause()))
-        return True
-
-    async def until_end(self) -> None:
-        """Wait in a coroutine until the job has ended."""
-        while not self.done():
-            wait = Wait(until=time.monotonic() + self._pause())
-            self.on_end(partial(self._runtime.wake, wait))
-            await wait
-
-    def cancel(self) -> bool:
-        """Move no further page; return whether some pages will not be moved.
-
-        The pages that are being moved are in use until the end.
-        """
-        return self._handle is not None and self._handle.cancel()
-
-    def _pause(self) -> float:
-        """Return the seconds until the next call of `done` is due: one of a job that is late."""
-        return max(self._until - time.monotonic(), SOON)
+            await Wait(until=self._runtime.time() + SOON)
 
     def _end(self, given_up: bool = False) -> None:
         """Note the end, once."""
@@ -265,7 +225,7 @@ class PageJob(End[None]):
             self.settle(None, None)
 
 
-#: Seconds between two looks at a job that is late.
+#: Seconds between two looks at a save that is late.
 SOON = 0.1
 #: Seconds after which a save gives up the pages that are not stored: a disk that hangs must not
 #: hold the engine's pages for ever.
@@ -286,82 +246,37 @@ class Usage(NamedTuple):
     capacity: int
 
 
-class ServerPageBlocks:
-    """The pages of one size in the store of a server, with the calls of a `FormStore`.
+#: The store of the pages of one size.
+PageBlocks: TypeAlias = "FormStore | ServerBlocks"
 
-    What is there is known from a copy of the server's index.
+
+class PageStore:
+    """Pages of bytes in the host memory of an engine, in the stores of PortaKV.
+
+    The store is in this process, or with ``shared`` that of a server. No call but the constructor,
+    `pages` of a new size and `close` waits for anything. A page that is not there, is damaged, or
+    comes too late, does not land.
 
     Args:
-        blocks: of a rank of the server.
-        index: of the server.
-        number: of the size among those of the index.
-    """
+        terms: where pages are stored, without an encoding. ``block_size`` and ``by_layer`` have no
+            meaning for pages. With ``shared`` they have a folder, and each process has equal terms.
+        model: the name of the model; pages of another model are not found.
+        sizes: of the pages. `pages` may add others later, unless the terms have ``shared``: then
+            they are equal in all processes.
+        identity: what else fixes the bytes of a page, such as layout, dtype and parallelism. Pages
+            of another identity are not found.
+        patience: seconds to wait for a folder that another process has, or for a server. Without
+            one, pages are missing until one serves.
 
-    def __init__(self, blocks: ServerBlocks, index: ServerIndex, number: int) -> None:
-        self.save = blocks.save
-        self.load = blocks.load
-        self.delete = blocks.delete
-        self.has_each = partial(index.holds, number)
-        self._blocks = blocks
-
-    def has(self, key: bytes) -> bool:
-        """Return whether a page can be loaded."""
-        return self.has_each((key,))[0]
-
-    def lookup(self, keys: Keys, timeout: float | None) -> int:
-        """Return the number of leading pages that can be loaded; waits for nothing."""
-        return sum(takewhile(bool, self.has_each(keys)))
-
-    def pin(self, keys: Keys) -> Pins:
-        """Keep pages from eviction; asks the server only if one is known to have a page."""
-        return self._blocks.pin(keys) if any(self.has_each(keys)) else Pins(len(keys))
-
-    def touch(self, keys: Keys) -> None:
-        """Do nothing: a server records no use but that of loads."""
-
-
-#: The store of the pages of one size.
-PageBlocks: TypeAlias = "FormStore | ServerPageBlocks"
-
-
-class SizedPages:
-    """The pages of each size of a store: the base of stores of pages.
+    Raises:
+        InvalidTerms: wrong arguments; sizes that no page has; pages that a server of the folder
+            refuses, such as those of another model.
+        StoreError, StoreBusy: memory for no page; a folder that another process has, or that cannot
+            be used.
 
     Attributes:
         terms: where pages are stored.
         remote: another process answers some calls, and its index follows the end of a save.
-    """
-
-    remote = False
-
-    def __init__(self, terms: StoreTerms) -> None:
-        self.terms = instance("terms", terms, StoreTerms)
-        check_raw(terms)
-        self._sizes = dict[PageSize, Pages]()
-
-    def every(self) -> list[Pages]:
-        """Return the pages of each size."""
-        return [*self._sizes.values()]
-
-
-class PageStore(SizedPages):
-    """Pages of bytes in the host memory of an engine, in the stores of PortaKV.
-
-    The store is in this process. No call but the constructor, `pages` of a new size and `close`
-    waits for anything. A page that is not there, is damaged, or comes too late, does not land.
-
-    Args:
-        terms: where pages are stored, without an encoding. ``block_size`` and ``by_layer`` have no
-            meaning for pages.
-        model: the name of the model; pages of another model are not found.
-        sizes: of the pages. `pages` may add others later.
-        identity: what else fixes the bytes of a page, such as layout, dtype and parallelism. Pages
-            of another identity are not found.
-        patience: seconds to wait for a folder that another process has.
-
-    Raises:
-        InvalidTerms: wrong arguments; sizes that no page has.
-        StoreError, StoreBusy: memory for no page; a folder that another process has.
     """
 
     def __init__(
@@ -373,17 +288,19 @@ class PageStore(SizedPages):
         identity: str = "",
         patience: float = PATIENCE,
     ) -> None:
-        super().__init__(terms)
-        if terms.shared:
-            raise InvalidTerms(
-                "Expected terms of a store of this process, got shared=True. Leave it out, and "
-                "give each process of the host a separate folder."
-            )
+        self.terms = instance("terms", terms, StoreTerms)
+        if terms.encoding is not None:  # it takes rows of a known type
+            expected = "None, as pages are stored as they are"
+            raise invalid("encoding", expected, terms.encoding, "Leave it out.")
+        self.remote = bool(terms.shared)
+        if self.remote:
+            check_shared(terms)
         self._model = text("model", model)
         self._identity = text("identity", identity, least=0, most=1 << 15)
         self._patience = seconds("patience", patience)
         self._lock = threading.Lock()  # of what is open
-        self._store: BlockStore | None = None
+        self._sizes = dict[PageSize, Pages]()
+        self._store: BlockStore | SharedStore | None = None
         for size in items("sizes", sizes, "sizes of pages"):
             made = size if isinstance(size, PageSize) else PageSize(whole("sizes", size, 1))
             form = made.form(self._model, self._identity)
@@ -398,20 +315,36 @@ class PageStore(SizedPages):
     def __exit__(self, *_: object) -> None:
         self.close()
 
+    @property
+    def serves(self) -> bool:
+        """Return whether this process has the store; others may."""
+        store = self._store
+        return store.serves if isinstance(store, SharedStore) else True
+
+    def every(self) -> list[Pages]:
+        """Return the pages of each size."""
+        return [*self._sizes.values()]
+
     def pages(self, nbytes: int, runs: int = 1) -> Pages:
         """Return the pages of a size.
 
         A size that is new opens the store again, with this size too: that waits for the jobs in
         flight, and pages that only the host tier had are gone. Other calls find nothing meanwhile.
 
-        Raises `InvalidTerms`, `StoreError` and `StoreBusy` as the constructor does. The store is
-        closed then, and the next call opens it again.
+        Raises `InvalidTerms`, `StoreError` and `StoreBusy` as the constructor does, and
+        `InvalidTerms` for a size that a shared store lacks. The store is closed then, and the next
+        call opens it again.
         """
         size = PageSize(nbytes, runs)
         with self._lock:
             found = self._sizes.get(size)
             is_new = found is None
             if found is None:
+                if self.remote:
+                    raise InvalidTerms(
+                        f"Expected a size of {[*self._sizes]}, got {size}. Pass all sizes when the "
+                        f"store is made."
+                    )
                 form = size.form(self._model, self._identity)
                 found = Pages(size, form, self.terms.deadline)
                 nbytes = form.image_bytes
@@ -434,7 +367,8 @@ class PageStore(SizedPages):
     def changes(self) -> list[Change]:
         """Return the pages that were stored or lost since the last call, in order.
 
-        The first call returns none. Their keys are those of `page_key`.
+        The first call returns none. Their keys are those of `page_key`. Changes of a shared store
+        are those of any process.
         """
         store = self._store
         try:
@@ -443,7 +377,8 @@ class PageStore(SizedPages):
             return []
 
     def count(self) -> int | None:
-        """Return the pages that the disk has; None while the store is not open."""
+        """Return the pages that the disk has, of a shared store those that are known here; None
+        while the store is not open."""
         return None if self._store is None else found_in(self.statistics(), 1)
 
     def usage(self) -> Usage:
@@ -453,14 +388,15 @@ class PageStore(SizedPages):
         store = self._store
         if store is None:
             return Usage(0, capacity)
-        if not disk:
+        if isinstance(store, BlockStore) and not disk:
             return Usage(store.rows.nbytes_by_state()["kept"], capacity)
         images = {pages.form.name: pages.form.image_bytes for pages in self.every()}
         slots = [each for each in store.statistics()["disk_slots"] if each["state"] == "used"]
         return Usage(sum(each["value"] * images[each["form"]] for each in slots), capacity)
 
     def statistics(self) -> dict[str, list[dict[str, Any]]]:
-        """Return the figures of the store, as `BlockStore.statistics`; none while it is closed."""
+        """Return the figures of the store, as `BlockStore.statistics`; none while it is closed. Of
+        a shared store these are the slots of the pages that are known here."""
         store = self._store
         return {} if store is None else store.statistics()
 
@@ -483,16 +419,17 @@ class PageStore(SizedPages):
             self._lock.release()
 
     def clear(self) -> bool:
-        """Remove all pages from the disk and from memory; return False with a bucket.
+        """Remove all pages from the disk and from memory; return False if others may use them: with
+        a bucket, and in a shared store, which `portakv store wipe` empties.
 
         These are the pages of the model and the identity, of all sizes, also of those that were
-        not opened. Waits for the jobs in flight; other calls find nothing meanwhile. A bucket may
-        have the pages of other engines: `Remote.wipe` empties it.
+        not opened. Waits for the jobs in flight; other calls find nothing meanwhile. `Remote.wipe`
+        empties a bucket.
 
         Raises `StoreError` and `StoreBusy` as the constructor does, and for files that cannot be
         removed.
         """
-        if self.terms.bucket is not None:
+        if self.remote or self.terms.bucket is not None:
             return False
         with self._lock:
             self._close(self._patience)
@@ -514,9 +451,13 @@ class PageStore(SizedPages):
     def _open(self) -> None:
         """Open the store of all sizes, under the lock."""
         forms = {pages.form.name: pages.form for pages in self._sizes.values()}
-        tiers = self.terms.tiers()
-        options = {"full": "wait", "pin": False}  # nothing is copied to a device
-        store = open_store(forms, self.terms, tiers, self._patience, **options)
+        store: BlockStore | SharedStore
+        if self.remote:
+            store = SharedStore(forms, self.terms, self._patience)
+        else:
+            tiers = self.terms.tiers()
+            options = {"full": "wait", "pin": False}  # nothing is copied to a device
+            store = open_store(forms, self.terms, tiers, self._patience, **options)
         self._store = store
         for pages in self._sizes.values():
             pages.blocks = store.of(pages.form.name)
@@ -534,13 +475,11 @@ class Pages:
         blocks: the store of the form; None while it is closed.
     """
 
-    def __init__(
-        self, size: PageSize, form: BlockForm, deadline: float, blocks: PageBlocks | None = None
-    ) -> None:
+    def __init__(self, size: PageSize, form: BlockForm, deadline: float) -> None:
         self.size = size
         self.form = form
         self.deadline = deadline
-        self.blocks = blocks
+        self.blocks: PageBlocks | None = None
 
     def over(self, memory: object) -> KVView:
         """Return a view of memory of the engine, whose slots are pages.
@@ -770,119 +709,286 @@ def _bytes_of(memory: object) -> npt.NDArray[np.uint8] | None:
     return array.view(np.uint8)
 
 
-# ------------------------------------------------------------------------------------------------
-# Stores of pages: of this process, and of a host's server.
-
-
 def page_store(
     terms: StoreTerms, model: str, sizes: Sequence[PageSize], identity: str = ""
-) -> PageStore | ServerPageStore:
-    """Return a store of pages by its terms: that of a server if they have ``shared``.
+) -> PageStore:
+    """Return a store of pages, after a line about it in the log.
 
-    The log has a line about it. Raises `InvalidTerms` for a folder that cannot be made or written,
-    and as `PageStore` and `ServerPageStore` do.
+    Raises `InvalidTerms` for a folder that cannot be made or written, and as `PageStore` does.
     """
     terms.check_usable()
-    store: PageStore | ServerPageStore
-    server = "This process"
-    if terms.shared:
-        store = ServerPageStore(terms, model, sizes, identity)
-        if not store.serves:
-            server = "Another process of this host"
-    else:
-        store = PageStore(terms, model, sizes, identity=identity)
+    store = PageStore(terms, model, sizes, identity=identity)
+    server = "This process" if store.serves else "Another process of this host"
     log_start(terms, "pages", store.count(), server)
     return store
 
 
-class ServerPageStore(SizedPages):
-    """Pages of bytes in the host memory of an engine, in the store of a server.
+# ------------------------------------------------------------------------------------------------
+# The pages below an engine's own tier of host memory: the engine decides which pages move. Its
+# scheduler calls; no call waits for a disk, nor for the plan of a transfer, which a helper makes.
+
+#: Seconds for which a page that did not land is not offered again, unless it is saved meanwhile.
+#: An engine would request it again immediately, and get no further.
+FAILED = 60.0
+#: The most pages that wait for `PageTier.step` to record their use, and the seconds between two.
+TOUCHED = 4096
+PACE = 1.0
+#: The most keys that are remembered to report their loss, and those of pages that did not land.
+REMEMBERED = 1 << 20
+#: The most keys of a lookup in a bucket.
+BATCH = 256
+#: Seconds after which a lookup that has not ended counts as one that found nothing: its worker may
+#: be gone, and the scheduler must not wait for ever. An answer comes within two seconds.
+PENDING = 10.0
+
+
+class TierEvents(NamedTuple):
+    """The keys of pages that were stored, and of pages that no tier has any longer."""
+
+    stored: list[bytes]
+    lost: list[bytes]
+
+
+class _BucketLookups:
+    """The lookups in a bucket that were made for a scheduler, which waits for none of them."""
+
+    def __init__(self, pages: Pages, now: Callable[[], float]) -> None:
+        self._pages = pages
+        self._wanted = dict[Hashable, list[bytes]]()  # by chain of a request
+        #: True: a lookup is expected to end, which is wanted or has begun; False: the bucket lacks
+        #: the page.
+        self._beliefs: Until[bytes] = Until("beliefs about pages of a bucket", REMEMBERED, now)
+        self._answers = True  # the bucket answered the last lookup in time
+
+    def look(self, key: bytes, chain: Hashable) -> bool | None:
+        """Return None if a lookup will show whether a bucket has a page, else False."""
+        belief = self._beliefs.held(key)
+        if belief is None and self._beliefs.get(key, (False, 0.0))[0]:  # its worker may be gone
+            self._end([key], 0, self._answers)
+            return False
+        if belief is False:
+            return False
+        if belief is None:
+            self._wanted.setdefault(chain, []).append(key)
+            self._beliefs.hold(key, PENDING)
+        return None if self._answers else False
+
+    def begin(self) -> None:
+        """Begin lookups of the pages that are wanted, the first ones of each chain together."""
+        wanted = self._wanted
+        self._wanted = {}
+        blocks = self._pages.blocks
+        for keys in wanted.values():
+            for first in range(0, len(keys), BATCH):
+                some = keys[first : first + BATCH]
+                if isinstance(blocks, FormStore):
+                    ended = partial(self._end, some)
+                    look_up([[blocks]], [*map(page_key, some)], ended, Validity.of_rows(1))
+                else:  # it was closed
+                    self._end(some, 0, self._answers)
+
+    def _end(self, keys: Keys, count: int, answers: bool) -> None:
+        """Note the end of a lookup, of which so many leading pages are there."""
+        for key in keys[:count]:
+            self._beliefs.pop(key, None)
+        for key in keys[count:]:
+            self._beliefs.hold(key, MISSING, False)
+        self._answers = answers
+
+
+class PageTier:
+    """The pages of one size below an engine's tier of host memory.
 
     Args:
-        terms: where pages are stored, with a folder and ``shared``, without an encoding. Each
-            process has equal terms.
-        model: the name of the model.
-        sizes: of the pages, equal in all processes.
-        identity: what else fixes the bytes of a page; see `PageStore`.
-        patience: seconds to wait for a server. Without one, pages are missing until one serves.
+        store: has the pages.
+        pages: of the store.
+        memory: the engine's tier of host memory, bytes ``[slots, bytes]``, which stays until
+            `close` has returned.
+        chain_of: returns what tells the chains of a request apart, such as groups of layers, from
+            a key.
+        reports: keep `events`.
+        now: returns the time in seconds.
 
-    Raises:
-        InvalidTerms: wrong terms, or pages that a server of the folder refuses, such as those of
-            another model.
-        StoreError: a folder that cannot be used.
+    Jobs that come after `close` end without a page.
+
+    Raises `InvalidTerms` for other memory.
+
+    Attributes:
+        counts: pages that were loaded and stored, and those that did not land.
+        pages: of the store.
+        reports: `events` are kept.
+        view: of the engine's tier of host memory.
     """
-
-    remote = True
 
     def __init__(
         self,
-        terms: StoreTerms,
-        model: str,
-        sizes: Sequence[PageSize],
-        identity: str = "",
-        patience: float = 10.0,
+        store: PageStore,
+        pages: Pages,
+        memory: object,
+        *,
+        chain_of: Callable[[bytes], Hashable] = bool,
+        reports: bool = False,
+        now: Callable[[], float] = time.monotonic,
     ) -> None:
-        super().__init__(terms)
-        check_shared(terms)
-        forms = [size.form(model, identity) for size in sizes]
-        engine = token_hex(16)  # its own: a save waits for no other process
-        place = place_of(terms, engine)
-        self._store_server = StoreServer(terms, engine)
-        self._client = StoreClient(place, forms, engine)
-        self._index = ServerIndex(place, engine, len(forms))
-        for number, size in enumerate(sizes):
-            blocks = ServerPageBlocks(self._client.blocks[number], self._index, number)
-            self._sizes[size] = Pages(size, forms[number], terms.deadline, blocks)
-        try:
-            if self._client.wait(patience):
-                self._index.wait(patience)
-        except BaseException:
-            self.close()
-            raise
-
-    def pages(self, nbytes: int, runs: int = 1) -> Pages:
-        """Return the pages of a size. Raises `InvalidTerms` for a size that the store lacks."""
-        size = PageSize(nbytes, runs)
-        if size not in self._sizes:
-            raise InvalidTerms(
-                f"Expected a size of {[*self._sizes]}, got {size}. Pass all sizes when the store "
-                f"is made."
-            )
-        return self._sizes[size]
-
-    def changes(self) -> list[Change]:
-        """Return the pages that were stored or lost since the last call, by any process.
-
-        The first call returns none. Their keys are those of `page_key`.
-        """
-        self._index.record(every=True)
-        return self._index.take_events()
+        self.counts = {"loaded": 0, "load_failed": 0, "stored": 0, "store_failed": 0}
+        self._store = store
+        self.pages = pages
+        self.view = pages.over(memory)
+        self._now = now
+        self._chain_of = chain_of
+        # The jobs that have not been reported, by their numbers; None: it has not begun.
+        self._jobs = dict[Hashable, PageJob | None]()
+        # The last page of each chain of each request, which the next one follows.
+        self._lasts = dict[Hashable, dict[Hashable, bytes]]()
+        self._failed: Until[bytes] = Until("pages that did not land", REMEMBERED, now)
+        self._touched = dict[bytes, float]()  # with the time of their first use since `step`
+        self._lookups = None if store.terms.bucket is None else _BucketLookups(pages, now)
+        self.reports = reports
+        self._stored = list[bytes]()  # since the last `events`
+        self._names: Bounded[bytes, bytes] = Bounded("keys of stored pages", REMEMBERED)
+        if reports:
+            store.changes()  # later ones are kept
+        self._calls = Calls()
 
     @property
-    def serves(self) -> bool:
-        """Return whether this process serves the store; others may."""
-        return self._store_server.serves
+    def busy(self) -> bool:
+        """Return whether a job has not been reported."""
+        return bool(self._jobs)
 
-    def count(self) -> int:
-        """Return the pages that the server has of these sizes."""
-        return sum(self._index.counts())
+    def has(self, key: bytes) -> bool:
+        """Return whether a page can be loaded: a look into the index of this process."""
+        if not self.pages.has(key):
+            return False
+        return not self._failed.holds(key)
 
-    def usage(self) -> Usage:
-        """Return how full the store is, by the pages that the server has of these sizes."""
-        counts = self._index.counts()
-        sizes = [pages.form.image_bytes for pages in self.every()]
-        used = sum(count * nbytes for count, nbytes in zip(counts, sizes, strict=False))
-        return Usage(used, self.terms.capacity)
+    def look(self, key: bytes, request: Hashable) -> bool | None:
+        """Return whether a page can be loaded; None if a bucket has yet to answer.
 
-    def clear(self) -> bool:
-        """Return False: other processes use the pages. `portakv store wipe` removes them."""
-        return False
+        Answers as `has` does for other tiers. `step` begins the lookups in a bucket, whose answers
+        come within two seconds.
+        """
+        if self.has(key):
+            return True
+        if self._lookups is None or self._failed.holds(key):
+            return False
+        return self._lookups.look(key, (request, self._chain_of(key)))
+
+    def save(self, number: Hashable, keys: Keys, slots: Sequence[int], request: Hashable) -> None:
+        """Begin to save slots under keys, which are of a request and in its order."""
+        after = list[bytes | None]()
+        lasts = self._lasts.setdefault(request, {})
+        for key in keys:
+            chain = self._chain_of(key)
+            after.append(lasts.get(chain))
+            lasts[chain] = key
+        self._submit("save", number, keys, partial(self.pages.save, after=after), slots)
+
+    def load(self, number: Hashable, keys: Keys, slots: Sequence[int]) -> None:
+        """Begin to load pages into slots."""
+        self._submit("load", number, keys, self.pages.load, slots)
+
+    def _submit(
+        self,
+        kind: Literal["save", "load"],
+        number: Hashable,
+        keys: Keys,
+        call: Callable[..., PageJob],
+        slots: Sequence[int],
+    ) -> None:
+        """Have a helper begin a job. It ends without a page if the store refuses it."""
+
+        def begin() -> None:
+            try:
+                self._jobs[number] = call(keys, self.view, slots, tag=number)
+            except Exception as error:  # class 4: the engine waits for the end of each job
+                refuse(error)
+
+        def refuse(why: object) -> None:
+            text = "A %s of %d pages of an engine is refused: %s"
+            _log.warning("refused", text, kind, len(keys), why)
+            self._jobs[number] = PageJob(kind, keys, self.pages.size.nbytes, number).follow(None)
+
+        self._jobs[number] = None
+        if not self._calls.add(begin):
+            refuse("Expected a tier that is open, got one that was closed.")
+
+    def ended(self) -> list[PageJob]:
+        """Return the jobs that have ended since the last call."""
+        ended = [job for job in self._begun() if job.done()]
+        for job in ended:
+            del self._jobs[job.tag]
+            self._note(job)
+        return ended
+
+    def _begun(self) -> list[PageJob]:
+        """Return the jobs that have begun and were not reported, in order."""
+        return [job for job in [*self._jobs.values()] if job is not None]
+
+    def drain(self) -> None:
+        """Wait until all jobs have ended; `ended` returns them then.
+
+        Jobs that hang are cancelled at their deadline, a minute for saves, which end then: a tier
+        has copies of their pages.
+        """
+        self._calls.wait()
+        for job in self._begun():
+            job.wait()
+
+    def touch(self, keys: Collection[bytes]) -> None:
+        """Note that pages are used, in the order of their chains. `step` records it."""
+        now = self._now()
+        for key in keys if len(self._touched) < TOUCHED else ():
+            self._touched.setdefault(key, now)
+
+    def step(self) -> None:
+        """Begin lookups in a bucket, and record the use of pages once in a while."""
+        if self._lookups is not None:
+            self._lookups.begin()
+        first = next(iter(self._touched.values()), None)
+        if first is None or self._now() < first + PACE:
+            return
+        keys = [*self._touched]
+        self._touched.clear()
+        self._calls.add(partial(self.pages.touch, keys))
+
+    def forget(self, request: Hashable) -> None:
+        """Forget a request that has ended."""
+        self._lasts.pop(request, None)
+
+    def events(self) -> TierEvents:
+        """Return what was stored and lost since the last call; nothing without ``reports``."""
+        events = TierEvents(self._stored, [])
+        self._stored = []
+        for change in self._store.changes() if self.reports else ():
+            key = None if change.stored else self._names.get(change.key)
+            if key is not None and not self.pages.has(key):
+                del self._names[change.key]
+                events.lost.append(key)
+        return events
 
     def close(self, timeout: float = 10.0) -> None:
-        """End the jobs in flight within so many seconds, and leave the store to the others."""
-        self._index.close()
-        self._client.close(timeout)
-        self._store_server.close(timeout)
+        """Close the store, as `PageStore.close` does. `ended` then reports the jobs in flight."""
+        self._calls.close(timeout)
+        self._store.close(timeout)
+
+    def _note(self, job: PageJob) -> None:
+        """Note which pages of a job landed."""
+        landed = job.landed.tolist()
+        there = [key for key, good in zip(job.keys, landed, strict=True) if good]
+        missing = len(landed) - len(there)
+        verb = "stored" if job.kind == "save" else "loaded"
+        self.counts[verb] += len(there)
+        self.counts["store_failed" if job.kind == "save" else "load_failed"] += missing
+        if job.kind == "load":
+            for key in {*job.keys}.difference(there) if missing else ():
+                self._failed.hold(key, FAILED)
+            return
+        for key in there if self._failed else ():
+            self._failed.pop(key, None)
+        if self.reports:
+            self._stored += there
+            for key in there:
+                self._names[page_key(key)] = key
 
 
 # ------------------------------------------------------------------------------------------------
@@ -895,7 +1001,7 @@ POOL_GRACE = 5.0
 
 
 class PagePool:
-    """The pages of one pool of an engine's host memory, in a `PageStore` or a `ServerPageStore`.
+    """The pages of one pool of an engine's host memory, in a `PageStore`.
 
     A page has pieces of any lengths, each at a separate address: one for keys and one for values,
     or two for each layer. A piece is cut into runs, which have equal lengths in all pieces.
@@ -930,12 +1036,10 @@ class PagePool:
         #: Of each piece, its place in a page whose pieces lie one after the other.
         self._places = np.cumsum([0, *sizes[:-1]])
         self._pages: Pages | None = None
-        self._deadline = 0.0
 
-    def open(self, store: PageStore | ServerPageStore) -> None:
+    def open(self, store: PageStore) -> None:
         """Use a store from now on. Raises as `PageStore.pages` does."""
         self._pages = store.pages(*self.size)
-        self._deadline = store.terms.deadline
 
     def lookup(self, keys: Keys) -> int:
         """Return the number of leading pages that can be loaded; a bucket has a second to
@@ -998,8 +1102,8 @@ class PagePool:
         if pages is None or not names:
             return np.zeros(len(names), np.bool_)
         call: Callable[..., PageJob] = pages.save if kind == "save" else pages.load
-        job = call(names, pages.at(self._runs(addresses)), deadline=self._deadline, **terms)
-        patience = self._deadline + POOL_GRACE
+        job = call(names, pages.at(self._runs(addresses)), deadline=pages.deadline, **terms)
+        patience = pages.deadline + POOL_GRACE
         while not job.wait(patience):
             line = f"A {kind} of pages takes too long, and still uses its memory. %s"
             _log.warning(kind, line, SLOW_DEVICE)
@@ -1208,7 +1312,7 @@ class PageTasks:
 
     def __init__(
         self,
-        store: PageStore | ServerPageStore,
+        store: PageStore,
         ended: Callable[[PageTask], object],
         lost: Callable[[list[bytes]], object],
     ) -> None:
@@ -1450,7 +1554,7 @@ class PageTasks:
             _log.warning("late", line, SLOW_DEVICE)
         await self._begun.wait_for(has_begun)
         for job, part in task.jobs or ():
-            await job.until_end()
+            await job
             task.landed[part] = job.landed
         await self._reports.work(self._report, task)
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass, field
-from typing import TypeAlias
+from typing import NamedTuple, TypeAlias
 
 #: For each group of layers, ids of the engine's blocks in the order of their tokens. -1: no block,
 #: or one that must not be touched.
@@ -80,17 +80,18 @@ class OfferJob:
     lease: float
 
 
-@dataclass(frozen=True)
-class Renewal:
-    """A lease that another engine is to renew.
+class RemoteRows(NamedTuple):
+    """The rows of a request in the workers of another engine.
 
     Attributes:
-        tickets: of each worker of that engine.
-        seconds: from now.
+        tickets: of each worker of that engine, by the name of an offer.
+        tokens: the first tokens of the request, whose rows they are.
+        lease: seconds for which the engine keeps the rows after each renewal.
     """
 
     tickets: tuple[bytes, ...]
-    seconds: float
+    tokens: int
+    lease: float
 
 
 @dataclass
@@ -100,7 +101,7 @@ class Handovers:
     Attributes:
         pulls: begin them; the engine reads their blocks after the end of each.
         offers: make them. Earlier steps have computed their rows.
-        renewals: of rows that requests wait for.
+        renewals: rows that requests wait for, whose leases are to be renewed.
         released: tickets of rows that no request needs any longer.
         revoked: end all offers that were made before this step: their rows must not be used.
         withdrawn: names of offers that requests carry, and that no worker is to make any longer.
@@ -108,7 +109,7 @@ class Handovers:
 
     pulls: list[PullJob] = field(default_factory=list)
     offers: list[OfferJob] = field(default_factory=list)
-    renewals: list[Renewal] = field(default_factory=list)
+    renewals: list[RemoteRows] = field(default_factory=list)
     released: list[bytes] = field(default_factory=list)
     revoked: bool = False
     withdrawn: list[bytes] = field(default_factory=list)

@@ -18,14 +18,23 @@ from itertools import accumulate
 from secrets import token_bytes
 from sys import maxsize
 from types import MappingProxyType
-from typing import Concatenate, NamedTuple, ParamSpec, Protocol, TypeVar
+from typing import Any, Concatenate, NamedTuple, ParamSpec, Protocol, TypeVar
 
 from portakv.errors import InvalidTerms
 from portakv.runtime import tracing
 from portakv.runtime.bounded import Bounded
 from portakv.serving.groups import Group
-from portakv.serving.handover import Endpoint, RemoteRows, Tickets
-from portakv.serving.plan import NO_HANDOVERS, NO_PLAN, Blocks, Job, Plan, PullJob, Report
+from portakv.serving.handover import Endpoint, Tickets
+from portakv.serving.plan import (
+    NO_HANDOVERS,
+    NO_PLAN,
+    Blocks,
+    Job,
+    Plan,
+    PullJob,
+    RemoteRows,
+    Report,
+)
 from portakv.storage.keys import KeyChain
 from portakv.storage.tiers.base import Keys
 
@@ -203,7 +212,7 @@ class SchedulerSide:
             a group's chunk.
         groups: of the engine's layers.
         workers: how many of them report each load and save.
-        index: of the stored blocks.
+        index: of the stored blocks; None: nothing is stored.
         now: returns the time in seconds.
         holder: keeps blocks from reuse that a save reads, of groups with a window, chunks or
             states. Without one, the engine must not give them up while a request runs.
@@ -219,7 +228,7 @@ class SchedulerSide:
         block_size: int,
         groups: Sequence[Group],
         workers: int,
-        index: Index,
+        index: Index | None,
         now: Callable[[], float] = time.monotonic,
         holder: BlockHolder | None = None,
         keep: Callable[[Keys, int], Kept] | None = None,
@@ -242,11 +251,6 @@ class SchedulerSide:
         self._described: Bounded[bytes, Described] | None = None  # what blocks were made of
         self._generation = b""  # part of all keys, other bytes after `forget`
         self._next = Plan()
-
-    @property
-    def _gives_up_rows(self) -> bool:
-        """Return whether the engine gives up rows of a request while it runs."""
-        return any(not (group.is_whole or group.states) for group in self._groups)
 
     @property
     def _has_states(self) -> bool:
@@ -300,7 +304,9 @@ class SchedulerSide:
             return state.remote.tokens - computed
         first = computed // self._size
         most = min((len(state.tokens) - 1) // self._size, state.limit)
-        count = self._count_stored(state, first, most) if most > first else 0
+        count: int | None = 0
+        if self._index is not None and most > first:
+            count = self._count_stored(self._index, state, first, most)
         if self._keep is not None and count is not None:
             count = self._kept(self._keep, state, first, count)
         if count is None:
@@ -380,8 +386,8 @@ class SchedulerSide:
             ids += new
         past = min(until, len(state.tokens)) // self._size
         first = state.considered
-        if past > first and self._gives_up_rows:  # blocks before the window are gone
-            first = max(first, computed // self._size)
+        if past > first and any(not (x.is_whole or x.states) for x in self._groups):
+            first = max(first, computed // self._size)  # blocks before the window are gone
         if past <= first:
             return
         keys = state.keys(past)
@@ -540,20 +546,20 @@ class SchedulerSide:
         now = {"requests": len(self._requests), "jobs": len(self._jobs)}
         return {**now, "failed_keys": len(self._failed), **self.counts}
 
-    def _count_stored(self, state: _Request, first: int, most: int) -> int | None:
+    def _count_stored(self, index: Index, state: _Request, first: int, most: int) -> int | None:
         """Return how many stored blocks can be loaded from one on; None: not known yet.
 
         A waiting request is looked up in each step: blocks that were there are not looked up again
         until a block was lost.
         """
-        losses = self._index.losses
+        losses = index.losses
         known = 0
         answer = state.answered
         if answer is not None and (answer.first, answer.losses) == (first, losses):
             # A shorter prefix may lack a state, or rows of a window, at its end.
             known = answer.stored if answer.stored <= most - first else 0
         keys = state.keys(most)[first + known : most]
-        more = self._index.leading(keys, first + known) if keys else 0
+        more = index.leading(keys, first + known) if keys else 0
         if more is None:
             return None
         count = known + more
@@ -562,7 +568,7 @@ class SchedulerSide:
             return count
         offered = state.keys(first + count)[first : first + count]
         sound = next((n for n, key in enumerate(offered) if key in self._failed), count)
-        return count if sound == count else self._index.leading(offered[:sound], first)
+        return count if sound == count else index.leading(offered[:sound], first)
 
     def _kept(
         self, keep: Callable[[Keys, int], Kept], state: _Request, first: int, count: int
@@ -588,7 +594,7 @@ class SchedulerSide:
 
         ``states``: the states at its end could be saved too.
         """
-        if key in self._saving:
+        if self._index is None or key in self._saving:
             return False
         return key in self._failed or not self._index.has(key, states)
 
@@ -899,26 +905,17 @@ def _add(totals: defaultdict[str, float], step: Mapping[str, float]) -> None:
         totals[hook] += seconds
 
 
-class HasCosts(Protocol):
-    """An object whose hooks are measured."""
-
-    costs: Costs
-
-
 P = ParamSpec("P")
 R = TypeVar("R")
-S = TypeVar("S", bound=HasCosts)
 
 
-def measured(
-    hook: Callable[Concatenate[S, P], R],
-) -> Callable[Concatenate[S, P], R]:
-    """Return a method that adds its time to the costs of its object, under its name."""
+def measured(hook: Callable[Concatenate[Any, P], R]) -> Callable[Concatenate[Any, P], R]:
+    """Return a method that adds its time to the `Costs` of its object, under its name."""
     name = hook.__name__
 
     @wraps(hook)
-    def call(self: S, /, *args: P.args, **terms: P.kwargs) -> R:
-        costs = self.costs
+    def call(self: Any, /, *args: P.args, **terms: P.kwargs) -> R:
+        costs: Costs = self.costs
         now = costs.now
         began = now()
         try:

@@ -17,20 +17,20 @@ from typing import Literal, NamedTuple, Protocol
 import numpy as np
 
 from portakv.copy.call import calling_for_layers
-from portakv.copy.layer_words import End as LayerEnd
 from portakv.copy.layer_words import LayerWords
 from portakv.errors import PortaKVError
 from portakv.runtime.interrupts import alongside, hand_over
 from portakv.runtime.rate_limited_log import SLOW_DEVICE, RateLimitedLog
 from portakv.runtime.streams import StreamFence
+from portakv.runtime.transfer import Transfer
 from portakv.serving.handover import Handover
 from portakv.serving.local import numbers_of
 from portakv.serving.plan import Job, Plan, Report
 from portakv.storage.form import BlockForm
 from portakv.storage.store import BlockStore, FormStore
 from portakv.storage.tiers.base import After, Keys
-from portakv.storage.work import Mask
-from portakv.tasks import End, Signal, runtime
+from portakv.storage.work import Handle
+from portakv.tasks import Signal, runtime
 from portakv.view import IdList, KVView
 
 # ------------------------------------------------------------------------------------------------
@@ -205,29 +205,6 @@ MOMENT = 0.5
 PAUSE = 1e-3
 
 
-class Moved(LayerEnd, Protocol):
-    """A load or a save: the handle of a `FormStore`, or a `ServerTransfer`."""
-
-    @property
-    def landed(self) -> Mask:
-        """Return the blocks that landed, bool ``[blocks]``."""
-
-    @property
-    def is_issued(self) -> bool:
-        """Return whether all copies were issued: `wait` orders a stream, and blocks no host."""
-
-    @property
-    def layers(self) -> Sequence[LayerEnd]:
-        """Return the end of each layer of a load by layer; empty for others."""
-
-    @property
-    def released(self) -> LayerEnd | End[None] | None:
-        """Return the end of the copies of a save; None for a load."""
-
-    def cancel(self) -> bool:
-        """Start no further block."""
-
-
 class Blocks(Protocol):
     """Where blocks are stored: a `FormStore`, or the `ServerBlocks` of a `StoreClient`."""
 
@@ -235,7 +212,7 @@ class Blocks(Protocol):
     def form(self) -> BlockForm:
         """Return the form of the blocks."""
 
-    def save(self, view: KVView, blocks: IdList, keys: Keys, *, after: After = None) -> Moved:
+    def save(self, view: KVView, blocks: IdList, keys: Keys, *, after: After = None) -> Handle:
         """Save blocks of a view; see `FormStore.save`."""
 
     def load(
@@ -247,7 +224,7 @@ class Blocks(Protocol):
         deadline: float | None = None,
         by_layer: bool = False,
         missing: Literal["skip"] = "skip",
-    ) -> Moved:
+    ) -> Handle:
         """Load blocks into a view; see `FormStore.load`."""
 
 
@@ -290,7 +267,7 @@ class _Part(NamedTuple):
         start: the place of the first of them among the keys of the handle.
     """
 
-    handle: Moved
+    handle: Handle
     at: Sequence[int]
     start: int = 0
 
@@ -317,6 +294,11 @@ class _Work:
     def ended(self) -> bool:
         """Return whether all groups have ended, however they did."""
         return self.waited or all(is_done(part.handle) for part in self.parts)
+
+    def is_released(self) -> bool:
+        """Return whether nothing reads the blocks of a save any longer."""
+        releases = (part.handle.released for part in self.parts)
+        return all(released is None or is_done(released) for released in releases)
 
     def cancel(self) -> None:
         """Start no further block."""
@@ -581,7 +563,7 @@ class WorkerSide:
                 if missing:
                     self._note_late(work, len(missing))
         for number, work in [*self._saves.items()]:
-            if not work.released and all(_is_released(part.handle) for part in work.parts):
+            if not work.released and work.is_released():
                 work.released = True
                 made.released[number] += 1
             if work.released and work.ended():
@@ -760,7 +742,7 @@ def _fail(works: Sequence[_Work], error: PortaKVError) -> None:
         work.cancel()
 
 
-def is_done(transfer: LayerEnd | End[None]) -> bool:
+def is_done(transfer: Transfer) -> bool:
     """Return whether a transfer has ended; how it did is in the blocks that landed."""
     try:
         return transfer.done()
@@ -768,7 +750,7 @@ def is_done(transfer: LayerEnd | End[None]) -> bool:
         return True
 
 
-def _ends_by(until: float, copies: LayerEnd | End[None]) -> bool:
+def _ends_by(until: float, copies: Transfer) -> bool:
     """Return whether copies end by a time of `time.monotonic`."""
     while not is_done(copies):
         if time.monotonic() > until:
@@ -777,12 +759,7 @@ def _ends_by(until: float, copies: LayerEnd | End[None]) -> bool:
     return True
 
 
-def _wait(transfer: LayerEnd) -> None:
+def _wait(transfer: Transfer) -> None:
     """Let the current stream wait for a transfer; how it ended is in the blocks that landed."""
     with suppress(PortaKVError):
         transfer.wait()
-
-
-def _is_released(handle: Moved) -> bool:
-    """Return whether nothing reads the blocks of a save any longer."""
-    return handle.released is None or is_done(handle.released)

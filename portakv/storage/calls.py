@@ -1501,7 +1501,8 @@ class InFlight(Held):
         images = [self._image(row) for row in rows]
         segments = None if segment is None else [segment]
         report = self.reasons.report
-        mask[rows] = tier_store.read(keys, images, segments, self._is_cancelled, report)
+        # Needs no lock, as no call is wanted again.
+        mask[rows] = tier_store.read(keys, images, segments, lambda: not self.wanted, report)
         self._count(tier_store, mask, len(rows))
         return mask
 
@@ -1630,10 +1631,6 @@ class InFlight(Held):
         op = "save" if self.store else "load"
         form.count(tier_store.tier, op, "hit", landed)
         form.count(tier_store.tier, op, "miss", blocks - landed)
-
-    def _is_cancelled(self) -> bool:
-        """Return True if a read may stop; needs no lock, as no call is wanted again."""
-        return not self.wanted
 
 
 # ------------------------------------------------------------------------------------------------

@@ -225,13 +225,7 @@ class FormStore:
         """
         form = self._own("lookup")
         keys = self._keys(keys, "normal", None)
-        clock = self.graph.clock
-        until = clock() + seconds("timeout", timeout, optional=True)
-
-        def has(tier_store: TierStore, some: list[bytes]) -> list[bool]:
-            return tier_store.has(some, max(0.0, until - clock()))
-
-        leading = self._leading(form, keys, has)
+        leading = self._leading(form, keys, self._asking(timeout))
         uninterrupted(partial(form.touch, keys[:leading]))
         return leading
 
@@ -240,13 +234,13 @@ class FormStore:
         it does not count as a use of them."""
         form = self._own("lookup_each")
         keys = self._keys(keys, "normal", None)
+        return self._there(form, keys, self._asking(timeout))
+
+    def _asking(self, timeout: float | None) -> Has:
+        """Return a function that asks tier stores for blocks, from now on for so many seconds."""
         clock = self.graph.clock
         until = clock() + seconds("timeout", timeout, optional=True)
-
-        def has(tier_store: TierStore, some: list[bytes]) -> list[bool]:
-            return tier_store.has(some, max(0.0, until - clock()))
-
-        return self._there(form, keys, has)
+        return lambda tier_store, keys: tier_store.has(keys, max(0.0, until - clock()))
 
     def has(self, key: bytes) -> bool:
         """Return whether the block of a key can be loaded, as far as is known here.

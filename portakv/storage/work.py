@@ -12,6 +12,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Generator, Iterable, Sequence
 from contextlib import nullcontext
 from functools import partial
+from itertools import count
 from traceback import clear_frames
 from typing import Any, Literal, NamedTuple, TypeAlias, TypeVar, cast
 
@@ -131,6 +132,7 @@ class Task(End, Turn):
         soon: a background task that is due as a normal one is, since a caller waits for it; set it
             before the task is entered.
         since: the time since which the task waits for its turn.
+        began, lane: when it began to run, and its place in the trace of its queue.
         followed: the numbers of the tasks that ran before it, for the trace.
     """
 
@@ -152,6 +154,8 @@ class Task(End, Turn):
         self.left: Mask = self.landed
         self.soon = False
         self.since = 0.0
+        self.began = 0.0
+        self.lane = 0
         self.followed: tuple[int, ...] = ()
 
     def moved(self) -> Mask:
@@ -161,13 +165,6 @@ class Task(End, Turn):
         if landed is None:
             return self.left
         return self.left & np.asarray(landed, np.bool_).reshape(self.blocks)
-
-
-class Running(NamedTuple):
-    """A task that runs since a time; the trace shows it at a place of its queue."""
-
-    place: int
-    since: float
 
 
 class BaseQueue(ABC):
@@ -184,7 +181,7 @@ class BaseQueue(ABC):
         self.name = name
         self.tier = tier
         self.queued_bytes = 0
-        self.running = dict[Task, Running]()
+        self.running = set[Task]()
 
     @property
     def slow(self) -> bool:
@@ -205,23 +202,21 @@ class BaseQueue(ABC):
 
     def begin(self, task: Task) -> None:
         """Note that a task runs."""
-        places = {running.place for running in self.running.values()}
-        place = 1
-        while place in places:
-            place += 1
+        lanes = {running.lane for running in self.running}
+        task.lane = next(lane for lane in count(1) if lane not in lanes)
+        task.began = self.graph.runtime.time()
         task.state = "running"
-        self.running[task] = Running(place, self.graph.runtime.time())
+        self.running.add(task)
 
     def finish(self, task: Task, landed: Mask | None, error: BaseException | None = None) -> None:
         """Record the end of a task that runs. A second call does nothing."""
-        running = self.running.pop(task, None)
-        if running is None:
+        if task not in self.running:
             return
-        place, start = running
+        self.running.remove(task)
         end = self.graph.runtime.time()
         what = task.number, task.name, task.blocks, task.nbytes, task.followed
-        ran = Ran(self.name, place, start, end, *what)
-        self.graph.trace.add(self.tier, ran, start - task.since)
+        ran = Ran(self.name, task.lane, task.began, end, *what)
+        self.graph.trace.add(self.tier, ran, task.began - task.since)
         task.trail = (task.number,)
         self.graph.end(task, landed, "failed" if error else "landed", error)
 
@@ -254,7 +249,7 @@ class Queue(Limit, BaseQueue):
         """Return True if a task has run longer than ``stall_seconds``; new background tasks are
         dropped."""
         now = self.graph.clock()
-        return now - min((x.since for x in self.running.values()), default=now) > self.stall
+        return now - min((task.began for task in self.running), default=now) > self.stall
 
     async def run(self, task: Task) -> None:
         """Run a task in its turn, unless it ends before that."""
@@ -504,9 +499,11 @@ class Graph:
         if when <= self.clock():
             self.cancel(end, "late")
         else:
-            self.start(self._end_later(end, Wait(until=when)))
+            self.start(self.end_later(end, when))
 
-    async def _end_later(self, end: End, wait: Wait) -> None:
+    async def end_later(self, end: End, when: float) -> None:
+        """Cancel work as late if it has not ended at a time."""
+        wait = Wait(until=when)
         end.on_end(wait.wake)
         if not await wait:
             self.cancel(end, "late")
@@ -686,8 +683,9 @@ class Handle(Transfer):
 
     @property
     def is_issued(self) -> bool:
-        """Return whether all copies were issued: `wait` orders a stream, and blocks no host."""
-        return bool(self._issued) and not self._ends
+        """Return whether all copies that are left were issued: `wait` orders a stream, and blocks
+        no host."""
+        return bool(self._issued) and all(end.ended for end in self._ends)
 
     @property
     def landed(self) -> Mask:

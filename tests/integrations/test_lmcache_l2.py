@@ -23,7 +23,8 @@ from portakv.errors import InvalidTerms, StoreBusy
 from portakv.integrations import IntegrationError
 from portakv.integrations.lmcache.check import ABSTRACT, findings_of, terms_of
 from portakv.serving import pages
-from portakv.serving.pages import UNFETCHED, ServerPageBlocks
+from portakv.serving.pages import UNFETCHED
+from portakv.serving.server.client import ServerBlocks
 from portakv.storage.eviction import Pins
 
 MODULE = "portakv.integrations.lmcache.l2"
@@ -409,13 +410,13 @@ def test_no_call_waits_for_the_lookup_of_a_server_that_hangs(
     assert until(lambda: other.lookup([key(1)]) == [True], LIMIT)
     adapter = other.adapter
     goes_on = threading.Event()
-    pin = ServerPageBlocks.pin
+    pin = ServerBlocks.pin
 
-    def slow(pages: ServerPageBlocks, keys: Sequence[bytes]) -> Pins:
+    def slow(blocks: ServerBlocks, keys: Sequence[bytes]) -> Pins:
         assert goes_on.wait(LIMIT)
-        return pin(pages, keys)
+        return pin(blocks, keys)
 
-    monkeypatch.setattr(ServerPageBlocks, "pin", slow)
+    monkeypatch.setattr(ServerBlocks, "pin", slow)
     if not hangs:
         goes_on.set()
     tasks = [adapter.submit_lookup_and_lock_task([key(1), key(2)], {}) for _ in range(2)]

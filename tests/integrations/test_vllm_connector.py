@@ -45,8 +45,9 @@ from portakv.integrations.vllm.caches import (
 )
 from portakv.integrations.vllm.ranks import check_kinds, index_of, words_of
 from portakv.serving import Group
-from portakv.serving.handover import Identity, RemoteRows
-from portakv.serving.local import GroupView, LocalIndex, NoStore, StoreTerms, forms_of
+from portakv.serving.handover import Identity
+from portakv.serving.local import GroupView, LocalIndex, StoreTerms, forms_of
+from portakv.serving.plan import RemoteRows
 from portakv.storage import prefix_keys
 from portakv.view import KVView
 
@@ -479,8 +480,7 @@ def test_an_engine_without_a_store_has_no_store_server(configurations: tuple[Any
     settings = settings_of(config, caches)
     assert not settings.uses_store_server
     index = index_of(settings)
-    assert isinstance(index, NoStore)
-    assert (index.leading([b"a"]), index.has(b"a"), index.losses) == (0, True, 0)
+    assert (index.leading([b"a"]), index.has(b"a"), index.losses) == (0, False, 0)
     assert (index.take_events(), index.bytes_of({"landed_blocks": 1})) == ([], {})
 
 

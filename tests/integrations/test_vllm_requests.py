@@ -20,8 +20,9 @@ from portakv.integrations.vllm.caches import (
     settings_of,
 )
 from portakv.serving import Group, SchedulerSide
-from portakv.serving.handover import Identity, RemoteRows
+from portakv.serving.handover import Identity
 from portakv.serving.local import LocalIndex
+from portakv.serving.plan import RemoteRows
 
 
 def request(**terms: Any) -> Any:

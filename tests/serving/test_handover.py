@@ -22,7 +22,7 @@ from portakv.migrate import Shard, Ticket, messages, shared_empty
 from portakv.serving import GroupCache, Plan, Report, WorkerSide
 from portakv.serving.handover import Handover, HandoverTerms
 from portakv.serving.local import NoBlocks
-from portakv.serving.plan import NO_HANDOVERS, Handovers, OfferJob, PullJob, Renewal
+from portakv.serving.plan import NO_HANDOVERS, Handovers, OfferJob, PullJob, RemoteRows
 from portakv.storage import BlockForm
 
 LAYOUT = "layer | kv block token head dim"
@@ -279,7 +279,7 @@ def test_a_ticket_that_is_none_is_a_failed_pull(sides: ExitStack, ticket: bytes)
     dst = made(sides, 8, 16)
     dst.pull([ticket], range(5))
     assert dst.pulled() is False
-    dst.step(Handovers(renewals=[Renewal((ticket,), 1.0)], released=[ticket]))
+    dst.step(Handovers(renewals=[RemoteRows((ticket,), 1, 1.0)], released=[ticket]))
 
 
 def test_a_lease_that_is_over_frees_the_blocks(sides: ExitStack) -> None:
@@ -292,7 +292,7 @@ def test_a_lease_that_is_over_frees_the_blocks(sides: ExitStack) -> None:
     name = token_bytes(32)
     src.offer(name, range(5), lease=1.0)
     (offer,) = owner.offers.values()
-    dst.step(Handovers(renewals=[Renewal((src.ticket(name),), 5.0)]))
+    dst.step(Handovers(renewals=[RemoteRows((src.ticket(name),), 1, 5.0)]))
     assert until(lambda: offer.lease.until == clock.now + 5.0, LIMIT)
     clock.now += 4.9
     assert offer.state == "held"
@@ -383,7 +383,7 @@ def test_an_engine_that_is_gone_is_a_failed_pull(
     ticket = src.ticket(name)
     src.handover.close()
     with caplog.at_level(logging.WARNING):
-        dst.step(Handovers(renewals=[Renewal((ticket,), 1.0)], released=[ticket]))
+        dst.step(Handovers(renewals=[RemoteRows((ticket,), 1, 1.0)], released=[ticket]))
         dst.pull([ticket], range(5))
         assert not dst.pulled()
     assert len(caplog.records) == 1
@@ -443,7 +443,7 @@ def test_an_engine_that_hangs_delays_no_message_to_another(
     src.offer(name, range(5))
     address = silent(sides, tmp_path)
     others = [Ticket.of(address, token_bytes(16), token_bytes(32)) for _ in range(80)]
-    dst.step(Handovers(renewals=[Renewal((other,), LEASE) for other in others]))
+    dst.step(Handovers(renewals=[RemoteRows((other,), 1, LEASE) for other in others]))
     dst.step(Handovers(released=[src.ticket(name)]))
     assert until(lambda: bool(src.step().freed), LIMIT)
 

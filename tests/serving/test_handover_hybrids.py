@@ -19,9 +19,8 @@ from support.waits import LIMIT
 from portakv.errors import InvalidTerms
 from portakv.migrate import Shard, Ticket, shared_empty
 from portakv.serving import Group, SchedulerSide
-from portakv.serving.handover import Endpoint, Handover, HandoverTerms, RemoteRows
-from portakv.serving.local import NoStore
-from portakv.serving.plan import Handovers, OfferJob, PullJob
+from portakv.serving.handover import Endpoint, Handover, HandoverTerms
+from portakv.serving.plan import Handovers, OfferJob, PullJob, RemoteRows
 from portakv.serving.scheduler import SHORT
 from portakv.view import Index
 
@@ -254,7 +253,7 @@ ENDPOINT = Endpoint("ipc:///a", bytes(16))
 
 
 def side() -> SchedulerSide:
-    made = SchedulerSide(16, [Group(16, states="last"), Group(16, window=32)], 1, NoStore())
+    made = SchedulerSide(16, [Group(16, states="last"), Group(16, window=32)], 1, None)
     made.open_offers([ENDPOINT], 7.0)
     return made
 

@@ -15,11 +15,11 @@ from portakv.serving.handover import (
     KEY,
     HandoverTerms,
     Identity,
-    RemoteRows,
     parameters_of,
     read_rows,
     rows_in,
 )
+from portakv.serving.plan import RemoteRows
 
 PROMPT = [*range(100, 140)]
 SAME = Identity.of("model", PROMPT, b"salt", [b"image"])

@@ -13,9 +13,9 @@ from support.serving_handovers import walk
 from portakv.migrate import Ticket
 from portakv.migrate.messages import Named
 from portakv.serving import Group, Report, SchedulerSide
-from portakv.serving.handover import RENEWALS, Endpoint, RemoteRows
-from portakv.serving.local import NoStore
-from portakv.serving.plan import NO_HANDOVERS, Handovers, PullJob, Renewal
+from portakv.serving.handover import RENEWALS, Endpoint
+from portakv.serving.local import StoreIndex
+from portakv.serving.plan import NO_HANDOVERS, Handovers, PullJob, RemoteRows
 
 WALKS = 1600  # in all
 PARTS = 16
@@ -99,7 +99,7 @@ ROWS = RemoteRows((Ticket.of("ipc:///a", EPOCH, b"n" * 32),), len(PROMPT), lease
 
 
 def scheduler_side_of(clock: Clock | None = None, workers: int = 1) -> SchedulerSide:
-    return SchedulerSide(16, [Group(16)], workers, NoStore(), clock or Clock())
+    return SchedulerSide(16, [Group(16)], workers, None, clock or Clock())
 
 
 def expecting() -> SchedulerSide:
@@ -215,8 +215,7 @@ def test_leases_are_renewed_until_the_end_of_the_pull() -> None:
     assert scheduler_side.plan().handovers is NO_HANDOVERS
     for _ in range(2):
         clock.now += ROWS.lease / RENEWALS
-        renewal = Renewal(ROWS.tickets, ROWS.lease)
-        assert scheduler_side.plan().handovers == Handovers(renewals=[renewal])
+        assert scheduler_side.plan().handovers == Handovers(renewals=[ROWS])
         assert scheduler_side.plan().handovers is NO_HANDOVERS
     job = pulled(scheduler_side)
     clock.now += ROWS.lease / RENEWALS
@@ -299,12 +298,7 @@ def test_ends_of_offers_are_counted() -> None:
 
 def test_rows_that_were_pulled_are_saved() -> None:
     """A store of the decode engine has them for the next turn of a conversation."""
-
-    class Empty(NoStore):
-        def has(self, key: bytes, states: bool = True, /) -> bool:
-            return False
-
-    scheduler_side = SchedulerSide(16, [Group(16)], 1, Empty(), Clock())
+    scheduler_side = SchedulerSide(16, [Group(16)], 1, StoreIndex(), Clock())
     scheduler_side.add("a", PROMPT, remote=ROWS)
     ended(scheduler_side, pulled(scheduler_side), landed=True)
     scheduler_side.scheduled("a", 39, 40, ((5, 6, 7),), replaced=True)

@@ -17,8 +17,7 @@ from support.waits import LIMIT, until
 
 from portakv.serving import PageJob, PageStore, StoreTerms
 from portakv.serving.bucket import MISSING
-from portakv.serving.page_tier import FAILED, PACE, PENDING, PageTier
-from portakv.serving.pages import Pages
+from portakv.serving.pages import FAILED, PACE, PENDING, Pages, PageTier
 
 SIZE = 8192
 SLOTS = 24

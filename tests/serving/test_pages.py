@@ -136,7 +136,11 @@ def test_the_end_of_a_job_wakes_a_thread_and_a_coroutine(store: PageStore) -> No
     given = memory(6)  # a view retains nothing
     view = pages.over(given)
     save = pages.save(keys_of(SLOTS), view, tag="save")
-    runtime().start(save.until_end()).synchronize(LIMIT)
+
+    async def follow() -> None:
+        await save
+
+    runtime().start(follow()).synchronize(LIMIT)
     assert save.done()
     load = pages.load(keys_of(SLOTS), view, tag="load")
     assert load.wait(LIMIT)

@@ -20,7 +20,6 @@ from portakv.errors import HostMemoryError, InvalidTerms, StoreError
 from portakv.host.shared import process_space, started
 from portakv.serving import Place, StoreTerms, place_of
 from portakv.serving.server.server import check_process, has_ended
-from portakv.serving.server.state import ClientProcess
 
 ADDRESS = "ipc:///proc/12/fd/34"
 
@@ -175,12 +174,11 @@ def test_a_process_that_cannot_be_looked_at_has_not_ended() -> None:
     """Its rows would be lent to another process while it writes them."""
     words = [sys.executable, "-c", "input()"]
     with subprocess.Popen(words, stdin=subprocess.PIPE) as child:
-        key = process_space(), child.pid, started(child.pid) or 0
-        process = ClientProcess(key)
+        process = process_space(), child.pid, started(child.pid) or 0
         with no_descriptors():
             assert not has_ended(process)
             with pytest.raises(HostMemoryError, match="too many open files"):
-                check_process(key)
+                check_process(process)
         assert not has_ended(process)
         child.kill()
         child.wait()

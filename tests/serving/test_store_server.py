@@ -145,7 +145,7 @@ class Ranks:
             for row, place in zip(grant.rows, grant.places, strict=True):
                 fits = mark or place != unfit
                 landed.append(good if fits else UNFIT)
-                for cell in cells_in(client.parts[0].cells):
+                for cell in cells_in(next(iter(client.parts.values()))):
                     self.store.contents[row][cell] = mark + KEYS[place] if fits else FLAG
             self.state.report(client.session, grant.lease, bytes(landed))
 

@@ -25,7 +25,7 @@ from portakv.errors import (
     TransferTimeout,
 )
 from portakv.serving import Place, ServerIndex, StoreClient, StoreServer, StoreTerms
-from portakv.serving.server.client import Requests, ServerTransfer
+from portakv.serving.server.client import ServerTransfer
 from portakv.serving.server.messages import MOST_KEYS
 from portakv.storage import BlockForm, BlockStore, Disk, prefix_keys
 from portakv.storage.memory import SHORT_COPY, Crossing
@@ -109,7 +109,7 @@ def test_a_load_by_layer_has_an_end_for_each_layer(host: Callable[..., Host], di
         loaded.wait()
         assert loaded.landed.tolist() == [True] * 10 + [False] * (many - 10)
         assert same(target, view, 10)
-    assert blocks.load(view, [0], KEYS[:1]).layers == ()
+    assert blocks.load(view, [0], KEYS[:1]).layers == []
 
 
 def test_an_index_tells_what_was_stored_and_lost(host: Callable[..., Host]) -> None:
@@ -516,14 +516,14 @@ def test_what_begins_as_its_session_ends_copies_nothing(
     blocks = client.blocks[0]
     blocks.save(view, range(4), KEYS[:4]).synchronize(LIMIT)
     link = client.link
-    begin = Requests.begin
+    begin = StoreClient.begin
     start_copy = ServerTransfer.start_copy
     copies = list[ServerTransfer]()
 
-    def late(requests: Requests, *args: Any) -> Any:
+    def late(client: StoreClient, *args: Any) -> Any:
         assert link.session is not None
         link.lose(link.session, "of this test")
-        return begin(requests, *args)
+        return begin(client, *args)
 
     def start(transfer: ServerTransfer, issues: int = 0) -> bool:
         begun = start_copy(transfer, issues)
@@ -533,7 +533,7 @@ def test_what_begins_as_its_session_ends_copies_nothing(
     def moved(save: bool) -> ServerTransfer:
         with monkeypatch.context() as patch:
             patch.setattr(Place, "address", lambda _: "")  # the server retains the session
-            patch.setattr(Requests, "begin", late)
+            patch.setattr(StoreClient, "begin", late)
             patch.setattr(ServerTransfer, "start_copy", start)
             if not save:
                 transfer = blocks.load(caches(), range(4), KEYS[:4])

@@ -18,7 +18,7 @@ from support.waits import LIMIT, until
 
 from portakv.errors import InvalidTerms
 from portakv.serving import StoreTerms
-from portakv.serving.pages import PagePool, ServerPageStore
+from portakv.serving.pages import PagePool, PageStore
 
 PIECES = [512, 256]
 COUNT = 12
@@ -32,7 +32,7 @@ def terms_of(folder: Path, **more: Any) -> StoreTerms:
 
 def pool_of(folder: Path, identity: bytes = b"pool", model: str = "model") -> Any:
     pool = PagePool(PIECES, identity)
-    store = ServerPageStore(terms_of(folder), model, [pool.size])
+    store = PageStore(terms_of(folder), model, [pool.size])
     pool.open(store)
     return store, pool
 
@@ -95,13 +95,13 @@ def test_pages_of_another_model_are_refused(tmp_path: Path, closing: ExitStack) 
 
 @pytest.mark.parametrize(
     "more",
-    [{"shared": False}, {"folder": None}, {"bucket": "memory://"}, {"encoding": "pack"}],
+    [{"folder": None}, {"bucket": "memory://"}, {"encoding": "pack"}],
     ids=str,
 )
 def test_terms_that_are_refused(more: dict[str, Any], tmp_path: Path) -> None:
     terms = StoreTerms(**{"folder": str(tmp_path / "kv"), "shared": True, **ROOM, **more})
     with pytest.raises(InvalidTerms, match="encoding" if "encoding" in more else "shared"):
-        ServerPageStore(terms, "model", [PagePool(PIECES).size])
+        PageStore(terms, "model", [PagePool(PIECES).size])
 
 
 KILLED = """

@@ -24,7 +24,7 @@ from portakv.errors import (
 )
 from portakv.serving import Place, ServerIndex, StoreClient
 from portakv.serving.server import link as store_server_link
-from portakv.serving.server.client import MappedRows, Requests, ServerTransfer
+from portakv.serving.server.client import MappedRows, ServerTransfer
 from portakv.storage import BlockForm, BlockStore
 
 
@@ -49,14 +49,14 @@ def test_a_client_joins_only_after_its_session_has_ended_here(
         joins.set()
         return address(place)
 
-    def slow(requests: Requests) -> None:
+    def slow(client: StoreClient) -> None:
         link.wake()
         early.append(joins.wait(0.5))  # without the rule it comes at once
 
     assert link.session is not None
     with monkeypatch.context() as patch:
         patch.setattr(Place, "address", asked)
-        patch.setattr(Requests, "close_all", slow)
+        patch.setattr(StoreClient, "close_all", slow)
         link.lose(link.session, "of this test")
     assert early == [False]
     assert client.wait(LIMIT)

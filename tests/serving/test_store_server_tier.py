@@ -26,8 +26,7 @@ from support.store_damage import any_images_believed, flip_bits, swap_images
 from support.waits import LIMIT, until
 
 from portakv.serving import PageJob, StoreTerms
-from portakv.serving.page_tier import PageTier
-from portakv.serving.pages import PageSize, ServerPageStore
+from portakv.serving.pages import PageSize, PageStore, PageTier
 from portakv.serving.server.client import Known, missed
 from portakv.serving.server.messages import KeysPage
 from portakv.storage.image import HEADER
@@ -43,7 +42,7 @@ class Engine:
     def __init__(self, folder: Path, **more: Any) -> None:
         terms = {"capacity": 4 << 20, "host": 0, "staging": 2 << 20, **more}
         made = StoreTerms(str(folder), shared=True, **terms)
-        self.store = ServerPageStore(made, "model", [PageSize(SIZE)], "identity")
+        self.store = PageStore(made, "model", [PageSize(SIZE)], identity="identity")
         self.memory = np.zeros((SLOTS, SIZE), np.uint8)
         pages = self.store.pages(SIZE)
         self.tier = PageTier(self.store, pages, self.memory.data, reports=True)

@@ -15,8 +15,8 @@ from secrets import token_bytes
 
 from portakv.migrate.messages import Named
 from portakv.serving import Plan, SchedulerSide
-from portakv.serving.handover import Endpoint, RemoteRows
-from portakv.serving.plan import OfferJob, PullJob
+from portakv.serving.handover import Endpoint
+from portakv.serving.plan import OfferJob, PullJob, RemoteRows
 from support.serving_model import LIMIT, NOTHING, Draw, Engine, Load, Request, Store, Worker
 
 LEASE = 4.0  # seconds; the clock of a scheduler side ticks in fifths

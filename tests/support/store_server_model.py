@@ -504,7 +504,7 @@ class Walk:
             if each.dead and not each.seen_dead:
                 each.seen_dead = True
                 for process in self.state.processes():
-                    if process.key[1] == each.pid:
+                    if process[1] == each.pid:
                         self.state.process_ended(process)
                 return
 
@@ -594,8 +594,7 @@ class Hasty(ServerState):
     """A state that takes a block for whole when the first rank has reported."""
 
     def report(self, session: int, number: int, landed: bytes) -> None:
-        client = self._clients.get(session)
-        lease = None if client is None else client.process.leases.get(number)
-        if lease is not None:
+        lease = self.leases.get(number)
+        if lease is not None and lease.client.session == session:
             lease.cells = -1
         super().report(session, number, landed)

@@ -19,8 +19,8 @@ import numpy as np
 from portakv.copy.layer_words import End
 from portakv.errors import PortaKVError
 from portakv.serving import Plan, Report
-from portakv.serving.worker import Blocks, Moved
-from portakv.storage.work import Mask
+from portakv.serving.worker import Blocks
+from portakv.storage.work import Handle, Mask
 
 #: Steps after which a save has released its blocks, and after which a load or save has ended.
 RELEASED = 1
@@ -90,7 +90,7 @@ class PacedEnd:
 class PacedTransfer(PacedEnd):
     """A load or save whose copies have ended, and whose end the engine learns later."""
 
-    def __init__(self, pace: Pace, moved: Moved, lost: int | None = None) -> None:
+    def __init__(self, pace: Pace, moved: Handle, lost: int | None = None) -> None:
         super().__init__(pace, ENDED)
         with suppress(PortaKVError):
             moved.wait()
@@ -119,11 +119,11 @@ class PacedBlocks:
         self._blocks = blocks
         self.form = blocks.form
 
-    def save(self, *args: Any, **terms: Any) -> Moved:
+    def save(self, *args: Any, **terms: Any) -> Any:
         """Save blocks, and wait for the copies."""
         return PacedTransfer(self._pace, self._blocks.save(*args, **terms))
 
-    def load(self, *args: Any, **terms: Any) -> Moved:
+    def load(self, *args: Any, **terms: Any) -> Any:
         """Load blocks, and wait for the copies; one may be lost."""
         lost = self._pace.lost
         self._pace.lost = None

@@ -56,9 +56,8 @@ _report = ServerState.report
 
 def report_whole(state: ServerState, session: int, number: int, landed: bytes) -> None:
     """Take the part of a rank for the whole blocks."""
-    client = next((each for each in state.clients() if each.session == session), None)
-    lease = None if client is None else client.process.leases.get(number)
-    if lease is not None:
+    lease = state.leases.get(number)
+    if lease is not None and lease.client.session == session:
         lease.cells = -1
     _report(state, session, number, landed)
 
@@ -91,7 +90,7 @@ FAULTS = [
     # A server that ends in order has its place for ever.
     Fault("takeover", "portakv.serving.server.link.Place.release", no_call),
     # Transfers of a session that has ended go on.
-    Fault("takeover", "portakv.serving.server.client.Requests.close_all", no_call),
+    Fault("takeover", "portakv.serving.server.client.StoreClient.close_all", no_call),
     # A load takes bytes that a tier has damaged.
     Fault("save", "portakv.storage.image.verify", yes),
     # A transfer that ends keeps its rows.

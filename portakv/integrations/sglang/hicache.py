@@ -31,7 +31,7 @@ from portakv.integrations.sglang.pools import (
     settings_of,
 )
 from portakv.runtime.rate_limited_log import RateLimitedLog
-from portakv.serving.pages import PagePool, PageStore, ServerPageStore, page_store
+from portakv.serving.pages import PagePool, PageStore, page_store
 
 check_release("sglang")
 check_hooks()
@@ -72,7 +72,7 @@ class PortaKVStorage(HiCacheStorage):  # type: ignore[misc]
     def __init__(self, storage_config: Any, kwargs: object = None) -> None:
         self._settings: Settings = settings_of(storage_config)
         self._pools = dict[str, PoolPages]()
-        self._store: PageStore | ServerPageStore | None = None
+        self._store: PageStore | None = None
 
     # --- host pools
 

@@ -27,12 +27,11 @@ from portakv.serving.handover import (
     KEY,
     HandoverTerms,
     Identity,
-    RemoteRows,
     parameters_of,
     rows_in,
 )
 from portakv.serving.local import TOKENS, TOKENS_ON_CPU, GroupView, StoreTerms, checksum_if_here
-from portakv.serving.plan import Blocks
+from portakv.serving.plan import Blocks, RemoteRows
 from portakv.serving.scheduler import NO_STATES
 from portakv.view import KVView
 

@@ -127,7 +127,7 @@ class PortaKVConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
                 settings.block_size,
                 settings.groups,
                 settings.workers.size,
-                self.index,
+                index if settings.stores else None,
                 holder=self._pool,
                 keep=keep,
             )

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 
 from portakv.copy.layer_words import LayerWords
-from portakv.errors import Unsupported
+from portakv.errors import InvalidTerms, Unsupported
 from portakv.integrations import IntegrationError
 from portakv.integrations.vllm.caches import (
     BY_HEAD,
@@ -37,7 +37,7 @@ from portakv.serving.local import (
     GroupView,
     LocalIndex,
     NoBlocks,
-    NoStore,
+    StoreIndex,
     StoreTerms,
     forms_of,
     found_in,
@@ -241,8 +241,13 @@ class JoinedIndex(ServerIndex):
 
         Without one, the log has a line. A rank that was refused may join later.
         """
-        if self.answered(timeout):
-            return not self.is_refused
+        try:
+            if self.wait(timeout):
+                return True
+        except InvalidTerms:
+            if not self._link.refused:
+                raise
+            return False  # the log has the sentence
         _log.warning(
             "No worker has joined the store of PortaKV in %s yet. Until one does, nothing is "
             "stored or loaded.",
@@ -260,7 +265,7 @@ class JoinedIndex(ServerIndex):
         self.store_server.close()
 
 
-def index_of(settings: Settings) -> LocalIndex | JoinedIndex | NoStore:
+def index_of(settings: Settings) -> StoreIndex:
     """Return the index of an engine's scheduler.
 
     With a server it waits until a worker has joined, or was refused. vLLM makes its workers before
@@ -270,7 +275,7 @@ def index_of(settings: Settings) -> LocalIndex | JoinedIndex | NoStore:
     engine with another number of groups.
     """
     if not settings.stores:
-        return NoStore()
+        return StoreIndex()
     what = f"blocks of {settings.block_size} tokens"
     if not settings.uses_store_server:
         index = LocalIndex.of(settings.engine)

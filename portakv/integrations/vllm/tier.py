@@ -28,8 +28,7 @@ from portakv.integrations import check_release, log_through
 from portakv.integrations.vllm.check import TierTerms, tier_terms
 from portakv.integrations.vllm.offloading import PortaKVOffloadingSpec
 from portakv.serving.local import checksum_if_here
-from portakv.serving.page_tier import PACE, PageTier
-from portakv.serving.pages import PageJob, PageSize, page_store
+from portakv.serving.pages import PACE, PageJob, PageSize, PageTier, page_store
 
 check_release("vllm")
 

@@ -6,18 +6,18 @@ copy of that server's index.
 from __future__ import annotations
 
 import logging
-import time
-from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
 from itertools import count, islice, takewhile
-from typing import Literal, NamedTuple, TypeAlias, TypeVar
+from secrets import token_hex
+from typing import Any, Literal, NamedTuple, TypeAlias, TypeVar
 
 import numpy as np
 import torch
 
 from portakv.arguments import flag, instance, items, one_of, seconds, text, whole
-from portakv.errors import InvalidTerms, PortaKVError, StoreError, TransferTimeout
+from portakv.errors import PortaKVError, StoreError
 from portakv.host import pinned
 from portakv.migrate.channel import Channel, Peer
 from portakv.migrate.shared_memory import open_shared
@@ -25,9 +25,9 @@ from portakv.runtime.bounded import Bounded
 from portakv.runtime.devices import inside
 from portakv.runtime.interrupts import uninterrupted
 from portakv.runtime.rate_limited_log import RateLimitedLog
-from portakv.runtime.transfer import Completion, Transfer
+from portakv.runtime.transfer import Transfer
 from portakv.serving.bucket import BucketAnswers
-from portakv.serving.local import StoreIndex
+from portakv.serving.local import StoreIndex, StoreTerms
 from portakv.serving.server.link import ASKING, PATIENT, Link, Place, Session, Sides, this_client
 from portakv.serving.server.messages import (
     MOST_KEYS,
@@ -56,7 +56,7 @@ from portakv.serving.server.messages import (
     after_of,
     tier_of,
 )
-from portakv.serving.server.server import rows_here
+from portakv.serving.server.server import StoreServer, place_of, rows_here
 from portakv.serving.server.state import cells_of, whole_form
 from portakv.storage import BlockForm
 from portakv.storage.calls import Change, copy_fitting
@@ -65,8 +65,8 @@ from portakv.storage.form import Slices
 from portakv.storage.keys import check_keys, different_keys, predecessors
 from portakv.storage.memory import Crossing, Loan
 from portakv.storage.tiers.base import After, Keys
-from portakv.storage.work import Mask
-from portakv.tasks import SLACK, End, Limit, Priority, Signal, Wait, Work, runtime
+from portakv.storage.work import End, Graph, Handle, Mask
+from portakv.tasks import SLACK, Limit, Priority, Signal, Wait, Work, runtime
 from portakv.view import IdList, KVView
 
 # ------------------------------------------------------------------------------------------------
@@ -74,12 +74,28 @@ from portakv.view import IdList, KVView
 
 
 class Known:
-    """The blocks of one form that a server has, and in which tiers."""
+    """The blocks of one form that a server has, and in which tiers.
 
-    def __init__(self) -> None:
+    ``bucket``: what is known of lookups in the server's bucket; None: it has none.
+    """
+
+    def __init__(self, bucket: BucketAnswers | None = None) -> None:
         #: By key a number with a bit for each tier.
         self.tiers = dict[bytes, int]()
         self._names = dict[str, int]()  # the bits of tiers, by their names
+        self._bucket = bucket
+
+    def has(self, key: bytes) -> bool:
+        """Return whether a block can be loaded."""
+        return key in self.tiers or (self._bucket is not None and self._bucket.has(key))
+
+    def has_each(self, keys: Keys) -> list[bool]:
+        """Return which blocks can be loaded."""
+        return [*map(self.has, keys)]
+
+    def leading(self, keys: Keys) -> int:
+        """Return how many leading blocks can be loaded."""
+        return sum(takewhile(bool, map(self.has, keys)))
 
     def add_page(self, page: KeysPage) -> None:
         """Note that a tier has blocks."""
@@ -156,43 +172,6 @@ class ServerIndex(StoreIndex):
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def leading(self, keys: Keys, first: int = 0) -> int | None:
-        """Return how many leading blocks can be loaded; None if a bucket has yet to answer.
-
-        ``first``: the number of the first block in its request.
-        """
-        groups = self._parts_here()
-        if not groups:
-            return 0
-        bucket = self.bucket
-
-        def there(number: int, many: int) -> Iterator[bool]:
-            parts = [known.tiers for known in groups[number]]
-            some = keys[:many]
-            if bucket is None:
-                return (all(key in tiers for tiers in parts) for key in some)
-            return (all(key in x for x in parts) or bucket.has(key) for key in some)
-
-        known = self._rules(len(groups)).longest(
-            first,
-            len(keys),
-            lambda number, many: sum(takewhile(bool, there(number, many))),
-            lambda number, many: [*there(number, many)],
-        )
-        return known if bucket is None else bucket.leading(keys, known, first)
-
-    def has(self, key: bytes, states: bool = True) -> bool:
-        """Return whether a block can be loaded.
-
-        ``states``: with those at its end, of groups that have states. Else only its rows.
-        """
-        groups = self._parts_here()
-        numbers = self._rules(len(groups)).numbers(states) if groups else ()
-        if groups and all(key in known.tiers for number in numbers for known in groups[number]):
-            return True
-        bucket = self.bucket
-        return bool(groups) and bucket is not None and bucket.has(key)
-
     def holds(self, group: int, keys: Keys) -> list[bool]:
         """Return for each key whether the block of one group can be loaded, as far as is known.
 
@@ -202,8 +181,7 @@ class ServerIndex(StoreIndex):
         groups = self._groups_here()
         if not groups:
             return [False] * len(keys)
-        tiers = groups[group].tiers
-        return [key in tiers for key in keys]
+        return groups[group].has_each(keys)
 
     def counts(self) -> list[int]:
         """Return how many blocks of each group can be loaded; nothing without a server."""
@@ -227,25 +205,6 @@ class ServerIndex(StoreIndex):
         """
         return self._link.wait(seconds("timeout", timeout))
 
-    def answered(self, timeout: float = 10.0) -> bool:
-        """Wait as `wait` does; return whether the index is here, or a server has refused the ranks.
-
-        The log has the sentence of a refusal. The server may take the ranks later. Raises as `wait`
-        for another reason.
-        """
-        limit = seconds("timeout", timeout)
-        try:
-            return self._link.wait(limit)
-        except InvalidTerms:
-            if not self._link.refused:
-                raise
-            return True
-
-    @property
-    def is_refused(self) -> bool:
-        """Return whether a server has refused the ranks of the engine."""
-        return self._link.refused
-
     def close(self) -> None:
         """Leave the server."""
         if not self._runtime.forked:
@@ -256,8 +215,7 @@ class ServerIndex(StoreIndex):
         still."""
         return [] if self._runtime.forked else self._known
 
-    def _parts_here(self) -> list[list[Known]]:
-        """Return what is known of the parts of each group."""
+    def _stored(self) -> list[list[Known]]:
         left = iter(self._groups_here())
         made = [[*islice(left, many)] for many in self.parts]
         return made if made[0] else []
@@ -307,7 +265,7 @@ class ServerIndex(StoreIndex):
 
     async def _read_group(self, address: str, session: int, group: int) -> tuple[Known, int]:
         """Return the blocks of a group, and the number of the last change before them."""
-        known = Known()
+        known = Known(self.bucket)
         more = True
         page = 0
         while more:
@@ -470,12 +428,16 @@ class MappedRows:
 
 
 # ------------------------------------------------------------------------------------------------
-# A load or a save through a server, as its caller sees it.
+# A load or a save through a server: its handle, what it asks for, and its copies.
 
 #: Seconds after its deadline for which a load waits for the server to end it.
 GRACE = 0.5
-#: Seconds between two looks of a caller that waits.
-LOOK = 1.0
+#: Helpers that copy for loads, and as many that copy for saves.
+WIDTH = 2
+#: Seconds between two looks at a copy that was issued.
+POLL = 5e-4
+
+_log = RateLimitedLog(logging.getLogger(__name__))
 
 
 class Piece(NamedTuple):
@@ -496,83 +458,12 @@ class Piece(NamedTuple):
 Hit: TypeAlias = tuple[Piece, Grant]
 
 
-# ------------------------------------------------------------------------------------------------
-# The requests of a rank to its server.
-
-#: Helpers that copy for loads, and as many that copy for saves.
-WIDTH = 2
-
-
-class Requests:
-    """The requests of a rank that have not ended. Any thread may call.
-
-    Attributes:
-        runtime: its lock guards all transfers.
-        changed: tells of each change.
-        numbers: of requests and locks.
-        open: those that have not ended, by their numbers.
-    """
-
-    def __init__(self) -> None:
-        self.runtime = runtime()
-        self.changed = Signal(self.runtime)
-        self.numbers = count(1)
-        self.open = dict[int, tuple[ServerTransfer, Piece]]()
-        self._loads = Limit(self.runtime, WIDTH)
-        self._saves = Limit(self.runtime, WIDTH)
-
-    def begin(self, transfer: ServerTransfer, keys: int) -> list[Piece]:
-        """Return the requests of a transfer of so many keys."""
-        pieces = [
-            Piece(next(self.numbers), first, min(MOST_KEYS, keys - first))
-            for first in range(0, keys, MOST_KEYS)
-        ]
-        for piece in pieces:
-            self.open[piece.number] = transfer, piece
-        return pieces
-
-    def close_all(self) -> None:
-        """Begin no further copy, and wait for no further rows."""
-        with self.runtime.lock:
-            for transfer, _ in [*self.open.values()]:
-                transfer.close()
-
-    async def in_turn(
-        self, transfer: ServerTransfer, steps: Callable[..., Awaitable[T]], *arguments: object
-    ) -> T:
-        """Return the result of a coroutine once few others of loads, or of saves, run."""
-        limit = self._saves if transfer.saves else self._loads
-        await limit.acquire(priority=transfer.priority)
-        try:
-            return await steps(*arguments)
-        finally:
-            limit.release()
-
-    def close(self, timeout: float) -> None:
-        """End all requests, and wait for copies under way, at most so many seconds."""
-        self.close_all()
-        self.changed.block(lambda: not self.open, timeout)  # only copies under way are left
-
-
-# ------------------------------------------------------------------------------------------------
-# A load or a save through a server: what it asks for, and its copies.
-
-_log = RateLimitedLog(logging.getLogger(__name__))
-#: Seconds between two looks at a copy that was issued.
-POLL = 5e-4
-
-
-class ServerTransfer:
+class ServerTransfer(Handle):
     """A load or a save through a server. It never raises: what did not land is in `landed`.
 
     Attributes:
         saves: it is a save.
-        priority: among the transfers of the client.
-        layers: of a load by layer, what to wait for before each layer; empty for others.
         pieces: its requests.
-        released: ends when nothing reads the blocks of a save; None of a load.
-        issued: the end of the copy on the caller's stream, if the call issued one.
-        issued_blocks: the blocks of that copy, bool ``[blocks]``.
     """
 
     def __init__(
@@ -583,41 +474,37 @@ class ServerTransfer:
         keys: int,
         priority: Priority,
         saves: bool,
-        deadline: float | None,
     ) -> None:
         """Begin the requests, which have ended if there is no server.
 
         Raises the errors of copies that are impossible.
         """
-        self.layers: Sequence[ServerTransfer | Transfer] = ()
-        self.issued: Completion | None = None
-        self.issued_blocks: Mask | None = None
-        self._ordered = False  # a stream waits for what was issued
-        self._requests = blocks.requests
-        self._changed = blocks.requests.changed
-        self._runtime = blocks.requests.runtime
-        self._link = blocks.link
-        self._session = session = blocks.link.session
+        self._client = client = blocks.client
+        self._runtime = client.graph.runtime
+        self._link = client.link
+        self._session = session = client.link.session
         self._group = blocks.group
         self._form = blocks.form
         self._cells = blocks.cells
         self._view = view
         self._crossing = crossing
-        self.priority = priority
+        self._priority = priority
         self.saves = saves
-        self._until = None if deadline is None else time.monotonic() + deadline
-        self._end = End[None](self._runtime)
-        self.released = End[None](self._runtime) if saves else None
         # The runtime's lock guards what follows.
+        self._end = End(client.graph, keys)
+        self._end.stop = self._stop
+        super().__init__(client.graph, self._end, missing="skip")
+        self._released = End(client.graph, keys)
+        if saves:
+            self.add_release(self._released)
         self._closed = False  # no copy begins: it was cancelled, is late, or lost its server
         self._copying = 0  # leases whose copies are under way in helpers
         self._issuing = 0  # leases whose copies were issued on the caller's stream
-        self._landed: Mask = np.zeros(keys, np.bool_)
         self._covered = dict[int, int]()  # the cells that have come of blocks in several rows
         if session is not None:
             crossing.prepare(self._rows_of(session))
         with self._runtime.lock:
-            self.pieces = self._requests.begin(self, keys)
+            self.pieces = client.begin(self, keys)
             # First answers that have not come, and leases whose copies have not begun.
             self._queued = len(self.pieces)
             # The requests that may get more rows, and those of a save that have not ended.
@@ -629,77 +516,15 @@ class ServerTransfer:
                 self._closed = True
             self._note()
 
-    def when_ended(self, call: Callable[[], object]) -> None:
-        """Have a function called once when it has ended, or now if it has.
-
-        It is called in any thread, perhaps in a step: it must be quick, and wait for nothing.
-        """
-        self._end.on_end(call)
-
-    def done(self) -> bool:
-        """Return whether it has ended; never block, never raise."""
-        late = self._until is not None and time.monotonic() > self._until + GRACE
-        with self._runtime.lock:
-            if late:
-                self.cancel()
-            return self._end.ended
-
-    @property
-    def is_issued(self) -> bool:
-        """Return whether all copies were issued: `wait` orders a stream, and blocks no host."""
-        return self.issued is not None and self._issued_all()
-
-    @property
-    def landed(self) -> Mask:
-        """Return the blocks that landed, or are stored, bool ``[blocks]``.
-
-        After `wait`, the blocks of a copy that was issued count: the stream finds their bytes.
-        """
-        result: Mask = self._landed.copy()
-        if self._ordered and self.issued_blocks is not None:
-            result |= self.issued_blocks
-        return result
-
-    def cancel(self) -> bool:
-        """Copy no further block; return whether some blocks will not be copied."""
-        with self._runtime.lock:
-            if self._closed or self._end.ended:
-                return False
-            self.close()
+    def _stop(self, state: str, error: Exception) -> bool:
+        """Copy no further block; return whether some blocks will not be copied. Runs in a step."""
+        if self._closed:
+            return False
+        self.close()
         session = self._session
         if session is not None:
             for piece in self.pieces:  # nothing waits for them any longer
                 self._runtime.start(self._link.tell(session, Stop(session.number, piece.number)))
-        return True
-
-    def synchronize(self, timeout: float | None = None) -> None:
-        """Block until it has ended. Raises `TransferTimeout` after so many seconds."""
-        if not self.block(self.done, timeout):
-            raise TransferTimeout(
-                f"The transfer timed out after {timeout:g} s, and goes on. Wait again, or call "
-                f"done()."
-            )
-
-    def wait(self, stream: torch.Stream | None = None) -> None:
-        """Make the current stream (or ``stream``) wait; block the host for what others copy."""
-        issued = self.issued
-        if issued is not None:
-            issued.wait(stream)
-            self._ordered = True
-        self.block(lambda: self.done() or self._issued_all())
-
-    def block(self, condition: Callable[[], bool], timeout: float | None = None) -> bool:
-        """Wait for a condition, at most so many seconds; return whether it holds.
-
-        Looks now and then, since a transfer may become late.
-        """
-        until = None if timeout is None else time.monotonic() + timeout
-        left = LOOK
-        while not self._changed.block(condition, min(left, LOOK)):
-            if until is not None:
-                left = until - time.monotonic()
-                if left <= 0:
-                    return False
         return True
 
     # --- how far it is
@@ -717,7 +542,7 @@ class ServerTransfer:
                 self._lacking.discard(piece.number)
             if progress.stored is not None:
                 stored = np.frombuffer(progress.stored, np.bool_)
-                self._landed[piece.first : piece.first + piece.blocks] = stored
+                self._end.landed[piece.first : piece.first + piece.blocks] = stored
                 self._unstored.discard(piece.number)
             self._note()
 
@@ -735,45 +560,50 @@ class ServerTransfer:
             self._issuing += issues
             return True
 
-    def end_copy(self, piece: Piece, grant: Grant, cells: int, issued: bool = False) -> None:
-        """Note that a copy has ended, which brought cells of blocks."""
+    def end_copy(self, piece: Piece, grant: Grant, cells: int) -> None:
+        """Note that a copy of a helper has ended, which brought cells of blocks."""
         loaded = cells and not self.saves
         blocks = [piece.first + place for place in grant.places] if loaded else []
         with self._runtime.lock:
-            self._copying -= not issued
-            self._issuing -= issued
+            self._copying -= 1
             for block in blocks:
                 came = self._covered.pop(block, 0) | cells
                 if came == self._cells or not grant.form:
-                    self._landed[block] = True
+                    self._end.landed[block] = True
                 else:
                     self._covered[block] = came
             self._note()
 
-    def is_released(self) -> bool:
-        """Return whether no copy is under way, and none follows. Runs in a step."""
-        return self._issued_all() and not self._issuing
-
-    def _issued_all(self) -> bool:
-        """Return whether nothing is under way, or follows, but what was issued."""
+    def end_issued(self, copies: int) -> None:
+        """Note that so many copies that were issued have ended."""
         with self._runtime.lock:
-            left = self._queued or self._lacking
-            return not self._copying and (self._closed or not left)
+            self._issuing -= copies
+            self._note()
+
+    def is_released(self) -> bool:
+        """Return whether no copy is under way but those that were issued, and none follows. Runs in
+        a step."""
+        left = self._queued or self._lacking
+        return not self._copying and (self._closed or not left)
 
     def _note(self) -> None:
-        """Wake who waits for it, and forget its requests if it has ended. Runs in a step."""
-        if self.is_released():
-            if self.released is not None:
-                self.released.settle(None, None)
-            if self._closed or not self._unstored:
-                for piece in self.pieces:
-                    self._requests.open.pop(piece.number, None)
-                self._end.settle(None, None)
-        self._changed.notify()
+        """Note the ends that have come, and forget the requests after all. Runs in a step."""
+        if not self.is_released():
+            return
+        ends = [self._released]
+        if self._closed or not self._unstored:
+            ends.append(self._end)
+        for end in ends:
+            if not end.ended:
+                self._graph.end(end, None)
+        if self._end.ended and not self._issuing:
+            self._client.forget(self.pieces)
 
     # --- requests
 
-    def _save(self, keys: list[bytes], after: Sequence[bytes | None]) -> None:
+    def _save(
+        self, keys: list[bytes], after: Sequence[bytes | None], deadline: float | None
+    ) -> None:
         """Request rows, and have helpers copy into them. `ServerBlocks` calls it.
 
         ``after``: for each key the one that it follows.
@@ -782,11 +612,12 @@ class ServerTransfer:
         if session is None:
             return
         try:
+            self._be_due(deadline)
             for piece in self.pieces:
                 some = slice(piece.first, piece.first + piece.blocks)
                 before = after_of(after[some], keys[some])
                 words = session.number, piece.number, self._group, tuple(keys[some])
-                request = Save(*words, before, self.priority)
+                request = Save(*words, before, self._priority)
                 self._runtime.start(self._ask_later(session, piece, request))
         except BaseException:  # also an interrupt: no caller has a handle
             self.cancel()
@@ -806,7 +637,7 @@ class ServerTransfer:
             for piece in self.pieces:
                 some = tuple(keys[piece.first : piece.first + piece.blocks])
                 words = session.number, piece.number, self._group, some
-                request = Load(*words, deadline or 0.0, self.priority)
+                request = Load(*words, deadline or 0.0, self._priority)
                 later = list[Grant]()
                 for grant in self._runtime.run(self._ask, session, piece, request):
                     if here and not grant.form:
@@ -816,11 +647,18 @@ class ServerTransfer:
                 self.copy_later(session, piece, later)
             if hits:
                 self._issue(session, hits)
+            self._be_due(deadline)
         except BaseException as error:  # also an interrupt: no caller has a handle
             self.cancel()
             if not isinstance(error, Exception):  # no one knows the rows of an answer that is lost
                 self._link.lose(session, "A load was interrupted.")
             raise
+
+    def _be_due(self, deadline: float | None) -> None:
+        """Cancel what has not ended in so many seconds, and the server has not ended either."""
+        if deadline is not None and not self._end.ended:
+            until = self._runtime.time() + deadline + GRACE
+            self._runtime.start(self._graph.end_later(self._end, until))
 
     def _rows_of(self, session: Session) -> KVView:
         """Return the rank's part of rows of whole blocks."""
@@ -831,7 +669,7 @@ class ServerTransfer:
 
     async def _ask_later(self, session: Session, piece: Piece, request: Save) -> None:
         """Request rows in turn, and have them copied."""
-        grants = await self._requests.in_turn(self, self._ask, session, piece, request)
+        grants = await self._in_turn(self._ask, session, piece, request)
         self.copy_later(session, piece, grants)
 
     async def _ask(self, session: Session, piece: Piece, request: Load | Save) -> Sequence[Grant]:
@@ -847,13 +685,21 @@ class ServerTransfer:
         self.take(piece, answer, answer=True)
         return answer.grants
 
+    async def _in_turn(self, steps: Callable[..., Awaitable[T]], *arguments: object) -> T:
+        """Return the result of a coroutine once few others of loads, or of saves, run."""
+        limit = self._client.saves if self.saves else self._client.loads
+        await limit.acquire(priority=self._priority)
+        try:
+            return await steps(*arguments)
+        finally:
+            limit.release()
+
     # --- copies
 
     def copy_later(self, session: Session, piece: Piece, grants: Sequence[Grant]) -> None:
         """Have helpers copy rows."""
         for grant in grants:
-            copy = self._requests.in_turn(self, self.copy, session, piece, grant)
-            self._runtime.start(copy)
+            self._runtime.start(self._in_turn(self.copy, session, piece, grant))
 
     async def copy(self, session: Session, piece: Piece, grant: Grant) -> None:
         """Copy rows in a helper, and report that."""
@@ -886,7 +732,7 @@ class ServerTransfer:
 
     def _issue(self, session: Session, hits: Sequence[Hit]) -> None:
         """Copy rows on the caller's current stream."""
-        rows: list[int | None] = [None] * len(self._landed)
+        rows: list[int | None] = [None] * self._end.blocks
         for piece, grant in hits:
             for place, row in zip(grant.places, grant.rows, strict=True):
                 rows[piece.first + place] = row
@@ -897,12 +743,14 @@ class ServerTransfer:
         try:
             begun = uninterrupted(
                 partial(self.start_copy, len(hits)),
-                lambda begun: self._end_issued(hits if begun else (), False),
+                lambda begun: self.end_issued(len(hits) * begun),
             )
             if begun:
                 by_layer = bool(self.layers) and None not in rows
                 _, layers = self._crossing.issue(self._rows_of(session), loan, by_layer)
-                self.layers = layers or self.layers
+                if layers:
+                    every = self._end.blocks
+                    self.layers = [Handle.of_issued(self._graph, every, each) for each in layers]
             landed = True
         finally:
             uninterrupted(partial(self._note_issued, session, loan, hits, begun, landed))
@@ -913,8 +761,11 @@ class ServerTransfer:
         """Note the copy that was issued, if one was, and have its end followed."""
         if loan.end is None:
             loan.cancel()
-        self.issued = loan.end
-        self.issued_blocks = np.array([begun and row is not None for row in loan.rows])
+        if begun and loan.end is not None:
+            blocks = np.array([row is not None for row in loan.rows])
+            self.add_issued(Transfer((loan.end,)), blocks)
+        with self._runtime.lock:
+            self._note()
         self._runtime.start(self._follow(session, loan, hits, begun, landed))
 
     async def _follow(
@@ -924,14 +775,9 @@ class ServerTransfer:
         while not loan.ended():
             await Wait(until=self._runtime.time() + POLL)
         if begun:
-            self._end_issued(hits, landed)
+            self.end_issued(len(hits))
         for _, grant in hits:
             await self._report(session, grant, landed)
-
-    def _end_issued(self, hits: Sequence[Hit], landed: bool) -> None:
-        """Note the ends of copies that were issued."""
-        for piece, grant in hits:
-            self.end_copy(piece, grant, self._cells if landed else 0, issued=True)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -942,21 +788,38 @@ class ServerBlocks:
     """The blocks of one group of layers of a rank. `StoreClient` makes it.
 
     It saves and loads as a `FormStore` does, but never raises for a server that is gone, and waits
-    for no tier. Such a server pins and deletes nothing.
+    for no tier. Such a server pins and deletes nothing. Blocks are known to be there by an index
+    that follows the server; without one, none is.
 
     Attributes:
         form: of the rank's part of the blocks.
-        requests, link: of the rank.
+        index: of the server, with groups as the rank has them; None: this process follows none.
+        client: of the rank.
         group: its number.
         cells: of the rank's part; see `cells_of`.
     """
 
-    def __init__(self, requests: Requests, link: Link, group: int, form: BlockForm) -> None:
+    def __init__(self, client: StoreClient, group: int, form: BlockForm) -> None:
         self.form = form
-        self.requests = requests
-        self.link = link
+        self.index: ServerIndex | None = None
+        self.client = client
         self.group = group
         self.cells = cells_of(form)
+
+    def has(self, key: bytes) -> bool:
+        """Return whether a block can be loaded, as far as is known here."""
+        return self.has_each((key,))[0]
+
+    def has_each(self, keys: Keys) -> list[bool]:
+        """Return which blocks can be loaded, as far as is known here."""
+        return [False] * len(keys) if self.index is None else self.index.holds(self.group, keys)
+
+    def lookup(self, keys: Keys, timeout: float | None = None) -> int:
+        """Return the number of leading blocks that can be loaded; waits for nothing."""
+        return [*self.has_each(keys), False].index(False)
+
+    def touch(self, keys: Keys) -> None:
+        """Do nothing: a server records no use but that of loads."""
 
     def save(
         self,
@@ -979,7 +842,7 @@ class ServerBlocks:
         checked = _checked(keys, priority)
         before = predecessors(after, checked)
         transfer = self._transfer(view, blocks, len(checked), priority, True, deadline)
-        transfer._save(checked, before)
+        transfer._save(checked, before, deadline)
         return transfer
 
     def load(
@@ -998,8 +861,8 @@ class ServerBlocks:
         Blocks that do not come within ``deadline`` seconds are missing. The call sends one request
         for each 960 keys to the server. It copies blocks of the host tier itself, ordered on the
         current stream of the view's device, except for a large copy on the host. Workers copy the
-        others. ``by_layer``: `ServerTransfer.layers` has an end for each layer, which is the end of
-        all layers unless the call copies all blocks.
+        others. ``by_layer``: `Handle.layers` has an end for each layer, which is the end of all
+        layers unless the call copies all blocks.
 
         Raises `InvalidTerms`, `LayoutError` and `SlotError` as `FormStore.load` does.
         """
@@ -1013,13 +876,15 @@ class ServerBlocks:
     def pin(self, keys: Keys) -> Pins:
         """Keep blocks from eviction until `Pins.release`, as far as the server has them.
 
-        Waits for the server's answer, two seconds at most. The end of the session, such as that of
-        the server, ends the pins too.
+        Waits for the server's answer, two seconds at most; not if an index knows none of the
+        blocks. The end of the session, such as that of the server, ends the pins too.
         """
         checked = check_keys(keys)
         pins = Pins(len(checked))
+        if self.index is not None and not any(self.has_each(checked)):
+            return pins
         for session, first, some in self._batches(checked):
-            number = next(self.requests.numbers)
+            number = next(self.client.numbers)
             done = self._done(session, Lock(session.number, number, self.group, some))
             places = (first + np.flatnonzero(done)).tolist()
             release = partial(self._unlock, session, number)
@@ -1043,24 +908,26 @@ class ServerBlocks:
 
     def _batches(self, keys: list[bytes]) -> Iterator[tuple[Session, int, tuple[bytes, ...]]]:
         """Yield the session, the number of the first key and the keys of each request."""
-        session = None if self.requests.runtime.forked else self.link.session
+        session = None if self.client.graph.runtime.forked else self.client.link.session
         if session is not None:
             for first in range(0, len(keys), MOST_KEYS):
                 yield session, first, tuple(keys[first : first + MOST_KEYS])
 
     def _done(self, session: Session, message: Lock | Delete) -> Mask:
         """Return for which blocks the server has done a request; for none without an answer."""
-        if self.link.session is session:
+        if self.client.link.session is session:
             with suppress(PortaKVError):  # the session has ended, or ends now
-                ask = partial(self.link.ask, session, message, Done, ASKING)
-                answer = self.requests.runtime.run(ask)
+                ask = partial(self.client.link.ask, session, message, Done, ASKING)
+                answer = self.client.graph.runtime.run(ask)
                 done: Mask = np.frombuffer(answer.done, np.bool_).copy()
                 return done
         return np.zeros(len(message.keys), np.bool_)
 
     def _unlock(self, session: Session, number: int) -> None:
         """Tell the server of the end of locks."""
-        self.requests.runtime.start(self.link.tell(session, Unlock(session.number, number)))
+        self.client.graph.runtime.start(
+            self.client.link.tell(session, Unlock(session.number, number))
+        )
 
     def _transfer(
         self,
@@ -1074,13 +941,13 @@ class ServerBlocks:
         """Return a transfer of blocks of a view. Raises `StoreError` in a forked process."""
         if deadline is not None:
             seconds("deadline", deadline)
-        if self.requests.runtime.forked:
+        if self.client.graph.runtime.forked:
             raise StoreError(
                 "Expected the client of a store server of this process, got one of the process "
                 "that this one was forked from. Make another."
             )
         crossing = Crossing(view, blocks, keys, self.form.block_size, store=saves)
-        return ServerTransfer(self, view, crossing, keys, priority, saves, deadline)
+        return ServerTransfer(self, view, crossing, keys, priority, saves)
 
 
 def _checked(keys: Keys, priority: Priority) -> list[bytes]:
@@ -1108,6 +975,9 @@ class StoreClient:
     Attributes:
         blocks: of each group of layers.
         link: the connection to the server.
+        graph: of the handles of loads and saves.
+        numbers: of requests and locks.
+        loads, saves: let few of these be asked for, and copied, at a time.
     """
 
     def __init__(
@@ -1122,7 +992,12 @@ class StoreClient:
         texts = tuple(part.json() for part in parts)
         self._device = device
         self._mapped: MappedRows | None = None
-        self._requests = Requests()
+        self.graph = Graph()
+        self.numbers = count(1)
+        self.loads = Limit(self.graph.runtime, WIDTH)
+        self.saves = Limit(self.graph.runtime, WIDTH)
+        self._open = dict[int, tuple[ServerTransfer, Piece]]()  # by number of the request
+        self._forgotten = Signal(self.graph.runtime)  # tells of requests that have ended
         name = text("engine", engine, least=0)
         client = this_client()  # before the channel, which an error would leave open
         channel = Channel()
@@ -1130,10 +1005,7 @@ class StoreClient:
         channel.serve(Progress, self._progress)
         sides = Sides(self._hello, Joined, self._is_idle, self._began, self._ended)
         self.link = Link(place, channel, sides)
-        self.blocks = [
-            ServerBlocks(self._requests, self.link, number, part)
-            for number, part in enumerate(parts)
-        ]
+        self.blocks = [ServerBlocks(self, number, part) for number, part in enumerate(parts)]
         self.link.start()
 
     def __enter__(self) -> StoreClient:
@@ -1156,16 +1028,39 @@ class StoreClient:
     def close(self, timeout: float = 10.0) -> None:
         """End the loads and saves, and leave the server."""
         timeout = seconds("timeout", timeout)
-        if self._requests.runtime.forked:
+        if self.graph.runtime.forked:
             return
-        self._requests.close(timeout)
+        self.close_all()
+        self._forgotten.block(self._is_idle, timeout)  # only copies under way are left
         self.link.close()
         if self._mapped is not None and self._is_idle():
             self._mapped.close()
 
+    def begin(self, transfer: ServerTransfer, keys: int) -> list[Piece]:
+        """Return the requests of a transfer of so many keys, under the runtime's lock."""
+        pieces = [
+            Piece(next(self.numbers), first, min(MOST_KEYS, keys - first))
+            for first in range(0, keys, MOST_KEYS)
+        ]
+        for piece in pieces:
+            self._open[piece.number] = transfer, piece
+        return pieces
+
+    def forget(self, pieces: Sequence[Piece]) -> None:
+        """Forget the requests of a transfer that has ended, under the runtime's lock."""
+        for piece in pieces:
+            self._open.pop(piece.number, None)
+        self._forgotten.notify()
+
+    def close_all(self) -> None:
+        """Begin no further copy, and wait for no further rows."""
+        with self.graph.runtime.lock:
+            for transfer, _ in [*self._open.values()]:
+                transfer.close()
+
     def _is_idle(self) -> bool:
         """Return whether no copy is under way, once there is no session."""
-        return not self._requests.open
+        return not self._open
 
     async def _began(self, address: str, joined: Joined) -> MappedRows:
         """Map the rows of a server, in place of those of the server before."""
@@ -1180,18 +1075,75 @@ class StoreClient:
         return self._mapped
 
     def _ended(self, session: Session) -> None:
-        self._requests.close_all()
+        self.close_all()
 
     def _progress(self, peer: Peer, progress: Progress) -> None:
         """Take rows of the server."""
         session = self.link.session
         if session is None or session.number != progress.session:
             return
-        transfer, piece = self._requests.open.get(progress.number, (None, None))
+        transfer, piece = self._open.get(progress.number, (None, None))
         if transfer is not None and piece is not None:
             transfer.take(piece, progress)
             transfer.copy_later(session, piece, progress.grants)
             return
         for grant in progress.grants:  # nothing waits for these rows
             report = Report(session.number, grant.lease, bytes(len(grant.places)))
-            self._requests.runtime.start(self.link.tell(session, report))
+            self.graph.runtime.start(self.link.tell(session, report))
+
+
+class SharedStore:
+    """The blocks of some forms in the store of a host, which this process serves if no other does.
+
+    It has those calls of a `BlockStore` that pages need. A save waits for no other process.
+
+    Args:
+        forms: by their names.
+        terms: where blocks are stored, equal in all processes.
+        patience: seconds to wait for a server. Without one, blocks are missing until one serves.
+
+    Raises `InvalidTerms` for forms that the server refuses, and as `StoreServer` does.
+    """
+
+    def __init__(self, forms: Mapping[str, BlockForm], terms: StoreTerms, patience: float) -> None:
+        engine = token_hex(16)  # a separate one: the ranks of an engine save together
+        place = place_of(terms, engine)
+        self._server = StoreServer(terms, engine)
+        self._client = StoreClient(place, [*forms.values()], engine)
+        self._index = ServerIndex(place, engine, len(forms))
+        self._blocks = dict(zip(forms, self._client.blocks, strict=True))
+        for blocks in self._client.blocks:
+            blocks.index = self._index
+        try:
+            if self._client.wait(patience):
+                self._index.wait(patience)
+        except BaseException:
+            self.close()
+            raise
+
+    @property
+    def serves(self) -> bool:
+        """Return whether this process serves the store; others may."""
+        return self._server.serves
+
+    def of(self, name: str) -> ServerBlocks:
+        """Return the blocks of a form, by its name."""
+        return self._blocks[name]
+
+    def listen(self) -> list[Change]:
+        """Return the blocks that any process has stored or lost since the last call; the first one
+        returns none."""
+        self._index.record(every=True)
+        return self._index.take_events()
+
+    def statistics(self) -> dict[str, list[dict[str, Any]]]:
+        """Return how many blocks of each form the server has, as far as is known here."""
+        counts = zip(self._blocks, self._index.counts(), strict=False)
+        slots = [{"form": name, "state": "used", "value": count} for name, count in counts]
+        return {"disk_slots": slots}
+
+    def close(self, timeout: float = 10.0) -> None:
+        """End the loads and saves within so many seconds, and leave the store to the others."""
+        self._index.close()
+        self._client.close(timeout)
+        self._server.close(timeout)

@@ -69,7 +69,7 @@ from portakv.serving.server.messages import (
 from portakv.serving.server.state import (
     PATIENCE,
     Client,
-    ClientProcess,
+    Process,
     ServerState,
     ended_session,
     whole_form,
@@ -86,10 +86,10 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 
-def has_ended(process: ClientProcess) -> bool:
+def has_ended(process: Process) -> bool:
     """Return whether a process has ended. False also if the system does not say now: rows that the
     process may write must not be lent to others."""
-    (_, pid, began) = process.key
+    (_, pid, began) = process
     try:
         return started(pid) != began
     except HostMemoryError:
@@ -97,7 +97,7 @@ def has_ended(process: ClientProcess) -> bool:
 
 
 # ------------------------------------------------------------------------------------------------
-# What a server announces to the processes that follow the index of its store.
+# The store of a server, with its clients and the processes that follow its index.
 
 
 @dataclass(eq=False)
@@ -115,101 +115,6 @@ class Follower:
     pages: list[KeysPage] = field(default_factory=list)
 
 
-class Feed:
-    """The followers of a store's index. Any thread may call.
-
-    Args:
-        store: with several forms, by their names.
-
-    Attributes:
-        followers: by session.
-    """
-
-    def __init__(self, store: BlockStore) -> None:
-        self.followers = dict[int, Follower]()
-        self._store = store
-        self._numbers = {name: number for number, name in enumerate(store.forms)}
-
-    def follow(self, ask: Follow, forms: Sequence[str], bucket: bool) -> Followed:
-        """Begin a session of a follower. ``bucket``: the store has a bucket.
-
-        Raises `InvalidTerms` for another number of groups.
-        """
-        if ask.groups != len(forms):
-            raise InvalidTerms(
-                f"Expected the index of {len(forms)} groups of layers, as the ranks of the engine "
-                f"have, got {ask.groups}. Pass as many."
-            )
-        made = Follower(randbits(62), ask.address, forms)
-        self.followers[made.session] = made
-        return Followed(
-            made.session,
-            tuple(tuple(self._numbers[x] for x in self._alike(form)) for form in forms),
-            tuple(self._store.forms[form].payload_bytes for form in forms),
-            bucket,
-        )
-
-    def _alike(self, name: str) -> list[str]:
-        """Return the name of a form and of the store's other forms of the same blocks, packed or
-        raw ones.
-
-        Blocks of a lossy form count for no other form.
-        """
-        forms = self._store.forms
-        raw = forms[name].raw
-        alike = [other for other, form in forms.items() if form.raw == raw and not form.lossy]
-        return [name, *(other for other in alike if other != name)]
-
-    def page(self, ask: AskKeys) -> KeysPage:
-        """Return a page of the keys of a group; the first one takes a snapshot.
-
-        Raises `PeerError` for a session that has ended, or for a page out of order.
-        """
-        follower = self.followers.get(ask.session)
-        if follower is None or ask.group >= len(follower.forms):
-            raise ended_session()
-        if ask.page == 0:
-            follower.pages = self._pages(follower.forms[ask.group])
-        if ask.page >= len(follower.pages):
-            raise PeerError("Expected pages in order, got one past the last. Begin with page 0.")
-        page = follower.pages[ask.page]
-        if not page.more:
-            follower.pages = []
-        return page
-
-    def _pages(self, form: str) -> list[KeysPage]:
-        """Return a snapshot of the blocks of a form, and of those that are alike, in pages."""
-        names = self._alike(form)
-        snapshots = [self._store.of(name).keys() for name in names]
-        number = snapshots[0].number  # changes after the first snapshot are applied to all
-        pages = list[KeysPage]()
-        for name, snapshot in zip(names, snapshots, strict=True):
-            for tier, keys in snapshot.keys.items():
-                tier = tier_of(self._numbers[name], tier)
-                for first in range(0, len(keys), MOST_PAGE):
-                    some = tuple(keys[first : first + MOST_PAGE])
-                    pages.append(KeysPage(number, tier, some, more=True))
-        return [*pages, KeysPage(number)]
-
-    def announce(self, changes: Sequence[Change]) -> Iterator[tuple[Follower, Changes]]:
-        """Yield the messages about changes for each follower."""
-        followers = [*self.followers.values()]
-        if not followers:
-            return
-        items = [
-            Changed(number, self._numbers[form], key, tier, stored, why)
-            for number, key, tier, stored, why, form in changes
-        ]
-        for first in range(0, len(items), MOST_CHANGES):
-            some = tuple(items[first : first + MOST_CHANGES])
-            for follower in followers:
-                yield follower, Changes(follower.session, some)
-
-
-# ------------------------------------------------------------------------------------------------
-# The store of a server, with its clients and its followers.
-
-
 class OpenStore:
     """A store whose rows other processes map, and what is known of these processes.
 
@@ -225,6 +130,7 @@ class OpenStore:
     Attributes:
         handle: the rows, for `open_shared`.
         bucket: the store has a bucket.
+        followers: of the index, by session.
     """
 
     def __init__(
@@ -251,7 +157,8 @@ class OpenStore:
         watch(self.state)
         self.bucket = terms.bucket is not None
         self._events = events
-        self.feed = Feed(self.store)
+        self.followers = dict[int, Follower]()
+        self._numbers = {name: number for number, name in enumerate(named)}
         try:
             self.handle = share(self.store.rows.tensor)
             for name, form in named.items():
@@ -305,6 +212,81 @@ class OpenStore:
         """Return whether the store has the forms of whole blocks."""
         return all(form.digest in self.state.stores for form in forms)
 
+    def follow(self, ask: Follow, forms: Sequence[str]) -> Followed:
+        """Begin a session of a follower.
+
+        Raises `InvalidTerms` for another number of groups.
+        """
+        if ask.groups != len(forms):
+            raise InvalidTerms(
+                f"Expected the index of {len(forms)} groups of layers, as the ranks of the engine "
+                f"have, got {ask.groups}. Pass as many."
+            )
+        made = Follower(randbits(62), ask.address, forms)
+        self.followers[made.session] = made
+        return Followed(
+            made.session,
+            tuple(tuple(self._numbers[x] for x in self._alike(form)) for form in forms),
+            tuple(self.store.forms[form].payload_bytes for form in forms),
+            self.bucket,
+        )
+
+    def _alike(self, name: str) -> list[str]:
+        """Return the name of a form and of the store's other forms of the same blocks, packed or
+        raw ones.
+
+        Blocks of a lossy form count for no other form.
+        """
+        forms = self.store.forms
+        raw = forms[name].raw
+        alike = [other for other, form in forms.items() if form.raw == raw and not form.lossy]
+        return [name, *(other for other in alike if other != name)]
+
+    def page(self, ask: AskKeys) -> KeysPage:
+        """Return a page of the keys of a group; the first one takes a snapshot.
+
+        Raises `PeerError` for a session that has ended, or for a page out of order.
+        """
+        follower = self.followers.get(ask.session)
+        if follower is None or ask.group >= len(follower.forms):
+            raise ended_session()
+        if ask.page == 0:
+            follower.pages = self._pages(follower.forms[ask.group])
+        if ask.page >= len(follower.pages):
+            raise PeerError("Expected pages in order, got one past the last. Begin with page 0.")
+        page = follower.pages[ask.page]
+        if not page.more:
+            follower.pages = []
+        return page
+
+    def _pages(self, form: str) -> list[KeysPage]:
+        """Return a snapshot of the blocks of a form, and of those that are alike, in pages."""
+        names = self._alike(form)
+        snapshots = [self.store.of(name).keys() for name in names]
+        number = snapshots[0].number  # changes after the first snapshot are applied to all
+        pages = list[KeysPage]()
+        for name, snapshot in zip(names, snapshots, strict=True):
+            for tier, keys in snapshot.keys.items():
+                tier = tier_of(self._numbers[name], tier)
+                for first in range(0, len(keys), MOST_PAGE):
+                    some = tuple(keys[first : first + MOST_PAGE])
+                    pages.append(KeysPage(number, tier, some, more=True))
+        return [*pages, KeysPage(number)]
+
+    def announce(self, changes: Sequence[Change]) -> Iterator[tuple[Follower, Changes]]:
+        """Yield the messages about changes for each follower."""
+        followers = [*self.followers.values()]
+        if not followers:
+            return
+        items = [
+            Changed(number, self._numbers[form], key, tier, stored, why)
+            for number, key, tier, stored, why, form in changes
+        ]
+        for first in range(0, len(items), MOST_CHANGES):
+            some = tuple(items[first : first + MOST_CHANGES])
+            for follower in followers:
+                yield follower, Changes(follower.session, some)
+
     def close(self, timeout: float) -> PortaKVError | None:
         """End all sessions and close the store; return the error of a store that hangs."""
         rows_here.pop(self.handle, None)
@@ -335,7 +317,7 @@ LEAVING = 1.0
 ENGINES = 256
 
 
-def check_process(process: tuple[int, int, int]) -> None:
+def check_process(process: Process) -> None:
     """Raise `StoreError` for a process whose end cannot be seen from here."""
     (space, pid, began) = process
     if space != process_space():
@@ -459,7 +441,7 @@ class StoreServer:
         opened = self._opened
         if opened is None:
             return
-        others: list[Client | Follower] = [*opened.state.clients(), *opened.feed.followers.values()]
+        others: list[Client | Follower] = [*opened.state.clients(), *opened.followers.values()]
         requests = [(each.address, Farewell(each.session)) for each in others]
         # The answers come before the connections end. A client without one may have ended, too.
         with suppress(PortaKVError):
@@ -479,7 +461,7 @@ class StoreServer:
         serve(Follow, self._follow)
         serve(Alive, self._alive)
         serve(Leave, lambda _, message: self._gone(message.session, leaves=True))
-        serve(AskKeys, lambda _, ask: self._open_store().feed.page(ask))
+        serve(AskKeys, lambda _, ask: self._open_store().page(ask))
         serve(LookUp, self._look_up)
         self._serve(Load, lambda state, ask: state.load(ask))
         self._serve(Save, lambda state, ask: state.save(ask))
@@ -537,13 +519,13 @@ class StoreServer:
             if time.monotonic() < until:
                 raise InvalidTerms(why)
             return Later()
-        answer = opened.feed.follow(ask, [digest.hex() for digest in digests], opened.bucket)
+        answer = opened.follow(ask, [digest.hex() for digest in digests])
         peer.on_gone(partial(self._gone, answer.session))
         return answer
 
     def _alive(self, peer: Peer, ask: Alive) -> Alive:
         opened = self._open_store()
-        if ask.session not in opened.feed.followers:
+        if ask.session not in opened.followers:
             opened.state.client(ask.session)
         return Alive(ask.session)
 
@@ -554,12 +536,12 @@ class StoreServer:
         """
         if self._opened is not None:
             self._opened.state.lose(session, leaves)
-            self._opened.feed.followers.pop(session, None)
+            self._opened.followers.pop(session, None)
 
     def _look_up(self, peer: Peer, ask: LookUp) -> None:
         """Begin a lookup in the bucket. One that cannot begin has no answer."""
         opened = self._opened
-        follower = None if opened is None else opened.feed.followers.get(ask.session)
+        follower = None if opened is None else opened.followers.get(ask.session)
         if opened is None or follower is None or not opened.bucket:
             return
 
@@ -668,12 +650,12 @@ class StoreServer:
             changes = opened.changes()
         for client, progress in opened.state.take():
             await self._tell(client.address, progress, partial(opened.state.lost, client))
-        for follower, message in opened.feed.announce(changes):
+        for follower, message in opened.announce(changes):
             await self._tell_follower(opened, follower, message)
 
     async def _tell_follower(self, opened: OpenStore, follower: Follower, message: Message) -> None:
         """Send a message to a follower."""
-        lost = partial(opened.feed.followers.pop, follower.session, None)
+        lost = partial(opened.followers.pop, follower.session, None)
         await self._tell(follower.address, message, lost)
 
 

@@ -23,7 +23,7 @@ from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from itertools import accumulate
 from secrets import randbits
-from typing import NamedTuple, TypeAlias
+from typing import TypeAlias
 
 import numpy as np
 
@@ -89,6 +89,8 @@ def unlike(form: BlockForm, stored: Sequence[BlockForm]) -> InvalidTerms:
 # ------------------------------------------------------------------------------------------------
 # What a server's state knows of: processes, sessions, loads and saves, and rows that are lent.
 
+#: A process with clients: its namespace, its number and its start.
+Process: TypeAlias = tuple[int, int, int]
 #: A copy that a store has lent.
 Copy: TypeAlias = LentCopy | Borrowed
 #: What the saves of all ranks of an engine have in common: the engine, the form, the keys, and what
@@ -97,34 +99,12 @@ SaveKey: TypeAlias = tuple[object, ...]
 
 
 @dataclass(eq=False)
-class ClientProcess:
-    """A process with clients.
-
-    Attributes:
-        key: its namespace, its number and its start.
-        leases: all rows that were lent to it and that it may still use, by the numbers of leases.
-    """
-
-    key: tuple[int, int, int]
-    leases: dict[int, Lease] = field(default_factory=dict)
-
-
-class RankPart(NamedTuple):
-    """The part of a rank of the blocks of one group of layers.
-
-    ``cells`` has a bit for each head of each layer; see `cells_of`.
-    """
-
-    store: FormStore
-    cells: int
-
-
-@dataclass(eq=False)
 class Client:
     """A session of a rank.
 
     Attributes:
-        parts: of each group of layers.
+        parts: its part of the blocks of each group of layers, in their order: a bit for each head
+            of each layer, as `cells_of` has it, by the store of the whole blocks.
         address: of its channel.
         requests: the loads and saves that have not ended, by the client's numbers.
         locks: the blocks that it keeps from eviction, by its numbers.
@@ -133,8 +113,8 @@ class Client:
 
     session: int
     engine: str
-    process: ClientProcess
-    parts: list[RankPart]
+    process: Process
+    parts: dict[FormStore, int]
     address: str
     requests: dict[int, Work] = field(default_factory=dict)
     locks: dict[int, Pins] = field(default_factory=dict)
@@ -313,6 +293,7 @@ class ServerState:
 
     Attributes:
         stores: the stores of the forms of whole blocks, by the checksums of the forms.
+        leases: all rows that were lent and that processes may still use, by the numbers of leases.
         counts: what has happened.
     """
 
@@ -323,13 +304,13 @@ class ServerState:
         now: Callable[[], float] = time.monotonic,
     ) -> None:
         self.stores = dict[bytes, FormStore]()
+        self.leases = dict[int, Lease]()
         self.counts = Counter[str]()
         self._wake = wake
         self._patience = patience
         self._now = now
         self._lock = runtime().lock
         self._clients = dict[int, Client]()  # by session
-        self._processes = dict[tuple[int, int, int], ClientProcess]()
         self._works = dict[Work, None]()  # that have not ended
         self._saves = dict[Work, None]()  # that an engine may ask for again
         # What clients learn next, by client and number of the request.
@@ -343,19 +324,19 @@ class ServerState:
         Raises `InvalidTerms` for parts of other blocks than stored ones, and for groups of layers
         with equal blocks.
         """
-        parts = [self._part(BlockForm.from_json(text)) for text in join.forms]
-        if len({id(part.store) for part in parts}) < len(parts):
+        forms = [BlockForm.from_json(text) for text in join.forms]
+        parts = {self._store_of(form): cells_of(form) for form in forms}
+        if len(parts) < len(forms):
             raise InvalidTerms(
                 "Expected groups of layers whose blocks differ, got groups with equal forms. Tell "
                 "them apart by notes= of BlockForm.of."
             )
         with self._lock:
-            process = self._processes.setdefault(join.process, ClientProcess(join.process))
             before = self._clients.get(join.before)
-            if before is not None and before.process is process:
+            if before is not None and before.process == join.process:
                 self.lost(before)
-            self._return_all(process, join.before)
-            client = Client(randbits(62), join.engine, process, parts, join.address)
+            self._return_all(join.process, join.before)
+            client = Client(randbits(62), join.engine, join.process, parts, join.address)
             self._clients[client.session] = client
             self.counts["joined"] += 1
             return client
@@ -396,15 +377,13 @@ class ServerState:
                 self._settle_all(save)
             self._wake()
 
-    def process_ended(self, process: ClientProcess) -> None:
+    def process_ended(self, process: Process) -> None:
         """End the sessions of a process that has ended; others may have its rows."""
         with self._lock:
             for client in [*self._clients.values()]:
-                if client.process is process:
+                if client.process == process:
                     self.lost(client)
-            for lease in [*process.leases.values()]:
-                self._return(lease)
-            self._processes.pop(process.key, None)
+            self._return_all(process)
             self._wake()
 
     def close(self) -> None:
@@ -413,9 +392,8 @@ class ServerState:
             for client in [*self._clients.values()]:
                 self.lost(client)
             lents = {lent for work in self._works for lent in work.lents}
-            for process in self._processes.values():
-                lents |= {lease.lent for lease in process.leases.values()}
-                process.leases.clear()
+            lents |= {lease.lent for lease in self.leases.values()}
+            self.leases.clear()
             for lent in lents:
                 lent.leases.clear()
                 lent.covered = [0] * len(lent.covered)
@@ -433,16 +411,13 @@ class ServerState:
         joined."""
         with self._lock:
             ranks = [client for client in self._clients.values() if client.engine == engine]
-            return [part.store.form.digest for part in ranks[0].parts] if ranks else []
+            return [store.form.digest for store in ranks[0].parts] if ranks else []
 
-    def processes(self) -> list[ClientProcess]:
+    def processes(self) -> set[Process]:
         """Return the processes that have a session, or rows."""
         with self._lock:
-            present = {client.process for client in self._clients.values()}
-            for process in [*self._processes.values()]:
-                if not (process in present or process.leases):
-                    del self._processes[process.key]
-            return [*self._processes.values()]
+            with_rows = {lease.client.process for lease in self.leases.values()}
+            return with_rows | {client.process for client in self._clients.values()}
 
     def client(self, session: int) -> Client:
         """Return a session. Raises `PeerError` if it has ended."""
@@ -461,13 +436,13 @@ class ServerState:
         with self._lock:
             client = self.client(ask.session)
             keys = [*ask.keys]
-            part = self._part_of(client, ask.group)
-            work = Work(self._lend, part.store, len(keys))
-            borrowed = part.store.borrow(keys, True)
+            store = self._group(client, ask.group)
+            work = Work(self._lend, store, len(keys))
+            borrowed = store.borrow(keys, True)
             if borrowed is not None:
                 work.begin(borrowed)
             else:
-                load = part.store.load_lent
+                load = store.load_lent
                 begin = partial(load, priority=ask.priority, missing="skip", packs=True)
                 self._begin(work, keys, partial(begin, deadline=ask.seconds or None))
             self._add(work, client, ask.number)
@@ -480,31 +455,32 @@ class ServerState:
         """
         with self._lock:
             client = self.client(ask.session)
-            part = self._part_of(client, ask.group)
-            key = client.engine, part.store.form.digest, ask.keys, ask.after
+            store = self._group(client, ask.group)
+            key = client.engine, store.form.digest, ask.keys, ask.after
             alike = (each for each in self._saves if each.key == key)
             save = next((each for each in alike if each.awaits(client)), None)
             if save is None:
-                save = self._begin_save(client, part, key, ask)
+                save = self._begin_save(client, store, key, ask)
             self._add(save, client, ask.number)
             if save.complete or save.abandoned or save.has_all_rows:
                 self._learn(client, ask.number).more = False
             return self._progress(client, ask.number)
 
-    def _begin_save(self, client: Client, part: RankPart, key: SaveKey, ask: Save) -> Work:
+    def _begin_save(self, client: Client, store: FormStore, key: SaveKey, ask: Save) -> Work:
         """Begin a save of all ranks of an engine."""
-        ranks = self._ranks(client, part)
+        clients = self._clients.values()
+        ranks = [x for x in clients if x.engine == client.engine and store in x.parts]
         keys = [*ask.keys]
-        save = Work(self._lend, part.store, len(keys), key, self._now(), {*ranks})
+        save = Work(self._lend, store, len(keys), key, self._now(), {*ranks})
         together = 0
-        for cells in ranks.values():
-            together |= cells
-        if together != cells_of(part.store.form):
+        for rank in ranks:
+            together |= rank.parts[store]
+        if together != cells_of(store.form):
             # Ranks have yet to join, without whom no block can be stored.
             save.stored = bytes(len(keys))
             self.counts["saves_without_all_ranks"] += 1
         else:
-            begin = partial(part.store.save_lent, priority=ask.priority, full="drop", packs=True)
+            begin = partial(store.save_lent, priority=ask.priority, full="drop", packs=True)
             self._begin(save, keys, partial(begin, after=ask.after))
         self._saves[save] = None
         return save
@@ -520,21 +496,12 @@ class ServerState:
         self._works[work] = None
         work.handle.when_ended(partial(self._end, work))
 
-    def _ranks(self, client: Client, part: RankPart) -> dict[Client, int]:
-        """Return the clients of an engine that have a part of the same blocks, with their cells."""
-        ranks = dict[Client, int]()
-        for each in self._clients.values():
-            for other in each.parts if each.engine == client.engine else ():
-                if other.store is part.store:
-                    ranks[each] = other.cells
-        return ranks
-
     def report(self, session: int, number: int, landed: bytes) -> None:
         """Note that a client has ended the copy of a lease. A report of an ended session, or of a
         lease that has ended, is dropped."""
         with self._lock:
             client = self._clients.get(session)
-            lease = None if client is None else client.process.leases.get(number)
+            lease = self.leases.get(number)
             if lease is None or lease.client is not client:
                 self.counts["late_reports"] += 1
                 return
@@ -558,7 +525,7 @@ class ServerState:
         """
         with self._lock:
             client = self.client(ask.session)
-            pins = self._part_of(client, ask.group).store.pin(ask.keys)
+            pins = self._group(client, ask.group).pin(ask.keys)
             before = client.locks.pop(ask.number, None)
             if before is not None:
                 before.release()
@@ -579,8 +546,8 @@ class ServerState:
         Raises `PeerError` for a session that has ended.
         """
         with self._lock:
-            part = self._part_of(self.client(ask.session), ask.group)
-            return part.store.delete(ask.keys).astype(np.uint8).tobytes()
+            store = self._group(self.client(ask.session), ask.group)
+            return store.delete(ask.keys).astype(np.uint8).tobytes()
 
     # --- what the store does
 
@@ -607,17 +574,14 @@ class ServerState:
     def statistics(self) -> dict[str, int]:
         """Return the sessions, leases and requests now, and the counters."""
         with self._lock:
-            leases = sum(len(process.leases) for process in self._processes.values())
-            now = {"sessions": len(self._clients), "leases": leases, "requests": len(self._works)}
-            return {**now, **self.counts}
+            now = {"sessions": len(self._clients), "leases": len(self.leases)}
+            return {**now, "requests": len(self._works), **self.counts}
 
     def oldest_lease(self) -> float:
         """Return the seconds since the oldest rows that are lent were lent; 0 if none are."""
         with self._lock:
-            processes = self._processes.values()
             now = self._now()
-            since = [lease.since for each in processes for lease in each.leases.values()]
-            return now - min(since, default=now)
+            return now - min((lease.since for lease in self.leases.values()), default=now)
 
     def figures(self) -> Figures:
         """Return figures by the names of metrics."""
@@ -631,22 +595,23 @@ class ServerState:
 
     # --- steps, under the lock
 
-    def _part(self, form: BlockForm) -> RankPart:
-        """Return the part of stored blocks that a form describes. Raises `InvalidTerms`."""
+    def _store_of(self, form: BlockForm) -> FormStore:
+        """Return the store of the blocks of which a form describes a part. Raises
+        `InvalidTerms`."""
         whole = whole_form(form)
         store = self.stores.get(whole.digest)
         if store is None:
             raise unlike(whole, [each.form for each in self.stores.values()])
-        return RankPart(store, cells_of(form))
+        return store
 
-    def _part_of(self, client: Client, group: int) -> RankPart:
-        """Return the part of a client of a group. Raises `InvalidTerms` for another number."""
+    def _group(self, client: Client, group: int) -> FormStore:
+        """Return the store of a group of a client. Raises `InvalidTerms` for another number."""
         if group >= len(client.parts):
             raise InvalidTerms(
                 f"Expected one of {len(client.parts)} groups of layers, got number {group}. Join "
                 f"with the forms of all groups."
             )
-        return client.parts[group]
+        return [*client.parts][group]
 
     def _end(self, work: Work) -> None:
         """Tell the clients of a load or a save of the store that it has ended."""
@@ -697,7 +662,7 @@ class ServerState:
             form = lent.copy.raw
             every = lent.raw
         if work.key is not None:
-            cells = next(x.cells for x in client.parts if x.store is work.store)
+            cells = client.parts[work.store]
             if not cells & ~lent.assigned:
                 return
             lent.assigned |= cells
@@ -709,20 +674,21 @@ class ServerState:
             some = every[first : first + step]
             lease = Lease(self.counts["lent"], client, lent, cells, some, self._now())
             lent.leases.add(lease)
-            client.process.leases[lease.number] = lease
+            self.leases[lease.number] = lease
             places = tuple(lent.copy.blocks[at] for at in some)
             rows = tuple(lent.copy.rows[at] for at in some)
             grants.append(Grant(lease.number, places, rows, text))
 
-    def _return_all(self, process: ClientProcess, session: int) -> None:
-        """Take all rows back from a session of a process."""
-        for lease in [*process.leases.values()]:
-            if lease.client.session == session:
+    def _return_all(self, process: Process, session: int | None = None) -> None:
+        """Take all rows back from a process, or from one of its sessions."""
+        for lease in [*self.leases.values()]:
+            client = lease.client
+            if client.process == process and session in (None, client.session):
                 self._return(lease)
 
     def _return(self, lease: Lease, landed: Iterable[int] = ()) -> None:
         """Take rows back from a client that uses them no longer."""
-        lease.client.process.leases.pop(lease.number, None)
+        self.leases.pop(lease.number, None)
         lent = lease.lent
         lent.leases.discard(lease)
         for place, good in zip(lease.places, landed, strict=False):

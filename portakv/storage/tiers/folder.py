@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from functools import partial
 from glob import glob
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 from weakref import WeakSet
 
 import numpy as np
@@ -87,19 +87,6 @@ _OPEN_ADVICE = {
     errno.EACCES: _PERMISSIONS,
     errno.EPERM: _PERMISSIONS,
 }
-
-
-@dataclass
-class Descriptors:
-    """The descriptors of the files of a form; negative: not open."""
-
-    slots: int = -1  # the very file of the I/O
-    table: int = -1
-    claim: int = -1  # of the parent
-
-    def opened(self) -> list[int]:
-        """Return the open descriptors."""
-        return [fd for fd in (self.slots, self.table, self.claim) if fd >= 0]
 
 
 def open_file(path: Path, flags: int = os.O_RDONLY) -> int:
@@ -387,21 +374,8 @@ def _make_form(file: Path, text: str, more_space: Callable[[], bool]) -> None:
         raise
 
 
-class Claimant(Protocol):
-    """Slots of a form, whose folder lies in the folder of the tier."""
-
-    folder: Path
-
-    @property
-    def claim(self) -> int:
-        """Return the descriptor that claims the folder of the tier; negative if none does."""
-
-    def drop(self) -> None:
-        """Close the files in a forked process, which must not keep the parent's locks."""
-
-
 #: The slots of this process, for the error of a folder that another store of it has.
-claimants: WeakSet[Claimant] = WeakSet()
+claimants: WeakSet[Slots] = WeakSet()
 
 
 def _drop_all() -> None:
@@ -785,16 +759,16 @@ class Health:
         self.free_bytes: int | None = None
         self.notes = list[str]()
 
-    def look(self, files: Descriptors) -> str:
-        """Return why a later start would not find open files; empty if it would.
+    def look(self, files: Mapping[str, int]) -> str:
+        """Return why a later start would not find open files, by their names; empty if it would.
 
         Files may be removed, moved, or hidden by another file system while the store has them open.
         Their blocks can be loaded until the store is closed; new ones would be lost.
         """
-        if files.slots < 0 or files.table < 0:
+        if min(files.values()) < 0:
             return ""
         lost = ""
-        for name, fd in (("slots", files.slots), ("table", files.table)):
+        for name, fd in files.items():
             try:
                 why = astray(self._folder / name, fd)
             except OSError:  # the store was closed meanwhile
@@ -939,11 +913,16 @@ class Slots:
         index: slots by key, to be read only; count: allocated slots; limit: the most slots.
         broken: faulty slots; evicted: evicted blocks; generation: the highest one found.
         fd: the file of the blocks; direct: True if it bypasses the page cache.
+        claim: the descriptor that claims the parent. Descriptors are negative if they are closed.
         health: whether the folder gets space, and is in its place.
         queue: in whose turns the folder is read and written; a disk sets it.
     """
 
     queue: Queue
+    # The open files, negative before and after: `__del__` reads them.
+    fd = -1
+    claim = -1
+    _table = -1
 
     def __init__(
         self,
@@ -955,7 +934,6 @@ class Slots:
         chains: Chains[bytes] | None = None,
         space: Space | None = None,
     ) -> None:
-        self._files = Descriptors()  # first, as `__del__` reads it
         self.folder = folder
         self.form = form
         self.direct = True
@@ -986,16 +964,6 @@ class Slots:
         self._mark_table()
 
     @property
-    def fd(self) -> int:
-        """Return the descriptor of the file of the blocks; negative if it is closed."""
-        return self._files.slots
-
-    @property
-    def claim(self) -> int:
-        """Return the descriptor that claims the parent; negative if none does."""
-        return self._files.claim
-
-    @property
     def nbytes(self) -> int:
         """Return the bytes of all slots."""
         return self.count * self.form.image_bytes
@@ -1005,11 +973,11 @@ class Slots:
         size = self.form.image_bytes
         table = self.folder / "table"
         if space is not None:
-            self._files.claim = self._claimed()
+            self.claim = self._claimed()
             make_folder(self.folder)
         check_folder(self.folder)
         present = own_form_in(self.folder, self.form)
-        self._files.slots = lock(self.folder / "slots")
+        self.fd = lock(self.folder / "slots")
         if self.fd < 0:
             raise StoreBusy(
                 f"Expected the store's folder {self.folder} without I/O in flight, got some of a "
@@ -1034,9 +1002,9 @@ class Slots:
             more_space = partial(self._space.yield_space, self.folder, PAGE)
             write_form(self.folder, self.form, self.limit, present is None, more_space)
 
-        self._files.table = open_file(table, OPEN)
+        self._table = open_file(table, OPEN)
         old = records_in(self.folder, self.form, known)
-        os.ftruncate(self._files.table, old.nbytes)  # records of slots that do not exist any more
+        os.ftruncate(self._table, old.nbytes)  # records of slots that do not exist any more
         if nbytes > known * size:  # a call that changes nothing would change the time of last use
             os.ftruncate(self.fd, known * size)
         # For all slots that there may be: growth moves no record that is being written, and the
@@ -1234,7 +1202,7 @@ class Slots:
 
     def look(self) -> str:
         """Return why a later start would not find the files of the blocks; empty if it would."""
-        return self.health.look(self._files)
+        return self.health.look({"slots": self.fd, "table": self._table})
 
     def fit(self, siblings: Sequence[Slots] = ()) -> None:
         """Give back the slots above the limit, as after a change of the limit.
@@ -1292,7 +1260,7 @@ class Slots:
                     slots._forget(key)
                     slots._put(slot)
         os.ftruncate(self.fd, keep * self.form.image_bytes)
-        os.ftruncate(self._files.table, keep * self._records[0].nbytes)
+        os.ftruncate(self._table, keep * self._records[0].nbytes)
         self._free = deque(slot for slot in self._free if slot < keep)
         self._records[keep : self.count] = 0
         self.count = keep
@@ -1318,7 +1286,7 @@ class Slots:
                 return
             past = self.count + more
             try:
-                if not extend({self.fd: past * size, self._files.table: past * width}):
+                if not extend({self.fd: past * size, self._table: past * width}):
                     self.health.note_written()
             except OSError as error:
                 more = self._fewer(more, error)
@@ -1464,9 +1432,9 @@ class Slots:
 
     def close(self, sync: bool = True) -> None:
         """Make all blocks and the order of last use durable, and release the folder."""
-        files = self._files.opened()
+        files = [fd for fd in (self.fd, self._table, self.claim) if fd >= 0]
         lost = sync and self.look()  # then another store may have the folder that is there now
-        self._files = Descriptors()
+        self.fd = self._table = self.claim = -1
         if sync and files and not lost:
             order = json.dumps([self.index[key] for key in self.by_use()])
             replace_if_possible(self.folder / "order", order)
@@ -1513,7 +1481,7 @@ class Slots:
         record = self._records[slot]
         record[-1] = checksum(record[:-1], slot)
         try:
-            written = os.pwrite(self._files.table, record.data, slot * record.nbytes)
+            written = os.pwrite(self._table, record.data, slot * record.nbytes)
             if written != record.nbytes:
                 raise OSError(errno.EIO, "the write was cut short")
         except OSError as error:
