@@ -331,10 +331,13 @@ class Witness:
         if len(chosen) < len(keys):  # a key that is compared has all its versions
             known = of.ring.keys
             coming = self._coming(of)
-            more = {at for at, key in enumerate(keys) if key in known or key in coming}
             places = {*range(len(keys))}
-            more |= {at for at in places.intersection(first) if not of.ring.was_dropped(keys[at])}
-            chosen = sorted(more.union(chosen))
+            wanted = {keys[at] for at in places.intersection(first)}
+            wanted = {key for key in wanted if not of.ring.was_dropped(key)}
+            more = (
+                at for at, key in enumerate(keys) if key in known or key in coming or key in wanted
+            )
+            chosen = sorted({*chosen, *more})
             of.ring.lose(_at(keys, sorted(places.difference(chosen))))
         if not chosen and not self._pending:
             of.ring.forget(ids.tolist())

@@ -94,6 +94,18 @@ def test_a_version_that_was_not_chosen_is_no_fault(seen: bool, differs: str) -> 
     assert engine.witness.figures()[""].compared == (not seen)
 
 
+def test_a_first_block_is_taken_wherever_a_call_has_its_key() -> None:
+    """Two requests of a step compute it, and a tier has the rows of either. In the control a number
+    has changed."""
+    engine = Engine(check="sample", rate=0)
+    engine.witness.stored([0, 1], [key(0)] * 2, first=[0])
+    for block in (0, 1):
+        engine.write(WRONG, engine.rows(block))
+        assert not engine.witness.restored([WRONG], [key(0)]).faults
+    engine.cache[0][0, WRONG, 0, 0, 0] += 1
+    assert engine.witness.restored([WRONG], [key(0)]).faults
+
+
 @pytest.mark.parametrize("check", ["sample", "all"])
 def test_a_key_that_is_not_chosen_is_named_if_it_is_wrong(check: str) -> None:
     engine = Engine(check=check, rate=0)
