@@ -6,7 +6,6 @@ from __future__ import annotations
 import logging
 from collections import Counter, deque
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import compress
@@ -312,7 +311,7 @@ class Witness:
             keys: the engine's hash of each block, at most 64 bytes.
             group: the name of the view.
             first: positions in ``keys`` that are taken whatever the rate, such as those of the
-                first block of a request.
+                first block of a request; but not if a former version of the key was not taken.
             loaded: positions of blocks that a load has restored, and whose last tokens the engine
                 has computed again. They are taken if the load has been compared and was right.
 
@@ -328,14 +327,18 @@ class Witness:
                 raise invalid(name, "positions in keys", positions)
         self.settle()
         (of, ids) = self._read(blocks, keys, group)
-        chosen = self._chosen(keys, first)
+        chosen = self._chosen(keys)
         if len(chosen) < len(keys):  # a key that is compared has all its versions
             known = of.ring.keys
             coming = self._coming(of)
-            more = (at for at, key in enumerate(keys) if key in known or key in coming)
+            places = {*range(len(keys))}
+            wanted = {keys[at] for at in places.intersection(first)}
+            wanted = {key for key in wanted if not of.ring.was_dropped(key)}
+            more = (
+                at for at, key in enumerate(keys) if key in known or key in coming or key in wanted
+            )
             chosen = sorted({*chosen, *more})
-            # A tier may have this version, although a later one may be the first of a request.
-            of.ring.lose(_at(keys, sorted({*range(len(keys))}.difference(chosen))))
+            of.ring.lose(_at(keys, sorted(places.difference(chosen))))
         if not chosen and not self._pending:
             of.ring.forget(ids.tolist())
             return
@@ -446,6 +449,8 @@ class Witness:
             )
         if not isinstance(keys, Sequence) or len(ids) != len(keys):
             raise invalid("keys", f"a key for each of {len(ids)} blocks", keys)
+        for key in _wrong_keys(keys):
+            raise invalid("keys", f"bytes, at most {KEY} of a key", key)
         device = of.view.device
         if device.type != "cpu" and capturing(device):
             raise refuse_capture("Taking fingerprints", "the blocks of each replay differ")
@@ -459,16 +464,12 @@ class Witness:
                 coming.update(_at(step.keys, step.chosen))
         return coming
 
-    def _chosen(self, keys: Sequence[bytes], first: Collection[int] = ()) -> Sequence[int]:
-        """Return the positions of keys that are checked; raise `InvalidTerms` for a wrong key."""
-        chosen: Sequence[int] = range(len(keys))
-        if self.check == "sample":
-            limit = self._limit
-            with suppress(TypeError):  # the next loop names the key
-                chosen = [at for at, key in enumerate(keys) if crc32(key) < limit or at in first]
-        for key in _wrong_keys(keys):
-            raise invalid("keys", f"bytes, at most {KEY} of a key", key)
-        return chosen
+    def _chosen(self, keys: Sequence[bytes]) -> Sequence[int]:
+        """Return the positions of the keys that the rate chooses."""
+        if self.check == "all":
+            return range(len(keys))
+        limit = self._limit
+        return [at for at, key in enumerate(keys) if crc32(key) < limit]
 
     def _begin(
         self,

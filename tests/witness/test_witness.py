@@ -75,19 +75,35 @@ def test_a_sampled_key_has_all_its_versions() -> None:
         assert bool(engine.witness.restored([WRONG], [key(0)]).faults) is not right
 
 
-def test_a_version_that_was_not_chosen_is_no_fault() -> None:
+@pytest.mark.parametrize("differs", ["all", "half"])
+@pytest.mark.parametrize("seen", [True, False])
+def test_a_version_that_was_not_chosen_is_no_fault(seen: bool, differs: str) -> None:
     """A tier has the rows of a request that computed other blocks before, and the first block of
-    another request is the same. In the control a number has changed too."""
-    for wrong in (False, True):
-        engine = Engine(check="sample", rate=0)
-        engine.store([0], [0])
-        engine.witness.stored([1], [key(0)], first=[0])
-        engine.load(WRONG, 0)
-        if wrong:
-            engine.write(WRONG, engine.rows(1))
-            engine.cache[0][0, WRONG, 0, 0, 0] += 1
-        assert bool(engine.witness.restored([WRONG], [key(0)]).faults) is wrong
-        assert engine.witness.figures()[""].unknown is not wrong
+    another request is the same. In the control the witness has not seen the former request."""
+    engine = Engine(check="sample", rate=0)
+    engine.store([0], [0])
+    later = [rows.clone() for rows in engine.rows(0)]
+    for rows in later:
+        rows[:, 8 if differs == "half" else 0 :] += 1
+    if not seen:
+        engine.witness = Witness(engine.view, check="sample", rate=0)
+    engine.write(1, later)
+    engine.witness.stored([1], [key(0)], first=[0])
+    engine.load(WRONG, 0)
+    assert bool(engine.witness.restored([WRONG], [key(0)]).faults) is not seen
+    assert engine.witness.figures()[""].compared == (not seen)
+
+
+def test_a_first_block_is_taken_wherever_a_call_has_its_key() -> None:
+    """Two requests of a step compute it, and a tier has the rows of either. In the control a number
+    has changed."""
+    engine = Engine(check="sample", rate=0)
+    engine.witness.stored([0, 1], [key(0)] * 2, first=[0])
+    for block in (0, 1):
+        engine.write(WRONG, engine.rows(block))
+        assert not engine.witness.restored([WRONG], [key(0)]).faults
+    engine.cache[0][0, WRONG, 0, 0, 0] += 1
+    assert engine.witness.restored([WRONG], [key(0)]).faults
 
 
 @pytest.mark.parametrize("check", ["sample", "all"])

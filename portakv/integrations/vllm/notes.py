@@ -508,7 +508,7 @@ def rank_files(
         ):
             present.setdefault(int(numbers[1]), {})[int(numbers[2])] = path
     for many in sorted(present.keys() - {ranks}):
-        # All copies share a tier, whatever copy stored a block.
+        # A tier may have what any copy has stored.
         for first in range(part % stages * many, max(present[many]) + 1, stages * many):
             places = range(first, first + many)
             if all(place in present[many] for place in places):
