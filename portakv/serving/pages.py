@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`PageStore` and `PageTasks`: pages of bytes in an engine's host memory, of one size or of any,
-and the stores that save and load them.
+"""`PageStore`: pages of bytes in an engine's host memory, of one size or of any. `PageTier`,
+`PagePool` and `PageTasks` save and load them as engines ask for it.
 
 A page is opaque: nothing is known of its bytes but their number. Engines that have a tier of host
 memory hand over such pages by key.

@@ -47,7 +47,7 @@ from portakv.runtime.transfer import Finished
 from portakv.storage import image
 from portakv.storage.eviction import FIRST, Changed, marks_of
 from portakv.storage.form import HEADER, BlockForm, Slices
-from portakv.storage.memory import Claim, Crossing, Held, PinnedRows, RowQueue, Rows, Want
+from portakv.storage.memory import Claim, Crossing, Held, RowQueue, Rows, Want
 from portakv.storage.reasons import OVERFLOWED, Explanation, Reason, Reasons
 from portakv.storage.tiers.base import Keys, TierStore
 from portakv.storage.work import BaseQueue, End, Ending, Graph, Handle, Mask, Missing, Queue, Task
@@ -1009,7 +1009,7 @@ class Call:
         elif isinstance(location, str):  # its rows stay until the copies out of them have ended
             least = 1 if self.request.lent else 2  # the copier has no helpers to share them
             for at in self.chunks(part, some, LOADED, len({*segments}), least=least):
-                held = PinnedRows(self.shared.rows, [names[i] for i in at])
+                held = Held(self.shared.rows.pin([names[i] for i in at]))
                 self._graph.count("host", "load", "hit", len(at), len(at) * part.form.image_bytes)
                 self.form.count("host", "load", "hit", len(at))
                 yield Arrival(held, {n: [] for n, _ in enumerate(segments)}, at, range(len(at)))

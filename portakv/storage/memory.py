@@ -863,6 +863,9 @@ class Rows:
 class Held:
     """Rows that coroutines of a graph use, until the last of them has ended.
 
+    Args:
+        loan: keeps rows of the host tier where they are.
+
     Attributes:
         items: the rows; None before they are granted.
         users: how many coroutines use them. Changed under the graph's lock.
@@ -872,6 +875,10 @@ class Held:
     items: Any = None
     users = 0
     store = False
+
+    def __init__(self, loan: Loan) -> None:
+        self.items = loan.rows
+        self._loan = loan
 
     def take(self) -> list[int] | None:
         """Return rows, all or none, under the graph's lock; None if there are not enough."""
@@ -888,19 +895,7 @@ class Held:
             self.over()
 
     def over(self) -> None:
-        """Give the rows back."""
-        raise NotImplementedError
-
-
-class PinnedRows(Held):
-    """Rows of the host tier that stay where they are."""
-
-    def __init__(self, memory: Rows, keys: Sequence[bytes]) -> None:
-        self._loan = memory.pin(keys)
-        self.items = self._loan.rows
-
-    def over(self) -> None:
-        """Let the rows go in their turn."""
+        """Give the rows back: let them go in their turn."""
         self._loan.cancel()
 
 
