@@ -26,11 +26,11 @@ from portakv.errors import (
     StoreError,
 )
 from portakv.graph.alarms import watch
-from portakv.host.shared import process_space, started
+from portakv.host.shared import Process, process_space, started
 from portakv.migrate.channel import Channel, Peer
 from portakv.migrate.messages import Message
 from portakv.migrate.shared_memory import share
-from portakv.runtime.bounded import Bounded
+from portakv.runtime.bounded import Bounded, Until
 from portakv.runtime.rate_limited_log import RateLimitedLog
 from portakv.serving.bucket import look_up
 from portakv.serving.groups import Validity
@@ -56,14 +56,13 @@ from portakv.serving.server.messages import (
     Later,
     Leave,
     Load,
-    Lock,
     LookedUp,
     LookUp,
+    Pin,
     Report,
     Save,
     ServerProtocol,
     Stop,
-    Unlock,
     tier_of,
 )
 from portakv.serving.server.state import (
@@ -335,7 +334,7 @@ LEAVING = 1.0
 ENGINES = 256
 
 
-def check_process(process: tuple[int, int, int]) -> None:
+def check_process(process: Process) -> None:
     """Raise `StoreError` for a process whose end cannot be seen from here."""
     (space, pid, began) = process
     if space != process_space():
@@ -392,8 +391,8 @@ class StoreServer:
         self._wanted: Sequence[BlockForm] = ()  # forms of whole blocks that a client waits for
         # The forms for which the store could not be opened, and why.
         self._refusal: tuple[Sequence[BlockForm], PortaKVError] | None = None
-        # Why the last rank of an engine was refused, and until when that counts.
-        self._refused: Bounded[str, tuple[str, float]] = Bounded("refused engines", ENGINES)
+        #: Why the last rank of an engine was refused.
+        self._refused: Until[str] = Until("refused engines", ENGINES)
         self._ends = False  # no session begins any more
         self._wait = Wait()  # of the coroutine
         self._channel = Channel()
@@ -485,8 +484,7 @@ class StoreServer:
         self._serve(Save, lambda state, ask: state.save(ask))
         self._serve(Report, lambda state, it: state.report(it.session, it.lease, it.landed))
         self._serve(Stop, lambda state, it: state.stop(it.session, it.number))
-        self._serve(Lock, lambda state, ask: Done(ask.session, state.lock(ask)))
-        self._serve(Unlock, lambda state, it: state.unlock(it.session, it.number))
+        self._serve(Pin, lambda state, ask: Done(ask.session, state.pin(ask)))
         self._serve(Delete, lambda state, ask: Done(ask.session, state.delete(ask)))
         answer(self._channel, self)
 
@@ -499,7 +497,7 @@ class StoreServer:
         try:
             answer = self._session_of(peer, ask)
         except PortaKVError as error:
-            self._refused[ask.engine] = str(error), time.monotonic() + REFUSED
+            self._refused.hold(ask.engine, REFUSED, str(error))
             raise
         if isinstance(answer, Joined):
             self._refused.pop(ask.engine, None)
@@ -533,8 +531,8 @@ class StoreServer:
         if self._ends:
             return Later()
         if opened is None or not digests:
-            why, until = self._refused.get(ask.engine, ("", 0.0))
-            if time.monotonic() < until:
+            why = self._refused.held(ask.engine)
+            if why is not None:
                 raise InvalidTerms(why)
             return Later()
         answer = opened.feed.follow(ask, [digest.hex() for digest in digests], opened.bucket)

@@ -30,13 +30,14 @@ import numpy as np
 from portakv.arguments import shown
 from portakv.errors import InvalidTerms, PeerError
 from portakv.graph.trace import Figures
+from portakv.host.shared import Process
 from portakv.serving.server.messages import (
     UNFIT,
     Delete,
     Grant,
     Join,
     Load,
-    Lock,
+    Pin,
     Progress,
     Save,
 )
@@ -105,7 +106,7 @@ class ClientProcess:
         leases: all rows that were lent to it and that it may still use, by the numbers of leases.
     """
 
-    key: tuple[int, int, int]
+    key: Process
     leases: dict[int, Lease] = field(default_factory=dict)
 
 
@@ -126,8 +127,8 @@ class Client:
     Attributes:
         parts: of each group of layers.
         address: of its channel.
-        requests: the loads and saves that have not ended, by the client's numbers.
-        locks: the blocks that it keeps from eviction, by its numbers.
+        requests: the loads and saves that have not ended, and the blocks that it keeps from
+            eviction, by the client's numbers.
         gone: the session has ended.
     """
 
@@ -136,8 +137,7 @@ class Client:
     process: ClientProcess
     parts: list[RankPart]
     address: str
-    requests: dict[int, Work] = field(default_factory=dict)
-    locks: dict[int, Pins] = field(default_factory=dict)
+    requests: dict[int, Work | Pins] = field(default_factory=dict)
     gone: bool = False
 
 
@@ -329,7 +329,7 @@ class ServerState:
         self._now = now
         self._lock = runtime().lock
         self._clients = dict[int, Client]()  # by session
-        self._processes = dict[tuple[int, int, int], ClientProcess]()
+        self._processes = dict[Process, ClientProcess]()
         self._works = dict[Work, None]()  # that have not ended
         self._saves = dict[Work, None]()  # that an engine may ask for again
         # What clients learn next, by client and number of the request.
@@ -382,16 +382,15 @@ class ServerState:
                 return
             client.gone = True
             del self._clients[client.session]
-            for pins in client.locks.values():
-                pins.release()
-            client.locks.clear()
             requests = [*client.requests.values()]
             client.requests.clear()
             for key in [key for key in self._news if key[0] is client]:
                 del self._news[key]
-            for work in requests:
-                if work.key is None:
-                    self._abandon(work)
+            for request in requests:
+                if isinstance(request, Pins):
+                    request.release()
+                elif request.key is None:
+                    self._abandon(request)
             for save in [*self._saves]:
                 self._settle_all(save)
             self._wake()
@@ -541,37 +540,32 @@ class ServerState:
             self._return(lease, landed)
 
     def stop(self, session: int, number: int) -> None:
-        """Note that nothing waits for a request of a client any longer."""
+        """Note that nothing waits for a request of a client any longer, or end its pins."""
         with self._lock:
             client = self._clients.get(session)
-            work = None if client is None else client.requests.get(number)
-            if work is not None:
-                self._abandon(work)
+            request = None if client is None else client.requests.get(number)
+            if client is not None and isinstance(request, Pins):
+                del client.requests[number]
+                request.release()
+            elif isinstance(request, Work):
+                self._abandon(request)
                 self._wake()
 
-    # --- locks
+    # --- what needs no rows
 
-    def lock(self, ask: Lock) -> bytes:
-        """Keep blocks from eviction until `unlock`; return a byte for each: 1 if it is kept.
+    def pin(self, ask: Pin) -> bytes:
+        """Keep blocks from eviction until `stop`; return a byte for each: 1 if it is kept.
 
         Raises `PeerError` for a session that has ended.
         """
         with self._lock:
             client = self.client(ask.session)
             pins = self._part_of(client, ask.group).store.pin(ask.keys)
-            before = client.locks.pop(ask.number, None)
-            if before is not None:
+            before = client.requests.get(ask.number)
+            if isinstance(before, Pins):
                 before.release()
-            client.locks[ask.number] = pins
+            client.requests[ask.number] = pins
             return pins.held.astype(np.uint8).tobytes()
-
-    def unlock(self, session: int, number: int) -> None:
-        """End the locks of a number of a client."""
-        with self._lock:
-            client = self._clients.get(session)
-            pins = None if client is None else client.locks.pop(number, None)
-            if pins is not None:
-                pins.release()
 
     def delete(self, ask: Delete) -> bytes:
         """Forget blocks, locked or not; return a byte for each: 1 if it was there.
