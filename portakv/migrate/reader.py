@@ -37,12 +37,11 @@ from portakv.errors import (
     TransferTimeout,
 )
 from portakv.graph.meter import by_label
-from portakv.graph.trace import Spent, Trace
+from portakv.graph.trace import Figures, Spent, Trace, histograms
 from portakv.layout.encodings import Pack
 from portakv.migrate.channel import Channel
 from portakv.migrate.connections import ANY, Connections, OwnerKey, Source, Sources, closed_reader
 from portakv.migrate.crossed import AUTO, Encoding, pack_of
-from portakv.migrate.figures import Figures, histograms
 from portakv.migrate.messages import (
     MOST_NAMES,
     Answer,
