@@ -290,7 +290,6 @@ class Pair(Lane):
         self.name = ""
         self.named = threading.Event()
         self.group: dist.ProcessGroup | None = None  # until the first buffer
-        self._meeting = threading.Lock()
         super().__init__(transport, channel, key)
         self.store = ChannelStore(channel, self.address or None, Meet)  # by which both meet
 
@@ -300,11 +299,12 @@ class Pair(Lane):
         return 0 if self.address else 1
 
     def meet(self, stop: Callable[[], bool] = bool) -> None:
-        with self._meeting:
-            if not self.name:
-                name = token_hex(16)
-                self.channel.ask(self.address, Join(name), Answer, stop=stop)
-                self.name = name
+        # One thread at a time: that of the pull whose turn it is, before it moves a buffer, or else
+        # that of the lane, at its first buffer.
+        if not self.name:
+            name = token_hex(16)
+            self.channel.ask(self.address, Join(name), Answer, stop=stop)
+            self.name = name
 
     def join(self, moving: Moving) -> dist.ProcessGroup:
         """Return the group of this lane, before a buffer crosses; make it at the first call."""
