@@ -39,7 +39,7 @@ from support.waits import LIMIT
 
 from portakv import KVView
 from portakv.errors import InvalidTerms, StoreError, TransferError
-from portakv.graph.prometheus import Collector
+from portakv.graph import Collector
 from portakv.storage.form import BlockForm
 from portakv.storage.image import HEADER, Row, seal
 from portakv.storage.store import BlockStore
