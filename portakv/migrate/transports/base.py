@@ -89,7 +89,7 @@ class Moving:
         self._until = monotonic() + seconds
         self.error: Exception | None = None
         self._event: torch.Event | None = None  # recorded after the bytes, if a stream orders them
-        self._calls = list[tuple[MovingStage, Callable[[], object]]]()
+        self._calls: list[tuple[MovingStage, Callable[[], object]]] = []
         self._touched = False
         self._stage = 0  # of `MovingStage`; 0: none
         self._changed = Condition()
