@@ -164,7 +164,7 @@ LEFT = form_of((0, LAYERS), (0, HEADS // 2))
 RIGHT = form_of((0, LAYERS), (HEADS // 2, HEADS))
 
 
-@pytest.mark.parametrize("end", ["stop", "leave", "lose", "process", "close", "once more"])
+@pytest.mark.parametrize("end", ["stop", "leave", "lose", "process", "close", "load", "once more"])
 def test_locks_end_with_their_client(end: str) -> None:
     ranks = Ranks(WHOLE, WHOLE)
     ranks.write(0, ranks.save(0))
@@ -189,11 +189,14 @@ def test_locks_end_with_their_client(end: str) -> None:
     elif end == "close":
         ranks.state.close()
         left = []
-    else:  # the same number names other locks then
+    elif end == "load":  # the same number names a load then
+        ranks.state.load(Load(one.session, 1, 0, tuple(KEYS[:1]), 0.0, "urgent"))
+        left *= 2  # its rows are lent
+    else:  # or other locks
         ranks.state.pin(Pin(one.session, 1, 0, tuple(KEYS[:1])))
         left *= 2
     assert ranks.store.pinned == left
-    if end not in ("stop", "once more"):
+    if end not in ("stop", "load", "once more"):
         with pytest.raises(PeerError):
             ranks.state.pin(Pin(one.session, 2, 0, some))
 

@@ -561,10 +561,7 @@ class ServerState:
         with self._lock:
             client = self.client(ask.session)
             pins = self._part_of(client, ask.group).store.pin(ask.keys)
-            before = client.requests.get(ask.number)
-            if isinstance(before, Pins):
-                before.release()
-            client.requests[ask.number] = pins
+            self._note_request(client, ask.number, pins)
             return pins.held.astype(np.uint8).tobytes()
 
     def delete(self, ask: Delete) -> bytes:
@@ -655,9 +652,16 @@ class ServerState:
         self._forget_save(work)
         self._wake()
 
+    def _note_request(self, client: Client, number: int, request: Work | Pins) -> None:
+        """Enter a request of a client. Pins of the same number end."""
+        before = client.requests.get(number)
+        if isinstance(before, Pins):
+            before.release()
+        client.requests[number] = request
+
     def _add(self, work: Work, client: Client, number: int) -> None:
         """Take note of a client's request for a load or a save that has begun, or has ended."""
-        client.requests[number] = work
+        self._note_request(client, number, work)
         work.requesters[client] = number
         for lent in [*work.lents]:
             self._grant(lent, client, number)
@@ -787,8 +791,9 @@ class ServerState:
 
     def _end_request(self, client: Client, number: int, stored: bytes | None) -> None:
         """Tell a client that a request has ended."""
-        if client.gone or client.requests.pop(number, None) is None:
+        if client.gone or not isinstance(client.requests.get(number), Work):
             return
+        del client.requests[number]
         news = self._learn(client, number)
         news.more = False
         news.stored = stored
