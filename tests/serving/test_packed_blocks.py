@@ -415,12 +415,12 @@ def test_a_store_server_announces_lossy_blocks_to_no_engine(tmp_path: Path) -> N
     opened = OpenStore(how, [raw, lossy], lambda: None, 10.0, published)
     try:
         follow = Follow("engine", (0, 0, 0), "address", 2)
-        follower = opened.feed.follow(follow, [raw.name, lossy.name], False)
+        follower = opened.follow(follow, [raw.name, lossy.name])
         assert follower.forms == ((0,), (1, 0))
         for group, keys in enumerate((set[bytes](), {*KEYS})):
-            pages = [opened.feed.page(AskKeys(follower.session, group, 0))]
+            pages = [opened.page(AskKeys(follower.session, group, 0))]
             while pages[-1].more:
-                pages.append(opened.feed.page(AskKeys(follower.session, group, len(pages))))
+                pages.append(opened.page(AskKeys(follower.session, group, len(pages))))
             assert {key for page in pages for key in page.keys} == keys
         changes = {change for some, _ in published.calls for change in some}
         assert changes == {(key, lossy.name) for key in KEYS}

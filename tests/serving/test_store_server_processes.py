@@ -460,13 +460,13 @@ def test_an_index_follows_a_store_server(host: Host) -> None:
 
 #: A server that loses the messages about changes.
 _LOSES = """
-from portakv.serving.server.server import Feed
-real = Feed.announce
+from portakv.serving.server.server import OpenStore
+real = OpenStore.announce
 missed = []
 def announce(self, changes):
     missed.extend(change.tier for change in changes)
     return []
-Feed.announce = announce
+OpenStore.announce = announce
 """
 #: An index that does not look at the numbers of changes.
 _CARELESS = """
@@ -488,7 +488,7 @@ def knows_what_it_missed(host: Host, before: str) -> bool:
     store_server.do(_LOSES)
     assert rank.do("answer = rank.saved(tokens)", tokens=prompt(1, 1)) == [True]
     assert until(lambda: {*store_server.do("answer = missed")} == {"host", "disk"}, LIMIT)
-    store_server.do("Feed.announce = real")
+    store_server.do("OpenStore.announce = real")
     assert rank.do("answer = rank.saved(tokens)", tokens=prompt(2, 1)) == [True]
     assert until(lambda: scheduler.do(_LEADING, tokens=prompt(2, 1)) == 1, LIMIT)
     return bool(scheduler.do(_LEADING, tokens=prompt(1, 1)))

@@ -70,7 +70,7 @@ from portakv.tasks import SLACK, End, Limit, Priority, Signal, Wait, Work, runti
 from portakv.view import IdList, KVView
 
 # ------------------------------------------------------------------------------------------------
-# `ServerIndex`: a copy of the index of a server, which the server's feed keeps current.
+# `ServerIndex`: a copy of the index of a server, which the server keeps current.
 
 
 class Known:

@@ -96,7 +96,7 @@ def has_ended(process: ClientProcess) -> bool:
 
 
 # ------------------------------------------------------------------------------------------------
-# What a server announces to the processes that follow the index of its store.
+# The store of a server, with its clients and its followers.
 
 
 @dataclass(eq=False)
@@ -114,101 +114,6 @@ class Follower:
     pages: list[KeysPage] = field(default_factory=list)
 
 
-class Feed:
-    """The followers of a store's index. Any thread may call.
-
-    Args:
-        store: with several forms, by their names.
-
-    Attributes:
-        followers: by session.
-    """
-
-    def __init__(self, store: BlockStore) -> None:
-        self.followers = dict[int, Follower]()
-        self._store = store
-        self._numbers = {name: number for number, name in enumerate(store.forms)}
-
-    def follow(self, ask: Follow, forms: Sequence[str], bucket: bool) -> Followed:
-        """Begin a session of a follower. ``bucket``: the store has a bucket.
-
-        Raises `InvalidTerms` for another number of groups.
-        """
-        if ask.groups != len(forms):
-            raise InvalidTerms(
-                f"Expected the index of {len(forms)} groups of layers, as the ranks of the engine "
-                f"have, got {ask.groups}. Pass as many."
-            )
-        made = Follower(randbits(62), ask.address, forms)
-        self.followers[made.session] = made
-        return Followed(
-            made.session,
-            tuple(tuple(self._numbers[x] for x in self._alike(form)) for form in forms),
-            tuple(self._store.forms[form].payload_bytes for form in forms),
-            bucket,
-        )
-
-    def _alike(self, name: str) -> list[str]:
-        """Return the name of a form and of the store's other forms of the same blocks, packed or
-        raw ones.
-
-        Blocks of a lossy form count for no other form.
-        """
-        forms = self._store.forms
-        raw = forms[name].raw
-        alike = [other for other, form in forms.items() if form.raw == raw and not form.lossy]
-        return [name, *(other for other in alike if other != name)]
-
-    def page(self, ask: AskKeys) -> KeysPage:
-        """Return a page of the keys of a group; the first one takes a snapshot.
-
-        Raises `PeerError` for a session that has ended, or for a page out of order.
-        """
-        follower = self.followers.get(ask.session)
-        if follower is None or ask.group >= len(follower.forms):
-            raise ended_session()
-        if ask.page == 0:
-            follower.pages = self._pages(follower.forms[ask.group])
-        if ask.page >= len(follower.pages):
-            raise PeerError("Expected pages in order, got one past the last. Begin with page 0.")
-        page = follower.pages[ask.page]
-        if not page.more:
-            follower.pages = []
-        return page
-
-    def _pages(self, form: str) -> list[KeysPage]:
-        """Return a snapshot of the blocks of a form, and of those that are alike, in pages."""
-        names = self._alike(form)
-        snapshots = [self._store.of(name).keys() for name in names]
-        number = snapshots[0].number  # changes after the first snapshot are applied to all
-        pages = list[KeysPage]()
-        for name, snapshot in zip(names, snapshots, strict=True):
-            for tier, keys in snapshot.keys.items():
-                tier = tier_of(self._numbers[name], tier)
-                for first in range(0, len(keys), MOST_PAGE):
-                    some = tuple(keys[first : first + MOST_PAGE])
-                    pages.append(KeysPage(number, tier, some, more=True))
-        return [*pages, KeysPage(number)]
-
-    def announce(self, changes: Sequence[Change]) -> Iterator[tuple[Follower, Changes]]:
-        """Yield the messages about changes for each follower."""
-        followers = [*self.followers.values()]
-        if not followers:
-            return
-        items = [
-            Changed(number, self._numbers[form], key, tier, stored, why)
-            for number, key, tier, stored, why, form in changes
-        ]
-        for first in range(0, len(items), MOST_CHANGES):
-            some = tuple(items[first : first + MOST_CHANGES])
-            for follower in followers:
-                yield follower, Changes(follower.session, some)
-
-
-# ------------------------------------------------------------------------------------------------
-# The store of a server, with its clients and its followers.
-
-
 class OpenStore:
     """A store whose rows other processes map, and what is known of these processes.
 
@@ -224,6 +129,7 @@ class OpenStore:
     Attributes:
         handle: the rows, for `open_shared`.
         bucket: the store has a bucket.
+        followers: the sessions of processes that follow the index.
     """
 
     def __init__(
@@ -250,7 +156,8 @@ class OpenStore:
         watch(self.state)
         self.bucket = terms.bucket is not None
         self._events = events
-        self.feed = Feed(self.store)
+        self._numbers = {name: number for number, name in enumerate(self.store.forms)}
+        self.followers = dict[int, Follower]()
         try:
             self.handle = share(self.store.rows.tensor)
             for name, form in named.items():
@@ -299,6 +206,99 @@ class OpenStore:
         for form in self.store.forms:
             for tier, keys in self.store.of(form).keys().keys.items():
                 self._publish([Change(0, key, tier, True, "", form) for key in keys])
+
+    # --- followers of the index
+
+    def follow(self, ask: Follow, forms: Sequence[str]) -> Followed:
+        """Begin a session of a follower, of groups of these forms.
+
+        Raises `InvalidTerms` for another number of groups.
+        """
+        if ask.groups != len(forms):
+            raise InvalidTerms(
+                f"Expected the index of {len(forms)} groups of layers, as the ranks of the engine "
+                f"have, got {ask.groups}. Pass as many."
+            )
+        made = Follower(randbits(62), ask.address, forms)
+        self.followers[made.session] = made
+        return Followed(
+            made.session,
+            tuple(tuple(self._numbers[x] for x in self._alike(form)) for form in forms),
+            tuple(self.store.forms[form].payload_bytes for form in forms),
+            self.bucket,
+        )
+
+    def _alike(self, name: str) -> list[str]:
+        """Return the name of a form and of the store's other forms of the same blocks, packed or
+        raw ones.
+
+        Blocks of a lossy form count for no other form.
+        """
+        forms = self.store.forms
+        raw = forms[name].raw
+        alike = [other for other, form in forms.items() if form.raw == raw and not form.lossy]
+        return [name, *(other for other in alike if other != name)]
+
+    def page(self, ask: AskKeys) -> KeysPage:
+        """Return a page of the keys of a group; the first one takes a snapshot.
+
+        Raises `PeerError` for a session that has ended, or for a page out of order.
+        """
+        follower = self.followers.get(ask.session)
+        if follower is None or ask.group >= len(follower.forms):
+            raise ended_session()
+        if ask.page == 0:
+            follower.pages = self._pages(follower.forms[ask.group])
+        if ask.page >= len(follower.pages):
+            raise PeerError("Expected pages in order, got one past the last. Begin with page 0.")
+        page = follower.pages[ask.page]
+        if not page.more:
+            follower.pages = []
+        return page
+
+    def _pages(self, form: str) -> list[KeysPage]:
+        """Return a snapshot of the blocks of a form, and of those that are alike, in pages."""
+        names = self._alike(form)
+        snapshots = [self.store.of(name).keys() for name in names]
+        number = snapshots[0].number  # changes after the first snapshot are applied to all
+        pages = list[KeysPage]()
+        for name, snapshot in zip(names, snapshots, strict=True):
+            for tier, keys in snapshot.keys.items():
+                tier = tier_of(self._numbers[name], tier)
+                for first in range(0, len(keys), MOST_PAGE):
+                    some = tuple(keys[first : first + MOST_PAGE])
+                    pages.append(KeysPage(number, tier, some, more=True))
+        return [*pages, KeysPage(number)]
+
+    def announce(self, changes: Sequence[Change]) -> Iterator[tuple[Follower, Changes]]:
+        """Yield the messages about changes for each follower."""
+        followers = [*self.followers.values()]
+        if not followers:
+            return
+        items = [
+            Changed(number, self._numbers[form], key, tier, stored, why)
+            for number, key, tier, stored, why, form in changes
+        ]
+        for first in range(0, len(items), MOST_CHANGES):
+            some = tuple(items[first : first + MOST_CHANGES])
+            for follower in followers:
+                yield follower, Changes(follower.session, some)
+
+    # --- all sessions
+
+    def check(self, session: int) -> None:
+        """Raise `PeerError` unless a session goes on."""
+        if session not in self.followers:
+            self.state.client(session)
+
+    def sessions(self) -> list[Client | Follower]:
+        """Return the sessions of ranks and of followers."""
+        return [*self.state.clients(), *self.followers.values()]
+
+    def lose(self, session: int, leaves: bool = False) -> None:
+        """End a session, if there is one; see `ServerState.lose`."""
+        self.state.lose(session, leaves)
+        self.followers.pop(session, None)
 
     def has(self, forms: Sequence[BlockForm]) -> bool:
         """Return whether the store has the forms of whole blocks."""
@@ -458,8 +458,7 @@ class StoreServer:
         opened = self._opened
         if opened is None:
             return
-        others: list[Client | Follower] = [*opened.state.clients(), *opened.feed.followers.values()]
-        requests = [(each.address, Farewell(each.session)) for each in others]
+        requests = [(each.address, Farewell(each.session)) for each in opened.sessions()]
         # The answers come before the connections end. A client without one may have ended, too.
         with suppress(PortaKVError):
             self._channel.ask_all(requests, Farewell, LEAVING)
@@ -478,7 +477,7 @@ class StoreServer:
         serve(Follow, self._follow)
         serve(Alive, self._alive)
         serve(Leave, lambda _, message: self._gone(message.session, leaves=True))
-        serve(AskKeys, lambda _, ask: self._open_store().feed.page(ask))
+        serve(AskKeys, lambda _, ask: self._open_store().page(ask))
         serve(LookUp, self._look_up)
         self._serve(Load, lambda state, ask: state.load(ask))
         self._serve(Save, lambda state, ask: state.save(ask))
@@ -535,14 +534,12 @@ class StoreServer:
             if why is not None:
                 raise InvalidTerms(why)
             return Later()
-        answer = opened.feed.follow(ask, [digest.hex() for digest in digests], opened.bucket)
+        answer = opened.follow(ask, [digest.hex() for digest in digests])
         peer.on_gone(partial(self._gone, answer.session))
         return answer
 
     def _alive(self, peer: Peer, ask: Alive) -> Alive:
-        opened = self._open_store()
-        if ask.session not in opened.feed.followers:
-            opened.state.client(ask.session)
+        self._open_store().check(ask.session)
         return Alive(ask.session)
 
     def _gone(self, session: int, leaves: bool = False) -> None:
@@ -551,13 +548,12 @@ class StoreServer:
         A connection may outlive a store, so it retains the number alone.
         """
         if self._opened is not None:
-            self._opened.state.lose(session, leaves)
-            self._opened.feed.followers.pop(session, None)
+            self._opened.lose(session, leaves)
 
     def _look_up(self, peer: Peer, ask: LookUp) -> None:
         """Begin a lookup in the bucket. One that cannot begin has no answer."""
         opened = self._opened
-        follower = None if opened is None else opened.feed.followers.get(ask.session)
+        follower = None if opened is None else opened.followers.get(ask.session)
         if opened is None or follower is None or not opened.bucket:
             return
 
@@ -666,12 +662,12 @@ class StoreServer:
             changes = opened.changes()
         for client, progress in opened.state.take():
             await self._tell(client.address, progress, partial(opened.state.lost, client))
-        for follower, message in opened.feed.announce(changes):
+        for follower, message in opened.announce(changes):
             await self._tell_follower(opened, follower, message)
 
     async def _tell_follower(self, opened: OpenStore, follower: Follower, message: Message) -> None:
         """Send a message to a follower."""
-        lost = partial(opened.feed.followers.pop, follower.session, None)
+        lost = partial(opened.followers.pop, follower.session, None)
         await self._tell(follower.address, message, lost)
 
 
