@@ -405,7 +405,10 @@ class Gathers:
         self._lines = dict[Peer, Line]()  # of readers; each agreement makes another
         self._runtime = runtime()
         self._lock = self._runtime.lock  # a reader that is gone gets no buffer
-        self._tasks = TaskGroup(self._runtime, _log_failure)
+        self._tasks = TaskGroup(
+            self._runtime,
+            lambda error: _log.error("An owner failed to send rows, and goes on.", exc_info=error),
+        )
         self._turn = Turn()  # of readers, after as many parts as they have buffers
         self._late = LateAnswers(self._turn)
 
@@ -667,8 +670,3 @@ class Gathers:
         """Have the transport send a full buffer, unless its reader is gone or connected again."""
         if self._lines.get(line.peer) is line:  # `forget` closes the lane
             buffer.sent = sending.lane.move(full, tag)
-
-
-def _log_failure(error: BaseException) -> None:
-    """Log the error of a coroutine of an owner."""
-    _log.error("An owner failed to send rows, and goes on.", exc_info=error)
