@@ -460,6 +460,8 @@ class End(Generic[T]):
         while not self.ended and not self._runtime.forked:
             left = LOOK if until is None else until - self._runtime.time()
             if left <= 0:
+                with suppress(ValueError):  # another thread has just taken the call
+                    self._calls.remove(end.release)  # who waits often must leave nothing here
                 return False
             end.acquire(timeout=min(left, LOOK))
         return True

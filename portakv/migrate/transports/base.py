@@ -89,7 +89,7 @@ class Moving:
         self.error: Exception | None = None
         self._event: torch.Event | None = None  # recorded after the bytes, if a stream orders them
         used = runtime()
-        self._ends = {stage: End[None](used) for stage in MovingStage}
+        self._ends: dict[MovingStage, End[None]] = {stage: End(used) for stage in MovingStage}
         self._lock = used.lock  # guards what follows
         self._touched = False
         self._over = False
