@@ -18,6 +18,7 @@ import msgspec
 import torch
 
 from portakv.errors import PeerError, TransferError, TransferTimeout
+from portakv.migrate.channel import Peer
 from portakv.migrate.messages import decoder_of
 from portakv.migrate.transports.base import Moving, MovingStage, Transport
 from portakv_conformance.contract.runner import expect
@@ -26,39 +27,17 @@ from portakv_conformance.contract.runner import expect
 SOON = 20.0
 
 
-class Connection:
-    """The connection of a reader to an owner, which a check can end."""
-
-    id = b"the only reader"
-
-    def __init__(self) -> None:
-        self.gone = False
-        self.calls: dict[object, Callable[[], object]] = {}
-
-    def on_gone(self, call: Callable[[], object]) -> Callable[[], object]:
-        """Register a function for the end of the connection; return a function that undoes this."""
-        key = object()
-        self.calls[key] = call
-        return lambda: self.calls.pop(key, None)
-
-    def end(self) -> None:
-        """End the connection, as if the other side had died."""
-        self.gone = True
-        while self.calls:
-            self.calls.popitem()[1]()
-
-
 class End:
     """One end of the channel: all that a transport uses of it."""
 
     address = "tcp://127.0.0.1:7777"
 
-    def __init__(self, connection: Connection) -> None:
+    def __init__(self, connection: Peer) -> None:
         self.connection = connection
         self.other = self
-        self.answers: dict[type, Callable[[Connection, Any], Any]] = {}
+        self.answers: dict[type, Callable[[Peer, Any], Any]] = {}
 
-    def serve(self, kind: type, answer: Callable[[Connection, Any], Any]) -> None:
+    def serve(self, kind: type, answer: Callable[[Peer, Any], Any]) -> None:
         """Answer messages of a kind."""
         self.answers[kind] = answer
 
@@ -104,8 +83,8 @@ class Wire:
 
     def connect(self) -> None:
         """Connect, also once more."""
-        # These have what a transport uses of a channel and of its peer, and are neither.
-        self.life: Any = Connection()
+        # The ends have what a transport uses of a channel, and are none.
+        self.life: Any = Peer(b"the only reader")
         self.there: Any = End(self.life)
         self.here: Any = End(self.life)
         self.there.other = self.here

@@ -482,7 +482,7 @@ def events_of(args: argparse.Namespace, stack: ExitStack) -> EventPublisher | No
 
 def _answer_prometheus(address: str, store_server: StoreServer, stack: ExitStack) -> None:
     """Answer Prometheus at an address, until the stack ends."""
-    from portakv.graph.prometheus import Collector
+    from portakv.graph.meter import Collector
 
     host, _, port = address.rpartition(":")
     collector = Collector(store_server)

@@ -15,19 +15,24 @@ from portakv.core.library import function
 
 #: Bytes whose checksum takes longer than another thread waits for the interpreter to change hands.
 LONG = 64 << 10
+_PIECES = ctypes.c_void_p, ctypes.c_char_p, ctypes.c_int64, ctypes.c_uint64, ctypes.c_void_p
 
 
 @cache
 def _functions() -> SimpleNamespace:
-    """Return the functions; ``long_pieces`` alone waits."""
-    pointer = ctypes.c_void_p
+    """Return the functions that keep the interpreter."""
     number = ctypes.c_uint64
-    pieces = pointer, ctypes.c_char_p, ctypes.c_int64, number, pointer
     return SimpleNamespace(
         buffer=function("xxh3_buffer", number, ctypes.py_object, number),
-        pieces=function("xxh3_pieces", None, *pieces),
-        long_pieces=function("xxh3_pieces", None, *pieces, waits=True),
+        pieces=function("xxh3_pieces", None, *_PIECES),
     )
+
+
+@cache
+def _long_pieces() -> Any:
+    """Return the function that releases it. It opens the library a second time, which a first
+    save need not wait for."""
+    return function("xxh3_pieces", None, *_PIECES, waits=True)
 
 
 def checksum(data: Any, seed: int = 0) -> int:
@@ -58,7 +63,6 @@ def piece_checksums(base: Any, pieces: bytes, nbytes: int, seed: int = 0) -> lis
     """
     count = len(pieces) // 16
     results = (ctypes.c_uint64 * count)()
-    functions = _functions()
-    write = functions.long_pieces if nbytes > LONG else functions.pieces
+    write = _long_pieces() if nbytes > LONG else _functions().pieces
     write(base, pieces, count, seed, results)
     return [*results]

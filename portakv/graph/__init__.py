@@ -5,6 +5,6 @@ The package uses no files, no networks and no block store.
 """
 
 from portakv.graph.alarms import watch as watch
-from portakv.graph.prometheus import Collector
+from portakv.graph.meter import Collector
 
 __all__ = ["Collector"]

@@ -1,17 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
 """`Meter`: the figures of graphs, stores, readers and others, as families of metrics; each metric
-is declared once.
+is declared once. `Collector` reports them to Prometheus.
 
 Nothing is counted for a meter that its sources do not count anyway: it reads them when it is read.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from typing import Literal, NamedTuple, Protocol, TypeAlias
+from collections.abc import Iterable, Iterator, Mapping
+from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol, TypeAlias
 
 from portakv.arguments import invalid
+from portakv.errors import Unsupported
+from portakv.extras import installing
 from portakv.graph.trace import Figures, Samples
+
+if TYPE_CHECKING:
+    from prometheus_client.core import Metric as Shown
 
 #: What ends the names of the series of a histogram.
 _SERIES = ("bucket", "sum", "count")
@@ -86,6 +91,38 @@ class Meter:
                     value = float(sample["value"])
                     family.samples.append(Sample(series, labels | own, value))
         return [family for family in families.values() if family.samples]
+
+
+class Collector:
+    """A collector for ``prometheus_client.REGISTRY.register``; the caller runs the server.
+
+    A source is a `Graph`, a `BlockStore`, a `Reader`, an `Owner`, a `Channel`, what `publish`
+    returns, or what `count_copies` and `count_weights` return. Several sources of a kind are named,
+    and their figures have the label ``store``: ``Collector(a=store, b=another)``. Raises
+    `Unsupported` if the package is not installed.
+    """
+
+    def __init__(self, *sources: Source, **stores: Source) -> None:
+        self._meter = Meter(*sources, **stores)
+        try:
+            from prometheus_client.core import Metric as Shown
+        except ImportError as error:
+            why = f"they need prometheus_client; {installing('metrics')} brings it"
+            raise Unsupported("Figures for Prometheus", why) from error
+        self._metric = Shown
+
+    def collect(self) -> Iterator[Shown]:
+        """Yield each family of figures, as they are now."""
+        for family in self._meter.families():
+            name = PREFIX + family.name
+            # Prometheus's client adds _total to the names of counters.
+            shown = name.removesuffix("_total")
+            why = shown if family.metric is None else family.metric.why
+            metric = self._metric(shown, why, family.kind)
+            for sample in family.samples:
+                series = f"{name}_{sample.series}" if sample.series else name
+                metric.add_sample(series, {**sample.labels}, sample.value)
+            yield metric
 
 
 def figures_of(source: Source) -> Figures:

@@ -78,6 +78,15 @@ class Spent:
         }
 
 
+def histograms(name: str, spent: Mapping[str, Spent]) -> Figures:
+    """Return the seconds of work by its result, for a histogram."""
+    figures = defaultdict[str, Samples](list)
+    for result, seconds in [*spent.items()]:
+        for series, samples in seconds.samples(name, {"result": result}).items():
+            figures[series] += samples
+    return figures
+
+
 class Counts:
     """The blocks and bytes that moved, by tier and operation. Any thread may call.
 

@@ -7,11 +7,15 @@ import errno
 import mmap
 import os
 from contextlib import suppress
+from typing import TypeAlias
 
 from portakv.errors import HostMemoryError
 from portakv.host import _registration
 from portakv.runtime import resources
 from portakv.runtime.resources import fcntl
+
+#: The namespace, the number and the start of a process, which no later process has.
+Process: TypeAlias = tuple[int, int, int]
 
 
 def unnamed(nbytes: int) -> mmap.mmap:
@@ -72,3 +76,10 @@ def started(pid: int) -> int | None:
     None: it ended. Raises as `process_state` does."""
     state = process_state(pid)
     return None if state is None else state[1]
+
+
+def process_here() -> Process:
+    """Return the name of this process, for processes of its host. Raises as `process_state`
+    does."""
+    pid = os.getpid()
+    return process_space(), pid, started(pid) or 0

@@ -35,7 +35,6 @@ from portakv.errors import (
     Unsupported,
 )
 from portakv.migrate.channel import Channel
-from portakv.migrate.figures import count_weights
 from portakv.migrate.owner import Offer, Owner, Ticket
 from portakv.migrate.pull import Pull
 from portakv.migrate.reader import Reader

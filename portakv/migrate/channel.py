@@ -16,7 +16,7 @@ import socket
 import tempfile
 import threading
 from asyncio import CancelledError
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
@@ -35,8 +35,8 @@ from zmq.utils import z85
 from portakv.arguments import invalid, kind_of, seconds
 from portakv.errors import HostMemoryError, InvalidTerms, PeerError, PortaKVError, TransferTimeout
 from portakv.graph.meter import by_label
+from portakv.graph.trace import Figures
 from portakv.host.shared import process_state
-from portakv.migrate.figures import Figures
 from portakv.migrate.messages import UNDECODABLE, VERSION, Message, Refused, decoder_of, new_decoder
 from portakv.runtime import resources
 from portakv.runtime.bounded import Bounded
@@ -103,13 +103,19 @@ _log = logging.getLogger(__name__)
 
 
 class Peer:
-    """A connection to a peer. ``id`` is random: the id of the peer's `Channel`."""
+    """A connection to a peer.
+
+    Attributes:
+        id: random, of the peer's `Channel`.
+        gone: the connection has ended.
+        calls: the calls of `on_gone`.
+    """
 
     def __init__(self, id: bytes = b"", used: Runtime | None = None) -> None:
         self.id = id
         self.gone = False
         self._runtime = used or runtime()
-        self._calls = dict[object, Callable[[], object]]()
+        self.calls = dict[object, Callable[[], object]]()
         self.link = b""  # the number by which the requester knows the connection
 
     def on_gone(self, call: Callable[[], object]) -> Callable[[], object]:
@@ -119,17 +125,17 @@ class Peer:
         withdraws the call.
         """
         key = object()
-        self._calls[key] = call
+        self.calls[key] = call
         if self.gone:
             self.end()
-        return lambda: self._calls.pop(key, None)
+        return lambda: self.calls.pop(key, None)
 
     def end(self) -> None:
         """Mark the connection as ended, and make the calls of `on_gone`."""
         self.gone = True
         with self._runtime.released():
-            for key in list(self._calls):
-                if call := self._calls.pop(key, None):  # else another thread has made the call
+            for key in list(self.calls):
+                if call := self.calls.pop(key, None):  # else another thread has made the call
                     try:
                         call()
                     except Exception:  # the other calls must be made, too
@@ -401,7 +407,6 @@ class UnixListener:
                 connection.late = inf
                 while data := await connection.receive():
                     await connection.send_parts(self._server.reply(name, fd, data))
-                    self._server.run_later_calls()
         except ConnectionError:  # the peer is gone
             return
         finally:
@@ -437,7 +442,11 @@ class _Connection:
         made.setblocking(False)
         made.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, BUFFER)
         self.socket = made
-        self.process = _Process(made)
+        data = made.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
+        pid, self._user, _ = _CREDENTIALS.unpack(data)
+        self._pid = int(pid)  # 0: it cannot be seen from here
+        self._began: int | None = None
+        self._stopped_since = 0.0
         self.late = monotonic() + HANDSHAKE / 1e3
         self._parts = list[bytes]()  # the packets of an answer that have come
 
@@ -488,7 +497,34 @@ class _Connection:
 
     def is_over(self) -> bool:
         """Return True if the other process is stopped or dead, or has shaken no hands in time."""
-        return monotonic() > self.late or self.process.is_gone()
+        return monotonic() > self.late or self.is_gone()
+
+    def check_user(self) -> None:
+        """Raise `PermissionError` for a process of another user, unless either is root's."""
+        users = {self._user, os.geteuid()}
+        if len(users) > 1 and 0 not in users:
+            raise PermissionError(errno.EPERM, f"it is a process of the user {self._user}")
+
+    def is_gone(self) -> bool:
+        """Return True if the process has ended, or has been stopped for `DEAD` milliseconds."""
+        if self._pid in (0, os.getpid()):
+            return False
+        try:
+            present = process_state(self._pid)
+        except HostMemoryError:  # no descriptor is free
+            return False
+        if present is None:
+            return True
+        state, began = present
+        if began != (self._began or began):
+            return True
+        self._began = began
+        if state not in ("T", "t"):
+            self._stopped_since = 0.0
+            return False
+        now = monotonic()
+        self._stopped_since = self._stopped_since or now
+        return now >= self._stopped_since + DEAD / 1e3
 
     def shut_down(self) -> None:
         """End the connection, also for its peer if a fork of this process has it as well."""
@@ -594,7 +630,7 @@ class UnixLink(_Link):
             made.setblocking(False)
             made.connect(self.address.removeprefix("ipc://"))
             connection = _Connection(made)
-            connection.process.check_user()
+            connection.check_user()
         except BlockingIOError:
             made.close()
             return None
@@ -627,7 +663,7 @@ class UnixLink(_Link):
                 self.begin_life()
                 fd = connection.socket.fileno()
                 while not await Wait(fd, HANGUP, self._runtime.time() + _beat()):
-                    if connection.process.is_gone():
+                    if connection.is_gone():
                         break
         finally:
             # A request may wait for the socket; its wait ends, and it takes another one.
@@ -684,45 +720,6 @@ class UnixLink(_Link):
             connection.shut_down()
         await self.changed(until)
         return None
-
-
-class _Process:
-    """The process at the other end of a Unix socket."""
-
-    def __init__(self, connected: socket.socket) -> None:
-        size = _CREDENTIALS.size
-        data = connected.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, size)
-        pid, self._user, _ = _CREDENTIALS.unpack(data)
-        self._pid = int(pid)  # 0: it cannot be seen from here
-        self._began: int | None = None
-        self._stopped_since = 0.0
-
-    def check_user(self) -> None:
-        """Raise `PermissionError` for a process of another user, unless either is root's."""
-        users = {self._user, os.geteuid()}
-        if len(users) > 1 and 0 not in users:
-            raise PermissionError(errno.EPERM, f"it is a process of the user {self._user}")
-
-    def is_gone(self) -> bool:
-        """Return True if the process has ended, or has been stopped for `DEAD` milliseconds."""
-        if self._pid in (0, os.getpid()):
-            return False
-        try:
-            present = process_state(self._pid)
-        except HostMemoryError:  # no descriptor is free
-            return False
-        if present is None:
-            return True
-        state, began = present
-        if began != (self._began or began):
-            return True
-        self._began = began
-        if state not in ("T", "t"):
-            self._stopped_since = 0.0
-            return False
-        now = monotonic()
-        self._stopped_since = self._stopped_since or now
-        return now >= self._stopped_since + DEAD / 1e3
 
 
 def _bind(made: socket.socket) -> int:
@@ -940,7 +937,6 @@ class Server:
 
     Attributes:
         address: where others reach the channel.
-        later: calls to be made when the answer to the present request was sent.
 
     Args:
         sockets: makes the sockets.
@@ -972,8 +968,6 @@ class Server:
         # once.
         self._last: Bounded[bytes, tuple[int, bytes]] = Bounded("answers of a channel", 2 * PEERS)
         self._cached = 0  # bytes of answers
-        self.later = deque[Callable[[], object]]()
-        self.answers_now = False  # the loop's thread executes a request
 
     def serve(self, kind: type[T], answer: Callable[[Peer, T], Message | None]) -> None:
         """Answer a kind of message by a function, with a decoder that knows the kind."""
@@ -1123,7 +1117,6 @@ class Server:
         if back:
             router.send(name, zmq.SNDMORE)
             router.send(back)
-        self.run_later_calls()
 
     def _cut(self, fd: int) -> None:
         """End a connection that no channel made."""
@@ -1154,11 +1147,6 @@ class Server:
         else:
             back = self._execute(peer, data, number)
         return back if number else b""
-
-    def run_later_calls(self) -> None:
-        """Make the calls that wait for the answer to be sent."""
-        while self.later:
-            self.later.popleft()()
 
     def _execute_once(self, peer: Peer, data: bytes, number: int) -> bytes:
         """Execute a request unless it is a repeat, and return what is sent back."""
@@ -1200,7 +1188,6 @@ class Server:
             message = self._decoder.decode(memoryview(data)[HEAD.size :])
         except UNDECODABLE:
             return self._refused(number, "schema", "the message is not known there")
-        self.answers_now = True
         try:
             answer = self._services[type(message)](peer, message)
             body = b"" if answer is None else encode(answer)
@@ -1209,8 +1196,6 @@ class Server:
         except Exception as error:  # of whoever answers; the peer gets it
             _log.exception("%s could not be answered.", type(message).__name__)
             return self._refused(number, "failed", f"it failed there by {type(error).__name__}")
-        finally:
-            self.answers_now = False
         if len(body) > ANSWER:
             return self._refused(number, "size", f"its answer has {len(body)} bytes")
         return BACK.pack(VERSION, False, number) + body if body else b""
@@ -1292,27 +1277,19 @@ class Channel:
         """Answer messages of ``kind`` by ``answer`` from now on.
 
         The call runs in the loop of this process and must be quick, since no channel answers
-        meanwhile. None sends no answer. The peer gets the error that ``answer`` raises.
+        meanwhile. None sends no answer. The peer gets the error that ``answer`` raises. What the
+        call passes to `Runtime.call_soon` follows the answer, and does not delay it.
         """
         uninterrupted(partial(self._server.serve, kind, answer))
 
-    def after_answer(self, call: Callable[[], object]) -> None:
-        """Make a call after the answer to the present request was sent, in the same loop.
-
-        So what the call begins does not delay the answer. In another thread it is made immediately.
-        """
-        if self._runtime.runs_here and self._server.answers_now:
-            self._server.later.append(call)
-        else:
-            call()
-
-    def claim(self, kind: str, user: object) -> None:
+    def claim(self, kind: str, user: object, replaces: bool = False) -> object | None:
         """Register the only ``kind`` of this channel, because peers know it by the channel alone.
 
-        Raises `InvalidTerms` if the channel has another.
+        ``replaces``: in place of another, which the call returns. Raises `InvalidTerms` if the
+        channel has another, and `PeerError` if the channel is not open.
         """
-        register = partial(self._register, kind, user, replaces=False)
-        uninterrupted(register, undo=lambda _: self.free(kind, user))
+        register = partial(self._register, kind, user, replaces)
+        return uninterrupted(register, undo=lambda _: self.free(kind, user))
 
     def check_open(self) -> None:
         """Raise `PeerError` after `close`, and in a forked process."""
@@ -1321,13 +1298,6 @@ class Channel:
             if self._runtime.forked:
                 gone = "belongs to the process that this one was forked from"
             raise PeerError(f"Expected a channel that is open, got one that {gone}. Make another.")
-
-    def replace(self, kind: str, user: object) -> object | None:
-        """Register the only ``kind`` of this channel in place of another; return that, or None.
-
-        Raises `PeerError` if the channel is not open.
-        """
-        return uninterrupted(partial(self._register, kind, user, replaces=True))
 
     def _register(self, kind: str, user: object, replaces: bool) -> object | None:
         """Check that the channel is open, register a user, and return the one before."""

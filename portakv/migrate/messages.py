@@ -6,7 +6,6 @@ No message is trusted further than its schema.
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Iterable
 from hashlib import blake2b
 from hmac import compare_digest
@@ -21,6 +20,7 @@ from portakv.arguments import invalid, items, kind_of, shown
 from portakv.errors import InvalidTerms, OfferGone, PeerError, PortaKVError
 from portakv.runtime.bounded import Bounded
 from portakv.runtime.tracing import PATTERN
+from portakv.tasks import runtime
 
 VERSION = 5  # of all messages; a channel rejects another version by the first byte
 Id = Annotated[bytes, Meta(min_length=16, max_length=16)]  # random, of an owner or of an offer
@@ -56,8 +56,6 @@ _NO_MAC = bytes(_MAC)  # stands before a ticket by name
 #: deeply, and the checks of a message.
 UNDECODABLE = (msgspec.DecodeError, UnicodeDecodeError, RecursionError, PortaKVError)
 
-#: Held while msgspec builds the type information of messages. A finalizer may run meanwhile.
-_building = threading.RLock()
 _decoders: Bounded[Any, Decoder[Any]] = Bounded("decoders of messages", 512)
 
 
@@ -66,9 +64,9 @@ def new_decoder(kind: Any) -> Decoder[Any]:
 
     msgspec publishes the type information of a Struct before it is complete. A thread that decodes
     such a Struct meanwhile ends the process by a read of a null pointer. Every decoder of messages
-    is therefore made here, under one lock.
+    is therefore made here, under the runtime's lock.
     """
-    with _building:
+    with runtime().lock:
         return Decoder(kind)
 
 

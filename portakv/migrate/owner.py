@@ -27,10 +27,10 @@ from portakv import arguments
 from portakv.errors import InvalidTerms, LayoutError, OfferGone, PeerError, SlotError, Unsupported
 from portakv.graph.alarms import watch
 from portakv.graph.meter import by_label
+from portakv.graph.trace import Figures
 from portakv.migrate import messages, shared_memory
 from portakv.migrate.channel import Channel, Peer
 from portakv.migrate.described import Regions, describe
-from portakv.migrate.figures import Figures
 from portakv.migrate.messages import Named, offer_name
 from portakv.migrate.shards import Shard, check_length, device_of, index_of, names_of
 from portakv.migrate.staged_lanes import BUFFERS

@@ -35,7 +35,7 @@ from portakv.migrate.words import fence
 from portakv.runtime.devices import this_process
 from portakv.runtime.interrupts import shielded
 from portakv.runtime.streams import StreamFence
-from portakv.runtime.transfer import Completion, Pending, Transfer
+from portakv.runtime.transfer import Completion, Pending, PendingCalls, Transfer
 from portakv.tasks import End, Handle, Signal, runtime
 from portakv.tasks.runtime import Steps
 
@@ -129,21 +129,6 @@ def forked_error() -> TransferError:
     )
 
 
-class _End:
-    """The end of a pull, as a `Pending`."""
-
-    def __init__(self, pull: Pull) -> None:
-        self._pull = pull
-
-    def done(self) -> bool:
-        """Return True once the pull has ended; never block."""
-        return self._pull.look()
-
-    def wait(self) -> None:
-        """Block the host until the pull has ended."""
-        self._pull.block()
-
-
 class Pull(Transfer):
     """Rows in flight.
 
@@ -178,7 +163,7 @@ class Pull(Transfer):
     raw_because = ""
 
     def __init__(self, sources: Sources, until: float, wake: Callable[[], None]) -> None:
-        super().__init__([Completion(pendings=(_End(self),))])
+        super().__init__([Completion(pendings=(PendingCalls(self.look, self.block),))])
         self.sources = sources
         self.wake = wake  # has the reader's coroutine report the end
         self.until = until

@@ -37,12 +37,11 @@ from portakv.errors import (
     TransferTimeout,
 )
 from portakv.graph.meter import by_label
-from portakv.graph.trace import Spent, Trace
+from portakv.graph.trace import Figures, Spent, Trace, histograms
 from portakv.layout.encodings import Pack
 from portakv.migrate.channel import Channel
 from portakv.migrate.connections import ANY, Connections, OwnerKey, Source, Sources, closed_reader
 from portakv.migrate.crossed import AUTO, Encoding, pack_of
-from portakv.migrate.figures import Figures, histograms
 from portakv.migrate.messages import (
     MOST_NAMES,
     Answer,
@@ -81,7 +80,7 @@ from portakv.migrate.pull import (
 from portakv.migrate.shards import Shard
 from portakv.migrate.staged_reader import StagedReceiver, verified
 from portakv.runtime import tracing
-from portakv.runtime.bounded import Bounded
+from portakv.runtime.bounded import Until
 from portakv.runtime.devices import capturing, refuse_capture
 from portakv.runtime.interrupts import shielded
 from portakv.runtime.streams import StreamFence, ignore_captures_elsewhere
@@ -202,7 +201,7 @@ class Housekeeper:
         self.finder: Finder | None = None
         self._most = LOOK  # seconds between two looks; less if a pull waits for a name or a mark
         self._pulls = dict[Pull, _Watched]()
-        self._busy = dict[str, float]()  # addresses, with the time of the next message
+        self._busy: Until[str] = Until("owners that take no message", 1024)  # by address
         self._wakes = Wakes(self._runtime)
         self._parked = True
         #: Pulls that would wait any longer end, because the reader closes.
@@ -429,13 +428,12 @@ class Housekeeper:
         owner = source.owner
         if owner.gone:
             return True
-        if monotonic() < self._busy.get(owner.address, 0.0):
+        if self._busy.holds(owner.address):
             return False
-        self._busy.pop(owner.address, None)
         try:
             await owner.channel.send(owner.address, message, SENDING)
         except TransferTimeout:  # another request waits for an answer by this connection
-            self._busy[owner.address] = monotonic() + BUSY
+            self._busy.hold(owner.address, BUSY)
             return False
         except PortaKVError:  # the owner may be gone
             pass
@@ -1184,9 +1182,9 @@ class Finder:
 
     def __init__(self, owners: Connections) -> None:
         self._owners = owners
-        # Owners with the kind of the answer, or `Named` for a question by a call: the time of the
-        # next question, and whether they were late with an answer.
-        self._next: Bounded[tuple[OwnerKey, type], tuple[float, bool]] = Bounded(
+        # Owners that get no question now, with the kind of the answer, or with `Named` for a
+        # question by a call. The value is True if the owner was late with its last answer.
+        self._asked: Until[tuple[OwnerKey, type]] = Until(
             "owners of offers by name or with marks", 3072
         )
 
@@ -1194,8 +1192,7 @@ class Finder:
         """Ask the owners of a pull's names, which are connected, and wait for a moment; return True
         if all offers exist. What else they answer, they answer again to `look`."""
         by_owner = _names_by_owner([wanted])
-        now = monotonic()
-        late = any(now < self._next.get((owner, Named), (0.0, False))[0] for owner in by_owner)
+        late = any(self._asked.holds((owner, Named)) for owner in by_owner)
         if late or len(wanted.names) > MOST_NAMES:
             return False
         requests = [(owner[0], _request(owner[1], some)) for owner, some in by_owner.items()]
@@ -1203,9 +1200,9 @@ class Finder:
         answers = self._owners.channel.ask_all(requests, kind, MOMENT)
         for (owner, some), answer in zip(by_owner.items(), answers, strict=True):
             if isinstance(answer, TransferTimeout):
-                self._next[owner, Named] = monotonic() + LATE, True
+                self._asked.hold((owner, Named), LATE)
             elif isinstance(answer, Found) and len(answer.tickets) == len(some):
-                self._next[owner, Found] = monotonic() + PAUSE, False
+                self._asked.hold((owner, Found), PAUSE, False)
                 for each, ticket in zip(some, answer.tickets, strict=True):
                     if ticket:
                         wanted.take(each.at, ticket)
@@ -1272,8 +1269,8 @@ class Finder:
 
         ``first``: about something for the first time, which waits for a late owner alone.
         """
-        due, late = self._next.get((owner, kind), (0.0, False))
-        return monotonic() >= due or (first and not late)
+        late = self._asked.held((owner, kind))
+        return late is None or (first and not late)
 
     async def _ask(
         self, kind: type[Found | Marked], by_owner: Mapping[OwnerKey, Sequence[_Asked]]
@@ -1291,7 +1288,7 @@ class Finder:
         answers = await self._owners.channel.answers(requests, kinds, ASKING)
         for (owner, some), answer in zip(batches, answers, strict=True):
             late = isinstance(answer, TransferTimeout)
-            self._next[owner, kind] = monotonic() + (BUSY if late else PAUSE), late
+            self._asked.hold((owner, kind), BUSY if late else PAUSE, late)
             for each in some:
                 each.wanted.queried = True
             if not late:

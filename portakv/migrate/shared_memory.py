@@ -31,7 +31,7 @@ from msgspec import Meta, structs
 
 from portakv.arguments import instance, invalid, whole
 from portakv.errors import PeerError, Unsupported
-from portakv.host.shared import process_space, started, unnamed
+from portakv.host.shared import Process, process_here, process_space, started, unnamed
 from portakv.migrate.messages import (
     Bytes,
     Handle,
@@ -86,7 +86,7 @@ class Held:
         A second call does nothing.
         """
         message: _Shared | None = unsealed(self.handle, _Shared)
-        if self.tensor is not None and message is not None and message.process == _here()[1]:
+        if self.tensor is not None and message is not None and message.process == process_here():
             _release(message)
         self.tensor = None
 
@@ -161,7 +161,7 @@ class Opener:
         self._device = device
         self._map = _mapped if descriptors else _mapped_only
         self._host, self._process = _here()
-        self._alive = set[tuple[int, int, int]]()  # processes that were seen to run
+        self._alive = set[Process]()  # processes that were seen to run
 
     def open(self, data: bytes) -> torch.Tensor:
         """Return the tensor of these bytes; see `open_shared`."""
@@ -508,9 +508,8 @@ def _file(message: _Shared) -> Iterator[int]:
         ) from None
 
 
-def _here() -> tuple[str, tuple[int, int, int]]:
-    pid = os.getpid()
-    return host_id(), (process_space(), pid, started(pid) or 0)
+def _here() -> tuple[str, Process]:
+    return host_id(), process_here()
 
 
 def _changed() -> PeerError:

@@ -270,7 +270,7 @@ class Lines:
             begins = not line.active
             line.active = True
         if begins:  # after the answer: a helper would hold the interpreter meanwhile
-            self._channel.after_answer(lambda: self._tasks.start(self._send_all(line)))
+            self._runtime.call_soon(self._tasks.start, self._send_all(line))
 
     # --- in coroutines
 

@@ -15,7 +15,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import cache
-from typing import Any, Generic, Protocol, TypeAlias, TypeVar
+from typing import Any, Generic, NamedTuple, Protocol, TypeAlias, TypeVar
 
 import torch
 
@@ -43,6 +43,13 @@ class Pending(Protocol):
 
     def wait(self) -> object:
         """Block the host until the bytes have landed."""
+
+
+class PendingCalls(NamedTuple):
+    """A `Pending` by two functions of other work."""
+
+    done: Callable[[], bool]
+    wait: Callable[[], object]
 
 
 class StatusWord:

@@ -22,7 +22,7 @@ from portakv.errors import PortaKVError, TransferCancelled, TransferError
 from portakv.runtime.devices import this_process
 from portakv.runtime.interrupts import Condition
 from portakv.runtime.resources import start_thread
-from portakv.runtime.transfer import NOTHING, Completion, Transfer, failed
+from portakv.runtime.transfer import NOTHING, Completion, PendingCalls, Transfer, failed
 
 #: Slices in flight: the first crosses the link, the second waits, and the third is being issued.
 WINDOW = 3
@@ -237,27 +237,12 @@ class Worker:
             self._change.notify_all()
 
 
-class _FirstSlices:
-    """The first ``slices`` of a worker, as a `Pending`."""
-
-    def __init__(self, worker: Worker, slices: int) -> None:
-        self._worker = worker
-        self._slices = slices
-
-    def done(self) -> bool:
-        """Return True once the slices landed, or never will; never blocks."""
-        return self._worker.has_landed(self._slices)
-
-    def wait(self) -> None:
-        """Block the host until `done`."""
-        self._worker.wait(self._slices)
-
-
 class SliceCompletion(Completion):
     """The completion of the first ``slices`` of a worker."""
 
     def __init__(self, worker: Worker, slices: int, retained: object = None) -> None:
-        super().__init__(pendings=(_FirstSlices(worker, slices),), retained=retained)
+        landed = PendingCalls(partial(worker.has_landed, slices), partial(worker.wait, slices))
+        super().__init__(pendings=(landed,), retained=retained)
         self._worker = worker
         self._slices = slices
 

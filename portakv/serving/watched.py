@@ -6,22 +6,19 @@ A channel at a Unix socket is reached by the processes of one user alone.
 
 from __future__ import annotations
 
-import zlib
-from collections.abc import Iterable
 from contextlib import closing
+from itertools import islice
 from typing import Annotated, ClassVar
 
 import msgspec
 from msgspec import Meta
 
-from portakv.errors import PeerError
-from portakv.graph.meter import Meter, Metered, Source
+from portakv.graph.meter import Meter, Source
 from portakv.migrate.channel import Channel
 from portakv.migrate.messages import Message, prepare
 
-#: The most bytes of an answer, below the channel's limit, and of what it unpacks to.
-MOST = 56 << 10
-_UNPACKED = 8 << 20
+#: The most values of an answer, which is then below the channel's limit.
+MOST = 4096
 #: Labels of series that no one reads in a table.
 _BUCKET = "bucket"
 
@@ -32,13 +29,7 @@ class AskFigures(Message, frozen=True):
     purpose: ClassVar[str] = "Reading the figures of the process at"
 
 
-class FiguresPage(Message, frozen=True):
-    """The answer to `AskFigures`: figures as JSON, compressed."""
-
-    data: Annotated[bytes, Meta(max_length=MOST)]
-
-
-class Value(msgspec.Struct, frozen=True, array_like=True):
+class Value(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
     """A value of a metric. ``series``: "" or, of a histogram, "sum" or "count"."""
 
     name: str
@@ -47,11 +38,13 @@ class Value(msgspec.Struct, frozen=True, array_like=True):
     value: float
 
 
-#: Made at import, before any thread decodes values; see `messages.new_decoder`.
-_VALUES = msgspec.json.Decoder(list[Value])
+class FiguresPage(Message, frozen=True):
+    """The answer to `AskFigures`."""
+
+    values: Annotated[tuple[Value, ...], Meta(max_length=MOST)]
 
 
-def answer(channel: Channel, *sources: Source | Metered, **stores: Source | Metered) -> None:
+def answer(channel: Channel, *sources: Source, **stores: Source) -> None:
     """Have a channel answer `portakv top` with the figures of sources, which are as those of
     `Collector`. The channel must be one of this process, and answers until it is closed.
 
@@ -61,39 +54,24 @@ def answer(channel: Channel, *sources: Source | Metered, **stores: Source | Mete
     channel.serve(AskFigures, lambda *_: _page(meter))
 
 
-def ask(address: str, timeout: float = 5.0) -> list[Value]:
+def ask(address: str, timeout: float = 5.0) -> tuple[Value, ...]:
     """Return the figures of the process whose channel has an address.
 
     Raises `PeerError` if it cannot be reached or has no figures, and `TransferTimeout`.
     """
     with closing(Channel(timeout=timeout)) as channel:
-        page = channel.ask(address, AskFigures(), FiguresPage)
-    unpacked = zlib.decompressobj()
-    try:
-        text = unpacked.decompress(page.data, _UNPACKED)
-        return _VALUES.decode(text)
-    except (zlib.error, msgspec.DecodeError) as error:
-        raise PeerError(
-            f"Expected figures of {address}, got other bytes: {error}. Run the same release on "
-            f"both sides."
-        ) from None
+        return channel.ask(address, AskFigures(), FiguresPage).values
 
 
 def _page(meter: Meter) -> FiguresPage:
     """Return the figures now; those that an answer does not hold are left out."""
-    values = [
+    values = (
         Value(family.name, sample.series, {**sample.labels}, sample.value)
         for family in meter.families()
         for sample in family.samples
         if sample.series != _BUCKET
-    ]
-    while len(data := _packed(values)) > MOST:
-        values = values[: len(values) // 2]
-    return FiguresPage(data)
-
-
-def _packed(values: Iterable[Value]) -> bytes:
-    return zlib.compress(msgspec.json.encode([*values]))
+    )
+    return FiguresPage(tuple(islice(values, MOST)))
 
 
 prepare(globals())

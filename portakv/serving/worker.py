@@ -670,7 +670,7 @@ class WorkerSide:
         """Begin a load in caches that are alike: by one copy, if the host tier has all blocks."""
         caches = [self._groups[each.number] for each in needed]
         stores = [cache.store for cache in caches if isinstance(cache.store, FormStore)]
-        handle: Moved | None = None
+        handle: Handle | None = None
         if len(needed) > 1:
             both = zip(stores, needed, strict=True)
             loads = [(store, each.blocks, each.keys) for store, each in both]

@@ -1,11 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Weights that other processes pull, in whatever sharding either side has."""
 
-from portakv.migrate.figures import count_weights
 from portakv.weights.models import SharedModel, open_model, share_model
 from portakv.weights.owner import Published, publish
 from portakv.weights.parameters import Box, Parameter
-from portakv.weights.pull import WeightsPull, prepare_weights, pull_weights
+from portakv.weights.pull import WeightsPull, count_weights, prepare_weights, pull_weights
 
 __all__ = [
     "Box",

@@ -18,9 +18,9 @@ from msgspec import msgpack
 
 from portakv.arguments import instance, invalid, nbytes, one_of
 from portakv.errors import LayoutError, PeerError, Unsupported
+from portakv.graph.trace import Figures
 from portakv.migrate.channel import Channel, Peer
 from portakv.migrate.checksum import box_checksums
-from portakv.migrate.figures import Figures
 from portakv.migrate.messages import UNDECODABLE, Message, decoder_of, sealed
 from portakv.migrate.owner import Expose
 from portakv.migrate.shared_memory import Held, where
@@ -133,7 +133,7 @@ class Published:
         channel.serve(SendSlice, partial(self._answer_reader, self._lanes.send))
         channel.serve(OfLane, self._lanes.carry)
         channel.serve(Leave, self._lanes.leave)
-        before = channel.replace(_PUBLICATION, self)
+        before = channel.claim(_PUBLICATION, self, replaces=True)
         if isinstance(before, Published):
             before._lanes.close()
 

@@ -7,6 +7,7 @@ a pull opened stays open for the next pull, until the connection to the owner en
 
 from __future__ import annotations
 
+import sys
 import time
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -33,11 +34,11 @@ from portakv.errors import (
     TransferTimeout,
     Unsupported,
 )
+from portakv.graph.trace import Figures, Spent, histograms
 from portakv.migrate.channel import Channel
 from portakv.migrate.checksum import BoxSums, SummedPart
 from portakv.migrate.connections import Staging, StagingBuffer
 from portakv.migrate.described import strided
-from portakv.migrate.figures import WEIGHTS
 from portakv.migrate.messages import Message, Refused, listed, unsealed
 from portakv.migrate.pull import PartTransfer, known
 from portakv.migrate.shared_memory import Opener, where
@@ -970,12 +971,53 @@ def _make_plan(request: PullRequest, owners: Sequence[Owner]) -> Plan:
 _AT_ONCE = 4  # pulls at the same time whose callers do not wait
 
 
+class WeightCounts:
+    """What pulls of weights have brought to this process."""
+
+    def __init__(self) -> None:
+        self._nbytes = 0
+        self._spent = {"done": Spent(), "failed": Spent()}
+
+    async def pull(self, request: PullRequest) -> int:
+        """Return the bytes of a pull, after counting it."""
+        start = time.perf_counter()
+        nbytes = 0
+        result = "failed"
+        try:
+            nbytes = await pull(request)
+            result = "done"
+        finally:
+            self._nbytes += nbytes
+            self._spent[result].add(time.perf_counter() - start)
+            error = sys.exc_info()[1]
+            with runtime().released():
+                tracing.end("portakv weights", request.began, {"pull.size": nbytes}, error)
+        return nbytes
+
+    def figures(self) -> Figures:
+        """Return the bytes and the seconds."""
+        with runtime().lock:
+            return {
+                "weight_bytes_total": [{"value": self._nbytes}],
+                **histograms("weight_pull_seconds", self._spent),
+            }
+
+
+_counts = WeightCounts()
+
+
+def count_weights() -> WeightCounts:
+    """Return what the pulls of weights of this process have brought, for `Collector` and
+    `observe`."""
+    return _counts
+
+
 async def _in_turn(request: PullRequest) -> int:
     """Pull weights after earlier pulls whose callers do not wait."""
     turn = shared_limit("pulls of weights", _AT_ONCE)
     await turn.acquire()
     try:
-        return await WEIGHTS.pull(request.began, pull, request)
+        return await _counts.pull(request)
     finally:
         turn.release()
 
@@ -1079,7 +1121,7 @@ def pull_weights(
     """
     request = PullRequest(channel, tickets, parameters, some, max_gbps, timeout, transport, wait)
     if request.wait:
-        return runtime().run(WEIGHTS.pull, request.began, pull, request)
+        return runtime().run(_counts.pull, request)
     return WeightsPull(request)
 
 

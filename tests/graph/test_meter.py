@@ -21,8 +21,8 @@ from support.waits import LIMIT, until
 from portakv import InvalidTerms, KVView
 from portakv.copy import copy_rows, copy_runs, count_copies
 from portakv.copy.counting import TOGETHER, CopyCounts, Counted
+from portakv.graph import Collector
 from portakv.graph.meter import ENGINE, METRICS, NAMESPACE, PREFIX, Meter, figures_of
-from portakv.graph.prometheus import Collector
 from portakv.migrate import Channel
 from portakv.serving import StoreServer, StoreTerms
 from portakv.storage import BlockForm, BlockStore, Disk

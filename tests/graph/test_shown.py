@@ -15,7 +15,7 @@ from support.graph_ends import run_in_turn, submit
 from support.waits import LIMIT
 
 from portakv.errors import TransferError, Unsupported
-from portakv.graph.prometheus import Collector
+from portakv.graph import Collector
 from portakv.storage.work import Graph, Task
 
 

@@ -14,6 +14,7 @@ from support.waits import LIMIT
 
 from portakv.errors import PeerError, TransferTimeout
 from portakv.migrate.channel import Channel
+from portakv.tasks import runtime
 
 
 @pytest.fixture
@@ -37,7 +38,7 @@ def test_what_follows_an_answer_does_not_delay_it(
 
     def answer(_: Any, ping: Ping) -> Pong:
         if guarded:
-            server.channel.after_answer(follow)
+            runtime().call_soon(follow)
         else:
             follow()
         return Pong(ping.data)
@@ -52,14 +53,6 @@ def test_what_follows_an_answer_does_not_delay_it(
     answered.set()
     assert ran.wait(LIMIT)
     assert waited == [True] or not guarded
-
-
-def test_another_thread_than_the_channels_makes_the_call_immediately(
-    both: tuple[Server, Channel],
-) -> None:
-    calls = list[int]()
-    both[0].channel.after_answer(lambda: calls.append(threading.get_ident()))
-    assert calls == [threading.get_ident()]
 
 
 @pytest.mark.parametrize("pause", [60_000, 20])

@@ -324,11 +324,9 @@ def meeting(folder: Path) -> Steps:
 
 #: Public names that no scenario calls in the caller's thread, and why.
 NOT_CALLED = {
-    "Channel.after_answer": "runs in the channel's thread",
     "Channel.answer": "runs in the loop",
     "Channel.answers": "runs in the loop",
     "Channel.figures": "reads `Channel.statistics`",
-    "Channel.replace": "runs in a helper",
     "Channel.send": "runs in the loop",
     "Offer.holds": "runs in the owner's thread",
     "Owner.figures": "reads `Owner.statistics`",

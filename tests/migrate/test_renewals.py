@@ -52,20 +52,6 @@ def test_a_pull_that_compares_digests_for_long_renews_its_offer(made: Sides) -> 
     assert until(lambda: offer.state == "taken")  # the owner learns of it after us
 
 
-def test_a_pull_that_waits_for_its_copy_renews_its_offer(made: Sides) -> None:
-    """The reader's stream has much to do before the copy."""
-    both = Couple(made)
-    clock = Clock(both.owner)
-    offer = both.offer(lease=0.5)
-    copied = threading.Event()
-    with reading(waiting_copies(both, copied)):
-        pulled = both.pull(offer)
-        clock.outlast(offer, 0.5)
-        copied.set()
-        pulled.synchronize(LIMIT)
-    assert until(lambda: offer.state == "taken")  # the owner learns of it after us
-
-
 def test_renewals_end_at_the_longest_lease(made: Sides) -> None:
     both = Couple(made)
     offer = both.offer(lease=0.3, max_lease=0.6)

@@ -667,7 +667,7 @@ def test_an_old_offer_is_renewed_long_before_a_third_of_its_lease(made: Sides) -
 
 
 def test_a_renewal_of_the_readers_thread_needs_no_answer(made: Sides) -> None:
-    """An owner that is busy for long is not waited for."""
+    """A pull waits for its copy behind long work. An owner that is busy is not waited for."""
     both, noted = noting(made)
     clock = Clock(both.owner)
     offer = both.offer(lease=0.5)

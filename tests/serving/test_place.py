@@ -7,13 +7,12 @@ import os
 import resource
 import subprocess
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from hashlib import sha256
 from multiprocessing.connection import Connection
 from pathlib import Path
 
 import pytest
+from support.no_descriptors import limited
 from support.pool_processes import Child
 
 from portakv.errors import HostMemoryError, InvalidTerms, StoreError
@@ -159,30 +158,19 @@ def test_terms_say_where_a_store_server_is_found(tmp_path: Path) -> None:
         place_of(StoreTerms(), "")
 
 
-@contextmanager
-def no_descriptors() -> Iterator[None]:
-    """Let this process have no further file open."""
-    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (1, limits[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
-
-
 def test_a_process_that_cannot_be_looked_at_has_not_ended() -> None:
     """Its rows would be lent to another process while it writes them."""
     words = [sys.executable, "-c", "input()"]
     with subprocess.Popen(words, stdin=subprocess.PIPE) as child:
         process = process_space(), child.pid, started(child.pid) or 0
-        with no_descriptors():
+        with limited():
             assert not has_ended(process)
             with pytest.raises(HostMemoryError, match="too many open files"):
                 check_process(process)
         assert not has_ended(process)
         child.kill()
         child.wait()
-        with no_descriptors():
+        with limited():
             assert not has_ended(process)
         assert has_ended(process)
 
@@ -195,7 +183,7 @@ def test_an_address_that_cannot_be_read_is_logged(
     assert place.address() == ""
     assert place.claim()
     place.publish(ADDRESS)
-    with no_descriptors():
+    with limited():
         assert place.address() == ""
     (text,) = caplog.messages
     assert f"{tmp_path / 'keeper'} cannot be read: Too many open files" in text

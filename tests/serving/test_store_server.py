@@ -38,7 +38,7 @@ from portakv.serving.server.messages import (
     Delete,
     Join,
     Load,
-    Lock,
+    Pin,
     Progress,
     Save,
     after_of,
@@ -164,7 +164,7 @@ LEFT = form_of((0, LAYERS), (0, HEADS // 2))
 RIGHT = form_of((0, LAYERS), (HEADS // 2, HEADS))
 
 
-@pytest.mark.parametrize("end", ["unlock", "leave", "lose", "process", "close", "once more"])
+@pytest.mark.parametrize("end", ["stop", "leave", "lose", "process", "close", "load", "once more"])
 def test_locks_end_with_their_client(end: str) -> None:
     ranks = Ranks(WHOLE, WHOLE)
     ranks.write(0, ranks.save(0))
@@ -172,14 +172,14 @@ def test_locks_end_with_their_client(end: str) -> None:
     assert len(ranks.learned(0)) == 1
     one, other = ranks.clients
     some = (*KEYS, bytes(32))
-    assert ranks.state.lock(Lock(one.session, 1, 0, some)) == bytes([1, 1, 1, 0])
-    assert ranks.state.lock(Lock(other.session, 1, 0, tuple(KEYS[:1]))) == bytes([1])
+    assert ranks.state.pin(Pin(one.session, 1, 0, some)) == bytes([1, 1, 1, 0])
+    assert ranks.state.pin(Pin(other.session, 1, 0, tuple(KEYS[:1]))) == bytes([1])
     assert sorted(ranks.store.pinned) == sorted([*KEYS, KEYS[0]])
     left = [KEYS[0]]
-    if end == "unlock":
-        ranks.state.unlock(one.session, 9)
-        ranks.state.unlock(one.session, 1)
-        ranks.state.unlock(one.session, 1)
+    if end == "stop":
+        ranks.state.stop(one.session, 9)
+        ranks.state.stop(one.session, 1)
+        ranks.state.stop(one.session, 1)
     elif end == "leave":
         ranks.state.lose(one.session, leaves=True)
     elif end == "lose":
@@ -189,13 +189,16 @@ def test_locks_end_with_their_client(end: str) -> None:
     elif end == "close":
         ranks.state.close()
         left = []
-    else:  # the same number names other locks then
-        ranks.state.lock(Lock(one.session, 1, 0, tuple(KEYS[:1])))
+    elif end == "load":  # the same number names a load then
+        ranks.state.load(Load(one.session, 1, 0, tuple(KEYS[:1]), 0.0, "urgent"))
+        left *= 2  # its rows are lent
+    else:  # or other locks
+        ranks.state.pin(Pin(one.session, 1, 0, tuple(KEYS[:1])))
         left *= 2
     assert ranks.store.pinned == left
-    if end not in ("unlock", "once more"):
+    if end not in ("stop", "load", "once more"):
         with pytest.raises(PeerError):
-            ranks.state.lock(Lock(one.session, 2, 0, some))
+            ranks.state.pin(Pin(one.session, 2, 0, some))
 
 
 def test_what_a_client_deletes_is_gone_for_all() -> None:

@@ -7,7 +7,6 @@ import asyncio
 import errno
 import gc
 import os
-import resource
 import signal
 import threading
 from collections.abc import Iterator, Sequence
@@ -19,6 +18,7 @@ from typing import Any
 import numpy as np
 import pytest
 from support.io_calls import ENTER, SETUP, PlayedRing, PlayedThreads, system_call
+from support.no_descriptors import limited
 from support.storage_cases import aligned
 from support.threads import run_threads
 from support.waits import LIMIT, until
@@ -456,15 +456,10 @@ def test_threads_serve_if_io_uring_is_refused(
 def test_without_descriptors_threads_serve(file: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Fault 25. A ring is a descriptor; an engine that was forced is an error."""
     monkeypatch.delenv("PORTAKV_IO", raising=False)
-    os.close(spare := os.dup(file))
-    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (spare, limits[1]))
-    try:
+    with limited():
         engine, decisions = choose()
         with pytest.raises(StoreError, match=r"'ring'.*which is forced.*Too many open files"):
             choose(name="ring")
-    finally:
-        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
     assert (engine.name, "Too many" in decisions[0].reason) == ("threads", True)
 
 

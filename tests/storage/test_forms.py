@@ -20,7 +20,7 @@ from support.waits import LIMIT
 
 from portakv import KVView
 from portakv.errors import InvalidTerms, LayoutError, SlotError, StoreError, TransferError
-from portakv.graph.prometheus import Collector
+from portakv.graph import Collector
 from portakv.storage import BlockForm, BlockStore, Disk, Remote
 from portakv.storage.store import FormStore
 

@@ -20,7 +20,7 @@ from support.waits import LIMIT
 
 from portakv import KVView
 from portakv.errors import PortaKVError, TransferError
-from portakv.graph.prometheus import Collector
+from portakv.graph import Collector
 from portakv.graph.trace import Trace
 from portakv.storage import BlockForm, BlockStore, Disk, Remote, prefix_keys
 from portakv.storage.eviction import Pins

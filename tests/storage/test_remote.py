@@ -39,7 +39,7 @@ from support.waits import LIMIT
 
 from portakv import KVView
 from portakv.errors import InvalidTerms, StoreError, TransferError
-from portakv.graph.prometheus import Collector
+from portakv.graph import Collector
 from portakv.storage.form import BlockForm
 from portakv.storage.image import HEADER, Row, seal
 from portakv.storage.store import BlockStore
@@ -579,7 +579,8 @@ def test_without_obstore_a_sentence_says_what_brings_it(monkeypatch: pytest.Monk
 def test_a_store_is_refused_with_a_sentence_if_no_descriptor_is_left(tmp_path: Path) -> None:
     """Fault 25. With any number of descriptors a store opens and answers, or gives a reason."""
     text = """if True:
-        import os, resource, sys
+        import sys
+        from support.no_descriptors import limited
         from portakv.errors import StoreError
         from portakv.storage.tiers.disk import Disk
         from portakv.storage.form import BlockForm
@@ -588,21 +589,17 @@ def test_a_store_is_refused_with_a_sentence_if_no_descriptor_is_left(tmp_path: P
         form = BlockForm("m", "float16", 2, (8, 8), 16, (0, 4, 4), (0, 2, 2),
             "block layer head kv token dim")
         ways = [lambda: Disk(sys.argv[1], capacity=1 << 20), lambda: Remote("memory://")]
-        limits = resource.getrlimit(resource.RLIMIT_NOFILE)
         BlockStore(form, staging=1 << 20, tiers=[ways[0]()]).close()  # what it imports
         for way in ways:
             for left in (*range(8), 30):
-                spare = os.dup(0)
-                os.close(spare)
-                resource.setrlimit(resource.RLIMIT_NOFILE, (spare + left, limits[1]))
-                try:
-                    store = BlockStore(form, staging=1 << 20, tiers=[way()])
-                    assert store.lookup([b"k" * 32]) == 0
-                    store.close()
-                    print("stored")
-                except StoreError as error:
-                    print(error)
-                resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+                with limited(left):
+                    try:
+                        store = BlockStore(form, staging=1 << 20, tiers=[way()])
+                        assert store.lookup([b"k" * 32]) == 0
+                        store.close()
+                        print("stored")
+                    except StoreError as error:
+                        print(error)
     """
     ran = ready.run("-c", text, tmp_path / "a", timeout=LIMIT)
     assert ran.returncode == 0, ran.stderr

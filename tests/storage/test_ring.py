@@ -7,7 +7,6 @@ import ctypes
 import errno
 import itertools
 import os
-import resource
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -26,6 +25,7 @@ from support.io_calls import (
     PlayedRing,
     system_call,
 )
+from support.no_descriptors import limited
 from support.storage_cases import aligned
 
 from portakv.core import io as core_io
@@ -385,19 +385,13 @@ def test_without_another_ring_requests_are_served(file: int) -> None:
     """Fault 25. A ring failed, and the process has no descriptor left (EMFILE)."""
     one = opened([])
     play(one, lambda *_: -errno.EBADFD)
-    spare = os.dup(file)
-    os.close(spare)
-    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (spare, limits[1]))
     failing = REAL
-    try:
+    with limited():
         assert one.run(ask(file)) == [-errno.EBADFD] * COUNT
         one.kernel.call = lambda number, *rest: (
             -errno.EMFILE if number == SETUP else failing(number, *rest)
         )
         SPACE[:] = 0
         assert one.run(ask(file)) == [PAGE] * COUNT
-    finally:
-        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
     assert right(file)
     one.close()

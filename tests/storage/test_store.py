@@ -41,7 +41,7 @@ from portakv.errors import (
     TransferTimeout,
     Unsupported,
 )
-from portakv.graph.prometheus import Collector
+from portakv.graph import Collector
 from portakv.storage import BlockStore
 from portakv.storage.form import BlockForm
 from portakv.storage.memory import Want

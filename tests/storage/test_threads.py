@@ -8,7 +8,6 @@ import errno
 import gc
 import itertools
 import os
-import resource
 import sys
 import time
 from collections.abc import Callable
@@ -21,6 +20,7 @@ import numpy as np
 import pytest
 from support import ready
 from support.io_calls import PlayedRing, PlayedThreads
+from support.no_descriptors import limited
 from support.storage_cases import aligned
 from support.waits import until
 
@@ -96,14 +96,8 @@ def test_a_request_that_needs_a_descriptor_fails_alone_if_none_is_left(tmp_path:
         good = Request(fd, 0, at, PAGE, False)
         requests = [good, Request(fd, 1, at + PAGE, PAGE, False), good]
         assert engine.run(requests) == [PAGE] * 3
-        spare = os.dup(fd)
-        os.close(spare)
-        limits = resource.getrlimit(resource.RLIMIT_NOFILE)
-        resource.setrlimit(resource.RLIMIT_NOFILE, (spare, limits[1]))
-        try:
+        with limited():
             results = engine.run(requests)
-        finally:
-            resource.setrlimit(resource.RLIMIT_NOFILE, limits)
         assert results == [PAGE, -errno.EMFILE, PAGE]
         assert engine.run(requests) == [PAGE] * 3
 

@@ -51,6 +51,19 @@ def left(spare: int) -> Iterator[None]:
 
 
 @contextmanager
+def limited(spare: int = 0) -> Iterator[None]:
+    """Let this process open so many further files."""
+    lowest = os.dup(0)
+    os.close(lowest)
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (lowest + spare, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+
+
+@contextmanager
 def taken_at_random(seed: int) -> Iterator[None]:
     """Take all descriptors at random moments, and give them back."""
     stop = threading.Event()

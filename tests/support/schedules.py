@@ -38,10 +38,10 @@ from types import FrameType, FunctionType
 from typing import Any, TypeVar
 
 from portakv.graph import alarms
-from portakv.host.shared import process_space
+from portakv.host.shared import process_here, process_space
 from portakv.host.shared import started as _host_started
+from portakv.migrate import shared_memory
 from portakv.runtime import interrupts
-from portakv.serving.server.link import this_client
 from portakv.tasks import Runtime, runtime
 from portakv.tasks.runtime import Loop
 from support.seeded_loop import ShuffledLoop
@@ -702,7 +702,7 @@ def _started(number: int) -> int | None:
     return None if _current.processes[number - FIRST].dead else 1
 
 
-def _this_client() -> tuple[int, int, int]:
+def _process_here() -> tuple[int, int, int]:
     return process_space(), running().process.number, 1
 
 
@@ -771,10 +771,12 @@ def simulated() -> Iterator[None]:
         (alarms.watch, _no_watch),
         (runtime, _runtime),
         (_host_started, _started),
-        (this_client, _this_client),
+        (process_here, _process_here),
         (Loop, ScheduledLoop),
     ]
     _replace({id(before): after for before, after in pairs})
+    # Memory is the test's own, whichever process of the schedule shares it.
+    vars(shared_memory)["process_here"] = process_here
     # What tests before have left is collected, and all that is alive is read. Then it is frozen:
     # each schedule collects what it leaves, and not among all objects of a process of tests.
     frozen = gc.get_freeze_count()

@@ -23,7 +23,7 @@ from support.waits import LIMIT, until
 
 from portakv.errors import TransferTimeout
 from portakv.runtime import interrupts
-from portakv.tasks import Handle, Limit, Runtime, Signal, TaskGroup, Wait, Work, runtime
+from portakv.tasks import End, Handle, Limit, Runtime, Signal, TaskGroup, Wait, Work, runtime
 from portakv.tasks.runtime import HANGUP, READ, WRITE
 
 
@@ -189,6 +189,20 @@ def test_an_error_and_a_timeout_are_the_waiters() -> None:
     with pytest.raises(asyncio.CancelledError):
         handle.synchronize(LIMIT)
     assert not handle.cancel()
+
+
+@pytest.mark.parametrize("seconds", [0.0, 1e-4])
+def test_a_wait_that_is_over_leaves_nothing_with_the_end(seconds: float) -> None:
+    """Who looks at work for long waits thousands of times."""
+    end: End[None] = End(runtime())
+    calls = list[str]()
+    end.on_end(lambda: calls.append("ended"))
+    for _ in range(10):
+        assert not end.wait(seconds)
+    assert len(vars(end)["_calls"]) == 1
+    end.settle(None, None)
+    assert calls == ["ended"]
+    assert end.wait(seconds)
 
 
 def test_a_cancelled_coroutine_may_wait_again_and_end_well() -> None:

@@ -55,11 +55,10 @@ from portakv.backends.base import Decision
 from portakv.errors import PeerError, TransferTimeout
 from portakv.migrate.messages import Message
 from portakv.runtime.devices import refuse_fork, this_process
-from portakv.runtime.interrupts import Condition
 from portakv.runtime.resources import start_thread
 from portakv.runtime.transfer import event_pool
 from portakv.runtime.worker import EXIT_SECONDS
-from portakv.tasks import Wait, runtime
+from portakv.tasks import End, Wait, runtime
 
 if TYPE_CHECKING:
     from portakv.migrate.channel import Channel, Peer
@@ -89,20 +88,20 @@ class Moving:
         self._until = monotonic() + seconds
         self.error: Exception | None = None
         self._event: torch.Event | None = None  # recorded after the bytes, if a stream orders them
-        self._calls = list[tuple[MovingStage, Callable[[], object]]]()
+        used = runtime()
+        self._ends: dict[MovingStage, End[None]] = {stage: End(used) for stage in MovingStage}
+        self._lock = used.lock  # guards what follows
         self._touched = False
-        self._stage = 0  # of `MovingStage`; 0: none
-        self._changed = Condition()
+        self._over = False
 
     def has(self, stage: MovingStage) -> bool:
         """Return True if the buffer has come to a stage."""
-        return self._stage >= stage
+        return self._ends[stage].ended
 
     def wait_for(self, stage: MovingStage, timeout: float | None = None) -> bool:
         """Block the host until the buffer has come to a stage, at most ``timeout`` seconds; return
         True if it has."""
-        with self._changed:
-            return self._changed.wait_for(lambda: self.has(stage), timeout)
+        return self._ends[stage].wait(timeout)
 
     @property
     def until(self) -> float:
@@ -135,10 +134,8 @@ class Moving:
 
     def issue(self, event: torch.Event) -> None:
         """Let streams follow the bytes: ``event`` is recorded after them."""
-        with self._changed:
-            self._event = event
-            self._reach(MovingStage.ISSUED)
-        self._make_calls()
+        self._event = event
+        self._reach(MovingStage.ISSUED)
 
     def follow(self, timeout: float) -> bool:
         """Order the current stream of the buffer's device after the bytes; return True if it is.
@@ -158,9 +155,7 @@ class Moving:
 
         The call must be quick: it runs in the thread that brings the buffer there.
         """
-        with self._changed:
-            self._calls.append((stage, call))
-        self._make_calls()
+        self._ends[stage].on_end(call)
 
     async def seen(self, stage: MovingStage, seconds: float) -> bool:
         """Wait in a coroutine until the buffer comes to a stage, at most some seconds; return True
@@ -177,17 +172,10 @@ class Moving:
         return self.has(stage)
 
     def _reach(self, stage: MovingStage) -> None:
-        """Bring the buffer to a stage, unless it has come further. The caller has the lock."""
-        self._stage = max(self._stage, stage)
-        self._changed.notify_all()
-
-    def _make_calls(self) -> None:
-        """Make the calls whose stages the buffer has come to."""
-        with self._changed:
-            calls = [call for stage, call in self._calls if stage <= self._stage]
-            self._calls = [each for each in self._calls if each[0] > self._stage]
-        for call in calls:
-            call()
+        """Bring the buffer to a stage and to those before it."""
+        for each, end in self._ends.items():
+            if each <= stage and not end.ended:
+                end.settle(None, None)
 
     def poll(self, ended: Callable[[], bool]) -> None:
         """Call ``ended`` until it returns True, at growing intervals so that other threads can run.
@@ -203,19 +191,20 @@ class Moving:
 
     def begin(self) -> bool:
         """Return False if the buffer has ended; else a library may touch the buffer from now on."""
-        with self._changed:
-            self._touched = not self.has(MovingStage.OVER)
+        with self._lock:
+            self._touched = not self._over
             return self._touched
 
     def end(self, error: Exception | None = None, untouched: bool = False) -> None:
         """End the buffer; the first end counts. ``untouched``: no library touches it now."""
-        with self._changed:
+        with self._lock:
             self._touched = self._touched and not untouched
-            if not self.has(MovingStage.OVER):
+            if not self._over:
                 self.error = error
-            self._before = None  # else each buffer would retain all earlier ones
-            self._reach(MovingStage.OVER if self._touched else MovingStage.FREE)
-        self._make_calls()
+            self._over = True
+            stage = MovingStage.OVER if self._touched else MovingStage.FREE
+        self._before = None  # else each buffer would retain all earlier ones
+        self._reach(stage)
 
 
 def gone_peer(other: str | Peer) -> PeerError:

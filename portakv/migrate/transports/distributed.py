@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import errno
 import os
-import threading
 import time
 import weakref
 from collections import deque
@@ -40,7 +39,7 @@ from portakv.runtime.devices import inside
 from portakv.runtime.interrupts import shielded, uninterrupted
 from portakv.runtime.resources import free, raise_limit_if_few, reason
 from portakv.runtime.streams import ignore_captures_elsewhere, own_stream
-from portakv.tasks import runtime
+from portakv.tasks import End, runtime
 
 if TYPE_CHECKING:
     from portakv.migrate.channel import Peer
@@ -288,9 +287,8 @@ class Pair(Lane):
 
     def __init__(self, transport: Transport, channel: Channel, key: str | Peer) -> None:
         self.name = ""
-        self.named = threading.Event()
+        self.named = End[None](runtime())
         self.group: dist.ProcessGroup | None = None  # until the first buffer
-        self._meeting = threading.Lock()
         super().__init__(transport, channel, key)
         self.store = ChannelStore(channel, self.address or None, Meet)  # by which both meet
 
@@ -300,11 +298,12 @@ class Pair(Lane):
         return 0 if self.address else 1
 
     def meet(self, stop: Callable[[], bool] = bool) -> None:
-        with self._meeting:
-            if not self.name:
-                name = token_hex(16)
-                self.channel.ask(self.address, Join(name), Answer, stop=stop)
-                self.name = name
+        # One thread at a time: that of the pull whose turn it is, before it moves a buffer, or else
+        # that of the lane, at its first buffer.
+        if not self.name:
+            name = token_hex(16)
+            self.channel.ask(self.address, Join(name), Answer, stop=stop)
+            self.name = name
 
     def join(self, moving: Moving) -> dist.ProcessGroup:
         """Return the group of this lane, before a buffer crosses; make it at the first call."""
@@ -352,7 +351,7 @@ class Pair(Lane):
         message. gloo's thread ends with its own timeout.
         """
         self.store.over = True
-        self.named.set()
+        self.named.settle(None, None)
         if self.group is not None:
             with suppress(RuntimeError):  # of gloo: the receive timed out
                 late = torch.empty(1, dtype=torch.uint8, device="cpu")
@@ -384,7 +383,7 @@ class DevicePair(Pair):
     def cut(self) -> bool:
         """End the wait for the peer; the thread aborts what the stream holds."""
         self.store.over = True
-        self.named.set()
+        self.named.settle(None, None)
         return False
 
     def queue(self, moving: Moving, ready: torch.Event | None, tag: int) -> None:
@@ -527,11 +526,11 @@ class Distributed(Transport):
         lane: Pair = self.lane(peer, channel)
         if isinstance(request, Meet):
             return lane.store.do(request)
-        if lane.named.is_set():  # the reader has lost the group
+        if lane.named.ended:  # the reader has lost the group
             lane.close(PeerError("The reader makes a new group, which replaces this one."))
             lane = self.lane(peer, channel)
         lane.name = request.name
-        lane.named.set()
+        lane.named.settle(None, None)
         return Answer("done")
 
 

@@ -19,6 +19,7 @@ import torch
 from portakv.arguments import flag, instance, items, one_of, seconds, text, whole
 from portakv.errors import PortaKVError, StoreError
 from portakv.host import pinned
+from portakv.host.shared import process_here
 from portakv.migrate.channel import Channel, Peer
 from portakv.migrate.shared_memory import open_shared
 from portakv.runtime.bounded import Bounded
@@ -28,7 +29,7 @@ from portakv.runtime.rate_limited_log import RateLimitedLog
 from portakv.runtime.transfer import Transfer
 from portakv.serving.bucket import BucketAnswers
 from portakv.serving.local import StoreIndex, StoreTerms
-from portakv.serving.server.link import ASKING, PATIENT, Link, Place, Session, Sides, this_client
+from portakv.serving.server.link import ASKING, PATIENT, Link, Place, Session
 from portakv.serving.server.messages import (
     MOST_KEYS,
     MOST_LOOKED_UP,
@@ -45,14 +46,13 @@ from portakv.serving.server.messages import (
     Joined,
     KeysPage,
     Load,
-    Lock,
     LookedUp,
     LookUp,
+    Pin,
     Progress,
     Report,
     Save,
     Stop,
-    Unlock,
     after_of,
     tier_of,
 )
@@ -70,7 +70,7 @@ from portakv.tasks import SLACK, Limit, Priority, Signal, Wait, Work, runtime
 from portakv.view import IdList, KVView
 
 # ------------------------------------------------------------------------------------------------
-# `ServerIndex`: a copy of the index of a server, which the server's feed keeps current.
+# `ServerIndex`: a copy of the index of a server, which the server keeps current.
 
 
 class Known:
@@ -161,9 +161,16 @@ class ServerIndex(StoreIndex):
         self._channel = Channel()
         self._channel.serve(Changes, self._take)
         self._channel.serve(LookedUp, self._looked_up)
-        hello = Follow(engine, this_client(), self._channel.address, groups)
-        sides = Sides(lambda _: hello, Followed, lambda: True, self._began, self._ended, self._look)
-        self._link = Link(place, self._channel, sides)
+        hello = Follow(engine, process_here(), self._channel.address, groups)
+        self._link = Link(
+            place,
+            self._channel,
+            lambda _: hello,
+            Followed,
+            self._began,
+            self._ended,
+            refresh=self._look,
+        )
         self._link.start()
 
     def __enter__(self) -> ServerIndex:
@@ -290,8 +297,8 @@ class ServerIndex(StoreIndex):
         """Have the server look up blocks in the bucket: those that all groups have."""
         session = self._link.session
         if session is not None:
-            ask = LookUp(session.number, tuple(keys[:MOST_LOOKED_UP]))
-            self._runtime.start(self._link.tell(session, ask))
+            some = tuple(keys[:MOST_LOOKED_UP])
+            self._link.post(session, LookUp(session.number, some))
 
     def _looked_up(self, peer: Peer, message: LookedUp) -> None:
         """Take the end of a lookup."""
@@ -524,7 +531,7 @@ class ServerTransfer(Handle):
         session = self._session
         if session is not None:
             for piece in self.pieces:  # nothing waits for them any longer
-                self._runtime.start(self._link.tell(session, Stop(session.number, piece.number)))
+                self._link.post(session, Stop(session.number, piece.number))
         return True
 
     # --- how far it is
@@ -885,9 +892,9 @@ class ServerBlocks:
             return pins
         for session, first, some in self._batches(checked):
             number = next(self.client.numbers)
-            done = self._done(session, Lock(session.number, number, self.group, some))
+            done = self._done(session, Pin(session.number, number, self.group, some))
             places = (first + np.flatnonzero(done)).tolist()
-            release = partial(self._unlock, session, number)
+            release = partial(self.client.link.post, session, Stop(session.number, number))
             if places:
                 pins.add(places, release)
             else:
@@ -913,7 +920,7 @@ class ServerBlocks:
             for first in range(0, len(keys), MOST_KEYS):
                 yield session, first, tuple(keys[first : first + MOST_KEYS])
 
-    def _done(self, session: Session, message: Lock | Delete) -> Mask:
+    def _done(self, session: Session, message: Pin | Delete) -> Mask:
         """Return for which blocks the server has done a request; for none without an answer."""
         if self.client.link.session is session:
             with suppress(PortaKVError):  # the session has ended, or ends now
@@ -922,12 +929,6 @@ class ServerBlocks:
                 done: Mask = np.frombuffer(answer.done, np.bool_).copy()
                 return done
         return np.zeros(len(message.keys), np.bool_)
-
-    def _unlock(self, session: Session, number: int) -> None:
-        """Tell the server of the end of locks."""
-        self.client.graph.runtime.start(
-            self.client.link.tell(session, Unlock(session.number, number))
-        )
 
     def _transfer(
         self,
@@ -999,12 +1000,13 @@ class StoreClient:
         self._open = dict[int, tuple[ServerTransfer, Piece]]()  # by number of the request
         self._forgotten = Signal(self.graph.runtime)  # tells of requests that have ended
         name = text("engine", engine, least=0)
-        client = this_client()  # before the channel, which an error would leave open
+        process = process_here()  # before the channel, which an error would leave open
         channel = Channel()
-        self._hello = partial(Join, name, client, channel.address, texts)
+        hello = partial(Join, name, process, channel.address, texts)
         channel.serve(Progress, self._progress)
-        sides = Sides(self._hello, Joined, self._is_idle, self._began, self._ended)
-        self.link = Link(place, channel, sides)
+        self.link = Link(
+            place, channel, hello, Joined, self._began, self._ended, ready=self._is_idle
+        )
         self.blocks = [ServerBlocks(self, number, part) for number, part in enumerate(parts)]
         self.link.start()
 
@@ -1089,7 +1091,7 @@ class StoreClient:
             return
         for grant in progress.grants:  # nothing waits for these rows
             report = Report(session.number, grant.lease, bytes(len(grant.places)))
-            self.graph.runtime.start(self.link.tell(session, report))
+            self.link.post(session, report)
 
 
 class SharedStore:

@@ -15,7 +15,6 @@ from typing import Any, NamedTuple, TypeVar
 from weakref import WeakSet
 
 from portakv.errors import InvalidTerms, PeerError, PortaKVError, StoreError, TransferError
-from portakv.host.shared import process_space, started
 from portakv.migrate.channel import Channel, Peer
 from portakv.migrate.messages import Message, Refused
 from portakv.runtime.rate_limited_log import RateLimitedLog
@@ -26,7 +25,6 @@ from portakv.serving.server.messages import (
     Farewell,
     Later,
     Leave,
-    Process,
     ServerProtocol,
 )
 from portakv.storage.tiers.folder import (
@@ -198,27 +196,6 @@ class Session(NamedTuple):
     data: Any
 
 
-class Sides(NamedTuple):
-    """What the user of a link does.
-
-    Attributes:
-        hello: returns the request for a session, from the number of the session before.
-        kind: the type of its answer.
-        ready: returns whether a session may begin: nothing of the session before is under way.
-        began: a coroutine that makes the data of a session, from the server's address and the
-            answer with which it begins.
-        ended: is called in a step with a session that has ended, before the next one begins.
-        look: a coroutine that runs with a session now and then, and after `Link.wake`.
-    """
-
-    hello: Callable[[int], Message]
-    kind: type[Any]
-    ready: Callable[[], bool]
-    began: Callable[[str, Any], Awaitable[object]]
-    ended: Callable[[Session], object]
-    look: Callable[[Session], Awaitable[object]] | None = None
-
-
 class Link:
     """The connection of a process to the server of a place.
 
@@ -227,18 +204,40 @@ class Link:
     Args:
         place: where the address of the server stands.
         channel: of the process, to which the server also sends; the link closes it.
+        hello: returns the request for a session, from the number of the session before.
+        kind: the type of its answer.
+        began: a coroutine that makes the data of a session, from the server's address and the
+            answer with which it begins.
+        ended: is called in a step with a session that has ended, before the next one begins.
+        ready: returns whether a session may begin: nothing of the session before is under way.
+        refresh: a coroutine that runs with a session now and then, and after `Link.wake`.
 
     Attributes:
         session: of the server; None while there is none.
         refused: a server refused the session, or that of the ranks of this engine.
     """
 
-    def __init__(self, place: Place, channel: Channel, sides: Sides) -> None:
+    def __init__(
+        self,
+        place: Place,
+        channel: Channel,
+        hello: Callable[[int], Message],
+        kind: type[Any],
+        began: Callable[[str, Any], Awaitable[object]],
+        ended: Callable[[Session], object],
+        ready: Callable[[], bool] = lambda: True,
+        refresh: Callable[[Session], Awaitable[object]] | None = None,
+    ) -> None:
         self.session: Session | None = None
         self.refused = False
         self._place = place
         self._channel = channel
-        self._sides = sides
+        self._hello = hello
+        self._kind = kind
+        self._began = began
+        self._ended = ended
+        self._ready = ready
+        self._refresh = refresh
         self._runtime = runtime()
         self._before = 0  # the number of the last session
         self._known = ""  # the address of the last server that answered
@@ -300,13 +299,17 @@ class Link:
         except PortaKVError as error:
             self.lose(session, str(error))
 
+    def post(self, session: Session, message: Message) -> None:
+        """Send a message as `tell` does, and wait for nothing."""
+        self._runtime.start(self.tell(session, message))
+
     def lose(self, session: Session, why: str, in_order: bool = False) -> None:
         """End a session, and log why; ``in_order``: its server said that it ends."""
         with self._runtime.lock:
             if self.session is not session:
                 return
             self.session = None
-            self._sides.ended(session)  # in this step: before the next session can begin
+            self._ended(session)  # in this step: before the next session can begin
             self.wake()
         if not self._stopped:
             self._said = ""
@@ -320,7 +323,7 @@ class Link:
         self._keeper.synchronize()
         session = self.session
         if session is not None:
-            if self._sides.ready():
+            if self._ready():
                 self._runtime.run(self.tell, session, Leave(session.number))
             self.lose(session, "")
         self._channel.close()
@@ -352,8 +355,8 @@ class Link:
         try:
             alive = Alive(session.number)
             await self._channel.answer(session.address, alive, Alive, PATIENT)
-            if self._sides.look is not None:
-                await self._sides.look(session)
+            if self._refresh is not None:
+                await self._refresh(session)
         except PortaKVError as error:
             self.lose(session, str(error))
             return 0.0
@@ -368,13 +371,13 @@ class Link:
             return REFUSED
         if not address or address != self._known:
             self._forget_store_server()
-        if not address or not self._sides.ready():
+        if not address or not self._ready():
             return ABSENT
         try:
             if not await self._speaks_to(address):
                 return REFUSED
-            kind: Any = self._sides.kind | Later
-            hello = self._sides.hello(self._before)
+            kind: Any = self._kind | Later
+            hello = self._hello(self._before)
             answer = await self._channel.answer(address, hello, kind, PATIENT)
         except Refused as error:
             self._refuse(error.reason, by_store_server=True)
@@ -415,7 +418,7 @@ class Link:
         """Begin a session; return the seconds until the next step."""
         self._before = answer.session
         try:
-            data = await self._sides.began(address, answer)
+            data = await self._began(address, answer)
         except PeerError:  # the server has ended since its answer; another one may serve soon
             return ABSENT
         except PortaKVError as error:
@@ -463,9 +466,3 @@ class Link:
             self._said = text
             self._level = logging.WARNING
             _log.warning("%s", text)
-
-
-def this_client() -> Process:
-    """Return the namespace, the number and the start of this process."""
-    pid = os.getpid()
-    return process_space(), pid, started(pid) or 0

@@ -16,7 +16,7 @@ from msgspec import Meta
 from portakv.migrate.messages import Handle, Message, Seconds, Small, Text, prepare
 
 #: The version of these messages. A client of another version is a client of no server.
-PROTOCOL = 6
+PROTOCOL = 7
 #: The most keys of a request, which is cut into several ones above it: with as many keys that they
 #: follow it is a message of the channel.
 MOST_KEYS = 960
@@ -185,30 +185,22 @@ class Report(OfSession, frozen=True):
 
 
 class Stop(OfSession, frozen=True):
-    """One-way: nothing waits for a request any longer."""
+    """One-way: nothing waits for a request any longer, or its blocks may be evicted again."""
 
     purpose: ClassVar[str] = "Stopping a request of the store server at"
 
     number: Number
 
 
-class Lock(OfSession, frozen=True):
-    """Request that blocks of a group are not evicted before `Unlock` of the number, or the end of
-    the session."""
+class Pin(OfSession, frozen=True):
+    """Request that blocks of a group are not evicted before `Stop` of the number, or the end of the
+    session."""
 
-    purpose: ClassVar[str] = "Locking blocks of the store server at"
+    purpose: ClassVar[str] = "Pinning blocks of the store server at"
 
     number: Number
     group: Small
     keys: Keys
-
-
-class Unlock(OfSession, frozen=True):
-    """One-way: the locks of a number end."""
-
-    purpose: ClassVar[str] = "Unlocking blocks of the store server at"
-
-    number: Number
 
 
 class Delete(OfSession, frozen=True):
@@ -221,7 +213,7 @@ class Delete(OfSession, frozen=True):
 
 
 class Done(OfSession, frozen=True):
-    """The answer to `Lock` and `Delete`: for which blocks that was done."""
+    """The answer to `Pin` and `Delete`: for which blocks that was done."""
 
     done: Mask
 

@@ -26,11 +26,11 @@ from portakv.errors import (
     StoreError,
 )
 from portakv.graph.alarms import watch
-from portakv.host.shared import process_space, started
+from portakv.host.shared import Process, process_space, started
 from portakv.migrate.channel import Channel, Peer
 from portakv.migrate.messages import Message
 from portakv.migrate.shared_memory import share
-from portakv.runtime.bounded import Bounded
+from portakv.runtime.bounded import Bounded, Until
 from portakv.runtime.rate_limited_log import RateLimitedLog
 from portakv.serving.bucket import look_up
 from portakv.serving.groups import Validity
@@ -56,20 +56,18 @@ from portakv.serving.server.messages import (
     Later,
     Leave,
     Load,
-    Lock,
     LookedUp,
     LookUp,
+    Pin,
     Report,
     Save,
     ServerProtocol,
     Stop,
-    Unlock,
     tier_of,
 )
 from portakv.serving.server.state import (
     PATIENCE,
     Client,
-    Process,
     ServerState,
     ended_session,
     whole_form,
@@ -97,7 +95,7 @@ def has_ended(process: Process) -> bool:
 
 
 # ------------------------------------------------------------------------------------------------
-# The store of a server, with its clients and the processes that follow its index.
+# The store of a server, with its clients and its followers.
 
 
 @dataclass(eq=False)
@@ -130,7 +128,7 @@ class OpenStore:
     Attributes:
         handle: the rows, for `open_shared`.
         bucket: the store has a bucket.
-        followers: of the index, by session.
+        followers: the sessions of processes that follow the index.
     """
 
     def __init__(
@@ -208,12 +206,10 @@ class OpenStore:
             for tier, keys in self.store.of(form).keys().keys.items():
                 self._publish([Change(0, key, tier, True, "", form) for key in keys])
 
-    def has(self, forms: Sequence[BlockForm]) -> bool:
-        """Return whether the store has the forms of whole blocks."""
-        return all(form.digest in self.state.stores for form in forms)
+    # --- followers of the index
 
     def follow(self, ask: Follow, forms: Sequence[str]) -> Followed:
-        """Begin a session of a follower.
+        """Begin a session of a follower, of groups of these forms.
 
         Raises `InvalidTerms` for another number of groups.
         """
@@ -286,6 +282,26 @@ class OpenStore:
             some = tuple(items[first : first + MOST_CHANGES])
             for follower in followers:
                 yield follower, Changes(follower.session, some)
+
+    # --- all sessions
+
+    def check(self, session: int) -> None:
+        """Raise `PeerError` unless a session goes on."""
+        if session not in self.followers:
+            self.state.client(session)
+
+    def sessions(self) -> list[Client | Follower]:
+        """Return the sessions of ranks and of followers."""
+        return [*self.state.clients(), *self.followers.values()]
+
+    def lose(self, session: int, leaves: bool = False) -> None:
+        """End a session, if there is one; see `ServerState.lose`."""
+        self.state.lose(session, leaves)
+        self.followers.pop(session, None)
+
+    def has(self, forms: Sequence[BlockForm]) -> bool:
+        """Return whether the store has the forms of whole blocks."""
+        return all(form.digest in self.state.stores for form in forms)
 
     def close(self, timeout: float) -> PortaKVError | None:
         """End all sessions and close the store; return the error of a store that hangs."""
@@ -374,8 +390,8 @@ class StoreServer:
         self._wanted: Sequence[BlockForm] = ()  # forms of whole blocks that a client waits for
         # The forms for which the store could not be opened, and why.
         self._refusal: tuple[Sequence[BlockForm], PortaKVError] | None = None
-        # Why the last rank of an engine was refused, and until when that counts.
-        self._refused: Bounded[str, tuple[str, float]] = Bounded("refused engines", ENGINES)
+        #: Why the last rank of an engine was refused.
+        self._refused: Until[str] = Until("refused engines", ENGINES)
         self._ends = False  # no session begins any more
         self._wait = Wait()  # of the coroutine
         self._channel = Channel()
@@ -441,8 +457,7 @@ class StoreServer:
         opened = self._opened
         if opened is None:
             return
-        others: list[Client | Follower] = [*opened.state.clients(), *opened.followers.values()]
-        requests = [(each.address, Farewell(each.session)) for each in others]
+        requests = [(each.address, Farewell(each.session)) for each in opened.sessions()]
         # The answers come before the connections end. A client without one may have ended, too.
         with suppress(PortaKVError):
             self._channel.ask_all(requests, Farewell, LEAVING)
@@ -467,8 +482,7 @@ class StoreServer:
         self._serve(Save, lambda state, ask: state.save(ask))
         self._serve(Report, lambda state, it: state.report(it.session, it.lease, it.landed))
         self._serve(Stop, lambda state, it: state.stop(it.session, it.number))
-        self._serve(Lock, lambda state, ask: Done(ask.session, state.lock(ask)))
-        self._serve(Unlock, lambda state, it: state.unlock(it.session, it.number))
+        self._serve(Pin, lambda state, ask: Done(ask.session, state.pin(ask)))
         self._serve(Delete, lambda state, ask: Done(ask.session, state.delete(ask)))
         answer(self._channel, self)
 
@@ -481,7 +495,7 @@ class StoreServer:
         try:
             answer = self._session_of(peer, ask)
         except PortaKVError as error:
-            self._refused[ask.engine] = str(error), time.monotonic() + REFUSED
+            self._refused.hold(ask.engine, REFUSED, str(error))
             raise
         if isinstance(answer, Joined):
             self._refused.pop(ask.engine, None)
@@ -515,8 +529,8 @@ class StoreServer:
         if self._ends:
             return Later()
         if opened is None or not digests:
-            why, until = self._refused.get(ask.engine, ("", 0.0))
-            if time.monotonic() < until:
+            why = self._refused.held(ask.engine)
+            if why is not None:
                 raise InvalidTerms(why)
             return Later()
         answer = opened.follow(ask, [digest.hex() for digest in digests])
@@ -524,9 +538,7 @@ class StoreServer:
         return answer
 
     def _alive(self, peer: Peer, ask: Alive) -> Alive:
-        opened = self._open_store()
-        if ask.session not in opened.followers:
-            opened.state.client(ask.session)
+        self._open_store().check(ask.session)
         return Alive(ask.session)
 
     def _gone(self, session: int, leaves: bool = False) -> None:
@@ -535,8 +547,7 @@ class StoreServer:
         A connection may outlive a store, so it retains the number alone.
         """
         if self._opened is not None:
-            self._opened.state.lose(session, leaves)
-            self._opened.followers.pop(session, None)
+            self._opened.lose(session, leaves)
 
     def _look_up(self, peer: Peer, ask: LookUp) -> None:
         """Begin a lookup in the bucket. One that cannot begin has no answer."""

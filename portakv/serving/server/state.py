@@ -30,13 +30,14 @@ import numpy as np
 from portakv.arguments import shown
 from portakv.errors import InvalidTerms, PeerError
 from portakv.graph.trace import Figures
+from portakv.host.shared import Process
 from portakv.serving.server.messages import (
     UNFIT,
     Delete,
     Grant,
     Join,
     Load,
-    Lock,
+    Pin,
     Progress,
     Save,
 )
@@ -89,8 +90,6 @@ def unlike(form: BlockForm, stored: Sequence[BlockForm]) -> InvalidTerms:
 # ------------------------------------------------------------------------------------------------
 # What a server's state knows of: processes, sessions, loads and saves, and rows that are lent.
 
-#: A process with clients: its namespace, its number and its start.
-Process: TypeAlias = tuple[int, int, int]
 #: A copy that a store has lent.
 Copy: TypeAlias = LentCopy | Borrowed
 #: What the saves of all ranks of an engine have in common: the engine, the form, the keys, and what
@@ -106,8 +105,8 @@ class Client:
         parts: its part of the blocks of each group of layers, in their order: a bit for each head
             of each layer, as `cells_of` has it, by the store of the whole blocks.
         address: of its channel.
-        requests: the loads and saves that have not ended, by the client's numbers.
-        locks: the blocks that it keeps from eviction, by its numbers.
+        requests: the loads and saves that have not ended, and the blocks that it keeps from
+            eviction, by the client's numbers.
         gone: the session has ended.
     """
 
@@ -116,8 +115,7 @@ class Client:
     process: Process
     parts: dict[FormStore, int]
     address: str
-    requests: dict[int, Work] = field(default_factory=dict)
-    locks: dict[int, Pins] = field(default_factory=dict)
+    requests: dict[int, Work | Pins] = field(default_factory=dict)
     gone: bool = False
 
 
@@ -363,16 +361,15 @@ class ServerState:
                 return
             client.gone = True
             del self._clients[client.session]
-            for pins in client.locks.values():
-                pins.release()
-            client.locks.clear()
             requests = [*client.requests.values()]
             client.requests.clear()
             for key in [key for key in self._news if key[0] is client]:
                 del self._news[key]
-            for work in requests:
-                if work.key is None:
-                    self._abandon(work)
+            for request in requests:
+                if isinstance(request, Pins):
+                    request.release()
+                elif request.key is None:
+                    self._abandon(request)
             for save in [*self._saves]:
                 self._settle_all(save)
             self._wake()
@@ -508,37 +505,29 @@ class ServerState:
             self._return(lease, landed)
 
     def stop(self, session: int, number: int) -> None:
-        """Note that nothing waits for a request of a client any longer."""
+        """Note that nothing waits for a request of a client any longer, or end its pins."""
         with self._lock:
             client = self._clients.get(session)
-            work = None if client is None else client.requests.get(number)
-            if work is not None:
-                self._abandon(work)
+            request = None if client is None else client.requests.get(number)
+            if client is not None and isinstance(request, Pins):
+                del client.requests[number]
+                request.release()
+            elif isinstance(request, Work):
+                self._abandon(request)
                 self._wake()
 
-    # --- locks
+    # --- what needs no rows
 
-    def lock(self, ask: Lock) -> bytes:
-        """Keep blocks from eviction until `unlock`; return a byte for each: 1 if it is kept.
+    def pin(self, ask: Pin) -> bytes:
+        """Keep blocks from eviction until `stop`; return a byte for each: 1 if it is kept.
 
         Raises `PeerError` for a session that has ended.
         """
         with self._lock:
             client = self.client(ask.session)
             pins = self._group(client, ask.group).pin(ask.keys)
-            before = client.locks.pop(ask.number, None)
-            if before is not None:
-                before.release()
-            client.locks[ask.number] = pins
+            self._note_request(client, ask.number, pins)
             return pins.held.astype(np.uint8).tobytes()
-
-    def unlock(self, session: int, number: int) -> None:
-        """End the locks of a number of a client."""
-        with self._lock:
-            client = self._clients.get(session)
-            pins = None if client is None else client.locks.pop(number, None)
-            if pins is not None:
-                pins.release()
 
     def delete(self, ask: Delete) -> bytes:
         """Forget blocks, locked or not; return a byte for each: 1 if it was there.
@@ -626,9 +615,16 @@ class ServerState:
         self._forget_save(work)
         self._wake()
 
+    def _note_request(self, client: Client, number: int, request: Work | Pins) -> None:
+        """Enter a request of a client. Pins of the same number end."""
+        before = client.requests.get(number)
+        if isinstance(before, Pins):
+            before.release()
+        client.requests[number] = request
+
     def _add(self, work: Work, client: Client, number: int) -> None:
         """Take note of a client's request for a load or a save that has begun, or has ended."""
-        client.requests[number] = work
+        self._note_request(client, number, work)
         work.requesters[client] = number
         for lent in [*work.lents]:
             self._grant(lent, client, number)
@@ -759,8 +755,9 @@ class ServerState:
 
     def _end_request(self, client: Client, number: int, stored: bytes | None) -> None:
         """Tell a client that a request has ended."""
-        if client.gone or client.requests.pop(number, None) is None:
+        if client.gone or not isinstance(client.requests.get(number), Work):
             return
+        del client.requests[number]
         news = self._learn(client, number)
         news.more = False
         news.stored = stored
