@@ -303,7 +303,7 @@ def test_nothing_waits_for_a_device_until_it_is_read() -> None:
 def test_fingerprints_follow_the_current_stream() -> None:
     engine = Engine("cuda")
     side = torch.cuda.Stream()
-    rows = [torch.randn_like(each) for each in engine.rows(0)]
+    rows = [torch.randn(each.shape).to(each) for each in engine.rows(0)]
     with torch.cuda.stream(side):
         delay(side)
         engine.write(0, rows)
