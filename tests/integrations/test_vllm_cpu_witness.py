@@ -47,7 +47,7 @@ from portakv.witness.table import is_whole, key_in, read_file
 
 PROMPTS = [prompt(1000, 1), prompt(500, 2), prompt(900, 3)]
 SHIM = "support.witness_shim"
-NAME = "witness-"  # an engine's id begins so
+NAME = "witness-shim-"  # an engine's id begins so
 PREEMPT = "_preempt_request"  # of vLLM's scheduler
 SEED = 7
 REQUESTS = 120

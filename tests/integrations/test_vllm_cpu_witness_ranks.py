@@ -308,11 +308,6 @@ def test_right_rows_of_another_number_of_ranks(
     loads = 3 - wrote
     assert runs.serve(wrote, "theirs").tokens == own
     assert runs.serve(loads, "ours").tokens == own
-    known = runs.serve(loads, "theirs", action="recompute")
-    assert (known.tokens, known.cached) == (own, HITS)
-    assert known.faults == [0] * loads
-    assert known.of("witness_compared") == known.of("witness_older") == [CHUNKS] * loads
-
     logged = runs.serve(loads, "theirs", alone=True)
     assert (logged.tokens, logged.cached) == (own, HITS)
     assert logged.faults == [CHUNKS] * loads
@@ -320,3 +315,11 @@ def test_right_rows_of_another_number_of_ranks(
         theirs = [by_head(x, key_of(each)) for x in runs.fingerprints(wrote)]
         part = np.split(np.concatenate(theirs, 2), loads, 2)[runs.rank_of(each, loads)]
         assert np.array_equal(each.geometry.by_head(each.actual), part)
+
+    # The second time they are known without the files of the other engine.
+    for alone, older in ((False, CHUNKS), (True, 0)):
+        known = runs.serve(loads, "theirs", action="recompute", alone=alone)
+        assert (known.tokens, known.cached) == (own, HITS)
+        assert known.faults == [0] * loads
+        assert known.of("witness_compared") == [CHUNKS] * loads
+        assert known.of("witness_older") == [older] * loads
