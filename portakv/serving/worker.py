@@ -27,7 +27,7 @@ from portakv.serving.handover import Handover
 from portakv.serving.local import numbers_of
 from portakv.serving.plan import Job, Plan, Report
 from portakv.storage.form import BlockForm
-from portakv.storage.store import BlockStore, FormStore
+from portakv.storage.store import BlockStore, FormStore, lie_alike, load_together
 from portakv.storage.tiers.base import After, Keys
 from portakv.storage.work import Handle
 from portakv.tasks import Signal, runtime
@@ -350,7 +350,7 @@ def _are_alike(one: GroupCache, other: GroupCache) -> bool:
     if one.view.form != other.view.form or one.view.origins != other.view.origins:
         return False
     whole = one.store.form.block_size % (one.view.block_size or 1) == 0
-    return whole and one.store.lies_as(other.store)
+    return whole and lie_alike(one.store, other.store)
 
 
 class WorkerSide:
@@ -674,7 +674,7 @@ class WorkerSide:
         if len(needed) > 1:
             both = zip(stores, needed, strict=True)
             loads = [(store, each.blocks, each.keys) for store, each in both]
-            handle = stores[0].load_together(caches[0].view, loads)
+            handle = load_together(caches[0].view, loads)
         start = 0
         for (view, store, _), (_, first, blocks, keys) in zip(caches, needed, strict=True):
             at = range(first, first + len(keys))

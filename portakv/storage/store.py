@@ -758,40 +758,6 @@ class FormStore:
                 raise
         return handle
 
-    def lies_as(self, other: FormStore) -> bool:
-        """Return whether blocks of both forms lie in equal rows of one store, as `load_together`
-        takes them."""
-        own = self._only("look at its rows").own
-        its = other._only("look at its rows").own
-        if self._shared is not other._shared or own.form.encoding or self.chooser is not None:
-            return False
-        return own.rows.form == its.rows.form and own.form.block_size == its.form.block_size
-
-    def load_together(
-        self, view: KVView, loads: Sequence[tuple[FormStore, Sequence[int], Keys]]
-    ) -> Handle | None:
-        """Load blocks of several forms into one view, by one copy, as `load` does.
-
-        The forms are groups of layers whose caches share their memory, and whose rows lie alike
-        (`lies_as`). One copy takes the host about as long as the copy of one form.
-
-        Args:
-            loads: of each form its store, blocks of the view, and keys that fill these.
-
-        Returns:
-            The handle, with the blocks in the order of the loads. None unless the host tier has all
-            blocks, and the caller's thread copies them: then no byte is written.
-        """
-        moved = [(part._own("load"), part._keys(keys, "urgent", None)) for part, _, keys in loads]
-        size = moved[0][0].own.form.block_size
-        blocks = [block for _, ids, _ in loads for block in ids]
-        names = [name for form, keys in moved for name in form.own.names(keys)]
-        crossing = Crossing(view, blocks, len(names), size)
-        loan = self._loan(moved[0][0], crossing, names)
-        if loan is None or None in loan.rows:
-            return None
-        return self._issue_all(crossing, loan, moved)
-
     def _issue_all(
         self,
         crossing: Crossing,
@@ -1028,6 +994,41 @@ class FormStore:
 
 #: Seconds between two looks at the loads that `BlockStore.close` waits for.
 PAUSE = 0.001
+
+
+def lie_alike(one: FormStore, other: FormStore) -> bool:
+    """Return whether blocks of two forms lie in equal rows of one store, as `load_together` takes
+    them."""
+    own = one._only("look at its rows").own
+    its = other._only("look at its rows").own
+    if one._shared is not other._shared or own.form.encoding or one.chooser is not None:
+        return False
+    return own.rows.form == its.rows.form and own.form.block_size == its.form.block_size
+
+
+def load_together(
+    view: KVView, loads: Sequence[tuple[FormStore, Sequence[int], Keys]]
+) -> Handle | None:
+    """Load blocks of several forms into one view, by one copy, as `FormStore.load` does.
+
+    The forms are groups of layers whose caches share their memory, and whose rows lie alike
+    (`lie_alike`). One copy takes the host about as long as the copy of one form.
+
+    Args:
+        loads: of each form its store, blocks of the view, and keys that fill these.
+
+    Returns:
+        The handle, with the blocks in the order of the loads. None unless the host tier has all
+        blocks, and the caller's thread copies them: then no byte is written.
+    """
+    store = loads[0][0]
+    moved = [(part._own("load"), part._keys(keys, "urgent", None)) for part, _, keys in loads]
+    blocks = [block for _, ids, _ in loads for block in ids]
+    names = [name for form, keys in moved for name in form.own.names(keys)]
+    (form, _) = moved[0]
+    crossing = Crossing(view, blocks, len(names), form.own.form.block_size)
+    loan = store._loan(form, crossing, names)
+    return None if loan is None else store._issue_all(crossing, loan, moved)
 
 
 def _forms_by_name(form: BlockForm | Mapping[str, BlockForm]) -> dict[str, BlockForm]:

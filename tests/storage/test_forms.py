@@ -22,7 +22,7 @@ from portakv import KVView
 from portakv.errors import InvalidTerms, LayoutError, SlotError, StoreError, TransferError
 from portakv.graph import Collector
 from portakv.storage import BlockForm, BlockStore, Disk, Remote
-from portakv.storage.store import FormStore
+from portakv.storage.store import FormStore, lie_alike, load_together
 
 KEYS = [key_of(i) for i in range(12)]
 BLOCKS = range(12)
@@ -130,7 +130,7 @@ def test_forms_that_lie_alike_are_loaded_together(present: bool) -> None:
         other.save(window, range(4), KEYS[:4]).synchronize(LIMIT)
         lacking = KEYS[3] if present else KEYS[5]
         loads = [(one, (7, 4), [KEYS[2], lacking]), (other, (9,), KEYS[:1])]
-        handle = one.load_together(target, loads)
+        handle = load_together(target, loads)
         assert (handle is not None) is present
         if handle is None:
             assert all(equal(target, untouched))
@@ -150,15 +150,15 @@ def test_a_block_of_two_forms_is_refused() -> None:
             store.of(name).save(cache_of(form), range(4), KEYS[:4]).synchronize(LIMIT)
         loads = [(store.of(name), (3,), KEYS[:1]) for name in ALIKE]
         with pytest.raises(SlotError, match="blocks"):
-            store.of("full").load_together(cache_of(ALIKE["full"]), loads)
+            load_together(cache_of(ALIKE["full"]), loads)
 
 
 @pytest.mark.parametrize("name", ["window", "rank 1", "long", "wide"])
 def test_other_forms_do_not_lie_alike(name: str) -> None:
     with opened(host=4) as store, opened(host=4) as other:
-        assert store.of("full").lies_as(store.of("full"))
-        assert not store.of("full").lies_as(store.of(name))
-        assert not store.of("full").lies_as(other.of("full"))
+        assert lie_alike(store.of("full"), store.of("full"))
+        assert not lie_alike(store.of("full"), store.of(name))
+        assert not lie_alike(store.of("full"), other.of("full"))
 
 
 def others_that_have(store: BlockStore, name: str) -> set[str]:
