@@ -132,6 +132,11 @@ def test_hits_have_the_tokens_of_the_engine(
     assert len({token for answer in model.own.tokens for token in answer}) >= 8
     more = {} if most is None else {"max_num_batched_tokens": most}
 
+    def alone() -> list[Answer]:
+        """The sums of a prompt in chunks are rounded in another way, on some CPUs."""
+        engine = model.engine(None, **more)
+        return [engine.ask(PROMPTS), engine.ask(LATER)]
+
     def work() -> tuple[list[Answer], dict[str, int]]:
         if ahead:
             schedule_ahead()
@@ -143,10 +148,11 @@ def test_hits_have_the_tokens_of_the_engine(
         answers.append(engine.ask(LATER))
         return answers, engine.counts
 
+    own, own_later = [model.own, model.later] if most is None else in_a_child(alone)
     (cold, hits, later), counts = in_a_child(work)
-    assert cold.tokens == model.own.tokens
-    assert hits.tokens == model.own.tokens
-    assert later.tokens == model.later.tokens
+    assert cold.tokens == own.tokens
+    assert hits.tokens == own.tokens
+    assert later.tokens == own_later.tokens
     assert cold.cached == [0] * len(PROMPTS)
     assert all(each >= len(asked) // 2 for each, asked in zip(hits.cached, PROMPTS, strict=True))
     assert later.cached[0] > 300
