@@ -669,9 +669,9 @@ class WorkerSide:
     def _load(self, work: _Work, needed: Sequence[_Needed]) -> None:
         """Begin a load in caches that are alike: by one copy, if the host tier has all blocks."""
         caches = [self._groups[each.number] for each in needed]
-        stores = [cache.store for cache in caches if isinstance(cache.store, FormStore)]
         handle: Handle | None = None
         if len(needed) > 1:
+            stores = [cache.store for cache in caches if isinstance(cache.store, FormStore)]
             both = zip(stores, needed, strict=True)
             loads = [(store, each.blocks, each.keys) for store, each in both]
             handle = load_together(caches[0].view, loads)
