@@ -146,3 +146,9 @@ def test_the_score_of_the_core_names_what_survives() -> None:
     assert lines[-1] == "plan.cpp:2  constant: 1  ->  2"
     assert mutants_core.tests_of("rows.cpp")[0] == "tests/core/test_rows.py"
     assert {*mutants_core.tests_of("ids.cpp")} >= {*mutants_core.ALL}
+
+
+def test_the_tests_of_each_file_of_the_core_exist() -> None:
+    named = {*mutants_core.ALL}.union(*mutants_core.TESTS.values())
+    assert not [name for name in named if not (mutants.ROOT / name).exists()]
+    assert not [name for name in mutants_core.TESTS if not (mutants_core.SOURCES / name).exists()]

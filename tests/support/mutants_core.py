@@ -63,7 +63,7 @@ TESTS: dict[str, tuple[str, ...]] = {
     "xxh3.cpp": ("tests/core/test_xxh3.py",),
     "slice.cpp": tuple(f"tests/view/test_{name}.py" for name in ("slicing", "addresses", "packed")),
     "pick.cpp": tuple(f"tests/interconnect/test_{name}.py" for name in ("pick", "costs", "choose")),
-    "io.cpp": tuple(f"tests/storage/test_{name}.py" for name in ("engine", "ring", "threads")),
+    "io.cpp": tuple(f"tests/storage/test_{name}.py" for name in ("engine", "ring")),
 }
 ALL = (
     *(f"tests/core/test_{name}.py" for name in ("plan", "runs", "ids", "core_view", "rows")),
