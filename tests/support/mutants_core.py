@@ -267,7 +267,7 @@ def _become_tests(tree: Path, names: Sequence[str]) -> None:
         os.dup2(nothing, each)
     resource.setrlimit(resource.RLIMIT_DATA, (MEMORY, MEMORY))
     sys.path[:0] = [str(tree / "src"), str(tree / "tests")]
-    options = ["-q", "-x", "-n0", "-p", "no:cacheprovider", "-p", "no:faulthandler"]
+    options = ["-q", "-x", "-n0", "-p", "no:cacheprovider", "-o", "faulthandler_timeout=0"]
     os._exit(
         pytest.main(
             [*options, "--deselect", "tests/core/test_library.py", *names], plugins=[_Limit()]
