@@ -101,6 +101,7 @@ class Evidence(NamedTuple):
         before: of the key whose rows the engine's block had before the load, newest first.
         ring: of the group.
         key: of the block.
+        block: the engine's block.
         others: returns the fingerprints of the key in other ranks.
         shardings: returns those in engines with another number of ranks.
         elsewhere: returns whether another group of this key has right rows.
@@ -112,6 +113,7 @@ class Evidence(NamedTuple):
     before: Sequence[Known]
     ring: Ring
     key: bytes
+    block: int
     others: Callable[[], Iterable[Other]]
     shardings: Callable[[], Iterable[Sharding]]
     elsewhere: Callable[[], bool]
@@ -308,7 +310,10 @@ def _by_other_blocks(evidence: Evidence, difference: Difference) -> Name | None:
     for known in islice(_candidates(evidence, difference), _CANDIDATES):
         if known.key != evidence.key and difference.is_explained_by(known.sums):
             versus = f"key {short(known.key)}, of block {known.block}"
-            return Name("other block", versus, known.key, known.sums.copy())
+            # The engine's block had these rows once, and they were only written over in part.
+            is_left = known.block == evidence.block and not difference.is_whole
+            kind = _unwritten(evidence, difference, "other block") if is_left else "other block"
+            return Name(kind, versus, known.key, known.sums.copy())
     return None
 
 

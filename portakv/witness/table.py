@@ -21,7 +21,7 @@ import numpy as np
 import numpy.typing as npt
 
 from portakv.arguments import invalid, size_text
-from portakv.core.xxh3 import checksum
+from portakv.core.xxh3 import checksum, piece_checksums
 from portakv.errors import InvalidTerms
 from portakv.runtime.resources import fcntl
 from portakv.runtime.word_sums import signed
@@ -37,7 +37,8 @@ _FORMAT = 1
 _HEAD = struct.Struct("<16s2q")  # magic, bytes of the JSON text, its checksum
 _ALIGNED = 4096
 _MOST_HEAD = 1 << 20
-_DROPPED = 1 << 20  # places of lost keys
+_PLACE_BITS = 20
+_DROPPED = 1 << _PLACE_BITS  # places of lost keys
 _NONE = (-1,)  # the slots of a key without a fingerprint
 
 
@@ -162,9 +163,7 @@ class Ring:
         """Write new records from the next slot on."""
         first = self._next
         past = first + len(rows)
-        for slot in range(first, past):
-            if self._keys[slot] is not None:
-                self._drop(slot)
+        self._evict(first, past)
         self._sums[first:past] = sums if len(rows) == len(sums) else sums[rows]
         for slot, row in zip(range(first, past), rows, strict=True):
             key = keys[row]
@@ -187,8 +186,14 @@ class Ring:
         padded = b"".join(key.ljust(KEY, b"\0") for key in keys)
         heads["key"] = np.frombuffer(padded, np.uint8).reshape(-1, KEY)
         heads["length"] = [len(key) + 1 for key in keys]
-        for slot in slots:
-            self._heads["check"][slot] = check_of(self._heads[slot], self._sums[slot])
+        text = heads.tobytes()
+        size = HEAD.itemsize
+        pieces = np.empty((len(slots), 2), np.int64)
+        pieces[:, 0] = np.arange(len(slots)) * size + 16
+        pieces[:, 1] = size - 16
+        seeds = piece_checksums(text, pieces.tobytes(), len(text))
+        rows = self._sums[slots.start : slots.stop]
+        heads["check"] = [checksum(row, seed) for row, seed in zip(rows, seeds, strict=True)]
         self._order += len(slots)
 
     def _stamp(self, slot: int) -> None:
@@ -221,7 +226,7 @@ class Ring:
         if self._marked + len(hashes) > _DROPPED // 8:
             self._lost = [self._lost[1], np.zeros(_DROPPED, np.uint64)]
             self._marked = 0
-        self._lost[1][hashes % _DROPPED] = hashes // _DROPPED + 1
+        self._lost[1][hashes & (_DROPPED - 1)] = (hashes >> _PLACE_BITS) + 1
         self._marked += len(hashes)
 
     def key_in(self, block: int) -> bytes | None:
@@ -267,6 +272,27 @@ class Ring:
             self._heads["length"][slot] = 0
         self.dropped += 1
         self.lose([key])
+
+    def _evict(self, first: int, past: int) -> None:
+        """Remove the records of a run of slots."""
+        gone = self._keys[first:past]
+        if not any(gone) and all(key is None for key in gone):
+            return
+        lost = list[bytes]()
+        for slot, key in enumerate(gone, first):
+            if key is None:
+                continue
+            lost.append(key)
+            slots = self._slots[key]
+            if len(slots) == 1:
+                del self._slots[key]
+            else:
+                slots.remove(slot)
+        self._keys[first:past] = [None] * (past - first)
+        if self._sealed:
+            self._heads["length"][first:past] = 0
+        self.dropped += len(lost)
+        self.lose(lost)
 
     def _read(self) -> None:
         """Find the records of a file, and clear those that are torn."""
@@ -483,6 +509,11 @@ class FileRing:
         self.records = records
         # The first words of keys, next to each other: a search reads them alone.
         self._words = records.heads["key"].view(np.uint64)[:, 0].copy()
+
+    def keys(self) -> set[bytes]:
+        """Return the keys that had fingerprints when the file was read, also torn ones."""
+        heads = self.records.heads
+        return {key_in(heads[slot]) for slot in np.flatnonzero(heads["length"]).tolist()}
 
     def versions(self, key: bytes) -> list[Known]:
         """Return the fingerprints of a key that were there when the file was read, newest first."""

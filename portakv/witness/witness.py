@@ -8,7 +8,7 @@ from collections import Counter, deque
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from itertools import compress
+from itertools import chain, compress, count
 from os import PathLike
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeAlias, TypeVar
@@ -49,7 +49,7 @@ Action: TypeAlias = Literal["log", "recompute", "raise"]
 _PENDING = 256
 #: Faults of one look at the device that are compared with the whole table for their name. Those
 #: that may be right rows of a lost version are always compared.
-_NAMED = 64
+_NAMED = 8
 #: The most files about faults of one kind, and of all kinds.
 REPORTS_OF_KIND = 4
 REPORTS = 32
@@ -265,6 +265,7 @@ class Witness:
             raise invalid("shardings", "the files of all ranks of each engine", [])
         self._accepts_shardings = self._accepts_older
         self._files = dict[Path, dict[str, FileRing]]()  # read for a batch
+        self._sharded = dict[str, set[bytes]]()  # keys in files of shardings at the start, by group
         self._reports = None if reports is None else _path("reports", reports)
         self._report_bytes = as_bytes("report_bytes", report_bytes)
         if about is not None and not isinstance(about, Mapping):
@@ -287,6 +288,9 @@ class Witness:
         for name, view in named.items():
             ring = self._table.rings[name]
             self._groups[name] = _Group(name, view, fingerprints[name], ring, Figures())
+        for path in chain(*self._shardings):
+            for name, found in self._read_file(path).items():
+                self._sharded.setdefault(name, set()).update(found.keys())
 
     @property
     def block_bytes(self) -> dict[str, int]:
@@ -329,16 +333,18 @@ class Witness:
         (of, ids) = self._read(blocks, keys, group)
         chosen = self._chosen(keys)
         if len(chosen) < len(keys):  # a key that is compared has all its versions
+            places = range(len(keys))
+            wanted = {keys[at] for at in first if at in places}
+            taken = self._coming(of).union(x for x in wanted if not of.ring.was_dropped(x))
             known = of.ring.keys
-            coming = self._coming(of)
-            places = {*range(len(keys))}
-            wanted = {keys[at] for at in places.intersection(first)}
-            wanted = {key for key in wanted if not of.ring.was_dropped(key)}
-            more = (
-                at for at, key in enumerate(keys) if key in known or key in coming or key in wanted
-            )
+            more = [*compress(count(), map(known.__contains__, keys))]
+            if taken:
+                more += compress(count(), map(taken.__contains__, keys))
             chosen = sorted({*chosen, *more})
-            of.ring.lose(_at(keys, sorted(places.difference(chosen))))
+            left = bytearray(b"\1") * len(keys)
+            for at in chosen:
+                left[at] = 0
+            of.ring.lose([*compress(keys, left)])
         if not chosen and not self._pending:
             of.ring.forget(ids.tolist())
             return
@@ -372,7 +378,8 @@ class Witness:
         known = of.ring.keys
         chosen: Sequence[int] = range(len(keys))
         if not all(map(known.__contains__, keys)):
-            chosen = [at for at, key in enumerate(keys) if key in known or key in coming]
+            taken = coming.union(self._sharded.get(of.name, set()).intersection(_at(keys, wanted)))
+            chosen = [at for at, key in enumerate(keys) if key in known or key in taken]
             of.figures.unknown += len({*wanted}.difference(chosen))
         if len(ids):
             self._begin(of, keys, ids, chosen, comparison)
@@ -468,8 +475,7 @@ class Witness:
         """Return the positions of the keys that the rate chooses."""
         if self.check == "all":
             return range(len(keys))
-        limit = self._limit
-        return [at for at, key in enumerate(keys) if crc32(key) < limit]
+        return [*compress(count(), map(self._limit.__gt__, map(crc32, keys)))]
 
     def _begin(
         self,
@@ -531,16 +537,18 @@ class Witness:
             versions = ring.versions(key)
             current = [known for known in versions if not known.is_old]
             is_version = any(np.array_equal(x.sums, sums) for x in versions)
-            if not current and not is_version:
+            # Without a version of its own a key may be known in a file of another sharding.
+            sharded = not versions and key in self._sharded.get(of.name, ())
+            if not (current or is_version or sharded):
                 of.figures.unknown += 1
                 continue
             of.figures.compared += 1
             accepted = current if self._accepts_older else current[:1]
             nth = next((n for n, x in enumerate(accepted) if np.array_equal(x.sums, sums)), None)
             if not is_version and self._accepts(of, key, sums):
-                nth = len(accepted)
+                nth = len(versions) + 1
             if nth is None:
-                evidence = self._evidence(of, key, sums, ring.key_in(blocks[at]))
+                evidence = self._evidence(of, key, sums, blocks[at])
                 suspects.append(_Suspect(step, at, evidence))
                 continue
             of.figures.older += nth > 0
@@ -563,9 +571,10 @@ class Witness:
             for sharding in self._in_shardings(of.name, key)
         )
 
-    def _evidence(self, of: _Group, key: bytes, sums: Sums, former: bytes | None) -> Evidence:
-        """Return the evidence of a fault. ``former``: the key whose rows the block had before."""
+    def _evidence(self, of: _Group, key: bytes, sums: Sums, block: int) -> Evidence:
+        """Return the evidence of a fault."""
         ring = of.ring
+        former = ring.key_in(block)
         before = [] if former is None else ring.versions(former)
         return Evidence(
             of.fingerprints.geometry,
@@ -575,6 +584,7 @@ class Witness:
             [known._replace(sums=known.sums.copy()) for known in before],
             ring,
             key,
+            block,
             partial(self._known_in, self._others, of.name, key),
             partial(self._in_shardings, of.name, key),
             lambda: any(key in right for name, right in self._right.items() if name != of.name),
@@ -585,9 +595,10 @@ class Witness:
         named = list[tuple[_Suspect, Name, Difference]]()
         for nth, suspect in enumerate(suspects):
             evidence = suspect.evidence
-            lost = evidence.ring.was_dropped(evidence.key)
+            lost = not evidence.versions or evidence.ring.was_dropped(evidence.key)
             (name, difference) = name_fault(evidence, thorough=lost or nth < _NAMED)
-            # A version that the table has lost may still be in a tier, and its rows are right.
+            # A version that the table has lost, or that an engine with as many ranks has stored,
+            # may still be in a tier, and its rows are right.
             if lost and not name.is_explained and difference.may_be_rounded:
                 figures = suspect.step.group.figures
                 figures.compared -= 1

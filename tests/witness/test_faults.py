@@ -300,6 +300,26 @@ def test_a_block_that_an_unknown_key_had_since_is_not_called_unwritten() -> None
     assert fault.kind == "other block"
 
 
+@pytest.mark.parametrize(
+    ("wrong", "kind"), [("layer", "missing layers"), ("tokens", "half written")]
+)
+def test_rows_that_a_load_left_are_named_if_their_key_was_forgotten(wrong: str, kind: str) -> None:
+    """The control: in another block the same rows are those of another block."""
+    engine = Engine(check="sample", rate=0)
+    engine.store(STORED, STORED, first=STORED)
+    left = engine.rows(3)
+    rows = [*engine.saved[key(5)][:-1], left[-1]]
+    if wrong == "tokens":
+        half = TOKENS // 2
+        sides = zip(engine.saved[key(5)], left, strict=True)
+        rows = [torch.cat([saved[:, :half], old[:, half:]], 1) for saved, old in sides]
+    for block in (3, TARGET):
+        engine.witness.stored([block], [key(60)])  # that the witness does not know
+        engine.write(block, rows)
+        (fault,) = engine.witness.restored([block], [key(5)]).faults
+        assert fault.kind == (kind if block == 3 else "other block")
+
+
 # Several groups
 
 
@@ -425,6 +445,28 @@ def test_pages_of_another_number_of_ranks_are_named(
         assert (f"rows of {wrote} rank" in fault.versus) == known
         (fault,) = faults_of(engine, noise)
         assert fault.kind == "unlike"
+
+
+@pytest.mark.parametrize(("wrote", "ranks"), [(1, 2), (2, 1), (4, 2)])
+@pytest.mark.parametrize("known", [True, False])
+def test_a_tier_that_other_ranks_have_filled_is_checked_before_anything_is_stored(
+    tmp_path: Path, known: bool, wrote: int, ranks: int
+) -> None:
+    """An engine starts with another number of ranks. Rows that no fingerprint explains may be those
+    of a third engine. The control does not know the files."""
+    files = sharded(tmp_path, wrote)
+    for rank, pages in enumerate(read_as_pages(wrote, ranks)):
+        engine = shard(ranks, rank, shardings=[files] if known else [])
+        right = [layer.split(8 // ranks, 2)[rank] for layer in rows_of(wrote)]
+        for rows, kinds in ((right, []), (pages, ["other sharding"])):
+            engine.write(TARGET, rows)
+            faults = engine.witness.restored([TARGET], [key(0)]).faults
+            assert [fault.kind for fault in faults] == (kinds if known else [])
+            engine = shard(ranks, rank, shardings=[files] if known else [])
+        noise(engine)
+        assert not engine.witness.restored([TARGET], [key(0)]).faults
+        figures = engine.witness.figures()[""]
+        assert (figures.compared, figures.unknown) == (0, 1)
 
 
 def test_the_layers_that_pages_of_other_ranks_come_from_are_named(tmp_path: Path) -> None:

@@ -175,6 +175,8 @@ class PortaKVWitness(_passes_all()):  # type: ignore[misc]
         if not self._serves_hybrids:
             inner = _without_hybrids(inner)
         self.wrapped = wrapped_class(inner)(inner, role, kv_cache_config)
+        # A step calls a dozen hooks that are only passed on: they are the wrapped connector's own.
+        self.__dict__.update({name: getattr(self.wrapped, name) for name in _only_passed()})
 
         self._checks = self.terms.check != "off"
         if self._checks:
@@ -576,6 +578,14 @@ class PortaKVWitness(_passes_all()):  # type: ignore[misc]
                 f"several groups of layers. Restart vLLM without this connector."
             )
         return wrong
+
+
+def _only_passed() -> list[str]:
+    """Return the hooks, without properties, that the witness adds nothing to."""
+    (passing, *_) = PortaKVWitness.__bases__
+    own = vars(PortaKVWitness)
+    hooks = vars(passing).items()
+    return [x for x, hook in hooks if isinstance(hook, types.FunctionType) and x not in own]
 
 
 def _without_hybrids(config: Any) -> Any:
