@@ -107,10 +107,12 @@ Ids read_ids(const Asker &ask, Object ids, DlDevice device, Lists &lists) {
   require(!ask.is_neg(ids));
   const int64_t width = facts.dtype.bits / 8;
   const int64_t length = facts.shape[0];
-  const int64_t stride = facts.strides ? width * facts.strides[0] : width;
+  require(length > 0);
+  const int64_t stride = facts.strides ? product(width, facts.strides[0]) : width;
   // A storage can have been resized.
-  const int64_t reach = ask.storage_offset(ids) * width + (length - 1) * stride + width;
-  require(length > 0 && stride >= 0 && reach <= ask.storage_bytes(ids));
+  const int64_t first = product(width, ask.storage_offset(ids));
+  const int64_t reach = sum(first, sum(product(length - 1, stride), width));
+  require(stride >= 0 && reach <= ask.storage_bytes(ids));
   result.list = {reinterpret_cast<const void *>(begin_of(facts)), width, stride, length, 0, 0, 0};
   result.on_host = is_host(facts.device.type);
   if (!result.on_host) {
@@ -139,8 +141,8 @@ void check(Ids &ids, int64_t step, int64_t offset, int64_t count, bool distinct,
     return;
   }
   end.step = step;
-  require(offset >= 0 && offset / step <= list.length);
-  require(count <= list.length * step - offset);
+  require(step > 0 && offset >= 0);
+  require(count <= product(list.length, step) - offset);
   if (!ids.on_host) {
     found.guarded = true;
     return;
@@ -567,10 +569,11 @@ class Pair {
     if (dst_ids_ != none) written = read_ids(ask_, dst_ids_, device, lists_);
     if (count == PORTAKV_COPY_TO_THE_END) {
       const bool listed = read.list.data || written.list.data;
-      const int64_t src_tokens =
-          (listed ? product(read.list.length, src_step_) : src_.slots) - src_offset_;
-      const int64_t dst_tokens =
-          (listed ? product(written.list.length, dst_step_) : dst_.slots) - dst_offset_;
+      const auto left = [&](const Ids &ids, int64_t step, int64_t slots, int64_t offset) {
+        return difference(listed ? product(ids.list.length, step) : slots, offset);
+      };
+      const int64_t src_tokens = left(read, src_step_, src_.slots, src_offset_);
+      const int64_t dst_tokens = left(written, dst_step_, dst_.slots, dst_offset_);
       count = read.list.data || !listed ? src_tokens : dst_tokens;
       const bool both = !listed || (read.list.data && written.list.data);
       require(!both || src_tokens == dst_tokens);
@@ -703,6 +706,7 @@ struct Numbers {
 
 // Write the numbers of the units of a copy, and return how many are left without those that
 // negative ids skip. The numbers of an end without ids are written only if units are skipped.
+// Another thread may change ids after their check, so each number is compared again.
 int64_t write_units(const Ids &read, const Ids &written, const End &src, const End &dst,
                     int64_t units, int64_t unit, bool skips, const Numbers &numbers) {
   const bool written_out = numbers.first != nullptr;
@@ -714,7 +718,12 @@ int64_t write_units(const Ids &read, const Ids &written, const End &src, const E
     const auto write = [&](const Ids &ids, const End &end, int64_t *out) {
       if (ids.list.data == nullptr) return;
       with_units(ids, end, unit, [&](const auto &each) {
-        for (int64_t at = 0; at < units; at++) out[at] = each[at];
+        Odd odd(end.rows.slots / unit - 1);
+        for (int64_t at = 0; at < units; at++) {
+          out[at] = each[at];
+          odd.add(out[at]);
+        }
+        require(!odd.any());
       });
     };
     write(read, src, from);
@@ -723,17 +732,22 @@ int64_t write_units(const Ids &read, const Ids &written, const End &src, const E
   }
   return with_units(read, src, unit, [&](const auto &sources) {
     return with_units(written, dst, unit, [&](const auto &targets) {
+      Odd odd_sources(src.rows.slots / unit - 1);
+      Odd odd_targets(dst.rows.slots / unit - 1);
       int64_t left = 0;
       for (int64_t at = 0; at < units; at++) {
         const int64_t source = sources[at];
         const int64_t target = targets[at];
         if (source < 0 || target < 0) continue;
+        odd_sources.add(source);
+        odd_targets.add(target);
         if (written_out) {
           from[left] = source;
           to[left] = target;
         }
         left++;
       }
+      require(!odd_sources.any() && !odd_targets.any());
       return left;
     });
   });
