@@ -55,6 +55,8 @@ BY_DEVICE = {
     "capture_question",
     "event_pool",
 }
+#: Layouts of strings: their package and `runtime` import nothing of each other.
+UNNAMED = {"_parse"}
 #: The streams' handles without an owner, by device and priority: none may be released.
 HANDLES = "free_handles: defaultdict["
 #: Calls that make a cache without a limit, or a mapping that nothing empties.
@@ -186,7 +188,7 @@ def test_only_bounded_remembers() -> None:
 
 
 def remembering(tree: ast.Module) -> Iterator[int]:
-    """Yield the lines of a module's own empty mappings, and of caches without a limit."""
+    """Yield the lines of a module's own empty mappings, and of caches that are no `Bounded`."""
     for node in tree.body:
         value = node.value if isinstance(node, ast.Assign | ast.AnnAssign) else None
         empty = isinstance(value, ast.Dict) and not value.keys
@@ -198,11 +200,11 @@ def remembering(tree: ast.Module) -> Iterator[int]:
 
 
 def unlimited_caches(tree: ast.Module) -> Iterator[int]:
-    """Yield the lines of functions with a cache without a limit."""
+    """Yield the lines of functions with a cache that has no limit, or no name."""
     for inner in ast.walk(tree):
         if isinstance(inner, ast.FunctionDef) and inner.args.args:
             names = {called(mark) for mark in inner.decorator_list}
-            if names & {"cache"} and inner.name not in BY_DEVICE:
+            if names & {"cache", "lru_cache"} and inner.name not in BY_DEVICE | UNNAMED:
                 yield inner.lineno
 
 

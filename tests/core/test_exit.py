@@ -16,6 +16,7 @@ import threading
 import time
 from collections.abc import Callable
 from ctypes import addressof
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -85,7 +86,7 @@ def kernels(copy: str) -> Call:
             return super().events._replace(create=self.create, record_address=WAIT)
 
         def create(self, event: Any, _: int) -> int:
-            event._obj.value = addressof(semaphore)
+            ctypes.cast(event, ctypes.POINTER(ctypes.c_void_p))[0] = addressof(semaphore)
             return 0
 
     EndingOnCpu.driver = Waiting
@@ -110,8 +111,8 @@ def caught(library: str) -> Call:
     """Wait in a frame that catches all exceptions."""
     function = ctypes.PyDLL(library).semaphore_wait
     python = ctypes.pythonapi
-    leave, enter = python.PyEval_SaveThread, python.PyEval_RestoreThread
-    return lambda: function(semaphore, libc.sem_wait, leave, enter)
+    steps = python.PyEval_SaveThread, python.PyEval_RestoreThread
+    return lambda: function(semaphore, libc.sem_wait, *steps)
 
 
 class Last:
@@ -119,11 +120,11 @@ class Last:
 
     def __init__(self, thread: int) -> None:
         self._task = f"/proc/self/task/{thread}"
-        self._needs: Any = libc.sem_post, semaphore, os.path.exists, time.sleep, os.write
+        self._needs: Any = partial(libc.sem_post, semaphore), os.path.exists, time.sleep, os.write
 
     def __del__(self) -> None:
-        post, at, exists, sleep, write = self._needs
-        post(at)
+        post, exists, sleep, write = self._needs
+        post()
         # Since 3.14 the thread stays, and hangs.
         for _ in range(1000 if sys.version_info < (3, 14) else 10):
             if not exists(self._task):

@@ -179,8 +179,8 @@ def test_an_id_that_changes_during_a_call_stays_past_the_view() -> None:
     one = kernel(plan)
     table.add(one.words, one.cut, (1, 0))
     addresses = array("q", [0])
-    at, where = addresses.buffer_info()[0], ids.buffer_info()[0]
-    src = pack_side(at, 0, where, 1 + ON_HOST, 0, 16)
+    at = addresses.buffer_info()[0]
+    src = pack_side(at, 0, ids.buffer_info()[0], 1 + ON_HOST, 0, 16)
     dst = pack_side(at, 0, 0, 0, 0, 1 << 20)
     assert table.run(plan, OPTIONS, src, dst, len(ids), 0, 0) == 0
     assert carried == [[0, 1, 2], [2**31 - 1] * 3]
