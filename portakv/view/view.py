@@ -83,7 +83,8 @@ class KVView:
 
     # temporary: made for one call, and used on no stream but that call's.
     # blocks_overlap: blocks begin inside of others, and the caller names only those that are apart.
-    # derived: objects that slices, launches and strategies made of this view; they live as long
+    # derived: objects that slices, launches and strategies made of this view, and that live as long;
+    # docs/design.md lists them.
     __slots__ = (
         "_memory",
         "_origins",
