@@ -83,8 +83,7 @@ class KVView:
 
     # temporary: made for one call, and used on no stream but that call's.
     # blocks_overlap: blocks begin inside of others, and the caller names only those that are apart.
-    # derived: objects that slices, launches and strategies made of this view, and that live as long;
-    # docs/design.md lists them.
+    # derived: what was made of this view and lives as long; docs/design.md lists it.
     __slots__ = (
         "_memory",
         "_origins",

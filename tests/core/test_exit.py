@@ -58,7 +58,8 @@ def query() -> Call:
     word = ctypes.c_int64()
     end = CopyEnd(0, addressof(semaphore), 0, WAIT, addressof(word))
     asked = calls().query_end
-    return lambda kept=(word, end): asked(addressof(kept[1]))
+    kept = word, end
+    return lambda: asked(addressof(kept[1]))
 
 
 def pieces() -> Call:
@@ -98,8 +99,9 @@ def kernels(copy: str) -> Call:
         connector.register_kv_caches(caches)
         chunk = torch.zeros(2, 1, 4, 16)
         return lambda: connector.from_gpu(chunk, slot_mapping=[3, 1, 2, 0])
-    views = [KVView(torch.zeros(4, 4, 16), "block token dim") for _ in range(2)]
-    return lambda: copy_blocks(*views, [3, 1], [0, 2], backend=name)
+    src = KVView(torch.zeros(4, 4, 16), "block token dim")
+    dst = KVView(torch.zeros(4, 4, 16), "block token dim")
+    return lambda: copy_blocks(src, dst, [3, 1], [0, 2], backend=name)
 
 
 def by_ctypes() -> Call:

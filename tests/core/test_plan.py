@@ -303,7 +303,7 @@ def check_plan(
     """Judge the plan of a copy, by drawn ids, or its refusal. Return True if it was made."""
     right = unit_of(src, dst, steps, unit)
     try:
-        plan = make(src, dst, *steps, unit=unit)
+        plan = make(src, dst, *steps, unit)
     except (Unsupported, SlotError):
         if right is not None:
             raise
@@ -367,16 +367,16 @@ def test_drawn_plans_move_every_byte_once() -> None:
 def test_a_wrong_plan_or_refusal_is_found() -> None:
     """The control of the drawn plans: each of these faults ends a few hundred draws."""
 
-    def misplaced(src: Form, dst: Form, *steps: int, unit: int | None = None) -> CopyPlan:
-        plan = CopyPlan(src, dst, *steps, unit=unit)
+    def misplaced(src: Form, dst: Form, own: int, other: int, unit: int | None) -> CopyPlan:
+        plan = CopyPlan(src, dst, own, other, unit)
         plan.words[3] += 1 << 20  # the offset of the source's origin in the first nest
         return plan
 
-    def finer(src: Form, dst: Form, *steps: int, unit: int | None = None) -> CopyPlan:
-        return CopyPlan(src, dst, *steps, unit=unit or 1)
+    def finer(src: Form, dst: Form, own: int, other: int, unit: int | None) -> CopyPlan:
+        return CopyPlan(src, dst, own, other, unit or 1)
 
-    def refused(src: Form, dst: Form, *steps: int, unit: int | None = None) -> CopyPlan:
-        plan = CopyPlan(src, dst, *steps, unit=unit)
+    def refused(src: Form, dst: Form, own: int, other: int, unit: int | None) -> CopyPlan:
+        plan = CopyPlan(src, dst, own, other, unit)
         if plan.unit == 1:
             raise Unsupported("Moving single tokens", "this is a control")
         return plan

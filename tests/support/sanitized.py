@@ -145,9 +145,8 @@ def draws(seed: int) -> list[Callable[[], object]]:
 
 def by_kernels(test: Callable[[], object]) -> Callable[[], object]:
     """Return a test of copies by kernels that g++ compiles, with the backend that it names."""
-    from support.cuda_on_cpu import CudaOnCpu
-
     from portakv.registry.registry import REGISTRY
+    from support.cuda_on_cpu import CudaOnCpu
 
     def run() -> None:
         REGISTRY.register(CudaOnCpu.name, CudaOnCpu)
