@@ -187,6 +187,12 @@ def test_only_bounded_remembers() -> None:
     assert wrong == []
 
 
+@pytest.mark.parametrize("mark", ["cache", "lru_cache", "lru_cache(8)", "functools.lru_cache(8)"])
+def test_a_cache_without_a_name_is_found(mark: str) -> None:
+    named = "def known(): ...\n@cache\ndef single(): ...\n"
+    assert [*remembering(ast.parse(f"{named}@{mark}\ndef by_key(key): ...\n"))] == [5]
+
+
 def remembering(tree: ast.Module) -> Iterator[int]:
     """Yield the lines of a module's own empty mappings, and of caches that are no `Bounded`."""
     for node in tree.body:

@@ -24,12 +24,6 @@
 #include "view.h"
 #include "writable.h"
 
-#if defined(_MSC_VER)
-#define PORTAKV_APART __declspec(noinline)
-#else
-#define PORTAKV_APART __attribute__((noinline))
-#endif
-
 namespace portakv {
 namespace {
 
@@ -993,7 +987,7 @@ Object called(Object, const Object *arguments, ptrdiff_t count) {
   return result ? result : functions.new_integer(PORTAKV_COPY_OTHERWISE);
 }
 
-// A call that leaves the interpreter for the driver, which blocks while its queue is full. It is
+// Calls that leave the interpreter for the driver, which blocks while its queue is full. A call is
 // an object that
 //   reads its arguments when it is made, with the interpreter,
 //   `prepare()`s with it, and returns 0, or else the result of the call,
@@ -1005,7 +999,7 @@ Object called(Object, const Object *arguments, ptrdiff_t count) {
 // that leaves or enters the interpreter has a `catch` or a destructor: each step is a frame of its
 // own, and the object lies in plain memory.
 template <typename Call>
-PORTAKV_APART int64_t prepare(const Python &python, const Object *arguments, void *memory) {
+[[gnu::noinline]] int64_t prepare(const Python &python, const Object *arguments, void *memory) {
   Call *call = nullptr;
   int64_t code = PORTAKV_COPY_OTHERWISE;
   attempt(python, [&] {
@@ -1017,7 +1011,7 @@ PORTAKV_APART int64_t prepare(const Python &python, const Object *arguments, voi
 }
 
 template <typename Call>
-PORTAKV_APART int64_t run(void *memory) {
+[[gnu::noinline]] int64_t run(void *memory) {
   try {
     return static_cast<Call *>(memory)->run();
   } catch (...) {
@@ -1026,7 +1020,7 @@ PORTAKV_APART int64_t run(void *memory) {
 }
 
 template <typename Call>
-PORTAKV_APART int64_t finish(const Python &python, int64_t code, void *memory) {
+[[gnu::noinline]] int64_t finish(const Python &python, int64_t code, void *memory) {
   Call *const call = static_cast<Call *>(memory);
   int64_t result = PORTAKV_COPY_OTHERWISE;
   attempt(python, [&] { result = call->finish(code); });

@@ -718,6 +718,7 @@ typedef struct portakv_io_system {
   int64_t (*admit)(void);  // before a thread starts: 0 admits it
 } portakv_io_system;
 
+// The registered memory and the system stay until the engine was released.
 typedef struct portakv_io_terms {
   int64_t ring;                     // 1: io_uring, and plain calls for what it cannot do
   int64_t depth;                    // the most requests of a batch under way
