@@ -55,6 +55,8 @@ BY_DEVICE = {
     "capture_question",
     "event_pool",
 }
+#: Layouts of strings: their package and `runtime` import nothing of each other.
+UNNAMED = {"_parse"}
 #: The streams' handles without an owner, by device and priority: none may be released.
 HANDLES = "free_handles: defaultdict["
 #: Calls that make a cache without a limit, or a mapping that nothing empties.
@@ -185,8 +187,14 @@ def test_only_bounded_remembers() -> None:
     assert wrong == []
 
 
+@pytest.mark.parametrize("mark", ["cache", "lru_cache", "lru_cache(8)", "functools.lru_cache(8)"])
+def test_a_cache_without_a_name_is_found(mark: str) -> None:
+    named = "def known(): ...\n@cache\ndef single(): ...\n"
+    assert [*remembering(ast.parse(f"{named}@{mark}\ndef by_key(key): ...\n"))] == [5]
+
+
 def remembering(tree: ast.Module) -> Iterator[int]:
-    """Yield the lines of a module's own empty mappings, and of caches without a limit."""
+    """Yield the lines of a module's own empty mappings, and of caches that are no `Bounded`."""
     for node in tree.body:
         value = node.value if isinstance(node, ast.Assign | ast.AnnAssign) else None
         empty = isinstance(value, ast.Dict) and not value.keys
@@ -198,11 +206,11 @@ def remembering(tree: ast.Module) -> Iterator[int]:
 
 
 def unlimited_caches(tree: ast.Module) -> Iterator[int]:
-    """Yield the lines of functions with a cache without a limit."""
+    """Yield the lines of functions with a cache that has no limit, or no name."""
     for inner in ast.walk(tree):
         if isinstance(inner, ast.FunctionDef) and inner.args.args:
             names = {called(mark) for mark in inner.decorator_list}
-            if names & {"cache"} and inner.name not in BY_DEVICE:
+            if names & {"cache", "lru_cache"} and inner.name not in BY_DEVICE | UNNAMED:
                 yield inner.lineno
 
 

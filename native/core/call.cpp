@@ -8,6 +8,7 @@
 #include <cstring>
 #include <functional>
 #include <iterator>
+#include <new>
 #include <tuple>
 #include <type_traits>
 
@@ -100,10 +101,12 @@ Ids read_ids(const Asker &ask, Object ids, DlDevice device, Lists &lists) {
   require(!ask.is_neg(ids));
   const int64_t width = facts.dtype.bits / 8;
   const int64_t length = facts.shape[0];
-  const int64_t stride = facts.strides ? width * facts.strides[0] : width;
+  require(length > 0);
+  const int64_t stride = facts.strides ? product(width, facts.strides[0]) : width;
   // A storage can have been resized.
-  const int64_t reach = ask.storage_offset(ids) * width + (length - 1) * stride + width;
-  require(length > 0 && stride >= 0 && reach <= ask.storage_bytes(ids));
+  const int64_t first = product(width, ask.storage_offset(ids));
+  const int64_t reach = sum(first, sum(product(length - 1, stride), width));
+  require(stride >= 0 && reach <= ask.storage_bytes(ids));
   result.list = {reinterpret_cast<const void *>(begin_of(facts)), width, stride, length, 0, 0, 0};
   result.on_host = is_host(facts.device.type);
   if (!result.on_host) {
@@ -132,8 +135,8 @@ void check(Ids &ids, int64_t step, int64_t offset, int64_t count, bool distinct,
     return;
   }
   end.step = step;
-  require(offset >= 0 && offset / step <= list.length);
-  require(count <= list.length * step - offset);
+  require(step > 0 && offset >= 0);
+  require(count <= product(list.length, step) - offset);
   if (!ids.on_host) {
     found.guarded = true;
     return;
@@ -339,24 +342,42 @@ int64_t result_of(int64_t count, int64_t answer, const Found &found) {
   return count << 16 | answer << 2 | int64_t{found.guarded} << 1 | int64_t{found.skips};
 }
 
-// Plan a copy between two ends, and launch it. Return the result of core.h.
-int64_t copy(const portakv_kernels &kernels, const Python &python, const End &src, const End &dst,
-             int64_t count, const Found &found, const Means &means, bool by_source = false) {
-  const Plan plan = plan_of(src, dst, count);
-  const RowsOptions options{src.step, dst.step, src.table_on_device, dst.table_on_device, by_source};
-  void *const thread = python.leave();  // a driver with a full queue blocks
-  int64_t error = PORTAKV_MALFORMED;
-  try {
-    error = run_rows(kernels, plan, options, src.rows, dst.rows, count,
-                     found.guarded ? means.end.status : 0, means.stream);
-    if (error == 0 && means.end.event != nullptr) {
-      error = means.end.record(means.end.event, means.stream);
-    }
-  } catch (...) {
+// A copy by kernels, as it is launched: by then the copy is checked, and no tensor is read.
+struct KernelLaunch {
+  const portakv_kernels *kernels = nullptr;
+  Plan plan = {};
+  RowsOptions options = {};
+  portakv_rows_side src = {};
+  portakv_rows_side dst = {};
+  int64_t count = 0;
+  uint64_t status = 0;
+
+  // Return 0, the driver's error, or a code.
+  int64_t run(const Means &means) const {
+    const int64_t error =
+        run_rows(*kernels, plan, options, src, dst, count, status, means.stream);
+    if (error != 0 || means.end.event == nullptr) return error;
+    return means.end.record(means.end.event, means.stream);
   }
-  python.enter(thread);
-  if (error > 0) return PORTAKV_COPY_DRIVER - error;
-  require(error == 0);
+};
+
+// Plan a copy between two ends.
+KernelLaunch launch_of(const portakv_kernels &kernels, const End &src, const End &dst,
+                       int64_t count, const Found &found, const Means &means,
+                       bool by_source = false) {
+  return {&kernels,
+          plan_of(src, dst, count),
+          {src.step, dst.step, src.table_on_device, dst.table_on_device, by_source},
+          src.rows,
+          dst.rows,
+          count,
+          found.guarded ? means.end.status : 0};
+}
+
+// Return what core.h says of a copy of so many tokens that was launched with this code.
+int64_t launched(int64_t code, int64_t count, const Found &found) {
+  if (code > 0) return PORTAKV_COPY_DRIVER - code;
+  require(code == 0);
   return result_of(count, 0, found);
 }
 
@@ -461,34 +482,52 @@ class ChunkPair {
   Found found;
 };
 
+// Read a word that a kernel or another thread writes.
+int64_t shared_word(const int64_t *word) { return __atomic_load_n(word, __ATOMIC_ACQUIRE); }
+
 // Return true if a status word reports an error.
 bool any_error(const portakv_words &words) {
   int64_t all = 0;
   for (int64_t n = 0; n < words.count; n++) {
-    for (int at = 0; at < PORTAKV_WORDS; at++) all |= words.batches[n][at];
+    for (int at = 0; at < PORTAKV_WORDS; at++) all |= shared_word(&words.batches[n][at]);
   }
   return all != 0;
 }
 
-int64_t copy_chunk(const Python &python, Arguments arguments) {
-  ChunkPair pair(python, arguments);
-  const portakv_chunk_copies &copies = pair.copies;
-  require(!any_error(*copies.words));
-  Means means(arguments, python, copies.by.current);
-  if (!means.named) return PORTAKV_COPY_STREAM;
-  pair.read_slots();
-  pair.check();
-  place(pair.slots, pair.lists, pair.paged);
-  const int64_t result =
-      copy(*copies.by.kernels, python, pair.from(), pair.to(), pair.count, pair.found, means);
-  if (result < 0) return result;
-  if (pair.store) {
-    pair.reader.ask().raise_version(pair.chunk);
-  } else {
-    raise_versions(*copies.by.torch, *copies.caches);
+class ChunkCopy {
+ public:
+  ChunkCopy(const Python &python, Arguments arguments)
+      : pair_(python, arguments), means_(arguments, python, pair_.copies.by.current) {}
+
+  int64_t prepare() {
+    require(!any_error(*pair_.copies.words));
+    if (!means_.named) return PORTAKV_COPY_STREAM;
+    pair_.read_slots();
+    pair_.check();
+    place(pair_.slots, pair_.lists, pair_.paged);
+    launch_ = launch_of(*pair_.copies.by.kernels, pair_.from(), pair_.to(), pair_.count,
+                        pair_.found, means_);
+    return 0;
   }
-  return result;
-}
+
+  int64_t run() const { return launch_.run(means_); }
+
+  int64_t finish(int64_t code) {
+    const int64_t result = launched(code, pair_.count, pair_.found);
+    if (result < 0) return result;
+    if (pair_.store) {
+      pair_.reader.ask().raise_version(pair_.chunk);
+    } else {
+      raise_versions(*pair_.copies.by.torch, *pair_.copies.caches);
+    }
+    return result;
+  }
+
+ private:
+  ChunkPair pair_;
+  const Means means_;
+  KernelLaunch launch_;
+};
 
 // The ends of a copy between two views, with the ids of each as a caller passes them. The members
 // are declared in the order of the arguments.
@@ -524,10 +563,11 @@ class Pair {
     if (dst_ids_ != none) written = read_ids(ask_, dst_ids_, device, lists_);
     if (count == PORTAKV_COPY_TO_THE_END) {
       const bool listed = read.list.data || written.list.data;
-      const int64_t src_tokens =
-          (listed ? product(read.list.length, src_step_) : src_.slots) - src_offset_;
-      const int64_t dst_tokens =
-          (listed ? product(written.list.length, dst_step_) : dst_.slots) - dst_offset_;
+      const auto left = [&](const Ids &ids, int64_t step, int64_t slots, int64_t offset) {
+        return difference(listed ? product(ids.list.length, step) : slots, offset);
+      };
+      const int64_t src_tokens = left(read, src_step_, src_.slots, src_offset_);
+      const int64_t dst_tokens = left(written, dst_step_, dst_.slots, dst_offset_);
       count = read.list.data || !listed ? src_tokens : dst_tokens;
       const bool both = !listed || (read.list.data && written.list.data);
       require(!both || src_tokens == dst_tokens);
@@ -571,28 +611,53 @@ class Pair {
   Found found;
 };
 
-int64_t copy_views(const Python &python, Arguments arguments) {
-  const auto &by = *arguments.pointer<const portakv_executor>();
-  Pair pair(python, *by.torch, arguments);
-  Means means(arguments, python, by.current);
-  if (!means.named) return PORTAKV_COPY_STREAM;
-  pair.check();
-  require(pair.from_host == pair.to_host);
-  pair.place();
-  const int64_t result =
-      copy(*by.kernels, python, pair.from, pair.to, pair.count, pair.found, means);
-  if (result >= 0) raise_versions(*by.torch, pair.dst());
-  return result;
-}
+class ViewsCopy {
+ public:
+  ViewsCopy(const Python &python, Arguments arguments)
+      : by_(*arguments.pointer<const portakv_executor>()),
+        pair_(python, *by_.torch, arguments),
+        means_(arguments, python, by_.current) {}
 
-// Ask whether the work before the event of an end has ended.
-int64_t query_end(const Python &python, Arguments arguments) {
-  const auto &end = *arguments.pointer<const portakv_copy_end>();
-  void *const thread = python.leave();  // the driver may wait for a thread with a full queue
-  const int answer = end.query(end.event);
-  python.enter(thread);
-  return answer == 0 && *end.word != 0 ? PORTAKV_COPY_REPORTS : answer;
-}
+  int64_t prepare() {
+    if (!means_.named) return PORTAKV_COPY_STREAM;
+    pair_.check();
+    require(pair_.from_host == pair_.to_host);
+    pair_.place();
+    launch_ = launch_of(*by_.kernels, pair_.from, pair_.to, pair_.count, pair_.found, means_);
+    return 0;
+  }
+
+  int64_t run() const { return launch_.run(means_); }
+
+  int64_t finish(int64_t code) {
+    const int64_t result = launched(code, pair_.count, pair_.found);
+    if (result >= 0) raise_versions(*by_.torch, pair_.dst());
+    return result;
+  }
+
+ private:
+  const portakv_executor &by_;
+  Pair pair_;
+  const Means means_;
+  KernelLaunch launch_;
+};
+
+// A question whether the work before the event of an end has ended.
+class EndQuery {
+ public:
+  EndQuery(const Python &, Arguments arguments)
+      : end_(*arguments.pointer<const portakv_copy_end>()) {}
+
+  int64_t prepare() const { return 0; }
+  int64_t run() const { return end_.query(end_.event); }
+  int64_t finish(int64_t answer) const {
+    const bool reports = answer == 0 && shared_word(end_.word) != 0;
+    return reports ? int64_t{PORTAKV_COPY_REPORTS} : answer;
+  }
+
+ private:
+  const portakv_copy_end &end_;
+};
 
 // The numbers of the units of one end, in the order of the positions; -1 if the id is negative.
 template <typename List>
@@ -635,6 +700,7 @@ struct Numbers {
 
 // Write the numbers of the units of a copy, and return how many are left without those that
 // negative ids skip. The numbers of an end without ids are written only if units are skipped.
+// Another thread may change ids after their check, so each number is compared again.
 int64_t write_units(const Ids &read, const Ids &written, const End &src, const End &dst,
                     int64_t units, int64_t unit, bool skips, const Numbers &numbers) {
   const bool written_out = numbers.first != nullptr;
@@ -646,7 +712,12 @@ int64_t write_units(const Ids &read, const Ids &written, const End &src, const E
     const auto write = [&](const Ids &ids, const End &end, int64_t *out) {
       if (ids.list.data == nullptr) return;
       with_units(ids, end, unit, [&](const auto &each) {
-        for (int64_t at = 0; at < units; at++) out[at] = each[at];
+        Odd odd(end.rows.slots / unit - 1);
+        for (int64_t at = 0; at < units; at++) {
+          out[at] = each[at];
+          odd.add(out[at]);
+        }
+        require(!odd.any());
       });
     };
     write(read, src, from);
@@ -655,17 +726,22 @@ int64_t write_units(const Ids &read, const Ids &written, const End &src, const E
   }
   return with_units(read, src, unit, [&](const auto &sources) {
     return with_units(written, dst, unit, [&](const auto &targets) {
+      Odd odd_sources(src.rows.slots / unit - 1);
+      Odd odd_targets(dst.rows.slots / unit - 1);
       int64_t left = 0;
       for (int64_t at = 0; at < units; at++) {
         const int64_t source = sources[at];
         const int64_t target = targets[at];
         if (source < 0 || target < 0) continue;
+        odd_sources.add(source);
+        odd_targets.add(target);
         if (written_out) {
           from[left] = source;
           to[left] = target;
         }
         left++;
       }
+      require(!odd_sources.any() && !odd_targets.any());
       return left;
     });
   });
@@ -768,14 +844,59 @@ struct PickTerms {
 };
 
 // A copy between a device and pinned memory.
-class Across {
+class AcrossCopy {
  public:
-  Across(const portakv_crossings &crossings, Pair &pair, Means &means)
-      : crossings_(crossings), pair_(pair), means_(means) {}
+  AcrossCopy(const Python &python, Arguments arguments)
+      : crossings_(*arguments.pointer<const portakv_crossings>()),
+        pair_(python, *crossings_.by.torch, arguments),
+        terms_(arguments),
+        uncrossed_(arguments.pointer<const Uncrossed>()),
+        staging_(arguments.pointer<const int64_t>()),
+        means_(arguments, python, crossings_.by.current) {}
 
-  // Read the positions of both sides, and pick a strategy. Return the answer of the pick.
-  int64_t pick(const PickTerms &terms) {
+  int64_t prepare() {
+    if (!means_.named) return PORTAKV_COPY_STREAM;
+    pair_.check();
+    require(pair_.from_host != pair_.to_host && !pair_.found.guarded);
     pair_.place();
+    answer_ = pick();
+    const int64_t strategy = answer_ & 15;
+    if (strategy == kZeroCopy && crossings_.by.kernels != nullptr && terms_.reached()) {
+      // The planes follow the host's order: neighbours cross the link together.
+      launch_ = launch_of(*crossings_.by.kernels, pair_.from, pair_.to, pair_.count, pair_.found,
+                          means_, pair_.from_host);
+      return 0;
+    }
+    if (strategy == kStaged || strategy == kBatchedMemcpy) {
+      require(!pair_.found.skips);
+      const int64_t *const plan = crossings_.plans[strategy == kStaged ? 0 : 1];
+      if (plan != nullptr && (strategy != kStaged || staging_ != nullptr)) {
+        prepare_driver(plan);
+        return 0;
+      }
+    }
+    return PORTAKV_COPY_PREPARE - strategy;
+  }
+
+  int64_t run() {
+    if (call_.plan == 0) return launch_.run(means_);
+    return portakv_link_rows(crossings_.link, reinterpret_cast<const int64_t *>(&call_), &fault_);
+  }
+
+  int64_t finish(int64_t code) {
+    if (call_.plan != 0) {
+      if (means_.at != nullptr) means_.at->fault = fault_;
+      if (code == PORTAKV_RUNS_EDGES || code == PORTAKV_LINK_ROOM) return code;
+    }
+    const int64_t result = launched(code, pair_.count, pair_.found);
+    if (result < 0) return result;
+    raise_versions(*crossings_.by.torch, pair_.dst());
+    return result | answer_ << 2;
+  }
+
+ private:
+  // Read the positions of both sides, and pick a strategy. Return the answer of the pick.
+  int64_t pick() {
     copy_.src = positions_of(pair_.src(), pair_.from, pair_.count);
     copy_.dst = positions_of(pair_.dst(), pair_.to, pair_.count);
     copy_.count = pair_.count;
@@ -783,8 +904,8 @@ class Across {
     PickedCopies copies;
     std::memcpy(&copies, crossings_.picked, sizeof copies);
     const auto picked = [&](int64_t groups, int64_t host_groups) {
-      const int64_t answer = portakv::pick(copies, terms.costs, groups, host_groups, copy_.count,
-                                           terms.out, 0, terms.new_ids());
+      const int64_t answer = portakv::pick(copies, terms_.costs, groups, host_groups, copy_.count,
+                                           terms_.out, 0, terms_.new_ids());
       require(answer >= 0);
       return answer;
     };
@@ -800,16 +921,8 @@ class Across {
                                     crossings_.host_limit, 0));
   }
 
-  // Copy by the kernels that reach the host's memory.
-  int64_t by_kernels(const Python &python) {
-    // The planes follow the host's order: neighbours cross the link together.
-    return copy(*crossings_.by.kernels, python, pair_.from, pair_.to, pair_.count, pair_.found,
-                means_, pair_.from_host);
-  }
-
-  // Copy by calls of the driver, as the words of a CrossingPlan say.
-  int64_t by_driver(const Python &python, const int64_t *plan, const int64_t *staging,
-                    const Uncrossed *uncrossed) {
+  // Fill in a copy by calls of the driver, as the words of a CrossingPlan say.
+  void prepare_driver(const int64_t *plan) {
     require(pair_.count < kMostTokens);
     check_units(pair_.from, pair_.to, pair_.count, crossings_.unit);
     // The forms fit each other: there is a plan.
@@ -821,78 +934,113 @@ class Across {
     copy_.dst_whole = whole(pair_.dst());
     copy_.rows = (pair_.from_host ? pair_.to : pair_.from).rows;
 
-    CrossingCopy call{};
-    call.plan = reinterpret_cast<intptr_t>(plan);
-    call.staging = reinterpret_cast<intptr_t>(staging);
-    call.copy = reinterpret_cast<intptr_t>(&copy_);
-    call.stream = reinterpret_cast<intptr_t>(means_.stream);
-    call.before = call.stream;
-    call.aside = crossings_.aside;
-    call.end = reinterpret_cast<intptr_t>(means_.at);
-    if (uncrossed != nullptr) call.uncrossed = *uncrossed;
-    portakv_link_fault fault{};
-    void *const thread = python.leave();  // a driver with a full queue blocks
-    const int64_t code =
-        portakv_link_rows(crossings_.link, reinterpret_cast<const int64_t *>(&call), &fault);
-    python.enter(thread);
-    if (means_.at != nullptr) means_.at->fault = fault;
-    if (code > 0) return PORTAKV_COPY_DRIVER - code;
-    if (code == PORTAKV_RUNS_EDGES || code == PORTAKV_LINK_ROOM) return code;
-    require(code == 0);
-    return result_of(pair_.count, 0, pair_.found);
+    call_.plan = reinterpret_cast<intptr_t>(plan);
+    call_.staging = reinterpret_cast<intptr_t>(staging_);
+    call_.copy = reinterpret_cast<intptr_t>(&copy_);
+    call_.stream = reinterpret_cast<intptr_t>(means_.stream);
+    call_.before = call_.stream;
+    call_.aside = crossings_.aside;
+    call_.end = reinterpret_cast<intptr_t>(means_.at);
+    if (uncrossed_ != nullptr) call_.uncrossed = *uncrossed_;
   }
 
- private:
   const portakv_crossings &crossings_;
-  Pair &pair_;
-  Means &means_;
+  Pair pair_;
+  const PickTerms terms_;
+  const Uncrossed *const uncrossed_;
+  const int64_t *const staging_;
+  const Means means_;
+  int64_t answer_ = 0;
+  KernelLaunch launch_;
+  // Of a copy by calls of the driver.
   CheckedCopy copy_{};
+  CrossingCopy call_{};
+  portakv_link_fault fault_{};
 };
 
-int64_t copy_across(const Python &python, Arguments arguments) {
-  const auto &crossings = *arguments.pointer<const portakv_crossings>();
-  Pair pair(python, *crossings.by.torch, arguments);
-  const PickTerms terms(arguments);
-  const auto *uncrossed = arguments.pointer<const Uncrossed>();
-  const auto *staging = arguments.pointer<const int64_t>();
-  Means means(arguments, python, crossings.by.current);
-  if (!means.named) return PORTAKV_COPY_STREAM;
-  pair.check();
-  require(pair.from_host != pair.to_host && !pair.found.guarded);
-
-  Across across(crossings, pair, means);
-  const int64_t answer = across.pick(terms);
-  const int64_t strategy = answer & 15;
-  int64_t result = PORTAKV_COPY_PREPARE - strategy;
-  if (strategy == kZeroCopy && crossings.by.kernels != nullptr && terms.reached()) {
-    result = across.by_kernels(python);
-  } else if (strategy == kStaged || strategy == kBatchedMemcpy) {
-    require(!pair.found.skips);
-    const int64_t *const plan = crossings.plans[strategy == kStaged ? 0 : 1];
-    const bool ready = plan != nullptr && (strategy != kStaged || staging != nullptr);
-    if (ready) result = across.by_driver(python, plan, staging, uncrossed);
-  }
-  if (result < 0) return result;
-  raise_versions(*crossings.by.torch, pair.dst());
-  return result | answer << 2;
-}
+// --- Functions of Python ----------------------------------------------------------------------
 
 Object answer(const Python &python, int64_t result) { return python.new_integer(result); }
 Object answer(const Python &, Object result) { return result; }
 
-// Make one copy for Python, with so many arguments.
+// Run a body that holds the interpreter. What it throws ends it.
+template <typename Body>
+void attempt(const Python &python, Body &&body) {
+  try {
+    body();
+  } catch (const Raised &) {
+    python.clear_error();
+  } catch (...) {
+  }
+}
+
+// Answer a call of Python with so many arguments.
 template <auto make, ptrdiff_t kCount>
 Object called(Object, const Object *arguments, ptrdiff_t count) {
   const Python &functions = *python();
+  Object result = nullptr;
   if (count == kCount) {
-    try {
-      return answer(functions, make(functions, Arguments(functions, arguments)));
-    } catch (const Raised &) {
-      functions.clear_error();
-    } catch (...) {
-    }
+    attempt(functions, [&] {
+      result = answer(functions, make(functions, Arguments(functions, arguments)));
+    });
   }
-  return functions.new_integer(PORTAKV_COPY_OTHERWISE);
+  return result ? result : functions.new_integer(PORTAKV_COPY_OTHERWISE);
+}
+
+// Calls that leave the interpreter for the driver, which blocks while its queue is full. A call is
+// an object that
+//   reads its arguments when it is made, with the interpreter,
+//   `prepare()`s with it, and returns 0, or else the result of the call,
+//   `run()`s without it, and returns a code,
+//   `finish(code)`es with it, and returns the result.
+//
+// Up to Python 3.13 an interpreter that ends unwinds each daemon thread that comes back to it. To
+// end such an unwinding aborts the process, as a destructor without the interpreter may. So no frame
+// that leaves or enters the interpreter has a `catch` or a destructor: each step is a frame of its
+// own, and the object lies in plain memory.
+template <typename Call>
+[[gnu::noinline]] int64_t prepare(const Python &python, const Object *arguments, void *memory) {
+  Call *call = nullptr;
+  int64_t code = PORTAKV_COPY_OTHERWISE;
+  attempt(python, [&] {
+    call = new (memory) Call(python, Arguments(python, arguments));
+    code = call->prepare();
+  });
+  if (call != nullptr && code != 0) call->~Call();
+  return code;
+}
+
+template <typename Call>
+[[gnu::noinline]] int64_t run(void *memory) {
+  try {
+    return static_cast<Call *>(memory)->run();
+  } catch (...) {
+    return PORTAKV_MALFORMED;
+  }
+}
+
+template <typename Call>
+[[gnu::noinline]] int64_t finish(const Python &python, int64_t code, void *memory) {
+  Call *const call = static_cast<Call *>(memory);
+  int64_t result = PORTAKV_COPY_OTHERWISE;
+  attempt(python, [&] { result = call->finish(code); });
+  call->~Call();
+  return result;
+}
+
+template <typename Call, ptrdiff_t kCount>
+Object waited(Object, const Object *arguments, ptrdiff_t count) {
+  const Python &functions = *python();
+  alignas(Call) unsigned char memory[sizeof(Call)];
+  int64_t result = PORTAKV_COPY_OTHERWISE;
+  if (count == kCount) result = prepare<Call>(functions, arguments, memory);
+  if (result == 0) {
+    void *const thread = functions.leave();
+    const int64_t code = run<Call>(memory);
+    functions.enter(thread);
+    result = finish<Call>(functions, code, memory);
+  }
+  return functions.new_integer(result);
 }
 
 template <typename T>
@@ -925,13 +1073,13 @@ template <auto function>
 constexpr auto passed = called<pass_on<function>, count_of(function)>;
 
 const PythonFunction kFunctions[] = {
-    {"copy_chunk", called<copy_chunk, 8>, kFastCall, nullptr},
-    {"copy_views", called<copy_views, 12>, kFastCall, nullptr},
-    {"query_end", called<query_end, 1>, kFastCall, nullptr},
+    {"copy_chunk", waited<ChunkCopy, 8>, kFastCall, nullptr},
+    {"copy_views", waited<ViewsCopy, 12>, kFastCall, nullptr},
+    {"query_end", waited<EndQuery, 1>, kFastCall, nullptr},
     {"check_views", called<check_views, 12>, kFastCall, nullptr},
     {"check_chunk", called<check_chunk, 8>, kFastCall, nullptr},
     {"plan_make", passed<portakv_plan_make>, kFastCall, nullptr},
-    {"copy_across", called<copy_across, 17>, kFastCall, nullptr},
+    {"copy_across", waited<AcrossCopy, 17>, kFastCall, nullptr},
     {"pick_copy", passed<portakv_pick_copy>, kFastCall, nullptr},
     {"view_read", passed<portakv_view_read>, kFastCall, nullptr},
     {"form_slice", passed<portakv_form_slice>, kFastCall, nullptr},

@@ -6,13 +6,33 @@
 //            because ctypes then releases the interpreter. No header of Python, torch, CUDA or HIP
 //            is needed to build it. Drivers come by `dlopen`.
 // Units      Sizes, strides, offsets and addresses are bytes unless a comment says otherwise.
-// Ownership  The caller owns every buffer that it passes, and the core keeps no pointer to it after
-//            the call. What a function allocates, another function named here releases. Returned
-//            strings are constants of the library.
+// Ownership  The caller owns every buffer that it passes. The core reads and writes it during the
+//            call alone, with three exceptions, which their functions repeat: an engine of files
+//            uses the memory of its requests until they have ended, and its registered memory and
+//            system until it closes; a status word is written until the copy's event has been
+//            reached; and objects keep the functions of drivers that they are opened with. A struct
+//            that names other memory (a view, a watch, an end) has an owner, which keeps that memory
+//            as long as it passes the struct. What a function allocates, another function named here
+//            releases. Returned strings are constants of the library.
 // Errors     A function that can fail returns a code, 0 for success, and writes the values that the
 //            error's sentence needs into a struct of the caller. No exception leaves the library.
+//            An interpreter that ends may unwind a daemon thread through a function that waits.
 // Threads    Any number of threads may call any function. State lives in objects that Python owns
-//            and closes; only the functions of drivers are global.
+//            and closes; only the functions of drivers are global. Words that two threads or a
+//            device share are read with acquire and written with release. Ids of the host may change
+//            during a call: which rows then move is open, but all of them lie in the views.
+// Words      Forms, plans and the like are arrays of int64 that Python and the core read alike. The
+//            comment of each struct that has words says so and lists them:
+//              form.h    Form, Part, Step: a view without its addresses
+//              view.h    Bound, View::form: a layout with its extents, and what reading answers
+//              plan.h    Plan, Nest, Loop, Side, and PackPlan, PackNest: copies between two forms
+//              rows.h    RowsShape, RowsSide, RowsOptions: kernels of a plan
+//              pack.h    PackShape: kernels of a plan that packs
+//              runs.h    Positions: a side of a copy, which `Runs and pieces` below also lists
+//              pieces.h  PiecesRequest, Limits, Edges
+//              pick.h    PickRules, PickedCopies, Shape: picks of a strategy
+//              link.h    CrossingPlan, CrossingCopy, StagingBuffers, CutRules, SliceOrder and others
+//            Read them in this order; the functions below name what they take.
 #ifndef PORTAKV_CORE_H
 #define PORTAKV_CORE_H
 
@@ -698,6 +718,7 @@ typedef struct portakv_io_system {
   int64_t (*admit)(void);  // before a thread starts: 0 admits it
 } portakv_io_system;
 
+// The registered memory and the system stay until the engine was released.
 typedef struct portakv_io_terms {
   int64_t ring;                     // 1: io_uring, and plain calls for what it cannot do
   int64_t depth;                    // the most requests of a batch under way

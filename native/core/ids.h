@@ -46,6 +46,29 @@ auto with_ids(const portakv_ids &list, Function function) {
   return function(SpacedIds{data, list.stride, list.width});
 }
 
+// Collects whether ids are negative or above `last`, without branches.
+struct Odd {
+  uint64_t last;
+  uint64_t signs;
+
+  explicit Odd(int64_t last_)
+      : last(static_cast<uint64_t>(last_)), signs(last_ < 0 ? ~uint64_t{0} : 0) {}
+
+  // The first bit of either word is set by a negative id, or else by an id above `last`.
+  void add(int64_t id) { signs |= static_cast<uint64_t>(id) | (last - static_cast<uint64_t>(id)); }
+
+  // Add so many ids from a place on: compilers use vectors for loops of a constant length.
+  static constexpr int64_t kTogether = 16;
+  template <typename Ids>
+  void add_together(const Ids &ids, int64_t place) {
+    Odd odd = *this;
+    for (int64_t i = 0; i < kTogether; i++) odd.add(ids[place + i]);
+    signs = odd.signs;
+  }
+
+  bool any() const { return signs >> 63 != 0; }
+};
+
 // The places of the ids that positions use: from `first` on, before `past`. Both lie in the list.
 struct Places {
   int64_t first;

@@ -276,7 +276,8 @@ struct Travelling {
     for (int64_t place = at / per_id; place < past; place++) {
       const int64_t id = wide ? static_cast<const int64_t *>(ids)[place]
                               : static_cast<const int32_t *>(ids)[place];
-      out[next++] = static_cast<int32_t>(std::max<int64_t>(id, -1));
+      // Another thread may have changed a checked id: a kernel finds it past the view, as it was.
+      out[next++] = static_cast<int32_t>(std::clamp<int64_t>(id, -1, INT32_MAX));
     }
     return next;
   }

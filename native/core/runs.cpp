@@ -39,7 +39,8 @@ void read_ids(const Positions &at, int64_t unit, bool checked, std::vector<int64
     return;
   }
   for (size_t i = 0; i < numbers.size(); ids++, within = 0) {
-    const int64_t id = *ids < past_id ? int64_t{*ids} : past_id;
+    const int64_t named = *ids;  // another thread may change it
+    const int64_t id = std::min(named, past_id);
     for (; within < per_id && i < numbers.size(); within++) {
       const int64_t number = id < 0 ? -1 : id * per_id + within;
       if (checked && number >= past) throw Outside();

@@ -9,7 +9,6 @@ import re
 from array import array
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
 from math import prod
 from typing import Any, NoReturn, TypeAlias
 
@@ -23,6 +22,7 @@ from portakv.layout.encodings import Encoding, Plane, as_encoding, plane_of
 from portakv.layout.extents import declare, factor_extent, positive, solve
 from portakv.layout.language import AXES, Layout, parse
 from portakv.layout.presets import Extent, resolve, suggested
+from portakv.runtime.bounded import Bounded
 from portakv.view.form import PLACES, Form, form_of, plain_reader
 
 _STRIDED = torch.strided
@@ -250,14 +250,18 @@ def bind_layout(
         # Plain integers: equal numbers of other types must not pass for them.
         dim = tuple(positive("dim", one) for one in dim)
     terms = layout, layers, kv, block_size, heads, dim, reinterpret, encoding
+    # Equal terms of other types must not pass for these: True is not a number of layers.
+    kinds = layers.__class__, kv.__class__, block_size.__class__, heads.__class__, dim.__class__
+    key = terms, kinds, reinterpret.__class__
     try:
-        return _bound(*terms)
+        return _bound[key]
+    except KeyError:
+        return _bound.setdefault(key, _bind(*terms))
     except TypeError:  # a term that is not hashable, which the error names
-        return _bound.__wrapped__(*terms)
+        return _bind(*terms)
 
 
-@lru_cache(maxsize=256, typed=True)
-def _bound(
+def _bind(
     layout: str,
     layers: Declared,
     kv: Declared,
@@ -284,6 +288,10 @@ def _bound(
             )
     bits = flag("reinterpret", reinterpret)
     return BoundLayout(text, declared, bits, as_encoding(encoding))
+
+
+#: Binding a layout takes longer than a view.
+_bound: Bounded[tuple[Any, ...], BoundLayout] = Bounded("bound layouts", 256)
 
 
 def flatten_tensors(layout: Layout, tensors: object) -> tuple[list[torch.Tensor], list[int]]:

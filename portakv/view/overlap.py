@@ -8,7 +8,6 @@ that takes too many decisions has no answer, and its rows count as apart.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from functools import lru_cache
 from math import gcd, prod
 from typing import NamedTuple
 
@@ -16,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from portakv.runtime.bounded import Bounded
 from portakv.view.form import PART_AXES, Form, KVRows
 
 #: Decisions after which a search ends without a result. Layouts of engines need fewer than 20.
@@ -65,12 +65,19 @@ def walk_of(part: KVRows, count: int | None) -> Walk:
     return Walk(tuple(memory), tuple(table))
 
 
-@lru_cache(maxsize=4096)
 def shared_axes(form: Form, count: int | None) -> tuple[str, ...]:
     """Return the axes along which two rows share a byte, of rows with one address; () if none do.
 
     ``count`` is the number of blocks, or of a chunk's tokens; None: unknown.
     """
+    return _shared.get_or_make((form, count), lambda: _shared_axes(form, count))
+
+
+#: The search takes as long as ten views.
+_shared: Bounded[tuple[Form, int | None], tuple[str, ...]] = Bounded("axes that share bytes", 4096)
+
+
+def _shared_axes(form: Form, count: int | None) -> tuple[str, ...]:
     walks = [walk_of(part, count) for part in form.parts]
     for walk in walks:
         terms = [Term(1 - extent, extent - 1, stride, axis) for extent, stride, axis in walk.memory]
@@ -151,7 +158,6 @@ def _pairs(
             yield kinds[at], kinds[other], firsts[other] - firsts[at]
 
 
-@lru_cache(maxsize=4096)
 def _shared_by_two(
     one: tuple[tuple[int, int, str], ...], other: tuple[tuple[int, int, str], ...], distance: int
 ) -> tuple[str, ...] | None:

@@ -21,6 +21,7 @@ import torch
 from torch.autograd.graph import increment_version
 
 from portakv.arguments import as_whole, shown
+from portakv.core.runs import pointer_to
 from portakv.core.slice import HEADS_CUT, slice_words
 from portakv.core.view import words_of_dtypes
 from portakv.errors import DeviceMismatch, LayoutError
@@ -82,7 +83,7 @@ class KVView:
 
     # temporary: made for one call, and used on no stream but that call's.
     # blocks_overlap: blocks begin inside of others, and the caller names only those that are apart.
-    # derived: objects that slices, launches and strategies made of this view; they live as long
+    # derived: what was made of this view and lives as long; docs/design.md lists it.
     __slots__ = (
         "_memory",
         "_origins",
@@ -391,15 +392,19 @@ class KVView:
     def addresses(self) -> npt.NDArray[np.int64]:
         """Return the table of addresses as an int64 array on the host; callers do not write it."""
         # The first array stays: launches in other threads may read it by its address.
-        return self._once("addresses", lambda: np.array(self.origins, dtype=np.int64))
+        return self._host_table()[0]
 
     @property
     def addresses_at(self) -> int:
         """Return the address of `addresses`, for calls of the core during which the view lives."""
-        at: int | None = self.derived.get("addresses at")
-        if at is None:
-            at = self.derived["addresses at"] = self.addresses.__array_interface__["data"][0]
-        return at
+        return self._host_table()[1]
+
+    def _host_table(self) -> tuple[npt.NDArray[np.int64], int]:
+        def make() -> tuple[npt.NDArray[np.int64], int]:
+            table = np.array(self.origins, dtype=np.int64)
+            return table, pointer_to(table)
+
+        return self._once("addresses", make)
 
     @property
     def table(self) -> torch.Tensor:

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.command_line import registered
 from support.small_backends import Late, small_backend
-from support.whole_copies import watch_copies_of_views, watch_whole_copies
+from support.whole_copies import needs_whole_copies, watch_copies_of_views, watch_whole_copies
 
 from portakv import (
     AdaptiveConnector,
@@ -24,6 +24,9 @@ from portakv import (
     copy_blocks,
     copy_rows,
 )
+from portakv.copy.inside import open_view
+from portakv.core.call import OTHERWISE, TO_THE_END, Watch, calls
+from portakv.view.form import plain_reader
 
 LAYERS = 3
 SLOTS = 24
@@ -247,6 +250,24 @@ def test_ids_without_a_dimension_are_refused() -> None:
     connector.from_gpu(chunk, None, [3])
     with pytest.raises(SlotError, match="one dimension"):
         connector.from_gpu(chunk, None, torch.tensor(3))
+
+
+@needs_whole_copies
+@pytest.mark.parametrize(
+    ("step", "offset"), [(2**62, 0), (2**63 - 1, 0), (0, 0), (-1, 0), (1, -(2**63)), (1, 2**63 - 1)]
+)
+@pytest.mark.parametrize("count", [1, TO_THE_END])
+def test_steps_and_offsets_that_no_index_has_are_refused(
+    step: int, offset: int, count: int
+) -> None:
+    """Products and differences past 64 bits, and quotients by 0."""
+    reader = plain_reader()
+    assert reader is not None
+    view = Side("chunk", 0).view
+    opened = open_view(view, Watch(view.owners))
+    for sides in (([0] * 5, None, step, 1, offset, 0), (None, [0], 1, step, 0, offset)):
+        arguments = reader.address, opened.address, opened.address, *sides, count, 0, 0
+        assert calls().check_views(*arguments) == OTHERWISE
 
 
 def test_a_launch_may_end_later() -> None:

@@ -4,9 +4,14 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Sequence
+from dataclasses import astuple
+from itertools import accumulate
+from math import gcd
+from operator import mul
 from pathlib import Path
 from random import Random
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -14,22 +19,27 @@ import pytest
 import torch
 from support.drawn_forms import draw_form, draw_rows, draw_step
 
-from portakv import CopyPlan, KVView, LayoutError, Unsupported
+from portakv import CopyPlan, KVView, LayoutError, SlotError, Unsupported
 from portakv.core.plan import plan_words
+from portakv.core.runs import list_runs, pointer_to
 from portakv.plan.packing import PackPlan
 from portakv.plan.plan import Loop, Nest, Side
 from portakv.view.form import Form, KVRows, Step, Steps
 
-Positions = npt.NDArray[np.int64]
-#: Plans that were written down before the core made them, with drawn forms and refusals.
+Numbers = npt.NDArray[np.int64]
+#: Forms, steps and units with their plan, word for word, or their refusal. The first lines were
+#: written down from the planner in Python that the core replaced. Each draw that differs from what
+#: the forms say becomes a line, once it is mended: its error prints the line without the plan.
 CORPUS = Path(__file__).with_name("plans.jsonl")
+#: The most bytes that a drawn copy moves.
+MOST_BYTES = 1 << 13
 FEW = 1_500
 MANY = 80_000
 
 
-def walk(steps: Steps, count: int) -> tuple[Positions, Positions]:
-    """Return the table entry and the bytes of each of the first ``count`` positions of steps."""
-    left = np.arange(count, dtype=np.int64)
+def walk(steps: Steps, numbers: Numbers) -> tuple[Numbers, Numbers]:
+    """Return the table entry and the bytes of each of the positions that steps lead to."""
+    left = numbers
     entries = np.zeros_like(left)
     places = np.zeros_like(left)
     for step in reversed(steps):
@@ -40,7 +50,7 @@ def walk(steps: Steps, count: int) -> tuple[Positions, Positions]:
     return entries, places
 
 
-def combine(*walks: tuple[Positions, Positions]) -> tuple[Positions, Positions]:
+def combine(*walks: tuple[Numbers, Numbers]) -> tuple[Numbers, Numbers]:
     """Return the sums of every combination, the last walk innermost."""
     entries = places = np.zeros(1, dtype=np.int64)
     for more_entries, more_places in walks:
@@ -49,49 +59,86 @@ def combine(*walks: tuple[Positions, Positions]) -> tuple[Positions, Positions]:
     return entries, places
 
 
-def positions_of(form: Form, part: KVRows, width: int, tokens: int) -> tuple[Positions, Positions]:
-    """Return the place of each byte of the first tokens of a part."""
+def counted(number: int) -> Numbers:
+    return np.arange(number, dtype=np.int64)
+
+
+class End(NamedTuple):
+    """One side of a drawn copy.
+
+    Attributes:
+        step: tokens of an id; 0: the side has no ids.
+        slots: the slot of each position, negative where an id skips it.
+        room: tokens of the view.
+    """
+
+    form: Form
+    step: int
+    ids: Numbers
+    offset: int
+    slots: Numbers
+    room: int
+
+
+def places_of(form: Form, part: KVRows, width: int, slots: Numbers) -> tuple[Numbers, Numbers]:
+    """Return the place of each byte of the tokens at these slots, in one part."""
     if form.opaque:
-        slots = walk(part.block, tokens // form.block_size)
+        tokens = walk(part.block, slots[:: form.block_size] // form.block_size)
     else:
-        slots = walk((*part.block, *part.token), tokens)
-    layers = walk(part.layer, form.layers)
-    heads = walk(part.head, form.heads)
-    entries, places = combine(slots, layers, heads, walk(part.dim, width))
+        tokens = walk((*part.block, *part.token), slots)
+    layers = walk(part.layer, counted(form.layers))
+    heads = walk(part.head, counted(form.heads))
+    entries, places = combine(tokens, layers, heads, walk(part.dim, counted(width)))
     return entries + part.table, places + part.offset
 
 
-def expected(src: Form, dst: Form, tokens: int) -> Positions:
-    """Return the moves of a copy of the first tokens, a row for each byte, in any order."""
-    rows = []
-    for k, width in enumerate(src.widths):
-        ends = (src, src.parts[k]), (dst, dst.parts[k])
-        sides = [positions_of(form, part, width, tokens) for form, part in ends]
-        rows.append(np.stack([*sides[0], *sides[1]], axis=1))
-    return np.concatenate(rows)
+Moves = tuple[Numbers, Numbers, Numbers, Numbers]
 
 
-def planned(plan: CopyPlan, tokens: int) -> Positions:
-    """Return the moves of the nests of a plan."""
-    units = tokens // plan.unit
-    rows = []
-    for nest in plan.nests:
-        bytes_of_run = np.zeros(nest.run, dtype=np.int64), np.arange(nest.run, dtype=np.int64)
+def joined(moves: Sequence[Moves]) -> Moves:
+    src_entries, src_places, dst_entries, dst_places = map(np.concatenate, zip(*moves, strict=True))
+    return src_entries, src_places, dst_entries, dst_places
+
+
+def expected(src: End, dst: End, moved: npt.NDArray[np.bool_]) -> Moves:
+    """Return the moves of a copy by its forms: for each byte an entry and a place on each side."""
+    parts = []
+    for k, width in enumerate(src.form.widths):
+        sides = [
+            places_of(end.form, end.form.parts[k], width, end.slots[moved]) for end in (src, dst)
+        ]
+        parts.append((*sides[0], *sides[1]))
+    return joined(parts)
+
+
+def planned(nests: Sequence[Nest], src_units: Numbers, dst_units: Numbers) -> Moves:
+    """Return the moves of units by the nests of a plan."""
+    parts = []
+    for nest in nests:
+        bytes_of_run = np.zeros(nest.run, dtype=np.int64), counted(nest.run)
         sides = []
-        for name, side in zip(("src", "dst"), nest.sides, strict=True):
-            loops = [walk((step_of(loop, name),), loop.extent) for loop in nest.loops]
+        for name, side, units in (("src", nest.src, src_units), ("dst", nest.dst, dst_units)):
+            loops = [walk((step_of(loop, name),), counted(loop.extent)) for loop in nest.loops]
             entries, places = combine(walk(side.units, units), *loops, bytes_of_run)
             sides += [entries + side.table, places + side.offset]
-        rows.append(np.stack(sides, axis=1))
-    return np.concatenate(rows)
+        parts.append((sides[0], sides[1], sides[2], sides[3]))
+    return joined(parts)
 
 
 def step_of(loop: Loop, name: str) -> Step:
     return Step(loop.extent, getattr(loop, f"{name}_table"), getattr(loop, f"{name}_stride"))
 
 
-def in_order(moves: Positions) -> Positions:
-    return moves[np.lexsort(moves.T)]
+def in_order(src: Numbers, dst: Numbers) -> Numbers:
+    """Return a number for each pair of addresses, sorted.
+
+    Equal moves have equal numbers, and two others only by a chance of 1 in 2^64.
+    """
+    mixed = src.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15)
+    mixed ^= mixed >> np.uint64(29)
+    mixed += dst.astype(np.uint64)
+    mixed *= np.uint64(0xBF58476D1CE4E5B9)
+    return np.sort(mixed ^ mixed >> np.uint64(32)).view(np.int64)
 
 
 def check_nest(nest: Nest, alignment: int) -> None:
@@ -108,7 +155,195 @@ def check_nest(nest: Nest, alignment: int) -> None:
             assert tuple(loop.extent * step for step in each) not in steps
 
 
-def check_drawn(seed: int, cases: int) -> None:
+# --- Units ---------------------------------------------------------------------------------------
+
+
+def cuts(steps: Sequence[Step]) -> list[int]:
+    """Return the positions after which the steps of an axis turn to a longer one."""
+    return list(accumulate((step.extent for step in reversed(steps)), mul))
+
+
+def divide(numbers: Sequence[int], others: Sequence[int]) -> bool:
+    """Return True if of each number and each other one divides the other."""
+    return all(a % b == 0 or b % a == 0 for a in numbers for b in others)
+
+
+def token_cuts(form: Form, part: KVRows) -> list[int]:
+    """Return the tokens after which a slot's place turns to a longer step."""
+    if form.opaque:
+        return [form.block_size]
+    found = []
+    below = 1
+    inner: Step | None = None
+    for step in reversed((*part.block, *part.token)):
+        if step.extent == 1:
+            continue
+        if inner is not None:
+            goes_on = inner.extent * inner.table, inner.extent * inner.stride
+            if goes_on != (step.table, step.stride):
+                found.append(below)
+        below *= step.extent
+        inner = step if step.extent else None
+    return found
+
+
+def most_together(src: Form, dst: Form, steps: tuple[int, int]) -> int:
+    """Return the tokens that steps and blocks allow to move together; 0: any number."""
+    blocks = [max(token_cuts(form, part), default=0) for form in (src, dst) for part in form.parts]
+    return gcd(*steps, *blocks)
+
+
+def possible(src: Form, dst: Form, unit: int) -> bool:
+    """Return True if a plan can move so many tokens together."""
+    if src.opaque and unit % src.block_size:
+        return False
+    for part, other in zip(src.parts, dst.parts, strict=True):
+        pairs = [
+            (cuts(getattr(part, x)), cuts(getattr(other, x))) for x in ("layer", "head", "dim")
+        ]
+        tokens = token_cuts(src, part), token_cuts(dst, other)
+        if not all(divide(each, [unit]) for each in tokens):
+            return False
+        if not src.opaque:
+            # The tokens inside of a unit lie in loops that both sides share.
+            inside = [[cut for cut in each if cut < unit] for each in tokens]
+            pairs.append((inside[0], inside[1]))
+        if not all(divide(*pair) for pair in pairs):
+            return False
+    return True
+
+
+def unit_of(src: Form, dst: Form, steps: tuple[int, int], unit: int | None) -> int | None:
+    """Return the unit of the plan; None: there is no plan."""
+    most = most_together(src, dst, steps)
+    if unit is not None:
+        return unit if unit > 0 and most % unit == 0 and possible(src, dst, unit) else None
+    divisors = [n for n in range(1, max(most, 1) + 1) if max(most, 1) % n == 0]
+    return max((n for n in divisors if possible(src, dst, n)), default=None)
+
+
+# --- Draws ---------------------------------------------------------------------------------------
+
+
+def draw_unit(random: Random, most: int) -> int | None:
+    """Draw a unit: None, or one that usually divides the most tokens together."""
+    if random.random() < 0.5:
+        return None
+    if random.random() < 0.15 or most == 0:
+        return random.choice((1, 2, 3, 4, 5, 7, 8))
+    return random.choice([n for n in range(1, most + 1) if most % n == 0])
+
+
+def draw_end(random: Random, form: Form, step: int, count: int, unit: int, flat: bool) -> End:
+    """Draw the ids of one side of a copy: negative and repeated ones, and now and then one that is
+    past the end. ``flat``: positions may begin anywhere."""
+    none = np.empty(0, dtype=np.int64)
+    if not step:
+        offset = random.choice((0, 0, unit, 3 * unit))
+        if flat:
+            offset += random.randrange(unit)
+        room = -(-(offset + count) // unit) * unit + random.choice((0, unit))
+        return End(form, 0, none, offset, counted(count) + offset, room)
+    offset = random.choice((0, 0, unit, 3 * unit))
+    number = -(-(offset + count) // step)
+    last = number + random.choice((0, 1, 5))
+    ids = [random.randrange(last) for _ in range(number)]
+    if random.random() < 0.3:
+        ids = random.sample(range(last), number)
+    if random.random() < 0.4:
+        ids = [-random.choice((1, 2, 1 << 40)) if random.random() < 0.3 else each for each in ids]
+    if random.random() < 0.04:
+        ids[random.randrange(number)] = last + random.choice((0, 1, 1 << 40, (1 << 63) - 1 - last))
+    listed = np.array(ids, dtype=np.int64)
+    positions = counted(count) + offset
+    of_each = listed[positions // step]
+    # An id of so many tokens that no slot has a number is past the end as well.
+    within = np.minimum(of_each, last + 1) * step + positions % step
+    return End(form, step, listed, offset, np.where(of_each < 0, -1, within), last * step)
+
+
+def side_words(end: End, entries: int, base: int) -> tuple[tuple[int, ...], Numbers]:
+    """Return a side as `list_runs` reads it, and the addresses of its table."""
+    table = base + (counted(entries) * 7 % (entries if entries % 7 else 1 << 40) << 36)
+    address = int(table[0]) if entries == 1 else pointer_to(table)
+    ids = pointer_to(end.ids), 8 * (end.step > 0), len(end.ids), end.step or 1, end.offset
+    return (address, entries, *ids, end.room), table
+
+
+def check_runs(plan: CopyPlan, src: End, dst: End, moves: Moves | None, count: int) -> None:
+    """Check that the runs of a copy are these moves; None: an id is past the end."""
+    sides = []
+    for end, at, base in ((src, 0, 1 << 24), (dst, 2, 1 << 62)):
+        entries = 1 if moves is None else int(moves[at].max()) + 1
+        sides.append(side_words(end, entries, base))
+    (src_words, src_table), (dst_words, dst_table) = sides
+    room = count // plan.unit * plan.runs_per_unit
+    runs = list_runs(plan.words.buffer_info()[0], (*src_words, *dst_words, count), room)
+    if moves is None:
+        assert runs is None
+        return
+    assert runs is not None
+    begins, targets, nbytes = runs
+    within = counted(int(nbytes.sum())) - np.repeat(np.cumsum(nbytes) - nbytes, nbytes)
+    read = np.repeat(begins, nbytes) + within
+    written = np.repeat(targets, nbytes) + within
+    src_at = src_table[moves[0]] + moves[1]
+    dst_at = dst_table[moves[2]] + moves[3]
+    assert np.array_equal(in_order(read, written), in_order(src_at, dst_at))
+
+
+def check_plan(
+    random: Random,
+    src: Form,
+    dst: Form,
+    steps: tuple[int, int],
+    unit: int | None,
+    make: Callable[..., CopyPlan] = CopyPlan,
+) -> bool:
+    """Judge the plan of a copy, by drawn ids, or its refusal. Return True if it was made."""
+    right = unit_of(src, dst, steps, unit)
+    try:
+        plan = make(src, dst, *steps, unit)
+    except (Unsupported, SlotError):
+        if right is not None:
+            raise
+        return False
+    assert plan.unit == right
+    assert plan.run == min(nest.run for nest in plan.nests)
+    assert plan.vector == min(nest.vector for nest in plan.nests)
+    assert plan.token_bytes == sum(nest.unit_bytes for nest in plan.nests) // plan.unit
+    assert plan.runs_per_unit == sum(nest.unit_bytes // nest.run for nest in plan.nests)
+    for nest in plan.nests:
+        check_nest(nest, min(src.alignment, dst.alignment))
+
+    unit_bytes = sum(nest.unit_bytes for nest in plan.nests)
+    most = min(6, MOST_BYTES // unit_bytes)
+    if most == 0:
+        return True
+    count = plan.unit * random.randint(1, most)
+    ends = []
+    for form, step, side in ((src, steps[0], "src"), (dst, steps[1], "dst")):
+        ends.append(draw_end(random, form, step, count, plan.unit, not plan.aligned(side)))
+    read, written = ends
+    if any((end.slots >= end.room).any() for end in ends):
+        check_runs(plan, read, written, None, count)
+        return True
+    moved = (read.slots >= 0) & (written.slots >= 0)
+    if not moved.any():
+        return True
+    moves = expected(read, written, moved)
+    check_runs(plan, read, written, moves, count)
+    if all((end.offset % plan.unit == 0) for end in ends):
+        first = moved[:: plan.unit]
+        units = [end.slots[:: plan.unit][first] // plan.unit for end in ends]
+        by_nests = planned(plan.nests, units[0], units[1])
+        pairs = [(a << 36 | b, c << 36 | d) for a, b, c, d in (by_nests, moves)]
+        assert np.array_equal(in_order(*pairs[0]), in_order(*pairs[1]))
+    return True
+
+
+def check_drawn(seed: int, cases: int, make: Callable[..., CopyPlan] = CopyPlan) -> None:
+    """Judge drawn plans and refusals, which ``make`` returns and raises."""
     random = Random(seed)
     made = 0
     for _ in range(cases):
@@ -116,28 +351,39 @@ def check_drawn(seed: int, cases: int) -> None:
         src = draw_form(random, rows)
         dst = draw_form(random, rows)
         steps = draw_step(random, src), draw_step(random, dst)
+        unit = draw_unit(random, most_together(src, dst, steps))
         try:
-            plan = CopyPlan(src, dst, *steps)
-        except Unsupported:
-            continue
-        tokens = plan.unit * random.choice((1, 2, 3))
-        if tokens * rows.layers * rows.heads * sum(rows.widths) > 1 << 14:
-            continue
-        made += 1
-        context = f"seed {seed}: {src} -> {dst}, steps {steps}\n{plan}"
-        moves = planned(plan, tokens)
-        assert np.array_equal(in_order(moves), in_order(expected(src, dst, tokens))), context
-        assert plan.run == min(nest.run for nest in plan.nests)
-        assert plan.vector == min(nest.vector for nest in plan.nests)
-        assert plan.token_bytes == sum(nest.unit_bytes for nest in plan.nests) // plan.unit
-        assert plan.runs_per_unit == sum(nest.unit_bytes // nest.run for nest in plan.nests)
-        for nest in plan.nests:
-            check_nest(nest, min(src.alignment, dst.alignment))
+            made += check_plan(random, src, dst, steps, unit, make)
+        except Exception as error:
+            case = {"src": form_words(src), "dst": form_words(dst), "steps": steps, "unit": unit}
+            raise AssertionError(f"seed {seed}, for {CORPUS.name}: {json.dumps(case)}") from error
     assert made > cases // 2
 
 
 def test_drawn_plans_move_every_byte_once() -> None:
     check_drawn(1, FEW)
+
+
+def test_a_wrong_plan_or_refusal_is_found() -> None:
+    """The control of the drawn plans: each of these faults ends a few hundred draws."""
+
+    def misplaced(src: Form, dst: Form, own: int, other: int, unit: int | None) -> CopyPlan:
+        plan = CopyPlan(src, dst, own, other, unit)
+        plan.words[3] += 1 << 20  # the offset of the source's origin in the first nest
+        return plan
+
+    def finer(src: Form, dst: Form, own: int, other: int, unit: int | None) -> CopyPlan:
+        return CopyPlan(src, dst, own, other, unit or 1)
+
+    def refused(src: Form, dst: Form, own: int, other: int, unit: int | None) -> CopyPlan:
+        plan = CopyPlan(src, dst, own, other, unit)
+        if plan.unit == 1:
+            raise Unsupported("Moving single tokens", "this is a control")
+        return plan
+
+    for fault in (misplaced, finer, refused):
+        with pytest.raises(AssertionError, match=r"seed 1, for plans\.jsonl"):
+            check_drawn(1, 300, fault)
 
 
 @pytest.mark.full
@@ -162,6 +408,17 @@ def form_of(words: list[int]) -> Form:
     return Form(parts, layers, heads, widths, block_size, bool(opaque), alignment, "device")
 
 
+def form_words(form: Form) -> list[int]:
+    """Return the words of `form_of`."""
+    words = [len(form.parts), form.layers, form.heads, form.block_size, form.opaque]
+    words += [form.alignment, *form.widths]
+    for part in form.parts:
+        words += [part.table, part.offset]
+        for axis in (part.layer, part.block, part.token, part.head, part.dim):
+            words += [len(axis), *(number for step in axis for number in astuple(step))]
+    return [int(word) for word in words]
+
+
 def words_of(plan: CopyPlan) -> list[int]:
     return [int(word) for word in plan.words]
 
@@ -171,10 +428,12 @@ CASES = [json.loads(line) for line in CORPUS.read_text().splitlines()]
 
 @pytest.mark.parametrize("case", CASES, ids=map(str, range(len(CASES))))
 def test_the_corpus(case: dict[str, Any]) -> None:
-    """Plans are equal word for word, refusals by their whole sentence."""
+    """Plans are equal word for word, refusals by their whole sentence, and both are right."""
     src = form_of(case["src"])
     dst = form_of(case["dst"])
     own, other = case["steps"]
+    for seed in range(4):
+        assert check_plan(Random(seed), src, dst, (own, other), case["unit"]) == ("plan" in case)
     if "error" in case:
         with pytest.raises(Unsupported) as caught:
             CopyPlan(src, dst, own, other, case["unit"])

@@ -12,13 +12,22 @@ from typing import Any
 
 import pytest
 import torch
-from support.cuda_on_cpu import LAUNCH, CudaOnCpu, HostDriver, why_not
+from support.cuda_on_cpu import ARGUMENT_BYTES, LAUNCH, CudaOnCpu, HostDriver, why_not
 from support.guarded_memory import refused
 
 from portakv import CopyPlan, Index, KVView, Unsupported
 from portakv.backends.rows_kernel import RowsKernel
 from portakv.core.plan import MALFORMED, Refused
-from portakv.core.rows import NO_TABLE, NOT_LOADED, Kernels, RowsShape, describe, pack_side
+from portakv.core.rows import (
+    MOST_CARRIED,
+    NO_TABLE,
+    NOT_LOADED,
+    ON_HOST,
+    Kernels,
+    RowsShape,
+    describe,
+    pack_side,
+)
 from portakv.errors import PortaKVError
 from portakv.runtime.cuda import NO_CONTEXT
 
@@ -149,6 +158,32 @@ def test_a_kernel_reads_no_table_that_the_device_has_not() -> None:
     table = Kernels(0)
     on_device = array("q", [1, 0, 1, 0, 0])
     assert table.run(plan, on_device, side, side, 1, 0, 0) == NO_TABLE
+
+
+def test_an_id_that_changes_during_a_call_stays_past_the_view() -> None:
+    """Ids of 64 bits travel with each launch as 32 bits, of which a kernel compares every one."""
+    ids = array("q", [n % 16 for n in range(MOST_CARRIED + 4)])
+    tables = 2 * 8
+    carried: list[list[int]] = []
+
+    def launch(_function: int, *rest: Any) -> int:
+        argument = rest[-2][0] + ARGUMENT_BYTES + tables
+        carried.append([*(ctypes.c_int32 * 3).from_address(argument)])
+        for place in range(len(ids)):
+            ids[place] = (1 << 32) + 1
+        return 0
+
+    entry = LAUNCH(launch)
+    table = Kernels(ctypes.cast(entry, ctypes.c_void_p).value or 0)
+    plan = words([])
+    one = kernel(plan)
+    table.add(one.words, one.cut, (1, 0))
+    addresses = array("q", [0])
+    at = addresses.buffer_info()[0]
+    src = pack_side(at, 0, ids.buffer_info()[0], 1 + ON_HOST, 0, 16)
+    dst = pack_side(at, 0, 0, 0, 0, 1 << 20)
+    assert table.run(plan, OPTIONS, src, dst, len(ids), 0, 0) == 0
+    assert carried == [[0, 1, 2], [2**31 - 1] * 3]
 
 
 def test_kernels_are_found_by_all_words_of_their_shapes() -> None:

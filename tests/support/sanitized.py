@@ -1,21 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
 """Run the tests of the compiled core under sanitizers, then draw further cases.
 
-    python tests/support/sanitized.py                 a minute of tests and drawn cases
-    python tests/support/sanitized.py --seconds 3600  an hour of them
+    python tests/support/sanitized.py                 the tests, then a minute of drawn cases
+    python tests/support/sanitized.py --seconds 3600  the tests, then an hour of drawn cases
     python tests/support/sanitized.py --seed 7        the cases of one seed
     python tests/support/sanitized.py --build FILE    the library alone, which needs no packages
-    python tests/support/sanitized.py --library FILE  a minute of tests with a library of --build
+    python tests/support/sanitized.py --library FILE  the same with a library of --build
 
 The library is built with the address and the undefined-behaviour sanitizer into a copy of the
-package. Views, ids, plans, pieces, copies in slices and checksums are drawn and judged as the
-tests do it. Each round has a seed of its own, which is printed before it begins. One round is drawn
-in any case.
+package. Views, ids, plans, pieces, checksums, copies in slices, and chunks and rows that kernels
+copy are drawn and judged as the tests do it. Each round has a seed of its own, which is printed
+before it begins. One round is drawn in any case.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib
 import os
 import random
 import shutil
@@ -31,9 +32,11 @@ ROOT = Path(__file__).resolve().parents[2]
 FLAGS = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-g1", "-O1")
 #: The tests that call the core; the others build it.
 TESTS = (
-    *("core/test_core_view.py", "core/test_ids.py", "core/test_pack.py", "core/test_plan.py"),
-    *("core/test_runs.py", "core/test_rows.py", "core/test_xxh3.py", "copy/test_inside.py"),
-    *("interconnect/test_submission.py", "interconnect/test_pick.py", "interconnect/test_costs.py"),
+    *("core/test_checked_copies.py", "core/test_core_view.py", "core/test_ids.py"),
+    *("core/test_pack.py", "core/test_plan.py", "core/test_runs.py", "core/test_rows.py"),
+    *("core/test_xxh3.py", "connector/test_connector.py", "copy/test_inside.py"),
+    *("interconnect/test_direct_whole.py", "interconnect/test_submission.py"),
+    *("interconnect/test_pick.py", "interconnect/test_costs.py", "runtime/test_ends.py"),
     *("storage/test_engine.py", "storage/test_ring.py", "view/test_slicing.py"),
 )
 #: Tests of hypothesis that a round runs with its seed, in so many examples each.
@@ -118,8 +121,10 @@ def draws(seed: int) -> list[Callable[[], object]]:
         test_runs,
         test_xxh3,
     )
-    from interconnect import test_submission
+    from interconnect import test_direct_whole, test_submission
 
+    sys.path.append(str(ROOT / "tests" / "copy"))  # `copy` is a module of Python
+    inside = importlib.import_module("test_inside")
     chance = random.Random(seed)
     return [
         lambda: [test_core_view.check_drawn(chance) for _ in range(EXAMPLES)],
@@ -132,13 +137,31 @@ def draws(seed: int) -> list[Callable[[], object]]:
         hypothesis.seed(seed)(test_checked_copies.test_launches_by_units),
         hypothesis.seed(seed)(test_checked_copies.test_chunks_by_units),
         hypothesis.seed(seed)(test_submission.test_every_byte_in_every_order),
+        hypothesis.seed(seed)(test_direct_whole.test_bytes_are_those_of_numpy),
+        by_kernels(hypothesis.seed(seed)(inside.test_bytes_are_those_of_torch)),
+        by_kernels(hypothesis.seed(seed)(inside.test_rows_by_any_ids_end_as_on_the_general_way)),
     ]
+
+
+def by_kernels(test: Callable[[], object]) -> Callable[[], object]:
+    """Return a test of copies by kernels that g++ compiles, with the backend that it names."""
+    from portakv.registry.registry import REGISTRY
+    from support.cuda_on_cpu import CudaOnCpu
+
+    def run() -> None:
+        REGISTRY.register(CudaOnCpu.name, CudaOnCpu)
+        try:
+            test()
+        finally:
+            REGISTRY.unregister(CudaOnCpu.name)
+
+    return run
 
 
 def main() -> int:
     """Build, run the tests, draw; return the exit code of what failed first, else 0."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--seconds", type=float, default=60, help="of tests and drawn cases")
+    parser.add_argument("--seconds", type=float, default=60, help="of drawn cases")
     parser.add_argument("--seed", type=int, help="draw the cases of one seed; run no tests")
     parser.add_argument("--build", type=Path, metavar="FILE", help="write the library; run nothing")
     parser.add_argument("--library", type=Path, metavar="FILE", help="that --build wrote")
@@ -167,9 +190,7 @@ def main() -> int:
 
         if args.seed is not None:
             return run(*own, f"--seed={args.seed}")
-        began = time.monotonic()
-        failed = run(*words, *tests)
-        return failed or run(*own, f"--seconds={args.seconds - (time.monotonic() - began)}")
+        return run(*words, *tests) or run(*own, f"--seconds={args.seconds}")
 
 
 if __name__ == "__main__":

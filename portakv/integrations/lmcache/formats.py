@@ -7,7 +7,6 @@ The module imports no engine. To add a format, add its preset, and raise the num
 from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
-from functools import lru_cache
 from math import prod
 from typing import Any, NamedTuple, SupportsInt, TypeAlias
 
@@ -16,6 +15,7 @@ import torch
 
 from portakv import Index, KVView, LayoutError, Unsupported
 from portakv.layout.presets import PRESETS
+from portakv.runtime.bounded import Bounded
 
 _BLOCKED_SCALES = 14
 _PLANES = 17
@@ -30,7 +30,7 @@ MLA = (3, 5, _BLOCKED_SCALES, _PLANES)
 #: The formats whose rows have keys and values next to each other.
 FUSED = (10, 11, 12, 13)
 _SCALE = 4  # bytes of a token's scale in a blocked-scale cache
-_CACHED = 64  # views of caches
+_views: Bounded[Hashable, KVView] = Bounded("views of LMCache's pools", 64)
 _WORDS = (torch.int64, torch.uint64)
 #: Devices whose torch storages PortaKV cannot address, so that views are made of tensors.
 NO_ADDRESSES = ("npu",)
@@ -173,7 +173,8 @@ def caches_of(
         version = object() if at.is_inference() else at._version
     if at is not None:
         shape, strides = pool.memory(form.dims)
-        return _view(form, at, version, shape, strides, torch.uint8, pool.block_size, device)
+        memory = shape, strides, torch.uint8
+        return _known_view(version, form, at, memory, pool.block_size, device)
 
     leaves = _leaves(form, caches)
     kinds = {(x.shape, x.stride(), x.dtype) for x in leaves}
@@ -190,17 +191,22 @@ def caches_of(
         return KVView(tensors, form.layout, **extents, reinterpret=True)
     addresses = tuple(x.data_ptr() for x in leaves)
     memory = (tuple(first.shape), first.stride(), first.dtype)
-    return _view(form, addresses, version, *memory, pool.block_size, device)
+    return _known_view(version, form, addresses, memory, pool.block_size, device)
 
 
-@lru_cache(_CACHED)
+def _known_view(version: Hashable, *terms: Any) -> KVView:
+    """Return a view of `_view`.
+
+    Args:
+        version: differs after torch wrote to a table on a device.
+    """
+    return _views.get_or_make((version, *terms), lambda: _view(*terms))
+
+
 def _view(
     form: Format,
     at: tuple[int, ...] | torch.Tensor,
-    version: Hashable,
-    shape: tuple[int, ...],
-    strides: tuple[int, ...] | None,
-    dtype: torch.dtype,
+    memory: tuple[tuple[int, ...], tuple[int, ...] | None, torch.dtype],
     block_size: int,
     device: torch.device,
 ) -> KVView:
@@ -208,9 +214,9 @@ def _view(
 
     Args:
         at: the addresses, or a table of them on a device.
-        version: differs after torch wrote to a table on a device.
-        shape, strides, dtype: of the tensor at each address; strides None: contiguous.
+        memory: shape, strides and dtype of the tensor at each address; strides None: contiguous.
     """
+    shape, strides, dtype = memory
     addresses: Any = at
     if "kv" in form.containers:
         planes = (2, -1) if form.containers == "kv layer" else (-1, 2)

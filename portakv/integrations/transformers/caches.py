@@ -11,7 +11,6 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from functools import lru_cache
 from inspect import signature
 from operator import index as whole_number
 from typing import NamedTuple, ParamSpec, SupportsIndex, TypeAlias, TypeVar
@@ -22,6 +21,7 @@ from portakv import Index, KVView, LayoutError, SlotError, Transfer, copy_rows
 from portakv.arguments import kind_of
 from portakv.host import pinned
 from portakv.integrations import IntegrationError, check_release
+from portakv.runtime.bounded import Bounded
 
 check_release("transformers")
 
@@ -576,9 +576,15 @@ def _holders(tensor: torch.Tensor) -> int:
     return holders - 1  # without the storage's object in Python
 
 
-@lru_cache(maxsize=16)
 def _streams(device: torch.device) -> _Streams:
     """Return the streams on which layers leave a device and return."""
     if device.type == "cpu":
         return _Streams(None, None)
-    return _Streams(torch.Stream(device), torch.Stream(device))
+    made = _known_streams.get(device)
+    if made is None:
+        streams = _Streams(torch.Stream(device), torch.Stream(device))
+        made = _known_streams.setdefault(device, streams)
+    return made
+
+
+_known_streams: Bounded[torch.device, _Streams] = Bounded("streams of transformers' layers", 16)
