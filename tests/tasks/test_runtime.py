@@ -303,7 +303,7 @@ def test_a_foreign_loop_that_was_closed_ends_no_loop(
     assert not caplog.records
 
 
-async def _result(handle: Handle[Any]) -> Any:
+async def _result(handle: End[Any]) -> Any:
     return await handle
 
 
@@ -311,9 +311,10 @@ def test_the_end_of_work_wakes_no_loop_that_was_closed_meanwhile(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     end: End[None] = End(runtime())
+    tasks = list[asyncio.Future[None]]()
 
     async def engine() -> None:
-        asyncio.ensure_future(_result(end))
+        tasks.append(asyncio.ensure_future(_result(end)))
         await asyncio.sleep(0.0)
 
     loop = asyncio.new_event_loop()
