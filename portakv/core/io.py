@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Call the core to move bytes between open files and memory, by its own threads.
 
-`native/core/core.h` is the contract: batches of requests go in, and ends come out. `Files.run` waits
-in the calling thread.
+`native/core/core.h` is the contract: batches of requests go in, and ends come out. The thread that
+calls `Files.run` waits for them.
 """
 
 from __future__ import annotations

@@ -22,7 +22,7 @@ from support.storage_cases import aligned
 from support.threads import run_threads
 from support.waits import LIMIT, until
 
-from portakv.core.io import WRONG, Check, Files
+from portakv.core.io import WRONG, Check
 from portakv.core.xxh3 import checksum
 from portakv.errors import InvalidTerms, StoreError
 from portakv.storage.io.base import Engine, Request
