@@ -34,6 +34,7 @@ from portakv.runtime import resources
 from portakv.runtime.bounded import Bounded
 from portakv.runtime.devices import Process, this_process
 from portakv.runtime.interrupts import abandoned, hand_over, interruptible, locked, uninterrupted
+from portakv.runtime.transfer import reported
 
 # ------------------------------------------------------------------------------------------------
 # Let only a few coroutines work at a time, in the order in which their work is due.
@@ -456,20 +457,20 @@ class End(Generic[T]):
         `TransferError` in a process that was forked before the end.
         """
         if not self.wait(timeout):
-            if self._runtime.forked:
-                raise TransferError(
-                    "The work runs in the process that this one was forked from. Wait for it there."
-                )
             raise TransferTimeout(f"The work did not end within {timeout} s, and goes on.")
+        if not self.ended:
+            raise TransferError(
+                "The work runs in the process that this one was forked from. Wait for it there."
+            )
         if self.error is None:
             value: T = self.value
             return value
         raise self.error
 
     def wait(self, timeout: float | None = None) -> bool:
-        """Block until the work has ended, at most ``timeout`` seconds; return True if it has.
+        """Block until `done`, at most ``timeout`` seconds; return False if that did not come.
 
-        Looks now and then, since a wake may come too early. A forked process waits for nothing.
+        Looks now and then, since a wake may come too early.
         """
         if self.ended:
             return True
@@ -479,33 +480,34 @@ class End(Generic[T]):
         while not self.ended and not self._runtime.forked:
             left = LOOK if until is None else until - self._runtime.time()
             if left <= 0:
-                self._drop(end.release)
+                self.off_end(end.release)
                 return False
             end.acquire(timeout=min(left, LOOK))
-        return self.ended
+        return True
 
-    def _drop(self, call: Callable[[], object]) -> None:
+    def off_end(self, call: Callable[[], object]) -> None:
         """Make a call of `on_end` no longer: who waits often must leave nothing here."""
         with suppress(ValueError):  # another thread has just taken the call
             self._calls.remove(call)
 
     def __await__(self) -> Generator[Any, Any, T]:
         if not self.done():
-            waiting: Wait | asyncio.Future[None]
             if self._runtime.lock._is_owned():  # in a step
-                waiting = Wait()
-                call = partial(self._runtime.wake, waiting)
+                yield from self._in_step().__await__()
             else:
-                loop = asyncio.get_running_loop()
-                waiting = loop.create_future()
-                call = partial(_wake_loop, loop, waiting)
-            self.on_end(call)
-            try:
-                yield from waiting.__await__()
-            except BaseException:  # cancelled
-                self._drop(call)
-                raise
+                yield from reported(self).__await__()
         return self.synchronize()
+
+    async def _in_step(self) -> None:
+        """Wait in a coroutine of the runtime until the work has ended."""
+        wait = Wait()
+        wake = partial(self._runtime.wake, wait)
+        self.on_end(wake)
+        try:
+            await wait
+        except BaseException:  # cancelled
+            self.off_end(wake)
+            raise
 
 
 class Handle(End[T]):
@@ -712,21 +714,6 @@ def _serve(handle: Handle[Any], work: Work[Any]) -> None:
             return
         while woken and hand_over(partial(_serve, *woken[0])):
             woken.popleft()
-
-
-def _wake_loop(loop: asyncio.AbstractEventLoop, future: asyncio.Future[None]) -> None:
-    """End a future of a loop, from any thread. In a loop that is closed nothing waits for it."""
-    try:
-        loop.call_soon_threadsafe(_set, future)
-    except RuntimeError:
-        if not loop.is_closed():
-            raise
-
-
-def _set(future: asyncio.Future[None]) -> None:
-    """End a future, unless it was cancelled."""
-    if not future.done():
-        future.set_result(None)
 
 
 class Descriptors(selectors.EpollSelector):
