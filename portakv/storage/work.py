@@ -722,7 +722,8 @@ class Handle(Transfer):
 
         Blocks count once they have landed, and their bytes as they are without an encoding.
         """
-        if self._ended is None and all(each.ended() for each in self.completions):
+        there = self.issued_ended() and all(end.ended for end in self._ends)
+        if there and self._ended is None:
             self._ended = time.perf_counter()
         landed = self.landed
         blocks = int(landed.sum())

@@ -1041,7 +1041,7 @@ class WeightsPull(PartTransfer):
         super().__init__([self._pull])
         self.carried = "weights", "tensors are filled by name"
         self._began = time.perf_counter()
-        self._ended: float | None = None  # when
+        self._ended: float | None = None
         self._pull.on_end(self._note_end)
 
     def _note_end(self) -> None:

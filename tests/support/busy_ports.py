@@ -80,7 +80,7 @@ def store(tier: Callable[[str], Any], rows: int = 0, many: int = 4) -> None:
     size = form.image_bytes
     with TemporaryDirectory() as folder:
         tiers = [tier(folder)]
-        terms = {"staging": 16 * size, "host": rows * size, "tiers": tiers}
+        terms: dict[str, Any] = {"staging": 16 * size, "host": rows * size, "tiers": tiers}
         with BlockStore(form, **terms) as made:
             for number in range(ROUNDS):
                 keys = [bytes([number]) + key[1:] for key in KEYS[:many]]
