@@ -269,16 +269,12 @@ class HandOvers:
                 schedule.call(process, self.close, getattr(self, handover))
 
     def judge_release(self, each: Handed) -> None:
-        """Judge that blocks were free soon after the decode engine needed them no longer.
-
-        An offer that is released before it is made lasts for its lease.
-        """
+        """Judge that blocks were free soon after the decode engine needed them no longer."""
         assert each.offered is not None
         assert each.released is not None
         assert each.freed is not None
         kept = each.freed - max(each.offered, each.released)
-        most = LEASE / 2 if each.offered < each.released else 1.5 * LEASE
-        assert kept < most, f"blocks were lent for {kept:.1f} s after their release"
+        assert kept < LEASE / 2, f"blocks were lent for {kept:.1f} s after their release"
 
     def close(self, handover: Handover) -> None:
         """Close a worker, which has nothing left."""
