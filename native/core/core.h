@@ -747,10 +747,9 @@ PORTAKV_API void portakv_io_look(portakv_io *io, portakv_io_state *out);
 // checks    NULL, or for each: base, pieces (an offset from the base and a length each), their
 //           number (0: none are checked), seed, checksums
 // each      1: report each end at once; 0: all of them together
-// wake      an eventfd that is added to when there are ends to report; negative: none
 // Return 0, or PORTAKV_NO_MEMORY; then nothing began.
 PORTAKV_API int portakv_io_begin(portakv_io *io, portakv_io_batch **batch, const int64_t *requests,
-                                 const int64_t *checks, int64_t count, int each, int wake);
+                                 const int64_t *checks, int64_t count, int each);
 
 // Wait for ends, write the number of the request and the result of each new one, and return how many
 // there are. Wait up to `milliseconds`; -1: without a limit. Return 0 after that time, and after a

@@ -104,8 +104,8 @@ bool is_right(const IoCheck &check) {
 
 // --- Batches ----------------------------------------------------------------------------------
 
-IoBatch::IoBatch(std::vector<IoRequest> all, bool each, int wake)
-    : requests(std::move(all)), each_(each), wake_(wake) {
+IoBatch::IoBatch(std::vector<IoRequest> all, bool each)
+    : requests(std::move(all)), each_(each) {
   ends_.reserve(requests.size());
 }
 
@@ -118,11 +118,6 @@ void IoBatch::end(size_t number, int64_t result) {
   }
   changes_.fetch_add(1, std::memory_order_release);
   syscall(SYS_futex, &changes_, FUTEX_WAKE_PRIVATE, INT_MAX, nullptr, nullptr, 0);
-  if (wake_ >= 0) {
-    const uint64_t one = 1;
-    // It fails if the counter is full, and then its reader wakes anyway.
-    [[maybe_unused]] const ssize_t written = write(wake_, &one, sizeof one);
-  }
 }
 
 bool IoBatch::is_ready() const {
@@ -873,7 +868,7 @@ portakv_io *portakv_io_open(const portakv_io_terms *terms, int64_t *code) {
 void portakv_io_look(portakv_io *io, portakv_io_state *out) { *out = io->engine->state(); }
 
 int portakv_io_begin(portakv_io *io, portakv_io_batch **batch, const int64_t *requests,
-                     const int64_t *checks, int64_t count, int each, int wake) {
+                     const int64_t *checks, int64_t count, int each) {
   using namespace portakv;
   try {
     std::vector<IoRequest> all(static_cast<size_t>(count));
@@ -892,7 +887,7 @@ int portakv_io_begin(portakv_io *io, portakv_io_batch **batch, const int64_t *re
                        reinterpret_cast<const uint64_t *>(checks[4])};
       checks += 5;
     }
-    auto made = std::make_shared<IoBatch>(std::move(all), each != 0, wake);
+    auto made = std::make_shared<IoBatch>(std::move(all), each != 0);
     *batch = new portakv_io_batch{made};
     io->engine->begin(made);
     return 0;
@@ -931,7 +926,7 @@ portakv_io *portakv_io_open(const portakv_io_terms *, int64_t *code) {
 void portakv_io_look(portakv_io *, portakv_io_state *) {}
 
 int portakv_io_begin(portakv_io *, portakv_io_batch **, const int64_t *, const int64_t *, int64_t,
-                     int, int) {
+                     int) {
   return PORTAKV_NO_MEMORY;
 }
 

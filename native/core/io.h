@@ -43,7 +43,7 @@ struct IoRequest {
 // The requests of one call, and their ends.
 class IoBatch {
  public:
-  IoBatch(std::vector<IoRequest> requests, bool each, int wake);
+  IoBatch(std::vector<IoRequest> requests, bool each);
 
   // Note the end of a request, which is reported once.
   void end(size_t number, int64_t result);
@@ -66,7 +66,6 @@ class IoBatch {
   std::vector<std::pair<size_t, int64_t>> ends_;  // not reported
   size_t ended_ = 0;
   const bool each_;
-  const int wake_;  // an eventfd; negative: none
   std::atomic<uint32_t> changes_{0};  // what `wait` waits for
 };
 

@@ -5,7 +5,6 @@ copy."""
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from time import perf_counter
 
 import numpy as np
@@ -13,44 +12,10 @@ import numpy as np
 from portakv.copy.counting import Counted
 from portakv.errors import TransferError
 from portakv.plan.plan import Move
-from portakv.runtime.transfer import NOTHING, Transfer
+from portakv.runtime.transfer import NOTHING, Mask, Statistics, Transfer
 from portakv.runtime.worker import Worker
 from portakv.view.form import Form
 from portakv.view.view import KVView, note_written
-
-
-@dataclass(frozen=True, slots=True)
-class Statistics:
-    """The progress of a transfer.
-
-    Attributes:
-        nbytes: bytes that have landed.
-        blocks: blocks that have landed in all layers, counted by the source's ids, else by the
-            destination's. With a slot mapping each token is a block; without ids the source's
-            blocks count.
-        blocks_requested: blocks to move. Skipped ids on the host do not count. Ids on a device are
-            not read, so they all count.
-        strategy: the strategy or backend that executed the copy, or its first piece.
-        why: the reason for that choice, as a phrase.
-        seconds: time by the host's clock from the call until its end was noticed. None before the
-            end, and inside graph capture.
-        slices: pieces that were issued so far.
-        cancelled: True if it was cancelled, so that some blocks are not moved.
-    """
-
-    nbytes: int
-    blocks: int
-    blocks_requested: int
-    strategy: str
-    why: str
-    seconds: float | None
-    slices: int
-    cancelled: bool
-
-    @property
-    def gbps(self) -> float | None:
-        """The rate in 10^9 bytes a second; None if no time is known."""
-        return self.nbytes / self.seconds / 1e9 if self.seconds else None
 
 
 def token_bytes(form: Form) -> float:
@@ -235,6 +200,11 @@ class _Together(BlockTransfer):
     @property
     def _parts(self) -> tuple[BlockTransfer, ...]:
         return self._all
+
+    @property
+    def landed(self) -> Mask:
+        """Return which requested blocks have landed, of all transfers, one after another."""
+        return np.concatenate([np.zeros(0, np.bool_), *(each.landed for each in self._all)])
 
     @property
     def layers(self) -> tuple[Transfer, ...]:

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Call the core to move bytes between open files and memory, by its own threads.
 
-`native/core/core.h` is the contract: batches of requests go in, and ends come out. A caller that
-has an event loop passes an eventfd; `Files.run` waits in the calling thread.
+`native/core/core.h` is the contract: batches of requests go in, and ends come out. The thread that
+calls `Files.run` waits for them.
 """
 
 from __future__ import annotations
@@ -99,7 +99,7 @@ def _functions() -> SimpleNamespace:
     number = ctypes.c_int64
     flag = ctypes.c_int
     words = ctypes.c_char_p
-    begun = pointer, pointer, words, words, number, flag, flag
+    begun = pointer, pointer, words, words, number, flag
     os.register_at_fork(after_in_child=_forget)
     return SimpleNamespace(
         open=function("io_open", pointer, pointer, pointer, waits=True),
@@ -150,15 +150,10 @@ class Batch:
         self._expected = b"".join([check.expected for check in checks])
         self._ends = (ctypes.c_int64 * (2 * self._count))()
 
-    def begin(self, each: bool = False, wake: int = -1) -> None:
-        """Begin all requests.
-
-        Args:
-            each: report each end immediately, and not all of them together.
-            wake: an eventfd that is added to when there are ends to report.
-        """
+    def begin(self, each: bool = False) -> None:
+        """Begin all requests. ``each``: report each end immediately, and not all together."""
         checks = _words_of(self._checked, self._expected) if self._checked else None
-        terms = (self._words, checks, self._count, each, wake)
+        terms = (self._words, checks, self._count, each)
         code = _functions().begin(self._files.handle, ctypes.byref(self.handle), *terms)
         if code:
             raise MemoryError("The core has no memory for requests of files.")

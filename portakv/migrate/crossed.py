@@ -9,10 +9,10 @@ from typing import Literal, TypeAlias
 
 from portakv.arguments import first_few
 from portakv.copy.choose_encoding import EncodingChoice
-from portakv.copy.handle import Statistics
 from portakv.errors import InvalidTerms, PackOverflow, PortaKVError, Unsupported
 from portakv.layout.encodings import FP8, PACK, Fp8
 from portakv.layout.encodings import Pack as Pack
+from portakv.runtime.transfer import Statistics
 
 #: The owner of the rows chooses.
 AUTO = "auto"

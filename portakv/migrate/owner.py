@@ -300,6 +300,10 @@ MOST_NAMED = MOST_FOUND - (64 << 10)  # bytes of the ids in one of them
 REMEMBERED = 4096  # ended offers for which an owner still reports the reason
 
 
+#: Why an offer has ended whose readers released its name before it was made.
+RELEASED = "its readers needed it no longer when it was made"
+
+
 class Names:
     """The offers of an owner by name. The runtime's lock guards all calls.
 
@@ -333,16 +337,16 @@ class Names:
                 "Expected name to be new, got the name of an offer that holds. Take random bytes."
             )
 
-    def add(self, offer: Offer) -> None:
-        """Let readers find an offer by its name, if it has one.
+    def add(self, offer: Offer) -> bool:
+        """Let readers find an offer by its name; return False if they have released it before.
 
         Raises `InvalidTerms` if another thread has used the name since `check_new`.
         """
-        if offer.name:
-            self._check_free(offer.name)
-            self._ended.pop(offer.name, None)
-            self._offers[offer.name] = offer
-            self.table.add(offer)
+        self._check_free(offer.name)
+        why = self._ended.pop(offer.name, None)
+        self._offers[offer.name] = offer
+        self.table.add(offer)
+        return why != RELEASED
 
     def end(self, offer: Offer, why: str) -> None:
         """Record why an offer has ended."""
@@ -371,6 +375,13 @@ class Names:
         """Return the offers of names that hold."""
         offers = [self._offers.get(name) for name in names]
         return [offer for offer in offers if offer is not None and offer.holds()]
+
+    def release(self, names: Sequence[bytes]) -> list[Offer]:
+        """Return the offers of names that hold. Record the other names, whose offers may come."""
+        for name in names:
+            if name not in self._offers and name not in self._ended:
+                self._ended[name] = RELEASED
+        return self.held(names)
 
     def withdraw(self, name: bytes) -> Offer | None:
         """Return the offer of a name that holds. Without one, record that none will come, for
@@ -867,9 +878,9 @@ class Owner:
             own = messages.Ticket(self.epoch, made.number, *terms, unit, made.began.traceparent)
             made.ticket = own.pack(self._key)
             self.offers[made.number] = made
-            if made.name:
-                self.names.add(made)
             self.counts["offered"] += 1
+            if made.name and not self.names.add(made):
+                made._end("taken")
             looks = self.counts["offered"] % EVENTS == 0
         if looks:  # outside of the lock, which a helper thread takes
             self.statistics()  # offers without a request expire here
@@ -1051,17 +1062,15 @@ class Owner:
 
     def _renew_named(self, _: Peer, renew: messages.RenewNamed) -> None:
         with self.lock:
-            for offer in self._named(renew):
-                offer.lease.renew(self.now() + renew.seconds)
+            if renew.epoch == self.epoch:
+                for offer in self.names.held(renew.names):
+                    offer.lease.renew(self.now() + renew.seconds)
 
     def _end_named(self, _: Peer, end: messages.EndNamed) -> None:
         with self.lock:
-            for offer in self._named(end):
-                offer.end("taken")
-
-    def _named(self, about: messages.OfNames) -> list[Offer]:
-        """Return the offers of the names of a message that hold."""
-        return self.names.held(about.names) if about.epoch == self.epoch else []
+            if end.epoch == self.epoch:
+                for offer in self.names.release(end.names):
+                    offer.end("taken")
 
     def _marks(self, peer: Peer, marks: messages.Marks) -> messages.Marked | messages.Answer:
         with self.lock:

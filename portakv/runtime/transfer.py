@@ -7,16 +7,20 @@ reads, and the list of copies in flight, which also holds copies whose handle wa
 
 from __future__ import annotations
 
+import asyncio
 import os
 import threading
 import time
 import weakref
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import suppress
-from functools import cache
-from typing import Any, Generic, NamedTuple, Protocol, TypeAlias, TypeVar
+from dataclasses import dataclass
+from functools import cache, partial
+from typing import Any, Generic, NamedTuple, Protocol, TypeAlias, TypeVar, runtime_checkable
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 from portakv import arguments
@@ -27,6 +31,9 @@ from portakv.runtime.resources import require_linux
 
 #: A weak reference to the `LateErrors` that report an error after the call returned.
 Owner: TypeAlias = "weakref.ref[Any]"
+
+#: Blocks of a transfer: bool ``[blocks]``.
+Mask: TypeAlias = npt.NDArray[np.bool_]
 
 #: Return the error of work that has ended, or None; never blocks.
 Report: TypeAlias = Callable[[], PortaKVError | None]
@@ -43,6 +50,44 @@ class Pending(Protocol):
 
     def wait(self) -> object:
         """Block the host until the bytes have landed."""
+
+
+@runtime_checkable
+class Reporting(Protocol):
+    """Work that reports its end."""
+
+    def on_end(self, call: Callable[[], object], /) -> None:
+        """Have a quick call made at the end, in any thread; immediately if it has come."""
+
+    def off_end(self, call: Callable[[], object], /) -> None:
+        """Take a call of `on_end` back."""
+
+
+async def reported(work: Reporting) -> None:
+    """Wait in the running event loop, whichever it is, for the end that some work reports."""
+    loop = asyncio.get_running_loop()
+    future = loop.create_future()
+    wake = partial(_wake, loop, future)
+    work.on_end(wake)
+    try:
+        await future
+    finally:
+        work.off_end(wake)
+
+
+def _wake(loop: asyncio.AbstractEventLoop, future: asyncio.Future[None]) -> None:
+    """End a future of a loop, from any thread. Nothing waits in a loop that is closed."""
+    try:
+        loop.call_soon_threadsafe(_end, future)
+    except RuntimeError:
+        if not loop.is_closed():
+            raise
+
+
+def _end(future: asyncio.Future[None]) -> None:
+    """End a future, unless it was cancelled."""
+    if not future.done():
+        future.set_result(None)
 
 
 class PendingCalls(NamedTuple):
@@ -317,6 +362,40 @@ class Completion:
             failed.append(self)
 
 
+@dataclass(frozen=True, slots=True)
+class Statistics:
+    """The progress of a transfer.
+
+    Attributes:
+        nbytes: bytes that have landed.
+        blocks: blocks that have landed in all layers, counted by the source's ids, else by the
+            destination's. With a slot mapping each token is a block; without ids the source's
+            blocks count.
+        blocks_requested: blocks to move. Skipped ids on the host do not count. Ids on a device are
+            not read, so they all count.
+        strategy: the strategy or backend that executed the copy, or its first piece.
+        why: the reason for that choice, as a phrase.
+        seconds: time by the host's clock from the call until its end was noticed. None before the
+            end, and inside graph capture.
+        slices: pieces that were issued so far.
+        cancelled: True if it was cancelled, so that some blocks are not moved.
+    """
+
+    nbytes: int
+    blocks: int
+    blocks_requested: int
+    strategy: str
+    why: str
+    seconds: float | None
+    slices: int
+    cancelled: bool
+
+    @property
+    def gbps(self) -> float | None:
+        """The rate in 10^9 bytes a second; None if no time is known."""
+        return self.nbytes / self.seconds / 1e9 if self.seconds else None
+
+
 #: `Transfer.carried` before anything was issued.
 NOTHING = ("none", "nothing was issued")
 
@@ -324,7 +403,9 @@ NOTHING = ("none", "nothing was issued")
 class Transfer:
     """One or more launches. A transfer retains its views and ids until the end.
 
-    A transfer with a bad device id moves all other rows; `done` and `synchronize` then raise.
+    A transfer with a bad device id moves all other rows; `done` and `synchronize` then raise. The
+    handles of copies by blocks, of pulls and of stores are transfers that know more, and each may
+    be awaited in any event loop.
 
     Attributes:
         completions: the end of each launch, or of several in a row.
@@ -418,6 +499,65 @@ class Transfer:
             completion.synchronize()
         self._finish()
 
+    def __await__(self) -> Generator[Any, None, None]:
+        """Wait in the running event loop, whose other work goes on, until all bytes have landed.
+
+        Raises:
+            SlotError, TransferError: as `synchronize` raises them.
+        """
+        self._refuse_captured("await")
+        yield from self._see_ends().__await__()
+        self.synchronize()
+
+    async def _see_ends(self) -> None:
+        """Wait for work that reports its end, then look now and then: events of a device tell no
+        loop."""
+        pendings = [pending for each in self.completions for pending in each.pendings]
+        for pending in pendings:
+            if isinstance(pending, Reporting) and not pending.done():
+                await reported(pending)
+        began = time.monotonic()
+        while [each for each in self.completions if not each.ended()]:  # each of them settles
+            await asyncio.sleep(_pause(time.monotonic() - began))
+
+    def cancel(self) -> bool:
+        """Start nothing more of the transfer; return True if some rows will not be moved. Never
+        blocks.
+
+        Always False for a transfer of which all was issued by the call.
+        """
+        return False
+
+    @property
+    def layers(self) -> Sequence[Transfer]:
+        """Return a transfer for each layer, which ends when the layer's bytes have landed; none if
+        layers do not end by themselves."""
+        return ()
+
+    @property
+    def released(self) -> Transfer | None:
+        """Return the transfer after which nothing reads the caller's rows any more; None if that is
+        the end of this one."""
+        return None
+
+    @property
+    def landed(self) -> Mask:
+        """Return which requested blocks have landed, bool ``[blocks_requested]``; never block or
+        raise.
+
+        The blocks are in the order of the call, without those that were skipped.
+        """
+        figures = self.statistics
+        return np.arange(figures.blocks_requested) < figures.blocks
+
+    @property
+    def statistics(self) -> Statistics:
+        """Return the progress so far; never block or raise.
+
+        A transfer whose call moves no blocks counts neither bytes nor blocks nor seconds.
+        """
+        return Statistics(0, 0, 0, *self.carried, None, len(self.completions), False)
+
     def __repr__(self) -> str:
         """Return the known state without a query to a device, which graph capture forbids."""
         errors = [type(c.error).__name__ for c in self.completions if c.error]
@@ -444,8 +584,7 @@ class Transfer:
                     f"The transfer timed out after {seconds:g} s, and goes on. Wait again, or call "
                     f"done()."
                 )
-            pause = min(max(20e-6, (now - began) / 50), 1e-3)  # sees the end at most 2 % late
-            time.sleep(min(pause, left))
+            time.sleep(min(_pause(now - began), left))
 
     def _finish(self) -> None:
         self._retained = None
@@ -460,6 +599,11 @@ class Transfer:
                 f"Expected a transfer outside graph capture for {call}, got a captured one, which "
                 f"has no separate completion. Synchronise the graph's replay instead."
             )
+
+
+def _pause(waited: float) -> float:
+    """Return the seconds between two looks at an end, which is then seen at most 2 % late."""
+    return min(max(20e-6, waited / 50), 1e-3)
 
 
 def bad_slot(position: int, slot: int | None = None, slots: int | None = None) -> SlotError:

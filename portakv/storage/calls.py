@@ -1195,7 +1195,8 @@ class Call:
             self.explanation.located = self.located
         self.shared.ends.add(self.end)
         why = self.explanation.sentence
-        handle = Handle(self._graph, self.end, by_layer, missing, view, self.excused, why)
+        size = self.form.own.form.raw.payload_bytes
+        handle = Handle(self._graph, self.end, by_layer, missing, view, self.excused, why, size)
         handle.form = self.form.name
         if released:
             handle.add_release(released)

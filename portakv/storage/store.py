@@ -769,7 +769,8 @@ class FormStore:
         transfer, layers = crossing.issue(moved[0][0].own.rows, loan, by_layer)
         for form, keys in moved:
             self._count_hits(form, keys)
-        handle = Handle.of_issued(self.graph, len(loan.rows), transfer, layers)
+        size = moved[0][0].own.form.raw.payload_bytes
+        handle = Handle.of_issued(self.graph, len(loan.rows), transfer, layers, size)
         return self._follow_issued(handle, moved[0][0].name if len(moved) == 1 else "")
 
     async def _load(

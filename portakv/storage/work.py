@@ -17,7 +17,6 @@ from traceback import clear_frames
 from typing import Any, Literal, NamedTuple, TypeAlias, TypeVar, cast
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
 from portakv import arguments, tasks
@@ -25,15 +24,14 @@ from portakv.errors import PortaKVError, TransferCancelled, TransferError
 from portakv.graph.trace import Counts, Figures, Ran, Trace
 from portakv.runtime.interrupts import uninterrupted
 from portakv.runtime.streams import ignoring_captures
-from portakv.runtime.transfer import Completion, Pending, Transfer
+from portakv.runtime.transfer import Completion, Pending, Statistics, Transfer
+from portakv.runtime.transfer import Mask as Mask
 from portakv.tasks import SLACK, Limit, Priority, Runtime, Signal, Turn, Wait, Work
 from portakv.tasks.runtime import EXIT, Steps
 
 T = TypeVar("T")
 E = TypeVar("E", bound="End")
 
-#: Blocks of a task: bool ``[blocks]``.
-Mask: TypeAlias = npt.NDArray[np.bool_]
 #: How blocks that do not land are reported: the end raises, or it does not.
 Missing: TypeAlias = Literal["raise", "skip"]
 #: How a task ends that did not run.
@@ -574,6 +572,10 @@ class Graph:
             self.cancel(task)
 
 
+#: `Handle.carried` of blocks that helpers move.
+STORED = "store", "helpers move the blocks between the caller and the tiers"
+
+
 class Handle(Transfer):
     """A transfer that ends with the work of a graph, and retains an object until then.
 
@@ -587,6 +589,7 @@ class Handle(Transfer):
         retained: an object to retain until the end.
         excused: blocks that need not land, bool ``[blocks]``.
         why: takes the blocks that landed, and returns why the others did not, or an empty text.
+        block_bytes: bytes of each block, for `statistics`.
 
     Attributes:
         layers: a handle for each layer.
@@ -597,6 +600,9 @@ class Handle(Transfer):
     """
 
     __slots__ = (
+        "_began",
+        "_block_bytes",
+        "_ended",
         "_ends",
         "_excused",
         "_graph",
@@ -620,12 +626,17 @@ class Handle(Transfer):
         retained: object = None,
         excused: Mask | bool = False,
         why: Callable[[Mask], str] | None = None,
+        block_bytes: int = 0,
     ) -> None:
         ends = () if end is None else (end,)
         super().__init__(
-            [Completion(pendings=(cast(Pending, x),), retained=retained) for x in ends]
+            [Completion(pendings=(cast(Pending, x),), retained=retained) for x in ends],
+            carried=STORED,
         )
-        self.layers = [Handle(graph, layer, missing=missing, why=why) for layer in layers]
+        share = block_bytes // max(1, len(layers))
+        self.layers: Sequence[Transfer] = [
+            Handle(graph, layer, missing=missing, why=why, block_bytes=share) for layer in layers
+        ]
         self._graph = graph
         self._ends = (*layers, *ends)
         self._skip = missing == "skip"
@@ -637,6 +648,9 @@ class Handle(Transfer):
         self._ordered = False  # a stream waits for these copies
         self.cancelled = False
         self.form = ""
+        self._block_bytes = block_bytes
+        self._began = time.perf_counter()
+        self._ended: float | None = None  # when the end was noticed
         self.released: Transfer | None = None
 
     def add_release(self, end: End) -> None:
@@ -651,11 +665,17 @@ class Handle(Transfer):
 
     @classmethod
     def of_issued(
-        cls, graph: Graph, blocks: int, transfer: Transfer, layers: Sequence[Transfer] = ()
+        cls,
+        graph: Graph,
+        blocks: int,
+        transfer: Transfer,
+        layers: Sequence[Transfer] = (),
+        block_bytes: int = 0,
     ) -> Handle:
         """Return the handle of a transfer that was issued, and that moves all blocks."""
-        handle = cls(graph, None)
-        handle.layers = [cls.of_issued(graph, blocks, layer) for layer in layers]
+        handle = cls(graph, None, block_bytes=block_bytes)
+        share = block_bytes // max(1, len(layers))
+        handle.layers = [cls.of_issued(graph, blocks, layer, (), share) for layer in layers]
         handle.add_issued(transfer, np.ones(blocks, np.bool_))
         return handle
 
@@ -668,6 +688,7 @@ class Handle(Transfer):
         self._issued_blocks = blocks
         self.completions = (*transfer.completions, *self.completions)
         self._retained = transfer
+        self.carried = transfer.carried
 
     def issued_ended(self) -> bool:
         """Return True once the transfers that were issued have ended; never block or raise.
@@ -694,6 +715,21 @@ class Handle(Transfer):
         After `wait`, the blocks of a copy that was issued count: the stream finds their bytes.
         """
         return self._landed(self._ordered or all(each.ended() for each in self._issued))
+
+    @property
+    def statistics(self) -> Statistics:
+        """Return the progress so far; never block or raise.
+
+        Blocks count once they have landed, and their bytes as they are without an encoding.
+        """
+        there = self.issued_ended() and all(end.ended for end in self._ends)
+        if there and self._ended is None:
+            self._ended = time.perf_counter()
+        landed = self.landed
+        blocks = int(landed.sum())
+        seconds = None if self._ended is None else self._ended - self._began
+        counts = blocks * self._block_bytes, blocks, len(landed)
+        return Statistics(*counts, *self.carried, seconds, len(self.completions), self.cancelled)
 
     def _landed(self, there: bool) -> Mask:
         """Return the blocks that helpers landed, and those that were issued if they are there."""
@@ -747,6 +783,8 @@ class Handle(Transfer):
         super()._await_end(max(0.0, until - time.monotonic()))
 
     def _finish(self) -> None:
+        if self._ended is None:
+            self._ended = time.perf_counter()
         super()._finish()
         if not self._ends:
             return

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import atexit
+import logging
 import os
 import select
 import selectors
@@ -33,6 +34,7 @@ from portakv.runtime import resources
 from portakv.runtime.bounded import Bounded
 from portakv.runtime.devices import Process, this_process
 from portakv.runtime.interrupts import abandoned, hand_over, interruptible, locked, uninterrupted
+from portakv.runtime.transfer import reported
 
 # ------------------------------------------------------------------------------------------------
 # Let only a few coroutines work at a time, in the order in which their work is due.
@@ -215,6 +217,7 @@ def blocking() -> Limit:
 # Run coroutines in the caller's thread until they wait, and then in one loop of the process.
 
 T = TypeVar("T")
+_log = logging.getLogger(__name__)
 
 #: A coroutine that returns T.
 Steps = Coroutine[Any, Any, T]
@@ -362,6 +365,15 @@ class Signal:
             return bool(condition())
 
 
+def _report(call: Callable[[], object]) -> None:
+    """Make a call at the end or at the event of other work, and log its error: that work and its
+    thread go on."""
+    try:
+        call()
+    except Exception:
+        _log.exception("A call at the end of some work failed. Report it.")
+
+
 class Step:
     """The context of a step: its thread has the lock.
 
@@ -432,25 +444,33 @@ class End(Generic[T]):
 
     def _make_calls(self) -> None:
         while self._calls:
-            with suppress(IndexError):  # another thread has just taken the last call
-                self._calls.popleft()()
+            try:
+                call = self._calls.popleft()
+            except IndexError:  # another thread has just taken the last call
+                return
+            _report(call)
 
     def synchronize(self, timeout: float | None = None) -> T:
         """Return the result of the work, or raise its error.
 
-        Raises `TransferTimeout` after ``timeout`` seconds. The work goes on.
+        Raises `TransferTimeout` after ``timeout`` seconds, when the work goes on, and
+        `TransferError` in a process that was forked before the end.
         """
         if not self.wait(timeout):
             raise TransferTimeout(f"The work did not end within {timeout} s, and goes on.")
+        if not self.ended:
+            raise TransferError(
+                "The work runs in the process that this one was forked from. Wait for it there."
+            )
         if self.error is None:
             value: T = self.value
             return value
         raise self.error
 
     def wait(self, timeout: float | None = None) -> bool:
-        """Block until the work has ended, at most ``timeout`` seconds; return True if it has.
+        """Block until `done`, at most ``timeout`` seconds; return False if that did not come.
 
-        Looks now and then, since a wake may come too early. A forked process waits for nothing.
+        Looks now and then, since a wake may come too early.
         """
         if self.ended:
             return True
@@ -460,23 +480,34 @@ class End(Generic[T]):
         while not self.ended and not self._runtime.forked:
             left = LOOK if until is None else until - self._runtime.time()
             if left <= 0:
-                with suppress(ValueError):  # another thread has just taken the call
-                    self._calls.remove(end.release)  # who waits often must leave nothing here
+                self.off_end(end.release)
                 return False
             end.acquire(timeout=min(left, LOOK))
         return True
 
+    def off_end(self, call: Callable[[], object]) -> None:
+        """Make a call of `on_end` no longer: who waits often must leave nothing here."""
+        with suppress(ValueError):  # another thread has just taken the call
+            self._calls.remove(call)
+
     def __await__(self) -> Generator[Any, Any, T]:
-        if not self.ended and self._runtime.lock._is_owned():  # in a step
-            wait = Wait()
-            self.on_end(partial(self._runtime.wake, wait))
-            yield from wait.__await__()
-        elif not self.ended:
-            loop = asyncio.get_running_loop()
-            future = loop.create_future()
-            self.on_end(partial(loop.call_soon_threadsafe, _set, future))
-            yield from future
+        if not self.done():
+            if self._runtime.lock._is_owned():  # in a step
+                yield from self._in_step().__await__()
+            else:
+                yield from reported(self).__await__()
         return self.synchronize()
+
+    async def _in_step(self) -> None:
+        """Wait in a coroutine of the runtime until the work has ended."""
+        wait = Wait()
+        wake = partial(self._runtime.wake, wait)
+        self.on_end(wake)
+        try:
+            await wait
+        except BaseException:  # cancelled
+            self.off_end(wake)
+            raise
 
 
 class Handle(End[T]):
@@ -608,30 +639,38 @@ class Handle(End[T]):
             wait.add_done_callback(self._go_on)  # a future of asyncio
         elif wait.is_closed():
             self._go_on(wait)
-        elif wait.poll is not None and wait.poll(0):  # the descriptor may not report it again
+        elif self._has_come(wait):  # the descriptor may not report it again
             wait.woken = True
             self._runtime.started().call_soon(self._go_on, wait)
-        else:
-            loop = self._runtime.started()
-            if wait.until is not None:
-                wait.timer = loop.call_at(wait.until, self._go_on, wait)
+        elif self._wait is wait and wait.until is not None:
+            wait.timer = self._runtime.started().call_at(wait.until, self._go_on, wait)
+
+    def _has_come(self, wait: Wait) -> bool:
+        """Return True if the event of a wait has come; else have the loop see it.
+
+        An error, of a bad descriptor or of the poll, ends the wait.
+        """
+        try:
+            if wait.poll is not None and wait.poll(0):
+                return True
             if isinstance(wait.fd, int):
-                try:
-                    loop.descriptors.watch(wait.fd, wait.events, self._see)
-                except OSError as error:  # a bad descriptor
-                    self._wait = None
-                    self.step(self._steps.throw, error)
+                self._runtime.started().descriptors.watch(wait.fd, wait.events, self._see)
+        except Exception as error:
+            self._wait = None
+            if wait.timer is not None:
+                wait.timer.cancel()
+            self.step(self._steps.throw, error)
+        return False
 
     def _see(self) -> None:
         """Go on after the event of a descriptor, which is watched no longer."""
         wait = self._wait
-        if wait.poll is not None and not wait.poll(0):
-            self._runtime.started().descriptors.watch(wait.fd, wait.events, self._see)
+        if wait.poll is not None and not self._has_come(wait):
             return
-        wait.woken = True
-        self._wait = None
         if wait.timer is not None:
             wait.timer.cancel()
+        wait.woken = True
+        self._wait = None
         self.step(self._steps.send, None)
 
     def _go_on(self, wait: Any) -> None:
@@ -643,7 +682,7 @@ class Handle(End[T]):
             if wait.timer is not None:
                 wait.timer.cancel()
             if isinstance(wait.fd, int):
-                self._runtime.started().descriptors.unwatch(wait.fd, wait.events)
+                self._runtime.started().descriptors.unwatch(wait.fd, wait.events, self._see)
         if self._cancelled:
             self._cancelled = False
             self.step(self._steps.throw, asyncio.CancelledError())
@@ -677,12 +716,6 @@ def _serve(handle: Handle[Any], work: Work[Any]) -> None:
             woken.popleft()
 
 
-def _set(future: asyncio.Future[None]) -> None:
-    """End a future, unless it was cancelled."""
-    if not future.done():
-        future.set_result(None)
-
-
 class Descriptors(selectors.EpollSelector):
     """The descriptors of a loop: those of `Wait`, and those that the loop itself watches.
 
@@ -693,7 +726,8 @@ class Descriptors(selectors.EpollSelector):
     def __init__(self) -> None:
         super().__init__()
         self._poll = select.epoll.fromfd(os.dup(self.fileno()))  # the same queue of events
-        self._calls = dict[int, dict[int, Callable[[], object]]]()  # by descriptor and event
+        # Events and their calls, by descriptor.
+        self._calls = dict[int, list[tuple[int, Callable[[], object]]]]()
         self._masks = dict[int, int]()  # the events that are requested now
 
     def select(self, timeout: float | None = None) -> list[tuple[selectors.SelectorKey, int]]:
@@ -708,20 +742,24 @@ class Descriptors(selectors.EpollSelector):
 
     def _see(self, fd: int, events: int) -> None:
         calls = self._calls[fd]
-        for mask in tuple(calls):
-            # A call may have forgotten the descriptor meanwhile.
-            if events & (mask | select.EPOLLHUP | select.EPOLLERR) and mask in calls:
-                calls.pop(mask)()  # most coroutines wait for the same event again
+        for each in tuple(calls):
+            mask, call = each
+            # A call before may have forgotten the descriptor, or ended another wait.
+            if events & (mask | select.EPOLLHUP | select.EPOLLERR) and each in calls:
+                calls.remove(each)
+                _report(call)  # most coroutines wait for the same event again
         self._renew(fd)
 
     def watch(self, fd: int, events: int, call: Callable[[], object]) -> None:
         """Make a call once at an event of a descriptor. Runs in the loop."""
-        self._calls.setdefault(fd, {})[events or select.EPOLLRDHUP] = call
+        self._calls.setdefault(fd, []).append((events or select.EPOLLRDHUP, call))
         self._renew(fd)
 
     def _renew(self, fd: int) -> None:
         """Request the events of a descriptor that are watched, and no others."""
-        mask = sum(self._calls.get(fd, ()))
+        mask = 0
+        for events, _ in self._calls.get(fd, ()):
+            mask |= events
         before = self._masks.get(fd, 0)
         if mask == before:
             return
@@ -741,17 +779,18 @@ class Descriptors(selectors.EpollSelector):
         with suppress(OSError):  # it is closed
             self._poll.unregister(fd)
 
-    def unwatch(self, fd: int, events: int) -> None:
+    def unwatch(self, fd: int, events: int, call: Callable[[], object]) -> None:
         """Make the call of `watch` no longer."""
-        self._calls.get(fd, {}).pop(events or select.EPOLLRDHUP, None)
+        with suppress(ValueError):  # it was forgotten
+            self._calls.get(fd, []).remove((events or select.EPOLLRDHUP, call))
         self._renew(fd)
 
     def forget(self, fd: int) -> None:
         """End all waits for a descriptor that is closed next. Runs in the loop."""
-        calls = self._calls.get(fd, {})
+        calls = self._calls.get(fd, [])
         self._drop(fd)
         while calls:
-            calls.popitem()[1]()
+            _report(calls.pop()[1])
 
     def close(self) -> None:
         """Close the selector's descriptors."""

@@ -30,6 +30,7 @@ from portakv.errors import (
     OfferGone,
     PeerError,
     PortaKVError,
+    TransferCancelled,
     TransferError,
     TransferTimeout,
     Unsupported,
@@ -59,7 +60,7 @@ from portakv.runtime.streams import (
     side_stream,
     synchronize_current,
 )
-from portakv.runtime.transfer import Completion, Transfer
+from portakv.runtime.transfer import Completion, Statistics, Transfer
 from portakv.tasks import Limit, Wait, Work, runtime, shared_limit
 from portakv.weights.messages import (
     END,
@@ -1038,6 +1039,23 @@ class WeightsPull(PartTransfer):
             lambda: runtime().start(_in_turn(request)), undo=lambda handle: handle.cancel()
         )
         super().__init__([self._pull])
+        self.carried = "weights", "tensors are filled by name"
+        self._began = time.perf_counter()
+        self._ended: float | None = None
+        self._pull.on_end(self._note_end)
+
+    def _note_end(self) -> None:
+        self._ended = time.perf_counter()
+
+    @property
+    def statistics(self) -> Statistics:
+        """Return the progress so far; never block or raise.
+
+        Bytes count after the end. Weights have no blocks.
+        """
+        seconds = None if self._ended is None else self._ended - self._began
+        cancelled = isinstance(self.error, TransferCancelled)
+        return Statistics(self.nbytes, 0, 0, *self.carried, seconds, int(self.ended), cancelled)
 
     @property
     def nbytes(self) -> int:

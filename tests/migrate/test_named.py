@@ -664,6 +664,32 @@ def test_leases_are_renewed_by_name(made: Sides) -> None:
     assert until(lambda: offers[0].state == "taken")
 
 
+@pytest.mark.parametrize("released", [False, True])
+def test_an_offer_that_readers_released_before_it_was_made_ends(
+    made: Sides, released: bool
+) -> None:
+    """Later offers of the name hold."""
+    pair = Pair(made)
+    owner = pair.owner
+    name = token_bytes(16)
+    epoch = owner.epoch if released else token_bytes(16)
+    pair.reader.channel.tell(owner.channel.address, messages.EndNamed(epoch, (name,)))
+    pair.reader.channel.ask(
+        owner.channel.address, messages.Find(owner.epoch, (name,)), messages.Found
+    )
+    owner.finished()
+    offer = owner.offer(BLOCKS, tokens=TOKENS, readers=1 << 31, name=name)
+    assert offer.state == ("taken" if released else "held")
+    assert [each.offer for each in owner.finished()] == [offer] * released
+    if released:
+        with pytest.raises(OfferGone):
+            pair.reader.pull(pair.ticket(name), INTO).synchronize(LIMIT)
+        offer = owner.offer(BLOCKS, tokens=TOKENS, readers=1 << 31, name=name)
+        assert offer.state == "held"
+    pair.reader.pull(pair.ticket(name), INTO).synchronize(LIMIT)
+    assert pair.right()
+
+
 def test_offers_of_many_readers_end_by_name(made: Sides) -> None:
     """Each of two readers has the rows; the owner learns that there is no third."""
     pair = Pair(made)

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import errno
 import os
-import random
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,8 +15,9 @@ from typing import Any, cast
 import pytest
 import torch
 from support.device_cases import LONG, current, delay
-from support.model_worker import LAYOUT, ModelWorker, caches
-from support.serving_model import NOTHING, Draw, Engine
+from support.model_worker import LAYOUT, caches
+from support.serving_model import NOTHING, Engine
+from support.store_engine import RealStore, StoreWorker
 from support.waits import LIMIT
 
 from portakv import KVView
@@ -26,39 +26,9 @@ from portakv.errors import StoreError
 from portakv.runtime import resources
 from portakv.runtime.streams import StreamFence
 from portakv.serving import Group, GroupCache, Job, Plan, Report, SchedulerSide, WorkerSide
-from portakv.serving.local import GroupView, LocalIndex, StoreTerms
+from portakv.serving.local import LocalIndex
 from portakv.storage import BlockForm, BlockStore, Disk, prefix_keys
 from portakv.storage.store import FormStore
-
-STEP = 5e-4  # seconds of a step in which workers of the store go on
-
-
-class RealStore(LocalIndex):
-    """A block store of the model's rows, as its index."""
-
-    def __init__(self, chance: random.Random, draw: Draw) -> None:
-        super().__init__()
-        draw.workers = 1
-        view = caches(2, 8)[1]
-        size = BlockForm.of(view, "model", block_size=draw.stored_size).image_bytes
-        room = chance.choice([6, 40]) * size  # the host tier evicts
-        terms = StoreTerms(staging=room + 8 * size, host=room)
-        (self.blocks,) = self.open([GroupView(view)], terms, "model", draw.stored_size)
-        self.expected = dict[bytes, list[int]]()
-        self.wrong = 0.0
-
-    def age(self) -> None:
-        """Nothing is damaged; the store evicts."""
-
-
-class StoreWorker(ModelWorker):
-    """A worker over a block store."""
-
-    step = STEP
-
-    @staticmethod
-    def cache(engine: Engine, view: KVView, number: int) -> GroupCache:
-        return GroupCache(view, engine.store.blocks)
 
 
 @pytest.mark.parametrize("part", range(8))

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import errno
 import gc
 import os
@@ -23,7 +22,7 @@ from support.storage_cases import aligned
 from support.threads import run_threads
 from support.waits import LIMIT, until
 
-from portakv.core.io import WRONG, Batch, Check, Files
+from portakv.core.io import WRONG, Check
 from portakv.core.xxh3 import checksum
 from portakv.errors import InvalidTerms, StoreError
 from portakv.storage.io.base import Engine, Request
@@ -321,41 +320,6 @@ def test_reads_are_verified(engine: Engine, file: int) -> None:
         sizes[number] = WRONG
     sizes[3] = -errno.EBADF
     assert results == sizes
-
-
-def test_a_loop_waits_by_an_eventfd(file: int) -> None:
-    """One eventfd serves several batches; their ends come without a thread that waits."""
-    files = Files(ring=False, depth=4)
-    wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
-    before = content(file)
-    SPACE[:] = 0
-    all_ends = dict[int, int]()
-
-    async def carry_out() -> None:
-        loop = asyncio.get_running_loop()
-        woken = asyncio.Event()
-
-        def notice() -> None:
-            os.read(wake, 8)
-            woken.set()
-
-        batches = [Batch(files, reads(file, [(n << 20, 1 << 20)]), ()) for n in range(4)]
-        loop.add_reader(wake, notice)
-        for each in batches:
-            each.begin(wake=wake)
-        while len(all_ends) < 4:
-            await asyncio.wait_for(woken.wait(), LIMIT)
-            woken.clear()
-            for number, each in enumerate(batches):
-                for _, result in each.wait(0) or []:
-                    all_ends[number] = result
-        loop.remove_reader(wake)
-
-    asyncio.run(carry_out())
-    assert all_ends == dict.fromkeys(range(4), 1 << 20)
-    assert np.array_equal(SPACE[: 4 << 20], before)
-    os.close(wake)
-    files.close()
 
 
 def test_a_forked_child_is_refused(engine: Engine, file: int) -> None:

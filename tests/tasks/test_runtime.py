@@ -14,14 +14,16 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from typing import Any
 
 import pytest
 from support.interrupts import in_other_thread
 from support.seeded_loop import WatchedLoop, run_seeded
+from support.slot_cases import ended_well, forked
 from support.waits import LIMIT, until
 
-from portakv.errors import TransferTimeout
+from portakv.errors import TransferError, TransferTimeout
 from portakv.runtime import interrupts
 from portakv.tasks import End, Handle, Limit, Runtime, Signal, TaskGroup, Wait, Work, runtime
 from portakv.tasks.runtime import HANGUP, READ, WRITE
@@ -169,6 +171,26 @@ def test_two_waits_for_one_descriptor_end_by_their_own_events() -> None:
         assert end.synchronize(LIMIT)
 
 
+@pytest.mark.parametrize("closed", [False, True])
+def test_all_waits_for_one_event_of_a_descriptor_end(closed: bool) -> None:
+    here, there = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+
+    async def wait(until: float = LIMIT) -> bool:
+        return await Wait(here.fileno(), READ, runtime().time() + until)
+
+    with here, there:
+        handles = [runtime().start(wait()) for _ in range(3)]
+        assert not runtime().start(wait(0.01)).synchronize(LIMIT)
+        handles.pop().cancel()
+        assert not [handle for handle in handles if handle.done()]
+        if closed:
+            loop = runtime().started()
+            loop.call_soon_threadsafe(loop.descriptors.forget, here.fileno())
+        else:
+            there.send(b"x")
+        assert [handle.synchronize(LIMIT) for handle in handles] == [True, True]
+
+
 def test_a_bad_descriptor_is_an_error_of_the_coroutine() -> None:
     with pytest.raises(OSError, match="Bad file descriptor"):
         runtime().start(where(Wait(10**6))).synchronize(LIMIT)
@@ -253,6 +275,90 @@ def test_a_foreign_loop_that_runs_is_left_alone_and_woken(policy: str) -> None:
 
     names, name = in_other_thread(act)
     assert names == [name, "portakv loop"]
+
+
+@pytest.mark.parametrize("gives_up", [False, True])
+def test_a_foreign_loop_that_was_closed_ends_no_loop(
+    gives_up: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Its wait leaves nothing with the end."""
+    wait = Wait()
+    handle = runtime().start(where(wait))
+
+    async def engine() -> list[str] | None:
+        with suppress(asyncio.TimeoutError):
+            return await asyncio.wait_for(_result(handle), 0.01 if gives_up else LIMIT)
+        return None
+
+    with ThreadPoolExecutor(1) as other:
+        waiting = other.submit(asyncio.run, engine())
+        assert until(lambda: gives_up or vars(handle)["_calls"], LIMIT)
+        if gives_up:
+            assert waiting.result(LIMIT) is None
+            assert not vars(handle)["_calls"]
+        in_other_thread(lambda: runtime().wake(wait))
+        handle.synchronize(LIMIT)
+        assert gives_up or waiting.result(LIMIT) == handle.value
+    assert runtime().start(where(soon())).synchronize(LIMIT)
+    assert not caplog.records
+
+
+async def _result(handle: End[Any]) -> Any:
+    return await handle
+
+
+def test_the_end_of_work_wakes_no_loop_that_was_closed_meanwhile(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    end: End[None] = End(runtime())
+    tasks = list[asyncio.Future[None]]()
+
+    async def engine() -> None:
+        tasks.append(asyncio.ensure_future(_result(end)))
+        await asyncio.sleep(0.0)
+
+    loop = asyncio.new_event_loop()
+    in_other_thread(lambda: loop.run_until_complete(engine()))
+    assert vars(end)["_calls"]
+    loop.close()
+    end.settle(None, None)
+    assert not caplog.records
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_call_at_the_end_that_fails_is_logged_and_others_are_made(
+    fails: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    here, there = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    with here, there:
+        handle = runtime().start(where(Wait(here.fileno())))
+        handle.on_end(lambda: 1 // (not fails))
+        awaiting = runtime().start(_result(handle))
+        there.send(b"x")
+        assert awaiting.synchronize(LIMIT) == handle.synchronize(LIMIT)
+    assert runtime().start(where(soon())).synchronize(LIMIT), "the loop has ended"
+    assert [record.exc_info is not None for record in caplog.records] == [True] * fails
+
+
+@pytest.mark.parametrize("before", [True, False])
+def test_a_poll_that_fails_is_an_error_of_its_coroutine(before: bool) -> None:
+    """It fails when the wait begins, or at an event."""
+    here, there = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    polls = list[int]()
+
+    def poll(milliseconds: int) -> bool:
+        polls.append(milliseconds)
+        if before or len(polls) > 1:
+            raise OSError("the socket is closed")
+        return False
+
+    with here, there:
+        handle = runtime().start(where(Wait(here.fileno(), poll=poll)))
+        assert until(lambda: polls, LIMIT)
+        there.send(b"x")
+        with pytest.raises(OSError, match="is closed"):
+            handle.synchronize(LIMIT)
+    assert runtime().start(where(soon())).synchronize(LIMIT), "the loop has ended"
 
 
 async def working(*calls: Any) -> list[str]:
@@ -500,6 +606,26 @@ def test_a_forked_process_has_its_own_runtime() -> None:
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
     assert runtime() is before
     assert not before.forked
+
+
+@pytest.mark.parametrize("ended", [False, True])
+def test_a_forked_process_learns_only_of_work_that_has_ended(ended: bool) -> None:
+    handle = runtime().start(where(Wait()))
+    if ended:
+        handle.cancel()
+        assert handle.wait(LIMIT)
+
+    def learn() -> bool:
+        assert handle.wait(LIMIT)
+        assert handle.done()
+        said = "" if ended else "forked from"
+        for wait in (handle.synchronize, lambda: asyncio.run(_result(handle))):
+            with pytest.raises(asyncio.CancelledError if ended else TransferError, match=said):
+                wait()
+        return True
+
+    assert ended_well(forked(learn))
+    handle.cancel()
 
 
 @pytest.fixture

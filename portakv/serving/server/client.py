@@ -500,7 +500,8 @@ class ServerTransfer(Handle):
         # The runtime's lock guards what follows.
         self._end = End(client.graph, keys)
         self._end.stop = self._stop
-        super().__init__(client.graph, self._end, missing="skip")
+        size = blocks.form.raw.payload_bytes
+        super().__init__(client.graph, self._end, missing="skip", block_bytes=size)
         self._released = End(client.graph, keys)
         if saves:
             self.add_release(self._released)
@@ -757,7 +758,10 @@ class ServerTransfer(Handle):
                 _, layers = self._crossing.issue(self._rows_of(session), loan, by_layer)
                 if layers:
                     every = self._end.blocks
-                    self.layers = [Handle.of_issued(self._graph, every, each) for each in layers]
+                    size = self._block_bytes // len(layers)
+                    self.layers = [
+                        Handle.of_issued(self._graph, every, each, (), size) for each in layers
+                    ]
             landed = True
         finally:
             uninterrupted(partial(self._note_issued, session, loan, hits, begun, landed))
