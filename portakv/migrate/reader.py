@@ -26,6 +26,7 @@ from weakref import ref
 import torch
 
 from portakv import arguments
+from portakv.copy.inside import copy_checked
 from portakv.copy.options import USUAL, CopyOptions, Overlap, options_from
 from portakv.errors import (
     OfferGone,
@@ -62,7 +63,6 @@ from portakv.migrate.plan import (
     Step,
     check_arguments,
     check_packed,
-    copy_checked,
     count_blocks,
     indices_of,
     planned,

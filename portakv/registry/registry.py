@@ -63,8 +63,8 @@ MADE_FOR = {"cuda": "cuda", "hip": "cuda", "ascend": "npu", "mlu": "mlu"}
 ENVIRONMENT = "PORTAKV_BACKEND"
 # For an unset variable `os.environ` raises two internal errors: 2 us of a copy's 26. A look into
 # its private dictionary avoids them.
-_variables: Container[object] = getattr(os.environ, "_data", os.environ)
-_KEY = os.environ.encodekey(ENVIRONMENT)
+VARIABLES: Container[object] = getattr(os.environ, "_data", os.environ)
+OVERRIDE = os.environ.encodekey(ENVIRONMENT)
 
 #: How backends are named in messages, and how one is forced.
 KIND = Kind("backend", ENVIRONMENT, "backend", listing="portakv backends --device {target}")
@@ -374,7 +374,7 @@ def choose(device: torch.device | str, backend: str | None = None) -> Choice:
             f"registry choose."
         )
     forced = backend
-    if _KEY in _variables:
+    if OVERRIDE in VARIABLES:
         forced = os.environ.get(ENVIRONMENT) or backend
     known = REGISTRY.choices.get((device, forced)) if isinstance(device, torch.device) else None
     if known is not None:

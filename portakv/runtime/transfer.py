@@ -716,7 +716,7 @@ class Finished(Generic[T]):
     @property
     def started(self) -> bool:
         """Return True if items are kept."""
-        return this_process() in self._waiting
+        return bool(self._waiting) and this_process() in self._waiting
 
     @property
     def is_idle(self) -> bool:

@@ -40,7 +40,7 @@ from portakv.copy.choose_encoding import (
     stays_raw,
 )
 from portakv.errors import InvalidTerms, PackOverflow, PortaKVError, Unsupported
-from portakv.graph.trace import Counts, Figures
+from portakv.graph.trace import Figures
 from portakv.layout.encodings import FLAG_AT, PACKED, TOTAL_AT, Pack, PackedPlane
 from portakv.runtime.rate_limited_log import RateLimitedLog
 from portakv.runtime.transfer import Finished
@@ -50,7 +50,18 @@ from portakv.storage.form import HEADER, BlockForm, Slices
 from portakv.storage.memory import Claim, Crossing, Held, RowQueue, Rows, Want
 from portakv.storage.reasons import OVERFLOWED, Explanation, Reason, Reasons
 from portakv.storage.tiers.base import Keys, TierStore
-from portakv.storage.work import BaseQueue, End, Ending, Graph, Handle, Mask, Missing, Queue, Task
+from portakv.storage.work import (
+    BaseQueue,
+    Counts,
+    End,
+    Ending,
+    Graph,
+    Handle,
+    Mask,
+    Missing,
+    Queue,
+    Task,
+)
 from portakv.tasks import SLACK, Priority, Wait, Work
 from portakv.tasks.runtime import Steps
 from portakv.view import KVView

@@ -129,7 +129,7 @@ class LentCopy:
             expected = "no raw block in a copy that keeps none"
             raise invalid("raw", expected, raw, "Leave it out.")
         graph = self._queue.graph
-        if not graph.runtime.forked:  # the lock may be held for ever
+        if not graph.process.forked:  # the lock may be held for ever
             graph.run(partial(self._end, made, rough))
 
     def _mask(self, name: str, value: Mask | Sequence[bool] | None, default: bool) -> Mask:

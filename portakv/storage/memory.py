@@ -23,8 +23,8 @@ import numpy.typing as npt
 import torch
 
 from portakv.arguments import invalid, naming, shown
+from portakv.copy.inside import copy_checked as copy_checked
 from portakv.copy.options import USUAL, CopyOptions
-from portakv.copy.rows import copy_rows as copy_rows
 from portakv.errors import InvalidTerms, LayoutError, SlotError
 from portakv.host import pinned
 from portakv.host.pool import Extents
@@ -1002,13 +1002,14 @@ class Crossing:
         store: bool = False,
         options: CopyOptions = USUAL,
     ) -> None:
-        whole = view.block_size if isinstance(view, KVView) else None
+        whole = view.form.block_size if isinstance(view, KVView) else 0
         if not whole:
             got = repr(view) if isinstance(view, KVView) else shown(view)
             raise LayoutError(
                 f"Expected view to be a paged view, got {got}. Name a block axis in its layout."
             )
-        if capturing(view.device):
+        self._view = view
+        if self.on_device and capturing(view.device):
             why = "workers on the host move blocks; save and load outside of it"
             raise refuse_capture("A transfer of a block store", why)
         try:
@@ -1058,7 +1059,6 @@ class Crossing:
                     f"Expected blocks to have a block of the view for each key, got negative ids "
                     f"alone for keys[{nowhere[0]}]. Leave the key out."
                 )
-        self._view = view
         self._after: StreamFence | None = None
         self._stream: torch.Stream | None = None  # of the maker
         self.ends = list[Completion]()
@@ -1097,7 +1097,7 @@ class Crossing:
             view.check_memory()
         else:
             with torch.inference_mode(False), self._after.inside():
-                copy_rows(*self._sides(inner, view, [], []), options=self._options).synchronize()
+                copy_checked(*self._sides(inner, view, [], []), 0, self._options).synchronize()
             tried.add(kind)
 
     def issue(
@@ -1122,7 +1122,8 @@ class Crossing:
                 blocks = self._whole
             else:
                 rows, blocks = self._indices(items, at)
-            transfer = copy_rows(inner, self._view, rows, blocks, options=options)
+            count = len(items) * self._size
+            transfer = copy_checked(inner, self._view, rows, blocks, count, options)
         finally:  # a part of the copy may have been issued
             end = Completion()
             if loan.stream is not None:
@@ -1154,7 +1155,8 @@ class Crossing:
         side = side_stream(self._stream, "device", "host")
         with ignoring_captures(device), torch.inference_mode(False), self._after.on(side):
             try:
-                copy_rows(self._view, inner, blocks, rows, options=self._options)
+                count = len(items) * self._size
+                copy_checked(self._view, inner, blocks, rows, count, self._options)
             finally:  # a part of the copy may have been issued
                 self.ends.append(completion(device, side, self._view))
 
@@ -1170,7 +1172,7 @@ class Crossing:
             return
         with torch.inference_mode(False), _idle_streams() as streams, self._after.inside(streams):
             with on_one_core(self._view.device):
-                transfer = copy_rows(*sides, options=self._options)
+                transfer = copy_checked(*sides, len(items) * self._size, self._options)
             transfer.synchronize()
 
     def _sides(
