@@ -14,20 +14,19 @@ from asyncio import CancelledError
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
 from math import inf
-from operator import is_
 from time import monotonic
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 from weakref import ref
 
 import torch
 
 from portakv import arguments
 from portakv.copy.inside import copy_checked
-from portakv.copy.options import USUAL, CopyOptions, Overlap, options_from
+from portakv.copy.options import CopyOptions, Overlap, options_from
 from portakv.errors import (
     OfferGone,
     PackOverflow,
@@ -116,7 +115,7 @@ class _Watched:
     renew: float = 0.0  # when its leases are renewed next
     renewal: Handle[None] | None = None  # by questions to owners without words
     ended: bool = False  # reported to this process, perhaps not to all owners yet
-    span: tracing.Began = field(default_factory=tracing.begin)
+    span: tracing.Began = tracing.UNTRACED
 
 
 class Wakes:
@@ -229,7 +228,10 @@ class Housekeeper:
 
     def add(self, pull: Pull) -> None:
         """Look after a pull from now on."""
-        self._pulls.setdefault(pull, _Watched(monotonic()))
+        watched = _Watched(monotonic())
+        if tracing.chosen is not None:
+            watched.span = tracing.begin()
+        self._pulls.setdefault(pull, watched)
         if self._parked or self.finished.started or pull.wanted is not None:
             self.wake()
 
@@ -428,7 +430,7 @@ class Housekeeper:
         owner = source.owner
         if owner.gone:
             return True
-        if self._busy.holds(owner.address):
+        if self._busy and self._busy.holds(owner.address):
             return False
         try:
             await owner.channel.send(owner.address, message, SENDING)
@@ -818,7 +820,8 @@ class LatePull(Wanted):
 
 #: The options that a pull takes.
 OPTIONS = ("by_layer", "overlap", "max_thread_blocks", "max_gbps")
-USUAL_TERMS = (USUAL.by_layer, USUAL.overlap, USUAL.max_thread_blocks, USUAL.max_gbps)
+#: The options of a pull that passes no other one than ``overlap``.
+PLAIN = {overlap: CopyOptions(overlap=overlap) for overlap in get_args(Overlap)}
 
 TRACED = 100_000  # times at which owners have sent rows, for `Reader.trace`
 PATIENCE = 7.0  # seconds for which `Reader.close` waits for pulls, which end within three
@@ -907,7 +910,7 @@ class Reader:
         options = self._checked(options, by_layer, overlap, max_thread_blocks, max_gbps)
         first = arguments.whole("first", first)
         arguments.flag("verify", verify)
-        if capturing(self.device):
+        if self.device.type != "cpu" and capturing(self.device):
             raise refuse_capture("A pull", "it waits for the end of its copies; pull outside")
         self._check_open()
         seconds = arguments.FOREVER
@@ -1009,10 +1012,19 @@ class Reader:
         self._asked = ref(pull)
         return self._finder.find_now(late)
 
-    def _checked(self, options: CopyOptions | None, *keywords: object) -> CopyOptions:
+    def _checked(
+        self,
+        options: CopyOptions | None,
+        by_layer: bool,
+        overlap: Overlap,
+        max_thread_blocks: int | None,
+        max_gbps: float | None,
+    ) -> CopyOptions:
         """Return the options of a pull that takes ``options`` or `OPTIONS` as keywords."""
-        if options is None and all(map(is_, keywords, USUAL_TERMS)):
-            return USUAL
+        usual = by_layer is False and max_thread_blocks is None and max_gbps is None
+        if options is None and usual and isinstance(overlap, str) and overlap in PLAIN:
+            return PLAIN[overlap]
+        keywords = by_layer, overlap, max_thread_blocks, max_gbps
         checked = options_from(options, dict(zip(OPTIONS, keywords, strict=True)))
         checked.check_only("a pull", OPTIONS)
         if checked.max_gbps is not None:

@@ -733,7 +733,7 @@ class Finished(Generic[T]):
 
     def add(self, item: T) -> None:
         """Keep an item for the consumer, and make the descriptor readable."""
-        waiting = self._waiting.get(this_process())
+        waiting = self._waiting.get(this_process()) if self._waiting else None
         if waiting is None:
             return
         try:

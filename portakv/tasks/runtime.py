@@ -31,7 +31,7 @@ from weakref import WeakSet
 from portakv.errors import PortaKVError, TransferError, TransferTimeout
 from portakv.runtime import resources
 from portakv.runtime.bounded import Bounded
-from portakv.runtime.devices import Process, this_process
+from portakv.runtime.devices import this_process
 from portakv.runtime.interrupts import abandoned, hand_over, interruptible, locked, uninterrupted
 
 # ------------------------------------------------------------------------------------------------
@@ -1017,18 +1017,20 @@ class TaskGroup:
             ended |= {handle for handle in waiting if handle.done()}
 
 
-_runtimes: Bounded[Process, Runtime] = Bounded("runtimes", 1)
+_runtimes = list[Runtime]()  # the first one is that of this process
 
 
 def runtime() -> Runtime:
     """Return the runtime of this process. It begins without a thread, so the first of several
     threads wins."""
-    return _runtimes.get_or_make(this_process(), Runtime)
+    if not _runtimes:
+        _runtimes.append(Runtime())
+    return _runtimes[0]
 
 
 def _forget() -> None:
     """Begin anew in a forked process, which has neither the thread nor the end of any step."""
-    for each in _runtimes.values():
+    for each in _runtimes:
         each.step = Step()  # a thread of the parent may have the other one
     _runtimes.clear()
 
