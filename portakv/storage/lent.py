@@ -16,10 +16,10 @@ import numpy as np
 
 from portakv.arguments import invalid
 from portakv.runtime.transfer import Completion
-from portakv.storage.calls import Arrival, Call, FormPart, InFlight
+from portakv.storage.calls import Arrival, Call, FormPart, InFlight, Reasons
 from portakv.storage.form import BlockForm
 from portakv.storage.memory import Loan
-from portakv.storage.reasons import FAILED, Reason, Reasons
+from portakv.storage.reasons import FAILED, Reason
 from portakv.storage.work import BaseQueue, Graph, Mask, Queue, Task
 from portakv.view import KVView
 

@@ -7,7 +7,7 @@ import ctypes
 import os
 from collections import Counter, deque
 from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
 from heapq import heappop, heappush
@@ -32,7 +32,7 @@ from portakv.host.shared import unnamed
 from portakv.plan.plan import CopyPlan
 from portakv.runtime.devices import capturing, refuse_capture
 from portakv.runtime.interrupts import uninterrupted
-from portakv.runtime.resources import require_linux
+from portakv.runtime.resources import one_thread, require_linux
 from portakv.runtime.streams import (
     StreamFence,
     completion,
@@ -1088,15 +1088,16 @@ class Crossing:
         Raises the errors of a copy that is impossible, by an empty one.
         """
         view = self._view
-        self._after = StreamFence(view.device)
         if self.on_device:
+            self._after = StreamFence(view.device)
             self._stream = torch.accelerator.current_stream(view.device.index)
         tried: set[object] = view.derived.setdefault(_TRIED, set())
         kind = inner.form, self._size, self._step, self._store, self._options
         if kind in tried:
             view.check_memory()
         else:
-            with torch.inference_mode(False), self._after.inside():
+            apart = nullcontext() if self._after is None else self._after.inside()
+            with torch.inference_mode(False), apart:
                 copy_checked(*self._sides(inner, view, [], []), 0, self._options).synchronize()
             tried.add(kind)
 
@@ -1166,13 +1167,18 @@ class Crossing:
         Each side has its own view. On a device the copy has a stream alone, after the work that the
         maker's stream had. Only helpers call it.
         """
-        assert self._after is not None  # `prepare` was called
         sides = self._sides(inner, outer, items, at)
         if copy_long_runs(*sides, self._options):
             return
+        count = len(items) * self._size
+        if not self.on_device:
+            with torch.inference_mode(False), one_thread():
+                copy_checked(*sides, count, self._options).synchronize()
+            return
+        assert self._after is not None  # `prepare` was called
         with torch.inference_mode(False), _idle_streams() as streams, self._after.inside(streams):
             with on_one_core(self._view.device):
-                transfer = copy_checked(*sides, len(items) * self._size, self._options)
+                transfer = copy_checked(*sides, count, self._options)
             transfer.synchronize()
 
     def _sides(
