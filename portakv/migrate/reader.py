@@ -267,7 +267,8 @@ class Housekeeper:
     def _begin_here(self) -> None:
         if self._steps is None:
             atexit.register(self.close)
-            ignore_captures_elsewhere(self._device)
+            if self._device.type != "cpu":
+                ignore_captures_elsewhere(self._device)
             self._steps = self._runtime.start(self._run())
 
     @shielded
@@ -753,7 +754,9 @@ class LatePull(Wanted):
         pull = self.pull
         if sources is not None:
             self.plan(sources)
-        after = StreamFence(self._connections.device)  # the work of the caller's stream
+        device = self._connections.device
+        # The present work of the caller's stream, which the host does not have.
+        after = None if device.type == "cpu" else StreamFence(device)
         pull.wanted = self
         try:
             await Wait(until=0.0)  # the rest runs in the loop
@@ -787,12 +790,12 @@ class LatePull(Wanted):
         does not need may still be written until then."""
         return self.complete and all(each.reached == each.end for each in self._reaches)
 
-    def _issue(self, after: StreamFence, sources: Sources | None = None) -> None:
+    def _issue(self, after: StreamFence | None, sources: Sources | None = None) -> None:
         """Issue what the marks allow, in a thread that may block; plan the pull before.
 
         ``sources``: of a pull that is not planned yet.
         """
-        with torch.inference_mode(False), after.inside():
+        with torch.inference_mode(False), nullcontext() if after is None else after.inside():
             if sources is not None:
                 self.plan(sources)
                 if incomplete(sources):

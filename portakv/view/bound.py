@@ -283,7 +283,8 @@ def _bound(
                 f"{name}={always[name]}, or write the layout string."
             )
     bits = flag("reinterpret", reinterpret)
-    return BoundLayout(text, declared, bits, as_encoding(encoding))
+    packed = None if encoding is None else as_encoding(encoding)
+    return BoundLayout(text, declared, bits, packed)
 
 
 def flatten_tensors(layout: Layout, tensors: object) -> tuple[list[torch.Tensor], list[int]]:

@@ -22,12 +22,11 @@ from torch.autograd.graph import increment_version
 
 from portakv.arguments import as_whole, shown
 from portakv.core.slice import HEADS_CUT, slice_words
-from portakv.core.view import words_of_dtypes
+from portakv.core.view import READ_ONLY, words_of_dtypes, writable
 from portakv.errors import DeviceMismatch, LayoutError
 from portakv.layout.encodings import Encoding, parameters_of, plane_of
 from portakv.layout.language import Layout
 from portakv.runtime.devices import capturing, refuse_capture, usable_device
-from portakv.runtime.resources import READ_ONLY, writable
 from portakv.runtime.transfer import event_pool
 from portakv.view.addresses import RawMemory, read_addresses
 from portakv.view.bound import (
