@@ -195,6 +195,30 @@ def test_a_call_of_the_library(name: str) -> None:
     assert row["functions"] > row["files"]
 
 
+#: The most files that a call enters: those that a reader opens to follow it.
+MOST_FILES = {
+    "copy_rows, third": 5,
+    "BlockStore.load, host": 12,
+    "BlockStore.load, disk": 25,
+    "BlockStore.save": 26,
+    "Reader.pull, first": 40,
+    "Reader.pull, later": 16,
+}
+
+
+def test_a_reader_opens_few_files() -> None:
+    """In processes that have made no call before. Name a new file in place of another one."""
+    command = [sys.executable, "-m", "support.traced_calls", "trace", *MOST_FILES]
+    done = subprocess.run(
+        command, cwd=house.ROOT / "tests", capture_output=True, text=True, timeout=LIMIT
+    )
+    assert done.returncode == 0, done.stderr
+    rows = json.loads(done.stdout)
+    assert [*rows] == [call.name for call in traced_calls.CALLS if call.name in MOST_FILES]
+    files = {name: row["files"] for name, row in rows.items()}
+    assert {name: many for name, many in files.items() if many > MOST_FILES[name]} == {}
+
+
 @pytest.mark.full
 def test_the_command_measures_every_call(tmp_path: Path) -> None:
     file = tmp_path / "figures.json"

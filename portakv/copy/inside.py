@@ -27,7 +27,8 @@ from portakv.backends.strided import ChunkRows, StridedLaunch, Units
 from portakv.copy.call import memory_of_host
 from portakv.copy.counting import Counted
 from portakv.copy.handle import BlockTransfer, skipped_tokens
-from portakv.copy.options import CopyOptions
+from portakv.copy.options import USUAL, CopyOptions
+from portakv.copy.submit import submit
 from portakv.core.call import (
     ANSWER,
     PICKED,
@@ -47,7 +48,7 @@ from portakv.interconnect.choose import across
 from portakv.interconnect.strategy import PINNED, Strategy, StrategyLaunch, WholeCopies
 from portakv.plan.plan import Move
 from portakv.registry.prepared import PREPARED, Prepared, bring_table, prepared
-from portakv.registry.registry import Choice, choose
+from portakv.registry.registry import OVERRIDE, REGISTRY, VARIABLES, Choice, choose
 from portakv.runtime.devices import capturing
 from portakv.runtime.streams import completion
 from portakv.runtime.transfer import (
@@ -302,8 +303,12 @@ def copied(
     if src.device == dst.device:
         if src.form.place in _AWAY or dst.form.place in _AWAY:
             return None  # no launch of a backend makes it
+        # As `choose` begins: a choice that is known, unless the environment overrides it.
+        choice = None
+        if OVERRIDE not in VARIABLES:
+            choice = REGISTRY.choices.get((src.device, options.backend))
         try:
-            choice = choose(src.device, options.backend)
+            choice = choice or choose(src.device, options.backend)
         except PortaKVError:  # the general way says it after it has looked at the ids
             return None
         if options.terms is not None and (
@@ -333,6 +338,28 @@ def copied(
         skipped = skipped_tokens(Move(src, dst, *indices, tokens))
     step = read.plan_step or written.plan_step
     return BlockTransfer(transfer, src, dst, step, tokens, skipped, began)
+
+
+def copy_checked(
+    src: KVView,
+    dst: KVView,
+    src_index: Index | None,
+    dst_index: Index | None,
+    count: int,
+    options: CopyOptions = USUAL,
+) -> BlockTransfer:
+    """Copy ``count`` tokens, as `copy_rows` does, without its checks of arguments and lengths.
+
+    The caller has checked that both indices cover the tokens. Ids and memory are checked as there.
+    Raises as `copy_rows`, except for lengths.
+    """
+    if options.whole:
+        made = copied(src, dst, src_index, dst_index, False, count, options)
+        if made is not None:
+            return made
+    src_index = src_index or CONSECUTIVE
+    dst_index = dst_index or CONSECUTIVE
+    return submit(Move(src, dst, src_index, dst_index, count), options)
 
 
 class _Side(NamedTuple):

@@ -239,3 +239,28 @@ def words_of_dtypes() -> dict[str, int]:
 def name_of(dtype: torch.dtype) -> str:
     """Return the name of a dtype, such as ``float16``."""
     return str(dtype).partition(".")[2]
+
+
+# ------------------------------------------------------------------------------------------------
+# Ask the kernel whether host memory may be written, for copies that would else end the process.
+
+#: Why a destination is refused, as a clause.
+READ_ONLY = (
+    "its memory is mapped for reading only. Copy into other memory, or map it with PROT_WRITE"
+)
+
+
+def writable(first: int, past: int) -> bool:
+    """Return False if a write of the first or the last byte of a range on the host would fail.
+
+    Memory that the kernel lets the process write is writable, whatever its owner says about it,
+    such as a read-only numpy array. `portakv_writable` of ``core.h`` says more.
+    """
+    return _writable()(first, past) != 0
+
+
+@cache
+def _writable() -> Callable[[int, int], int]:
+    """Return the function. It never waits: another thread might not give the interpreter back for
+    milliseconds."""
+    return function("writable", ctypes.c_int, ctypes.c_int64, ctypes.c_int64)

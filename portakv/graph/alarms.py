@@ -273,7 +273,7 @@ def watch(source: Source) -> None:
     Raises `InvalidTerms` for an object without figures.
     """
     global here
-    if here.runtime.forked:
+    if here.runtime.process.forked:
         here = Watch()
     uninterrupted(partial(here.add, source))
 

@@ -6,9 +6,8 @@ from __future__ import annotations
 
 import json
 from bisect import bisect_left
-from collections import Counter, defaultdict, deque
+from collections import defaultdict, deque
 from collections.abc import Mapping
-from contextlib import AbstractContextManager
 from itertools import accumulate
 from os import PathLike
 from typing import Any, NamedTuple, TypeAlias
@@ -85,36 +84,6 @@ def histograms(name: str, spent: Mapping[str, Spent]) -> Figures:
         for series, samples in seconds.samples(name, {"result": result}).items():
             figures[series] += samples
     return figures
-
-
-class Counts:
-    """The blocks and bytes that moved, by tier and operation. Any thread may call.
-
-    ``lock``: of the graph whose tasks move them.
-    """
-
-    def __init__(self, lock: AbstractContextManager[object]) -> None:
-        self._lock = lock
-        self.blocks = Counter[tuple[str, str, str]]()  # by tier, operation and result
-        self.nbytes = Counter[tuple[str, str]]()
-
-    def add(self, tier: str, op: str, result: str, blocks: int, nbytes: int) -> None:
-        """Count blocks that moved, or did not."""
-        with self._lock:
-            self.blocks[tier, op, result] += blocks
-            self.nbytes[tier, op] += nbytes
-
-    def statistics(self) -> Figures:
-        """Return the figures."""
-        with self._lock:
-            blocks: Samples = [
-                {"tier": tier, "op": op, "result": result, "value": n}
-                for (tier, op, result), n in self.blocks.items()
-            ]
-            nbytes: Samples = [
-                {"tier": tier, "op": op, "value": n} for (tier, op), n in self.nbytes.items()
-            ]
-        return {"tier_blocks_total": blocks, "tier_bytes_total": nbytes}
 
 
 class Trace:

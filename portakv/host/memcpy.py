@@ -20,10 +20,10 @@ from torch._C._functorch import is_functorch_wrapped_tensor
 from torch.autograd.graph import increment_version
 
 from portakv.arguments import flag, kind_of
+from portakv.core.view import READ_ONLY, writable
 from portakv.errors import BackendUnavailable, DeviceMismatch, LayoutError
 from portakv.runtime import cuda, streams
 from portakv.runtime.devices import capturing, inside, refuse_capture, resolve, usual_device
-from portakv.runtime.resources import READ_ONLY, writable
 from portakv.runtime.transfer import Transfer
 
 #: Torch copies narrower rows, and packs them first. A copy engine takes some 55 ns a row, however

@@ -1271,7 +1271,7 @@ class Channel:
     @property
     def forked(self) -> bool:
         """Return True in a process that was forked from the one that made the channel."""
-        return self._runtime.forked
+        return self._runtime.process.forked
 
     def serve(self, kind: type[T], answer: Callable[[Peer, T], Message | None]) -> None:
         """Answer messages of ``kind`` by ``answer`` from now on.
@@ -1293,9 +1293,9 @@ class Channel:
 
     def check_open(self) -> None:
         """Raise `PeerError` after `close`, and in a forked process."""
-        if self.closed or self._runtime.forked:
+        if self.closed or self._runtime.process.forked:
             gone = "is closed"
-            if self._runtime.forked:
+            if self._runtime.process.forked:
                 gone = "belongs to the process that this one was forked from"
             raise PeerError(f"Expected a channel that is open, got one that {gone}. Make another.")
 
@@ -1422,7 +1422,7 @@ class Channel:
 
     def close(self) -> None:
         """End all connections; requests in flight raise `PeerError`."""
-        if not self._runtime.forked:
+        if not self._runtime.process.forked:
             uninterrupted(self._end_here)
 
     def _end_here(self) -> None:

@@ -33,7 +33,7 @@ from portakv.errors import (
 )
 from portakv.migrate import shared_memory
 from portakv.migrate.channel import Channel, TransportChannel
-from portakv.migrate.described import rebuild, reserve
+from portakv.migrate.described import exports_here, rebuild, reserve
 from portakv.migrate.messages import (
     REASONS,
     Answer,
@@ -49,7 +49,6 @@ from portakv.migrate.messages import (
     is_signed,
     no_ticket,
 )
-from portakv.migrate.owner import exports_here
 from portakv.migrate.shards import Shard, device_of, unlike
 from portakv.migrate.staging import Chunks, has_ended, staging
 from portakv.migrate.transports import check_transport, choose_between, forced

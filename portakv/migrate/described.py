@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Describe a view as data, for a process that sees its memory at other addresses.
+"""Describe a view as data, for a process that sees its memory at other addresses, and export it.
 
 A description has the arguments of `KVView`, with places in regions in place of tensors. `rebuild`
 makes all checks of `KVView` again.
@@ -13,17 +13,28 @@ import os
 from collections.abc import Mapping, Sequence
 from math import prod
 from typing import Any
+from weakref import WeakValueDictionary
 
 import msgspec
 import numpy as np
 import torch
 
-from portakv.errors import LayoutError, PortaKVError
+from portakv.errors import LayoutError, PortaKVError, Unsupported
 from portakv.layout.encodings import Pack
 from portakv.layout.language import Factor, Layout
-from portakv.migrate.messages import Described, Kind, decoder_of
+from portakv.migrate.messages import Described, Kind, Region, decoder_of
 from portakv.migrate.shards import Shard
-from portakv.migrate.shared_memory import flat_bytes, shared_empty
+from portakv.migrate.shared_memory import (
+    Held,
+    SharedFiles,
+    export,
+    export_event,
+    flat_bytes,
+    proof,
+    shared_empty,
+    where,
+)
+from portakv.migrate.words import NameTable, Words
 from portakv.view import KVView
 from portakv.view.bound import reach
 
@@ -253,3 +264,96 @@ def _alone(layout: Layout, axis: str) -> int | None:
         if group.factors == (Factor(axis),):
             return number
     return None
+
+
+# ------------------------------------------------------------------------------------------------
+# Export the memory of an owner, for readers that map it.
+
+#: The exports of this process's devices: torch opens device memory of other processes only.
+_exports: WeakValueDictionary[tuple[bytes, torch.device], Exports] = WeakValueDictionary()
+EVENTS = 64  # recorded after offers' rows, in turn: so many offers have separate events
+
+
+class Exports:
+    """The memory of one epoch of an owner.
+
+    Attributes:
+        regions: the allocations and the proof, as readers get them.
+        allocations: those that readers may map.
+        words: the handle of the page of validity words; empty if nothing may be mapped, or if other
+            processes may write the rows after this one has died, when its words hold for ever.
+        names: the handle of the table of names; empty if there are no words.
+        events: recorded after offers' rows; none if the device cannot export them.
+    """
+
+    def __init__(
+        self,
+        storages: Sequence[torch.UntypedStorage],
+        epoch: bytes,
+        device: torch.device,
+        expose: str,
+        words: Words,
+        names: NameTable,
+    ) -> None:
+        self.allocations = list[Held]()
+        # The proof is exported like a region, after all others.
+        self._proof = proof(epoch, device)
+        regions = list[Region]()
+        if expose == "mapped":
+            names.allocate()
+        files = SharedFiles()
+        for storage in [*storages, self._proof.untyped_storage()]:
+            described_as = storage.nbytes(), where(storage.device)
+            try:
+                if expose != "mapped":
+                    raise Unsupported("Mapping", "the owner exposes staged rows alone")
+                self.allocations.append(export(storage, files))
+                regions.append(Region(*described_as, self.allocations[-1].handle))
+            except Unsupported as error:
+                # A reader that cannot map a region reads staged rows of it.
+                regions.append(Region(*described_as, why=error.why))
+        self.regions = tuple(regions)
+        self.words = b""
+        self.names = b""
+        self.events = list[torch.Event]()
+        if self.allocations:
+            self.events = _events(device)
+            hosts = [x.data_ptr() for x in storages if x.device.type == "cpu"]
+            if not any(files.has_name(address) for address in hosts):
+                self.allocations.append(words.export(files))
+                self.words = self.allocations[-1].handle
+                self.allocations.append(names.export(files))
+                self.names = self.allocations[-1].handle
+        self.event_handles = tuple(export_event(event) for event in self.events)
+        if self.allocations and device.type != "cpu":
+            _exports[epoch, device] = self
+
+    def flat(self) -> list[torch.Tensor]:
+        """Return the regions as this process has them; empty after `close`."""
+        held = [each.tensor for each in self.allocations[: len(self.regions)]]
+        return [tensor for tensor in held if tensor is not None]
+
+    def close(self) -> None:
+        """Release the allocations: no process opens them from now on."""
+        for region in self.allocations:
+            region.close()
+
+
+def exports_here(epoch: bytes, device: torch.device) -> Exports | None:
+    """Return the exports of an epoch if they are this process's, and lie on this device."""
+    return _exports.get((epoch, device))
+
+
+def _events(device: torch.device) -> list[torch.Event]:
+    """Return events for readers' streams to wait for; none if the device cannot export them."""
+    if device.type == "cpu":
+        return []
+    try:
+        module = torch.get_device_module(device)
+        with module.device(device):
+            made = [module.Event(interprocess=True) for _ in range(EVENTS)]
+            for event in made:  # the first export binds an event to this device
+                export_event(event)
+    except (Unsupported, RuntimeError, TypeError):
+        return []
+    return made

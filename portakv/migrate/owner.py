@@ -16,7 +16,6 @@ from dataclasses import dataclass
 from functools import partial
 from time import sleep
 from typing import Literal, NamedTuple, TypeAlias, get_args
-from weakref import WeakValueDictionary
 
 import numpy as np
 import numpy.typing as npt
@@ -24,15 +23,16 @@ import torch
 from msgspec.structs import replace
 
 from portakv import arguments
-from portakv.errors import InvalidTerms, LayoutError, OfferGone, PeerError, SlotError, Unsupported
+from portakv.errors import InvalidTerms, LayoutError, OfferGone, PeerError, SlotError
 from portakv.graph.alarms import watch
 from portakv.graph.meter import by_label
 from portakv.graph.trace import Figures
-from portakv.migrate import messages, shared_memory
+from portakv.migrate import messages
 from portakv.migrate.channel import Channel, Peer
-from portakv.migrate.described import Regions, describe
+from portakv.migrate.described import EVENTS, Exports, Regions, describe
 from portakv.migrate.messages import Named, offer_name
-from portakv.migrate.shards import Shard, check_length, device_of, index_of, names_of
+from portakv.migrate.plan import check_length, index_of, names_of
+from portakv.migrate.shards import Shard, device_of
 from portakv.migrate.staged_lanes import BUFFERS
 from portakv.migrate.staged_owner import BlockList, Gathers, OfferedRows
 from portakv.migrate.words import Entry, NameTable, Place, Words
@@ -71,101 +71,6 @@ class Ticket:
         arguments.text("address", address)
         arguments.octets("epoch", epoch, 16, 16)
         return Named(epoch, address, offer_name(name)).pack()
-
-
-# ------------------------------------------------------------------------------------------------
-# Describe and export the memory of an owner, for readers that map it.
-
-#: What readers on this host may map: whole allocations, or nothing
-Expose: TypeAlias = Literal["mapped", "staging"]
-#: The exports of this process's devices: torch opens device memory of other processes only.
-_exports: WeakValueDictionary[tuple[bytes, torch.device], Exports] = WeakValueDictionary()
-EVENTS = 64  # recorded after offers' rows, in turn: so many offers have separate events
-
-
-class Exports:
-    """The memory of one epoch of an owner.
-
-    Attributes:
-        regions: the allocations and the proof, as readers get them.
-        allocations: those that readers may map.
-        words: the handle of the page of validity words; empty if nothing may be mapped, or if other
-            processes may write the rows after this one has died, when its words hold for ever.
-        names: the handle of the table of names; empty if there are no words.
-        events: recorded after offers' rows; none if the device cannot export them.
-    """
-
-    def __init__(
-        self,
-        storages: Sequence[torch.UntypedStorage],
-        epoch: bytes,
-        device: torch.device,
-        expose: str,
-        words: Words,
-        names: NameTable,
-    ) -> None:
-        self.allocations = list[shared_memory.Held]()
-        # The proof is exported like a region, after all others.
-        self._proof = shared_memory.proof(epoch, device)
-        regions = list[messages.Region]()
-        if expose == "mapped":
-            names.allocate()
-        files = shared_memory.SharedFiles()
-        for storage in [*storages, self._proof.untyped_storage()]:
-            described_as = storage.nbytes(), shared_memory.where(storage.device)
-            try:
-                if expose != "mapped":
-                    raise Unsupported("Mapping", "the owner exposes staged rows alone")
-                self.allocations.append(shared_memory.export(storage, files))
-                regions.append(messages.Region(*described_as, self.allocations[-1].handle))
-            except Unsupported as error:
-                # A reader that cannot map a region reads staged rows of it.
-                regions.append(messages.Region(*described_as, why=error.why))
-        self.regions = tuple(regions)
-        self.words = b""
-        self.names = b""
-        self.events = list[torch.Event]()
-        if self.allocations:
-            self.events = _events(device)
-            hosts = [x.data_ptr() for x in storages if x.device.type == "cpu"]
-            if not any(files.has_name(address) for address in hosts):
-                self.allocations.append(words.export(files))
-                self.words = self.allocations[-1].handle
-                self.allocations.append(names.export(files))
-                self.names = self.allocations[-1].handle
-        self.event_handles = tuple(shared_memory.export_event(event) for event in self.events)
-        if self.allocations and device.type != "cpu":
-            _exports[epoch, device] = self
-
-    def flat(self) -> list[torch.Tensor]:
-        """Return the regions as this process has them; empty after `close`."""
-        held = [each.tensor for each in self.allocations[: len(self.regions)]]
-        return [tensor for tensor in held if tensor is not None]
-
-    def close(self) -> None:
-        """Release the allocations: no process opens them from now on."""
-        for export in self.allocations:
-            export.close()
-
-
-def exports_here(epoch: bytes, device: torch.device) -> Exports | None:
-    """Return the exports of an epoch if they are this process's, and lie on this device."""
-    return _exports.get((epoch, device))
-
-
-def _events(device: torch.device) -> list[torch.Event]:
-    """Return events for readers' streams to wait for; none if the device cannot export them."""
-    if device.type == "cpu":
-        return []
-    try:
-        module = torch.get_device_module(device)
-        with module.device(device):
-            made = [module.Event(interprocess=True) for _ in range(EVENTS)]
-            for event in made:  # the first export binds an event to this device
-                shared_memory.export_event(event)
-    except (Unsupported, RuntimeError, TypeError):
-        return []
-    return made
 
 
 # ------------------------------------------------------------------------------------------------
@@ -655,6 +560,10 @@ class Ended(NamedTuple):
     offer: Offer
     state: str
     readers: frozenset[bytes]
+
+
+#: What readers on this host may map: whole allocations, or nothing.
+Expose: TypeAlias = Literal["mapped", "staging"]
 
 
 class Owner:

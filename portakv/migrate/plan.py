@@ -11,11 +11,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from portakv.arguments import invalid
-from portakv.copy.handle import BlockTransfer, token_bytes
-from portakv.copy.inside import copied
-from portakv.copy.options import USUAL, CopyOptions
-from portakv.copy.submit import submit
+from portakv.arguments import invalid, naming
+from portakv.copy.handle import token_bytes
 from portakv.errors import InvalidTerms, SlotError, Unsupported
 from portakv.layout.encodings import PACKED_DTYPE
 from portakv.migrate.connections import Connection, Sources
@@ -23,41 +20,12 @@ from portakv.migrate.messages import Box, BoxPart, Ticket
 from portakv.migrate.shards import (
     Piece,
     Shard,
-    check_length,
-    index_of,
-    names_of,
     pieces,
     slices,
 )
 from portakv.migrate.staging import page_of, rows_bytes
-from portakv.plan.plan import Move
 from portakv.view import Index, KVView
 from portakv.view.index import CONSECUTIVE, Ids
-
-# ------------------------------------------------------------------------------------------------
-# Copy rows of which a plan has checked that both indices cover them.
-
-
-def copy_checked(
-    src: KVView,
-    dst: KVView,
-    src_index: Index | None,
-    dst_index: Index | None,
-    count: int,
-    options: CopyOptions = USUAL,
-) -> BlockTransfer:
-    """Copy ``count`` tokens, as `copy_rows` does, without its checks of arguments and lengths.
-
-    Ids and memory are checked as there. Raises as `copy_rows`, except for lengths.
-    """
-    if options.whole:
-        made = copied(src, dst, src_index, dst_index, False, count, options)
-        if made is not None:
-            return made
-    src_index = src_index or CONSECUTIVE
-    dst_index = dst_index or CONSECUTIVE
-    return submit(Move(src, dst, src_index, dst_index, count), options)
-
 
 _ANY = 1 << 62  # slots of an owner whose memory is not mapped: the owner checks the ids
 Lists = tuple[Index, list[Index]]  # of a group: the reader's index, and the index of each owner
@@ -183,6 +151,38 @@ class Step(NamedTuple):
                 yield Slice(layers, at, min(most, self.tokens - at))
 
 
+def names_of(count: int) -> list[str]:
+    """Return the names of ``count`` lists of blocks in errors."""
+    return ["blocks"] if count == 1 else [f"blocks[{number}]" for number in range(count)]
+
+
+def index_of(name: str, view: KVView, ids: Ids | None) -> Index:
+    """Return the index of a list of blocks; raise `SlotError`, which names the list."""
+    try:
+        return CONSECUTIVE if ids is None else Index.of(ids, view.form.block_size or 1)
+    except SlotError:
+        # Only now: a list without an error does not pay for it.
+        with naming(name, "whole numbers in a list, an array or a tensor"):
+            raise
+
+
+def check_length(name: str, index: Index, first: int, count: int, slots: int) -> None:
+    """Raise `SlotError` if a list of blocks does not hold ``count`` tokens from ``first`` on, or
+    without ids the view of ``slots`` tokens."""
+    past = index.offset + first + count
+    if index.ids is None and past > slots:
+        raise SlotError(
+            f"Expected {name} to be None for a view of {past} tokens or more, got a view of "
+            f"{slots}. Use a larger view, or fewer tokens."
+        )
+    needed = -(-past // index.step)
+    if index.ids is not None and index.ids.numel() < needed:
+        raise SlotError(
+            f"Expected {name} to hold {count} tokens from token {first} on, {needed} ids of "
+            f"{index.step} tokens, got {index.ids.numel()}. Pass a longer list, or fewer tokens."
+        )
+
+
 def indices_of(shards: Sequence[Shard], blocks: Sequence[Ids | None]) -> list[Index]:
     """Return the reader's index of each shard; raise as `Reader.pull` does."""
     if len(blocks) != len(shards):
@@ -193,7 +193,7 @@ def indices_of(shards: Sequence[Shard], blocks: Sequence[Ids | None]) -> list[In
     indices = list[Index]()
     for name, shard, ids in zip(names_of(len(shards)), shards, blocks, strict=True):
         view = shard.view
-        if ids is None and view.block_size:
+        if ids is None and view.form.block_size:
             expected = f"ids of the view's blocks of {view.block_size} tokens"
             raise invalid(name, expected, None, "Name the blocks that the rows fill.")
         indices.append(index_of(name, view, ids).apart())

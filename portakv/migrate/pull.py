@@ -179,9 +179,10 @@ class Pull(Transfer):
         self._verdict = dict[str, PortaKVError | None]()
         self._began = perf_counter()
         self._waiters = list[None]()  # an entry for each thread that blocks until the end
-        self._process = this_process()
+        here = runtime()
+        self._process = here.process
         #: What the coroutine waits for; see `go_on`.
-        self.changes = Signal(runtime())
+        self.changes = Signal(here)
 
     # --- for callers
 

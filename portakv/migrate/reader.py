@@ -14,19 +14,19 @@ from asyncio import CancelledError
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
 from math import inf
-from operator import is_
 from time import monotonic
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 from weakref import ref
 
 import torch
 
 from portakv import arguments
-from portakv.copy.options import USUAL, CopyOptions, Overlap, options_from
+from portakv.copy.inside import copy_checked
+from portakv.copy.options import CopyOptions, Overlap, options_from
 from portakv.errors import (
     OfferGone,
     PackOverflow,
@@ -62,7 +62,6 @@ from portakv.migrate.plan import (
     Step,
     check_arguments,
     check_packed,
-    copy_checked,
     count_blocks,
     indices_of,
     planned,
@@ -116,7 +115,7 @@ class _Watched:
     renew: float = 0.0  # when its leases are renewed next
     renewal: Handle[None] | None = None  # by questions to owners without words
     ended: bool = False  # reported to this process, perhaps not to all owners yet
-    span: tracing.Began = field(default_factory=tracing.begin)
+    span: tracing.Began = tracing.UNTRACED
 
 
 class Wakes:
@@ -229,7 +228,10 @@ class Housekeeper:
 
     def add(self, pull: Pull) -> None:
         """Look after a pull from now on."""
-        self._pulls.setdefault(pull, _Watched(monotonic()))
+        watched = _Watched(monotonic())
+        if tracing.chosen is not None:
+            watched.span = tracing.begin()
+        self._pulls.setdefault(pull, watched)
         if self._parked or self.finished.started or pull.wanted is not None:
             self.wake()
 
@@ -265,7 +267,8 @@ class Housekeeper:
     def _begin_here(self) -> None:
         if self._steps is None:
             atexit.register(self.close)
-            ignore_captures_elsewhere(self._device)
+            if self._device.type != "cpu":
+                ignore_captures_elsewhere(self._device)
             self._steps = self._runtime.start(self._run())
 
     @shielded
@@ -428,7 +431,7 @@ class Housekeeper:
         owner = source.owner
         if owner.gone:
             return True
-        if self._busy.holds(owner.address):
+        if self._busy and self._busy.holds(owner.address):
             return False
         try:
             await owner.channel.send(owner.address, message, SENDING)
@@ -751,7 +754,9 @@ class LatePull(Wanted):
         pull = self.pull
         if sources is not None:
             self.plan(sources)
-        after = StreamFence(self._connections.device)  # the work of the caller's stream
+        device = self._connections.device
+        # The present work of the caller's stream, which the host does not have.
+        after = None if device.type == "cpu" else StreamFence(device)
         pull.wanted = self
         try:
             await Wait(until=0.0)  # the rest runs in the loop
@@ -785,12 +790,12 @@ class LatePull(Wanted):
         does not need may still be written until then."""
         return self.complete and all(each.reached == each.end for each in self._reaches)
 
-    def _issue(self, after: StreamFence, sources: Sources | None = None) -> None:
+    def _issue(self, after: StreamFence | None, sources: Sources | None = None) -> None:
         """Issue what the marks allow, in a thread that may block; plan the pull before.
 
         ``sources``: of a pull that is not planned yet.
         """
-        with torch.inference_mode(False), after.inside():
+        with torch.inference_mode(False), nullcontext() if after is None else after.inside():
             if sources is not None:
                 self.plan(sources)
                 if incomplete(sources):
@@ -818,7 +823,8 @@ class LatePull(Wanted):
 
 #: The options that a pull takes.
 OPTIONS = ("by_layer", "overlap", "max_thread_blocks", "max_gbps")
-USUAL_TERMS = (USUAL.by_layer, USUAL.overlap, USUAL.max_thread_blocks, USUAL.max_gbps)
+#: The options of a pull that passes no other one than ``overlap``.
+PLAIN = {overlap: CopyOptions(overlap=overlap) for overlap in get_args(Overlap)}
 
 TRACED = 100_000  # times at which owners have sent rows, for `Reader.trace`
 PATIENCE = 7.0  # seconds for which `Reader.close` waits for pulls, which end within three
@@ -907,7 +913,7 @@ class Reader:
         options = self._checked(options, by_layer, overlap, max_thread_blocks, max_gbps)
         first = arguments.whole("first", first)
         arguments.flag("verify", verify)
-        if capturing(self.device):
+        if self.device.type != "cpu" and capturing(self.device):
             raise refuse_capture("A pull", "it waits for the end of its copies; pull outside")
         self._check_open()
         seconds = arguments.FOREVER
@@ -1009,10 +1015,19 @@ class Reader:
         self._asked = ref(pull)
         return self._finder.find_now(late)
 
-    def _checked(self, options: CopyOptions | None, *keywords: object) -> CopyOptions:
+    def _checked(
+        self,
+        options: CopyOptions | None,
+        by_layer: bool,
+        overlap: Overlap,
+        max_thread_blocks: int | None,
+        max_gbps: float | None,
+    ) -> CopyOptions:
         """Return the options of a pull that takes ``options`` or `OPTIONS` as keywords."""
-        if options is None and all(map(is_, keywords, USUAL_TERMS)):
-            return USUAL
+        usual = by_layer is False and max_thread_blocks is None and max_gbps is None
+        if options is None and usual and isinstance(overlap, str) and overlap in PLAIN:
+            return PLAIN[overlap]
+        keywords = by_layer, overlap, max_thread_blocks, max_gbps
         checked = options_from(options, dict(zip(OPTIONS, keywords, strict=True)))
         checked.check_only("a pull", OPTIONS)
         if checked.max_gbps is not None:

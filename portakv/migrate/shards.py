@@ -16,11 +16,10 @@ import numpy.typing as npt
 import torch
 
 from portakv import arguments
-from portakv.errors import LayoutError, SlotError
+from portakv.errors import LayoutError
 from portakv.layout.encodings import PACKED_DTYPE, pack_parameters_of
 from portakv.migrate.messages import Box, Group, Range
-from portakv.view import Index, KVView
-from portakv.view.index import CONSECUTIVE, Ids
+from portakv.view import KVView
 
 Mask = npt.NDArray[np.bool_]  # for each position of a copy
 _MOST = 1 << 16  # layers or heads of a model, as messages have them
@@ -50,41 +49,6 @@ class Shard:
         ranges = _range("layers", layers, view), _range("heads", heads, view)
         #: The window, and the facts that the other side's shard must share (`unlike`).
         self.group = Group(*ranges, form.raw_widths, numbers, page, encoding)
-
-
-# --- lists of blocks, one for each shard ----------------------------------------------------------
-
-
-def names_of(count: int) -> list[str]:
-    """Return the names of ``count`` lists of blocks in errors."""
-    return ["blocks"] if count == 1 else [f"blocks[{number}]" for number in range(count)]
-
-
-def index_of(name: str, view: KVView, ids: Ids | None) -> Index:
-    """Return the index of a list of blocks; raise `SlotError`, which names the list."""
-    try:
-        return CONSECUTIVE if ids is None else Index.of(ids, view.block_size or 1)
-    except SlotError:
-        # Only now: a list without an error does not pay for it.
-        with arguments.naming(name, "whole numbers in a list, an array or a tensor"):
-            raise
-
-
-def check_length(name: str, index: Index, first: int, count: int, slots: int) -> None:
-    """Raise `SlotError` if a list of blocks does not hold ``count`` tokens from ``first`` on, or
-    without ids the view of ``slots`` tokens."""
-    past = index.offset + first + count
-    if index.ids is None and past > slots:
-        raise SlotError(
-            f"Expected {name} to be None for a view of {past} tokens or more, got a view of "
-            f"{slots}. Use a larger view, or fewer tokens."
-        )
-    needed = -(-past // index.step)
-    if index.ids is not None and index.ids.numel() < needed:
-        raise SlotError(
-            f"Expected {name} to hold {count} tokens from token {first} on, {needed} ids of "
-            f"{index.step} tokens, got {index.ids.numel()}. Pass a longer list, or fewer tokens."
-        )
 
 
 # --- windows --------------------------------------------------------------------------------------

@@ -227,7 +227,7 @@ class Lines:
 
     def close(self) -> None:
         """Cancel what is in flight and close the transports. Any thread may call it."""
-        if not self._runtime.forked:
+        if not self._runtime.process.forked:
             for key in [*self._lines]:
                 self.forget(*key)
             self._turn.forget_results()

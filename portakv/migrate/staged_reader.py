@@ -25,6 +25,7 @@ from msgspec.structs import replace
 from portakv.arguments import first_few
 from portakv.copy.choose_encoding import EncodingChoice
 from portakv.copy.handle import BlockTransfer
+from portakv.copy.inside import copy_checked
 from portakv.errors import (
     PackOverflow,
     PeerError,
@@ -49,7 +50,7 @@ from portakv.migrate.messages import (
     Stopped,
     Sum,
 )
-from portakv.migrate.plan import Slice, Step, copy_checked
+from portakv.migrate.plan import Slice, Step
 from portakv.migrate.pull import CANCELLED, Pull, known
 from portakv.migrate.staging import Chunks, Slots, has_ended, part_of, rows_bytes, unfit_blocks
 from portakv.migrate.transports.base import Lane, Moving, MovingStage

@@ -98,7 +98,8 @@ def part_of(view: KVView, layers: slice, heads: slice | None = None) -> KVView:
     if made is None:
         made = view.derived.setdefault("parts", Bounded("parts of views", _PARTS))
     key = layers.start, layers.stop, heads and (heads.start, heads.stop)
-    return made.get_or_make(key, lambda: view.slice(layers=layers, heads=heads))
+    part = made.get(key) or view.slice(layers=layers, heads=heads)
+    return part if part is view else made.setdefault(key, part)  # a view does not cache itself
 
 
 class Rows(NamedTuple):

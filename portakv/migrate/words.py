@@ -20,6 +20,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterable
 from hashlib import blake2b
+from threading import Lock
 from typing import NamedTuple, Protocol, TypeVar
 
 import torch
@@ -28,7 +29,6 @@ from portakv.errors import PeerError, PortaKVError
 from portakv.migrate import shared_memory
 from portakv.migrate.messages import Ticket
 from portakv.runtime.devices import this_process
-from portakv.runtime.interrupts import locked
 
 T = TypeVar("T")
 
@@ -153,7 +153,8 @@ def fence() -> None:
     A lock's release orders what is before it, and the next acquisition what is after it. The lock
     is new, so no other thread holds it, not even in a forked process.
     """
-    lock = locked()
+    lock = Lock()
+    lock.acquire()
     lock.release()
     lock.acquire()
 

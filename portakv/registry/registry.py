@@ -58,13 +58,20 @@ SLOWEST = "reference"
 EXPLICIT_ONLY = {"cpu": ("compiled",)}
 #: The one device type of a candidate; candidates that are not listed run on several types.
 MADE_FOR = {"cuda": "cuda", "hip": "cuda", "ascend": "npu", "mlu": "mlu"}
+#: The candidate that runs on the host only by an interpreter, which a variable asks for, and why it
+#: does not run there without the variable.
+INTERPRETED = "triton"
+INTERPRET = "TRITON_INTERPRET"
+NOT_INTERPRETED = (
+    f"it needs a GPU; on the host only its interpreter runs: set {INTERPRET}=1 for that"
+)
 #: Environment variable that overrides the ``backend=`` argument, which overrides the automatic
 #: choice.
 ENVIRONMENT = "PORTAKV_BACKEND"
 # For an unset variable `os.environ` raises two internal errors: 2 us of a copy's 26. A look into
 # its private dictionary avoids them.
-_variables: Container[object] = getattr(os.environ, "_data", os.environ)
-_KEY = os.environ.encodekey(ENVIRONMENT)
+VARIABLES: Container[object] = getattr(os.environ, "_data", os.environ)
+OVERRIDE = os.environ.encodekey(ENVIRONMENT)
 
 #: How backends are named in messages, and how one is forced.
 KIND = Kind("backend", ENVIRONMENT, "backend", listing="portakv backends --device {target}")
@@ -333,6 +340,12 @@ class Registry:
         """Probe a candidate; with ``make``, create its backend if it accepts."""
         if name not in self.catalog:
             return _Answer(None, self.catalog.unknown(name))
+        # What the probe of the candidate would say, without its import.
+        only = MADE_FOR.get(name, device.type)
+        if only != device.type:
+            return _Answer(None, f"it runs on {only} devices, not on {device.type}")
+        if name == INTERPRETED and device.type == "cpu" and not os.environ.get(INTERPRET):
+            return _Answer(None, NOT_INTERPRETED)
         try:
             cls = self.class_of(name)
             decision = cls.probe(device)
@@ -374,7 +387,7 @@ def choose(device: torch.device | str, backend: str | None = None) -> Choice:
             f"registry choose."
         )
     forced = backend
-    if _KEY in _variables:
+    if OVERRIDE in VARIABLES:
         forced = os.environ.get(ENVIRONMENT) or backend
     known = REGISTRY.choices.get((device, forced)) if isinstance(device, torch.device) else None
     if known is not None:

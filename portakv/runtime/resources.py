@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the system gives this process: threads, descriptors, Linux, memory that may be written."""
+"""What the system gives this process: threads, descriptors, Linux."""
 
 from __future__ import annotations
 
@@ -9,16 +9,14 @@ import logging
 import os
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from ctypes import c_int, c_int64
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 
-from portakv.core.library import function
 from portakv.errors import PortaKVError, Unsupported
 
 _log = logging.getLogger(__name__)
@@ -178,28 +176,3 @@ def fallocate(fd: int, offset: int, nbytes: int) -> None:
         number = ctypes.get_errno()
         if number != errno.EINTR:
             raise OSError(number, os.strerror(number))
-
-
-# ------------------------------------------------------------------------------------------------
-# Ask the kernel whether host memory may be written, for copies that would else end the process.
-
-#: Why a destination is refused, as a clause.
-READ_ONLY = (
-    "its memory is mapped for reading only. Copy into other memory, or map it with PROT_WRITE"
-)
-
-
-def writable(first: int, past: int) -> bool:
-    """Return False if a write of the first or the last byte of a range on the host would fail.
-
-    Memory that the kernel lets the process write is writable, whatever its owner says about it,
-    such as a read-only numpy array. `portakv_writable` of ``core.h`` says more.
-    """
-    return _writable()(first, past) != 0
-
-
-@cache
-def _writable() -> Callable[[int, int], int]:
-    """Return the function. It never waits: another thread might not give the interpreter back for
-    milliseconds."""
-    return function("writable", c_int, c_int64, c_int64)

@@ -112,7 +112,7 @@ _THIS_THREAD = 1  # CU_STREAM_CAPTURE_MODE_THREAD_LOCAL
 
 def _exchange_capture_mode(device: torch.device, mode: int | None) -> int | None:
     """Set this thread's mode towards captures, and return the mode before; None: there is none."""
-    if mode is None or cuda.not_served(device) is not None:
+    if mode is None or device.type == "cpu" or cuda.not_served(device) is not None:
         return None
     try:
         exchange = cuda.library().cuThreadExchangeStreamCaptureMode

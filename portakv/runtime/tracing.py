@@ -57,16 +57,17 @@ class Tracer(Protocol):
         """
 
 
-_tracer: Tracer | None = None  # of this process
+#: The tracer that makes spans in this process; None: there are no spans.
+chosen: Tracer | None = None
 UNTRACED = Began("", 0)
 
 
 def use(tracer: Tracer | None) -> Tracer | None:
     """Make spans by a tracer from now on, in this process; None: make no more. Return the tracer
     before it."""
-    global _tracer
-    before = _tracer
-    _tracer = tracer
+    global chosen
+    before = chosen
+    chosen = tracer
     return before
 
 
@@ -91,7 +92,7 @@ def under(traceparent: str) -> Iterator[None]:
 
 def begin() -> Began:
     """Return where a span begins, for the caller's `under` or its tracer's current span."""
-    tracer = _tracer
+    tracer = chosen
     traceparent = _under.get()
     if tracer is None:
         return Began(traceparent, 0) if traceparent else UNTRACED
@@ -112,7 +113,7 @@ def end(
         parent: the ``traceparent`` of another process; empty: the caller's.
         seconds: how long it took; None: until now.
     """
-    tracer = _tracer
+    tracer = chosen
     if tracer is None or not began.at:
         return
     ended = time.time_ns() if seconds is None else began.at + round(seconds * 1e9)

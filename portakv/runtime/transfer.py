@@ -860,7 +860,7 @@ class Finished(Generic[T]):
     @property
     def started(self) -> bool:
         """Return True if items are kept."""
-        return this_process() in self._waiting
+        return bool(self._waiting) and this_process() in self._waiting
 
     @property
     def is_idle(self) -> bool:
@@ -877,7 +877,7 @@ class Finished(Generic[T]):
 
     def add(self, item: T) -> None:
         """Keep an item for the consumer, and make the descriptor readable."""
-        waiting = self._waiting.get(this_process())
+        waiting = self._waiting.get(this_process()) if self._waiting else None
         if waiting is None:
             return
         try:

@@ -40,7 +40,7 @@ from portakv.copy.choose_encoding import (
     stays_raw,
 )
 from portakv.errors import InvalidTerms, PackOverflow, PortaKVError, Unsupported
-from portakv.graph.trace import Counts, Figures
+from portakv.graph.trace import Figures
 from portakv.layout.encodings import FLAG_AT, PACKED, TOTAL_AT, Pack, PackedPlane
 from portakv.runtime.rate_limited_log import RateLimitedLog
 from portakv.runtime.transfer import Finished
@@ -48,9 +48,20 @@ from portakv.storage import image
 from portakv.storage.eviction import FIRST, Changed, marks_of
 from portakv.storage.form import HEADER, BlockForm, Slices
 from portakv.storage.memory import Claim, Crossing, Held, RowQueue, Rows, Want
-from portakv.storage.reasons import OVERFLOWED, Explanation, Reason, Reasons
+from portakv.storage.reasons import EVICTED, MISSING, OVERFLOWED, Reason
 from portakv.storage.tiers.base import Keys, TierStore
-from portakv.storage.work import BaseQueue, End, Ending, Graph, Handle, Mask, Missing, Queue, Task
+from portakv.storage.work import (
+    BaseQueue,
+    Counts,
+    End,
+    Ending,
+    Graph,
+    Handle,
+    Mask,
+    Missing,
+    Queue,
+    Task,
+)
 from portakv.tasks import SLACK, Priority, Wait, Work
 from portakv.tasks.runtime import Steps
 from portakv.view import KVView
@@ -1632,6 +1643,88 @@ class InFlight(Held):
         op = "save" if self.store else "load"
         form.count(tier_store.tier, op, "hit", landed)
         form.count(tier_store.tier, op, "miss", blocks - landed)
+
+
+# ------------------------------------------------------------------------------------------------
+# Why blocks of a call did not land.
+
+
+class Reasons:
+    """The reasons that tiers reported for blocks of one transfer, by key."""
+
+    def __init__(self) -> None:
+        self._by_key: dict[bytes, list[Reason]] = {}
+
+    def report(self, key: bytes, reason: Reason) -> None:
+        """Note a reason. One worker at a time reports for a key."""
+        known = self._by_key.setdefault(key, [])
+        if reason not in known:
+            known.append(reason)
+
+    def of(self, key: bytes) -> list[Reason]:
+        """Return the reasons for a block; none if no tier reported one."""
+        return self._by_key.get(key, [])
+
+
+class Explanation:
+    """The reasons for the blocks of a call that did not land, for the error of its handle.
+
+    Attributes:
+        sources: the reasons of each transfer that the call follows.
+        tasks: the tasks that move blocks for the call, with the numbers of these among its blocks
+            and among those of the task.
+        located: the blocks that a tier had when the call was planned, bool ``[blocks]``; None for
+            a save.
+        kept_in: the tier of a save, which may evict blocks before the save ends.
+    """
+
+    def __init__(self, keys: Sequence[bytes]) -> None:
+        self._keys = keys
+        self.sources: list[Reasons] = []
+        self.tasks: list[tuple[Task, Sequence[int], Sequence[int]]] = []
+        self.located: Mask | None = None
+        self.saved_in = ""
+
+    def sentence(self, landed: Mask) -> str:
+        """Return the reasons with their counts, the most frequent first; empty if none is known
+        for the blocks that did not land."""
+        unrun, untaken = self._by_tasks(landed)
+        counts: Counter[Reason] = Counter()
+        for number, key in enumerate(self._keys):
+            if landed[number]:
+                continue
+            why = [*self._reasons(number, key), *unrun.get(number, ())]
+            if not why and self.saved_in and number not in untaken:
+                why = [Reason(EVICTED, self.saved_in)]
+            counts.update(why)
+        return ", ".join(
+            f"{count} {reason.kind} ({reason.where})" for reason, count in counts.most_common()
+        )
+
+    def _by_tasks(self, landed: Mask) -> tuple[dict[int, dict[Reason, None]], set[int]]:
+        """Return why tasks did not run for blocks that did not land, and the blocks whose task ran
+        without success."""
+        unrun: dict[int, dict[Reason, None]] = {}
+        untaken = set[int]()
+        for task, blocks, rows in self.tasks:
+            pairs = zip(blocks, rows, strict=True)
+            missing = [(block, row) for block, row in pairs if not landed[block]]
+            if task.state != "landed":
+                reason = Reason(task.state, task.queue.name)
+                for block, _ in missing:
+                    unrun.setdefault(block, {})[reason] = None
+            else:
+                untaken.update(block for block, row in missing if not task.landed[row])
+        return unrun, untaken
+
+    def _reasons(self, number: int, key: bytes) -> list[Reason]:
+        """Return why a block did not land. That a tier lacks it explains nothing if another tier
+        had it and failed."""
+        if self.located is not None and not self.located[number]:
+            return [Reason(MISSING, "no tier has it")]
+        known = list(dict.fromkeys(reason for source in self.sources for reason in source.of(key)))
+        failures = [reason for reason in known if reason.kind != MISSING]
+        return failures or known[:1]
 
 
 # ------------------------------------------------------------------------------------------------

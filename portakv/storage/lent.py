@@ -16,10 +16,10 @@ import numpy as np
 
 from portakv.arguments import invalid
 from portakv.runtime.transfer import Completion
-from portakv.storage.calls import Arrival, Call, FormPart, InFlight
+from portakv.storage.calls import Arrival, Call, FormPart, InFlight, Reasons
 from portakv.storage.form import BlockForm
 from portakv.storage.memory import Loan
-from portakv.storage.reasons import FAILED, Reason, Reasons
+from portakv.storage.reasons import FAILED, Reason
 from portakv.storage.work import BaseQueue, Graph, Mask, Queue, Task
 from portakv.view import KVView
 
@@ -129,7 +129,7 @@ class LentCopy:
             expected = "no raw block in a copy that keeps none"
             raise invalid("raw", expected, raw, "Leave it out.")
         graph = self._queue.graph
-        if not graph.runtime.forked:  # the lock may be held for ever
+        if not graph.process.forked:  # the lock may be held for ever
             graph.run(partial(self._end, made, rough))
 
     def _mask(self, name: str, value: Mask | Sequence[bool] | None, default: bool) -> Mask:

@@ -7,7 +7,7 @@ import ctypes
 import os
 from collections import Counter, deque
 from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
 from heapq import heappop, heappush
@@ -23,8 +23,8 @@ import numpy.typing as npt
 import torch
 
 from portakv.arguments import invalid, naming, shown
+from portakv.copy.inside import copy_checked as copy_checked
 from portakv.copy.options import USUAL, CopyOptions
-from portakv.copy.rows import copy_rows as copy_rows
 from portakv.errors import InvalidTerms, LayoutError, SlotError
 from portakv.host import pinned
 from portakv.host.pool import Extents
@@ -32,7 +32,7 @@ from portakv.host.shared import unnamed
 from portakv.plan.plan import CopyPlan
 from portakv.runtime.devices import capturing, refuse_capture
 from portakv.runtime.interrupts import uninterrupted
-from portakv.runtime.resources import require_linux
+from portakv.runtime.resources import one_thread, require_linux
 from portakv.runtime.streams import (
     StreamFence,
     completion,
@@ -1002,13 +1002,14 @@ class Crossing:
         store: bool = False,
         options: CopyOptions = USUAL,
     ) -> None:
-        whole = view.block_size if isinstance(view, KVView) else None
+        whole = view.form.block_size if isinstance(view, KVView) else 0
         if not whole:
             got = repr(view) if isinstance(view, KVView) else shown(view)
             raise LayoutError(
                 f"Expected view to be a paged view, got {got}. Name a block axis in its layout."
             )
-        if capturing(view.device):
+        self._view = view
+        if self.on_device and capturing(view.device):
             why = "workers on the host move blocks; save and load outside of it"
             raise refuse_capture("A transfer of a block store", why)
         try:
@@ -1058,7 +1059,6 @@ class Crossing:
                     f"Expected blocks to have a block of the view for each key, got negative ids "
                     f"alone for keys[{nowhere[0]}]. Leave the key out."
                 )
-        self._view = view
         self._after: StreamFence | None = None
         self._stream: torch.Stream | None = None  # of the maker
         self.ends = list[Completion]()
@@ -1088,16 +1088,17 @@ class Crossing:
         Raises the errors of a copy that is impossible, by an empty one.
         """
         view = self._view
-        self._after = StreamFence(view.device)
         if self.on_device:
+            self._after = StreamFence(view.device)
             self._stream = torch.accelerator.current_stream(view.device.index)
         tried: set[object] = view.derived.setdefault(_TRIED, set())
         kind = inner.form, self._size, self._step, self._store, self._options
         if kind in tried:
             view.check_memory()
         else:
-            with torch.inference_mode(False), self._after.inside():
-                copy_rows(*self._sides(inner, view, [], []), options=self._options).synchronize()
+            apart = nullcontext() if self._after is None else self._after.inside()
+            with torch.inference_mode(False), apart:
+                copy_checked(*self._sides(inner, view, [], []), 0, self._options).synchronize()
             tried.add(kind)
 
     def issue(
@@ -1122,7 +1123,8 @@ class Crossing:
                 blocks = self._whole
             else:
                 rows, blocks = self._indices(items, at)
-            transfer = copy_rows(inner, self._view, rows, blocks, options=options)
+            count = len(items) * self._size
+            transfer = copy_checked(inner, self._view, rows, blocks, count, options)
         finally:  # a part of the copy may have been issued
             end = Completion()
             if loan.stream is not None:
@@ -1154,7 +1156,8 @@ class Crossing:
         side = side_stream(self._stream, "device", "host")
         with ignoring_captures(device), torch.inference_mode(False), self._after.on(side):
             try:
-                copy_rows(self._view, inner, blocks, rows, options=self._options)
+                count = len(items) * self._size
+                copy_checked(self._view, inner, blocks, rows, count, self._options)
             finally:  # a part of the copy may have been issued
                 self.ends.append(completion(device, side, self._view))
 
@@ -1164,13 +1167,18 @@ class Crossing:
         Each side has its own view. On a device the copy has a stream alone, after the work that the
         maker's stream had. Only helpers call it.
         """
-        assert self._after is not None  # `prepare` was called
         sides = self._sides(inner, outer, items, at)
         if copy_long_runs(*sides, self._options):
             return
+        count = len(items) * self._size
+        if not self.on_device:
+            with torch.inference_mode(False), one_thread():
+                copy_checked(*sides, count, self._options).synchronize()
+            return
+        assert self._after is not None  # `prepare` was called
         with torch.inference_mode(False), _idle_streams() as streams, self._after.inside(streams):
             with on_one_core(self._view.device):
-                transfer = copy_rows(*sides, options=self._options)
+                transfer = copy_checked(*sides, count, self._options)
             transfer.synchronize()
 
     def _sides(

@@ -56,6 +56,7 @@ from portakv.storage.work import Ending, Graph, Handle, Mask, Missing, Queue, Ta
 from portakv.tasks import SLACK, Priority
 from portakv.tasks.runtime import Steps
 from portakv.view import IdList, KVView
+from portakv.view.form import Form
 
 # ------------------------------------------------------------------------------------------------
 # The sources of a save: how the blocks of its caller come into rows.
@@ -420,28 +421,27 @@ class FormStore:
         self._form = form
         return form
 
-    def _for_view(
-        self, form: FormBlocks, block_size: int | None, encoding: tuple[object, ...]
-    ) -> FormBlocks:
-        """Return the form to load into a view of a block size and an encoding.
+    def _for_view(self, form: FormBlocks, view: Form) -> FormBlocks:
+        """Return the form to load into a view of a form.
 
         A store that chooses loads by its raw form, unless packed blocks serve the view.
         """
         if self.chooser is None or not form.own.form.encoding:
             return form
         rows = form.own.rows.form
-        if block_size == rows.block_size and encoding in ((), rows.encoding):
+        if view.block_size == rows.block_size and view.encoding in ((), rows.encoding):
             return form
         return self._shared.forms[RAW]
 
     def _refuse_closed(self, kind: str) -> None:
         shared = self._shared
-        if not (shared.closed or shared.graph.runtime.forked or shared.graph.closed):
+        graph = shared.graph
+        if not (shared.closed or graph.closed or graph.process.forked):
             return
         got = "one whose graph was closed"
         if shared.closed:
             got = "one that was closed"
-        if shared.graph.runtime.forked:
+        if graph.process.forked:
             got = "one of the process that this one was forked from"
         raise StoreError(f"Expected an open store for a {kind}, got {got}. Make another.")
 
@@ -730,16 +730,17 @@ class FormStore:
         ``options``: in place of ``by_layer``: also backend, overlap, max_thread_blocks.
         """
         one_of("missing", missing, MISSING)
-        options = options_from(options, {"by_layer": by_layer})
-        by_layer = options.by_layer
-        if by_layer:
+        if options is None and by_layer is False:
+            options = USUAL
+        else:
+            options = options_from(options, {"by_layer": by_layer})
+            by_layer = options.by_layer
             options = replace(options, by_layer=False)
-        if options is not USUAL:
             options.check_only("a load", OPTIONS)
         form = self._own("load")
         keys = self._keys(keys, priority, deadline)
         crossing = Crossing(view, blocks, len(keys), form.own.form.block_size, options=options)
-        form = self._for_view(form, view.block_size, view.form.encoding)
+        form = self._for_view(form, view.form)
         loan = self._loan(form, crossing, form.own.names(keys), by_layer)
         if loan is not None and None not in loan.rows:
             return self._issue_all(crossing, loan, [(form, keys)], by_layer)
@@ -1361,7 +1362,7 @@ class BlockStore(FormStore):
         handle ends with it; what it copies from there on is stored nowhere.
         """
         timeout = seconds("timeout", timeout)
-        if self.graph.runtime.forked:  # locks may be held for ever, and nothing here is its own
+        if self.graph.process.forked:  # locks may be held for ever, and nothing here is its own
             return
         self._shared.closed = True
         until = self.graph.clock() + timeout

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import time
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Callable, Generator, Iterable, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from itertools import count
 from traceback import clear_frames
@@ -21,7 +22,7 @@ import torch
 
 from portakv import arguments, tasks
 from portakv.errors import PortaKVError, TransferCancelled, TransferError
-from portakv.graph.trace import Counts, Figures, Ran, Trace
+from portakv.graph.trace import Figures, Ran, Samples, Trace
 from portakv.runtime.interrupts import uninterrupted
 from portakv.runtime.streams import ignoring_captures
 from portakv.runtime.transfer import Completion, Pending, Statistics, Transfer
@@ -294,6 +295,36 @@ class Queue(Limit, BaseQueue):
             self.graph.idle.notify()
 
 
+class Counts:
+    """The blocks and bytes that moved, by tier and operation. Any thread may call.
+
+    ``lock``: of the graph whose tasks move them.
+    """
+
+    def __init__(self, lock: AbstractContextManager[object]) -> None:
+        self._lock = lock
+        self.blocks = Counter[tuple[str, str, str]]()  # by tier, operation and result
+        self.nbytes = Counter[tuple[str, str]]()
+
+    def add(self, tier: str, op: str, result: str, blocks: int, nbytes: int) -> None:
+        """Count blocks that moved, or did not."""
+        with self._lock:
+            self.blocks[tier, op, result] += blocks
+            self.nbytes[tier, op] += nbytes
+
+    def statistics(self) -> Figures:
+        """Return the figures."""
+        with self._lock:
+            blocks: Samples = [
+                {"tier": tier, "op": op, "result": result, "value": n}
+                for (tier, op, result), n in self.blocks.items()
+            ]
+            nbytes: Samples = [
+                {"tier": tier, "op": op, "value": n} for (tier, op), n in self.nbytes.items()
+            ]
+        return {"tier_blocks_total": blocks, "tier_bytes_total": nbytes}
+
+
 class Graph:
     """The queues and the tasks of a store, or of several stores that share them.
 
@@ -313,6 +344,7 @@ class Graph:
             arguments.instance("runtime", runtime, Runtime, "Pass None for that of the process.")
         self.trace = Trace(trace_events)
         self.runtime = runtime or tasks.runtime()
+        self.process = self.runtime.process
         self.clock = self.runtime.time
         self.lock = self.runtime.lock
         self.closed = False
@@ -367,7 +399,7 @@ class Graph:
     def check_open(self) -> None:
         """Raise `TransferError` after `close`, or in a forked process."""
         got = "is closed"
-        if self.runtime.forked:  # the lock may be held for ever
+        if self.process.forked:  # the lock may be held for ever
             got = "belongs to the process that this one was forked from"
         elif not self.closed:
             return
@@ -473,7 +505,7 @@ class Graph:
     def cancel(self, end: End, state: Unrun = "cancelled") -> bool:
         """Cancel a task that does not run, or the work before another end; return True if some
         blocks will not be moved."""
-        if self.runtime.forked:  # the lock may be held for ever
+        if self.process.forked:  # the lock may be held for ever
             return False
         why = {"late": ": increase the deadline", "dropped": ": staging was full or the queue slow"}
         kind = TransferCancelled if state == "cancelled" else TransferError
@@ -543,7 +575,7 @@ class Graph:
         Each name has a list of samples with labels and a "value". `Collector` also takes other
         figures.
         """
-        if self.runtime.forked:  # its lock may be locked for ever
+        if self.process.forked:  # its lock may be locked for ever
             return {}
         return self.run(self._statistics)
 
@@ -559,7 +591,7 @@ class Graph:
         """Cancel tasks that do not run, and wait for running ones; return True if they ended in
         time."""
         timeout = arguments.seconds("timeout", timeout)
-        if self.runtime.forked:
+        if self.process.forked:
             return True
         self.run(self.shut)
         self.idle.block(lambda: not any(x.running for x in self.queues.values()), timeout)

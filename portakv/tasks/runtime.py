@@ -32,7 +32,7 @@ from weakref import WeakSet
 from portakv.errors import PortaKVError, TransferError, TransferTimeout
 from portakv.runtime import resources
 from portakv.runtime.bounded import Bounded
-from portakv.runtime.devices import Process, this_process
+from portakv.runtime.devices import this_process
 from portakv.runtime.interrupts import abandoned, hand_over, interruptible, locked, uninterrupted
 from portakv.runtime.transfer import reported
 
@@ -427,7 +427,7 @@ class End(Generic[T]):
 
     def done(self) -> bool:
         """Return True once the work has ended, or once it cannot end in a forked process."""
-        return self.ended or self._runtime.forked
+        return self.ended or self._runtime.process.forked
 
     def settle(self, value: Any, error: BaseException | None) -> None:
         """Note the end, and make the calls of `on_end`."""
@@ -477,7 +477,7 @@ class End(Generic[T]):
         end = locked()
         self.on_end(end.release)
         until = None if timeout is None else self._runtime.time() + timeout
-        while not self.ended and not self._runtime.forked:
+        while not self.ended and not self._runtime.process.forked:
             left = LOOK if until is None else until - self._runtime.time()
             if left <= 0:
                 self.off_end(end.release)
@@ -823,11 +823,12 @@ class Runtime:
 
     Attributes:
         step: the context of each step of a coroutine.
+        process: the process that made it. In a fork of it nothing runs.
     """
 
     def __init__(self, loop: Loop | None = None) -> None:
         self.step = Step()
-        self._process = this_process()
+        self.process = this_process()
         self._loop = loop
         #: Returns the time of the loop, in seconds.
         self.time: Callable[[], float] = monotonic if loop is None else loop.time
@@ -839,11 +840,6 @@ class Runtime:
     def lock(self) -> Any:
         """Return the lock of steps. A thread that has it may take it again."""
         return self.step.lock
-
-    @property
-    def forked(self) -> bool:
-        """Return True in a process that was forked from the one that made the runtime."""
-        return self._process.forked
 
     @contextmanager
     def released(self) -> Iterator[None]:
@@ -988,7 +984,7 @@ class Runtime:
 
     def _end_work(self) -> None:
         """Cancel the coroutines that have work done, and wait for their ends."""
-        if self.forked:
+        if self.process.forked:
             return
         until = self.time() + EXIT
         with self.step:
@@ -1042,7 +1038,7 @@ class TaskGroup:
     def end(self) -> None:
         """Cancel all coroutines; wait at most `EXIT` seconds for their ends, except in the loop
         itself. Does nothing in a forked process."""
-        if not self.runtime.forked:
+        if not self.runtime.process.forked:
             ended = self.runtime.start(self.close())
             ended.wait(0.0 if self.runtime.runs_here else EXIT)
 
@@ -1060,18 +1056,20 @@ class TaskGroup:
             ended |= {handle for handle in waiting if handle.done()}
 
 
-_runtimes: Bounded[Process, Runtime] = Bounded("runtimes", 1)
+_runtimes = list[Runtime]()  # the first one is that of this process
 
 
 def runtime() -> Runtime:
     """Return the runtime of this process. It begins without a thread, so the first of several
     threads wins."""
-    return _runtimes.get_or_make(this_process(), Runtime)
+    if not _runtimes:
+        _runtimes.append(Runtime())
+    return _runtimes[0]
 
 
 def _forget() -> None:
     """Begin anew in a forked process, which has neither the thread nor the end of any step."""
-    for each in _runtimes.values():
+    for each in _runtimes:
         each.step = Step()  # a thread of the parent may have the other one
     _runtimes.clear()
 

@@ -287,7 +287,8 @@ def _bind(
                 f"{name}={always[name]}, or write the layout string."
             )
     bits = flag("reinterpret", reinterpret)
-    return BoundLayout(text, declared, bits, as_encoding(encoding))
+    packed = None if encoding is None else as_encoding(encoding)
+    return BoundLayout(text, declared, bits, packed)
 
 
 #: Binding a layout takes longer than a view.

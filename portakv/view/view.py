@@ -23,12 +23,11 @@ from torch.autograd.graph import increment_version
 from portakv.arguments import as_whole, shown
 from portakv.core.runs import pointer_to
 from portakv.core.slice import HEADS_CUT, slice_words
-from portakv.core.view import words_of_dtypes
+from portakv.core.view import READ_ONLY, words_of_dtypes, writable
 from portakv.errors import DeviceMismatch, LayoutError
 from portakv.layout.encodings import Encoding, parameters_of, plane_of
 from portakv.layout.language import Layout
 from portakv.runtime.devices import capturing, refuse_capture, usable_device
-from portakv.runtime.resources import READ_ONLY, writable
 from portakv.runtime.transfer import event_pool
 from portakv.view.addresses import RawMemory, read_addresses
 from portakv.view.bound import (
@@ -584,7 +583,8 @@ class KVView:
     ) -> KVView:
         """Return some layers, heads or kv of this view, as a view; copy nothing.
 
-        An integer keeps its axis with extent 1. Slices of one layer all have one form.
+        An integer keeps its axis with extent 1. Slices of one layer all have one form. A slice of
+        everything is this view.
 
         Raises:
             LayoutError: an empty or stepped range, one that cuts through a factor, or another axis.
@@ -596,13 +596,13 @@ class KVView:
                 f"blocks or tokens to the copy."
             )
         form = self.form
-        spans = self.spans if self.known else None
         kv_range = slice_range("kv", kv, form.kv)
         layer_range = slice_range("layers", layers, form.layers)
         head_range = slice_range("heads", heads, form.heads)
         if (len(kv_range), len(layer_range), len(head_range)) == (form.kv, form.layers, form.heads):
-            return self._with((form, self._origins, self._owners, spans), self._table)
+            return self
 
+        spans = self.spans if self.known else None
         count = self.slots // (form.block_size or 1)  # blocks, or a chunk's tokens
         sliced = slice_form(form, count, kv_range, layer_range, head_range)
         table = None
@@ -705,8 +705,9 @@ class KVView:
         if view is None or (captured and (_TABLE, device) in view.derived):
             ends = [None if x is None else slice(*x) for x in (layers, kv)]
             view = self.slice(layers=ends[0], kv=ends[1])
-            if captured:
-                return view  # its table is made at each replay
+            # The table of a slice is made at each replay. A view does not cache itself.
+            if captured or view is self:
+                return view
             if device != _HOST:
                 view.keep_table(view.table, event_pool(device).recorded(None))
             view = self.derived.setdefault(key, view)

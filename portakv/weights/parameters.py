@@ -19,12 +19,12 @@ import torch
 from msgspec import Meta, ValidationError, convert, structs
 
 from portakv.arguments import instance, invalid, items, text, whole
+from portakv.core.view import READ_ONLY, writable
 from portakv.errors import InvalidTerms, LayoutError
 from portakv.migrate.messages import Box as Ends
 from portakv.migrate.messages import Bytes, Dims, Message, Small, Text, prepare
 from portakv.migrate.shards import deal
 from portakv.migrate.shared_memory import Held, export_all
-from portakv.runtime.resources import READ_ONLY, writable
 from portakv.view.bound import reach
 from portakv.view.overlap import overlaps_itself
 

@@ -29,6 +29,7 @@ from support.named_memory import named_memory
 from support.waits import LIMIT, until
 
 from portakv import KVView
+from portakv.copy.inside import copy_checked
 from portakv.errors import (
     InvalidTerms,
     LayoutError,
@@ -41,7 +42,6 @@ from portakv.errors import (
 from portakv.migrate import Shard, Ticket, messages
 from portakv.migrate.channel import Channel
 from portakv.migrate.connections import Source
-from portakv.migrate.plan import copy_checked
 from portakv.migrate.pull import Pull
 from portakv.migrate.reader import incomplete, wait_for_events
 from portakv.migrate.shared_memory import shared_empty

@@ -48,8 +48,9 @@ from portakv.errors import (
     Unsupported,
 )
 from portakv.migrate.channel import Channel, Peer
+from portakv.migrate.described import EVENTS
 from portakv.migrate.messages import Answer, Begin, BoxPart, Check, Gather, Handshake, Hello, Ticket
-from portakv.migrate.owner import EVENTS, Owner
+from portakv.migrate.owner import Owner
 from portakv.migrate.pull import Pull
 from portakv.migrate.reader import Reader
 from portakv.migrate.shards import Shard

@@ -17,11 +17,11 @@ from support.migrate_pulls import Clock, Couple, Sides, sides
 from support.waits import LIMIT, until
 
 from portakv.copy.handle import BlockTransfer
+from portakv.copy.inside import copy_checked
 from portakv.errors import OfferGone, TransferCancelled, TransferTimeout
 from portakv.migrate import staged_reader
 from portakv.migrate.messages import Answer, Check, Renew, Ticket
 from portakv.migrate.owner import Offer
-from portakv.migrate.plan import copy_checked
 from portakv.migrate.pull import Pull
 from portakv.migrate.transports import TRANSPORTS
 

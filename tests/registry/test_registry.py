@@ -48,6 +48,28 @@ def test_environment_beats_argument_beats_choice(monkeypatch: pytest.MonkeyPatch
     assert registry.choose("cpu").name == "one"
 
 
+@pytest.mark.parametrize("name", [*registry.MADE_FOR, registry.INTERPRETED])
+def test_a_candidate_of_other_devices_is_not_imported(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The registry says what its probe says."""
+    monkeypatch.delenv(registry.INTERPRET, raising=False)
+    host = torch.device("cpu")
+    asked = list[str]()
+
+    class Watched(registry.Registry):
+        def class_of(self, name: str) -> type[Backend]:
+            asked.append(name)
+            return super().class_of(name)
+
+    own = Watched()
+    answer = own.ask(name, host, check=True)
+    assert not asked
+    assert answer == (None, own.class_of(name).probe(host))
+    own.ask("reference", host, check=False)  # the control
+    assert asked == [name, "reference"]
+
+
 def test_one_that_tells_no_formats_is_not_passed_over(monkeypatch: pytest.MonkeyPatch) -> None:
     """No tensor of its device is moved before its format is checked."""
     broken: Any = small_backend("one")

@@ -264,14 +264,14 @@ class TestsOnADevice:
         target = cache(50, accelerator)
         blocks = range(8) if kind is range else kind([*range(8)])
         kept = list[bool]()
-        copy_rows = rows_module.copy_rows
+        copy = rows_module.copy_checked
 
-        def noted(src: KVView, dst: KVView, rows: Any, ids: Any, **terms: Any) -> Any:
+        def noted(src: KVView, dst: KVView, rows: Any, ids: Any, *terms: Any) -> Any:
             kept.extend(not each.temporary for each in (rows, ids))
-            return copy_rows(src, dst, rows, ids, **terms)
+            return copy(src, dst, rows, ids, *terms)
 
         with warmed(accelerator) as store:
-            monkeypatch.setattr(rows_module, "copy_rows", noted)
+            monkeypatch.setattr(rows_module, "copy_checked", noted)
             store.load(target, blocks, KEYS).synchronize(LIMIT)
             others = [key_of(50 + i) for i in range(8)]
             with suppress(TransferError):  # there is no other tier

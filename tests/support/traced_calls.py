@@ -4,7 +4,7 @@
 `house.py` runs this module as a program, since a trace needs a process that has made no call yet.
 In the folder `tests`:
 
-    python -m support.traced_calls trace    print the traces as JSON
+    python -m support.traced_calls trace    print the traces as JSON, of all calls or of those named
     python -m support.traced_calls times    print the host times as JSON
     python -m support.traced_calls owner    own the rows that pulls bring, until the input ends
 
@@ -24,7 +24,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -420,8 +420,12 @@ def times(call: Call) -> dict[str, Any]:
     }
 
 
-def measured(measure: Callable[[Call], dict[str, Any]]) -> dict[str, dict[str, Any]]:
+def measured(
+    measure: Callable[[Call], dict[str, Any]], names: Sequence[str] = ()
+) -> dict[str, dict[str, Any]]:
     """Return what is measured of each call by its name, or the reason why it cannot be.
+
+    ``names``: of the calls; none: all of them.
 
     Each call has a process that has made no call before. It is a fork of this one, which has
     imported the library.
@@ -429,6 +433,8 @@ def measured(measure: Callable[[Call], dict[str, Any]]) -> dict[str, dict[str, A
     forks = multiprocessing.get_context("fork")
     results: dict[str, dict[str, Any]] = {}
     for call in CALLS:
+        if names and call.name not in names:
+            continue
         reader, writer = forks.Pipe(duplex=False)
         process = forks.Process(target=_measure, args=(measure, call, writer))
         process.start()
@@ -454,4 +460,5 @@ if __name__ == "__main__":
         own()
     else:
         torch.set_num_threads(1)
-        print(json.dumps(measured({"trace": trace, "times": times}[sys.argv[1]])))
+        verb, *names = sys.argv[1:]
+        print(json.dumps(measured({"trace": trace, "times": times}[verb], names)))

@@ -600,12 +600,12 @@ def test_a_forked_process_has_its_own_runtime() -> None:
             other.submit(before.lock.release).result()
     if not child:
         assert before.lock.acquire(timeout=LIMIT)
-        own = runtime() is not before and before.forked
+        own = runtime() is not before and before.process.forked
         works = own and runtime().start(where(soon())).synchronize(LIMIT)
         os._exit(0 if works else 1)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
     assert runtime() is before
-    assert not before.forked
+    assert not before.process.forked
 
 
 @pytest.mark.parametrize("ended", [False, True])

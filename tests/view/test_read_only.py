@@ -15,8 +15,8 @@ import pytest
 import torch
 
 from portakv import AdaptiveConnector, KVView, LayoutError, copy_blocks, copy_rows, copy_runs
+from portakv.core.view import writable
 from portakv.host import memcpy
-from portakv.runtime.resources import writable
 from portakv.view.view import check_writable
 
 PAGE = mmap.PAGESIZE

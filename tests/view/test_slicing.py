@@ -3,8 +3,10 @@
 
 from __future__ import annotations
 
+import gc
 from itertools import permutations, product
 from typing import Any
+from weakref import ref
 
 import pytest
 import torch
@@ -13,6 +15,7 @@ from hypothesis import strategies as st
 from support.core_cases import address, noise
 
 from portakv import KVView, LayoutError
+from portakv.migrate.staging import part_of
 from portakv_conformance.draw.arrangement import Case
 from portakv_conformance.draw.strategies import cases
 
@@ -89,8 +92,25 @@ def test_a_slice_of_many_memory_objects() -> None:
 
 def test_a_slice_of_everything_is_the_view_itself() -> None:
     whole = KVView(*VIEWS["rows of 132 bytes"])
-    assert whole.slice(layers=slice(0, 4), heads=slice(None), kv=0).form == whole.form
-    assert whole.slice().form == whole.form
+    assert whole.slice(layers=slice(0, 4), heads=slice(None), kv=0) is whole
+    assert whole.slice() is whole
+
+
+@pytest.mark.parametrize("layers", [4, 3])
+def test_parts_of_a_view_do_not_keep_it(layers: int) -> None:
+    """They are cached with the view; the part of everything is the view."""
+    tensor = noise(5, 4, 8)
+    whole = KVView(tensor, "token layer dim")
+    parts = whole.planes((0, layers), (0, 1)), part_of(whole, slice(0, layers))
+    assert [part is whole for part in parts] == 2 * [layers == 4]
+    assert part_of(whole, slice(0, layers)) is parts[1]
+    kept = ref(tensor)
+    gc.disable()
+    try:
+        del tensor, whole, parts
+        assert kept() is None
+    finally:
+        gc.enable()
 
 
 OUTSIDE = "Expected a range of at least one"

@@ -214,13 +214,13 @@ class ServerIndex(StoreIndex):
 
     def close(self) -> None:
         """Leave the server."""
-        if not self._runtime.forked:
+        if not self._runtime.process.forked:
             self._link.close()
 
     def _groups_here(self) -> list[Known]:
         """Return what is known of each group; nothing in a forked process, where it stands
         still."""
-        return [] if self._runtime.forked else self._known
+        return [] if self._runtime.process.forked else self._known
 
     def _stored(self) -> list[list[Known]]:
         left = iter(self._groups_here())
@@ -919,7 +919,7 @@ class ServerBlocks:
 
     def _batches(self, keys: list[bytes]) -> Iterator[tuple[Session, int, tuple[bytes, ...]]]:
         """Yield the session, the number of the first key and the keys of each request."""
-        session = None if self.client.graph.runtime.forked else self.client.link.session
+        session = None if self.client.graph.process.forked else self.client.link.session
         if session is not None:
             for first in range(0, len(keys), MOST_KEYS):
                 yield session, first, tuple(keys[first : first + MOST_KEYS])
@@ -946,7 +946,7 @@ class ServerBlocks:
         """Return a transfer of blocks of a view. Raises `StoreError` in a forked process."""
         if deadline is not None:
             seconds("deadline", deadline)
-        if self.client.graph.runtime.forked:
+        if self.client.graph.process.forked:
             raise StoreError(
                 "Expected the client of a store server of this process, got one of the process "
                 "that this one was forked from. Make another."
@@ -1034,7 +1034,7 @@ class StoreClient:
     def close(self, timeout: float = 10.0) -> None:
         """End the loads and saves, and leave the server."""
         timeout = seconds("timeout", timeout)
-        if self.graph.runtime.forked:
+        if self.graph.process.forked:
             return
         self.close_all()
         self._forgotten.block(self._is_idle, timeout)  # only copies under way are left

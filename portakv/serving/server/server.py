@@ -438,7 +438,7 @@ class StoreServer:
     def close(self, timeout: float = 10.0) -> None:
         """Serve no longer: close the store within so many seconds. Clients go on with misses."""
         timeout = seconds("timeout", timeout)
-        if self._runtime.forked or self._stopped:
+        if self._runtime.process.forked or self._stopped:
             return
         atexit.unregister(self._take_leave)
         self._stopped = True
@@ -451,7 +451,7 @@ class StoreServer:
 
     def _take_leave(self) -> None:
         """Tell clients and followers that this server ends in order; no session begins any more."""
-        if self._runtime.forked:
+        if self._runtime.process.forked:
             return
         self._ends = True
         opened = self._opened
