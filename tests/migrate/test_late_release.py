@@ -53,7 +53,7 @@ def test_memory_that_is_not_what_its_owner_says(
     """A reader that finds this out has mapped it."""
     known = shared_memory.proof
     monkeypatch.setattr(
-        "portakv.migrate.shared_memory.proof", lambda _, device: known(bytes(16), device)
+        "portakv.migrate.described.proof", lambda _, device: known(bytes(16), device)
     )
     both = Couple(made)
     offer = both.offer()

@@ -310,7 +310,7 @@ def test_a_mapping_that_reads_other_bytes_is_not_used(
 ) -> None:
     """Fault 22. As an IOMMU that breaks P2P has it: the self-check rejects it, and rows move."""
     monkeypatch.setattr(
-        "portakv.migrate.shared_memory.proof", lambda *_: Rows(1, 2).whole.flatten()[:32]
+        "portakv.migrate.described.proof", lambda *_: Rows(1, 2).whole.flatten()[:32]
     )
     both = Couple(made)
     offer = both.offer()
@@ -325,8 +325,11 @@ def test_a_pull_inside_a_capture_is_refused(made: Sides, monkeypatch: pytest.Mon
     both = Couple(made)
     offer = both.offer()
     monkeypatch.setattr("portakv.migrate.reader.capturing", lambda _: True)
+    host = both.reader.device
+    both.reader.device = torch.device("cuda:0")  # nothing captures the host
     with pytest.raises(Unsupported, match="pull outside"):
         both.pull(offer)
+    both.reader.device = host
     monkeypatch.undo()
     both.pull(offer).synchronize(LIMIT)
 
