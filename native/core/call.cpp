@@ -343,36 +343,37 @@ int64_t result_of(int64_t count, int64_t answer, const Found &found) {
 }
 
 // A copy by kernels, as it is launched: by then the copy is checked, and no tensor is read.
-struct KernelLaunch {
-  const portakv_kernels *kernels = nullptr;
-  Plan plan = {};
-  RowsOptions options = {};
-  portakv_rows_side src = {};
-  portakv_rows_side dst = {};
-  int64_t count = 0;
-  uint64_t status = 0;
+class KernelLaunch {
+ public:
+  // Plan a copy between two ends.
+  void plan(const portakv_kernels &kernels, const End &src, const End &dst, int64_t count,
+            const Found &found, const Means &means, bool by_source = false) {
+    kernels_ = &kernels;
+    plan_ = plan_of(src, dst, count);
+    options_ = {src.step, dst.step, src.table_on_device, dst.table_on_device, by_source};
+    src_ = src.rows;
+    dst_ = dst.rows;
+    count_ = count;
+    status_ = found.guarded ? means.end.status : 0;
+  }
 
   // Return 0, the driver's error, or a code.
   int64_t run(const Means &means) const {
     const int64_t error =
-        run_rows(*kernels, plan, options, src, dst, count, status, means.stream);
+        run_rows(*kernels_, plan_, options_, src_, dst_, count_, status_, means.stream);
     if (error != 0 || means.end.event == nullptr) return error;
     return means.end.record(means.end.event, means.stream);
   }
-};
 
-// Plan a copy between two ends.
-KernelLaunch launch_of(const portakv_kernels &kernels, const End &src, const End &dst,
-                       int64_t count, const Found &found, const Means &means,
-                       bool by_source = false) {
-  return {&kernels,
-          plan_of(src, dst, count),
-          {src.step, dst.step, src.table_on_device, dst.table_on_device, by_source},
-          src.rows,
-          dst.rows,
-          count,
-          found.guarded ? means.end.status : 0};
-}
+ private:
+  const portakv_kernels *kernels_;
+  Plan plan_;
+  RowsOptions options_;
+  portakv_rows_side src_;
+  portakv_rows_side dst_;
+  int64_t count_;
+  uint64_t status_;
+};
 
 // Return what core.h says of a copy of so many tokens that was launched with this code.
 int64_t launched(int64_t code, int64_t count, const Found &found) {
@@ -505,8 +506,8 @@ class ChunkCopy {
     pair_.read_slots();
     pair_.check();
     place(pair_.slots, pair_.lists, pair_.paged);
-    launch_ = launch_of(*pair_.copies.by.kernels, pair_.from(), pair_.to(), pair_.count,
-                        pair_.found, means_);
+    launch_.plan(*pair_.copies.by.kernels, pair_.from(), pair_.to(), pair_.count, pair_.found,
+                 means_);
     return 0;
   }
 
@@ -623,7 +624,7 @@ class ViewsCopy {
     pair_.check();
     require(pair_.from_host == pair_.to_host);
     pair_.place();
-    launch_ = launch_of(*by_.kernels, pair_.from, pair_.to, pair_.count, pair_.found, means_);
+    launch_.plan(*by_.kernels, pair_.from, pair_.to, pair_.count, pair_.found, means_);
     return 0;
   }
 
@@ -659,7 +660,7 @@ class EndQuery {
   const portakv_copy_end &end_;
 };
 
-// The numbers of the units of one end, in the order of the positions; -1 if the id is negative.
+// The numbers of the units of one end, in the order of the positions; negative if the id is.
 template <typename List>
 struct Units {
   List ids;
@@ -667,7 +668,7 @@ struct Units {
   int64_t first;   // number of the first position's unit, counted from the first id
 
   int64_t operator[](int64_t at) const {
-    if (per_id == 1) return std::max<int64_t>(ids[first + at], -1);  // without divisions
+    if (per_id == 1) return ids[first + at];  // without divisions
     const int64_t id = ids[(first + at) / per_id];
     return id < 0 ? -1 : id * per_id + (first + at) % per_id;
   }
@@ -863,8 +864,8 @@ class AcrossCopy {
     const int64_t strategy = answer_ & 15;
     if (strategy == kZeroCopy && crossings_.by.kernels != nullptr && terms_.reached()) {
       // The planes follow the host's order: neighbours cross the link together.
-      launch_ = launch_of(*crossings_.by.kernels, pair_.from, pair_.to, pair_.count, pair_.found,
-                          means_, pair_.from_host);
+      launch_.plan(*crossings_.by.kernels, pair_.from, pair_.to, pair_.count, pair_.found, means_,
+                   pair_.from_host);
       return 0;
     }
     if (strategy == kStaged || strategy == kBatchedMemcpy) {

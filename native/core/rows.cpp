@@ -273,13 +273,22 @@ struct Travelling {
     // The kernel adds the number of a position, of which `start` is the first.
     request.first = next * per_id + at % per_id - start;
     request.wide = kCarried;
-    for (int64_t place = at / per_id; place < past; place++) {
-      const int64_t id = wide ? static_cast<const int64_t *>(ids)[place]
-                              : static_cast<const int32_t *>(ids)[place];
-      // Another thread may have changed a checked id: a kernel finds it past the view, as it was.
-      out[next++] = static_cast<int32_t>(std::clamp<int64_t>(id, -1, INT32_MAX));
+    const int64_t number = past - at / per_id;
+    if (wide) {
+      narrow(static_cast<const int64_t *>(ids) + at / per_id, number, out + next);
+    } else {
+      narrow(static_cast<const int32_t *>(ids) + at / per_id, number, out + next);
     }
-    return next;
+    return next + number;
+  }
+
+  // Another thread may have changed a checked id: a kernel finds it past the view, as it was.
+  template <typename Id>
+  static void narrow(const Id *from, int64_t number, int32_t *out) {
+    for (int64_t n = 0; n < number; n++) {
+      const Id id = std::max<Id>(from[n], -1);
+      out[n] = static_cast<int32_t>(std::min<Id>(id, INT32_MAX));
+    }
   }
 };
 
