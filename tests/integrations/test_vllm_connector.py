@@ -344,12 +344,13 @@ def test_groups_with_a_window(configurations: tuple[Any, Any]) -> None:
         ([16, 32], [None, 64], 64),
         ([16, 24], [None, 512], 96),
         ([16, 16], [None, 48], 16),
+        ([1072, 1072], [None, 128], 1072),
     ],
 )
 def test_a_stored_block_has_whole_blocks_of_all_groups(
     sizes: list[int], windows: list[int | None], stored: int
 ) -> None:
-    """At least 64 tokens, unless a window has fewer."""
+    """At least 64 tokens, unless a window and its blocks have fewer."""
     assert whole_blocks([Group(*each) for each in zip(sizes, windows, strict=True)]) == stored
 
 

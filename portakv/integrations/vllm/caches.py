@@ -887,7 +887,7 @@ def stored_block(store: StoreTerms, groups: Sequence[Group], tokens: int) -> int
 
 def whole_blocks(groups: Sequence[Group], tokens: int = TOKENS) -> int:
     """Return the tokens of a stored block that whole blocks of all groups fill: at least
-    ``tokens``, unless that is more than the window of a group.
+    ``tokens``, unless that is more than the window of a group and than its blocks.
 
     Raises `InvalidTerms` if only very large blocks would do.
     """
@@ -900,10 +900,12 @@ def whole_blocks(groups: Sequence[Group], tokens: int = TOKENS) -> int:
             f"divisor of each."
         )
     size = least * -(-tokens // least)
-    windows = [group.window for group in groups if group.window is not None]
-    chunks = [group.chunk for group in groups if group.chunk is not None]
-    fits = size <= min(windows, default=size) and not any(chunk % size for chunk in chunks)
-    return size if fits else least
+    try:
+        for group in groups:
+            group.check(size)
+    except InvalidTerms:
+        return least
+    return size
 
 
 def workers_of(parallel: Any, engine: str) -> Workers:
