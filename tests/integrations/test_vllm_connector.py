@@ -21,7 +21,9 @@ from portakv import copy_blocks, copy_rows
 from portakv.errors import InvalidTerms
 from portakv.integrations import IntegrationError
 from portakv.integrations.vllm.caches import (
+    AMX,
     BY_DIM,
+    BY_TOKEN,
     FUSED,
     LATENT,
     Workers,
@@ -43,7 +45,7 @@ from portakv.integrations.vllm.caches import (
     whole_blocks,
     worker_numbers,
 )
-from portakv.integrations.vllm.ranks import check_kinds, index_of, words_of
+from portakv.integrations.vllm.ranks import check_kinds, index_of, read_views, words_of
 from portakv.serving import Group
 from portakv.serving.handover import Identity
 from portakv.serving.local import GroupView, LocalIndex, StoreTerms, forms_of
@@ -699,7 +701,7 @@ def test_a_key_and_a_value_next_to_each_other(kernel: str, order: str) -> None:
     tensor = torch.arange(8 * 4 * 16 * 64, dtype=torch.float32).view(shape)
     if order == "tokens first":
         tensor = tensor.transpose(1, 2)
-    ((view, notes, *_),) = views_of({"a": tensor}, one_group("a"), {"a": kernel})
+    ((view, notes, *_),) = views_of({"a": tensor}, one_group("a"), {"a": kernel}, BY_TOKEN)
     assert notes == ""
     key, value = rows_at(view, 2, 3 * 16 + 5)
     assert torch.equal(key, tensor[3, 2, 5, :32])
@@ -709,7 +711,7 @@ def test_a_key_and_a_value_next_to_each_other(kernel: str, order: str) -> None:
 @pytest.mark.parametrize("kernel", BY_DIM)
 def test_keys_by_dim_and_token(kernel: str) -> None:
     tensor = torch.arange(8 * 4 * 16 * 64, dtype=torch.float32).view(8, 4, 16, 64)
-    ((view, *_),) = views_of({"a": tensor}, one_group("a"), {"a": kernel})
+    ((view, *_),) = views_of({"a": tensor}, one_group("a"), {"a": kernel}, BY_TOKEN)
     key, value = rows_at(view, 2, 3 * 16 + 5)
     page = tensor[3, 2].flatten()
     assert torch.equal(key, page[: 32 * 16].view(32, 16)[:, 5])
@@ -721,7 +723,7 @@ def test_a_latent_row(kernel: str) -> None:
     caches = one_group("a")
     caches.kv_cache_groups[0].kv_cache_spec.num_kv_heads = 1
     tensor = torch.arange(8 * 16 * 32, dtype=torch.float32).view(8, 1, 16, 32)
-    ((view, *_),) = views_of({"a": tensor}, caches, {"a": kernel})
+    ((view, *_),) = views_of({"a": tensor}, caches, {"a": kernel}, BY_TOKEN)
     target = torch.zeros(1, 1, 32)
     copy_rows(view, KVView(target, "layer token dim"), [53], [0]).synchronize()
     assert torch.equal(target[0, 0], tensor[3, 0, 5])
@@ -745,11 +747,11 @@ def test_quantized_rows_with_the_scales_of_a_token_and_a_head(
     whole = torch.randint(-128, 127, shape, dtype=torch.int8, generator=draw).view(dtype)
     spec.num_kv_heads = 1
     for head in range(4):
-        ((src, *_),) = views_of({"a": whole[:, head : head + 1]}, caches, {"a": FUSED[2]})
+        ((src, *_),) = views_of({"a": whole[:, head : head + 1]}, caches, {"a": FUSED[2]}, BY_TOKEN)
         part = torch.zeros(4, 1, 32, 2 * nbytes, dtype=dtype)
         spec.block_size = 32
         caches.num_blocks = 4
-        ((dst, *_),) = views_of({"a": part}, caches, {"a": FUSED[2]})
+        ((dst, *_),) = views_of({"a": part}, caches, {"a": FUSED[2]}, BY_TOKEN)
         spec.block_size = 16
         caches.num_blocks = 8
         copy_rows(src, dst, count=128).synchronize()
@@ -764,7 +766,7 @@ def test_quantized_rows_that_are_not_next_to_each_other_are_named() -> None:
     spec.kv_quant_mode = SimpleNamespace(name="NVFP4")
     tensor = torch.zeros(8, 8, 16, 18, dtype=torch.uint8)
     with pytest.raises(IntegrationError, match=r"FlashInfer.* \(NVFP4\)\. Stored blocks"):
-        views_of({"a": tensor}, caches, {"a": FUSED[1]})
+        views_of({"a": tensor}, caches, {"a": FUSED[1]}, BY_TOKEN)
     assert views_of({"a": tensor}, caches)[0].row_tokens == 16
 
 
@@ -783,7 +785,7 @@ def test_pages_whose_inside_is_not_known_are_refused(
     tensor: torch.Tensor, kernels: dict[str, str]
 ) -> None:
     with pytest.raises(IntegrationError, match="leave block_size out") as refused:
-        views_of({"a": tensor}, one_group("a"), kernels)
+        views_of({"a": tensor}, one_group("a"), kernels, BY_TOKEN)
     assert ("--dtype float32" in str(refused.value)) == ("amx" in str(kernels))
 
 
@@ -871,6 +873,29 @@ def test_a_page_is_read_in_the_order_of_its_memory() -> None:
     by_head = torch.arange(8 * 16 * 4 * 6).view(8, 4, 16, 6)
     ((_, other, *_),) = views_of({"a": by_head}, one_group("a"))
     assert other != order
+
+
+@pytest.mark.parametrize("all_layers", [False, True])
+def test_pages_whose_order_a_host_chooses_name_it(
+    configurations: tuple[Any, Any], all_layers: bool
+) -> None:
+    """A folder that moves to a host with AMX has nothing for it. Pages on GPUs, whose order shape
+    and strides say, have the notes that they always had."""
+    config, caches = configurations
+    settings = settings_of(config, caches)
+    tensor = torch.zeros(8, 4, 16, 64)
+    kernels = (*BY_DIM[:1], BY_DIM[0].replace("vec", AMX), FUSED[0], "")
+    notes = list[str]()
+    for each in kernels:
+        used = {"layer": each}
+        if all_layers:
+            made = view_across_layers(tensor, caches, used)
+        else:
+            (made,) = read_views(settings, {"layer": tensor}, caches, used)
+        notes.append(made.notes)
+    assert len({*notes}) == 3
+    axes = "all layers: axes [0, 1, 2, 3]" if all_layers else "axes [1, 2, 3]"
+    assert notes[2:] == [f"{axes} of [4, 16, 64] torch.float32"] * 2
 
 
 def test_layers_that_look_ahead_are_refused(configurations: tuple[Any, Any]) -> None:

@@ -14,6 +14,7 @@ from contextlib import suppress
 from hashlib import sha256
 from itertools import accumulate
 from math import lcm
+from types import MappingProxyType
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -59,6 +60,8 @@ BY_DIM = (
     "vllm.v1.attention.backends.cpu_attn.CPUAttentionBackend vec",
     "vllm.v1.attention.backends.cpu_attn.CPUAttentionBackend vec16",
 )
+#: Where no attention backend is known.
+NO_KERNELS: Mapping[str, str] = MappingProxyType({})
 #: The names of classes that vLLM derives from an attention backend, whose pages are the backend's.
 WRAPPED = "ChunkedLocalAttention_"
 #: What a user does if rows cannot be read, for blocks of a fixed size, for several workers, and for
@@ -135,8 +138,8 @@ def kernels_of(config: Any) -> dict[str, str]:
 def views_of(
     kv_caches: Mapping[str, Any],
     kv_cache_config: Any,
-    kernels: Mapping[str, str] | None = None,
-    reason: str = BY_TOKEN,
+    kernels: Mapping[str, str] = NO_KERNELS,
+    reason: str | None = None,
     ranks: Ranks | None = None,
 ) -> list[GroupView]:
     """Return a view of each group's layers; of layers with pages of several kinds one for each.
@@ -144,9 +147,9 @@ def views_of(
     Args:
         kv_caches: by the name of a layer its tensor, or of a recurrent layer perhaps one for each
             of its states.
-        kernels: by the name of a layer, its attention backend as `kernels_of` has it; then rows are
-            read by head and token. None: blocks are pages that move whole.
-        reason: why rows are read, and what a user does if they cannot be; for the error.
+        kernels: by the name of a layer, its attention backend as `kernels_of` has it.
+        reason: why rows are read by head and token, and what a user does if they cannot be, for the
+            error. None: blocks are pages that move whole.
         ranks: states are divided by their heads, so that other numbers of ranks find them; None:
             they are not.
 
@@ -172,11 +175,12 @@ def views_of(
                     views += [each._replace(group=number) for each in divided]
                     continue
                 made = _states(tensors, blocks, spec)
-            elif kernels is None:
-                made = _pages(tensors, blocks, spec.block_size)
             else:
                 used = [kernels.get(name, "") for name in names]
-                made = _rows(tensors, blocks, spec, used, reason)
+                if reason is None:
+                    made = _pages(tensors, blocks, spec.block_size, used)
+                else:
+                    made = _rows(tensors, blocks, spec, used, reason)
             views.append(made._replace(group=number))
     return views
 
@@ -196,11 +200,14 @@ def _alike(kv_caches: Mapping[str, Any], names: Sequence[str]) -> list[list[str]
     return [*kinds.values()]
 
 
-def view_across_layers(kv_cache: torch.Tensor, kv_cache_config: Any) -> GroupView:
+def view_across_layers(
+    kv_cache: torch.Tensor, kv_cache_config: Any, kernels: Mapping[str, str] = NO_KERNELS
+) -> GroupView:
     """Return the view of a cache whose blocks hold the rows of all layers next to each other.
 
     Args:
         kv_cache: of all layers; the engine's blocks are the outermost axis in memory.
+        kernels: as for `views_of`.
 
     Raises `IntegrationError` if blocks are not whole pages.
     """
@@ -216,7 +223,8 @@ def view_across_layers(kv_cache: torch.Tensor, kv_cache_config: Any) -> GroupVie
         )
     # The number of blocks may change from start to start.
     page = [n for axis, n in enumerate(kv_cache.shape) if axis != order[0]]
-    notes = f"all layers: axes {order} of {page} {kv_cache.dtype}"
+    by = _orders(kernels.values())
+    notes = f"all layers: axes {order} of {page} {kv_cache.dtype}{by}"
     return GroupView(_whole([pages], 1), notes, group.kv_cache_spec.block_size)
 
 
@@ -231,12 +239,23 @@ def layer_numbers(kv_caches: Mapping[str, Any], kv_cache_config: Any) -> dict[st
     return numbers
 
 
-def _pages(tensors: Sequence[torch.Tensor], blocks: int, size: int) -> GroupView:
+def _orders(kernels: Iterable[str]) -> str:
+    """Return what the notes of pages say of kernels: those that have an instruction set.
+
+    On a CPU the order of a page depends on it, and vLLM chooses it by the host. Elsewhere shape and
+    strides say the order, and notes are as they always were.
+    """
+    by_host = sorted({kernel for kernel in kernels if len(kernel.split()) > 1})
+    return f" by {' and '.join(by_host)}" if by_host else ""
+
+
+def _pages(
+    tensors: Sequence[torch.Tensor], blocks: int, size: int, kernels: Sequence[str]
+) -> GroupView:
     """Return a view whose blocks are pages that nothing looks into.
 
-    Its notes say where a row lies in a page: the shape of a block in the order of its memory. What
-    lies in a page also depends on the attention's kernel; a page that is moved whole is right for
-    each of them.
+    Its notes say where a row lies in a page, so that no engine loads one that its kernels read
+    otherwise: the shape of a block in the order of its memory, and see `_orders`.
     """
     # A kernel may have smaller blocks than the engine.
     tensors = [
@@ -256,7 +275,7 @@ def _pages(tensors: Sequence[torch.Tensor], blocks: int, size: int) -> GroupView
     # vLLM's tensors name the heads before the tokens, whatever their order in memory.
     inner = sorted(range(outer, len(shape)), key=lambda axis: -strides[axis])
     pages = [tensor.permute(*range(outer), *inner) for tensor in tensors]
-    notes = f"axes {inner} of {[*shape[outer:]]} {tensors[0].dtype}"
+    notes = f"axes {inner} of {[*shape[outer:]]} {tensors[0].dtype}{_orders(kernels)}"
     return GroupView(_whole(pages, outer), notes, size)
 
 
