@@ -27,6 +27,7 @@ from portakv.integrations.checks import (
 from portakv.integrations.interfaces import lacks, names_in
 from portakv.integrations.vllm.caches import (
     ROLES,
+    TERM,
     Handing,
     Roles,
     Workers,
@@ -177,6 +178,8 @@ def _check_roles(
     roles: Roles, sizes: Sizes | None, block_size: int | None, findings: Findings
 ) -> None:
     """Check what an engine does by its role."""
+    if sizes is not None and sizes.indexed:
+        _check_indexed(roles, sizes.indexed, findings)
     if roles.handing is not None:
         _check_handing(roles.handing, sizes, findings)
     else:
@@ -216,6 +219,27 @@ def _check_roles(
                 check_states(terms, Workers(1, True))
         if size is not None and sizes is not None and sizes.token:
             _check_sizes(terms, sizes, size, findings)
+
+
+def _check_indexed(roles: Roles, layers: int, findings: Findings) -> None:
+    """Say what a model cannot have whose layers keep an index next to their rows: pages of two
+    kinds, of which one worker stores whole ones."""
+    refused = [name for name in ("shared", "by_layer", "block_size") if roles.store.get(name)]
+    if roles.handing is not None:
+        refused.append(TERM)
+    if refused:
+        findings.errors.append(
+            f"Expected no {' or '.join(refused)} for a model of which {layers} layers keep an "
+            f"index next to their rows: one worker stores whole pages. Leave "
+            f"{' and '.join(refused)} out of kv_connector_extra_config, or choose another "
+            f"connector."
+        )
+        return
+    findings.warnings.append(
+        f"{layers} of the model's layers keep an index next to their rows. One worker stores them; "
+        f"with several ranks vLLM would not start. Run one worker, or choose the "
+        f"OffloadingConnector."
+    )
 
 
 def _check_blocks(
