@@ -25,6 +25,7 @@ from portakv.integrations.vllm.caches import (
     BY_DIM,
     BY_TOKEN,
     FUSED,
+    INDEX,
     LATENT,
     Workers,
     groups_of,
@@ -45,7 +46,13 @@ from portakv.integrations.vllm.caches import (
     whole_blocks,
     worker_numbers,
 )
-from portakv.integrations.vllm.ranks import check_kinds, index_of, read_views, words_of
+from portakv.integrations.vllm.ranks import (
+    check_kinds,
+    heads_of,
+    index_of,
+    read_views,
+    words_of,
+)
 from portakv.serving import Group
 from portakv.serving.handover import Identity
 from portakv.serving.local import GroupView, LocalIndex, StoreTerms, forms_of
@@ -729,6 +736,75 @@ def test_a_latent_row(kernel: str) -> None:
     assert torch.equal(target[0, 0], tensor[3, 0, 5])
 
 
+def pages_of_an_index(rows: torch.Tensor, size: int, kind: str = "") -> torch.Tensor:
+    """Return blocks of keys of an index, uint8 ``[tokens, 132]``: the values of a block first.
+
+    ``kind``: "by token", as the rows of other caches lie.
+    """
+    if kind == "by token":
+        return rows.view(-1, size, 132)
+    pages = torch.empty(len(rows) // size, size * 132, dtype=torch.uint8)
+    for token, row in enumerate(rows):
+        block, at = divmod(token, size)
+        pages[block, at * 128 : (at + 1) * 128] = row[:128]
+        pages[block, size * 128 + at * 4 : size * 128 + (at + 1) * 4] = row[128:]
+    return pages.view(-1, size, 132)
+
+
+@pytest.mark.parametrize(("kind", "right"), [("", True), ("by token", False)])
+def test_packed_latent_rows_and_their_index(kind: str, right: bool) -> None:
+    """As DeepSeek V3.2 has them with ``fp8_ds_mla``; blocks of two sizes. The control: keys of the
+    index that lie as other rows do."""
+    draw = torch.Generator().manual_seed(0)
+    latent, keys = (
+        torch.randint(256, (128, wide), dtype=torch.uint8, generator=draw) for wide in (656, 132)
+    )
+    kernels = {"a": next(each for each in LATENT if "FlashMLASparse" in each), "b": INDEX}
+
+    def views(size: int, rows: torch.Tensor, index: torch.Tensor) -> list[GroupView]:
+        one = {"block_size": size, "num_kv_heads": 1}
+        packed = SimpleNamespace(**one, head_size=576, state_content_bytes=656)
+        spec = {"a": packed, "b": SimpleNamespace(**one, head_size=132)}
+        group = SimpleNamespace(
+            kv_cache_spec=SimpleNamespace(kv_cache_specs=spec), layer_names=["a", "b"]
+        )
+        caches = SimpleNamespace(num_blocks=128 // size, kv_cache_groups=[group])
+        named = {"a": rows.view(-1, 1, size, 656), "b": index.view(-1, 1, size, 132)}
+        return views_of(named, caches, kernels, BY_TOKEN)
+
+    src = views(16, latent, pages_of_an_index(keys, 16, kind))
+    target, index = torch.zeros_like(latent), torch.zeros(4, 32, 132, dtype=torch.uint8)
+    order = torch.randperm(128, generator=draw)
+    for one, other in zip(src, views(32, target, index), strict=True):
+        copy_rows(one.view, other.view, order, torch.arange(128)).synchronize()
+    assert torch.equal(target, latent[order])
+    assert torch.equal(index, pages_of_an_index(keys[order], 32)) == right
+    ranks = SimpleNamespace(parallel_config=SimpleNamespace(tensor_parallel_size=2))
+    assert [heads_of(ranks, 1, each) for each in src] == [None, None]
+
+
+@pytest.mark.parametrize(
+    ("kernel", "tensor", "terms"),
+    [
+        (LATENT[-2], torch.zeros(8, 16, 584, dtype=torch.uint8), {"state_content_bytes": 584}),
+        (INDEX, torch.zeros(8, 16, 132, dtype=torch.int8), {"head_size": 132}),
+        (INDEX, torch.zeros(8, 16, 68, dtype=torch.uint8), {"head_size": 68}),
+        (f"{INDEX} mxfp4", torch.zeros(8, 16, 132, dtype=torch.uint8), {"head_size": 132}),
+        (INDEX, torch.zeros(8, 16, 140, dtype=torch.uint8)[..., :132], {"head_size": 132}),
+    ],
+    ids=["packed otherwise", "dtype", "width", "four bits", "gaps"],
+)
+def test_latent_rows_and_indices_that_are_not_known(
+    kernel: str, tensor: torch.Tensor, terms: dict[str, int]
+) -> None:
+    """Such as the rows of DeepSeek V4, whose scales follow the rows of a block."""
+    caches = one_group("a")
+    vars(caches.kv_cache_groups[0].kv_cache_spec).update(terms)
+    with pytest.raises(IntegrationError, match="Expected an attention backend whose pages"):
+        views_of({"a": tensor}, caches, {"a": kernel}, BY_TOKEN)
+    assert views_of({"a": tensor[..., :128].contiguous()}, caches, {"a": kernel})
+
+
 @pytest.mark.parametrize(
     ("dtype", "nbytes"),
     [(torch.uint8, 32), (torch.int8, 36), (torch.uint8, 20)],
@@ -803,6 +879,16 @@ def test_the_kernels_of_an_engine() -> None:
     config = SimpleNamespace(compilation_config=SimpleNamespace(static_forward_context=layers))
     name = f"{Backend.__module__}.{Backend.__qualname__}"
     assert kernels_of(config) == {"a": name, "b": f"{name} vec", "d": name}
+    index = type("SomeIndexerBackend", (), {"__module__": "abc"})
+    layers["e"] = SimpleNamespace(get_attn_backend=lambda: index)
+    for terms, says in (
+        ({"indexer_kv_dtype": "auto"}, "abc.SomeIndexerBackend"),
+        ({"indexer_kv_dtype": "mxfp4"}, "abc.SomeIndexerBackend mxfp4"),
+        ({"use_fp4_indexer_cache": True}, "abc.SomeIndexerBackend mxfp4"),
+    ):
+        config.attention_config = SimpleNamespace(**terms)
+        assert kernels_of(config)["e"] == says
+        assert kernels_of(config)["a"] == name
     assert kernels_of(SimpleNamespace()) == {}
 
 

@@ -453,7 +453,9 @@ def test_blocks_of_two_stages_are_loaded_by_two_ranks(
     index.close()
 
 
-def test_latent_rows_are_equal_in_all_ranks(configurations: tuple[Any, Any]) -> None:
+@pytest.mark.parametrize("packed", [False, True])
+def test_latent_rows_are_equal_in_all_ranks(configurations: tuple[Any, Any], packed: bool) -> None:
+    """Also those of ``fp8_ds_mla``."""
     change(configurations, world_size=2, tensor_parallel_size=2)
     spec = configurations[1].kv_cache_groups[0].kv_cache_spec
     spec.num_kv_heads = 1
@@ -461,7 +463,10 @@ def test_latent_rows_are_equal_in_all_ranks(configurations: tuple[Any, Any]) -> 
     configurations[0].model_config.get_total_num_kv_heads = lambda: 16
     settings = settings_of(*configurations)
     cache = torch.zeros(BLOCKS, SIZE, 32, dtype=torch.float32, device="cpu")
-    views = read_views(settings, {"layer": cache}, configurations[1], {"layer": LATENT[0]})
+    if packed:
+        spec.state_content_bytes = 656
+        cache = torch.zeros(BLOCKS, SIZE, 656, dtype=torch.uint8, device="cpu")
+    views = read_views(settings, {"layer": cache}, configurations[1], {"layer": LATENT[-2]})
     stores = [WorkerStore(settings, configurations[0]) for _ in range(2)]
     forms = [store.open(views, number)[0].form for number, store in enumerate(stores)]
     assert forms[0] == forms[1]

@@ -51,10 +51,23 @@ LATENT = (
     "vllm.v1.attention.backends.mla.cpu_mla.CPUMLABackend",
     "vllm.v1.attention.backends.mla.cutlass_mla.CutlassMLABackend",
     "vllm.v1.attention.backends.mla.flashattn_mla.FlashAttnMLABackend",
+    "vllm.v1.attention.backends.mla.flashattn_mla_sparse.FlashAttnMLASparseBackend",
     "vllm.v1.attention.backends.mla.flashinfer_mla.FlashInferMLABackend",
+    "vllm.v1.attention.backends.mla.flashinfer_mla_sparse.FlashInferMLASparseSM120Backend",
+    "vllm.v1.attention.backends.mla.flashinfer_mla_sparse.FlashInferMLASparseTRTLLMBackend",
+    "vllm.v1.attention.backends.mla.flashinfer_mla_sparse_sm90.FlashInferMLASparseSM90Backend",
     "vllm.v1.attention.backends.mla.flashmla.FlashMLABackend",
+    "vllm.v1.attention.backends.mla.flashmla_sparse.FlashMLASparseBackend",
     "vllm.v1.attention.backends.mla.triton_mla.TritonMLABackend",
 )
+#: Bytes of a latent row with its scales, as ``fp8_ds_mla`` has it for DeepSeek V3.2. In packed
+#: latent rows of other sizes the scales follow the rows of a block, or their order is not known.
+PACKED = 656
+#: The index next to latent rows: the values of a block's keys, then a scale of each key.
+INDEX = "vllm.v1.attention.backends.mla.indexer.DeepseekV32IndexerBackend"
+INDEX_KEY = (128, 4)
+#: Values of vLLM's ``indexer_kv_dtype`` with which an index has keys in 8 bits.
+USUAL = ("", "auto", "fp8")
 #: Attention on a CPU, by the kernels whose order of keys is known: a head's keys as [dim, token].
 BY_DIM = (
     "vllm.v1.attention.backends.cpu_attn.CPUAttentionBackend vec",
@@ -116,11 +129,16 @@ def scales_of(config: Any, workers: Workers) -> str:
 
 
 def kernels_of(config: Any) -> dict[str, str]:
-    """Return the attention backend of each layer, with the kernels' instruction set if it has one.
+    """Return the attention backend of each layer, with what its pages also depend on: the kernels'
+    instruction set on a CPU, the numbers of an index if they are not the usual ones.
 
     A layer whose backend is not known has an empty name.
     """
     made = dict[str, str]()
+    attention = getattr(config, "attention_config", None)
+    index = str(getattr(attention, "indexer_kv_dtype", ""))
+    if getattr(attention, "use_fp4_indexer_cache", False):  # before 0.32
+        index = "mxfp4"
     for name, layer in _layers_in(config).items():
         backend_of = getattr(layer, "get_attn_backend", None)
         if backend_of is None:
@@ -131,6 +149,8 @@ def kernels_of(config: Any) -> dict[str, str]:
         parts = [f"{backend.__module__}.{backend.__qualname__}"]
         if isa := getattr(layer, "isa", ""):
             parts.append(str(isa))
+        if backend.__name__.endswith("IndexerBackend") and index not in USUAL:
+            parts.append(index)
         made[name] = " ".join(parts)
     return made
 
@@ -240,13 +260,13 @@ def layer_numbers(kv_caches: Mapping[str, Any], kv_cache_config: Any) -> dict[st
 
 
 def _orders(kernels: Iterable[str]) -> str:
-    """Return what the notes of pages say of kernels: those that have an instruction set.
+    """Return what the notes of pages say of kernels: those whose pages of one shape differ.
 
-    On a CPU the order of a page depends on it, and vLLM chooses it by the host. Elsewhere shape and
-    strides say the order, and notes are as they always were.
+    On a CPU the order of a page depends on the instruction set, which vLLM chooses by the host; and
+    an index of 4 bits has the shape of one of 8. Else shape and strides say the order.
     """
-    by_host = sorted({kernel for kernel in kernels if len(kernel.split()) > 1})
-    return f" by {' and '.join(by_host)}" if by_host else ""
+    some = sorted({kernel for kernel in kernels if len(kernel.split()) > 1})
+    return f" by {' and '.join(some)}" if some else ""
 
 
 def _pages(
@@ -445,8 +465,8 @@ def _rows(
     first = tensors[0]
     wide = spec.head_size
     packed = getattr(spec, "state_content_bytes", None)
-    if packed is not None:  # keys with their scales, then values with theirs
-        wide = packed // 2 // first.itemsize
+    if packed is not None:  # keys with their scales, then values with theirs; or a latent row
+        wide = packed // (1 if kernel in LATENT else 2) // first.itemsize
     shapes = {tuple(tensor.shape) for tensor in tensors}
     has_both = shapes == {(blocks, spec.num_kv_heads, size, 2 * wide)}
     if not others:
@@ -457,9 +477,16 @@ def _rows(
         if has_both and kernel in BY_DIM:
             pairs = [_keys_and_values(tensor) for tensor in tensors]
             return GroupView(KVView(pairs, "layer kv | block head token dim"), "")
-        if kernel in LATENT and shapes <= {(blocks, size, wide), (blocks, 1, size, wide)}:
+        is_latent = shapes <= {(blocks, size, wide), (blocks, 1, size, wide)}
+        if is_latent and kernel in LATENT and packed in (None, PACKED):
             planes = [tensor.reshape(blocks, size, wide) for tensor in tensors]
             return GroupView(KVView(planes, "layer | block token dim"), "")
+        if is_latent and kernel == INDEX and _is_known_index(first, wide):
+            pages = [tensor.view(blocks, size * wide) for tensor in tensors]
+            view = KVView(
+                pages, "layer | block (kv token dim)", kv=2, dim=INDEX_KEY, block_size=size
+            )
+            return GroupView(view, "", replicated=True)
     by_amx = kernel.split()[-1:] == [AMX]
     mode = getattr(spec, "kv_quant_mode", None)
     raise IntegrationError(
@@ -467,6 +494,12 @@ def _rows(
         f"{' and '.join(sorted({*kernels})) or 'none'} with {first.dtype} {[*first.shape]}"
         f"{f' ({mode.name})' if mode else ''}. {reason}{OTHER_DTYPE if by_amx else ''}"
     )
+
+
+def _is_known_index(cache: torch.Tensor, wide: int) -> bool:
+    """Return whether an index has keys in 8 bits. AMD's kernels may shuffle them in a block."""
+    is_whole = cache[0].is_contiguous() and torch.version.hip is None
+    return is_whole and cache.dtype == torch.uint8 and wide == sum(INDEX_KEY)
 
 
 def _keys_and_values(tensor: torch.Tensor) -> list[torch.Tensor]:

@@ -27,7 +27,6 @@ from portakv.integrations.checks import (
 from portakv.integrations.interfaces import lacks, names_in
 from portakv.integrations.vllm.caches import (
     ROLES,
-    TERM,
     Handing,
     Roles,
     Workers,
@@ -179,7 +178,7 @@ def _check_roles(
 ) -> None:
     """Check what an engine does by its role."""
     if sizes is not None and sizes.indexed:
-        _check_indexed(roles, sizes.indexed, findings)
+        _check_indexed(roles.store, sizes.indexed, findings)
     if roles.handing is not None:
         _check_handing(roles.handing, sizes, findings)
     else:
@@ -221,24 +220,21 @@ def _check_roles(
             _check_sizes(terms, sizes, size, findings)
 
 
-def _check_indexed(roles: Roles, layers: int, findings: Findings) -> None:
-    """Say what a model cannot have whose layers keep an index next to their rows: pages of two
-    kinds, of which one worker stores whole ones."""
-    refused = [name for name in ("shared", "by_layer", "block_size") if roles.store.get(name)]
-    if roles.handing is not None:
-        refused.append(TERM)
+def _check_indexed(terms: Mapping[str, Any], layers: int, findings: Findings) -> None:
+    """Say what a model cannot have whose layers keep an index next to their rows: a scheduler does
+    not know that pages are of two kinds."""
+    refused = [name for name in ("shared", "by_layer") if terms.get(name)]
     if refused:
         findings.errors.append(
             f"Expected no {' or '.join(refused)} for a model of which {layers} layers keep an "
-            f"index next to their rows: one worker stores whole pages. Leave "
-            f"{' and '.join(refused)} out of kv_connector_extra_config, or choose another "
-            f"connector."
+            f"index next to their rows, got {'both' if refused[1:] else 'it'}. Leave "
+            f"{' and '.join(refused)} out of kv_connector_extra_config."
         )
         return
     findings.warnings.append(
         f"{layers} of the model's layers keep an index next to their rows. One worker stores them; "
-        f"with several ranks vLLM would not start. Run one worker, or choose the "
-        f"OffloadingConnector."
+        f"with several ranks and a store vLLM would not start. With block_size or hand_over the "
+        f"index has to be that of DeepSeek V3.2. Run one worker, or choose the OffloadingConnector."
     )
 
 
