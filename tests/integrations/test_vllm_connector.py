@@ -773,7 +773,8 @@ def test_packed_latent_rows_and_their_index(kind: str, right: bool) -> None:
         return views_of(named, caches, kernels, BY_TOKEN)
 
     src = views(16, latent, pages_of_an_index(keys, 16, kind))
-    target, index = torch.zeros_like(latent), torch.zeros(4, 32, 132, dtype=torch.uint8)
+    target = torch.zeros_like(latent)
+    index = torch.zeros(4, 32, 132, dtype=torch.uint8)
     order = torch.randperm(128, generator=draw)
     for one, other in zip(src, views(32, target, index), strict=True):
         copy_rows(one.view, other.view, order, torch.arange(128)).synchronize()
