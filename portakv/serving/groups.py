@@ -61,10 +61,11 @@ class Group(NamedTuple):
                 f"Expected stored blocks of {kind} of {own} tokens, the engine's block size, got "
                 f"{block_size}. Pass another block_size."
             )
-        if self.window is not None and block_size > self.window:
+        # An engine keeps whole blocks of its own, and so those stored that lie in them.
+        if self.window is not None and block_size > max(self.window, own):
             raise InvalidTerms(
-                f"Expected stored blocks of at most {self.window} tokens, the window of a group of "
-                f"layers, got {block_size}. Pass a smaller block_size."
+                f"Expected stored blocks of at most {max(self.window, own)} tokens, the window of "
+                f"a group of layers, got {block_size}. Pass a smaller block_size."
             )
         if self.chunk is not None and self.chunk % block_size:
             raise InvalidTerms(

@@ -427,7 +427,7 @@ class GroupView(NamedTuple):
         row_tokens: the tokens of a row of the view: 1, or those of a page that moves whole; None: a
             block is the states of the layers after a token.
         group: its number. A group has several views if its layers have pages of several kinds.
-        replicated: each rank of tensor parallelism has the same states.
+        replicated: each rank of tensor parallelism has the same rows or states.
         heads: by which ranks divide states, of the whole model; 0: a rank has one of as many parts
             as there are ranks.
     """

@@ -27,7 +27,8 @@ class Job:
         after: the key before the first one; None: they begin a prompt.
         blocks: of each group, from the token at which the first stored block begins. The last
             stored block may reach past them. Of a group with states one for each stored block, with
-            those after its last token; -1: they are not moved.
+            those after its last token; -1: they are not moved. Of other groups, blocks that a save
+            does not read are the first ones, and fill whole stored blocks.
     """
 
     number: int

@@ -121,7 +121,8 @@ class _Request:
         tokens: its tokens; the engine appends to them.
         extra: by the number of a stored block, what its key depends on besides its tokens.
         blocks: of each group, the engine's blocks from the first token on.
-        considered: stored blocks before this number are saved, or are not to be.
+        considered: stored blocks before this number are saved, or are not to be; None: its first
+            step says which.
         limit: no stored block from this number on is offered: a load did not bring it.
         promised: the first stored block and the past token of the latest answer.
         load: a load or pull that is in flight, or planned.
@@ -140,7 +141,7 @@ class _Request:
     chain: KeyChain
     extra: Mapping[int, bytes]
     blocks: list[list[int]]
-    considered: int = 0
+    considered: int | None = None
     limit: int = maxsize
     promised: int = 0
     load: Job | PullJob | None = None
@@ -208,8 +209,8 @@ class SchedulerSide:
 
     Args:
         block_size: the tokens of a stored block. A multiple of each group's block size, or, of
-            groups without states, a divisor of it. No more than a group's window, and a divisor of
-            a group's chunk.
+            groups without states, a divisor of it. No more than a group's window, or than its
+            block, and a divisor of a group's chunk.
         groups: of the engine's layers.
         workers: how many of them report each load and save.
         index: of the stored blocks; None: nothing is stored.
@@ -333,7 +334,7 @@ class SchedulerSide:
         if state is None:
             return
         state.blocks = [[*ids] for ids in blocks]
-        state.considered = 0
+        state.considered = None
         if state.remote is not None:
             self._pull(state, computed, tokens)
             return
@@ -345,7 +346,8 @@ class SchedulerSide:
         keys = state.keys(past)
         state.considered = past
         last = {past - 1: self._blocks_at(state, past)}
-        state.load = self._job(state, first, past, keys, computed, last)
+        begins = [computed] * len(self._groups)
+        state.load = self._job(state, first, past, keys, begins, last)
         ends = (computed + tokens) % self._size == 0  # there is a state
         for group, ids in self._by_group(state.load.blocks):
             self._check_state(group, ids if ends else (), computed + tokens, request)
@@ -386,8 +388,10 @@ class SchedulerSide:
             ids += new
         past = min(until, len(state.tokens)) // self._size
         first = state.considered
-        if past > first and any(not (x.is_whole or x.states) for x in self._groups):
-            first = max(first, computed // self._size)  # blocks before the window are gone
+        if first is None:  # of blocks that others have computed, what the engine keeps
+            groups = self._by_group(state.blocks)
+            first = max(self._first_kept(group, ids, computed) for group, ids in groups)
+            state.considered = first
         if past <= first:
             return
         keys = state.keys(past)
@@ -395,7 +399,7 @@ class SchedulerSide:
         ends = self._ends_of_states(state, first, past, computed, until, states)
         wanted = (n for n in range(first, past) if self._is_wanted(keys[n], n in ends))
         for run in _runs(wanted):
-            self._save(state, run.start, run.stop, keys, ends)
+            self._save(state, run.start, run.stop, keys, computed, ends)
 
     def open_offers(self, endpoints: Sequence[Endpoint], lease: float) -> None:
         """Take note of where each worker offers rows, and for how many seconds it keeps them."""
@@ -444,7 +448,7 @@ class SchedulerSide:
         self._next.stop += sorted(state.reading)
         state.reading.clear()
         state.blocks = [list[int]() for _ in self._groups]
-        state.considered = 0
+        state.considered = None
         state.queried = None
 
     def finished(self, request: str) -> bool:
@@ -649,16 +653,24 @@ class SchedulerSide:
         first: int,
         past: int,
         keys: Keys,
+        computed: int,
         ends: Mapping[int, Sequence[int]],
     ) -> None:
-        """Plan a save of consecutive stored blocks, with the states at some of their ends."""
+        """Plan a save of consecutive stored blocks, with the states at some of their ends.
+
+        The engine may have given up blocks before a window or chunk, and reuse them in this step:
+        the save has the rows of the other groups there.
+        """
         # The first stored block of a save begins where a block of the engine begins.
         most = max(group.block_size for group in self._groups)
         first = first * self._size // most * most // self._size if most > self._size else first
-        job = self._job(state, first, past, keys, first * self._size, ends)
-        if any(-1 in ids and not group.states for group, ids in self._by_group(job.blocks)):
-            del self._jobs[job.number]
-            return
+        groups = self._by_group(state.blocks)
+        begins = [max(first, self._first_kept(*each, computed)) * self._size for each in groups]
+        for begin, (group, ids) in zip(begins, self._by_group(state.blocks), strict=True):
+            size = group.block_size
+            if not group.states and -1 in ids[begin // size : -(-past * self._size // size)]:
+                return
+        job = self._job(state, first, past, keys, begins, ends)
         self._saving.update(dict.fromkeys(job.keys, job.number))
         state.reading.add(job.number)
         if self._holder is not None and not all(group.is_whole for group in self._groups):
@@ -669,6 +681,20 @@ class SchedulerSide:
             self._holder.hold(held)
         self._next.saves.append(job)
         self.counts["saves"] += 1
+
+    def _first_kept(self, group: Group, ids: Sequence[int], computed: int) -> int:
+        """Return the first stored block of which an engine keeps all rows of a group in a step.
+
+        Args:
+            ids: the blocks of the group.
+            computed: tokens whose rows existed before the step.
+        """
+        if group.states:
+            return 0
+        first = group.first_needed(computed) // group.block_size
+        while first < len(ids) and ids[first] < 0:
+            first += 1
+        return -(-first * group.block_size // self._size)
 
     def _check_state(self, group: Group, ids: Sequence[int], tokens: int, request: str) -> None:
         """Raise `InvalidTerms` if a group has states, and no block for that after some tokens."""
@@ -712,13 +738,15 @@ class SchedulerSide:
         first: int,
         past: int,
         keys: Keys,
-        begin: int,
+        begins: Sequence[int],
         ends: Mapping[int, Sequence[int]],
     ) -> Job:
-        """Return a job of stored blocks, which touches no block of the engine before ``begin``.
+        """Return a job of stored blocks.
 
-        ``ends``: by the number of a stored block, the blocks with the states at its end. Others
-        have none that is moved.
+        Args:
+            begins: of each group, the token before whose block it touches none of the engine's.
+            ends: by the number of a stored block, the blocks with the states at its end. Others
+                have none that is moved.
         """
         blocks = list[tuple[int, ...]]()
         for at, (group, ids) in enumerate(self._by_group(state.blocks)):
@@ -727,7 +755,7 @@ class SchedulerSide:
                 blocks.append(tuple(ends[n][at] if n in ends else -1 for n in range(first, past)))
                 continue
             some = ids[first * self._size // size : -(-past * self._size // size)]
-            untouched = begin // size - first * self._size // size
+            untouched = min(len(some), begins[at] // size - first * self._size // size)
             blocks.append((*[-1] * untouched, *some[untouched:]))
         after = keys[first - 1] if first else None
         self.counts["begun"] += 1
@@ -800,7 +828,8 @@ class SchedulerSide:
             for position in live.missing:
                 self._failed[job.keys[position]] = None
             state.limit = job.first + min(live.missing)
-            state.considered = min(state.considered, state.limit)
+            if state.considered is not None:
+                state.considered = min(state.considered, state.limit)
         counts = {"load.blocks": len(job.keys), "load.blocks_missing": len(live.missing)}
         tracing.end("portakv load", live.began, counts)
         if state.load is job:  # not a later load of a request that was preempted

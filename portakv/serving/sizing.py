@@ -170,6 +170,7 @@ class Sizes(NamedTuple):
         layers: how many layers there are of each kind.
         state: bytes of the states of all layers after a token; 0: none has one, or not known.
         state_layer: of the layer with the largest one.
+        indexed: how many layers keep an index next to their rows, in a cache of its own.
     """
 
     token: int
@@ -182,6 +183,7 @@ class Sizes(NamedTuple):
     layers: Mapping[str, int] = MappingProxyType({})
     state: int = 0
     state_layer: int = 0
+    indexed: int = 0
 
     @property
     def has_states(self) -> bool:
@@ -227,7 +229,7 @@ def sizes_of(config: Config) -> Sizes:
         rows = _rows(config, kinds)
         indices = _indices(config, kinds)
         window = _optional(config, "sliding_window") if WINDOW in kinds else None
-        refused = _refusal(config, kinds, rows, indices)
+        refused = _refusal(config, kinds, rows)
         layer = max(rows)
         states = _states(config, kinds)
     except _Unknown as error:
@@ -239,9 +241,10 @@ def sizes_of(config: Config) -> Sizes:
         return Sizes(0, 0, unknown=unknown)
     has_windows = any(kind != FULL for kind in kinds if kind != NONE)
     counts = Counter(kind for kind in kinds if kind != NONE)
+    indexed = sum(map(bool, indices))
     if item is None or (indices and item == 1):
         unknown = "its dtype, or the attention backend, decides how the cache keeps a row"
-        return Sizes(0, 0, has_windows, refused, unknown, layers=counts)
+        return Sizes(0, 0, has_windows, refused, unknown, layers=counts, indexed=indexed)
     token = item * sum(rows) + sum(indices)
     return Sizes(
         token,
@@ -254,6 +257,7 @@ def sizes_of(config: Config) -> Sizes:
         counts,
         sum(states),
         max(states, default=0),
+        indexed,
     )
 
 
@@ -322,14 +326,10 @@ def _refusal_of_keys(config: Config) -> str:
     return ""
 
 
-def _refusal(
-    config: Config, kinds: Sequence[str], rows: Sequence[int], indices: Sequence[int]
-) -> str:
+def _refusal(config: Config, kinds: Sequence[str], rows: Sequence[int]) -> str:
     """Return why vLLM's connector does not serve the layers of a model; empty if it does."""
     if not any(rows) and STATE not in kinds:
         return "none of its layers keeps rows of tokens"
-    if any(indices):
-        return f"{sum(map(bool, indices))} of its layers keep an index next to their rows"
     if WINDOW in kinds and config.get("kv_lora_rank"):
         return f"{kinds.count(WINDOW)} of its layers keep {WINDOW} as latent rows"
     for kind in ROWS:

@@ -695,7 +695,7 @@ class WorkerSide:
                 self._words.follow(own.layers)
 
     def _save(self, works: Sequence[_Work], number: int) -> None:
-        """Begin a save of one group's cache; of its states those that the jobs have."""
+        """Begin a save of one group's cache, of the stored blocks that the engine has of it."""
         view, store, _ = self._groups[number]
         group = self._numbers[number]
         blocks = [block for work in works for block in work.job.blocks[group] if block >= 0]
@@ -704,10 +704,16 @@ class WorkerSide:
         keys = list[bytes]()
         before = list[bytes | None]()
         places = list[Sequence[int]]()
+        size = store.form.block_size
+        whole = view.block_size
+        assert whole is not None
         for job in (work.job for work in works):
             ids = job.blocks[group]
             every = range(len(job.keys))
-            places.append([n for n in every if ids[n] >= 0] if -1 in ids else every)
+            if -1 in ids:
+                places.append([n for n in every if ids[n * size // whole] >= 0])
+            else:
+                places.append(every)
             keys += [job.keys[n] for n in places[-1]]
             before += [job.keys[n - 1] if n else job.after for n in places[-1]]
         alone = len(works) == 1 and len(keys) == len(works[0].job.keys)

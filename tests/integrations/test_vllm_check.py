@@ -272,6 +272,20 @@ def test_a_model_that_the_connector_refuses_is_an_error() -> None:
     assert any("A token takes 36,864 bytes" in each for each in found.notes)
 
 
+def test_layers_with_an_index_are_stored_by_one_worker() -> None:
+    """A model such as DeepSeek V3.2 starts with it; what it cannot have is an error."""
+    index = {"kv_lora_rank": 512, "qk_rope_head_dim": 64, "index_topk": 2048, "index_head_dim": 128}
+    sizes = sizes_of({**LLAMA_8B, **index})
+    found = findings_of(right(), sizes)
+    assert found.errors == []
+    assert any("with several ranks and a store" in each for each in found.warnings)
+    assert not any("an index" in each for each in findings_of(right()).warnings)
+    assert findings_of(right(hand_over={}), sizes).errors == []
+    for term in ({"shared": True}, {"by_layer": True}):
+        (error,) = findings_of(right(**term), sizes).errors
+        assert f"Expected no {', '.join(term)} for a model of which 32 layers" in error
+
+
 def test_a_model_with_states_is_described() -> None:
     """With where a hit can end; what its states cannot be stored by is an error."""
     states = {

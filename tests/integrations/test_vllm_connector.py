@@ -21,8 +21,11 @@ from portakv import copy_blocks, copy_rows
 from portakv.errors import InvalidTerms
 from portakv.integrations import IntegrationError
 from portakv.integrations.vllm.caches import (
+    AMX,
     BY_DIM,
+    BY_TOKEN,
     FUSED,
+    INDEX,
     LATENT,
     Workers,
     groups_of,
@@ -43,7 +46,13 @@ from portakv.integrations.vllm.caches import (
     whole_blocks,
     worker_numbers,
 )
-from portakv.integrations.vllm.ranks import check_kinds, index_of, words_of
+from portakv.integrations.vllm.ranks import (
+    check_kinds,
+    heads_of,
+    index_of,
+    read_views,
+    words_of,
+)
 from portakv.serving import Group
 from portakv.serving.handover import Identity
 from portakv.serving.local import GroupView, LocalIndex, StoreTerms, forms_of
@@ -344,12 +353,13 @@ def test_groups_with_a_window(configurations: tuple[Any, Any]) -> None:
         ([16, 32], [None, 64], 64),
         ([16, 24], [None, 512], 96),
         ([16, 16], [None, 48], 16),
+        ([1072, 1072], [None, 128], 1072),
     ],
 )
 def test_a_stored_block_has_whole_blocks_of_all_groups(
     sizes: list[int], windows: list[int | None], stored: int
 ) -> None:
-    """At least 64 tokens, unless a window has fewer."""
+    """At least 64 tokens, unless a window and its blocks have fewer."""
     assert whole_blocks([Group(*each) for each in zip(sizes, windows, strict=True)]) == stored
 
 
@@ -698,7 +708,7 @@ def test_a_key_and_a_value_next_to_each_other(kernel: str, order: str) -> None:
     tensor = torch.arange(8 * 4 * 16 * 64, dtype=torch.float32).view(shape)
     if order == "tokens first":
         tensor = tensor.transpose(1, 2)
-    ((view, notes, *_),) = views_of({"a": tensor}, one_group("a"), {"a": kernel})
+    ((view, notes, *_),) = views_of({"a": tensor}, one_group("a"), {"a": kernel}, BY_TOKEN)
     assert notes == ""
     key, value = rows_at(view, 2, 3 * 16 + 5)
     assert torch.equal(key, tensor[3, 2, 5, :32])
@@ -708,7 +718,7 @@ def test_a_key_and_a_value_next_to_each_other(kernel: str, order: str) -> None:
 @pytest.mark.parametrize("kernel", BY_DIM)
 def test_keys_by_dim_and_token(kernel: str) -> None:
     tensor = torch.arange(8 * 4 * 16 * 64, dtype=torch.float32).view(8, 4, 16, 64)
-    ((view, *_),) = views_of({"a": tensor}, one_group("a"), {"a": kernel})
+    ((view, *_),) = views_of({"a": tensor}, one_group("a"), {"a": kernel}, BY_TOKEN)
     key, value = rows_at(view, 2, 3 * 16 + 5)
     page = tensor[3, 2].flatten()
     assert torch.equal(key, page[: 32 * 16].view(32, 16)[:, 5])
@@ -720,10 +730,80 @@ def test_a_latent_row(kernel: str) -> None:
     caches = one_group("a")
     caches.kv_cache_groups[0].kv_cache_spec.num_kv_heads = 1
     tensor = torch.arange(8 * 16 * 32, dtype=torch.float32).view(8, 1, 16, 32)
-    ((view, *_),) = views_of({"a": tensor}, caches, {"a": kernel})
+    ((view, *_),) = views_of({"a": tensor}, caches, {"a": kernel}, BY_TOKEN)
     target = torch.zeros(1, 1, 32)
     copy_rows(view, KVView(target, "layer token dim"), [53], [0]).synchronize()
     assert torch.equal(target[0, 0], tensor[3, 0, 5])
+
+
+def pages_of_an_index(rows: torch.Tensor, size: int, kind: str = "") -> torch.Tensor:
+    """Return blocks of keys of an index, uint8 ``[tokens, 132]``: the values of a block first.
+
+    ``kind``: "by token", as the rows of other caches lie.
+    """
+    if kind == "by token":
+        return rows.view(-1, size, 132)
+    pages = torch.empty(len(rows) // size, size * 132, dtype=torch.uint8)
+    for token, row in enumerate(rows):
+        block, at = divmod(token, size)
+        pages[block, at * 128 : (at + 1) * 128] = row[:128]
+        pages[block, size * 128 + at * 4 : size * 128 + (at + 1) * 4] = row[128:]
+    return pages.view(-1, size, 132)
+
+
+@pytest.mark.parametrize(("kind", "right"), [("", True), ("by token", False)])
+def test_packed_latent_rows_and_their_index(kind: str, right: bool) -> None:
+    """As DeepSeek V3.2 has them with ``fp8_ds_mla``; blocks of two sizes. The control: keys of the
+    index that lie as other rows do."""
+    draw = torch.Generator().manual_seed(0)
+    latent, keys = (
+        torch.randint(256, (128, wide), dtype=torch.uint8, generator=draw) for wide in (656, 132)
+    )
+    kernels = {"a": next(each for each in LATENT if "FlashMLASparse" in each), "b": INDEX}
+
+    def views(size: int, rows: torch.Tensor, index: torch.Tensor) -> list[GroupView]:
+        one = {"block_size": size, "num_kv_heads": 1}
+        packed = SimpleNamespace(**one, head_size=576, state_content_bytes=656)
+        spec = {"a": packed, "b": SimpleNamespace(**one, head_size=132)}
+        group = SimpleNamespace(
+            kv_cache_spec=SimpleNamespace(kv_cache_specs=spec), layer_names=["a", "b"]
+        )
+        caches = SimpleNamespace(num_blocks=128 // size, kv_cache_groups=[group])
+        named = {"a": rows.view(-1, 1, size, 656), "b": index.view(-1, 1, size, 132)}
+        return views_of(named, caches, kernels, BY_TOKEN)
+
+    src = views(16, latent, pages_of_an_index(keys, 16, kind))
+    target = torch.zeros_like(latent)
+    index = torch.zeros(4, 32, 132, dtype=torch.uint8)
+    order = torch.randperm(128, generator=draw)
+    for one, other in zip(src, views(32, target, index), strict=True):
+        copy_rows(one.view, other.view, order, torch.arange(128)).synchronize()
+    assert torch.equal(target, latent[order])
+    assert torch.equal(index, pages_of_an_index(keys[order], 32)) == right
+    ranks = SimpleNamespace(parallel_config=SimpleNamespace(tensor_parallel_size=2))
+    assert [heads_of(ranks, 1, each) for each in src] == [None, None]
+
+
+@pytest.mark.parametrize(
+    ("kernel", "tensor", "terms"),
+    [
+        (LATENT[-2], torch.zeros(8, 16, 584, dtype=torch.uint8), {"state_content_bytes": 584}),
+        (INDEX, torch.zeros(8, 16, 132, dtype=torch.int8), {"head_size": 132}),
+        (INDEX, torch.zeros(8, 16, 68, dtype=torch.uint8), {"head_size": 68}),
+        (f"{INDEX} mxfp4", torch.zeros(8, 16, 132, dtype=torch.uint8), {"head_size": 132}),
+        (INDEX, torch.zeros(8, 16, 140, dtype=torch.uint8)[..., :132], {"head_size": 132}),
+    ],
+    ids=["packed otherwise", "dtype", "width", "four bits", "gaps"],
+)
+def test_latent_rows_and_indices_that_are_not_known(
+    kernel: str, tensor: torch.Tensor, terms: dict[str, int]
+) -> None:
+    """Such as the rows of DeepSeek V4, whose scales follow the rows of a block."""
+    caches = one_group("a")
+    vars(caches.kv_cache_groups[0].kv_cache_spec).update(terms)
+    with pytest.raises(IntegrationError, match="Expected an attention backend whose pages"):
+        views_of({"a": tensor}, caches, {"a": kernel}, BY_TOKEN)
+    assert views_of({"a": tensor[..., :128].contiguous()}, caches, {"a": kernel})
 
 
 @pytest.mark.parametrize(
@@ -744,11 +824,11 @@ def test_quantized_rows_with_the_scales_of_a_token_and_a_head(
     whole = torch.randint(-128, 127, shape, dtype=torch.int8, generator=draw).view(dtype)
     spec.num_kv_heads = 1
     for head in range(4):
-        ((src, *_),) = views_of({"a": whole[:, head : head + 1]}, caches, {"a": FUSED[2]})
+        ((src, *_),) = views_of({"a": whole[:, head : head + 1]}, caches, {"a": FUSED[2]}, BY_TOKEN)
         part = torch.zeros(4, 1, 32, 2 * nbytes, dtype=dtype)
         spec.block_size = 32
         caches.num_blocks = 4
-        ((dst, *_),) = views_of({"a": part}, caches, {"a": FUSED[2]})
+        ((dst, *_),) = views_of({"a": part}, caches, {"a": FUSED[2]}, BY_TOKEN)
         spec.block_size = 16
         caches.num_blocks = 8
         copy_rows(src, dst, count=128).synchronize()
@@ -763,7 +843,7 @@ def test_quantized_rows_that_are_not_next_to_each_other_are_named() -> None:
     spec.kv_quant_mode = SimpleNamespace(name="NVFP4")
     tensor = torch.zeros(8, 8, 16, 18, dtype=torch.uint8)
     with pytest.raises(IntegrationError, match=r"FlashInfer.* \(NVFP4\)\. Stored blocks"):
-        views_of({"a": tensor}, caches, {"a": FUSED[1]})
+        views_of({"a": tensor}, caches, {"a": FUSED[1]}, BY_TOKEN)
     assert views_of({"a": tensor}, caches)[0].row_tokens == 16
 
 
@@ -782,7 +862,7 @@ def test_pages_whose_inside_is_not_known_are_refused(
     tensor: torch.Tensor, kernels: dict[str, str]
 ) -> None:
     with pytest.raises(IntegrationError, match="leave block_size out") as refused:
-        views_of({"a": tensor}, one_group("a"), kernels)
+        views_of({"a": tensor}, one_group("a"), kernels, BY_TOKEN)
     assert ("--dtype float32" in str(refused.value)) == ("amx" in str(kernels))
 
 
@@ -800,6 +880,16 @@ def test_the_kernels_of_an_engine() -> None:
     config = SimpleNamespace(compilation_config=SimpleNamespace(static_forward_context=layers))
     name = f"{Backend.__module__}.{Backend.__qualname__}"
     assert kernels_of(config) == {"a": name, "b": f"{name} vec", "d": name}
+    index = type("SomeIndexerBackend", (), {"__module__": "abc"})
+    layers["e"] = SimpleNamespace(get_attn_backend=lambda: index)
+    for terms, says in (
+        ({"indexer_kv_dtype": "auto"}, "abc.SomeIndexerBackend"),
+        ({"indexer_kv_dtype": "mxfp4"}, "abc.SomeIndexerBackend mxfp4"),
+        ({"use_fp4_indexer_cache": True}, "abc.SomeIndexerBackend mxfp4"),
+    ):
+        config.attention_config = SimpleNamespace(**terms)
+        assert kernels_of(config)["e"] == says
+        assert kernels_of(config)["a"] == name
     assert kernels_of(SimpleNamespace()) == {}
 
 
@@ -870,6 +960,29 @@ def test_a_page_is_read_in_the_order_of_its_memory() -> None:
     by_head = torch.arange(8 * 16 * 4 * 6).view(8, 4, 16, 6)
     ((_, other, *_),) = views_of({"a": by_head}, one_group("a"))
     assert other != order
+
+
+@pytest.mark.parametrize("all_layers", [False, True])
+def test_pages_whose_order_a_host_chooses_name_it(
+    configurations: tuple[Any, Any], all_layers: bool
+) -> None:
+    """A folder that moves to a host with AMX has nothing for it. Pages on GPUs, whose order shape
+    and strides say, have the notes that they always had."""
+    config, caches = configurations
+    settings = settings_of(config, caches)
+    tensor = torch.zeros(8, 4, 16, 64)
+    kernels = (*BY_DIM[:1], BY_DIM[0].replace("vec", AMX), FUSED[0], "")
+    notes = list[str]()
+    for each in kernels:
+        used = {"layer": each}
+        if all_layers:
+            made = view_across_layers(tensor, caches, used)
+        else:
+            (made,) = read_views(settings, {"layer": tensor}, caches, used)
+        notes.append(made.notes)
+    assert len({*notes}) == 3
+    axes = "all layers: axes [0, 1, 2, 3]" if all_layers else "axes [1, 2, 3]"
+    assert notes[2:] == [f"{axes} of [4, 16, 64] torch.float32"] * 2
 
 
 def test_layers_that_look_ahead_are_refused(configurations: tuple[Any, Any]) -> None:

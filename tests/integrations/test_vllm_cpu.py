@@ -339,7 +339,7 @@ def differences() -> list[str]:
         spec = SimpleNamespace(block_size=size, num_kv_heads=heads, head_size=dim)
         group = SimpleNamespace(kv_cache_spec=spec, layer_names=["a"])
         config = SimpleNamespace(num_blocks=blocks, kv_cache_groups=[group])
-        ((view, *_),) = views.views_of({"a": cache}, config, {"a": kernel})
+        ((view, *_),) = views.views_of({"a": cache}, config, {"a": kernel}, views.BY_TOKEN)
         rows = torch.zeros(1, 2, tokens, heads, dim, dtype=dtype)
         target = KVView(rows, "layer kv token head dim")
         copy_rows(view, target, slots, torch.arange(tokens)).synchronize()

@@ -221,7 +221,7 @@ def differences() -> list[str]:
         group = SimpleNamespace(kv_cache_spec=spec, layer_names=["a"])
         config = SimpleNamespace(num_blocks=blocks, kv_cache_groups=[group])
         kernel = f"vllm.v1.attention.backends.mla.{backend}"
-        ((view, *_),) = views.views_of({"a": cache}, config, {"a": kernel})
+        ((view, *_),) = views.views_of({"a": cache}, config, {"a": kernel}, views.BY_TOKEN)
         rows = torch.zeros(1, tokens, LATENT + ROPE, dtype=dtype)
         target = KVView(rows, "layer token dim")
         copy_rows(view, target, slots, torch.arange(tokens)).synchronize()

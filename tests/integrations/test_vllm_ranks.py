@@ -17,6 +17,7 @@ from portakv.errors import InvalidTerms, StoreBusy
 from portakv.integrations import IntegrationError
 from portakv.integrations.vllm.caches import (
     FUSED,
+    INDEX,
     LATENT,
     Settings,
     parts_of_states,
@@ -453,7 +454,9 @@ def test_blocks_of_two_stages_are_loaded_by_two_ranks(
     index.close()
 
 
-def test_latent_rows_are_equal_in_all_ranks(configurations: tuple[Any, Any]) -> None:
+@pytest.mark.parametrize("packed", [False, True])
+def test_latent_rows_are_equal_in_all_ranks(configurations: tuple[Any, Any], packed: bool) -> None:
+    """Also those of ``fp8_ds_mla``."""
     change(configurations, world_size=2, tensor_parallel_size=2)
     spec = configurations[1].kv_cache_groups[0].kv_cache_spec
     spec.num_kv_heads = 1
@@ -461,7 +464,10 @@ def test_latent_rows_are_equal_in_all_ranks(configurations: tuple[Any, Any]) -> 
     configurations[0].model_config.get_total_num_kv_heads = lambda: 16
     settings = settings_of(*configurations)
     cache = torch.zeros(BLOCKS, SIZE, 32, dtype=torch.float32, device="cpu")
-    views = read_views(settings, {"layer": cache}, configurations[1], {"layer": LATENT[0]})
+    if packed:
+        spec.state_content_bytes = 656
+        cache = torch.zeros(BLOCKS, SIZE, 656, dtype=torch.uint8, device="cpu")
+    views = read_views(settings, {"layer": cache}, configurations[1], {"layer": LATENT[-2]})
     stores = [WorkerStore(settings, configurations[0]) for _ in range(2)]
     forms = [store.open(views, number)[0].form for number, store in enumerate(stores)]
     assert forms[0] == forms[1]
@@ -575,6 +581,47 @@ def test_a_rank_hands_over_its_heads(number: int, configurations: tuple[Any, Any
     assert shard.group.heads == (2 * number, 2 * number + 2, 4)
     store.close()
     assert store.handover is None
+
+
+def layer_by(kernel: str) -> SimpleNamespace:
+    """Return a layer of an attention backend."""
+    module, _, name = kernel.rpartition(".")
+    backend = type(name, (), {"__module__": module})
+    return SimpleNamespace(get_attn_backend=lambda: backend)
+
+
+@pytest.mark.parametrize("numbers", ["auto", "mxfp4"])
+def test_latent_rows_are_handed_over_with_their_index(
+    numbers: str, configurations: tuple[Any, Any]
+) -> None:
+    """Every rank has all of both. The control: an index whose keys have 4 bits is refused."""
+    store = handing(configurations, READABLE, rank=1)
+    layers = {"layer": layer_by(LATENT[-2]), "index": layer_by(INDEX)}
+    configurations[0].compilation_config.static_forward_context = layers
+    configurations[0].attention_config = SimpleNamespace(indexer_kv_dtype=numbers)
+    group = configurations[1].kv_cache_groups[0]
+    one = {"block_size": SIZE, "num_kv_heads": 1}
+    latent = SimpleNamespace(**one, head_size=576, state_content_bytes=656)
+    group.layer_names = ["layer", "index"]
+    group.kv_cache_spec = SimpleNamespace(
+        kv_cache_specs={"layer": latent, "index": SimpleNamespace(**one, head_size=132)}
+    )
+    widths = {"layer": 656, "index": 132}
+    caches = {
+        name: torch.zeros(BLOCKS, 1, SIZE, wide, dtype=torch.uint8, device="cpu")
+        for name, wide in widths.items()
+    }
+    if numbers != "auto":
+        with pytest.raises(IntegrationError, match="IndexerBackend mxfp4"):
+            store.hand_over(caches, configurations[1], 1, {"layer": 0, "index": 1})
+        return
+    store.hand_over(caches, configurations[1], 1, {"layer": 0, "index": 1})
+    assert store.handover is not None
+    assert store.handover.owner is not None
+    shards = store.handover.owner.shards
+    assert [shard.view.widths for shard in shards] == [(656,), (128, 4)]
+    assert [shard.group.heads for shard in shards] == [(0, 1, 1)] * 2
+    store.close()
 
 
 def test_rows_that_cannot_be_read_are_not_handed_over(configurations: tuple[Any, Any]) -> None:

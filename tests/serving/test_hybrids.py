@@ -87,7 +87,7 @@ def walks(family: str, seeds: range, ranks: Sequence[Sequence[int]] = ((),)) -> 
 
 def check_counts(counts: Counter[str], least: int) -> None:
     """Check that walks prove something."""
-    for name in ("loaded tokens", "landed_blocks", "stored_blocks"):
+    for name in ("loaded tokens", "landed_blocks", "stored_blocks", "checked blocks"):
         assert counts[name] > least
 
 
@@ -134,6 +134,24 @@ class StatesAnywhere(SchedulerSide):
     ) -> dict[int, list[int]]:
         ends = {n: self._blocks_at(state, past) for n in range(first, past)}
         return {n: ids for n, ids in ends.items() if min(ids) >= 0}
+
+
+class ReadsWhatIsFreed(SchedulerSide):
+    """A scheduler side that saves blocks before a window or chunk, which the engine has freed."""
+
+    def _first_kept(self, group: Group, ids: Sequence[int], computed: int) -> int:
+        return super()._first_kept(group, ids, 0)
+
+
+class LeavesOutLate(SchedulerSide):
+    """A scheduler side that skips stored blocks which end before a step: one whose last token is
+    known late is saved by no step."""
+
+    def scheduled(self, request: str, computed: int, *terms: Any) -> None:
+        state = self._requests[request]
+        if state.considered is not None:
+            state.considered = max(state.considered, computed // self._size)
+        super().scheduled(request, computed, *terms)
 
 
 #: Of each family the number of a group, and how many there are.
@@ -247,6 +265,17 @@ def test_states_of_other_positions_are_noticed(family: str) -> None:
     """The control of which blocks have states."""
 
     assert "state after" in what_is_wrong(family, side=StatesAnywhere)
+
+
+@pytest.mark.parametrize("family", ["window + full", "chunked + full"])
+@pytest.mark.parametrize(
+    ("fault", "what"), [(ReadsWhatIsFreed, "group 0, "), (LeavesOutLate, "is not saved")]
+)
+def test_saves_of_freed_blocks_and_late_ones_are_noticed(
+    fault: type[SchedulerSide], what: str, family: str
+) -> None:
+    """The controls of windows and chunks."""
+    assert what in what_is_wrong(family, side=fault)
 
 
 SIZE = 8
@@ -374,6 +403,58 @@ def test_a_state_is_saved_one_step_later_if_the_token_after_it_was_not_known() -
     (save,) = made.plan().saves
     assert save.keys == (KEYS[3],)
     assert save.blocks == ((9,), (4,))
+
+
+@pytest.mark.parametrize("late", [0, 1])
+@pytest.mark.parametrize(
+    "group",
+    [
+        Group(16),
+        Group(16, window=64),
+        Group(16, window=16),
+        Group(4, window=17),
+        Group(64, window=5),
+        Group(16, chunk=64),
+        Group(16, chunk=16),
+        Group(64, chunk=64),
+    ],
+)
+def test_each_decoded_block_is_saved(group: Group, late: int) -> None:
+    """Next to full attention, and if a step is planned before the tokens of the one before are
+    known. No save names a block that the group has given up."""
+    groups = [group, Group(16)]
+    made = SchedulerSide(16, groups, 1, Known([], []))
+    tokens = [*range(100)]
+    made.add("a", tokens)
+    made.allocated("a", 0, 0, ((), ()))
+    saved = list[int]()
+    have = [0, 0]
+    for computed, until in [(0, 100), *((n, n + 1) for n in range(100, 300))]:
+        tokens += range(len(tokens), until - late if computed else until)
+        ends = [-(-until // each.block_size) for each in groups]
+        new = tuple(tuple(range(*each)) for each in zip(have, ends, strict=True))
+        have = ends
+        made.scheduled("a", computed, until, new)
+        for job in made.plan().saves:
+            saved += range(job.first, job.first + len(job.keys))
+            given_up = group.first_needed(computed) // group.block_size
+            assert not {*job.blocks[0]} & {*range(given_up)}
+            assert -1 not in job.blocks[1]
+    assert sorted({*saved}) == [*range(18)]
+
+
+def test_a_save_has_no_rows_of_a_window_that_are_gone() -> None:
+    """It begins where a block of full attention begins, before the window; the first save of these
+    blocks found no staging."""
+    made = SchedulerSide(4, [Group(4, window=8), Group(16)], 1, Known([], []))
+    made.add("a", TOKENS)
+    made.allocated("a", 0, 0, ((), ()))
+    made.scheduled("a", 0, 12, ((1, 2, 3), (9,)), True)
+    made.plan()
+    made.scheduled("a", 12, 16, ((4,), ()))
+    (save,) = made.plan().saves
+    assert save.first == 0
+    assert save.blocks == ((-1, 2, 3, 4), (9,))
 
 
 @pytest.mark.parametrize(

@@ -394,6 +394,13 @@ def test_sizes_that_do_not_fit_are_refused(size: int, group: Group) -> None:
         SchedulerSide(size, [group], 1, Known())
 
 
+def test_a_stored_block_fits_into_a_block_that_is_longer_than_its_window() -> None:
+    """The engine keeps that block as a whole."""
+    SchedulerSide(32, [Group(32, window=5), Group(32, states="last")], 1, Known())
+    with pytest.raises(InvalidTerms, match="at most 32 tokens"):
+        SchedulerSide(64, [Group(32, window=5)], 1, Known())
+
+
 def test_a_salt_and_an_extra_keep_requests_apart() -> None:
     keys = prefix_keys(TOKENS[:16], 8)
     scheduler_side = SchedulerSide(8, [Group(8)], 1, Known(keys))

@@ -295,12 +295,8 @@ KNOWN = {
     "Jamba v0.1": 16_384,
     "DeepSeek V3.2": 78_324,
 }
-#: Models whose layers the connector refuses in an engine, and a word of the reason.
-REFUSED = {
-    "DeepSeek V3.2": "61 of its layers keep an index",
-    "GLM 5.2": "21 of its layers keep an index",
-    "MiniMax M3": "57 of its layers keep an index",
-}
+#: How many layers keep an index next to their rows; those of other models keep none.
+INDEXED = {"DeepSeek V3.2": 61, "GLM 5.2": 21, "MiniMax M3": 57}
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -312,10 +308,8 @@ def test_the_bytes_of_a_token(name: str) -> None:
     assert sizes.staging == STEPS * STEP * token
     assert sizes.windows == windows
     assert sizes.unknown == ""
-    if name in REFUSED:
-        assert REFUSED[name] in sizes.refused
-    else:
-        assert sizes.refused == ""
+    assert sizes.refused == ""
+    assert sizes.indexed == INDEXED.get(name, 0)
 
 
 #: Qwen3.5 27B's gated delta networks, Nemotron 3 Nano's Mamba 2, a Kimi Linear, a short
@@ -446,11 +440,17 @@ def test_keys_of_other_things_change_nothing() -> None:
         ({**SUPER_49B, "block_configs": [block(8)] * 40 + [block(16)] * 40}, "of several sizes"),
         ({**DEEPSEEK_V3, "sliding_window": 128}, "as latent rows"),
         ({**LLAMA_8B, "layer_types": ["mlp"] * 32}, "none of its layers keeps rows"),
-        ({**GLM_52, "quantization_config": BY_8_BITS}, "keep an index"),
     ],
 )
 def test_layers_that_the_connector_refuses(config: dict[str, Any], says: str) -> None:
     assert says in sizes_of(config).refused
+
+
+def test_layers_with_an_index_and_rows_of_an_unknown_width() -> None:
+    """A cache of 8 bits is quantized by the attention backend."""
+    sizes = sizes_of({**GLM_52, "quantization_config": BY_8_BITS})
+    assert sizes.unknown
+    assert (sizes.refused, sizes.indexed) == ("", 21)
 
 
 @pytest.mark.parametrize(

@@ -461,6 +461,24 @@ def test_blocks_before_a_window_are_not_read(store: BlockStore) -> None:
         assert reported(worker_side).missing == {8: frozenset()}
 
 
+@pytest.mark.parametrize("size", [4, 8, 16])
+def test_what_a_window_has_given_up_is_not_saved(size: int) -> None:
+    """Stored blocks shorter and longer than the engine's: the others have the right rows."""
+    rows, view = caches(4, 8)
+    rows.copy_(torch.arange(32, device="cpu").view(4, 8)[:, None, :, None, None].expand_as(rows))
+    form = BlockForm.of(view, "window", block_size=size)
+    keys = tuple(prefix_keys(range(32), size))
+    with BlockStore(form, staging=1 << 16, host=1 << 15) as window:
+        worker_side = WorkerSide([GroupCache(view, window)])
+        worker_side.save(Plan(saves=[Job(7, "a", keys, 0, None, ((-1, -1, 2, 3),))]))
+        assert reported(worker_side).missing == {7: frozenset()}
+        gone = 16 // size
+        assert window.lookup_each(keys) == [False] * gone + [True] * (len(keys) - gone)
+        memory, target = caches(4, 8)
+        window.load(target, [0, 1], keys[gone:]).synchronize(LIMIT)
+        assert memory[:2].equal(rows[2:])
+
+
 def test_a_step_waits_for_the_layers_of_its_loads(store: BlockStore) -> None:
     """What it computed after rows that did not land is not saved."""
     keys = tuple(prefix_keys(range(32), 8))

@@ -7,7 +7,9 @@ the model reads from the caches of each rank what each group's kernels would, an
 prefix that lacks a group, or has that of another position, is seen at once.
 
 A walk has one engine over a store of its own, or several over one store server, of one model, whose
-blocks and ranks differ.
+blocks and ranks differ. An engine that plans ahead learns a token one step after the step that
+computes with it. Some free a block at one end of their pool and take the next one there, so that a
+freed block has other rows in the same step; and some have no staging for a save.
 """
 
 from __future__ import annotations
@@ -37,6 +39,8 @@ from portakv.serving import (
     WorkerSide,
 )
 from portakv.serving.local import LocalIndex, forms_of, image_of
+from portakv.serving.plan import Job, Plan, Report
+from portakv.storage import prefix_keys
 from support.hybrid_rows import FAMILIES, LAYERS, PARTS, Kind, Memory, Part, Places, Rows, spoiled
 from support.waits import LIMIT
 
@@ -49,7 +53,9 @@ LONGER = 2e-3
 PATIENCE = 1.0
 STAGING = 4 << 20
 #: Tokens of a block of an engine, or of a stored one.
-SIZES = ((2, 4), (4, 8))
+SIZES = ((2, 4), (4, 8), (2, 8), (4, 16), (2, 16))
+#: Tokens of a window that may be shorter than a stored block.
+SHORT = 3
 MODEL = "model"
 numbers = count()
 
@@ -88,7 +94,8 @@ class Model:
     def _span(self, chance: random.Random, kind: Kind) -> Mapping[str, Any]:
         """Return the window or chunk of a group."""
         if "window" in kind.terms:
-            return {"window": self.stored * chance.choice([1, 2]) + chance.choice([0, 1])}
+            longer = self.stored * chance.choice([1, 2]) + chance.choice([0, 1])
+            return {"window": chance.choice([SHORT, longer, longer])}
         if "chunk" in kind.terms:
             return {"chunk": self.stored * chance.choice([1, 2, 3])}
         return kind.terms
@@ -120,17 +127,26 @@ class Draw:
         self.ranks = ranks
         self.whole = own and chance.random() < 0.3
         self.stored = stored = model.stored
-        sizes = [size for size in model.sizes if size <= stored or not self.whole]
-        self.groups = [
-            Group(stored if "states" in span else chance.choice(sizes), **span)
-            for span in model.spans
-        ]
+        self.groups = [self._group(span) for span in model.spans]
         self.budget = chance.choice([stored, 3 * stored, 64])
         #: Enough for the longest request, or for several.
         least = sum(self._most_blocks(group) for group in self.groups)
         self.blocks = int(least * chance.choice([1.1, 1.6, 4]))
         #: In each step; all that an engine forgets, it loads.
         self.forgets = chance.choice([0.2, 1.0] if own else [0.5, 1.0])
+        self.plans_ahead = chance.random() < 0.5
+        self.reuses = chance.random() < 0.5
+        self.drops = chance.choice([0, 0, 0.3])  # of saves
+
+    def _group(self, span: Mapping[str, Any]) -> Group:
+        """Return a group with blocks of one of the sizes that fit the stored ones."""
+        stored = self.stored
+        sizes = [size for size in self.model.sizes if size <= stored or not self.whole]
+        if "states" in span:
+            sizes = [stored]
+        elif span.get("window", stored) < stored:
+            sizes = [size for size in sizes if size >= stored]
+        return Group(self.chance.choice(sizes), **span)
 
     def _most_blocks(self, group: Group) -> int:
         """Return how many blocks of a group a request has at most."""
@@ -175,12 +191,16 @@ class Draw:
 class Pool:
     """Blocks that all groups share, and the engine's prefix cache.
 
+    Args:
+        reuses: a block that was freed is the next one that is taken.
+
     Attributes:
-        free: blocks that nothing has, the oldest first, with what the prefix cache has in them.
+        free: blocks that nothing has, in their order, with what the prefix cache has in them.
         cached: by the number of a group and the row at whose token a block ends, the block.
     """
 
-    def __init__(self, blocks: int) -> None:
+    def __init__(self, blocks: int, reuses: bool = False) -> None:
+        self._reuses = reuses
         self.free = OrderedDict[int, None](dict.fromkeys(range(blocks)))
         self.cached = dict[tuple[int, int], int]()
         self._names = dict[int, tuple[int, int]]()
@@ -190,7 +210,7 @@ class Pool:
         """Return free blocks, which the prefix cache forgets; None: too few."""
         if len(self.free) < many:
             return None
-        taken = [self.free.popitem(last=False)[0] for _ in range(many)]
+        taken = [self.free.popitem(last=self._reuses)[0] for _ in range(many)]
         for block in taken:
             self._references[block] += 1
             name = self._names.pop(block, None)
@@ -229,11 +249,20 @@ class Pool:
 
 @dataclass(eq=False)
 class Request:
-    """A request of the engine. ``wanted``: tokens until it ends."""
+    """A request of the engine.
+
+    Attributes:
+        wanted: tokens until it ends.
+        known: those that the scheduler knows.
+        began: the tokens whose rows it has from others; None: it cannot be told which stored
+            blocks are saved of it, since some saves were withdrawn.
+        past: stored blocks before this one were to be saved.
+    """
 
     name: str
     tokens: list[int]
     wanted: int
+    known: list[int]
     blocks: list[list[int]]
     computed: int = 0
     state: str = "waiting"  # loading, running, retained, ended
@@ -241,6 +270,12 @@ class Request:
     aborted: bool = False
     tries: int = 0
     rows: list[int] = field(default_factory=list)
+    began: int | None = None
+    past: int = 0
+
+    def learn(self) -> None:
+        """Let the scheduler know all tokens."""
+        self.known += self.tokens[len(self.known) :]
 
     def row(self, tokens: int) -> int:
         """Return the row of the last of so many tokens."""
@@ -257,6 +292,7 @@ class Engine:
         terms: of the store.
         server: that several engines share; None: the engine has a store of its own.
         name: of the model.
+        saved: keys of which a save was planned, in all engines.
     """
 
     def __init__(
@@ -268,12 +304,14 @@ class Engine:
         side: Callable[..., SchedulerSide] = SchedulerSide,
         worker: type[WorkerSide] = WorkerSide,
         name: str = MODEL,
+        saved: set[bytes] | None = None,
     ) -> None:
         self.chance = chance
         self.draw = draw
+        self._saved = set[bytes]() if saved is None else saved
         self.name = name
         self.groups = draw.groups
-        self.pool = Pool(draw.blocks)
+        self.pool = Pool(draw.blocks, draw.reuses)
         self.memory = [draw.memory(rank) for rank in range(draw.ranks)]
         self.index: LocalIndex | ServerIndex
         self._end = ExitStack()
@@ -345,9 +383,9 @@ class Engine:
         name = f"request {len(self.requests)}"
         tokens = [*prompt]
         wanted = len(prompt) + chance.randrange(1, 12)
-        made = Request(name, tokens, wanted, [[] for _ in self.groups])
+        made = Request(name, tokens, wanted, [*tokens], [[] for _ in self.groups])
         self.requests.append(made)
-        self.side.add(name, tokens)
+        self.side.add(name, made.known)
 
     def step(self) -> None:
         """Schedule, and carry out what both sides plan."""
@@ -363,15 +401,21 @@ class Engine:
             if request.state == "waiting" and request.name not in preempted:
                 self._admit(request)
         plan = self.side.plan(idle=not steps)
+        self._saved.update(key for job in plan.saves for key in job.keys)
+        dropped = self._drop(plan)
+        names = {each.name: each for each in self.alive}
         for worker in self.workers:
             worker.stop(plan)
             worker.load(plan)
         for request, computed, until in steps:
             self._compute(request, computed, until)
+        for job in plan.saves:
+            self._check_job(names[job.request], job)
         if not steps:
             time.sleep(PAUSE if isinstance(self.index, LocalIndex) else LONGER)
         for worker in self.workers:
             worker.save(plan)
+            self.side.take(dropped)
             self.side.take(worker.report())
             ended = worker.ended()
             self._ended.update(("loaded", name) for name in ended.loaded)
@@ -384,6 +428,17 @@ class Engine:
             if self._has_ended("freed", request):
                 self._free(request)
                 self.side.freed({request.name})
+
+    def _drop(self, plan: Plan) -> Report:
+        """Take saves for which there is no staging out of a plan; return what each worker reports
+        of them."""
+        report = Report()
+        for job in [*plan.saves]:
+            if self.chance.random() < self.draw.drops:
+                plan.saves.remove(job)
+                report.released[job.number] += 1
+                report.end(job.number, frozenset(range(len(job.keys))))
+        return report
 
     def _has_ended(self, what: str, request: Request) -> bool:
         """Return once whether something has ended in all workers."""
@@ -413,6 +468,7 @@ class Engine:
 
     def _admit(self, request: Request) -> None:
         """Look a request up here and in the store, and begin it."""
+        request.learn()
         local, blocks = self._local(request)
         more = self.side.leading(request.name, local)
         if more is None:
@@ -431,6 +487,7 @@ class Engine:
             taken.append([GONE] * (first - len(some)) + new)
         request.blocks = [[*some, *new] for some, new in zip(blocks, taken, strict=True)]
         request.computed = past
+        request.began = past
         request.fresh = True
         request.tries += 1
         ids = tuple(tuple(each) for each in request.blocks)
@@ -481,6 +538,8 @@ class Engine:
         ids = request.blocks if request.fresh else new
         blocks = tuple(tuple(each) for each in ids)
         self.side.scheduled(request.name, computed, until, blocks, request.fresh, told)
+        request.past = min(until, len(request.known)) // self.draw.stored
+        request.learn()
         request.fresh = False
         steps.append((request, computed, until))
 
@@ -523,6 +582,8 @@ class Engine:
 
     def _preempt(self, request: Request) -> None:
         self.counts["preempted"] += 1
+        for each in self.alive:  # a withdrawn save may have had the blocks of others
+            each.began = None
         self.side.preempted(request.name)
         self._free(request, "waiting")
 
@@ -557,11 +618,26 @@ class Engine:
                 rows.write(places, [request.row(end) for end in ends])
         request.computed = until
         self._enter(request, until)
-        if until == len(request.tokens):
-            if len(request.tokens) >= request.wanted:
-                self._end_request(request)
-            else:
-                request.tokens.append(request.row(until) % 50)
+        if until < len(request.tokens):
+            return
+        if len(request.tokens) < request.wanted:
+            request.tokens.append(request.row(until) % 50)
+            if not self.draw.plans_ahead:
+                request.learn()
+            return
+        self._check_saved(request)
+        self._end_request(request)
+
+    def _check_saved(self, request: Request) -> None:
+        """Raise `Wrong` unless each block that a request has filled was saved, here or before."""
+        if request.began is None:
+            return
+        size = self.draw.stored
+        keys = prefix_keys(request.tokens, size)
+        for number in range(-(-request.began // size), request.past):
+            if keys[number] not in self._saved:
+                raise Wrong(f"{request.name}: block {number} of {request.past} is not saved")
+            self.counts["checked blocks"] += 1
 
     def _check(
         self, number: int, rows: Rows, places: Places, expected: Sequence[int], what: str
@@ -570,6 +646,29 @@ class Engine:
         wrong = rows.wrong(places, expected)
         if wrong:
             raise Wrong(f"group {number}, {what}: {', '.join(wrong)}")
+
+    def _check_job(self, request: Request, job: Job) -> None:
+        """Raise `Wrong` unless the blocks that a save names have the rows and states of its
+        keys."""
+        size = self.draw.stored
+        begin = job.first * size
+        past = begin + len(job.keys) * size
+        for number, (group, ids) in enumerate(zip(self.groups, job.blocks, strict=True)):
+            for rank, memory in enumerate(self.memory):
+                rows = memory[number]
+                what = f"rank {rank}: {request.name}, saved "
+                if group.states:
+                    for end, block in zip(range(begin + size, past + 1, size), ids, strict=True):
+                        if block != GONE:
+                            known = [request.row(end)]
+                            self._check(number, rows, ([block],), known, f"{what}state after {end}")
+                    continue
+                before = begin // group.block_size
+                first = (before + ids.count(GONE)) * group.block_size
+                tokens = range(max(begin, first), past)
+                places, ends = rows.places([GONE] * before + [*ids], tokens)
+                known = [request.row(end) for end in ends]
+                self._check(number, rows, places, known, f"{what}rows from {tokens.start} on")
 
     def _advance(self, request: Request, number: int, computed: int, until: int) -> None:
         """Read the state after the computed tokens, and write those after the step."""
@@ -633,10 +732,11 @@ def walk(
             place = f"hybrids {os.getpid()} {next(numbers)}"
             server = stack.enter_context(StoreServer(terms, place, patience=PATIENCE))
         engines = list[Engine]()
+        saved = set[bytes]()
         ranks = ranks or (1,)
         for many, name in zip(ranks, names or [MODEL] * len(ranks), strict=True):
             draw = Draw(chance, model, many, own=server is None)
-            engines.append(Engine(chance, draw, terms, server, side, worker, name))
+            engines.append(Engine(chance, draw, terms, server, side, worker, name, saved))
             stack.callback(engines[-1].close)
         left = [engine for engine in engines for _ in range(requests)]
         chance.shuffle(left)

@@ -19,7 +19,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1 import multi_connector
 from vllm.distributed.kv_transfer.kv_connector.v1.example_connector import ExampleConnector
 from vllm.distributed.kv_transfer.kv_connector.v1.offloading_connector import OffloadingConnector
 
-from portakv.integrations.vllm.caches import GONE, kernels_of, views_of
+from portakv.integrations.vllm.caches import BY_TOKEN, GONE, kernels_of, views_of
 from portakv.integrations.vllm.connector import PortaKVConnector
 
 MODULE = __name__
@@ -271,7 +271,7 @@ class _Damages:
 
     def register_kv_caches(self, kv_caches: dict[str, Any]) -> None:
         super().register_kv_caches(kv_caches)  # type: ignore[misc]
-        views = views_of(kv_caches, self.caches, kernels_of(self.engine))
+        views = views_of(kv_caches, self.caches, kernels_of(self.engine), BY_TOKEN)
         _planes_of.clear()
         _planes_of.extend([] for _ in self.caches.kv_cache_groups)
         for each in views:

@@ -14,6 +14,7 @@ from contextlib import suppress
 from hashlib import sha256
 from itertools import accumulate
 from math import lcm
+from types import MappingProxyType
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -50,15 +51,30 @@ LATENT = (
     "vllm.v1.attention.backends.mla.cpu_mla.CPUMLABackend",
     "vllm.v1.attention.backends.mla.cutlass_mla.CutlassMLABackend",
     "vllm.v1.attention.backends.mla.flashattn_mla.FlashAttnMLABackend",
+    "vllm.v1.attention.backends.mla.flashattn_mla_sparse.FlashAttnMLASparseBackend",
     "vllm.v1.attention.backends.mla.flashinfer_mla.FlashInferMLABackend",
+    "vllm.v1.attention.backends.mla.flashinfer_mla_sparse.FlashInferMLASparseSM120Backend",
+    "vllm.v1.attention.backends.mla.flashinfer_mla_sparse.FlashInferMLASparseTRTLLMBackend",
+    "vllm.v1.attention.backends.mla.flashinfer_mla_sparse_sm90.FlashInferMLASparseSM90Backend",
     "vllm.v1.attention.backends.mla.flashmla.FlashMLABackend",
+    "vllm.v1.attention.backends.mla.flashmla_sparse.FlashMLASparseBackend",
     "vllm.v1.attention.backends.mla.triton_mla.TritonMLABackend",
 )
+#: Bytes of a latent row with its scales, as ``fp8_ds_mla`` has it for DeepSeek V3.2. In packed
+#: latent rows of other sizes the scales follow the rows of a block, or their order is not known.
+PACKED = 656
+#: The index next to latent rows: the values of a block's keys, then a scale of each key.
+INDEX = "vllm.v1.attention.backends.mla.indexer.DeepseekV32IndexerBackend"
+INDEX_KEY = (128, 4)
+#: Values of vLLM's ``indexer_kv_dtype`` with which an index has keys in 8 bits.
+USUAL = ("", "auto", "fp8")
 #: Attention on a CPU, by the kernels whose order of keys is known: a head's keys as [dim, token].
 BY_DIM = (
     "vllm.v1.attention.backends.cpu_attn.CPUAttentionBackend vec",
     "vllm.v1.attention.backends.cpu_attn.CPUAttentionBackend vec16",
 )
+#: Where no attention backend is known.
+NO_KERNELS: Mapping[str, str] = MappingProxyType({})
 #: The names of classes that vLLM derives from an attention backend, whose pages are the backend's.
 WRAPPED = "ChunkedLocalAttention_"
 #: What a user does if rows cannot be read, for blocks of a fixed size, for several workers, and for
@@ -113,11 +129,16 @@ def scales_of(config: Any, workers: Workers) -> str:
 
 
 def kernels_of(config: Any) -> dict[str, str]:
-    """Return the attention backend of each layer, with the kernels' instruction set if it has one.
+    """Return the attention backend of each layer, with what its pages also depend on: the kernels'
+    instruction set on a CPU, the numbers of an index if they are not the usual ones.
 
     A layer whose backend is not known has an empty name.
     """
     made = dict[str, str]()
+    attention = getattr(config, "attention_config", None)
+    index = str(getattr(attention, "indexer_kv_dtype", ""))
+    if getattr(attention, "use_fp4_indexer_cache", False):  # before 0.32
+        index = "mxfp4"
     for name, layer in _layers_in(config).items():
         backend_of = getattr(layer, "get_attn_backend", None)
         if backend_of is None:
@@ -128,6 +149,8 @@ def kernels_of(config: Any) -> dict[str, str]:
         parts = [f"{backend.__module__}.{backend.__qualname__}"]
         if isa := getattr(layer, "isa", ""):
             parts.append(str(isa))
+        if backend.__name__.endswith("IndexerBackend") and index not in USUAL:
+            parts.append(index)
         made[name] = " ".join(parts)
     return made
 
@@ -135,8 +158,8 @@ def kernels_of(config: Any) -> dict[str, str]:
 def views_of(
     kv_caches: Mapping[str, Any],
     kv_cache_config: Any,
-    kernels: Mapping[str, str] | None = None,
-    reason: str = BY_TOKEN,
+    kernels: Mapping[str, str] = NO_KERNELS,
+    reason: str | None = None,
     ranks: Ranks | None = None,
 ) -> list[GroupView]:
     """Return a view of each group's layers; of layers with pages of several kinds one for each.
@@ -144,9 +167,9 @@ def views_of(
     Args:
         kv_caches: by the name of a layer its tensor, or of a recurrent layer perhaps one for each
             of its states.
-        kernels: by the name of a layer, its attention backend as `kernels_of` has it; then rows are
-            read by head and token. None: blocks are pages that move whole.
-        reason: why rows are read, and what a user does if they cannot be; for the error.
+        kernels: by the name of a layer, its attention backend as `kernels_of` has it.
+        reason: why rows are read by head and token, and what a user does if they cannot be, for the
+            error. None: blocks are pages that move whole.
         ranks: states are divided by their heads, so that other numbers of ranks find them; None:
             they are not.
 
@@ -172,11 +195,12 @@ def views_of(
                     views += [each._replace(group=number) for each in divided]
                     continue
                 made = _states(tensors, blocks, spec)
-            elif kernels is None:
-                made = _pages(tensors, blocks, spec.block_size)
             else:
                 used = [kernels.get(name, "") for name in names]
-                made = _rows(tensors, blocks, spec, used, reason)
+                if reason is None:
+                    made = _pages(tensors, blocks, spec.block_size, used)
+                else:
+                    made = _rows(tensors, blocks, spec, used, reason)
             views.append(made._replace(group=number))
     return views
 
@@ -196,11 +220,14 @@ def _alike(kv_caches: Mapping[str, Any], names: Sequence[str]) -> list[list[str]
     return [*kinds.values()]
 
 
-def view_across_layers(kv_cache: torch.Tensor, kv_cache_config: Any) -> GroupView:
+def view_across_layers(
+    kv_cache: torch.Tensor, kv_cache_config: Any, kernels: Mapping[str, str] = NO_KERNELS
+) -> GroupView:
     """Return the view of a cache whose blocks hold the rows of all layers next to each other.
 
     Args:
         kv_cache: of all layers; the engine's blocks are the outermost axis in memory.
+        kernels: as for `views_of`.
 
     Raises `IntegrationError` if blocks are not whole pages.
     """
@@ -216,7 +243,8 @@ def view_across_layers(kv_cache: torch.Tensor, kv_cache_config: Any) -> GroupVie
         )
     # The number of blocks may change from start to start.
     page = [n for axis, n in enumerate(kv_cache.shape) if axis != order[0]]
-    notes = f"all layers: axes {order} of {page} {kv_cache.dtype}"
+    by = _orders(kernels.values())
+    notes = f"all layers: axes {order} of {page} {kv_cache.dtype}{by}"
     return GroupView(_whole([pages], 1), notes, group.kv_cache_spec.block_size)
 
 
@@ -231,12 +259,23 @@ def layer_numbers(kv_caches: Mapping[str, Any], kv_cache_config: Any) -> dict[st
     return numbers
 
 
-def _pages(tensors: Sequence[torch.Tensor], blocks: int, size: int) -> GroupView:
+def _orders(kernels: Iterable[str]) -> str:
+    """Return what the notes of pages say of kernels: those whose pages of one shape differ.
+
+    On a CPU the order of a page depends on the instruction set, which vLLM chooses by the host; and
+    an index of 4 bits has the shape of one of 8. Else shape and strides say the order.
+    """
+    some = sorted({kernel for kernel in kernels if len(kernel.split()) > 1})
+    return f" by {' and '.join(some)}" if some else ""
+
+
+def _pages(
+    tensors: Sequence[torch.Tensor], blocks: int, size: int, kernels: Sequence[str]
+) -> GroupView:
     """Return a view whose blocks are pages that nothing looks into.
 
-    Its notes say where a row lies in a page: the shape of a block in the order of its memory. What
-    lies in a page also depends on the attention's kernel; a page that is moved whole is right for
-    each of them.
+    Its notes say where a row lies in a page, so that no engine loads one that its kernels read
+    otherwise: the shape of a block in the order of its memory, and see `_orders`.
     """
     # A kernel may have smaller blocks than the engine.
     tensors = [
@@ -256,7 +295,7 @@ def _pages(tensors: Sequence[torch.Tensor], blocks: int, size: int) -> GroupView
     # vLLM's tensors name the heads before the tokens, whatever their order in memory.
     inner = sorted(range(outer, len(shape)), key=lambda axis: -strides[axis])
     pages = [tensor.permute(*range(outer), *inner) for tensor in tensors]
-    notes = f"axes {inner} of {[*shape[outer:]]} {tensors[0].dtype}"
+    notes = f"axes {inner} of {[*shape[outer:]]} {tensors[0].dtype}{_orders(kernels)}"
     return GroupView(_whole(pages, outer), notes, size)
 
 
@@ -426,8 +465,8 @@ def _rows(
     first = tensors[0]
     wide = spec.head_size
     packed = getattr(spec, "state_content_bytes", None)
-    if packed is not None:  # keys with their scales, then values with theirs
-        wide = packed // 2 // first.itemsize
+    if packed is not None:  # keys with their scales, then values with theirs; or a latent row
+        wide = packed // (1 if kernel in LATENT else 2) // first.itemsize
     shapes = {tuple(tensor.shape) for tensor in tensors}
     has_both = shapes == {(blocks, spec.num_kv_heads, size, 2 * wide)}
     if not others:
@@ -438,9 +477,16 @@ def _rows(
         if has_both and kernel in BY_DIM:
             pairs = [_keys_and_values(tensor) for tensor in tensors]
             return GroupView(KVView(pairs, "layer kv | block head token dim"), "")
-        if kernel in LATENT and shapes <= {(blocks, size, wide), (blocks, 1, size, wide)}:
+        is_latent = shapes <= {(blocks, size, wide), (blocks, 1, size, wide)}
+        if is_latent and kernel in LATENT and packed in (None, PACKED):
             planes = [tensor.reshape(blocks, size, wide) for tensor in tensors]
             return GroupView(KVView(planes, "layer | block token dim"), "")
+        if is_latent and kernel == INDEX and _is_known_index(first, wide):
+            pages = [tensor.view(blocks, size * wide) for tensor in tensors]
+            view = KVView(
+                pages, "layer | block (kv token dim)", kv=2, dim=INDEX_KEY, block_size=size
+            )
+            return GroupView(view, "", replicated=True)
     by_amx = kernel.split()[-1:] == [AMX]
     mode = getattr(spec, "kv_quant_mode", None)
     raise IntegrationError(
@@ -448,6 +494,12 @@ def _rows(
         f"{' and '.join(sorted({*kernels})) or 'none'} with {first.dtype} {[*first.shape]}"
         f"{f' ({mode.name})' if mode else ''}. {reason}{OTHER_DTYPE if by_amx else ''}"
     )
+
+
+def _is_known_index(cache: torch.Tensor, wide: int) -> bool:
+    """Return whether an index has keys in 8 bits. AMD's kernels may shuffle them in a block."""
+    is_whole = cache[0].is_contiguous() and torch.version.hip is None
+    return is_whole and cache.dtype == torch.uint8 and wide == sum(INDEX_KEY)
 
 
 def _keys_and_values(tensor: torch.Tensor) -> list[torch.Tensor]:
@@ -887,7 +939,7 @@ def stored_block(store: StoreTerms, groups: Sequence[Group], tokens: int) -> int
 
 def whole_blocks(groups: Sequence[Group], tokens: int = TOKENS) -> int:
     """Return the tokens of a stored block that whole blocks of all groups fill: at least
-    ``tokens``, unless that is more than the window of a group.
+    ``tokens``, unless that is more than the window of a group and than its blocks.
 
     Raises `InvalidTerms` if only very large blocks would do.
     """
@@ -900,10 +952,12 @@ def whole_blocks(groups: Sequence[Group], tokens: int = TOKENS) -> int:
             f"divisor of each."
         )
     size = least * -(-tokens // least)
-    windows = [group.window for group in groups if group.window is not None]
-    chunks = [group.chunk for group in groups if group.chunk is not None]
-    fits = size <= min(windows, default=size) and not any(chunk % size for chunk in chunks)
-    return size if fits else least
+    try:
+        for group in groups:
+            group.check(size)
+    except InvalidTerms:
+        return least
+    return size
 
 
 def workers_of(parallel: Any, engine: str) -> Workers:

@@ -177,6 +177,8 @@ def _check_roles(
     roles: Roles, sizes: Sizes | None, block_size: int | None, findings: Findings
 ) -> None:
     """Check what an engine does by its role."""
+    if sizes is not None and sizes.indexed:
+        _check_indexed(roles.store, sizes.indexed, findings)
     if roles.handing is not None:
         _check_handing(roles.handing, sizes, findings)
     else:
@@ -216,6 +218,24 @@ def _check_roles(
                 check_states(terms, Workers(1, True))
         if size is not None and sizes is not None and sizes.token:
             _check_sizes(terms, sizes, size, findings)
+
+
+def _check_indexed(terms: Mapping[str, Any], layers: int, findings: Findings) -> None:
+    """Say what a model cannot have whose layers keep an index next to their rows: a scheduler does
+    not know that pages are of two kinds."""
+    refused = [name for name in ("shared", "by_layer") if terms.get(name)]
+    if refused:
+        findings.errors.append(
+            f"Expected no {' or '.join(refused)} for a model of which {layers} layers keep an "
+            f"index next to their rows, got {'both' if refused[1:] else 'it'}. Leave "
+            f"{' and '.join(refused)} out of kv_connector_extra_config."
+        )
+        return
+    findings.warnings.append(
+        f"{layers} of the model's layers keep an index next to their rows. One worker stores them; "
+        f"with several ranks and a store vLLM would not start. With block_size or hand_over the "
+        f"index has to be that of DeepSeek V3.2. Run one worker, or choose the OffloadingConnector."
+    )
 
 
 def _check_blocks(

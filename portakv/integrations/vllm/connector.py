@@ -337,7 +337,8 @@ class PortaKVConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
         self._open(views, layers)
 
     def register_cross_layers_kv_cache(self, kv_cache: torch.Tensor, attn_backend: Any) -> None:
-        self._open([view_across_layers(kv_cache, self._kv_cache_config)])
+        kernels = kernels_of(self._vllm_config)
+        self._open([view_across_layers(kv_cache, self._kv_cache_config, kernels)])
 
     def _open(self, views: list[GroupView], layers: dict[str, int] | None = None) -> None:
         """Open the store of the engine's blocks."""

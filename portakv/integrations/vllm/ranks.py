@@ -14,6 +14,7 @@ from portakv.errors import InvalidTerms, Unsupported
 from portakv.integrations import IntegrationError
 from portakv.integrations.vllm.caches import (
     BY_HEAD,
+    BY_TOKEN,
     HANDED,
     Settings,
     kernels_of,
@@ -456,13 +457,13 @@ def read_views(
     Raises `IntegrationError` as `views_of` does.
     """
     if not settings.reads_rows:
-        return views_of(kv_caches, kv_cache_config)
+        return views_of(kv_caches, kv_cache_config, kernels)
     ranks = settings.ranks if settings.uses_store_server else None
     if settings.workers.size > 1:
         return views_of(kv_caches, kv_cache_config, kernels, BY_HEAD, ranks)
     try:
-        return views_of(kv_caches, kv_cache_config, kernels, ranks=ranks)
+        return views_of(kv_caches, kv_cache_config, kernels, BY_TOKEN, ranks)
     except IntegrationError:
         if settings.store.block_size is not None:
             raise
-        return views_of(kv_caches, kv_cache_config, ranks=ranks)
+        return views_of(kv_caches, kv_cache_config, kernels, ranks=ranks)

@@ -24,6 +24,7 @@ import torch
 
 from portakv.integrations import IntegrationError, check_release, installed, log_through
 from portakv.integrations.vllm.caches import (
+    BY_TOKEN,
     TOLD,
     ids_of,
     kernels_of,
@@ -624,7 +625,7 @@ def _views(
             continue
         alone = SimpleNamespace(num_blocks=kv_cache_config.num_blocks, kv_cache_groups=[layers])
         try:
-            made = views_of(kv_caches, alone, kernels)
+            made = views_of(kv_caches, alone, kernels, BY_TOKEN)
         except IntegrationError:
             try:
                 made = views_of(kv_caches, alone)
