@@ -88,9 +88,9 @@ FAULTS = [
     Fault("pull", "portakv.migrate.reader.Housekeeper.wake", no_call),
     # An engine uses blocks again that it lends.
     Fault("hand-over", "portakv.serving.handover.Handover.lending", property(no_names)),
-    # Leases of rows that a request waits for run out.
-    Fault("hand-over", "portakv.serving.handover.Tickets._renewals", no_names),
-    # The other engine does not learn that its rows are not needed any longer.
+    # The other engine learns neither that its rows are needed nor that they are not.
+    Fault("hand-over", "portakv.serving.handover.Handover.tell", no_call),
+    # Rows are not released.
     Fault("hand-over", "portakv.serving.handover.Tickets.release", no_call),
     # Rows are handed over that must not be used.
     Fault("hand-over", "portakv.migrate.owner.Owner.revoke_all", no_call),
