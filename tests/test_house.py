@@ -201,7 +201,7 @@ MOST_FILES = {
     "BlockStore.load, host": 12,
     "BlockStore.load, disk": 25,
     "BlockStore.save": 26,
-    "Reader.pull, first": 40,
+    "Reader.pull, first": 41,
     "Reader.pull, later": 16,
 }
 

@@ -251,6 +251,9 @@ LONG = {
     "tests/core/test_core_view.py::test_drawn_views_are_those_of_the_oracle[2]",
     "tests/core/test_library.py::test_a_build_that_fails_leaves_the_library_as_it_was",
     "tests/core/test_library.py::test_a_compiler_that_links_nothing_does_not_count[127]",
+    "tests/core/test_exit.py::test_the_process_ends[by_ctypes()]",
+    "tests/core/test_exit.py::test_the_process_ends[kernels('chunk')]",
+    "tests/core/test_exit.py::test_the_process_ends[pieces()]",
     "tests/core/test_library.py::test_a_compiler_that_links_nothing_does_not_count[1]",
     "tests/core/test_library.py::test_a_current_library_is_not_built_again",
     "tests/core/test_library.py::test_a_library_of_another_contract_is_rejected[no function]",
@@ -589,11 +592,7 @@ LONG = {
     "tests/storage/test_store.py::test_two_splits_of_one_axis_are_read_beside_each_other[m6-layers-False]",
     "tests/storage/test_store.py::test_two_splits_of_one_axis_are_read_beside_each_other[m7-layers-True]",
     "tests/tasks/test_ports.py::test_a_long_step_is_found",
-    "tests/tasks/test_ports.py::test_a_port_runs_in_short_steps_and_beside_a_thread_that_holds_the_interpreter[pull-idle]",
-    "tests/tasks/test_ports.py::test_a_port_runs_in_short_steps_and_beside_a_thread_that_holds_the_interpreter[store server-busy]",  # noqa: E501
-    "tests/tasks/test_ports.py::test_a_port_runs_in_short_steps_and_beside_a_thread_that_holds_the_interpreter[store server-idle]",  # noqa: E501
-    "tests/tasks/test_ports.py::test_a_port_runs_in_short_steps_and_beside_a_thread_that_holds_the_interpreter[store-busy]",
-    "tests/tasks/test_ports.py::test_a_port_runs_in_short_steps_and_beside_a_thread_that_holds_the_interpreter[store-idle]",
+    "tests/tasks/test_ports.py::test_ports_run_in_short_steps_and_beside_a_thread_that_holds_the_interpreter[idle]",
     "tests/tasks/test_runtime.py::test_the_end_of_the_interpreter_waits_for_work",
     "tests/tasks/test_schedules.py::test_a_thread_that_loops_and_waits_for_nothing_is_an_error[0.003]",
     "tests/test_docs.py::test_a_page_s_code_runs[as it is-docs/extending.md]",

@@ -3,6 +3,7 @@
 
     python tests/support/sanitized.py                 the tests, then a minute of drawn cases
     python tests/support/sanitized.py --seconds 3600  the tests, then an hour of drawn cases
+    python tests/support/sanitized.py --drawn         a minute of drawn cases alone
     python tests/support/sanitized.py --seed 7        the cases of one seed
     python tests/support/sanitized.py --build FILE    the library alone, which needs no packages
     python tests/support/sanitized.py --library FILE  the same with a library of --build
@@ -162,6 +163,7 @@ def main() -> int:
     """Build, run the tests, draw; return the exit code of what failed first, else 0."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--seconds", type=float, default=60, help="of drawn cases")
+    parser.add_argument("--drawn", action="store_true", help="run no tests")
     parser.add_argument("--seed", type=int, help="draw the cases of one seed; run no tests")
     parser.add_argument("--build", type=Path, metavar="FILE", help="write the library; run nothing")
     parser.add_argument("--library", type=Path, metavar="FILE", help="that --build wrote")
@@ -190,7 +192,8 @@ def main() -> int:
 
         if args.seed is not None:
             return run(*own, f"--seed={args.seed}")
-        return run(*words, *tests) or run(*own, f"--seconds={args.seconds}")
+        failed = 0 if args.drawn else run(*words, *tests)
+        return failed or run(*own, f"--seconds={args.seconds}")
 
 
 if __name__ == "__main__":
