@@ -154,7 +154,8 @@ def exit_within(call: str) -> subprocess.CompletedProcess[str]:
     """End a process whose daemon thread waits in a call of this module."""
     script = f"from core import test_exit as t; last = t.child(t.{call})"
     command = [sys.executable, "-c", script]
-    return subprocess.run(command, capture_output=True, text=True, check=False)
+    tests = Path(__file__).parents[1]  # the first place that the script imports from
+    return subprocess.run(command, cwd=tests, capture_output=True, text=True, check=False)
 
 
 CALLS = ["by_ctypes()", "query()", "kernels('chunk')", "kernels('views')", "pieces()"]

@@ -15,9 +15,8 @@ from support.storage_cases import key_of
 from support.waits import LIMIT
 
 from portakv import KVView
-from portakv.copy.rows import copy_rows
+from portakv.copy.inside import copy_checked
 from portakv.runtime.resources import one_thread
-from portakv.runtime.streams import on_one_core
 from portakv.storage import BlockForm, BlockStore, memory
 
 KEYS = [key_of(i) for i in range(4)]
@@ -59,17 +58,17 @@ def test_copies_of_a_stores_workers_use_no_other_thread(
     def noting(*arguments: Any, **terms: Any) -> Any:
         is_main = threading.current_thread() is threading.main_thread()
         seen.append((is_main, torch.get_num_threads()))
-        return copy_rows(*arguments, **terms)
+        return copy_checked(*arguments, **terms)
 
-    monkeypatch.setattr(memory, "copy_rows", noting)
+    monkeypatch.setattr(memory, "copy_checked", noting)
 
     @contextmanager
-    def of_many(device: torch.device) -> Iterator[None]:
+    def of_many() -> Iterator[None]:
         torch.set_num_threads(many)  # other tests may have begun this helper with another number
-        with on_one_core(device) if limited else nullcontext():
+        with one_thread() if limited else nullcontext():
             yield
 
-    monkeypatch.setattr(memory, "on_one_core", of_many)
+    monkeypatch.setattr(memory, "one_thread", of_many)
     view = KVView(torch.zeros(2, 4, 2, 4, 16), "layer block kv token (head dim)", heads=2)
     with BlockStore(BlockForm.of(view, model="m"), staging=1 << 20, host=1 << 20) as store:
         store.save(view, [0, 1, 2, 3], KEYS).synchronize(LIMIT)

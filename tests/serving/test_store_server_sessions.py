@@ -217,7 +217,9 @@ def test_a_process_without_a_store_server_logs_one_line(
     """A refused process tries again, and is refused again, for as long as others are served."""
     monkeypatch.setattr(store_server_link, "REFUSED", 0.01)
     monkeypatch.setattr(store_server_link, "ABSENT", 0.01)
-    at = host(caches())
+    (tmp_path / "disk").mkdir(mode=0o700)
+    # The line names a folder, which clients of other tests may have if it is that of all engines.
+    at = host(caches(), folder=f"{tmp_path}/disk", capacity=1 << 26)
     at.join(caches())
     place = at.store_server.place if refused else Place.of_folder(tmp_path)
     tries = list[str]()
