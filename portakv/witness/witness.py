@@ -49,7 +49,7 @@ Action: TypeAlias = Literal["log", "recompute", "raise"]
 _PENDING = 256
 #: Faults of one look at the device that are compared with the whole table for their name. Those
 #: that may be right rows of a lost version are always compared.
-_NAMED = 8
+_NAMED = 64
 #: The most files about faults of one kind, and of all kinds.
 REPORTS_OF_KIND = 4
 REPORTS = 32
