@@ -154,7 +154,8 @@ class Ring:
                         self._stamp(slot)
                 return True
         while len(slots) >= VERSIONS:  # more if one call has a key more than once
-            self._drop(slots[1])  # a tier that has the first version saves no other one
+            # A tier that has the first version saves no other one.
+            self._evict(slots[1], slots[1] + 1)
         return False
 
     def _write(
@@ -186,14 +187,7 @@ class Ring:
         padded = b"".join(key.ljust(KEY, b"\0") for key in keys)
         heads["key"] = np.frombuffer(padded, np.uint8).reshape(-1, KEY)
         heads["length"] = [len(key) + 1 for key in keys]
-        text = heads.tobytes()
-        size = HEAD.itemsize
-        pieces = np.empty((len(slots), 2), np.int64)
-        pieces[:, 0] = np.arange(len(slots)) * size + 16
-        pieces[:, 1] = size - 16
-        seeds = piece_checksums(text, pieces.tobytes(), len(text))
-        rows = self._sums[slots.start : slots.stop]
-        heads["check"] = [checksum(row, seed) for row, seed in zip(rows, seeds, strict=True)]
+        heads["check"] = checks_of(heads, self._sums[slots.start : slots.stop])
         self._order += len(slots)
 
     def _stamp(self, slot: int) -> None:
@@ -259,40 +253,22 @@ class Ring:
         assert key is not None
         return Known(key, self._blocks[slot], self._sums[slot], bool(self._heads["old"][slot]))
 
-    def _drop(self, slot: int) -> None:
-        """Remove a record."""
-        key = self._keys[slot]
-        assert key is not None
-        self._keys[slot] = None
-        slots = self._slots[key]
-        slots.remove(slot)
-        if not slots:
-            del self._slots[key]
-        if self._sealed:
-            self._heads["length"][slot] = 0
-        self.dropped += 1
-        self.lose([key])
-
     def _evict(self, first: int, past: int) -> None:
         """Remove the records of a run of slots."""
-        gone = self._keys[first:past]
-        if not any(gone) and all(key is None for key in gone):
+        gone = enumerate(self._keys[first:past], first)
+        records = [(slot, key) for slot, key in gone if key is not None]
+        if not records:
             return
-        lost = list[bytes]()
-        for slot, key in enumerate(gone, first):
-            if key is None:
-                continue
-            lost.append(key)
+        for slot, key in records:
             slots = self._slots[key]
-            if len(slots) == 1:
+            slots.remove(slot)
+            if not slots:
                 del self._slots[key]
-            else:
-                slots.remove(slot)
         self._keys[first:past] = [None] * (past - first)
         if self._sealed:
             self._heads["length"][first:past] = 0
-        self.dropped += len(lost)
-        self.lose(lost)
+        self.dropped += len(records)
+        self.lose(key for _, key in records)
 
     def _read(self) -> None:
         """Find the records of a file, and clear those that are torn."""
@@ -327,6 +303,7 @@ HEAD = np.dtype(
         ("key", "u1", (KEY,)),
     ]
 )
+_UNCHECKED = 16  # bytes of a head that its checksum leaves out: "old" and "check"
 
 
 def record_bytes(geometry: Geometry) -> int:
@@ -347,7 +324,18 @@ def key_in(head: Any) -> bytes:
 
 def check_of(head: Any, sums: Sums) -> int:
     """Return the checksum of a record."""
-    return checksum(sums, seed=checksum(head.tobytes()[16:]))
+    return checksum(sums, seed=checksum(head.tobytes()[_UNCHECKED:]))
+
+
+def checks_of(heads: npt.NDArray[Any], sums: Iterable[Sums]) -> list[int]:
+    """Return `check_of` of each of many records, by one call for all heads."""
+    text = heads.tobytes()
+    size = HEAD.itemsize
+    pieces = np.empty((len(heads), 2), np.int64)
+    pieces[:, 0] = np.arange(len(heads)) * size + _UNCHECKED
+    pieces[:, 1] = size - _UNCHECKED
+    seeds = piece_checksums(text, pieces.tobytes(), len(text))
+    return [checksum(row, seed) for row, seed in zip(sums, seeds, strict=True)]
 
 
 class Table:

@@ -336,15 +336,10 @@ class Witness:
             places = range(len(keys))
             wanted = {keys[at] for at in first if at in places}
             taken = self._coming(of).union(x for x in wanted if not of.ring.was_dropped(x))
-            known = of.ring.keys
-            more = [*compress(count(), map(known.__contains__, keys))]
-            if taken:
-                more += compress(count(), map(taken.__contains__, keys))
-            chosen = sorted({*chosen, *more})
-            left = bytearray(b"\1") * len(keys)
-            for at in chosen:
-                left[at] = 0
-            of.ring.lose([*compress(keys, left)])
+            some = {*chosen, *compress(count(), map(of.ring.keys.__contains__, keys))}
+            some.update(compress(count(), map(taken.__contains__, keys)))
+            chosen = sorted(some)
+            of.ring.lose(key for at, key in enumerate(keys) if at not in some)
         if not chosen and not self._pending:
             of.ring.forget(ids.tolist())
             return
