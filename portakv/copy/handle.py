@@ -6,13 +6,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from time import perf_counter
+from typing import Any
 
 import numpy as np
 
 from portakv.copy.counting import Counted
 from portakv.errors import TransferError
 from portakv.plan.plan import Move
-from portakv.runtime.transfer import NOTHING, Mask, Statistics, Transfer
+from portakv.runtime.transfer import NOTHING, Completion, Mask, Statistics, Transfer
 from portakv.runtime.worker import Worker
 from portakv.view.form import Form
 from portakv.view.view import KVView, note_written
@@ -35,6 +36,7 @@ class BlockTransfer(Transfer):
     """The handle of a copy. It does not keep the views of its copy alive.
 
     Args:
+        completions, retained, carried: of the copy, as `Transfer` takes them.
         step: tokens of an id; 0 without ids.
         count: tokens, with those that negative ids on the host skip.
         skipped: those.
@@ -46,7 +48,9 @@ class BlockTransfer(Transfer):
 
     def __init__(
         self,
-        transfer: Transfer,
+        completions: Sequence[Completion],
+        retained: object,
+        carried: tuple[str, str],
         src: KVView,
         dst: KVView,
         step: int,
@@ -56,19 +60,24 @@ class BlockTransfer(Transfer):
         layers: tuple[Transfer, ...] | None = None,
         worker: Worker | None = None,
     ) -> None:
-        self.completions = transfer.completions
-        self._retained = transfer._retained
-        self.carried = transfer.carried
+        self.completions = completions
+        self._retained = retained
+        self.carried = carried
         self._worker = worker
         self._layers = layers
         self._form = form = src.form
         self._block = step or form.block_size or 1
         self._requested = count - skipped
         self._began = began
-        self._ended: float | None = None if transfer.completions else perf_counter()
+        self._ended: float | None = None if completions else perf_counter()
         counts = Counted.counts
         if counts is not None and count:
-            counts.add(transfer.carried[0], form.place, dst.form, count)
+            counts.add(carried[0], form.place, dst.form, count)
+
+    @classmethod
+    def of(cls, transfer: Transfer, *arguments: Any) -> BlockTransfer:
+        """Return the handle of a copy that a transfer made, with the other arguments."""
+        return cls(transfer.completions, transfer._retained, transfer.carried, *arguments)
 
     @classmethod
     def of_move(
@@ -89,7 +98,7 @@ class BlockTransfer(Transfer):
         # Counted now: the caller may change its ids after the call.
         skipped = skipped_tokens(move) if skips else 0
         count = move.count
-        made = cls(transfer, move.src, move.dst, step, count, skipped, began, layers, worker)
+        made = cls.of(transfer, move.src, move.dst, step, count, skipped, began, layers, worker)
         if count:
             note_written(move.dst)
         return made

@@ -13,7 +13,7 @@ import ctypes
 from collections.abc import Callable, Sequence
 from time import perf_counter
 from types import NoneType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -185,14 +185,14 @@ class ChunkCopies:
         ids: Any = slot_mapping
         if type(ids) is not torch.Tensor and type(ids) is not list:
             side = _side(ids, 1)
-            if side.step != 1 or side.number is None or type(start) is not int or start < 0:
+            ids, step, offset, _, number = side
+            if step != 1 or number is None or type(start) is not int or start < 0:
                 return None
-            start += side.offset
-            end = end + side.offset if type(end) is int else end
+            start += offset
+            end = end + offset if type(end) is int else end
             if kernels is not None:
-                count = (end if type(end) is int else side.number) - start
-                side = _placed(side, slot_mapping, self._cache, start, count, not store)
-            ids = side.ids
+                count = (end if type(end) is int else number) - start
+                ids = _placed(side, slot_mapping, self._cache, start, count, not store)[0]
         on_device = type(ids) is torch.Tensor and not ids.is_cpu
         many = False  # more ids of the host than travel with launches
         if kernels is not None and type(start) is int and not on_device:
@@ -285,21 +285,18 @@ def copied(
     dst_step = dst.form.block_size if by_block else 1
     read = _side(src_ids, src_step)
     written = _side(dst_ids, dst_step)
+    _, from_step, from_offset, from_host, _ = read
+    _, to_step, to_offset, to_host, _ = written
     tokens = _tokens(read, written, src) if count is None else count
-    if (
-        type(tokens) is not int
-        or not 0 < tokens < PAST_ANY_VIEW
-        or not (read.step and written.step)
-    ):
+    if type(tokens) is not int or not 0 < tokens < PAST_ANY_VIEW or not (from_step and to_step):
         return None
-    if by_block and (read.step, written.step) != (src_step or 1, dst_step or 1):
+    if by_block and (from_step != (src_step or 1) or to_step != (dst_step or 1)):
         return None  # an index of something else than blocks
     # More ids than kernels read from pinned memory.
-    many = tokens > MOST_LISTED * min(read.step, written.step)
-    many = many and True in (read.on_host, written.on_host)
+    many = tokens > MOST_LISTED * min(from_step, to_step) and bool(from_host or to_host)
     # The core compares the tokens of both sides.
     listed = TO_THE_END if count is None else tokens
-    made: tuple[Transfer, int] | None = None
+    made: _Made | None = None
     if src.device == dst.device:
         if src.form.place in _AWAY or dst.form.place in _AWAY:
             return None  # no launch of a backend makes it
@@ -317,27 +314,26 @@ def copied(
             return None  # only strategies keep them
         kernels = choice.backend.row_kernels
         if kernels is not None:
-            read = _placed(read, src_ids, src, read.offset, tokens, False)
-            written = _placed(written, dst_ids, dst, written.offset, tokens, True)
-            many = many and True in (read.on_host, written.on_host)
+            read = _placed(read, src_ids, src, from_offset, tokens, False)
+            written = _placed(written, dst_ids, dst, to_offset, tokens, True)
+            many = many and bool(read[3] or written[3])
         if kernels is None or many:  # a launch reads an index on the device
             ids = src_ids, dst_ids
             return _launched(src, dst, *ids, read, written, count, tokens, choice, began)
         made = _copy_inside(src, dst, read, written, listed, kernels)
-    elif not many and False not in (read.on_host, written.on_host):
-        kept = (Index, NoneType)
-        new = not (isinstance(src_ids, kept) and isinstance(dst_ids, kept))
+    elif not many and from_host is not False is not to_host:
+        new = type(src_ids) not in _KEPT or type(dst_ids) not in _KEPT
         made = _copy_across(src, dst, read, written, listed, new, options)
     if made is None:
         return None
-    transfer, result = made
+    completions, retained, carried, result = made
     tokens = result >> TOKENS
     skipped = 0
     if result & SKIPS:
         indices = index_of(src_ids, src_step), index_of(dst_ids, dst_step)
         skipped = skipped_tokens(Move(src, dst, *indices, tokens))
-    step = read.plan_step or written.plan_step
-    return BlockTransfer(transfer, src, dst, step, tokens, skipped, began)
+    step = _plan_step(read) or _plan_step(written)
+    return BlockTransfer(completions, retained, carried, src, dst, step, tokens, skipped, began)
 
 
 def copy_checked(
@@ -362,27 +358,20 @@ def copy_checked(
     return submit(Move(src, dst, src_index, dst_index, count), options)
 
 
-class _Side(NamedTuple):
-    """The ids of a side as the core takes them.
+#: What kept ids have; others are a caller's for one call.
+_KEPT = frozenset({Index, NoneType})
+#: The ids of a side as the core takes them: a list or a tensor, None: consecutive tokens; the
+#: tokens of an id, 0: the core does not read the ids; the tokens that are passed over; whether the
+#: ids lie on the host, and how many they are, both None without ids.
+_Side: TypeAlias = tuple[object, int, int, bool | None, int | None]
+#: A copy that the core made: its completions, what it retains, what executes it and why, and the
+#: core's result.
+_Made: TypeAlias = tuple[tuple[Completion, ...], object, tuple[str, str], int]
 
-    Attributes:
-        ids: a list or a tensor; None: consecutive tokens.
-        step: tokens of an id; 0: the core does not read the ids.
-        offset: tokens that are passed over.
-        on_host: the ids lie on the host; None without ids.
-        number: of ids; None without ids.
-    """
 
-    ids: object
-    step: int
-    offset: int = 0
-    on_host: bool | None = None
-    number: int | None = None
-
-    @property
-    def plan_step(self) -> int:
-        """Return the step that a plan is made for; 0 without ids."""
-        return 0 if self.ids is None else self.step
+def _plan_step(side: _Side) -> int:
+    """Return the step that a plan is made for; 0 without ids."""
+    return 0 if side[0] is None else side[1]
 
 
 def _side(ids: object, step: int) -> _Side:
@@ -396,14 +385,14 @@ def _side(ids: object, step: int) -> _Side:
         try:
             ids = as_ids(ids)
         except SlotError:
-            return _Side(ids, 0)
-    if ids is None:
-        return _Side(None, step or 1, offset)
+            return ids, 0, 0, None, None
     if type(ids) is torch.Tensor:
-        return _Side(ids, step, offset, ids.is_cpu, ids.numel())
+        return ids, step, offset, ids.is_cpu, ids.numel()
+    if ids is None:
+        return None, step or 1, offset, None, None
     if type(ids) is tuple or type(ids) is range:
         ids = list(ids)
-    return _Side(ids, step, offset, True, len(ids)) if type(ids) is list else _Side(ids, 0)
+    return (ids, step, offset, True, len(ids)) if type(ids) is list else (ids, 0, 0, None, None)
 
 
 def _placed(
@@ -415,21 +404,22 @@ def _placed(
 
     Ids of the host stay there if they skip, fail their check, or cannot be copied now.
     """
-    if type(ids) is not Index or not side.on_host or (side.number or 0) <= MOST_CARRIED:
+    _, step, passed, on_host, number = side
+    if type(ids) is not Index or not on_host or (number or 0) <= MOST_CARRIED:
         return side
     device = view.device
     if not ids.has_ids_on(device, frozenset(ID_DTYPES)) and capturing(device):
         return side
     there = ids.checked_on(device, offset, tokens, view.slots, distinct)
-    return side if there is None else side._replace(ids=there, on_host=False)
+    return side if there is None else (there, step, passed, False, number)
 
 
 def _tokens(read: _Side, written: _Side, src: KVView) -> int:
     """Return the tokens of the source's ids, else of the destination's, else of the source."""
-    for side in (read, written):
-        if side.number is not None:
-            return side.number * side.step - side.offset
-    return src.slots - read.offset
+    for _, step, offset, _, number in (read, written):
+        if number is not None:
+            return number * step - offset
+    return src.slots - read[2]
 
 
 def _arguments(
@@ -456,8 +446,8 @@ def _arguments(
 
 def _copy_inside(
     src: KVView, dst: KVView, read: _Side, written: _Side, tokens: int, kernels: RowKernels
-) -> tuple[Transfer, int] | None:
-    """Make a copy inside a device by the core; return its end and the core's result."""
+) -> _Made | None:
+    """Make a copy inside a device by the core."""
     both = _arguments(src, dst, read, written, tokens, dst.device)
     if both is None or not kernels.executor.torch:
         return None
@@ -467,9 +457,9 @@ def _copy_inside(
     if issued is None:
         return None
     end, result = issued
-    ids = read.ids, written.ids
+    ids = read[0], written[0]
     completions = () if end is None else (end.completion(result, ids),)
-    return Transfer(completions, (src, dst, ids), kernels.carried), result
+    return completions, (src, dst, ids), kernels.carried, result
 
 
 def _copy_across(
@@ -480,10 +470,10 @@ def _copy_across(
     tokens: int,
     new: bool,
     options: CopyOptions,
-) -> tuple[Transfer, int] | None:
+) -> _Made | None:
     """Make a copy between a device and pinned memory as `_copy_inside` does; ``new``: ids are a
     caller's for one call."""
-    found = _across_link(src, dst, read.plan_step, written.plan_step, options)
+    found = _across_link(src, dst, _plan_step(read), _plan_step(written), options)
     if found is None:
         return None
     whole, carried = found
@@ -501,11 +491,11 @@ def _copy_across(
     if issued is None:
         return None
     end, result = issued
-    ids = read.ids, written.ids
+    ids = read[0], written[0]
     # No allocator orders the host's memory, which the opened view has.
     completions = () if end is None else (end.completion_across((ids, opened(host))),)
     carried = whole.launch.picked(result >> ANSWER & PICKED) or carried
-    return Transfer(completions, (src, dst, ids), carried), result
+    return completions, (src, dst, ids), carried, result
 
 
 def has_tables(device: torch.device, views: Sequence[KVView]) -> bool:
@@ -566,8 +556,8 @@ def _launched(
     if transfer is None:
         return None
     torch._C._increment_version(to_view.versions)
-    step = read.plan_step or written.plan_step
-    return BlockTransfer(transfer, src, dst, step, tokens, tokens - unit * units, began)
+    step = _plan_step(read) or _plan_step(written)
+    return BlockTransfer.of(transfer, src, dst, step, tokens, tokens - unit * units, began)
 
 
 class _Launch(NamedTuple):
@@ -751,18 +741,20 @@ def _across_link(
     down = places[0] == "device"
     try:
         choice = choose((src if down else dst).device, options.backend)
-        named = isinstance(choice.backend, Strategy)
+        named = choice.forced and isinstance(choice.backend, Strategy)
         if not named and places in choice.can.places:
             return None
         if not named or options.terms is not None:
             choice = across(choice, options.terms)
         ready = prepared(src.form, dst.form, src_step, dst_step, None, choice)
-        by = ready.choice.backend
-        if not isinstance(by, Strategy) or by.refuses(dst if down else src):
+        launch = ready.launch
+        if not isinstance(launch, StrategyLaunch):
+            return None
+        if cast(Strategy, ready.choice.backend).refuses(dst if down else src):
             return None
     except PortaKVError:  # the general way says it in its turn
         return None
-    whole = ready.launch.whole if isinstance(ready.launch, StrategyLaunch) else None
+    whole = launch.whole
     if whole is None or not whole.kernels.executor.torch:
         return None
     return whole, ready.carried

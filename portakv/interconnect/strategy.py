@@ -266,12 +266,15 @@ class WholeCopies:
             TransferError: the link's driver refused a call; what was submitted stays ordered.
         """
         uncrossed = Uncrossed() if pinned.boundaries() else None
+        edges = 0 if uncrossed is None else uncrossed.address
+        result = self._call(self._address, *sides, edges, 0, end, stream)
+        if result >= 0:
+            return result
 
         def submit(staging: int = 0) -> int:
             edges = 0 if uncrossed is None else uncrossed.address
             return self._call(self._address, *sides, edges, staging, end, stream)
 
-        result = submit()
         number = PREPARE - result
         if 0 <= number < len(ORDER):
             strategy = ORDER[number]
