@@ -66,6 +66,7 @@ from portakv_benchmarks.encodings import across, alongside, codecs, inside, stor
 from portakv_benchmarks.encodings.suite import ENCODING_PRESETS, EncodingBench
 from portakv_benchmarks.engines import models
 from portakv_benchmarks.host import anew, calls, grid, interference, memory, small, whole_call
+from portakv_benchmarks.host.driver_clock import driver_clock
 from portakv_benchmarks.host.suite import HOST_PRESETS, Bench
 from portakv_benchmarks.plugs.engine import engine_steps
 from portakv_benchmarks.plugs.lmcache import lmcache_steps
@@ -432,6 +433,7 @@ def run_host(kind: str, parts: Parts[Bench], args: argparse.Namespace, device: t
         )
     peers = [load_peer(name) for name in getattr(args, "peer", None) or ()]
     bench = Bench(device, HOST_PRESETS[args.preset], peers)
+    bench.clock = driver_clock() if device.type == "cuda" else None
     if device.type == "cpu":
         bench.absent.clear()  # strategies that no part measures there
     return _run_parts(args, kind, parts, bench)

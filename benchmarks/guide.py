@@ -187,11 +187,11 @@ _LISTS: Mapping[str, tuple[str, str, Mapping[str, Cell]]] = {
     ),
     "wall_blocks": (
         "What `copy_blocks` by new ids costs the host",
-        "Blocks of 32 layers, call after call. *Bare* are as many plain copies as the transfer has "
-        "slices, with an event and a wait for each.",
+        "Blocks of 32 layers, call after call. *Driver* is the part of its own submissions: "
+        "copies, launches, events and waits.",
         {"blocks": "{blocks}", "direction": lambda row: DIRECTIONS[row["op"]],
-         "method": "`{backend}`", "us": "{host_us:,.4g}", "slices": "{slices}",
-         "bare, us": "{bare_us:,.4g}"},
+         "method": "`{backend}`", "us": "{host_us:,.4g}",
+         "submissions": _if_there("submissions", ""), "driver, us": _if_there("driver_us", ",.4g")},
     ),
     "wall_anew": (
         "What precedes a launch",

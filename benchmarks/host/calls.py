@@ -13,9 +13,7 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from itertools import product
 from time import perf_counter
-from typing import cast
 
-from portakv.copy.handle import BlockTransfer
 from portakv.plan.plan import CopyPlan
 from portakv.runtime.transfer import Transfer
 from portakv_benchmarks.host.cases import BLOCK_FIRST, DIRECTIONS, LAYER_FIRST, Case, Scene, Sides
@@ -83,35 +81,31 @@ def _measure_new(bench: Bench, case: Case) -> Rows:
     for direction, method in product(DIRECTIONS, bench.serving((HOST, HOST_IDLE))):
         sides.fill(direction)
         row = _row(bench, sides, direction, method, IDS[1], case.runs, bench.preset.calls)
-        transfer = cast(BlockTransfer, moved(method, sides, direction, IDS[1]))
-        transfer.synchronize()
-        slices = transfer.statistics.slices
-        more = {"slices": slices, "bare_us": short(_bare(bench, sides, direction, slices))}
-        rows.append({**row, "kind": "wall_blocks", **more})
+        rows.append({**row, "kind": "wall_blocks", **_driver(bench, sides, direction, method)})
     return rows
 
 
-def _bare(bench: Bench, sides: Sides, direction: str, slices: int) -> float:
-    """Return the microseconds that as many plain submissions take the host: for each slice a copy
-    of its bytes, an event after it, and a wait of another stream for the event."""
-    pairs = zip(sides.flat.chunk(slices), sides.dense.chunk(slices), strict=True)
-    pieces = [pair if direction == "h2d" else pair[::-1] for pair in pairs]
-    stream = bench.stream()
-    events = [bench.module.Event() for _ in pieces]
+def _driver(bench: Bench, sides: Sides, direction: str, method: Method) -> Row:
+    """Return what the driver's own submissions take of such calls."""
+    clock = bench.clock
+    if clock is None:
+        return {}
+    submissions = list[int]()
 
     def call(follows_others: bool = False) -> float:
+        fresh = sides.fresh_ids()
         if not follows_others:
             bench.module.synchronize()
-        began = perf_counter()
-        for (source, target), event in zip(pieces, events, strict=True):
-            target.copy_(source, non_blocking=True)
-            event.record()
-            stream.wait_event(event)
-        return (perf_counter() - began) * 1e6
+        clock.start()
+        method.move(sides, direction, ids=fresh)
+        spent, calls = clock.stop()
+        submissions.append(calls)
+        return spent
 
     _, times = _times(call, bench.preset.calls)
     bench.module.synchronize()
-    return quantile(times, 0.5)
+    middle = int(quantile(submissions, 0.5))
+    return {"driver_us": short(quantile(times, 0.5)), "submissions": middle}
 
 
 def _measure(bench: Bench, case: Case, whole: bool) -> Rows:

@@ -23,6 +23,7 @@ from portakv.registry.prepared import prepared
 from portakv.registry.registry import STRATEGIES, choose, trace
 from portakv.runtime.transfer import Transfer
 from portakv_benchmarks.host.cases import BLOCK_FIRST, BothIds, Case, Region, Scene, Sides
+from portakv_benchmarks.host.driver_clock import DriverClock
 from portakv_benchmarks.shared import harness
 from portakv_benchmarks.shared.harness import Fields, Measured, Variant
 from portakv_benchmarks.shared.peers import LMCache
@@ -174,6 +175,8 @@ class Bench:
         )
         self.left_out: list[str] = []  # a line for each thing that was not measured
         self.named = ""  # what the result is called if not by its suite
+        #: Times the driver's submissions; None: nothing does.
+        self.clock: DriverClock | None = None
         self._regions: dict[bool, Region] = {}
         #: Why a strategy does not serve the device, by its name.
         self.absent = {

@@ -151,11 +151,12 @@ _TABLES: Mapping[str, tuple[str, Sequence[Cell]]] = {
          ("x lmcache", "of_lmcache:.2f"), ("x lmcache and event", "of_lmcache_event:.2f"), _BYTES),
     ),
     "wall_blocks": (
-        "host time of copy_blocks by new ids, 32 layers, back to back; bare = as many plain copies "
-        "as slices, with an event and a wait for each",
+        "host time of copy_blocks by new ids, 32 layers, back to back; driver = of it, the "
+        "driver's own submissions",
         (("blocks", "blocks:"), ("method", "backend"), ("direction", "op"),
          ("host us", "host_us:.1f"), ("p90", "host_us_p90:.1f"), ("idle", "idle_us:.1f"),
-         ("slices", "slices:"), ("bare us", "bare_us:.1f"), ("chosen", "chosen"), _BYTES),
+         ("submissions", "submissions:"), ("driver us", "driver_us:.1f"),
+         ("chosen", "chosen"), _BYTES),
     ),
     "wall_anew": (
         "host time before a launch, on the CPU",

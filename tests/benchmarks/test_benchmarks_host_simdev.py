@@ -171,8 +171,7 @@ def test_copies_by_the_wall(
     assert {(row["backend"], row["op"]) for row in blocks} == {
         (method, direction) for method in ("host", "host idle") for direction in DIRECTIONS
     }
-    assert all(row["ids"] == "host tensor" and row["slices"] >= 1 for row in blocks)
-    assert all(row["bare_us"] > 0 for row in blocks)
+    assert all(row["ids"] == "host tensor" for row in blocks)
 
 
 def test_what_precedes_a_launch_is_measured_without_a_device(
