@@ -94,6 +94,7 @@ class Lane:
             that is recorded now would not come after them.
 
     Attributes:
+        jobs: that were submitted, by number.
         options: of the lane's copies.
         paced: the copies have a limited rate.
     """
@@ -102,6 +103,7 @@ class Lane:
         self.device = device
         self.stream = None if device.type == "cpu" else torch.Stream(device)
         self.jobs: dict[int, Job] = {}
+        self._events = list[torch.Event]()  # of jobs that were taken
         terms = terms or {}
         self.paced = terms.get("max_gbps") is not None
         # A thread issues the slices of a paced copy, on a stream that the options name.
@@ -147,12 +149,22 @@ class Lane:
                 raise
             yield number
 
+    def take(self, number: int) -> tuple[int, float | None]:
+        """Remove a job that has ended; return its bytes and its seconds, as `Job.seconds`."""
+        job = self.jobs.pop(number)
+        seconds = job.seconds()
+        self._events += [event for event in (job.begin, job.end) if event is not None]
+        return job.nbytes, seconds
+
     def _event(self) -> torch.Event | None:
         """Return a timing event that the stream records now, or None if there can be none."""
         if self.stream is None or self.paced:
             return None
         try:
-            event = torch.Event(self.device, enable_timing=True)
+            try:
+                event = self._events.pop()
+            except IndexError:
+                event = torch.Event(self.device, enable_timing=True)
             event.record(self.stream)
         except RuntimeError:  # the device has no timing events
             return None

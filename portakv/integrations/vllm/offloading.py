@@ -214,8 +214,7 @@ class PortaKVOffloadingWorker(OffloadingWorker):  # type: ignore[misc]
         """
         with self._taking:
             ended = [(lane, number) for lane in self._lanes for number in lane.ended()]
-            jobs = [(number, lane.jobs.pop(number)) for lane, number in ended]
-        return [TransferResult(number, True, job.nbytes, job.seconds()) for number, job in jobs]
+            return [TransferResult(number, True, *lane.take(number)) for lane, number in ended]
 
     def wait(self, job_ids: set[int]) -> None:
         """Block the host until these jobs have ended. Unknown jobs count as ended."""
