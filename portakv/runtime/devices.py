@@ -152,7 +152,8 @@ def known(device: torch.device | str | int) -> torch.device:
     except RuntimeError as error:
         if kind in _OF_TORCH or str(named) != device or not kind.isidentifier():
             why = f"it is not a device of torch ({_first_line(error)})"
-            raise DeviceAbsent(named, why, meant=_meant(named)) from error
+            # No backend takes the whole text for its type, and imports its vendor's package.
+            raise DeviceAbsent(Named(str(device)), why, meant=_meant(named)) from error
     package, install = VENDOR_PACKAGES.get(kind, (f"torch_{kind}", ""))
     torch_type = _ALIASES.get(kind.lower(), "")
     why = f"torch knows no {kind} devices"

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import sys
 from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
@@ -260,15 +261,30 @@ def test_a_package_that_torch_did_not_load_serves(kind: str, tmp_path: Path) -> 
 # Names
 
 
+class NoVendor:
+    """Fails a test that imports a vendor's package."""
+
+    def find_spec(self, name: str, *_: object) -> None:
+        if name == "torch_npu":
+            pytest.fail(f"imported {name}")
+
+
 @pytest.mark.parametrize(
     "text", ["a b", "", "cpu:x", "npu:", ":1", "../npu", "npu:-1", "os.path:0"]
 )
 def test_what_names_no_device_imports_nothing(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("portakv.runtime.devices.imported", lambda *_: pytest.fail("imported"))
+    monkeypatch.setattr(sys, "meta_path", [NoVendor(), *sys.meta_path])
     with pytest.raises(DeviceAbsent, match="it is not a device of torch"):
         known(text)
     with pytest.raises(BackendUnavailable, match="Expected a device of this machine, got"):
         available_device(text)
+
+
+def test_a_device_s_name_imports_its_vendor_s_package(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So the test above would see it."""
+    monkeypatch.setattr(sys, "meta_path", [NoVendor(), *sys.meta_path])
+    with pytest.raises(pytest.fail.Exception, match="imported torch_npu"):
+        known("npu:0")
 
 
 @pytest.mark.parametrize("device", ["cuda", "cuda:0", "cuda:99", torch.device("cuda", 99), "mps"])
