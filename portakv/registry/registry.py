@@ -25,7 +25,7 @@ from portakv.backends.base import Backend, Capabilities, FormatCheck
 from portakv.errors import BackendUnavailable, Unsupported
 from portakv.plan.plan import CopyPlan
 from portakv.runtime.bounded import making
-from portakv.runtime.devices import DeviceAbsent, devices_present, indexed
+from portakv.runtime.devices import DeviceAbsent, Named, devices_present, indexed
 from portakv.selection import Catalog, Decision, Kind, select, unavailable
 from portakv.view.index import Index
 from portakv.view.view import KVView
@@ -417,8 +417,11 @@ def available_device(device: torch.device | str) -> torch.device:
     try:
         return indexed(device)
     except DeviceAbsent as absent:
-        # This is a `Named` if torch has no such device: a probe reads only the type.
-        decisions = REGISTRY.trace(cast(torch.device, absent.device), here=False)
+        # This is a `Named` if torch has no such device: a probe reads only the type. A text that
+        # names no device is a type of its own, so that no backend imports its vendor's package.
+        whole = isinstance(device, torch.device) or str(absent.device) == device
+        place = absent.device if whole else Named(str(device))
+        decisions = REGISTRY.trace(cast(torch.device, place), here=False)
         # torch still has no such device, or the name is not one of torch.
         with suppress(DeviceAbsent, RuntimeError, TypeError, ValueError):
             torch.device(device)  # a candidate's import may have added it to torch

@@ -152,8 +152,7 @@ def known(device: torch.device | str | int) -> torch.device:
     except RuntimeError as error:
         if kind in _OF_TORCH or str(named) != device or not kind.isidentifier():
             why = f"it is not a device of torch ({_first_line(error)})"
-            # No backend takes the whole text for its type, and imports its vendor's package.
-            raise DeviceAbsent(Named(str(device)), why, meant=_meant(named)) from error
+            raise DeviceAbsent(named, why, meant=_meant(named)) from error
     package, install = VENDOR_PACKAGES.get(kind, (f"torch_{kind}", ""))
     torch_type = _ALIASES.get(kind.lower(), "")
     why = f"torch knows no {kind} devices"
@@ -296,37 +295,7 @@ def inside(where: torch.device | torch.Stream | None) -> AbstractContextManager[
         if where.type == "cuda":
             return _inside_cuda(where)
         return torch.get_device_module(where).device(where)  # type: ignore[no-any-return]
-    if where.device.type == "cuda":
-        return _InsideStream(where)
     return torch.get_device_module(where.device).stream(where)  # type: ignore[no-any-return]
-
-
-class _InsideStream:
-    """Makes a CUDA stream and its device current, as `torch.cuda.stream` does, with a call of torch
-    for each step."""
-
-    def __init__(self, stream: torch.Stream) -> None:
-        self._stream = stream.stream_id, stream.device_index, stream.device_type
-        self._before: list[tuple[int, int, int]] = []
-
-    def __enter__(self) -> None:
-        device = self._stream[1]
-        current = torch._C._cuda_getDevice()
-        before = [torch._C._cuda_getCurrentStream(current)]
-        if device != current:
-            before.insert(0, torch._C._cuda_getCurrentStream(device))
-        self._before = before
-        _set_stream(self._stream)
-
-    def __exit__(self, *_: object) -> None:
-        for stream in self._before:  # the last one's device is current afterwards
-            _set_stream(stream)
-
-
-def _set_stream(stream: tuple[int, int, int]) -> None:
-    """Make a CUDA stream and its device current; the stream's number, device and type of device."""
-    number, device, kind = stream
-    torch._C._cuda_setStream(stream_id=number, device_index=device, device_type=kind)
 
 
 @contextmanager

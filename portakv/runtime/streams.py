@@ -130,6 +130,41 @@ def synchronize_current(devices: Iterable[torch.device]) -> None:
             torch.accelerator.current_stream(device.index).synchronize()
 
 
+def on_stream(stream: torch.Stream | None) -> AbstractContextManager[object]:
+    """Make a stream and its device current for this thread, as `inside`; on a CUDA device by a call
+    of torch for each step, where `torch.cuda.stream` takes 5 us more of the host."""
+    if stream is None or stream.device.type != "cuda":
+        return inside(stream)
+    return _OnStream(stream)
+
+
+class _OnStream:
+    """Makes a CUDA stream and its device current.
+
+    Streams are named as torch's core names them: number, device and type of device.
+    """
+
+    def __init__(self, stream: torch.Stream) -> None:
+        self._stream = stream.stream_id, stream.device_index, stream.device_type
+        self._before: list[tuple[int, int, int]] = []
+
+    def __enter__(self) -> None:
+        device = self._stream[1]
+        current = torch._C._cuda_getDevice()
+        self._before = [torch._C._cuda_getCurrentStream(current)]
+        if device != current:
+            self._before.insert(0, torch._C._cuda_getCurrentStream(device))
+        self._set(self._stream)
+
+    def __exit__(self, *_: object) -> None:
+        for stream in self._before:  # the last one's device is current afterwards
+            self._set(stream)
+
+    def _set(self, stream: tuple[int, int, int]) -> None:
+        number, device, kind = stream
+        torch._C._cuda_setStream(stream_id=number, device_index=device, device_type=kind)
+
+
 def check_stream(stream: torch.Stream | None, *devices: torch.device) -> None:
     """Raise `DeviceMismatch` unless ``stream`` is None or belongs to one of the devices."""
     place: object = getattr(stream, "device", None) if hasattr(stream, "stream_id") else None
@@ -276,7 +311,7 @@ class StreamFence:
         """Make a stream of the device current, ordered after the fence."""
         assert self._event is not None
         self._event.wait(stream)
-        return inside(stream)
+        return on_stream(stream)
 
 
 # ------------------------------------------------------------------------------------------------

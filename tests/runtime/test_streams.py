@@ -6,7 +6,7 @@ from __future__ import annotations
 import gc
 import threading
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from typing import Any
 from unittest.mock import Mock, call
@@ -26,7 +26,7 @@ from portakv.registry.prepared import bring
 from portakv.runtime import cuda
 from portakv.runtime import streams as _streams
 from portakv.runtime.devices import inside
-from portakv.runtime.streams import awaited_asleep, on_one_core, own_stream
+from portakv.runtime.streams import awaited_asleep, on_one_core, on_stream, own_stream
 from portakv.runtime.transfer import Completion, Transfer
 
 CARD = torch.device("cuda", 0)
@@ -116,6 +116,40 @@ def test_torch_gives_them_to_nobody_and_one_that_is_forgotten_serves_again(prior
     later = [own_stream(DEVICE, priority) for _ in range(60)]
     assert later[0].cuda_stream == handles[20]
     assert len({stream.cuda_stream for stream in (*own, *later)}) == 109
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", [lambda: torch.cuda.Stream(DEVICE), lambda: own_stream(DEVICE)])
+def test_a_stream_is_current_inside_and_the_former_one_again_after_an_error(
+    kind: Callable[[], torch.Stream],
+) -> None:
+    outer, inner = kind(), kind()
+    before = torch.cuda.current_stream(DEVICE)
+    with on_stream(outer):
+        assert torch.cuda.current_stream(DEVICE) == outer
+        with pytest.raises(KeyError), on_stream(inner):
+            assert torch.cuda.current_stream(DEVICE) == inner
+            raise KeyError
+        assert torch.cuda.current_stream(DEVICE) == outer
+    assert torch.cuda.current_stream(DEVICE) == before
+    with on_stream(None):
+        assert torch.cuda.current_stream(DEVICE) == before
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+def test_a_stream_of_another_device_makes_that_device_current() -> None:
+    other = torch.device("cuda", 1)
+    theirs, mine = torch.cuda.Stream(other), torch.cuda.Stream(DEVICE)
+    with on_stream(mine):
+        there = torch.cuda.current_stream(other)
+        with on_stream(theirs):
+            assert torch.cuda.current_device() == 1
+            assert torch.cuda.current_stream(other) == theirs
+            assert torch.cuda.current_stream(DEVICE) == mine
+        assert torch.cuda.current_device() == 0
+        assert torch.cuda.current_stream(other) == there
+        assert torch.cuda.current_stream(DEVICE) == mine
 
 
 @pytest.mark.gpu

@@ -26,7 +26,7 @@ from portakv import (
 from portakv.host import pinned
 from portakv.integrations import IntegrationError
 from portakv.integrations.checks import check_ids
-from portakv.runtime.devices import inside
+from portakv.runtime.streams import on_stream
 
 # ------------------------------------------------------------------------------------------------
 # Jobs of vLLM's offloading, which end in order, and the time that their copies took on the
@@ -123,7 +123,7 @@ class Lane:
         """Make the lane's stream current, after the work of the one that was current."""
         if self.stream is not None:
             self.stream.wait_stream(torch.accelerator.current_stream(self.device.index))
-        return inside(self.stream)
+        return on_stream(self.stream)
 
     def use(self, view: KVView) -> None:
         """Report to the allocator that copies of the lane use the memory of a view.
