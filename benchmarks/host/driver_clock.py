@@ -57,7 +57,8 @@ class DriverClock:
 
     def stop(self) -> tuple[float, int]:
         """Return the microseconds of the calls since `start`, and their number."""
-        spent, calls = ctypes.c_int64(), ctypes.c_int64()
+        spent = ctypes.c_int64()
+        calls = ctypes.c_int64()
         self._clock.driver_clock_stop(ctypes.byref(spent), ctypes.byref(calls))
         return spent.value / 1e3, calls.value
 
