@@ -38,8 +38,7 @@ from portakv.copy.handle import BlockTransfer
 from portakv.copy.options import USUAL, CopyOptions
 from portakv.core.link import Cut
 from portakv.errors import PackOverflow, PortaKVError, Unsupported
-from portakv.interconnect.pack_slices import PackStages, issue_slices, pack_stages
-from portakv.interconnect.slices import Cross, Sizes
+from portakv.interconnect.slices import Cross, PackStages, Sizes, issue_slices, pack_stages
 from portakv.layout.encodings import FP8, PACK
 from portakv.plan.packing import Move, PackPlan, check_sides
 from portakv.registry import STRATEGIES, choose

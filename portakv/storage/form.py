@@ -32,8 +32,7 @@ from portakv.layout.encodings import (
     parameters_of,
     plane_of,
 )
-from portakv.layout.extents import known_parts
-from portakv.layout.language import parse
+from portakv.layout.language import known_parts, parse
 from portakv.view import KVView
 
 FORMAT = 1  # of images, and of the description of a form

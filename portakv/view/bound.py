@@ -19,8 +19,7 @@ from portakv.arguments import flag, kind_of
 from portakv.core import view as core
 from portakv.errors import DeviceMismatch, LayoutError, Unsupported
 from portakv.layout.encodings import Encoding, Plane, as_encoding, plane_of
-from portakv.layout.extents import declare, factor_extent, positive, solve
-from portakv.layout.language import AXES, Layout, parse
+from portakv.layout.language import AXES, Layout, declare, factor_extent, parse, positive, solve
 from portakv.layout.presets import Extent, resolve, suggested
 from portakv.runtime.bounded import Bounded
 from portakv.view.form import PLACES, Form, form_of, plain_reader

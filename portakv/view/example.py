@@ -10,8 +10,15 @@ from typing import Any
 import torch
 
 from portakv.errors import LayoutError
-from portakv.layout.extents import Values, factor_extent, known_parts, positive
-from portakv.layout.language import Group, Layout, parse
+from portakv.layout.language import (
+    Group,
+    Layout,
+    Values,
+    factor_extent,
+    known_parts,
+    parse,
+    positive,
+)
 from portakv.layout.presets import memory_order, resolve
 from portakv.view.bound import as_dtype
 from portakv.view.view import KVView
