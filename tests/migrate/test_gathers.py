@@ -18,7 +18,7 @@ from support.waits import LIMIT, until
 from portakv.errors import InvalidTerms, PeerError, TransferError, Unsupported
 from portakv.migrate.channel import Channel, Peer
 from portakv.migrate.messages import Answer, Gather, Hello, Message, Stop
-from portakv.migrate.staged_owner import Gathers
+from portakv.migrate.owner import Gathers
 from portakv.migrate.transports import TRANSPORTS
 from portakv.migrate.transports.distributed import Join, rendezvous
 from portakv.migrate.transports.onesided import Taken, There, Where
