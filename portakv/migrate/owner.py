@@ -98,7 +98,6 @@ from portakv.migrate.staged_lanes import (
     zero,
 )
 from portakv.migrate.staging import (
-    Rows,
     Slots,
     has_ended,
     part_of,
@@ -663,12 +662,12 @@ class Offer:
         heads = part.heads[1] - part.heads[0]
         return rows_bytes(view, layers, part.count, heads, self.slots(gather, part))
 
-    def rows(self, part: BoxPart, as_bytes: bool = True) -> Rows:
-        """Return the rows of a part: as bytes, or with their types."""
+    def rows(self, part: BoxPart, as_bytes: bool = True) -> tuple[KVView, Index]:
+        """Return the rows of a part, as bytes or with their types, and the index of its tokens."""
         shard = self.shards[part.group]
         view = shard.view.as_bytes() if as_bytes else shard.view
         window = part_of(view, **slices(part.box, shard.group.box))
-        return Rows(window, self.indices[part.group].shifted(part.first))
+        return window, self.indices[part.group].shifted(part.first)
 
 
 class Ended(NamedTuple):
@@ -1096,7 +1095,7 @@ class Owner:
                 regions=self._exports.regions,
                 slots=BUFFERS,
                 slot_bytes=self._gathers.buffer_bytes,
-                transport=self._gathers.transports.forced or "",
+                transport=self._gathers.forced or "",
                 events=self._exports.event_handles,
                 key=self._key,
                 words=self._exports.words,
