@@ -135,16 +135,23 @@ class EventBatch(msgspec.Struct, frozen=True, omit_defaults=True, array_like=Tru
 
 
 def events_of(
-    changes: Iterable[Change], groups: Sequence[str] = ("",)
+    changes: Iterable[Change],
+    groups: Sequence[str] = ("",),
+    describe: Callable[[bytes], Described | None] | None = None,
+    block_size: int = 0,
 ) -> list[BlockStored | BlockRemoved]:
     """Return the events of changes, in order.
 
-    ``groups``: the names of the forms of the store, in order; an event of a store of several has
-    the number of its form.
+    Args:
+        groups: the names of the forms of the store, in order; an event of a store of several has
+            the number of its form.
+        describe: returns what a block was made of, as `SchedulerSide.described`; blocks without a
+            description have no tokens. None: no block has.
+        block_size: the tokens of a stored block that is described.
     """
     numbers = {name: number for number, name in enumerate(groups)} if len(groups) > 1 else {}
     events = list[BlockStored | BlockRemoved]()
-    for run in runs_of(changes):
+    for run in runs_of(changes, describe):
         for first in range(0, len(run), MOST_BLOCKS):
             some = run[first : first + MOST_BLOCKS]
             hashes = [number_of(change.key) for change in some]
@@ -153,12 +160,17 @@ def events_of(
             if not some[0].stored:
                 events.append(BlockRemoved(hashes, medium, group, "LOCAL"))
                 continue
+            made_of = [] if describe is None else [describe(change.key) for change in some]
+            described = [each for each in made_of if each is not None]
+            if len(described) < len(some):  # a run has descriptions of all blocks, or of none
+                described = []
+            after = described[0].after if described else None
             events.append(
                 BlockStored(
                     block_hashes=hashes,
-                    parent_block_hash=None,
-                    token_ids=[],
-                    block_size=0,
+                    parent_block_hash=None if after is None else number_of(after),
+                    token_ids=[token for each in described for token in each.tokens],
+                    block_size=block_size if described else 0,
                     lora_id=None,
                     medium=medium,
                     lora_name=None,

@@ -132,7 +132,7 @@ def size_of(form: BlockForm) -> PageSize:
     return PageSize(runs * form.widths[0], runs)
 
 
-def sizes_in(terms: StoreTerms, model: str) -> list[PageSize]:
+def sizes_in(terms: StoreTerms, model: str, identity: str = "") -> list[PageSize]:
     """Return the sizes of the pages that lie in the folders of terms.
 
     A store that begins with these sizes finds all pages of earlier processes. Sizes for which
@@ -140,7 +140,7 @@ def sizes_in(terms: StoreTerms, model: str) -> list[PageSize]:
     """
     sizes = dict[PageSize, None]()
     for folder in terms.folders:
-        for form in forms_in(folder, model):
+        for form in forms_in(folder, model, identity):
             if form.image_bytes <= terms.staging:
                 sizes[size_of(form)] = None
     return [*sizes]

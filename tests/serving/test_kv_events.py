@@ -15,7 +15,7 @@ from support.waits import LIMIT, until
 
 from portakv import KVView
 from portakv.errors import InvalidTerms, PeerError
-from portakv.serving import StoreClient, StoreServer, StoreTerms
+from portakv.serving import Described, StoreClient, StoreServer, StoreTerms
 from portakv.serving.kv_events import (
     MOST_BLOCKS,
     AllBlocksCleared,
@@ -117,6 +117,24 @@ def test_an_event_names_blocks_of_a_form_and_a_medium() -> None:
     ]
 
 
+def test_blocks_that_are_described_have_tokens_and_a_parent() -> None:
+    """A block without a description is a separate event, without tokens."""
+    tokens = [*range(32)]
+
+    def describe(key: bytes) -> Described | None:
+        at = KEYS.index(key)
+        after = KEYS[at - 1] if at else None
+        return None if at == 3 else Described(after, tuple(tokens[8 * at : 8 * at + 8]), None)
+
+    made = events_of(changes("host", True, KEYS), describe=describe, block_size=8)
+    assert [each.token_ids for each in made if isinstance(each, BlockStored)] == [tokens[:24], []]
+    assert [each.block_size for each in made if isinstance(each, BlockStored)] == [8, 0]
+    second = events_of(changes("host", True, KEYS[1:3]), describe=describe, block_size=8)
+    assert [each.parent_block_hash for each in second if isinstance(each, BlockStored)] == [
+        NUMBERS[0]
+    ]
+
+
 def test_a_batch_is_that_of_vllm() -> None:
     """Byte for byte, as vLLM's own encoder writes it."""
     numbers = [0x8182838485868788, 0x9192939495969798]
@@ -193,10 +211,15 @@ def llm_d_refuses(frames: Sequence[bytes]) -> list[str]:
 
 
 def test_llm_d_reads_the_fields_of_its_table() -> None:
-    """All events. The controls are messages that it cannot read."""
+    """All events, with tokens and without. The controls are messages that it cannot read."""
+
+    def describe(key: bytes) -> Described | None:
+        at = KEYS.index(key)
+        return None if at == 3 else Described(KEYS[at - 1] if at else None, (1, 2), None)
+
     some = [*changes("host", True, KEYS, "a"), *changes("disk", False, KEYS[:2], "b")]
-    events: list[Any] = events_of(some, ["a", "b"])
-    assert len(events) == 2
+    events: list[Any] = events_of(some, ["a", "b"], describe, 2)
+    assert len(events) == 3
     batch = msgspec.msgpack.encode(EventBatch(1.5, [*events, AllBlocksCleared()]))
     assert llm_d_refuses([b"kv@a pod@a model", bytes(8), batch]) == []
 
