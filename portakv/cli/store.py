@@ -110,14 +110,16 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         parser.add_argument(f"--{name}", metavar=metavar, default="", help=f"serve: {what}")
 
 
-def _object(option: str, words: str) -> dict[str, Any]:
+def _bucket_options(words: str) -> dict[str, Any]:
     """Return a JSON object. Raises `InvalidTerms`, which shows no part of the text."""
     try:
         made = json.loads(words)
     except ValueError:
         made = None
     if not isinstance(made, dict):
-        raise InvalidTerms(f"Expected {option} to be a JSON object, got another text. Correct it.")
+        raise InvalidTerms(
+            "Expected --bucket-options to be a JSON object, got another text. Correct it."
+        )
     return made
 
 
@@ -443,7 +445,7 @@ def _serve(args: argparse.Namespace) -> int:
     """
     given = {name: getattr(args, name) for name in ("host", "staging", "capacity", "bucket")}
     if args.bucket_options is not None:
-        given["bucket_options"] = _object("--bucket-options", args.bucket_options)
+        given["bucket_options"] = _bucket_options(args.bucket_options)
     check_installed("portakv store serve")
     from portakv.serving.local import StoreTerms
     from portakv.serving.server.server import StoreServer

@@ -530,10 +530,6 @@ def _other_rows(ticket: Ticket, why: str) -> LayoutError:
 
 
 # ------------------------------------------------------------------------------------------------
-# The staging buffers of a reader for one owner whose memory is not mapped, and what earlier pulls
-# from that owner have measured.
-
-# ------------------------------------------------------------------------------------------------
 # Figures of earlier pulls from an owner: the rate of its transport, and how many blocks did not fit
 # into slots.
 
@@ -629,7 +625,7 @@ class PullHistory:
 
 
 # ------------------------------------------------------------------------------------------------
-# The buffers of one agreement with an owner.
+# The staging buffers of a reader for one owner whose memory is not mapped, by one agreement.
 
 
 class StagingBuffer:

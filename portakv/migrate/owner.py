@@ -13,7 +13,7 @@ import time
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from time import sleep
 from typing import Literal, NamedTuple, TypeAlias, get_args
 
@@ -23,19 +23,90 @@ import torch
 from msgspec.structs import replace
 
 from portakv import arguments
-from portakv.errors import InvalidTerms, LayoutError, OfferGone, PeerError, SlotError
+from portakv.copy.choose_encoding import (
+    SAMPLE_AGAIN,
+    EncodingChoice,
+    Sample,
+    Sampled,
+    best_of,
+    judged,
+    packs_of,
+    rated_choice,
+    stays_raw,
+)
+from portakv.copy.rows import copy_rows
+from portakv.errors import (
+    InvalidTerms,
+    LayoutError,
+    OfferGone,
+    PeerError,
+    PortaKVError,
+    SlotError,
+    TransferError,
+)
 from portakv.graph.alarms import watch
 from portakv.graph.meter import by_label
 from portakv.graph.trace import Figures
 from portakv.migrate import messages
 from portakv.migrate.channel import Channel, Peer
+from portakv.migrate.checksum import checksum_of
 from portakv.migrate.described import EVENTS, Exports, Regions, describe
-from portakv.migrate.messages import Named, offer_name
+from portakv.migrate.messages import (
+    MOST_ID_BYTES,
+    MOST_REGIONS,
+    REASONS,
+    About,
+    Answer,
+    Begin,
+    Box,
+    BoxPart,
+    Bye,
+    Check,
+    Choose,
+    Chosen,
+    Close,
+    EndNamed,
+    Find,
+    ForRows,
+    Found,
+    Gather,
+    Handshake,
+    Hello,
+    Marked,
+    Marks,
+    Message,
+    Named,
+    Renew,
+    RenewNamed,
+    Stop,
+    Stopped,
+    Sum,
+    carried,
+    is_signed,
+    no_ticket,
+    offer_name,
+)
 from portakv.migrate.plan import check_length, index_of, names_of
-from portakv.migrate.shards import Shard, device_of
-from portakv.migrate.staged_lanes import BUFFERS
-from portakv.migrate.staged_owner import BlockList, Gathers, OfferedRows
+from portakv.migrate.shards import Shard, device_of, overlap, slices
+from portakv.migrate.staged_lanes import (
+    BUFFERS,
+    MOST_WAITING,
+    Line,
+    Lines,
+    Sending,
+    StagingBuffer,
+    zero,
+)
+from portakv.migrate.staging import (
+    Slots,
+    has_ended,
+    part_of,
+    rows_bytes,
+    staged_bytes,
+    unfit_blocks,
+)
 from portakv.migrate.words import Entry, NameTable, Place, Words
+from portakv.registry import bring
 from portakv.runtime import tracing
 from portakv.runtime.bounded import Bounded
 from portakv.runtime.devices import capturing, refuse_capture
@@ -43,6 +114,7 @@ from portakv.runtime.interrupts import shielded, uninterrupted
 from portakv.runtime.streams import StreamFence, ignore_captures_elsewhere
 from portakv.runtime.transfer import Finished, event_pool
 from portakv.tasks import Signal, Work, runtime
+from portakv.view import KVView
 from portakv.view.index import Ids, Index
 
 # ------------------------------------------------------------------------------------------------
@@ -227,7 +299,7 @@ class Names:
         Raises `InvalidTerms` for a wrong name and for a name of an offer that holds, which the
         error does not show, and `SlotError` for too many bytes.
         """
-        self._check_free(messages.offer_name(name))
+        self._check_free(offer_name(name))
         if nbytes > MOST_NAMED:
             raise SlotError(
                 f"Expected at most {MOST_NAMED} bytes of ids for an offer with a name, got "
@@ -260,7 +332,7 @@ class Names:
             del self._offers[offer.name]
             self._ended[offer.name] = why
 
-    def find(self, names: Sequence[bytes]) -> messages.Found:
+    def find(self, names: Sequence[bytes]) -> Found:
         """Return the tickets of names, as many as an answer holds."""
         tickets = list[bytes]()
         why = list[str]()
@@ -274,7 +346,7 @@ class Names:
             left -= len(ticket)
             tickets.append(ticket)
             why.append("" if holds else self._ended.get(name, ""))
-        return messages.Found(tuple(tickets), tuple(why))
+        return Found(tuple(tickets), tuple(why))
 
     def held(self, names: Sequence[bytes]) -> list[Offer]:
         """Return the offers of names that hold."""
@@ -293,13 +365,15 @@ class Names:
         readers that wait for it."""
         offer = self._offers.get(name)
         if offer is None and name not in self._ended:
-            self._ended[name] = messages.REASONS["revoked"]
+            self._ended[name] = REASONS["revoked"]
         return offer
 
 
 # ------------------------------------------------------------------------------------------------
 # Check the arguments of `Owner.offer`, and record the span of an offer.
 
+#: Block ids of a shard, int32, and the tokens of a block.
+BlockList: TypeAlias = tuple[npt.NDArray[np.int32], int]
 MOST_LEASE = 1e6  # seconds
 SECONDS = "a number of seconds above 0, at most 10^6"
 
@@ -335,9 +409,9 @@ def block_list(name: str, shard: Shard, block_ids: Ids | None, tokens: int) -> B
     if skips:
         used = used.clip(min=-1)
     ids = used.astype("<i4")
-    if ids.nbytes > messages.MOST_ID_BYTES:
+    if ids.nbytes > MOST_ID_BYTES:
         raise SlotError(
-            f"Expected {name} to have at most {messages.MOST_ID_BYTES // 4} ids, "
+            f"Expected {name} to have at most {MOST_ID_BYTES // 4} ids, "
             f"got {len(ids)}. Offer blocks in place of slots, or make several offers."
         )
     return ids, index.step
@@ -352,9 +426,9 @@ def _told(ids: npt.NDArray[np.int32]) -> npt.NDArray[np.int32]:
 
 ENDS = ("taken", "expired", "revoked", "lost")  # states of an offer that has ended
 LOOK = 0.1  # seconds between two looks at a lease, of a call that waits for the end of an offer
-UNKNOWN = messages.Answer("gone", messages.REASONS["gone"])
+UNKNOWN = Answer("gone", REASONS["gone"])
 NOT_SENT = "some of its rows could not be sent; the owner's log has the reason"
-SPOILT = messages.Answer("gone", NOT_SENT)
+SPOILT = Answer("gone", NOT_SENT)
 
 
 @dataclass
@@ -369,7 +443,7 @@ class Lease:
         self.until = max(self.until, min(until, self.latest))
 
 
-class Offer(OfferedRows):
+class Offer:
     """Rows that their owner promises not to change until the offer ends; of rows that are still
     being written, those up to its mark.
 
@@ -383,6 +457,10 @@ class Offer(OfferedRows):
         ticket: bytes for the reader, which travel with the request. Any process that has the
             ticket and the channel's secret may pull.
         name: by which readers find the offer without its ticket; empty if it has none.
+        shards: of the owner, when it made the offer.
+        ids: of the offered blocks, for each shard.
+        after: the work that wrote the rows.
+        spoilt: the readers to which some of the rows could not be sent.
         place: of the offer's validity word; ``entry``: of its name.
     """
 
@@ -402,7 +480,11 @@ class Offer(OfferedRows):
         readers: int,
         after: StreamFence,
     ):
-        super().__init__(owner.shards, ids, tokens, after)
+        self.shards = owner.shards
+        self.ids = ids
+        self.tokens = tokens
+        self.after = after
+        self.spoilt = set[bytes]()
         self.number = secrets.token_bytes(16)
         self.ticket = b""
         self.lease = lease
@@ -461,7 +543,7 @@ class Offer(OfferedRows):
             return f"its readers ({self.readers}) have taken it; offer it with a larger readers="
         if self._state == "taken":
             return "its readers have taken it"
-        return messages.REASONS[self._state]
+        return REASONS[self._state]
 
     def taken(self, timeout: float | None = None) -> bool:
         """Wait until the offer has ended, at most ``timeout`` seconds; return True if it has.
@@ -549,6 +631,44 @@ class Offer(OfferedRows):
             progress.mark = mark
             self._owner.words.mark(self.place, mark)
 
+    # --- the rows, as they are sent
+
+    @cached_property
+    def indices(self) -> Sequence[Index]:
+        """Return the index of each shard. All parts of the offer share them, with their ids on a
+        device."""
+        return [Index(*each) for each in self.ids]
+
+    def check(self, part: BoxPart) -> None:
+        """Raise `LayoutError` if the rows of a part were not offered."""
+        shard = self.shards[part.group] if part.group < len(self.shards) else None
+        some = 0 < part.count <= self.tokens - part.first
+        if shard is None or overlap(part.box, shard.group.box) != part.box or not some:
+            raise LayoutError(
+                f"Expected offered rows, got layers {part.layers} x heads {part.heads} of group "
+                f"{part.group}, tokens {part.first} + {part.count}. Request offered rows."
+            )
+
+    def slots(self, gather: Gather, part: BoxPart) -> Slots | None:
+        """Return how a part is packed for its reader; None: it is sent raw. Raises as
+        `Slots.requested`."""
+        view = self.shards[part.group].view
+        return Slots.requested(view, gather.encoding, part.first, part.count)
+
+    def size(self, gather: Gather, part: BoxPart) -> int:
+        """Return the bytes of a part in a staging buffer; raise as `slots`."""
+        view = self.shards[part.group].view.as_bytes()
+        layers = part.layers[1] - part.layers[0]
+        heads = part.heads[1] - part.heads[0]
+        return rows_bytes(view, layers, part.count, heads, self.slots(gather, part))
+
+    def rows(self, part: BoxPart, as_bytes: bool = True) -> tuple[KVView, Index]:
+        """Return the rows of a part, as bytes or with their types, and the index of its tokens."""
+        shard = self.shards[part.group]
+        view = shard.view.as_bytes() if as_bytes else shard.view
+        window = part_of(view, **slices(part.box, shard.group.box))
+        return window, self.indices[part.group].shifted(part.first)
+
 
 class Ended(NamedTuple):
     """The end of an offer.
@@ -561,6 +681,297 @@ class Ended(NamedTuple):
     state: str
     readers: frozenset[bytes]
 
+
+# ------------------------------------------------------------------------------------------------
+# Send offered rows through staging buffers, and compute checksums and samples of them. Helpers
+# gather the rows into the buffers.
+
+#: The most windows of shards whose samples are kept: those of readers that pull layer by layer are
+#: single layers.
+MOST_KEPT = 1024
+_BUSY = Answer("busy", seconds=1e-3)
+
+
+@dataclass
+class RetainedSample:
+    """The facts by which rows of a window of a shard cross packed or raw.
+
+    Attributes:
+        why: why they stay raw whatever the rate of the transport, as a sentence; empty if not.
+        packing_gbps: 10^9 bytes of raw rows a second that packed copies reach at most.
+        sampled: the result of a sample; None: the rates alone decided.
+        left: raw bytes of requested rows until the next sample.
+    """
+
+    why: str = ""
+    packing_gbps: float | None = None
+    sampled: Sampled | None = None
+    left: int = 0
+
+    def choice(self, view: KVView, link_gbps: float) -> EncodingChoice | None:
+        """Return the choice for a transport of so many 10^9 bytes a second; None if only a sample
+        decides. Never blocks."""
+        if self.why:
+            return EncodingChoice(None, self.why, link_gbps)
+        rated = rated_choice(view, None, link_gbps, self.packing_gbps)
+        if rated.pack is None:
+            return rated
+        return None if self.sampled is None else judged(rated, self.sampled)
+
+
+class Gathers(Lines):
+    """The staging buffers and transports of an owner of rows, for all of its readers. No call
+    blocks.
+
+    A reader repeats its request for what takes longer than a channel may, such as a checksum of
+    rows, until the answer exists. Helpers compute it, in turn with those that send rows.
+    """
+
+    def __init__(
+        self,
+        channel: Channel,
+        staging_bytes: int,
+        transport: str | None,
+        device: torch.device,
+        most_bytes: int | None = None,
+    ) -> None:
+        super().__init__(channel, transport, [device])
+        self.buffer_bytes = staging_bytes // BUFFERS // 4096 * 4096
+        self._most_bytes = most_bytes  # of all buffers of all readers
+        self._kept: Bounded[tuple[bytes, int, Box], RetainedSample] = Bounded(
+            "samples of pulls", MOST_KEPT
+        )
+
+    @property
+    def buffers(self) -> int:
+        """Return the number of buffers in use."""
+        return sum(len(line.buffers) for line in [*self._lines.values()])
+
+    def agree(self, peer: Peer, hello: Hello, device: torch.device) -> str:
+        """Choose the transport for a reader, and return its name; raise as `_choose`."""
+        self.forget(peer)  # the reader takes no more of the rows that were sent to it before
+        transport = self._choose(hello.transport, device, hello.device)
+        for kind in transport.asks:
+            self._channel.serve(kind, self._answer_transport)
+        self._add(Line(peer, transport), peer)
+        return transport.name
+
+    def _answer_transport(self, peer: Peer, request: object) -> Message | None:
+        """Answer a message of a reader's transport by the transport here."""
+        line = self._lines.get((peer, b""))
+        if line is None or not isinstance(request, line.transport.asks):
+            raise PeerError("Expected the agreed transport, got another. Connect again.")
+        return line.transport.answer(peer, self._channel, request)
+
+    def send(self, peer: Peer, gather: Gather, offer: Offer) -> Answer:
+        """Have rows sent in parts, after earlier requests of the reader.
+
+        The reader gets zeros in place of rows that it cannot commit: after the end of the offer,
+        and after an error, of which the offer keeps a note. Only one thread calls this method,
+        after `Offer.check` of each part.
+        """
+        line = self._lines.get((peer, b""))
+        if line is None or line.transport.name != gather.transport:
+            return Answer("refused", f"{gather.transport} was not agreed on; connect again.")
+
+        with self._lock:
+            line.current()
+            full = len(line.sendings) >= MOST_WAITING
+        if full:
+            return Answer("busy", "earlier requests are not sent yet", seconds=1e-3)
+
+        # Allocate in this thread, so that the reader gets the error if there is no memory.
+        sizes = [offer.size(gather, part) for part in gather.parts]
+        needs = max(sizes)
+        count = self._reserve(line, len(gather.parts), needs)
+        if not count:
+            why = "earlier pulls use its staging buffers"
+            if self._most_bytes is not None:
+                why = f"staging buffers of all readers have {self._most_bytes} bytes in total"
+            return Answer("busy", why, seconds=1e-2)
+
+        sending = Sending(
+            gather.tag,
+            sizes,
+            # The parts stay with this lane: those that the reader no longer waits for end with it.
+            lane=line.transport.lane(peer, self._channel),
+            buffers=count,
+            after=[offer.after],
+            fill=partial(_fill, gather, offer),
+            wanted=lambda: peer.id not in offer.spoilt and offer.holds(),
+            fail=partial(offer.spoilt.add, peer.id),
+        )
+        self._queue(line, sending)
+        return Answer("done")
+
+    def stop(self, peer: Peer, stop: Stop) -> Stopped:
+        """Read no more rows for a request; send only the parts that its reader waits for."""
+        line = self._lines.get((peer, b""))
+        if line is None or line.last < stop.tag:  # no such request arrived
+            return Stopped(0)
+        with self._lock:
+            for sending in line.sendings:
+                if sending.tag == stop.tag:
+                    sending.stopped = True
+                    sending.parts = min(max(sending.begun, stop.parts), sending.parts)
+                    return Stopped(sending.parts)
+        return Stopped(1 << 31)  # all parts were sent
+
+    def answer(self, peer: Peer, request: ForRows, offer: Offer) -> Answer:
+        """Have rows sent, their checksum computed, or a sample of them taken to choose how they
+        cross. The reader repeats its request until the checksum or the sample exists.
+
+        The caller has called `Offer.check` of each part. Raises as `choose`.
+        """
+        if isinstance(request, Gather):
+            return self.send(peer, request, offer)
+        if isinstance(request, Sum):
+            return self.sum(request, offer)
+        return self.choose(request, offer)
+
+    def sum(self, request: Sum, offer: Offer) -> Answer:
+        """Return a checksum of rows, or that it does not exist yet."""
+        total = self._turn.result_of(request, self._sum, request, offer)
+        return _BUSY if total is None else Answer("done", digest=total)
+
+    def choose(self, request: Choose, offer: Offer) -> Answer:
+        """Return the choice for rows, or that it does not exist yet.
+
+        Raises `LayoutError` for a part of a block. A sample that fails raises `TransferError`, and
+        nothing is kept of it.
+        """
+        part = request.part
+        view = offer.shards[part.group].view
+        unit = view.block_size
+        if not unit or part.first % unit or part.count % unit:
+            raise LayoutError(
+                f"Expected a request for whole blocks of {view}, got tokens {part.first} + "
+                f"{part.count}. Connect sides of one release."
+            )
+
+        # Most requests find a sample, and need no turn.
+        key = request.epoch, part.group, part.box
+        kept = self._kept.get(key)
+        choice = None
+        if kept is not None and kept.left > 0 and not request.again:
+            choice = kept.choice(view, request.link_gbps)
+        if kept is None or choice is None:
+            kept = self._turn.result_of(request, self._look, request, offer)
+            if kept is None:
+                return _BUSY
+            self._kept[key] = kept
+            kept.left = SAMPLE_AGAIN
+            choice = kept.choice(view, request.link_gbps)
+            assert choice is not None  # `_look` has looked at what this request needs
+
+        layers = part.layers[1] - part.layers[0]
+        kept.left -= rows_bytes(view, layers, part.count, part.heads[1] - part.heads[0])
+        return Chosen(
+            "done",
+            choice.why[:1024],
+            encoding="" if choice.pack is None else choice.pack.text,
+            packing_gbps=choice.packing_gbps,
+            ratio=choice.ratio,
+            escapes=choice.escapes,
+            fits=choice.fits,
+        )
+
+    def _reserve(self, line: Line, parts: int, needs: int) -> int:
+        """Return the number of buffers that parts may cross in: as many as the total has room for.
+
+        A buffer that has to grow must be free.
+        """
+        for number in range(min(parts, BUFFERS)):
+            buffer = line.buffers.get(number)
+            if buffer is not None and buffer.memory.nbytes >= min(needs, self.buffer_bytes):
+                continue
+            grows = buffer is None or (buffer.free and not line.active)
+            # All buffers of a reader at once if the transport learns them only once.
+            nbytes = staged_bytes(needs, self.buffer_bytes)
+            numbers = [number]
+            if line.transport.knows_once:
+                nbytes = BUFFERS * self.buffer_bytes
+                numbers = [*range(BUFFERS)]
+            if not grows or not self._has_space(nbytes, buffer):
+                return number
+            self._allocate(line, nbytes, *numbers)
+        return min(parts, BUFFERS)
+
+    def _has_space(self, nbytes: int, old: StagingBuffer | None) -> bool:
+        """Return True if more memory, in place of an old buffer's, stays below the total."""
+        if self._most_bytes is None:
+            return True
+        lines = [*self._lines.values()]
+        used = sum(one.memory.nbytes for line in lines for one in line.buffers.values())
+        return used + nbytes - (old.memory.nbytes if old else 0) <= self._most_bytes
+
+    # --- in a helper
+
+    def _sum(self, request: Sum, offer: Offer) -> int:
+        with self._turn.inside(offer.after):
+            view, ids = offer.rows(request.part)
+            return checksum_of(view, ids, request.part)
+
+    def _look(self, request: Choose, offer: Offer) -> RetainedSample:
+        """Measure the rate of packing, and take a sample if the rates do not decide already.
+
+        The rate is that of the whole view: another measurement for each window of it would hold up
+        the rows of all pulls.
+        """
+        view = offer.shards[request.part.group].view
+        with self._turn.inside(offer.after):
+            why = stays_raw(view, None, None)
+            if why:
+                return RetainedSample(why)
+            rated = rated_choice(view, None, request.link_gbps, None)
+            if rated.packing_gbps is None:
+                raise TransferError(rated.why)
+            if rated.pack is None:
+                return RetainedSample(packing_gbps=rated.packing_gbps)
+
+            window, ids = offer.rows(request.part, as_bytes=False)
+            unit = window.form.block_size
+            slots = ids.slots(request.part.count, every=unit)
+            blocks = slots[slots >= 0] // unit
+            if not len(blocks):
+                raise TransferError("No sample was taken: the owner has none of the blocks.")
+            try:
+                sampled = best_of(window, Sample(window, blocks, packs_of(None)), None)
+            except (PortaKVError, RuntimeError) as error:  # such as a lack of memory
+                raise TransferError(f"No sample was taken: {error}") from error
+            return RetainedSample(packing_gbps=rated.packing_gbps, sampled=sampled)
+
+
+def _fill(
+    gather: Gather, offer: Offer, number: int, buffer: StagingBuffer, full: torch.Tensor
+) -> None:
+    """Gather a part of a request into a buffer, and pack it if it crosses in slots; positions
+    without rows, and padding, become zeros.
+
+    The slots of blocks that do not fit say so to the reader.
+    """
+    part = gather.parts[number]
+    slots = offer.slots(gather, part)
+    view, ids = offer.rows(part, as_bytes=slots is None)
+    bring([ids], view.device)  # once: all parts of the offer share them
+
+    planes, into = buffer.chunks.of(view, part.count, slots)
+    written = sum(plane.nbytes for plane in planes)
+    skips = ids.check(part.count, view.slots, "offered")
+    if skips or written < full.nbytes:
+        zero(full)
+
+    copy = copy_rows(view, into, ids, count=part.count)
+    if buffer.memory.is_cpu:
+        has_ended(copy, wait=True)
+        unfit_blocks(copy)
+    else:
+        # The transport sends after the copy; ids were checked when they were offered.
+        copy.wait()
+
+
+# ------------------------------------------------------------------------------------------------
+# The owner, which makes offers and answers its readers.
 
 #: What readers on this host may map: whole allocations, or nothing.
 Expose: TypeAlias = Literal["mapped", "staging"]
@@ -636,21 +1047,21 @@ class Owner:
         except BaseException:  # also an interrupt: the channel must become free
             channel.free("an owner", self)
             raise
-        self._kinds: dict[type[messages.Message], Callable[..., messages.Message | None]] = {
-            messages.Hello: self._hello,
-            messages.Begin: self._begin,
-            messages.Renew: self._renew,
-            messages.Check: self._check,
-            messages.Close: self._close,
-            messages.Gather: self._gather,
-            messages.Sum: self._gather,
-            messages.Choose: self._gather,
-            messages.Stop: self._gathers.stop,
-            messages.Find: self._find,
-            messages.RenewNamed: self._renew_named,
-            messages.EndNamed: self._end_named,
-            messages.Marks: self._marks,
-            messages.Bye: lambda peer, _: self._gathers.forget(peer),
+        self._kinds: dict[type[Message], Callable[..., Message | None]] = {
+            Hello: self._hello,
+            Begin: self._begin,
+            Renew: self._renew,
+            Check: self._check,
+            Close: self._close,
+            Gather: self._gather,
+            Sum: self._gather,
+            Choose: self._gather,
+            Stop: self._gathers.stop,
+            Find: self._find,
+            RenewNamed: self._renew_named,
+            EndNamed: self._end_named,
+            Marks: self._marks,
+            Bye: lambda peer, _: self._gathers.forget(peer),
         }
         for kind, answer in self._kinds.items():
             channel.serve(kind, answer)
@@ -662,9 +1073,9 @@ class Owner:
         device = device_of(shards)
         regions = Regions()
         described = tuple(describe(shard, regions) for shard in shards)
-        if len(regions.storages) >= messages.MOST_REGIONS:
+        if len(regions.storages) >= MOST_REGIONS:
             raise LayoutError(
-                f"Expected shards in at most {messages.MOST_REGIONS - 1} allocations, got "
+                f"Expected shards in at most {MOST_REGIONS - 1} allocations, got "
                 f"{len(regions.storages)}. Make the tensors slices of fewer allocations."
             )
         with self.lock:
@@ -678,13 +1089,13 @@ class Owner:
             self._exports = Exports(regions.storages, self.epoch, device, self._expose, *pages)
             self._events = self._exports.events
             self._turn = 0
-            self._handshake = messages.Handshake(
+            self._handshake = Handshake(
                 epoch=self.epoch,
                 described=described,
                 regions=self._exports.regions,
                 slots=BUFFERS,
                 slot_bytes=self._gathers.buffer_bytes,
-                transport=self._gathers.transports.forced or "",
+                transport=self._gathers.forced or "",
                 events=self._exports.event_handles,
                 key=self._key,
                 words=self._exports.words,
@@ -814,13 +1225,13 @@ class Owner:
         Raises `PeerError` for bytes that are not a ticket of this owner, and `InvalidTerms` for
         another type.
         """
-        named = messages.Named.read(messages.carried("ticket", ticket, "Pass Offer.ticket."))
+        named = Named.read(carried("ticket", ticket, "Pass Offer.ticket."))
         parsed = named or messages.Ticket.read(ticket)
-        if named is None and not messages.is_signed(ticket, self._key):
-            raise messages.no_ticket()
+        if named is None and not is_signed(ticket, self._key):
+            raise no_ticket()
         if parsed.epoch != self.epoch:
             return False  # all offers before `reallocate` have ended
-        if isinstance(parsed, messages.Named):
+        if isinstance(parsed, Named):
             with self.lock:
                 offer = self.names.withdraw(parsed.name)
         else:
@@ -899,22 +1310,22 @@ class Owner:
 
     # --- what readers ask, in the channel's thread
 
-    def _hello(self, peer: Peer, hello: messages.Hello) -> messages.Handshake | messages.Answer:
+    def _hello(self, peer: Peer, hello: Hello) -> Handshake | Answer:
         same = hello.model == self.model
         self.counts["paired" if same else "refused"] += 1
         if not same:
             why = f"the owner's model is {self.model!r}, the reader's {hello.model!r}"
-            return messages.Answer("refused", why[:1024])
+            return Answer("refused", why[:1024])
         if not hello.transport:
             return self._handshake
         return replace(self._handshake, transport=self._gathers.agree(peer, hello, self.device))
 
-    def _current(self, about: messages.About) -> Offer | None:
+    def _current(self, about: About) -> Offer | None:
         offer = self.offers.get(about.offer)
         exports = offer is not None and about.epoch == self.epoch and offer.holds()
         return offer if exports else None
 
-    def _begin(self, peer: Peer, begin: messages.About) -> None:
+    def _begin(self, peer: Peer, begin: About) -> None:
         with self.lock:
             offer = self._current(begin)
             if offer is not None and peer.id not in offer.begun:
@@ -928,20 +1339,20 @@ class Owner:
             if len(offer.through) >= offer.readers:
                 offer.end(state)
 
-    def _gone(self, about: messages.About) -> messages.Answer:
+    def _gone(self, about: About) -> Answer:
         """Answer that an offer does not hold, and why."""
         why = self.ended.get(about.offer) if about.epoch == self.epoch else None
-        return messages.Answer("gone", why) if why else UNKNOWN
+        return Answer("gone", why) if why else UNKNOWN
 
-    def _check(self, peer: Peer, check: messages.Check) -> messages.Answer:
+    def _check(self, peer: Peer, check: Check) -> Answer:
         with self.lock:
             offer = self._current(check)
             if offer is None:
                 self.counts["gone"] += 1
                 return self._gone(check)
-            return SPOILT if peer.id in offer.spoilt else messages.Answer("held")
+            return SPOILT if peer.id in offer.spoilt else Answer("held")
 
-    def _close(self, peer: Peer, close: messages.Close) -> None:
+    def _close(self, peer: Peer, close: Close) -> None:
         with self.lock:
             offer = self._current(close)
             if offer is None:
@@ -955,49 +1366,49 @@ class Owner:
             self.counts["failed"] += 1
             offer.begun.pop(peer.id, lambda: None)()
 
-    def _renew(self, _: Peer, renew: messages.Renew) -> messages.Answer:
+    def _renew(self, _: Peer, renew: Renew) -> Answer:
         with self.lock:
             offer = self._current(renew)
             if offer is None:
                 return self._gone(renew)
             offer.lease.renew(self.now() + renew.seconds)
-            return messages.Answer("held", seconds=offer.lease.until - self.now())
+            return Answer("held", seconds=offer.lease.until - self.now())
 
-    def _find(self, _: Peer, find: messages.Find) -> messages.Found | messages.Answer:
+    def _find(self, _: Peer, find: Find) -> Found | Answer:
         with self.lock:
             if find.epoch != self.epoch:
-                return messages.Answer("gone", messages.REASONS["restarted"])
+                return Answer("gone", REASONS["restarted"])
             return self.names.find(find.names)
 
-    def _renew_named(self, _: Peer, renew: messages.RenewNamed) -> None:
+    def _renew_named(self, _: Peer, renew: RenewNamed) -> None:
         with self.lock:
             if renew.epoch == self.epoch:
                 for offer in self.names.held(renew.names):
                     offer.lease.renew(self.now() + renew.seconds)
 
-    def _end_named(self, _: Peer, end: messages.EndNamed) -> None:
+    def _end_named(self, _: Peer, end: EndNamed) -> None:
         with self.lock:
             if end.epoch == self.epoch:
                 for offer in self.names.release(end.names):
                     offer.end("taken")
 
-    def _marks(self, peer: Peer, marks: messages.Marks) -> messages.Marked | messages.Answer:
+    def _marks(self, peer: Peer, marks: Marks) -> Marked | Answer:
         with self.lock:
             if marks.epoch != self.epoch:
-                return messages.Answer("gone", messages.REASONS["restarted"])
+                return Answer("gone", REASONS["restarted"])
             shown = list[int]()
             why = list[str]()
             for number in marks.offers:
                 offer = self.offers.get(number)
                 if offer is None or not offer.holds():
                     shown.append(0)
-                    why.append(self.ended.get(number, messages.REASONS["gone"]))
+                    why.append(self.ended.get(number, REASONS["gone"]))
                 else:
                     shown.append(offer.mark or 0)
                     why.append(SPOILT.why if peer.id in offer.spoilt else "")
-            return messages.Marked(tuple(shown), tuple(why))
+            return Marked(tuple(shown), tuple(why))
 
-    def _gather(self, peer: Peer, request: messages.ForRows) -> messages.Answer:
+    def _gather(self, peer: Peer, request: ForRows) -> Answer:
         with self.lock:
             offer = self._current(request)
             if offer is None:
@@ -1008,10 +1419,10 @@ class Owner:
             for part in request.parts:
                 offer.check(part)
             if not all(self._is_complete(offer, part) for part in request.parts):
-                return messages.Answer("refused", PAST)
+                return Answer("refused", PAST)
         return self._gathers.answer(peer, request, offer)
 
-    def _is_complete(self, offer: Offer, part: messages.BoxPart) -> bool:
+    def _is_complete(self, offer: Offer, part: BoxPart) -> bool:
         """Return True if rows do not reach past the mark of their offer."""
         layers = part.layers[1] - self.shards[part.group].group.layers[0]
         tokens = part.first + part.count

@@ -28,9 +28,9 @@ from portakv.errors import (
     TransferError,
     TransferTimeout,
 )
-from portakv.migrate.connections import Attempt, Connections, OwnerKey, Source, Sources
+from portakv.migrate.connections import Source, Sources
 from portakv.migrate.crossed import PullStatistics, joined_error
-from portakv.migrate.messages import REASONS, About, Answer, Check, Named, Renew, Ticket
+from portakv.migrate.messages import REASONS, About, Answer, Check, Renew
 from portakv.migrate.words import fence
 from portakv.runtime.devices import this_process
 from portakv.runtime.interrupts import shielded
@@ -146,8 +146,6 @@ class Pull(Transfer):
     #: The coroutine that makes all copies, and commits a pull that has to wait.
     steps: Handle[None] | None = None
     layers: Sequence[LayerTransfer] = ()
-    #: What the pull waits for, as long as it does: owners, offers by name, or rows.
-    wanted: Wanted | None = None
     #: Orders copies from staging buffers after the caller's stream; None if there are none.
     after: StreamFence | None = None
     _ended: float | None = None  # when the end was noticed
@@ -183,6 +181,8 @@ class Pull(Transfer):
         self._process = here.process
         #: What the coroutine waits for; see `go_on`.
         self.changes = Signal(here)
+        #: Returns the addresses of owners whose handshake the pull waits for.
+        self.handshakes: Callable[[], Sequence[str]] = tuple
 
     # --- for callers
 
@@ -376,8 +376,7 @@ class Pull(Transfer):
         return self.stopped
 
     def _timed_out(self) -> TransferTimeout:
-        wanted = self.wanted
-        if wanted is not None and (hung := wanted.handshakes):
+        if hung := self.handshakes():
             return TransferTimeout(
                 f"The handshake of the pull timed out; no rows were committed. Increase timeout, "
                 f"or pull from another owner than {hung[0]}."
@@ -526,112 +525,6 @@ class Pull(Transfer):
         self.stop(known(error))
         await self._until(self.have_ended)
         self.conclude(known(error))
-
-
-# ------------------------------------------------------------------------------------------------
-# What a pull waits for, as long as it cannot begin or go on.
-
-
-class Wanted:
-    """What a pull waits for.
-
-    Raises `PeerError` for bytes that are not a ticket.
-
-    Attributes:
-        tickets: of the pull; those that are names are replaced when their offers exist.
-        names: the tickets that are still names, by their places.
-        owners: those of plain tickets that are not known to be connected, with a ticket of each.
-        attempts: the handshakes that the pull waits for.
-        since: when the pull was called.
-        queried: the owners have had the names in a request once.
-        sources: of the pull; none before its owners and offers are ``known``.
-        marks: the last known mark of each source.
-        whole: the pull goes on only when all rows are complete.
-    """
-
-    def __init__(self, pull: Pull, tickets: list[bytes]) -> None:
-        self.pull = pull
-        self.tickets = tickets
-        self.names = dict[int, Named]()
-        self.owners = dict[OwnerKey, Ticket]()
-        self.attempts = dict[OwnerKey, Attempt]()
-        self.since = monotonic()
-        self.queried = False
-        self.known = False
-        self.sources: Sources = ()
-        self.marks = list[int]()
-        self.whole = False
-        self._used: list[int] | None = None  # the marks up to which copies were issued
-        for at, data in enumerate(tickets):
-            named = Named.read(data)
-            if named is not None:
-                self.names[at] = named
-            else:
-                ticket = Ticket.read(data)
-                self.owners[ticket.address, ticket.epoch] = ticket
-
-    @property
-    def complete(self) -> bool:
-        """Return True if all rows of all offers are complete."""
-        pairs = zip(self.sources, self.marks, strict=False)  # the sources may have been released
-        return self.known and all(mark >= source.end for source, mark in pairs)
-
-    @property
-    def handshakes(self) -> list[str]:
-        """Return the addresses of owners whose handshake is under way."""
-        attempts = [*self.attempts.items()]
-        return [address for (address, _), attempt in attempts if not attempt.handle.done()]
-
-    def look_up(self, owners: Connections) -> None:
-        """Find offers in the tables of their owners."""
-        for at, named in [*self.names.items()]:
-            owner = owners.find(named.address, named.epoch)
-            if owner is not None and owner.names is not None:
-                ticket = owner.names.find(named.epoch, named.name)
-                if ticket:
-                    self.take(at, ticket)
-
-    def take(self, at: int, answer: bytes | int) -> None:
-        """Keep the ticket or the mark that an owner has sent for a place."""
-        if isinstance(answer, bytes):
-            self.tickets[at] = answer
-            del self.names[at]
-        else:
-            self.marks[at] = max(self.marks[at], answer)
-
-    def know(self, sources: Sources) -> None:
-        """Wait for no owner and no offer any more, but for the rows of these sources."""
-        self.attempts.clear()
-        self.marks = [0] * len(sources)
-        self.sources = sources
-        self.known = True
-
-    @property
-    def may_go_on(self) -> bool:
-        """Return True if the pull need not wait for what it knows now."""
-        if not self.known:
-            return not self.names and not self.owners
-        return self.complete or not (self.whole or self.marks == self._used)
-
-    def look(self) -> None:
-        """Wake the coroutine of the pull if it can go on; read the marks in shared memory before.
-
-        It wakes once for the same marks.
-        """
-        self.read_marks()
-        if self.may_go_on:
-            self.pull.go_on()
-
-    def read_marks(self) -> None:
-        """Read the marks in shared memory."""
-        for at, source in enumerate(self.sources):
-            if source.ticket.progress:
-                self.take(at, source.mark)
-
-    def take_marks(self) -> list[int]:
-        """Return the marks up to which copies are issued next."""
-        self._used = [*self.marks]
-        return self._used
 
 
 def known(error: BaseException, what: str = "The pull", cancelled: str = CANCELLED) -> PortaKVError:

@@ -40,7 +40,15 @@ from portakv.graph.meter import by_label
 from portakv.graph.trace import Figures, Spent, Trace, histograms
 from portakv.layout.encodings import Pack
 from portakv.migrate.channel import Channel
-from portakv.migrate.connections import ANY, Connections, OwnerKey, Source, Sources, closed_reader
+from portakv.migrate.connections import (
+    ANY,
+    Attempt,
+    Connections,
+    OwnerKey,
+    Source,
+    Sources,
+    closed_reader,
+)
 from portakv.migrate.crossed import AUTO, Encoding, pack_of
 from portakv.migrate.messages import (
     MOST_NAMES,
@@ -73,7 +81,6 @@ from portakv.migrate.pull import (
     LayerTransfer,
     PartTransfer,
     Pull,
-    Wanted,
     known,
 )
 from portakv.migrate.shards import Shard
@@ -200,6 +207,8 @@ class Housekeeper:
         self.finder: Finder | None = None
         self._most = LOOK  # seconds between two looks; less if a pull waits for a name or a mark
         self._pulls = dict[Pull, _Watched]()
+        #: The pulls that wait for owners, offers by name, or rows.
+        self.waiting = dict[Pull, LatePull]()
         self._busy: Until[str] = Until("owners that take no message", 1024)  # by address
         self._wakes = Wakes(self._runtime)
         self._parked = True
@@ -232,7 +241,7 @@ class Housekeeper:
         if tracing.chosen is not None:
             watched.span = tracing.begin()
         self._pulls.setdefault(pull, watched)
-        if self._parked or self.finished.started or pull.wanted is not None:
+        if self._parked or self.finished.started or pull in self.waiting:
             self.wake()
 
     def wake(self) -> None:
@@ -338,18 +347,18 @@ class Housekeeper:
     async def _find(self, pulls: list[Pull]) -> None:
         """Ask for the offers and marks that pulls wait for, and wake the coroutines of these
         pulls."""
-        waiting = list[Wanted]()
+        waiting = list[LatePull]()
         for pull in pulls:
-            wanted = pull.wanted
-            if wanted is None:
+            late = self.waiting.get(pull)
+            if late is None:
                 continue
             pull.look_at_copies()  # the coroutine of the pull does not
             if pull.over or self.leaves:
                 pull.go_on()
             else:
-                waiting.append(wanted)
+                waiting.append(late)
         self._most = PAUSE if waiting else LOOK
-        if any(wanted.known for wanted in waiting):
+        if any(late.known for late in waiting):
             self._most = PROMPT
         if self.finder is not None:
             await self.finder.look(waiting)
@@ -410,8 +419,8 @@ class Housekeeper:
             return
         third = _third(pull.sources)
         if not watched.begun and now >= watched.began + min(BEGIN, third):
-            wanted = pull.wanted  # a pull that waits has begun if only rows are not complete
-            watched.begun = wanted is None or (wanted.known and not wanted.complete)
+            late = self.waiting.get(pull)  # it has begun if only rows are not complete
+            watched.begun = late is None or (late.known and not late.complete)
             watched.renew = now + third
             for source in pull.sources if watched.begun else ():
                 await self._tell(source, Begin(source.ticket.epoch, source.ticket.offer))
@@ -715,25 +724,109 @@ class _Reach:
         return self.step.part(range(self.step.cut.dst.layers), begin, past - begin)
 
 
-class LatePull(Wanted):
-    """A pull that waits. Its copies are issued as its offers exist and become complete."""
+class LatePull:
+    """A pull that waits. Its copies are issued as its offers exist and become complete.
+
+    Raises `PeerError` for bytes that are not a ticket.
+
+    Attributes:
+        tickets: of the pull; those that are names are replaced when their offers exist.
+        names: the tickets that are still names, by their places.
+        owners: those of plain tickets that are not known to be connected, with a ticket of each.
+        attempts: the handshakes that the pull waits for.
+        since: when the pull was called.
+        queried: the owners have had the names in a request once.
+        sources: of the pull; none before its owners and offers are ``known``.
+        marks: the last known mark of each source.
+    """
 
     def __init__(
         self,
-        owners: Connections,
+        connections: Connections,
         housekeeper: Housekeeper,
         plan: Callable[[], Issuing],
         pull: Pull,
         tickets: list[bytes],
         options: CopyOptions,
     ) -> None:
-        super().__init__(pull, tickets)
-        self._connections = owners
+        self.pull = pull
+        self.tickets = tickets
+        self.names = dict[int, Named]()
+        self.owners = dict[OwnerKey, Ticket]()
+        self.attempts = dict[OwnerKey, Attempt]()
+        self.since = monotonic()
+        self.queried = False
+        self.known = False
+        self.sources: Sources = ()
+        self.marks = list[int]()
+        self._connections = connections
         self._housekeeper = housekeeper
         self._plan = plan
-        self.whole = not options.by_layer or options.max_gbps is not None
+        self._whole = not options.by_layer or options.max_gbps is not None
+        self._used: list[int] | None = None  # the marks up to which copies were issued
         self._issuing: Issuing | None = None
         self._reaches = list[_Reach]()
+        for at, data in enumerate(tickets):
+            named = Named.read(data)
+            if named is not None:
+                self.names[at] = named
+            else:
+                ticket = Ticket.read(data)
+                self.owners[ticket.address, ticket.epoch] = ticket
+
+    # --- what it waits for
+
+    @property
+    def complete(self) -> bool:
+        """Return True if all rows of all offers are complete."""
+        pairs = zip(self.sources, self.marks, strict=False)  # the sources may have been released
+        return self.known and all(mark >= source.end for source, mark in pairs)
+
+    def handshakes(self) -> list[str]:
+        """Return the addresses of owners whose handshake is under way."""
+        attempts = [*self.attempts.items()]
+        return [address for (address, _), attempt in attempts if not attempt.handle.done()]
+
+    def look_up(self) -> None:
+        """Find offers in the tables of their owners."""
+        for at, named in [*self.names.items()]:
+            owner = self._connections.find(named.address, named.epoch)
+            if owner is not None and owner.names is not None:
+                ticket = owner.names.find(named.epoch, named.name)
+                if ticket:
+                    self.take(at, ticket)
+
+    def take(self, at: int, answer: bytes | int) -> None:
+        """Keep the ticket or the mark that an owner has sent for a place."""
+        if isinstance(answer, bytes):
+            self.tickets[at] = answer
+            del self.names[at]
+        else:
+            self.marks[at] = max(self.marks[at], answer)
+
+    @property
+    def may_go_on(self) -> bool:
+        """Return True if the pull need not wait for what it knows now."""
+        if not self.known:
+            return not self.names and not self.owners
+        return self.complete or not (self._whole or self.marks == self._used)
+
+    def look(self) -> None:
+        """Wake the coroutine of the pull if it can go on; read the marks in shared memory before.
+
+        It wakes once for the same marks.
+        """
+        self.read_marks()
+        if self.may_go_on:
+            self.pull.go_on()
+
+    def read_marks(self) -> None:
+        """Read the marks in shared memory."""
+        for at, source in enumerate(self.sources):
+            if source.ticket.progress:
+                self.take(at, source.mark)
+
+    # --- the pull itself
 
     def plan(self, sources: Sources) -> None:
         """Plan the copies of the pull, whose sources are known; raise as `Reader.pull`."""
@@ -741,7 +834,10 @@ class LatePull(Wanted):
         self._issuing = self._plan()
         self._issuing.count_blocks()
         self._reaches = [_Reach(step) for step in self._issuing.plan]
-        self.know(sources)
+        self.attempts.clear()
+        self.marks = [0] * len(sources)  # before others see the sources
+        self.sources = sources
+        self.known = True
 
     async def run(self, sources: Sources | None) -> None:
         """Wait for the owners, the offers and the rows, and issue the copies; commit what has to
@@ -757,7 +853,8 @@ class LatePull(Wanted):
         device = self._connections.device
         # The present work of the caller's stream, which the host does not have.
         after = None if device.type == "cpu" else StreamFence(device)
-        pull.wanted = self
+        self._housekeeper.waiting[pull] = self
+        pull.handshakes = self.handshakes
         try:
             await Wait(until=0.0)  # the rest runs in the loop
             if not self.known:
@@ -769,7 +866,8 @@ class LatePull(Wanted):
                 await pull.changes.wait_for(self._goes_on)
                 await blocking().work(self._issue, after)
         finally:
-            pull.wanted = None
+            del self._housekeeper.waiting[pull]
+            pull.handshakes = tuple
         assert self._issuing is not None  # `plan` has set it
         if self._issuing.waits:
             await self._issuing.finish()
@@ -808,8 +906,8 @@ class LatePull(Wanted):
 
     def _parts(self) -> Iterator[Step]:
         """Yield the parts that have become complete, by the marks of the sources."""
-        marks = self.take_marks()
-        if self.whole and not self.complete:
+        marks = self._used = [*self.marks]
+        if self._whole and not self.complete:
             return
         for each in self._reaches:
             part = each.part(marks[each.step.cut.piece.owner])
@@ -1003,7 +1101,7 @@ class Reader:
         It does not if the pull of the last such call has not ended, so that many pulls that begin
         together need one request.
         """
-        late.look_up(self._owners)
+        late.look_up()
         owners = [*late.owners, *((one.address, one.epoch) for one in late.names.values())]
         if not all(self._owners.find(*owner) for owner in owners):
             return False
@@ -1182,7 +1280,7 @@ def incomplete(sources: Sources) -> bool:
 class _Asked(NamedTuple):
     """A name or an offer of a pull, of which only its owner can say more, and its place."""
 
-    wanted: Wanted
+    late_pull: LatePull
     at: int
     subject: Named | Ticket
 
@@ -1203,12 +1301,12 @@ class Finder:
             "owners of offers by name or with marks", 3072
         )
 
-    def find_now(self, wanted: Wanted) -> bool:
+    def find_now(self, late_pull: LatePull) -> bool:
         """Ask the owners of a pull's names, which are connected, and wait for a moment; return True
         if all offers exist. What else they answer, they answer again to `look`."""
-        by_owner = _names_by_owner([wanted])
+        by_owner = _names_by_owner([late_pull])
         late = any(self._asked.holds((owner, Named)) for owner in by_owner)
-        if late or len(wanted.names) > MOST_NAMES:
+        if late or len(late_pull.names) > MOST_NAMES:
             return False
         requests = [(owner[0], _request(owner[1], some)) for owner, some in by_owner.items()]
         kind: Any = Found | Answer
@@ -1220,28 +1318,28 @@ class Finder:
                 self._asked.hold((owner, Found), PAUSE, False)
                 for each, ticket in zip(some, answer.tickets, strict=True):
                     if ticket:
-                        wanted.take(each.at, ticket)
-        return not wanted.names
+                        late_pull.take(each.at, ticket)
+        return not late_pull.names
 
-    async def look(self, waiting: Sequence[Wanted]) -> None:
+    async def look(self, waiting: Sequence[LatePull]) -> None:
         """Connect to the owners of pulls that wait, ask for their names and marks, and wake the
         coroutines of pulls that can go on."""
         marks = defaultdict[OwnerKey, list[_Asked]](list)
-        for wanted in waiting:
-            for owner in [*wanted.owners]:
+        for late_pull in waiting:
+            for owner in [*late_pull.owners]:
                 if self._owners.find(*owner):
-                    del wanted.owners[owner]
+                    del late_pull.owners[owner]
                 else:
-                    self._connect(owner, wanted)
-            for at, (ticket, _, word) in enumerate(wanted.sources):
+                    self._connect(owner, late_pull)
+            for at, (ticket, _, word) in enumerate(late_pull.sources):
                 if word is None:  # also of complete offers, which may end meanwhile
-                    marks[ticket.address, ticket.epoch].append(_Asked(wanted, at, ticket))
+                    marks[ticket.address, ticket.epoch].append(_Asked(late_pull, at, ticket))
 
         due = {owner: some for owner, some in marks.items() if self.is_due(owner, Marked)}
         await self._ask(Found, self._due_names(_names_by_owner(waiting)))
         await self._ask(Marked, due)
-        for wanted in waiting:
-            wanted.look()
+        for late_pull in waiting:
+            late_pull.look()
 
     def _due_names(
         self, names: Mapping[OwnerKey, Sequence[_Asked]]
@@ -1253,31 +1351,31 @@ class Finder:
             anyone = owner[0], ANY  # also an owner of another epoch answers
             if not self._owners.find(*anyone):
                 for each in some:
-                    self._connect(anyone, each.wanted)
+                    self._connect(anyone, each.late_pull)
             elif self.is_due(owner, Found):
                 due[owner] = some
             elif self.is_due(owner, Found, first=True):
-                due[owner] = [each for each in some if not each.wanted.queried]
+                due[owner] = [each for each in some if not each.late_pull.queried]
         return due
 
-    def _connect(self, owner: OwnerKey, wanted: Wanted) -> None:
+    def _connect(self, owner: OwnerKey, late_pull: LatePull) -> None:
         """Connect to an owner that a pull waits for; stop the pull if that failed."""
         error: PortaKVError | None = None
-        attempt = wanted.attempts.get(owner)
+        attempt = late_pull.attempts.get(owner)
         if attempt is None:
-            wanted.attempts[owner] = self._owners.begin(owner)
+            late_pull.attempts[owner] = self._owners.begin(owner)
         elif attempt.handle.done():
-            del wanted.attempts[owner]
+            del late_pull.attempts[owner]
             # A pull does not end with a handshake that began before it: the next look begins
             # another. So does a pull whose owner's address has another epoch.
-            if attempt.began >= wanted.since:
+            if attempt.began >= late_pull.since:
                 error = attempt.error
-        if isinstance(error, OfferGone) and owner in wanted.owners:
+        if isinstance(error, OfferGone) and owner in late_pull.owners:
             # The owner answers. The pull gets the same answer when it begins, and the error names
             # its offer.
-            del wanted.owners[owner]
+            del late_pull.owners[owner]
         elif error is not None:
-            wanted.pull.stop(error)
+            late_pull.pull.stop(error)
 
     def is_due(self, owner: OwnerKey, kind: type, first: bool = False) -> bool:
         """Return True if an owner may get a question now.
@@ -1305,17 +1403,17 @@ class Finder:
             late = isinstance(answer, TransferTimeout)
             self._asked.hold((owner, kind), BUSY if late else PAUSE, late)
             for each in some:
-                each.wanted.queried = True
+                each.late_pull.queried = True
             if not late:
                 _take(answer, some)
 
 
-def _names_by_owner(waiting: Sequence[Wanted]) -> dict[OwnerKey, list[_Asked]]:
+def _names_by_owner(waiting: Sequence[LatePull]) -> dict[OwnerKey, list[_Asked]]:
     """Return the names that pulls wait for."""
     names = defaultdict[OwnerKey, list[_Asked]](list)
-    for wanted in waiting:
-        for at, named in wanted.names.items():
-            names[named.address, named.epoch].append(_Asked(wanted, at, named))
+    for late_pull in waiting:
+        for at, named in late_pull.names.items():
+            names[named.address, named.epoch].append(_Asked(late_pull, at, named))
     return names
 
 
@@ -1330,7 +1428,7 @@ def _take(answer: Any, some: Sequence[_Asked]) -> None:
     """Keep the tickets or marks of an answer; stop the pulls of offers that do not hold."""
     if isinstance(answer, Answer):
         for each in some:
-            each.wanted.pull.stop(each.subject.gone(answer.why))
+            each.late_pull.pull.stop(each.subject.gone(answer.why))
         return
     error = answer
     if isinstance(answer, Found | Marked):
@@ -1339,9 +1437,9 @@ def _take(answer: Any, some: Sequence[_Asked]) -> None:
         if len(some) == len(values) == len(answer.why):
             for each, value, why in zip(some, values, answer.why, strict=True):
                 if why:
-                    each.wanted.pull.stop(each.subject.gone(why))
+                    each.late_pull.pull.stop(each.subject.gone(why))
                 elif value:
-                    each.wanted.take(each.at, value)
+                    each.late_pull.take(each.at, value)
             return
         subjects, what = ("names", "tickets") if found else ("offers", "marks")
         error = PeerError(
@@ -1349,4 +1447,4 @@ def _take(answer: Any, some: Sequence[_Asked]) -> None:
             f"{len(answer.why)} reasons. Use one release on both sides."
         )
     for each in some:
-        each.wanted.pull.stop(error)
+        each.late_pull.pull.stop(error)

@@ -20,7 +20,7 @@ import torch
 from portakv.errors import PeerError, Unsupported
 from portakv.migrate.channel import Channel, Peer
 from portakv.migrate.staging import Chunks, retain, staging
-from portakv.migrate.transports import Transports
+from portakv.migrate.transports import check_transport, choose, forced
 from portakv.migrate.transports.base import Lane, Moving, MovingStage, Transport
 from portakv.runtime.bounded import Bounded
 from portakv.runtime.streams import StreamFence
@@ -192,8 +192,11 @@ class Lines:
         transport: the name of the only transport for readers; None: any.
         devices: of what the owner sends.
 
+    Raises `InvalidTerms` or `BackendUnavailable` for a transport that does not run here.
+
     Attributes:
         device: of all that the owner sends, or the host if that is on several devices.
+        forced: the name of the only transport, also if the environment forces it; None: any.
         buffer_bytes: the most bytes of a staging buffer; a subclass sets it.
     """
 
@@ -205,7 +208,9 @@ class Lines:
         self._devices = {*devices}
         (first, *others) = devices
         self.device = torch.device("cpu") if others else first
-        self.transports = Transports(transport, self.device)
+        check_transport(transport, self.device)
+        self.forced = forced(transport)
+        self._transports = dict[str, Transport]()  # each made once, for a device or the host
         #: Buffers on the host are pinned for it.
         accelerators = [each for each in devices if each.type != "cpu"]
         self._accelerator = min(accelerators, key=str, default=None)
@@ -232,7 +237,9 @@ class Lines:
                 self.forget(*key)
             self._turn.forget_results()
             self._tasks.end()
-        self.transports.close()
+        for transport in self._transports.values():
+            transport.close()
+        self._transports.clear()
 
     def _choose(self, name: str, device: torch.device, remote: str) -> Transport:
         """Return the transport that a reader requests, for buffers on the device of both sides or
@@ -240,11 +247,14 @@ class Lines:
 
         Raises `Unsupported` or `BackendUnavailable` if there is no such transport.
         """
-        forced = self.transports.forced
-        if forced not in (None, name):
+        if self.forced not in (None, name):
             why = f"the reader uses {name!r}; pass both the same transport="
-            raise Unsupported(f"The owner's transport {forced!r}", why)
-        return self.transports.choose(name, device, remote)
+            raise Unsupported(f"The owner's transport {self.forced!r}", why)
+        if remote.partition(" ")[0] != device.type:
+            device = torch.device("cpu")
+        key = f"{name} {device}"
+        transport = self._transports[key] = self._transports.get(key) or choose(device, name)
+        return transport
 
     def _add(self, line: Line, peer: Peer, id: bytes = b"") -> None:
         """Keep the line of an agreement until `forget`, or until the reader is gone."""

@@ -19,7 +19,7 @@ from portakv.runtime.bounded import Bounded
 from portakv.runtime.rate_limited_log import RateLimitedLog
 from portakv.runtime.streams import ignoring_captures
 from portakv.runtime.transfer import Transfer
-from portakv.view import Index, KVView
+from portakv.view import KVView
 
 _PARTS = 64  # slices of a view that the view retains
 _CHUNKS = 8  # forms of chunks that a staging buffer retains
@@ -100,13 +100,6 @@ def part_of(view: KVView, layers: slice, heads: slice | None = None) -> KVView:
     key = layers.start, layers.stop, heads and (heads.start, heads.stop)
     part = made.get(key) or view.slice(layers=layers, heads=heads)
     return part if part is view else made.setdefault(key, part)  # a view does not cache itself
-
-
-class Rows(NamedTuple):
-    """Rows of a view."""
-
-    view: KVView
-    ids: Index
 
 
 class Slots(NamedTuple):

@@ -25,6 +25,7 @@ from portakv.runtime import tracing
 from portakv.runtime.bounded import Bounded
 from portakv.serving.groups import Group
 from portakv.serving.handover import Endpoint, Tickets
+from portakv.serving.local import KeptPrefix
 from portakv.serving.plan import (
     NO_HANDOVERS,
     NO_PLAN,
@@ -69,16 +70,6 @@ class Index(Protocol):
     @property
     def losses(self) -> int:
         """Return a number that changes if a block may have been lost."""
-
-
-class Kept(Protocol):
-    """Blocks of a request that a load cannot miss until `release`."""
-
-    def count(self) -> int | None:
-        """Return how many leading blocks these are; None while they are read from a disk."""
-
-    def release(self) -> None:
-        """Keep them no longer. A second call does nothing."""
 
 
 class BlockHolder(Protocol):
@@ -145,7 +136,7 @@ class _Request:
     limit: int = maxsize
     promised: int = 0
     load: Job | PullJob | None = None
-    kept: tuple[Kept, Keys] | None = None
+    kept: tuple[KeptPrefix, Keys] | None = None
     remote: RemoteRows | None = None
     offered: bool = False
     reading: set[int] = field(default_factory=set)
@@ -232,7 +223,7 @@ class SchedulerSide:
         index: Index | None,
         now: Callable[[], float] = time.monotonic,
         holder: BlockHolder | None = None,
-        keep: Callable[[Keys, int], Kept] | None = None,
+        keep: Callable[[Keys, int], KeptPrefix] | None = None,
     ) -> None:
         for group in groups:
             group.check(block_size)
@@ -575,7 +566,7 @@ class SchedulerSide:
         return count if sound == count else index.leading(offered[:sound], first)
 
     def _kept(
-        self, keep: Callable[[Keys, int], Kept], state: _Request, first: int, count: int
+        self, keep: Callable[[Keys, int], KeptPrefix], state: _Request, first: int, count: int
     ) -> int | None:
         """Keep so many stored blocks of a waiting request from one on, in place of those that were
         kept for it; return how many are kept, or None as `leading` does."""

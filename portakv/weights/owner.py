@@ -110,12 +110,11 @@ class Published:
             self.why_not_mapped = str(error)
         #: What readers list, before checksums.
         self._listed = [*self._weights.items.items(), *(x.handle for x in self._regions)]
-        self._sums = Checksums(self._weights)
         self.ticket = sealed(
             WeightsTicket(
                 channel.address,
                 self._id,
-                self._lanes.transports.forced or "",
+                self._lanes.forced or "",
                 where(self._lanes.device),
                 self.why_not_mapped[:1024],
                 self._lanes.buffer_bytes,
@@ -126,7 +125,7 @@ class Published:
     def _serve(self) -> None:
         """Answer on the channel, and end the lanes of the publication before, which no longer
         answers."""
-        self._sums.of(self._weights.version())  # a helper begins
+        self._weights.sums(self._weights.version())  # a helper begins
         channel = self._channel
         channel.serve(AskWeights, self._answer)
         channel.serve(Connect, partial(self._answer_reader, self._lanes.connect))
@@ -193,7 +192,7 @@ class Published:
         if self._is_gone(request.id):
             return Weights("gone")
         if request.again:
-            self._sums.forget()
+            self._weights.forget_sums()
         version = self._weights.version()
         first = request.first - len(self._listed)
         # Torch counts no replacement. The end of a pull decides; the request for checksums finds
@@ -210,7 +209,7 @@ class Published:
         # At the begin a helper begins to compute them, unless they are there.
         sums: Sequence[int] | None = ()
         if request.begin or request.boxes or first >= 0:
-            sums = self._sums.of(version, request.boxes)
+            sums = self._weights.sums(version, request.boxes)
         if sums is None and not request.begin:
             return Weights("busy", version)
         if first < 0 and not request.boxes:
@@ -256,7 +255,7 @@ class Published:
 
     def _close(self) -> None:
         self._closed = True
-        self._sums.forget()
+        self._weights.forget_sums()
         self._channel.free(_PUBLICATION, self)
         self._lanes.close()
         for region in self._regions:
@@ -506,7 +505,7 @@ class Update:
 
 
 class Versioned:
-    """Published tensors with their descriptions, and the number of their version."""
+    """Published tensors with their descriptions, the number of their version, and checksums."""
 
     def __init__(self, parameters: dict[str, Parameter], items: dict[str, Item]) -> None:
         self.parameters = parameters
@@ -516,6 +515,7 @@ class Versioned:
         self._memory = forms_of(self._tensors())
         # Updates in progress; weak, because the end of an update may be interrupted.
         self.updates = WeakSet[Update]()
+        self._turn = Turn()  # one computation of checksums at a time
 
     def _tensors(self) -> list[torch.Tensor]:
         """Return the tensors; none once the publication was closed."""
@@ -562,19 +562,10 @@ class Versioned:
             what = f"Expected numbers below {len(tensors)}, got others. Pull again."
             raise LayoutError(what) from None
 
-
-class Checksums:
-    """The checksums of published weights, computed once for each version by helpers.
-
-    One thread at a time calls it.
-    """
-
-    def __init__(self, weights: Versioned) -> None:
-        self._weights = weights
-        self._turn = Turn()  # one computation at a time
-
-    def of(self, version: int, numbered: Sequence[tuple[int, Box]] = ()) -> list[int] | None:
+    def sums(self, version: int, numbered: Sequence[tuple[int, Box]] = ()) -> list[int] | None:
         """Return the checksums of boxes of numbered items, or of all boxes of all items in order.
+
+        Helpers compute them once for each version. One thread at a time calls this method.
 
         None: a helper computes them, or the weights have changed meanwhile. Raises the error of the
         computation, such as `LayoutError` for a wrong number.
@@ -584,12 +575,12 @@ class Checksums:
 
     def _compute(self, version: int, numbered: Sequence[tuple[int, Box]]) -> list[int]:
         """Return checksums, each memory's computed once; none if no pull can use them."""
-        if self._weights.version() != version:
+        if self.version() != version:
             return []
         places = list[int]()
         numbers = dict[object, int]()
         boxes = list[tuple[torch.Tensor, Box]]()
-        for tie, tensor, box in self._weights.boxes(numbered):
+        for tie, tensor, box in self.boxes(numbered):
             number = numbers.setdefault((tie, box), len(boxes))
             places.append(number)
             if number == len(boxes):
@@ -597,7 +588,7 @@ class Checksums:
         sums = checksums(boxes)
         return [sums[number] for number in places]
 
-    def forget(self) -> None:
+    def forget_sums(self) -> None:
         """Compute all checksums anew when they are next requested."""
         self._turn.forget_results()
 

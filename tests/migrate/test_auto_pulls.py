@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from contextlib import closing
 from math import inf
 from pathlib import Path
 from types import SimpleNamespace
@@ -24,8 +25,8 @@ from portakv.migrate import Channel, Owner, Reader, Shard
 from portakv.migrate.connections import PullHistory
 from portakv.migrate.crossed import PullStatistics
 from portakv.migrate.messages import Answer, BoxPart, Choose, Chosen
+from portakv.migrate.owner import Gathers, RetainedSample
 from portakv.migrate.pull import Pull
-from portakv.migrate.staged_owner import LateAnswers, RetainedSample
 
 INTO = [6, 1, 4, 2, 9]
 #: 10^9 bytes of raw rows a second, declared: rows of a CPU stay raw by the measured rates.
@@ -54,7 +55,7 @@ def samples(monkeypatch: pytest.MonkeyPatch) -> list[Sample]:
     def rated(view: KVView, pack: Pack | None, link: float, _: object) -> EncodingChoice:
         return rated_choice(view, pack, link, PACKING)
 
-    where = "portakv.migrate.staged_owner"
+    where = "portakv.migrate.owner"
     monkeypatch.setattr(f"{where}.stays_raw", lambda view, pack, _: stays_raw(view, pack, PACKING))
     monkeypatch.setattr(f"{where}.rated_choice", rated)
     monkeypatch.setattr(f"{where}.Sample", sampled)
@@ -270,7 +271,7 @@ def test_the_rate_of_packing_is_measured_for_whole_shards(
             measured.append(view.layers)
         return rated_choice(view, pack, link, PACKING)
 
-    monkeypatch.setattr("portakv.migrate.staged_owner.rated_choice", rated)
+    monkeypatch.setattr("portakv.migrate.owner.rated_choice", rated)
     layer_by_layer(Both(made, Raw(), Raw(fill=0.0)))
     assert measured == [LAYERS] * LAYERS
 
@@ -329,7 +330,7 @@ def test_a_sample_is_kept(made: Sides, samples: list[Sample]) -> None:
 def test_another_sample_follows_many_bytes(
     made: Sides, samples: list[Sample], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("portakv.migrate.staged_owner.SAMPLE_AGAIN", RAW_BYTES)
+    monkeypatch.setattr("portakv.migrate.owner.SAMPLE_AGAIN", RAW_BYTES)
     both = Both(made, Raw(), Raw(fill=0.0))
     both.figures(SLOW)
     randomize(both.src)
@@ -493,7 +494,7 @@ def chosen(text: str) -> Chosen:
 def test_a_choice_that_the_reader_does_not_know_leads_to_raw_rows(
     made: Sides, samples: list[Sample], monkeypatch: pytest.MonkeyPatch, text: str
 ) -> None:
-    monkeypatch.setattr(LateAnswers, "choose", lambda *_: chosen(text))
+    monkeypatch.setattr(Gathers, "choose", lambda *_: chosen(text))
     seen = Both(made, Raw(), Raw(fill=0.0)).figures(SLOW)
     assert not seen.packed
     assert seen.raw_because.startswith(f"the owner chose {text!r}: ")
@@ -502,7 +503,7 @@ def test_a_choice_that_the_reader_does_not_know_leads_to_raw_rows(
 def test_raw_rows_have_a_reason_if_their_owner_gives_none(
     made: Sides, samples: list[Sample], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(LateAnswers, "choose", lambda *_: Chosen("done"))
+    monkeypatch.setattr(Gathers, "choose", lambda *_: Chosen("done"))
     seen = Both(made, Raw(), Raw(fill=0.0)).figures(SLOW)
     assert (seen.packed, seen.raw_because) == (False, "the owner gave no reason")
 
@@ -513,12 +514,12 @@ def test_an_owner_that_takes_no_sample_sends_raw_rows(
     def fails(*_: object) -> None:
         raise torch.OutOfMemoryError("no memory")
 
-    monkeypatch.setattr("portakv.migrate.staged_owner.Sample", fails)
+    monkeypatch.setattr("portakv.migrate.owner.Sample", fails)
     both = Both(made, Raw(), Raw(fill=0.0))
     seen = both.figures(SLOW)
     assert not seen.packed
     assert "No sample was taken: no memory" in seen.raw_because
-    monkeypatch.setattr("portakv.migrate.staged_owner.Sample", Sample)
+    monkeypatch.setattr("portakv.migrate.owner.Sample", Sample)
     assert both.figures(SLOW).packed
 
 
@@ -527,7 +528,7 @@ def test_an_owner_that_stays_busy_sends_raw_rows(
     made: Sides, samples: list[Sample], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("portakv.migrate.staged_reader.PATIENCE", 0.1)
-    monkeypatch.setattr(LateAnswers, "choose", lambda *_: Answer("busy", seconds=1e-3))
+    monkeypatch.setattr(Gathers, "choose", lambda *_: Answer("busy", seconds=1e-3))
     seen = Both(made, Raw(), Raw(fill=0.0)).figures(SLOW)
     assert not seen.packed
     assert seen.raw_because.startswith("the owner made no choice: ")
@@ -536,10 +537,11 @@ def test_an_owner_that_stays_busy_sends_raw_rows(
 
 @pytest.mark.parametrize(("first", "count"), [(3, 16), (16, 15)])
 def test_an_owner_refuses_a_choice_for_parts_of_blocks(first: int, count: int) -> None:
-    answers = LateAnswers(cast("Any", None))  # nothing is computed
     request = Choose(bytes(16), bytes(16), BoxPart(0, (0, 2), (0, 4), first, count), 1.0)
-    with pytest.raises(LayoutError, match="whole blocks"):
-        answers.choose(request, cast("Any", SimpleNamespace(shards=[Shard(Raw().view)])))
+    with closing(Channel()) as channel:
+        gathers = Gathers(channel, 1 << 20, None, torch.device("cpu"))  # nothing is computed
+        with pytest.raises(LayoutError, match="whole blocks"):
+            gathers.choose(request, cast("Any", SimpleNamespace(shards=[Shard(Raw().view)])))
 
 
 def test_a_kept_reason_needs_no_sample() -> None:

@@ -18,7 +18,7 @@ from support.waits import LIMIT, until
 from portakv.errors import InvalidTerms, PeerError, TransferError, Unsupported
 from portakv.migrate.channel import Channel, Peer
 from portakv.migrate.messages import Answer, Gather, Hello, Message, Stop
-from portakv.migrate.staged_owner import Gathers
+from portakv.migrate.owner import Gathers
 from portakv.migrate.transports import TRANSPORTS
 from portakv.migrate.transports.distributed import Join, rendezvous
 from portakv.migrate.transports.onesided import Taken, There, Where
@@ -190,14 +190,14 @@ def test_only_the_memory_that_slots_have_now_is_registered(
         assert both.right()
     (connection,) = both.reader._owners._owners.values()
     carrier: Any = connection.staging.transport
-    transport: Any = both.owner._gathers.transports.choose("other", torch.device("cpu"), "cpu")
+    lines = both.owner._gathers._lines.values()
+    transport: Any = next(iter(lines)).transport
 
     def only_these() -> bool:  # the next buffer releases what a buffer had before it grew
         both.pull(both.offer()).synchronize(LIMIT)
         free = [*connection.staging.buffers]
         memory = [buffer.memory for buffer in free]
         local = {(x.data_ptr(), x.nbytes) for x in memory if x.nbytes}
-        lines = both.owner._gathers._lines.values()
         used = [buffer.memory for line in lines for buffer in line.buffers.values()]
         remote = {(x.data_ptr(), x.nbytes) for x in used}
         remote = {(min(remote)[0], SMALL)} if once else remote
@@ -322,7 +322,7 @@ def test_all_parts_of_an_offer_share_the_ids(made: Sides) -> None:
     send = Gathers.send
 
     def sent(self: Gathers, peer: Peer, gather: Any, offered: Any) -> Answer:
-        gathered.extend(offered.rows(part).ids for part in gather.parts)
+        gathered.extend(offered.rows(part)[1] for part in gather.parts)
         return send(self, peer, gather, offered)
 
     with pytest.MonkeyPatch.context() as patch:

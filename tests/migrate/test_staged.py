@@ -23,9 +23,8 @@ from portakv.errors import OfferGone, PeerError, TransferCancelled, TransferErro
 from portakv.migrate.channel import Channel
 from portakv.migrate.connections import StagingBuffer
 from portakv.migrate.messages import MOST_PARTS, Answer, BoxPart, Gather, Renew, Stop, Ticket
-from portakv.migrate.owner import Owner
+from portakv.migrate.owner import Gathers, Owner
 from portakv.migrate.staged_lanes import BUFFERS, MOST_WAITING
-from portakv.migrate.staged_owner import Gathers
 from portakv.migrate.staged_reader import BATCH, StagedReceiver
 from portakv.migrate.transports.base import Moving, MovingStage
 from portakv.migrate.transports.distributed import Join

@@ -155,7 +155,7 @@ def test_tenants_get_nothing_of_each_other(
 ) -> None:
     """Without the zeros the second tenant gets bytes of the first one."""
     if not guarded:
-        for module in ("staged_lanes", "staged_owner"):
+        for module in ("staged_lanes", "owner"):
             monkeypatch.setattr(f"portakv.migrate.{module}.zero", lambda memory: None)
     leaked = leaks(monkeypatch, device, "table", 12, seed=1)
     assert leaked == 0 if guarded else leaked > 0
@@ -168,7 +168,7 @@ def test_tenants_get_nothing_of_each_other_in_thousands_of_pulls(
     monkeypatch: pytest.MonkeyPatch, transport: str, guarded: bool
 ) -> None:
     if not guarded:
-        for module in ("staged_lanes", "staged_owner"):
+        for module in ("staged_lanes", "owner"):
             monkeypatch.setattr(f"portakv.migrate.{module}.zero", lambda memory: None)
     pulls = 2000 if guarded else 50
     leaked = leaks(monkeypatch, torch.device("cpu"), transport, pulls, seed=2)

@@ -31,7 +31,7 @@ from portakv.errors import LayoutError, OfferGone, PeerError
 from portakv.weights import Parameter, prepare_weights, publish, pull_weights
 from portakv.weights import owner as owners
 from portakv.weights.messages import Weights
-from portakv.weights.owner import Checksums, Versioned, checksums
+from portakv.weights.owner import Versioned, checksums
 from portakv.weights.parameters import Box, items_of
 from portakv.weights.plan import copy_pairs
 from portakv.weights.pull import publications
@@ -217,26 +217,24 @@ def test_checksums_in_progress_are_not_used_after_they_were_refused(
         return sums
 
     monkeypatch.setattr(owners, "checksums", slow)
-    sums = Checksums(weights)
     version = weights.version()
-    assert sums.of(version) is None
+    assert weights.sums(version) is None
     assert computed.wait(LIMIT)
     tensor.numpy()[:] = 7
-    sums.forget()
+    weights.forget_sums()
     go_on.set()
-    assert repeated(lambda: sums.of(version)) == checksums([(tensor, Box((0,), (0,), (4,)))])
+    assert repeated(lambda: weights.sums(version)) == checksums([(tensor, Box((0,), (0,), (4,)))])
 
 
 def test_checksums_of_another_version_are_not_computed() -> None:
     """A worker finds that the weights have changed since the request."""
     tensor = torch.arange(4)
     weights = weights_of(tensor)
-    sums = Checksums(weights)
     old = weights.version()
     tensor.fill_(7)
-    assert sums.of(old) is None
-    assert repeated(lambda: sums.of(weights.version()))  # computed after the others
-    assert sums.of(old) is None
+    assert weights.sums(old) is None
+    assert repeated(lambda: weights.sums(weights.version()))  # computed after the others
+    assert weights.sums(old) is None
 
 
 def test_checksums_of_parts_are_not_used_after_they_were_refused() -> None:
@@ -244,12 +242,12 @@ def test_checksums_of_parts_are_not_used_after_they_were_refused() -> None:
     tensor = torch.arange(4)
     box = Box((0,), (0,), (3,))
     boxes = [(0, box)]
-    sums = Checksums(weights_of(tensor))
-    sums.of(0, boxes)
-    repeated(lambda: sums.of(0))  # computed after the others
+    weights = weights_of(tensor)
+    weights.sums(0, boxes)
+    repeated(lambda: weights.sums(0))  # computed after the others
     tensor.numpy()[:] = 7
-    sums.forget()
-    assert repeated(lambda: sums.of(0, boxes)) == checksums([(tensor, box)])
+    weights.forget_sums()
+    assert repeated(lambda: weights.sums(0, boxes)) == checksums([(tensor, box)])
 
 
 def repeated(request: Callable[[], T | None]) -> T:

@@ -240,9 +240,9 @@ def test_engines_do_not_wait_for_offers_that_do_not_come(how: str, sides: ExitSt
     dst.pull([src.ticket(names[0])], range(5))
     ((_, waiting),) = dst.handover.pulling
     assert waiting is not None
-    wanted = waiting.wanted
-    assert wanted is not None
-    assert until(lambda: wanted.queried, LIMIT)
+    assert dst.handover.reader is not None
+    late = dst.handover.reader._housekeeper.waiting[waiting]
+    assert until(lambda: late.queried, LIMIT)
     assert not dst.step().loaded
     if how == "refused":
         src.offer(names[0], [0, 99, 1, 2, 3])

@@ -99,38 +99,6 @@ def choose(device: torch.device, name: str | None = None) -> Transport:
     return transport
 
 
-class Transports:
-    """The transports of an owner to readers, each made once, for a device or the host.
-
-    Args:
-        name: of the only transport for readers; None: any. ``forced`` is its name, or that which
-            the environment forces.
-        device: of the owner's rows.
-
-    Raises as `check_transport`.
-    """
-
-    def __init__(self, name: str | None, device: torch.device) -> None:
-        check_transport(name, device)
-        self.forced = forced(name)
-        self._made = dict[str, Transport]()
-
-    def choose(self, name: str, device: torch.device, remote: str) -> Transport:
-        """Return a transport for buffers on the device of both sides, or on the host; raise as
-        `choose`. ``remote``: the reader's device, by `shared_memory.where`."""
-        if remote.partition(" ")[0] != device.type:
-            device = torch.device("cpu")
-        key = f"{name} {device}"
-        transport = self._made[key] = self._made.get(key) or choose(device, name)
-        return transport
-
-    def close(self) -> None:
-        """Close all. Any thread may call it."""
-        for transport in self._made.values():
-            transport.close()
-        self._made.clear()
-
-
 def choose_between(device: torch.device, remote: str, name: str | None = None) -> Transport:
     """Return the transport for buffers between a device and an owner's device, or on the host.
 
