@@ -68,6 +68,34 @@ class Turn:
         self.place: Wait | None = None  # for one
 
 
+class Rate:
+    """The times at which work may begin, at most ``gbps`` 10^9 bytes of it a second; None: at any
+    rate.
+
+    Args:
+        now: returns the time in seconds.
+
+    Attributes:
+        next: the time from which more work may begin.
+    """
+
+    def __init__(self, gbps: float | None, now: Callable[[], float] = monotonic) -> None:
+        self._seconds_per_byte = 1e-9 / gbps if gbps else 0.0
+        self._now = now
+        self.next = 0.0
+
+    def left(self) -> float:
+        """Return the seconds until more work may begin; 0 if it may."""
+        return max(0.0, self.next - self._now())
+
+    def start(self, nbytes: int) -> None:
+        """Note that work of so many bytes begins now, or as soon as it may."""
+        now = self._now()
+        needs = nbytes * self._seconds_per_byte
+        # Late work may catch up by its own time: clocks oversleep. More would be a burst.
+        self.next = needs + (max(self.next, now - needs) if self.next else now)
+
+
 class Limit:
     """At most ``width`` coroutines work at a time. The one whose work is due first begins next.
 
@@ -85,8 +113,7 @@ class Limit:
         self._free = width
         self._background = 0  # turns of the background that have a place
         self._alone = 0  # those of them that run alone
-        self._seconds_per_byte = 1e-9 / gbps if gbps else 0.0
-        self._next = 0.0  # the time at which the rate allows more work
+        self._rate = Rate(gbps, runtime.time)
         self._delayed = False  # a coroutine waits until then
         self._number = 0
         # Turns that wait, by due time and number: of the background, those of it that run alone,
@@ -156,14 +183,11 @@ class Limit:
             if wait is None or wait.woken:  # it has given up, or this is its former entry
                 heappop(heap)
                 continue
-            now = self._runtime.time()
-            if self._next > now:
+            if self._rate.left():
                 self._delay()
                 return
             heappop(heap)
-            # Late work may catch up by its own time: clocks oversleep. More would be a burst.
-            needs = turn.nbytes * self._seconds_per_byte
-            self._next = needs + (max(self._next, now - needs) if self._next else now)
+            self._rate.start(turn.nbytes)
             self._free -= 1
             if turn.background:
                 self._background += 1
@@ -189,7 +213,7 @@ class Limit:
             self._runtime.start(self._begin_later())
 
     async def _begin_later(self) -> None:
-        await Wait(until=self._next)
+        await Wait(until=self._rate.next)
         self._delayed = False
         self._begin()
 
@@ -530,6 +554,18 @@ class Handle(End[T]):
             self.step(self._steps.send, None)
         else:
             self._runtime.call_soon(self.step, self._steps.send, None)
+
+    def begin_to_work(self, error: type[PortaKVError]) -> None:
+        """Have a helper do the work with which the coroutine begins, and go on with it.
+
+        Any thread may call it, also the main thread: the first step makes only the `Work`. Raises
+        ``error`` if the system gives no thread.
+        """
+        work = self._steps.send(None)
+        self._runtime.note_work(self)
+        if not hand_over(partial(_serve, self, work)):
+            self.discard()
+            raise error(f"Expected to start a helper, but {resources.NO_THREAD}.")
 
     def follow(self, wait: Wait) -> None:
         """Have the loop go on after the first wait of a coroutine.
