@@ -25,7 +25,7 @@ from heapq import heappop, heappush
 from math import ceil
 from socket import socket
 from threading import get_ident
-from time import monotonic
+from time import monotonic, perf_counter
 from typing import Any, Generic, Literal, TypeAlias, TypeVar
 from weakref import WeakSet
 
@@ -252,6 +252,11 @@ WRITE = select.POLLOUT
 HANGUP = 0
 #: Seconds after which a thread notices an interrupt that came just before it began to wait.
 LOOK = 0.2
+#: Seconds for which a long step may hold the lock. Its parts run together until then, since a
+#: thread that sleeps may wait 5 ms for the interpreter.
+HOLD = 1e-3
+#: Seconds of `Runtime.breathe`, in which a thread wakes that sleeps on the lock.
+YIELD = 2e-4
 #: Seconds for which the end of the interpreter waits for work that blocks.
 EXIT = 10.0
 
@@ -549,11 +554,12 @@ class Handle(End[T]):
         self._cancelled = False
 
     def begin(self) -> None:
-        """Make the first step here, or in the loop for the main thread."""
-        if not interruptible() or self._runtime.runs_here:
+        """Make the first step here, or in the loop for the main thread without the lock."""
+        runtime = self._runtime
+        if not interruptible() or runtime.runs_here or runtime.lock._is_owned():
             self.step(self._steps.send, None)
         else:
-            self._runtime.call_soon(self.step, self._steps.send, None)
+            runtime.call_soon(self.step, self._steps.send, None)
 
     def begin_to_work(self, error: type[PortaKVError]) -> None:
         """Have a helper do the work with which the coroutine begins, and go on with it.
@@ -958,10 +964,24 @@ class Runtime:
             if poll.poll(1e3 * left if left >= 0 else None):
                 wait.woken = True
 
+    def change(self, work: Callable[[], T], undo: Callable[[T], object] | None = None) -> T:
+        """Return ``work()``, run as a step where no interrupt reaches it.
+
+        If the caller is interrupted, ``undo(result)`` reverts it (see `uninterrupted`). A thread
+        that has the lock runs ``work`` itself. Coroutines go on that wait for what it ended.
+        """
+
+        def step() -> T:
+            with self.step:
+                return work()
+
+        return step() if self.lock._is_owned() else uninterrupted(step, undo)
+
     def start(self, steps: Steps[T], locked: bool = True) -> Handle[T]:
         """Run a coroutine here until its first wait, then in the loop; return its end.
 
-        The main thread, where an interrupt may cut a step in two, leaves all steps to the loop.
+        The main thread, where an interrupt may cut a step in two, leaves all steps to the loop,
+        unless it has the lock.
 
         Args:
             locked: False for a coroutine that changes no state which other threads change, and
@@ -970,6 +990,15 @@ class Runtime:
         handle = Handle(self, steps, locked)
         handle.begin()
         return handle
+
+    async def breathe(self, since: float) -> float:
+        """Let others take the lock if it was held for `HOLD` seconds since a time of
+        `time.perf_counter`, so that a long step delays no urgent work; return the time since which
+        it is held."""
+        if perf_counter() < since + HOLD:
+            return since
+        await Wait(until=self.time() + YIELD)
+        return perf_counter()
 
     async def together(self, some: Sequence[Steps[T]]) -> list[T]:
         """Run coroutines at the same time, and return their results: the last one here, so by the
