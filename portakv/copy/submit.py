@@ -37,7 +37,7 @@ from portakv.plan.plan import Move, check_disjoint
 from portakv.registry.prepared import bring
 from portakv.registry.registry import Choice, choose
 from portakv.runtime.devices import capturing, inside, refuse_capture
-from portakv.runtime.streams import awaited_asleep, ignore_captures_elsewhere, own_stream
+from portakv.runtime.streams import awaited_asleep, ignoring_captures, own_stream
 from portakv.runtime.transfer import Transfer
 
 
@@ -266,10 +266,9 @@ def _inside(move: Move, choice: Choice, stream: torch.Stream | None) -> Iterator
     """Make a stream and its device the current ones, and put the ids on the device."""
     device = choice.backend.device
     indices = (move.src_index, move.dst_index)
-    ignore_captures_elsewhere(device)
     half = choice.backend.half if isinstance(choice.backend, Strategy) else choice
     dtypes = half.can.index_dtypes
-    with inside(stream):
+    with ignoring_captures(device), inside(stream):
         bring(indices, device, dtypes)
         for index in indices:
             if index.ids is not None:
