@@ -774,16 +774,6 @@ class Handle(Transfer):
         if self._ends:
             self._finish()
 
-    def _await_end(self, seconds: float) -> None:
-        """Sleep until helpers have ended their part, then poll for copies that were issued.
-
-        Polls alone would take the interpreter from the helpers: 0.3 ms of a load of 2 MiB.
-        """
-        until = time.monotonic() + arguments.seconds("timeout", seconds, optional=True)
-        for end in self._ends:
-            end.wait(max(0.0, until - time.monotonic()))
-        super()._await_end(max(0.0, until - time.monotonic()))
-
     def _finish(self) -> None:
         if self._ended is None:
             self._ended = time.perf_counter()

@@ -33,7 +33,14 @@ from portakv.errors import PortaKVError, TransferError, TransferTimeout
 from portakv.runtime import resources
 from portakv.runtime.bounded import Bounded
 from portakv.runtime.devices import this_process
-from portakv.runtime.interrupts import abandoned, hand_over, interruptible, locked, uninterrupted
+from portakv.runtime.interrupts import (
+    LOOK,
+    abandoned,
+    hand_over,
+    interruptible,
+    locked,
+    uninterrupted,
+)
 from portakv.runtime.transfer import reported
 
 # ------------------------------------------------------------------------------------------------
@@ -250,8 +257,6 @@ READ = select.POLLIN
 WRITE = select.POLLOUT
 #: The end of a connection, which the system reports without interest in any other event.
 HANGUP = 0
-#: Seconds after which a thread notices an interrupt that came just before it began to wait.
-LOOK = 0.2
 #: Seconds for which a long step may hold the lock. Its parts run together until then, since a
 #: thread that sleeps may wait 5 ms for the interpreter.
 HOLD = 1e-3

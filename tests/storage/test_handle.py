@@ -164,6 +164,8 @@ class Counting:
     def __init__(self, task: Any) -> None:
         self.task = task
         self.polls = 0
+        self.on_end = task.on_end
+        self.off_end = task.off_end
 
     def done(self) -> bool:
         """Return whether the task has ended."""
