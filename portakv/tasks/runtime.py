@@ -561,7 +561,7 @@ class Handle(End[T]):
     def begin(self) -> None:
         """Make the first step here, or in the loop for the main thread without the lock."""
         runtime = self._runtime
-        if not interruptible() or runtime.runs_here or runtime.lock._is_owned():
+        if runtime.lock._is_owned() or not interruptible() or runtime.runs_here:
             self.step(self._steps.send, None)
         else:
             runtime.call_soon(self.step, self._steps.send, None)

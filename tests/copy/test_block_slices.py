@@ -30,7 +30,7 @@ from support.small_backends import small_backend
 from support.threads import interrupting, run_threads
 from support.waits import LIMIT
 
-from portakv import Index, KVView, LateErrors, copy_blocks, register_backend
+from portakv import BlockTransfer, Index, KVView, LateErrors, copy_blocks, register_backend
 from portakv.copy import submit as block_slices
 from portakv.copy.slices import WINDOW
 from portakv.errors import SlotError, TransferCancelled, TransferError
@@ -175,6 +175,21 @@ def test_a_transfer_keeps_its_rate() -> None:
     assert statistics.seconds is not None
     assert statistics.seconds >= 15 / 16 * src.numel() / 0.02e9
     assert torch.equal(src, dst)
+
+
+def test_a_pause_of_a_rate_holds_no_thread() -> None:
+    src = layered()
+    dst = layered()
+    before = {*threading.enumerate()}
+    copies = list[BlockTransfer]()
+    for _ in range(16):
+        copies.append(copy_blocks(src.view, dst.view, SRC, DST, max_gbps=1e-9))
+        until(lambda: copies[-1].statistics.blocks == 1)
+    assert len({*threading.enumerate()} - before) < 5  # the loop, and helpers that took turns
+    assert all(each.cancel() for each in copies)
+    for each in copies:
+        with pytest.raises(TransferCancelled):
+            each.synchronize(timeout=PATIENCE)
 
 
 # Cancellation
