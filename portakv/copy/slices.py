@@ -99,8 +99,8 @@ class Slices:
             while True:
                 self._left.pop()
                 self.cancelled = True
-        if self.cancelled:
-            self._steps.cancel()  # there may be a pause
+        if self.cancelled and self._rate.left():  # end the pause
+            self._steps.cancel()
         return self.cancelled and self.error is None
 
     shut = cancel
