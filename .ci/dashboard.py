@@ -152,14 +152,14 @@ def working(folder: Path) -> Iterator[Work]:
             ]
 
             async def hold(task: Task) -> None:
-                await graph.move(task, np.ones(1, np.bool_))
+                await task.move(np.ones(1, np.bool_))
 
             def begin() -> None:
                 graph.enter(held, "normal")
                 for task in held:
-                    graph.start(hold(task))
+                    graph.runtime.start(hold(task))
 
-            graph.run(begin)
+            graph.runtime.change(begin)
             if turn % 4 == 1:  # a pull of an offer that never comes
                 name = turn.to_bytes(16, "big")
                 waiting.append(reader.pull(Ticket.of(there.address, owner.epoch, name), [0]))

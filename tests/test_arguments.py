@@ -241,7 +241,7 @@ CALLS: dict[str, Callable[[Scene], Call]] = {
     "Graph": lambda s: (Graph, {}),
     "Graph.queue": lambda s: (s.graph().queue, {"name": "b"}),
     "Graph.close": lambda s: (s.graph().close, {}),
-    "Handle.wait": lambda s: (Handle((g := s.graph()), s.task(g)).wait, {}),
+    "Handle.wait": lambda s: (Handle(s.task(s.graph())).wait, {}),
     "Collector": lambda s: (Collector, {"sources": s.graph()}),
     # migrate
     "Channel": lambda s: (Channel, {}),

@@ -61,14 +61,14 @@ def _chains(count: int) -> None:
     async def chain(some: list[Task]) -> None:
         landed = np.ones(1, np.bool_)
         for task in some:
-            landed = await graph.move(task, landed)
+            landed = await task.move(landed)
 
     def begin() -> None:
         graph.enter(tasks, "normal")
         for first in range(0, len(tasks), CHAIN):
-            graph.start(chain(tasks[first : first + CHAIN]))
+            graph.runtime.start(chain(tasks[first : first + CHAIN]))
 
-    graph.run(begin)
+    graph.runtime.change(begin)
     if not all(task.wait(60) and task.landed.all() for task in tasks):
         raise RuntimeError("a task did not land")
     graph.close()

@@ -11,10 +11,10 @@ from typing import Any
 import numpy as np
 
 from portakv.copy.counting import Counted
+from portakv.copy.slices import Slices
 from portakv.errors import TransferError
 from portakv.plan.plan import Move
 from portakv.runtime.transfer import NOTHING, Completion, Mask, Statistics, Transfer
-from portakv.runtime.worker import Worker
 from portakv.view.form import Form
 from portakv.view.view import KVView, note_written
 
@@ -41,10 +41,10 @@ class BlockTransfer(Transfer):
         count: tokens, with those that negative ids on the host skip.
         skipped: those.
         layers: their ends, if the copy was made by layers.
-        worker: it issues what is not issued yet.
+        slices: it issues what is not issued yet.
     """
 
-    __slots__ = ("_began", "_block", "_ended", "_form", "_layers", "_requested", "_worker")
+    __slots__ = ("_began", "_block", "_ended", "_form", "_layers", "_requested", "_slices")
 
     def __init__(
         self,
@@ -58,12 +58,12 @@ class BlockTransfer(Transfer):
         skipped: int,
         began: float,
         layers: tuple[Transfer, ...] | None = None,
-        worker: Worker | None = None,
+        slices: Slices | None = None,
     ) -> None:
         self.completions = completions
         self._retained = retained
         self.carried = carried
-        self._worker = worker
+        self._slices = slices
         self._layers = layers
         self._form = form = src.form
         self._block = step or form.block_size or 1
@@ -86,7 +86,7 @@ class BlockTransfer(Transfer):
         move: Move,
         began: float,
         layers: tuple[Transfer, ...] | None = None,
-        worker: Worker | None = None,
+        slices: Slices | None = None,
         skips: bool = True,
     ) -> BlockTransfer:
         """Return the handle of a copy, and raise the versions of the destination's tensors
@@ -98,7 +98,7 @@ class BlockTransfer(Transfer):
         # Counted now: the caller may change its ids after the call.
         skipped = skipped_tokens(move) if skips else 0
         count = move.count
-        made = cls.of(transfer, move.src, move.dst, step, count, skipped, began, layers, worker)
+        made = cls.of(transfer, move.src, move.dst, step, count, skipped, began, layers, slices)
         if count:
             note_written(move.dst)
         return made
@@ -142,32 +142,32 @@ class BlockTransfer(Transfer):
             `TransferCancelled`. False if all have been issued or moved. Without ``cancellable`` or
             ``max_gbps`` that is so from the beginning.
         """
-        return self._worker is not None and self._worker.cancel()
+        return self._slices is not None and self._slices.cancel()
 
     @property
     def cancelled(self) -> bool:
         """True if some blocks will not be moved because of `cancel`."""
-        return self._worker is not None and self._worker.cancelled
+        return self._slices is not None and self._slices.cancelled
 
     @property
     def statistics(self) -> Statistics:
         """Return the progress so far; never block or raise."""
-        worker = self._worker
+        slices = self._slices
         layers = self._layers or ()
         moving = self._requested
-        if worker is None:
+        if slices is None:
             nbytes, tokens = self._landed(moving)
             ended_at = self._ended
             pieces = max(1, len(layers))
             carried = self.carried
         else:
-            ended_at = worker.ended_at  # read first: the other attributes are then complete
-            landed = worker.slices[: worker.landed]
-            last = worker.slices[-1].layer
+            ended_at = slices.ended_at  # read first: the other attributes are then complete
+            landed = slices.slices[: slices.landed]
+            last = slices.slices[-1].layer
             nbytes = sum(piece.nbytes for piece in landed)
             tokens = sum(piece.tokens for piece in landed if piece.layer == last)
-            pieces = worker.issued
-            carried = worker.carried
+            pieces = slices.issued
+            carried = slices.carried
         seconds = None if ended_at is None else ended_at - self._began
         counts = nbytes, tokens // self._block, moving // self._block
         return Statistics(*counts, *carried, seconds, pieces, self.cancelled)

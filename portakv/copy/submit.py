@@ -31,14 +31,14 @@ from portakv.copy.call import (
 from portakv.copy.encodings import copy_encoded
 from portakv.copy.handle import BlockTransfer, token_bytes
 from portakv.copy.options import CopyOptions
+from portakv.copy.slices import WINDOW, Slice, Slices
 from portakv.interconnect.strategy import Strategy
 from portakv.plan.plan import Move, check_disjoint
 from portakv.registry.prepared import bring
 from portakv.registry.registry import Choice, choose
 from portakv.runtime.devices import capturing, inside, refuse_capture
-from portakv.runtime.streams import awaited_asleep, ignore_captures_elsewhere, own_stream
+from portakv.runtime.streams import awaited_asleep, ignoring_captures, own_stream
 from portakv.runtime.transfer import Transfer
-from portakv.runtime.worker import WINDOW, RateLimit, Slice, SliceCompletion, Worker
 
 
 def submit(move: Move, options: CopyOptions, passed: Passed | None = None) -> BlockTransfer:
@@ -141,11 +141,11 @@ def check_issue(move: Move, choice: Choice, context: Context, options: CopyOptio
 
 
 # ------------------------------------------------------------------------------------------------
-# Copy in slices that a worker issues, so that they can be cancelled or keep a rate.
+# Copy in slices, so that the copy can be cancelled or keeps a rate.
 
 #: The most bytes of a slice, unless one block has more; three times as much if the host copies
 #: too. What is in flight when a transfer is cancelled still lands, three slices of it
-#: (`worker.WINDOW`): 1 ms on a link of 50 GB/s.
+#: (`slices.WINDOW`): 1 ms on a link of 50 GB/s.
 SLICE = 16 << 20
 #: Seconds of a slice at the requested rate. It crosses as fast as the link, and
 #: the pause after it makes the rate.
@@ -184,30 +184,31 @@ def in_slices(
     if not guarded.count:
         none = (Transfer(),) * move.src.layers if by_layer else None
         return BlockTransfer.of_move(Transfer(), move, began, none)
-    # Private indices: copies of ids that the thread makes are on no other stream.
+    # Private indices: copies of ids that a helper makes are on no other stream.
     guarded = _part(guarded, Slice(None, 0, guarded.count, 0))
     if device.type != "cpu":
         stream = stream or own_stream(device)
         follow_current(stream, [guarded])
 
-    here = Context(device, None, captured=False)  # of the worker, whose stream is the current one
+    here = Context(device, None, captured=False)  # of a helper, whose stream is the current one
 
     def issue(piece: Slice) -> Transfer:
         part = _part(guarded, piece)
         for view in (part.src, part.dst):
             view.check_memory()  # it may be released after the call, while a slice runs
         transfer = launch(settle(part, choice, here, passed=_PASSED), here)
-        return awaited_asleep(transfer, device)  # the worker waits for it
+        return awaited_asleep(transfer, device)  # the helper waits for it
 
-    slices = _cut(guarded, rate, by_layer)
-    limit = None if rate is None else RateLimit(rate)
-    worker = Worker(slices, issue, partial(_inside, guarded, choice, stream), limit)
-    last = {piece.layer: nth for nth, piece in enumerate(slices, 1)}
-    ends = (Transfer((SliceCompletion(worker, nth),)) for nth in last.values())
-    layers = tuple(ends) if by_layer else None
-    worker.end = end = SliceCompletion(worker, len(slices), (move.src, move.dst))
-    transfer = BlockTransfer.of_move(Transfer((end,)), move, began, layers, worker)
-    worker.start()
+    pieces = _cut(guarded, rate, by_layer)
+    slices = Slices(pieces, issue, partial(_inside, guarded, choice, stream), rate)
+    layers = None
+    if by_layer:
+        last = {piece.layer: nth for nth, piece in enumerate(pieces, 1)}
+        layers = tuple(Transfer((slices.end_of(nth),)) for nth in last.values())
+    end = slices.end_of(len(pieces), (move.src, move.dst))
+    end.report_failure()
+    transfer = BlockTransfer.of_move(Transfer((end,)), move, began, layers, slices)
+    slices.start()
     return transfer
 
 
@@ -265,10 +266,9 @@ def _inside(move: Move, choice: Choice, stream: torch.Stream | None) -> Iterator
     """Make a stream and its device the current ones, and put the ids on the device."""
     device = choice.backend.device
     indices = (move.src_index, move.dst_index)
-    ignore_captures_elsewhere(device)
     half = choice.backend.half if isinstance(choice.backend, Strategy) else choice
     dtypes = half.can.index_dtypes
-    with inside(stream):
+    with ignoring_captures(device), inside(stream):
         bring(indices, device, dtypes)
         for index in indices:
             if index.ids is not None:

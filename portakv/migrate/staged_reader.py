@@ -57,8 +57,7 @@ from portakv.migrate.transports.base import Lane, Moving, MovingStage
 from portakv.runtime.streams import StreamFence
 from portakv.runtime.transfer import Transfer
 from portakv.runtime.word_sums import MODULUS
-from portakv.runtime.worker import RateLimit
-from portakv.tasks import End, Handle, Wait, Work, blocking, runtime
+from portakv.tasks import End, Handle, Rate, Wait, Work, blocking, runtime
 from portakv.view import Index, KVView
 
 T = TypeVar("T")
@@ -747,7 +746,7 @@ class StagedReceiver(Intake[Arrival]):
         if pull.after is None:
             pull.after = StreamFence(first.cut.dst.device)
         self._after = pull.after
-        self._rate = RateLimit(max_gbps)
+        self._rate = Rate(max_gbps, self._runtime.time)
         self.arrivals, why = arrivals(steps, max_gbps, pack)
         pull.raw_because = pull.raw_because or why
         self._packed = False  # some slices were requested packed
@@ -922,15 +921,13 @@ class StagedReceiver(Intake[Arrival]):
 
     async def _pace(self, nbytes: int) -> None:
         """Wait for the turn of a slice at the pull's rate."""
-        start = self._rate.start_of(nbytes)
-        left = self._rate.left(start)
-        while left and not self._pull.over:
+        while (left := self._rate.left()) and not self._pull.over:
             in_flight = self._in_flight
             if in_flight and in_flight[0].moving.has(MovingStage.OVER):
                 await self._scatter()
             else:
                 await Wait(until=self._runtime.time() + min(left, 0.01))
-            left = self._rate.left(start)
+        self._rate.start(nbytes)
 
     async def _check(self, until: float) -> None:
         if self._pull.over:

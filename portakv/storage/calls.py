@@ -743,7 +743,7 @@ class SharedState:
         for _, task, in_flight in sorted(waiting, reverse=True):
             if dropped >= left or not memory.lacks(count):
                 break
-            self.graph.cancel(task, "dropped")
+            task.cancel("dropped")
             self.graph.runtime.step.go_on()  # the rows become free
             dropped += in_flight.count
         return dropped
@@ -969,8 +969,8 @@ class Call:
         self._graph = form.shared.graph
         self.request = request
         many = len(request.keys)
-        self.end = End(self._graph, many, request.kind)
-        self.end.stop = self._stop
+        self.end = End(self._graph.runtime, many, request.kind)
+        self.end.stop_work = self._stop
         self.located: Mask = np.ones(many, np.bool_)
         self.excused: Mask = np.zeros(many, np.bool_)  # need not land: no tier admits them yet
         self.ends = list[Ending]()
@@ -1050,7 +1050,7 @@ class Call:
                         task = self.task(at, work, queue, in_flight, order[1])
                         task.alone = tier_store.tier == "disk" and task.nbytes < SMALL * len(at)
                         tasks.append(task)
-                    in_flight.ends[segment] = End(self._graph, len(at))
+                    in_flight.ends[segment] = End(self._graph.runtime, len(at))
                     in_flight.tasks[segment] = tasks
                     self.plan(order[0], tasks, in_flight, partial(in_flight.read, segment))
                 ends = {
@@ -1085,7 +1085,7 @@ class Call:
         left: Mask = np.ones(len(arrival.at), np.bool_)
         for end in ends:
             left &= (await end).landed[arrival.rows]
-        await self._graph.move(task, left, *ends)
+        await task.move(left, *ends)
 
     def chunks(
         self,
@@ -1134,7 +1134,7 @@ class Call:
             if isinstance(held, InFlight):
                 held.drop_unwritten()
         for each in planned:
-            self._graph.start(self._run(each))
+            self._graph.runtime.start(self._run(each))
 
     async def _run(self, planned: Planned) -> None:
         """Run a coroutine, which uses rows until its end."""
@@ -1143,7 +1143,7 @@ class Call:
         except Exception as error:  # nobody may wait for ever
             for task in planned.tasks:
                 if not task.ended:
-                    self._graph.end(task, None, "failed", error)
+                    task.finish(None, "failed", error)
         finally:
             planned.held.release()
 
@@ -1155,12 +1155,12 @@ class Call:
         for in_flight in self.flights:
             if not in_flight.users and in_flight in self.shared.begun:  # it was not planned
                 in_flight.over()
-        self._graph.cancel(self.end)
+        self.end.cancel()
 
     def _stop(self, state: str, error: Exception) -> bool:
         """Cancel the copies of the call, and the transfers that no other call wants; return True
         if some blocks will not be moved."""
-        stopped = [self._graph.stop(task, state, error) for task in self.copies]
+        stopped = [task.stop(state, error) for task in self.copies]
         stopped += [in_flight.stop(state, error) for in_flight in self.flights]
         return any(stopped)
 
@@ -1193,28 +1193,28 @@ class Call:
         self.submit()
         many = len(self.request.keys)
         eligible = eligible or (lambda: self.located)
-        by_layer = [End(self._graph, many) for _ in range(layers)]
+        by_layer = [End(self._graph.runtime, many) for _ in range(layers)]
         for layer, end in enumerate(by_layer):
-            self._graph.start(
-                self._graph.finish(end, [x for x in self.ends if layer in x.layers], eligible)
-            )
+            parts = [x for x in self.ends if layer in x.layers]
+            self._graph.runtime.start(end.come_after(parts, eligible))
         released = None
         if self.request.kind == "save":
-            released = End(self._graph, many)
-            self._graph.start(self._graph.finish(released, [Ending(task) for task in self.gathers]))
+            released = End(self._graph.runtime, many)
+            parts = [Ending(task) for task in self.gathers]
+            self._graph.runtime.start(released.come_after(parts))
         else:
             self.explanation.located = self.located
         self.shared.ends.add(self.end)
         why = self.explanation.sentence
         size = self.form.own.form.raw.payload_bytes
-        handle = Handle(self._graph, self.end, by_layer, missing, view, self.excused, why, size)
+        handle = Handle(self.end, by_layer, missing, view, self.excused, why, size)
         handle.form = self.form.name
         if released:
             handle.add_release(released)
         if follow and self.shared.announced.handles.started:
             self.shared.announced.follow(handle)
         self._be_due()
-        self._graph.start(self._graph.finish(self.end, self.ends, eligible))
+        self._graph.runtime.start(self.end.come_after(self.ends, eligible))
         return handle
 
     def _be_due(self) -> None:
@@ -1224,12 +1224,12 @@ class Call:
         deadline = self.request.deadline
         if deadline is not None:
             due = min(due, deadline)
-            self._graph.end_at(now + deadline, self.end)
+            self.end.cancel_at(now + deadline)
         for task in self.copies:
-            self._graph.hasten(task, now + due)
+            task.hasten(now + due)
         for in_flight in self.flights:
             for task in in_flight.every_task():
-                self._graph.hasten(task, now + due)
+                task.hasten(now + due)
 
 
 class InFlight(Held):
@@ -1341,7 +1341,7 @@ class InFlight(Held):
             unwanted = self.every_task()
         elif not self.is_saved:
             unwanted = self.writes
-        stopped = [self._graph.stop(task, state, error) for task in unwanted]
+        stopped = [task.stop(state, error) for task in unwanted]
         return any(stopped)
 
     def drop_unwritten(self) -> None:
@@ -1349,7 +1349,7 @@ class InFlight(Held):
         if self.writes and all(task.state == "dropped" for task in self.writes):
             first = self.writes[0]
             for task in self.every_task():
-                self._graph.stop(task, first.state, cast(Exception, first.error))
+                task.stop(first.state, cast(Exception, first.error))
 
     # --- the coroutines, under the graph's lock ---
 
@@ -1359,14 +1359,14 @@ class InFlight(Held):
         if rows.state == "waiting" and self.items is None:
             rows.queue.push(rows)
             if self.drops:
-                self._graph.cancel(rows, "dropped")
+                rows.cancel("dropped")
         if self.items is None:
             await rows
         elif not rows.ended:
-            self._graph.end(rows, None)
+            rows.finish(None)
         for task in tasks if self.items is None else ():
             if not task.ended:
-                self._graph.end(task, None, rows.state, rows.error)
+                task.finish(None, rows.state, rows.error)
 
     async def read(self, segment: int | None) -> None:
         """Read blocks, or a segment of them: from the nearest tier, and what did not come from
@@ -1377,11 +1377,11 @@ class InFlight(Held):
         left: Mask = np.ones(self.count, np.bool_)
         try:
             for task in tasks:
-                left = left & ~await self._graph.move(task, left, end)
+                left = left & ~await task.move(left, end)
                 end.add_error(task.error)
                 end.trail = task.trail
         finally:
-            self._graph.end(end, ~left)
+            end.finish(~left)
 
     async def save(self, writes: Sequence[tuple[Task, Task | None]]) -> None:
         """Copy blocks of the caller into rows, seal them, and store them in tiers.
@@ -1392,10 +1392,10 @@ class InFlight(Held):
         await self._wait_for_rows(tasks[:1])
         landed: Mask = np.ones(self.count, np.bool_)
         for number, task in enumerate(tasks):
-            landed = await self._graph.move(task, landed, *tasks[:number][-1:])
+            landed = await task.move(landed, *tasks[:number][-1:])
         for task, before in writes:
             self.hold()
-            self._graph.start(self.store_in(task, before))
+            self._graph.runtime.start(self.store_in(task, before))
 
     async def store_in(self, task: Task, before: Task | None) -> None:
         """Write blocks from their rows to a tier, after another write if there is one."""
@@ -1404,7 +1404,7 @@ class InFlight(Held):
         if before is not None:
             ends.append(await before)
         try:
-            await self._graph.move(task, gathered.landed, *ends)
+            await task.move(gathered.landed, *ends)
         finally:
             self.release()
 
@@ -1418,7 +1418,7 @@ class InFlight(Held):
         # more after its end.
         if self.copied is not None and not self._graph.closed:
             self.hold()
-            self._graph.start(self._release_after_copy())
+            self._graph.runtime.start(self._release_after_copy())
             return
         self._end_copy()
         try:

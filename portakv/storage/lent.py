@@ -130,7 +130,7 @@ class LentCopy:
             raise invalid("raw", expected, raw, "Leave it out.")
         graph = self._queue.graph
         if not graph.process.forked:  # the lock may be held for ever
-            graph.run(partial(self._end, made, rough))
+            graph.runtime.change(partial(self._end, made, rough))
 
     def _mask(self, name: str, value: Mask | Sequence[bool] | None, default: bool) -> Mask:
         """Return which blocks an argument of `end` names, bool ``[len(rows)]``."""

@@ -940,7 +940,7 @@ class RowQueue(BaseQueue):
                     pass_it = self._granted_saves or not task.uses.store
                     heaps = [other for other in heaps if other is not heap and pass_it]
                     continue
-                self.graph.end(task, None, "failed" if error else "landed", error)
+                task.finish(None, "failed" if error else "landed", error)
             heappop(heap)
 
     def _take(self, taker: Held) -> bool:

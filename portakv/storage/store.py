@@ -771,7 +771,7 @@ class FormStore:
         for form, keys in moved:
             self._count_hits(form, keys)
         size = moved[0][0].own.form.raw.payload_bytes
-        handle = Handle.of_issued(self.graph, len(loan.rows), transfer, layers, size)
+        handle = Handle.of_issued(len(loan.rows), transfer, layers, size)
         return self._follow_issued(handle, moved[0][0].name if len(moved) == 1 else "")
 
     async def _load(
@@ -938,7 +938,7 @@ class FormStore:
         form.count("host", "load", "hit", len(keys))
         self._shared.hits.append((form, keys))
         if len(self._shared.hits) >= HITS:
-            self.graph.run(self._shared.record_hits)
+            self.graph.runtime.change(self._shared.record_hits)
 
     def prefetch(self, keys: Keys, priority: Priority = "background") -> Handle:
         """Read blocks into the host tier.
@@ -980,7 +980,7 @@ class FormStore:
 
     async def _breathe(self, call: Call) -> None:
         """Let others take the graph's lock if the plan of a call has had it for a while."""
-        call.since = await self.graph.breathe(call.since)
+        call.since = await self.graph.runtime.breathe(call.since)
         self._refuse_closed(call.request.kind)
 
     def _hanging(self, all_tasks: bool) -> int:
@@ -1281,7 +1281,7 @@ class BlockStore(FormStore):
         ]
         reported |= tier_figures(reported["tiers"])
         if "" not in self._stores:
-            reported |= self.graph.run(self._form_statistics)
+            reported |= self.graph.runtime.change(self._form_statistics)
         forms = [*self._shared.forms.values()]
         packed = [form for form in forms if form.own.form.encoding]
         if self.chooser is not None:
@@ -1367,13 +1367,13 @@ class BlockStore(FormStore):
         self._shared.closed = True
         until = self.graph.clock() + timeout
         # Under the lock, so that no call that saw the store open is missed.
-        ends = self.graph.run(lambda: [*self._shared.ends])
+        ends = self.graph.runtime.change(lambda: [*self._shared.ends])
         for end in sorted(ends, key=lambda end: end.name != "prefetch"):
             end.wait(0.0 if end.name == "prefetch" else max(0.0, until - self.graph.clock()))
-            self.graph.cancel(end)
+            end.cancel()
         if self._own_graph:
             self.graph.close(max(0.0, until - self.graph.clock()))
-        begun = self.graph.run(lambda: [*self._shared.begun])
+        begun = self.graph.runtime.change(lambda: [*self._shared.begun])
         for in_flight in begun:
             for task in in_flight.every_task():
                 task.wait(max(0.0, until - self.graph.clock()))
@@ -1382,7 +1382,10 @@ class BlockStore(FormStore):
         self.rows.end_left_loans()  # a traceback may retain the call that was interrupted
         while self.rows.loans() and self.graph.clock() < until:
             time.sleep(PAUSE)
-        if busy := self.graph.run(partial(self._hanging, self._own_graph)) + self.rows.loans():
+        if (
+            busy := self.graph.runtime.change(partial(self._hanging, self._own_graph))
+            + self.rows.loans()
+        ):
             raise TransferTimeout(
                 f"A block store was closed, and after {timeout:g} s {busy:d} transfers had not "
                 f"ended, so that tiers stay open; close it again, or end the process."

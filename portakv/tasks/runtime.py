@@ -25,7 +25,7 @@ from heapq import heappop, heappush
 from math import ceil
 from socket import socket
 from threading import get_ident
-from time import monotonic
+from time import monotonic, perf_counter
 from typing import Any, Generic, Literal, TypeAlias, TypeVar
 from weakref import WeakSet
 
@@ -33,7 +33,14 @@ from portakv.errors import PortaKVError, TransferError, TransferTimeout
 from portakv.runtime import resources
 from portakv.runtime.bounded import Bounded
 from portakv.runtime.devices import this_process
-from portakv.runtime.interrupts import abandoned, hand_over, interruptible, locked, uninterrupted
+from portakv.runtime.interrupts import (
+    LOOK,
+    abandoned,
+    hand_over,
+    interruptible,
+    locked,
+    uninterrupted,
+)
 from portakv.runtime.transfer import reported
 
 # ------------------------------------------------------------------------------------------------
@@ -68,6 +75,34 @@ class Turn:
         self.place: Wait | None = None  # for one
 
 
+class Rate:
+    """The times at which work may begin, at most ``gbps`` 10^9 bytes of it a second; None: at any
+    rate.
+
+    Args:
+        now: returns the time in seconds.
+
+    Attributes:
+        next: the time from which more work may begin.
+    """
+
+    def __init__(self, gbps: float | None, now: Callable[[], float] = monotonic) -> None:
+        self._seconds_per_byte = 1e-9 / gbps if gbps else 0.0
+        self._now = now
+        self.next = 0.0
+
+    def left(self) -> float:
+        """Return the seconds until more work may begin; 0 if it may."""
+        return max(0.0, self.next - self._now())
+
+    def start(self, nbytes: int) -> None:
+        """Note that work of so many bytes begins now, or as soon as it may."""
+        now = self._now()
+        needs = nbytes * self._seconds_per_byte
+        # Late work may catch up by its own time: clocks oversleep. More would be a burst.
+        self.next = needs + (max(self.next, now - needs) if self.next else now)
+
+
 class Limit:
     """At most ``width`` coroutines work at a time. The one whose work is due first begins next.
 
@@ -85,8 +120,7 @@ class Limit:
         self._free = width
         self._background = 0  # turns of the background that have a place
         self._alone = 0  # those of them that run alone
-        self._seconds_per_byte = 1e-9 / gbps if gbps else 0.0
-        self._next = 0.0  # the time at which the rate allows more work
+        self._rate = Rate(gbps, runtime.time)
         self._delayed = False  # a coroutine waits until then
         self._number = 0
         # Turns that wait, by due time and number: of the background, those of it that run alone,
@@ -156,14 +190,11 @@ class Limit:
             if wait is None or wait.woken:  # it has given up, or this is its former entry
                 heappop(heap)
                 continue
-            now = self._runtime.time()
-            if self._next > now:
+            if self._rate.left():
                 self._delay()
                 return
             heappop(heap)
-            # Late work may catch up by its own time: clocks oversleep. More would be a burst.
-            needs = turn.nbytes * self._seconds_per_byte
-            self._next = needs + (max(self._next, now - needs) if self._next else now)
+            self._rate.start(turn.nbytes)
             self._free -= 1
             if turn.background:
                 self._background += 1
@@ -189,7 +220,7 @@ class Limit:
             self._runtime.start(self._begin_later())
 
     async def _begin_later(self) -> None:
-        await Wait(until=self._next)
+        await Wait(until=self._rate.next)
         self._delayed = False
         self._begin()
 
@@ -226,8 +257,11 @@ READ = select.POLLIN
 WRITE = select.POLLOUT
 #: The end of a connection, which the system reports without interest in any other event.
 HANGUP = 0
-#: Seconds after which a thread notices an interrupt that came just before it began to wait.
-LOOK = 0.2
+#: Seconds for which a long step may hold the lock. Its parts run together until then, since a
+#: thread that sleeps may wait 5 ms for the interpreter.
+HOLD = 1e-3
+#: Seconds of `Runtime.breathe`, in which a thread wakes that sleeps on the lock.
+YIELD = 2e-4
 #: Seconds for which the end of the interpreter waits for work that blocks.
 EXIT = 10.0
 
@@ -525,11 +559,24 @@ class Handle(End[T]):
         self._cancelled = False
 
     def begin(self) -> None:
-        """Make the first step here, or in the loop for the main thread."""
-        if not interruptible() or self._runtime.runs_here:
+        """Make the first step here, or in the loop for the main thread without the lock."""
+        runtime = self._runtime
+        if runtime.lock._is_owned() or not interruptible() or runtime.runs_here:
             self.step(self._steps.send, None)
         else:
-            self._runtime.call_soon(self.step, self._steps.send, None)
+            runtime.call_soon(self.step, self._steps.send, None)
+
+    def begin_to_work(self, error: type[PortaKVError]) -> None:
+        """Have a helper do the work with which the coroutine begins, and go on with it.
+
+        Any thread may call it, also the main thread: the first step makes only the `Work`. Raises
+        ``error`` if the system gives no thread.
+        """
+        work = self._steps.send(None)
+        self._runtime.note_work(self)
+        if not hand_over(partial(_serve, self, work)):
+            self.discard()
+            raise error(f"Expected to start a helper, but {resources.NO_THREAD}.")
 
     def follow(self, wait: Wait) -> None:
         """Have the loop go on after the first wait of a coroutine.
@@ -922,10 +969,24 @@ class Runtime:
             if poll.poll(1e3 * left if left >= 0 else None):
                 wait.woken = True
 
+    def change(self, work: Callable[[], T], undo: Callable[[T], object] | None = None) -> T:
+        """Return ``work()``, run as a step where no interrupt reaches it.
+
+        If the caller is interrupted, ``undo(result)`` reverts it (see `uninterrupted`). A thread
+        that has the lock runs ``work`` itself. Coroutines go on that wait for what it ended.
+        """
+
+        def step() -> T:
+            with self.step:
+                return work()
+
+        return step() if self.lock._is_owned() else uninterrupted(step, undo)
+
     def start(self, steps: Steps[T], locked: bool = True) -> Handle[T]:
         """Run a coroutine here until its first wait, then in the loop; return its end.
 
-        The main thread, where an interrupt may cut a step in two, leaves all steps to the loop.
+        The main thread, where an interrupt may cut a step in two, leaves all steps to the loop,
+        unless it has the lock.
 
         Args:
             locked: False for a coroutine that changes no state which other threads change, and
@@ -934,6 +995,15 @@ class Runtime:
         handle = Handle(self, steps, locked)
         handle.begin()
         return handle
+
+    async def breathe(self, since: float) -> float:
+        """Let others take the lock if it was held for `HOLD` seconds since a time of
+        `time.perf_counter`, so that a long step delays no urgent work; return the time since which
+        it is held."""
+        if perf_counter() < since + HOLD:
+            return since
+        await Wait(until=self.time() + YIELD)
+        return perf_counter()
 
     async def together(self, some: Sequence[Steps[T]]) -> list[T]:
         """Run coroutines at the same time, and return their results: the last one here, so by the

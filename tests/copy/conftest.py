@@ -9,7 +9,7 @@ import pytest
 from support.block_cases import BLOCK_BYTES, METHODS
 
 from portakv.copy import submit
-from portakv.runtime.worker import WINDOW
+from portakv.copy.slices import WINDOW
 
 
 @pytest.fixture(params=METHODS)

@@ -32,10 +32,10 @@ from support.threads import run_threads
 
 from portakv import Index, copy_blocks
 from portakv.copy import submit
+from portakv.copy.slices import WINDOW
 from portakv.host import small
 from portakv.registry import prepared
 from portakv.runtime import transfer
-from portakv.runtime.worker import WINDOW
 from portakv_conformance import simdev
 
 pytestmark = pytest.mark.usefixtures("small_slices")

@@ -15,18 +15,27 @@ from typing import Any
 import pytest
 import torch
 from support import ready
-from support.block_cases import DST, LAYERS, PATIENCE, SRC, Pair, layered, until
+from support.block_cases import (
+    DST,
+    LAYERS,
+    PATIENCE,
+    SRC,
+    Pair,
+    copies_in_slices,
+    layered,
+    until,
+)
 from support.guarded_memory import check_sentence
 from support.small_backends import small_backend
 from support.threads import interrupting, run_threads
 from support.waits import LIMIT
 
-from portakv import Index, KVView, LateErrors, copy_blocks, register_backend
+from portakv import BlockTransfer, Index, KVView, LateErrors, copy_blocks, register_backend
 from portakv.copy import submit as block_slices
+from portakv.copy.slices import WINDOW
 from portakv.errors import SlotError, TransferCancelled, TransferError
 from portakv.registry import registry
-from portakv.runtime import worker
-from portakv.runtime.worker import WINDOW
+from portakv.runtime.interrupts import hand_over
 
 
 class Gate:
@@ -64,7 +73,7 @@ def gate(monkeypatch: pytest.MonkeyPatch) -> Iterator[Gate]:
     gate.armed = True
     yield gate
     gate.open()
-    until(lambda: not worker.running)
+    until(lambda: not copies_in_slices())
 
 
 class Started(Pair):
@@ -166,6 +175,21 @@ def test_a_transfer_keeps_its_rate() -> None:
     assert statistics.seconds is not None
     assert statistics.seconds >= 15 / 16 * src.numel() / 0.02e9
     assert torch.equal(src, dst)
+
+
+def test_a_pause_of_a_rate_holds_no_thread() -> None:
+    src = layered()
+    dst = layered()
+    before = {*threading.enumerate()}
+    copies = list[BlockTransfer]()
+    for _ in range(16):
+        copies.append(copy_blocks(src.view, dst.view, SRC, DST, max_gbps=1e-9))
+        until(lambda: copies[-1].statistics.blocks == 1)
+    assert len({*threading.enumerate()} - before) < 5  # the loop, and helpers that took turns
+    assert all(each.cancel() for each in copies)
+    for each in copies:
+        with pytest.raises(TransferCancelled):
+            each.synchronize(timeout=PATIENCE)
 
 
 # Cancellation
@@ -278,14 +302,14 @@ def test_a_failure_whose_handle_was_dropped(gate: Gate, ended: bool, by_layer: b
         def keep(self, transfer: Any) -> None:
             if ended:
                 gate.open()
-                until(lambda: not worker.running)
+                until(lambda: not copies_in_slices())
             super().keep(transfer)
 
     late = Late()
     gate.failing[2] = OSError("the link is down")
     del Started(by_layer=by_layer, late=late).transfer
     gate.open()
-    until(lambda: not worker.running)
+    until(lambda: not copies_in_slices())
     LateErrors().check()
     with pytest.raises(TransferError, match="2 of "):
         late.check()
@@ -296,7 +320,7 @@ def test_a_transfer_that_was_cancelled_is_no_late_error(gate: Gate) -> None:
     late = LateErrors()
     assert Started(late=late).transfer.cancel()
     gate.open()
-    until(lambda: not worker.running)
+    until(lambda: not copies_in_slices())
     late.check()
 
 
@@ -358,9 +382,13 @@ def test_a_thread_that_cannot_start(gate: Gate, monkeypatch: pytest.MonkeyPatch)
         raise RuntimeError("can't start new thread")
 
     monkeypatch.setattr(threading.Thread, "start", refuse)
+    done = threading.Event()
+    while hand_over(done.wait):  # to each helper that there is
+        pass
     with pytest.raises(TransferError, match="no thread can be started"):
         Started()
-    assert not worker.running
+    done.set()
+    assert gate.started == 0
 
 
 # Signals and processes
@@ -398,11 +426,11 @@ def test_a_child_of_the_process_is_told_that_the_parent_goes_on(gate: Gate) -> N
 
 PROGRAM = """
 import sys, time
+from importlib import import_module
 import torch
 from portakv import Index, KVView, copy_blocks
-from portakv.runtime import worker
 
-worker.EXIT_SECONDS = 86400.0  # the copy is stopped, not waited for
+import_module("portakv.tasks.runtime").EXIT = 86400.0  # the copy is stopped, not waited for
 src, dst = (torch.zeros(64, 2, 1 << 16, dtype=torch.uint8) for _ in range(2))
 views = [KVView(x, "block token dim") for x in (src, dst)]
 ids = list(range(64))

@@ -123,15 +123,15 @@ def test_arrows_lead_past_tasks_that_never_ran() -> None:
     copy = Task(lambda task, mask: None, 2, queue=graph.queue("device"))
 
     async def load() -> None:
-        landed = await graph.move(read, ~read.landed)
-        await graph.move(rescue, ~landed, read)
-        await graph.move(copy, landed, rescue)
+        landed = await read.move(~read.landed)
+        await rescue.move(~landed, read)
+        await copy.move(landed, rescue)
 
     def begin() -> None:
         graph.enter([read, rescue, copy], "normal")
-        graph.start(load())
+        graph.runtime.start(load())
 
-    graph.run(begin)
+    graph.runtime.change(begin)
     assert copy.wait(LIMIT)
     assert graph.close()
     flows = [(x["ph"], x["id"]) for x in graph.trace.events() if x["ph"] in "sf"]

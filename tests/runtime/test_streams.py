@@ -13,7 +13,7 @@ from unittest.mock import Mock, call
 
 import pytest
 import torch
-from support.block_cases import PATIENCE, large, numbered
+from support.block_cases import PATIENCE, copies_in_slices, large, numbered, until
 from support.device_cases import DEVICE, LONG, current, delay
 from support.fake_libcuda import FakeLibrary
 from support.guarded_memory import refused
@@ -183,9 +183,7 @@ def test_transfers_in_slices_share_no_stream(monkeypatch: pytest.MonkeyPatch) ->
         for move in moves:
             move.synchronize()
         del moves, move
-        for thread in threading.enumerate():
-            if thread.name == "portakv worker":  # holds its stream until it has ended
-                thread.join(PATIENCE)
+        until(lambda: not copies_in_slices())  # a copy holds its stream until it has ended
         gc.collect()
         assert len(set(handed_out)) == 4
         rounds.append(set(handed_out))

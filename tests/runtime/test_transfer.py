@@ -9,7 +9,6 @@ import threading
 import weakref
 from collections import deque
 from collections.abc import Callable
-from types import SimpleNamespace
 from typing import Any
 from unittest.mock import Mock
 
@@ -34,7 +33,6 @@ from portakv.registry import registry
 from portakv.runtime import transfer
 from portakv.runtime.streams import own_stream
 from portakv.runtime.transfer import Completion, EventPool, StatusWord, acquire_word, any_late_error
-from portakv.runtime.worker import RateLimit
 
 
 class Later:
@@ -392,32 +390,3 @@ def test_events_are_used_again(accelerator: torch.device) -> None:
     pool.release(first)
     assert pool.recorded(own_stream(accelerator)) is first
     assert pool.acquire() is not first
-
-
-# A rate
-
-
-def test_when_slices_may_start() -> None:
-    watch = SimpleNamespace(time=100.0)
-    limit = RateLimit(2.0, lambda: watch.time)  # 2 bytes in a nanosecond
-    assert limit.left(limit.start_of(2_000_000)) == 0.0
-    start = limit.start_of(2_000_000)
-    assert limit.left(start) == pytest.approx(1e-3)
-    watch.time += 1.5e-3  # it overslept
-    assert limit.left(start) == 0.0
-    assert limit.left(limit.start_of(4_000_000)) == pytest.approx(0.5e-3)
-    watch.time += 0.5e-3
-    assert limit.left(limit.start_of(2_000_000)) == pytest.approx(2e-3)
-    watch.time += 1.0  # the link was busy for long: not all of it may be made up for
-    pauses = [limit.left(limit.start_of(2_000_000)) for _ in range(3)]
-    assert pauses == [0.0, 0.0, pytest.approx(1e-3)]
-
-
-def test_over_many_slices_the_rate_is_kept_whatever_sleeps_too_long() -> None:
-    watch = SimpleNamespace(time=100.0)
-    total = 0
-    limit = RateLimit(1.0, lambda: watch.time)
-    for nth in range(1000):
-        watch.time += limit.left(limit.start_of(100_000)) + (nth % 7) * 1e-5
-        total += 100_000
-    assert total / (watch.time - 100.0) / 1e9 == pytest.approx(1.0, rel=0.05)

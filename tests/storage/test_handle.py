@@ -32,7 +32,7 @@ def submitted(graph: Graph, work: Any, blocks: int = 3, **terms: Any) -> Handle:
     """Return the handle of one task."""
     task = Task(work, blocks, queue=graph.queue("disk"))
     submit(graph, [task], priority="urgent")
-    return Handle(graph, end_of(graph, [task], blocks), **terms)
+    return Handle(end_of(graph, [task], blocks), **terms)
 
 
 def test_all_landed(graph: Graph) -> None:
@@ -72,7 +72,7 @@ def test_a_save_names_the_first_tier_that_did_not_take_all(graph: Graph) -> None
     submit(graph, [takes, half, none])
     end = end_of(graph, [takes, half, none], 3, "save")
     with pytest.raises(TransferError, match=r"^0 of 3 blocks landed\. disk:/b did not") as error:
-        Handle(graph, end).synchronize()
+        Handle(end).synchronize()
     assert "skip" not in str(error.value)
 
 
@@ -80,7 +80,7 @@ def test_a_save_that_fails_names_its_cause(graph: Graph) -> None:
     work = Task(lambda task, mask: 1 // 0, 3, queue=graph.queue("disk"))
     submit(graph, [work])
     with pytest.raises(TransferError, match=r"^0 of 3 blocks landed\. ZeroDivisionError"):
-        Handle(graph, end_of(graph, [work], 3, "save")).synchronize()
+        Handle(end_of(graph, [work], 3, "save")).synchronize()
 
 
 def test_blocks_that_cannot_be_told_do_not_land(graph: Graph) -> None:
@@ -88,7 +88,7 @@ def test_blocks_that_cannot_be_told_do_not_land(graph: Graph) -> None:
     submit(graph, [work])
     end = end_of(graph, [work], 3, eligible=lambda: 1 // 0)
     with pytest.raises(TransferError, match=r"^0 of 3 blocks landed\. ZeroDivisionError"):
-        Handle(graph, end).synchronize()
+        Handle(end).synchronize()
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
@@ -144,8 +144,8 @@ def test_layers_end_one_by_one_and_are_cancelled_together(graph: Graph) -> None:
     submit(graph, [first, second, third])
     layers = [end_of(graph, part, 2) for part in parts]
     for layer in layers:
-        layer.stop = None
-    handle = Handle(graph, end_of(graph, [first, second, third], 2), layers)
+        layer.stop_work = None
+    handle = Handle(end_of(graph, [first, second, third], 2), layers)
     handle.layers[0].synchronize(LIMIT)
     with pytest.raises(TransferTimeout):
         handle.layers[1].synchronize(0.01)
@@ -164,6 +164,8 @@ class Counting:
     def __init__(self, task: Any) -> None:
         self.task = task
         self.polls = 0
+        self.on_end = task.on_end
+        self.off_end = task.off_end
 
     def done(self) -> bool:
         """Return whether the task has ended."""

@@ -303,7 +303,7 @@ def graphs(folder: Path) -> Steps:
             tasks.append(stage)
         late = Task(slow, 1, queue=narrow, nbytes=5)
         submit(graph, [late], deadline=0.001)
-        graph.cancel(tasks[4])
+        tasks[4].cancel()
         graph.count("tier", "op", "hit")
         tasks[0].done()
         late.wait(0.05)
@@ -339,16 +339,9 @@ def ending(folder: Path) -> Steps:
 
 #: Public names that no scenario calls in the caller's thread, and why.
 NOT_CALLED = {
-    "Graph.breathe": "runs in a helper",
-    "Graph.end": "runs in a helper or a worker",
-    "Graph.end_at": "runs in a helper or a worker",
     "Graph.enter": "runs in a helper",
-    "Graph.finish": "runs in a helper or a worker",
-    "Graph.hasten": "runs in a helper",
-    "Graph.move": "runs in a helper or a worker",
+    "Graph.forget": "runs in a helper or a worker",
     "Graph.shut": "runs in a helper",
-    "Graph.start": "runs in a helper",
-    "Graph.stop": "runs in a helper or a worker",
     "Handle.add_copies": "runs in a helper",
     "Handle.add_release": "runs in a helper",
     "Handle.issued_ended": "runs in a worker",

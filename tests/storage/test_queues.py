@@ -150,7 +150,7 @@ def test_what_an_urgent_one_waits_for_is_as_urgent(graph: Graph, busy: Blocked) 
     tasks = [Task(work, 1, queue=queue, name=name) for name in "abc"]
     submit(graph, tasks, priority="background")
     with graph.lock:
-        graph.hasten(tasks[-1], 0.0)
+        tasks[-1].hasten(0.0)
     busy.end.set()
     assert all(task.wait(WAIT) for task in tasks)
     assert ran == ["c", "a", "b"]
@@ -201,7 +201,7 @@ def test_what_waits_for_its_pace_can_be_overtaken_and_cancelled(
     assert tasks[0].wait(WAIT)
     urgent = Task(nothing, 1, queue=queue, nbytes=10**7, name="urgent")
     submit(graph, [urgent], priority="urgent")
-    assert graph.cancel(tasks[1])
+    assert tasks[1].cancel()
     clock.set(0.09)
     assert not queue.slow
     for at, task in [(0.101, urgent), (0.202, tasks[2]), (0.303, tasks[3])]:
@@ -252,7 +252,7 @@ def test_who_waits_learns_of_a_time_that_was_set_since() -> None:
     late = Task(nothing, 1, queue=queue)
     submit(real, [running, late])
     until = real.clock() + 0.2
-    timer = threading.Timer(0.05, lambda: real.run(partial(real.end_at, until, late)))
+    timer = threading.Timer(0.05, lambda: real.runtime.change(partial(late.cancel_at, until)))
     timer.start()
     assert late.wait(WAIT)
     assert real.clock() - until < WAIT / 3
@@ -270,7 +270,7 @@ def test_nothing_grows_with_what_ended(graph: Graph) -> None:
         waits = Task(nothing, 1, queue=graph.queue("other"))
         submit(graph, [waits], deadline=1e9)
         end = end_of(graph, [waits])
-        graph.cancel(end)
+        end.cancel()
         assert end.wait(WAIT)
     work.end.set()
     sizes = [len(graph.live), *map(len, queue._heaps)]
@@ -352,13 +352,13 @@ def test_a_chain_of_any_length_ends_at_once(graph: Graph) -> None:
 
     async def follow(before: End, end: End) -> None:
         await before
-        graph.end(end, None)
+        end.finish(None)
 
-    ends = [End(graph, 1) for _ in range(5000)]
+    ends = [End(graph.runtime, 1) for _ in range(5000)]
     with graph.lock:
         for before, end in pairwise(ends):
-            graph.start(follow(before, end))
-    graph.run(lambda: graph.end(ends[0], None))
+            graph.runtime.start(follow(before, end))
+    graph.runtime.change(lambda: ends[0].finish(None))
     assert ends[-1].done()
 
 
@@ -386,7 +386,7 @@ def test_coroutines_run_tasks_for_the_blocks_that_are_left(graph: Graph) -> None
     ended = [Task(half, 2, queue=queue) for _ in range(2)]
     with graph.lock:
         run_in_turn(graph, ended)
-        assert graph.cancel(ended[1])
+        assert ended[1].cancel()
     assert ended[0].wait(WAIT)
     assert [task.state for task in ended] == ["landed", "cancelled"]
 
@@ -472,7 +472,7 @@ def test_a_forked_child_is_refused() -> None:
         try:
             submit(graph, [Task(nothing, 1, queue=task.queue)])
         except TransferError:
-            ended = task.wait() and graph.close() and not graph.cancel(follower)
+            ended = task.wait() and graph.close() and not follower.cancel()
             code = 0 if ended and graph.statistics() == {} else 2
         os._exit(code)
     free.set()

@@ -82,14 +82,14 @@ class Held:
         task.alone = alone
 
         async def follow(before: Task) -> None:
-            await self.graph.move(task, (await before).landed)
+            await task.move((await before).landed)
 
         def begin(before: Task) -> None:
             self.graph.enter([task], "background")
-            self.graph.start(follow(before))
+            self.graph.runtime.start(follow(before))
 
         if after is not None:
-            self.graph.run(partial(begin, after))
+            self.graph.runtime.change(partial(begin, after))
         else:
             submit(self.graph, [task], priority="background")
         return task
@@ -151,9 +151,9 @@ def test_a_former_entry_of_a_task_holds_up_nothing(held: Held, graph: Graph, how
     second = held.submit("second", alone=True)
     third = held.submit("third", alone=True)
     if how == "cancelled":
-        assert graph.cancel(second)
+        assert second.cancel()
     else:
-        graph.run(lambda: graph.hasten(second, 0.0))
+        graph.runtime.change(lambda: second.hasten(0.0))
         assert held.runs("second")
     held.submit("other")
     assert held.runs("other")

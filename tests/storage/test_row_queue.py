@@ -65,12 +65,12 @@ class Case:
             self.graph.enter([task], priority)
             self.queue.push(task)
 
-        self.graph.run(begin)
+        self.graph.runtime.change(begin)
         return task
 
     def end(self, task: Task) -> None:
         """End a transfer."""
-        self.graph.run(lambda: self.queue.give(task.uses))
+        self.graph.runtime.change(lambda: self.queue.give(task.uses))
 
 
 @pytest.fixture
@@ -114,8 +114,8 @@ def test_who_is_cancelled_or_hastened_changes_the_order(cases: Any) -> None:
     case = cases(1)
     first = case.request(1)
     gone, second, third = (case.request(1, priority="background") for _ in range(3))
-    assert case.graph.cancel(gone)
-    case.graph.run(lambda: case.graph.hasten(third, 0.0))
+    assert gone.cancel()
+    case.graph.runtime.change(lambda: third.hasten(0.0))
     case.end(first)
     assert (gone.state, second.state, third.state) == ("cancelled", "queued", "landed")
     case.end(third)
@@ -142,7 +142,7 @@ def test_rows_are_taken_at_once_unless_others_wait(cases: Any) -> None:
     assert not queue.take(Transfer(case, 2, store=False))
     waits = case.request(2)
     assert not queue.take(Transfer(case, 1, store=False))
-    case.graph.run(lambda: queue.give(now))
+    case.graph.runtime.change(lambda: queue.give(now))
     assert waits.ended
 
 

@@ -196,12 +196,12 @@ def test_others_get_the_lock_while_a_plan_breathes() -> None:
     async def plan() -> float:
         look()
         since = time.perf_counter()
-        assert await graph.breathe(since) == since  # it has held the lock for a moment only
+        assert await graph.runtime.breathe(since) == since  # it has held the lock for a moment only
         waits = threading.Thread(target=is_free, args=(LIMIT,))
         waits.start()
         later = since
         while waits.is_alive():  # a busy machine may begin it late
-            later = await graph.breathe(since - 1.0)
+            later = await graph.runtime.breathe(since - 1.0)
         assert later > since
         look()
         return later

@@ -12,7 +12,9 @@ from typing import Any
 import torch
 
 from portakv import BlockTransfer, KVView, copy_blocks
+from portakv.copy.slices import Slices
 from portakv.host import pinned
+from portakv.tasks import runtime
 from support.device_cases import settle
 from support.guarded_memory import filled
 from support.waits import LIMIT
@@ -147,6 +149,12 @@ def until(true: Callable[[], bool]) -> None:
     while not true():
         assert time.monotonic() < end
         time.sleep(0.001)
+
+
+def copies_in_slices() -> list[Slices]:
+    """Return the copies in slices that have not ended."""
+    known = [each for each in runtime().shut_at_exit if isinstance(each, Slices)]
+    return [each for each in known if each.ended_at is None]
 
 
 def large(blocks: int, layers: int, device: torch.device | str) -> tuple[torch.Tensor, KVView]:

@@ -11,13 +11,14 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack, closing
+from contextlib import ExitStack, closing, suppress
 from secrets import token_bytes
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 
+from portakv import KVView, TransferCancelled, copy_blocks
 from portakv.migrate import Channel
 from portakv.serving import SchedulerSide
 from portakv.serving.plan import Handovers
@@ -135,6 +136,22 @@ def hand_over() -> None:
             dst.loaded.clear()
 
 
+def slices() -> None:
+    """Copy in slices, with a pause of the rate after each, and cancel one copy."""
+    src, dst = (torch.zeros(64, 2, 1 << 16, dtype=torch.uint8) for _ in range(2))
+    src += torch.arange(64, dtype=torch.uint8)[:, None, None]
+    paged, into = (KVView(each, "block token dim") for each in (src, dst))
+    ids = range(64)
+    for _ in range(ROUNDS):
+        dst.zero_()
+        copy_blocks(paged, into, ids, ids, max_gbps=1.0).synchronize(LIMIT)
+        assert torch.equal(src, dst)
+    stopped = copy_blocks(paged, into, ids, ids, max_gbps=1e-6)
+    assert stopped.cancel()
+    with suppress(TransferCancelled):
+        stopped.synchronize(LIMIT)
+
+
 def weights() -> None:
     """Pull the weights of a model."""
     with ExitStack() as stack:
@@ -163,7 +180,8 @@ def slow() -> None:
 PORTS: dict[str, Callable[[], None]] = {
     each.__name__: each
     for each in (
-        *(pull, staged_pull, store_server, disk, remote, eviction, engine, hand_over, weights),
+        *(pull, staged_pull, store_server, disk, remote, eviction, engine, hand_over, slices),
+        weights,
     )
 }
 

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import Any
 
 from portakv.storage.work import End, Ending, Graph, Handle, Task
@@ -19,15 +18,15 @@ def end_of(
     eligible: Callable[[], Any] | None = None,
 ) -> End:
     """Return the end of tasks that move the same blocks. To cancel it cancels them."""
-    end = End(graph, blocks, name)
+    end = End(graph.runtime, blocks, name)
 
     def stop(state: str, error: Exception) -> bool:
-        stopped = [graph.stop(task, state, error) for task in tasks]
+        stopped = [task.stop(state, error) for task in tasks]
         return any(stopped)
 
-    end.stop = stop
+    end.stop_work = stop
     parts = [Ending(task, range(blocks), range(blocks)) for task in tasks]
-    graph.run(partial(graph.start, graph.finish(end, parts, eligible)))
+    graph.runtime.change(lambda: graph.runtime.start(end.come_after(parts, eligible)))
     return end
 
 
@@ -40,19 +39,19 @@ def submit(
     """Start tasks together; ``deadline``: seconds after which those that do not run are late."""
 
     async def run(task: Task) -> None:
-        await graph.move(task, ~task.landed)
+        await task.move(~task.landed)
 
     def begin() -> None:
         graph.enter(tasks, priority)
         if deadline is not None:
             for task in tasks:
-                graph.end_at(graph.clock() + deadline, task)
+                task.cancel_at(graph.clock() + deadline)
                 task.due = min(task.due, graph.clock() + deadline)
         for task in tasks:
-            graph.start(run(task))
+            graph.runtime.start(run(task))
 
     graph.check_open()
-    graph.run(begin, undo=lambda _: [graph.cancel(task) for task in tasks])
+    graph.runtime.change(begin, undo=lambda _: [task.cancel() for task in tasks])
 
 
 def run_in_turn(graph: Graph, tasks: Sequence[Task]) -> None:
@@ -61,13 +60,13 @@ def run_in_turn(graph: Graph, tasks: Sequence[Task]) -> None:
     async def run() -> None:
         left = ~tasks[0].landed
         for number, task in enumerate(tasks):
-            left = await graph.move(task, left, *tasks[:number][-1:])
+            left = await task.move(left, *tasks[:number][-1:])
 
     def begin() -> None:
         graph.enter(tasks, "normal")
-        graph.start(run())
+        graph.runtime.start(run())
 
-    graph.run(begin)
+    graph.runtime.change(begin)
 
 
 def end_of_handle(handle: Handle) -> End:

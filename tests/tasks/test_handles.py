@@ -178,13 +178,13 @@ def reported() -> Iterator[Gate]:
 def of_graph() -> Iterator[Gate]:
     """Yield a handle of a graph."""
     graph = Graph()
-    end = End(graph, 3)
+    end = End(graph.runtime, 3)
 
     def settle(error: Any) -> None:
         landed = np.full(3, error is None)
-        graph.run(lambda: graph.end(end, landed, error=error))
+        graph.runtime.change(lambda: end.finish(landed, error=error))
 
-    yield Handle(graph, end), settle
+    yield Handle(end), settle
     assert graph.close(LIMIT)
 
 

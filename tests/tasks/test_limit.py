@@ -3,10 +3,12 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 from support.seeded_loop import run_seeded
 
-from portakv.tasks import Limit, Runtime, Turn, Wait
+from portakv.tasks import Limit, Rate, Runtime, Turn, Wait
 from portakv.tasks.runtime import Priority
 
 
@@ -187,3 +189,35 @@ def test_a_turn_that_becomes_due_sooner_is_the_next_once() -> None:
 
     run_seeded(2, steps)
     assert order == [2, 0, 1]
+
+
+def test_when_slices_may_start() -> None:
+    watch = SimpleNamespace(time=100.0)
+    rate = Rate(2.0, lambda: watch.time)  # 2 bytes in a nanosecond
+    assert rate.left() == 0.0
+    rate.start(2_000_000)
+    assert rate.left() == pytest.approx(1e-3)
+    watch.time += 1.5e-3  # it overslept
+    assert rate.left() == 0.0
+    rate.start(2_000_000)
+    assert rate.left() == pytest.approx(0.5e-3)
+    watch.time += 0.5e-3
+    rate.start(4_000_000)
+    assert rate.left() == pytest.approx(2e-3)
+    watch.time += 1.0  # the link was busy for long: not all of it may be made up for
+    pauses = []
+    for _ in range(3):
+        pauses.append(rate.left())
+        rate.start(2_000_000)
+    assert pauses == [0.0, 0.0, pytest.approx(1e-3)]
+
+
+def test_over_many_slices_the_rate_is_kept_whatever_sleeps_too_long() -> None:
+    watch = SimpleNamespace(time=100.0)
+    total = 0
+    rate = Rate(1.0, lambda: watch.time)
+    for nth in range(1000):
+        watch.time += rate.left() + (nth % 7) * 1e-5
+        rate.start(100_000)
+        total += 100_000
+    assert total / (watch.time - 100.0) / 1e9 == pytest.approx(1.0, rel=0.05)

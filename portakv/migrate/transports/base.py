@@ -57,8 +57,8 @@ from portakv.migrate.messages import Message
 from portakv.runtime.devices import refuse_fork, this_process
 from portakv.runtime.resources import start_thread
 from portakv.runtime.transfer import event_pool
-from portakv.runtime.worker import EXIT_SECONDS
 from portakv.tasks import End, Wait, runtime
+from portakv.tasks.runtime import EXIT
 
 if TYPE_CHECKING:
     from portakv.migrate.channel import Channel, Peer
@@ -480,7 +480,7 @@ def _at_exit() -> WeakSet[Transport]:
 
     def close() -> None:
         for transport in [*transports]:
-            transport.close(EXIT_SECONDS)
+            transport.close(EXIT)
 
     atexit.register(close)
     return transports

@@ -65,7 +65,7 @@ from portakv.storage.form import Slices
 from portakv.storage.keys import check_keys, different_keys, predecessors
 from portakv.storage.memory import Crossing, Loan
 from portakv.storage.tiers.base import After, Keys
-from portakv.storage.work import End, Graph, Handle, Mask
+from portakv.storage.work import End, Handle, Mask
 from portakv.tasks import SLACK, Limit, Priority, Signal, Wait, Work, runtime
 from portakv.view import IdList, KVView
 
@@ -487,7 +487,7 @@ class ServerTransfer(Handle):
         Raises the errors of copies that are impossible.
         """
         self._client = client = blocks.client
-        self._runtime = client.graph.runtime
+        self._runtime = client.runtime
         self._link = client.link
         self._session = session = client.link.session
         self._group = blocks.group
@@ -498,11 +498,11 @@ class ServerTransfer(Handle):
         self._priority = priority
         self.saves = saves
         # The runtime's lock guards what follows.
-        self._end = End(client.graph, keys)
-        self._end.stop = self._stop
+        self._end = End(client.runtime, keys)
+        self._end.stop_work = self._stop
         size = blocks.form.raw.payload_bytes
-        super().__init__(client.graph, self._end, missing="skip", block_bytes=size)
-        self._released = End(client.graph, keys)
+        super().__init__(self._end, missing="skip", block_bytes=size)
+        self._released = End(client.runtime, keys)
         if saves:
             self.add_release(self._released)
         self._closed = False  # no copy begins: it was cancelled, is late, or lost its server
@@ -603,7 +603,7 @@ class ServerTransfer(Handle):
             ends.append(self._end)
         for end in ends:
             if not end.ended:
-                self._graph.end(end, None)
+                end.finish(None)
         if self._end.ended and not self._issuing:
             self._client.forget(self.pieces)
 
@@ -666,7 +666,7 @@ class ServerTransfer(Handle):
         """Cancel what has not ended in so many seconds, and the server has not ended either."""
         if deadline is not None and not self._end.ended:
             until = self._runtime.time() + deadline + GRACE
-            self._runtime.start(self._graph.end_later(self._end, until))
+            self._runtime.start(self._end.cancel_later(until))
 
     def _rows_of(self, session: Session) -> KVView:
         """Return the rank's part of rows of whole blocks."""
@@ -759,9 +759,7 @@ class ServerTransfer(Handle):
                 if layers:
                     every = self._end.blocks
                     size = self._block_bytes // len(layers)
-                    self.layers = [
-                        Handle.of_issued(self._graph, every, each, (), size) for each in layers
-                    ]
+                    self.layers = [Handle.of_issued(every, each, (), size) for each in layers]
             landed = True
         finally:
             uninterrupted(partial(self._note_issued, session, loan, hits, begun, landed))
@@ -919,7 +917,7 @@ class ServerBlocks:
 
     def _batches(self, keys: list[bytes]) -> Iterator[tuple[Session, int, tuple[bytes, ...]]]:
         """Yield the session, the number of the first key and the keys of each request."""
-        session = None if self.client.graph.process.forked else self.client.link.session
+        session = None if self.client.runtime.process.forked else self.client.link.session
         if session is not None:
             for first in range(0, len(keys), MOST_KEYS):
                 yield session, first, tuple(keys[first : first + MOST_KEYS])
@@ -929,7 +927,7 @@ class ServerBlocks:
         if self.client.link.session is session:
             with suppress(PortaKVError):  # the session has ended, or ends now
                 ask = partial(self.client.link.ask, session, message, Done, ASKING)
-                answer = self.client.graph.runtime.run(ask)
+                answer = self.client.runtime.run(ask)
                 done: Mask = np.frombuffer(answer.done, np.bool_).copy()
                 return done
         return np.zeros(len(message.keys), np.bool_)
@@ -946,7 +944,7 @@ class ServerBlocks:
         """Return a transfer of blocks of a view. Raises `StoreError` in a forked process."""
         if deadline is not None:
             seconds("deadline", deadline)
-        if self.client.graph.process.forked:
+        if self.client.runtime.process.forked:
             raise StoreError(
                 "Expected the client of a store server of this process, got one of the process "
                 "that this one was forked from. Make another."
@@ -980,7 +978,7 @@ class StoreClient:
     Attributes:
         blocks: of each group of layers.
         link: the connection to the server.
-        graph: of the handles of loads and saves.
+        runtime: of the handles of loads and saves.
         numbers: of requests and locks.
         loads, saves: let few of these be asked for, and copied, at a time.
     """
@@ -997,12 +995,12 @@ class StoreClient:
         texts = tuple(part.json() for part in parts)
         self._device = device
         self._mapped: MappedRows | None = None
-        self.graph = Graph()
+        self.runtime = runtime()
         self.numbers = count(1)
-        self.loads = Limit(self.graph.runtime, WIDTH)
-        self.saves = Limit(self.graph.runtime, WIDTH)
+        self.loads = Limit(self.runtime, WIDTH)
+        self.saves = Limit(self.runtime, WIDTH)
         self._open = dict[int, tuple[ServerTransfer, Piece]]()  # by number of the request
-        self._forgotten = Signal(self.graph.runtime)  # tells of requests that have ended
+        self._forgotten = Signal(self.runtime)  # tells of requests that have ended
         name = text("engine", engine, least=0)
         process = process_here()  # before the channel, which an error would leave open
         channel = Channel()
@@ -1034,7 +1032,7 @@ class StoreClient:
     def close(self, timeout: float = 10.0) -> None:
         """End the loads and saves, and leave the server."""
         timeout = seconds("timeout", timeout)
-        if self.graph.process.forked:
+        if self.runtime.process.forked:
             return
         self.close_all()
         self._forgotten.block(self._is_idle, timeout)  # only copies under way are left
@@ -1060,7 +1058,7 @@ class StoreClient:
 
     def close_all(self) -> None:
         """Begin no further copy, and wait for no further rows."""
-        with self.graph.runtime.lock:
+        with self.runtime.lock:
             for transfer, _ in [*self._open.values()]:
                 transfer.close()
 

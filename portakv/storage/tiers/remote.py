@@ -380,7 +380,7 @@ class RemoteStore:
             call = partial(self._heads.call, "lookup", self._there)
             return [runtime.start(call(key)) for key in left]
 
-        requests = self.graph.run(begin, undo=_cancel_all)
+        requests = runtime.change(begin, undo=_cancel_all)
         try:
             for request in requests:
                 request.wait(max(0.0, until - runtime.time()))
