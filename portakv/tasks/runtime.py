@@ -120,7 +120,7 @@ class Limit:
         self._free = width
         self._background = 0  # turns of the background that have a place
         self._alone = 0  # those of them that run alone
-        self._rate = Rate(gbps, runtime.time)
+        self._rate = Rate(gbps, runtime.time) if gbps else None
         self._delayed = False  # a coroutine waits until then
         self._number = 0
         # Turns that wait, by due time and number: of the background, those of it that run alone,
@@ -190,11 +190,12 @@ class Limit:
             if wait is None or wait.woken:  # it has given up, or this is its former entry
                 heappop(heap)
                 continue
-            if self._rate.left():
-                self._delay()
-                return
+            if self._rate is not None:
+                if self._rate.left():
+                    self._delay(self._rate.next)
+                    return
+                self._rate.start(turn.nbytes)
             heappop(heap)
-            self._rate.start(turn.nbytes)
             self._free -= 1
             if turn.background:
                 self._background += 1
@@ -213,14 +214,14 @@ class Limit:
                 first = alone
         return first
 
-    def _delay(self) -> None:
+    def _delay(self, until: float) -> None:
         """Begin again at the time that the rate allows."""
         if not self._delayed:
             self._delayed = True
-            self._runtime.start(self._begin_later())
+            self._runtime.start(self._begin_later(until))
 
-    async def _begin_later(self) -> None:
-        await Wait(until=self._rate.next)
+    async def _begin_later(self, until: float) -> None:
+        await Wait(until=until)
         self._delayed = False
         self._begin()
 

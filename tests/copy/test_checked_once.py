@@ -27,6 +27,7 @@ from support.block_cases import (
 )
 from support.command_line import registered
 from support.small_backends import small_backend
+from support.threads import on_helpers
 
 from portakv import (
     AdaptiveConnector,
@@ -103,12 +104,14 @@ class Checks:
 
     def __enter__(self) -> Checks:
         threading.setprofile(self._note)
+        on_helpers(lambda: sys.setprofile(self._note))
         sys.setprofile(self._note)
         return self
 
     def __exit__(self, *error: object) -> None:
         sys.setprofile(None)
         threading.setprofile(None)
+        on_helpers(lambda: sys.setprofile(None))
 
 
 def made(device: torch.device, ids: list[int], place: str) -> Any:

@@ -13,6 +13,9 @@ from sys import _current_frames
 from types import CodeType, FrameType
 from typing import Any
 
+from portakv.runtime.interrupts import NAME, hand_over
+from support.waits import LIMIT
+
 
 def run_threads(work: Callable[[Any], object], names: Sequence[Any]) -> None:
     """Run ``work`` for each name in a thread, switching often; the first exception counts."""
@@ -56,3 +59,17 @@ def interrupting(call: Any) -> Iterator[None]:
         over.set()
         thread.join()
         signal.signal(signal.SIGINT, before)
+
+
+def on_helpers(call: Callable[[], object]) -> None:
+    """Make a call in each helper of the library that there is."""
+    many = sum(thread.name == NAME for thread in threading.enumerate())
+    together = threading.Barrier(many + 1)
+
+    def once() -> None:
+        call()
+        together.wait(LIMIT)
+
+    for _ in range(many):  # none of them is idle before the last one has made the call
+        assert hand_over(once)
+    together.wait(LIMIT)
