@@ -29,6 +29,7 @@ from portakv.runtime import cuda
 from portakv_conformance import simdev
 from support import patch_points, simulated
 from support.collecting import NO_GPU, OPT_IN
+from support.watching import Watch
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -46,6 +47,7 @@ _frozen = pytest.StashKey[int]()
 def pytest_configure(config: pytest.Config) -> None:
     """Load the profile before any test module is imported, so that decorators can read it."""
     patch_points.guard()
+    config.pluginmanager.register(Watch())
     # It reads the constants of every module, and keeps them below the current folder otherwise: a
     # process in another folder would read all modules again.
     os.environ.setdefault("HYPOTHESIS_STORAGE_DIRECTORY", str(config.rootpath / ".hypothesis"))
