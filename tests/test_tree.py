@@ -18,6 +18,7 @@ from typing import NamedTuple, TypeGuard
 import pytest
 from support import patch_points
 from support.house import modules
+from support.running import full_cases
 
 pytestmark = pytest.mark.xdist_group("tree")  # one process reads the files
 ROOT = Path(__file__).resolve().parent.parent
@@ -173,6 +174,23 @@ def test_a_patch_point_is_a_public_name_that_a_test_replaces() -> None:
         name = point.rpartition(".")[2]
         assert not re.match("_[^_]", name), point
         assert name in replaced, point
+
+
+def test_each_case_that_is_listed_for_the_full_run_is_there() -> None:
+    """A name of `tests/full_cases.toml` that no test has would leave nothing out."""
+    tests = {place_of(name) for names in full_cases().values() for name in names}
+    gone = [
+        f"{path}::{function}"
+        for path, function in sorted(tests)
+        if not (ROOT / path).exists() or f"def {function}(" not in (ROOT / path).read_text("utf-8")
+    ]
+    assert gone == [], "take them from the list, or write their new names"
+
+
+def place_of(name: str) -> tuple[str, str]:
+    """Return the file and the function of a test with parameters."""
+    path, _, test = name.partition("[")[0].partition("::")
+    return path, test.rpartition("::")[2]
 
 
 def test_tests_read_no_more_private_names() -> None:

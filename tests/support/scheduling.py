@@ -85,7 +85,7 @@ class Runs(LoadScopeScheduling):  # type: ignore[misc]
     def mark_test_complete(self, node: Any, item_index: int, duration: float = 0) -> None:
         """Forget a unit once all its tests have run: xdist counts them after each test."""
         nodeid = self.collection[item_index]
-        scope = self._scopes[nodeid]
+        scope = self._split_scope(nodeid)
         work = self.assigned_work[node]
         work[scope][nodeid] = True
         if all(work[scope].values()):
