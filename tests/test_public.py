@@ -15,7 +15,7 @@ import re
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import fields
-from functools import cached_property
+from functools import cache, cached_property
 from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
@@ -43,6 +43,7 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
+pytestmark = pytest.mark.xdist_group("names")  # one process reads the files
 ROOT = Path(__file__).resolve().parent.parent
 API = ROOT / "docs" / "api.md"
 #: Pages whose code users copy.
@@ -83,6 +84,7 @@ def source_of(module: str) -> Path | None:
     return None
 
 
+@cache
 def names_in(module: str) -> set[str]:
     """Return the names that a module defines or imports at its top level."""
     file = source_of(module)
@@ -137,6 +139,7 @@ def rows_of(page: str) -> Iterator[tuple[list[str], str]]:
                 yield [*own, *modules], name
 
 
+@cache
 def public() -> set[Name]:
     """Return all public names, with the modules that users import them from."""
     page = API.read_text(encoding="utf-8")

@@ -9,15 +9,16 @@ from __future__ import annotations
 
 import ast
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import cache
 from graphlib import TopologicalSorter
 from pathlib import Path
-from typing import TypeGuard
+from typing import NamedTuple, TypeGuard
 
 import pytest
 from support import patch_points
 from support.house import modules
+from support.running import full_cases
 
 pytestmark = pytest.mark.xdist_group("tree")  # one process reads the files
 ROOT = Path(__file__).resolve().parent.parent
@@ -68,21 +69,43 @@ def own(module: Path) -> str:
     return ".".join(module.relative_to(ROOT).parts[:-1][:2])
 
 
-def parsed(module: Path) -> ast.Module:
-    """Return the syntax tree of a file."""
-    return ast.parse(module.read_text(encoding="utf-8"))
+class Facts(NamedTuple):
+    """What the tests ask about a file, which is parsed once.
+
+    Attributes:
+        packed: the lines of statements that are not plain.
+        imports: the modules of the library that it imports, by their dotted names.
+        remembering: the lines of caches that are no `Bounded`.
+    """
+
+    packed: list[int]
+    imports: list[str]
+    remembering: list[int]
 
 
 @cache
-def imported(module: Path) -> list[str]:
-    """Return the modules of the library that a file imports, by their dotted names."""
-    names: list[str] = []
-    for node in ast.walk(parsed(module)):
-        if isinstance(node, ast.Import):
-            names += [alias.name for alias in node.names if alias.name.startswith("portakv.")]
-        elif isinstance(node, ast.ImportFrom) and node.level == 0:
-            names += imported_from(node)
-    return names
+def facts(module: Path) -> Facts:
+    """Return the facts of a file."""
+    tree = ast.parse(module.read_text(encoding="utf-8"))
+    nodes = [*ast.walk(tree)]
+    return Facts(
+        packed=[
+            node.lineno
+            for node in nodes
+            if isinstance(node, ast.Assign | ast.BinOp)
+            and (is_packed(node) or is_text_times_condition(node))
+        ],
+        imports=[name for node in nodes for name in imported(node)],
+        remembering=[*remembering(tree.body, nodes)],
+    )
+
+
+def imported(node: ast.AST) -> Iterator[str]:
+    """Yield the modules of the library that a statement imports, by their dotted names."""
+    if isinstance(node, ast.Import):
+        yield from (alias.name for alias in node.names if alias.name.startswith("portakv."))
+    elif isinstance(node, ast.ImportFrom) and node.level == 0:
+        yield from imported_from(node)
 
 
 def imported_from(node: ast.ImportFrom) -> Iterator[str]:
@@ -107,10 +130,9 @@ def test_the_names_of_the_design_are_there(folder: str) -> None:
 def test_the_code_is_plain(folder: str) -> None:
     """No statement packs several assignments, and no condition multiplies a text."""
     wrong = [
-        f"{module.relative_to(ROOT)}:{node.lineno}"
+        f"{module.relative_to(ROOT)}:{line}"
         for module in modules(ROOT / folder)
-        for node in ast.walk(parsed(module))
-        if is_packed(node) or is_text_times_condition(node)
+        for line in facts(module).packed
     ]
     assert wrong == [], "write one assignment a line, and `if` round a text"
 
@@ -147,10 +169,28 @@ def test_only_tables_of_data_skip_the_formatter() -> None:
 def test_a_patch_point_is_a_public_name_that_a_test_replaces() -> None:
     """`support.patch_points` refuses to replace anything else."""
     tests = "".join(path.read_text(encoding="utf-8") for path in modules(ROOT / "tests"))
+    replaced = {*re.findall(r'[".](\w+)"[,:)]', tests)}
     for point in patch_points.listed():
         name = point.rpartition(".")[2]
         assert not re.match("_[^_]", name), point
-        assert re.search(rf'[".]{name}"[,:)]', tests), point
+        assert name in replaced, point
+
+
+def test_each_case_that_is_listed_for_the_full_run_is_there() -> None:
+    """A name of `tests/full_cases.toml` that no test has would leave nothing out."""
+    tests = {place_of(name) for names in full_cases().values() for name in names}
+    gone = [
+        f"{path}::{function}"
+        for path, function in sorted(tests)
+        if not (ROOT / path).exists() or f"def {function}(" not in (ROOT / path).read_text("utf-8")
+    ]
+    assert gone == [], "take them from the list, or write their new names"
+
+
+def place_of(name: str) -> tuple[str, str]:
+    """Return the file and the function of a test with parameters."""
+    path, _, test = name.partition("[")[0].partition("::")
+    return path, test.rpartition("::")[2]
 
 
 def test_tests_read_no_more_private_names() -> None:
@@ -163,7 +203,7 @@ def test_no_package_imports_a_private_module_of_another(folder: str) -> None:
     wrong = [
         f"{module.relative_to(ROOT)} imports {name}"
         for module in modules(ROOT / folder)
-        for name in imported(module)
+        for name in facts(module).imports
         if any(part.startswith("_") and part != "__init__" for part in name.split("."))
         and ".".join(name.split(".")[:2]) != own(module)
     ]
@@ -173,7 +213,7 @@ def test_no_package_imports_a_private_module_of_another(folder: str) -> None:
 def test_no_module_imports_one_that_imports_it() -> None:
     """Nor by way of others, nor inside a function."""
     names = {".".join(x.relative_to(ROOT).with_suffix("").parts): x for x in modules(LIBRARY)}
-    TopologicalSorter({name: {*imported(x)} & {*names} for name, x in names.items()}).prepare()
+    TopologicalSorter({name: {*facts(x).imports} & {*names} for name, x in names.items()}).prepare()
 
 
 def test_only_bounded_remembers() -> None:
@@ -182,7 +222,7 @@ def test_only_bounded_remembers() -> None:
         f"{module.relative_to(ROOT)}:{line}"
         for module in modules(LIBRARY)
         if module != LIBRARY / "runtime" / "bounded.py"
-        for line in remembering(parsed(module))
+        for line in facts(module).remembering
     ]
     assert wrong == []
 
@@ -190,24 +230,30 @@ def test_only_bounded_remembers() -> None:
 @pytest.mark.parametrize("mark", ["cache", "lru_cache", "lru_cache(8)", "functools.lru_cache(8)"])
 def test_a_cache_without_a_name_is_found(mark: str) -> None:
     named = "def known(): ...\n@cache\ndef single(): ...\n"
-    assert [*remembering(ast.parse(f"{named}@{mark}\ndef by_key(key): ...\n"))] == [5]
+    tree = ast.parse(f"{named}@{mark}\ndef by_key(key): ...\n")
+    assert [*remembering(tree.body, tree.body)] == [5]
 
 
-def remembering(tree: ast.Module) -> Iterator[int]:
-    """Yield the lines of a module's own empty mappings, and of caches that are no `Bounded`."""
-    for node in tree.body:
+def remembering(body: list[ast.stmt], nodes: Iterable[ast.AST]) -> Iterator[int]:
+    """Yield the lines of a module's own empty mappings, and of caches that are no `Bounded`.
+
+    Args:
+        body: the statements of the module itself.
+        nodes: all its nodes.
+    """
+    for node in body:
         value = node.value if isinstance(node, ast.Assign | ast.AnnAssign) else None
         empty = isinstance(value, ast.Dict) and not value.keys
         if isinstance(value, ast.Call) and called(value) in REMEMBER:
             empty = called(value) == "defaultdict" or not value.args  # its factory fills nothing
         if empty and HANDLES not in ast.unparse(node):
             yield node.lineno
-    yield from unlimited_caches(tree)
+    yield from unlimited_caches(nodes)
 
 
-def unlimited_caches(tree: ast.Module) -> Iterator[int]:
+def unlimited_caches(nodes: Iterable[ast.AST]) -> Iterator[int]:
     """Yield the lines of functions with a cache that has no limit, or no name."""
-    for inner in ast.walk(tree):
+    for inner in nodes:
         if isinstance(inner, ast.FunctionDef) and inner.args.args:
             names = {called(mark) for mark in inner.decorator_list}
             if names & {"cache", "lru_cache"} and inner.name not in BY_DEVICE | UNNAMED:
@@ -233,5 +279,5 @@ def test_a_vendor_s_backend_is_one_class_in_its_file(vendor: str) -> None:
 def test_a_backend_knows_plans_and_launches_alone(module: Path) -> None:
     known = {"core", "plan", "view", "errors", "backends", "runtime", "selection"}
     # The geometry of packed slots is integers, and no layout.
-    names = set(imported(module)) - {"portakv.layout.packing"}
+    names = set(facts(module).imports) - {"portakv.layout.packing"}
     assert {name.split(".")[1] for name in names} <= known

@@ -46,6 +46,8 @@ from portakv.storage.store import BlockStore
 from portakv.storage.tiers.remote import FAILURES, Remote, RemoteStore
 from portakv.storage.work import Graph
 
+pytestmark = pytest.mark.xdist_group("s3")  # one process imports a server, which takes a second
+
 CANONICAL = "block layer head kv token dim"
 SMALL = BlockForm("m", "float16", 2, (8, 8), 16, (0, 4, 4), (0, 2, 2), CANONICAL)
 LAYERED = BlockForm("m", "float16", 2, (512, 512), 16, (0, 8, 8), (0, 8, 8), CANONICAL)  # 2 MiB

@@ -854,7 +854,9 @@ def _replace_locks() -> list[tuple[Any, str, Any]]:
     """Replace the locks that modules and objects have already; return them with their places."""
     lock = type(_allocate_lock())
     rlock = type(_rlock_of_python())
-    holders = [one for one in gc.get_objects() if str(type(one).__module__).startswith("portakv")]
+    objects = gc.get_objects()
+    own = {kind for kind in {*map(type, objects)} if str(kind.__module__).startswith("portakv")}
+    holders = [one for one in objects if type(one) in own]
     modules = [one for one in sys.modules.values() if one.__name__.startswith("portakv")]
     holders += modules
     for module in modules:

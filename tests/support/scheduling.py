@@ -47,6 +47,7 @@ class Runs(LoadScopeScheduling):  # type: ignore[misc]
         super().__init__(config, log)
         config.option.loadscopereorder = False  # else the short ones come after the last
         self._scopes: dict[str, str] | None = None
+        self._places: dict[str, int] = {}  # of each test in the collection
         self._module = ""
         self._first = 0
 
@@ -70,9 +71,26 @@ class Runs(LoadScopeScheduling):  # type: ignore[misc]
         asks for one that still collects, if two ended at a time."""
         if node not in self.registered_collections:
             return
-        super()._assign_work_unit(node)
-        while self.workqueue and self._pending_of(self.assigned_work[node]) < 2:
-            super()._assign_work_unit(node)
+        if not self._places:
+            self._places = {nodeid: place for place, nodeid in enumerate(self.collection)}
+        work = self.assigned_work[node]
+        while True:
+            scope, unit = self.workqueue.popitem(last=False)
+            work[scope] = unit
+            left = [self._places[nodeid] for nodeid, completed in unit.items() if not completed]
+            node.send_runtest_some(left)
+            if not self.workqueue or self._pending_of(work) >= 2:
+                return
+
+    def mark_test_complete(self, node: Any, item_index: int, duration: float = 0) -> None:
+        """Forget a unit once all its tests have run: xdist counts them after each test."""
+        nodeid = self.collection[item_index]
+        scope = self._split_scope(nodeid)
+        work = self.assigned_work[node]
+        work[scope][nodeid] = True
+        if all(work[scope].values()):
+            del work[scope]
+        self._reschedule(node)
 
     def remove_node(self, node: Any) -> str | None:
         """Hand on what a worker leaves, but not the test that ended it, such as one that hangs:
