@@ -11,7 +11,7 @@ import importlib
 import random
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -41,7 +41,9 @@ from support.vllm_cpu import (
 )
 from support.vllm_cpu_calls import figures_of, publishing
 from support.vllm_cpu_schedules import LONGEST_ANSWER, Walk, prompts_of
+from support.vllm_fp8 import compute_fp8, make_quantized
 from support.waits import LIMIT
+from support.witness_results import record
 
 from portakv.witness.table import is_whole, key_in, read_file
 
@@ -119,7 +121,13 @@ def store(folder: Path) -> dict[str, Any]:
 #: rows. A request that has one of two swapped blocks would be wrong.
 HARMLESS = {"swapped blocks", "shifted tokens"}
 #: The connectors that are wrapped, in `support.witness_shim`, and vLLM's terms for each.
-WRAPPED = ("DamagedPortaKV", "MultiConnector", "DamagedExample", "DamagedOffloading")
+WRAPPED = (
+    "DamagedPortaKV",
+    "MultiConnector",
+    "DamagedExample",
+    "DamagedOffloading",
+    "DamagedSimple",
+)
 
 
 def wrapped(name: str, folder: Path, **terms: Any) -> dict[str, Any]:
@@ -142,6 +150,8 @@ def wrapped(name: str, folder: Path, **terms: Any) -> dict[str, Any]:
             "spec_name": "PortaKVTieringSpec",
             "spec_module_path": "portakv.integrations.vllm_tier",
         }
+    elif name == "DamagedSimple":
+        inner = {"cpu_bytes_to_use": 64 << 20}
     extra = {
         "connector": name,
         "connector_module_path": SHIM,
@@ -184,6 +194,17 @@ def faults_in(counts: Counter[str]) -> dict[str, int]:
     return {x.removeprefix(begins): many for x, many in counts.items() if x.startswith(begins)}
 
 
+def row_of(name: str, damaged: int, counts: Counter[str], is_right: bool) -> dict[str, Any]:
+    """Return what a result has of a fault in some loads."""
+    return {
+        "fault": name,
+        "loads": damaged,
+        "compared": counts["witness_compared"],
+        "found": faults_in(counts),
+        "tokens_are_right": is_right,
+    }
+
+
 def walk_through(engine: Engine, names: Any, faults: Any, prompts: Any) -> dict[str, Any]:
     """Ask prompts whose loads have one fault after the other.
 
@@ -209,7 +230,12 @@ def walk_through(engine: Engine, names: Any, faults: Any, prompts: Any) -> dict[
 @pytest.mark.parametrize("connector", WRAPPED)
 @pytest.mark.parametrize("check", ["all", "off"])
 def test_faults_are_found_and_named(
-    check: str, connector: str, model: Path, own: list[list[int]], tmp_path: Path
+    check: str,
+    connector: str,
+    model: Path,
+    own: list[list[int]],
+    tmp_path: Path,
+    record_property: Callable[[str, object], None],
 ) -> None:
     """With check off, an engine goes on with wrong rows: the tokens differ."""
 
@@ -221,7 +247,8 @@ def test_faults_are_found_and_named(
 
     seen = in_a_child(work, limit=HOUR)
     for name, (tokens, damaged, counts) in seen.items():
-        print(connector, check, name, damaged, faults_in(counts), tokens == own)
+        row = row_of(name, damaged, counts, tokens == own)
+        record(record_property, connector=connector, check=check, cache="fp32", **row)
     for name, (tokens, damaged, counts) in seen.items():
         assert damaged == len(PROMPTS), name
         assert (tokens == own) is (check == "all" or name in HARMLESS), name
@@ -286,7 +313,12 @@ def save_rows(worker: Any, folder: Path) -> None:
 
 @pytest.mark.parametrize("case", [*WRAPPED, "unknown", "off"])
 def test_heads_after_a_change_of_ranks_are_named(
-    case: str, model: Path, own: list[list[int]], two_ranks: Path, tmp_path: Path
+    case: str,
+    model: Path,
+    own: list[list[int]],
+    two_ranks: Path,
+    tmp_path: Path,
+    record_property: Callable[[str, object], None],
 ) -> None:
     """In the controls the fingerprints of the other engine are unknown, or nothing is compared."""
     if case != "unknown":
@@ -310,7 +342,9 @@ def test_heads_after_a_change_of_ranks_are_named(
 
     ((tokens, damaged, counts),) = in_a_child(work, limit=HOUR).values()
     kinds = faults_in(counts)
-    print("ranks", case, damaged, kinds)
+    if case in WRAPPED:
+        row = row_of("heads of other ranks", damaged, counts, tokens == own)
+        record(record_property, connector=case, check="all", cache="fp32", **row)
     assert damaged == len(PROMPTS)
     assert (tokens == own) is (case != "off")
     assert sum(kinds.values()) == (0 if case == "off" else damaged)
@@ -347,6 +381,39 @@ def test_no_load_ends_in_a_step_of_an_engine_that_runs_ahead(
         assert seen is None or seen[0] != own
 
 
+#: Faults whose pieces are rows, heads or blocks, whatever a number is.
+OF_BYTES = ["a flipped byte", "a half copy", "exchanged heads", "exchanged layers", "another block"]
+
+
+@pytest.mark.parametrize("check", ["all", "off"])
+def test_faults_of_a_quantized_cache_are_found(
+    check: str, tmp_path: Path, record_property: Callable[[str, object], None]
+) -> None:
+    """A number has one byte, and its scale is not in the cache. One wrong number of such a row
+    leaves these tokens alone."""
+    folder = tmp_path / "model"
+    in_a_child(lambda: make_quantized(folder, 0.02))
+
+    def work() -> Any:
+        shim = importlib.import_module(SHIM)
+        compute_fp8()
+        terms = {"kv_cache_dtype": "fp8"}
+        alone = Engine(folder, None, **terms).ask(PROMPTS).tokens
+        config = wrapped("DamagedPortaKV", tmp_path, check=check, action="recompute")
+        engine = Engine(folder, None, kv_transfer_config=config, **terms)
+        return alone, walk_through(engine, OF_BYTES, shim.FAULTS, PROMPTS)
+
+    alone, seen = in_a_child(work, limit=HOUR)
+    for name, (tokens, damaged, counts) in seen.items():
+        row = row_of(name, damaged, counts, tokens == alone)
+        record(record_property, connector="DamagedPortaKV", check=check, cache="fp8", **row)
+        assert damaged == len(PROMPTS), name
+        assert (tokens == alone) is (check == "all" or name == "a flipped byte"), name
+        kinds = faults_in(counts)
+        assert bool(kinds) is (check == "all"), name
+        assert {*kinds} <= NAMES[name] | BEFORE, (name, kinds)
+
+
 @pytest.fixture(scope="module")
 def recurrent(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return the folder of a model with recurrent layers."""
@@ -356,7 +423,12 @@ def recurrent(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("check", ["all", "off"])
-def test_faults_of_states_are_found(check: str, recurrent: Path, tmp_path: Path) -> None:
+def test_faults_of_states_are_found(
+    check: str,
+    recurrent: Path,
+    tmp_path: Path,
+    record_property: Callable[[str, object], None],
+) -> None:
     """A request with a wrong block is computed again as a whole."""
     prompts = [prompt(700, 1), prompt(1500, 2), prompt(1200, 3)]
 
@@ -371,7 +443,8 @@ def test_faults_of_states_are_found(check: str, recurrent: Path, tmp_path: Path)
 
     alone, seen = in_a_child(work, limit=HOUR)
     for name, (tokens, damaged, counts) in seen.items():
-        print("states", check, name, damaged, faults_in(counts), tokens == alone)
+        row = row_of(name, damaged, counts, tokens == alone)
+        record(record_property, connector="DamagedPortaKV", check=check, cache="states", **row)
     for name, (tokens, damaged, counts) in seen.items():
         assert damaged == len(prompts), name
         assert (tokens == alone) is (check == "all"), name
