@@ -7,8 +7,8 @@
 The part ``engine`` serves prompts through a connector alone, through the same connector with a
 witness that checks a sample of the blocks, and with one that checks all of them. Each has a
 separate store. Tokens must be equal. A third witness computes wrong blocks again: one byte of each
-loaded block is flipped. The parts ``table`` and ``notes`` need no engine: they time what the host
-does in each step. ``--table`` prints the table of docs/witness.md from a result.
+loaded block is flipped. The other parts need no engine: they time what the host does in each step.
+``--table`` prints the tables of benchmarks/notes/engines.md from a result.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import pickle
 import tempfile
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from itertools import count
+from itertools import count, product
 from pathlib import Path
 from statistics import median
 from time import perf_counter
@@ -30,23 +30,25 @@ from typing import Any
 import numpy as np
 import torch
 
+from portakv import KVView
 from portakv.integrations.vllm.notes import BlockNotes
 from portakv.serving import Group
+from portakv.witness import Witness
 from portakv.witness.fingerprint import Geometry
 from portakv.witness.table import Ring, Table
 from portakv_benchmarks.cli import RESULT_FORMAT, describe
 from portakv_benchmarks.engines.models import MODELS
 from portakv_benchmarks.shared.harness import Row, Rows, short
 
-PARTS = ("notes", "table", "engine")
+PARTS = ("notes", "table", "rates", "engine")
 #: Sizes of a step: requests that fill a block each, and a long load.
 BLOCKS = (8, 256)
+#: Parts of the blocks that are chosen.
+RATES = (1 / 64, 1 / 16, 1 / 4, 1)
 #: Bytes of a table, which knows 21,000 blocks of Llama-3-8B.
 TABLE_BYTES = 256 << 20
 REPEATS = 200
 KEY_BYTES = 32
-#: Ranks that read a step's notes.
-RANKS = (1, 8)
 #: A fingerprint of a block of Llama-3-8B.
 LLAMA = Geometry(layers=32, kv=2, heads=8, segments=16, tokens=1, unit=8, widths=(256, 256))
 
@@ -125,6 +127,28 @@ def _times_of_ring(ring: Ring, many: int) -> Iterator[Row]:
         yield {"op": op, "blocks": many, "us": took}
 
 
+def measure_rates() -> Rows:
+    """Return the time of all that a step's new blocks take, by the rate of a sample. The cache is
+    so small that its sums take little."""
+    cache = [torch.randn(2, max(BLOCKS), 16, 2, 8) for _ in range(2)]
+    view = KVView(cache, "layer | kv block token head dim")
+    rows: Rows = []
+    for rate, many in product(RATES, BLOCKS):
+        witness = Witness(view, check="sample", rate=rate, nbytes=1 << 20)
+        keys = list[bytes]()
+
+        def draw(keys: list[bytes] = keys, many: int = many) -> None:
+            keys[:] = [os.urandom(KEY_BYTES) for _ in range(many)]  # chosen as hashes are
+
+        def store(witness: Witness = witness, keys: list[bytes] = keys) -> None:
+            witness.stored([*range(len(keys))], keys)
+            witness.settle(wait=True)
+
+        took = _microseconds(store, draw)
+        rows.append({"kind": "witness_rate", "rate": rate, "blocks": many, "us": took})
+    return rows
+
+
 def measure_notes() -> Rows:
     """Return the time of the scheduler's notes of a step, and of their way to workers."""
     rows: Rows = []
@@ -192,28 +216,50 @@ def _times_of_notes(op: str, blocks: int, requests: int) -> Row:
 
 
 def table_of(result: Mapping[str, Any]) -> list[str]:
-    """Return the lines of the table in docs/witness.md."""
+    """Return the lines of the tables in benchmarks/notes/engines.md."""
     rows: Rows = result["rows"]
-    lines = ["| of the connector alone | `sample` | `all` |", "|---|---|---|"]
-    found: defaultdict[str, dict[str, Any]] = defaultdict(dict)
+    served: defaultdict[str, dict[str, Row]] = defaultdict(dict)
     for row in rows:
         if "of_without" in row:
             tokens = f" of {row['tokens']:,} tokens" if "tokens" in row else ""
-            op = str(row["op"]).replace(" prompt", f" prompt{tokens}")
-            found[op][str(row["check"])] = row["of_without"]
-    for op, by_check in found.items():
-        lines.append(f"| {op} | {by_check['sample']} | {by_check['all']} |")
-    lines += ["", "| host time (us) | 8 blocks | 256 blocks |", "|---|---|---|"]
+            served[str(row["op"]).replace(" prompt", f" prompt{tokens}")][str(row["check"])] = row
+    lines = [
+        "| of the connector alone, by the wall; processor | `sample` | `all` |",
+        "|---|---|---|",
+    ]
+    for op, by_check in served.items():
+        cells = [
+            f"{by_check[check]['of_without']}; {by_check[check]['processor_of_without']}"
+            for check in ("sample", "all")
+        ]
+        lines.append(f"| {op} | {' | '.join(cells)} |")
+    for row in rows:
+        if row["kind"] == "witness_engine" and "of_new" in row:
+            cell = f"{row['of_new']}; {row['processor_of_new']}"
+            lines.append(f"| {row['op']}, {row['tokens']:,} tokens, of a new prompt | | {cell} |")
+    for row in rows:
+        if row["kind"] == "witness_host" and row["check"] == "sample":
+            (other,) = (
+                x for x in rows if x["op"] == row["op"] and x.get("check") == "all" and "us" in x
+            )
+            op = f"a step of eight requests, in the hooks of {row['op']} (us)"
+            lines.append(f"| {op} | {row['us']} | {other['us']} |")
+
     times: defaultdict[str, dict[int, Any]] = defaultdict(dict)
     for row in rows:
-        if row["kind"] == "witness_table":
-            place = "a file" if row["file"] else "memory"
-            times[f"{row['op']}, {row['table']} table in {place}"][row["blocks"]] = row["us"]
         if row["kind"] == "witness_notes" and row["op"] == "each ends a block":
             times["notes of the scheduler"][row["blocks"]] = row["us"]
             times["notes to a rank"][row["blocks"]] = short(row["pack_us"] + row["unpack_us"])
+        if row["kind"] == "witness_table":
+            place = "a file" if row["file"] else "memory"
+            times[f"{row['op']}, {row['table']} table in {place}"][row["blocks"]] = row["us"]
+        if row["kind"] == "witness_rate":
+            times[f"new blocks of a small cache, rate {row['rate']:g}"][row["blocks"]] = row["us"]
+    if times:
+        heads = " | ".join(f"{many} blocks" for many in BLOCKS)
+        lines += ["", f"| host time (us) | {heads} |", f"|---|{'---|' * len(BLOCKS)}"]
     for op, by_blocks in times.items():
-        lines.append(f"| {op} | {by_blocks[8]} | {by_blocks[256]} |")
+        lines.append(f"| {op} | {' | '.join(str(by_blocks[many]) for many in BLOCKS)} |")
     return lines
 
 
@@ -239,6 +285,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         rows += measure_notes()
     if "table" in args.parts:
         rows += measure_table()
+    if "rates" in args.parts:
+        rows += measure_rates()
     releases = dict[str, Any]()
     if "engine" in args.parts:
         from portakv_benchmarks.engines.witness_turns import measure_engine

@@ -9,13 +9,13 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from statistics import median
-from time import perf_counter
-from typing import Any
+from time import perf_counter, process_time, thread_time
+from typing import Any, NamedTuple
 
 import torch
 
 from portakv.integrations import check_release
-from portakv_benchmarks.engines.engine import Engine
+from portakv_benchmarks.engines.engine import Answer, Engine
 from portakv_benchmarks.engines.models import Model
 from portakv_benchmarks.engines.rows import OFF
 from portakv_benchmarks.engines.serve import drawn_ids
@@ -45,6 +45,18 @@ _HOOKS = (
 )
 #: The hooks that report the ends of loads.
 _ENDS = ("get_finished",)
+
+
+class Took(NamedTuple):
+    """What a request or a step took, in milliseconds.
+
+    Attributes:
+        wall: until the first token, or of a step.
+        processor: of all threads of this process. It says more on a machine that others use too.
+    """
+
+    wall: float
+    processor: float
 
 
 def wrapped_terms(model: Model, on_gpu: bool) -> dict[str, Any]:
@@ -115,26 +127,26 @@ class Turns:
         """Return a row for new prompts and for known ones, of each length and check."""
         rows: Rows = []
         for length in self._model.prompts:
-            took: defaultdict[tuple[str, str], list[float]] = defaultdict(list)
+            took: defaultdict[tuple[str, str], list[Took]] = defaultdict(list)
             for round_ in range(rounds + 1):
                 for name in self._in_turn([WITHOUT, *CHECKS]):
                     ids = drawn_ids(self._model, length, self._drawn)
-                    cold = self._engine.ask(ids)
+                    cold, new = self._ask(ids)
                     self._engine.forget()
-                    hit = self._engine.ask(ids)
+                    hit, known = self._ask(ids)
                     self._engine.forget()
                     assert hit.cached, "nothing is loaded"
                     assert [x for x, _ in hit.tokens] == [x for x, _ in cold.tokens], name
                     if round_:  # the first one warms up
-                        took["a new prompt, first token", name].append(cold.first)
-                        took["a known prompt, first token", name].append(hit.first)
+                        took["a new prompt, first token", name].append(new)
+                        took["a known prompt, first token", name].append(known)
             rows += _ratios(took, {"tokens": length})
         self._check_counts()
         return rows
 
     def steps(self, rounds: int) -> Rows:
         """Return a row for a step of requests that decode, and one for the host's part of it."""
-        took: defaultdict[tuple[str, str], list[float]] = defaultdict(list)
+        took: defaultdict[tuple[str, str], list[Took]] = defaultdict(list)
         host: defaultdict[tuple[str, str], list[float]] = defaultdict(list)
         for round_ in range(rounds + 1):
             for name in self._in_turn([WITHOUT, *CHECKS]):
@@ -142,19 +154,20 @@ class Turns:
                     self._engine.add(drawn_ids(self._model, 100, self._drawn), DECODED)
                 for _ in range(8):  # all are computed, and decode
                     self._engine.step()
-                steps = list[float]()
+                steps = DECODED - 16
+                began = perf_counter(), process_time()
                 with self._timed(name) as spent:
-                    while len(steps) < DECODED - 16:
-                        began = perf_counter()
+                    for _ in range(steps):
                         self._engine.step()
-                        steps.append(1e3 * (perf_counter() - began))
+                wall = 1e3 * (perf_counter() - began[0]) / steps
+                processor = 1e3 * (process_time() - began[1]) / steps
                 while self._engine.busy:
                     self._engine.step()
                 self._engine.forget()
                 if round_:
-                    took["a step of eight requests", name].append(sum(steps) / len(steps))
+                    took["a step of eight requests", name].append(Took(wall, processor))
                     for part, seconds in spent.items():
-                        host[part, name].append(1e6 * seconds / len(steps))
+                        host[part, name].append(1e6 * seconds / steps)
         rows = _ratios(took, {"requests": TOGETHER})
         for (part, name), times in host.items():
             row = {"kind": "witness_host", "op": part, "check": name, "us": short(median(times))}
@@ -166,39 +179,47 @@ class Turns:
         compared with a new prompt and with a right load."""
         rows: Rows = []
         for length in self._model.prompts:
-            took: defaultdict[str, list[float]] = defaultdict(list)
+            took: defaultdict[str, list[Took]] = defaultdict(list)
             for round_ in range(rounds + 1):
                 TurnsConnector.turn = RECOMPUTE
                 ids = drawn_ids(self._model, length, self._drawn)
-                cold = self._engine.ask(ids)
+                cold, new = self._ask(ids)
                 self._engine.forget()
-                right = self._engine.ask(ids)
+                _, known = self._ask(ids)
                 self._engine.forget()
                 before = self._faults()
                 with self._damaged():
-                    wrong = self._engine.ask(ids)
+                    wrong, repaired = self._ask(ids)
                 self._engine.forget()
                 assert self._faults() > before, "no fault was found"
                 assert [x for x, _ in wrong.tokens] == [x for x, _ in cold.tokens]
                 if round_:
-                    took["new"].append(cold.first)
-                    took["right"].append(right.first)
-                    took["wrong"].append(wrong.first)
-            new = zip(took["wrong"], took["new"], strict=True)
+                    took["new"].append(new)
+                    took["right"].append(known)
+                    took["wrong"].append(repaired)
+            pairs = [*zip(took["wrong"], took["new"], strict=True)]
+            processor = median(a.processor / b.processor for a, b in pairs)
             rows.append(
                 {
                     "kind": "witness_engine",
                     "op": "all blocks wrong, computed again, first token",
                     "check": RECOMPUTE,
                     "tokens": length,
-                    "p50_ms": short(median(took["wrong"])),
-                    "right_p50_ms": short(median(took["right"])),
-                    "of_new": short(median(a / b for a, b in new)),
+                    "p50_ms": short(median(x.wall for x in took["wrong"])),
+                    "right_p50_ms": short(median(x.wall for x in took["right"])),
+                    "of_new": short(median(a.wall / b.wall for a, b in pairs)),
+                    "processor_of_new": short(processor),
                     "rounds": rounds,
                 }
             )
         TurnsConnector.turn = OFF
         return rows
+
+    def _ask(self, ids: Sequence[int]) -> tuple[Answer, Took]:
+        """Serve a request, and return what it took."""
+        began = process_time()
+        answer = self._engine.ask(ids, tokens=4)
+        return answer, Took(answer.first, 1e3 * (process_time() - began))
 
     def _in_turn(self, names: Iterable[str]) -> Iterator[str]:
         """Yield names in an order that is drawn by lot, each in its turn."""
@@ -295,29 +316,33 @@ def _timing(
     """Return a hook whose time is added to a part, or subtracted."""
 
     def call(*args: Any, **terms: Any) -> Any:
-        began = perf_counter()
+        began = thread_time()
         try:
             return hook(*args, **terms)
         finally:
-            spent[part] += sign * (perf_counter() - began)
+            spent[part] += sign * (thread_time() - began)
 
     return call
 
 
-def _ratios(took: Mapping[tuple[str, str], Sequence[float]], more: Row) -> Rows:
-    """Return a row for each operation and connector, with the median ratio of pairs."""
+def _ratios(took: Mapping[tuple[str, str], Sequence[Took]], more: Row) -> Rows:
+    """Return a row for each operation and connector, with the median ratios of pairs."""
     rows: Rows = []
     for (op, name), times in took.items():
         row: Row = {
             "kind": "witness_engine",
             "op": op,
             "check": name,
-            "p50_ms": short(median(times)),
+            "p50_ms": short(median(x.wall for x in times)),
+            "least_ms": short(min(x.wall for x in times)),
+            "processor_ms": short(median(x.processor for x in times)),
             "rounds": len(times),
             **more,
         }
         if name != WITHOUT:
-            pairs = zip(times, took[op, WITHOUT], strict=True)
-            row["of_without"] = short(median(a / b for a, b in pairs))
+            pairs = [*zip(times, took[op, WITHOUT], strict=True)]
+            row["of_without"] = short(median(a.wall / b.wall for a, b in pairs))
+            processor = median(a.processor / b.processor for a, b in pairs)
+            row["processor_of_without"] = short(processor)
         rows.append(row)
     return rows

@@ -11,7 +11,7 @@ from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -27,6 +27,7 @@ from support.vllm_stub import (
 
 from portakv.errors import InvalidTerms
 from portakv.integrations import IntegrationError
+from portakv.integrations.vllm.caches import BY_TOKEN, FUSED, LATENT, PACKED, views_of
 from portakv.integrations.vllm.notes import (
     BlockNotes,
     Filled,
@@ -38,6 +39,7 @@ from portakv.integrations.vllm.notes import (
     served_groups,
 )
 from portakv.serving import Group
+from portakv.witness import Witness
 
 MODULE = "support.witness_double"
 BLOCK = 16
@@ -846,3 +848,68 @@ def test_prometheus_counts_those_of_both(vllm: Vllm) -> None:
     assert counted["vllm:portakv_witness_compared",] == 3
     made.observe({"witness": {}, "wrapped": {"bytes": 5}, "of": "m:C"}, 0)
     assert vllm.double.Named.observed == [({"bytes": 5}, 0)]
+
+
+class Quantized(NamedTuple):
+    """Pages of a quantized cache.
+
+    Attributes:
+        kernel: the attention backend.
+        row: bytes of a head's key with its scale, or of a latent row.
+        heads: of a layer; None: latent rows.
+        scale: the byte of a row, keys and values, in which a scale lies, or a number.
+        by_token: a fault is located by head and token, else by a part of the page.
+    """
+
+    kernel: str
+    row: int
+    heads: int | None
+    scale: int
+    by_token: bool = True
+
+
+QUANTIZED = {
+    "fp8, scales outside of the page": Quantized(FUSED[0], 32, 4, 5),
+    "int8 and a scale of each token and head": Quantized(FUSED[2], 36, 4, 34),
+    "int4 and a scale of each token and head": Quantized(FUSED[2], 20, 4, 38),
+    "fp8_ds_mla": Quantized(LATENT[-1], PACKED, None, 520),
+    "NVFP4, scales after all values of a head": Quantized(FUSED[1], 18, 4, 17, False),
+}
+
+
+@pytest.mark.parametrize("name", [*QUANTIZED])
+def test_a_byte_of_a_quantized_row_and_of_its_scale_is_found(name: str) -> None:
+    """In the control the scale is right."""
+    kernel, nbytes, heads, scale, by_token = QUANTIZED[name]
+    _, caches = configuration("", "engine", BLOCKS, BLOCK)
+    (group,) = caches.kv_cache_groups
+    group.layer_names = ["a"]
+    spec = group.kv_cache_spec
+    spec.num_kv_heads = heads or 1
+    spec.head_size = 32
+    spec.state_content_bytes = nbytes * (1 if heads is None else 2)
+    shape = (BLOCKS, BLOCK, nbytes) if heads is None else (BLOCKS, heads, BLOCK, 2 * nbytes)
+    if not by_token:
+        shape = (BLOCKS, 8, BLOCK, nbytes)
+    draw = torch.Generator().manual_seed(0)
+    cache = torch.randint(0, 255, shape, dtype=torch.uint8, generator=draw)
+    if by_token:
+        (made,) = views_of({"a": cache}, caches, {"a": kernel}, BY_TOKEN)
+    else:
+        with pytest.raises(IntegrationError, match="whose pages PortaKV can read by token"):
+            views_of({"a": cache}, caches, {"a": kernel}, BY_TOKEN)
+        (made,) = views_of({"a": cache}, caches)
+    witness = Witness(made.view, check="all", nbytes=1 << 20)
+    witness.stored([1, 2], KEYS[1:3])
+    cache[[3, 4]] = cache[[1, 2]]
+    assert witness.restored([3, 4], KEYS[1:3]).faults == []
+
+    wrong = cache[3, 7] if heads is None else cache[3, 2, 7]
+    wrong[scale] ^= 1
+    (fault,) = witness.restored([3, 4], KEYS[1:3]).faults
+    assert (fault.block, fault.kind) == (3, "changed bytes")
+    if by_token:
+        assert [*fault.heads] == [0 if heads is None else 2]
+        assert [*fault.tokens] == [(7, 8)]
+    wrong[scale] ^= 1
+    assert witness.restored([3, 4], KEYS[1:3]).faults == []

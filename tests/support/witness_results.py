@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The faults that a witness was shown in real engines, as a result file.
 
-    python -m pytest ... -o junit_family=xunit1 --junitxml FAULTS.xml tests/integrations/test_vllm_cpu_witness.py
+    python -m pytest -o junit_family=xunit1 --junitxml FAULTS.xml ... test_vllm_cpu_witness.py
     PYTHONPATH=tests python -m support.witness_results FAULTS.xml >FAULTS.json
 
 A test records a row for each fault and connector; the rows of tests that failed are left out.
