@@ -15,7 +15,6 @@ from collections.abc import Callable, Iterator
 from importlib import metadata
 from pathlib import Path
 from typing import Any
-from uuid import uuid4
 
 import pytest
 
@@ -43,13 +42,25 @@ from support.vllm_cpu_calls import figures_of, publishing
 from support.vllm_cpu_schedules import LONGEST_ANSWER, Walk, prompts_of
 from support.vllm_fp8 import compute_fp8, make_quantized
 from support.waits import LIMIT
+from support.witness_engines import (
+    BEFORE,
+    HARMLESS,
+    LATE,
+    NAME,
+    NAMES,
+    SHIM,
+    around,
+    counts_of,
+    faults_in,
+    forget,
+    row_of,
+    walk_through,
+)
 from support.witness_results import record
 
 from portakv.witness.table import is_whole, key_in, read_file
 
 PROMPTS = [prompt(1000, 1), prompt(500, 2), prompt(900, 3)]
-SHIM = "support.witness_shim"
-NAME = "witness-shim-"  # an engine's id begins so
 PREEMPT = "_preempt_request"  # of vLLM's scheduler
 SEED = 7
 REQUESTS = 120
@@ -60,27 +71,6 @@ STATES: dict[str, Any] = {
     "enable_prefix_caching": True,
     "mamba_cache_mode": "align",
 }
-LATE = "a copy that has not ended"
-#: The fault of `support.witness_shim`, and its names that are right.
-NAMES = {
-    "a flipped byte": {"changed bytes"},
-    "swapped blocks": {"other block", "shifted blocks"},
-    "a shifted list": {"shifted blocks"},
-    "shifted tokens": {"shifted tokens"},
-    "stale rows": {"not written", "other block", "zeros"},
-    "a half copy": {"half written"},
-    "a copy without its last tokens": {"half written"},
-    LATE: {"not written", "half written", "other block"},
-    "a missing layer": {"missing layers"},
-    "exchanged heads": {"heads exchanged"},
-    "exchanged planes": {"planes exchanged"},
-    "exchanged planes of a head": {"planes exchanged"},
-    "exchanged layers": {"layers exchanged"},
-    "zeros": {"zeros"},
-    "another block": {"other block", "shifted blocks"},
-}
-#: The rows that a block had before may be those of another key, or of a part of a block.
-BEFORE = {"other block", "older version", "unlike"}
 NAMES_OF_STATES: dict[str, Any] = {
     "a missing group": {"missing group", "not written", "other block"},
     "another state": {"other block"},
@@ -117,9 +107,6 @@ def store(folder: Path) -> dict[str, Any]:
     return {"folder": str(folder), "host": 64 << 20, "staging": 64 << 20, "capacity": 1 << 30}
 
 
-#: Faults that leave these tokens alone: keys know their positions, and attention is a sum over all
-#: rows. A request that has one of two swapped blocks would be wrong.
-HARMLESS = {"swapped blocks", "shifted tokens"}
 #: The connectors that are wrapped, in `support.witness_shim`, and vLLM's terms for each.
 WRAPPED = (
     "DamagedPortaKV",
@@ -152,79 +139,7 @@ def wrapped(name: str, folder: Path, **terms: Any) -> dict[str, Any]:
         }
     elif name == "DamagedSimple":
         inner = {"cpu_bytes_to_use": 64 << 20}
-    extra = {
-        "connector": name,
-        "connector_module_path": SHIM,
-        "connector_extra_config": inner,
-        "check": "all",
-        **terms,
-    }
-    return {
-        "kv_connector": "PortaKVWitness",
-        "kv_connector_module_path": "portakv.integrations.vllm.witness",
-        "engine_id": NAME + uuid4().hex,
-        "kv_role": "kv_both",
-        "kv_load_failure_policy": "recompute",
-        "kv_connector_extra_config": extra,
-    }
-
-
-def forget(engine: Engine) -> None:
-    """Clear the engine's own prefix cache, after steps in which saves end."""
-    until = time.monotonic() + LIMIT / 2
-    number = 0
-    while not engine.llm.reset_prefix_cache():
-        assert time.monotonic() < until, "blocks are not freed"
-        engine.ask([prompt(20, 900 + number)], 2)
-        number += 1
-
-
-def counts_of(engine: Engine) -> Counter[str]:
-    """Return what the witness of the worker has counted."""
-    witness = engine.worker_connector.witness
-    if witness is None:
-        return Counter()
-    witness.settle(wait=True)
-    return Counter(engine.worker_connector.statistics())
-
-
-def faults_in(counts: Counter[str]) -> dict[str, int]:
-    """Return how many faults of each kind there are."""
-    begins = "witness_faults/"
-    return {x.removeprefix(begins): many for x, many in counts.items() if x.startswith(begins)}
-
-
-def row_of(name: str, damaged: int, counts: Counter[str], is_right: bool) -> dict[str, Any]:
-    """Return what a result has of a fault in some loads."""
-    return {
-        "fault": name,
-        "loads": damaged,
-        "compared": counts["witness_compared"],
-        "found": faults_in(counts),
-        "tokens_are_right": is_right,
-    }
-
-
-def walk_through(engine: Engine, names: Any, faults: Any, prompts: Any) -> dict[str, Any]:
-    """Ask prompts whose loads have one fault after the other.
-
-    Returns by the name of a fault: the tokens, the damaged loads, and what the witness has counted.
-    """
-    shim = importlib.import_module(SHIM)
-    seen = dict[str, Any]()
-    until = time.monotonic() + LIMIT / 2
-    while not all(engine.ask(prompts).cached):
-        assert time.monotonic() < until, "blocks are not stored"
-        forget(engine)
-    for name in names:
-        forget(engine)
-        before = counts_of(engine)
-        shim.put(faults[name])
-        answer = engine.ask(prompts)
-        damaged = len(shim.damaged)
-        shim.put(None)
-        seen[name] = answer.tokens, damaged, counts_of(engine) - before
-    return seen
+    return around(name, inner, **terms)
 
 
 @pytest.mark.parametrize("connector", WRAPPED)

@@ -317,7 +317,7 @@ class _Damages:
             damaged.append(name)
 
 
-class _DamagesAtTheEnd(_Damages):
+class DamagesAtTheEnd(_Damages):
     """Loads that end some steps later."""
 
     def get_transfer_results(self, finished_req_ids: set[str]) -> Any:
@@ -328,15 +328,15 @@ class _DamagesAtTheEnd(_Damages):
         return results
 
 
-class DamagedPortaKV(_DamagesAtTheEnd, PortaKVConnector):
+class DamagedPortaKV(DamagesAtTheEnd, PortaKVConnector):
     """PortaKV's connector with faults."""
 
 
-class MultiConnector(_DamagesAtTheEnd, multi_connector.MultiConnector):  # type: ignore[misc]
+class MultiConnector(DamagesAtTheEnd, multi_connector.MultiConnector):  # type: ignore[misc]
     """vLLM's connector of several, with faults. vLLM treats connectors of this name differently."""
 
 
-class DamagedOffloading(_DamagesAtTheEnd, OffloadingConnector):  # type: ignore[misc]
+class DamagedOffloading(DamagesAtTheEnd, OffloadingConnector):  # type: ignore[misc]
     """vLLM's offloading to host memory, with faults."""
 
 
@@ -372,7 +372,7 @@ _ON_A_CPU = SimpleNamespace(
 )
 
 
-class DamagedSimple(_DamagesAtTheEnd, SimpleCPUOffloadConnector):  # type: ignore[misc]
+class DamagedSimple(DamagesAtTheEnd, SimpleCPUOffloadConnector):  # type: ignore[misc]
     """vLLM's simple offloading to host memory, with faults. A CPU lacks its copies and streams."""
 
     def register_kv_caches(self, kv_caches: dict[str, Any]) -> None:
