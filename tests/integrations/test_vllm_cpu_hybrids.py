@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -31,9 +32,11 @@ from support.vllm_cpu import (
     Answer,
     Engine,
     await_that,
+    end_steps_at_states,
     import_engine,
     in_a_child,
     make_chunked,
+    make_family,
     make_gdn,
     make_uneven,
     prompt,
@@ -58,19 +61,39 @@ TERMS: dict[str, dict[str, Any]] = {
     },
     "chunks": {},
     "unequal widths": {},
+    "states of Mamba 2": {
+        "enable_prefix_caching": True,
+        "mamba_cache_mode": "align",
+    },
+    "short convolutions": {
+        "enable_prefix_caching": True,
+        "mamba_cache_mode": "align",
+    },
 }
 MAKERS: dict[str, Callable[[Path], None]] = {
     "states": make_gdn,
     "chunks": make_chunked,
     "unequal widths": make_uneven,
+    "states of Mamba 2": partial(make_family, name="Mamba 2"),
+    "short convolutions": partial(make_family, name="short convolutions"),
 }
 #: The kinds of groups that vLLM's scheduler has, and how many caches a worker makes of them.
 KINDS = {
     "states": ["MambaSpec"] * 3 + ["FullAttentionSpec"],
     "chunks": ["ChunkedLocalAttentionSpec"] * 3 + ["FullAttentionSpec"],
     "unequal widths": ["FullAttentionSpec"],
+    "states of Mamba 2": ["MambaSpec"] * 2 + ["FullAttentionSpec"],
+    "short convolutions": ["MambaSpec", "FullAttentionSpec"],
 }
-GROUPS = {"states": 4, "chunks": 4, "unequal widths": 2}
+GROUPS = {
+    "states": 4,
+    "chunks": 4,
+    "unequal widths": 2,
+    "states of Mamba 2": 3,
+    "short convolutions": 2,
+}
+#: The models of wide cases.
+WIDE = ("states of Mamba 2", "short convolutions")
 
 
 class Model(NamedTuple):
@@ -86,6 +109,8 @@ class Model(NamedTuple):
         """Start an engine."""
         if self.kind == "unequal widths":
             register_uneven()
+        if self.kind == "states of Mamba 2":
+            end_steps_at_states()
         return Engine(self.folder, store, **{**TERMS[self.kind], **more})
 
 
@@ -98,7 +123,10 @@ def imported() -> None:
 case = pytest.fixture(case_of)
 
 
-@pytest.fixture(scope="module", params=[*TERMS])
+@pytest.fixture(
+    scope="module",
+    params=[pytest.param(x, marks=[pytest.mark.full] if x in WIDE else []) for x in TERMS],
+)
 def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Model:
     kind = request.param
     folder = tmp_path_factory.mktemp("vllm") / kind
@@ -189,7 +217,7 @@ def test_requests_that_are_preempted_and_blocks_that_are_evicted(
     case(f"{model.kind} and full attention, preemption and eviction")
 
     def work() -> tuple[list[Answer], dict[str, int], int]:
-        blocks = {"states": 40, "chunks": 110, "unequal widths": 60}[model.kind]
+        blocks = {"chunks": 110, "unequal widths": 60}.get(model.kind, 40)
         store = {"host": 24 << 20, "staging": 16 << 20}
         engine = model.engine(store, blocks=blocks, max_model_len=800)
         preempted = count_preemptions(engine)
