@@ -170,7 +170,7 @@ def _times_of_notes(op: str, blocks: int, requests: int) -> Row:
     before = computed - many if blocks else computed
     length = 16 * (blocks + 4)
     hashes = [_keys(blocks + 4) for _ in range(requests)]
-    ids = ([*range(blocks + 4)],)
+    ids = (tuple(range(blocks + 4)),)
     step = notes.take()
 
     def begin() -> None:

@@ -242,7 +242,8 @@ class Turns:
     def _faults(self) -> float:
         """Return how many faults the witness has found that has blocks computed again."""
         counts = self._workers[RECOMPUTE].statistics()
-        return sum(many for name, many in counts.items() if name.startswith("witness_faults"))
+        faults = (many for name, many in counts.items() if name.startswith("witness_faults"))
+        return float(sum(faults))
 
     @contextmanager
     def _damaged(self) -> Iterator[None]:

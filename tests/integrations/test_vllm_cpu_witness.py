@@ -312,7 +312,7 @@ def test_faults_of_a_quantized_cache_are_found(
     def work() -> Any:
         shim = importlib.import_module(SHIM)
         compute_fp8()
-        terms = {"kv_cache_dtype": "fp8"}
+        terms: dict[str, Any] = {"kv_cache_dtype": "fp8"}
         alone = Engine(folder, None, **terms).ask(PROMPTS).tokens
         config = wrapped("DamagedPortaKV", tmp_path, check=check, action="recompute")
         engine = Engine(folder, None, kv_transfer_config=config, **terms)
