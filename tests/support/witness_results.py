@@ -23,11 +23,19 @@ from portakv_benchmarks.cli import RESULT_FORMAT, describe
 
 #: The name of the property that a test records.
 ROW = "witness row"
+#: The connectors that those of `support.witness_shim` damage.
+DAMAGED = {
+    "DamagedPortaKV": "PortaKVConnector",
+    "DamagedExample": "ExampleConnector",
+    "DamagedOffloading": "OffloadingConnector",
+    "DamagedSimple": "SimpleCPUOffloadConnector",
+}
 
 
-def record(record_property: Callable[[str, object], None], **row: Any) -> None:
+def record(record_property: Callable[[str, object], None], connector: str, **row: Any) -> None:
     """Record a row of the test that has this fixture of pytest."""
-    record_property(ROW, json.dumps({"kind": "witness_fault", **row}))
+    name = DAMAGED.get(connector, connector)
+    record_property(ROW, json.dumps({"kind": "witness_fault", "connector": name, **row}))
 
 
 def rows_in(files: Iterable[Path]) -> list[dict[str, Any]]:
