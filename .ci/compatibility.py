@@ -86,7 +86,12 @@ DOORS: Mapping[str, Mapping[str, Sequence[str]]] = {
             "hybrids, prefill and decode",
             "hybrids, prefill and decode, wide",
         ),
-        "witness": ("the witness", "the witness, other ranks", "hooks of the witness"),
+        "witness": (
+            "the witness",
+            "the witness, other ranks",
+            "the witness, other projects",
+            "hooks of the witness",
+        ),
         "secondary tier": ("tiers", "its tiers, ours"),
         "events for routers": ("events for routers",),
     },

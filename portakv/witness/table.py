@@ -129,9 +129,12 @@ class Ring:
         ``blocks``: the engine's blocks that have the rows. ``sums``: int64 ``[keys, count]``.
         """
         known = self._slots
+        # A prompt that is computed again has equal rows: most keys have this version as their last.
+        has_last = [] if known.keys().isdisjoint(keys) else self.agree(keys, sums)
         rows = list[int]()
         for row, (key, block) in enumerate(zip(keys, blocks, strict=True)):
-            if key not in known or not self._has(key, sums[row]):
+            has_it = has_last and has_last[row]
+            if not has_it and (key not in known or not self._has(key, sums[row])):
                 rows.append(row)
                 known.setdefault(key, [])
             self._last[block] = key

@@ -306,7 +306,7 @@ def test_every_step_of_the_script_with_tests_is_listed(compatibility: Any) -> No
     steps = re.findall(rf'step "([\w-]+) \$1: ([^"]+)" (?:{kinds})\b', text)
     parts = re.findall(r'"([\w-]+) \$1: ([^"]+)" +(?:tests/|"--in )', text)  # of one step
     assert len(steps) > 10
-    assert len(parts) == 24
+    assert len(parts) == 25
     for engine, label in steps + parts:
         for device in ("cpu", "simdev") if "$device" in label else ("",):
             compatibility.door_of(engine, label.replace("$device", device))

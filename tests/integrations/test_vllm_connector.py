@@ -344,6 +344,12 @@ def test_groups_with_a_window(configurations: tuple[Any, Any]) -> None:
         settings_of(*configurations)
 
 
+def test_a_stored_block_ends_where_a_state_may_be() -> None:
+    """An engine keeps states at the ends of its own blocks. In the control it keeps all rows."""
+    assert whole_blocks([Group(32), Group(32, states="last")]) == 32
+    assert whole_blocks([Group(32), Group(32)]) == 64
+
+
 @pytest.mark.parametrize(
     ("sizes", "windows", "stored"),
     [

@@ -11,11 +11,10 @@ import importlib
 import random
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from importlib import metadata
 from pathlib import Path
 from typing import Any
-from uuid import uuid4
 
 import pytest
 
@@ -41,13 +40,27 @@ from support.vllm_cpu import (
 )
 from support.vllm_cpu_calls import figures_of, publishing
 from support.vllm_cpu_schedules import LONGEST_ANSWER, Walk, prompts_of
+from support.vllm_fp8 import compute_fp8, make_quantized
 from support.waits import LIMIT
+from support.witness_engines import (
+    BEFORE,
+    HARMLESS,
+    LATE,
+    NAME,
+    NAMES,
+    SHIM,
+    around,
+    counts_of,
+    faults_in,
+    forget,
+    row_of,
+    walk_through,
+)
+from support.witness_results import record
 
 from portakv.witness.table import is_whole, key_in, read_file
 
 PROMPTS = [prompt(1000, 1), prompt(500, 2), prompt(900, 3)]
-SHIM = "support.witness_shim"
-NAME = "witness-shim-"  # an engine's id begins so
 PREEMPT = "_preempt_request"  # of vLLM's scheduler
 SEED = 7
 REQUESTS = 120
@@ -58,27 +71,6 @@ STATES: dict[str, Any] = {
     "enable_prefix_caching": True,
     "mamba_cache_mode": "align",
 }
-LATE = "a copy that has not ended"
-#: The fault of `support.witness_shim`, and its names that are right.
-NAMES = {
-    "a flipped byte": {"changed bytes"},
-    "swapped blocks": {"other block", "shifted blocks"},
-    "a shifted list": {"shifted blocks"},
-    "shifted tokens": {"shifted tokens"},
-    "stale rows": {"not written", "other block", "zeros"},
-    "a half copy": {"half written"},
-    "a copy without its last tokens": {"half written"},
-    LATE: {"not written", "half written", "other block"},
-    "a missing layer": {"missing layers"},
-    "exchanged heads": {"heads exchanged"},
-    "exchanged planes": {"planes exchanged"},
-    "exchanged planes of a head": {"planes exchanged"},
-    "exchanged layers": {"layers exchanged"},
-    "zeros": {"zeros"},
-    "another block": {"other block", "shifted blocks"},
-}
-#: The rows that a block had before may be those of another key, or of a part of a block.
-BEFORE = {"other block", "older version", "unlike"}
 NAMES_OF_STATES: dict[str, Any] = {
     "a missing group": {"missing group", "not written", "other block"},
     "another state": {"other block"},
@@ -115,11 +107,14 @@ def store(folder: Path) -> dict[str, Any]:
     return {"folder": str(folder), "host": 64 << 20, "staging": 64 << 20, "capacity": 1 << 30}
 
 
-#: Faults that leave these tokens alone: keys know their positions, and attention is a sum over all
-#: rows. A request that has one of two swapped blocks would be wrong.
-HARMLESS = {"swapped blocks", "shifted tokens"}
 #: The connectors that are wrapped, in `support.witness_shim`, and vLLM's terms for each.
-WRAPPED = ("DamagedPortaKV", "MultiConnector", "DamagedExample", "DamagedOffloading")
+WRAPPED = (
+    "DamagedPortaKV",
+    "MultiConnector",
+    "DamagedExample",
+    "DamagedOffloading",
+    "DamagedSimple",
+)
 
 
 def wrapped(name: str, folder: Path, **terms: Any) -> dict[str, Any]:
@@ -142,74 +137,20 @@ def wrapped(name: str, folder: Path, **terms: Any) -> dict[str, Any]:
             "spec_name": "PortaKVTieringSpec",
             "spec_module_path": "portakv.integrations.vllm_tier",
         }
-    extra = {
-        "connector": name,
-        "connector_module_path": SHIM,
-        "connector_extra_config": inner,
-        "check": "all",
-        **terms,
-    }
-    return {
-        "kv_connector": "PortaKVWitness",
-        "kv_connector_module_path": "portakv.integrations.vllm.witness",
-        "engine_id": NAME + uuid4().hex,
-        "kv_role": "kv_both",
-        "kv_load_failure_policy": "recompute",
-        "kv_connector_extra_config": extra,
-    }
-
-
-def forget(engine: Engine) -> None:
-    """Clear the engine's own prefix cache, after steps in which saves end."""
-    until = time.monotonic() + LIMIT / 2
-    number = 0
-    while not engine.llm.reset_prefix_cache():
-        assert time.monotonic() < until, "blocks are not freed"
-        engine.ask([prompt(20, 900 + number)], 2)
-        number += 1
-
-
-def counts_of(engine: Engine) -> Counter[str]:
-    """Return what the witness of the worker has counted."""
-    witness = engine.worker_connector.witness
-    if witness is None:
-        return Counter()
-    witness.settle(wait=True)
-    return Counter(engine.worker_connector.statistics())
-
-
-def faults_in(counts: Counter[str]) -> dict[str, int]:
-    """Return how many faults of each kind there are."""
-    begins = "witness_faults/"
-    return {x.removeprefix(begins): many for x, many in counts.items() if x.startswith(begins)}
-
-
-def walk_through(engine: Engine, names: Any, faults: Any, prompts: Any) -> dict[str, Any]:
-    """Ask prompts whose loads have one fault after the other.
-
-    Returns by the name of a fault: the tokens, the damaged loads, and what the witness has counted.
-    """
-    shim = importlib.import_module(SHIM)
-    seen = dict[str, Any]()
-    until = time.monotonic() + LIMIT / 2
-    while not all(engine.ask(prompts).cached):
-        assert time.monotonic() < until, "blocks are not stored"
-        forget(engine)
-    for name in names:
-        forget(engine)
-        before = counts_of(engine)
-        shim.put(faults[name])
-        answer = engine.ask(prompts)
-        damaged = len(shim.damaged)
-        shim.put(None)
-        seen[name] = answer.tokens, damaged, counts_of(engine) - before
-    return seen
+    elif name == "DamagedSimple":
+        inner = {"cpu_bytes_to_use": 64 << 20}
+    return around(name, inner, **terms)
 
 
 @pytest.mark.parametrize("connector", WRAPPED)
 @pytest.mark.parametrize("check", ["all", "off"])
 def test_faults_are_found_and_named(
-    check: str, connector: str, model: Path, own: list[list[int]], tmp_path: Path
+    check: str,
+    connector: str,
+    model: Path,
+    own: list[list[int]],
+    tmp_path: Path,
+    record_property: Callable[[str, object], None],
 ) -> None:
     """With check off, an engine goes on with wrong rows: the tokens differ."""
 
@@ -221,7 +162,8 @@ def test_faults_are_found_and_named(
 
     seen = in_a_child(work, limit=HOUR)
     for name, (tokens, damaged, counts) in seen.items():
-        print(connector, check, name, damaged, faults_in(counts), tokens == own)
+        row = row_of(name, damaged, counts, tokens == own)
+        record(record_property, connector=connector, check=check, cache="fp32", **row)
     for name, (tokens, damaged, counts) in seen.items():
         assert damaged == len(PROMPTS), name
         assert (tokens == own) is (check == "all" or name in HARMLESS), name
@@ -286,7 +228,12 @@ def save_rows(worker: Any, folder: Path) -> None:
 
 @pytest.mark.parametrize("case", [*WRAPPED, "unknown", "off"])
 def test_heads_after_a_change_of_ranks_are_named(
-    case: str, model: Path, own: list[list[int]], two_ranks: Path, tmp_path: Path
+    case: str,
+    model: Path,
+    own: list[list[int]],
+    two_ranks: Path,
+    tmp_path: Path,
+    record_property: Callable[[str, object], None],
 ) -> None:
     """In the controls the fingerprints of the other engine are unknown, or nothing is compared."""
     if case != "unknown":
@@ -310,7 +257,9 @@ def test_heads_after_a_change_of_ranks_are_named(
 
     ((tokens, damaged, counts),) = in_a_child(work, limit=HOUR).values()
     kinds = faults_in(counts)
-    print("ranks", case, damaged, kinds)
+    if case in WRAPPED:
+        row = row_of("heads of other ranks", damaged, counts, tokens == own)
+        record(record_property, connector=case, check="all", cache="fp32", **row)
     assert damaged == len(PROMPTS)
     assert (tokens == own) is (case != "off")
     assert sum(kinds.values()) == (0 if case == "off" else damaged)
@@ -347,6 +296,39 @@ def test_no_load_ends_in_a_step_of_an_engine_that_runs_ahead(
         assert seen is None or seen[0] != own
 
 
+#: Faults whose pieces are rows, heads or blocks, whatever a number is.
+OF_BYTES = ["a flipped byte", "a half copy", "exchanged heads", "exchanged layers", "another block"]
+
+
+@pytest.mark.parametrize("check", ["all", "off"])
+def test_faults_of_a_quantized_cache_are_found(
+    check: str, tmp_path: Path, record_property: Callable[[str, object], None]
+) -> None:
+    """A number has one byte, and its scale is not in the cache. One wrong number of such a row
+    leaves these tokens alone."""
+    folder = tmp_path / "model"
+    in_a_child(lambda: make_quantized(folder, 0.02))
+
+    def work() -> Any:
+        shim = importlib.import_module(SHIM)
+        compute_fp8()
+        terms: dict[str, Any] = {"kv_cache_dtype": "fp8"}
+        alone = Engine(folder, None, **terms).ask(PROMPTS).tokens
+        config = wrapped("DamagedPortaKV", tmp_path, check=check, action="recompute")
+        engine = Engine(folder, None, kv_transfer_config=config, **terms)
+        return alone, walk_through(engine, OF_BYTES, shim.FAULTS, PROMPTS)
+
+    alone, seen = in_a_child(work, limit=HOUR)
+    for name, (tokens, damaged, counts) in seen.items():
+        row = row_of(name, damaged, counts, tokens == alone)
+        record(record_property, connector="DamagedPortaKV", check=check, cache="fp8", **row)
+        assert damaged == len(PROMPTS), name
+        assert (tokens == alone) is (check == "all" or name == "a flipped byte"), name
+        kinds = faults_in(counts)
+        assert bool(kinds) is (check == "all"), name
+        assert {*kinds} <= NAMES[name] | BEFORE, (name, kinds)
+
+
 @pytest.fixture(scope="module")
 def recurrent(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return the folder of a model with recurrent layers."""
@@ -356,7 +338,12 @@ def recurrent(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("check", ["all", "off"])
-def test_faults_of_states_are_found(check: str, recurrent: Path, tmp_path: Path) -> None:
+def test_faults_of_states_are_found(
+    check: str,
+    recurrent: Path,
+    tmp_path: Path,
+    record_property: Callable[[str, object], None],
+) -> None:
     """A request with a wrong block is computed again as a whole."""
     prompts = [prompt(700, 1), prompt(1500, 2), prompt(1200, 3)]
 
@@ -371,7 +358,8 @@ def test_faults_of_states_are_found(check: str, recurrent: Path, tmp_path: Path)
 
     alone, seen = in_a_child(work, limit=HOUR)
     for name, (tokens, damaged, counts) in seen.items():
-        print("states", check, name, damaged, faults_in(counts), tokens == alone)
+        row = row_of(name, damaged, counts, tokens == alone)
+        record(record_property, connector="DamagedPortaKV", check=check, cache="states", **row)
     for name, (tokens, damaged, counts) in seen.items():
         assert damaged == len(prompts), name
         assert (tokens == alone) is (check == "all"), name

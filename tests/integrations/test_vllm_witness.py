@@ -11,7 +11,7 @@ from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -27,10 +27,11 @@ from support.vllm_stub import (
 
 from portakv.errors import InvalidTerms
 from portakv.integrations import IntegrationError
+from portakv.integrations.vllm.caches import BY_TOKEN, FUSED, LATENT, PACKED, views_of
 from portakv.integrations.vllm.notes import (
     BlockNotes,
+    Filled,
     Load,
-    Note,
     WitnessTerms,
     check_parallel,
     check_policy,
@@ -38,6 +39,7 @@ from portakv.integrations.vllm.notes import (
     served_groups,
 )
 from portakv.serving import Group
+from portakv.witness import Witness
 
 MODULE = "support.witness_double"
 BLOCK = 16
@@ -391,7 +393,7 @@ def begun(notes: BlockNotes, request: Any, computed: int = 0, waits: bool = True
 
 
 def blocks_in(notes: BlockNotes) -> list[int]:
-    return [note.block for some in notes.take().filled.values() for note in some]
+    return [block for some in notes.take().filled.values() for block in some.blocks]
 
 
 def test_a_prompt_in_chunks_is_noted_once() -> None:
@@ -399,9 +401,9 @@ def test_a_prompt_in_chunks_is_noted_once() -> None:
     begun(notes, request_of(40))
     notes.scheduled("a", 0, 20, ((5, 6),), anew=True)
     step = notes.take()
-    assert step.filled == {"a": [Note(0, 5, bytes([1]) * 32, True)]}
+    assert step.filled == {0: Filled([5], [bytes([1]) * 32], [0], [])}
     notes.scheduled("a", 20, 20, ((7,),), anew=False)
-    assert notes.take().filled == {"a": [Note(0, 6, bytes([2]) * 32)]}
+    assert notes.take().filled == {0: Filled([6], [bytes([2]) * 32], [], [])}
 
 
 def test_steps_within_blocks_are_left_out() -> None:
@@ -419,7 +421,7 @@ def test_steps_within_blocks_are_left_out() -> None:
         assert not notes.is_within_blocks("a", first + 12, 5)
         assert not notes.is_within_blocks("a", first, 1)  # a load has failed
         notes.scheduled("a", first + 15, 1, ((), ()), anew=False)
-        assert len(notes.take().filled["a"]) == (1 if first == 0 else 2)
+        assert len(blocks_in(notes)) == (1 if first == 0 else 2)
 
 
 def test_blocks_that_were_there_are_not_noted() -> None:
@@ -464,7 +466,7 @@ def test_blocks_after_a_failed_load_are_noted_again() -> None:
     notes.scheduled("a", 32, 16, ((5, 6, 7),), anew=True)
     step = notes.take()
     assert step.loads == [Load("a", False, {0: {5: bytes([1]) * 32, 6: bytes([2]) * 32}})]
-    assert [note.block for note in step.filled["a"]] == [7]
+    assert step.filled[0].blocks == [7]
     notes.scheduled("a", 16, 32, ((),), anew=False)
     assert blocks_in(notes) == [6, 7]
 
@@ -478,8 +480,8 @@ def test_a_block_that_a_load_has_begun_is_not_noted(loaded: int) -> None:
     notes.allocated(request, ((1, 2, 3, 4),), loaded)
     assert [*notes.take().loads[0].keys[0]] == [*range(1, loaded // BLOCK + 1)]
     notes.scheduled("a", 63, 1, ((1, 2, 3, 4),), anew=True)
-    again = [Note(0, 4, bytes([4]) * 32, False, True)]
-    assert notes.take().filled == ({"a": again} if loaded == 64 else {})
+    again = Filled([4], [bytes([4]) * 32], [], [0])
+    assert notes.take().filled == ({0: again} if loaded == 64 else {})
     notes.scheduled("a", 32, 32, ((),), anew=False)  # the load has failed
     assert blocks_in(notes) == [3, 4]
 
@@ -503,11 +505,11 @@ def test_states_are_those_at_the_ends_of_steps(states: Any) -> None:
     begun(notes, request)
     told = {32: {1: 8}} if states == "told" else {}
     notes.scheduled("a", 0, 32, ((1, 2), (7, 8)), anew=True, states=told)
-    noted = [(x.group, x.block) for x in notes.take().filled["a"]]
-    assert noted == [(0, 1), (0, 2), (1, 8)]
+    noted = {group: some.blocks for group, some in notes.take().filled.items()}
+    assert noted == {0: [1, 2], 1: [8]}
     notes.scheduled("a", 32, 18, ((3,), (9,)), anew=False)
-    noted = [(x.group, x.block) for x in notes.take().filled["a"]]
-    assert noted == [(0, 3)]
+    noted = {group: some.blocks for group, some in notes.take().filled.items()}
+    assert noted == {0: [3]}
     begun(notes, request)
     notes.allocated(request, ((1, 2), (-1, 8)), 32)
     keys = notes.take().loads[0].keys
@@ -553,8 +555,8 @@ def step(connector: Any, vllm: Vllm, **notes: Any) -> None:
 
 def store(connector: Any, vllm: Vllm, blocks: list[int], group: int = 0) -> None:
     """Have a step fill blocks, whose keys are those of their numbers."""
-    notes = [Note(group, block, KEYS[block]) for block in blocks]
-    step(connector, vllm, filled={"first": notes})
+    filled = Filled(blocks, [KEYS[block] for block in blocks], [], [])
+    step(connector, vllm, filled={group: filled})
     connector.get_transfer_results(set())
     connector.clear_connector_metadata()
 
@@ -612,7 +614,7 @@ def test_rows_after_wrong_ones_are_not_taken(vllm: Vllm, rows: torch.Tensor) -> 
     connector, (cache,) = vllm.worker(action="recompute")
     cache.copy_(rows)
     store(connector, vllm, [1, 2])
-    filled = {"a": [Note(0, 6, KEYS[6])], "b": [Note(0, 7, KEYS[7])]}
+    filled = {0: Filled([6, 7], [KEYS[6], KEYS[7]], [], [])}
     step(connector, vllm, loads=[load_of({4: 1, 5: 2}, waits=False)], filled=filled)
     cache[4] = cache[1]
     connector.get_transfer_results(set())
@@ -846,3 +848,68 @@ def test_prometheus_counts_those_of_both(vllm: Vllm) -> None:
     assert counted["vllm:portakv_witness_compared",] == 3
     made.observe({"witness": {}, "wrapped": {"bytes": 5}, "of": "m:C"}, 0)
     assert vllm.double.Named.observed == [({"bytes": 5}, 0)]
+
+
+class Quantized(NamedTuple):
+    """Pages of a quantized cache.
+
+    Attributes:
+        kernel: the attention backend.
+        row: bytes of a head's key with its scale, or of a latent row.
+        heads: of a layer; None: latent rows.
+        scale: the byte of a row, keys and values, in which a scale lies, or a number.
+        by_token: a fault is located by head and token, else by a part of the page.
+    """
+
+    kernel: str
+    row: int
+    heads: int | None
+    scale: int
+    by_token: bool = True
+
+
+QUANTIZED = {
+    "fp8, scales outside of the page": Quantized(FUSED[0], 32, 4, 5),
+    "int8 and a scale of each token and head": Quantized(FUSED[2], 36, 4, 34),
+    "int4 and a scale of each token and head": Quantized(FUSED[2], 20, 4, 38),
+    "fp8_ds_mla": Quantized(LATENT[-1], PACKED, None, 520),
+    "NVFP4, scales after all values of a head": Quantized(FUSED[1], 18, 4, 17, False),
+}
+
+
+@pytest.mark.parametrize("name", [*QUANTIZED])
+def test_a_byte_of_a_quantized_row_and_of_its_scale_is_found(name: str) -> None:
+    """In the control the scale is right."""
+    kernel, nbytes, heads, scale, by_token = QUANTIZED[name]
+    _, caches = configuration("", "engine", BLOCKS, BLOCK)
+    (group,) = caches.kv_cache_groups
+    group.layer_names = ["a"]
+    spec = group.kv_cache_spec
+    spec.num_kv_heads = heads or 1
+    spec.head_size = 32
+    spec.state_content_bytes = nbytes * (1 if heads is None else 2)
+    shape = (BLOCKS, BLOCK, nbytes) if heads is None else (BLOCKS, heads, BLOCK, 2 * nbytes)
+    if not by_token:
+        shape = (BLOCKS, 8, BLOCK, nbytes)
+    draw = torch.Generator().manual_seed(0)
+    cache = torch.randint(0, 255, shape, dtype=torch.uint8, generator=draw)
+    if by_token:
+        (made,) = views_of({"a": cache}, caches, {"a": kernel}, BY_TOKEN)
+    else:
+        with pytest.raises(IntegrationError, match="whose pages PortaKV can read by token"):
+            views_of({"a": cache}, caches, {"a": kernel}, BY_TOKEN)
+        (made,) = views_of({"a": cache}, caches)
+    witness = Witness(made.view, check="all", nbytes=1 << 20)
+    witness.stored([1, 2], KEYS[1:3])
+    cache[[3, 4]] = cache[[1, 2]]
+    assert witness.restored([3, 4], KEYS[1:3]).faults == []
+
+    wrong = cache[3, 7] if heads is None else cache[3, 2, 7]
+    wrong[scale] ^= 1
+    (fault,) = witness.restored([3, 4], KEYS[1:3]).faults
+    assert (fault.block, fault.kind) == (3, "changed bytes")
+    if by_token:
+        assert [*fault.heads] == [0 if heads is None else 2]
+        assert [*fault.tokens] == [(7, 8)]
+    wrong[scale] ^= 1
+    assert witness.restored([3, 4], KEYS[1:3]).faults == []

@@ -42,19 +42,27 @@ def objects_of(prompt: int) -> list[torch.Tensor]:
 class Server:
     """A server with L2 adapters, and the client's side of it.
 
-    ``before``: code that its process runs first.
+    ``before``: code that its process runs first. ``chunk``: tokens of an object. ``host_gb``: its
+    host memory.
 
     Attributes:
         log: the file with what the server prints.
     """
 
-    def __init__(self, folder: Path, *adapters: dict[str, Any], before: str = "") -> None:
+    def __init__(
+        self,
+        folder: Path,
+        *adapters: dict[str, Any],
+        before: str = "",
+        chunk: int = CHUNK,
+        host_gb: float = HOST_GB,
+    ) -> None:
         with socket.create_server(("127.0.0.1", 0)) as free:
             self.port = free.getsockname()[1]
         self.log = folder / f"server-{self.port}.log"
         command = [sys.executable, "-c", f"{before}\n{RUN}"]
         command += ["--host", "127.0.0.1", "--port", str(self.port), "--disable-observability"]
-        command += ["--chunk-size", str(CHUNK), "--l1-size-gb", str(HOST_GB)]
+        command += ["--chunk-size", str(chunk), "--l1-size-gb", str(host_gb)]
         command += ["--eviction-policy", "LRU", "--supported-transfer-mode", "engine_driven"]
         for adapter in adapters:
             command += ["--l2-adapter", json.dumps(adapter)]

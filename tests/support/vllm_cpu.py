@@ -399,6 +399,98 @@ def make_jamba(folder: Path) -> None:
     (folder / "generation_config.json").write_text("{}")
 
 
+#: Of models that transformers defines, their fields, and the layers with states and of attention.
+FAMILIES: dict[str, dict[str, Any]] = {
+    "Mamba 1": {
+        "model_type": "jamba",
+        "num_hidden_layers": LAYERS,
+        "attn_layer_period": 2,
+        "attn_layer_offset": 1,
+        "num_experts": 1,
+        "num_experts_per_tok": 1,
+        "intermediate_size": INNER,
+        "mamba_d_state": 16,
+    },
+    "Mamba 2": {
+        "model_type": "nemotron_h",
+        "layers_block_type": ["linear_attention", "full_attention", "linear_attention", "mlp"],
+        "head_dim": DIM,
+        "intermediate_size": INNER,
+        "ssm_state_size": 16,
+        "mamba_num_heads": 8,
+        "mamba_head_dim": 64,
+        "n_groups": 1,
+        "chunk_size": 64,
+    },
+    "KDA": {
+        "model_type": "kimi_linear",
+        "num_hidden_layers": LAYERS,
+        "layer_types": ["linear_attention"] * (LAYERS - 1) + ["full_attention"],
+        "mlp_layer_types": ["dense"] * LAYERS,
+        "intermediate_size": INNER,
+        "kv_lora_rank": LATENT,
+        "qk_rope_head_dim": ROPE,
+        "qk_nope_head_dim": DIM,
+        "v_head_dim": DIM,
+        "num_local_experts": 2,
+        "num_experts_per_tok": 1,
+        "moe_intermediate_size": INNER,
+        "linear_head_dim": DIM,
+        "linear_num_heads": 4,
+    },
+    "short convolutions": {
+        "model_type": "lfm2",
+        "num_hidden_layers": LAYERS,
+        "layer_types": ["conv", "full_attention"] * (LAYERS // 2),
+        "intermediate_size": INNER,
+        "block_auto_adjust_ff_dim": False,
+        "conv_L_cache": 3,
+        "conv_dim": HIDDEN,  # released files have these two, and transformers does not
+        "block_dim": HIDDEN,
+    },
+}
+
+
+def make_family(folder: Path, name: str) -> None:
+    """Write a model of `FAMILIES` into a folder."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    common = {
+        "hidden_size": HIDDEN,
+        "num_attention_heads": KV_HEADS,
+        "num_key_value_heads": KV_HEADS // 2,
+        "vocab_size": WORDS,
+        "max_position_embeddings": 8192,
+        "tie_word_embeddings": False,
+        "pad_token_id": 0,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+    }
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**{**common, **FAMILIES[name]}))
+    draw = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for each, weight in model.named_parameters():
+            if weight.dim() > 1 and "A_log" not in each:
+                scale = HIDDEN**0.5 if "embed" in each else 2.0
+                if any(part in each for part in ("v_proj", "o_proj", "out_proj")):
+                    scale = 4.0
+                wide = math.prod(weight.shape[1:])
+                weight.copy_(torch.randn(weight.shape, generator=draw) * (scale * wide**-0.5))
+    model.save_pretrained(folder)
+    (folder / "generation_config.json").write_text("{}")
+
+
+def end_steps_at_states() -> None:
+    """Have each step end where a state of Mamba 2 is kept, as with other recurrent layers.
+
+    vLLM keeps these states within a step too, but its CPU build has no kernel for that: 0.32 ends
+    with "IndexError: index 6 is out of bounds for dimension 0 with size 1".
+    """
+    mixer: Any = importlib.import_module("vllm.model_executor.layers.mamba.mamba_mixer2")
+    if "get_kv_cache_spec" in vars(mixer.MambaMixer2):
+        del mixer.MambaMixer2.get_kv_cache_spec
+
+
 def small_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return the folder of a model; a fixture of a module."""
     folder = tmp_path_factory.mktemp("vllm") / "model"

@@ -8,19 +8,26 @@ the witness wraps it by its module path, as it wraps any other.
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 from vllm.distributed.kv_transfer.kv_connector.v1 import multi_connector
 from vllm.distributed.kv_transfer.kv_connector.v1.example_connector import ExampleConnector
 from vllm.distributed.kv_transfer.kv_connector.v1.offloading_connector import OffloadingConnector
+from vllm.distributed.kv_transfer.kv_connector.v1.simple_cpu_offload_connector import (
+    SimpleCPUOffloadConnector,
+)
+from vllm.v1.simple_kv_offload import copy_backend, cuda_mem_ops, worker
 
 from portakv.integrations.vllm.caches import BY_TOKEN, GONE, kernels_of, views_of
 from portakv.integrations.vllm.connector import PortaKVConnector
+from support.vllm_cpu import OnACpu
 
 MODULE = __name__
 #: A plane of rows: blocks first. Of attention also head, token and dim.
@@ -310,7 +317,7 @@ class _Damages:
             damaged.append(name)
 
 
-class _DamagesAtTheEnd(_Damages):
+class DamagesAtTheEnd(_Damages):
     """Loads that end some steps later."""
 
     def get_transfer_results(self, finished_req_ids: set[str]) -> Any:
@@ -321,16 +328,58 @@ class _DamagesAtTheEnd(_Damages):
         return results
 
 
-class DamagedPortaKV(_DamagesAtTheEnd, PortaKVConnector):
+class DamagedPortaKV(DamagesAtTheEnd, PortaKVConnector):
     """PortaKV's connector with faults."""
 
 
-class MultiConnector(_DamagesAtTheEnd, multi_connector.MultiConnector):  # type: ignore[misc]
+class MultiConnector(DamagesAtTheEnd, multi_connector.MultiConnector):  # type: ignore[misc]
     """vLLM's connector of several, with faults. vLLM treats connectors of this name differently."""
 
 
-class DamagedOffloading(_DamagesAtTheEnd, OffloadingConnector):  # type: ignore[misc]
+class DamagedOffloading(DamagesAtTheEnd, OffloadingConnector):  # type: ignore[misc]
     """vLLM's offloading to host memory, with faults."""
+
+
+class _Stream(OnACpu):
+    """A stream of a device, with the names that vLLM's simple offloading reads."""
+
+    cuda_stream = 0
+
+    @staticmethod
+    def priority_range() -> tuple[int, int]:
+        """Return the lowest and the highest priority."""
+        return 0, 0
+
+
+def _copy_batch(targets: int, sources: int, sizes: int, count: int, *_: Any) -> int:
+    """Copy pieces of host memory, in place of the driver's batch of copies."""
+    words = ctypes.c_uint64 * count
+    for target, source, size in zip(
+        words.from_address(targets),
+        words.from_address(sources),
+        words.from_address(sizes),
+        strict=True,
+    ):
+        ctypes.memmove(target, source, size)
+    return 0
+
+
+#: torch for vLLM's simple offloading, which has streams and events of CUDA.
+_ON_A_CPU = SimpleNamespace(
+    **{name: getattr(torch, name) for name in ("empty", "zeros", "int8", "device", "Tensor")},
+    Event=OnACpu,
+    cuda=SimpleNamespace(Stream=_Stream, current_stream=_Stream),
+)
+
+
+class DamagedSimple(DamagesAtTheEnd, SimpleCPUOffloadConnector):  # type: ignore[misc]
+    """vLLM's simple offloading to host memory, with faults. A CPU lacks its copies and streams."""
+
+    def register_kv_caches(self, kv_caches: dict[str, Any]) -> None:
+        for module in (worker, copy_backend):
+            vars(module)["torch"] = _ON_A_CPU
+        vars(cuda_mem_ops)["_batch_memcpy"] = _copy_batch, 1
+        super().register_kv_caches(kv_caches)
 
 
 class DamagedExample(_Damages, ExampleConnector):  # type: ignore[misc]

@@ -941,6 +941,9 @@ def whole_blocks(groups: Sequence[Group], tokens: int = TOKENS) -> int:
     """Return the tokens of a stored block that whole blocks of all groups fill: at least
     ``tokens``, unless that is more than the window of a group and than its blocks.
 
+    With states it has no more than one block of each group: an engine may keep a state at the end of
+    any block, and no hit can end within a stored block.
+
     Raises `InvalidTerms` if only very large blocks would do.
     """
     sizes = sorted({group.block_size for group in groups})
@@ -951,6 +954,8 @@ def whole_blocks(groups: Sequence[Group], tokens: int = TOKENS) -> int:
             f"tokens, got none: whole blocks of all groups have {least}. Pass a multiple or a "
             f"divisor of each."
         )
+    if any(group.states is not None for group in groups):
+        return least
     size = least * -(-tokens // least)
     try:
         for group in groups:

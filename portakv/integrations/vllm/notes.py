@@ -124,23 +124,34 @@ def check_parallel(parallel: Any) -> None:
 Keyed: TypeAlias = list[tuple[int, bytes]]  # the engine's blocks, with their keys
 
 
-class Note(NamedTuple):
-    """A block of the engine, and what its rows should be.
+class Filled(NamedTuple):
+    """The blocks of a group of layers that a step fills, in columns: a step may fill hundreds, and
+    each rank reads them.
 
     Attributes:
-        group: the number of its group of layers.
-        block: the engine's id of the block.
-        key: the engine's hash of the tokens up to the end of the block, after a `renew` with a
+        blocks: the engine's ids.
+        keys: the engine's hash of the tokens up to the end of each block, after a `renew` with a
             number at its end.
-        first: it is the first block that a request fills.
-        loaded: a load has brought it, and the engine computes its last token again.
+        first: positions of the first block that a request fills.
+        loaded: positions of blocks that a load has brought, and whose last token the engine
+            computes again.
     """
 
-    group: int
-    block: int
-    key: bytes
-    first: bool = False
-    loaded: bool = False
+    blocks: list[int]
+    keys: list[bytes]
+    first: list[int]
+    loaded: list[int]
+
+    def add(self, made: Keyed, first: bool, loaded: bool) -> None:
+        """Add blocks with their keys. ``first``: they begin with the first of a request."""
+        begin = len(self.blocks)
+        for block, key in made:
+            self.blocks.append(block)
+            self.keys.append(key)
+        if first:
+            self.first.append(begin)
+        if loaded:
+            self.loaded.extend(range(begin, len(self.blocks)))
 
 
 class Load(NamedTuple):
@@ -182,11 +193,11 @@ class StepNotes:
     """The notes of a step, from the scheduler to its workers.
 
     Attributes:
-        filled: by the name of a request, the blocks that are complete when the step has ended.
+        filled: by the number of a group, the blocks that are complete when the step has ended.
         loads: the loads that begin in the step.
     """
 
-    filled: dict[str, list[Note]] = field(default_factory=dict)
+    filled: dict[int, Filled] = field(default_factory=dict)
     loads: list[Load] = field(default_factory=list)
 
 
@@ -351,7 +362,6 @@ class BlockNotes:
         known = min(computed + many, state.request.num_tokens)
         if known <= state.noted:
             return
-        notes = list[Note]()
         for at, group in enumerate(self._groups):
             if group is None:
                 continue
@@ -373,16 +383,15 @@ class BlockNotes:
                     if tokens > state.noted and (exact or tokens == computed)
                 }
                 made = self._states(state, at, kept, known)
-            notes += [
-                Note(at, block, key, nth == 0 and not loaded and at in state.fresh, loaded)
-                for nth, (block, key) in enumerate(made)
-            ]
-            if made and not loaded:
+            if not made:
+                continue
+            if at not in self._step.filled:
+                self._step.filled[at] = Filled([], [], [], [])
+            self._step.filled[at].add(made, first=not loaded and at in state.fresh, loaded=loaded)
+            if not loaded:
                 state.fresh.discard(at)
         state.noted = known
         state.due = (known // self._unit + 1) * self._unit
-        if notes:
-            self._step.filled[name] = notes
 
     def failed(self, blocks: Iterable[int], requests: Iterable[str]) -> None:
         """Note that loads have failed, by the engine's blocks or by the names of requests."""

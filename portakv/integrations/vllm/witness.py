@@ -35,8 +35,8 @@ from portakv.integrations.vllm.caches import (
 )
 from portakv.integrations.vllm.notes import (
     BlockNotes,
+    Filled,
     Load,
-    Note,
     StepNotes,
     WitnessTerms,
     check_parallel,
@@ -207,7 +207,7 @@ class PortaKVWitness(_passes_all()):  # type: ignore[misc]
         self.witness: Witness | None = None  # of a worker that has registered its caches
         self._parts = dict[int, list[str]]()  # by the number of a group, its views
         self._waiting = dict[str, Load]()  # loads whose end the wrapped connector reports
-        self._filled = dict[str, list[Note]]()  # by request, the blocks that this step fills
+        self._filled = dict[int, Filled]()  # by the number of a group, what this step fills
         self._in_step = list[Load]()  # loads that end in this step
         # Steps whose blocks may be computed from wrong rows, this one included: vLLM has planned
         # those already that follow a step with a failed load.
@@ -475,14 +475,10 @@ class PortaKVWitness(_passes_all()):  # type: ignore[misc]
         self._filled = {}
         if self.witness is None:
             return
-        notes = [] if self._spoilt else [note for some in filled.values() for note in some]
-        for number, some in _by_group(notes).items():
-            blocks = [note.block for note in some]
-            keys = [note.key for note in some]
-            first = [at for at, note in enumerate(some) if note.first]
-            loaded = [at for at, note in enumerate(some) if note.loaded]
-            for part in self._parts[number]:
-                self.witness.stored(blocks, keys, part, first=first, loaded=loaded)
+        if not self._spoilt:
+            for number, (blocks, keys, first, loaded) in sorted(filled.items()):
+                for part in self._parts[number]:
+                    self.witness.stored(blocks, keys, part, first=first, loaded=loaded)
         self.witness.settle()
 
     def get_finished(self, finished_req_ids: set[str]) -> tuple[set[str] | None, set[str] | None]:
@@ -634,14 +630,6 @@ def _views(
                 continue
         views += [each._replace(group=number) for each in made]
     return views
-
-
-def _by_group(notes: Iterable[Note]) -> dict[int, list[Note]]:
-    """Return notes by the number of their group."""
-    made = dict[int, list[Note]]()
-    for note in notes:
-        made.setdefault(note.group, []).append(note)
-    return made
 
 
 class WitnessStats(KVConnectorStats):  # type: ignore[misc]
