@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 from support.command_line import run, run_json
 from support.kv_transfer import right
+from support.released_models import MODELS
 from support.vllm_stub import BASE as STUB
 from support.vllm_stub import write_vllm
 
@@ -25,7 +26,7 @@ from portakv.integrations.vllm.check import (
     connector_findings_of,
     findings_of,
 )
-from portakv.serving.sizing import sizes_of
+from portakv.serving.sizing import CHUNK, FULL, STATE, WINDOW, sizes_of
 
 #: The last line of a check that has warnings and no errors.
 NO_ERROR = "No error was found in this configuration. See the warnings above."
@@ -262,14 +263,35 @@ def test_staging_is_compared_with_the_model() -> None:
     assert "A token takes 131,072 bytes; tokens that fit: host memory 8,192." in enough.notes
 
 
-def test_a_model_that_the_connector_refuses_is_an_error() -> None:
-    """The sizes are noted all the same."""
-    latent = {"kv_lora_rank": 512, "qk_rope_head_dim": 64, "sliding_window": 128}
-    found = findings_of(right(), sizes_of({**LLAMA_8B, **latent}))
-    (error,) = found.errors
-    assert "32 of its layers keep a window of tokens as latent rows" in error
-    assert "Choose the OffloadingConnector" in error
-    assert any("A token takes 36,864 bytes" in each for each in found.notes)
+@pytest.mark.parametrize("name", MODELS)
+def test_what_doctor_says_of_a_released_model(name: str, tmp_path: Path) -> None:
+    """Whether its layers are served, how many there are of each kind, and their bytes."""
+    model = MODELS[name]
+    (tmp_path / "config.json").write_text(json.dumps(model.config))
+    config = json.dumps(right(host=1 << 30, staging=1 << 30))
+    words = ("--kv-transfer-config", config, "--model", str(tmp_path), "--block-size", "16")
+    ran = run("doctor", *words, "--json")
+    assert ran.code == bool(model.refused)
+    found = json.loads(ran.out)
+    notes = "\n".join(found["notes"])
+    refusals = [each for each in found["errors"] if "PortaKVConnector" in each]
+    assert [model.refused in each for each in refusals] == [True] * bool(model.refused)
+    assert all("OffloadingConnector" in each for each in refusals)
+
+    counts = {FULL: model.full, WINDOW: model.window, CHUNK: model.chunk, STATE: model.states}
+    for kind, many in counts.items():
+        says = f"{many} with {kind}" in notes
+        assert says == (many > 0 and not model.refused)
+    assert (f"A token takes {model.token:,} bytes" in notes) == (model.token > 0)
+    says = f"The states after a token take {model.state:,} bytes" in notes
+    assert says == (model.state > 0 and model.token > 0)
+    unknown = [each for each in found["unchecked"] if "sizes of the model's rows" in each]
+    if model.unknown:
+        assert model.unknown in unknown[0]
+    else:
+        assert bool(unknown) == (model.refused != "" and model.token == 0)
+    warned = any("keep an index next to their rows" in each for each in found["warnings"])
+    assert warned == (model.indexed > 0)
 
 
 def test_layers_with_an_index_are_stored_by_one_worker() -> None:
