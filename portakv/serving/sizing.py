@@ -202,6 +202,7 @@ class Sizes(NamedTuple):
         state: bytes of the states of all layers after a token; 0: none has one, or not known.
         state_layer: of the layer with the largest one.
         indexed: how many layers keep an index next to their rows, in a cache of its own.
+        has_known_index: rows of the index can be read by token: it is that of DeepSeek V3.2.
     """
 
     token: int
@@ -215,6 +216,7 @@ class Sizes(NamedTuple):
     state: int = 0
     state_layer: int = 0
     indexed: int = 0
+    has_known_index: bool = False
 
     @property
     def has_states(self) -> bool:
@@ -273,9 +275,19 @@ def sizes_of(config: Config) -> Sizes:
     has_windows = any(kind != FULL for kind in kinds if kind != NONE)
     counts = Counter(kind for kind in kinds if kind != NONE)
     indexed = sum(map(bool, indices))
+    known_index = bool(indexed and config.get("index_topk"))
     if item is None or (indices and item == 1):
         unknown = "its dtype, or the attention backend, decides how the cache keeps a row"
-        return Sizes(0, 0, has_windows, refused, unknown, layers=counts, indexed=indexed)
+        return Sizes(
+            0,
+            0,
+            has_windows,
+            refused,
+            unknown,
+            layers=counts,
+            indexed=indexed,
+            has_known_index=known_index,
+        )
     token = item * sum(rows) + sum(indices)
     return Sizes(
         token,
@@ -289,6 +301,7 @@ def sizes_of(config: Config) -> Sizes:
         sum(states),
         max(states, default=0),
         indexed,
+        known_index,
     )
 
 
@@ -367,6 +380,8 @@ def _refusal_of_keys(config: Config) -> str:
         return "its layers read tokens in both directions, and keep no rows"
     if config.get("compress_ratios") or config.get("compress_rates"):
         return "its layers keep compressed rows of several tokens, and windows of others"
+    if config.get("param_sink_number"):
+        return "its rows of sinks lie in blocks of the cache that no request has"
     listed = config.get("layer_types")
     if isinstance(listed, list) and "reference_sliding_attention" in listed:
         return "its windows of generated tokens begin at the end of a prompt"

@@ -300,12 +300,22 @@ def test_layers_with_an_index_are_stored_by_one_worker() -> None:
     sizes = sizes_of({**LLAMA_8B, **index})
     found = findings_of(right(), sizes)
     assert found.errors == []
-    assert any("with several ranks and a store" in each for each in found.warnings)
+    assert any("need keys of 8 bits" in each for each in found.warnings)
     assert not any("an index" in each for each in findings_of(right()).warnings)
     assert findings_of(right(hand_over={}), sizes).errors == []
+    assert findings_of(right(shared=True), sizes).errors == []
+    (error,) = findings_of(right(by_layer=True), sizes).errors
+    assert "Expected no by_layer for a model of which 32 layers" in error
+
+
+def test_layers_with_an_index_of_another_kind_are_stored_by_one_worker() -> None:
+    sizes = sizes_of(MODELS["MiniMax M3"].config)
+    found = findings_of(right(), sizes)
+    assert found.errors == []
+    assert any("with several ranks and a store" in each for each in found.warnings)
     for term in ({"shared": True}, {"by_layer": True}):
         (error,) = findings_of(right(**term), sizes).errors
-        assert f"Expected no {', '.join(term)} for a model of which 32 layers" in error
+        assert f"Expected no {', '.join(term)} for a model of which 57 layers" in error
 
 
 def test_a_model_with_states_is_described() -> None:

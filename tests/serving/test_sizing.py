@@ -6,9 +6,6 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-
-from portakv.errors import InvalidTerms
-from portakv.serving.sizing import CHUNK, FULL, STATE, STEP, STEPS, WINDOW, sizes_of
 from support.released_models import (
     BY_8_BITS,
     DEEPSEEK_V4,
@@ -26,6 +23,9 @@ from support.released_models import (
     SUPER_49B,
     block,
 )
+
+from portakv.errors import InvalidTerms
+from portakv.serving.sizing import CHUNK, FULL, STATE, STEP, STEPS, WINDOW, sizes_of
 
 #: The kinds of layers, as a model of the table counts them.
 KINDS = {FULL: "full", WINDOW: "window", CHUNK: "chunk", STATE: "states"}

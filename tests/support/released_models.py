@@ -429,7 +429,8 @@ def nemotron_h(
         **others,
     )
     letters = Counter(pattern)
-    full, states = letters["*"], letters["M"]
+    full = letters["*"]
+    states = letters["M"]
     nbytes = states * mamba_2(mamba, dim, state, 8, item=4)
     return Model(config, full * 2 * kv_heads * 128 * 2, full=full, states=states, state=nbytes)
 
@@ -729,6 +730,7 @@ MODELS: dict[str, Model] = {
         "windows of generated tokens",
         layer_types=["reference_sliding_attention"] * 24,
     ),
+    "openPangu R 7B, with sinks": refused("PanguEmbedded", "rows of sinks", param_sink_number=128),
     "Whisper large v3": refused("whisper", CROSS, is_encoder_decoder=True),
     "BART large": refused("bart", CROSS, is_encoder_decoder=True),
     "T5Gemma 2B": refused("t5gemma", CROSS, is_encoder_decoder=True),
