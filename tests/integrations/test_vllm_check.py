@@ -5,12 +5,17 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import runpy
 import socket
+import sys
 from importlib.util import find_spec
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
+import torch
 from support.command_line import run, run_json
 from support.kv_transfer import right
 from support.released_models import MODELS
@@ -341,6 +346,17 @@ def test_a_model_with_states_is_described() -> None:
     assert "Expected no bucket in the store of a host" in error
 
 
+def test_blocks_of_a_machine_whose_torch_only_names_an_accelerator(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A stored block on a CPU is one of vLLM's, and has 64 tokens or more on an accelerator."""
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda *_: torch.device("cuda"))
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
+    config = {**LLAMA_8B, "layer_types": ["conv", "attention"] * 16, "conv_L_cache": 3}
+    notes = findings_of(right(host=1 << 30, staging=1 << 30), sizes_of(config)).notes
+    assert any("those of one block of 16 tokens or more" in each for each in notes)
+
+
 def test_a_model_that_is_not_known_gives_no_size() -> None:
     found = findings_of(right(host=1 << 25), sizes_of({**LLAMA_8B, "kv_new": 2}))
     assert found.errors == []
@@ -478,6 +494,43 @@ def test_the_page_quotes_what_doctor_prints() -> None:
     assert NO_ERROR in text
     assert UNCHECKED in text
     assert "vLLM would not start with this configuration, or not use PortaKV." in text
+
+
+class Saved:
+    """Stands for a model of transformers, of which only the configuration is written."""
+
+    def __init__(self, config: dict[str, Any]) -> None:
+        self.config = config
+
+    def to(self, _: torch.dtype) -> Saved:
+        return self
+
+    def save_pretrained(self, folder: Path) -> None:
+        folder.mkdir()
+        (folder / "config.json").write_text(json.dumps(self.config))
+
+
+def test_the_tutorial_of_a_hybrid_quotes_what_doctor_prints(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its model is that of the example, whose sizes decide each number."""
+    made = ModuleType("transformers")
+    usual = {"model_type": "qwen3_next", "linear_conv_kernel_dim": 4, "dtype": "bfloat16"}
+    vars(made)["Qwen3NextConfig"] = lambda **terms: usual | terms
+    vars(made)["Qwen3NextForCausalLM"] = Saved
+    monkeypatch.setitem(sys.modules, "transformers", made)
+    runpy.run_path(str(PAGES.parent / "examples/vllm_tiers.py"))["make_hybrid"](tmp_path / "model")
+    page = (PAGES / "engines/hybrid.md").read_text(encoding="utf-8")
+    (config,) = re.findall(r"^```json\n(.*?)^```", page, re.DOTALL | re.MULTILINE)
+    lines = re.findall(r"^note: (.*)$", page, re.MULTILINE)
+    assert len(lines) == 3
+
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "kv").mkdir(mode=0o700)
+    found = run_json("doctor", "--kv-transfer-config", config, "--model", "model")
+    assert [each for each in lines if each not in found["notes"]] == []
+    assert found["errors"] == []
 
 
 def test_doctor_checks_a_text_and_a_file(tmp_path: Path) -> None:

@@ -40,6 +40,7 @@ from portakv.integrations.vllm.caches import (
 from portakv.integrations.vllm.moves import worker_terms
 from portakv.integrations.vllm.notes import WITNESS, WitnessTerms, check_policy
 from portakv.migrate.transports import check_transport
+from portakv.runtime.devices import usual_device
 from portakv.serving import Group
 from portakv.serving.local import StoreTerms, check_names, image_of, term_names
 from portakv.serving.pages import check_shared
@@ -257,8 +258,7 @@ def _check_blocks(
     blocks = BLOCKS if block_size is None else (block_size,)
     if sizes is not None and sizes.block:  # vLLM makes blocks as large as a state
         blocks = (max(sizes.block, block_size or 0),)
-    device = torch.accelerator.current_accelerator() or torch.device("cpu")
-    least = least_tokens(device.type, terms)
+    least = least_tokens(usual_device().type, terms)
     stored = list[int]()
     refusals = list[str]()
     for block in blocks:
