@@ -556,7 +556,8 @@ def test_latent_rows_and_their_index_are_stored_by_ranks(control: str, tmp_path:
         assert torch.equal(target[0][[2, 0, 3, 1]], latent.view(4, 32, 656))
         same = torch.equal(target[1][[2, 0, 3, 1]], pages(index, 32))
         assert same == (control == "")
-    for each in (worker, *(one[1] for one in first), joined, scheduler):
+    opened: list[Any] = [worker, *(one[1] for one in first), joined, scheduler]
+    for each in opened:
         each.close()
 
 
