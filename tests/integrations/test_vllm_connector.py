@@ -176,6 +176,7 @@ class SlidingWindowMLASpec(SimpleNamespace):
     ("change", "says"),
     [
         ({"tokens_per_state": 4, "model_version": "deepseek_v4"}, "several tokens"),
+        ({"compress_ratio": 4}, "several tokens"),
         ({"model_version": "deepseek_v4"}, "deepseek_v4 keep rows and their scales apart"),
         ({"bounded_replay": True}, "computes their windows again"),
     ],

@@ -1157,7 +1157,8 @@ def _refusal_of(spec: Any) -> str:
     name = type(spec).__name__
     if name not in SERVED:
         return REFUSED.get(name, "this kind is not known")
-    if name != STATES and getattr(spec, "tokens_per_state", 1) != 1:
+    ratios = ("tokens_per_state", "compress_ratio")  # the latter in 0.26
+    if name != STATES and any(getattr(spec, ratio, 1) != 1 for ratio in ratios):
         return "a row stands for several tokens, or a token has several"
     version = getattr(spec, "model_version", None)
     if version is not None:
