@@ -810,7 +810,7 @@ print("right")
 
 
 def test_every_kind_of_layers_is_served_or_refused_by_a_reason() -> None:
-    """Kinds of this release; a newer one may have others, which are refused without a reason."""
+    """A kind that a new release brings needs an entry in one of both tables."""
     specs = importlib.import_module("vllm.v1.kv_cache_interface")
     kinds = {
         name

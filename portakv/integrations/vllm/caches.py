@@ -722,6 +722,7 @@ REFUSED: Mapping[str, str] = MappingProxyType(
         "HiSparseResidentSpec": "vLLM moves their rows between the device and the host",
         "RSWASpec": "windows of generated tokens begin at the end of each prompt",
         "SinkFullAttentionSpec": "rows of sinks lie in blocks of the cache that no request has",
+        "TQFullAttentionSpec": "in 0.26 TurboQuant has this kind for its packed pages",
     }
 )
 #: How the name of a layer ends that has the index next to latent rows.
