@@ -32,6 +32,7 @@ ROWS = (FULL, WINDOW, CHUNK)
 KINDS = {
     "full_attention": FULL,
     "attention": FULL,
+    "indexed_attention": FULL,
     "chunked_attention": CHUNK,
     "deepseek_sparse_attention": FULL,
     "sliding_attention": WINDOW,
@@ -81,6 +82,33 @@ LATENT = (
     "pangu_ultra_moe",
 )
 
+#: Models whose layers all have the same caches, which may be several.
+EACH: Mapping[str, tuple[str, ...]] = {
+    "falcon_h1": (FULL, STATE),
+    "falcon_mamba": (STATE,),
+    "longcat_flash": (FULL, FULL),
+    "mamba": (STATE,),
+    "mamba2": (STATE,),
+}
+#: Values of keys that a ``config.json`` may leave out, by the type of the model.
+DEFAULTS: Mapping[str, Mapping[str, int]] = {
+    "cohere2": {"sliding_window_pattern": 4},
+    "gemma2": {"sliding_window_pattern": 2},
+    "gemma3_text": {
+        "num_attention_heads": 8,
+        "num_key_value_heads": 4,
+        "head_dim": 256,
+        "sliding_window_pattern": 6,
+    },
+    "llama4": {"no_rope_layer_interval": 4},
+    "llama4_text": {"no_rope_layer_interval": 4},
+}
+#: Models whose layers read tokens in both directions, and keep no rows.
+ENCODERS = ("bert", "deberta-v2", "modernbert", "nomic_bert", "roberta", "xlm-roberta")
+#: Models whose recurrent states vLLM keeps with 32 bits, unless ``mamba_ssm_cache_dtype`` says
+#: otherwise.
+IN_32_BITS = ("nemotron_h", "nemotron_h_omni", "nemotron_h_puzzle")
+
 #: Keys that `sizes_of` reads.
 READ = {
     *LAYERS,
@@ -101,12 +129,14 @@ READ = {
     "attn_layer_offset",
     "attn_layer_indices",
     "attn_type_list",
+    "layer_group_size",
     "full_attn_idxs",
     "hybrid_layer_pattern",
     "sliding_window",
     "sliding_window_size",
     "sliding_window_pattern",
     "_sliding_window_pattern",
+    "global_attn_every_n_layers",
     "use_sliding_window",
     "max_window_layers",
     "attention_chunk_size",
@@ -128,6 +158,7 @@ READ = {
     "compress_rates",
     "multi_query",
     "new_decoder_architecture",
+    "cla_share_factor",
 }
 #: A key with one of these words may decide what a row is.
 SHAPING = re.compile(
@@ -171,6 +202,7 @@ class Sizes(NamedTuple):
         state: bytes of the states of all layers after a token; 0: none has one, or not known.
         state_layer: of the layer with the largest one.
         indexed: how many layers keep an index next to their rows, in a cache of its own.
+        has_known_index: rows of the index can be read by token: it is that of DeepSeek V3.2.
     """
 
     token: int
@@ -184,6 +216,7 @@ class Sizes(NamedTuple):
     state: int = 0
     state_layer: int = 0
     indexed: int = 0
+    has_known_index: bool = False
 
     @property
     def has_states(self) -> bool:
@@ -217,7 +250,7 @@ def sizes_of(config: Config) -> Sizes:
 
     Raises `InvalidTerms` for a configuration without layers or with a value that is not a number.
     """
-    config = _text_model(config)
+    config = _with_defaults(_text_model(config))
     item = _item_bytes(config)
     refused = _refusal_of_keys(config)
     if refused:
@@ -242,9 +275,19 @@ def sizes_of(config: Config) -> Sizes:
     has_windows = any(kind != FULL for kind in kinds if kind != NONE)
     counts = Counter(kind for kind in kinds if kind != NONE)
     indexed = sum(map(bool, indices))
+    known_index = bool(indexed and config.get("index_topk"))
     if item is None or (indices and item == 1):
         unknown = "its dtype, or the attention backend, decides how the cache keeps a row"
-        return Sizes(0, 0, has_windows, refused, unknown, layers=counts, indexed=indexed)
+        return Sizes(
+            0,
+            0,
+            has_windows,
+            refused,
+            unknown,
+            layers=counts,
+            indexed=indexed,
+            has_known_index=known_index,
+        )
     token = item * sum(rows) + sum(indices)
     return Sizes(
         token,
@@ -258,6 +301,7 @@ def sizes_of(config: Config) -> Sizes:
         sum(states),
         max(states, default=0),
         indexed,
+        known_index,
     )
 
 
@@ -268,6 +312,13 @@ def _text_model(config: Config) -> Config:
         if isinstance(inner, Mapping):
             return _text_model({**config, name: None, **inner})
     return config
+
+
+def _with_defaults(config: Config) -> Config:
+    """Return a configuration with the values that its type of model has where it has none."""
+    defaults = DEFAULTS.get(str(config.get("model_type")), {})
+    missing = {name: value for name, value in defaults.items() if config.get(name) is None}
+    return {**config, **missing}
 
 
 def _item_bytes(config: Config) -> int | None:
@@ -298,6 +349,9 @@ def _has_8_bits(scheme: object) -> bool:
 
 def _check_keys(config: Config) -> None:
     """Raise `_Unknown` for keys that may decide what a row is and are not read."""
+    model = config.get("model_type")
+    if EACH.get(str(model)) == (STATE,):  # the type says what each layer has
+        return
     unknown = [
         name
         for name, value in config.items()
@@ -307,22 +361,30 @@ def _check_keys(config: Config) -> None:
         and not HARMLESS.search(name)
         and not name.endswith("_config")
     ]
-    unknown += [name for name in ("attn_config", "per_layer_config") if config.get(name)]
+    others = ("attn_config", "per_layer_config", "use_cla")
+    unknown += [name for name in others if config.get(name)]
     if unknown:
         names = ", ".join(unknown[:NAMED])
         more = f" and {len(unknown) - NAMED} more" if len(unknown) > NAMED else ""
         raise _Unknown(f"its configuration has keys that may change its rows: {names}{more}")
-    model = config.get("model_type")
     if config.get("kv_lora_rank") and model not in (None, *LATENT):
         raise _Unknown(f"engines may keep the rows of the type {model!r} latent or expanded")
 
 
 def _refusal_of_keys(config: Config) -> str:
     """Return why vLLM's connector does not serve a model whose layers are not read; else ''."""
-    if config.get("is_encoder_decoder") is True:
+    if config.get("is_encoder_decoder") is True or config.get("cross_attention_layers"):
         return "its layers of cross attention keep rows of the encoder's tokens"
+    both = config.get("is_causal") is False or config.get("use_bidirectional_attention") is True
+    if both or config.get("model_type") in ENCODERS:
+        return "its layers read tokens in both directions, and keep no rows"
     if config.get("compress_ratios") or config.get("compress_rates"):
         return "its layers keep compressed rows of several tokens, and windows of others"
+    if config.get("param_sink_number"):
+        return "its rows of sinks lie in blocks of the cache that no request has"
+    listed = config.get("layer_types")
+    if isinstance(listed, list) and "reference_sliding_attention" in listed:
+        return "its windows of generated tokens begin at the end of a prompt"
     return ""
 
 
@@ -330,8 +392,6 @@ def _refusal(config: Config, kinds: Sequence[str], rows: Sequence[int]) -> str:
     """Return why vLLM's connector does not serve the layers of a model; empty if it does."""
     if not any(rows) and STATE not in kinds:
         return "none of its layers keeps rows of tokens"
-    if WINDOW in kinds and config.get("kv_lora_rank"):
-        return f"{kinds.count(WINDOW)} of its layers keep {WINDOW} as latent rows"
     for kind in ROWS:
         wide = {wide for wide, each in zip(rows, kinds, strict=True) if each == kind and wide}
         if len(wide) > 1:
@@ -340,10 +400,13 @@ def _refusal(config: Config, kinds: Sequence[str], rows: Sequence[int]) -> str:
 
 
 def _kinds(config: Config) -> list[str]:
-    """Return the kind of each layer that has a cache of its own.
+    """Return the kind of each cache of each layer that has one of its own.
 
     Raises `_Unknown` for kinds that are not known.
     """
+    each = EACH.get(str(config.get("model_type")))
+    if each is not None:
+        return [*each] * _number(config, *LAYERS, "num_layers")
     kinds = _all_kinds(config)
     count = _optional(config, *LAYERS)
     if count is not None and count != len(kinds):
@@ -384,6 +447,9 @@ def _full_layers(config: Config, count: int) -> Container[int] | None:
     interval = _optional(config, "full_attention_interval")
     if interval:
         return range(interval - 1, count, interval)
+    grouped = _optional(config, "layer_group_size")
+    if grouped:  # layers behind the last whole group have rows too
+        return {*range(grouped - 1, count, grouped), *range(count // grouped * grouped, count)}
     linear = config.get("linear_attn_config")
     if isinstance(linear, Mapping):
         return {each - 1 for each in _items(linear.get("full_attn_layers"))}  # counted from 1
@@ -399,11 +465,16 @@ def _full_layers(config: Config, count: int) -> Container[int] | None:
 
 
 def _by_window(config: Config, count: int) -> list[str]:
-    """Return the kinds of layers of which some or all keep a window."""
+    """Return the kinds of layers of which some or all keep a window or a chunk."""
+    every = _optional(config, "no_rope_layer_interval")
+    if every and config.get("attention_chunk_size"):
+        has_chunk = config.get("no_rope_layers") or [(n + 1) % every for n in range(count)]
+        return [CHUNK if each else FULL for each in _items(has_chunk)]
     window = config.get("sliding_window")
     if not window or config.get("use_sliding_window", True) is False:
         return [FULL] * count
-    pattern = config.get("sliding_window_pattern") or config.get("_sliding_window_pattern")
+    names = ("sliding_window_pattern", "_sliding_window_pattern", "global_attn_every_n_layers")
+    pattern = next((config[name] for name in names if config.get(name)), None)
     if isinstance(pattern, str) and pattern:
         letters = (pattern * count)[:count]
         return [_kind_of(each, {"L": WINDOW, "G": FULL}) for each in letters]
@@ -456,9 +527,9 @@ def _wide(config: Config, kind: str, heads: int) -> int:
 
 #: The keys of Mamba 2: heads, their width, numbers of a state, groups, and the convolution's width.
 MAMBA = (
-    ("mamba_num_heads", "mamba_n_heads"),
-    ("mamba_head_dim", "mamba_d_head"),
-    ("ssm_state_size", "mamba_d_state"),
+    ("mamba_num_heads", "mamba_n_heads", "num_heads"),
+    ("mamba_head_dim", "mamba_d_head", "head_dim"),
+    ("ssm_state_size", "mamba_d_state", "state_size"),
     ("n_groups", "mamba_n_groups"),
     ("conv_kernel", "mamba_d_conv"),
 )
@@ -476,7 +547,10 @@ def _states(config: Config, kinds: Sequence[str]) -> list[int]:
     except (_Unknown, InvalidTerms):
         return []
     of_kda = isinstance(config.get("linear_attn_config"), Mapping)
-    by_name = str(config.get("mamba_ssm_dtype")).removeprefix("torch.") == "float32"
+    names = [config.get("mamba_ssm_dtype")]
+    if config.get("model_type") in IN_32_BITS:
+        names.append(config.get("mamba_ssm_cache_dtype") or "float32")
+    by_name = any(str(name).removeprefix("torch.") == "float32" for name in names)
     return [2 * numbers + (4 if of_kda or by_name else 2) * recurrent] * many
 
 
@@ -499,9 +573,10 @@ def _state_numbers(config: Config) -> tuple[int, int]:
     if any(config.get(name) for name in MAMBA[0]):
         heads, dim, state, groups, width = (_number(config, *names) for names in MAMBA)
         return (width - 1) * (heads * dim + 2 * groups * state), heads * dim * state
-    inner = _number(config, "mamba_expand") * _number(config, *WIDTH)  # Mamba 1
-    width = _number(config, "mamba_d_conv") - 1
-    return width * inner, inner * _number(config, "mamba_d_state")
+    expand = _optional(config, "mamba_expand")  # Mamba 1
+    inner = expand * _number(config, *WIDTH) if expand else _number(config, "intermediate_size")
+    width = _number(config, "mamba_d_conv", "conv_kernel") - 1
+    return width * inner, inner * _number(config, "mamba_d_state", "state_size")
 
 
 def _indices(config: Config, kinds: Sequence[str]) -> list[int]:

@@ -45,7 +45,9 @@ from portakv import (
 )
 from portakv.integrations import IntegrationError
 from portakv.integrations.vllm import offloading
+from portakv.integrations.vllm.caches import REFUSED, SERVED, groups_of
 from portakv.integrations.vllm.offloading import PortaKVOffloadingSpec, PortaKVOffloadingWorker
+from portakv.serving import Group
 from portakv_conformance import simdev
 
 NEW = hasattr(cpu_spec, "SharedOffloadRegion")
@@ -805,3 +807,31 @@ assert torch.equal(layer.keys, rows[0])
 print("right")
 """
     assert answer(PROCESS.format(before="") + code) == "right"
+
+
+def test_every_kind_of_layers_is_served_or_refused_by_a_reason() -> None:
+    """A kind that a new release brings needs an entry in one of both tables."""
+    specs = importlib.import_module("vllm.v1.kv_cache_interface")
+    kinds = {
+        name
+        for name, each in vars(specs).items()
+        if isinstance(each, type) and issubclass(each, specs.KVCacheSpec)
+    }
+    abstract = {"KVCacheSpec", "AttentionSpec", "UniformTypeKVCacheSpecs"}
+    assert kinds - abstract - {*SERVED} - {*REFUSED} == set()
+
+
+def test_windows_of_latent_rows_are_served_but_those_of_deepseek_v4() -> None:
+    specs = importlib.import_module("vllm.v1.kv_cache_interface")
+    if not hasattr(specs, "SlidingWindowMLASpec"):
+        pytest.skip("this release has none")
+    terms = {"block_size": 16, "num_kv_heads": 1, "head_size": 576, "dtype": torch.bfloat16}
+
+    def groups(**more: Any) -> list[Group]:
+        spec = specs.SlidingWindowMLASpec(**terms, sliding_window=128, **more)
+        group = SimpleNamespace(kv_cache_spec=spec, layer_names=["layer"])
+        return groups_of(SimpleNamespace(kv_cache_groups=[group]))
+
+    assert groups() == [Group(16, 128)]
+    with pytest.raises(IntegrationError, match="pages of deepseek_v4"):
+        groups(model_version="deepseek_v4")

@@ -5,14 +5,20 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import runpy
 import socket
+import sys
 from importlib.util import find_spec
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
+import torch
 from support.command_line import run, run_json
 from support.kv_transfer import right
+from support.released_models import MODELS
 from support.vllm_stub import BASE as STUB
 from support.vllm_stub import write_vllm
 
@@ -25,7 +31,7 @@ from portakv.integrations.vllm.check import (
     connector_findings_of,
     findings_of,
 )
-from portakv.serving.sizing import sizes_of
+from portakv.serving.sizing import CHUNK, FULL, STATE, WINDOW, sizes_of
 
 #: The last line of a check that has warnings and no errors.
 NO_ERROR = "No error was found in this configuration. See the warnings above."
@@ -262,14 +268,35 @@ def test_staging_is_compared_with_the_model() -> None:
     assert "A token takes 131,072 bytes; tokens that fit: host memory 8,192." in enough.notes
 
 
-def test_a_model_that_the_connector_refuses_is_an_error() -> None:
-    """The sizes are noted all the same."""
-    latent = {"kv_lora_rank": 512, "qk_rope_head_dim": 64, "sliding_window": 128}
-    found = findings_of(right(), sizes_of({**LLAMA_8B, **latent}))
-    (error,) = found.errors
-    assert "32 of its layers keep a window of tokens as latent rows" in error
-    assert "Choose the OffloadingConnector" in error
-    assert any("A token takes 36,864 bytes" in each for each in found.notes)
+@pytest.mark.parametrize("name", MODELS)
+def test_what_doctor_says_of_a_released_model(name: str, tmp_path: Path) -> None:
+    """Whether its layers are served, how many there are of each kind, and their bytes."""
+    model = MODELS[name]
+    (tmp_path / "config.json").write_text(json.dumps(model.config))
+    config = json.dumps(right(host=1 << 30, staging=1 << 30))
+    words = ("--kv-transfer-config", config, "--model", str(tmp_path), "--block-size", "16")
+    ran = run("doctor", *words, "--json")
+    assert ran.code == bool(model.refused)
+    found = json.loads(ran.out)
+    notes = "\n".join(found["notes"])
+    refusals = [each for each in found["errors"] if "PortaKVConnector" in each]
+    assert [model.refused in each for each in refusals] == [True] * bool(model.refused)
+    assert all("OffloadingConnector" in each for each in refusals)
+
+    counts = {FULL: model.full, WINDOW: model.window, CHUNK: model.chunk, STATE: model.states}
+    for kind, many in counts.items():
+        says = f"{many} with {kind}" in notes
+        assert says == (many > 0 and not model.refused)
+    assert (f"A token takes {model.token:,} bytes" in notes) == (model.token > 0)
+    says = f"The states after a token take {model.state:,} bytes" in notes
+    assert says == (model.state > 0 and model.token > 0)
+    unknown = [each for each in found["unchecked"] if "sizes of the model's rows" in each]
+    if model.unknown:
+        assert model.unknown in unknown[0]
+    else:
+        assert bool(unknown) == (model.refused != "" and model.token == 0)
+    warned = any("keep an index next to their rows" in each for each in found["warnings"])
+    assert warned == (model.indexed > 0)
 
 
 def test_layers_with_an_index_are_stored_by_one_worker() -> None:
@@ -278,12 +305,22 @@ def test_layers_with_an_index_are_stored_by_one_worker() -> None:
     sizes = sizes_of({**LLAMA_8B, **index})
     found = findings_of(right(), sizes)
     assert found.errors == []
-    assert any("with several ranks and a store" in each for each in found.warnings)
+    assert any("need keys of 8 bits" in each for each in found.warnings)
     assert not any("an index" in each for each in findings_of(right()).warnings)
     assert findings_of(right(hand_over={}), sizes).errors == []
+    assert findings_of(right(shared=True), sizes).errors == []
+    (error,) = findings_of(right(by_layer=True), sizes).errors
+    assert "Expected no by_layer for a model of which 32 layers" in error
+
+
+def test_layers_with_an_index_of_another_kind_are_stored_by_one_worker() -> None:
+    sizes = sizes_of(MODELS["MiniMax M3"].config)
+    found = findings_of(right(), sizes)
+    assert found.errors == []
+    assert any("with several ranks and a store" in each for each in found.warnings)
     for term in ({"shared": True}, {"by_layer": True}):
         (error,) = findings_of(right(**term), sizes).errors
-        assert f"Expected no {', '.join(term)} for a model of which 32 layers" in error
+        assert f"Expected no {', '.join(term)} for a model of which 57 layers" in error
 
 
 def test_a_model_with_states_is_described() -> None:
@@ -307,6 +344,17 @@ def test_a_model_with_states_is_described() -> None:
     )
     (error,) = findings_of(right(bucket="memory:///", host=1 << 30, shared=True), sizes).errors
     assert "Expected no bucket in the store of a host" in error
+
+
+def test_blocks_of_a_machine_whose_torch_only_names_an_accelerator(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A stored block on a CPU is one of vLLM's, and has 64 tokens or more on an accelerator."""
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda *_: torch.device("cuda"))
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
+    config = {**LLAMA_8B, "layer_types": ["conv", "attention"] * 16, "conv_L_cache": 3}
+    notes = findings_of(right(host=1 << 30, staging=1 << 30), sizes_of(config)).notes
+    assert any("those of one block of 16 tokens or more" in each for each in notes)
 
 
 def test_a_model_that_is_not_known_gives_no_size() -> None:
@@ -446,6 +494,43 @@ def test_the_page_quotes_what_doctor_prints() -> None:
     assert NO_ERROR in text
     assert UNCHECKED in text
     assert "vLLM would not start with this configuration, or not use PortaKV." in text
+
+
+class Saved:
+    """Stands for a model of transformers, of which only the configuration is written."""
+
+    def __init__(self, config: dict[str, Any]) -> None:
+        self.config = config
+
+    def to(self, _: torch.dtype) -> Saved:
+        return self
+
+    def save_pretrained(self, folder: Path) -> None:
+        folder.mkdir()
+        (folder / "config.json").write_text(json.dumps(self.config))
+
+
+def test_the_tutorial_of_a_hybrid_quotes_what_doctor_prints(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its model is that of the example, whose sizes decide each number."""
+    made = ModuleType("transformers")
+    usual = {"model_type": "qwen3_next", "linear_conv_kernel_dim": 4, "dtype": "bfloat16"}
+    vars(made)["Qwen3NextConfig"] = lambda **terms: usual | terms
+    vars(made)["Qwen3NextForCausalLM"] = Saved
+    monkeypatch.setitem(sys.modules, "transformers", made)
+    runpy.run_path(str(PAGES.parent / "examples/vllm_tiers.py"))["make_hybrid"](tmp_path / "model")
+    page = (PAGES / "engines/hybrid.md").read_text(encoding="utf-8")
+    (config,) = re.findall(r"^```json\n(.*?)^```", page, re.DOTALL | re.MULTILINE)
+    lines = re.findall(r"^note: (.*)$", page, re.MULTILINE)
+    assert len(lines) == 3
+
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "kv").mkdir(mode=0o700)
+    found = run_json("doctor", "--kv-transfer-config", config, "--model", "model")
+    assert [each for each in lines if each not in found["notes"]] == []
+    assert found["errors"] == []
 
 
 def test_doctor_checks_a_text_and_a_file(tmp_path: Path) -> None:

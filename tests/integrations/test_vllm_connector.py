@@ -27,6 +27,7 @@ from portakv.integrations.vllm.caches import (
     FUSED,
     INDEX,
     LATENT,
+    REFUSED,
     Workers,
     groups_of,
     ids_of,
@@ -156,14 +157,69 @@ def test_a_folder_of_a_model_has_one_name(
     assert settings_of(*configurations).model.startswith("other:")
 
 
-def test_kinds_of_layers_that_are_not_served_are_named(configurations: tuple[Any, Any]) -> None:
-    class CrossAttentionSpec(SimpleNamespace):
-        pass
-
-    groups = configurations[1].kv_cache_groups
-    groups.append(SimpleNamespace(kv_cache_spec=CrossAttentionSpec(block_size=16)))
-    with pytest.raises(IntegrationError, match="got CrossAttentionSpec"):
+@pytest.mark.parametrize("name", [*REFUSED, "NewAttentionSpec"])
+def test_kinds_of_layers_that_are_not_served_are_named(
+    name: str, configurations: tuple[Any, Any]
+) -> None:
+    spec = type(name, (SimpleNamespace,), {})(block_size=16)
+    configurations[1].kv_cache_groups.append(SimpleNamespace(kv_cache_spec=spec))
+    reason = REFUSED.get(name, "this kind is not known")
+    with pytest.raises(IntegrationError, match=rf"got {name} \({reason}\)\. Choose the Offloading"):
         settings_of(*configurations)
+
+
+class SlidingWindowMLASpec(SimpleNamespace):
+    """Latent rows of the last tokens, with the attributes that are read."""
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"tokens_per_state": 4, "model_version": "deepseek_v4"}, "several tokens"),
+        ({"compress_ratio": 4}, "several tokens"),
+        ({"model_version": "deepseek_v4"}, "deepseek_v4 keep rows and their scales apart"),
+        ({"bounded_replay": True}, "computes their windows again"),
+    ],
+    ids=str,
+)
+def test_windows_of_latent_rows(
+    change: dict[str, Any], says: str, configurations: tuple[Any, Any]
+) -> None:
+    """Served as other windows, unless a row is more than the row of a token."""
+    more = {"tokens_per_state": 1, "model_version": None, "bounded_replay": False}
+    spec = SlidingWindowMLASpec(block_size=16, sliding_window=64, extra_retained_tokens=8, **more)
+    groups = configurations[1].kv_cache_groups
+    groups.append(SimpleNamespace(kv_cache_spec=spec, layer_names=[]))
+    assert settings_of(*configurations).groups == (Group(16), Group(16, 72))
+    vars(spec).update(change)
+    with pytest.raises(IntegrationError, match=rf"got SlidingWindowMLASpec \(.*{says}"):
+        settings_of(*configurations)
+
+
+def test_latent_rows_of_a_window_are_read_by_token() -> None:
+    """Rows of two groups of one width, from blocks of 16 tokens to blocks of 32. The control: the
+    window's rows of a token before."""
+    draw = torch.Generator().manual_seed(0)
+    rows = torch.randint(256, (2, 128, 64), dtype=torch.uint8, generator=draw)
+
+    def views(size: int, both: torch.Tensor) -> list[GroupView]:
+        terms = {"block_size": size, "num_kv_heads": 1, "head_size": 32}
+        specs = (SimpleNamespace(**terms), SlidingWindowMLASpec(**terms, sliding_window=64))
+        groups = [
+            SimpleNamespace(kv_cache_spec=spec, layer_names=[name])
+            for spec, name in zip(specs, "ab", strict=True)
+        ]
+        tensors = both.view(torch.bfloat16).view(2, -1, size, 32)
+        caches = SimpleNamespace(num_blocks=128 // size, kv_cache_groups=groups)
+        named = dict(zip("ab", tensors, strict=True))
+        return views_of(named, caches, dict.fromkeys("ab", LATENT[1]), BY_TOKEN)
+
+    target = torch.zeros_like(rows)
+    order = torch.randperm(128, generator=draw)
+    for src, dst in zip(views(16, rows), views(32, target), strict=True):
+        copy_rows(src.view, dst.view, order, torch.arange(128)).synchronize()
+    assert torch.equal(target, rows[:, order])
+    assert not torch.equal(target[1], rows[1, order - 1])
 
 
 def test_every_kind_of_a_group_of_unequal_widths_is_checked(

@@ -476,6 +476,91 @@ def test_latent_rows_are_equal_in_all_ranks(configurations: tuple[Any, Any], pac
         store.close()
 
 
+INDEXED = ["model.layers.0.self_attn.attn", "model.layers.0.self_attn.indexer.k_cache"]
+
+
+def pages(rows: torch.Tensor, size: int) -> torch.Tensor:
+    """Return blocks of an index, whose keys of a block lie before their scales.
+
+    ``rows``: uint8 ``[tokens, 132]``.
+    """
+    blocks = rows.view(-1, size, 132)
+    parts = [blocks[:, :, :128].flatten(1), blocks[:, :, 128:].flatten(1)]
+    return torch.cat(parts, 1).view(-1, size, 132)
+
+
+def open_indexed(
+    folder: Path, engine: str, number: int, count: int, size: int, caches: list[torch.Tensor]
+) -> tuple[Settings, WorkerStore, list[GroupView], list[Any]]:
+    """Open the store of a rank with latent rows and their index, in blocks of a size."""
+    config, groups = configuration(str(folder), engine, len(caches[0]), size)
+    vars(config.parallel_config).update(world_size=count, tensor_parallel_size=count)
+    extra = config.kv_transfer_config.kv_connector_extra_config
+    room = {"host": 4 << 20, "staging": 4 << 20, "capacity": 8 << 20}
+    extra |= {"shared": True, "block_size": 32, **room}
+    (group,) = groups.kv_cache_groups
+    group.layer_names = INDEXED
+    one = {"block_size": size, "num_kv_heads": 1}
+    latent = type(group.kv_cache_spec)(**one, head_size=576, state_content_bytes=656)
+    index = type(group.kv_cache_spec)(**one, head_size=132)
+    group.kv_cache_spec = latent  # a scheduler has the kind of one layer
+    scheduled = settings_of(config, groups)
+    specs = dict(zip(INDEXED, (latent, index), strict=True))
+    group.kv_cache_spec = SimpleNamespace(kv_cache_specs=specs)
+    settings = settings_of(config, groups)
+    assert settings.parts == scheduled.parts == (2,)
+    kernels = dict(zip(INDEXED, (LATENT[-2], INDEX), strict=True))
+    views = read_views(settings, dict(zip(INDEXED, caches, strict=True)), groups, kernels)
+    worker = WorkerStore(settings, config)
+    return settings, worker, views, [*worker.open(views, number)]
+
+
+@pytest.mark.parametrize("control", ["", "left out", "shifted"])
+def test_latent_rows_and_their_index_are_stored_by_ranks(control: str, tmp_path: Path) -> None:
+    """Two ranks store them in blocks of 16 tokens, and one worker loads them in blocks of 32.
+
+    The controls: an index that is left out makes no hit, and one of other tokens is seen.
+    """
+    draw = torch.Generator().manual_seed(0)
+    latent, index = (
+        torch.randint(256, (128, wide), dtype=torch.uint8, generator=draw) for wide in (656, 132)
+    )
+    keys = prefix_keys(range(128), block_size=32)
+    folder = tmp_path / "store"
+    stored = index.roll(1, 0) if control == "shifted" else index
+    caches = [latent.view(8, 16, 656), pages(stored, 16)]
+    first = [open_indexed(folder, "a", number, 2, 16, caches) for number in range(2)]
+    scheduler = index_of(first[0][0])
+    assert isinstance(scheduler, JoinedIndex)
+    assert all(worker.wait(LIMIT) for _, worker, *_ in first)
+    saves = list[Any]()
+    for _, _, views, parts in first:
+        both = [*zip(views, parts, strict=True)]
+        some = both[:1] if control == "left out" else both
+        saves += [part.save(view.view, [*range(8)], keys) for view, part in some]
+    for save in saves:
+        save.synchronize(LIMIT)
+        assert save.landed.all()
+
+    target = [torch.zeros(4, 32, wide, dtype=torch.uint8) for wide in (656, 132)]
+    settings, worker, views, parts = open_indexed(folder, "b", 0, 1, 32, target)
+    joined = index_of(settings)
+    assert isinstance(joined, JoinedIndex)
+    assert worker.wait(LIMIT)
+    assert joined.leading(keys) == (0 if control == "left out" else 4)
+    if control != "left out":
+        for view, part in zip(views, parts, strict=True):
+            load = part.load(view.view, [2, 0, 3, 1], keys, deadline=LIMIT)
+            load.synchronize(LIMIT)
+            assert load.landed.all()
+        assert torch.equal(target[0][[2, 0, 3, 1]], latent.view(4, 32, 656))
+        same = torch.equal(target[1][[2, 0, 3, 1]], pages(index, 32))
+        assert same == (control == "")
+    opened: list[Any] = [worker, *(one[1] for one in first), joined, scheduler]
+    for each in opened:
+        each.close()
+
+
 def test_one_worker_has_its_own_store(configurations: tuple[Any, Any]) -> None:
     settings, store = worker_of(configurations, 2, 2, 1)
     assert not store.wait(0)

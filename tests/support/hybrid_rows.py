@@ -97,6 +97,7 @@ FAMILIES: dict[str, list[Kind]] = {
     "window + full": [Kind("heads", {"window": True}), Kind("heads")],
     "chunked + full": [Kind("heads", {"chunk": True}), Kind("heads")],
     "MLA + indexer": [Kind("latent"), Kind("index")],
+    "MLA, its indexer in the group": [Kind("indexed")],
     "MLA window compressed": [
         Kind("compressed", {"window": True}),
         Kind("compressed", tokens=2),
@@ -135,11 +136,19 @@ def either(raw: Part, quantized: Part) -> Callable[[random.Random, bool], list[P
     return lambda chance, is_quantized: [quantized if is_quantized else raw]
 
 
+def both(*names: str) -> Callable[[random.Random, bool], list[Part]]:
+    """Return what draws the parts of several rows in one group."""
+    return lambda chance, quantized: [
+        part for name in names for part in PARTS[name](chance, quantized)
+    ]
+
+
 #: By the name of rows, how a group lies in memory.
 PARTS: dict[str, Callable[[random.Random, bool], list[Part]]] = {
     "heads": rows_by_head,
     "latent": either(Part((24,), dtype=torch.bfloat16), Part((512, 16, 128))),  # fp8_ds_mla
     "index": either(Part((16,), dtype=torch.bfloat16), Part((128, 4), order="planes")),
+    "indexed": both("latent", "index"),
     "compressed": either(Part((24,), dtype=torch.bfloat16), Part((576, 8), order="planes")),
     "gdn": states_of(Part((4,), HEADS, steps=STEPS), Part((16,), HEADS, dtype=torch.float32)),
     "mamba 2": states_of(

@@ -705,9 +705,28 @@ SERVED = (
     "FullAttentionSpec",
     "MLAAttentionSpec",
     "SlidingWindowSpec",
+    "SlidingWindowMLASpec",
     "ChunkedLocalAttentionSpec",
     STATES,
 )
+#: The kinds that keep a window.
+WINDOWS = ("SlidingWindowSpec", "SlidingWindowMLASpec")
+#: The kinds that the connector does not serve, and why.
+REFUSED: Mapping[str, str] = MappingProxyType(
+    {
+        "CircularBufferSpec": "a request's last keys lie in a ring, and are not cached by prefix",
+        "CrossAttentionSpec": "rows of an encoder's tokens do not depend on the prompt alone",
+        "EncoderOnlyAttentionSpec": "layers of an encoder keep no rows",
+        "HiddenStateCacheSpec": "hidden states are not rows of attention",
+        "HiSparseHotSpec": "vLLM moves their rows between the device and the host",
+        "HiSparseResidentSpec": "vLLM moves their rows between the device and the host",
+        "RSWASpec": "windows of generated tokens begin at the end of each prompt",
+        "SinkFullAttentionSpec": "rows of sinks lie in blocks of the cache that no request has",
+        "TQFullAttentionSpec": "in 0.26 TurboQuant has this kind for its packed pages",
+    }
+)
+#: How the name of a layer ends that has the index next to latent rows.
+INDEX_LAYER = ".indexer.k_cache"
 #: The most blocks of a group of layers in a stored block that several groups share: shorter prompts
 #: are not stored.
 MOST_BLOCKS = 4
@@ -881,13 +900,23 @@ def settings_of(config: Any, kv_cache_config: Any, tells: bool = False) -> Setti
         stores=roles.stores,
         spans=roles.spans,
         parts=tuple(
-            max(1, len(parts_of_states(spec)))
-            if group.states and needs_server(store, workers)
-            else 1
-            for group, spec in zip(groups, specs_of(kv_cache_config), strict=True)
+            _parts_of(group) if needs_server(store, workers) else 1
+            for group in kv_cache_config.kv_cache_groups
         ),
         ranks=Ranks(workers.size, _groups_of_heads(model)),
     )
+
+
+def _parts_of(group: Any) -> int:
+    """Return how many parts of a group's caches a store server has.
+
+    A scheduler has the kind of one layer of a group. Latent rows and the index next to them are two
+    parts, which the names of layers show. A worker refuses caches of another number of parts.
+    """
+    (spec, *_) = _layers_of(group)
+    if type(spec).__name__ == STATES:
+        return max(1, len(parts_of_states(spec)))
+    return max(1, len({name.endswith(INDEX_LAYER) for name in group.layer_names}))
 
 
 def _groups_of_heads(model: Any) -> int:
@@ -941,8 +970,8 @@ def whole_blocks(groups: Sequence[Group], tokens: int = TOKENS) -> int:
     """Return the tokens of a stored block that whole blocks of all groups fill: at least
     ``tokens``, unless that is more than the window of a group and than its blocks.
 
-    With states it has no more than one block of each group: an engine may keep a state at the end of
-    any block, and no hit can end within a stored block.
+    With states it has no more than one block of each group: an engine may keep a state at the end
+    of any block, and no hit can end within a stored block.
 
     Raises `InvalidTerms` if only very large blocks would do.
     """
@@ -1106,11 +1135,12 @@ def groups_of(kv_cache_config: Any, tells: bool = False) -> list[Group]:
     specs = specs_of(kv_cache_config)
     kinds = [type(spec).__name__ for spec in specs]
     every = [spec for group in kv_cache_config.kv_cache_groups for spec in _layers_of(group)]
-    others = [name for name in (type(spec).__name__ for spec in every) if name not in SERVED]
-    if others or not kinds:
+    refused = {type(spec).__name__: reason for spec in every if (reason := _refusal_of(spec))}
+    if refused or not kinds:
+        got = "; ".join(f"{name} ({reason})" for name, reason in refused.items())
         raise IntegrationError(
-            f"Expected layers of {', '.join(SERVED)} for PortaKVConnector, got "
-            f"{', '.join(others) or 'none'}. Choose the OffloadingConnector for this model."
+            f"Expected layers of {', '.join(SERVED)} for PortaKVConnector, got {got or 'none'}. "
+            f"Choose the OffloadingConnector for this model."
         )
     made = list[Group]()
     if any(getattr(spec, "non_causal", False) for spec in every):
@@ -1120,12 +1150,28 @@ def groups_of(kv_cache_config: Any, tells: bool = False) -> list[Group]:
         )
     for kind, spec in zip(kinds, specs, strict=True):
         window = None
-        if kind == "SlidingWindowSpec":
+        if kind in WINDOWS:
             window = spec.sliding_window + getattr(spec, "extra_retained_tokens", 0)
         chunk = spec.attention_chunk_size if kind == "ChunkedLocalAttentionSpec" else None
         states = _kept_states(spec, tells) if kind == STATES else None
         made.append(Group(spec.block_size, window, chunk, states))
     return made
+
+
+def _refusal_of(spec: Any) -> str:
+    """Return why the connector does not serve layers of a kind; empty if it does."""
+    name = type(spec).__name__
+    if name not in SERVED:
+        return REFUSED.get(name, "this kind is not known")
+    ratios = ("tokens_per_state", "compress_ratio")  # the latter in 0.26
+    if name != STATES and any(getattr(spec, ratio, 1) != 1 for ratio in ratios):
+        return "a row stands for several tokens, or a token has several"
+    version = getattr(spec, "model_version", None)
+    if version is not None:
+        return f"pages of {version} keep rows and their scales apart, with padding"
+    if getattr(spec, "bounded_replay", False):
+        return "vLLM computes their windows again after a hit"
+    return ""
 
 
 def specs_of(kv_cache_config: Any) -> list[Any]:

@@ -40,6 +40,7 @@ from portakv.integrations.vllm.caches import (
 from portakv.integrations.vllm.moves import worker_terms
 from portakv.integrations.vllm.notes import WITNESS, WitnessTerms, check_policy
 from portakv.migrate.transports import check_transport
+from portakv.runtime.devices import usual_device
 from portakv.serving import Group
 from portakv.serving.local import StoreTerms, check_names, image_of, term_names
 from portakv.serving.pages import check_shared
@@ -178,7 +179,7 @@ def _check_roles(
 ) -> None:
     """Check what an engine does by its role."""
     if sizes is not None and sizes.indexed:
-        _check_indexed(roles.store, sizes.indexed, findings)
+        _check_indexed(roles.store, sizes, findings)
     if roles.handing is not None:
         _check_handing(roles.handing, sizes, findings)
     else:
@@ -220,10 +221,14 @@ def _check_roles(
             _check_sizes(terms, sizes, size, findings)
 
 
-def _check_indexed(terms: Mapping[str, Any], layers: int, findings: Findings) -> None:
-    """Say what a model cannot have whose layers keep an index next to their rows: a scheduler does
-    not know that pages are of two kinds."""
-    refused = [name for name in ("shared", "by_layer") if terms.get(name)]
+def _check_indexed(terms: Mapping[str, Any], sizes: Sizes, findings: Findings) -> None:
+    """Say what a model cannot have whose layers keep an index next to their rows.
+
+    Ranks and shared stores need an index whose rows can be read by token.
+    """
+    layers = sizes.indexed
+    names = ("by_layer",) if sizes.has_known_index else ("shared", "by_layer")
+    refused = [name for name in names if terms.get(name)]
     if refused:
         findings.errors.append(
             f"Expected no {' or '.join(refused)} for a model of which {layers} layers keep an "
@@ -231,10 +236,17 @@ def _check_indexed(terms: Mapping[str, Any], layers: int, findings: Findings) ->
             f"{' and '.join(refused)} out of kv_connector_extra_config."
         )
         return
+    if sizes.has_known_index:
+        findings.warnings.append(
+            f"{layers} of the model's layers keep an index next to their rows. Several ranks, "
+            f"block_size and hand_over need keys of 8 bits there, and not an AMD GPU. Leave "
+            f"--attention-config.indexer_kv_dtype out, or run one worker."
+        )
+        return
     findings.warnings.append(
         f"{layers} of the model's layers keep an index next to their rows. One worker stores them; "
-        f"with several ranks and a store vLLM would not start. With block_size or hand_over the "
-        f"index has to be that of DeepSeek V3.2. Run one worker, or choose the OffloadingConnector."
+        f"with several ranks and a store, block_size or hand_over vLLM would not start. Run one "
+        f"worker, or choose the OffloadingConnector."
     )
 
 
@@ -246,8 +258,7 @@ def _check_blocks(
     blocks = BLOCKS if block_size is None else (block_size,)
     if sizes is not None and sizes.block:  # vLLM makes blocks as large as a state
         blocks = (max(sizes.block, block_size or 0),)
-    device = torch.accelerator.current_accelerator() or torch.device("cpu")
-    least = least_tokens(device.type, terms)
+    least = least_tokens(usual_device().type, terms)
     stored = list[int]()
     refusals = list[str]()
     for block in blocks:

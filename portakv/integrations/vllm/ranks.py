@@ -434,9 +434,9 @@ def check_kinds(views: Sequence[GroupView], settings: Settings) -> None:
 
     Raises `IntegrationError`.
     """
-    if len(views) == sum(settings.parts):
-        return
-    if settings.store.by_layer or settings.uses_store_server:
+    by_layer = settings.store.by_layer and len(views) != len(settings.groups)
+    apart = settings.uses_store_server and len(views) != sum(settings.parts)
+    if by_layer or apart:
         raise IntegrationError(
             f"Expected layers with pages of one kind in each group for by_layer, for several "
             f"workers or a shared store, got {len(views)} kinds in "
