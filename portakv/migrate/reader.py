@@ -853,9 +853,9 @@ class LatePull:
         device = self._connections.device
         # The present work of the caller's stream, which the host does not have.
         after = None if device.type == "cpu" else StreamFence(device)
-        self._housekeeper.waiting[pull] = self
-        pull.handshakes = self.handshakes
-        try:
+        try:  # an interrupt may come after any line
+            self._housekeeper.waiting[pull] = self
+            pull.handshakes = self.handshakes
             await Wait(until=0.0)  # the rest runs in the loop
             if not self.known:
                 await pull.changes.wait_for(self._goes_on)
@@ -866,7 +866,7 @@ class LatePull:
                 await pull.changes.wait_for(self._goes_on)
                 await blocking().work(self._issue, after)
         finally:
-            del self._housekeeper.waiting[pull]
+            self._housekeeper.waiting.pop(pull, None)
             pull.handshakes = tuple
         assert self._issuing is not None  # `plan` has set it
         if self._issuing.waits:

@@ -327,6 +327,9 @@ def test_faults_of_a_quantized_cache_are_found(
         kinds = faults_in(counts)
         assert bool(kinds) is (check == "all"), name
         assert {*kinds} <= NAMES[name] | BEFORE, (name, kinds)
+        if check == "all":
+            assert sum(kinds.values()) >= damaged, name
+            assert {*kinds} & NAMES[name], (name, kinds)
 
 
 @pytest.fixture(scope="module")

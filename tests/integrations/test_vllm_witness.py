@@ -27,7 +27,14 @@ from support.vllm_stub import (
 
 from portakv.errors import InvalidTerms
 from portakv.integrations import IntegrationError
-from portakv.integrations.vllm.caches import BY_TOKEN, FUSED, LATENT, PACKED, views_of
+from portakv.integrations.vllm.caches import (
+    BY_TOKEN,
+    FUSED,
+    LATENT,
+    PACKED,
+    groups_of,
+    views_of,
+)
 from portakv.integrations.vllm.notes import (
     BlockNotes,
     Filled,
@@ -406,6 +413,29 @@ def test_a_prompt_in_chunks_is_noted_once() -> None:
     assert notes.take().filled == {0: Filled([6], [bytes([2]) * 32], [], [])}
 
 
+def test_the_blocks_of_two_requests_in_a_step_have_their_places() -> None:
+    notes = BlockNotes([Group(BLOCK)])
+    first = request_of(32)
+    second = request_of(64)
+    second.request_id = "b"
+    begun(notes, first)
+    begun(notes, second)
+    notes.allocated(second, ((1, 2, 3, 4),), 64)
+    notes.take()
+    notes.scheduled("a", 0, 32, ((5, 6),), anew=True)
+    notes.scheduled("b", 63, 1, ((1, 2, 3, 4),), anew=True)
+    keys = [bytes([n]) * 32 for n in (1, 2, 4)]
+    assert notes.take().filled == {0: Filled([5, 6, 4], keys, [0], [2])}
+
+    third = request_of(32)
+    third.request_id = "c"
+    begun(notes, third)
+    notes.scheduled("b", 0, 16, ((7,),), anew=True)
+    notes.scheduled("c", 0, 16, ((8,),), anew=True)
+    keys = [bytes([1]) * 32] * 2
+    assert notes.take().filled == {0: Filled([7, 8], keys, [0, 1], [])}
+
+
 def test_steps_within_blocks_are_left_out() -> None:
     """Each step of a block but the last one, also after other blocks were taken."""
     notes = BlockNotes([Group(BLOCK), Group(2 * BLOCK)])
@@ -542,6 +572,21 @@ def test_a_group_that_cannot_be_compared_is_named() -> None:
     assert served == [Group(BLOCK), None]
     (reason,) = reasons
     assert reason.startswith("Blocks of group 1 are not compared: ")
+
+
+def test_pages_are_compared_whatever_their_rows_mean() -> None:
+    """A connector of vLLM serves them, though `PortaKVConnector` refuses them."""
+
+    class MLAAttentionSpec(SimpleNamespace):
+        pass
+
+    spec: Any = MLAAttentionSpec(
+        block_size=BLOCK, tokens_per_state=4, model_version="deepseek_v4", bounded_replay=True
+    )
+    caches = SimpleNamespace(kv_cache_groups=[SimpleNamespace(kv_cache_spec=spec)])
+    with pytest.raises(IntegrationError, match="stands for several tokens"):
+        groups_of(caches)
+    assert served_groups(caches, tells=False) == ([Group(BLOCK)], [])
 
 
 # --- comparisons in a worker

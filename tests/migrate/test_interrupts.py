@@ -3,13 +3,16 @@
 
 from __future__ import annotations
 
+import gc
 import secrets
+import sys
 import time
 from collections.abc import Callable, Generator
 from contextlib import suppress
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import pytest
@@ -17,7 +20,8 @@ import torch
 from support.interrupts import by_width, files_of, in_other_thread, orphans, reach, settles
 from support.migrate_channels import SECRET, Ping, Pong, Server
 from support.migrate_pulls import MODEL, SMALL, Rows
-from support.waits import LIMIT
+from support.migrate_pulls import sides as late_sides
+from support.waits import LIMIT, until
 
 from portakv.errors import PeerError, PortaKVError
 from portakv.migrate import (
@@ -33,6 +37,7 @@ from portakv.migrate import (
     share,
     shared_empty,
 )
+from portakv.migrate.reader import LatePull
 from portakv.migrate.transports import TRANSPORTS
 from portakv.migrate.transports.distributed import ChannelStore
 from portakv.weights import (
@@ -387,3 +392,36 @@ def test_interrupts_meet_what_callers_run(tmp_path: Path) -> None:
     assert public - called == {*NOT_CALLED}
     print(f"{of_called - len(left)} of {of_called} lines; not run: {left}")
     assert len(left) <= 0.25 * of_called
+
+
+@pytest.mark.parametrize("line", range(1, 30))
+def test_an_interrupt_of_a_pull_that_waits_leaves_no_pull(line: int) -> None:
+    """At the line of that number, which the caller's thread runs of its first step."""
+    with late_sides() as made:
+        owner = made.owner(Rows().shard)
+        reader = made.reader(Rows(fill=-1).shard)
+        nobody = Ticket.of(owner.channel.address, owner.epoch, b"x" * 16)
+        left = line
+
+        def trace(frame: FrameType, event: str, _: object) -> Any:
+            nonlocal left
+            if frame.f_code is not LatePull.run.__code__:
+                return None
+            left -= event == "line"
+            if not left:
+                sys.settrace(None)
+                raise KeyboardInterrupt
+            return trace
+
+        sys.settrace(trace)
+        try:
+            with suppress(KeyboardInterrupt):
+                reader.pull([nobody], range(4)).cancel()
+        finally:
+            sys.settrace(None)
+        assert until(lambda: not late_pulls(), LIMIT)
+
+
+def late_pulls() -> list[LatePull]:
+    gc.collect()
+    return [one for one in gc.get_objects() if isinstance(one, LatePull)]

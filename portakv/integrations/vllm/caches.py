@@ -932,17 +932,17 @@ def schedules_ahead(config: Any) -> bool:
 
 
 def least_tokens(device: str, store: StoreTerms) -> int:
-    """Return the tokens that a stored block has at least, unless ``block_size`` says otherwise.
+    """Return the tokens that a stored block has at least, unless ``block_size`` says otherwise, or
+    the engine keeps states.
 
-    Engines that share a store have one number, whatever their own blocks are. ``device``: the kind
-    of the engine's device.
+    Engines without states that share a store have one number, whatever their own blocks are.
+    ``device``: the kind of the engine's device.
     """
     return TOKENS_ON_CPU if device == "cpu" and not store.shared else TOKENS
 
 
 def stored_block(store: StoreTerms, groups: Sequence[Group], tokens: int) -> int:
-    """Return the tokens of a stored block: at least ``tokens``, unless ``block_size`` says
-    otherwise.
+    """Return the tokens of a stored block: those of ``block_size``, else of `whole_blocks`.
 
     Raises `InvalidTerms` for terms that do not fit the blocks of the engine's groups of layers.
     """
@@ -1125,17 +1125,21 @@ def warn_of_policy(config: Any) -> None:
         )
 
 
-def groups_of(kv_cache_config: Any, tells: bool = False) -> list[Group]:
+def groups_of(kv_cache_config: Any, tells: bool = False, whole: bool = False) -> list[Group]:
     """Return the groups of layers as a scheduler side takes them.
 
-    ``tells``: the engine tells in each step which blocks have states.
+    Args:
+        tells: the engine tells in each step which blocks have states.
+        whole: pages are only read as they are, whatever their rows mean.
 
     Raises `IntegrationError` for kinds of layers that the connector does not serve.
     """
     specs = specs_of(kv_cache_config)
     kinds = [type(spec).__name__ for spec in specs]
     every = [spec for group in kv_cache_config.kv_cache_groups for spec in _layers_of(group)]
-    refused = {type(spec).__name__: reason for spec in every if (reason := _refusal_of(spec))}
+    refused = {
+        type(spec).__name__: reason for spec in every if (reason := _refusal_of(spec, whole))
+    }
     if refused or not kinds:
         got = "; ".join(f"{name} ({reason})" for name, reason in refused.items())
         raise IntegrationError(
@@ -1158,11 +1162,14 @@ def groups_of(kv_cache_config: Any, tells: bool = False) -> list[Group]:
     return made
 
 
-def _refusal_of(spec: Any) -> str:
-    """Return why the connector does not serve layers of a kind; empty if it does."""
+def _refusal_of(spec: Any, whole: bool) -> str:
+    """Return why the connector does not serve layers of a kind; empty if it does. ``whole``: as for
+    `groups_of`."""
     name = type(spec).__name__
     if name not in SERVED:
         return REFUSED.get(name, "this kind is not known")
+    if whole:
+        return ""
     ratios = ("tokens_per_state", "compress_ratio")  # the latter in 0.26
     if name != STATES and any(getattr(spec, ratio, 1) != 1 for ratio in ratios):
         return "a row stands for several tokens, or a token has several"

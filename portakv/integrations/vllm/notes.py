@@ -161,7 +161,7 @@ class Load(NamedTuple):
         request: its name.
         waits: the request waits until the connector reports the end. Else the load ends in its
             step.
-        keys: by group, of each of the engine's blocks that it brings the key, as in `Note`; first
+        keys: by group, of each of the engine's blocks that it brings the key, as in `Filled`; first
             tokens first.
     """
 
@@ -242,7 +242,7 @@ def served_groups(kv_cache_config: Any, tells: bool) -> tuple[list[Group | None]
     for at, group in enumerate(kv_cache_config.kv_cache_groups):
         alone = SimpleNamespace(kv_cache_groups=[group])
         try:
-            groups += groups_of(alone, tells)
+            groups += groups_of(alone, tells, whole=True)
         except IntegrationError as error:
             groups.append(None)
             reasons.append(f"Blocks of group {at} are not compared: {error}")
