@@ -54,8 +54,8 @@ def copy_rows(
     """Copy rows between views.
 
     Everything is issued before this returns, ordered on a stream. With ``cancellable`` or
-    ``max_gbps`` a thread issues the copy in slices instead, after the present work of the current
-    stream. No stream orders slices: `Transfer.wait` blocks the host.
+    ``max_gbps`` a coroutine of the loop issues the copy in slices instead, by helpers, after the
+    present work of the current stream. No stream orders slices: `Transfer.wait` blocks the host.
 
     A ``detached`` copy begins after the same work, and no stream waits for its end unless
     `Transfer.wait` makes one wait. The next transfer then need not wait for the last bytes of this

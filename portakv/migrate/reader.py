@@ -545,7 +545,7 @@ class Issuing:
         pull.nbytes = sum([step.nbytes for step in self.plan])
         if request.pack is not None and all(step.cut.src is not None for step in self.plan):
             pull.raw_because = MAPPED[1]
-        # A copy at a rate has a separate thread.
+        # A coroutine of the loop issues the slices of a copy at a rate, by helpers.
         on_host = self._device.type == "cpu"
         self._long = on_host and pull.nbytes > LONG and not request.options.max_gbps
 

@@ -90,8 +90,8 @@ class Lane:
 
     Args:
         device: the device of the stream; the host has none.
-        terms: of `copy_rows`. With a limited rate a thread issues the copies later, so an event
-            that is recorded now would not come after them.
+        terms: of `copy_rows`. With a limited rate a coroutine of the loop issues slices later, by
+            helpers, so an event that is recorded now would not come after them.
 
     Attributes:
         jobs: that were submitted, by number.
@@ -106,7 +106,7 @@ class Lane:
         self._events = list[torch.Event]()  # of jobs that were taken
         terms = terms or {}
         self.paced = terms.get("max_gbps") is not None
-        # A thread issues the slices of a paced copy, on a stream that the options name.
+        # Helpers issue the slices of a paced copy, on a stream that the options name.
         self.options = CopyOptions(stream=self.stream if self.paced else None, **terms)
 
     def submit(self, number: int, copy: Callable[[], BlockTransfer], nbytes: int = 0) -> None:
