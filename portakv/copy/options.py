@@ -64,7 +64,7 @@ class CopyOptions:
     reinterpret: bool = False
     check: Check = "usual"
     late: LateErrors | None = None
-    #: A thread issues the copy in slices.
+    #: A coroutine issues the copy in slices.
     sliced: bool = field(init=False, repr=False, compare=False)
     #: Ids on a device are checked before anything is moved.
     strict: bool = field(init=False, repr=False, compare=False)

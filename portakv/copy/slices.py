@@ -41,11 +41,12 @@ class Slices:
         inside: returns a context that makes the device and the stream of the copy current.
         gbps: at most so many 10^9 bytes start in a second; None: no limit.
 
+    Raises `TransferError` if a rate needs the loop, for which the system gives no thread.
+
     Attributes:
         issued: slices that were issued.
         landed: slices that landed before the first failed slice.
         carried: what executed the first slice, as `Transfer.carried`.
-        cancelled: `cancel` was called before all slices were issued.
         error: the first error.
         ended_at: since this time, by `time.perf_counter`, no slice is in flight and none will be
             issued.
@@ -62,7 +63,7 @@ class Slices:
         self.issued = 0
         self.landed = 0
         self.carried = NOTHING
-        self.cancelled = False
+        self._cancelled = list[Slice]()
         self.error: BaseException | None = None
         self.ended_at: float | None = None
         self._gap = False  # a slice failed; slices that land after it are not counted
@@ -74,7 +75,14 @@ class Slices:
         self._inside = inside
         self._runtime = runtime()
         self._rate = Rate(gbps, self._runtime.time)
+        if gbps is not None:  # the loop makes pauses
+            self._runtime.started(TransferError)
         self._steps = Handle(self._runtime, self._run(), locked=False)
+
+    @property
+    def cancelled(self) -> bool:
+        """True if `cancel` was called before all slices were issued."""
+        return bool(self._cancelled)
 
     def end_of(self, slices: int, retained: object = None) -> SliceCompletion:
         """Return the completion of the first so many slices. Call it before `start`, with more
@@ -96,9 +104,8 @@ class Slices:
         if self._runtime.process.forked:
             return False
         with suppress(IndexError):  # none is left
-            while True:
-                self._left.pop()
-                self.cancelled = True
+            # One call, within which no interrupt comes.
+            self._cancelled.extend(iter(self._left.pop, None))
         if self.cancelled and self._rate.left():  # end the pause
             self._steps.cancel()
         return self.cancelled and self.error is None

@@ -26,7 +26,7 @@ from math import ceil
 from socket import socket
 from threading import get_ident
 from time import monotonic, perf_counter
-from typing import Any, Generic, Literal, TypeAlias, TypeVar
+from typing import Any, Generic, Literal, TypeAlias, TypeVar, cast
 from weakref import WeakSet
 
 from portakv.errors import PortaKVError, TransferError, TransferTimeout
@@ -1059,10 +1059,14 @@ class Runtime:
             return
         until = self.time() + EXIT
         with self.step:
-            for each in tuple(self.shut_at_exit):
-                each.shut()
+            # A copy of the references by one call: other threads add some meanwhile.
+            for each in [reference() for reference in tuple(cast(Any, self.shut_at_exit).data)]:
+                if each is not None:
+                    each.shut()
         for handle in tuple(self._working):
-            handle.cancel()
+            # At the exit some Pythons give the loop no thread; what works looks at its mark.
+            with suppress(PortaKVError, RuntimeError, OSError):
+                handle.cancel()
         for handle in tuple(self._working):
             handle.wait(max(0.0, until - self.time()))
 

@@ -193,11 +193,18 @@ def same_form(form: Form) -> Form:
     return _forms.setdefault(form, form)
 
 
+#: The readers that were made: layouts and executors keep their addresses. Several threads may each
+#: make the first one.
+_readers = list[TensorReader | None]()
+
+
 @cache
 def plain_reader() -> TensorReader | None:
     """Return the core's reader of plain tensors, which finds known forms; None: torch is too old
     for it."""
-    return tensor_reader(_forms)
+    reader = tensor_reader(_forms)
+    _readers.append(reader)
+    return reader
 
 
 def form_of(words: bytes, encoding: tuple[Any, ...] = ()) -> Form:

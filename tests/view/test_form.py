@@ -65,3 +65,33 @@ def test_a_storage_that_begins_off_the_alignment_counts_as_well() -> None:
     view = KVView(odd[15 : 15 + 64].view(4, 16), "token dim")
     assert view.addresses[0] % 16 == 0
     assert view.form.alignment == 1
+
+
+#: The interpreter changes threads while each of them looks whether there is a reader.
+FIRST_VIEWS = """
+import threading
+import torch
+from portakv import KVView
+
+tensors = [torch.zeros(6, 2, 64, dtype=torch.uint8) for _ in range(4)]
+together = threading.Barrier(4)
+
+def look(tensor):
+    together.wait()
+    for _ in range(50):
+        KVView(tensor, "block token dim")
+
+threads = [threading.Thread(target=look, args=(each,)) for each in tensors]
+for each in threads:
+    each.start()
+for each in threads:
+    each.join()
+"""
+
+
+def test_several_threads_make_the_first_views_of_a_process() -> None:
+    """The first reader of each of them is used; one that was freed ended the process."""
+    done = subprocess.run(
+        [sys.executable, "-c", FIRST_VIEWS], capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stderr) == (0, "")
